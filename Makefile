@@ -1,0 +1,50 @@
+# Every command runs from a fresh checkout. `make setup` is part of the others and does nothing when nothing changed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What `make test` runs; override it to choose tests: make test PYTEST=".venv/bin/python -m pytest tests/cli"
+PYTEST ?= $(BIN)/python -m pytest
+# What `make demo` asks for; empty is the command's own example.
+GOAL ?=
+
+export PYTHON VENV GOAL
+
+.PHONY: help setup setup-dev demo up test chaos lint clean
+
+help: ## Say what there is
+	@echo "OctoLLM: make TARGET"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
+	  || grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST)
+
+setup: ## Make .venv and install into it
+	@scripts/setup local
+
+setup-dev:
+	@scripts/setup dev
+
+demo: setup ## Start everything in one process, do one goal live, save the result
+	@exec $(BIN)/octollm demo $${GOAL:+"$$GOAL"}
+
+up: setup ## Run every service on this machine until Ctrl-C
+	@exec $(BIN)/octollm up
+
+test: setup-dev ## Run every test; says loudly what this machine lacks
+	@scripts/test $(PYTEST)
+
+chaos: setup-dev ## Run the tests that kill processes and servers
+	@scripts/test $(BIN)/python -m pytest tests/chaos
+
+lint: setup-dev ## Check style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean: ## Remove .venv and what tools left behind; models and homes stay
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

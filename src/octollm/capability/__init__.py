@@ -1,0 +1,61 @@
+"""Who may do what: scopes, the tokens that carry them, and how authority shrinks from call to call.
+
+Everything is decided from values that are passed in: keys, tokens, a clock, a set of revocations. Nothing here opens
+a file or a connection, waits, or keeps a key that it was not given.
+"""
+
+from octollm.capability.declarations import BUILT_IN_CALLS
+from octollm.capability.keys import PublicKey, SigningKey, digest_of, jwks_of
+from octollm.capability.may import Call, Declarations, May, closure, contains, merge, narrow, parse_may
+from octollm.capability.minting import Delegator, RootMinter, SelfSigner
+from octollm.capability.principals import PRESETS, Principal, preset
+from octollm.capability.problems import REASONS, CapabilityError
+from octollm.capability.revocations import RevocationKind, Revocations
+from octollm.capability.scopes import Scope, ScopeSet, parse_scope
+from octollm.capability.service_tokens import Directory, DirectoryEntry, verify_directory, verify_service
+from octollm.capability.tokens import AccessClaims, GrantClaims, TaskRef
+from octollm.capability.verifying import Verified, Verifier
+
+__all__ = [  # noqa: RUF022  (grouped by what they are for)
+    # Scopes and trees of authority
+    "Scope",
+    "ScopeSet",
+    "parse_scope",
+    "May",
+    "parse_may",
+    "contains",
+    "merge",
+    "narrow",
+    "closure",
+    "Call",
+    "Declarations",
+    "BUILT_IN_CALLS",
+    # Principals
+    "Principal",
+    "PRESETS",
+    "preset",
+    # Keys
+    "SigningKey",
+    "PublicKey",
+    "digest_of",
+    "jwks_of",
+    # Minting
+    "RootMinter",
+    "Delegator",
+    "SelfSigner",
+    # Verifying
+    "Verifier",
+    "Verified",
+    "Revocations",
+    "RevocationKind",
+    "AccessClaims",
+    "GrantClaims",
+    "TaskRef",
+    "Directory",
+    "DirectoryEntry",
+    "verify_service",
+    "verify_directory",
+    # Refusals
+    "CapabilityError",
+    "REASONS",
+]

@@ -1,0 +1,222 @@
+"""The rules by which the tokens of one bearer string prove each other. Pure: no key is used, no clock is read.
+
+A bearer string is the access token, then the grants that prove an issuer other than the orchestrator, root first,
+then the grant for the callee, if there is one. Links, order and length are fixed: hashes tie each part to the
+next, and a part that nothing ties is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from octollm.capability.jose import Jws, decode, pinned_root
+from octollm.capability.keys import PublicKey, digest_of
+from octollm.capability.may import May, contains, merge
+from octollm.capability.problems import CapabilityError
+from octollm.capability.tokens import (
+    MAX_ACCESS_SECONDS,
+    MAX_GRANT_SECONDS,
+    MAX_PARTS,
+    ROOT_ISSUER,
+    SEPARATOR,
+    SKEW_SECONDS,
+    AccessClaims,
+    Claims,
+    GrantClaims,
+    check_times,
+    read_access,
+    read_grant,
+)
+from octollm.contracts.services import service_of
+
+_C_co = TypeVar("_C_co", bound=Claims, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[_C_co]):
+    """One token of a bearer string: its text, the SHA-256 of it, and what it says; its signature is not checked."""
+
+    raw: str
+    digest: str
+    jws: Jws
+    claims: _C_co
+    embedded: PublicKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The parts of a bearer string, each in its place and tied to the next by hashes.
+
+    ``proofs`` are the grants that ``access`` was minted under, root first; ``own`` is the callee's.
+    """
+
+    access: Part[AccessClaims]
+    proofs: tuple[Part[GrantClaims], ...]
+    own: Part[GrantClaims] | None
+
+    @property
+    def parent(self) -> Part[GrantClaims] | None:
+        """Return the grant that access token and callee's grant were minted under; ``None``: a root minted them."""
+        return self.proofs[-1] if self.proofs else None
+
+    @property
+    def grants(self) -> tuple[Part[GrantClaims], ...]:
+        """Return the grants in the order of the bearer string."""
+        return self.proofs if self.own is None else (*self.proofs, self.own)
+
+    @property
+    def links(self) -> tuple[AccessClaims | GrantClaims, ...]:
+        """Return the claims of every part, in the order of the bearer string."""
+        return (self.access.claims, *(part.claims for part in self.grants))
+
+    def with_parents(self) -> list[tuple[Part[Claims], Part[GrantClaims] | None]]:
+        """Return every part with the one that proves its issuer, root first, the access token last."""
+        steps: list[tuple[Part[Claims], Part[GrantClaims] | None]] = []
+        parent: Part[GrantClaims] | None = None
+        for proof in self.proofs:
+            steps.append((proof, parent))
+            parent = proof
+        if self.own is not None:
+            steps.append((self.own, parent))
+        steps.append((self.access, parent))
+        return steps
+
+
+def split(bearer: str) -> list[str]:
+    """Return the tokens of a bearer string whose size is already bounded; raises ``CapabilityError`` for too many."""
+    tokens = bearer.split(SEPARATOR)
+    if len(tokens) > MAX_PARTS:
+        raise CapabilityError("too_many_parts")
+    return tokens
+
+
+def parse_access(raw: str) -> Part[AccessClaims]:
+    """Read an access token's form; raises ``CapabilityError`` with a reason among those of a malformed token."""
+    jws = decode(raw, "cap+jwt")
+    return Part(raw, digest_of(raw), jws, read_access(jws.claims), _embedded(jws))
+
+
+def parse_grant(raw: str) -> Part[GrantClaims]:
+    """Read a grant's form; raises ``CapabilityError`` with a reason among those of a malformed token."""
+    jws = decode(raw, "cap-grant+jwt")
+    return Part(raw, digest_of(raw), jws, read_grant(jws.claims), _embedded(jws))
+
+
+def _embedded(jws: Jws) -> PublicKey | None:
+    return None if jws.header.jwk is None else jws.embedded_key()
+
+
+def arrange(access: Part[AccessClaims], grants: Sequence[Part[GrantClaims]]) -> Chain:
+    """Put the parts in their places by ``gnt`` and ``prf``, from the access token to the root.
+
+    Raises ``CapabilityError``: ``grant_mismatch``, ``proof_mismatch``, or ``part_unused`` for one too many.
+    """
+    proofs = list(grants)
+    own: Part[GrantClaims] | None = None
+    if access.claims.gnt is not None:
+        if not proofs or proofs[-1].digest != access.claims.gnt:
+            raise CapabilityError("grant_mismatch")
+        own = proofs.pop()
+        if own.claims.prf != access.claims.prf:
+            raise CapabilityError("proof_mismatch")
+    expected = access.claims.prf
+    for proof in reversed(proofs):
+        if expected is None:
+            raise CapabilityError("part_unused")
+        if proof.digest != expected:
+            raise CapabilityError("proof_mismatch")
+        expected = proof.claims.prf
+    if expected is not None:
+        raise CapabilityError("proof_mismatch")
+    return Chain(access, tuple(proofs), own)
+
+
+def check_chain_times(chain: Chain, now: float) -> None:
+    """Check every link of ``chain`` at ``now`` as :func:`check_times` does, and each against its parent."""
+    for part, parent in chain.with_parents():
+        claims = part.claims
+        longest = MAX_GRANT_SECONDS if isinstance(claims, GrantClaims) else MAX_ACCESS_SECONDS
+        check_times(claims.exp, claims.nbf, claims.iat, now, longest)
+        if parent is not None:
+            if claims.exp > parent.claims.exp:
+                raise CapabilityError("outlives_parent")
+            # Two clocks may differ, but a child cannot be older than what it was made from.
+            if claims.iat < parent.claims.iat - SKEW_SECONDS:
+                raise CapabilityError("older_than_parent")
+
+
+def key_of(part: Part[Claims], parent: Part[GrantClaims] | None, roots: Mapping[str, PublicKey]) -> PublicKey:
+    """Return the only key that may have signed ``part``.
+
+    That is a pinned root, named by ``kid``, or the key that the parent grant confirms, brought along as ``jwk``.
+    Raises ``CapabilityError``: ``key_unexpected``, ``key_missing``, ``key_mismatch`` or ``root_unknown``.
+    """
+    header = part.jws.header
+    if parent is None:
+        return pinned_root(header, roots)
+    if header.kid is not None:
+        raise CapabilityError("key_unexpected")
+    if part.embedded is None:
+        raise CapabilityError("key_missing")
+    if part.embedded.thumbprint != parent.claims.cnf.jkt:
+        raise CapabilityError("key_mismatch")
+    return part.embedded
+
+
+def check_authority(chain: Chain, audience: str) -> None:
+    """Raise ``CapabilityError`` unless no link allows more than the one before it, and all are for one subject."""
+    access = chain.access.claims
+    if access.aud != audience:
+        raise CapabilityError("audience_wrong")
+    for part, parent in chain.with_parents():
+        claims = part.claims
+        if claims.iss != (ROOT_ISSUER if parent is None else parent.claims.aud):
+            raise CapabilityError("issuer_wrong")
+        _check_same_work(claims, access)
+        if isinstance(claims, GrantClaims) and not claims.may:
+            raise CapabilityError("may_empty")
+    for parent, child in zip(chain.proofs, chain.proofs[1:], strict=False):
+        # The access token that came with an inner grant is gone: what it can have allowed bounds the grant.
+        given = [below for scope, below in parent.claims.may.items() if service_of(scope.family) == child.claims.aud]
+        if not contains(_union(given), child.claims.may):
+            raise CapabilityError("may_exceeds_parent")
+    _check_access(chain)
+
+
+def _check_access(chain: Chain) -> None:
+    access = chain.access.claims
+    if any(service_of(scope.family) != access.aud for scope in access.scope):
+        raise CapabilityError("scope_foreign")
+    if chain.own is not None and chain.own.claims.aud != access.aud:
+        raise CapabilityError("audience_wrong")
+    if chain.parent is None:
+        return
+    given: list[May] = []
+    for scope in access.scope:
+        below = chain.parent.claims.may.below(scope)
+        if below is None:
+            raise CapabilityError("scope_exceeds_parent")
+        given.append(below)
+    if chain.own is not None and not contains(_union(given), chain.own.claims.may):
+        raise CapabilityError("may_exceeds_scope")
+
+
+def _check_same_work(claims: Claims, access: AccessClaims) -> None:
+    if (claims.sub, claims.cred, claims.tenant) != (access.sub, access.cred, access.tenant):
+        raise CapabilityError("subject_differs")
+    if (claims.task, claims.step, claims.attempt, claims.run) != (
+        access.task,
+        access.step,
+        access.attempt,
+        access.run,
+    ):
+        raise CapabilityError("task_differs")
+
+
+def _union(trees: Sequence[May]) -> May:
+    whole = May()
+    for tree in trees:
+        whole = merge(whole, tree)
+    return whole

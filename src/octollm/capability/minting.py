@@ -1,0 +1,274 @@
+"""Making tokens: at the root, and narrower ones under a grant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+from octollm.capability.jose import encode
+from octollm.capability.keys import SigningKey, digest_of
+from octollm.capability.may import May
+from octollm.capability.principals import Principal
+from octollm.capability.problems import CapabilityError
+from octollm.capability.scopes import Scope, ScopeSet
+from octollm.capability.service_tokens import (
+    MAX_DIRECTORY_SECONDS,
+    MAX_SERVICE_SECONDS,
+    DirectoryClaims,
+    DirectoryEntry,
+    ServiceClaims,
+    directory_to_json,
+    service_to_json,
+)
+from octollm.capability.tokens import (
+    MAX_ACCESS_SECONDS,
+    MAX_BEARER_CHARS,
+    MAX_GRANT_SECONDS,
+    MAX_PARTS,
+    ROOT_ISSUER,
+    SEPARATOR,
+    AccessClaims,
+    Confirmation,
+    GrantClaims,
+    TaskRef,
+    to_json,
+)
+from octollm.capability.verifying import Verified
+from octollm.clock import Clock, Ids
+from octollm.contracts.services import service_of
+
+CALL_SECONDS = 60.0
+"""The life of an access token that is made for one call."""
+
+
+class _Shared(TypedDict):
+    """The claims that every link of a chain has."""
+
+    iss: str
+    sub: str
+    cred: str
+    tenant: str
+    aud: str
+    exp: float
+    nbf: float
+    iat: float
+    jti: str
+    task: str | None
+    step: str | None
+    attempt: int | None
+    run: int | None
+    prf: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What the tokens of one minting have in common; ``now`` in seconds since the epoch."""
+
+    issuer: str
+    audience: str
+    principal: Principal
+    task: TaskRef | None
+    now: float
+    proof: str | None
+
+    def claims(self, jti: str, expires: float) -> _Shared:
+        """Return the claims of one of them, with times in milliseconds' steps."""
+        task = self.task
+        return {
+            "iss": self.issuer,
+            "sub": self.principal.sub,
+            "cred": self.principal.cred,
+            "tenant": self.principal.tenant,
+            "aud": self.audience,
+            "exp": _millis(expires),
+            "nbf": _millis(self.now),
+            "iat": _millis(self.now),
+            "jti": jti,
+            "task": None if task is None else task.task,
+            "step": None if task is None else task.step,
+            "attempt": None if task is None else task.attempt,
+            "run": None if task is None else task.run,
+            "prf": self.proof,
+        }
+
+
+class RootMinter:
+    """Mints what needs no proof but the orchestrator's own key."""
+
+    def __init__(self, root_key: SigningKey, clock: Clock, ids: Ids) -> None:
+        self._key = root_key
+        self._clock = clock
+        self._ids = ids
+
+    def access(
+        self,
+        principal: Principal,
+        aud: str,
+        scopes: ScopeSet | str,
+        lifetime: float = CALL_SECONDS,
+        *,
+        task: TaskRef | None = None,
+        may: May | None = None,
+        holder_jkt: str | None = None,
+        grant_lifetime: float = MAX_GRANT_SECONDS,
+        call: str | None = None,
+    ) -> str:
+        """Return a bearer string for ``aud``: an access token, with a grant of ``may`` unless that is empty.
+
+        ``lifetime`` of the access token is at most a day, ``grant_lifetime`` at most an hour (pass what is left of
+        the step), both in seconds. Raises ``CapabilityError``: ``holder_unknown`` if there is a ``may`` and no
+        thumbprint of who is to hold it, ``does_not_fit`` if the whole is too large for a bearer string,
+        ``misuse`` for arguments that no verifier would accept.
+        """
+        granted = scopes if isinstance(scopes, ScopeSet) else ScopeSet.parse(scopes)
+        _check_scopes(granted, aud)
+        _check_lifetime(lifetime, MAX_ACCESS_SECONDS)
+        now = self._clock.now()
+        terms = _Terms(ROOT_ISSUER, aud, principal, task, now, proof=None)
+        grant: str | None = None
+        if may:
+            if holder_jkt is None:
+                raise CapabilityError("holder_unknown", f"No key of {aud} is known, so it cannot be let call on.")
+            _check_lifetime(grant_lifetime, MAX_GRANT_SECONDS)
+            expires = now + grant_lifetime
+            grant = encode(
+                to_json(GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=may)),
+                "cap-grant+jwt",
+                self._key,
+                with_kid=True,
+            )
+        claims = AccessClaims(
+            **terms.claims(self._ids.hex(), now + lifetime),
+            scope=granted,
+            call=call,
+            gnt=None if grant is None else digest_of(grant),
+        )
+        access = encode(to_json(claims), "cap+jwt", self._key, with_kid=True)
+        return _join(access, () if grant is None else (grant,))
+
+    def directory(self, entries: Mapping[str, DirectoryEntry], lifetime: float = MAX_DIRECTORY_SECONDS) -> str:
+        """Return the signed directory (``dir+jwt``) of services: thumbprints and declared calls by name."""
+        _check_lifetime(lifetime, MAX_DIRECTORY_SECONDS)
+        now = self._clock.now()
+        claims = DirectoryClaims(
+            iss=ROOT_ISSUER,
+            exp=_millis(now + lifetime),
+            iat=_millis(now),
+            jti=self._ids.hex(),
+            services=dict(entries),
+        )
+        return encode(directory_to_json(claims), "dir+jwt", self._key, with_kid=True)
+
+
+class Delegator:
+    """Mints under the grants that the service ``name`` is sent. It has one key, or several while they rotate."""
+
+    def __init__(self, key: SigningKey | Iterable[SigningKey], name: str, clock: Clock, ids: Ids) -> None:
+        keys = (key,) if isinstance(key, SigningKey) else tuple(key)
+        self._keys = {own.thumbprint: own for own in keys}
+        self._name = name
+        self._clock = clock
+        self._ids = ids
+
+    def delegate(
+        self,
+        verified: Verified,
+        aud: str,
+        scope: str,
+        holder_jkt: str | None,
+        *,
+        lifetime: float = CALL_SECONDS,
+        call: str | None = None,
+    ) -> str:
+        """Return a bearer string for calling ``scope`` at ``aud`` on behalf of whom ``verified`` is for.
+
+        The callee is granted what stands under that entry of ``may``, if anything does and ``holder_jkt``, the
+        thumbprint of its key, is given; without it, the callee may not call on. Neither token outlives the grant
+        that it is made under. Raises ``CapabilityError``: ``grant_absent`` or ``not_in_may`` (code
+        ``authority_missing``) naming the scope, before anything is sent; ``expired`` if the grant is;
+        ``holder_unknown`` if it is for another key; ``does_not_fit`` if the chain is too long for a bearer string.
+        """
+        wanted = Scope(scope)
+        parent = verified.grant
+        if parent is None:
+            raise CapabilityError("grant_absent", f"{self._name} was given no authority to call {scope}.")
+        below = parent.may.below(wanted)
+        if below is None or service_of(wanted.family) != aud or parent.aud != self._name:
+            raise CapabilityError("not_in_may", f"{self._name} may not call {scope} at {aud} for this work.")
+        key = self._keys.get(parent.cnf.jkt)
+        if key is None:
+            raise CapabilityError(
+                "holder_unknown", f"The grant for calling {scope} is for another key of {self._name}."
+            )
+        now = self._clock.now()
+        if now >= parent.exp:
+            raise CapabilityError("expired", f"The authority to call {scope} has expired.")
+        _check_lifetime(lifetime, MAX_ACCESS_SECONDS)
+
+        terms = _Terms(self._name, aud, verified.principal, verified.task, now, digest_of(verified.grants[-1]))
+        grant: str | None = None
+        if below and holder_jkt is not None:
+            expires = min(now + MAX_GRANT_SECONDS, parent.exp)
+            grant = encode(
+                to_json(GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=below)),
+                "cap-grant+jwt",
+                key,
+                with_jwk=True,
+            )
+        claims = AccessClaims(
+            **terms.claims(self._ids.hex(), min(now + lifetime, parent.exp)),
+            scope=ScopeSet((wanted,)),
+            call=call,
+            gnt=None if grant is None else digest_of(grant),
+        )
+        access = encode(to_json(claims), "cap+jwt", key, with_jwk=True)
+        return _join(access, verified.grants if grant is None else (*verified.grants, grant))
+
+
+class SelfSigner:
+    """Signs for the service ``name`` when it speaks for itself."""
+
+    def __init__(self, key: SigningKey, name: str, clock: Clock, ids: Ids) -> None:
+        self._key = key
+        self._name = name
+        self._clock = clock
+        self._ids = ids
+
+    def svc_token(self, aud: str, lifetime: float = MAX_SERVICE_SECONDS) -> str:
+        """Return a ``svc+jwt`` for ``aud`` that lives at most a minute."""
+        _check_lifetime(lifetime, MAX_SERVICE_SECONDS)
+        now = self._clock.now()
+        claims = ServiceClaims(
+            iss=self._name,
+            sub=self._name,
+            aud=aud,
+            exp=_millis(now + lifetime),
+            iat=_millis(now),
+            jti=self._ids.hex(),
+        )
+        return encode(service_to_json(claims), "svc+jwt", self._key, with_kid=True, with_jwk=True)
+
+
+def _check_scopes(scopes: ScopeSet, aud: str) -> None:
+    if not len(scopes):
+        raise CapabilityError("misuse", "An access token needs a scope.")
+    for scope in scopes:
+        if service_of(scope.family) != aud:
+            raise CapabilityError("misuse", f"The scope {scope} is not one of {aud}.")
+
+
+def _check_lifetime(lifetime: float, longest: float) -> None:
+    if not 0 < lifetime <= longest:
+        raise CapabilityError("misuse", f"A token of this kind lives for up to {longest:.0f} seconds.")
+
+
+def _millis(seconds: float) -> float:
+    return round(seconds, 3)
+
+
+def _join(access: str, grants: tuple[str, ...]) -> str:
+    bearer = SEPARATOR.join((access, *grants))
+    if len(bearer) > MAX_BEARER_CHARS or 1 + len(grants) > MAX_PARTS:
+        raise CapabilityError("does_not_fit", "The authority to pass on does not fit in a bearer token.")
+    return bearer

@@ -1,0 +1,130 @@
+"""Scopes, and what it means for one to contain another.
+
+Grammar: ``<service>:<operation>[:<selector>…]``. A segment is one or more of ``a-z 0-9 . _ -``; ``*`` stands only
+as the whole last segment. A scope denotes a set of requests: ``a:b`` is ``a:b`` and everything that extends it,
+``a:b:*`` is everything that extends ``a:b`` by at least one segment, without ``a:b`` itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from octollm.capability.problems import CapabilityError
+from octollm.contracts.services import service_of
+
+MAX_SCOPE_CHARS = 256
+"""Characters of one scope."""
+MAX_SEGMENTS = 8
+"""Segments of one scope, the service included."""
+MAX_SCOPES = 256
+"""Scopes of one set."""
+MAX_SET_CHARS = 8_192
+"""Characters of the text of one set."""
+
+_SEGMENT = r"[a-z0-9._-]+"
+_GRAMMAR = re.compile(rf"{_SEGMENT}(?::{_SEGMENT})*:(?:{_SEGMENT}|\*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """One well-formed scope. Raises ``CapabilityError`` (``scope_malformed``) for any other text."""
+
+    text: str
+    _prefix: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        text = self.text
+        if len(text) > MAX_SCOPE_CHARS or text.count(":") >= MAX_SEGMENTS or _GRAMMAR.fullmatch(text) is None:
+            raise CapabilityError("scope_malformed")
+        # No segment holds a colon, so a prefix of text that ends in one is a prefix of whole segments.
+        object.__setattr__(self, "_prefix", text[:-1] if text.endswith("*") else text + ":")
+
+    @property
+    def family(self) -> str:
+        """Return the first segment: the service, or a family that a service owns."""
+        return self.text.partition(":")[0]
+
+    @property
+    def operation(self) -> str:
+        """Return the first two segments, e.g. ``files:read`` of ``files:read:0a1b``."""
+        return ":".join(self.text.split(":", 2)[:2])
+
+    def contains(self, other: Scope) -> bool:
+        """Return whether every request that ``other`` allows is allowed by this scope."""
+        return other.text == self.text or other.text.startswith(self._prefix)
+
+    def meet(self, other: Scope) -> Scope | None:
+        """Return the scope of what both allow, or ``None``; of two scopes that overlap one contains the other."""
+        if self.contains(other):
+            return other
+        return self if other.contains(self) else None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_scope(text: str) -> Scope:
+    """Return the scope that ``text`` is; raises ``CapabilityError`` (``scope_malformed``), never mends it."""
+    return Scope(text)
+
+
+class ScopeSet:
+    """An immutable set of scopes. It allows what any of its members allows; the empty set allows nothing.
+
+    Two sets are equal when they have the same members. The text keeps the order in which they came.
+    """
+
+    __slots__ = ("_scopes",)
+
+    def __init__(self, scopes: Iterable[Scope] = ()) -> None:
+        self._scopes = tuple(dict.fromkeys(scopes))
+
+    @classmethod
+    def parse(cls, text: str) -> ScopeSet:
+        """Read scopes separated by single spaces (RFC 6749 section 3.3); the empty text is the empty set.
+
+        Raises ``CapabilityError`` (``scope_malformed``) if any of them is malformed, or there are too many.
+        """
+        if text == "":
+            return cls()
+        if len(text) > MAX_SET_CHARS or text.count(" ") >= MAX_SCOPES:
+            raise CapabilityError("scope_malformed")
+        return cls(Scope(part) for part in text.split(" "))
+
+    def allows(self, required: str | Scope) -> bool:
+        """Return whether one member contains ``required``. A malformed ``required`` raises, it is never allowed."""
+        scope = required if isinstance(required, Scope) else Scope(required)
+        return any(own.contains(scope) for own in self._scopes)
+
+    def intersection(self, other: ScopeSet) -> ScopeSet:
+        """Return the scopes of what both sets allow."""
+        met = (mine.meet(theirs) for mine in self._scopes for theirs in other._scopes)
+        return ScopeSet(scope for scope in met if scope is not None)
+
+    def owned_by(self, service: str) -> ScopeSet:
+        """Return the members that a token for ``service`` may carry: those of families that it owns."""
+        return ScopeSet(scope for scope in self._scopes if service_of(scope.family) == service)
+
+    def narrower_or_equal(self, other: ScopeSet) -> bool:
+        """Return whether ``other`` allows everything that this set allows."""
+        return all(other.allows(scope) for scope in self._scopes)
+
+    def __iter__(self) -> Iterator[Scope]:
+        return iter(self._scopes)
+
+    def __len__(self) -> int:
+        return len(self._scopes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ScopeSet) and set(self._scopes) == set(other._scopes)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._scopes))
+
+    def __str__(self) -> str:
+        return " ".join(scope.text for scope in self._scopes)
+
+    def __repr__(self) -> str:
+        return f"ScopeSet({str(self)!r})"

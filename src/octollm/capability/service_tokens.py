@@ -1,0 +1,149 @@
+"""Services that speak for themselves, and the signed directory in which their keys are found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from octollm.capability.jose import Thumbprint, decode, pinned_root
+from octollm.capability.keys import PublicKey
+from octollm.capability.may import Call
+from octollm.capability.problems import CapabilityError
+from octollm.capability.scopes import MAX_SCOPE_CHARS, Scope
+from octollm.capability.tokens import ROOT_ISSUER, Name, Seconds, ServiceName, check_times
+from octollm.clock import Clock
+
+MAX_SERVICE_SECONDS = 60.0
+"""The longest life of a ``svc+jwt``."""
+MAX_DIRECTORY_SECONDS = 300.0
+"""The longest life of a directory: how long a key that was taken out of it may still be believed."""
+MAX_SERVICE_CHARS = 2_048
+"""Characters of a ``svc+jwt``."""
+MAX_DIRECTORY_CHARS = 1_048_576
+"""Characters of a directory."""
+_MAX_DIRECTORY_BRACKETS = 50_000
+
+_ScopeText = Annotated[str, Meta(max_length=MAX_SCOPE_CHARS)]
+
+
+class DirectoryEntry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What is known of a service: the thumbprints of its keys, and the declared calls of its operations."""
+
+    jkts: Annotated[tuple[Thumbprint, ...], Meta(max_length=16)]
+    calls: dict[_ScopeText, tuple[Call, ...]] = {}
+
+
+Directory = Mapping[str, DirectoryEntry]
+"""The registered services by name."""
+
+
+class ServiceClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``svc+jwt``: the service ``iss``, which is also ``sub``, speaks to ``aud``."""
+
+    iss: ServiceName
+    sub: ServiceName
+    aud: ServiceName
+    exp: Seconds
+    iat: Seconds
+    jti: Name
+
+
+class DirectoryClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``dir+jwt``: the orchestrator says which services there are."""
+
+    iss: ServiceName
+    exp: Seconds
+    iat: Seconds
+    jti: Name
+    services: dict[ServiceName, DirectoryEntry]
+
+
+def service_to_json(claims: ServiceClaims) -> bytes:
+    """Return the payload of a ``svc+jwt``; raises ``CapabilityError`` (``misuse``) if no verifier would take it."""
+    return _to_json(claims, ServiceClaims)
+
+
+def directory_to_json(claims: DirectoryClaims) -> bytes:
+    """Return the payload of a ``dir+jwt``; raises ``CapabilityError`` (``misuse``) if no verifier would take it."""
+    _check_calls(claims.services)
+    return _to_json(claims, DirectoryClaims)
+
+
+def verify_service(token: str | None, aud: str, directory: Directory, clock: Clock) -> str:
+    """Return the name of the service that speaks to ``aud``, by a ``svc+jwt`` that one of its known keys signed.
+
+    The token brings its key as ``jwk``; that is used only if ``directory`` lists its thumbprint under the name
+    that the token claims. Raises ``CapabilityError`` with the codes of :meth:`Verifier.verify`.
+    """
+    if not token:
+        raise CapabilityError("bearer_missing")
+    if len(token) > MAX_SERVICE_CHARS:
+        raise CapabilityError("bearer_too_large")
+    jws = decode(token, "svc+jwt")
+    claims = _read(jws.claims, ServiceClaims)
+    key = jws.embedded_key()
+    if claims.iss != claims.sub:
+        raise CapabilityError("issuer_wrong")
+    entry = directory.get(claims.iss)
+    if entry is None:
+        raise CapabilityError("service_unknown")
+    if key.thumbprint != jws.header.kid or key.thumbprint not in entry.jkts:
+        raise CapabilityError("key_mismatch")
+    check_times(claims.exp, claims.iat, claims.iat, clock.now(), MAX_SERVICE_SECONDS)
+    jws.check_signature(key)
+    if claims.aud != aud:
+        raise CapabilityError("audience_wrong")
+    return claims.iss
+
+
+def verify_directory(token: str | None, roots: Mapping[str, PublicKey], clock: Clock) -> Directory:
+    """Return the directory that a pinned root signed.
+
+    Raises ``CapabilityError`` with the codes of :meth:`Verifier.verify`.
+    """
+    if not token:
+        raise CapabilityError("bearer_missing")
+    if len(token) > MAX_DIRECTORY_CHARS:
+        raise CapabilityError("bearer_too_large")
+    jws = decode(token, "dir+jwt", max_brackets=_MAX_DIRECTORY_BRACKETS)
+    root = pinned_root(jws.header, roots)
+    jws.check_signature(root)
+    claims = _read(jws.claims, DirectoryClaims)
+    if claims.iss != ROOT_ISSUER:
+        raise CapabilityError("issuer_wrong")
+    check_times(claims.exp, claims.iat, claims.iat, clock.now(), MAX_DIRECTORY_SECONDS)
+    try:
+        _check_calls(claims.services)
+    except CapabilityError:
+        raise CapabilityError("claims_malformed") from None
+    return claims.services
+
+
+def _check_calls(services: Directory) -> None:
+    for entry in services.values():
+        for operation, calls in entry.calls.items():
+            Scope(operation)
+            for call in calls:
+                Scope(call.scope)
+
+
+_C = TypeVar("_C", ServiceClaims, DirectoryClaims)
+
+
+def _read(claims: object, kind: type[_C]) -> _C:
+    try:
+        return msgspec.convert(claims, kind)
+    except msgspec.ValidationError as exc:
+        raise CapabilityError("claims_malformed") from exc
+
+
+def _to_json(claims: _C, kind: type[_C]) -> bytes:
+    plain = msgspec.to_builtins(claims)
+    try:
+        _read(plain, kind)
+    except CapabilityError as exc:
+        raise CapabilityError("misuse", "A claim of the token to be made is malformed.") from exc
+    return msgspec.json.encode(plain)

@@ -1,0 +1,187 @@
+"""The claims of access tokens and grants, and their form on the wire.
+
+An access token lets its bearer call one service and can never be passed on. A grant lets one named service, which
+must prove its key, mint narrower access tokens and grants; without that key it is worth nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from octollm.capability.jose import Thumbprint
+from octollm.capability.may import May, parse_may
+from octollm.capability.principals import Principal
+from octollm.capability.problems import CapabilityError
+from octollm.capability.scopes import ScopeSet
+
+MAX_BEARER_CHARS = 16_384
+"""Characters of a whole bearer string; checked before anything else is done with it."""
+MAX_PARTS = 8
+"""Tokens of a bearer string."""
+SEPARATOR = "~"
+"""Joins the tokens of a bearer string; RFC 6750 section 2.1 allows it in a bearer token."""
+SKEW_SECONDS = 30.0
+"""How far two clocks may be apart."""
+MAX_GRANT_SECONDS = 3_600.0
+"""The longest life of a grant."""
+MAX_ACCESS_SECONDS = 86_400.0
+"""The longest life of an access token, and so of a revocation."""
+
+_ROUNDING_SECONDS = 0.01
+"""Times are rounded to milliseconds when they are minted."""
+
+ROOT_ISSUER = "orchestrator"
+"""The only service whose tokens need no grant to prove them."""
+
+Identifier = Annotated[str, Meta(pattern=r"\A[!-~]{1,255}\Z")]
+"""Printable ASCII without spaces."""
+ServiceName = Annotated[str, Meta(pattern=r"\A[a-z0-9._-]{1,64}\Z")]
+Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,128}\Z")]
+Seconds = Annotated[float, Meta(ge=0, le=253_402_300_799)]
+"""NumericDate (RFC 7519 section 2): seconds since the epoch, up to the year 9999, here with milliseconds."""
+Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+
+
+class TaskRef(msgspec.Struct, frozen=True):
+    """The work that a token is for. ``run`` is the fence of the worker that holds the task.
+
+    ``step`` and ``attempt`` are absent for work that is no step, such as planning.
+    """
+
+    task: str
+    step: str | None = None
+    attempt: int | None = None
+    run: int | None = None
+
+
+class Confirmation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``cnf`` (RFC 7800): the thumbprint of the key that the holder of a grant must prove."""
+
+    jkt: Thumbprint
+
+
+class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What every link of a chain says. Times in seconds since the epoch.
+
+    ``prf`` is the SHA-256 of the grant that a token was minted under, absent when the orchestrator minted it.
+    """
+
+    iss: ServiceName
+    sub: Identifier
+    cred: Identifier
+    tenant: Identifier
+    aud: ServiceName
+    exp: Seconds
+    nbf: Seconds
+    iat: Seconds
+    jti: Name
+    task: Name | None = None
+    step: Name | None = None
+    attempt: Count | None = None
+    run: Count | None = None
+    prf: Thumbprint | None = None
+
+    @property
+    def principal(self) -> Principal:
+        """Return whom the work is for."""
+        return Principal(self.sub, self.cred, self.tenant)
+
+    @property
+    def work(self) -> TaskRef | None:
+        """Return which work this is for; ``None`` for a caller who stands at the door with no task yet."""
+        return None if self.task is None else TaskRef(self.task, self.step, self.attempt, self.run)
+
+
+class AccessClaims(Claims, frozen=True):
+    """``cap+jwt``: its bearer may call ``scope`` at ``aud``.
+
+    ``call`` is the digest of the call being served, for nested idempotency keys; ``gnt`` the SHA-256 of the grant
+    sent with it.
+    """
+
+    scope: ScopeSet
+    call: Name | None = None
+    gnt: Thumbprint | None = None
+
+
+class GrantClaims(Claims, frozen=True):
+    """``cap-grant+jwt``: ``aud``, with the key of ``cnf``, may mint what ``may`` allows."""
+
+    cnf: Confirmation
+    may: May
+
+
+def read_access(claims: object) -> AccessClaims:
+    """Read the claims of an access token; raises ``CapabilityError`` (``claims_malformed``)."""
+    access = _read(claims, AccessClaims)
+    if not len(access.scope):
+        raise CapabilityError("claims_malformed")
+    return access
+
+
+def read_grant(claims: object) -> GrantClaims:
+    """Read the claims of a grant; raises ``CapabilityError`` (``claims_malformed``)."""
+    return _read(claims, GrantClaims)
+
+
+def check_times(exp: float, nbf: float, iat: float, now: float, longest: float) -> None:
+    """Raise ``CapabilityError`` unless a token is valid at ``now`` and lives at most ``longest`` seconds.
+
+    :data:`SKEW_SECONDS` are forgiven either way; at ``exp`` itself a token is no longer valid (RFC 7519).
+    """
+    if now - SKEW_SECONDS >= exp:
+        raise CapabilityError("expired")
+    if nbf - SKEW_SECONDS > now:
+        raise CapabilityError("not_yet_valid")
+    if iat - SKEW_SECONDS > now:
+        raise CapabilityError("issued_in_future")
+    if exp - iat > longest + _ROUNDING_SECONDS:
+        raise CapabilityError("lives_too_long")
+
+
+def to_json(claims: Claims) -> bytes:
+    """Return the payload of a token.
+
+    What is minted here is first read back, so that nothing leaves that a verifier would call malformed: then
+    ``CapabilityError`` (``misuse``) is raised.
+    """
+    plain = msgspec.to_builtins(claims, enc_hook=_to_plain)
+    try:
+        _read(plain, type(claims))
+    except CapabilityError as exc:
+        raise CapabilityError("misuse", "A claim of the token to be made is malformed.") from exc
+    return msgspec.json.encode(plain)
+
+
+_C = TypeVar("_C", bound=Claims)
+
+
+def _read(claims: object, kind: type[_C]) -> _C:
+    try:
+        found = msgspec.convert(claims, kind, dec_hook=_from_plain)
+    except (msgspec.ValidationError, CapabilityError) as exc:
+        raise CapabilityError("claims_malformed") from exc
+    if found.task is None and (found.step, found.attempt, found.run) != (None, None, None):
+        raise CapabilityError("claims_malformed")
+    if found.step is None and found.attempt is not None:
+        raise CapabilityError("claims_malformed")
+    return found
+
+
+def _to_plain(value: Any) -> object:
+    if isinstance(value, ScopeSet):
+        return str(value)
+    if isinstance(value, May):
+        return value.to_object()
+    raise NotImplementedError(f"{type(value).__name__} is not a claim")
+
+
+def _from_plain(kind: type, value: Any) -> object:
+    if kind is ScopeSet and isinstance(value, str):
+        return ScopeSet.parse(value)
+    if kind is May:
+        return parse_may(value)
+    raise CapabilityError("claims_malformed")

@@ -1,0 +1,110 @@
+"""Every command and its options. What a command does is in a module of its own, imported when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octollm import __version__
+from octollm.cli.app_admin import keys_app, models_app, token_app
+from octollm.cli.app_tasks import events_app, task_app
+
+DEMO_GOAL = "Write a Python function is_palindrome(text) with tests"
+"""What `octollm demo` asks for when it is given nothing else."""
+
+app = typer.Typer(
+    name="octollm",
+    help="Run a team of LLM agents as secure, observable services.\n\n"
+    "Start one installation with [bold]octollm up[/], give it goals with [bold]octollm run[/].",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. "
+    "Settings are environment variables OCTOLLM_*: see `octollm config`.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(task_app, rich_help_panel="Tasks")
+app.add_typer(events_app, rich_help_panel="Tasks")
+app.add_typer(models_app, rich_help_panel="Installation")
+app.add_typer(keys_app, rich_help_panel="Access")
+app.add_typer(token_app, rich_help_panel="Access")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"octollm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
+
+
+@app.command(rich_help_panel="Start")
+def demo(
+    goal: Annotated[str, typer.Argument(help="What the team is to do.")] = DEMO_GOAL,
+) -> None:
+    """Start everything in this process, do one goal live, save the result, and stop."""
+    from octollm.cli.commands import demo_command  # noqa: PLC0415
+
+    raise typer.Exit(demo_command(goal))
+
+
+@app.command(rich_help_panel="Start")
+def up() -> None:
+    """Run every service on this machine until Ctrl-C."""
+    from octollm.cli.commands import up_command  # noqa: PLC0415
+
+    raise typer.Exit(up_command())
+
+
+@app.command(rich_help_panel="Tasks")
+def run(
+    goal: Annotated[str, typer.Argument(help="What the team is to do.", metavar="GOAL")],
+    file: Annotated[
+        list[Path] | None,
+        typer.Option("--file", "-f", help="A file that the goal is about; may be given several times.", metavar="PATH"),
+    ] = None,
+    criterion: Annotated[
+        list[str] | None,
+        typer.Option("--criterion", "-c", help="What the result has to satisfy; may be given several times."),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens that the task may use.", min=1)] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds that the task may take.", min=1)] = None,
+    max_cost: Annotated[float | None, typer.Option(help="US dollars that the task may cost.", min=0)] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object to standard output, and the rest to standard error.")
+    ] = False,
+) -> None:
+    """Give a goal to the installation that runs, watch it live, and save the result to ./octollm-results."""
+    from octollm.cli.commands import run_goal_command  # noqa: PLC0415
+    from octollm.contracts.task import Budget  # noqa: PLC0415
+
+    budget = Budget(max_tokens=max_tokens, max_cost_usd=max_cost, max_time_seconds=max_seconds)
+    raise typer.Exit(run_goal_command(goal, file or [], criterion or [], budget, as_json=as_json))
+
+
+@app.command(rich_help_panel="Tasks")
+def watch(task_id: Annotated[str, typer.Argument(help="The task's id.")]) -> None:
+    """Follow a task live, from its beginning; Ctrl-C leaves it running."""
+    from octollm.cli.commands import watch_command  # noqa: PLC0415
+
+    raise typer.Exit(watch_command(task_id))
+
+
+@app.command(rich_help_panel="Installation")
+def config(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show every setting: its value (secrets masked), and where it comes from."""
+    from octollm.cli.config_view import config_command  # noqa: PLC0415
+
+    raise typer.Exit(config_command(as_json=as_json))

@@ -1,0 +1,75 @@
+"""The commands on models, API keys and tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+models_app = typer.Typer(name="models", help="Fetch and list the embedded models.", no_args_is_help=True)
+keys_app = typer.Typer(name="keys", help="Make, list and revoke API keys.", no_args_is_help=True)
+token_app = typer.Typer(name="token", help="Make tokens for direct calls.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@models_app.command("pull")
+def pull(
+    name: Annotated[str | None, typer.Argument(help="A name of `octollm models list`; else the smallest.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Take the model from this file, not the network.", metavar="PATH"),
+    ] = None,
+) -> None:
+    """Fetch an embedded model into the cache; what was fetched before an interruption is kept."""
+    from octollm.cli.model_views import pull_command  # noqa: PLC0415
+
+    raise typer.Exit(pull_command(name, source))
+
+
+@models_app.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """List the embedded models: which are here, and which one is used."""
+    from octollm.cli.model_views import list_command  # noqa: PLC0415
+
+    raise typer.Exit(list_command(as_json=as_json))
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[str, typer.Option(help="Presets (user, admin) and scopes, separated by spaces.")] = "user",
+) -> None:
+    """Make an API key and print its secret, this once."""
+    from octollm.cli.key_views import create_command  # noqa: PLC0415
+
+    raise typer.Exit(create_command(name, scope))
+
+
+@keys_app.command("list")
+def list_keys(as_json: AsJson = False) -> None:
+    """List API keys, without their secrets."""
+    from octollm.cli.key_views import list_command  # noqa: PLC0415
+
+    raise typer.Exit(list_command(as_json=as_json))
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The key's id, from `octollm keys list`.")]) -> None:
+    """Revoke an API key; its tokens end with it."""
+    from octollm.cli.key_views import revoke_command  # noqa: PLC0415
+
+    raise typer.Exit(revoke_command(key_id))
+
+
+@token_app.command("mint")
+def mint(
+    scope: Annotated[str, typer.Option(help='Scopes, separated by spaces, e.g. "coder:execute".')],
+    aud: Annotated[str, typer.Option(help="The one service that takes the token, e.g. coder.", metavar="SERVICE")],
+    lifetime: Annotated[int, typer.Option(help="Seconds until it ends.", min=1, max=3600)] = 3600,
+) -> None:
+    """Print a token for direct calls to one service, and nothing else."""
+    from octollm.cli.key_views import mint_command  # noqa: PLC0415
+
+    raise typer.Exit(mint_command(scope, aud, lifetime))

@@ -1,0 +1,62 @@
+"""`octollm config`: what is set, to what, and from where."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+from rich.text import Text
+
+from octollm.cli.environment import command_settings
+from octollm.cli.exits import EXIT_DONE
+from octollm.cli.running import run_command
+from octollm.cli.terminal import output
+from octollm.config import PREFIX, SPECS
+from octollm.contracts.services import SERVICES
+from octollm.telemetry.masking import MASK, mask_text
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One setting. ``source`` is ``environment`` or ``default``."""
+
+    name: str
+    value: str
+    source: str
+    meaning: str
+
+
+def rows_of() -> list[Row]:
+    """Return every setting with its value, secrets masked."""
+    rows: list[Row] = []
+    for spec in SPECS.values():
+        name = PREFIX + spec.name
+        given = os.environ.get(name, "")
+        value = given or spec.default
+        # A secret's default is none: it may be shown.
+        shown = (MASK if spec.secret and given and "://" not in given else mask_text(value)) or "(none)"
+        rows.append(Row(name, shown, "environment" if given else "default", spec.meaning))
+    for service in SERVICES:
+        name = f"{PREFIX}{service.upper()}_URL"
+        given = os.environ.get(name, "")
+        if given:
+            rows.append(Row(name, mask_text(given), "environment", f"Where {service} answers."))
+    return rows
+
+
+def config_command(*, as_json: bool) -> int:
+    """Print every setting. A wrong one is refused, as at a start."""
+
+    async def work() -> int:
+        command_settings()
+        rows = rows_of()
+        if as_json:
+            print(msgspec.json.encode(rows).decode())
+            return EXIT_DONE
+        console = output()
+        for row in rows:
+            source = ("", "") if row.source == "default" else (f"  from the {row.source}", "octo.good")
+            console.print(Text.assemble((row.name, "octo.title"), f" = {row.value}", source))
+            console.print(Text(f"    {row.meaning.replace('`', '')}", "octo.quiet"))
+        return EXIT_DONE
+
+    return run_command(work)

@@ -1,0 +1,96 @@
+"""The embedded model's file: brought to this machine before anything needs it, with a progress bar."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.text import Text
+
+from octollm.config import Settings
+from octollm.errors import OctoError
+from octollm.llm.cache import ModelCache
+from octollm.llm.catalogue import SMALLEST, ModelEntry, entry_named
+from octollm.llm.fetch import fetch_model
+from octollm.llm.fetch_options import FetchOptions
+
+_STEP = 20
+"""Without a terminal, a line for every so many percent."""
+
+
+def wanted_entry(settings: Settings, cache: ModelCache) -> ModelEntry | None:
+    """Return the embedded model that the settings ask for; ``None`` when they ask for a provider's."""
+    kind, _, name = settings.model.partition(":")
+    if kind != "embedded":
+        return None
+    return entry_named(name) if name else cache.largest() or SMALLEST
+
+
+async def ensure_model(settings: Settings, console: Console) -> ModelEntry | None:
+    """See to it that the model of the settings is on this machine.
+
+    Raises ``no_model`` when the part that runs it is not installed, and ``model_download_failed``.
+    """
+    cache = ModelCache(settings.model_cache)
+    entry = wanted_entry(settings, cache)
+    if entry is None:
+        return None
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise OctoError(
+            "The embedded model needs a part that is not installed: `pip install 'octollm[local]'`. Or use a"
+            " provider: OCTOLLM_MODEL=openai:NAME, with OCTOLLM_MODEL_URL and OCTOLLM_MODEL_API_KEY.",
+            code="no_model",
+        )
+    await fetch_with_bar(entry, cache, console, FetchOptions())
+    return entry
+
+
+async def fetch_with_bar(entry: ModelEntry, cache: ModelCache, console: Console, options: FetchOptions) -> None:
+    """Fetch a model unless it is there, showing how far it is. One that is damaged is told and fetched again."""
+    if cache.has(entry) and options.path is None:
+        try:
+            await cache.verified(entry)
+        except OctoError as error:
+            if error.code != "model_damaged":
+                raise
+            console.print(Text(f"      {error.detail.partition(' Delete it')[0]} It is fetched again.", "octo.warn"))
+        else:
+            return
+    console.print(
+        Text.assemble(("Model ", "octo.title"), f"{entry.title}, {entry.size / 1e6:,.0f} MB, once, into {cache.root}")
+    )
+    if not console.is_terminal:
+        await fetch_model(entry, cache, _Lines(console), options)
+    else:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as progress:
+            bar = progress.add_task("looking for it", total=entry.size)
+
+            def show(done: int, total: int, source: str) -> None:
+                progress.update(bar, completed=done, total=total, description=source)
+
+            await fetch_model(entry, cache, show, options)
+    console.print(Text("      its SHA-256 is right", "octo.quiet"))
+
+
+class _Lines:
+    """Progress where there is no terminal: a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next = 0
+
+    def __call__(self, done: int, total: int, source: str) -> None:
+        """Print a line at every 20 percent."""
+        percent = 100 * done // max(total, 1)
+        if percent >= self._next:
+            self._next = percent - percent % _STEP + _STEP
+            self._console.print(Text(f"      {percent:3d} % from {source}"))

@@ -1,0 +1,87 @@
+"""Running a command's work: an event loop, signals, and an end that comes in any case."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from octollm.cli.exits import EXIT_INTERRUPTED, exit_code_of
+from octollm.cli.terminal import show_error
+from octollm.errors import OctoError
+
+LAST_RESORT_SECONDS = 2.8
+"""After a signal the process ends within this time, whatever still runs."""
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Interrupt:
+    """Turns the first signal into a cancellation, and sees to it that the process ends soon after."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[int] | None = None
+        self.happened = False
+        self._timer = threading.Timer(LAST_RESORT_SECONDS, _end_now)
+        self._timer.daemon = True
+
+    def signalled(self) -> None:
+        """Cancel the work; on the second signal, end at once."""
+        if self.happened:
+            _end_now()
+        self.happened = True
+        self._timer.start()
+        if self.task is not None:
+            self.task.cancel()
+
+    def over(self) -> None:
+        """Note that the work has ended by itself, with its threads."""
+        self._timer.cancel()
+        if self._timer.is_alive():
+            self._timer.join()
+
+
+def _end_now() -> None:
+    """End the process without waiting for anything. Children notice by their closed pipes."""
+    os._exit(EXIT_INTERRUPTED)
+
+
+async def _interruptible(work: Callable[[], Coroutine[Any, Any, int]], interrupt: Interrupt) -> int:
+    loop = asyncio.get_running_loop()
+    task = interrupt.task = asyncio.create_task(work(), name="command")
+    for number in _SIGNALS:
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # a platform or thread without them
+            loop.add_signal_handler(number, interrupt.signalled)
+    try:
+        return await task
+    except BaseException:
+        # What an interrupted piece of work dies of is not what the user has to hear.
+        if interrupt.happened:
+            return EXIT_INTERRUPTED
+        raise
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    if sys.platform == "win32":
+        return asyncio.new_event_loop()
+    import uvloop  # noqa: PLC0415  not there on every platform
+
+    return uvloop.new_event_loop()
+
+
+def run_command(work: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Run ``work`` and return its exit code; a failure is printed, a signal stops it in under 3 s."""
+    interrupt = Interrupt()
+    try:
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            return runner.run(_interruptible(work, interrupt))
+    except OctoError as error:
+        show_error(error)
+        return exit_code_of(error)
+    finally:
+        interrupt.over()

@@ -1,0 +1,236 @@
+"""All settings: environment variables ``OCTOLLM_*``, read here and nowhere else.
+
+A wrong one is refused with its name, its value (secrets masked) and what would be right.
+``docs/settings.md`` has a heading for each.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from octollm.errors import SettingError
+
+PREFIX = "OCTOLLM_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of one process, already checked."""
+
+    home: Path
+    model: str
+    model_url: str | None
+    model_api_key: str | None
+    model_cache: Path
+    model_context: int
+    redis_url: str
+    local_trust: bool
+    host: str
+    port_shift: int
+    allowed_hosts: tuple[str, ...]
+    rate_limit: str
+    max_tokens: int
+    max_time_seconds: float
+    sandbox: Literal["auto", "bubblewrap", "wasi"]
+    log_level: str
+    url: str | None
+    api_key: str | None
+    service_urls: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How one variable is read: ``parse`` raises ``ValueError`` with what would be right."""
+
+    name: str
+    default: str
+    meaning: str
+    parse: Callable[[str], object]
+    secret: bool = False
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _optional(value: str) -> str | None:
+    return value or None
+
+
+def _path(value: str) -> Path:
+    return Path(value).expanduser().absolute()
+
+
+def _url(*schemes: str) -> Callable[[str], str | None]:
+    def parse(value: str) -> str | None:
+        if not value:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in schemes or not (parts.netloc or parts.scheme == "memory"):
+            raise ValueError(f"a URL that begins with {' or '.join(s + '://' for s in schemes)}")
+        return value.rstrip("/")
+
+    return parse
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not value.lstrip("-").isdigit() or not low <= int(value) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise ValueError(f"a number of seconds from {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return value
+
+    return parse
+
+
+def _switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError("on or off")
+    return value == "on"
+
+
+def _model(value: str) -> str:
+    if value == "embedded" or (value.startswith(("embedded:", "openai:")) and value.partition(":")[2]):
+        return value
+    raise ValueError("embedded, embedded:NAME or openai:NAME")
+
+
+def _rate(value: str) -> str:
+    count, slash, unit = value.partition("/")
+    if not (slash and count.isdigit() and int(count) > 0 and unit in ("second", "minute", "hour")):
+        raise ValueError("COUNT/second, COUNT/minute or COUNT/hour, e.g. 120/minute")
+    return value
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(part.strip().lower() for part in value.split(",") if part.strip())
+
+
+SPECS: dict[str, Spec] = {
+    "home": Spec("HOME", "~/.octollm", "Folder of data, keys and logs of one installation.", _path),
+    "model": Spec(
+        "MODEL",
+        "embedded",
+        "`embedded` (the largest catalogue model in the cache), `embedded:NAME`, or `openai:NAME`.",
+        _model,
+    ),
+    "model_url": Spec(
+        "MODEL_URL",
+        "",
+        "Base URL of an OpenAI-compatible server, for `openai:NAME`; empty is the provider's own.",
+        _url("http", "https"),
+    ),
+    "model_api_key": Spec("MODEL_API_KEY", "", "Key for that server.", _optional, secret=True),
+    "model_cache": Spec(
+        "MODEL_CACHE", "~/.cache/octollm/models", "Folder of embedded models, shared by installations.", _path
+    ),
+    "model_context": Spec("MODEL_CONTEXT", "8192", "Context of the embedded model in tokens.", _integer(1024, 32768)),
+    "redis_url": Spec(
+        "REDIS_URL",
+        "memory://octollm",
+        "Redis for events, live text and the queue; `memory://` is one inside the process.",
+        _url("redis", "rediss", "memory"),
+        secret=True,
+    ),
+    "local_trust": Spec(
+        "LOCAL_TRUST",
+        "on",
+        "`on`: a client on this machine's loopback counts as the local user. `off` where others log in.",
+        _switch,
+    ),
+    "host": Spec("HOST", "127.0.0.1", "Address that the services listen on.", _text),
+    "port_shift": Spec("PORT_SHIFT", "0", "Added to every service's port.", _integer(0, 50000)),
+    "allowed_hosts": Spec(
+        "ALLOWED_HOSTS",
+        "",
+        "Further host names by which the public door is reached, comma-separated.",
+        _names,
+    ),
+    "rate_limit": Spec("RATE_LIMIT", "600/minute", "Requests per key at the public door.", _rate),
+    "max_tokens": Spec("MAX_TOKENS", "20000", "A task's tokens when it names no budget.", _integer(1, 100_000_000)),
+    "max_time_seconds": Spec("MAX_TIME_SECONDS", "900", "A task's wall time when it names none.", _seconds(1, 3600)),
+    "sandbox": Spec(
+        "SANDBOX",
+        "auto",
+        "What runs code: `auto`, `bubblewrap` or `wasi`.",
+        _choice("auto", "bubblewrap", "wasi"),
+    ),
+    "log_level": Spec("LOG_LEVEL", "info", "Least level that is logged.", _choice("debug", "info", "warning", "error")),
+    "url": Spec(
+        "URL",
+        "",
+        "Public door that the command line talks to; empty is this machine's.",
+        _url("http", "https"),
+    ),
+    "api_key": Spec("API_KEY", "", "API key that the command line shows at the door.", _optional, secret=True),
+}
+"""Every setting by its field. A service's address is ``OCTOLLM_<SERVICE>_URL`` besides."""
+
+
+def read_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> Settings:
+    """Read the settings from ``environment``; ``services`` are the names that may have a ``_URL``.
+
+    Raises :class:`SettingError` naming the first wrong one.
+    """
+    values: dict[str, object] = {}
+    for field in fields(Settings):
+        if field.name in SPECS:
+            spec = SPECS[field.name]
+            values[field.name] = _read(spec, environment.get(PREFIX + spec.name, "") or spec.default)
+    values["service_urls"] = {service: urls for service in services if (urls := _service_urls(service, environment))}
+    return Settings(**values)  # pyright: ignore[reportArgumentType]
+
+
+def _read(spec: Spec, value: str) -> object:
+    try:
+        return spec.parse(value)
+    except ValueError as error:
+        shown = "***" if spec.secret else repr(value)
+        raise SettingError(f"{PREFIX}{spec.name} is {shown}; it must be {error}.") from None
+
+
+def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ...]:
+    name = f"{service.upper()}_URL"
+    parse = _url("http", "https")
+    text = environment.get(PREFIX + name, "")
+    spec = Spec(name, "", "", parse)
+    return tuple(str(_read(spec, part.strip())) for part in text.split(",") if part.strip())
+
+
+def unknown_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> list[str]:
+    """Return a sentence for each ``OCTOLLM_*`` variable that nothing reads, with the nearest that exists."""
+    known = {PREFIX + spec.name for spec in SPECS.values()}
+    known |= {f"{PREFIX}{service.upper()}_URL" for service in services}
+    sentences: list[str] = []
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            sentences.append(f"{name} is not a setting and is ignored.{hint}")
+    return sentences

@@ -1,0 +1,70 @@
+"""The identifiers of the work at hand, carried by a context variable so that every log line has them."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+"""An acceptable request or correlation id; anything else is replaced."""
+
+_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A W3C trace context (Trace Context level 1): ids in lower-case hex."""
+
+    trace_id: str
+    span_id: str
+    sampled: bool = True
+
+    @property
+    def traceparent(self) -> str:
+        """Return the ``traceparent`` header."""
+        return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
+
+    def child(self) -> Trace:
+        """Return a new span of the same trace."""
+        return replace(self, span_id=os.urandom(8).hex())
+
+
+def parse_traceparent(text: str | None) -> Trace | None:
+    """Read a ``traceparent`` header; ``None`` when it is absent or malformed (section 3.2 says: restart)."""
+    match = _TRACEPARENT.fullmatch(text or "")
+    if match is None or set(match[1]) == {"0"} or set(match[2]) == {"0"}:
+        return None
+    return Trace(match[1], match[2], bool(int(match[3], 16) & 1))
+
+
+def new_trace() -> Trace:
+    """Start a trace."""
+    return Trace(os.urandom(16).hex(), os.urandom(8).hex())
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Who is working on what: attached to every log line of the work."""
+
+    service: str = ""
+    request_id: str = ""
+    correlation_id: str = ""
+    trace: Trace | None = None
+    task_id: str = ""
+    step: str = ""
+
+
+_EMPTY = Scene()
+_scene: ContextVar[Scene] = ContextVar("octollm_scene", default=_EMPTY)
+
+
+def current_scene() -> Scene:
+    """Return the scene of the running task."""
+    return _scene.get()
+
+
+def set_scene(scene: Scene) -> None:
+    """Set the scene of the running asyncio task (each request has a task of its own)."""
+    _scene.set(scene)

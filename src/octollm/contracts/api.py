@@ -1,0 +1,274 @@
+"""What the public API answers: tasks, lists, events, arms, keys."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from octollm.contracts.events import Event
+from octollm.contracts.problems import FieldFault
+from octollm.contracts.task import Artifact, Budget, Evidence, FileRef, StepStatus, TaskStatus, Usage
+
+
+class Reason(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a task or step ended without a result: a stable ``code`` and the reasons in words."""
+
+    code: str
+    detail: str
+    reasons: tuple[str, ...] = ()
+    errors: tuple[FieldFault, ...] = ()
+
+
+class StepView(msgspec.Struct, frozen=True, omit_defaults=False):
+    """A step as its watchers see it."""
+
+    step: str
+    title: str
+    arm: str
+    status: StepStatus
+    attempt: int
+    depends_on: tuple[str, ...] = ()
+    output: str = ""
+    artifacts: tuple[Artifact, ...] = ()
+    evidence: Evidence | None = None
+    usage: Usage = Usage()
+    reasons: tuple[str, ...] = ()
+    started_at: str | None = None
+    finished_at: str | None = None
+
+
+class TaskView(msgspec.Struct, frozen=True, omit_defaults=False):
+    """A task as its owner sees it. ``version`` counts its events; ``progress`` is from 0 to 100."""
+
+    task_id: str
+    status: TaskStatus
+    goal: str
+    progress: float
+    version: int
+    created_at: str
+    updated_at: str
+    started_at: str | None = None
+    finished_at: str | None = None
+    deadline: str | None = None
+    budget: Budget = Budget()
+    files: tuple[FileRef, ...] = ()
+    steps: tuple[StepView, ...] = ()
+    output: str = ""
+    artifacts: tuple[Artifact, ...] = ()
+    usage: Usage = Usage()
+    error: Reason | None = None
+    correlation_id: str = ""
+    trace_id: str = ""
+    model: str = ""
+
+
+class TaskSummary(msgspec.Struct, frozen=True):
+    """A task in a list."""
+
+    task_id: str
+    status: TaskStatus
+    goal: str
+    progress: float
+    created_at: str
+    updated_at: str
+
+
+class TaskList(msgspec.Struct, frozen=True):
+    """A page of tasks, newest first. ``cursor`` asks for the next page; ``None`` on the last."""
+
+    tasks: tuple[TaskSummary, ...]
+    cursor: str | None = None
+
+
+class EventList(msgspec.Struct, frozen=True):
+    """A page of events in order. ``after`` is what to ask the next page with."""
+
+    events: tuple[Event, ...]
+    after: int
+
+
+class SavedText(msgspec.Struct, frozen=True):
+    """The text that a step has written so far, as saved in SQL.
+
+    ``base`` is the offset of its first code point in all that this attempt and run wrote: what stood before was voided.
+    """
+
+    step: str
+    attempt: int
+    run: int
+    text: str
+    base: int = 0
+
+
+class SavedTexts(msgspec.Struct, frozen=True):
+    """The texts of a task's steps."""
+
+    texts: tuple[SavedText, ...]
+
+
+class ArmView(msgspec.Struct, frozen=True):
+    """An arm that may be called."""
+
+    name: str
+    description: str
+    operations: tuple[str, ...]
+    calls: tuple[str, ...]
+    url: str
+    registered_at: str
+
+
+class ArmList(msgspec.Struct, frozen=True):
+    """All arms of the tenant."""
+
+    arms: tuple[ArmView, ...]
+
+
+class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST /token`` at the public door: a token for direct calls, an ad-hoc task of its own."""
+
+    scope: str
+    aud: str
+    lifetime_seconds: int = 3600
+
+
+class TokenAnswer(msgspec.Struct, frozen=True):
+    """A bearer string and when it ends (seconds). The shape of RFC 6749 section 5.1."""
+
+    access_token: str
+    expires_in: int
+    scope: str
+    task_id: str = ""
+    token_type: Literal["Bearer"] = "Bearer"
+    issued_token_type: str = "urn:ietf:params:oauth:token-type:access_token"
+
+
+class KeyRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST /keys``: scopes are presets (``user``, ``admin``) or single scopes, space-separated."""
+
+    name: str
+    scope: str = "user"
+
+
+class KeyView(msgspec.Struct, frozen=True):
+    """An API key without its secret."""
+
+    id: str
+    name: str
+    tenant: str
+    scope: str
+    created_at: str
+    revoked_at: str | None = None
+    last_used_at: str | None = None
+
+
+class NewKey(msgspec.Struct, frozen=True):
+    """A new API key: ``secret`` is shown once."""
+
+    key: KeyView
+    secret: str
+
+
+class KeyList(msgspec.Struct, frozen=True):
+    """All API keys of the tenant."""
+
+    keys: tuple[KeyView, ...]
+
+
+class ExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST orchestrator/token``: RFC 8693 token exchange, by reflex with its service token."""
+
+    subject_token: str
+    subject_token_type: Literal["urn:octollm:api-key"] = "urn:octollm:api-key"
+    grant_type: str = "urn:ietf:params:oauth:grant-type:token-exchange"
+
+
+def null() -> msgspec.Raw:
+    """Return JSON's null: a default that a schema generator need not encode."""
+    return msgspec.Raw(b"null")
+
+
+class ReserveRequest(msgspec.Struct, frozen=True):
+    """``POST orchestrator/budget/reserve`` by models, before a call. Token counts; ``prompt`` is exact or a bound.
+
+    ``token_usd`` is the most that a token of this model costs in US dollars; ``None`` when its price is not known.
+    """
+
+    bearer: str
+    key: str
+    prompt_tokens: int
+    max_completion_tokens: int | None
+    model: str
+    token_usd: float | None = None
+
+
+class ReserveAnswer(msgspec.Struct, frozen=True):
+    """What was reserved; or, with ``journal``, the answer that this very call was given before."""
+
+    reservation: str
+    max_completion_tokens: int
+    task: str
+    journal: msgspec.Raw = msgspec.field(default_factory=null)
+
+
+class SettleRequest(msgspec.Struct, frozen=True):
+    """``POST orchestrator/budget/settle`` by models, after a call. ``answer`` is kept for repeats when whole."""
+
+    reservation: str
+    usage: Usage
+    answer: msgspec.Raw = msgspec.field(default_factory=null)
+
+
+class ClaimRequest(msgspec.Struct, frozen=True):
+    """``POST orchestrator/idempotency/claim`` by any service for a call that it serves."""
+
+    bearer: str
+    operation: str
+    key: str
+    body_digest: str
+    repeatable: bool
+
+
+class ClaimAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a claim ended; ``answer`` is base64 of the stored body."""
+
+    outcome: Literal["claimed", "stored", "in_flight", "conflict", "unknown"]
+    run: int = 0
+    status: int = 0
+    answer: bytes = b""
+
+
+class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST orchestrator/idempotency/{renew,complete,release}``: the claim is named as it was made."""
+
+    tenant: str
+    subject: str
+    operation: str
+    key: str
+    run: int
+    status: int = 0
+    answer: bytes = b""
+
+
+class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST orchestrator/arms/register`` by an arm at its start; its name is that of its service token."""
+
+    description: str
+    operations: tuple[str, ...]
+    calls: tuple[str, ...]
+    accepts: tuple[str, ...]
+    url: str
+
+
+class RevocationView(msgspec.Struct, frozen=True):
+    """Refuses chains with a matching link issued at or before ``at`` (epoch seconds)."""
+
+    kind: str
+    value: str
+    at: float
+
+
+class RevocationList(msgspec.Struct, frozen=True):
+    """All revocations that still matter."""
+
+    revocations: tuple[RevocationView, ...]

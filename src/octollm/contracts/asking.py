@@ -1,0 +1,52 @@
+"""Asking a language model, as the thinking parts of the arms see it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of a chat (the OpenAI chat format)."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Ask(Protocol):
+    """Ask the model for one answer.
+
+    ``max_tokens`` bounds the answer; ``schema`` is a JSON Schema that the answer has to fit (it is still text
+    here); ``on_text`` is awaited with each piece as it is written. Raises ``OctoError`` of the call
+    (``budget_exhausted``, ``model_failed``, …), never returns a partial answer for a failure.
+    """
+
+    async def __call__(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        schema: dict[str, object] | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: Callable[[str], Awaitable[None]] | None = None,
+    ) -> str:
+        """Return the whole answer."""
+        ...
+
+
+def system(content: str) -> Message:
+    """Return a system message."""
+    return Message("system", content)
+
+
+def user(content: str) -> Message:
+    """Return a user message."""
+    return Message("user", content)
+
+
+def assistant(content: str) -> Message:
+    """Return an assistant message: what the model said before."""
+    return Message("assistant", content)

@@ -1,0 +1,83 @@
+"""The ADR's event envelope with what makes it reliable, and the catalogue of families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=False):
+    """One event on the wire. ``data`` is JSON whose schema its type declares.
+
+    ``seq`` is the position in the log, ``prev`` the ``seq`` of the event before it on the same channel (0:
+    none), ``version`` counts without gaps per ``subject``. All three are 0 for an event that is not durable.
+    """
+
+    event_type: str
+    timestamp: str
+    source: str
+    data: dict[str, object]
+    id: str
+    tenant: str
+    subject: str
+    seq: int = 0
+    prev: int = 0
+    version: int = 0
+    correlation_id: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EventType:
+    """A declared event: ``required`` names the members that ``data`` must have."""
+
+    name: str
+    durable: bool
+    meaning: str
+    required: tuple[str, ...] = ()
+
+
+def channel_of(event_type: str) -> str:
+    """Return the Redis channel of an event type: ``task.completed`` → ``events:task:completed``."""
+    entity, _, action = event_type.partition(".")
+    return f"events:{entity}:{action}"
+
+
+_TYPES = (
+    EventType("task.accepted", True, "A task was stored.", ("task_id", "goal")),
+    EventType("task.planned", True, "A plan was made.", ("task_id", "steps")),
+    EventType("task.replanned", True, "A new plan replaced one that failed.", ("task_id", "steps", "reasons")),
+    EventType("task.started", True, "The first step begins.", ("task_id",)),
+    EventType("task.progress", True, "The task moved on.", ("task_id", "progress")),
+    EventType("task.waiting", True, "The task waits for a person.", ("task_id", "reason")),
+    EventType("task.approved", True, "A person let the task go on.", ("task_id",)),
+    EventType("task.completed", True, "The task ended with a result.", ("task_id", "status", "duration_ms")),
+    EventType("task.failed", True, "The task ended without one.", ("task_id", "status", "code", "reason")),
+    EventType("task.cancelled", True, "The task was cancelled.", ("task_id", "status")),
+    EventType("step.started", True, "An attempt of a step begins.", ("task_id", "step", "arm", "attempt")),
+    EventType("step.completed", True, "A step's result was accepted.", ("task_id", "step", "attempt", "text_length")),
+    EventType(
+        "step.failed",
+        True,
+        "An attempt of a step failed.",
+        ("task_id", "step", "attempt", "reasons", "final"),
+    ),
+    EventType("arm.registered", True, "An arm may be called.", ("arm",)),
+    EventType("arm.healthy", True, "An arm answers again.", ("arm",)),
+    EventType("arm.unhealthy", True, "An arm does not answer.", ("arm",)),
+    EventType("arm.removed", True, "An arm may no longer be called.", ("arm",)),
+    EventType("system.started", True, "A service is up.", ("service",)),
+    EventType("system.degraded", True, "A service works without something it needs.", ("service", "reason")),
+    EventType("system.drained", True, "A service shut down in order.", ("service",)),
+    EventType("audit.recorded", True, "An audit row was written.", ("action",)),
+    EventType("cache.invalidated", False, "A cached value is stale.", ("key",)),
+    EventType("token.revoked", True, "Tokens were revoked.", ("kind", "value", "at")),
+    EventType("breaker.opened", False, "Calls to an instance stop.", ("service", "instance")),
+    EventType("breaker.closed", False, "Calls to an instance go on.", ("service", "instance")),
+    EventType("webhook.delivered", True, "A webhook was accepted.", ("webhook_id",)),
+    EventType("webhook.dead", True, "A webhook was given up.", ("webhook_id",)),
+)
+
+CATALOGUE: dict[str, EventType] = {kind.name: kind for kind in _TYPES}
+"""Every event that may be published; an undeclared one is refused."""

@@ -1,0 +1,73 @@
+"""The services: names, ports, routes, and which service owns which family of scopes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+OperationKind = Literal["safe", "repeatable", "once"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceInfo:
+    """A built-in service: its port and its host name in a cluster."""
+
+    name: str
+    port: int
+    host: str
+
+
+SERVICES: dict[str, ServiceInfo] = {
+    info.name: info
+    for info in (
+        ServiceInfo("reflex", 8000, "reflex"),
+        ServiceInfo("orchestrator", 8001, "orchestrator"),
+        ServiceInfo("memory", 8002, "memory"),
+        ServiceInfo("monitor", 8003, "monitor"),
+        ServiceInfo("models", 8004, "models"),
+        ServiceInfo("planner", 8100, "planner-arm"),
+        ServiceInfo("executor", 8101, "executor-arm"),
+        ServiceInfo("coder", 8102, "coder-arm"),
+        ServiceInfo("judge", 8103, "judge-arm"),
+        ServiceInfo("retriever", 8104, "retriever-arm"),
+    )
+}
+
+BUILT_IN_ARMS = ("planner", "executor", "coder", "judge", "retriever")
+
+ORCHESTRATOR_FAMILIES = frozenset({"tasks", "files", "events", "arms", "webhooks", "keys", "audit"})
+"""Scope families that the orchestrator owns besides its own name."""
+
+
+def service_of(family: str) -> str:
+    """Return the service (the ``aud``) that owns the scopes of ``family``."""
+    return "orchestrator" if family in ORCHESTRATOR_FAMILIES else family
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where an operation is served. ``path`` may have ``{names}``."""
+
+    method: str
+    path: str
+    kind: OperationKind
+
+
+ROUTES: dict[str, Route] = {
+    "planner:plan": Route("POST", "/plan", "safe"),
+    "executor:run": Route("POST", "/run", "repeatable"),
+    "judge:validate": Route("POST", "/validate", "safe"),
+    "judge:accept": Route("POST", "/accept", "safe"),
+    "retriever:search": Route("POST", "/search", "safe"),
+    "memory:read": Route("POST", "/search", "safe"),
+    "memory:write": Route("POST", "/documents", "repeatable"),
+    "models:chat": Route("POST", "/v1/chat/completions", "repeatable"),
+    "files:write": Route("POST", "/files", "repeatable"),
+    "files:read": Route("GET", "/files/{digest}", "safe"),
+}
+"""Routes by scope, for those that callers name; see :func:`route_of`."""
+
+
+def route_of(service: str, operation: str) -> Route:
+    """Return the route of an operation; an arm's own operation is ``POST /<operation>``, repeatable."""
+    return ROUTES.get(f"{service}:{operation}", Route("POST", f"/{operation}", "repeatable"))

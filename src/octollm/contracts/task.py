@@ -1,0 +1,173 @@
+"""Tasks, plans, steps and their results as they travel between client, orchestrator and arms."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+MAX_GOAL = 32_000
+"""Characters of a goal."""
+MAX_FILES = 32
+"""Files of a task."""
+MAX_FILE_BYTES = 20 * 1024 * 1024
+"""Bytes of one file."""
+
+TaskStatus = Literal["accepted", "planning", "running", "waiting", "completed", "failed", "cancelled"]
+StepStatus = Literal["pending", "running", "completed", "failed", "cancelled"]
+EvidenceKind = Literal["text", "code", "documents", "data"]
+
+
+class FileRef(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A file: stored bytes by their SHA-256 ``digest`` (lower-case hex), or short ``text`` in place."""
+
+    name: str
+    digest: str | None = None
+    text: str | None = None
+
+
+class Artifact(msgspec.Struct, frozen=True):
+    """A file that an arm made; ``size`` in bytes, ``digest`` SHA-256 in lower-case hex."""
+
+    name: str
+    digest: str
+    size: int
+    media_type: str
+
+
+class Budget(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a task may use. ``None`` means the installation's default.
+
+    ``max_tokens`` counts prompt and completion; ``max_cost_usd`` US dollars; ``max_time_seconds`` wall time.
+    """
+
+    max_tokens: int | None = None
+    max_cost_usd: float | None = None
+    max_time_seconds: float | None = None
+    max_retries: int | None = None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What was used; tokens as the model's tokenizer counts them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cost_usd + other.cost_usd,
+        )
+
+    @property
+    def total_tokens(self) -> int:
+        """Return prompt and completion tokens together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+class TaskContext(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a task or step knows besides its goal.
+
+    ``inputs`` are the outputs of the steps it depends on, by step id; ``reasons`` what the judge said of
+    the attempt before; ``text`` free notes.
+    """
+
+    files: tuple[FileRef, ...] = ()
+    text: str = ""
+    inputs: dict[str, str] = {}
+    reasons: tuple[str, ...] = ()
+
+
+class TaskContract(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a client submits and what an arm is given. At an arm ``task_id`` is opaque: authority is the token's."""
+
+    goal: str
+    task_id: str | None = None
+    context: TaskContext = TaskContext()
+    constraints: tuple[str, ...] = ()
+    acceptance_criteria: tuple[str, ...] = ()
+    budget: Budget = Budget()
+    priority: int = 0
+    parent_task_id: str | None = None
+    assigned_arm: str | None = None
+    deadline: str | None = None
+
+
+class Citation(msgspec.Struct, frozen=True):
+    """A passage that carries an answer: 1-based lines of ``file``, both included."""
+
+    file: str
+    line_start: int
+    line_end: int
+    text: str
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One check that was done, e.g. ``syntax``, ``lint``, ``tests``."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a result stands on, for the judge and for the reader."""
+
+    kind: EvidenceKind
+    citations: tuple[Citation, ...] = ()
+    query: str | None = None
+    columns: tuple[str, ...] = ()
+    rows: int | None = None
+    checks: tuple[Check, ...] = ()
+    found: bool = True
+
+
+class ExecuteResult(msgspec.Struct, frozen=True):
+    """An arm's answer to ``POST /execute``."""
+
+    output: str
+    artifacts: tuple[Artifact, ...] = ()
+    usage: Usage = Usage()
+    evidence: Evidence | None = None
+
+
+class PlanStep(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One node of a plan: an arm's ``execute`` with a goal of its own."""
+
+    id: str
+    title: str
+    arm: str
+    goal: str
+    depends_on: tuple[str, ...] = ()
+    acceptance_criteria: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    """Names of the task's files that this step is given."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A directed acyclic graph of steps."""
+
+    steps: tuple[PlanStep, ...]
+    usage: Usage = Usage()
+
+
+class ArmInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the planner knows of an arm. ``accepts`` are media types or ``kind:`` words that code matches on."""
+
+    name: str
+    description: str
+    accepts: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+
+
+class PlanRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The body of ``planner POST /plan``."""
+
+    goal: str
+    context: TaskContext = TaskContext()
+    arms: tuple[ArmInfo, ...] = ()
+    acceptance_criteria: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    """Why an earlier plan failed, when replanning."""

@@ -1,0 +1,175 @@
+"""The folder of one installation: its data, keys and logs, used by one process at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from octollm.clock import Ids
+from octollm.errors import OctoError, SettingError
+from octollm.llm.filelock import LockTimeout, file_lock
+
+LOCK_SECONDS = 1.0
+"""How long a start waits for the home: longer than somebody takes who only looks whether it is in use."""
+
+
+class Running(msgspec.Struct, frozen=True):
+    """Who uses a home: its process and the address of its public door."""
+
+    pid: int
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The paths of one installation. ``root`` is ``OCTOLLM_HOME``."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """Return the folder of the databases."""
+        return self.root / "data"
+
+    @property
+    def keys(self) -> Path:
+        """Return the folder of the keys, open to its owner only."""
+        return self.root / "keys"
+
+    @property
+    def local_key_file(self) -> Path:
+        """Return the file of the local user's API key."""
+        return self.keys / "local.key"
+
+    @property
+    def log_file(self) -> Path:
+        """Return the file that every service of the process logs to, one JSON object a line."""
+        return self.root / "logs" / "octollm.jsonl"
+
+    @property
+    def lock_file(self) -> Path:
+        """Return the file whose lock says that the home is in use. It is never deleted."""
+        return self.root / "lock"
+
+    @property
+    def running_file(self) -> Path:
+        """Return the file that names the process that uses the home; it has a meaning only while the lock is held."""
+        return self.root / "running.json"
+
+    def write_private(self, path: Path, content: bytes, ids: Ids) -> None:
+        """Write ``content`` to ``path`` whole or not at all, readable by its owner only."""
+        fresh = path.with_name(f".{path.name}.{ids.hex()}")
+        try:
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        except OSError as error:
+            raise OctoError(f"{path} cannot be written: {error.strerror}.", code="home_unusable") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+def check_private(path: Path) -> None:
+    """Raise :class:`SettingError`, with what to do, when others than the owner may read or write ``path``."""
+    if os.name != "posix":
+        return
+    state = path.lstat()
+    kind = "link" if stat.S_ISLNK(state.st_mode) else ""
+    if kind or state.st_uid != os.geteuid():
+        raise SettingError(
+            f"{path} holds secrets and belongs to somebody else or is a link. Make it yours"
+            f" (`chown -R {os.geteuid()} {path}`), or set OCTOLLM_HOME to another folder."
+        )
+    if state.st_mode & 0o077:
+        raise SettingError(
+            f"{path} holds secrets and others may read it. Run `chmod -R go-rwx {path}`, then start again."
+        )
+
+
+def read_private(path: Path) -> str:
+    """Return the text of a secret file. Raises ``setting_invalid`` when others may read it."""
+    check_private(path)
+    return path.read_text(encoding="utf-8").strip()
+
+
+def read_local_key(root: Path) -> str | None:
+    """Return the API key of the home's owner, or ``None`` where there is none or it is not ours to read."""
+    try:
+        return read_private(Home(root).local_key_file)
+    except OSError:
+        return None
+
+
+def _prepare(home: Home) -> None:
+    try:
+        home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (home.data, home.keys, home.log_file.parent):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        home.lock_file.touch(0o600)
+    except OSError as error:
+        raise OctoError(
+            f"The home {home.root} cannot be used ({error.strerror}). Set OCTOLLM_HOME to a folder that you may write.",
+            code="home_unusable",
+        ) from error
+    check_private(home.keys)
+    for leftover in home.keys.glob(".*"):
+        # A process that died while it wrote a key.
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def open_home(root: Path) -> AsyncGenerator[Home]:
+    """Make the folders of a home and hold it for this process.
+
+    Raises ``home_in_use`` when another process does, ``home_unusable`` when it cannot be written, and
+    ``setting_invalid`` when others may read its keys.
+    """
+    home = Home(root)
+    await asyncio.to_thread(_prepare, home)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(file_lock(home.lock_file, LOCK_SECONDS))
+        except LockTimeout as error:
+            raise OctoError(_in_use(home), code="home_in_use") from error
+        stack.callback(home.running_file.unlink, missing_ok=True)
+        yield home
+
+
+def _in_use(home: Home) -> str:
+    running = _read_running(home)
+    who = f"process {running.pid} uses it, at {running.url}" if running else "another process uses it"
+    return (
+        f"The home {home.root} is in use: {who}. Give your goal to that one with `octollm run`, stop it, or set"
+        " OCTOLLM_HOME to another folder."
+    )
+
+
+def _read_running(home: Home) -> Running | None:
+    try:
+        return msgspec.json.decode(home.running_file.read_bytes(), type=Running)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+async def running_in(root: Path) -> Running | None:
+    """Return who uses the home at ``root`` now, or ``None``."""
+    home = Home(root)
+    if not await asyncio.to_thread(home.lock_file.exists):
+        return None
+    try:
+        async with file_lock(home.lock_file, 0):
+            return None
+    except LockTimeout:
+        return _read_running(home)
+    except OSError:
+        return None

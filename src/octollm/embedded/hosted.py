@@ -1,0 +1,72 @@
+"""One service running in this process, from its opening to its end, in a task of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+from octollm.errors import OctoError
+from octollm.rpc.service import Service
+
+Opener = Callable[[], AbstractAsyncContextManager[Service]]
+
+KILL_SECONDS = 0.4
+"""How long a cancelled service may take to clean up before it is left alone."""
+
+
+class Hosted:
+    """A service that is opened and served until it is told to stop."""
+
+    def __init__(self, name: str, opener: Opener, bound: socket.socket) -> None:
+        self.name = name
+        self._opener = opener
+        self._bound = bound
+        self._stop = asyncio.Event()
+        self._up = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def _run(self) -> None:
+        async with self._opener() as service, service.serve(self._bound):
+            self._up.set()
+            await self._stop.wait()
+
+    async def start(self) -> None:
+        """Open the service and serve it. Raises what its opening raises."""
+        self._task = asyncio.create_task(self._run(), name=f"service {self.name}")
+        up = asyncio.create_task(self._up.wait())
+        try:
+            await asyncio.wait({self._task, up}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            up.cancel()
+        if self._task.done():
+            self._task.result()
+
+    async def ended(self) -> None:
+        """Wait until the service ends by itself, which it should not, and raise why."""
+        if self._task is None:
+            raise AssertionError(f"{self.name} was not started")
+        await asyncio.wait({self._task})
+        if self._stop.is_set():
+            return
+        raise OctoError(f"The service {self.name} stopped; the log has the reason.", code="internal") from (
+            None if self._task.cancelled() else self._task.exception()
+        )
+
+    async def close(self, seconds: float) -> None:
+        """Drain and close the service, cancelling what is left of it after ``seconds``."""
+        if self._task is None:
+            return
+        self._stop.set()
+        if not self._up.is_set():
+            # It is still opening: there is nothing to drain.
+            self._task.cancel()
+        await asyncio.wait({self._task}, timeout=seconds)
+        if not self._task.done():
+            self._task.cancel()
+            await asyncio.wait({self._task}, timeout=KILL_SECONDS)
+        if self._task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                self._task.result()

@@ -1,0 +1,190 @@
+"""Every service in one process, speaking real HTTP to each other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from octollm.clock import Clock, Ids
+from octollm.config import Settings
+from octollm.embedded.home import Home, Running, open_home
+from octollm.embedded.hosted import Hosted
+from octollm.embedded.keys import HomeKeys, load_keys
+from octollm.embedded.ports import bind_all, is_loopback
+from octollm.embedded.services import ServiceFactory, service_openers
+from octollm.errors import OctoError
+from octollm.rpc.discovery import StaticDiscovery
+from octollm.rpc.health import Readiness
+from octollm.rpc.http import Http, TransportError
+from octollm.rpc.identity import Identity
+from octollm.rpc.service import Base, build_base
+from octollm.storage import MemoryServers, open_redis
+from octollm.telemetry import configure_logs, log_for
+
+STOP_SECONDS = 2.4
+"""How long stopping may take before what is left is cancelled."""
+READY_SECONDS = 150.0
+"""How long the services may take to become ready; loading a model is most of it."""
+
+STAGES: Sequence[tuple[str, ...]] = (
+    ("orchestrator",),
+    ("memory", "monitor", "models"),
+    ("judge", "executor", "retriever", "coder", "planner"),
+    ("reflex",),
+)
+"""Services in the order of their dependencies; those of one stage start together."""
+
+STOP_STAGES: Sequence[tuple[str, ...]] = (
+    ("reflex",),
+    ("orchestrator",),
+    ("judge", "executor", "retriever", "coder", "planner"),
+    ("memory", "monitor", "models"),
+)
+"""The way of a call: whoever calls stops first, which ends its calls, so that the callee has nothing left to drain."""
+
+OnStage = Callable[[str], None]
+
+
+def _quiet(_name: str) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A running installation. ``urls`` are the services' addresses as this machine reaches them."""
+
+    home: Home
+    settings: Settings
+    urls: Mapping[str, str]
+    local_key: str
+    http: Http
+
+    @property
+    def door(self) -> str:
+        """Return the URL of the public door."""
+        return self.urls["reflex"]
+
+    async def wait_ready(self, *, seconds: float = READY_SECONDS, on_ready: OnStage = _quiet) -> None:
+        """Wait until every service is ready, calling ``on_ready`` with the name of each that is.
+
+        Raises ``unavailable`` after ``seconds``, naming what is not ready and why.
+        """
+        end = time.monotonic() + seconds
+        waiting = dict.fromkeys(self.urls, "it does not answer")
+        while waiting:
+            for name in list(waiting):
+                reason = await self._unready(name)
+                if reason is None:
+                    del waiting[name]
+                    on_ready(name)
+                else:
+                    waiting[name] = reason
+            if waiting and time.monotonic() > end:
+                what = "; ".join(f"{name}: {reason}" for name, reason in waiting.items())
+                raise OctoError(f"Not ready after {seconds:.0f} s: {what}.", code="unavailable")
+            if waiting:
+                await asyncio.sleep(0.05)
+
+    async def _unready(self, name: str) -> str | None:
+        """Return why a service is not ready, or ``None``."""
+        try:
+            answer = await self.http.send("GET", self.urls[name] + "/ready", {}, None, seconds=10)
+        except TransportError as error:
+            return error.detail
+        if answer.status == 200:
+            return None
+        try:
+            found = msgspec.json.decode(answer.body, type=Readiness)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return f"/ready answers {answer.status}"
+        lacking = (f"{key} ({state.detail})" for key, state in found.dependencies.items() if not state.ok)
+        return ", ".join(lacking) or found.status
+
+
+@contextlib.asynccontextmanager
+async def embedded_system(
+    settings: Settings,
+    *,
+    clock: Clock,
+    ids: Ids,
+    ports: Mapping[str, int] | None = None,
+    overrides: Mapping[str, ServiceFactory] | None = None,
+    on_stage: OnStage = _quiet,
+) -> AsyncGenerator[System]:
+    """Run every service in this process for as long as the context is open.
+
+    The sockets come first, so that a taken port is said before anything starts. ``ports`` overrides single ports
+    (0: any free one); ``overrides`` puts other factories in place of services. ``on_stage`` is called with what
+    starts next. When a service dies, the body is cancelled and the reason raised. Leaving stops all in under 3 s.
+    Raises ``home_in_use``, ``port_taken``, ``setting_invalid`` and what the services raise at their start.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        home = await stack.enter_async_context(open_home(settings.home))
+        bound = stack.enter_context(bind_all(settings.host, settings.port_shift, ports))
+        keys = await asyncio.to_thread(load_keys, home, ids)
+        stack.enter_context(configure_logs(home.log_file, level=settings.log_level, clock=clock))
+        http = await stack.enter_async_context(Http())
+        redis = await stack.enter_async_context(open_redis(settings.redis_url, servers=MemoryServers()))
+        system = System(home, settings, bound.urls, keys.local, http)
+        openers = service_openers(
+            _bases(system, keys, clock, ids),
+            settings,
+            redis=redis,
+            keys=keys,
+            loopback_only=is_loopback(settings.host),
+            overrides=overrides or {},
+        )
+        hosts = {name: Hosted(name, openers[name], bound.sockets[name]) for name in bound.sockets}
+        try:
+            for stage in STAGES:
+                on_stage(", ".join(stage))
+                await asyncio.gather(*(hosts[name].start() for name in stage))
+            running = msgspec.json.encode(Running(os.getpid(), system.door))
+            await asyncio.to_thread(home.write_private, home.running_file, running, ids)
+            async with _guarded(hosts.values()):
+                yield system
+        finally:
+            await _stop(hosts)
+
+
+def _bases(system: System, keys: HomeKeys, clock: Clock, ids: Ids) -> dict[str, Base]:
+    own = {name: (url,) for name, url in system.urls.items()}
+    discovery = StaticDiscovery({**own, **system.settings.service_urls})
+    return {
+        name: build_base(Identity(name, key, keys.roots, clock, ids), system.http, discovery)
+        for name, key in keys.services.items()
+    }
+
+
+@contextlib.asynccontextmanager
+async def _guarded(hosts: Iterable[Hosted]) -> AsyncGenerator[None]:
+    """Cancel the body when a service ends by itself, and raise why."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            guards = [group.create_task(host.ended()) for host in hosts]
+            try:
+                yield
+            finally:
+                for guard in guards:
+                    guard.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures.exceptions[0].__cause__
+
+
+async def _stop(hosts: Mapping[str, Hosted]) -> None:
+    """Stop the stages in their order; every service is told, whatever others raise."""
+    end = time.monotonic() + STOP_SECONDS
+    failures: list[BaseException] = []
+    for stage in STOP_STAGES:
+        left = max(0.1, end - time.monotonic())
+        ended = await asyncio.gather(*(hosts[name].close(left) for name in stage), return_exceptions=True)
+        failures += [failure for failure in ended if isinstance(failure, Exception)]
+    log = log_for("embedded")
+    for failure in failures:
+        log.error("service.failed", error=failure)

@@ -1,0 +1,76 @@
+"""The one error tree.
+
+Every failure that may reach a caller is an ``OctoError`` with a stable code
+from :mod:`octollm.contracts.problems`, which says its HTTP status and whether
+repeating the call can help. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault of a request: where it is and what is wrong there.
+
+    ``pointer`` is a JSON Pointer (RFC 6901) into the body; the empty string is the whole body.
+    """
+
+    pointer: str
+    detail: str
+
+
+class OctoError(Exception):
+    """A failure with a stable ``code``.
+
+    ``detail`` says what happened and what to do next, in one or two sentences, and never holds a secret.
+    ``retry_after`` is in seconds. ``cause_chain`` is left to ``raise … from``.
+    """
+
+    code = "internal"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        code: str | None = None,
+        faults: Sequence[Fault] = (),
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        if code is not None:
+            self.code = code
+        self.faults = tuple(faults)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}"
+
+
+class SettingError(OctoError):
+    """A setting is wrong; refused at start with its name and what would be right."""
+
+    code = "setting_invalid"
+
+
+class RemoteError(OctoError):
+    """A peer answered with a problem document; ``status`` and ``retryable`` are its own words."""
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        code: str,
+        status: int,
+        retryable: bool,
+        faults: Sequence[Fault] = (),
+        retry_after: float | None = None,
+        service: str = "",
+    ) -> None:
+        super().__init__(detail, code=code, faults=faults, retry_after=retry_after)
+        self.status = status
+        self.retryable = retryable
+        self.service = service

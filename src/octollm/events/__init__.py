@@ -1,0 +1,24 @@
+"""Events: the durable log, the relay from it to Redis Pub/Sub, and those who listen.
+
+The log in SQL is the truth and Pub/Sub is the fast path; a listener is told when it missed something. What an event
+means, and what to do about it, belongs to the layers above.
+"""
+
+from octollm.events.bus import EventBus, Gap, Subscription
+from octollm.events.log import EventLog, task_subject
+from octollm.events.relay import Relay, RelayHealth, RelayPolicy
+from octollm.events.watch import Hint, TaskWatch, Watch
+
+__all__ = [
+    "EventBus",
+    "EventLog",
+    "Gap",
+    "Hint",
+    "Relay",
+    "RelayHealth",
+    "RelayPolicy",
+    "Subscription",
+    "TaskWatch",
+    "Watch",
+    "task_subject",
+]

@@ -1,0 +1,55 @@
+"""A background task whose failure cannot be overlooked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+
+
+class Background:
+    """One task. Stopping it raises what it died of; so does :meth:`check`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, work: Coroutine[object, object, None], *, on_end: Callable[[], None] | None = None) -> None:
+        """Run ``work`` until it ends or :meth:`stop`; ``on_end`` is called then, to wake those who wait for it."""
+        self._task = asyncio.create_task(work, name=self._name)
+        if on_end is not None:
+            self._task.add_done_callback(lambda _: on_end())
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Return what the task died of, or ``None``."""
+        if self._task is None or not self._task.done() or self._task.cancelled():
+            return None
+        return self._task.exception()
+
+    def check(self) -> None:
+        """Raise what the task died of."""
+        if (failure := self.failure) is not None:
+            raise failure
+
+    async def wait(self) -> None:
+        """Wait until the task ends, and raise what it died of."""
+        if self._task is not None:
+            await asyncio.shield(self._task)
+
+    async def stop(self) -> None:
+        """Cancel the task, wait for its end, and raise what it had died of."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self.check()
+
+
+async def wait_for(news: asyncio.Event, seconds: float, *, clear: bool = True) -> None:
+    """Return when ``news`` is set, or after ``seconds``; and clear it, if asked to."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await news.wait()
+    if clear:
+        news.clear()

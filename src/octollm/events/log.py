@@ -1,0 +1,171 @@
+"""The durable log: events are written in the transaction of the change that they tell of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+from sqlalchemy import select
+from sqlalchemy.engine import RowMapping
+
+from octollm.clock import Clock, Ids, iso
+from octollm.contracts.events import Event, channel_of
+from octollm.errors import OctoError
+from octollm.events.catalogue import check_event
+from octollm.storage.engine import Connection, Database, Transaction
+from octollm.storage.tables import events, subjects
+
+MAX_READ = 1000
+"""Events of one read."""
+TASK_PREFIX = "task/"
+
+
+def task_subject(task_id: str) -> str:
+    """Return the subject of a task's events and of its steps' events."""
+    return f"{TASK_PREFIX}{task_id}"
+
+
+class EventLog:
+    """Writes and reads the log. Only the orchestrator has one."""
+
+    def __init__(self, db: Database, clock: Clock, ids: Ids) -> None:
+        self._db = db
+        self._clock = clock
+        self._ids = ids
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_commit(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call ``listener`` after each commit in this process that held an event; return what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    async def append(
+        self,
+        tx: Transaction,
+        event_type: str,
+        *,
+        subject: str,
+        tenant: str,
+        source: str,
+        data: dict[str, object],
+        correlation_id: str = "",
+        traceparent: str = "",
+        event_id: str | None = None,
+        timestamp: str | None = None,
+    ) -> Event:
+        """Write an event in the caller's transaction and return it, with its ``version`` and without ``seq``.
+
+        ``version`` is one more than that of the subject's last event; the subject's row stays locked until the
+        transaction ends, so that versions have no gap. ``event_id`` and ``timestamp`` (RFC 3339) are given for an
+        event that another service wrote: an id that the tenant's log already has is not written again, and the
+        stored event is returned. The relay gives ``seq`` after the commit.
+
+        Raises ``invalid_body`` for an event that is not declared, not durable or lacks a member; ``state_conflict``
+        for an id of another tenant's event.
+        """
+        kind = check_event(event_type, data)
+        if not kind.durable:
+            raise OctoError(f"The event {event_type!r} is not durable; publish it on the bus.", code="invalid_body")
+        if event_id is not None:
+            stored = await tx.first(select(events).where(events.c.tenant == tenant, events.c.id == event_id))
+            if stored is not None:
+                return to_event(stored)
+        version = await _next_version(tx, tenant, subject)
+        event = Event(
+            event_type=event_type,
+            timestamp=timestamp or iso(self._clock.now()),
+            source=source,
+            data=data,
+            id=event_id or self._ids.hex(),
+            tenant=tenant,
+            subject=subject,
+            version=version,
+            correlation_id=correlation_id,
+            traceparent=traceparent,
+        )
+        values = msgspec.structs.asdict(event) | {"seq": None, "prev": None, "channel": channel_of(event_type)}
+        await tx.execute(tx.insert(events).values(values))
+        tx.after_commit(self._committed)
+        return event
+
+    def _committed(self) -> None:
+        for listener in tuple(self._listeners):
+            listener()
+
+    async def read(
+        self,
+        after: int,
+        limit: int = MAX_READ,
+        *,
+        tenant: str | None,
+        subject: str | None = None,
+        types: Sequence[str] | None = None,
+        connection: Connection | None = None,
+    ) -> list[Event]:
+        """Return up to ``limit`` (at most 1000) events behind the position ``after``, by ``seq``.
+
+        ``tenant=None`` reads every tenant's and is for our own services. Only numbered events are seen. With
+        ``connection`` the read is part of that snapshot or transaction.
+        """
+        query = select(events).where(events.c.seq > after)
+        if tenant is not None:
+            query = query.where(events.c.tenant == tenant)
+        if subject is not None:
+            query = query.where(events.c.subject == subject)
+        if types is not None:
+            query = query.where(events.c.event_type.in_(types))
+        query = query.order_by(events.c.seq).limit(min(limit, MAX_READ))
+        if connection is not None:
+            return [to_event(row) for row in await connection.all(query)]
+        async with self._db.read() as snapshot:
+            return [to_event(row) for row in await snapshot.all(query)]
+
+    async def read_subject(
+        self,
+        subject: str,
+        after_version: int = 0,
+        limit: int = MAX_READ,
+        *,
+        tenant: str,
+        connection: Connection | None = None,
+    ) -> list[Event]:
+        """Return up to ``limit`` (at most 1000) events of one subject behind a version, by ``version``.
+
+        They are seen as soon as they are committed; ``seq`` is 0 on those that the relay has not numbered yet.
+        """
+        query = (
+            select(events)
+            .where(events.c.tenant == tenant, events.c.subject == subject, events.c.version > after_version)
+            .order_by(events.c.version)
+            .limit(min(limit, MAX_READ))
+        )
+        if connection is not None:
+            return [to_event(row) for row in await connection.all(query)]
+        async with self._db.read() as snapshot:
+            return [to_event(row) for row in await snapshot.all(query)]
+
+
+async def _next_version(tx: Transaction, tenant: str, subject: str) -> int:
+    statement = tx.insert(subjects).values(tenant=tenant, subject=subject, version=1)
+    statement = statement.on_conflict_do_update(
+        index_elements=[subjects.c.tenant, subjects.c.subject], set_={"version": subjects.c.version + 1}
+    )
+    return int(await tx.scalar(statement.returning(subjects.c.version)))
+
+
+def to_event(row: RowMapping) -> Event:
+    """Return the event of a row of the log."""
+    return Event(
+        event_type=row["event_type"],
+        timestamp=row["timestamp"],
+        source=row["source"],
+        data=row["data"],
+        id=row["id"],
+        tenant=row["tenant"],
+        subject=row["subject"],
+        seq=row["seq"] or 0,
+        prev=row["prev"] or 0,
+        version=row["version"],
+        correlation_id=row["correlation_id"],
+        traceparent=row["traceparent"],
+    )

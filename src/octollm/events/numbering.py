@@ -1,0 +1,145 @@
+"""The relay's state in SQL: who holds it, which numbers it gave, and what Redis took.
+
+Each method is one transaction. The fence is checked in it, so a relay that lost its lease can change nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+from sqlalchemy import bindparam, exists, select, update
+from sqlalchemy.engine import RowMapping
+
+from octollm.contracts.events import Event
+from octollm.errors import OctoError
+from octollm.events.log import to_event
+from octollm.storage.engine import Connection, Database, Transaction
+from octollm.storage.tables import channels, events, relay_state
+
+_NAME = "events"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim on the relay: its ``fence``, the last number given and the last one that Redis took."""
+
+    fence: int
+    numbered: int
+    published: int
+
+
+class Numbering:
+    """The statements of the relay."""
+
+    def __init__(self, db: Database, *, holder: str, lease_seconds: float) -> None:
+        self._db = db
+        self._holder = holder
+        self._lease_seconds = lease_seconds
+
+    async def claim(self) -> Claim | None:
+        """Take the relay if nobody holds it; ``None`` while another one does."""
+        async with self._db.read() as connection:
+            state = await _state(connection)
+            if state is not None and _held(state, await connection.now()):
+                return None
+        async with self._db.transaction() as tx:
+            await tx.execute(tx.insert(relay_state).values(name=_NAME, lease_until=0.0).on_conflict_do_nothing())
+            state = await _state(tx)
+            assert state is not None
+            now = await tx.now()
+            if _held(state, now):
+                return None
+            fence = int(state["fence"]) + 1
+            await tx.execute(
+                update(relay_state)
+                .where(relay_state.c.name == _NAME)
+                .values(holder=self._holder, fence=fence, lease_until=now + self._lease_seconds)
+            )
+            return Claim(fence, int(state["numbered"]), int(state["published"]))
+
+    async def pending(self) -> bool:
+        """Return whether the log has events without a number."""
+        async with self._db.read() as connection:
+            return bool(await connection.scalar(select(exists().where(events.c.seq.is_(None)))))
+
+    async def number(self, fence: int, limit: int) -> tuple[list[Event], int]:
+        """Give numbers to up to ``limit`` events in the order of insertion and renew the lease.
+
+        Returns those events, and the last number given so far. Raises ``fence_lost`` when another holds the relay.
+        """
+        async with self._db.transaction() as tx:
+            last = await self._numbered(tx, fence)
+            rows = await tx.all(select(events).where(events.c.seq.is_(None)).order_by(events.c.row_id).limit(limit))
+            latest = await _latest(tx, {str(row["channel"]) for row in rows}) if rows else {}
+            numbers: list[dict[str, int]] = []
+            for row in rows:
+                last += 1
+                channel = str(row["channel"])
+                numbers.append({"row": row["row_id"], "next_seq": last, "next_prev": latest.get(channel, 0)})
+                latest[channel] = last
+            if numbers:
+                await tx.execute(
+                    update(events)
+                    .where(events.c.row_id == bindparam("row"))
+                    .values(seq=bindparam("next_seq"), prev=bindparam("next_prev")),
+                    numbers,
+                )
+                insert = tx.insert(channels)
+                await tx.execute(
+                    insert.on_conflict_do_update(
+                        index_elements=[channels.c.channel], set_={"seq": insert.excluded.seq}
+                    ),
+                    [{"channel": channel, "seq": seq} for channel, seq in latest.items()],
+                )
+            await tx.execute(
+                update(relay_state)
+                .where(relay_state.c.name == _NAME)
+                .values(numbered=last, lease_until=await tx.now() + self._lease_seconds)
+            )
+        return [
+            msgspec.structs.replace(to_event(row), seq=number["next_seq"], prev=number["next_prev"])
+            for row, number in zip(rows, numbers, strict=True)
+        ], last
+
+    async def mark_published(self, fence: int, seq: int) -> None:
+        """Note that Redis took every event up to ``seq``. Raises ``fence_lost`` when another holds the relay."""
+        async with self._db.transaction() as tx:
+            await self._numbered(tx, fence)
+            await tx.execute(
+                update(relay_state)
+                .where(relay_state.c.name == _NAME, relay_state.c.published < seq)
+                .values(published=seq)
+            )
+
+    async def release(self, fence: int, published: int) -> None:
+        """Note how far Redis is, and let the next one take the relay at once, if it is still held under ``fence``."""
+        async with self._db.transaction() as tx:
+            await tx.execute(
+                update(relay_state)
+                .where(relay_state.c.name == _NAME, relay_state.c.fence == fence)
+                .values(lease_until=0.0, published=published)
+            )
+
+    async def _numbered(self, tx: Transaction, fence: int) -> int:
+        """Return the last number given, after making sure of the fence."""
+        state = await _state(tx)
+        if state is None or state["fence"] != fence:
+            raise OctoError("Another relay holds the log.", code="fence_lost")
+        return int(state["numbered"])
+
+
+def _held(state: RowMapping, now: float) -> bool:
+    return float(state["lease_until"]) > now
+
+
+async def _state(connection: Connection) -> RowMapping | None:
+    query = select(relay_state).where(relay_state.c.name == _NAME)
+    if isinstance(connection, Transaction):
+        query = query.with_for_update()
+    return await connection.first(query)
+
+
+async def _latest(connection: Connection, names: set[str]) -> dict[str, int]:
+    rows = await connection.all(select(channels).where(channels.c.channel.in_(names)))
+    return {str(row["channel"]): int(row["seq"]) for row in rows}

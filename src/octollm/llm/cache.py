@@ -1,0 +1,152 @@
+"""Where model files live on this machine, and whether they are what their name says.
+
+A file is hashed once; a stamp beside it (size, modification time, inode) spares the next start the gigabyte. The
+stamp guards against damage, not against someone who may write to the folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from octollm.errors import OctoError
+from octollm.llm.catalogue import CATALOGUE, ModelEntry
+
+_BLOCK = 4 * 1024 * 1024
+T = TypeVar("T")
+
+
+class _Stamp(msgspec.Struct, frozen=True):
+    """The state of a file whose digest was right."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def _stamp_of(path: Path) -> _Stamp:
+    state = path.stat()
+    return _Stamp(state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+def _hash(path: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while not stop.is_set() and (block := file.read(_BLOCK)):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+async def in_thread(work: Callable[[threading.Event], T]) -> T:
+    """Run ``work`` beside the event loop; a cancelled caller sets its event and waits until it has stopped."""
+    stop = threading.Event()
+    task = asyncio.ensure_future(asyncio.to_thread(work, stop))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait({task})
+        raise
+
+
+async def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in lower-case hex without blocking the event loop. Raises ``OSError``."""
+    return await in_thread(lambda stop: _hash(path, stop))
+
+
+class ModelCache:
+    """A folder of model files, each ``<sha256>.gguf``; by default ``~/.cache/octollm/models``."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = Path.home() / ".cache" / "octollm" / "models" if root is None else root
+
+    def path_of(self, entry: ModelEntry) -> Path:
+        """Return where the file of ``entry`` is, or would be."""
+        return self.root / f"{entry.digest}.gguf"
+
+    def parts_of(self, entry: ModelEntry) -> Path:
+        """Return the folder of what was fetched of ``entry`` so far."""
+        return self.root / "parts" / entry.digest
+
+    def has(self, entry: ModelEntry) -> bool:
+        """Tell whether there is a file for ``entry``; it may still be damaged."""
+        return self.path_of(entry).is_file()
+
+    def present(self, catalogue: tuple[ModelEntry, ...] = CATALOGUE) -> tuple[ModelEntry, ...]:
+        """Return the entries with a file, in the catalogue's order."""
+        return tuple(entry for entry in catalogue if self.has(entry))
+
+    def largest(self, catalogue: tuple[ModelEntry, ...] = CATALOGUE) -> ModelEntry | None:
+        """Return the largest entry with a file, or ``None`` when there is no file at all."""
+        return max(self.present(catalogue), key=lambda entry: entry.size, default=None)
+
+    async def verified(self, entry: ModelEntry) -> Path:
+        """Return the path of the file of ``entry`` once its digest is known to be right.
+
+        Raises ``no_model`` when there is no file and ``model_damaged`` when it is not what its name says.
+        """
+        path = self.path_of(entry)
+        try:
+            state = _stamp_of(path)
+        except FileNotFoundError as exc:
+            raise OctoError(
+                f"The model {entry.name} is not on this machine. Fetch it with `octollm models pull {entry.name}`.",
+                code="no_model",
+            ) from exc
+        except OSError as exc:
+            raise _unreadable(path, exc) from exc
+        if state.size == entry.size and self._stamped(entry) == state:
+            return path
+        if state.size != entry.size:
+            raise damaged(path, entry, f"it has {state.size:,} bytes instead of {entry.size:,}")
+        try:
+            digest = await sha256_of(path)
+        except OSError as exc:
+            raise _unreadable(path, exc) from exc
+        if digest != entry.digest:
+            raise damaged(path, entry, f"its SHA-256 is {digest}")
+        await asyncio.to_thread(self._stamp, entry, state)
+        return path
+
+    def adopt(self, entry: ModelEntry, file: Path) -> Path:
+        """Move a checked ``file`` (on the same file system) to its place, atomically, and stamp it."""
+        path = self.path_of(entry)
+        file.replace(path)
+        self._stamp(entry, _stamp_of(path))
+        return path
+
+    def _stamp_path(self, entry: ModelEntry) -> Path:
+        return self.root / f"{entry.digest}.verified"
+
+    def _stamped(self, entry: ModelEntry) -> _Stamp | None:
+        try:
+            return msgspec.json.decode(self._stamp_path(entry).read_bytes(), type=_Stamp)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def _stamp(self, entry: ModelEntry, stamp: _Stamp) -> None:
+        path = self._stamp_path(entry)
+        fresh = path.with_suffix(f".{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):  # a cache that cannot be written is hashed at every start, no more
+            fresh.write_bytes(msgspec.json.encode(stamp))
+            fresh.replace(path)
+
+
+def damaged(path: Path, entry: ModelEntry, why: str) -> OctoError:
+    """Return the error for a file that is not what its name says."""
+    return OctoError(
+        f"The model file {path} is damaged: {why}. Delete it and run `octollm models pull {entry.name}`.",
+        code="model_damaged",
+    )
+
+
+def _unreadable(path: Path, exc: OSError) -> OctoError:
+    return OctoError(f"The model file {path} cannot be read: {exc.strerror}.", code="model_damaged")

@@ -1,0 +1,299 @@
+"""The embedded model: a catalogue model on this machine's processor, answered by llama.cpp without network or key."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from octollm.errors import OctoError
+from octollm.llm.catalogue import ModelEntry
+from octollm.llm.llama_process import Event, Generation, LlamaProcess, LlamaSettings
+from octollm.llm.types import (
+    ChatMessage,
+    ChatRequest,
+    ChatUsage,
+    Final,
+    FinishReason,
+    Piece,
+    TextDelta,
+    bytes_bound,
+)
+
+DEFAULT_SEED = 42
+_SEEDS = 0xFFFF_FFFF
+"""llama.cpp's seeds are below this number, which itself asks it for a random one."""
+_MAX_PROMPT_BYTES = 4 * 1024 * 1024
+_CONTEXT_BLOCK = 256
+_BATCH_MODEL_BYTES = 1_000_000_000
+_FEWEST_BATCH_TOKENS, _MOST_BATCH_TOKENS = 32, 512
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedSettings:
+    """How the embedded model runs.
+
+    ``threads`` ``None`` means all cores but one, so that the services keep one. ``slots`` generations run side by
+    side, each with the whole context; ``max_waiting`` more wait, at most ``wait_seconds`` each, and any further one
+    is refused as ``overloaded``.
+    """
+
+    threads: int | None = None
+    context_tokens: int = 8192
+    slots: int = 1
+    max_waiting: int = 32
+    wait_seconds: float = 600.0
+    prompt_cache_mib: int = 256
+
+
+class EmbeddedModel:
+    """A model in a child process of its own, loaded at the first use or by :meth:`start`.
+
+    Deterministic unless the request says otherwise: temperature 0 and a fixed seed. A child that dies is started
+    again by the next call.
+    """
+
+    def __init__(self, entry: ModelEntry, path: Path, settings: EmbeddedSettings | None = None) -> None:
+        self._entry = entry
+        self._path = path
+        self._settings = EmbeddedSettings() if settings is None else settings
+        self._context = context_tokens(self._settings.context_tokens, entry.max_context_tokens)
+        self._loading: asyncio.Task[LlamaProcess] | None = None
+        self._slots = _Slots(self._settings)
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """Return the catalogue's name of the model."""
+        return self._entry.name
+
+    @property
+    def context_tokens(self) -> int:
+        """Return how many tokens prompt and answer may have together."""
+        return self._context
+
+    @property
+    def pid(self) -> int | None:
+        """Return the process id of the child, if it runs."""
+        process = self._process()
+        return process.pid if process is not None and process.alive else None
+
+    async def start(self) -> None:
+        """Load the model now. Raises ``no_model`` without llama.cpp's package, ``model_failed`` if it does not load."""
+        await self._running()
+
+    async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
+        """Count the prompt of ``messages`` exactly, with the model's own template and tokenizer."""
+        plain = self._plain(messages)
+        process = await self._running()
+        return await process.count(plain)
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
+        """Answer ``request``; see :class:`octollm.llm.types.ChatModel`."""
+        body = self._body(request)
+        await self._slots.take()
+        try:
+            process = await self._running()
+            generation = process.chat(body, self._slots.give_back)
+        except BaseException:
+            self._slots.give_back()
+            raise
+        try:
+            async for piece in self._pieces(generation):
+                yield piece
+        finally:
+            generation.cancel()
+
+    async def aclose(self) -> None:
+        """End the child process; running generations end with ``model_failed``."""
+        self._closed = True
+        loading, process = self._loading, self._process()
+        self._loading = None
+        if process is not None:
+            await process.aclose()
+        elif loading is not None:
+            loading.cancel()
+            await asyncio.wait({loading})  # it ends its child before it ends itself
+            if not loading.cancelled() and loading.exception() is None:  # it was loaded at that very moment
+                await loading.result().aclose()
+
+    def _process(self) -> LlamaProcess | None:
+        """Return the child if one was loaded; it may have died since."""
+        loading = self._loading
+        if loading is None or not loading.done() or loading.cancelled() or loading.exception() is not None:
+            return None
+        return loading.result()
+
+    async def _running(self) -> LlamaProcess:
+        """Return the child, started when it is not there. Callers share one start, which outlives those who leave."""
+        if self._closed:
+            raise OctoError("The embedded model is closed.", code="model_failed")
+        process = self._process()
+        if self._loading is None or (self._loading.done() and (process is None or not process.alive)):
+            self._loading = asyncio.create_task(self._load(process))
+        loading = self._loading
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            if loading.cancelled():  # it was closed, which is not the caller's own cancellation
+                raise OctoError("The embedded model is closed.", code="model_failed") from None
+            raise
+
+    async def _load(self, ended: LlamaProcess | None) -> LlamaProcess:
+        if ended is not None:
+            await ended.aclose()
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise OctoError(
+                "The embedded model needs llama.cpp: run `pip install 'octollm[local]'`, or set "
+                "OCTOLLM_MODEL=openai:NAME with OCTOLLM_MODEL_URL.",
+                code="no_model",
+            )
+        return await LlamaProcess.start(self._path, self._llama_settings())
+
+    async def _pieces(self, generation: Generation) -> AsyncGenerator[Piece]:
+        stall = self._llama_settings().stall_seconds
+        while True:
+            event = await generation.next(stall)
+            if event.event == "text":
+                yield TextDelta(event.text)
+            elif event.event == "end":
+                finish: FinishReason = "length" if event.finish == "length" else "stop"
+                yield Final(finish, ChatUsage.of(event.prompt, event.completion))
+                return
+            elif event.event != "progress":
+                raise self._error(event)
+
+    def _error(self, event: Event) -> OctoError:
+        if event.kind == "exceed_context_size_error":
+            return self._too_long(f"{event.prompt:,} tokens", event.prompt - self.context_tokens + 1)
+        if event.status == 400:
+            return OctoError(f"{self.name} cannot do this: {event.message[:300]}", code="invalid_body")
+        return OctoError(f"The embedded model failed: {event.message[:300]}", code="model_failed")
+
+    def _too_long(self, size: str, surplus: int) -> OctoError:
+        return OctoError(
+            f"The prompt has {size} and {self.name} takes {self.context_tokens:,} tokens, the answer's among them. "
+            f"Shorten it by at least {surplus:,} tokens.",
+            code="context_too_long",
+        )
+
+    def _plain(self, messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+        """Return ``messages`` as the template wants them, with no text in them that it would take for its own."""
+        size = bytes_bound(messages)
+        if size > _MAX_PROMPT_BYTES:
+            raise self._too_long(f"{size:,} bytes", 1)
+        return [
+            {"role": "system" if message.role == "developer" else message.role, "content": self._defused(message.text)}
+            for message in messages
+        ]
+
+    def _defused(self, text: str) -> str:
+        """Break control tokens in ``text``: a document that holds one must not open a turn of its own.
+
+        A zero-width space inside one leaves it as readable as before and makes it ordinary text.
+        """
+        if "<" in text:
+            for token in self._entry.special_tokens:
+                text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
+        # A lone surrogate is no text; JSON can carry one in and UTF-8 cannot carry it on.
+        return text.encode("utf-8", "replace").decode()
+
+    def _body(self, request: ChatRequest) -> dict[str, object]:
+        body: dict[str, object] = {
+            "messages": self._plain(request.messages),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_progress": True,
+            "cache_prompt": True,
+            "temperature": 0.0 if request.temperature is None else request.temperature,
+            "seed": (DEFAULT_SEED if request.seed is None else request.seed) % _SEEDS,
+            "max_tokens": min(request.completion_limit or self.context_tokens, self.context_tokens),
+        }
+        if request.top_p is not None:
+            body["top_p"] = request.top_p
+        if request.stops:
+            body["stop"] = request.stops
+        form = request.response_format
+        if form is not None and form.type == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        elif form is not None and form.json_schema is not None:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.json_schema.schema}}
+        return body
+
+    def _llama_settings(self) -> LlamaSettings:
+        threads = self._settings.threads or default_threads()
+        return LlamaSettings(
+            threads=threads,
+            batch_tokens=batch_tokens(self._entry.size, threads),
+            context_tokens=self._context,
+            slots=self._settings.slots,
+            prompt_cache_mib=self._settings.prompt_cache_mib,
+        )
+
+
+class _Slots:
+    """Who may generate now: first come, first served, with a bounded queue."""
+
+    def __init__(self, settings: EmbeddedSettings) -> None:
+        self._free = settings.slots
+        self._settings = settings
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self) -> None:
+        """Wait for a slot. Raises ``overloaded`` when too many wait or the wait is too long."""
+        if self._free and not self._waiting:
+            self._free -= 1
+            return
+        if len(self._waiting) >= self._settings.max_waiting:
+            raise OctoError("The embedded model has too many calls waiting.", code="overloaded", retry_after=5.0)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(self._settings.wait_seconds):
+                await turn
+        except BaseException as exc:
+            if turn.done() and not turn.cancelled():
+                self.give_back()  # the slot came at the moment that the caller left
+            elif turn in self._waiting:
+                self._waiting.remove(turn)
+            if isinstance(exc, TimeoutError):
+                raise OctoError(
+                    f"The embedded model was busy for {self._settings.wait_seconds:.0f} s.",
+                    code="overloaded",
+                    retry_after=5.0,
+                ) from exc
+            raise
+
+    def give_back(self) -> None:
+        """Give the slot to whoever has waited longest."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+def default_threads() -> int:
+    """Return the cores that this process may use, less one for the services, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores - 1)
+
+
+def context_tokens(wanted: int, most: int) -> int:
+    """Return the context that llama.cpp gives when ``wanted`` tokens are asked for: it rounds up to blocks."""
+    return min(-(-wanted // _CONTEXT_BLOCK) * _CONTEXT_BLOCK, most)
+
+
+def batch_tokens(model_bytes: int, threads: int) -> int:
+    """Return how many tokens of a prompt are worked on at once.
+
+    A cancel waits for the batch in hand, so it should take well under a second: about 64 tokens a thread for half a
+    gigabyte, 32 for one. Smaller ones cost speed: a tenth at 32, nothing that can be measured at 64.
+    """
+    wanted = 32 * threads * max(1, round(_BATCH_MODEL_BYTES / model_bytes))
+    return max(_FEWEST_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, wanted))

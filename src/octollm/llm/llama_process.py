@@ -1,0 +1,302 @@
+"""The parent's end of the llama.cpp child process: starting, asking, cancelling, ending it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from octollm.errors import OctoError
+
+_LINE_BYTES = 4 * 1024 * 1024
+_STDERR_LINES = 20
+_LEAVE_SECONDS = 5.0
+"""How long a child that has closed its output may take to end."""
+_PASSED_ON = ("PATH", "HOME", "TMPDIR", "TEMP", "TMP", "LANG", "VIRTUAL_ENV", "SYSTEMROOT", "USERPROFILE")
+_PASSED_ON_PREFIXES = ("LC_", "LD_", "DYLD_", "PYTHON", "GGML_", "OMP_")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSettings:
+    """How llama.cpp runs. ``batch_tokens`` of a prompt are worked on at once: a cancel takes effect between batches.
+
+    Seconds: ``load_seconds`` until it is ready, ``stall_seconds`` between two signs of life of a generation,
+    ``stop_seconds`` from a cancel to its end; past any of them the process is killed.
+    """
+
+    threads: int
+    batch_tokens: int
+    context_tokens: int = 8192
+    slots: int = 1
+    prompt_cache_mib: int = 256
+    load_seconds: float = 120.0
+    stall_seconds: float = 120.0
+    stop_seconds: float = 15.0
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One line of the child. See ``llama_worker`` for which event has which members."""
+
+    event: Literal["ready", "failed", "progress", "text", "end", "stopped", "counted", "error"]
+    id: int = 0
+    text: str = ""
+    finish: str = ""
+    prompt: int = 0
+    completion: int = 0
+    tokens: int = 0
+    status: int = 0
+    kind: str = ""
+    message: str = ""
+    context: int = 0
+
+
+_LAST = frozenset({"end", "stopped", "counted", "error"})
+
+
+class Generation:
+    """What the child says about one order. ``on_end`` is called once, when the child has left the order alone."""
+
+    def __init__(self, number: int, process: LlamaProcess, on_end: Callable[[], None]) -> None:
+        self._number = number
+        self._process = process
+        self._on_end = on_end
+        # Bounded by the context: a generation has at most one event a token and one a batch of the prompt.
+        self._events: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
+        self._cancelled: asyncio.TimerHandle | None = None
+
+    async def next(self, seconds: float) -> Event:
+        """Return the next event. Raises ``model_failed`` when the child is silent for ``seconds`` or ends."""
+        while not self._events:
+            if self._ended:
+                raise self._process.failure()
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._arrived.wait()
+            except TimeoutError as exc:
+                self._process.kill(f"it gave no sign of life for {seconds:.0f} s")
+                raise self._process.failure() from exc
+        return self._events.popleft()
+
+    def cancel(self) -> None:
+        """Stop the work without waiting for it; harmless when it has ended."""
+        if not self._ended and self._cancelled is None:
+            self._cancelled = self._process.send_cancel(self._number)
+
+    def take(self, event: Event) -> None:
+        """Take an event from the reader."""
+        if self._cancelled is None:
+            self._events.append(event)
+        self._arrived.set()
+        if event.event in _LAST:
+            self.end()
+
+    def end(self) -> None:
+        """Note that no more events come."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._cancelled is not None:
+            self._cancelled.cancel()
+        self._arrived.set()
+        self._on_end()
+
+
+class LlamaProcess:
+    """A running child. Made by :meth:`start`; once :attr:`alive` is false it stays so and another must be started."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path, settings: LlamaSettings) -> None:
+        self._process = process
+        self._folder = folder
+        self._settings = settings
+        self._orders: dict[int, Generation] = {}
+        self._numbers = 0
+        self._alive = True
+        self._why = ""
+        self._errors: deque[str] = deque(maxlen=_STDERR_LINES)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(cls, path: Path, settings: LlamaSettings) -> LlamaProcess:
+        """Start a child with the model at ``path`` and wait until it is loaded.
+
+        Cancelling kills it. Raises ``model_failed``.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="octollm-llama-"))
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", str(Path(__file__).with_name("llama_worker.py"))),
+                msgspec.json.encode(_worker_settings(path, folder, settings)).decode(),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=_environment(os.environ),
+                limit=_LINE_BYTES,
+                start_new_session=True,  # Ctrl-C is for the parent, which ends the child in order
+            )
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        child = cls(process, folder, settings)
+        try:
+            await child._until_ready()
+        except BaseException:
+            await asyncio.shield(child.aclose())
+            raise
+        return child
+
+    @property
+    def alive(self) -> bool:
+        """Tell whether it takes orders."""
+        return self._alive
+
+    @property
+    def pid(self) -> int:
+        """Return the child's process id."""
+        return self._process.pid
+
+    async def count(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Count the prompt of ``messages`` with the model's template and tokenizer. Raises ``model_failed``."""
+        event = await self._order("count", {"messages": messages}).next(self._settings.stall_seconds)
+        if event.event != "counted":
+            raise OctoError(f"The embedded model could not count tokens: {event.message}", code="model_failed")
+        return event.tokens
+
+    def chat(self, body: Mapping[str, object], on_end: Callable[[], None]) -> Generation:
+        """Begin a generation; ``body`` is a llama.cpp chat completions request. Raises ``model_failed``."""
+        return self._order("chat", body, on_end)
+
+    def send_cancel(self, number: int) -> asyncio.TimerHandle:
+        """Ask the child to stop an order; kill it if it does not within the time set."""
+        self._write({"op": "cancel", "id": number})
+        return asyncio.get_running_loop().call_later(
+            self._settings.stop_seconds, self.kill, "it did not stop a generation that was cancelled"
+        )
+
+    def kill(self, why: str) -> None:
+        """End the child at once; running generations fail with ``why``."""
+        self._end(why)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def failure(self) -> OctoError:
+        """Return the error for an order that the child did not finish."""
+        last = f" It last said: {self._errors[-1]}" if self._errors else ""
+        return OctoError(f"The embedded model failed: {self._why or 'it was closed'}.{last}", code="model_failed")
+
+    async def aclose(self) -> None:
+        """End the child and wait until it is gone; running generations end with ``model_failed``."""
+        self.kill("it was closed")
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        await self._process.wait()
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # they read up to the end that kill() made
+        await asyncio.to_thread(shutil.rmtree, self._folder, True)
+
+    def _order(self, op: str, body: Mapping[str, object], on_end: Callable[[], None] = lambda: None) -> Generation:
+        if not self._alive:
+            raise self.failure()
+        self._numbers += 1
+        number = self._numbers
+
+        def ended() -> None:
+            self._orders.pop(number, None)
+            on_end()
+
+        order = self._orders[number] = Generation(number, self, ended)
+        self._write({"op": op, "id": number, "body": body})
+        return order
+
+    def _write(self, order: Mapping[str, object]) -> None:
+        if self._process.stdin is not None and self._alive:
+            self._process.stdin.write(msgspec.json.encode(order) + b"\n")
+
+    async def _until_ready(self) -> None:
+        stdout, stderr = self._process.stdout, self._process.stderr
+        if stdout is None or stderr is None:
+            raise self.failure()
+        self._tasks.append(asyncio.create_task(self._read_errors(stderr)))
+        try:
+            async with asyncio.timeout(self._settings.load_seconds):
+                event = await _read(stdout)
+        except TimeoutError as exc:
+            self._end(f"it was not loaded after {self._settings.load_seconds:.0f} s")
+            raise self.failure() from exc
+        if event is None or event.event != "ready":
+            self._end(event.message if event is not None and event.message else await self._how_it_ended())
+            raise self.failure()
+        self._tasks.append(asyncio.create_task(self._read_events(stdout)))
+
+    async def _read_events(self, stdout: asyncio.StreamReader) -> None:
+        why = "its events could not be read"
+        try:
+            while (event := await _read(stdout)) is not None:
+                if (order := self._orders.get(event.id)) is not None:
+                    order.take(event)
+            why = await self._how_it_ended()
+        finally:
+            self._end(why)
+
+    async def _read_errors(self, stderr: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ValueError):  # a line that is longer than any message
+            async for line in stderr:
+                if text := line.decode(errors="replace").strip():
+                    self._errors.append(text[:500])
+
+    async def _how_it_ended(self) -> str:
+        try:
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                code = await self._process.wait()
+        except TimeoutError:  # it said something that is no event; nothing that it says can be trusted now
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            return "it spoke in a form that is not understood"
+        return f"its process was ended by signal {-code}" if code < 0 else f"its process ended with code {code}"
+
+    def _end(self, why: str) -> None:
+        if not self._alive:
+            return
+        self._alive = False
+        self._why = why
+        for order in list(self._orders.values()):
+            order.end()
+
+
+async def _read(stdout: asyncio.StreamReader) -> Event | None:
+    """Return the next event, or ``None`` when the child has closed its end."""
+    try:
+        line = await stdout.readline()
+        return msgspec.json.decode(line, type=Event) if line.endswith(b"\n") else None
+    except (ValueError, msgspec.DecodeError):
+        return None
+
+
+def _worker_settings(path: Path, folder: Path, settings: LlamaSettings) -> dict[str, object]:
+    unix = sys.platform != "win32"
+    return {
+        "path": str(path),
+        "folder": str(folder),
+        "host": str(folder / "llama.sock") if unix else "127.0.0.1",
+        "context_tokens": settings.context_tokens,
+        "slots": settings.slots,
+        "batch_tokens": settings.batch_tokens,
+        "threads": settings.threads,
+        "prompt_cache_mib": settings.prompt_cache_mib,
+    }
+
+
+def _environment(full: Mapping[str, str]) -> dict[str, str]:
+    """Return what native code needs of the environment; keys and settings of the parent are none of it."""
+    return {name: full[name] for name in full if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)}

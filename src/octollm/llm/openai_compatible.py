@@ -1,0 +1,292 @@
+"""A model behind any server that speaks OpenAI's chat completions, with a key that is never shown.
+
+Nothing is retried here: whether a call may be repeated is for the policies above to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from pyqwest import (
+    Client,
+    ConnectTimeout,
+    HTTPTransport,
+    ReadError,
+    RemoteProtocolError,
+    Response,
+    TooManyRedirects,
+    WriteError,
+)
+
+from octollm.errors import OctoError, RemoteError, SettingError
+from octollm.llm.sse import event_data
+from octollm.llm.types import (
+    ChatMessage,
+    ChatRequest,
+    ChatUsage,
+    Final,
+    FinishReason,
+    Piece,
+    ResponseFormat,
+    StreamOptions,
+    TextDelta,
+    bytes_bound,
+)
+
+OPENAI_URL = "https://api.openai.com/v1"
+_ERROR_BYTES = 64 * 1024
+_DETAIL_CHARACTERS = 300
+_MAX_RETRY_AFTER = 3600.0
+_PRINTABLE = re.compile(r"[\x21-\x7e]+")
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_DONE = b"[DONE]"
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderTimeouts:
+    """Seconds: to connect, and the longest silence of an answer (its first byte is the longest wait)."""
+
+    connect: float = 5.0
+    idle: float = 120.0
+
+
+class OpenAICompatibleModel:
+    """One model of one provider. ``base_url`` is what comes before ``/chat/completions``."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str = OPENAI_URL,
+        api_key: str | None = None,
+        context_tokens: int = 128_000,
+        timeouts: ProviderTimeouts | None = None,
+    ) -> None:
+        self._model = model
+        self._base_url = _checked_url(base_url)
+        self._key = _checked_key(api_key)
+        self._context_tokens = context_tokens
+        chosen = ProviderTimeouts() if timeouts is None else timeouts
+        self._idle = chosen.idle
+        self._transport = HTTPTransport(
+            connect_timeout=chosen.connect,
+            read_timeout=chosen.idle,
+            tls_include_system_certs=True,
+            follow_redirects=False,  # a redirect would carry the key to another host
+            enable_otel=False,
+        )
+        self._client = Client(self._transport)
+
+    @property
+    def name(self) -> str:
+        """Return ``openai:`` and the provider's name of the model."""
+        return f"openai:{self._model}"
+
+    @property
+    def context_tokens(self) -> int:
+        """Return how many tokens prompt and answer may have together, as far as the settings know."""
+        return self._context_tokens
+
+    async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
+        """Bound the prompt from above by its UTF-8 bytes: the provider's tokenizer is not at hand."""
+        return bytes_bound(messages)
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
+        """Answer ``request``; see :class:`octollm.llm.types.ChatModel`. Closing it closes the connection."""
+        headers = {"content-type": "application/json", "accept": "text/event-stream"}
+        if self._key is not None:
+            headers["authorization"] = f"Bearer {self._key}"
+        content = msgspec.json.encode(_body(self._model, request))
+        try:
+            async with self._client.stream("POST", f"{self._base_url}/chat/completions", headers, content) as response:
+                if response.status != 200:
+                    raise await self._refused(response)
+                async with aclosing(self._pieces(response, request)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+        except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
+            raise self._broken(exc) from exc
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._transport.aclose()
+
+    async def _pieces(self, response: Response, request: ChatRequest) -> AsyncGenerator[Piece]:
+        finish: FinishReason | None = None
+        usage: _Usage | None = None
+        written = 0
+        try:
+            async with aclosing(event_data(response.content)) as events:
+                async for data in events:
+                    if data == _DONE:
+                        break
+                    chunk = msgspec.json.decode(data, type=_Chunk)
+                    if chunk.error is not None:
+                        raise self._failed(f"it broke off: {self._shown(chunk.error.message)}")
+                    usage = chunk.usage or usage
+                    for choice in chunk.choices:
+                        finish = _finish(choice.finish_reason) or finish
+                        if choice.delta.content:
+                            written += len(choice.delta.content.encode("utf-8", "surrogatepass"))
+                            yield TextDelta(choice.delta.content)
+        except (msgspec.DecodeError, ValueError) as exc:
+            raise self._failed("its answer is not a stream of chat completion chunks") from exc
+        if finish is None:
+            raise self._failed("the connection broke before the answer was whole")
+        if usage is None:
+            yield Final(finish, ChatUsage.of(bytes_bound(request.messages), written), exact=False)
+        else:
+            yield Final(finish, ChatUsage.of(usage.prompt_tokens, usage.completion_tokens))
+
+    async def _refused(self, response: Response) -> OctoError:
+        """Return the error for an answer that is not 200."""
+        status = response.status
+        if status in (401, 403):
+            return self._failed(
+                f"HTTP {status}, the key was refused" if self._key else f"HTTP {status}, it wants a key", final=True
+            )
+        error = await _error_of(response)
+        said = f": {self._shown(error.message)}" if error.message else ""
+        if status == 400 and error.code == "context_length_exceeded":
+            return OctoError(f"The prompt does not fit {self.name}{said}", code="context_too_long")
+        if status == 429:
+            return self._failed(f"HTTP 429, too many requests{said}", retry_after=_retry_after(response))
+        if 300 <= status < 400:
+            return self._failed(f"HTTP {status}, a redirect, which is not followed with a key", final=True)
+        if 400 <= status < 500 and status != 408:
+            return self._failed(f"HTTP {status}{said}", final=True)
+        return self._failed(f"HTTP {status}{said}", retry_after=_retry_after(response))
+
+    def _broken(self, exc: Exception) -> OctoError:
+        if isinstance(exc, ConnectTimeout):
+            return self._failed("no connection in time")
+        if isinstance(exc, ConnectionError):
+            return self._failed("no connection: is the address right, and is it running?")
+        if isinstance(exc, TimeoutError):
+            return self._failed(f"no answer for {self._idle:.0f} s")
+        return self._failed("the connection broke before the answer was whole")
+
+    def _failed(self, why: str, *, final: bool = False, retry_after: float | None = None) -> OctoError:
+        """Return ``model_failed``; ``final`` says that the same call will fail again."""
+        detail = f"{self.name} at {self._base_url}: {why}."
+        if final:
+            return RemoteError(detail, code="model_failed", status=503, retryable=False)
+        return OctoError(detail, code="model_failed", retry_after=retry_after)
+
+    def _shown(self, text: str) -> str:
+        """Return the provider's words, bounded, and without the key that some of them repeat."""
+        if self._key:
+            text = text.replace(self._key, "[key]")
+        return " ".join(text.split())[:_DETAIL_CHARACTERS].rstrip(".")
+
+
+class _Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+class _Body(msgspec.Struct, frozen=True, omit_defaults=True):
+    model: str
+    messages: tuple[_Message, ...]
+    stream: Literal[True] | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    delta: _Delta = _Delta()
+    finish_reason: str | None = None
+
+
+class _Error(msgspec.Struct, frozen=True):
+    message: str = ""
+    code: str | int | None = None
+
+
+class _Chunk(msgspec.Struct, frozen=True):
+    choices: tuple[_Choice, ...] = ()
+    usage: _Usage | None = None
+    error: _Error | None = None
+
+
+class _ErrorBody(msgspec.Struct, frozen=True):
+    error: _Error
+
+
+def _body(model: str, request: ChatRequest) -> _Body:
+    return _Body(
+        model=model,
+        messages=tuple(_Message(message.role, message.text) for message in request.messages),
+        stream=True,
+        stream_options=StreamOptions(include_usage=True),
+        max_tokens=request.max_tokens,
+        max_completion_tokens=request.max_completion_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        stop=request.stops or None,
+        response_format=request.response_format,
+    )
+
+
+def _finish(reason: str | None) -> FinishReason | None:
+    """Return our word for a provider's reason; one that we do not know is an ordinary end."""
+    if reason is None or reason == "":
+        return None
+    return "length" if reason == "length" else "content_filter" if reason == "content_filter" else "stop"
+
+
+async def _error_of(response: Response) -> _Error:
+    """Return what an error answer says, as far as it can be understood."""
+    raw = bytearray()
+    async for chunk in response.content:
+        raw += chunk
+        if len(raw) > _ERROR_BYTES:
+            break
+    try:
+        return msgspec.json.decode(raw, type=_ErrorBody).error
+    except msgspec.DecodeError:
+        return _Error()
+
+
+def _retry_after(response: Response) -> float | None:
+    """Return ``Retry-After`` in seconds (RFC 9110 section 10.2.3; its form as a date is passed over)."""
+    value = response.headers.get("retry-after", "")
+    return min(float(value), _MAX_RETRY_AFTER) if _SECONDS.fullmatch(value) else None
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingError("The model's URL should look like https://host/v1.")
+    if parts.username is not None or parts.password is not None:
+        raise SettingError("The model's URL must not hold a key; give the key in its own setting.")
+    return url.rstrip("/")
+
+
+def _checked_key(key: str | None) -> str | None:
+    stripped = (key or "").strip()
+    if stripped and not _PRINTABLE.fullmatch(stripped):
+        raise SettingError("The model's key has characters that a key cannot have (a space or a line break?).")
+    return stripped or None

@@ -1,0 +1,117 @@
+"""A call being served: who asks, what is left of its time, and what it may tell while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from starlette.requests import Request
+
+from octollm.capability import Verified
+from octollm.context import Trace
+from octollm.contracts.services import OperationKind
+from octollm.resilience import Deadline
+
+Auth = Literal["capability", "service", "public", "door"]
+
+
+class Emitter(Protocol):
+    """What a handler tells its caller before its answer."""
+
+    async def token(self, text: str, *, reset: bool = False) -> None:
+        """Send text that was written since the last one; ``reset`` voids what was sent before."""
+        ...
+
+    async def progress(self, percent: float, message: str = "") -> None:
+        """Send how far the work is, from 0 to 100."""
+        ...
+
+
+class Silent:
+    """The emitter of a call that asked for one answer: nothing is sent before it."""
+
+    async def token(self, text: str, *, reset: bool = False) -> None:
+        """Send nothing."""
+
+    async def progress(self, percent: float, message: str = "") -> None:
+        """Send nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One incoming call."""
+
+    service: str
+    operation: str
+    request: Request
+    request_id: str
+    correlation_id: str
+    trace: Trace
+    deadline: Deadline
+    verified: Verified | None = None
+    """The capability that was shown; ``None`` where the operation is not opened by one."""
+    peer: str = ""
+    """The service that speaks for itself, where the operation is opened by a service token."""
+    bearer: str = ""
+    key: str | None = None
+    """The ``Idempotency-Key``, when one was sent."""
+    body: bytes = b""
+    emit: Emitter = field(default_factory=Silent)
+
+    @property
+    def path(self) -> Mapping[str, str]:
+        """Return the parameters of the path."""
+        return self.request.path_params
+
+    @property
+    def authority(self) -> Verified:
+        """Return the capability; the kit has made sure that there is one."""
+        if self.verified is None:
+            raise AssertionError(f"{self.service}:{self.operation} is not opened by a capability")
+        return self.verified
+
+    @property
+    def tenant(self) -> str:
+        """Return the tenant that the call is for."""
+        return self.authority.tenant
+
+
+Handler = Callable[[Call, Any], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation of a service: a typed async function and what opens it.
+
+    ``scope`` may hold ``{names}`` of path parameters: they become selectors. ``body`` is ``None`` when there is
+    none, or ``bytes`` for raw ones. The handler returns a value that becomes JSON, a :class:`Reply`, or a
+    Starlette response.
+    """
+
+    name: str
+    method: str
+    path: str
+    handler: Handler
+    scope: str = ""
+    kind: OperationKind = "safe"
+    auth: Auth = "capability"
+    body: Any = None
+    answer: Any = None
+    status: int = 200
+    strict: bool = False
+    max_body: int = 4 * 1024 * 1024
+    limited: bool = True
+    """Counts against the bound on concurrent calls; long-lived streams do not."""
+    timeout: float = 300.0
+    """Seconds for a call that names no deadline."""
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A value with a status and headers of its own."""
+
+    value: object
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])

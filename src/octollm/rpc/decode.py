@@ -1,0 +1,88 @@
+"""Reading a body: bytes to a typed value, with the place of the fault when it does not fit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar, cast, get_args, get_origin
+
+import msgspec
+
+from octollm.errors import Fault, OctoError
+
+T = TypeVar("T")
+
+_PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
+_PART = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
+_DEPTH = 12
+
+
+def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
+    """Read JSON ``data`` as ``kind``.
+
+    Raises ``invalid_json`` or ``invalid_body`` with a JSON Pointer (RFC 6901) to the fault; with ``strict``
+    (the public door) also ``unknown_field``. Between services unknown members are ignored, so that two
+    versions can run together.
+    """
+    try:
+        value = msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        raise OctoError(
+            "The body does not fit its schema.", code="invalid_body", faults=(Fault(_pointer(text), _detail(text)),)
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise OctoError("The body is not valid JSON.", code="invalid_json", faults=(Fault("", str(error)),)) from error
+    if strict:
+        unknown = list(_unknown(msgspec.json.decode(data), kind, "", 0))
+        if unknown:
+            raise OctoError(
+                "The body has a field that is not known here.",
+                code="unknown_field",
+                faults=tuple(Fault(pointer, "unknown field") for pointer in unknown[:20]),
+            )
+    return value
+
+
+def _detail(text: str) -> str:
+    return _PATH.sub("", text)
+
+
+def _pointer(text: str) -> str:
+    match = _PATH.search(text)
+    if match is None:
+        return ""
+    parts = [name or index for name, index in _PART.findall(match[1])]
+    return "".join("/" + _escape(part) for part in parts)
+
+
+def _escape(part: str) -> str:
+    return part.replace("~", "~0").replace("/", "~1")
+
+
+def _unknown(raw: Any, kind: Any, at: str, depth: int) -> Any:
+    """Yield a pointer for each member of ``raw`` that the Structs in ``kind`` do not have."""
+    if depth > _DEPTH:
+        return
+    struct = _struct_in(kind)
+    if struct is not None and isinstance(raw, dict):
+        known = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
+        members = cast("dict[str, Any]", raw)
+        for name, item in members.items():
+            pointer = f"{at}/{_escape(str(name))}"
+            if name not in known:
+                yield pointer
+            else:
+                yield from _unknown(item, known[name], pointer, depth + 1)
+    elif isinstance(raw, list):
+        origin = get_origin(kind)
+        if origin in (tuple, list) and get_args(kind):
+            items = cast("list[Any]", raw)
+            for index, item in enumerate(items):
+                yield from _unknown(item, get_args(kind)[0], f"{at}/{index}", depth + 1)
+
+
+def _struct_in(kind: Any) -> Any:
+    for candidate in (kind, *get_args(kind)):
+        if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+            return candidate if get_origin(kind) not in (tuple, list, dict) else None
+    return None

@@ -1,0 +1,97 @@
+"""Serving ASGI applications on sockets: one small file hides which server does it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import AsyncGenerator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from octollm.errors import OctoError, SettingError
+from octollm.rpc.protocol import BoundedProtocol
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than a client keeps an idle connection, so that it is the client who closes it."""
+DRAIN_SECONDS = 2
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the process that hosts services owns the signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+def listen(host: str, port: int, service: str) -> socket.socket:
+    """Bind a socket for ``service``; raise ``port_taken`` or ``setting_invalid`` with what to do."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(1024)
+    except OSError as error:
+        bound.close()
+        if error.errno != errno.EADDRINUSE:
+            raise SettingError(
+                f"{service} cannot listen on {host}, port {port} ({error.strerror}). OCTOLLM_HOST must be an address of"
+                " this machine, and ports below 1024 need privileges."
+            ) from error
+        raise OctoError(
+            f"Port {port} of {host}, which {service} needs, is taken ({error.strerror}). Stop what listens there"
+            f" (`ss -ltnp 'sport = :{port}'` names it), or set OCTOLLM_PORT_SHIFT=100 to use other ports.",
+            code="port_taken",
+        ) from error
+    bound.setblocking(False)
+    return bound
+
+
+@contextlib.asynccontextmanager
+async def serving(app: ASGIApp, bound: socket.socket) -> AsyncGenerator[None]:
+    """Serve ``app`` on a bound socket for as long as the context is open; leaving drains and closes it.
+
+    Raises ``unavailable`` when the server does not start in 10 s.
+    """
+    config = uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="websockets-sansio",
+        ws_per_message_deflate=False,
+        ws_max_size=64 * 1024,
+        ws_ping_interval=20.0,
+        ws_ping_timeout=20.0,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    server = _Server(config)
+    running = asyncio.create_task(server.serve(sockets=[bound]))
+    try:
+        async with asyncio.timeout(10):
+            while not server.started:
+                if running.done():
+                    running.result()
+                    raise OctoError("The HTTP server stopped at its start.", code="unavailable")
+                await asyncio.sleep(0.005)
+        yield
+    finally:
+        server.should_exit = True
+        try:
+            async with asyncio.timeout(DRAIN_SECONDS + 1):
+                await asyncio.shield(running)
+        except TimeoutError:
+            server.force_exit = True
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+        bound.close()

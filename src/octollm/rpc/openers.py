@@ -1,0 +1,78 @@
+"""What opens an operation: a capability, a service speaking for itself, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.requests import Request
+
+from octollm.capability import DirectoryEntry, Verifier, verify_service
+from octollm.clock import Clock
+from octollm.errors import OctoError
+from octollm.rpc.call import Operation
+from octollm.rpc.server import Opened
+
+
+def bearer_of(request: Request) -> str:
+    """Return the one bearer string of a request (RFC 6750 section 2.1); raise ``token_missing`` without one."""
+    values = request.headers.getlist("authorization")
+    if not values:
+        raise OctoError(
+            "This needs a bearer token in the Authorization header; `octollm token mint` makes one.",
+            code="token_missing",
+        )
+    scheme, _, token = values[0].partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer" or not token.strip():
+        raise OctoError("The Authorization header must be one `Bearer <token>`.", code="token_malformed")
+    return token.strip()
+
+
+def required_scope(request: Request, operation: Operation) -> str:
+    """Return the scope that opens ``operation`` for this request: path parameters become selectors."""
+    scope = operation.scope
+    for name, value in request.path_params.items():
+        scope = scope.replace("{" + name + "}", str(value))
+    return scope
+
+
+class CapabilityOpener:
+    """Opened by an access token for this service that allows the operation's scope."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self._verifier = verifier
+
+    async def open(self, request: Request, operation: Operation) -> Opened:
+        """Return the capability; raise a ``token_*`` code or ``scope_missing``."""
+        bearer = bearer_of(request)
+        verified = self._verifier.verify(bearer)
+        scope = required_scope(request, operation)
+        if not scope or not verified.scopes.allows(scope):
+            raise OctoError(f"The token does not allow {scope}.", code="scope_missing")
+        return Opened(verified=verified, bearer=bearer)
+
+
+class ServiceOpener:
+    """Opened by a service's own token, for the services that an operation names."""
+
+    def __init__(self, audience: str, directory: Mapping[str, DirectoryEntry], clock: Clock) -> None:
+        self._audience = audience
+        self._directory = directory
+        self._clock = clock
+
+    async def open(self, request: Request, operation: Operation) -> Opened:
+        """Return the service's name. ``operation.scope`` lists the services admitted; ``*`` is any registered."""
+        bearer = bearer_of(request)
+        peer = verify_service(bearer, self._audience, self._directory, self._clock)
+        admitted = operation.scope.split()
+        if "*" not in admitted and peer not in admitted:
+            raise OctoError(f"{peer} may not do this.", code="scope_missing")
+        return Opened(peer=peer, bearer=bearer)
+
+
+class PublicOpener:
+    """Opened by nothing: health, readiness, keys."""
+
+    async def open(self, request: Request, operation: Operation) -> Opened:
+        """Return nobody."""
+        del request, operation
+        return Opened()

@@ -1,0 +1,127 @@
+"""Putting a service together: its identity, its callers, its application, and serving it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from octollm.clock import Clock, Ids
+from octollm.rpc.call import Operation
+from octollm.rpc.caller import Caller
+from octollm.rpc.discovery import Discovery
+from octollm.rpc.health import CheckUp, health_operations
+from octollm.rpc.hosting import serving
+from octollm.rpc.http import Http
+from octollm.rpc.idempotency import IdempotencyStore
+from octollm.rpc.idempotency_remote import RemoteIdempotency
+from octollm.rpc.identity import Directory, Identity
+from octollm.rpc.openers import CapabilityOpener, PublicOpener
+from octollm.rpc.server import Kit, Opener, build_app
+from octollm.telemetry import Log, Metrics, log_for
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What any service is built on. One per service; ``http`` and ``discovery`` may be shared in a process."""
+
+    identity: Identity
+    http: Http
+    discovery: Discovery
+    clock: Clock
+    ids: Ids
+    log: Log
+    metrics: Metrics
+    caller: Caller
+    directory: Directory
+
+    @property
+    def name(self) -> str:
+        """Return the service's name."""
+        return self.identity.name
+
+    def remote_idempotency(self) -> RemoteIdempotency:
+        """Return the store of keys that the orchestrator keeps for this service."""
+        return RemoteIdempotency(self.caller, self.identity.signer(), self.clock)
+
+
+def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
+    """Return what the service ``identity`` is built on."""
+    metrics = Metrics(identity.name)
+    caller = Caller(identity.name, http, discovery, clock=identity.clock, ids=identity.ids, metrics=metrics)
+    directory = Directory(caller, identity.signer(), identity.roots, identity.clock)
+    return Base(
+        identity=identity,
+        http=http,
+        discovery=discovery,
+        clock=identity.clock,
+        ids=identity.ids,
+        log=log_for(identity.name),
+        metrics=metrics,
+        caller=caller,
+        directory=directory,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service ready to be served."""
+
+    base: Base
+    kit: Kit
+    app: Starlette
+    announce: Callable[[], Awaitable[None]] | None = None
+    """Done once the service is served, before :meth:`serve` yields: an arm tells the orchestrator that it is up."""
+
+    @contextlib.asynccontextmanager
+    async def serve(self, bound: socket.socket) -> AsyncGenerator[None]:
+        """Serve on a bound socket; leaving drains: new calls are refused while those in flight end."""
+        async with serving(self.app, bound):
+            self.base.log.info("service.started", address=str(bound.getsockname()))
+            try:
+                if self.announce is not None:
+                    await self.announce()
+                yield
+            finally:
+                self.kit.draining.set()
+                self.base.log.info("service.draining")
+
+
+def build_service(
+    base: Base,
+    operations: Sequence[Operation],
+    *,
+    openers: Mapping[str, Opener] | None = None,
+    idempotency: IdempotencyStore | None = None,
+    checkups: Mapping[str, CheckUp] | None = None,
+    extra: Sequence[BaseRoute] = (),
+    max_concurrent: int = 64,
+    announce: Callable[[], Awaitable[None]] | None = None,
+    draining: asyncio.Event | None = None,
+) -> Service:
+    """Return the service of ``operations`` with what every service has besides.
+
+    ``draining`` is set when it shuts down; it is passed in by who has long-lived connections to end then.
+    """
+    kit = Kit(
+        service=base.name,
+        clock=base.clock,
+        ids=base.ids,
+        log=base.log,
+        metrics=base.metrics,
+        openers={
+            "public": PublicOpener(),
+            "capability": CapabilityOpener(base.identity.verifier()),
+            **(openers or {}),
+        },
+        idempotency=idempotency,
+        max_concurrent=max_concurrent,
+        draining=draining or asyncio.Event(),
+    )
+    own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], checkups or {})
+    return Service(base, kit, build_app(kit, [*own, *operations], extra), announce)

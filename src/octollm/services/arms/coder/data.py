@@ -1,0 +1,236 @@
+"""Answering a question over tables: one SQL query, written twice and believed when the rows agree."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from octollm.contracts.asking import Ask, Message, assistant, system, user
+from octollm.contracts.tables import Cell, Table, format_cell, parse_table
+from octollm.contracts.task import Check, Evidence, ExecuteResult
+from octollm.errors import OctoError
+from octollm.services.arms.coder.describe import RunSql, TableInfo, describe_tables, schema_text
+from octollm.services.arms.coder.sql_doubts import Doubt, doubts
+from octollm.services.arms.coder.sql_text import extract_query, missing_column_hint, quote_names
+from octollm.services.arms.coder.sql_wanted import hint
+
+OnText = Callable[[str], Awaitable[None]]
+
+MAX_QUERY_TOKENS = 220
+"""Tokens of one answer of the model."""
+REPAIRS = 2
+"""How often one draft is mended."""
+DRAFTS = 3
+"""Drafts at most; two that agree are enough."""
+MAX_NOTES = 2000
+SHOWN_ROWS = 50
+"""Rows of the answer that are shown."""
+NO_ROWS = "No rows match."
+"""What is said of an empty result."""
+_TEMPERATURES = (0.0, 0.6, 0.9)
+_SYSTEM = (
+    "You write DuckDB SQL. Answer every part of the question with one query over the tables: a column for each value "
+    "that is asked for. Reply with the SQL only."
+)
+_VARIANTS = (
+    "",
+    "Reply with exactly one SELECT statement that computes what is asked, and selects only that.",
+    "Think about which rows count, then reply with one DuckDB query.",
+)
+"""What is said after the question, so that drafts differ while the model's cache keeps all that comes before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A query that ran, its rows, and what is doubtful about it."""
+
+    query: str
+    table: Table
+    doubts: tuple[Doubt, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Return whether nothing speaks against the query for certain."""
+        return not any(doubt.hard for doubt in self.doubts)
+
+
+async def answer_data(
+    goal: str,
+    ask: Ask,
+    run_sql: RunSql,
+    *,
+    notes: str = "",
+    reasons: Sequence[str] = (),
+    on_text: OnText | None = None,
+) -> ExecuteResult:
+    """Answer ``goal`` with the output of a query over all rows; the answer shows the query.
+
+    ``notes`` are what earlier steps found; ``reasons`` say why an earlier answer was refused. Raises ``OctoError``:
+    ``not_accepted`` when no query runs or the drafts disagree, ``file_invalid`` when the files are no tables, and what
+    ``ask`` and ``run_sql`` raise.
+    """
+    tables = await describe_tables(run_sql)
+    schema, wanted = schema_text(tables), hint(goal, tables)
+    drafts: list[Draft] = []
+    failures: list[str] = []
+    for number in range(DRAFTS):
+        messages = [system(_SYSTEM), user(_question(schema, goal, notes, reasons, [wanted, _VARIANTS[number]]))]
+        draft = await _draft(goal, tables, messages, ask, run_sql, number, failures, on_text)
+        if draft is None:
+            continue
+        for other in drafts:
+            best = min(other, draft, key=lambda one: (not one.sound, len(one.doubts), -len(one.table.columns)))
+            if best.sound and agree(other.table, draft.table):
+                return _result(best, f"{len(drafts) + 1} drafts were compared, two agree")
+        drafts.append(draft)
+    raise OctoError(_failure(drafts, failures), code="not_accepted")
+
+
+def agree(one: Table, other: Table) -> bool:
+    """Return whether two results say the same: as many rows, each holding the other's cells or a part of them.
+
+    The order of rows and columns, and the names of the columns, do not matter; nor does, in three rows or more with
+    the same measure, how the rows are labelled (a month as 3 or as 2024-03-01).
+    """
+    if one.row_count != other.row_count or len(one.rows) != len(other.rows):
+        return False
+    if len(one.rows) >= 3 and _measures(one) & _measures(other):
+        return True
+    few, many = (one, other) if len(one.columns) <= len(other.columns) else (other, one)
+    left = [[_normal(cell) for cell in row] for row in many.rows]
+    for row in few.rows:
+        cells = [_normal(cell) for cell in row]
+        at = next((i for i, candidate in enumerate(left) if _holds(candidate, cells)), None)
+        if at is None:
+            return False
+        del left[at]
+    return True
+
+
+def render(table: Table, query: str) -> str:
+    """Write the answer: each value beside its column's name, then the query."""
+    columns = table.columns
+    if not table.rows:
+        body = NO_ROWS
+    elif len(table.rows) == 1:
+        body = "\n".join(f"{name}: {format_cell(cell)}" for name, cell in zip(columns, table.rows[0], strict=True))
+    else:
+        lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+        lines.extend(" | ".join(format_cell(cell) for cell in row) for row in table.rows[:SHOWN_ROWS])
+        if table.row_count > SHOWN_ROWS:
+            lines.append(f"… {table.row_count - SHOWN_ROWS} more rows")
+        body = "\n".join(lines)
+    return f"{body}\n\nQuery:\n```sql\n{query}\n```"
+
+
+async def _draft(
+    goal: str,
+    tables: tuple[TableInfo, ...],
+    messages: list[Message],
+    ask: Ask,
+    run_sql: RunSql,
+    number: int,
+    failures: list[str],
+    on_text: OnText | None,
+) -> Draft | None:
+    """Write a query and mend it until it runs without a doubt; the last that ran otherwise."""
+    best: Draft | None = None
+    for attempt in range(1 + REPAIRS):
+        answer = await ask(
+            messages,
+            max_tokens=MAX_QUERY_TOKENS,
+            temperature=_TEMPERATURES[number] if attempt == 0 else max(_TEMPERATURES[number], 0.3),
+            seed=number * 10 + attempt,
+            on_text=on_text,
+        )
+        query = extract_query(answer)
+        query = quote_names(query, tables) if query else None
+        if query is None:
+            problem = "There is no SELECT statement in the answer."
+        else:
+            ran = await run_sql(query)
+            if ran.exit_code == 0:
+                table = parse_table(ran.stdout)
+                found = doubts(goal, query, table, tables)
+                draft = Draft(query, table, tuple(found))
+                if best is None or (not draft.sound, len(found)) < (not best.sound, len(best.doubts)):
+                    best = draft
+                if not found:
+                    return draft
+                problem = " ".join(doubt.text for doubt in found)
+            else:
+                error = ran.stderr.strip() or ran.reason
+                problem = f"The query failed: {error[:400]}{missing_column_hint(error, tables)}"
+        failures.append(problem)
+        messages = [*messages[:2], assistant(answer[:1200]), user(f"{problem}\nReply with the corrected SQL only.")]
+    return best
+
+
+def _failure(drafts: Sequence[Draft], failures: Sequence[str]) -> str:
+    """Say why there is no answer: what the drafts gave, or what kept them from giving anything."""
+    against = list(dict.fromkeys(doubt.text for one in drafts for doubt in one.doubts if doubt.hard))
+    shown = "; ".join(f"[{one.query}] gave {_short(one.table)}" for one in drafts)
+    if not drafts:
+        return f"No query could be run: {'; '.join(failures[-3:])}"
+    if not any(one.sound for one in drafts):
+        return f"No query does what is asked. {' '.join(against)} Tried: {shown}"
+    if len(drafts) == 1:
+        return f"Only one query could be run, and no other bears it out: {shown}"
+    return f"The queries do not agree, so none is given as the answer: {shown}"
+
+
+def _question(schema: str, goal: str, notes: str, reasons: Sequence[str], said: Sequence[str]) -> str:
+    known = f"Known so far: {notes[:MAX_NOTES]}\n" if notes else ""
+    refused = f"\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
+    return "\n".join([schema, "", f"{known}Question: {goal}{refused}", *filter(None, said)])
+
+
+def _result(draft: Draft, why: str) -> ExecuteResult:
+    checks = [Check("agreement", True, why)]
+    checks.extend(Check("doubt", False, doubt.text) for doubt in draft.doubts)
+    return ExecuteResult(
+        output=render(draft.table, draft.query),
+        evidence=Evidence(
+            kind="data",
+            query=draft.query,
+            columns=draft.table.columns,
+            rows=draft.table.row_count,
+            checks=tuple(checks),
+        ),
+    )
+
+
+def _measures(table: Table) -> set[tuple[str, ...]]:
+    """Return the columns of fractional numbers that tell rows apart, each sorted."""
+    found: set[tuple[str, ...]] = set()
+    for cells in zip(*table.rows, strict=True):
+        if all(isinstance(cell, float) for cell in cells) and len(set(cells)) * 2 > len(cells):
+            found.add(tuple(sorted(_normal(cell) for cell in cells)))
+    return found
+
+
+def _holds(many: list[str], few: list[str]) -> bool:
+    rest = list(many)
+    for cell in few:
+        if cell not in rest:
+            return False
+        rest.remove(cell)
+    return True
+
+
+def _normal(cell: Cell) -> str:
+    """Return a cell for comparing: numbers to nine digits, however they are typed."""
+    if isinstance(cell, str):
+        try:
+            cell = float(cell)
+        except ValueError:
+            return cell
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        return f"{float(cell):.9g}"
+    return format_cell(cell)
+
+
+def _short(table: Table) -> str:
+    rows = [", ".join(format_cell(cell) for cell in row) for row in table.rows[:3]]
+    more = f" and {table.row_count - 3} rows more" if table.row_count > 3 else ""
+    return (" / ".join(rows) or "no rows")[:200] + more

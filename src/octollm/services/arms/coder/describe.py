@@ -1,0 +1,123 @@
+"""What the tables of a goal hold, as the executor describes them: names, types, ranges, the values of short lists."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from octollm.contracts.operations import RunResult
+from octollm.contracts.tables import Cell, format_cell
+from octollm.errors import OctoError
+
+RunSql = Callable[[str], Awaitable[RunResult]]
+"""Run one query over the files of the step; ``stdout`` is a table (``contracts.tables``)."""
+
+DESCRIBE = "--describe"
+"""What the executor takes in place of a query, to say what the tables hold."""
+MAX_JOINS = 6
+MAX_COLUMNS = 60
+"""Columns that a prompt shows, over all tables."""
+_SHOWN_CHARS = 40
+_RESERVED = frozenset(
+    {"ALL", "AND", "ANY", "ARRAY", "AS", "ASC", "BOTH", "CASE", "CAST", "CHECK", "COLUMN", "DEFAULT", "DESC",
+     "DISTINCT", "DO", "ELSE", "END", "EXCEPT", "FETCH", "FOR", "FROM", "GROUP", "HAVING", "IN", "INTO", "LIMIT",
+     "NOT", "NULL", "OFFSET", "ON", "ONLY", "OR", "ORDER", "PRIMARY", "REFERENCES", "SELECT", "SHOW", "SOME", "TABLE",
+     "THEN", "TO", "UNION", "UNIQUE", "USER", "USING", "WHEN", "WHERE", "WINDOW", "WITH"}
+)  # fmt: skip
+"""Words that SQL wants in quotes when they are names; USER is one that DuckDB would read as a function."""
+
+
+class Column(msgspec.Struct, frozen=True):
+    """A column; ``values`` are all of its text values when they are few, ``min`` and ``max`` the range of others."""
+
+    name: str
+    type: str
+    values: tuple[str, ...] = ()
+    min: Cell = None
+    max: Cell = None
+
+    @property
+    def is_text(self) -> bool:
+        """Return whether the column holds text."""
+        return self.type.upper().startswith(("VARCHAR", "ENUM"))
+
+
+class TableInfo(msgspec.Struct, frozen=True):
+    """A table under the executor's name for it; ``sample`` has its first rows."""
+
+    table: str
+    columns: tuple[Column, ...]
+    row_count: int = 0
+    sample: tuple[tuple[Cell, ...], ...] = ()
+
+
+class _Description(msgspec.Struct, frozen=True):
+    tables: tuple[TableInfo, ...]
+    faults: tuple[str, ...] = ()
+
+
+def quoted(name: str) -> str:
+    """Return ``name`` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+async def describe_tables(run_sql: RunSql) -> tuple[TableInfo, ...]:
+    """Ask the executor what the tables hold.
+
+    Raises ``OctoError``: ``file_invalid`` when no file could be read as a table, ``peer_protocol``.
+    """
+    result = await run_sql(DESCRIBE)
+    if result.exit_code != 0:
+        detail = (result.stderr.strip() or result.reason or "no reason given")[:300]
+        raise OctoError(f"The files could not be read as tables: {detail}", code="file_invalid")
+    try:
+        found = msgspec.json.decode(result.stdout.encode(), type=_Description)
+    except msgspec.DecodeError as exc:
+        raise OctoError("The executor's description of the tables is not understood.", code="peer_protocol") from exc
+    if not found.tables or found.faults:
+        detail = "; ".join(found.faults)[:300] or "there is none among them"
+        raise OctoError(f"The files could not be read as tables: {detail}", code="file_invalid")
+    return found.tables
+
+
+def schema_text(tables: tuple[TableInfo, ...]) -> str:
+    """Describe tables to a model, a line per column, and how they belong together."""
+    lines: list[str] = []
+    for table in tables:
+        lines.append(f"Table {_name(table.table)} ({table.row_count} rows):")
+        for number, column in enumerate(table.columns):
+            first = next((row[number] for row in table.sample if number < len(row) and row[number] is not None), None)
+            lines.append(f"  {_name(column.name)} {column.type}{_content(column, first)}")
+    lines = lines[: MAX_COLUMNS + len(tables)]
+    lines.extend(f"Rows belong together where {join}." for join in shared_columns(tables))
+    return "\n".join(lines)
+
+
+def shared_columns(tables: tuple[TableInfo, ...]) -> list[str]:
+    """Return how tables can be joined: the columns that bear the same name in two of them."""
+    found: list[str] = []
+    for number, one in enumerate(tables):
+        for other in tables[number + 1 :]:
+            same = {column.name for column in one.columns} & {column.name for column in other.columns}
+            found.extend(
+                f"{_name(one.table)}.{_name(name)} = {_name(other.table)}.{_name(name)}" for name in sorted(same)
+            )
+    return found[:MAX_JOINS]
+
+
+def _name(name: str) -> str:
+    plain = name.isidentifier() and name.isascii() and name.upper() not in _RESERVED
+    return name if plain else quoted(name)
+
+
+def _content(column: Column, first: Cell) -> str:
+    if column.values:
+        return ": " + ", ".join(_literal(value[:_SHOWN_CHARS]) for value in column.values)
+    if column.min is not None:
+        return f" from {format_cell(column.min)[:_SHOWN_CHARS]} to {format_cell(column.max)[:_SHOWN_CHARS]}"
+    return f", e.g. {_literal(format_cell(first)[:_SHOWN_CHARS])}" if first is not None else ""
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

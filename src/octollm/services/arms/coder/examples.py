@@ -1,0 +1,190 @@
+"""Examples of what code must do, from the goal and from the model, as assertions that really test something."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from octollm.services.arms.coder.parse import parses
+
+MAX_EXAMPLES = 8
+MIN_EXAMPLES = 3
+_MAX_CHARS = 200
+_ARROW = re.compile(
+    r"\s*(?:->|=>|→|⇒|={1,3}|is|gives|returns|should\s+(?:be|return|give)|must\s+(?:be|return|give)|becomes|evaluates\s+to|"
+    r"yields)\s*",
+    re.IGNORECASE,
+)
+_RAISES = re.compile(r"^(?:assert\s+)?(?P<call>.+?)\s+(?:raises|raise|→\s*raises)\s+(?P<error>[A-Z]\w+)\W*$")
+_BUILTIN_ERRORS = frozenset(
+    {"ValueError", "TypeError", "KeyError", "IndexError", "ZeroDivisionError", "ArithmeticError", "LookupError",
+     "OverflowError", "RuntimeError", "StopIteration", "AttributeError", "NotImplementedError", "Exception"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """``call`` (a Python expression) must equal ``expected`` (one too), or raise the error named there."""
+
+    call: str
+    expected: str
+    given: bool = False
+    """Whether the goal itself says so; then it is never given up."""
+    kind: Literal["equal", "raises"] = "equal"
+
+    def text(self) -> str:
+        """Return the example as one reads it."""
+        return f"{self.call} {'raises' if self.kind == 'raises' else '=='} {self.expected}"
+
+
+def parse_examples(answer: str, name: str) -> list[Example]:
+    """Read the assertions of a model's answer that call ``name`` and compare it with a value. Others are left out."""
+    found: list[Example] = []
+    for raw in answer.replace("```python", "").replace("```", "").split("\n"):
+        line = re.sub(r"^\s*(?:\d+[.)]|[-*])\s+", "", raw).strip()
+        example = _raising(line, name) or _asserted(line, name)
+        if example and len(line) <= _MAX_CHARS:
+            found.append(example)
+    return unique(found)[:MAX_EXAMPLES]
+
+
+def goal_examples(goal: str, name: str, parameters: int) -> list[Example]:
+    """Read the examples that a goal gives: ``f(2) == 4``; with one parameter also ``'a' becomes 'b'``."""
+    found: list[Example] = []
+    for match in re.finditer(rf"\b{re.escape(name)}\(", goal):
+        call = _prefix(goal[match.start() :], lambda node: _calls(node, name))
+        if call:
+            found.extend(_with_value(call, goal[match.start() + len(call) :]))
+    if parameters == 1 and not found:
+        for match in re.finditer(r"(?<![\w'\"])(?=['\"\[\d-])", goal):
+            literal = _prefix(goal[match.start() :], _is_value)
+            if literal and not literal.isdigit():
+                found.extend(_with_value(f"{name}({literal})", goal[match.start() + len(literal) :]))
+    return unique(found)[:MAX_EXAMPLES]
+
+
+def unique(examples: list[Example]) -> list[Example]:
+    """Return the first example of each call: two that contradict each other are not both kept."""
+    return list({example.call: example for example in reversed(examples)}.values())[::-1]
+
+
+def strong(examples: list[Example]) -> bool:
+    """Return whether examples are enough to tell right from wrong: several, and not all with the same result."""
+    return len(examples) >= MIN_EXAMPLES and len({example.expected for example in examples}) > 1
+
+
+def render_tests(examples: list[Example], module: str, name: str) -> str:
+    """Write the examples as a ``unittest`` module, one method each."""
+    lines = [
+        "import unittest",
+        "",
+        f"from {module} import {name}",
+        "",
+        "",
+        f"class {_camel(name)}Test(unittest.TestCase):",
+    ]
+    for number, example in enumerate(examples, start=1):
+        lines.append(f"    def test_{number}(self):")
+        if example.kind == "raises":
+            lines.extend([f"        with self.assertRaises({example.expected}):", f"            {example.call}"])
+        elif _is_float(example.expected):
+            lines.append(f"        self.assertAlmostEqual({example.call}, {example.expected}, places=6)")
+        else:
+            lines.append(f"        self.assertEqual({example.call}, {example.expected})")
+        lines.append("")
+    return "\n".join([*lines, "", 'if __name__ == "__main__":', "    unittest.main()", ""])
+
+
+def _asserted(line: str, name: str) -> Example | None:
+    tree = parses(line.split("  #", maxsplit=1)[0].strip())
+    if tree is None or len(tree.body) != 1:
+        return None
+    statement = tree.body[0]
+    test = statement.test if isinstance(statement, ast.Assert) else None
+    test = statement.value if isinstance(statement, ast.Expr) else test
+    if test is None:
+        return None
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) and _calls(test.operand, name):
+        return Example(ast.unparse(test.operand), "False")
+    if _calls(test, name):
+        return Example(ast.unparse(test), "True") if isinstance(statement, ast.Assert) else None
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1 or not isinstance(test.ops[0], ast.Eq | ast.Is):
+        return None
+    left, right = test.left, test.comparators[0]
+    if _mentions(right, name) and not _mentions(left, name):
+        left, right = right, left
+    if not _calls(left, name) or not _is_value(right):
+        return None
+    return Example(ast.unparse(left), ast.unparse(right))
+
+
+def _raising(line: str, name: str) -> Example | None:
+    found = _RAISES.match(line)
+    if found is None or found["error"] not in _BUILTIN_ERRORS:
+        return None
+    tree = parses(found["call"])
+    if tree is None or len(tree.body) != 1 or not isinstance(tree.body[0], ast.Expr):
+        return None
+    call = tree.body[0].value
+    return Example(ast.unparse(call), found["error"], kind="raises") if _calls(call, name) else None
+
+
+def _with_value(call: str, rest: str) -> list[Example]:
+    call = ast.unparse(ast.parse(call, mode="eval"))
+    raising = re.match(r"\s*(?:raises|should raise|must raise)\s+(?:an?\s+)?([A-Z]\w+)", rest)
+    if raising and raising[1] in _BUILTIN_ERRORS:
+        return [Example(call, raising[1], given=True, kind="raises")]
+    arrow = _ARROW.match(rest)
+    value = _prefix(rest[arrow.end() :], _is_value) if arrow else ""
+    return [Example(call, ast.unparse(ast.parse(value, mode="eval")), given=True)] if value else []
+
+
+def _prefix(text: str, fits: Callable[[ast.expr], bool]) -> str:
+    """Return the shortest beginning of ``text``, up to a closing mark, that is an expression which ``fits``."""
+    number = re.match(r"-?\d+(?:\.\d+)?|True|False|None", text)
+    ends = [number.end()] if number else [m.end() for m in re.finditer(r"['\")\]}]", text[:_MAX_CHARS])]
+    for end in ends:
+        tree = parses(text[:end])
+        if tree and len(tree.body) == 1 and isinstance(tree.body[0], ast.Expr) and fits(tree.body[0].value):
+            return text[:end]
+    return ""
+
+
+def _calls(node: ast.AST, name: str) -> bool:
+    """Return whether ``node`` is a call of ``name`` with plain values, or a call of a method or item of one."""
+    if isinstance(node, ast.Attribute | ast.Subscript):
+        return _calls(node.value, name)
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Attribute):
+        return _calls(node.func.value, name)
+    wraps = {"list", "sorted", "dict", "set", "tuple", "len", "round", "next", "isinstance", "str"}
+    if isinstance(node.func, ast.Name) and node.func.id in wraps and node.args:
+        return _calls(node.args[0], name)
+    return isinstance(node.func, ast.Name) and node.func.id == name
+
+
+def _mentions(node: ast.AST, name: str) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
+
+
+def _is_value(node: ast.AST) -> bool:
+    """Return whether ``node`` is a value that needs no name of the code under test."""
+    allowed = {"set", "frozenset", "dict", "list", "tuple", "float", "range", "True", "False", "None"}
+    return all(not isinstance(n, ast.Name) or n.id in allowed for n in ast.walk(node)) and not isinstance(
+        node, ast.Compare | ast.BoolOp | ast.Lambda
+    )
+
+
+def _is_float(expected: str) -> bool:
+    try:
+        return isinstance(ast.literal_eval(expected), float)
+    except (ValueError, SyntaxError):
+        return False
+
+
+def _camel(name: str) -> str:
+    return "".join(part[:1].upper() + part[1:] for part in name.split("_")) or "Code"

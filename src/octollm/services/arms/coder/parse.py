@@ -1,0 +1,154 @@
+"""Python as a model writes it: taken out of its answer, without examples, tests and prose."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+
+_FENCE = re.compile(
+    r"^[ \t]*(?:```|~~~)[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
+)
+_PYTHON = frozenset({"", "python", "python3", "py"})
+_MAX_LINES = 400
+
+
+def extract_code(answer: str) -> str:
+    """Return the code of a model's answer: its Python blocks, or the lines of it that are code; empty for none.
+
+    A fence may be left open, a block may end in the middle of a statement, and prose may stand around bare code.
+    """
+    blocks = [body for language, body in _FENCE.findall(answer.replace("\r\n", "\n")) if language.lower() in _PYTHON]
+    blocks = [block for block in (_whole(block) for block in blocks) if block]
+    if not blocks:
+        return _bare(answer)
+    joined = "\n\n".join(block.strip("\n") for block in blocks)
+    return joined if parses(joined) is not None and not _redefines(blocks) else max(blocks, key=len)
+
+
+def parses(code: str) -> ast.Module | None:
+    """Return the tree of ``code``, or ``None`` when it is not Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def only_definitions(code: str) -> str:
+    """Return ``code`` without what a module need not do when imported: calls, prints, asserts and tests.
+
+    Imports, definitions, and assignments that a definition reads stay as they were written, comments included.
+    """
+    tree = parses(code)
+    if tree is None:
+        return code
+    read = {
+        node.id
+        for part in tree.body
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and _stays(part, set())
+        for node in ast.walk(part)
+        if isinstance(node, ast.Name)
+    }
+    lines = code.split("\n")
+    keep: list[str] = []
+    at = 0
+    for part in tree.body:
+        start, end = _first_line(part) - 1, part.end_lineno or part.lineno
+        if _stays(part, read):
+            keep.extend(lines[at:end])
+        else:
+            keep.extend(_without_comments(lines[at:start]))
+        at = end
+    return "\n".join(keep).strip("\n") + "\n"
+
+
+def main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
+    """Return the first public class, else the last public function, of ``code``: what it was written for."""
+    tree = parses(code)
+    if tree is None:
+        return None
+    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    classes = [node for node in public if isinstance(node, ast.ClassDef)]
+    return (classes[0] if classes else public[-1]) if public else None
+
+
+def definition(code: str, name: str) -> ast.FunctionDef | ast.ClassDef | None:
+    """Return the definition of ``name`` at the top of ``code``."""
+    tree = parses(code)
+    found = (n for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name)
+    return next(found, None)
+
+
+def signature(node: ast.FunctionDef | ast.ClassDef) -> str:
+    """Return the head of a definition as one line; for a class, with those of its public methods."""
+    if isinstance(node, ast.FunctionDef):
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        return f"def {node.name}({ast.unparse(node.args)}){returns}"
+    methods = [
+        signature(part)
+        for part in node.body
+        if isinstance(part, ast.FunctionDef) and (part.name == "__init__" or not part.name.startswith("_"))
+    ]
+    return f"class {node.name}: " + "; ".join(methods)
+
+
+def _whole(block: str) -> str:
+    """Return ``block``, or, when its end is cut off, the part before that which parses."""
+    lines = block.rstrip().split("\n")[:_MAX_LINES]
+    while lines:
+        text = "\n".join(lines)
+        if parses(text) is not None:
+            return text if text.strip() else ""
+        lines.pop()
+    return ""
+
+
+def _bare(answer: str) -> str:
+    """Return the longest run of lines that is code and defines something."""
+    lines = re.sub(r"^[ \t]*(?:```|~~~).*$", "", answer, flags=re.MULTILINE).split("\n")[:_MAX_LINES]
+    starts = [i for i, line in enumerate(lines) if re.match(r"(def|class|async def|import|from|@)\b|@", line)]
+    for start in starts:
+        text = _whole("\n".join(lines[start:]))
+        tree = parses(text)
+        if tree and any(isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) for n in tree.body):
+            return text
+    return ""
+
+
+def _redefines(blocks: list[str]) -> bool:
+    seen: set[str] = set()
+    for block in blocks:
+        tree = parses(block)
+        names = {n.name for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        if names & seen:
+            return True
+        seen |= names
+    return False
+
+
+def _first_line(node: ast.stmt) -> int:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.decorator_list:
+        return min(decorator.lineno for decorator in node.decorator_list)
+    return node.lineno
+
+
+def _stays(node: ast.stmt, read: set[str]) -> bool:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        module = node.module if isinstance(node, ast.ImportFrom) else ""
+        return module == "__future__" or "*" in names or bool(names & read)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return not node.name.startswith("test_")
+    if isinstance(node, ast.ClassDef):
+        return not any("TestCase" in ast.unparse(base) for base in node.bases)
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        stored = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        return bool(stored & read)
+    return isinstance(node, ast.Try) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def _without_comments(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.strip().startswith("#")]

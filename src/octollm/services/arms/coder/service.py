@@ -1,0 +1,110 @@
+"""The coder over HTTP: code with tests that pass, answers from tables, and plain texts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+
+from octollm.arm import Arm, Context, build_arm
+from octollm.config import Settings
+from octollm.contracts.kinds import file_kind
+from octollm.contracts.operations import RunRequest, RunResult
+from octollm.contracts.services import SERVICES
+from octollm.contracts.task import MAX_GOAL, Evidence, ExecuteResult, TaskContract
+from octollm.errors import Fault, OctoError
+from octollm.rpc.service import Base, Service
+from octollm.services.arms.calling import ModelAsk, file_text, goal_of, notes_of, running, validating
+from octollm.services.arms.coder.code import write_code
+from octollm.services.arms.coder.data import answer_data
+from octollm.services.arms.coder.kinds import work_kind
+from octollm.services.arms.coder.solution import Written
+from octollm.services.arms.coder.text import write_text
+
+PYTHON_MEDIA_TYPE = "text/x-python"
+
+
+def coder_arm() -> Arm:
+    """Return the coder."""
+    arm = Arm(
+        "coder",
+        "Writes Python code with tests that pass, answers questions over tables with SQL, and writes texts.",
+        SERVICES["coder"].port,
+        calls=("models:chat", "judge:validate", "executor:run", "files:read", "files:write"),
+        accepts=("files:tabular", "files:text", "files:none"),
+    )
+
+    @arm.operation("execute")
+    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+        """Write what the goal asks for."""
+        goal = goal_of(task)
+        if not goal or len(goal) > MAX_GOAL:
+            fault = Fault("/goal", f"Expected 1 to {MAX_GOAL} characters.")
+            raise OctoError(f"A goal has from 1 to {MAX_GOAL} characters.", code="goal_invalid", faults=(fault,))
+        kind = work_kind(goal, [file.name for file in task.context.files])
+        if kind == "data":
+            return await from_tables(task, goal, ctx)
+        if kind == "code":
+            return await code(task, goal, ctx)
+        ask = ModelAsk(ctx)
+        shown = [f"File {name}:\n{text}" for name, text in await _texts(task, ctx)]
+        notes = "\n\n".join(filter(None, (notes_of(task), *shown)))
+        return await write_text(goal, ask, notes=notes, reasons=task.context.reasons, on_text=ask.write)
+
+    del execute
+    return arm
+
+
+async def from_tables(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
+    """Answer a question over the tables among the task's files. Raises what the thinking and the executor raise."""
+    tables = tuple(file for file in task.context.files if file_kind(file.name) == "table")
+    run = running(ctx)
+
+    async def run_sql(query: str) -> RunResult:
+        return await run(RunRequest("sql", (query,), tables))
+
+    ask = ModelAsk(ctx)
+    return await answer_data(goal, ask, run_sql, notes=notes_of(task), reasons=task.context.reasons, on_text=ask.write)
+
+
+async def code(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
+    """Write code and its tests, and store both. Raises what the thinking, the judge and the executor raise."""
+    ask = ModelAsk(ctx)
+    texts = await _texts(task, ctx)
+    if notes := notes_of(task):
+        texts.append(("notes.txt", notes))
+    written = await write_code(
+        goal,
+        ask,
+        validating(ctx),
+        running(ctx),
+        texts=texts,
+        reasons=task.context.reasons,
+        on_text=ask.write,
+    )
+    artifacts = (
+        await ctx.write_artifact(written.filename, written.code.encode(), PYTHON_MEDIA_TYPE),
+        await ctx.write_artifact(written.tests_filename, written.tests.encode(), PYTHON_MEDIA_TYPE),
+    )
+    return ExecuteResult(
+        output=_shown_code(written), artifacts=artifacts, evidence=Evidence(kind="code", checks=written.checks)
+    )
+
+
+def _shown_code(written: Written) -> str:
+    return (
+        f"{written.filename}:\n```python\n{written.code.strip()}\n```\n\n"
+        f"{written.tests_filename}:\n```python\n{written.tests.strip()}\n```"
+    )
+
+
+async def _texts(task: TaskContract, ctx: Context) -> list[tuple[str, str]]:
+    """Return (name, text) of the texts among the task's files; others cannot be shown to a model."""
+    texts = [file for file in task.context.files if file_kind(file.name) == "text"]
+    return [(file.name, await file_text(ctx, file)) for file in texts]
+
+
+@contextlib.asynccontextmanager
+async def coder_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+    """Yield the coder as a service. It holds nothing: what it makes is stored with the orchestrator."""
+    del settings
+    yield build_arm(coder_arm(), base)

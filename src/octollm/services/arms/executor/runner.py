@@ -1,0 +1,132 @@
+"""Runs as callers ask for them: checked, cut to the maxima, and no more at once than the machine bears."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+
+from octollm.contracts.operations import RunLimits, RunRequest, RunResult
+from octollm.contracts.task import FileRef
+from octollm.errors import OctoError
+from octollm.services.arms.executor.names import check_names
+from octollm.services.arms.executor.sandbox import MAXIMA, MIB, Job, Limits, Outcome, Sandbox
+from octollm.services.arms.executor.sql import sql_job
+
+MAX_ARGUMENTS = 64
+MAX_ARGUMENT_BYTES = 64 * 1024
+"""One argument of a command; Linux itself takes 128 KiB."""
+
+_SQL_MEMORY = 1024 * MIB
+_RETRY_SECONDS = 1.0
+
+
+class Runner:
+    """Runs requests in ``sandbox``: at most ``concurrency`` at once, at most ``queue`` waiting."""
+
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        *,
+        concurrency: int = 2,
+        queue: int = 16,
+        defaults: Limits | None = None,
+        maxima: Limits = MAXIMA,
+    ) -> None:
+        self._sandbox = sandbox
+        self._concurrency = concurrency
+        self._queue = queue
+        self._defaults = defaults or Limits()
+        self._maxima = maxima
+        self._slots = asyncio.Semaphore(concurrency)
+        self._inside = 0
+
+    @property
+    def sandbox(self) -> str:
+        """Return the name of the sandbox in use."""
+        return self._sandbox.name
+
+    @property
+    def busy(self) -> int:
+        """Return how many runs there are, waiting ones included."""
+        return self._inside
+
+    async def run(self, request: RunRequest, files: Mapping[str, bytes]) -> RunResult:
+        """Run ``request`` over ``files``, the bytes of its files by name.
+
+        Raises ``OctoError``: ``invalid_body`` or ``file_invalid`` for what cannot be run, ``overloaded`` when too
+        many wait, ``no_sandbox`` for SQL where the sandbox has no DuckDB, ``sandbox_failed``.
+        """
+        job = self._job(request, files)
+        async with self._slot():
+            outcome = await self._sandbox.run(job)
+        return _result(outcome, self._sandbox.name, with_files=request.language == "python")
+
+    def _job(self, request: RunRequest, files: Mapping[str, bytes]) -> Job:
+        check_names(files)
+        if request.language == "sql":
+            if len(request.command) != 1:
+                raise OctoError("the command of an SQL run is one query", code="invalid_body")
+            limits = limits_of(request.limits, self._defaults, self._maxima, memory=_SQL_MEMORY)
+            return sql_job(request.command[0], files, limits)
+        if not request.command or len(request.command) > MAX_ARGUMENTS:
+            raise OctoError(
+                f"the command of a Python run has from 1 to {MAX_ARGUMENTS} arguments, e.g. ['main.py']",
+                code="invalid_body",
+            )
+        for argument in request.command:
+            if "\0" in argument or len(argument.encode("utf-8", "replace")) > MAX_ARGUMENT_BYTES:
+                raise OctoError(f"an argument has no NUL and at most {MAX_ARGUMENT_BYTES} bytes", code="invalid_body")
+        return Job(request.command, dict(files), limits_of(request.limits, self._defaults, self._maxima))
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncGenerator[None]:
+        if self._inside >= self._concurrency + self._queue:
+            raise OctoError("too many runs are waiting", code="overloaded", retry_after=_RETRY_SECONDS)
+        self._inside += 1
+        try:
+            async with self._slots:
+                yield
+        finally:
+            self._inside -= 1
+
+
+def limits_of(asked: RunLimits, defaults: Limits, maxima: Limits, *, memory: int | None = None) -> Limits:
+    """Return the limits of a run: what is asked, or the default, and never more than the maximum.
+
+    ``memory`` replaces the default of memory. Processor time is twice the wall time, for programs with threads.
+    Raises ``OctoError`` (``invalid_body``) for a limit that is not positive.
+    """
+    wall = defaults.wall_seconds if asked.wall_seconds is None else asked.wall_seconds
+    space = (memory or defaults.memory_bytes) if asked.memory_bytes is None else asked.memory_bytes
+    output = defaults.output_bytes if asked.output_bytes is None else asked.output_bytes
+    if not (math.isfinite(wall) and wall > 0 and space > 0 and output > 0):
+        raise OctoError("limits are positive numbers", code="invalid_body")
+    wall = min(wall, maxima.wall_seconds)
+    limits = Limits(
+        wall_seconds=wall,
+        cpu_seconds=max(1, math.ceil(2 * wall)),
+        memory_bytes=space,
+        output_bytes=output,
+        file_bytes=defaults.file_bytes,
+        disk_bytes=defaults.disk_bytes,
+        disk_entries=defaults.disk_entries,
+        open_files=defaults.open_files,
+        result_files=defaults.result_files,
+        result_file_bytes=defaults.result_file_bytes,
+    )
+    return limits.within(maxima)
+
+
+def _result(outcome: Outcome, sandbox: str, *, with_files: bool) -> RunResult:
+    made = outcome.files if with_files else ()
+    return RunResult(
+        exit_code=outcome.exit_code,
+        stdout=outcome.stdout,
+        stderr=outcome.stderr,
+        files=tuple(FileRef(name=file.name, text=file.text) for file in made),
+        reason=outcome.reason,
+        sandbox=sandbox,
+        duration_ms=outcome.duration_ms,
+    )

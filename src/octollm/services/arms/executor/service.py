@@ -1,0 +1,125 @@
+"""The executor over HTTP: programs and queries, run in the sandbox of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import msgspec
+
+from octollm.arm import Arm, Context, build_arm
+from octollm.config import Settings
+from octollm.contracts.operations import RunRequest, RunResult
+from octollm.contracts.services import SERVICES
+from octollm.contracts.task import Artifact, ExecuteResult, TaskContract
+from octollm.errors import OctoError
+from octollm.rpc.service import Base, Service
+from octollm.services.arms.calling import file_text
+from octollm.services.arms.executor.opening import RunnerHolder
+from octollm.services.arms.executor.probe import choose_sandbox
+from octollm.services.arms.executor.sandbox import Sandbox
+from octollm.services.arms.executor.work import run_of, sql_file, told
+from octollm.telemetry import Metrics
+
+MAX_FILES = 64
+"""Files of one run."""
+
+
+class HttpRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST /http``: a request to a server on the allow-list."""
+
+    method: str
+    url: str
+    headers: dict[str, str] = {}
+    body: str = ""
+
+
+class HttpAnswer(msgspec.Struct, frozen=True):
+    """What that server answered."""
+
+    status: int
+    headers: dict[str, str]
+    body: str
+
+
+def executor_arm(holder: RunnerHolder, metrics: Metrics) -> Arm:
+    """Return the executor over its sandbox."""
+    arm = Arm(
+        "executor",
+        "Runs Python programs and SQL queries in a sandbox.",
+        SERVICES["executor"].port,
+        calls=("files:read", "files:write"),
+        accepts=("files:text", "files:tabular"),
+    )
+
+    @arm.operation("run")
+    async def run(request: RunRequest, ctx: Context) -> RunResult:
+        """Run a program or a query."""
+        return await run_in_sandbox(request, ctx, holder, metrics)
+
+    @arm.operation("execute")
+    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+        """Run the program or the query among a task's files."""
+        files = task.context.files
+        query = sql_file(files)
+        request = run_of(files, None if query is None else await file_text(ctx, query))
+        result = await run_in_sandbox(request, ctx, holder, metrics)
+        output, evidence = told(request, result)
+        await ctx.emit(output)
+        return ExecuteResult(output=output, artifacts=await _artifacts(result, ctx), evidence=evidence)
+
+    @arm.operation("http", kind="once")
+    async def http(request: HttpRequest, ctx: Context) -> HttpAnswer:
+        """Call a server outside, where that is configured."""
+        del request, ctx
+        raise OctoError("Calls to servers outside are not configured here.", code="not_configured")
+
+    del run, execute, http
+    return arm
+
+
+async def run_in_sandbox(request: RunRequest, ctx: Context, holder: RunnerHolder, metrics: Metrics) -> RunResult:
+    """Fetch the files of a run and run it. Raises ``no_sandbox``, what reading a file and what the runner raise."""
+    if len(request.files) > MAX_FILES:
+        raise OctoError(f"A run takes at most {MAX_FILES} files.", code="file_invalid")
+    names = [file.name for file in request.files]
+    if len(set(names)) != len(names):
+        raise OctoError("Two files of a run have the same name.", code="file_invalid")
+    runner = await holder.get()
+    files = {file.name: await ctx.read_file(file) for file in request.files}
+    outcome = "failed"
+    try:
+        result = await runner.run(request, files)
+        outcome = result.reason or ("ok" if result.exit_code == 0 else "error")
+        return result
+    finally:
+        metrics.sandbox_runs.labels(request.language, outcome).inc()
+
+
+async def _artifacts(result: RunResult, ctx: Context) -> tuple[Artifact, ...]:
+    """Store what a program made, where the authority of the call allows it."""
+    if not ctx.may("files:write"):
+        return ()
+    return tuple([await ctx.write_artifact(file.name, (file.text or "").encode()) for file in result.files])
+
+
+@contextlib.asynccontextmanager
+async def executor_service(
+    base: Base, settings: Settings, *, choose: Callable[[], Awaitable[Sandbox]] | None = None
+) -> AsyncGenerator[Service]:
+    """Yield the executor as a service; its sandbox is chosen in the background.
+
+    Without a sandbox the service still starts, and says in ``/ready`` and in each answer how to get one; a program is
+    never run outside of one. ``choose`` finds another sandbox than the settings name.
+    """
+
+    async def by_settings() -> Sandbox:
+        tools = settings.model_cache.parent / "tools"
+        return await choose_sandbox(settings.sandbox, cache_dir=tools, clock=base.clock)
+
+    holder = RunnerHolder(choose or by_settings, clock=base.clock, log=base.log)
+    holder.begin()
+    try:
+        yield build_arm(executor_arm(holder, base.metrics), base, checkups={"sandbox": holder.checkup})
+    finally:
+        await holder.aclose()

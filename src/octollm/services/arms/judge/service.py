@@ -1,0 +1,87 @@
+"""The judge over HTTP: whether code is valid, and whether a result is what was asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+
+from octollm.arm import Arm, Context, build_arm
+from octollm.config import Settings
+from octollm.contracts.operations import AcceptRequest, AcceptResult, ValidateRequest, ValidateResult
+from octollm.contracts.services import SERVICES
+from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, TaskContract
+from octollm.errors import OctoError
+from octollm.rpc.service import Base, Service
+from octollm.services.arms.calling import ModelAsk, capable, file_text, running
+from octollm.services.arms.judge.accept import accept as accept_result
+from octollm.services.arms.judge.validate import validate as validate_code
+
+MAX_CODE_FILES = 16
+"""Python files of one ``execute``."""
+
+
+def judge_arm(settings: Settings) -> Arm:
+    """Return the judge."""
+    arm = Arm(
+        "judge",
+        "Checks code by running its tests, and results by what they stand on.",
+        SERVICES["judge"].port,
+        calls=("executor:run", "files:read", "models:chat"),
+        accepts=("files:text",),
+    )
+
+    @arm.operation("validate", kind="safe")
+    async def validate(request: ValidateRequest, ctx: Context) -> ValidateResult:
+        """Say whether code is valid, and passes its tests where there are any."""
+        return await validate_code(request, running(ctx))
+
+    @arm.operation("accept", kind="safe")
+    async def accept(request: AcceptRequest, ctx: Context) -> AcceptResult:
+        """Say whether a step's result is what was asked."""
+
+        async def read_file(digest: str) -> bytes:
+            return await ctx.read_file(FileRef(digest[:12], digest=digest))
+
+        asked = ModelAsk(ctx) if capable(settings) and ctx.may("models:chat") else None
+        return await accept_result(request, running(ctx), asked, read_file)
+
+    @arm.operation("execute")
+    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+        """Validate the Python files of a task, each with the tests that go with it."""
+        return await validate_files(task, ctx)
+
+    del validate, accept, execute
+    return arm
+
+
+async def validate_files(task: TaskContract, ctx: Context) -> ExecuteResult:
+    """Validate every module among a task's files; the output is a verdict for each.
+
+    A file whose name begins with ``test`` holds tests, of the module that its name has in it. Raises
+    ``file_invalid`` without a module to check, and what reading and running raise.
+    """
+    names = [file for file in task.context.files if file.name.endswith(".py")]
+    if len(names) > MAX_CODE_FILES:
+        raise OctoError(f"The judge checks at most {MAX_CODE_FILES} files at a time.", code="file_invalid")
+    texts = {file.name: await file_text(ctx, file) for file in names}
+    tests = {name: text for name, text in texts.items() if name.startswith("test")}
+    modules = {name: text for name, text in texts.items() if name not in tests}
+    if not modules:
+        raise OctoError("The judge needs a Python file to check among the task's files.", code="file_invalid")
+    verdicts: list[str] = []
+    checks: list[Check] = []
+    for number, (name, code) in enumerate(modules.items()):
+        await ctx.progress(100 * number / len(modules), name)
+        own = next((test for test in tests if name.removesuffix(".py") in test), "")
+        request = ValidateRequest(code, "python", name, tests.get(own, ""), own or "test_solution.py")
+        verdict = await validate_code(request, running(ctx))
+        checks.extend(verdict.checks)
+        said = "valid" if verdict.is_valid else "not valid"
+        verdicts.append("\n".join((f"{name}: {said}", *(f"- {reason}" for reason in verdict.reasons))))
+    return ExecuteResult(output="\n".join(verdicts), evidence=Evidence(kind="text", checks=tuple(checks)))
+
+
+@contextlib.asynccontextmanager
+async def judge_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+    """Yield the judge as a service. It holds nothing."""
+    yield build_arm(judge_arm(settings), base)

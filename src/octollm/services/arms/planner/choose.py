@@ -1,0 +1,66 @@
+"""Which arm does what, by the kinds of the files and by what arms say they accept. No model is asked."""
+
+from __future__ import annotations
+
+import mimetypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from octollm.contracts.kinds import file_kind
+from octollm.contracts.services import BUILT_IN_ARMS
+from octollm.contracts.task import ArmInfo
+from octollm.contracts.words import stem, stems
+from octollm.errors import OctoError
+
+_KIND = "kind:"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a goal: the arm that does it, the files it is given, and a plain title."""
+
+    arm: str
+    files: tuple[str, ...]
+    title: str
+
+
+def choose_parts(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, program: bool) -> list[Part]:
+    """Split a goal into parts that need nothing of each other.
+
+    An arm of somebody's own comes first: it takes the files whose media type it accepts, or the goal if it accepts
+    ``kind:<word>`` and the goal has that word. Tables go to the coder, which queries them; other texts to the
+    retriever, which cites them, or to the coder when a ``program`` is wanted. Raises ``OctoError``
+    (``file_invalid``) for a file that no arm can read.
+    """
+    own = [arm for arm in arms if arm.name not in BUILT_IN_ARMS]
+    said = stems(goal)
+    for arm in own:
+        if any(stem(word.removeprefix(_KIND).lower()) in said for word in arm.accepts if word.startswith(_KIND)):
+            return [Part(arm.name, tuple(files), f"Ask {arm.name}")]
+    groups: dict[str, list[str]] = {}
+    for name in files:
+        groups.setdefault(_arm_for(name, own, program), []).append(name)
+    if not groups:
+        return [Part("coder", (), "Write the code" if program else "Write the answer")]
+    return [Part(arm.split("/")[0], tuple(names), _title(arm, names)) for arm, names in groups.items()]
+
+
+def _arm_for(name: str, own: Sequence[ArmInfo], program: bool) -> str:
+    media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    for arm in own:
+        if media_type in arm.accepts or f"{media_type.split('/')[0]}/*" in arm.accepts:
+            return arm.name
+    kind = file_kind(name)
+    if kind == "binary":
+        raise OctoError(f"No arm reads files like {name}: it is neither a table nor a text.", code="file_invalid")
+    if kind == "table":
+        return "coder/data"
+    return "coder/code" if program else "retriever"
+
+
+def _title(arm: str, names: Sequence[str]) -> str:
+    listed = ", ".join(names)[:100]
+    verb = {"coder/data": "Query", "retriever": "Look up", "coder/code": "Write the code from"}.get(
+        arm, f"Ask {arm} about"
+    )
+    return f"{verb} {listed}"

@@ -1,0 +1,112 @@
+"""Working a goal off by itself: the planner writes a few small programs and the executor runs them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+
+from octollm.contracts.asking import Ask, Message, system, user
+from octollm.contracts.operations import RunLimits, RunRequest, RunResult
+from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef
+from octollm.errors import OctoError
+
+Run = Callable[[RunRequest], Awaitable[RunResult]]
+"""The executor's ``run``."""
+OnText = Callable[[str], Awaitable[None]]
+
+MAX_PROGRAMS = 4
+MAX_PROGRAM_CHARS = 1200
+MAX_TOKENS = 900
+PROGRAM_SECONDS = 20.0
+MAX_SHOWN_CHARS = 4000
+"""Characters of one program's output that the transcript shows."""
+MAX_FILES = 32
+_SYSTEM = (
+    "You reach a goal with short Python programs that run one after the other in one folder, with the standard "
+    "library, no network and no input. Use as few as possible. Each prints its result. Reply with JSON."
+)
+
+
+class Program(msgspec.Struct, frozen=True):
+    """One program and what it is for."""
+
+    title: str
+    program: str
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    programs: tuple[Program, ...]
+
+
+async def plan_and_execute(
+    goal: str,
+    ask: Ask,
+    run: Run,
+    *,
+    files: Sequence[FileRef] = (),
+    reasons: Sequence[str] = (),
+    on_text: OnText | None = None,
+) -> ExecuteResult:
+    """Write programs for ``goal`` and run them; the output is the transcript of what they printed.
+
+    A file that a program leaves is there for the next. ``reasons`` say why an earlier result was refused. Raises
+    ``OctoError``: ``model_output_invalid`` when there is no program, ``not_accepted`` with the reason at the first
+    program that fails or prints nothing at all, and what ``ask`` and ``run`` raise.
+    """
+    answer = await ask(_messages(goal, files, reasons), max_tokens=MAX_TOKENS, schema=_schema(), on_text=on_text)
+    try:
+        programs = msgspec.json.decode(answer.encode(), type=_Answer).programs[:MAX_PROGRAMS]
+    except msgspec.DecodeError as exc:
+        raise OctoError("The model's programs could not be read.", code="model_output_invalid") from exc
+    if not any(program.program.strip() for program in programs):
+        raise OctoError("The model wrote no program.", code="model_output_invalid")
+    folder = {file.name: file for file in files}
+    transcript: list[str] = []
+    for number, program in enumerate(programs, start=1):
+        name = f"program_{number}.py"
+        sent = (*folder.values(), FileRef(name, text=program.program))
+        limits = RunLimits(wall_seconds=PROGRAM_SECONDS)
+        result = await run(RunRequest(language="python", command=(name,), files=sent, limits=limits))
+        if result.exit_code != 0 or result.reason:
+            raise OctoError(f"{program.title} failed: {_reason(result)}", code="not_accepted")
+        transcript.append(f"{number}. {program.title}\n{result.stdout.strip()[:MAX_SHOWN_CHARS]}".rstrip())
+        for file in result.files[: MAX_FILES - len(folder)]:
+            folder[file.name] = file
+    if not any("\n" in part for part in transcript):
+        raise OctoError("The programs ran but printed nothing.", code="not_accepted")
+    return ExecuteResult(
+        output="\n\n".join(transcript),
+        evidence=Evidence(kind="text", checks=(Check("run", True, f"{len(programs)} programs ended well"),)),
+    )
+
+
+def _reason(result: RunResult) -> str:
+    if result.reason:
+        return f"it was stopped by a limit ({result.reason})"
+    lines = result.stderr.strip().split("\n")
+    return lines[-1][:300] or f"it ended with {result.exit_code}"
+
+
+def _messages(goal: str, files: Sequence[FileRef], reasons: Sequence[str]) -> list[Message]:
+    listed = f"\nFiles in the folder: {', '.join(file.name for file in files)}" if files else ""
+    refused = f"\nAn earlier result was refused: {' '.join(reasons)[:600]}" if reasons else ""
+    return [system(_SYSTEM), user(f"Goal: {goal}{listed}{refused}")]
+
+
+def _schema() -> dict[str, object]:
+    program = {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string", "minLength": 3, "maxLength": 60},
+            "program": {"type": "string", "minLength": 5, "maxLength": MAX_PROGRAM_CHARS},
+        },
+        "required": ["title", "program"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "properties": {"programs": {"type": "array", "minItems": 1, "maxItems": MAX_PROGRAMS, "items": program}},
+        "required": ["programs"],
+        "additionalProperties": False,
+    }

@@ -1,0 +1,74 @@
+"""The retriever over HTTP: passages for other arms, and answers with the lines that carry them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+
+from octollm.arm import Arm, Context, build_arm
+from octollm.config import Settings
+from octollm.contracts.operations import Passage, SearchFilters, SearchRequest, SearchResult
+from octollm.contracts.services import SERVICES
+from octollm.contracts.task import ExecuteResult, FileRef, TaskContract
+from octollm.rpc.service import Base, Service
+from octollm.services.arms.calling import ModelAsk, goal_of
+from octollm.services.arms.retriever.answer import answer_question
+from octollm.services.arms.retriever.given import search_texts
+
+
+def retriever_arm() -> Arm:
+    """Return the retriever."""
+    arm = Arm(
+        "retriever",
+        "Finds passages in documents and answers questions from them, with the lines that it stands on.",
+        SERVICES["retriever"].port,
+        calls=("memory:read", "models:chat"),
+        accepts=("files:text",),
+    )
+
+    @arm.operation("search", kind="safe")
+    async def search(request: SearchRequest, ctx: Context) -> SearchResult:
+        """Find passages in what is remembered."""
+        return await ctx.call("memory", "read", request, SearchResult)
+
+    @arm.operation("execute")
+    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+        """Answer a question from the task's documents, or from all of them when it names none."""
+        ask = ModelAsk(ctx)
+
+        async def find(question: str, limit: int) -> Sequence[Passage]:
+            return await find_passages(ctx, task.context.files, question, limit)
+
+        return await answer_question(goal_of(task), ask, find, reasons=task.context.reasons, on_text=ask.write)
+
+    del search, execute
+    return arm
+
+
+async def find_passages(ctx: Context, files: Sequence[FileRef], question: str, limit: int) -> list[Passage]:
+    """Return the passages that match best: of the files that are remembered, and of those given in place.
+
+    Passages carry the names that the files have in this task, whatever they were called elsewhere. Raises what the
+    memory raises.
+    """
+    texts = {file.name: file.text for file in files if file.text is not None}
+    names = {file.digest: file.name for file in files if file.digest is not None and file.text is None}
+    found = search_texts(texts, question, limit)
+    if names or not files:
+        request = SearchRequest(question, limit, SearchFilters(tuple(names)))
+        remembered = await ctx.call("memory", "read", request, SearchResult)
+        found += [
+            msgspec.structs.replace(passage, source=names.get(passage.digest, passage.source))
+            for passage in remembered.passages
+        ]
+    found.sort(key=lambda passage: -passage.score)
+    return found[:limit]
+
+
+@contextlib.asynccontextmanager
+async def retriever_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+    """Yield the retriever as a service. It holds nothing: what is remembered is the memory's."""
+    del settings
+    yield build_arm(retriever_arm(), base)

@@ -1,0 +1,193 @@
+"""Documents of a tenant: kept in passages, listed, searched, forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy import ColumnElement, Double, and_, delete, func, insert, literal_column, or_, select, text
+
+from octollm.clock import Clock
+from octollm.contracts.operations import DocumentIn, DocumentOut, Passage, SearchRequest, SearchResult
+from octollm.contracts.passages import Lines, numbered_lines, split_passages
+from octollm.contracts.ranking import bm25
+from octollm.errors import OctoError
+from octollm.services.memory.paging import cursor_of, read_cursor
+from octollm.services.memory.query import match_expression, search_terms
+from octollm.services.memory.shapes import DocumentList
+from octollm.storage import Database, Transaction
+from octollm.storage.tables import documents, passages, passages_fts
+
+MAX_PASSAGES = 60_000
+"""Passages of one document."""
+MAX_CANDIDATES = 200
+"""Passages that are weighed; where more match, the index's own order decides."""
+_BATCH = 500
+_DECIMALS = 4
+
+
+class Documents:
+    """The documents of all tenants; every question names the tenant that it is asked for."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self._db = db
+        self._clock = clock
+
+    async def put(self, tenant: str, document: DocumentIn) -> tuple[DocumentOut, bool]:
+        """Remember a document under its digest; return it, and whether it is new.
+
+        What was remembered under that digest before is replaced, unless it is the same. Raises ``body_too_large``
+        for a text of too many passages.
+        """
+        split, lines = await asyncio.to_thread(_split, document.text)
+        out = DocumentOut(document.name, document.digest, len(split), lines)
+        # Found without the lock, the common repeat writes nothing.
+        if await self._same(tenant, out, split):
+            return out, False
+        async with self._db.transaction() as tx:
+            created = not await _forget(tx, tenant, document.digest)
+            await tx.execute(
+                insert(documents).values(
+                    tenant=tenant,
+                    digest=out.digest,
+                    name=out.name,
+                    lines=out.lines,
+                    passages=out.passages,
+                    created_at=self._clock.now(),
+                )
+            )
+            for start in range(0, len(split), _BATCH):
+                rows = [
+                    {
+                        "tenant": tenant,
+                        "digest": out.digest,
+                        "position": start + index,
+                        "line_start": passage.line_start,
+                        "line_end": passage.line_end,
+                        "text": passage.text,
+                    }
+                    for index, passage in enumerate(split[start : start + _BATCH])
+                ]
+                await tx.execute(insert(passages), rows)
+        return out, created
+
+    async def _same(self, tenant: str, out: DocumentOut, split: Sequence[Lines]) -> bool:
+        async with self._db.read() as conn:
+            row = await conn.first(_one(tenant, out.digest))
+            if row is None or _document(row) != out:
+                return False
+            query = (
+                select(passages.c.line_start, passages.c.line_end, passages.c.text)
+                .where(passages.c.tenant == tenant, passages.c.digest == out.digest)
+                .order_by(passages.c.position)
+                .limit(MAX_PASSAGES)
+            )
+            kept = await conn.all(query)
+        return [(p.line_start, p.line_end, p.text) for p in split] == [
+            (row["line_start"], row["line_end"], row["text"]) for row in kept
+        ]
+
+    async def get(self, tenant: str, digest: str) -> DocumentOut:
+        """Return a document; raise ``not_found``."""
+        async with self._db.read() as conn:
+            row = await conn.first(_one(tenant, digest))
+        if row is None:
+            raise _absent()
+        return _document(row)
+
+    async def delete(self, tenant: str, digest: str) -> None:
+        """Forget a document; raise ``not_found``."""
+        async with self._db.transaction() as tx:
+            if not await _forget(tx, tenant, digest):
+                raise _absent()
+
+    async def list(self, tenant: str, *, limit: int, cursor: str | None) -> DocumentList:
+        """Return a page of documents, newest first; raise ``invalid_parameter`` for a cursor that is not ours."""
+        wanted = [documents.c.tenant == tenant]
+        if cursor is not None:
+            at, last = read_cursor(cursor)
+            wanted.append(
+                or_(documents.c.created_at < at, and_(documents.c.created_at == at, documents.c.digest < last))
+            )
+        query = (
+            select(documents)
+            .where(*wanted)
+            .order_by(documents.c.created_at.desc(), documents.c.digest.desc())
+            .limit(limit + 1)
+        )
+        async with self._db.read() as conn:
+            rows = await conn.all(query)
+        page = rows[:limit]
+        following = cursor_of(page[-1]["created_at"], page[-1]["digest"]) if len(rows) > limit else None
+        return DocumentList(tuple(_document(row) for row in page), following)
+
+    async def search(self, tenant: str, request: SearchRequest) -> SearchResult:
+        """Return the passages that match best by BM25, best first; none for a query without words."""
+        terms = search_terms(request.query)
+        if not terms:
+            return SearchResult(())
+        mine = [passages.c.tenant == tenant]
+        if request.filters.digests:
+            mine.append(passages.c.digest.in_(request.filters.digests))
+        async with self._db.read() as conn:
+            rows = await conn.all(_matches(match_expression(terms), mine))
+            total = await conn.scalar(select(func.count()).select_from(passages).where(*mine))
+        found = [_passage(row) for row in rows]
+        if len(found) < MAX_CANDIDATES:
+            # These are all that match, so that they can be weighed among their own.
+            scores = await asyncio.to_thread(bm25, terms, [passage.text for passage in found], total=int(total))
+            found = [
+                msgspec.structs.replace(passage, score=round(score, _DECIMALS))
+                for passage, score in zip(found, scores, strict=True)
+            ]
+            found.sort(key=lambda passage: -passage.score)
+        return SearchResult(tuple(found[: request.limit]))
+
+
+def _matches(match: str, mine: Sequence[ColumnElement[bool]]) -> Any:
+    rank: ColumnElement[float] = literal_column("bm25(passages_fts)", Double[float]())
+    return (
+        select(documents.c.name, passages, rank.label("rank"))
+        .select_from(
+            passages_fts.join(passages, passages.c.id == passages_fts.c.rowid).join(
+                documents, and_(documents.c.tenant == passages.c.tenant, documents.c.digest == passages.c.digest)
+            )
+        )
+        .where(text("passages_fts MATCH :match").bindparams(match=match), *mine)
+        .order_by(rank, passages.c.id)
+        .limit(MAX_CANDIDATES)
+    )
+
+
+async def _forget(tx: Transaction, tenant: str, digest: str) -> bool:
+    """Delete a document and its passages; the triggers take them out of the index. Return whether it was there."""
+    await tx.execute(delete(passages).where(passages.c.tenant == tenant, passages.c.digest == digest))
+    gone = await tx.execute(delete(documents).where(documents.c.tenant == tenant, documents.c.digest == digest))
+    return gone.rowcount > 0
+
+
+def _split(body: str) -> tuple[list[Lines], int]:
+    split = split_passages(body)
+    if len(split) > MAX_PASSAGES:
+        raise OctoError(f"The text has more than {MAX_PASSAGES} passages.", code="body_too_large")
+    return split, len(numbered_lines(body.removesuffix("\n"))) if body else 0
+
+
+def _one(tenant: str, digest: str) -> Any:
+    return select(documents).where(documents.c.tenant == tenant, documents.c.digest == digest)
+
+
+def _document(row: Mapping[Any, Any]) -> DocumentOut:
+    return DocumentOut(row["name"], row["digest"], row["passages"], row["lines"])
+
+
+def _passage(row: Mapping[Any, Any]) -> Passage:
+    # SQLite's rank is the lower the better.
+    score = round(-float(row["rank"]), _DECIMALS)
+    return Passage(row["name"], row["digest"], row["line_start"], row["line_end"], row["text"], score)
+
+
+def _absent() -> OctoError:
+    return OctoError("There is no document of that digest.", code="not_found")

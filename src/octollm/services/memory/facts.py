@@ -1,0 +1,77 @@
+"""Facts of a tenant: a JSON value by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from sqlalchemy import delete, select, update
+
+from octollm.clock import Clock, iso
+from octollm.errors import OctoError
+from octollm.services.memory.shapes import Fact, FactIn
+from octollm.storage import Database
+from octollm.storage.tables import facts
+
+
+class Facts:
+    """The facts of all tenants; every question names the tenant that it is asked for."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self._db = db
+        self._clock = clock
+
+    async def put(self, tenant: str, name: str, fact: FactIn, *, expected: int | None = None) -> tuple[Fact, bool]:
+        """Set a fact; return it, and whether it is new. The same value again changes nothing.
+
+        With ``expected`` the present version has to be that one (0: none yet). Raises ``state_conflict`` otherwise,
+        ``invalid_body`` for a value of null.
+        """
+        value = msgspec.json.decode(fact.value)
+        if value is None:
+            raise OctoError("A fact needs a value; DELETE takes it away.", code="invalid_body")
+        where = (facts.c.tenant == tenant, facts.c.key == name)
+        async with self._db.transaction() as tx:
+            row = await tx.first(select(facts).where(*where))
+            found = 0 if row is None else int(row["version"])
+            if expected is not None and expected != found:
+                raise OctoError(f"The fact is at version {found}, not {expected}.", code="state_conflict")
+            if row is not None and _alike(row["value"], value) and row["source"] == fact.source:
+                return _fact(row), False
+            now = self._clock.now()
+            created = now if row is None else row["created_at"]
+            changed = {"value": value, "source": fact.source, "version": found + 1, "updated_at": now}
+            if row is None:
+                await tx.execute(tx.insert(facts).values(tenant=tenant, key=name, created_at=now, **changed))
+            else:
+                await tx.execute(update(facts).where(*where).values(**changed))
+        return Fact(name, value, fact.source, found + 1, iso(created), iso(now)), row is None
+
+    async def get(self, tenant: str, name: str) -> Fact:
+        """Return a fact; raise ``not_found``."""
+        async with self._db.read() as conn:
+            row = await conn.first(select(facts).where(facts.c.tenant == tenant, facts.c.key == name))
+        if row is None:
+            raise _absent()
+        return _fact(row)
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """Forget a fact; raise ``not_found``."""
+        async with self._db.transaction() as tx:
+            gone = await tx.execute(delete(facts).where(facts.c.tenant == tenant, facts.c.key == name))
+        if gone.rowcount == 0:
+            raise _absent()
+
+
+def _alike(one: object, other: object) -> bool:
+    # In Python 1 equals true; in JSON they are two values.
+    return msgspec.json.encode(one) == msgspec.json.encode(other)
+
+
+def _fact(row: Mapping[Any, Any]) -> Fact:
+    return Fact(row["key"], row["value"], row["source"], row["version"], iso(row["created_at"]), iso(row["updated_at"]))
+
+
+def _absent() -> OctoError:
+    return OctoError("There is no fact of that name.", code="not_found")

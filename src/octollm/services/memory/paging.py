@@ -1,0 +1,40 @@
+"""The opaque cursor of a list: where the page before it ended."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+import msgspec
+
+from octollm.errors import OctoError
+
+MAX_LIMIT = 200
+DEFAULT_LIMIT = 50
+_MAX_CURSOR = 400
+
+
+def cursor_of(at: float, last: str) -> str:
+    """Return the cursor after the row ``last``, made at ``at`` (epoch seconds)."""
+    return base64.urlsafe_b64encode(msgspec.json.encode([at, last])).decode().rstrip("=")
+
+
+def read_cursor(cursor: str) -> tuple[float, str]:
+    """Return what :func:`cursor_of` was given; raise ``invalid_parameter`` for any other text."""
+    refused = OctoError("The cursor is not one that a list gave.", code="invalid_parameter")
+    if len(cursor) > _MAX_CURSOR:
+        raise refused
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        return msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])
+    except (msgspec.DecodeError, binascii.Error, ValueError) as error:
+        raise refused from error
+
+
+def read_limit(text: str | None) -> int:
+    """Return the limit of a page, 1 to 200; raise ``invalid_parameter`` for any other."""
+    if text is None:
+        return DEFAULT_LIMIT
+    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_LIMIT):
+        raise OctoError(f"limit must be a whole number from 1 to {MAX_LIMIT}.", code="invalid_parameter")
+    return int(text)

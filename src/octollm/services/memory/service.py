@@ -1,0 +1,256 @@
+"""The memory over HTTP: documents, search, facts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import AsyncGenerator
+from urllib.parse import quote
+
+import msgspec
+from starlette.responses import Response
+
+from octollm.config import Settings
+from octollm.contracts.operations import DocumentIn, DocumentOut, SearchRequest, SearchResult
+from octollm.contracts.task import MAX_FILE_BYTES
+from octollm.errors import Fault, OctoError
+from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.health import Dependency
+from octollm.rpc.service import Base, Service, build_service
+from octollm.services.memory.documents import Documents
+from octollm.services.memory.facts import Facts
+from octollm.services.memory.paging import read_limit
+from octollm.services.memory.shapes import MAX_NAME, DocumentList, Fact, FactIn
+from octollm.storage import Database, open_database
+from octollm.storage.migrations import migrate
+
+MAX_QUERY = 4000
+"""Characters of a query."""
+MAX_SEARCH = 50
+MAX_FILTERS = 64
+MAX_FACT_BYTES = 64 * 1024
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FACT_NAME = re.compile(rf"[a-z0-9._-]{{1,{MAX_NAME}}}")
+_ETAG_VERSION = re.compile(r'"(\d{1,18})"')
+
+
+@contextlib.asynccontextmanager
+async def memory_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+    """Open the memory's database under ``settings.home`` and yield the service; close it on leaving.
+
+    Raises ``unavailable`` when the database cannot be used.
+    """
+    path = settings.home / "data" / "memory.db"
+    async with open_database(f"sqlite:///{path}", clock=base.clock) as db:
+        await migrate(db, "memory")
+        yield build_memory(base, db)
+
+
+def build_memory(base: Base, db: Database) -> Service:
+    """Return the service over an open database with its schema."""
+    handlers = _Handlers(Documents(db, base.clock), Facts(db, base.clock))
+
+    async def database() -> Dependency:
+        try:
+            await db.check()
+        except OctoError as error:
+            return Dependency(ok=False, detail=error.detail)
+        return Dependency(ok=True)
+
+    return build_service(base, handlers.operations(), checkups={"database": database})
+
+
+class _Handlers:
+    """The operations. Each acts within the tenant of the token that it was shown, and no other."""
+
+    def __init__(self, documents: Documents, facts: Facts) -> None:
+        self._documents = documents
+        self._facts = facts
+
+    def operations(self) -> list[Operation]:
+        """Return the operations of the service.
+
+        Everything here may be repeated: documents go by digest and facts by name, so no key is needed for it.
+        """
+        return [
+            Operation(
+                "write",
+                "POST",
+                "/documents",
+                self.put_document,
+                scope="memory:write",
+                kind="repeatable",
+                body=DocumentIn,
+                answer=DocumentOut,
+                status=201,
+                # JSON may take two characters for one of the text.
+                max_body=2 * MAX_FILE_BYTES,
+                summary="Remember a text, in passages.",
+            ),
+            Operation(
+                "list",
+                "GET",
+                "/documents",
+                self.list_documents,
+                scope="memory:read",
+                answer=DocumentList,
+                summary="List documents, newest first.",
+            ),
+            Operation(
+                "read_document",
+                "GET",
+                "/documents/{digest}",
+                self.get_document,
+                scope="memory:read:{digest}",
+                answer=DocumentOut,
+                summary="Describe a document.",
+            ),
+            Operation(
+                "delete_document",
+                "DELETE",
+                "/documents/{digest}",
+                self.delete_document,
+                scope="memory:write:{digest}",
+                kind="repeatable",
+                status=204,
+                summary="Forget a document.",
+            ),
+            Operation(
+                "search",
+                "POST",
+                "/search",
+                self.search,
+                scope="memory:read",
+                body=SearchRequest,
+                answer=SearchResult,
+                summary="Find passages by their words.",
+            ),
+            Operation(
+                "put_fact",
+                "PUT",
+                "/facts/{name}",
+                self.put_fact,
+                scope="memory:write",
+                kind="repeatable",
+                body=FactIn,
+                answer=Fact,
+                max_body=MAX_FACT_BYTES,
+                summary="Set a fact.",
+            ),
+            Operation(
+                "get_fact",
+                "GET",
+                "/facts/{name}",
+                self.get_fact,
+                scope="memory:read",
+                answer=Fact,
+                summary="Get a fact.",
+            ),
+            Operation(
+                "delete_fact",
+                "DELETE",
+                "/facts/{name}",
+                self.delete_fact,
+                scope="memory:write",
+                kind="repeatable",
+                status=204,
+                summary="Forget a fact.",
+            ),
+        ]
+
+    async def put_document(self, call: Call, document: DocumentIn) -> Reply:
+        """Remember a document: 201 when it is new, 200 when its digest was known."""
+        _check_digest(document.digest, "/digest")
+        if not document.name or len(document.name) > MAX_NAME or "\x00" in document.name:
+            raise _invalid("/name", f"1 to {MAX_NAME} characters")
+        if "\x00" in document.text:
+            raise OctoError("The text has NUL characters: it is no text.", code="file_invalid")
+        out, created = await self._documents.put(call.tenant, document)
+        return Reply(out, 201 if created else 200, {"Location": f"/documents/{out.digest}"})
+
+    async def list_documents(self, call: Call, _body: object) -> DocumentList:
+        """Return a page of documents."""
+        query = call.request.query_params
+        return await self._documents.list(call.tenant, limit=read_limit(query.get("limit")), cursor=query.get("cursor"))
+
+    async def get_document(self, call: Call, _body: object) -> Response:
+        """Describe a document, with an ETag."""
+        _check_digest(call.path["digest"], "")
+        document = await self._documents.get(call.tenant, call.path["digest"])
+        encoded = msgspec.json.encode(document)
+        return _tagged(call, encoded, f'"{hashlib.sha256(encoded).hexdigest()[:32]}"')
+
+    async def delete_document(self, call: Call, _body: object) -> Response:
+        """Forget a document."""
+        _check_digest(call.path["digest"], "")
+        await self._documents.delete(call.tenant, call.path["digest"])
+        return Response(status_code=204)
+
+    async def search(self, call: Call, request: SearchRequest) -> SearchResult:
+        """Find passages."""
+        if len(request.query) > MAX_QUERY:
+            raise _invalid("/query", f"at most {MAX_QUERY} characters")
+        if not 1 <= request.limit <= MAX_SEARCH:
+            raise _invalid("/limit", f"a whole number from 1 to {MAX_SEARCH}")
+        if len(request.filters.digests) > MAX_FILTERS:
+            raise _invalid("/filters/digests", f"at most {MAX_FILTERS} digests")
+        return await self._documents.search(call.tenant, request)
+
+    async def put_fact(self, call: Call, fact: FactIn) -> Reply:
+        """Set a fact: 201 when it is new. ``If-Match`` may name the version that it replaces."""
+        name = _fact_name(call)
+        stored, created = await self._facts.put(call.tenant, name, fact, expected=_expected(call))
+        headers = {"ETag": f'"{stored.version}"'}
+        if created:
+            headers["Location"] = f"/facts/{quote(name)}"
+        return Reply(stored, 201 if created else 200, headers)
+
+    async def get_fact(self, call: Call, _body: object) -> Response:
+        """Return a fact, with its version as ETag."""
+        fact = await self._facts.get(call.tenant, _fact_name(call))
+        return _tagged(call, msgspec.json.encode(fact), f'"{fact.version}"')
+
+    async def delete_fact(self, call: Call, _body: object) -> Response:
+        """Forget a fact."""
+        await self._facts.delete(call.tenant, _fact_name(call))
+        return Response(status_code=204)
+
+
+def _tagged(call: Call, encoded: bytes, etag: str) -> Response:
+    """Return JSON with its ETag, or 304 when the caller has it already (RFC 9110 section 13.1.2)."""
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    held = [tag.strip().removeprefix("W/") for tag in call.request.headers.get("if-none-match", "").split(",")]
+    if etag in held or "*" in held:
+        return Response(status_code=304, headers=headers)
+    return Response(encoded, media_type="application/json", headers=headers)
+
+
+def _expected(call: Call) -> int | None:
+    text = call.request.headers.get("if-match")
+    if text is None:
+        return None
+    match = _ETAG_VERSION.fullmatch(text.strip())
+    if match is None:
+        raise OctoError("If-Match must be the ETag that a fact came with.", code="invalid_header")
+    return int(match[1])
+
+
+def _fact_name(call: Call) -> str:
+    name = call.path["name"]
+    if not _FACT_NAME.fullmatch(name):
+        raise OctoError(f"A fact's name has 1 to {MAX_NAME} of a-z, 0-9, `.`, `_`, `-`.", code="invalid_parameter")
+    return name
+
+
+def _check_digest(digest: str, pointer: str) -> None:
+    if not _DIGEST.fullmatch(digest):
+        if pointer:
+            raise _invalid(pointer, "a SHA-256 in 64 lower-case hex digits")
+        raise OctoError("A digest has 64 lower-case hex digits.", code="invalid_parameter")
+
+
+def _invalid(pointer: str, wanted: str) -> OctoError:
+    return OctoError(
+        "The body does not fit its schema.", code="invalid_body", faults=(Fault(pointer, f"Expected {wanted}."),)
+    )

@@ -1,0 +1,99 @@
+"""The budget of tasks, kept by the orchestrator: reserved before a call, settled after it, however it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+
+from octollm.capability import SelfSigner
+from octollm.clock import Clock
+from octollm.contracts.api import ReserveAnswer, ReserveRequest, SettleRequest
+from octollm.contracts.problems import problem_of
+from octollm.contracts.services import OperationKind
+from octollm.contracts.task import Usage
+from octollm.errors import OctoError
+from octollm.resilience import Deadline
+from octollm.rpc.caller import Caller, Outgoing, Target
+from octollm.telemetry import Log
+
+T = TypeVar("T")
+
+RESERVE_SECONDS = 10.0
+SETTLE_SECONDS = 30.0
+"""How long settling is tried; after that the reservation stands until the orchestrator ends it itself."""
+CLOSE_SECONDS = 1.0
+_PAUSE = 0.5
+_NULL = msgspec.Raw(b"null")
+
+
+class Budget:
+    """Reserves and settles in the name of the models service."""
+
+    def __init__(self, caller: Caller, signer: SelfSigner, *, clock: Clock, log: Log) -> None:
+        self._caller = caller
+        self._signer = signer
+        self._clock = clock
+        self._log = log
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def reserve(self, wanted: ReserveRequest, deadline: Deadline) -> ReserveAnswer:
+        """Reserve tokens for a call; or learn what it was answered before.
+
+        A caller that leaves meanwhile leaves no reservation behind. Raises ``budget_exhausted``, ``fence_lost``,
+        ``state_conflict`` and the transport's failures.
+        """
+        within = Deadline.after(self._clock, min(RESERVE_SECONDS, deadline.left()))
+        # Repeated only when it surely did not arrive: a second reservation would hold what nobody uses.
+        call = self._call("reserve", "once", wanted, within)
+        reserving = self._track(self._caller.answer(call, ReserveAnswer), "reserve")
+        try:
+            return await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            self._track(self._give_back(reserving), "give back")
+            raise
+
+    def settle(self, reservation: str, usage: Usage, answer: msgspec.Raw = _NULL) -> asyncio.Task[None]:
+        """Settle a reservation, beside whatever happens to the caller. ``answer`` is kept for repeats when whole."""
+        return self._track(self._settle(SettleRequest(reservation, usage, answer)), "settle")
+
+    async def aclose(self) -> None:
+        """Wait a moment for what is still being settled; a closing installation has no more time than that."""
+        deadline = Deadline.after(self._clock, CLOSE_SECONDS)
+        while self._running and deadline.left() > 0:
+            await asyncio.wait(set(self._running), timeout=deadline.left())
+        for task in self._running:
+            task.cancel()
+
+    def _track(self, work: Coroutine[object, object, T], name: str) -> asyncio.Task[T]:
+        task = asyncio.create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def _give_back(self, reserving: asyncio.Task[ReserveAnswer]) -> None:
+        try:
+            reserved = await reserving
+        except OctoError:
+            return  # nothing was reserved, or nobody can say so: the orchestrator ends it with its task
+        if reserved.reservation:
+            await self._settle(SettleRequest(reserved.reservation, Usage()))
+
+    async def _settle(self, settled: SettleRequest) -> None:
+        deadline = Deadline.after(self._clock, SETTLE_SECONDS)
+        while True:
+            try:
+                # The orchestrator settles a reservation once, so this may be said again.
+                await self._caller.send(self._call("settle", "safe", settled, deadline))
+                return
+            except OctoError as error:
+                if not problem_of(error).retryable or deadline.left() <= _PAUSE:
+                    self._log.error("budget.not_settled", reservation=settled.reservation, error=error)
+                    return
+            await asyncio.sleep(_PAUSE)
+
+    def _call(self, action: str, kind: OperationKind, body: object, deadline: Deadline) -> Outgoing:
+        target = Target("orchestrator", f"budget.{action}", "POST", f"/budget/{action}", kind)
+        return Outgoing(target, self._signer.svc_token("orchestrator"), deadline, msgspec.json.encode(body))

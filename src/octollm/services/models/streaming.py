@@ -1,0 +1,106 @@
+"""A streamed chat answer: server-sent events as the model writes, stopped when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from octollm.contracts.problems import problem_of
+from octollm.contracts.stream import HEARTBEAT_SECONDS
+from octollm.errors import OctoError
+from octollm.services.models.answering import OnText
+from octollm.services.models.wire import COMMENT, Answer, Chunks, error_event
+from octollm.telemetry import Log
+
+Work = Callable[[OnText], Awaitable[Answer]]
+_QUEUE = 256
+_SILENCE = HEARTBEAT_SECONDS * 0.8
+"""Seconds without a word after which a comment is sent; before the first word it also begins the answer."""
+
+
+class ChatStream(Response):
+    """The response of one streamed call.
+
+    A failure before the first word is raised, so that it is answered with its own status; one after it is the last
+    event. While nothing is written for a while, comments keep the connection.
+    """
+
+    def __init__(self, work: Work, chunks: Chunks, *, with_usage: bool, request_id: str, log: Log) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._work = work
+        self._chunks = chunks
+        self._with_usage = with_usage
+        self._request_id = request_id
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer. Raises what the call raised before its first word, and ``ClientDisconnect``."""
+        items: asyncio.Queue[str | Answer | Exception] = asyncio.Queue(_QUEUE)
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self._pump(items)),
+            gone := asyncio.create_task(_gone(receive)),
+            getting := asyncio.create_task(items.get()),
+        ]
+        begun = False
+        try:
+            while True:
+                await asyncio.wait({getting, gone}, timeout=_SILENCE, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    raise ClientDisconnect
+                item = getting.result() if getting.done() else None
+                if isinstance(item, Exception) and not begun:
+                    raise item
+                if not begun:
+                    begun = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                    await _body(send, self._chunks.begin())
+                if isinstance(item, Answer | Exception):
+                    await _body(send, self._last(item), more=False)
+                    return
+                await _body(send, COMMENT if item is None else self._chunks.text(item))
+                if item is not None:
+                    getting = asyncio.create_task(items.get())
+                    tasks[-1] = getting
+        finally:
+            await _end(tasks)
+
+    async def _pump(self, items: asyncio.Queue[str | Answer | Exception]) -> None:
+        try:
+            await items.put(await self._work(items.put))
+        except Exception as error:  # handed over to the response, which raises or sends it
+            await items.put(error)
+
+    def _last(self, item: Answer | Exception) -> bytes:
+        if isinstance(item, Answer):
+            return self._chunks.end(item, with_usage=self._with_usage)
+        if not isinstance(item, OctoError):
+            self._log.error("chat.crashed", error=item)
+            item = OctoError("The service failed; its log has the reason under this request id.")
+        return error_event(problem_of(item, self._request_id))
+
+
+async def _body(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        # Their failures were handed over, or nobody waits for them any more.
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task

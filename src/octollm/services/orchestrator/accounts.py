@@ -1,0 +1,172 @@
+"""Accounts by API key: made, found by their secret, listed, revoked. Only hashes are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select, update
+
+from octollm.capability import PRESETS, Principal, ScopeSet, preset
+from octollm.clock import Clock, Ids, iso
+from octollm.contracts.api import KeyList, KeyView, NewKey
+from octollm.errors import OctoError
+from octollm.services.orchestrator.audit import Actor, record
+from octollm.storage import Database, Transaction, plain
+from octollm.storage.tables import api_keys
+
+KEY_PREFIX = "octo_"
+LOCAL_KEY_ID = "local"
+LOCAL_TENANT = "local"
+TOUCH_SECONDS = 60.0
+"""``last_used`` is written at most so often for one key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whom a credential stands for and what it may do now."""
+
+    principal: Principal
+    scopes: ScopeSet
+
+
+class Accounts:
+    """API keys of all tenants. A key is ``octo_<id>_<secret>``."""
+
+    def __init__(self, db: Database, clock: Clock, ids: Ids) -> None:
+        self._db = db
+        self._clock = clock
+        self._ids = ids
+
+    async def set_local(self, secret: str) -> None:
+        """Let ``secret`` be the local user's credential: the one that reflex shows for a trusted local peer."""
+        async with self._db.transaction() as tx:
+            values = {"hash": _hash(secret), "revoked_at": None}
+            await tx.execute(
+                tx.insert(api_keys)
+                .values(
+                    id=LOCAL_KEY_ID,
+                    tenant=LOCAL_TENANT,
+                    sub="local-user",
+                    name="local user",
+                    scopes="admin",
+                    created_at=self._clock.now(),
+                    **values,
+                )
+                .on_conflict_do_update(index_elements=[api_keys.c.id], set_=values)
+            )
+
+    async def authenticate(self, credential: str) -> Account:
+        """Return whose credential this is; raise ``api_key_invalid`` for any that is not good, without saying why."""
+        refused = OctoError(
+            "The API key is not known or was revoked. `octollm keys create` makes one.", code="api_key_invalid"
+        )
+        prefix, _, rest = credential.partition("_")
+        key_id, _, _secret = rest.partition("_")
+        if prefix + "_" != KEY_PREFIX or not key_id or len(credential) > 200:
+            raise refused
+        row = await self._row(key_id)
+        stored = row["hash"] if row is not None else _hash("")
+        good = hmac.compare_digest(stored, _hash(credential))
+        if row is None or not good or row["revoked_at"] is not None:
+            raise refused
+        if self._clock.now() - (row["last_used_at"] or 0.0) > TOUCH_SECONDS:
+            async with self._db.transaction() as tx:
+                await tx.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=self._clock.now()))
+        return _account(row)
+
+    async def scopes_now(self, cred: str) -> ScopeSet:
+        """Return what a credential may do today; nothing when it was revoked."""
+        row = await self._row(cred)
+        if row is None or row["revoked_at"] is not None:
+            raise OctoError("The credential that the task was submitted with was revoked.", code="authority_missing")
+        return _account(row).scopes
+
+    async def create(self, name: str, scope: str, actor: Actor) -> NewKey:
+        """Make a key in the actor's tenant; its scopes may not exceed the actor's. The secret is shown once."""
+        wanted = expand(scope)
+        if not wanted.narrower_or_equal(await self.scopes_now(actor.principal.cred)):
+            raise OctoError("A key may not have more scopes than who makes it.", code="scope_missing")
+        key_id = self._ids.hex()
+        secret = f"{KEY_PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
+        now = self._clock.now()
+        async with self._db.transaction() as tx:
+            await tx.execute(
+                tx.insert(api_keys).values(
+                    id=key_id,
+                    hash=_hash(secret),
+                    tenant=actor.principal.tenant,
+                    sub=f"key-{key_id}",
+                    name=name,
+                    scopes=scope,
+                    created_at=now,
+                )
+            )
+            await record(tx, actor, "key.added", key_id, now, {"name": name, "scope": scope})
+        view = KeyView(key_id, name, actor.principal.tenant, scope, iso(now))
+        return NewKey(view, secret)
+
+    async def list(self, tenant: str) -> KeyList:
+        """Return a tenant's keys, without secrets."""
+        query = select(api_keys).where(api_keys.c.tenant == tenant).order_by(api_keys.c.created_at).limit(200)
+        async with self._db.read() as conn:
+            rows = await conn.all(query)
+        return KeyList(tuple(_view(plain(row)) for row in rows))
+
+    async def revoke(self, key_id: str, actor: Actor, tx: Transaction) -> None:
+        """Revoke a key of the actor's tenant in ``tx``; raise ``not_found`` for another's."""
+        now = self._clock.now()
+        done = await tx.execute(
+            update(api_keys)
+            .where(
+                api_keys.c.id == key_id,
+                api_keys.c.tenant == actor.principal.tenant,
+                api_keys.c.revoked_at.is_(None),
+            )
+            .values(revoked_at=now)
+        )
+        if done.rowcount != 1:
+            raise OctoError("There is no such key, or it was revoked already.", code="not_found")
+        await record(tx, actor, "key.revoked", key_id, now)
+
+    async def _row(self, key_id: str) -> Mapping[str, Any] | None:
+        async with self._db.read() as conn:
+            row = await conn.first(select(api_keys).where(api_keys.c.id == key_id))
+        return None if row is None else plain(row)
+
+
+def expand(text: str) -> ScopeSet:
+    """Return the scopes of a text of presets and scopes; raise ``invalid_parameter`` for an empty or malformed one."""
+    plain = [str(part) for word in text.split() for part in (preset(word) if word in PRESETS else (word,))]
+    scopes = ScopeSet.parse(" ".join(plain))
+    if not len(scopes):
+        raise OctoError("A key needs at least one scope, or the preset `user`.", code="invalid_parameter")
+    return scopes
+
+
+def _account(row: Mapping[str, Any]) -> Account:
+    return Account(Principal(row["sub"], row["id"], row["tenant"]), expand(row["scopes"]))
+
+
+def _view(row: Mapping[str, Any]) -> KeyView:
+    def time(name: str) -> str | None:
+        return None if row[name] is None else iso(row[name])
+
+    return KeyView(
+        row["id"],
+        row["name"],
+        row["tenant"],
+        row["scopes"],
+        iso(row["created_at"]),
+        time("revoked_at"),
+        time("last_used_at"),
+    )
+
+
+def _hash(credential: str) -> str:
+    # A key has 256 random bits, so a plain digest cannot be guessed backwards.
+    return hashlib.sha256(credential.encode()).hexdigest()

@@ -1,0 +1,93 @@
+"""Arms and API keys over HTTP, and the honest answers of what is not configured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octollm.contracts.api import ArmList, KeyList, KeyRequest, NewKey
+from octollm.errors import OctoError
+from octollm.rpc.call import Call, Operation
+from octollm.services.orchestrator.accounts import Accounts
+from octollm.services.orchestrator.audit import actor_of
+from octollm.services.orchestrator.registry import Registry
+from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.services_api import Done
+from octollm.storage import Database
+
+NOT_CONFIGURED = (
+    ("GET", "/webhooks", "webhooks:read", "Webhooks"),
+    ("POST", "/webhooks", "webhooks:write", "Webhooks"),
+    ("GET", "/dead-letters", "events:read", "Durable subscriptions and their dead letters"),
+    ("GET", "/audit", "audit:read", "Reading the audit trail"),
+    ("POST", "/tasks/{task_id}/approval", "tasks:approve", "Approval by a person"),
+    ("GET", "/tasks/{task_id}/trace", "tasks:read", "The store of traces"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdminApi:
+    """What these operations work with."""
+
+    db: Database
+    registry: Registry
+    accounts: Accounts
+    revoking: Revoking
+
+    async def arms(self, _call: Call, _body: object) -> ArmList:
+        """Return the arms."""
+        return await self.registry.views()
+
+    async def keys(self, call: Call, _body: object) -> KeyList:
+        """Return the tenant's keys."""
+        return await self.accounts.list(call.tenant)
+
+    async def create_key(self, call: Call, body: KeyRequest) -> NewKey:
+        """Make a key."""
+        if not 0 < len(body.name) <= 100:
+            raise OctoError("A key needs a name of 1 to 100 characters.", code="invalid_body")
+        return await self.accounts.create(body.name, body.scope, actor_of(call))
+
+    async def revoke_key(self, call: Call, _body: object) -> Done:
+        """Revoke a key and what was issued for it."""
+        key_id = call.path["key_id"]
+        async with self.db.transaction() as tx:
+            await self.accounts.revoke(key_id, actor_of(call), tx)
+            await self.revoking.add(tx, "cred", key_id)
+        return Done()
+
+    def operations(self) -> list[Operation]:
+        """Return these operations."""
+        return [
+            Operation("arms.list", "GET", "/arms", self.arms, scope="arms:read", answer=ArmList, summary="The arms."),
+            Operation("keys.list", "GET", "/keys", self.keys, scope="keys:read", answer=KeyList, summary="API keys."),
+            Operation(
+                "keys.create",
+                "POST",
+                "/keys",
+                self.create_key,
+                scope="keys:write",
+                body=KeyRequest,
+                answer=NewKey,
+                status=201,
+                strict=True,
+                summary="Make an API key; its secret is shown once.",
+            ),
+            Operation(
+                "keys.revoke",
+                "DELETE",
+                "/keys/{key_id}",
+                self.revoke_key,
+                scope="keys:write",
+                answer=Done,
+                summary="Revoke an API key.",
+            ),
+            *(_not_configured(*row) for row in NOT_CONFIGURED),
+        ]
+
+
+def _not_configured(method: str, path: str, scope: str, what: str) -> Operation:
+    async def refuse(_call: Call, _body: object) -> object:
+        raise OctoError(f"{what}: not configured here.", code="not_configured")
+
+    name = path.strip("/").replace("/", ".").replace("{", "").replace("}", "")
+    return Operation(f"{name}.{method.lower()}", method, path, refuse, scope=scope, summary=f"{what} (not configured).")

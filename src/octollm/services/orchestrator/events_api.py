@@ -1,0 +1,133 @@
+"""Events over HTTP: a page of the log, or a stream that goes on; and posting by our own services."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import msgspec
+from starlette.responses import StreamingResponse
+
+from octollm.contracts.api import EventList
+from octollm.contracts.events import CATALOGUE, Event
+from octollm.contracts.services import SERVICES
+from octollm.errors import OctoError
+from octollm.events import EventLog
+from octollm.rpc.call import Call, Operation
+from octollm.services.orchestrator.parameters import integer
+from octollm.services.orchestrator.services_api import Done
+from octollm.storage import Database
+
+POLL_SECONDS = 1.0
+PING_SECONDS = 15.0
+PAGE = 200
+FAMILIES = frozenset({"system", "arm", "breaker", "cache"})
+"""What services other than the orchestrator may tell; tasks, tokens and audit are its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventsApi:
+    """What the operations on events work with."""
+
+    db: Database
+    log: EventLog
+    draining: Callable[[], bool]
+
+    async def read(self, call: Call, _body: object) -> object:
+        """Return the tenant's events after a position: a page, or a stream for ``Accept: text/event-stream``."""
+        query = call.request.query_params
+        after = integer(query, "after", 0, 0, 2**53)
+        last = call.request.headers.get("last-event-id")
+        if last is not None and last.isdigit():
+            after = int(last)
+        if "text/event-stream" in call.request.headers.get("accept", ""):
+            return StreamingResponse(
+                self._follow(call.tenant, after),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+            )
+        found = await self.log.read(after, integer(query, "limit", PAGE, 1, 500), tenant=call.tenant)
+        return EventList(tuple(found), found[-1].seq if found else after)
+
+    async def _follow(self, tenant: str, after: int) -> AsyncIterator[bytes]:
+        news = asyncio.Event()
+        stop = self.log.on_commit(news.set)
+        quiet = 0.0
+        try:
+            yield b": following\n\n"
+            while not self.draining():
+                found = await self.log.read(after, PAGE, tenant=tenant)
+                for event in found:
+                    after = event.seq
+                    yield _sse(event)
+                if found:
+                    quiet = 0.0
+                    continue
+                if quiet >= PING_SECONDS:
+                    quiet = 0.0
+                    yield b": ping\n\n"
+                waited = 0.1 if news.is_set() else POLL_SECONDS
+                news.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(waited):
+                        await news.wait()
+                # A commit is numbered a moment after it: look once more shortly.
+                if news.is_set():
+                    await asyncio.sleep(0.02)
+                quiet += waited
+        finally:
+            stop()
+
+    async def post(self, call: Call, body: Event) -> Done:
+        """Take an event from a built-in service; an id that is there already is not written again."""
+        if call.peer not in SERVICES or body.event_type.partition(".")[0] not in FAMILIES:
+            raise OctoError(f"{call.peer} may not tell {body.event_type}.", code="scope_missing")
+        if body.event_type not in CATALOGUE:
+            raise OctoError(f"The event {body.event_type} is not declared.", code="invalid_body")
+        async with self.db.transaction() as tx:
+            await self.log.append(
+                tx,
+                body.event_type,
+                subject=f"service/{call.peer}",
+                tenant="system",
+                source=call.peer,
+                data=body.data,
+                correlation_id=call.correlation_id,
+                traceparent=call.trace.traceparent,
+                event_id=body.id,
+                timestamp=body.timestamp,
+            )
+        return Done()
+
+    def operations(self) -> list[Operation]:
+        """Return the operations on events."""
+        return [
+            Operation(
+                "events.read",
+                "GET",
+                "/events",
+                self.read,
+                scope="events:read",
+                answer=EventList,
+                limited=False,
+                timeout=3600.0,
+                summary="The tenant's events after a position.",
+            ),
+            Operation(
+                "events.post",
+                "POST",
+                "/events",
+                self.post,
+                auth="service",
+                scope="*",
+                body=Event,
+                answer=Done,
+                summary="Tell an event.",
+            ),
+        ]
+
+
+def _sse(event: Event) -> bytes:
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.event_type.encode(), msgspec.json.encode(event))

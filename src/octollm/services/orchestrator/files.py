@@ -1,0 +1,109 @@
+"""Files by digest, per tenant: what tasks take and what arms make."""
+
+from __future__ import annotations
+
+import hashlib
+from urllib.parse import unquote
+
+from sqlalchemy import select
+from starlette.responses import Response
+
+from octollm.clock import Clock
+from octollm.contracts.operations import StoredFile
+from octollm.contracts.task import MAX_FILE_BYTES
+from octollm.errors import OctoError
+from octollm.rpc.call import Call, Operation
+from octollm.storage import Database
+from octollm.storage.tables import files
+
+MAX_NAME = 200
+
+
+class FileStore:
+    """The stored bytes of all tenants."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self._db = db
+        self._clock = clock
+
+    async def put(self, tenant: str, name: str, media_type: str, body: bytes) -> StoredFile:
+        """Store bytes; the same bytes are stored once. Raises ``file_invalid`` for a bad name."""
+        check_name(name)
+        digest = hashlib.sha256(body).hexdigest()
+        async with self._db.transaction() as tx:
+            await tx.execute(
+                tx.insert(files)
+                .values(
+                    tenant=tenant,
+                    digest=digest,
+                    name=name,
+                    size=len(body),
+                    media_type=media_type,
+                    body=body,
+                    created_at=self._clock.now(),
+                )
+                .on_conflict_do_nothing()
+            )
+        return StoredFile(name, digest, len(body), media_type)
+
+    async def get(self, tenant: str, digest: str) -> tuple[StoredFile, bytes]:
+        """Return a stored file; raise ``file_not_found``, also for another tenant's."""
+        async with self._db.read() as conn:
+            row = await conn.first(select(files).where(files.c.tenant == tenant, files.c.digest == digest))
+        if row is None:
+            raise OctoError("There is no file of that digest.", code="file_not_found")
+        return StoredFile(row["name"], row["digest"], row["size"], row["media_type"]), row["body"]
+
+    async def missing(self, tenant: str, digests: list[str]) -> set[str]:
+        """Return those digests that are not stored."""
+        async with self._db.read() as conn:
+            query = select(files.c.digest).where(files.c.tenant == tenant, files.c.digest.in_(digests))
+            found = {row["digest"] for row in await conn.all(query)}
+        return set(digests) - found
+
+
+def check_name(name: str) -> None:
+    """Raise ``file_invalid`` unless ``name`` is a plain file name: no folder, no control character, 1 to 200 long."""
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable() or name in (".", "..") or set(name) & {"/", "\\"}:
+        raise OctoError("A file's name must be 1 to 200 printable characters without slashes.", code="file_invalid")
+
+
+def file_response(file: StoredFile, body: bytes, if_none_match: str | None) -> Response:
+    """Return a file's bytes; the digest is its ETag. Browsers are told to save it, not to show it."""
+    etag = f'"{file.digest}"'
+    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+    if if_none_match is not None and etag in if_none_match:
+        return Response(status_code=304, headers=headers)
+    headers["Content-Disposition"] = "attachment"
+    headers["X-Content-Type-Options"] = "nosniff"
+    return Response(body, media_type=file.media_type, headers=headers)
+
+
+def file_operations(store: FileStore) -> list[Operation]:
+    """Return ``POST /files`` and ``GET /files/{digest}``."""
+
+    async def put(call: Call, body: bytes) -> StoredFile:
+        name = unquote(call.request.headers.get("x-file-name", ""))
+        media_type = call.request.headers.get("content-type", "application/octet-stream")[:100]
+        return await store.put(call.tenant, name, media_type, body)
+
+    async def get(call: Call, _body: object) -> Response:
+        file, body = await store.get(call.tenant, call.path["digest"])
+        return file_response(file, body, call.request.headers.get("if-none-match"))
+
+    return [
+        Operation(
+            "files.put",
+            "POST",
+            "/files",
+            put,
+            scope="files:write",
+            kind="repeatable",
+            body=bytes,
+            answer=StoredFile,
+            status=201,
+            max_body=MAX_FILE_BYTES,
+            summary="Store a file; its name in X-File-Name, percent-encoded.",
+        ),
+        Operation("files.get", "GET", "/files/{digest}", get, scope="files:read:{digest}", summary="A file's bytes."),
+    ]

@@ -1,0 +1,196 @@
+"""The composition root of the orchestrator."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+
+from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier
+from octollm.config import Settings
+from octollm.contracts.kinds import file_kind
+from octollm.contracts.operations import DocumentIn
+from octollm.errors import OctoError
+from octollm.events import EventLog, Relay
+from octollm.rpc.health import CheckUp, Dependency
+from octollm.rpc.idempotency_sql import SqlIdempotency
+from octollm.rpc.openers import CapabilityOpener, ServiceOpener
+from octollm.rpc.service import Base, Service, build_service
+from octollm.services.orchestrator.accounts import Accounts
+from octollm.services.orchestrator.admin_api import AdminApi
+from octollm.services.orchestrator.events_api import EventsApi
+from octollm.services.orchestrator.files import FileStore, file_operations
+from octollm.services.orchestrator.intake import Defaults
+from octollm.services.orchestrator.registry import Registry
+from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.services_api import ServicesApi
+from octollm.services.orchestrator.tasks_api import TasksApi
+from octollm.services.orchestrator.tokens_api import TokensApi
+from octollm.storage import Database, Keys, RedisClient, TextStream, open_database
+from octollm.storage.migrations import migrate
+from octollm.tasks.authority import TaskAuthority
+from octollm.tasks.claims import Claims
+from octollm.tasks.ledger import Ledger
+from octollm.tasks.records import TaskRecord
+from octollm.tasks.runner import RunnerTools
+from octollm.tasks.store import TaskStore
+from octollm.tasks.worker import Worker
+
+
+@contextlib.asynccontextmanager
+async def orchestrator_service(
+    base: Base,
+    settings: Settings,
+    *,
+    redis: RedisClient,
+    root_key: SigningKey,
+    service_keys: Mapping[str, PublicKey],
+    local_key: str | None,
+    redis_keys: Keys | None = None,
+) -> AsyncGenerator[Service]:
+    """Open the database, the relay and the worker, and yield the service.
+
+    ``service_keys`` are the public keys of the services that belong to this installation; ``local_key`` is the
+    credential of the local user, ``None`` where no local peer is trusted.
+    """
+    keys = redis_keys or Keys()
+    url = f"sqlite:///{settings.home / 'data' / 'orchestrator.db'}"
+    async with contextlib.AsyncExitStack() as stack:
+        db = await stack.enter_async_context(open_database(url, clock=base.clock))
+        await migrate(db, "orchestrator")
+        log = EventLog(db, base.clock, base.ids)
+        relay = await stack.enter_async_context(Relay(db, log, redis, base.clock, base.ids, keys=keys))
+        revoking = Revoking(db, base.clock)
+        await revoking.load()
+        accounts = Accounts(db, base.clock, base.ids)
+        if local_key is not None:
+            await accounts.set_local(local_key)
+        registry = Registry(db, log, base.clock, service_keys)
+        files = FileStore(db, base.clock)
+        store = TaskStore(db, log, base.clock)
+        ledger = Ledger(db, base.clock, base.ids)
+        minter = RootMinter(root_key, base.clock, base.ids)
+        tools = RunnerTools(
+            store=store,
+            ledger=ledger,
+            stream=TextStream(redis, keys),
+            caller=base.caller,
+            authority=TaskAuthority(minter, registry.declarations, registry.thumbprint),
+            clock=base.clock,
+            log=base.log,
+            metrics=base.metrics,
+            allowed=_allowed(accounts),
+            arms=registry.arms,
+            documents=_documents(files),
+        )
+        worker = Worker(tools, Claims(db, base.ids.hex()), service=base.name)
+        idempotency = SqlIdempotency(db, base.ids.hex())
+        verifier = Verifier(base.name, base.identity.roots, base.clock, revocations=revoking.known)
+
+        async def announce_cancel(task_id: str) -> None:
+            # A hint for other holders; the database has it already.
+            with contextlib.suppress(OctoError):
+                await redis.publish([(keys.cancel, task_id.encode())])
+
+        service: Service | None = None
+
+        def draining() -> bool:
+            return service is not None and service.kit.draining.is_set()
+
+        tasks_api = TasksApi(
+            store=store,
+            idempotency=idempotency,
+            files=files,
+            accounts=accounts,
+            registry=registry,
+            revoking=revoking,
+            worker=worker,
+            defaults=Defaults(settings.max_tokens, settings.max_time_seconds),
+            clock=base.clock,
+            ids=base.ids,
+            announce_cancel=announce_cancel,
+        )
+        tokens_api = TokensApi(
+            db=db,
+            accounts=accounts,
+            registry=registry,
+            revoking=revoking,
+            minter=minter,
+            store=store,
+            max_tokens=settings.max_tokens,
+            clock=base.clock,
+            ids=base.ids,
+        )
+        services_api = ServicesApi(ledger, idempotency, registry, revoking, base.identity.roots, base.clock)
+        service = build_service(
+            base,
+            [
+                *tasks_api.operations(),
+                *file_operations(files),
+                *EventsApi(db, log, draining).operations(),
+                *tokens_api.operations(),
+                *services_api.operations(),
+                *AdminApi(db, registry, accounts, revoking).operations(),
+            ],
+            openers={
+                "capability": CapabilityOpener(verifier),
+                "service": ServiceOpener(base.name, registry.directory(), base.clock),
+            },
+            idempotency=idempotency,
+            checkups=_checkups(db, redis, relay, worker),
+            max_concurrent=128,
+        )
+
+        def crashed(error: BaseException) -> None:
+            worker.failure = f"The worker stopped: {type(error).__name__}."
+            base.log.error("worker.crashed", error=error)
+
+        await stack.enter_async_context(worker.running(crashed))
+        yield service
+
+
+def _allowed(accounts: Accounts):
+    async def allowed(task: TaskRecord) -> ScopeSet:
+        """Return what the task was given and its principal still has."""
+        return ScopeSet.parse(task.authority).intersection(await accounts.scopes_now(task.cred))
+
+    return allowed
+
+
+def _documents(files: FileStore):
+    async def documents(task: TaskRecord) -> list[DocumentIn]:
+        """Return the texts among the task's files."""
+        found: list[DocumentIn] = []
+        for file in task.contract.context.files:
+            if file.digest is None:
+                continue
+            _stored, body = await files.get(task.tenant, file.digest)
+            if file_kind(file.name, body[:8192]) == "text":
+                found.append(DocumentIn(file.name, body.decode("utf-8", errors="replace"), file.digest))
+        return found
+
+    return documents
+
+
+def _checkups(db: Database, redis: RedisClient, relay: Relay, worker: Worker) -> dict[str, CheckUp]:
+    async def database() -> Dependency:
+        try:
+            await db.check()
+        except OctoError as error:
+            return Dependency(ok=False, detail=error.detail)
+        return Dependency(ok=True)
+
+    async def redis_up() -> Dependency:
+        try:
+            await redis.ping()
+        except OctoError as error:
+            return Dependency(ok=False, detail=error.detail, required=False)
+        return Dependency(ok=True, required=False)
+
+    async def relaying() -> Dependency:
+        degraded = relay.health.degraded
+        return Dependency(ok=degraded is None, detail=degraded or "", required=False)
+
+    async def working() -> Dependency:
+        return Dependency(ok=not worker.failure, detail=worker.failure)
+
+    return {"database": database, "redis": redis_up, "relay": relaying, "worker": working}

@@ -1,0 +1,194 @@
+"""Tasks over HTTP: submit, list, read, cancel, follow."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from starlette.responses import Response
+
+from octollm.clock import Clock, Ids
+from octollm.contracts.api import EventList, SavedTexts, TaskList, TaskView
+from octollm.contracts.task import TaskContract
+from octollm.errors import OctoError
+from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.idempotency import KeyOf
+from octollm.rpc.idempotency_sql import SqlIdempotency
+from octollm.services.orchestrator.accounts import Accounts
+from octollm.services.orchestrator.audit import actor_of, record
+from octollm.services.orchestrator.files import FileStore, file_response
+from octollm.services.orchestrator.intake import Defaults, check_contract, check_kinds, store_inline_files
+from octollm.services.orchestrator.parameters import integer, word
+from octollm.services.orchestrator.registry import Registry
+from octollm.services.orchestrator.revoking import Revoking
+from octollm.storage import Transaction
+from octollm.tasks.store import NewTask, TaskStore
+from octollm.tasks.worker import Worker
+
+MAX_TASK_BODY = 1024 * 1024
+"""Bytes of a submission. Short texts of files may be given in place; larger files are stored first."""
+STATES = ("accepted", "planning", "running", "waiting", "completed", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class TasksApi:
+    """What the operations on tasks work with."""
+
+    store: TaskStore
+    idempotency: SqlIdempotency
+    files: FileStore
+    accounts: Accounts
+    registry: Registry
+    revoking: Revoking
+    worker: Worker
+    defaults: Defaults
+    clock: Clock
+    ids: Ids
+    announce_cancel: Callable[[str], Awaitable[None]]
+
+    async def submit(self, call: Call, contract: TaskContract) -> Reply:
+        """Check a task, store it and wake the worker. A key whose task was stored already leads to that task."""
+        principal = call.authority.principal
+        key = call.key and KeyOf(principal.tenant, principal.sub, call.service, call.operation, call.key)
+        if key and (stored := await self.idempotency.noted(key)):
+            return Reply(await self.store.view(stored, principal.tenant), 201, {"Location": f"/tasks/{stored}"})
+        arms = frozenset(arm.name for arm in await self.registry.arms())
+        checked = check_contract(contract, self.defaults, arms, self.clock)
+        contract = await store_inline_files(checked.contract, call.tenant, self.files)
+        await check_kinds(contract, call.tenant, self.files)
+        scopes = await self.accounts.scopes_now(principal.cred)
+        task_id = f"task-{self.ids.hex()}"
+
+        async def also(tx: Transaction) -> None:
+            await record(tx, actor_of(call), "task.created", task_id, self.clock.now())
+            if key:
+                await self.idempotency.note(tx, key, task_id)
+
+        await self.store.create(
+            NewTask(
+                task_id=task_id,
+                tenant=principal.tenant,
+                sub=principal.sub,
+                cred=principal.cred,
+                authority=str(scopes),
+                contract=contract,
+                correlation_id=call.correlation_id,
+                traceparent=call.trace.traceparent,
+                deadline_at=checked.deadline_at,
+            ),
+            also,
+        )
+        self.worker.wake()
+        view = await self.store.view(task_id, principal.tenant)
+        return Reply(view, 201, {"Location": f"/tasks/{task_id}"})
+
+    async def list(self, call: Call, _body: object) -> TaskList:
+        """Return a page of the tenant's tasks."""
+        query = call.request.query_params
+        return await self.store.list(
+            call.tenant,
+            limit=integer(query, "limit", 50, 1, 200),
+            cursor=query.get("cursor"),
+            status=word(query, "status", STATES),
+        )
+
+    async def read(self, call: Call, _body: object) -> TaskView:
+        """Return one task."""
+        return await self.store.view(call.path["task_id"], call.tenant)
+
+    async def cancel(self, call: Call, _body: object) -> TaskView:
+        """Cancel a task: its tokens are revoked and its work is stopped all the way down."""
+        task_id = call.path["task_id"]
+        await self.store.view(task_id, call.tenant)
+
+        async def also(tx: Transaction) -> None:
+            await self.revoking.add(tx, "task", task_id)
+            await record(tx, actor_of(call), "task.cancelled", task_id, self.clock.now())
+
+        now = self.clock.now()
+        await self.store.change(
+            task_id, "task.cancelled", {"status": "cancelled"}, to="cancelled", also=also, finished_at=now
+        )
+        await self.worker.stop(task_id)
+        await self.announce_cancel(task_id)
+        return await self.store.view(task_id, call.tenant)
+
+    async def history(self, call: Call, _body: object) -> EventList:
+        """Return a page of a task's events by version."""
+        query = call.request.query_params
+        after = integer(query, "after", 0, 0, 2**53)
+        return await self.store.history(call.path["task_id"], call.tenant, after, integer(query, "limit", 200, 1, 500))
+
+    async def texts(self, call: Call, _body: object) -> SavedTexts:
+        """Return what the steps have written, as last saved."""
+        return await self.store.texts(call.path["task_id"], call.tenant)
+
+    async def artifact(self, call: Call, _body: object) -> Response:
+        """Return the bytes of a file that the task made."""
+        view = await self.store.view(call.path["task_id"], call.tenant)
+        made = {artifact.digest: artifact.name for artifact in view.artifacts}
+        made |= {artifact.digest: artifact.name for step in view.steps for artifact in step.artifacts}
+        digest = call.path["digest"]
+        if digest not in made:
+            raise OctoError("The task made no file of that digest.", code="file_not_found")
+        file, body = await self.files.get(call.tenant, digest)
+        return file_response(file, body, call.request.headers.get("if-none-match"))
+
+    def operations(self) -> list[Operation]:
+        """Return the operations on tasks."""
+        read = "tasks:read"
+        return [
+            Operation(
+                "tasks.submit",
+                "POST",
+                "/tasks",
+                self.submit,
+                scope="tasks:create",
+                kind="repeatable",
+                body=TaskContract,
+                answer=TaskView,
+                status=201,
+                strict=True,
+                max_body=MAX_TASK_BODY,
+                summary="Submit a task.",
+            ),
+            Operation("tasks.list", "GET", "/tasks", self.list, scope=read, answer=TaskList, summary="List tasks."),
+            Operation(
+                "tasks.read", "GET", "/tasks/{task_id}", self.read, scope=read, answer=TaskView, summary="One task."
+            ),
+            Operation(
+                "tasks.cancel",
+                "POST",
+                "/tasks/{task_id}/cancel",
+                self.cancel,
+                scope="tasks:cancel",
+                answer=TaskView,
+                summary="Cancel a task.",
+            ),
+            Operation(
+                "tasks.history",
+                "GET",
+                "/tasks/{task_id}/history",
+                self.history,
+                scope=read,
+                answer=EventList,
+                summary="A task's events by version.",
+            ),
+            Operation(
+                "tasks.texts",
+                "GET",
+                "/tasks/{task_id}/texts",
+                self.texts,
+                scope=read,
+                answer=SavedTexts,
+                summary="What the steps have written.",
+            ),
+            Operation(
+                "tasks.artifact",
+                "GET",
+                "/tasks/{task_id}/artifacts/{digest}",
+                self.artifact,
+                scope=read,
+                summary="A file that the task made.",
+            ),
+        ]

@@ -1,0 +1,170 @@
+"""Tokens over HTTP: exchange for the door, tokens made by hand, the directory, revocations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, closure, merge, parse_may
+from octollm.clock import Clock, Ids
+from octollm.contracts.api import (
+    ExchangeRequest,
+    RevocationList,
+    TokenAnswer,
+    TokenRequest,
+)
+from octollm.contracts.services import service_of
+from octollm.contracts.task import Budget, TaskContract
+from octollm.errors import Fault, OctoError
+from octollm.rpc.call import Call, Operation
+from octollm.rpc.identity import DirectoryAnswer
+from octollm.services.orchestrator.accounts import Account, Accounts
+from octollm.services.orchestrator.audit import Actor, actor_of, record
+from octollm.services.orchestrator.registry import Registry
+from octollm.services.orchestrator.revoking import Revoking
+from octollm.storage import Database, Transaction
+from octollm.tasks.store import NewTask, TaskStore
+
+DOOR_SECONDS = 300
+MAX_HAND_SECONDS = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class TokensApi:
+    """What the operations on tokens work with."""
+
+    db: Database
+    accounts: Accounts
+    registry: Registry
+    revoking: Revoking
+    minter: RootMinter
+    store: TaskStore
+    max_tokens: int
+    clock: Clock
+    ids: Ids
+
+    async def exchange(self, call: Call, body: ExchangeRequest) -> TokenAnswer:
+        """Exchange an API key for an access token at this service (RFC 8693)."""
+        try:
+            account = await self.accounts.authenticate(body.subject_token)
+        except OctoError:
+            actor = Actor(Principal("unknown", "unknown", "system"), call.request_id, call.correlation_id, call.peer)
+            async with self.db.transaction() as tx:
+                await record(tx, actor, "token.refused", "door", self.clock.now())
+            raise
+        scopes = door_scopes(account)
+        token = self.minter.access(account.principal, "orchestrator", scopes, DOOR_SECONDS)
+        return TokenAnswer(token, DOOR_SECONDS, str(scopes))
+
+    async def by_hand(self, call: Call, body: TokenRequest) -> TokenAnswer:
+        """Make a token for direct calls: it stands for a task of its own with a budget, which ends with it."""
+        if not 1 <= body.lifetime_seconds <= MAX_HAND_SECONDS:
+            detail = f"From 1 to {MAX_HAND_SECONDS} seconds."
+            raise OctoError(detail, code="invalid_body", faults=(Fault("/lifetime_seconds", detail),))
+        scopes = ScopeSet.parse(body.scope)
+        if not len(scopes) or any(service_of(scope.family) != body.aud for scope in scopes):
+            detail = f"Name scopes of {body.aud}, e.g. {body.aud}:execute."
+            raise OctoError(detail, code="invalid_body", faults=(Fault("/scope", detail),))
+        principal = call.authority.principal
+        allowed = await self.accounts.scopes_now(principal.cred)
+        if not scopes.narrower_or_equal(allowed):
+            raise OctoError(f"You may not make a token for {body.scope}.", code="scope_missing")
+        may = parse_may({})
+        declarations = self.registry.declarations()
+        for scope in scopes:
+            tree, missing = closure(str(scope), declarations, allowed)
+            if missing:
+                raise OctoError(f"The authority for {', '.join(missing)} is missing.", code="authority_missing")
+            may = merge(may, tree)
+        task_id = f"task-{self.ids.hex()}"
+        now = self.clock.now()
+
+        async def also(tx: Transaction) -> None:
+            detail = {"scope": body.scope, "aud": body.aud}
+            await record(tx, actor_of(call), "token.issued", task_id, now, detail)
+
+        await self.store.create(
+            NewTask(
+                task_id=task_id,
+                tenant=principal.tenant,
+                sub=principal.sub,
+                cred=principal.cred,
+                authority=str(allowed),
+                contract=TaskContract(f"token for {body.scope}", budget=Budget(max_tokens=self.max_tokens)),
+                correlation_id=call.correlation_id,
+                traceparent=call.trace.traceparent,
+                deadline_at=now + body.lifetime_seconds,
+                kind="adhoc",
+            ),
+            also,
+        )
+        token = self.minter.access(
+            principal,
+            body.aud,
+            scopes,
+            body.lifetime_seconds,
+            task=TaskRef(task_id),
+            may=may,
+            holder_jkt=self.registry.thumbprint(body.aud),
+            grant_lifetime=body.lifetime_seconds,
+        )
+        return TokenAnswer(token, body.lifetime_seconds, str(scopes), task_id)
+
+    async def directory(self, _call: Call, _body: object) -> DirectoryAnswer:
+        """Return the services and their keys, signed."""
+        return DirectoryAnswer(self.minter.directory(self.registry.directory()))
+
+    async def revocations(self, _call: Call, _body: object) -> RevocationList:
+        """Return what is revoked."""
+        return await self.revoking.list()
+
+    def operations(self) -> list[Operation]:
+        """Return the operations on tokens."""
+        return [
+            Operation(
+                "token.exchange",
+                "POST",
+                "/token",
+                self.exchange,
+                auth="service",
+                scope="reflex",
+                body=ExchangeRequest,
+                answer=TokenAnswer,
+                summary="Exchange a caller's credential for an access token.",
+            ),
+            Operation(
+                "token.by_hand",
+                "POST",
+                "/tokens",
+                self.by_hand,
+                scope="tasks:create",
+                body=TokenRequest,
+                answer=TokenAnswer,
+                strict=True,
+                summary="Make a token for direct calls.",
+            ),
+            Operation(
+                "directory",
+                "GET",
+                "/directory",
+                self.directory,
+                auth="service",
+                scope="*",
+                answer=DirectoryAnswer,
+                summary="The services and their keys, signed by the root.",
+            ),
+            Operation(
+                "revocations",
+                "GET",
+                "/revocations",
+                self.revocations,
+                auth="service",
+                scope="*",
+                answer=RevocationList,
+                summary="What is revoked.",
+            ),
+        ]
+
+
+def door_scopes(account: Account) -> ScopeSet:
+    """Return what an account may do at the orchestrator itself."""
+    return account.scopes.owned_by("orchestrator")

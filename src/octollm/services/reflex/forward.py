@@ -1,0 +1,163 @@
+"""The public API that the orchestrator answers: each path, what it may carry, and how it is passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from urllib.parse import quote, urlencode
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octollm.contracts.services import OperationKind
+from octollm.contracts.task import MAX_FILE_BYTES
+from octollm.errors import OctoError
+from octollm.rpc.call import Call, Operation
+from octollm.rpc.http import Answer
+from octollm.services.reflex.relay import Relay
+from octollm.services.reflex.upstream import Asked, Upstream
+
+MAX_JSON = 1024 * 1024
+"""Bytes of a JSON body."""
+EVENT_STREAM = "text/event-stream"
+FOLLOW_SECONDS = 3600.0
+
+_PASSED_BACK = ("location", "etag", "retry-after", "content-disposition")
+_FILE_NAME = re.compile(r"[!-~]{1,1024}")
+_LAST_EVENT = re.compile(r"[0-9]{1,15}")
+
+
+@dataclass(frozen=True, slots=True)
+class PublicPath:
+    """One public path. ``query`` names the parameters that are passed on; all others are dropped, tokens first."""
+
+    name: str
+    method: str
+    path: str
+    summary: str
+    kind: OperationKind = "safe"
+    query: tuple[str, ...] = ()
+    to: str = ""
+    """The orchestrator's path, where it is another one."""
+    file: bool = False
+    """The body is a file's bytes, or the answer is."""
+
+
+PUBLIC: tuple[PublicPath, ...] = (
+    PublicPath("tasks.submit", "POST", "/tasks", "Submit a task.", "repeatable"),
+    PublicPath("tasks.list", "GET", "/tasks", "List tasks.", query=("limit", "cursor", "status")),
+    PublicPath("tasks.read", "GET", "/tasks/{task_id}", "One task."),
+    PublicPath("tasks.cancel", "POST", "/tasks/{task_id}/cancel", "Cancel a task.", "repeatable"),
+    PublicPath("tasks.approve", "POST", "/tasks/{task_id}/approval", "Let a waiting task go on.", "repeatable"),
+    PublicPath("tasks.history", "GET", "/tasks/{task_id}/history", "A task's events.", query=("after", "limit")),
+    PublicPath("tasks.texts", "GET", "/tasks/{task_id}/texts", "What the steps have written."),
+    PublicPath("tasks.trace", "GET", "/tasks/{task_id}/trace", "A task's spans."),
+    PublicPath("tasks.artifact", "GET", "/tasks/{task_id}/artifacts/{digest}", "A file that a task made.", file=True),
+    PublicPath("files.store", "POST", "/files", "Store a file.", "repeatable", file=True),
+    PublicPath("files.read", "GET", "/files/{digest}", "A stored file.", file=True),
+    PublicPath("events.read", "GET", "/events", "The tenant's events.", query=("after", "limit")),
+    PublicPath("arms.list", "GET", "/arms", "The arms that may be called."),
+    PublicPath("keys.list", "GET", "/keys", "API keys."),
+    PublicPath("keys.create", "POST", "/keys", "Make an API key.", "repeatable"),
+    PublicPath("keys.revoke", "DELETE", "/keys/{key_id}", "Revoke an API key.", "repeatable"),
+    PublicPath("tokens.make", "POST", "/token", "Make a token for direct calls.", "repeatable", to="/tokens"),
+    PublicPath("webhooks.list", "GET", "/webhooks", "Webhooks.", query=("limit", "cursor")),
+    PublicPath("webhooks.create", "POST", "/webhooks", "Add a webhook.", "repeatable"),
+    PublicPath("dead_letters.list", "GET", "/dead-letters", "Events that were given up.", query=("limit", "cursor")),
+)
+
+NOT_CONFIGURED: tuple[tuple[str, str], ...] = (("POST", "/preprocess"), ("POST", "/session"), ("GET", "/audit"))
+"""Public paths of the design that nothing stands behind yet."""
+
+
+class Forward:
+    """Passes public calls on to the orchestrator in the name of whoever makes them."""
+
+    def __init__(self, upstream: Upstream, draining: asyncio.Event) -> None:
+        self._upstream = upstream
+        self._draining = draining
+
+    def operations(self) -> list[Operation]:
+        """Return the operations of the public API."""
+        return [*(self._operation(public) for public in PUBLIC), *(_absent(*where) for where in NOT_CONFIGURED)]
+
+    def _operation(self, public: PublicPath) -> Operation:
+        async def handle(call: Call, body: object) -> Response:
+            del body
+            asked = _asked(public, call)
+            if public.name == "events.read" and EVENT_STREAM in call.request.headers.get("accept", ""):
+                return Relay(self._upstream, call.bearer, _followed(asked, call), call.deadline, self._draining)
+            return _response(await self._upstream.send(call.bearer, asked, call.deadline), public)
+
+        stream = public.name == "events.read"
+        return Operation(
+            public.name,
+            public.method,
+            public.path,
+            handle,
+            kind=public.kind,
+            auth="door",
+            body=bytes if public.method == "POST" else None,
+            max_body=(MAX_FILE_BYTES if public.file else MAX_JSON) if public.method == "POST" else 0,
+            limited=not stream,
+            timeout=FOLLOW_SECONDS if stream else 60.0,
+            summary=public.summary,
+        )
+
+
+def _asked(public: PublicPath, call: Call) -> Asked:
+    values = {name: quote(str(value), safe="") for name, value in call.path.items()}
+    path = (public.to or public.path).format_map(values)
+    query = [(name, value) for name, value in call.request.query_params.multi_items() if name in public.query]
+    has_body = public.method == "POST"
+    return Asked(
+        public.name,
+        public.method,
+        f"{path}?{urlencode(query)}" if query else path,
+        public.kind,
+        call.body if has_body else None,
+        call.key,
+        "application/octet-stream" if public.file else "application/json",
+        _file_name(call.request) if has_body and public.file else {},
+    )
+
+
+def _file_name(request: Request) -> dict[str, str]:
+    name = request.headers.get("x-file-name")
+    if name is None:
+        return {}
+    if not _FILE_NAME.fullmatch(name):
+        raise OctoError("X-File-Name must be a percent-encoded name (RFC 3986).", code="invalid_header")
+    return {"X-File-Name": name}
+
+
+def _followed(asked: Asked, call: Call) -> Asked:
+    headers = {"Accept": EVENT_STREAM}
+    last = call.request.headers.get("last-event-id", "")
+    if _LAST_EVENT.fullmatch(last):
+        headers["Last-Event-ID"] = last
+    return Asked(asked.name, asked.method, asked.path, asked.kind, headers=headers)
+
+
+def _response(answer: Answer, public: PublicPath) -> Response:
+    headers = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
+    kind = answer.headers.get("content-type", "application/octet-stream")
+    if public.file and public.method == "GET":
+        # A file is anybody's bytes: it is saved, never shown as a page of ours.
+        headers.setdefault("content-disposition", "attachment")
+        headers["cache-control"] = "private, max-age=31536000, immutable"
+    else:
+        headers["cache-control"] = "no-store"
+    # Given as a header, so that no charset is added to a text that may have another.
+    return Response(answer.body, status_code=answer.status, headers={**headers, "content-type": kind})
+
+
+def _absent(method: str, path: str) -> Operation:
+    async def handle(call: Call, body: object) -> Response:
+        del call, body
+        raise OctoError(f"{method} {path} is not configured here.", code="not_configured")
+
+    name = f"{path[1:]}.absent"
+    body = bytes if method == "POST" else None
+    return Operation(name, method, path, handle, auth="public", body=body, max_body=MAX_JSON, summary="Not configured.")

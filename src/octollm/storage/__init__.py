@@ -1,0 +1,24 @@
+"""SQL and Redis: engines, tables, migrations, and every key in one file.
+
+A backend is picked by its URL's scheme, and foreign errors end here. What the stored things mean, and every rule on
+them, belongs to the layers above.
+"""
+
+from octollm.storage.engine import Connection, Database, Transaction, open_database, plain
+from octollm.storage.keys import Keys
+from octollm.storage.redis import MemoryServers, RedisClient, open_redis
+from octollm.storage.text_stream import TextEntry, TextStream
+
+__all__ = [
+    "Connection",
+    "Database",
+    "Keys",
+    "MemoryServers",
+    "RedisClient",
+    "TextEntry",
+    "TextStream",
+    "Transaction",
+    "open_database",
+    "open_redis",
+    "plain",
+]

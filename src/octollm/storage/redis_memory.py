@@ -1,0 +1,214 @@
+"""Redis inside this process: burner-redis for keys and streams, our own fan-out for channels.
+
+burner-redis reads each subscription in a thread of its own, ten times a second; a hundred watchers would starve
+every other use of threads. A fan-out within one event loop needs none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from burner_redis import BurnerRedis  # pyright: ignore[reportUnknownVariableType]
+
+from octollm.errors import OctoError
+from octollm.storage.redis_protocol import MAX_BLOCK_MS, Message, PubSub, StreamEntry
+
+MAX_PENDING = 10_000
+"""Messages kept for a subscription that does not read; past it, it is closed, as a server would."""
+
+COMMANDS = ("delete", "expire", "get", "set", "ttl", "xadd", "xread", "xtrim", "aclose")
+"""What is asked of burner-redis. PING has no meaning in process; PUBLISH and SUBSCRIBE are the fan-out's."""
+
+
+@contextmanager
+def _translated() -> Generator[None]:
+    try:
+        yield
+    except OctoError:
+        raise
+    except Exception as error:
+        raise OctoError(f"The Redis in this process failed ({type(error).__name__}).", code="internal") from error
+
+
+class MemoryPubSub:
+    """A subscription to a :class:`MemoryServer`."""
+
+    def __init__(self, server: MemoryServer) -> None:
+        self._server = server
+        self._channels: set[str] = set()
+        self._patterns: set[str] = set()
+        self._pending: deque[Message] = deque()
+        self._news = asyncio.Event()
+        self._lost = False
+        self._closed = False
+
+    def deliver(self, channel: str, payload: bytes) -> None:
+        """Take a published message, if it is for this subscription; once for each name that matches."""
+        times = (channel in self._channels) + sum(fnmatchcase(channel, pattern) for pattern in self._patterns)
+        for _ in range(times):
+            self._put(Message(channel, payload))
+
+    def _put(self, message: Message) -> None:
+        if len(self._pending) >= MAX_PENDING:
+            self._lost = True
+            self._pending.clear()
+        if not self._lost:
+            self._pending.append(message)
+        self._news.set()
+
+    async def subscribe(self, *channels: str) -> None:
+        """Listen to channels."""
+        self._add(self._channels, channels)
+
+    async def psubscribe(self, *patterns: str) -> None:
+        """Listen to glob patterns."""
+        self._add(self._patterns, patterns)
+
+    def _add(self, names: set[str], new: Sequence[str]) -> None:
+        if self._closed:
+            raise OctoError("The subscription is closed.", code="unavailable")
+        self._server.listeners.add(self)
+        for name in new:
+            names.add(name)
+            self._put(Message(name, b"", subscribed=True))
+
+    async def unsubscribe(self, *channels: str) -> None:
+        """Stop listening to channels."""
+        self._channels.difference_update(channels)
+
+    async def receive(self, timeout: float) -> Message | None:
+        """Return the next message, or ``None`` after ``timeout`` seconds without one."""
+        if not self._pending and not self._lost and not self._closed:
+            self._news.clear()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._news.wait()
+            except TimeoutError:
+                return None
+        if self._pending:
+            return self._pending.popleft()
+        if self._lost:
+            raise OctoError("The subscription was closed: it read too slowly.", code="unavailable")
+        if self._closed:
+            raise OctoError("The subscription is closed.", code="unavailable")
+        return None
+
+    async def close(self) -> None:
+        """Stop listening."""
+        self._server.listeners.discard(self)
+        self._closed = True
+        self._pending.clear()
+        self._news.set()
+
+
+class MemoryServer:
+    """One Redis inside this process, bound to the event loop it was made in."""
+
+    def __init__(self) -> None:
+        self.keys: Any = BurnerRedis()  # the extension module carries no types
+        self.listeners: set[MemoryPubSub] = set()
+
+    def publish(self, channel: str, payload: bytes) -> None:
+        """Hand a message to every subscription that wants it."""
+        for listener in tuple(self.listeners):
+            listener.deliver(channel, payload)
+
+    async def close(self) -> None:
+        """Close every subscription and drop the data."""
+        for listener in tuple(self.listeners):
+            await listener.close()
+        await self.keys.aclose()
+
+
+class MemoryRedis:
+    """The ``RedisClient`` of a :class:`MemoryServer`."""
+
+    def __init__(self, server: MemoryServer) -> None:
+        self._server = server
+
+    async def ping(self) -> None:
+        """Do nothing: a server in this process is always there."""
+
+    async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
+        """Hand each message to those who listen, in order."""
+        for channel, payload in messages:
+            self._server.publish(channel, payload)
+
+    async def get(self, key: str) -> bytes | None:
+        """Return the value, or ``None``."""
+        return await self._call(self._server.keys.get(key))
+
+    async def set(self, key: str, value: bytes, *, ttl: int, only_if_absent: bool = False) -> bool:
+        """Return whether the value was set."""
+        return bool(await self._call(self._server.keys.set(key, value, ex=ttl, nx=only_if_absent)))
+
+    async def delete(self, *keys: str) -> int:
+        """Return how many there were."""
+        return await self._call(self._server.keys.delete(*keys)) if keys else 0
+
+    async def ttl(self, key: str) -> int:
+        """Return the seconds left, -1 without an end, -2 without a key."""
+        return await self._call(self._server.keys.ttl(key))
+
+    async def stream_add(
+        self,
+        key: str,
+        fields: Mapping[str, str],
+        *,
+        maxlen: int,
+        ttl: int,
+        announce: tuple[str, bytes] | None = None,
+    ) -> str:
+        """Append, renew the life, announce."""
+        entry: bytes = await self._call(self._server.keys.xadd(key, dict(fields)))
+        # burner-redis takes XADD's MAXLEN and does not keep to it.
+        await self._call(self._server.keys.xtrim(key, maxlen=maxlen))
+        await self._call(self._server.keys.expire(key, ttl))
+        if announce is not None:
+            self._server.publish(*announce)
+        return entry.decode()
+
+    async def stream_read(self, key: str, *, after: str, count: int, block_ms: int = 0) -> Sequence[StreamEntry]:
+        """Return entries behind ``after``, waiting for one if asked to."""
+        block = min(block_ms, MAX_BLOCK_MS) or None
+        found: Any = await self._call(self._server.keys.xread({key: after}, count=count, block=block))
+        return tuple(
+            StreamEntry(entry.decode(), {name.decode(): value.decode() for name, value in fields.items()})
+            for _, entries in found or ()
+            for entry, fields in entries
+        )
+
+    def pubsub(self) -> PubSub:
+        """Return a new subscription."""
+        return MemoryPubSub(self._server)
+
+    async def _call(self, call: Awaitable[Any]) -> Any:
+        with _translated():
+            return await call
+
+
+class MemoryServers:
+    """The in-process servers of one installation, by name. Pass it to all that are to share them."""
+
+    def __init__(self) -> None:
+        self._servers: dict[str, MemoryServer] = {}
+        self._leases: dict[str, int] = {}
+
+    @asynccontextmanager
+    async def lease(self, name: str) -> AsyncGenerator[MemoryRedis]:
+        """Use the server of that name, made at the first use; the last one to leave closes it."""
+        if name not in self._servers:
+            self._servers[name] = MemoryServer()
+        self._leases[name] = self._leases.get(name, 0) + 1
+        try:
+            yield MemoryRedis(self._servers[name])
+        finally:
+            self._leases[name] -= 1
+            if self._leases[name] == 0:
+                del self._leases[name]
+                await self._servers.pop(name).close()

@@ -1,0 +1,40 @@
+"""The tables of each service that has SQL, and nothing else.
+
+Each service has a ``MetaData`` of its own; no service opens another's tables. Changes come with a migration.
+
+``MEMORY`` has documents, facts and passages; every other table is of ``ORCHESTRATOR``. Times are epoch seconds
+(UTC), money is US dollars, ids are text. JSON columns take msgspec Structs and
+give plain Python values.
+"""
+
+from octollm.storage.tables.access import api_keys, arms, audit, revocations
+from octollm.storage.tables.calls import budgets, idempotency, model_journal, reservations
+from octollm.storage.tables.columns import ORCHESTRATOR
+from octollm.storage.tables.events import channels, events, relay_state, subjects
+from octollm.storage.tables.memory import MEMORY, documents, facts, passages, passages_fts
+from octollm.storage.tables.tasks import files, steps, task_files, tasks
+
+__all__ = [
+    "MEMORY",
+    "ORCHESTRATOR",
+    "api_keys",
+    "arms",
+    "audit",
+    "budgets",
+    "channels",
+    "documents",
+    "events",
+    "facts",
+    "files",
+    "idempotency",
+    "model_journal",
+    "passages",
+    "passages_fts",
+    "relay_state",
+    "reservations",
+    "revocations",
+    "steps",
+    "subjects",
+    "task_files",
+    "tasks",
+]

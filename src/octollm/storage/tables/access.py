@@ -1,0 +1,77 @@
+"""Who may ask for what: keys, revocations, arms, and the audit trail."""
+
+from __future__ import annotations
+
+from sqlalchemy import Column, Index, String, Table
+
+from octollm.storage.tables.columns import (
+    ID,
+    NAME,
+    ORCHESTRATOR,
+    json_type,
+    position,
+    tenant,
+    text,
+    time,
+)
+
+api_keys = Table(
+    "api_keys",
+    ORCHESTRATOR,
+    Column("id", ID, primary_key=True),
+    Column("hash", ID, nullable=False, unique=True),
+    tenant(),
+    Column("sub", NAME, nullable=False),
+    Column("name", NAME, nullable=False, server_default=""),
+    text("scopes"),  # separated by spaces
+    time("created_at"),
+    time("revoked_at", nullable=True),
+    time("last_used_at", nullable=True),
+    Index(None, "tenant", "sub"),
+)
+
+revocations = Table(
+    "revocations",
+    ORCHESTRATOR,
+    Column("position", position(), primary_key=True, autoincrement=True),  # where a reader goes on
+    Column("kind", String(16), nullable=False),  # jti, task, sub, cred
+    Column("value", NAME, nullable=False),
+    time("at"),  # links issued at or before it are refused
+    time("until"),  # kept until the longest-lived of them has expired
+    Index(None, "kind", "value"),
+    Index(None, "until"),
+    sqlite_autoincrement=True,
+)
+
+audit = Table(
+    "audit",
+    ORCHESTRATOR,
+    Column("position", position(), primary_key=True, autoincrement=True),
+    tenant(),
+    time("at"),
+    Column("action", String(64), nullable=False),
+    Column("sub", NAME, nullable=False, server_default=""),
+    Column("cred", NAME, nullable=False, server_default=""),
+    Column("service", NAME, nullable=False, server_default=""),
+    Column("target", NAME, nullable=False, server_default=""),
+    Column("detail", json_type(), nullable=True),
+    Column("request_id", NAME, nullable=False, server_default=""),
+    Column("correlation_id", NAME, nullable=False, server_default=""),
+    Index(None, "tenant", "position"),
+    sqlite_autoincrement=True,
+)
+
+arms = Table(
+    "arms",
+    ORCHESTRATOR,
+    Column("name", NAME, primary_key=True),
+    text("description"),
+    Column("operations", json_type(), nullable=False),
+    Column("calls", json_type(), nullable=False),
+    Column("accepts", json_type(), nullable=False),
+    text("url"),
+    Column("jkt", NAME, nullable=False),  # RFC 7638 thumbprint of its key
+    Column("state", String(16), nullable=False, server_default="healthy"),  # healthy, unhealthy
+    time("registered_at"),
+    time("seen_at"),
+)

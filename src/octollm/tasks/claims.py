@@ -1,0 +1,68 @@
+"""Who works on a task: a lease in SQL with a fence (``run``), found again by a sweep when its holder dies."""
+
+from __future__ import annotations
+
+from sqlalchemy import or_, select, update
+
+from octollm.storage import Database
+from octollm.storage.tables import tasks
+
+LEASE_SECONDS = 5.0
+RENEW_SECONDS = 1.0
+_OPEN = ("accepted", "planning", "running")
+
+
+class Claims:
+    """Leases of tasks for one holder."""
+
+    def __init__(self, db: Database, holder: str) -> None:
+        self._db = db
+        self._holder = holder
+
+    async def next(self, *, besides: frozenset[str]) -> tuple[str, int] | None:
+        """Claim the task that has waited longest among the most urgent; return its id and run.
+
+        ``besides`` are those that this process works on already: a slow renewal is no reason to begin again.
+        """
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            row = await tx.first(
+                select(tasks.c.task_id, tasks.c.run)
+                .where(
+                    tasks.c.kind == "task",
+                    tasks.c.status.in_(_OPEN),
+                    or_(tasks.c.lease_until.is_(None), tasks.c.lease_until < now),
+                    tasks.c.task_id.not_in(besides),
+                )
+                .order_by(tasks.c.priority.desc(), tasks.c.created_at)
+                .limit(1)
+            )
+            if row is None:
+                return None
+            run = int(row["run"]) + 1
+            await tx.execute(
+                update(tasks)
+                .where(tasks.c.task_id == row["task_id"])
+                .values(run=run, lease_holder=self._holder, lease_until=now + LEASE_SECONDS)
+            )
+            return str(row["task_id"]), run
+
+    async def renew(self, task_id: str, run: int) -> bool:
+        """Prolong a lease; false when a newer run holds the task or it has ended."""
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            done = await tx.execute(
+                update(tasks)
+                .where(tasks.c.task_id == task_id, tasks.c.run == run, tasks.c.status.in_((*_OPEN, "waiting")))
+                .values(lease_until=now + LEASE_SECONDS)
+            )
+            return done.rowcount == 1
+
+    async def release(self, task_id: str, run: int) -> None:
+        """Give a lease back, so that another holder takes the task at once."""
+        async with self._db.transaction() as tx:
+            await tx.execute(
+                update(tasks)
+                .where(tasks.c.task_id == task_id, tasks.c.run == run)
+                .values(lease_holder=None, lease_until=None)
+            )

@@ -1,0 +1,257 @@
+"""The budget of a task: reserved before a model call, settled after it, never exceeded.
+
+One ledger a task. A repeat of a call that was settled whole is answered from the journal and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sqlalchemy import func, select, update
+
+from octollm.clock import Clock, Ids
+from octollm.contracts.task import Usage
+from octollm.errors import OctoError
+from octollm.storage import Database, Transaction, plain
+from octollm.storage.tables import budgets, model_journal, reservations, steps, tasks
+from octollm.tasks.state import is_final
+
+LEAST_COMPLETION = 16
+"""A call that could not write even so many tokens is refused rather than cut to nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a model call wants: tokens of its prompt (exact, or a bound) and at most so many of its completion.
+
+    ``token_usd`` is the most that a token costs, ``None`` when that is not known.
+    """
+
+    tenant: str
+    task_id: str
+    step: str
+    attempt: int
+    run: int | None
+    key: str
+    model: str
+    prompt_tokens: int
+    max_completion_tokens: int | None
+    token_usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """A reservation; with ``journal`` the call was answered before and reserves nothing."""
+
+    id: str
+    max_completion_tokens: int
+    journal: bytes | None = None
+
+
+def grant_completion(*, left: int, open_steps: int, prompt: int, wanted: int | None) -> int | None:
+    """Return how many completion tokens a call gets, or ``None`` when its prompt does not fit.
+
+    A step may spend (what is left ÷ open steps); a missing limit is what is left of that.
+    """
+    share = left // max(1, open_steps)
+    room = share - prompt
+    if room < LEAST_COMPLETION:
+        return None
+    return room if wanted is None else min(room, wanted)
+
+
+class Ledger:
+    """The budgets of all tasks."""
+
+    def __init__(self, db: Database, clock: Clock, ids: Ids) -> None:
+        self._db = db
+        self._clock = clock
+        self._ids = ids
+
+    async def reserve(self, wanted: Wanted) -> Reserved:
+        """Reserve tokens for a call.
+
+        Raises ``budget_exhausted`` with the numbers, ``task_not_found``, ``state_conflict`` for a task that has
+        ended, ``fence_lost`` for an older run.
+        """
+        async with self._db.transaction() as tx:
+            task = await tx.first(select(tasks).where(tasks.c.task_id == wanted.task_id))
+            if task is None or task["tenant"] != wanted.tenant:
+                raise OctoError("There is no task of that id.", code="task_not_found")
+            if is_final(task["status"]):
+                raise OctoError(f"The task is {task['status']}.", code="state_conflict")
+            if wanted.run is not None and task["kind"] == "task" and wanted.run != task["run"]:
+                raise OctoError("A newer run holds the task.", code="fence_lost")
+            stored = await tx.first(
+                select(model_journal).where(model_journal.c.tenant == wanted.tenant, model_journal.c.key == wanted.key)
+            )
+            if stored is not None:
+                return Reserved("", stored["completion_tokens"], stored["answer"])
+            await self._settle_cut_off(tx, wanted)
+            budget = await tx.first(select(budgets).where(budgets.c.task_id == wanted.task_id))
+            if budget is None:
+                raise OctoError("The task has no budget.", code="budget_exhausted")
+            return await self._take(tx, wanted, plain(budget))
+
+    async def _settle_cut_off(self, tx: Transaction, wanted: Wanted) -> None:
+        """Settle, at its upper bound, a reservation that an earlier try of this very call left open."""
+        query = select(reservations).where(
+            reservations.c.task_id == wanted.task_id,
+            reservations.c.key == wanted.key,
+            reservations.c.state == "open",
+        )
+        for row in await tx.all(query):
+            tokens = int(row["tokens"])
+            await tx.execute(
+                update(reservations)
+                .where(reservations.c.id == row["id"])
+                .values(state="settled", used_tokens=tokens, settled_at=self._clock.now())
+            )
+            await tx.execute(
+                update(budgets)
+                .where(budgets.c.task_id == wanted.task_id)
+                .values(
+                    reserved_tokens=budgets.c.reserved_tokens - tokens,
+                    used_tokens=budgets.c.used_tokens + tokens,
+                    reserved_cost_usd=budgets.c.reserved_cost_usd - row["cost_usd"],
+                    used_cost_usd=budgets.c.used_cost_usd + row["cost_usd"],
+                )
+            )
+
+    async def _take(self, tx: Transaction, wanted: Wanted, budget: Mapping[str, Any]) -> Reserved:
+        limit = budget["max_tokens"]
+        taken = budget["used_tokens"] + budget["reserved_tokens"]
+        left = limit - taken
+        open_steps = await tx.scalar(
+            select(func.count())
+            .select_from(steps)
+            .where(steps.c.task_id == wanted.task_id, steps.c.status.in_(("pending", "running")))
+        )
+        completion = grant_completion(
+            left=left,
+            open_steps=int(open_steps or 0),
+            prompt=wanted.prompt_tokens,
+            wanted=wanted.max_completion_tokens,
+        )
+        if completion is None:
+            raise OctoError(
+                f"The task may use {limit} tokens; {budget['used_tokens']} are used, {budget['reserved_tokens']} are"
+                f" reserved and {int(open_steps or 0)} steps are open, so this call's prompt of {wanted.prompt_tokens}"
+                " does not fit. Submit it with a larger budget.max_tokens.",
+                code="budget_exhausted",
+            )
+        tokens = wanted.prompt_tokens + completion
+        cost = _cost_of(wanted, tokens, budget)
+        reservation = self._ids.hex()
+        await tx.execute(
+            tx.insert(reservations).values(
+                id=reservation,
+                task_id=wanted.task_id,
+                step=wanted.step,
+                attempt=wanted.attempt,
+                run=wanted.run or 0,
+                key=wanted.key,
+                model=wanted.model,
+                tokens=tokens,
+                cost_usd=cost,
+                created_at=self._clock.now(),
+            )
+        )
+        await tx.execute(
+            update(budgets)
+            .where(budgets.c.task_id == wanted.task_id)
+            .values(
+                reserved_tokens=budgets.c.reserved_tokens + tokens,
+                reserved_cost_usd=budgets.c.reserved_cost_usd + cost,
+            )
+        )
+        return Reserved(reservation, completion)
+
+    async def settle(self, reservation: str, usage: Usage, answer: bytes | None) -> None:
+        """Settle a reservation with what was used; keep ``answer`` for repeats. A second settling changes nothing."""
+        async with self._db.transaction() as tx:
+            row = await tx.first(select(reservations).where(reservations.c.id == reservation))
+            if row is None:
+                raise OctoError("There is no reservation of that id.", code="not_found")
+            if row["state"] != "open":
+                return
+            now = self._clock.now()
+            await tx.execute(
+                update(reservations)
+                .where(reservations.c.id == reservation)
+                .values(
+                    state="settled",
+                    used_tokens=usage.total_tokens,
+                    used_cost_usd=usage.cost_usd,
+                    settled_at=now,
+                )
+            )
+            await tx.execute(
+                update(budgets)
+                .where(budgets.c.task_id == row["task_id"])
+                .values(
+                    reserved_tokens=budgets.c.reserved_tokens - row["tokens"],
+                    reserved_cost_usd=budgets.c.reserved_cost_usd - row["cost_usd"],
+                    used_tokens=budgets.c.used_tokens + usage.total_tokens,
+                    used_cost_usd=budgets.c.used_cost_usd + usage.cost_usd,
+                    prompt_tokens=budgets.c.prompt_tokens + usage.prompt_tokens,
+                    completion_tokens=budgets.c.completion_tokens + usage.completion_tokens,
+                )
+            )
+            if answer is not None:
+                tenant = await tx.scalar(select(tasks.c.tenant).where(tasks.c.task_id == row["task_id"]))
+                await tx.execute(
+                    tx.insert(model_journal)
+                    .values(
+                        tenant=tenant,
+                        key=row["key"],
+                        task_id=row["task_id"],
+                        step=row["step"],
+                        body_digest="",
+                        answer=answer,
+                        prompt_tokens=usage.prompt_tokens,
+                        completion_tokens=usage.completion_tokens,
+                        cost_usd=usage.cost_usd,
+                        model=row["model"],
+                        created_at=now,
+                    )
+                    .on_conflict_do_nothing()
+                )
+
+    async def usage(self, task_id: str) -> Usage:
+        """Return what a task has used so far."""
+        async with self._db.read() as conn:
+            row = await conn.first(select(budgets).where(budgets.c.task_id == task_id))
+        if row is None:
+            return Usage()
+        return Usage(row["prompt_tokens"], row["completion_tokens"], row["used_cost_usd"])
+
+
+def _cost_of(wanted: Wanted, tokens: int, budget: Mapping[str, Any]) -> float:
+    """Return the most that a call costs; raise ``budget_exhausted`` when the task's money does not bear it."""
+    limit = budget["max_cost_usd"]
+    if limit is None:
+        return tokens * (wanted.token_usd or 0.0)
+    if wanted.token_usd is None:
+        raise OctoError(
+            f"The price of {wanted.model} is not known, so budget.max_cost_usd cannot be kept. Leave it out and bound"
+            " the tokens instead.",
+            code="budget_exhausted",
+        )
+    cost = tokens * wanted.token_usd
+    taken = budget["used_cost_usd"] + budget["reserved_cost_usd"]
+    if taken + cost > limit:
+        raise OctoError(
+            f"The task may cost {limit:g} US dollars; {taken:g} are used or reserved and this call may cost {cost:g}.",
+            code="budget_exhausted",
+        )
+    return cost
+
+
+def encode_answer(answer: msgspec.Raw) -> bytes | None:
+    """Return a journal entry of an answer; ``None`` for JSON's null."""
+    data = bytes(answer)
+    return None if data in (b"", b"null") else data

@@ -1,0 +1,166 @@
+"""Tasks and steps as they are stored, read into values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from octollm.clock import iso
+from octollm.contracts.api import Reason, StepView, TaskSummary, TaskView
+from octollm.contracts.task import ExecuteResult, Plan, PlanStep, StepStatus, TaskContract, TaskStatus, Usage
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """One task."""
+
+    task_id: str
+    tenant: str
+    kind: str
+    sub: str
+    cred: str
+    authority: str
+    contract: TaskContract
+    status: TaskStatus
+    progress: float
+    version: int
+    run: int
+    plan: Plan | None
+    correlation_id: str
+    traceparent: str
+    created_at: float
+    started_at: float | None
+    deadline_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of a task."""
+
+    step: str
+    arm: str
+    title: str
+    status: StepStatus
+    attempt: int
+    run: int
+    spec: PlanStep
+    result: ExecuteResult | None
+    reasons: tuple[str, ...]
+    text: str
+
+
+def task_of(row: Row) -> TaskRecord:
+    """Read a row of ``tasks``."""
+    return TaskRecord(
+        task_id=row["task_id"],
+        tenant=row["tenant"],
+        kind=row["kind"],
+        sub=row["sub"],
+        cred=row["cred"],
+        authority=row["authority"],
+        contract=msgspec.convert(row["contract"], TaskContract),
+        status=row["status"],
+        progress=row["progress"],
+        version=row["version"],
+        run=row["run"],
+        plan=_maybe(row["plan"], Plan),
+        correlation_id=row["correlation_id"],
+        traceparent=row["traceparent"],
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        deadline_at=row["deadline_at"],
+    )
+
+
+def step_of(row: Row) -> StepRecord:
+    """Read a row of ``steps``."""
+    return StepRecord(
+        step=row["step"],
+        arm=row["arm"],
+        title=row["title"],
+        status=row["status"],
+        attempt=row["attempt"],
+        run=row["run"],
+        spec=msgspec.convert(row["spec"], PlanStep),
+        result=_maybe(row["result"], ExecuteResult),
+        reasons=tuple(row["reasons"] or ()),
+        text=row["text"],
+    )
+
+
+def view_of(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskView:
+    """Return a task as its owner sees it; ``model`` is the one that it used last."""
+    contract = msgspec.convert(row["contract"], TaskContract)
+    result: dict[str, Any] = row["result"] or {}
+    traceparent = cast("str", row["traceparent"])
+    return msgspec.convert(
+        {
+            "task_id": row["task_id"],
+            "status": row["status"],
+            "goal": row["goal"],
+            "progress": row["progress"],
+            "version": row["version"],
+            "created_at": iso(row["created_at"]),
+            "updated_at": iso(row["updated_at"]),
+            "started_at": _time(row["started_at"]),
+            "finished_at": _time(row["finished_at"]),
+            "deadline": _time(row["deadline_at"]),
+            "budget": msgspec.to_builtins(contract.budget),
+            "files": msgspec.to_builtins(contract.context.files),
+            "steps": [msgspec.to_builtins(_step_view(step)) for step in steps],
+            "output": row["output"] or "",
+            "artifacts": result.get("artifacts", []),
+            "usage": msgspec.to_builtins(usage),
+            "error": msgspec.to_builtins(_maybe(row["error"], Reason)),
+            "correlation_id": row["correlation_id"],
+            "trace_id": traceparent.split("-")[1] if traceparent else "",
+            "model": model,
+        },
+        TaskView,
+    )
+
+
+def summary_of(row: Row) -> TaskSummary:
+    """Return a task as it stands in a list."""
+    return TaskSummary(
+        row["task_id"],
+        row["status"],
+        row["goal"][:300],
+        row["progress"],
+        iso(row["created_at"]),
+        iso(row["updated_at"]),
+    )
+
+
+def _step_view(row: Row) -> StepView:
+    step = step_of(row)
+    result = step.result or ExecuteResult(output="")
+    return StepView(
+        step=step.step,
+        title=step.title,
+        arm=step.arm,
+        status=step.status,
+        attempt=step.attempt,
+        depends_on=step.spec.depends_on,
+        output=result.output,
+        artifacts=result.artifacts,
+        evidence=result.evidence,
+        usage=result.usage,
+        reasons=step.reasons,
+        started_at=_time(row["started_at"]),
+        finished_at=_time(row["finished_at"]),
+    )
+
+
+def _maybe(value: object, kind: type[T]) -> T | None:
+    return None if value is None else msgspec.convert(value, kind)
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else iso(seconds)

@@ -1,0 +1,267 @@
+"""Running one task: plan, steps side by side as their dependencies allow, one replan, result."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from octollm.capability import ScopeSet
+from octollm.clock import Clock
+from octollm.contracts.api import Reason
+from octollm.contracts.operations import DocumentIn
+from octollm.contracts.problems import FieldFault
+from octollm.contracts.stream import Line
+from octollm.contracts.task import ArmInfo, ExecuteResult, Plan, PlanRequest, PlanStep
+from octollm.errors import OctoError
+from octollm.resilience import Deadline
+from octollm.rpc.caller import Caller
+from octollm.storage.text_stream import TextStream
+from octollm.tasks.authority import TaskAuthority
+from octollm.tasks.calls import TaskCalls
+from octollm.tasks.ledger import Ledger
+from octollm.tasks.live_text import LiveText
+from octollm.tasks.records import TaskRecord
+from octollm.tasks.schedule import PLANNED_PROGRESS, progress_of, ready_steps, result_of
+from octollm.tasks.step import StepError, StepTools, run_step
+from octollm.tasks.store import TaskStore
+from octollm.telemetry import Log, Metrics
+
+MAX_PARALLEL = 4
+MAX_OUTPUT_IN_EVENT = 4000
+PROGRESS_STEP = 4.0
+"""Progress is told when it rose by so much."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerTools:
+    """What a runner needs. ``allowed`` is what a task's authority and its principal's of today have in common."""
+
+    store: TaskStore
+    ledger: Ledger
+    stream: TextStream
+    caller: Caller
+    authority: TaskAuthority
+    clock: Clock
+    log: Log
+    metrics: Metrics
+    allowed: Callable[[TaskRecord], Awaitable[ScopeSet]]
+    arms: Callable[[], Awaitable[tuple[ArmInfo, ...]]]
+    documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
+    """The texts among a task's files, which are put into memory before planning."""
+
+
+class TaskRunner:
+    """One run of one task. Cancelling :meth:`run` closes its calls, and so cancels the work all the way down."""
+
+    def __init__(self, tools: RunnerTools, task: TaskRecord) -> None:
+        self._tools = tools
+        self._task = task
+        self._within: dict[str, float] = {}
+        self._done: set[str] = set()
+        self._told = task.progress
+
+    async def run(self) -> None:
+        """Run the task to its end and record that. Only ``fence_lost`` and cancellation leave it open."""
+        tools = self._tools
+        deadline = Deadline.after(tools.clock, self._seconds_left())
+        try:
+            async with asyncio.timeout(deadline.left()):
+                await self._run(deadline)
+        except TimeoutError:
+            await self.fail(OctoError("The task's time is used up.", code="deadline_exceeded"))
+        except OctoError as error:
+            if error.code == "fence_lost":
+                raise
+            if error.code == "state_conflict" and await self._has_ended():
+                return
+            await self.fail(error)
+
+    async def _run(self, deadline: Deadline) -> None:
+        tools, task = self._tools, self._task
+        calls = TaskCalls(tools.caller, tools.authority, task, await tools.allowed(task))
+        if task.plan is None:
+            await tools.store.begin_planning(task.task_id, task.run)
+            for document in await tools.documents(task):
+                await calls.remember(document, deadline)
+            plan = await self._plan(calls, deadline, ())
+            await tools.store.set_plan(task.task_id, plan, task.run, replan=False, reasons=())
+        else:
+            plan = task.plan
+        try:
+            results = await self._steps(plan, calls, deadline)
+        except StepError as failed:
+            if failed.code != "not_accepted":
+                raise
+            plan = await self._replan(plan, calls, deadline, failed)
+            results = await self._steps(plan, calls, deadline)
+        await self._complete(plan, results)
+
+    async def _plan(self, calls: TaskCalls, deadline: Deadline, reasons: tuple[str, ...]) -> Plan:
+        task, contract = self._task, self._task.contract
+        if contract.assigned_arm is not None:
+            files = tuple(file.name for file in contract.context.files)
+            step = PlanStep(
+                "step-1",
+                contract.goal[:80],
+                contract.assigned_arm,
+                contract.goal,
+                (),
+                contract.acceptance_criteria,
+                files,
+            )
+            return Plan((step,))
+        request = PlanRequest(
+            contract.goal, contract.context, await self._tools.arms(), contract.acceptance_criteria, reasons
+        )
+        text = LiveText(
+            self._tools.store,
+            self._tools.stream,
+            self._tools.log,
+            task_id=task.task_id,
+            step="plan",
+            attempt=2 if reasons else 1,
+            run=task.run,
+        )
+
+        async def on_line(line: Line) -> None:
+            if line.type == "token":
+                text.add(line.text, reset=line.reset)
+
+        async with text:
+            return await calls.plan(request, deadline, on_line)
+
+    async def _replan(self, plan: Plan, calls: TaskCalls, deadline: Deadline, failed: StepError) -> Plan:
+        """Return a plan for the rest, once; raise ``failed`` when there is none but the same again."""
+        tools, task = self._tools, self._task
+        if task.contract.assigned_arm is not None or await tools.store.was_replanned(task.task_id):
+            raise failed
+        fresh = await self._plan(calls, deadline, failed.reasons)
+        rest = [step for step in fresh.steps if step.id not in self._done]
+        before = {(step.arm, step.goal, step.files) for step in plan.steps}
+        if all((step.arm, step.goal, step.files) in before for step in rest):
+            raise failed
+        kept = [step for step in plan.steps if step.id in self._done]
+        merged = Plan((*kept, *_renamed(rest, self._done)), fresh.usage)
+        await tools.store.begin_planning(task.task_id, task.run)
+        await tools.store.set_plan(task.task_id, merged, task.run, replan=True, reasons=failed.reasons)
+        return merged
+
+    async def _steps(self, plan: Plan, calls: TaskCalls, deadline: Deadline) -> dict[str, ExecuteResult]:
+        """Run the plan's steps; the first that fails cancels those beside it."""
+        tools, task = self._tools, self._task
+        records = {record.step: record for record in await tools.store.steps(task.task_id)}
+        results = {name: record.result for name, record in records.items() if record.result is not None}
+        self._done = {name for name in results if records[name].status == "completed"}
+        step_tools = StepTools(tools.store, tools.stream, calls, tools.clock, tools.log, self._progress(plan))
+        running: dict[asyncio.Task[ExecuteResult], PlanStep] = {}
+        begun: set[str] = set()
+        try:
+            while len(self._done) < len(plan.steps):
+                for step in ready_steps(plan.steps, self._done, begun):
+                    if len(running) >= MAX_PARALLEL:
+                        break
+                    begun.add(step.id)
+                    inputs = {need: results[need].output for need in step.depends_on}
+                    work = run_step(step_tools, task, step, records[step.id], inputs, deadline)
+                    running[asyncio.create_task(work, name=f"step {step.id}")] = step
+                if not running:
+                    raise OctoError("The plan has steps that wait for each other.", code="plan_invalid")
+                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for each in finished:
+                    step = running.pop(each)
+                    results[step.id] = each.result()
+                    self._done.add(step.id)
+        finally:
+            for each in running:
+                each.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        return results
+
+    def _progress(self, plan: Plan) -> Callable[[str, float], Awaitable[None]]:
+        self._told = max(self._told, PLANNED_PROGRESS)
+
+        async def tell(step: str, percent: float) -> None:
+            self._within[step] = max(self._within.get(step, 0.0), percent)
+            progress = progress_of(plan.steps, self._done, self._within)
+            if progress - self._told >= PROGRESS_STEP:
+                self._told = progress
+                await self._tools.store.change(
+                    self._task.task_id, "task.progress", {"step": step}, run=self._task.run, progress=progress
+                )
+
+        return tell
+
+    async def _complete(self, plan: Plan, results: Mapping[str, ExecuteResult]) -> None:
+        tools, task = self._tools, self._task
+        output, artifacts = result_of(plan.steps, results)
+        usage = await tools.ledger.usage(task.task_id)
+        listed = msgspec.to_builtins(artifacts)
+        await tools.store.change(
+            task.task_id,
+            "task.completed",
+            {
+                "status": "completed",
+                "duration_ms": self._duration_ms(),
+                "output": output[:MAX_OUTPUT_IN_EVENT],
+                "artifacts": listed,
+                "usage": msgspec.to_builtins(usage),
+            },
+            to="completed",
+            run=task.run,
+            progress=100.0,
+            output=output,
+            result={"artifacts": listed},
+            finished_at=tools.clock.now(),
+        )
+        tools.metrics.tasks.labels("completed").inc()
+        tools.log.info("task.completed", duration_ms=self._duration_ms(), tokens=usage.total_tokens)
+
+    async def fail(self, error: OctoError) -> None:
+        """Record that the task failed, and why."""
+        tools, task = self._tools, self._task
+        reasons = error.reasons if isinstance(error, StepError) else ()
+        faults = tuple(FieldFault(fault.pointer, fault.detail) for fault in error.faults)
+        reason = Reason(error.code, error.detail, reasons, faults)
+        await tools.store.change(
+            task.task_id,
+            "task.failed",
+            {
+                "status": "failed",
+                "code": error.code,
+                "reason": error.detail,
+                "reasons": list(reasons),
+                "duration_ms": self._duration_ms(),
+            },
+            to="failed",
+            run=task.run,
+            error=reason,
+            finished_at=tools.clock.now(),
+        )
+        tools.metrics.tasks.labels("failed").inc()
+        tools.log.warning("task.failed", error=error, reasons=list(reasons))
+
+    async def _has_ended(self) -> bool:
+        return (await self._tools.store.get(self._task.task_id)).status in ("completed", "failed", "cancelled")
+
+    def _seconds_left(self) -> float:
+        at = self._task.deadline_at
+        return 3600.0 if at is None else max(0.0, at - self._tools.clock.now())
+
+    def _duration_ms(self) -> int:
+        return int((self._tools.clock.now() - self._task.created_at) * 1000)
+
+
+def _renamed(steps: list[PlanStep], taken: set[str]) -> list[PlanStep]:
+    """Return new steps under ids of their own, so that they never meet those of the first plan."""
+    names = {step.id: f"{step.id}-again" for step in steps}
+    return [
+        msgspec.structs.replace(
+            step,
+            id=names[step.id],
+            depends_on=tuple(names.get(need, need) for need in step.depends_on if need in names or need in taken),
+        )
+        for step in steps
+    ]

@@ -1,0 +1,61 @@
+"""Which steps may run now, how far a task is, and what its result is: plain functions over a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import msgspec
+
+from octollm.contracts.task import Artifact, ExecuteResult, PlanStep
+
+TYPICAL_CHARACTERS = 1500
+"""What a step writes, about; at so many characters it is counted as half done."""
+PLANNED_PROGRESS = 10.0
+"""Progress of a task whose plan is made; its steps share the rest evenly."""
+
+
+def ready_steps(steps: Sequence[PlanStep], done: Collection[str], begun: Collection[str]) -> list[PlanStep]:
+    """Return the steps whose dependencies are done and that have not begun, in the plan's order."""
+    return [
+        step
+        for step in steps
+        if step.id not in begun and step.id not in done and all(need in done for need in step.depends_on)
+    ]
+
+
+def progress_of(steps: Sequence[PlanStep], done: Collection[str], within: Mapping[str, float]) -> float:
+    """Return a task's progress from 10 to 99; ``within`` is how far running steps are, from 0 to 100."""
+    if not steps:
+        return PLANNED_PROGRESS
+    share = (99.0 - PLANNED_PROGRESS) / len(steps)
+    parts = sum(share if step.id in done else share * min(99.0, within.get(step.id, 0.0)) / 100 for step in steps)
+    return round(PLANNED_PROGRESS + parts, 1)
+
+
+def estimate_within(characters: int) -> float:
+    """Return how far a step is that has written so many characters and says nothing better, from 0 to under 95.
+
+    Nobody knows how much a model will write; so it rises with what is written and slows as it does.
+    """
+    return 95.0 * characters / (characters + TYPICAL_CHARACTERS)
+
+
+def result_of(steps: Sequence[PlanStep], results: Mapping[str, ExecuteResult]) -> tuple[str, tuple[Artifact, ...]]:
+    """Return a task's output and artifacts: those of the steps that no other step builds on.
+
+    One such step's output stands alone; several stand under their titles.
+    """
+    needed = {need for step in steps for need in step.depends_on}
+    ends = [step for step in steps if step.id not in needed]
+    if len(ends) == 1:
+        output = results[ends[0].id].output
+    else:
+        output = "\n\n".join(f"## {step.title}\n\n{results[step.id].output}" for step in ends)
+    artifacts: dict[str, Artifact] = {}
+    for step in ends:
+        for artifact in results[step.id].artifacts:
+            name = artifact.name
+            if name in artifacts and artifacts[name].digest != artifact.digest:
+                name = f"{step.id}-{name}"
+            artifacts[name] = msgspec.structs.replace(artifact, name=name)
+    return output, tuple(artifacts.values())

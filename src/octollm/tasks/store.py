@@ -1,0 +1,324 @@
+"""Tasks in SQL: every change and its event in one transaction, refused when it is not legal or an older run's."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sqlalchemy import and_, or_, select, update
+
+from octollm.clock import Clock
+from octollm.contracts.api import EventList, SavedText, SavedTexts, TaskList, TaskView
+from octollm.contracts.task import Plan, TaskContract, TaskStatus, Usage
+from octollm.errors import OctoError
+from octollm.events import EventLog, task_subject
+from octollm.storage import Connection, Database, Transaction, plain
+from octollm.storage.tables import budgets, reservations, steps, task_files, tasks
+from octollm.tasks.records import StepRecord, TaskRecord, step_of, summary_of, task_of, view_of
+from octollm.tasks.state import check_move, is_final
+
+SOURCE = "orchestrator"
+Also = Callable[[Transaction], Awaitable[None]]
+"""Writes something of the caller's in the same transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewTask:
+    """A task to be stored. ``deadline_at`` in epoch seconds."""
+
+    task_id: str
+    tenant: str
+    sub: str
+    cred: str
+    authority: str
+    contract: TaskContract
+    correlation_id: str
+    traceparent: str
+    deadline_at: float | None
+    kind: str = "task"
+
+
+class TaskStore:
+    """The tasks of all tenants."""
+
+    def __init__(self, db: Database, log: EventLog, clock: Clock) -> None:
+        self._db = db
+        self._log = log
+        self._clock = clock
+
+    async def create(self, new: NewTask, also: Also | None = None) -> None:
+        """Store a task with its budget, its files and ``task.accepted``; one of kind ``adhoc`` has no events.
+
+        What ``also`` writes is part of the same transaction.
+        """
+        async with self._db.transaction() as tx:
+            now = self._clock.now()
+            await tx.execute(
+                tx.insert(tasks).values(
+                    task_id=new.task_id,
+                    tenant=new.tenant,
+                    kind=new.kind,
+                    sub=new.sub,
+                    cred=new.cred,
+                    authority=new.authority,
+                    goal=new.contract.goal,
+                    contract=new.contract,
+                    priority=new.contract.priority,
+                    parent_task_id=new.contract.parent_task_id,
+                    correlation_id=new.correlation_id,
+                    traceparent=new.traceparent,
+                    status="running" if new.kind == "adhoc" else "accepted",
+                    created_at=now,
+                    updated_at=now,
+                    deadline_at=new.deadline_at,
+                )
+            )
+            await tx.execute(
+                tx.insert(budgets).values(
+                    task_id=new.task_id,
+                    max_tokens=new.contract.budget.max_tokens,
+                    max_cost_usd=new.contract.budget.max_cost_usd,
+                )
+            )
+            for file in new.contract.context.files:
+                if file.digest is not None:
+                    await tx.execute(
+                        tx.insert(task_files)
+                        .values(task_id=new.task_id, role="input", name=file.name, digest=file.digest, created_at=now)
+                        .on_conflict_do_nothing()
+                    )
+            if also is not None:
+                await also(tx)
+            if new.kind == "task":
+                await self._event(tx, new.task_id, "task.accepted", {"goal": new.contract.goal[:2000], "progress": 0.0})
+
+    async def change(
+        self,
+        task_id: str,
+        event: str,
+        data: Mapping[str, object],
+        *,
+        to: TaskStatus | None = None,
+        run: int | None = None,
+        progress: float | None = None,
+        step: tuple[str, Mapping[str, object]] | None = None,
+        also: Also | None = None,
+        **columns: object,
+    ) -> float:
+        """Change a task (and one step), record ``event``, and return the task's progress.
+
+        ``run`` is the fence: raises ``fence_lost`` when a newer run holds the task. Raises ``state_conflict`` for
+        an illegal move and for any change of a task that has ended.
+        """
+        async with self._db.transaction() as tx:
+            row = await self._row(tx, task_id)
+            if run is not None and row["run"] != run:
+                raise OctoError("A newer run holds the task.", code="fence_lost")
+            if is_final(row["status"]):
+                raise OctoError(f"The task is {row['status']} already.", code="state_conflict")
+            if to is not None:
+                check_move(row["status"], to)
+                columns["status"] = to
+            risen = max(row["progress"], progress or 0.0)
+            columns["progress"] = risen
+            columns["updated_at"] = self._clock.now()
+            await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(**columns))
+            if step is not None:
+                name, values = step
+                await tx.execute(
+                    update(steps)
+                    .where(steps.c.task_id == task_id, steps.c.step == name)
+                    .values(**values, updated_at=self._clock.now())
+                )
+            if to is not None and is_final(to) and to != "completed":
+                await tx.execute(
+                    update(steps)
+                    .where(steps.c.task_id == task_id, steps.c.status.in_(("pending", "running")))
+                    .values(status="cancelled", finished_at=self._clock.now())
+                )
+            if also is not None:
+                await also(tx)
+            await self._event(tx, task_id, event, {**data, "progress": risen})
+            return float(risen)
+
+    async def set_plan(self, task_id: str, plan: Plan, run: int, *, replan: bool, reasons: Sequence[str]) -> None:
+        """Store a plan and its steps: the task runs from here on. A replan drops the steps that did not complete."""
+        async with self._db.transaction() as tx:
+            row = await self._row(tx, task_id)
+            if row["run"] != run:
+                raise OctoError("A newer run holds the task.", code="fence_lost")
+            check_move(row["status"], "running")
+            now = self._clock.now()
+            if replan:
+                await tx.execute(steps.delete().where(steps.c.task_id == task_id, steps.c.status != "completed"))
+            for position, step in enumerate(plan.steps):
+                await tx.execute(
+                    tx.insert(steps)
+                    .values(
+                        task_id=task_id,
+                        step=step.id,
+                        position=position,
+                        plan_number=2 if replan else 1,
+                        arm=step.arm,
+                        title=step.title,
+                        spec=step,
+                        created_at=now,
+                        updated_at=now,
+                    )
+                    .on_conflict_do_nothing()
+                )
+            risen = max(row["progress"], 10.0)
+            await tx.execute(
+                update(tasks)
+                .where(tasks.c.task_id == task_id)
+                .values(
+                    plan=plan,
+                    status="running",
+                    progress=risen,
+                    updated_at=now,
+                    started_at=row["started_at"] or now,
+                )
+            )
+            listed = [
+                {"step": s.id, "title": s.title, "arm": s.arm, "depends_on": list(s.depends_on)} for s in plan.steps
+            ]
+            data: dict[str, object] = {"steps": listed, "progress": risen}
+            if replan:
+                data["reasons"] = list(reasons)
+            await self._event(tx, task_id, "task.replanned" if replan else "task.planned", data)
+            if not replan:
+                await self._event(tx, task_id, "task.started", {"progress": risen})
+
+    async def begin_planning(self, task_id: str, run: int) -> None:
+        """Move a task to ``planning``; it has no event of its own. Does nothing when it is there already."""
+        async with self._db.transaction() as tx:
+            row = await self._row(tx, task_id)
+            if row["run"] != run:
+                raise OctoError("A newer run holds the task.", code="fence_lost")
+            if row["status"] != "planning":
+                check_move(row["status"], "planning")
+                values = {"status": "planning", "updated_at": self._clock.now()}
+                await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(**values))
+
+    async def was_replanned(self, task_id: str) -> bool:
+        """Say whether the task has had its one replan."""
+        async with self._db.read() as conn:
+            query = select(steps.c.step).where(steps.c.task_id == task_id, steps.c.plan_number > 1).limit(1)
+            return await conn.first(query) is not None
+
+    async def get(self, task_id: str) -> TaskRecord:
+        """Return a task; raise ``task_not_found``."""
+        async with self._db.read() as conn:
+            return task_of(await self._row(conn, task_id))
+
+    async def steps(self, task_id: str) -> list[StepRecord]:
+        """Return a task's steps in the plan's order."""
+        async with self._db.read() as conn:
+            return [step_of(row) for row in await _steps(conn, task_id)]
+
+    async def view(self, task_id: str, tenant: str) -> TaskView:
+        """Return a task as its owner sees it; another tenant's is ``task_not_found``."""
+        async with self._db.read() as conn:
+            row = await self._row(conn, task_id, tenant)
+            budget = await conn.first(select(budgets).where(budgets.c.task_id == task_id))
+            usage = Usage()
+            if budget is not None:
+                usage = Usage(budget["prompt_tokens"], budget["completion_tokens"], budget["used_cost_usd"])
+            latest = (
+                select(reservations.c.model)
+                .where(reservations.c.task_id == task_id)
+                .order_by(reservations.c.created_at.desc())
+                .limit(1)
+            )
+            return view_of(row, await _steps(conn, task_id), usage, str(await conn.scalar(latest) or ""))
+
+    async def list(self, tenant: str, *, limit: int, cursor: str | None, status: str | None) -> TaskList:
+        """Return a page of tasks, newest first; raise ``invalid_parameter`` for a cursor that is not ours."""
+        wanted = [tasks.c.tenant == tenant, tasks.c.kind == "task"]
+        if status is not None:
+            wanted.append(tasks.c.status == status)
+        if cursor is not None:
+            at, last = _read_cursor(cursor)
+            wanted.append(or_(tasks.c.created_at < at, and_(tasks.c.created_at == at, tasks.c.task_id < last)))
+        query = (
+            select(tasks).where(*wanted).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit + 1)
+        )
+        async with self._db.read() as conn:
+            rows = await conn.all(query)
+        more = len(rows) > limit
+        page = rows[:limit]
+        following = _cursor(page[-1]["created_at"], page[-1]["task_id"]) if more else None
+        return TaskList(tuple(summary_of(plain(row)) for row in page), following)
+
+    async def history(self, task_id: str, tenant: str, after: int, limit: int) -> EventList:
+        """Return a page of a task's events after the version ``after``."""
+        async with self._db.read() as conn:
+            await self._row(conn, task_id, tenant)
+        events = await self._log.read_subject(task_subject(task_id), after, limit, tenant=tenant)
+        return EventList(tuple(events), events[-1].version if events else after)
+
+    async def texts(self, task_id: str, tenant: str) -> SavedTexts:
+        """Return the text of each step as it was last saved."""
+        async with self._db.read() as conn:
+            await self._row(conn, task_id, tenant)
+            rows = await _steps(conn, task_id)
+        return SavedTexts(
+            tuple(
+                SavedText(row["step"], row["attempt"], row["run"], row["text"], row["text_base"])
+                for row in rows
+                if row["text"]
+            )
+        )
+
+    async def save_text(self, task_id: str, step: str, *, attempt: int, run: int, base: int, text: str) -> None:
+        """Save the text that stands of a running step, which begins at offset ``base``.
+
+        No event: its frames come from the stream.
+        """
+        async with self._db.transaction() as tx:
+            await tx.execute(
+                update(steps)
+                .where(steps.c.task_id == task_id, steps.c.step == step, steps.c.attempt == attempt)
+                .values(text=text, text_base=base, run=run)
+            )
+
+    async def _event(self, tx: Transaction, task_id: str, event: str, data: Mapping[str, object]) -> None:
+        row = await self._row(tx, task_id)
+        appended = await self._log.append(
+            tx,
+            event,
+            subject=task_subject(task_id),
+            tenant=row["tenant"],
+            source=SOURCE,
+            data={"task_id": task_id, **data},
+            correlation_id=row["correlation_id"],
+            traceparent=row["traceparent"],
+        )
+        await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(version=appended.version))
+
+    async def _row(self, conn: Connection, task_id: str, tenant: str | None = None) -> Mapping[str, Any]:
+        row = await conn.first(select(tasks).where(tasks.c.task_id == task_id))
+        if row is None or (tenant is not None and (row["tenant"] != tenant or row["kind"] != "task")):
+            raise OctoError("There is no task of that id.", code="task_not_found")
+        return plain(row)
+
+
+async def _steps(conn: Connection, task_id: str) -> Sequence[Mapping[str, Any]]:
+    query = select(steps).where(steps.c.task_id == task_id).order_by(steps.c.plan_number, steps.c.position).limit(200)
+    return [plain(row) for row in await conn.all(query)]
+
+
+def _cursor(at: float, task_id: str) -> str:
+    return base64.urlsafe_b64encode(msgspec.json.encode([at, task_id])).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> tuple[float, str]:
+    try:
+        padded = cursor + "=" * (-len(cursor) % 4)
+        return msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])
+    except (msgspec.DecodeError, binascii.Error, ValueError) as error:
+        raise OctoError("The cursor is not one that a list gave.", code="invalid_parameter") from error

@@ -1,0 +1,137 @@
+"""The worker: claims tasks, runs so many side by side, and stops those that were cancelled or taken over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+
+from octollm.context import Scene, new_trace, parse_traceparent, set_scene
+from octollm.errors import OctoError
+from octollm.tasks.claims import RENEW_SECONDS, Claims
+from octollm.tasks.records import TaskRecord
+from octollm.tasks.runner import RunnerTools, TaskRunner
+from octollm.telemetry import Log
+
+SWEEP_SECONDS = 1.0
+MAX_TASKS = 8
+
+
+class Worker:
+    """Runs the tasks that it claims. The database says which; :meth:`wake` only makes it look sooner."""
+
+    def __init__(self, tools: RunnerTools, claims: Claims, *, service: str, max_tasks: int = MAX_TASKS) -> None:
+        self._tools = tools
+        self._claims = claims
+        self._service = service
+        self._max = max_tasks
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._news = asyncio.Event()
+        self.failure: str = ""
+        """Why the worker cannot look for tasks just now; empty when it can."""
+
+    @property
+    def _log(self) -> Log:
+        return self._tools.log
+
+    def wake(self) -> None:
+        """Look for tasks now."""
+        self._news.set()
+
+    async def stop(self, task_id: str) -> None:
+        """Stop working on a task that was cancelled, if this worker does, and wait until its calls are closed."""
+        task = self._running.get(task_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=5)
+
+    @contextlib.asynccontextmanager
+    async def running(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
+        """Work for as long as the context is open; on leaving, tasks in hand are given back unfinished."""
+        looking = asyncio.create_task(self._look(), name="worker")
+        looking.add_done_callback(lambda done: _surface(done, on_failure))
+        try:
+            yield
+        finally:
+            looking.cancel()
+            for task in self._running.values():
+                task.cancel()
+            await asyncio.gather(looking, *self._running.values(), return_exceptions=True)
+
+    async def _look(self) -> None:
+        while True:
+            try:
+                await self._claim_all()
+                self.failure = ""
+            except OctoError as error:
+                # The database cannot be used just now: said in /ready, and tried again.
+                self.failure = error.detail
+                self._log.error("worker.no_database", error=error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SWEEP_SECONDS):
+                    await self._news.wait()
+            self._news.clear()
+
+    async def _claim_all(self) -> None:
+        while len(self._running) < self._max:
+            claimed = await self._claims.next(besides=frozenset(self._running))
+            if claimed is None:
+                return
+            task_id, run = claimed
+            record = replace(await self._tools.store.get(task_id), run=run)
+            work = asyncio.create_task(self._work(record), name=f"task {task_id}")
+            self._running[task_id] = work
+            work.add_done_callback(lambda _done, task_id=task_id: self._ended(task_id))
+
+    def _ended(self, task_id: str) -> None:
+        self._running.pop(task_id, None)
+        self._news.set()
+
+    async def _work(self, task: TaskRecord) -> None:
+        trace = (parse_traceparent(task.traceparent) or new_trace()).child()
+        set_scene(Scene(self._service, "", task.correlation_id, trace, task.task_id))
+        gauge = self._tools.metrics.tasks_running
+        gauge.inc()
+        run = asyncio.create_task(TaskRunner(self._tools, task).run())
+        renewing = asyncio.create_task(self._renew(task, run))
+        try:
+            await run
+        except asyncio.CancelledError:
+            if not run.done():
+                run.cancel()
+                await asyncio.gather(run, return_exceptions=True)
+            with contextlib.suppress(OctoError):
+                await asyncio.shield(self._claims.release(task.task_id, task.run))
+            raise
+        except OctoError as error:
+            # Another run holds the task now, or its end could not be written: the sweep goes on with it.
+            self._log.warning("task.let_go", error=error)
+        except Exception as error:
+            self._log.error("task.crashed", error=error)
+            await self._give_up(task, error)
+        finally:
+            renewing.cancel()
+            gauge.dec()
+
+    async def _give_up(self, task: TaskRecord, error: Exception) -> None:
+        detail = f"The orchestrator failed on this task ({type(error).__name__}); its log has the reason."
+        with contextlib.suppress(OctoError):
+            await TaskRunner(self._tools, task).fail(OctoError(detail))
+
+    async def _renew(self, task: TaskRecord, run: asyncio.Task[None]) -> None:
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            try:
+                held = await self._claims.renew(task.task_id, task.run)
+            except OctoError as error:
+                self._log.warning("task.not_renewed", error=error)
+                continue
+            if not held:
+                run.cancel()
+                return
+
+
+def _surface(done: asyncio.Task[None], on_failure: Callable[[BaseException], None]) -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        on_failure(error)

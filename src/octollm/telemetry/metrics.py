@@ -1,0 +1,71 @@
+"""Every instrument of a service, in the Prometheus exposition format on ``/metrics``."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """The instruments of one service, in a registry of its own (several services may share a process)."""
+
+    def __init__(self, service: str) -> None:
+        self.service = service
+        self.registry = CollectorRegistry(auto_describe=False)
+        registry = self.registry
+        self.requests = Counter(
+            "octollm_requests_total",
+            "Calls that were answered.",
+            ["service", "operation", "status"],
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "octollm_request_seconds",
+            "Seconds from a call's headers to the end of its answer.",
+            ["service", "operation"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "octollm_requests_in_flight", "Calls that are being served.", ["service"], registry=registry
+        )
+        self.calls = Counter(
+            "octollm_calls_total",
+            "Calls to other services, by how they ended (a status or an error code).",
+            ["service", "target", "operation", "outcome"],
+            registry=registry,
+        )
+        self.call_retries = Counter(
+            "octollm_call_retries_total",
+            "Calls that were tried again.",
+            ["service", "target"],
+            registry=registry,
+        )
+        self.tasks = Counter("octollm_tasks_total", "Tasks that ended, by status.", ["status"], registry=registry)
+        self.tasks_running = Gauge("octollm_tasks_running", "Tasks that this process works on.", registry=registry)
+        self.tokens = Counter(
+            "octollm_model_tokens_total",
+            "Tokens that models read (prompt) and wrote (completion).",
+            ["model", "kind"],
+            registry=registry,
+        )
+        self.events = Counter("octollm_events_total", "Events that were published.", ["event_type"], registry=registry)
+        self.watchers = Gauge("octollm_watchers", "Open live connections.", ["kind"], registry=registry)
+        self.screened = Counter(
+            "octollm_door_refused_total",
+            "Requests that the public door refused, by error code.",
+            ["code"],
+            registry=registry,
+        )
+        self.sandbox_runs = Counter(
+            "octollm_sandbox_runs_total",
+            "Runs in the sandbox, by outcome.",
+            ["language", "outcome"],
+            registry=registry,
+        )
+
+    def text(self) -> bytes:
+        """Return the exposition."""
+        return generate_latest(self.registry)

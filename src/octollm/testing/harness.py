@@ -1,0 +1,296 @@
+"""Services under test beside an orchestrator of a few lines: real sockets, real tokens, no database.
+
+The orchestrator here keeps the books that other services ask for — keys, budget, idempotency, files — in memory, and
+says what was done with them. Everything else of the service under test is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from urllib.parse import unquote
+
+import msgspec
+from starlette.responses import Response
+
+from octollm.capability import (
+    BUILT_IN_CALLS,
+    Declarations,
+    DirectoryEntry,
+    Principal,
+    RootMinter,
+    ScopeSet,
+    SigningKey,
+    TaskRef,
+    closure,
+    preset,
+)
+from octollm.capability.verifying import Verifier
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.contracts.api import (
+    ArmRegistration,
+    ClaimAnswer,
+    ClaimRequest,
+    ClaimUpdate,
+    ReserveAnswer,
+    ReserveRequest,
+    SettleRequest,
+)
+from octollm.contracts.operations import StoredFile
+from octollm.contracts.services import SERVICES, service_of
+from octollm.contracts.task import MAX_FILE_BYTES, Usage
+from octollm.errors import OctoError
+from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.hosting import listen
+from octollm.rpc.http import Answer, Http
+from octollm.rpc.identity import DirectoryAnswer, Identity
+from octollm.rpc.openers import ServiceOpener
+from octollm.rpc.service import Base, Service, build_base, build_service
+
+LOCAL = "127.0.0.1"
+
+
+@dataclass(slots=True)
+class Books:
+    """What the orchestrator of a test was asked for. ``tokens`` is the budget; ``refusal`` makes reserving fail.
+
+    A reservation is made at once but answered only when ``gate`` is set, if there is one.
+    """
+
+    tokens: int = 100_000
+    refusal: OctoError | None = None
+    gate: asyncio.Event | None = None
+    reserved: list[ReserveRequest] = field(default_factory=list[ReserveRequest])
+    settled: list[SettleRequest] = field(default_factory=list[SettleRequest])
+    journal: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    files: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    arms: dict[str, ArmRegistration] = field(default_factory=dict[str, ArmRegistration])
+    claims: dict[tuple[str, str, str], tuple[str, ClaimAnswer]] = field(
+        default_factory=dict[tuple[str, str, str], tuple[str, ClaimAnswer]]
+    )
+
+    @property
+    def used(self) -> Usage:
+        """Return what was settled so far."""
+        total = Usage()
+        for settled in self.settled:
+            total = total + settled.usage
+        return total
+
+
+class _Known:
+    """Discovery of what the test serves."""
+
+    def __init__(self, urls: Mapping[str, str]) -> None:
+        self._urls = urls
+
+    def instances(self, service: str) -> tuple[str, ...]:
+        """Return the service's URL; raise ``unavailable`` when the test serves none."""
+        if service not in self._urls:
+            raise OctoError(f"The test serves no {service}.", code="unavailable")
+        return (self._urls[service],)
+
+
+class Harness:
+    """One test's services. Made by :func:`harness`."""
+
+    def __init__(self, http: Http) -> None:
+        self.http = http
+        self.clock = SystemClock()
+        self.ids = Uuid7Ids(self.clock)
+        self.keys = {name: SigningKey.generate(name) for name in SERVICES}
+        self.root = SigningKey.generate("orchestrator")
+        self.roots = {self.root.thumbprint: self.root.public}
+        self.minter = RootMinter(self.root, self.clock, self.ids)
+        self.books = Books()
+        self.urls: dict[str, str] = {}
+        self.discovery = _Known(self.urls)
+        self.declarations: Declarations = BUILT_IN_CALLS
+
+    def base(self, name: str) -> Base:
+        """Return what the service ``name`` is built on."""
+        identity = Identity(name, self.keys[name], self.roots, self.clock, self.ids)
+        return build_base(identity, self.http, self.discovery)
+
+    @contextlib.asynccontextmanager
+    async def serve(self, opening: AbstractAsyncContextManager[Service]) -> AsyncGenerator[Service]:
+        """Open a service and serve it on a free port of this machine."""
+        async with opening as service:
+            bound = listen(LOCAL, 0, service.base.name)
+            self.urls[service.base.name] = f"http://{LOCAL}:{bound.getsockname()[1]}"
+            async with service.serve(bound):
+                yield service
+
+    def token(
+        self,
+        scope: str,
+        *,
+        aud: str | None = None,
+        tenant: str = "default",
+        sub: str = "user-1",
+        task: str | None = "task-" + "0" * 32,
+        authority: ScopeSet | None = None,
+        lifetime: float = 300.0,
+        call: str | None = None,
+    ) -> str:
+        """Return a bearer string for ``scope`` with a grant of all that its operation declares.
+
+        ``authority`` cuts the grant; by default it is the preset ``user``.
+        """
+        audience = aud or service_of(scope.partition(":")[0])
+        first = scope.split(" ", 1)[0]
+        may, _missing = closure(first, self.declarations, authority or preset("user"))
+        return self.minter.access(
+            Principal(sub, "cred-1", tenant),
+            audience,
+            scope,
+            lifetime,
+            task=None if task is None else TaskRef(task, "s1", 1, 1),
+            may=may,
+            holder_jkt=self.keys[audience].thumbprint,
+            call=call,
+        )
+
+    async def send(
+        self,
+        service: str,
+        method: str,
+        path: str,
+        *,
+        token: str | None = None,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        seconds: float = 60.0,
+    ) -> Answer:
+        """Make a plain HTTP call, as any client would."""
+        sent = dict(headers or {})
+        if token is not None:
+            sent["Authorization"] = f"Bearer {token}"
+        encoded = body if isinstance(body, bytes) or body is None else msgspec.json.encode(body)
+        if encoded is not None:
+            sent.setdefault("Content-Type", "application/json")
+        return await self.http.send(method, self.urls[service] + path, sent, encoded, seconds=seconds)
+
+
+@contextlib.asynccontextmanager
+async def harness() -> AsyncGenerator[Harness]:
+    """Yield a harness with its orchestrator served."""
+    async with Http() as http:
+        house = Harness(http)
+        async with house.serve(_orchestrator(house)):
+            yield house
+
+
+@contextlib.asynccontextmanager
+async def _orchestrator(house: Harness) -> AsyncGenerator[Service]:
+    directory = {name: DirectoryEntry((key.thumbprint,)) for name, key in house.keys.items()}
+    keeper = _Keeper(house, house.minter.directory(directory))
+    base = house.base("orchestrator")
+    service = ServiceOpener("orchestrator", directory, house.clock)
+    yield build_service(base, keeper.operations(), openers={"service": service})
+
+
+class _Keeper:
+    """The operations of the test's orchestrator."""
+
+    def __init__(self, house: Harness, directory: str) -> None:
+        self._house = house
+        self._directory = directory
+        self._verifiers: dict[str, Verifier] = {}
+
+    def operations(self) -> list[Operation]:
+        def service(method: str, path: str, handler: object, body: object = None, who: str = "*") -> Operation:
+            return Operation(path, method, path, handler, scope=who, auth="service", body=body)  # pyright: ignore[reportArgumentType]
+
+        return [
+            service("GET", "/directory", self.directory),
+            service("POST", "/budget/reserve", self.reserve, ReserveRequest, "models"),
+            service("POST", "/budget/settle", self.settle, SettleRequest, "models"),
+            service("POST", "/arms/register", self.register, ArmRegistration),
+            service("POST", "/idempotency/claim", self.claim, ClaimRequest),
+            service("POST", "/idempotency/renew", self.nothing, ClaimUpdate),
+            service("POST", "/idempotency/complete", self.complete, ClaimUpdate),
+            service("POST", "/idempotency/release", self.release, ClaimUpdate),
+            Operation(
+                "files.write", "POST", "/files", self.write, scope="files:write", body=bytes, max_body=MAX_FILE_BYTES
+            ),
+            Operation("files.read", "GET", "/files/{digest}", self.read, scope="files:read:{digest}"),
+        ]
+
+    async def directory(self, _call: Call, _body: object) -> DirectoryAnswer:
+        return DirectoryAnswer(self._directory)
+
+    async def reserve(self, call: Call, wanted: ReserveRequest) -> ReserveAnswer:
+        books = self._house.books
+        verified = self._verifier(call.peer).verify(wanted.bearer)
+        books.reserved.append(wanted)
+        if books.refusal is not None:
+            raise books.refusal
+        task = verified.task.task if verified.task is not None else ""
+        if wanted.key in books.journal:
+            return ReserveAnswer("", 0, task, msgspec.Raw(books.journal[wanted.key]))
+        left = books.tokens - books.used.total_tokens - wanted.prompt_tokens
+        if left < 1:
+            raise OctoError("The task's tokens are used up.", code="budget_exhausted")
+        granted = left if wanted.max_completion_tokens is None else min(left, wanted.max_completion_tokens)
+        number = len(books.reserved)
+        if books.gate is not None:
+            await books.gate.wait()
+        return ReserveAnswer(f"{number}:{wanted.key}", granted, task)
+
+    async def settle(self, _call: Call, settled: SettleRequest) -> dict[str, object]:
+        books = self._house.books
+        books.settled.append(settled)
+        if bytes(settled.answer) != b"null":
+            books.journal[settled.reservation.partition(":")[2]] = bytes(settled.answer)
+        return {}
+
+    async def register(self, call: Call, arm: ArmRegistration) -> dict[str, object]:
+        self._house.books.arms[call.peer] = arm
+        return {}
+
+    async def claim(self, call: Call, wanted: ClaimRequest) -> ClaimAnswer:
+        self._verifier(call.peer).verify(wanted.bearer)
+        place = (call.peer, wanted.operation, wanted.key)
+        claims = self._house.books.claims
+        if place not in claims:
+            claims[place] = (wanted.body_digest, ClaimAnswer("in_flight"))
+            return ClaimAnswer("claimed", run=1)
+        digest, answer = claims[place]
+        return answer if digest == wanted.body_digest else ClaimAnswer("conflict")
+
+    async def complete(self, call: Call, update: ClaimUpdate) -> dict[str, object]:
+        place = (call.peer, update.operation, update.key)
+        digest, _ = self._house.books.claims[place]
+        self._house.books.claims[place] = (digest, ClaimAnswer("stored", update.run, update.status, update.answer))
+        return {}
+
+    async def release(self, call: Call, update: ClaimUpdate) -> dict[str, object]:
+        self._house.books.claims.pop((call.peer, update.operation, update.key), None)
+        return {}
+
+    async def nothing(self, _call: Call, _body: object) -> dict[str, object]:
+        return {}
+
+    async def write(self, call: Call, body: bytes) -> Reply:
+        digest = hashlib.sha256(body).hexdigest()
+        self._house.books.files[digest] = body
+        name = unquote(call.request.headers.get("x-file-name", "file"))
+        kind = call.request.headers.get("content-type", "application/octet-stream")
+        return Reply(StoredFile(name, digest, len(body), kind), 201, {"Location": f"/files/{digest}"})
+
+    async def read(self, call: Call, _body: object) -> Response:
+        body = self._house.books.files.get(call.path["digest"])
+        if body is None:
+            raise OctoError("There is no file of that digest.", code="file_not_found")
+        return Response(body, media_type="application/octet-stream")
+
+    def _verifier(self, audience: str) -> Verifier:
+        verifier = self._verifiers.get(audience)
+        if verifier is None:
+            verifier = self._verifiers[audience] = Verifier(audience, self._house.roots, self._house.clock)
+        return verifier

@@ -1,0 +1,178 @@
+"""A scripted model behind a real socket, in the place of a provider: the answers are the test's, all else is real.
+
+Used with ``OCTOLLM_MODEL=openai:scripted`` and ``OCTOLLM_MODEL_URL`` set to :attr:`ScriptedModel.url`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from octollm.rpc.hosting import listen, serving
+
+LOCAL = "127.0.0.1"
+_USUAL_PIECE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the model was asked; ``raw`` is the whole body."""
+
+    messages: tuple[tuple[str, str], ...]
+    raw: dict[str, Any]
+
+    @property
+    def system(self) -> str:
+        """Return the text of the system messages."""
+        return "\n".join(text for role, text in self.messages if role == "system")
+
+    @property
+    def last(self) -> str:
+        """Return the text of the last message."""
+        return self.messages[-1][1] if self.messages else ""
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Return the JSON schema that the answer has to fit, if there is one."""
+        form: dict[str, Any] = self.raw.get("response_format") or {}
+        wanted: dict[str, Any] = form.get("json_schema") or {}
+        return wanted.get("schema")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer. ``hang`` writes ``text`` and then nothing more until the client leaves.
+
+    ``fail`` is an HTTP status when there is no text; with text the stream breaks off after it. ``silent`` leaves
+    out the usage. ``finish`` is the finish reason.
+    """
+
+    text: str = ""
+    hang: bool = False
+    fail: int = 0
+    finish: str = "stop"
+    piece: int = _USUAL_PIECE
+    silent: bool = False
+    retry_after: int | None = None
+
+
+Script = Iterable[str | Reply] | Callable[[Asked], str | Reply]
+"""Answers in order, or a function from what is asked to its answer."""
+
+
+@dataclass(slots=True)
+class ScriptedModel:
+    """The model. ``asked`` has every question; ``left`` counts the clients that left before the end."""
+
+    script: Script
+    url: str = ""
+    asked: list[Asked] = field(default_factory=list[Asked])
+    left: int = 0
+    running: int = 0
+    _answers: Iterator[str | Reply] | None = None
+
+    def app(self) -> Starlette:
+        """Return the application: ``POST /v1/chat/completions`` and ``GET /v1/models``, open to all."""
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/models", self._models, methods=["GET"]),
+            ]
+        )
+
+    def _next(self, asked: Asked) -> Reply:
+        if callable(self.script):
+            answer = self.script(asked)
+        else:
+            if self._answers is None:
+                self._answers = iter(self.script)
+            answer = next(self._answers, Reply(fail=418))
+        return Reply(answer) if isinstance(answer, str) else answer
+
+    async def _models(self, _request: Request) -> Response:
+        return _json({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
+
+    async def _chat(self, request: Request) -> Response:
+        raw: dict[str, Any] = msgspec.json.decode(await request.body())
+        asked = Asked(tuple((message["role"], _text_of(message)) for message in raw["messages"]), raw)
+        self.asked.append(asked)
+        reply = self._next(asked)
+        if reply.fail and not reply.text:
+            headers = {} if reply.retry_after is None else {"Retry-After": str(reply.retry_after)}
+            return _json({"error": {"message": f"scripted failure {reply.fail}"}}, reply.fail, headers)
+        if not raw.get("stream"):
+            return _json(_whole(asked, reply))
+        return StreamingResponse(self._events(asked, reply), media_type="text/event-stream")
+
+    async def _events(self, asked: Asked, reply: Reply) -> AsyncIterator[bytes]:
+        self.running += 1
+        whole = False
+        try:
+            for start in range(0, len(reply.text), reply.piece):
+                yield _event({"choices": [{"index": 0, "delta": {"content": reply.text[start : start + reply.piece]}}]})
+                await asyncio.sleep(0)
+            if reply.hang:
+                await asyncio.Event().wait()
+            if reply.fail:
+                whole = True
+                return
+            yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": reply.finish}]})
+            if not reply.silent:
+                yield _event({"choices": [], "usage": _usage(asked, reply)})
+            yield b"data: [DONE]\n\n"
+            whole = True
+        finally:
+            self.running -= 1
+            self.left += not whole
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _usage(asked: Asked, reply: Reply) -> dict[str, int]:
+    """Count words as tokens: a test can do that too."""
+    prompt = sum(len(text.split()) for _role, text in asked.messages)
+    completion = len(reply.text.split())
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _whole(asked: Asked, reply: Reply) -> dict[str, Any]:
+    message = {"role": "assistant", "content": reply.text}
+    choice = {"index": 0, "message": message, "finish_reason": reply.finish}
+    return {
+        "id": "scripted",
+        "object": "chat.completion",
+        "model": "scripted",
+        "choices": [choice],
+        "usage": _usage(asked, reply),
+    }
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    chunk = {"id": "scripted", "object": "chat.completion.chunk", "created": 0, "model": "scripted", **data}
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+
+def _json(data: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(data), status, media_type="application/json", headers=headers)
+
+
+@contextlib.asynccontextmanager
+async def scripted_model(script: Script) -> AsyncGenerator[ScriptedModel]:
+    """Serve a scripted model on a free port for as long as the context is open."""
+    model = ScriptedModel(script)
+    bound = listen(LOCAL, 0, "scripted model")
+    model.url = f"http://{LOCAL}:{bound.getsockname()[1]}/v1"
+    async with serving(model.app(), bound):
+        yield model

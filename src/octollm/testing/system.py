@@ -1,0 +1,47 @@
+"""A whole installation for a test: every service, on free ports, in a home of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from functools import partial
+from pathlib import Path
+
+from octollm.clock import Clock, Ids, SystemClock, Uuid7Ids
+from octollm.config import read_settings
+from octollm.contracts.services import SERVICES
+from octollm.embedded.services import ServiceFactory
+from octollm.embedded.system import System, embedded_system
+from octollm.llm.select import ModelChoice
+from octollm.llm.types import ChatModel
+from octollm.services.models.service import models_service
+
+
+@contextlib.asynccontextmanager
+async def installation(
+    home: Path,
+    *,
+    model: ChatModel | None = None,
+    environment: Mapping[str, str] | None = None,
+    clock: Clock | None = None,
+    ids: Ids | None = None,
+) -> AsyncGenerator[System]:
+    """Run every service in this process on free ports, and yield once all are ready.
+
+    ``model`` stands in for the one that the settings choose and stays the caller's to close; ``environment`` holds
+    further settings (``OCTOLLM_…``). Nothing is read from the process's own environment.
+    """
+    time = clock or SystemClock()
+    settings = read_settings({**(environment or {}), "OCTOLLM_HOME": str(home)}, tuple(SERVICES))
+    overrides: dict[str, ServiceFactory] = {}
+    if model is not None:
+
+        async def ready() -> ChatModel:
+            return model
+
+        overrides["models"] = partial(models_service, choose=lambda: ModelChoice(model.name, None, ready))
+    async with embedded_system(
+        settings, clock=time, ids=ids or Uuid7Ids(time), ports=dict.fromkeys(SERVICES, 0), overrides=overrides
+    ) as system:
+        await system.wait_ready()
+        yield system

@@ -1,0 +1,90 @@
+"""What a set of revocations refuses."""
+
+from __future__ import annotations
+
+import pytest
+from capability_forge import NOW, World
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octollm.capability import AccessClaims, CapabilityError, RevocationKind, Revocations, ScopeSet
+
+
+def link(iat: float = NOW, **claims: str) -> AccessClaims:
+    common = {"sub": "alice", "cred": "key-1", "jti": "j1", "task": "t1", **claims}
+    return AccessClaims(
+        iss="orchestrator",
+        tenant="acme",
+        aud="coder",
+        exp=iat + 60,
+        nbf=iat,
+        iat=iat,
+        scope=ScopeSet.parse("coder:execute"),
+        **common,
+    )
+
+
+@pytest.mark.parametrize(("kind", "value"), [("task", "t1"), ("sub", "alice"), ("cred", "key-1")])
+def test_what_was_issued_by_then_is_refused(kind: RevocationKind, value: str) -> None:
+    revocations = Revocations()
+    revocations.add(kind, value, NOW)
+    assert revocations.refuses([link(NOW)])
+    assert revocations.refuses([link(NOW - 1)])
+    assert not revocations.refuses([link(NOW + 0.001)])
+    assert revocations.refuses([link(NOW + 1), link(NOW)]), "any link of a chain"
+    assert not revocations.refuses([])
+
+
+def test_a_jti_is_refused_whatever_its_issuers_clock_said() -> None:
+    revocations = Revocations()
+    revocations.add("jti", "j1", NOW)
+    assert revocations.refuses([link(NOW + 20)])
+    assert not revocations.refuses([link(NOW, jti="j2")])
+
+
+def test_kinds_do_not_mix() -> None:
+    revocations = Revocations()
+    revocations.add("task", "alice", NOW)
+    revocations.add("sub", "t1", NOW)
+    assert not revocations.refuses([link()])
+    with pytest.raises(CapabilityError):
+        revocations.add("tenant", "acme", NOW)  # type: ignore[arg-type]
+
+
+def test_an_older_time_does_not_undo_a_newer_one() -> None:
+    revocations = Revocations()
+    revocations.add("sub", "alice", NOW)
+    revocations.add("sub", "alice", NOW - 100)
+    assert revocations.refuses([link(NOW)])
+    assert len(revocations) == 1
+
+
+def test_what_can_no_longer_matter_is_forgotten() -> None:
+    revocations = Revocations()
+    revocations.add("sub", "alice", NOW)
+    revocations.prune(NOW + 86_400)
+    assert len(revocations) == 1, "a token of a day may still be accepted within the skew"
+    revocations.prune(NOW + 86_400 + 61)
+    assert len(revocations) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 50)), max_size=30), st.integers(1, 5))
+def test_a_full_set_never_refuses_too_little(added: list[tuple[int, int]], room: int) -> None:
+    small, large = Revocations(max_entries=room), Revocations()
+    for name, at in added:
+        small.add("sub", f"s{name}", float(at))
+        large.add("sub", f"s{name}", float(at))
+    assert len(small) <= room
+    for name in range(21):
+        for iat in range(52):
+            if large.refuses([link(iat, sub=f"s{name}")]):
+                assert small.refuses([link(iat, sub=f"s{name}")])
+    if len(large) <= room:
+        assert not small.refuses([link(51)])
+
+
+def test_a_full_set_still_accepts_what_is_new(world: World) -> None:
+    revocations = Revocations(max_entries=1)
+    revocations.add("sub", "bob", NOW - 10)
+    revocations.add("sub", "carol", NOW - 5)
+    assert world.verifier(revocations=revocations).verify(world.case().bearer())

@@ -1,0 +1,95 @@
+"""The tables: declared calls, presets, reasons, and what the package exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import octollm.capability
+from octollm.capability import BUILT_IN_CALLS, PRESETS, REASONS, ScopeSet, closure, parse_scope, preset, principals
+from octollm.capability.problems import CapabilityError
+from octollm.contracts.problems import KINDS
+from octollm.contracts.services import BUILT_IN_ARMS, SERVICES, service_of
+
+
+def test_every_declared_call_is_to_an_operation_of_a_service() -> None:
+    for operation, calls in BUILT_IN_CALLS.items():
+        assert service_of(parse_scope(operation).family) in SERVICES
+        for call in calls:
+            assert call.scope in BUILT_IN_CALLS
+
+
+@pytest.mark.parametrize("operation", list(BUILT_IN_CALLS))
+def test_a_user_may_have_every_built_in_operation_done(operation: str) -> None:
+    may, missing = closure(operation, BUILT_IN_CALLS, preset("user"))
+    assert missing == []
+    assert may.height <= 4
+
+
+def test_the_tree_of_the_coder() -> None:
+    may, _ = closure("coder:execute", BUILT_IN_CALLS, preset("user"))
+    assert may.to_object() == {
+        "models:chat": {},
+        "judge:validate": {"executor:run": {"files:read": {}}},
+        "executor:run": {"files:read": {}},
+        "files:read": {},
+        "files:write": {},
+        "retriever:search": {"memory:read": {}},
+    }
+
+
+def test_presets() -> None:
+    user, admin = preset("user"), preset("admin")
+    assert user.narrower_or_equal(admin)
+    assert not admin.narrower_or_equal(user)
+    for scope in ("tasks:create", "files:read:0a", "memory:write", "models:chat", "events:read"):
+        assert user.allows(scope)
+    for scope in ("webhooks:create", "keys:create", "audit:read", "arms:admit"):
+        assert admin.allows(scope)
+        assert not user.allows(scope)
+    assert not admin.allows("audit:write")
+    assert not admin.allows("events:write")
+    assert all(user.allows(f"{arm}:execute") for arm in BUILT_IN_ARMS)
+
+
+def test_a_preset_covers_the_arms_that_are_admitted() -> None:
+    assert preset("user", ["translator"]).allows("translator:execute")
+    assert not preset("user", ["translator"]).allows("coder:execute")
+    with pytest.raises(CapabilityError):
+        preset("root")
+    with pytest.raises(CapabilityError):
+        preset("user", ["*"])
+
+
+def test_presets_are_well_formed_and_documented() -> None:
+    table = Path(principals.__file__).read_text(encoding="utf-8")
+    for scopes in PRESETS.values():
+        assert ScopeSet.parse(" ".join(scopes))
+        assert all(f"| ``{scope}`` |" in table for scope in scopes)
+
+
+def test_every_reason_has_a_code_of_the_catalogue() -> None:
+    assert set(REASONS.values()) <= set(KINDS)
+
+
+def test_all_reasons_of_a_code_read_alike() -> None:
+    texts: dict[str, set[str]] = {}
+    for reason, code in REASONS.items():
+        texts.setdefault(code, set()).add(str(CapabilityError(reason)))
+    assert all(len(alike) == 1 for alike in texts.values())
+
+
+def test_the_public_names_are_these() -> None:
+    exported = octollm.capability.__all__
+    assert len(exported) == len(set(exported))
+    assert all(hasattr(octollm.capability, name) for name in exported)
+    assert sorted(exported) == sorted(EXPORTS.split())
+
+
+EXPORTS = """
+AccessClaims BUILT_IN_CALLS Call CapabilityError Declarations Delegator Directory DirectoryEntry GrantClaims May
+PRESETS Principal PublicKey REASONS RevocationKind Revocations RootMinter Scope ScopeSet SelfSigner SigningKey TaskRef
+Verified Verifier closure contains digest_of jwks_of merge narrow parse_may parse_scope preset verify_directory
+verify_service
+"""

@@ -1,0 +1,655 @@
+"""Every way we know to widen, bend or borrow authority, each beside its honest twin."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from capability_forge import (
+    NOW,
+    OUTER_CODES,
+    Case,
+    Token,
+    World,
+    b64,
+    dumps,
+    jwk_of,
+    refused,
+    sha,
+    sign,
+    thumbprint_of,
+    unb64,
+)
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octollm.capability import CapabilityError, PublicKey
+from octollm.capability.tokens import MAX_BEARER_CHARS
+
+Edit = Callable[[World, Case], None]
+
+
+def test_the_honest_chain_is_accepted(world: World) -> None:
+    verified = world.verifier().verify(world.case().bearer())
+    assert str(verified.scopes) == "executor:run"
+    assert [link.aud for link in verified.links] == ["executor", "coder", "judge", "executor"]
+    assert verified.grant is not None
+    assert verified.grant.may.to_object() == {"files:read": {}}
+    assert len(verified.grants) == 3
+    assert verified.expires == NOW + 60
+
+
+def test_the_honest_pair_is_accepted(world: World) -> None:
+    verified = world.verifier().verify(world.root_pair().bearer())
+    assert verified.issuer == "orchestrator"
+    assert len(verified.grants) == 1
+
+
+def test_without_a_grant_of_its_own_it_is_accepted(world: World) -> None:
+    case = world.case()
+    case.own = None
+    del case.access.claims["gnt"]
+    verified = world.verifier().verify(case.bearer())
+    assert verified.grant is None
+    assert verified.grants == ()
+
+
+# Each edit makes one thing wrong; the attacker signs again with the keys that the part's minter has.
+
+
+def _set(part: str, **claims: Any) -> Edit:
+    def edit(_: World, case: Case) -> None:
+        getattr(case, part).claims.update(claims)
+
+    return edit
+
+
+def _drop(part: str, claim: str) -> Edit:
+    def edit(_: World, case: Case) -> None:
+        del getattr(case, part).claims[claim]
+
+    return edit
+
+
+def _header(part: str, **members: Any) -> Edit:
+    def edit(_: World, case: Case) -> None:
+        getattr(case, part).header.update(members)
+
+    return edit
+
+
+def _kid_for_jwk(part: str) -> Edit:
+    def edit(world: World, case: Case) -> None:
+        token = getattr(case, part)
+        del token.header["jwk"]
+        token.header["kid"] = world.root.thumbprint
+
+    return edit
+
+
+def _bare_header(part: str) -> Edit:
+    def edit(_: World, case: Case) -> None:
+        getattr(case, part).header.pop("jwk", None)
+        getattr(case, part).header.pop("kid", None)
+
+    return edit
+
+
+def _signed_by(part: str, name: str, *, own_jwk: bool) -> Edit:
+    def edit(world: World, case: Case) -> None:
+        token = getattr(case, part)
+        token.key = world.keys[name].private
+        if own_jwk:
+            token.header["jwk"] = jwk_of(token.key)
+
+    return edit
+
+
+def _root_by_mallory(world: World, case: Case) -> None:
+    case.coder.key = world.keys["mallory"].private
+
+
+def _root_with_mallorys_kid(world: World, case: Case) -> None:
+    case.coder.key = world.keys["mallory"].private
+    case.coder.header["kid"] = world.jkt("mallory")
+
+
+def _root_with_mallorys_jwk(world: World, case: Case) -> None:
+    case.coder.key = world.keys["mallory"].private
+    case.coder.header["jwk"] = jwk_of(case.coder.key)
+
+
+def _extra_jwk_member(_: World, case: Case) -> None:
+    case.access.header["jwk"] = {**case.access.header["jwk"], "use": "sig"}
+
+
+def _private_jwk(_: World, case: Case) -> None:
+    secret = b64(case.access.key.private_bytes_raw())
+    case.access.header["jwk"] = {**case.access.header["jwk"], "d": secret}
+
+
+def _symmetric_jwk(_: World, case: Case) -> None:
+    case.access.header["jwk"] = {"kty": "oct", "k": "c2VjcmV0"}
+
+
+def _loose_jwk(_: World, case: Case) -> None:
+    x = case.access.header["jwk"]["x"]
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    case.access.header["jwk"]["x"] = x[:-1] + alphabet[alphabet.index(x[-1]) + 1]
+
+
+EDITS: list[tuple[str, Edit, str]] = [
+    # Algorithms and types
+    ("alg none", _header("access", alg="none"), "algorithm_refused"),
+    ("alg None", _header("access", alg="None"), "algorithm_refused"),
+    ("alg HS256", _header("access", alg="HS256"), "algorithm_refused"),
+    ("alg ES256", _header("coder", alg="ES256"), "algorithm_refused"),
+    ("alg in another case", _header("access", alg="eddsa"), "algorithm_refused"),
+    ("alg by curve", _header("judge", alg="Ed25519"), "algorithm_refused"),
+    ("alg null", _header("access", alg=None), "json_malformed"),
+    ("alg a list", _header("access", alg=["EdDSA"]), "header_malformed"),
+    ("a grant for an access token", _header("access", typ="cap-grant+jwt"), "type_wrong"),
+    ("an access token for a grant", _header("own", typ="cap+jwt"), "type_wrong"),
+    ("a service token for an access token", _header("access", typ="svc+jwt"), "type_wrong"),
+    ("a plain JWT", _header("access", typ="JWT"), "type_wrong"),
+    ("typ with a prefix", _header("access", typ="application/cap+jwt"), "type_wrong"),
+    # Headers that ask for something
+    ("crit", _header("access", crit=["exp"]), "header_malformed"),
+    ("crit, empty", _header("coder", crit=[]), "header_malformed"),
+    ("b64 false", _header("access", b64=False, crit=["b64"]), "header_malformed"),
+    ("jku", _header("access", jku="https://example.org/keys"), "header_malformed"),
+    ("x5u", _header("judge", x5u="https://example.org/cert"), "header_malformed"),
+    ("x5c", _header("access", x5c=["AA"]), "header_malformed"),
+    ("zip", _header("access", zip="DEF"), "header_malformed"),
+    ("cty", _header("access", cty="JWT"), "header_malformed"),
+    ("kid that is a path", _header("coder", kid="../../dev/null"), "header_malformed"),
+    # Keys
+    ("a root token by another key", _root_by_mallory, "signature_invalid"),
+    ("a root token by an unknown root", _root_with_mallorys_kid, "root_unknown"),
+    ("a root token that brings its key", _root_with_mallorys_jwk, "key_unexpected"),
+    ("a root token without a key's name", _bare_header("coder"), "key_missing"),
+    ("a delegated token by another key", _signed_by("access", "mallory", own_jwk=False), "signature_invalid"),
+    ("a delegated token with another jwk", _signed_by("access", "mallory", own_jwk=True), "key_mismatch"),
+    ("a delegated grant with another jwk", _signed_by("judge", "mallory", own_jwk=True), "key_mismatch"),
+    ("the callee signs for its caller", _signed_by("access", "executor", own_jwk=True), "key_mismatch"),
+    ("the caller's caller signs", _signed_by("access", "coder", own_jwk=True), "key_mismatch"),
+    ("a delegated token named by the root's kid", _kid_for_jwk("access"), "key_unexpected"),
+    ("a delegated token with kid and jwk", _header("access", kid="A" * 43), "key_unexpected"),
+    ("a delegated token without a key", _bare_header("access"), "key_missing"),
+    ("a jwk with one more member", _extra_jwk_member, "header_malformed"),
+    ("a jwk with the private half", _private_jwk, "header_malformed"),
+    ("a symmetric jwk", _symmetric_jwk, "header_malformed"),
+    ("a jwk of loose base64", _loose_jwk, "base64_malformed"),
+    # Claims
+    ("aud of another service", _set("access", aud="models", scope="models:chat"), "audience_wrong"),
+    ("aud a list", _set("access", aud=["executor", "models"]), "claims_malformed"),
+    ("aud a host", _set("access", aud="http://executor:8101"), "claims_malformed"),
+    ("an own grant for another service", _set("own", aud="models"), "audience_wrong"),
+    ("issued in another's name", _set("access", iss="orchestrator"), "issuer_wrong"),
+    ("a grant in another's name", _set("judge", iss="judge"), "issuer_wrong"),
+    ("a root grant in another's name", _set("coder", iss="coder"), "issuer_wrong"),
+    ("another subject", _set("access", sub="bob"), "subject_differs"),
+    ("another subject in the own grant", _set("own", sub="bob"), "subject_differs"),
+    ("another subject in a proof", _set("judge", sub="bob"), "subject_differs"),
+    ("another credential", _set("access", cred="key-2"), "subject_differs"),
+    ("another credential in the own grant", _set("own", cred="key-2"), "subject_differs"),
+    ("another tenant", _set("access", tenant="evil"), "subject_differs"),
+    ("another tenant in the own grant", _set("own", tenant="evil"), "subject_differs"),
+    ("another task", _set("access", task="task-" + "f" * 32), "task_differs"),
+    ("another task in the own grant", _set("own", task="task-" + "f" * 32), "task_differs"),
+    ("another step", _set("access", step="s2"), "task_differs"),
+    ("another attempt", _set("access", attempt=1), "task_differs"),
+    ("another attempt in the own grant", _set("own", attempt=1), "task_differs"),
+    ("another run", _set("access", run=4), "task_differs"),
+    ("another run in the own grant", _set("own", run=4), "task_differs"),
+    ("no run", _drop("access", "run"), "task_differs"),
+    ("no step", _drop("access", "step"), "claims_malformed"),
+    ("no task", _drop("access", "task"), "claims_malformed"),
+    ("no expiry", _drop("access", "exp"), "claims_malformed"),
+    ("no not-before", _drop("own", "nbf"), "claims_malformed"),
+    ("no issue time", _drop("judge", "iat"), "claims_malformed"),
+    ("no id", _drop("access", "jti"), "claims_malformed"),
+    ("no scope", _drop("access", "scope"), "claims_malformed"),
+    ("no confirmation", _drop("judge", "cnf"), "claims_malformed"),
+    ("no tree", _drop("judge", "may"), "claims_malformed"),
+    ("expiry as text", _set("access", exp=str(NOW + 60)), "claims_malformed"),
+    ("expiry true", _set("access", exp=True), "claims_malformed"),
+    ("expiry without end", _set("access", exp=1e300), "claims_malformed"),
+    ("expiry negative", _set("access", exp=-1), "claims_malformed"),
+    ("a claim that is not known", _set("access", admin=True), "claims_malformed"),
+    ("a grant's claim in an access token", _set("access", may={"files:*": {}}), "claims_malformed"),
+    ("an access token's claim in a grant", _set("own", scope="files:read"), "claims_malformed"),
+    ("more in the confirmation", _set("own", cnf={"jkt": "A" * 43, "jwk": {}}), "claims_malformed"),
+    ("a null claim", _set("access", call=None), "json_malformed"),
+    ("a subject with a line break", _set("access", sub="alice\n"), "claims_malformed"),
+    ("a jti with a line break", _set("access", jti="a-executor\n"), "claims_malformed"),
+    ("a lone surrogate", _set("access", sub="\ud800"), "claims_malformed"),
+    # Scopes and trees
+    ("a wider scope", _set("access", scope="executor:*"), "scope_exceeds_parent"),
+    ("another operation", _set("access", scope="executor:http"), "scope_exceeds_parent"),
+    ("one scope too many", _set("access", scope="executor:run executor:http"), "scope_exceeds_parent"),
+    ("a scope from deeper in the tree", _set("access", scope="executor:run files:read"), "scope_foreign"),
+    ("a scope of another service", _set("access", scope="executor:run models:chat"), "scope_foreign"),
+    ("an empty scope", _set("access", scope=""), "claims_malformed"),
+    ("a malformed scope", _set("access", scope="executor:run*"), "claims_malformed"),
+    ("two spaces", _set("access", scope="executor:run  executor:run:x"), "claims_malformed"),
+    ("scope a list", _set("access", scope=["executor:run"]), "claims_malformed"),
+    ("a wider own grant", _set("own", may={"files:*": {}}), "may_exceeds_scope"),
+    ("one entry more in the own grant", _set("own", may={"files:read": {}, "models:chat": {}}), "may_exceeds_scope"),
+    ("one level more in the own grant", _set("own", may={"files:read": {"a:b": {}}}), "may_exceeds_scope"),
+    ("an empty own grant", _set("own", may={}), "may_empty"),
+    (
+        "a sibling's authority",
+        _set("judge", may={"executor:run": {"files:read": {}}, "models:chat": {}}),
+        "may_exceeds_parent",
+    ),
+    ("the parent's whole tree", _set("judge", may={"judge:validate": {"executor:run": {}}}), "may_exceeds_parent"),
+    ("a wider proof", _set("judge", may={"executor:*": {"files:read": {}}}), "may_exceeds_parent"),
+    ("a deeper proof", _set("judge", may={"executor:run": {"files:read": {"a:b": {}}}}), "may_exceeds_parent"),
+    ("a tree that is a list", _set("own", may=["files:read"]), "claims_malformed"),
+    ("a tree of text", _set("own", may={"files:read": "*"}), "claims_malformed"),
+    # Time
+    ("access outlives its grant", _set("access", exp=NOW + 501), "outlives_parent"),
+    ("own grant outlives its parent", _set("own", exp=NOW + 501), "outlives_parent"),
+    ("proof outlives its parent", _set("judge", exp=NOW + 601), "outlives_parent"),
+    ("older than its parent", _set("access", iat=NOW - 31), "older_than_parent"),
+    ("a grant of more than an hour", _set("coder", exp=NOW + 3_601), "lives_too_long"),
+    ("an access token that has expired", _set("access", exp=NOW - 30), "expired"),
+    ("an own grant that has expired", _set("own", exp=NOW - 30), "expired"),
+    ("not valid yet", _set("access", nbf=NOW + 30.001), "not_yet_valid"),
+    ("from the future", _set("access", iat=NOW + 30.001), "issued_in_future"),
+    ("a proof from the future", _set("judge", iat=NOW + 30.001), "issued_in_future"),
+    # Links
+    ("gnt of another grant", _set("access", gnt="A" * 43), "grant_mismatch"),
+    ("gnt missing", _drop("access", "gnt"), "proof_mismatch"),
+    ("prf of another grant", _set("access", prf="A" * 43), "proof_mismatch"),
+    ("prf missing in the access token", _drop("access", "prf"), "proof_mismatch"),
+    ("prf missing in a proof", _drop("judge", "prf"), "part_unused"),
+    ("prf of another grant in a proof", _set("judge", prf="A" * 43), "proof_mismatch"),
+    ("own grant under another", _set("own", prf="A" * 43), "proof_mismatch"),
+    ("own grant under nothing", _drop("own", "prf"), "proof_mismatch"),
+    ("prf at the root", _set("coder", prf="A" * 43), "proof_mismatch"),
+]
+
+
+@pytest.mark.parametrize(("edit", "reason"), [row[1:] for row in EDITS], ids=[row[0] for row in EDITS])
+def test_edits_are_refused(world: World, edit: Edit, reason: str) -> None:
+    case = world.case()
+    edit(world, case)
+    verifier = world.verifier()
+    assert refused(verifier, case.bearer()) == reason
+    assert refused(verifier, case.bearer()) == reason, "a refusal must not depend on what was seen before"
+    verifier.verify(world.case().bearer())
+    assert refused(verifier, case.bearer()) == reason, "nor on what was accepted in between"
+
+
+NARROWINGS: list[tuple[str, Edit]] = [
+    ("a narrower scope", _set("access", scope="executor:run:x")),
+    ("two narrower scopes", _set("access", scope="executor:run:x executor:run:y")),
+    ("a narrower own grant", _set("own", may={"files:read:0a": {}})),
+    ("narrower proofs", _set("judge", may={"executor:run": {"files:read": {}, "files:read:0a": {}}})),
+    ("shorter life", _set("access", exp=NOW + 1)),
+    ("as long a life as its grant's", _set("access", exp=NOW + 500)),
+    ("expired within the skew", _set("access", exp=NOW - 29.999)),
+    ("not valid yet within the skew", _set("access", nbf=NOW + 30)),
+    ("from a clock that is ahead", _set("access", iat=NOW + 30)),
+    ("from a clock that is behind", _set("access", iat=NOW - 30)),
+    ("the digest of the call", _set("access", call="0" * 64)),
+    ("times without fractions", _set("access", exp=int(NOW) + 60, nbf=int(NOW), iat=int(NOW))),
+    ("a grant of an hour", _set("coder", exp=NOW + 3_600)),
+]
+
+
+@pytest.mark.parametrize("edit", [row[1] for row in NARROWINGS], ids=[row[0] for row in NARROWINGS])
+def test_narrowings_are_accepted(world: World, edit: Edit) -> None:
+    case = world.case()
+    edit(world, case)
+    assert world.verifier().verify(case.bearer()).subject == "alice"
+
+
+SHUFFLES: list[tuple[str, Callable[[list[str]], list[str]], set[str]]] = [
+    ("own grant cut", lambda p: p[:3], {"grant_mismatch"}),
+    ("last proof cut", lambda p: [p[0], p[1], p[3]], {"proof_mismatch"}),
+    ("root proof cut", lambda p: [p[0], p[2], p[3]], {"proof_mismatch"}),
+    ("all grants cut", lambda p: p[:1], {"grant_mismatch"}),
+    ("proofs swapped", lambda p: [p[0], p[2], p[1], p[3]], {"proof_mismatch"}),
+    ("own grant first", lambda p: [p[0], p[3], p[1], p[2]], {"grant_mismatch"}),
+    ("access token last", lambda p: [*p[1:], p[0]], {"type_wrong"}),
+    ("root proof twice", lambda p: [p[0], p[1], p[1], p[2], p[3]], {"part_unused"}),
+    ("own grant twice", lambda p: [*p, p[3]], {"proof_mismatch"}),
+    ("access token twice", lambda p: [p[0], *p], {"type_wrong"}),
+    ("a part without text", lambda p: [*p, ""], {"bearer_malformed"}),
+    ("an empty first part", lambda p: ["", *p], {"bearer_malformed"}),
+    ("nine parts", lambda p: [*p, *p, p[0]], {"too_many_parts"}),
+]
+
+
+@pytest.mark.parametrize(("shuffle", "reasons"), [row[1:] for row in SHUFFLES], ids=[row[0] for row in SHUFFLES])
+def test_links_order_and_length_are_fixed(
+    world: World, shuffle: Callable[[list[str]], list[str]], reasons: set[str]
+) -> None:
+    case = world.case()
+    verifier = world.verifier()
+    verifier.verify(case.bearer())
+    case.shuffle = shuffle
+    assert refused(verifier, case.bearer()) in reasons
+
+
+def test_an_unused_grant_beside_a_root_pair_is_refused(world: World) -> None:
+    pair = world.root_pair()
+    access, own = pair.bearer().split("~")
+    other = world.case().parts()[1]
+    assert refused(world.verifier(), f"{access}~{other}~{own}") == "part_unused"
+    assert refused(world.verifier(), f"{access}~{own}~{other}") == "grant_mismatch"
+
+
+def test_a_root_pair_does_not_take_another_grant(world: World) -> None:
+    pair = world.root_pair()
+    access, own = pair.bearer().split("~")
+    wider = world.root_pair()
+    assert wider.own is not None
+    wider.own.claims["may"] = {"files:*": {}}
+    _, wider_own = wider.bearer().split("~")
+    assert world.verifier().verify(f"{access}~{own}")
+    assert refused(world.verifier(), f"{access}~{wider_own}") == "grant_mismatch"
+    assert refused(world.verifier(), access) == "grant_mismatch"
+
+
+def test_a_root_access_token_may_carry_several_scopes_of_its_service_only(world: World) -> None:
+    pair = world.root_pair()
+    pair.access.claims["scope"] = "executor:run executor:http"
+    assert world.verifier().verify(pair.bearer())
+    pair = world.root_pair()
+    pair.access.claims["scope"] = "executor:run models:chat"
+    assert refused(world.verifier(), pair.bearer()) == "scope_foreign"
+
+
+def test_a_root_token_lives_a_day_at_most(world: World) -> None:
+    pair = world.root_pair()
+    pair.access.claims["exp"] = NOW + 86_400
+    assert world.verifier().verify(pair.bearer())
+    pair = world.root_pair()
+    pair.access.claims["exp"] = NOW + 86_401
+    assert refused(world.verifier(), pair.bearer()) == "lives_too_long"
+
+
+# Splicing two honest chains.
+
+
+def test_parts_of_two_chains_do_not_mix(world: World) -> None:
+    first, second = world.case(), world.case()
+    for token in (second.access, second.coder, second.judge, second.own):
+        assert token is not None
+        token.claims["task"] = "task-" + "f" * 32
+    left, right = first.parts(), second.parts()
+    verifier = world.verifier()
+    assert verifier.verify("~".join(left))
+    assert verifier.verify("~".join(right))
+    for mask in range(1, 15):
+        mixed = [right[n] if mask >> n & 1 else left[n] for n in range(4)]
+        assert refused(verifier, "~".join(mixed)) in {"grant_mismatch", "proof_mismatch"}
+
+
+# What a callee can do with what it was sent.
+
+
+def test_a_callee_cannot_send_it_on(world: World) -> None:
+    bearer = world.case().bearer()
+    for name in ("coder", "judge", "models", "orchestrator"):
+        assert refused(world.verifier(name), bearer) == "audience_wrong"
+
+
+def test_a_callee_cannot_use_its_callers_grants(world: World) -> None:
+    """The executor holds every grant of the chain, and may only mint under its own."""
+    _, coder, judge, own = world.case().parts()
+    key = world.keys["executor"].private
+    targets = {
+        "coder": (coder, "models", "models:chat", [coder]),
+        "judge": (judge, "executor", "executor:run", [coder, judge]),
+    }
+    for issuer, (parent, aud, scope, proofs) in targets.items():
+        claims = {**world.claims(issuer, aud, 60, "stolen"), "scope": scope, "prf": sha(parent)}
+        forged = sign({"alg": "EdDSA", "typ": "cap+jwt", "jwk": jwk_of(key)}, claims, key)
+        assert refused(world.verifier(aud), "~".join([forged, *proofs])) == "key_mismatch"
+    claims = {
+        **world.claims("executor", "orchestrator", 60, "honest"),
+        "scope": "files:read:0a",
+        "prf": sha(own),
+    }
+    honest = sign({"alg": "EdDSA", "typ": "cap+jwt", "jwk": jwk_of(key)}, claims, key)
+    assert world.verifier("orchestrator").verify("~".join([honest, coder, judge, own]))
+
+
+def test_a_callee_cannot_skip_its_own_grant(world: World) -> None:
+    """Under its own grant it gets no more than stands in it, whatever its callers had."""
+    _, coder, judge, own = world.case().parts()
+    key = world.keys["executor"].private
+    for aud, scope in (("models", "models:chat"), ("orchestrator", "files:write"), ("executor", "executor:run")):
+        claims = {**world.claims("executor", aud, 60, "forged"), "scope": scope, "prf": sha(own)}
+        forged = sign({"alg": "EdDSA", "typ": "cap+jwt", "jwk": jwk_of(key)}, claims, key)
+        assert refused(world.verifier(aud), "~".join([forged, coder, judge, own])) == "scope_exceeds_parent"
+
+
+def test_a_grant_without_its_key_is_worth_nothing(world: World) -> None:
+    thief = Ed25519PrivateKey.generate()
+    _, coder, judge, own = world.case().parts()
+    claims = {
+        **world.claims("executor", "orchestrator", 60, "forged"),
+        "scope": "files:read",
+        "prf": sha(own),
+    }
+    stolen = [coder, judge, own]
+    for jwk in (jwk_of(thief), jwk_of(world.keys["executor"].private)):
+        forged = sign({"alg": "EdDSA", "typ": "cap+jwt", "jwk": jwk}, claims, thief)
+        reason = refused(world.verifier("orchestrator"), "~".join([forged, *stolen]))
+        assert reason in {"key_mismatch", "signature_invalid"}
+
+
+def test_a_grant_is_no_access_token(world: World) -> None:
+    _, coder, judge, own = world.case().parts()
+    for parts in ([own], [coder, coder], [judge, coder], [own, coder, judge]):
+        assert refused(world.verifier(), "~".join(parts)) == "type_wrong"
+
+
+# Forms.
+
+
+def test_a_signature_by_the_public_key_as_a_secret_is_refused(world: World) -> None:
+    """The classic confusion: HMAC with the bytes of the public key."""
+    raw = world.root.public.to_jwk()["x"]
+    pem = world.root.private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    for alg in ("HS256", "EdDSA"):
+        for secret in (unb64(raw), raw.encode(), pem):
+
+            def by_hmac(token: Token, alg: str = alg, secret: bytes = secret) -> str:
+                text = f"{b64(dumps({**token.header, 'alg': alg}))}.{b64(dumps(token.claims))}"
+                return f"{text}.{b64(hmac.new(secret, text.encode(), hashlib.sha512).digest())}"
+
+            pair = world.root_pair()
+            pair.access.raw = by_hmac
+            assert refused(world.verifier(), pair.bearer()) in {"algorithm_refused", "signature_invalid"}
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (lambda c: dumps(c)[:-1] + b',"aud":"executor"}', "json_malformed"),
+        (lambda c: dumps(c)[:-1] + b',"\\u0061ud":"executor"}', "json_malformed"),
+        (lambda c: b'{"sub":"bob",' + dumps(c)[1:], "json_malformed"),
+        (lambda c: dumps(c)[:-1] + b',"x":{"a":1,"a":2}}', "json_malformed"),
+        (lambda c: dumps(c)[:-1] + b',"x":NaN}', "json_malformed"),
+        (lambda c: dumps(c)[:-1] + b',"x":Infinity}', "json_malformed"),
+        (lambda c: dumps(c) + b"{}", "json_malformed"),
+        (lambda c: dumps(c)[:-1], "json_malformed"),
+        (lambda c: dumps(c).replace(b"alice", b"al\xffce"), "json_malformed"),
+        (lambda c: b"\xef\xbb\xbf" + dumps(c), "json_malformed"),
+        (lambda c: json.dumps(c).encode("utf-16"), "json_malformed"),
+        (lambda c: b"[" * 600 + b"]" * 600, "json_malformed"),
+        (lambda c: b'{"exp":' + b"9" * 5_000 + b"}", "json_malformed"),
+        (lambda c: b"", "json_malformed"),
+        (lambda c: b"[]", "claims_malformed"),
+        (lambda c: b'"text"', "claims_malformed"),
+        (lambda c: b"null", "claims_malformed"),
+        (lambda c: b"1", "claims_malformed"),
+    ],
+)
+def test_payloads_are_plain_unambiguous_json(
+    world: World, payload: Callable[[dict[str, Any]], bytes], reason: str
+) -> None:
+    pair = world.root_pair()
+    pair.access.raw = lambda token: sign(token.header, payload(token.claims), token.key)
+    assert refused(world.verifier(), pair.bearer()) == reason
+
+
+def test_white_space_and_order_in_json_are_free(world: World) -> None:
+    """Another implementation may write the same claims otherwise."""
+    pair = world.root_pair()
+    pair.access.raw = lambda token: sign(
+        json.dumps(dict(reversed(token.header.items()))).encode(),
+        json.dumps(dict(reversed(token.claims.items())), indent=1).encode(),
+        token.key,
+    )
+    assert world.verifier().verify(pair.bearer())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        lambda h: dumps(h)[:-1] + b',"alg":"EdDSA"}',
+        lambda h: b'{"alg":"none",' + dumps(h)[1:],
+        lambda h: dumps(h)[:-1] + b',"typ":"JWT"}',
+    ],
+)
+def test_headers_have_no_member_twice(world: World, header: Callable[[dict[str, Any]], bytes]) -> None:
+    pair = world.root_pair()
+    pair.access.raw = lambda token: sign(header(token.header), token.claims, token.key)
+    assert refused(world.verifier(), pair.bearer()) == "json_malformed"
+
+
+def test_a_long_header_is_refused(world: World) -> None:
+    pair = world.root_pair()
+    pair.access.raw = lambda token: sign(dumps(token.header) + b" " * 400, token.claims, token.key)
+    assert refused(world.verifier(), pair.bearer()) == "bearer_malformed"
+
+
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+def test_base64_has_one_form(world: World) -> None:
+    bearer = world.root_pair().bearer()
+    access, own = bearer.split("~")
+    head, body, signature = access.split(".")
+    loose = signature[:-1] + _ALPHABET[_ALPHABET.index(signature[-1]) + 1]
+    assert unb64(loose) == unb64(signature), "the same bytes, with bits left over"
+    standard = base64.b64encode(unb64(signature)).decode().rstrip("=")
+    variants = [
+        f"{head}.{body}.{loose}",
+        f"{head}.{body}.{signature}==",
+        f"{head}.{body}.{signature}\n",
+        f"{head}.{body}. {signature}",
+        f"{head}=.{body}.{signature}",
+        f"{head}\n.{body}.{signature}",
+        f"{head}.{body[:9]}!{body[9:]}.{signature}",
+        f"{head}.{body}A.{signature}" if len(body) % 4 == 0 else f"{head}.{body}=.{signature}",
+    ]
+    if standard != signature:
+        variants.append(f"{head}.{body}.{standard}")
+    verifier = world.verifier()
+    for variant in variants:
+        reason = refused(verifier, f"{variant}~{own}")
+        assert reason in {"base64_malformed", "signature_invalid", "json_malformed"}
+    assert verifier.verify(bearer)
+
+
+@pytest.mark.parametrize(
+    "text", ["a", "a.b", "a.b.c.d", ".", "..", "...", "~", "~~", "Bearer a.b.c", "a b", "é", "\ud800"]
+)
+def test_what_is_no_token_is_refused(world: World, text: str) -> None:
+    assert refused(world.verifier(), text) in {
+        "bearer_malformed",
+        "base64_malformed",
+        "json_malformed",
+    }
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_nothing_is_refused(world: World, text: str | None) -> None:
+    assert refused(world.verifier(), text) == "bearer_missing"
+
+
+def test_signatures_have_their_length(world: World) -> None:
+    pair = world.root_pair()
+    access, own = pair.bearer().split("~")
+    head, body, signature = access.split(".")
+    for text in ("", b64(unb64(signature)[:-1]), b64(unb64(signature) + b"\0"), b64(bytes(64))):
+        assert refused(world.verifier(), f"{head}.{body}.{text}~{own}") in {
+            "signature_invalid",
+            "base64_malformed",
+        }
+
+
+def test_what_is_too_large_is_refused_before_any_cryptography(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[int] = []
+    honest = PublicKey.verify
+
+    def counting(self: PublicKey, signature: bytes, message: bytes) -> bool:
+        checks.append(len(message))
+        return honest(self, signature, message)
+
+    monkeypatch.setattr(PublicKey, "verify", counting)
+    case = world.case()
+    bearer = case.bearer()
+    assert refused(world.verifier(), bearer + "A" * (MAX_BEARER_CHARS + 1 - len(bearer))) == "bearer_too_large"
+    assert refused(world.verifier(), "~".join([bearer] * 3)) == "too_many_parts"
+    assert refused(world.verifier(), "~".join(case.parts()[:3])) == "grant_mismatch"
+    assert checks == []
+    forged = world.case()
+    _root_by_mallory(world, forged)
+    assert refused(world.verifier(), forged.bearer()) == "signature_invalid"
+    assert len(checks) == 1, "whoever has no root's signature costs one check"
+    assert world.verifier().verify(bearer)
+    assert len(checks) == 5
+
+
+def test_no_other_character_anywhere(world: World) -> None:
+    """Every one-character change of an honest bearer string is refused."""
+    bearer = world.root_pair().bearer()
+    verifier = world.verifier()
+    for position, old in enumerate(bearer):
+        if old in "~.":
+            continue
+        new = _ALPHABET[(_ALPHABET.index(old) + 1) % 64]
+        with pytest.raises(CapabilityError) as caught:
+            verifier.verify(bearer[:position] + new + bearer[position + 1 :])
+        assert caught.value.code in OUTER_CODES
+    assert verifier.verify(bearer)
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=60) | st.lists(st.text(alphabet="eyJ0.~A-_= ", max_size=20), max_size=10).map("~".join))
+def test_any_text_gets_a_refusal_and_nothing_else(text: str) -> None:
+    assert refused(World().verifier(), text)
+
+
+def test_details_tell_a_prober_nothing(world: World) -> None:
+    details: dict[str, set[str]] = {}
+    for _, edit, _ in EDITS:
+        case = world.case()
+        edit(world, case)
+        with pytest.raises(CapabilityError) as caught:
+            world.verifier().verify(case.bearer())
+        details.setdefault(caught.value.code, set()).add(caught.value.detail)
+    assert all(len(texts) == 1 for texts in details.values())
+
+
+def test_the_bench_agrees_on_thumbprints(world: World) -> None:
+    assert thumbprint_of(world.root.private) == world.root.thumbprint

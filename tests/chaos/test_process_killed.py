@@ -1,0 +1,57 @@
+"""The whole process is killed in the middle of a task: started again, it finishes the task."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from up_process import UpProcess
+from whole import SALES, answers
+
+from octollm.testing import wait_until
+from octollm.testing.scripted_model import Asked, Reply, scripted_model
+
+pytestmark = pytest.mark.sandbox
+GOAL = "How many rows have amount > 100, and their total?"
+
+
+async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
+    held = True
+
+    def slow(asked: Asked) -> str | Reply:
+        if asked.schema is None and "SQL" in asked.system and held:
+            return Reply("SELECT ", hang=True)
+        return answers(asked)
+
+    async with scripted_model(slow) as model:
+        up = UpProcess(tmp_path / "home", {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
+        await up.start()
+        try:
+            async with httpx.AsyncClient(base_url=up.url, timeout=30) as client:
+                body: dict[str, Any] = {"goal": GOAL, "context": {"files": [{"name": "sales.csv", "text": SALES}]}}
+                task_id = (await client.post("/tasks", json=body)).json()["task_id"]
+                # The planner asks first, with a schema; the query is the step's.
+                await wait_until(
+                    lambda: model.running and model.asked[-1].schema is None,
+                    description="the model is writing the query",
+                    timeout=30,
+                )
+            await up.kill()
+            held = False
+            await wait_until(lambda: model.running == 0, description="the model's client is gone")
+            await up.start()
+            async with httpx.AsyncClient(base_url=up.url, timeout=30) as client, asyncio.timeout(60):
+                while (task := (await client.get(f"/tasks/{task_id}")).json())["status"] not in ("completed", "failed"):
+                    await asyncio.sleep(0.1)
+                history = (await client.get(f"/tasks/{task_id}/history")).json()["events"]
+            assert task["status"] == "completed", task["error"]
+            assert "400" in task["output"]
+            assert [event["version"] for event in history] == list(range(1, len(history) + 1))
+            # The step goes on with the attempt that it was at: a take-over is no retry.
+            started = [event["data"] for event in history if event["event_type"] == "step.started"]
+            assert [(data["attempt"], data["run"]) for data in started] == [(1, 1), (1, 2)]
+        finally:
+            await up.kill()

@@ -1,0 +1,84 @@
+"""Results are saved inside their folder, whatever an arm calls its files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octollm.cli.results import folder_of, safe_name, save_outcome
+from octollm.contracts.api import TaskView
+from octollm.contracts.task import Artifact, Usage
+from octollm.errors import OctoError
+from octollm.rpc.http import Answer
+
+TASK = TaskView("task-" + "0" * 32, "completed", "goal", 100.0, 9, "", "", output="done", usage=Usage(3, 4, 0.0))
+
+
+@given(st.text(max_size=60) | st.sampled_from(["../../etc/passwd", "/etc/passwd", "..", ".", "", "a//b", "C:\\x\\y"]))
+def test_a_name_stays_inside(name):
+    safe = safe_name(name)
+    assert not safe.is_absolute()
+    assert ".." not in safe.parts
+    assert safe.parts
+    assert (Path("/root/folder") / safe).resolve().is_relative_to("/root/folder")
+
+
+def test_ordinary_names_stay_as_they_are():
+    assert safe_name("src/slugify.py") == PurePosixPath("src/slugify.py")
+
+
+class FakeDoor:
+    """Answers artifacts from a dictionary of bytes by digest."""
+
+    def __init__(self, *contents: bytes) -> None:
+        self.stored = {hashlib.sha256(content).hexdigest(): content for content in contents}
+
+    async def send(self, method, path):
+        assert method == "GET"
+        return Answer(200, {}, self.stored[path.rpartition("/")[2]])
+
+
+def artifact(name, content):
+    return Artifact(name, hashlib.sha256(content).hexdigest(), len(content), "text/plain")
+
+
+async def test_artifacts_and_the_result_are_saved(tmp_path):
+    made = (artifact("a/x.py", b"one"), artifact("a/x.py", b"two"), artifact("result.json", b"three"))
+    task = msgspec.structs.replace(TASK, artifacts=made)
+    outcome = await save_outcome(FakeDoor(b"one", b"two", b"three"), task, tmp_path)
+    assert (tmp_path / "a/x.py").read_bytes() == b"one"
+    assert (tmp_path / "a/x-2.py").read_bytes() == b"two"
+    assert (tmp_path / "result-2.json").read_bytes() == b"three"
+    saved = msgspec.json.decode((tmp_path / "result.json").read_bytes())
+    assert saved["task_id"] == TASK.task_id
+    assert saved["status"] == "completed"
+    assert saved["output"] == "done"
+    assert [Path(item["path"]).read_bytes() for item in saved["artifacts"]] == [b"one", b"two", b"three"]
+    assert saved["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "cost_usd": 0.0}
+    assert outcome.artifacts[0].name == "a/x.py"
+
+
+async def test_bytes_that_are_not_the_digests_are_refused(tmp_path):
+    wrong = artifact("x", b"right")
+    door = SimpleNamespace(send=FakeDoor(b"wrong").send)
+    door.send.__self__.stored[wrong.digest] = b"wrong"
+    with pytest.raises(OctoError, match="did not arrive whole"):
+        await save_outcome(door, msgspec.structs.replace(TASK, artifacts=(wrong,)), tmp_path)
+    assert not (tmp_path / "x").exists()
+
+
+async def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OctoError, match="cannot be written"):
+        await save_outcome(FakeDoor(), TASK, tmp_path / "file")
+
+
+def test_the_folder_is_named_after_the_task(tmp_path):
+    assert folder_of("task-1", tmp_path) == tmp_path / "octollm-results" / "task-1"
+    assert folder_of("../x", tmp_path).is_relative_to(tmp_path / "octollm-results")

@@ -1,0 +1,112 @@
+"""Every setting, event, error code and command has its heading or row, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from octollm.capability import PRESETS
+from octollm.cli.app import DEMO_GOAL, app
+from octollm.config import PREFIX, SPECS
+from octollm.contracts.events import CATALOGUE
+from octollm.contracts.problems import KINDS
+from octollm.contracts.services import SERVICES
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
+
+
+def headings(name: str) -> dict[str, str]:
+    """Return the second-level headings of a page, each with the text below it."""
+    parts = re.split(r"(?m)^(#{1,2}) (.+)$", (DOCS / name).read_text())
+    found = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
+    return {title: text for level, title, text in found if level == "##"}
+
+
+def test_every_setting_has_a_heading():
+    names = {PREFIX + spec.name for spec in SPECS.values()} | {f"{PREFIX}{name.upper()}_URL" for name in SERVICES}
+    assert set(headings("settings.md")) == names
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
+def test_every_default_is_told(spec):
+    text = headings("settings.md")[PREFIX + spec.name]
+    if spec.default:
+        assert f"`{spec.default}`" in text
+    else:
+        assert "No default" in text or "Default:" in text
+
+
+def test_every_event_has_a_heading():
+    assert set(headings("events.md")) == set(CATALOGUE)
+
+
+@pytest.mark.parametrize("kind", CATALOGUE.values(), ids=lambda kind: kind.name)
+def test_every_event_tells_its_members(kind):
+    text = headings("events.md")[kind.name]
+    assert text.strip().startswith("Durable." if kind.durable else "Not durable.")
+    for member in kind.required:
+        assert f"`{member}`" in text
+
+
+def test_every_error_has_a_heading():
+    assert set(headings("errors.md")) == set(KINDS)
+
+
+@pytest.mark.parametrize("code", KINDS)
+def test_every_error_tells_its_status_and_more(code):
+    text = headings("errors.md")[code].strip()
+    assert text.startswith(f"Status {KINDS[code].status}. ")
+    assert len(text) > 60
+
+
+def test_every_scope_of_a_preset_is_in_the_table():
+    text = (DOCS / "operations.md").read_text()
+    for name, scopes in PRESETS.items():
+        for scope in scopes:
+            [row] = re.findall(rf"(?m)^\| `{re.escape(scope)}` \| (yes|no) \| (yes|no) \|", text)
+            assert row[0 if name == "user" else 1] == "yes"
+
+
+def test_every_service_is_told_with_its_port():
+    text = (DOCS / "concepts.md").read_text()
+    for name, info in SERVICES.items():
+        assert f"| {name} | {info.port} |" in text
+
+
+def test_every_command_is_told():
+    text = (DOCS / "operations.md").read_text()
+    group = typer.main.get_command(app)
+    for name in group.commands:
+        assert f"`octollm {name}" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"(?m)^#+ (.+)$", linked.read_text())
+            assert anchor in {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_json_example_is_json(page):
+    for block in re.findall(r"(?ms)^```json\n(.*?)^```", page.read_text()):
+        json.loads(block)
+
+
+def test_the_transcript_is_of_the_demo_as_it_is():
+    text = (ROOT / "README.md").read_text()
+    assert f"\nGoal {DEMO_GOAL}\n" in text
+    assert "Task completed in" in text

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+
+import pytest
+from events_kit import IDS, Write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from octollm.contracts.events import channel_of
+from octollm.errors import OctoError
+from octollm.events import EventLog, task_subject
+from octollm.events.numbering import Numbering
+from octollm.storage.engine import Database, open_database
+from octollm.storage.migrations import migrate
+from octollm.storage.tables import relay_state
+
+
+class HandClock:
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+    def monotonic(self) -> float:
+        return self.time
+
+
+async def test_one_holds_until_its_lease_ends_and_a_fence_shuts_it_out() -> None:
+    clock = HandClock()
+    async with open_database("memory://", clock=clock) as db:
+        await migrate(db, "orchestrator")
+        one = Numbering(db, holder="one", lease_seconds=5)
+        two = Numbering(db, holder="two", lease_seconds=5)
+        first = await one.claim()
+        assert first is not None
+        assert await two.claim() is None
+        clock.time += 4
+        await one.number(first.fence, 10)
+        clock.time += 4
+        assert await two.claim() is None, "numbering renewed the lease"
+        clock.time += 2
+        second = await two.claim()
+        assert second is not None
+        assert second.fence > first.fence
+        for call in (one.number(first.fence, 10), one.mark_published(first.fence, 1)):
+            with pytest.raises(OctoError) as caught:
+                await call
+            assert caught.value.code == "fence_lost"
+        await one.release(first.fence, 0)
+        assert await one.claim() is None, "an old holder cannot release another's lease"
+        await two.release(second.fence, 0)
+        assert await one.claim() is not None
+
+
+async def test_only_one_of_many_gets_the_claim(db: Database) -> None:
+    claims = await asyncio.gather(*(Numbering(db, holder=str(n), lease_seconds=60).claim() for n in range(8)))
+    assert len([claim for claim in claims if claim is not None]) == 1
+
+
+async def test_the_cursor_never_goes_back(db: Database, write: Write) -> None:
+    numbering = Numbering(db, holder="x", lease_seconds=60)
+    claim = await numbering.claim()
+    assert claim is not None
+    await numbering.mark_published(claim.fence, 5)
+    await numbering.mark_published(claim.fence, 3)
+    async with db.read() as connection:
+        assert await connection.scalar(select(relay_state.c.published)) == 5
+    await numbering.release(claim.fence, 7)
+    again = await numbering.claim()
+    assert again is not None
+    assert again.published == 7
+
+
+TYPES = ("task.accepted", "task.progress", "task.completed", "step.started")
+DATA = {
+    "task_id": "x",
+    "goal": "",
+    "progress": 0,
+    "status": "",
+    "duration_ms": 0,
+    "step": "",
+    "arm": "",
+    "attempt": 0,
+}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    writers=st.lists(
+        st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 2), st.booleans()), max_size=6),
+        min_size=1,
+        max_size=5,
+    ),
+    batch=st.integers(1, 7),
+)
+async def test_positions_and_versions_have_no_gap_whoever_writes(
+    writers: list[list[tuple[str, int, bool]]], batch: int
+) -> None:
+    """Several writers, some of whose transactions fail, beside a relay that numbers in small batches."""
+    clock = HandClock()
+    async with open_database("memory://", clock=clock) as db:
+        await migrate(db, "orchestrator")
+        log = EventLog(db, clock, IDS)
+        numbering = Numbering(db, holder="x", lease_seconds=60)
+        claim = await numbering.claim()
+        assert claim is not None
+
+        async def write(transactions: list[tuple[str, int, bool]]) -> int:
+            kept = 0
+            for event_type, task, fails in transactions:
+                try:
+                    async with db.transaction() as tx:
+                        await log.append(
+                            tx,
+                            event_type,
+                            subject=task_subject(str(task)),
+                            tenant="t",
+                            source="o",
+                            data=dict(DATA),
+                        )
+                        if fails:
+                            raise ZeroDivisionError
+                    kept += 1
+                except ZeroDivisionError:
+                    pass
+                await asyncio.sleep(0)
+            return kept
+
+        async def number(times: int) -> None:
+            for _ in range(times):
+                await numbering.number(claim.fence, batch)
+                await asyncio.sleep(0)
+
+        *counts, _ = await asyncio.gather(*(write(part) for part in writers), number(10))
+        while (await numbering.number(claim.fence, batch))[0]:
+            pass
+        events = await log.read(0, tenant=None)
+
+    total = sum(count for count in counts if count)
+    assert [event.seq for event in events] == list(range(1, total + 1))
+    by_subject: dict[str, list[int]] = {}
+    by_channel: dict[str, list[tuple[int, int]]] = {}
+    for event in events:
+        by_subject.setdefault(event.subject, []).append(event.version)
+        by_channel.setdefault(channel_of(event.event_type), []).append((event.prev, event.seq))
+    for versions in by_subject.values():
+        assert versions == list(range(1, len(versions) + 1)), "a subject's events are in order in the log"
+    for chain in by_channel.values():
+        assert chain[0][0] == 0
+        assert all(later[0] == earlier[1] for earlier, later in pairwise(chain))

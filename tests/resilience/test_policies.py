@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octollm.errors import OctoError
+from octollm.resilience import Breaker, BreakerPolicy, Deadline, Failure, RetryBudget, RetryPolicy
+from octollm.resilience.deadline import parse_timeout_ms
+
+
+class HandClock:
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def now(self) -> float:
+        return self.time
+
+    def monotonic(self) -> float:
+        return self.time
+
+
+@given(
+    tried=st.integers(1, 10),
+    retryable=st.booleans(),
+    began=st.booleans(),
+    safely=st.booleans(),
+    left=st.floats(0, 100),
+    random=st.floats(0, 0.999),
+    after=st.none() | st.floats(0, 60),
+)
+def test_a_retry_is_bounded_by_attempts_deadline_and_safety(
+    tried: int, retryable: bool, began: bool, safely: bool, left: float, random: float, after: float | None
+) -> None:
+    policy = RetryPolicy()
+    wait = policy.wait(Failure(retryable, began, after), tried=tried, repeats_safely=safely, left=left, random=random)
+    if wait is None:
+        return
+    assert retryable
+    assert tried < policy.attempts
+    assert safely or not began
+    assert wait < left
+    assert wait >= (after or 0.0)
+    assert wait <= max(after or 0.0, policy.cap)
+
+
+@given(st.lists(st.booleans(), max_size=200))
+def test_retries_are_a_share_of_the_calls(tries: list[bool]) -> None:
+    budget = RetryBudget(share=0.2, most=10)
+    calls = retries = 0
+    for wants_retry in tries:
+        budget.earn()
+        calls += 1
+        if wants_retry and budget.spend():
+            retries += 1
+    assert retries <= 10 + 0.2 * calls
+
+
+def test_a_breaker_opens_probes_and_closes() -> None:
+    breaker = Breaker(BreakerPolicy(failures=3, open_seconds=5))
+    for _ in range(3):
+        assert breaker.allows(0)
+        breaker.failed(0)
+    assert not breaker.allows(4.9)
+    assert breaker.wait(1) == 4
+    assert breaker.allows(5)  # the probe
+    assert not breaker.allows(5)  # one at a time
+    breaker.failed(5)
+    assert not breaker.allows(9)
+    assert breaker.allows(10)
+    breaker.succeeded()
+    assert breaker.allows(10)
+    assert breaker.allows(10)
+
+
+def test_a_deadline_counts_down_and_says_when_it_passed() -> None:
+    clock = HandClock()
+    deadline = Deadline.after(clock, 2)
+    assert (deadline.left(), deadline.header()) == (2, "2000")
+    clock.time += 3
+    assert (deadline.left(), deadline.header()) == (0, "1")
+    with pytest.raises(OctoError) as caught:
+        deadline.check()
+    assert caught.value.code == "deadline_exceeded"
+    assert Deadline.after(clock, 1e9).left() == 3600
+
+
+@given(st.text(max_size=12))
+def test_a_timeout_header_is_a_number_or_refused(text: str) -> None:
+    try:
+        found = parse_timeout_ms(text)
+    except OctoError as error:
+        assert error.code == "invalid_header"
+    else:
+        assert found is not None
+        assert found >= 0

@@ -1,0 +1,64 @@
+"""One service of a test's own operations, opened by nothing, over real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+
+from octollm.capability import SigningKey
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.resilience import Deadline, RetryPolicy
+from octollm.rpc.call import Operation
+from octollm.rpc.caller import Caller, Outgoing, Target
+from octollm.rpc.discovery import StaticDiscovery
+from octollm.rpc.hosting import listen
+from octollm.rpc.http import Http
+from octollm.rpc.identity import Identity
+from octollm.rpc.service import Base, build_base, build_service
+
+CLOCK = SystemClock()
+IDS = Uuid7Ids(CLOCK)
+
+
+@dataclass
+class Served:
+    url: str
+    port: int
+    base: Base
+    caller: Caller
+    stop: Callable[[], None]
+
+    def out(
+        self, operation: Operation, body: bytes | None = b"{}", *, seconds: float = 10, key: str | None = None
+    ) -> Outgoing:
+        target = Target("svc", operation.name, operation.method, operation.path, operation.kind)
+        return Outgoing(target, "none", Deadline.after(CLOCK, seconds), body, key)
+
+
+def base_for(http: Http, urls: dict[str, tuple[str, ...]]) -> Base:
+    key = SigningKey.generate("svc")
+    return build_base(Identity("svc", key, {}, CLOCK, IDS), http, StaticDiscovery(urls))
+
+
+@contextlib.asynccontextmanager
+async def served(
+    operations: Sequence[Operation], *, max_concurrent: int = 64, retry: RetryPolicy | None = None
+) -> AsyncGenerator[Served]:
+    bound = listen("127.0.0.1", 0, "svc")
+    port = bound.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    async with Http() as http:
+        base = base_for(http, {"svc": (url,)})
+        service = build_service(base, operations, max_concurrent=max_concurrent)
+        caller = Caller(
+            "tester",
+            http,
+            base.discovery,
+            clock=CLOCK,
+            ids=IDS,
+            metrics=base.metrics,
+            retry=retry or RetryPolicy(attempts=1),
+        )
+        async with service.serve(bound):
+            yield Served(url, port, base, caller, service.kit.draining.set)

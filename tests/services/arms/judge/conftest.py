@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from octollm.contracts.operations import RunRequest, RunResult
+from octollm.services.arms.executor import runner_sql
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[[RunRequest], Awaitable[RunResult]]:
+    """Run the tests' own programs and queries; the executor does it in a sandbox."""
+    folders = iter(range(1000))
+
+    async def run_request(request: RunRequest) -> RunResult:
+        folder = tmp_path / str(next(folders))
+        folder.mkdir()
+        for file in request.files:
+            (folder / file.name).write_text(file.text or "", "utf-8")
+        if request.language == "sql":
+            connection = duckdb.connect()
+            for file in request.files:
+                runner_sql.load(connection, Path(file.name).stem, folder / file.name, "csv")
+            try:
+                return RunResult(0, json.dumps(runner_sql.answer(connection, request.command[0], 1000, 100_000)), "")
+            except duckdb.Error as error:
+                return RunResult(1, "", str(error))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *request.command,
+            cwd=folder,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        return RunResult(process.returncode or 0, out.decode(), err.decode())
+
+    return run_request

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from octollm.contracts.operations import AcceptRequest, AcceptResult
+from octollm.contracts.task import Artifact, Citation, Evidence, ExecuteResult, FileRef
+from octollm.errors import OctoError
+from octollm.services.arms.judge.accept import accept
+from octollm.services.arms.judge.accept_code import weak_tests
+
+CODE = "def double(n):\n    return n * 2\n"
+TESTS = """import unittest
+from double import double
+
+class DoubleTest(unittest.TestCase):
+    def test_1(self):
+        self.assertEqual(double(2), 4)
+    def test_2(self):
+        self.assertEqual(double(3), {expected})
+"""
+HANDBOOK = "# Leave\n\nStaff have 27 days of leave a year.\nSick leave is paid for eight weeks.\n"
+SALES = "id,amount\n1,150\n2,20\n3,300\n"
+QUERY = "SELECT count(*) AS n, sum(amount) AS total FROM sales WHERE amount > 100"
+
+
+def _read(texts: dict[str, str]):
+    async def read_file(digest: str) -> bytes:
+        return texts[digest].encode()
+
+    return read_file
+
+
+def _code(code: str, tests: str) -> tuple[AcceptRequest, dict[str, str]]:
+    artifacts = (Artifact("double.py", "d1", 1, "text/x-python"), Artifact("test_double.py", "d2", 1, "text/x-python"))
+    result = ExecuteResult("done", artifacts, evidence=Evidence("code"))
+    return AcceptRequest("Write double(n)", result), {"d1": code, "d2": tests}
+
+
+async def test_code_is_validated_anew(run) -> None:
+    request, texts = _code(CODE, TESTS.format(expected=6))
+    assert await accept(request, run, None, _read(texts)) == AcceptResult(True, (), 1.0)
+
+
+async def test_code_that_fails_its_tests_is_refused_whatever_the_arm_says(run) -> None:
+    request, texts = _code(CODE, TESTS.format(expected=7))
+    verdict = await accept(request, run, None, _read(texts))
+    assert not verdict.accepted
+    assert verdict.reasons == ("self.assertEqual(double(3), 7) failed: 6 != 7",)
+
+
+async def test_tests_that_prove_nothing_are_refused(run) -> None:
+    empty = (
+        "import unittest\nfrom double import double\n"
+        "class T(unittest.TestCase):\n    def test(self):\n        self.assertTrue(True)\n"
+    )
+    request, texts = _code(CODE, empty)
+    verdict = await accept(request, run, None, _read(texts))
+    assert not verdict.accepted
+    assert "less than 2 things" in verdict.reasons[0]
+
+
+async def test_code_without_files_is_refused(run) -> None:
+    result = ExecuteResult("done", evidence=Evidence("code"))
+    assert not (await accept(AcceptRequest("Write double(n)", result), run, None, _read({}))).accepted
+    only = ExecuteResult("done", (Artifact("double.py", "d1", 1, "x"),), evidence=Evidence("code"))
+    verdict = await accept(AcceptRequest("Write double(n)", only), run, None, _read({"d1": CODE}))
+    assert verdict.reasons == ("There is no test file among the artifacts.",)
+
+
+@pytest.mark.parametrize(
+    ("tests", "weak"),
+    [
+        ("from box import Box\ndef test():\n    b = Box()\n    assert b.add(1) == 1\n    assert b.size == 1\n", False),
+        ("import box\ndef test():\n    assert box.f(1) == 1\n    assert box.f(2) == 2\n", False),
+        ("from box import Box\ndef test():\n    assert 1 == 1\n    assert 2 == 2\n", True),
+        ("from box import f\ndef test():\n    assert f(1) == 1\n    assert f(1) == 1\n", True),
+        ("def f(n):\n    return n\ndef test():\n    assert f(1) == 1\n    assert f(2) == 2\n", True),
+        ("from box import f\ndef f(n):\n    return n\ndef test():\n    assert f(1) == 1\n    assert f(2) == 2\n", True),
+        ("def test(:\n", True),
+    ],
+)
+def test_weak_tests(tests: str, weak: bool) -> None:
+    assert bool(weak_tests(tests, "box")) == weak
+
+
+def _documents(output: str, *citations: Citation, found: bool = True) -> AcceptRequest:
+    evidence = Evidence("documents", citations=citations, found=found)
+    files = (FileRef("handbook.md", digest="h"),)
+    return AcceptRequest("How many days of leave do I have?", ExecuteResult(output, evidence=evidence), files=files)
+
+
+GOOD = Citation("handbook.md", 3, 3, "Staff have 27 days of leave a year.")
+
+
+async def test_a_citation_that_carries_the_answer(run) -> None:
+    request = _documents("Staff have 27 days.\n\n[handbook.md:3-3]", GOOD)
+    assert (await accept(request, run, None, _read({"h": HANDBOOK}))).accepted
+
+
+@pytest.mark.parametrize(
+    ("output", "citation", "reason"),
+    [
+        ("Staff have 27 days.", Citation("handbook.md", 4, 4, GOOD.text), "does not read as cited"),
+        ("Staff have 27 days.", Citation("handbook.md", 3, 9, GOOD.text), "has 5 lines"),
+        ("Staff have 27 days.", Citation("other.md", 3, 3, GOOD.text), "was not given that file"),
+        ("Staff have 30 days.", GOOD, "has 30, the cited lines do not"),
+        ("The canteen opens at noon.", GOOD, "do not carry the answer"),
+    ],
+)
+async def test_citations_that_do_not_hold(run, output: str, citation: Citation, reason: str) -> None:
+    verdict = await accept(_documents(output, citation), run, None, _read({"h": HANDBOOK}))
+    assert not verdict.accepted
+    assert any(reason in each for each in verdict.reasons)
+    assert verdict.score < 1
+
+
+async def test_an_answer_without_citation_is_refused(run) -> None:
+    assert not (await accept(_documents("27 days"), run, None, _read({"h": HANDBOOK}))).accepted
+
+
+async def test_not_found_is_an_honest_answer(run) -> None:
+    said = _documents("Not found in handbook.md: the passages found do not say it.", found=False)
+    assert (await accept(said, run, None, _read({"h": HANDBOOK}))).accepted
+    unsaid = _documents("27 days", found=False)
+    assert not (await accept(unsaid, run, None, _read({"h": HANDBOOK}))).accepted
+
+
+def _data(output: str, query: str | None = QUERY, rows: int = 1) -> AcceptRequest:
+    evidence = Evidence("data", query=query, columns=("n", "total"), rows=rows)
+    files = (FileRef("sales.csv", text=SALES),)
+    return AcceptRequest("How many above 100?", ExecuteResult(output, evidence=evidence), files=files)
+
+
+SHOWN = f"n: 2\ntotal: 450\n\nQuery:\n```sql\n{QUERY}\n```"
+
+
+async def test_the_query_is_run_again(run) -> None:
+    assert await accept(_data(SHOWN), run, None, _read({})) == AcceptResult(True, (), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (_data(SHOWN.replace("450", "460")), "does not show what the query gives: 450"),
+        (_data("n: 2\ntotal: 450"), "does not show its query"),
+        (_data(SHOWN, rows=2), "counts 2 rows"),
+        (_data(SHOWN, query=None), "names no query"),
+        (_data("n: 2\n\nSELECT 2 AS n", query="SELECT 2 AS n"), "reads no table"),
+        (_data("n: 2 SELECT x FROM sales", query="SELECT x FROM sales"), "fails when it is run again"),
+        (_data("SELECT id FROM sales WHERE id > 9", query="SELECT id FROM sales WHERE id > 9"), "gives no rows, but"),
+    ],
+)
+async def test_data_that_does_not_hold(run, request_: AcceptRequest, reason: str) -> None:
+    verdict = await accept(request_, run, None, _read({}))
+    assert not verdict.accepted
+    assert any(reason in each for each in verdict.reasons)
+
+
+async def test_no_rows_may_be_the_answer(run) -> None:
+    query = "SELECT id FROM sales WHERE id > 9"
+    assert (await accept(_data(f"No rows match.\n\n{query}", query=query, rows=0), run, None, _read({}))).accepted
+
+
+async def test_several_rows_are_compared(run) -> None:
+    query = "SELECT id, amount FROM sales ORDER BY id"
+    output = f"id | amount\n--- | ---\n1 | 150\n2 | 20\n3 | 300\n\n{query}"
+    evidence = Evidence("data", query=query, rows=3)
+    files = (FileRef("sales.csv", text=SALES),)
+    good = AcceptRequest("List all", ExecuteResult(output, evidence=evidence), files=files)
+    assert (await accept(good, run, None, _read({}))).accepted
+    bad = AcceptRequest("List all", ExecuteResult(output.replace("2 | 20", "2 | 21"), evidence=evidence), files=files)
+    assert not (await accept(bad, run, None, _read({}))).accepted
+
+
+@pytest.mark.parametrize("output", ["", "  \n", "None", "TODO", "n/a", "..."])
+async def test_an_empty_result_is_refused(run, output: str) -> None:
+    verdict = await accept(AcceptRequest("Explain", ExecuteResult(output)), run, None, _read({}))
+    assert verdict == AcceptResult(False, ("The result is empty.",), 0.0)
+
+
+async def test_text_that_nobody_can_check_scores_half(run) -> None:
+    verdict = await accept(AcceptRequest("Explain", ExecuteResult("Because.")), run, None, _read({}))
+    assert verdict == AcceptResult(True, (), 0.5)
+
+
+def _saying(*answers: object):
+    left = [json.dumps(answer) if not isinstance(answer, str) else answer for answer in answers]
+
+    async def ask(messages, *, max_tokens, schema=None, temperature=0.0, seed=0, on_text=None) -> str:
+        return left.pop(0)
+
+    return ask
+
+
+async def test_a_capable_model_judges_text(run) -> None:
+    request = AcceptRequest("Explain", ExecuteResult("Because."), criteria=("two sentences",))
+    ask = _saying({"accepted": False, "reason": "One sentence only."}, {"accepted": True, "reason": ""}, "?")
+    assert await accept(request, run, ask, _read({})) == AcceptResult(False, ("One sentence only.",), 0.0)
+    assert (await accept(request, run, ask, _read({}))).accepted
+    with pytest.raises(OctoError) as caught:
+        await accept(request, run, ask, _read({}))
+    assert caught.value.code == "model_output_invalid"
+
+
+async def test_criteria_are_put_to_the_model_after_the_checks(run) -> None:
+    request = AcceptRequest(
+        "How many above 100?", _data(SHOWN).result, ("in euros",), (FileRef("sales.csv", text=SALES),)
+    )
+    ask = _saying({"accepted": False, "reason": "No currency."})
+    assert (await accept(request, run, ask, _read({}))).reasons == ("No currency.",)
+    assert (await accept(request, run, None, _read({}))).accepted

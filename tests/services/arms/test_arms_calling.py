@@ -1,0 +1,68 @@
+"""What the arms' thinking is handed."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from octollm.arm import Completion
+from octollm.config import read_settings
+from octollm.contracts.asking import user
+from octollm.contracts.task import TaskContext, TaskContract, Usage
+from octollm.services.arms.calling import MAX_NOTES, ModelAsk, capable, goal_of, notes_of
+
+
+@dataclass
+class Model:
+    answers: list[str]
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    async def chat(self, messages, *, on_text=None, **options) -> Completion:
+        self.asked.append({"messages": messages, **options})
+        text = self.answers.pop(0)
+        for piece in text:
+            if on_text is not None:
+                await on_text(piece)
+        return Completion(text, "stop", Usage(), "scripted")
+
+
+@dataclass
+class Watched:
+    model: Model
+    said: list[tuple[str, bool]] = field(default_factory=list)
+
+    async def emit(self, text: str, *, reset: bool = False) -> None:
+        self.said.append((text, reset))
+
+
+async def test_a_further_answer_voids_the_text_before_it() -> None:
+    ctx = Watched(Model(["ab", "silent", "cd"]))
+    ask = ModelAsk(ctx)  # pyright: ignore[reportArgumentType]
+    assert await ask([user("x")], max_tokens=5, on_text=ask.write) == "ab"
+    assert await ask([user("x")], max_tokens=5) == "silent"
+    assert await ask([user("x")], max_tokens=5, on_text=ask.write) == "cd"
+    assert ctx.said == [("a", False), ("b", False), ("c", True), ("d", False)]
+
+
+async def test_a_question_is_passed_on_as_it_is() -> None:
+    ctx = Watched(Model(["ab"]))
+    await ModelAsk(ctx)([user("x")], max_tokens=5, schema={"type": "object"}, temperature=0.3, seed=7)  # pyright: ignore
+    assert ctx.model.asked == [
+        {"messages": [("user", "x")], "max_tokens": 5, "schema": {"type": "object"}, "temperature": 0.3, "seed": 7}
+    ]
+
+
+def test_constraints_stand_below_the_goal() -> None:
+    assert goal_of(TaskContract(goal=" Do it. ")) == "Do it."
+    assert goal_of(TaskContract(goal="Do it.", constraints=("quickly", "well"))) == "Do it.\n- quickly\n- well"
+
+
+def test_notes_are_what_came_with_the_goal_and_what_was_found() -> None:
+    task = TaskContract(goal="x", context=TaskContext(text="Known. ", inputs={"s1": "Found.", "s2": " "}))
+    assert notes_of(task) == "Known.\n\nFound."
+    assert len(notes_of(TaskContract(goal="x", context=TaskContext(text="y" * 100_000)))) == MAX_NOTES
+
+
+@pytest.mark.parametrize(("model", "can"), [("embedded", False), ("embedded:x", False), ("openai:gpt-9", True)])
+def test_a_providers_model_is_held_to_be_capable(model: str, can: bool) -> None:
+    assert capable(read_settings({"OCTOLLM_MODEL": model}, ())) is can

@@ -1,0 +1,237 @@
+"""The public door over real sockets, with an orchestrator that is scripted over HTTP behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from websockets.asyncio.client import ClientConnection, connect
+
+from octollm.capability import DirectoryEntry, SigningKey, verify_service
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.config import Settings, read_settings
+from octollm.contracts.api import EventList, ExchangeRequest, SavedText, SavedTexts, TaskView, TokenAnswer
+from octollm.contracts.events import Event
+from octollm.errors import OctoError
+from octollm.rpc.discovery import StaticDiscovery
+from octollm.rpc.hosting import listen, serving
+from octollm.rpc.http import Http
+from octollm.rpc.identity import Identity
+from octollm.rpc.problems import problem_response
+from octollm.rpc.service import Service, build_base
+from octollm.services.reflex import reflex_service
+from octollm.storage import Keys, RedisClient, TextStream, open_redis
+
+CLOCK = SystemClock()
+IDS = Uuid7Ids(CLOCK)
+TASK = "task-" + "0" * 31 + "1"
+OTHER = "task-" + "0" * 31 + "2"
+LOCAL_KEY = "octo_local_user_key"
+KEY = "octo_somebody_elses_key"
+READER = "octo_reads_only_key"
+
+
+@dataclass
+class Seen:
+    """A request as the orchestrator got it."""
+
+    method: str
+    path: str
+    query: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Script:
+    """What the orchestrator says."""
+
+    service_key: SigningKey
+    keys: dict[str, str] = field(default_factory=lambda: {LOCAL_KEY: "user", KEY: "user", READER: "reader"})
+    exchanges: list[str] = field(default_factory=list)
+    tokens: dict[str, str] = field(default_factory=dict)
+    expires_in: int = 300
+    seen: list[Seen] = field(default_factory=list)
+    answers: dict[tuple[str, str], Callable[[Request], Response]] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    texts: list[SavedText] = field(default_factory=list)
+    status: str = "accepted"
+    progress: float = 0.0
+    redis: RedisClient | None = None
+    failing: OctoError | None = None
+    refusing: OctoError | None = None
+    """What the exchange answers, if not a token."""
+
+    @property
+    def stream(self) -> TextStream:
+        assert self.redis is not None
+        return TextStream(self.redis, Keys())
+
+    async def emit(self, event_type: str, **data: object) -> None:
+        """Write an event of the task and hint at it."""
+        assert self.redis is not None
+        version = len(self.events) + 1
+        event = Event(
+            event_type, "2025-11-10T10:30:00.000Z", "orchestrator", data, f"id-{version}", "t", TASK, version=version
+        )
+        self.events.append(event)
+        if event_type in ("task.completed", "task.failed", "task.cancelled"):
+            self.status = event_type.partition(".")[2]
+        await self.redis.publish([(Keys().watch(TASK), msgspec.json.encode(event))])
+
+    def view(self) -> TaskView:
+        return TaskView(TASK, self.status, "a goal", self.progress, len(self.events), "then", "now")  # type: ignore[arg-type]
+
+    async def token(self, request: Request) -> Response:
+        bearer = request.headers["authorization"].removeprefix("Bearer ")
+        directory = {"reflex": DirectoryEntry((self.service_key.thumbprint,))}
+        assert verify_service(bearer, "orchestrator", directory, CLOCK) == "reflex"
+        secret = msgspec.json.decode(await request.body(), type=ExchangeRequest).subject_token
+        self.exchanges.append(secret)
+        if self.refusing is not None:
+            return problem_response(self.refusing, "req-x")
+        if secret not in self.keys:
+            return problem_response(OctoError("The API key is not valid.", code="api_key_invalid"), "req-x")
+        token = f"access-{len(self.exchanges)}"
+        self.tokens[token] = secret
+        answer = TokenAnswer(token, self.expires_in, self.keys[secret])
+        return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    async def anything(self, request: Request) -> Response:
+        self.seen.append(
+            Seen(
+                request.method,
+                request.scope["raw_path"].decode(),
+                request.url.query,
+                dict(request.headers),
+                await request.body(),
+            )
+        )
+        try:
+            return await self._answer(request)
+        except OctoError as error:
+            return problem_response(error, request.headers.get("x-request-id", ""))
+
+    async def _answer(self, request: Request) -> Response:
+        secret = self.tokens.get(request.headers.get("authorization", "").removeprefix("Bearer "))
+        if secret is None:
+            raise OctoError("The token was revoked.", code="token_revoked")
+        if self.failing is not None:
+            raise self.failing
+        path = request.url.path
+        scripted = self.answers.get((request.method, path))
+        if scripted is not None:
+            return scripted(request)
+        if not path.startswith(f"/tasks/{TASK}"):
+            raise OctoError("There is no such task.", code="task_not_found")
+        value: object
+        if path.endswith("/history"):
+            after, limit = int(request.query_params["after"]), int(request.query_params["limit"])
+            value = EventList(tuple(self.events[after : after + limit]), after)
+        elif path.endswith("/texts"):
+            value = SavedTexts(tuple(self.texts))
+        elif path.endswith("/cancel"):
+            if self.keys[secret] == "reader":
+                raise OctoError("The token does not allow tasks:cancel.", code="scope_missing")
+            if self.status != "accepted":
+                raise OctoError("The task is over.", code="state_conflict")
+            await self.emit("task.cancelled", status="cancelled", progress=self.progress)
+            value = self.view()
+        else:
+            value = self.view()
+        return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+@dataclass
+class Doorway:
+    """An open door."""
+
+    port: int
+    script: Script
+    client: httpx.AsyncClient
+    service: Service
+
+    def url(self, path: str = "/") -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    @contextlib.asynccontextmanager
+    async def ws(
+        self, path: str = f"/ws/tasks/{TASK}", *, key: str | None = None, **options: object
+    ) -> AsyncIterator[ClientConnection]:
+        headers = dict(options.pop("headers", {}))  # type: ignore[call-overload]
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        async with connect(
+            f"ws://127.0.0.1:{self.port}{path}",
+            additional_headers=headers,
+            compression=None,
+            proxy=None,
+            **options,  # type: ignore[arg-type]
+        ) as socket:
+            yield socket
+
+
+def settings_of(home: Path, **changes: object) -> Settings:
+    return dataclasses.replace(read_settings({"OCTOLLM_HOME": str(home)}, ()), **changes)  # type: ignore[arg-type]
+
+
+@contextlib.asynccontextmanager
+async def doorway(
+    home: Path, *, loopback_only: bool = True, patience: float = 10.0, **changes: object
+) -> AsyncGenerator[Doorway]:
+    """Open a door with its orchestrator. ``changes`` are settings."""
+    key = SigningKey.generate("reflex")
+    script = Script(key)
+    app = Starlette(
+        routes=[
+            Route("/token", script.token, methods=["POST"]),
+            Route("/{path:path}", script.anything, methods=["GET", "POST", "DELETE", "PUT"]),
+        ]
+    )
+    behind = listen("127.0.0.1", 0, "orchestrator")
+    bound = listen("127.0.0.1", 0, "reflex")
+    port = bound.getsockname()[1]
+    async with Http() as http, open_redis("memory://door") as redis, serving(app, behind):
+        script.redis = redis
+        urls = {"orchestrator": (f"http://127.0.0.1:{behind.getsockname()[1]}",)}
+        base = build_base(Identity("reflex", key, {}, CLOCK, IDS), http, StaticDiscovery(urls))
+        async with (
+            reflex_service(
+                base,
+                settings_of(home, **changes),
+                redis=redis,
+                local_key=LOCAL_KEY,
+                loopback_only=loopback_only,
+                patience=patience,
+            ) as service,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+            service.serve(bound),
+        ):
+            yield Doorway(port, script, client, service)
+
+
+def json_answer(value: object, status: int = 200, **headers: str) -> Callable[[Request], Response]:
+    def answer(_request: Request) -> Response:
+        return Response(msgspec.json.encode(value), status_code=status, headers=headers, media_type="application/json")
+
+    return answer
+
+
+def stream_answer(*chunks: bytes) -> Callable[[Request], Response]:
+    async def body() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    def answer(_request: Request) -> Response:
+        return StreamingResponse(body(), media_type="text/event-stream")
+
+    return answer

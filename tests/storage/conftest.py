@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator
+
+import pytest
+import redis as redis_py
+
+from octollm.clock import SystemClock
+from octollm.storage.engine import Database, open_database
+from octollm.storage.keys import Keys
+from octollm.storage.redis import RedisClient, open_redis
+
+REDIS_URL = os.environ.get("OCTOLLM_TEST_REDIS_URL", "redis://127.0.0.1:6379/0")
+
+
+def need_redis() -> str:
+    """Return the URL of a real Redis; without one skip, or fail under CI."""
+    try:
+        client = redis_py.Redis.from_url(REDIS_URL, socket_connect_timeout=1)
+        client.ping()
+        client.close()
+    except redis_py.RedisError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"no Redis at {REDIS_URL}: {error}")
+        pytest.skip(f"no Redis at {REDIS_URL}")
+    return REDIS_URL
+
+
+def drop_keys(prefix: str) -> None:
+    client = redis_py.Redis.from_url(REDIS_URL)
+    for key in client.scan_iter(match=f"{prefix}*"):
+        client.delete(key)
+    client.close()
+
+
+@pytest.fixture
+def redis_url() -> str:
+    return need_redis()
+
+
+@pytest.fixture
+def keys() -> Keys:
+    return Keys(prefix=f"test-{uuid.uuid4().hex}:")
+
+
+@pytest.fixture(params=["memory", pytest.param("server", marks=pytest.mark.redis)])
+async def redis(request: pytest.FixtureRequest, keys: Keys) -> AsyncIterator[RedisClient]:
+    url = "memory://" if request.param == "memory" else need_redis()
+    async with open_redis(url) as client:
+        yield client
+    if request.param == "server":
+        drop_keys(keys.prefix)
+
+
+@pytest.fixture
+async def db() -> AsyncIterator[Database]:
+    async with open_database("memory://", clock=SystemClock()) as database:
+        yield database

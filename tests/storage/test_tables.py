@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import LargeBinary, delete, func, select, text, update
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from octollm.contracts.task import TaskContract
+from octollm.errors import OctoError
+from octollm.storage.engine import Database
+from octollm.storage.migrations import migrate
+from octollm.storage.tables import (
+    MEMORY,
+    ORCHESTRATOR,
+    budgets,
+    documents,
+    events,
+    facts,
+    files,
+    passages,
+    passages_fts,
+    steps,
+    tasks,
+)
+
+NOW = 1762770600.0
+
+
+@pytest.fixture
+async def orchestrator(db: Database) -> Database:
+    await migrate(db, "orchestrator")
+    return db
+
+
+@pytest.fixture
+async def memory(db: Database) -> Database:
+    await migrate(db, "memory")
+    return db
+
+
+def task(**values: object) -> dict[str, object]:
+    return {
+        "task_id": "task-1",
+        "tenant": "t",
+        "sub": "alice",
+        "goal": "g",
+        "contract": TaskContract(goal="g"),
+        "status": "accepted",
+        "created_at": NOW,
+        "updated_at": NOW,
+    } | values
+
+
+def test_the_services_share_no_table() -> None:
+    assert not set(ORCHESTRATOR.tables) & set(MEMORY.tables)
+
+
+def test_one_schema_serves_postgresql_too() -> None:
+    dialect = postgresql.dialect()  # pyright: ignore
+    for metadata in (ORCHESTRATOR, MEMORY):
+        for table in metadata.sorted_tables:
+            assert str(CreateTable(table).compile(dialect=dialect))
+            for index in table.indexes:
+                assert index.name is not None
+                assert str(CreateIndex(index).compile(dialect=dialect))
+    assert "JSONB" in str(CreateTable(tasks).compile(dialect=dialect))
+    assert "BIGSERIAL" in str(CreateTable(events).compile(dialect=dialect))
+    assert "WHERE seq IS NULL" in "".join(str(CreateIndex(i).compile(dialect=dialect)) for i in events.indexes)
+
+
+def test_every_table_of_a_tenant_names_it() -> None:
+    for table in (tasks, files, events, documents, passages, facts):
+        assert not table.c.tenant.nullable
+
+
+async def test_json_takes_structs_and_gives_plain_values(orchestrator: Database) -> None:
+    async with orchestrator.transaction() as tx:
+        await tx.execute(tasks.insert().values(task(plan=None)))
+    async with orchestrator.read() as connection:
+        row = await connection.first(select(tasks))
+    assert row is not None
+    assert row["contract"] == {"goal": "g"}
+    assert row["plan"] is None
+    assert (row["kind"], row["progress"], row["run"], row["version"]) == ("task", 0, 0, 0)
+
+
+async def test_what_belongs_to_a_task_goes_with_it(orchestrator: Database) -> None:
+    async with orchestrator.transaction() as tx:
+        await tx.execute(tasks.insert().values(task()))
+        await tx.execute(
+            steps.insert().values(task_id="task-1", step="s1", arm="coder", spec={}, created_at=NOW, updated_at=NOW)
+        )
+        await tx.execute(budgets.insert().values(task_id="task-1"))
+        await tx.execute(delete(tasks))
+        assert await tx.scalar(select(func.count()).select_from(steps)) == 0
+        assert await tx.scalar(select(func.count()).select_from(budgets)) == 0
+
+
+async def test_a_step_needs_its_task(orchestrator: Database) -> None:
+    with pytest.raises(OctoError) as caught:
+        async with orchestrator.transaction() as tx:
+            await tx.execute(
+                steps.insert().values(task_id="none", step="s1", arm="x", spec={}, created_at=NOW, updated_at=NOW)
+            )
+    assert caught.value.code == "state_conflict"
+
+
+async def test_files_keep_their_bytes_per_tenant(orchestrator: Database) -> None:
+    assert isinstance(files.c.body.type, LargeBinary)
+    body = bytes(range(256))
+    async with orchestrator.transaction() as tx:
+        for tenant in ("a", "b"):
+            await tx.execute(
+                files.insert().values(tenant=tenant, digest="d", name="n", size=256, body=body, created_at=NOW)
+            )
+    async with orchestrator.read() as connection:
+        assert await connection.scalar(select(files.c.body).where(files.c.tenant == "b")) == body
+
+
+async def add_passage(memory: Database, tenant: str, body: str) -> None:
+    async with memory.transaction() as tx:
+        await tx.execute(
+            tx.insert(documents).values(tenant=tenant, digest="d", name="n", created_at=NOW).on_conflict_do_nothing()
+        )
+        place = await tx.scalar(select(func.count()).select_from(passages).where(passages.c.tenant == tenant))
+        await tx.execute(
+            passages.insert().values(tenant=tenant, digest="d", position=place, line_start=1, line_end=1, text=body)
+        )
+
+
+async def search(memory: Database, tenant: str, words: str) -> list[str]:
+    query = (
+        select(passages.c.text)
+        .join(passages_fts, passages_fts.c.rowid == passages.c.id)
+        .where(text("passages_fts MATCH :words"), passages.c.tenant == tenant)
+        .order_by(text("bm25(passages_fts)"))
+        .params(words=words)
+    )
+    async with memory.read() as connection:
+        return [row["text"] for row in await connection.all(query)]
+
+
+async def test_the_full_text_index_follows_the_passages(memory: Database) -> None:
+    await add_passage(memory, "a", "The octopus opens jars.")
+    await add_passage(memory, "a", "A squid café.")
+    await add_passage(memory, "b", "Another octopus.")
+    assert await search(memory, "a", "octopus") == ["The octopus opens jars."]
+    assert await search(memory, "a", "opened") == ["The octopus opens jars."]
+    assert await search(memory, "a", "cafe") == ["A squid café."]
+    async with memory.transaction() as tx:
+        await tx.execute(update(passages).where(passages.c.tenant == "b").values(text="A whale."))
+        await tx.execute(delete(documents).where(documents.c.tenant == "a"))
+    assert await search(memory, "a", "octopus") == []
+    assert await search(memory, "b", "octopus") == []
+    assert await search(memory, "b", "whale") == ["A whale."]

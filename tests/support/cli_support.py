@@ -1,0 +1,171 @@
+"""Running the command as its users do: a process of its own, with a home, ports and a folder of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from octollm.contracts.services import SERVICES
+from octollm.embedded.home import running_in
+from octollm.testing import wait_until
+
+CODE = 'def double(number: int) -> int:\n    """Return twice the number."""\n    return number * 2'
+EXAMPLES = "assert double(2) == 4\nassert double(0) == 0\nassert double(-3) == -6\nassert double(10) == 20"
+GOAL = "Write a Python function double(number) with tests"
+
+
+def answers(asked):
+    """Answer as a good model would: by what the prompt asks for."""
+    if asked.schema is not None and "steps" in str(asked.schema):
+        return '{"steps": [{"title": "Write double", "criteria": ["It doubles."]}]}'
+    if asked.system.startswith("You judge"):
+        return '{"accepted": true, "reason": ""}'
+    if "test cases" in asked.system:
+        return EXAMPLES
+    return f"```python\n{CODE}\n```"
+
+
+def free_shift() -> int:
+    """Return a port shift whose ports are all free."""
+    # Below the ports that the system gives to outgoing connections.
+    start = 1000 + int.from_bytes(os.urandom(2)) % 8000
+    for shift in range(start, 24000, 307):
+        try:
+            for info in SERVICES.values():
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", info.port + shift))
+        except OSError:
+            continue
+        return shift
+    raise AssertionError("no free ports")
+
+
+@dataclass
+class Ended:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Place:
+    """Where commands run. ``settings`` are further environment variables."""
+
+    root: Path
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shift = free_shift()
+        for folder in ("work", "tmp"):
+            (self.root / folder).mkdir()
+
+    @property
+    def home(self) -> Path:
+        return self.root / "home"
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    @property
+    def door(self) -> str:
+        return f"http://127.0.0.1:{8000 + self.shift}"
+
+    @property
+    def left_behind(self) -> list[str]:
+        """Return what is in the folder for temporary files."""
+        return [path.name for path in (self.root / "tmp").iterdir()]
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("OCTOLLM_")}
+        return {
+            **kept,
+            "OCTOLLM_HOME": str(self.home),
+            "OCTOLLM_PORT_SHIFT": str(self.shift),
+            "TMPDIR": str(self.root / "tmp"),
+            "NO_COLOR": "1",
+            **self.settings,
+        }
+
+    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            "from octollm.cli import main; main()",
+            *arguments,
+            cwd=self.work,
+            env=self.environment(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    async def run(self, *arguments: str, seconds: float = 60) -> Ended:
+        return await self.end(await self.start(*arguments), seconds)
+
+    async def end(self, process: asyncio.subprocess.Process, seconds: float = 60) -> Ended:
+        """Wait for the end; a process that does not end is killed and fails the test."""
+        try:
+            async with asyncio.timeout(seconds):
+                out, err = await process.communicate()
+        except TimeoutError:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+            raise
+        return Ended(process.returncode, out.decode(), err.decode())
+
+    async def interrupt(self, process: asyncio.subprocess.Process, number: int = signal.SIGINT) -> Ended:
+        process.send_signal(number)
+        return await self.end(process, 20)
+
+    async def up(self) -> asyncio.subprocess.Process:
+        """Start `octollm up` and wait until the door says that all is ready."""
+        process = await self.start("up")
+
+        async def ready() -> bool:
+            assert process.returncode is None, (await process.communicate())[1].decode()
+            running = await running_in(self.home)
+            if running is None or running.pid != process.pid:
+                return False
+            async with httpx.AsyncClient() as client:
+                try:
+                    return (await client.get(f"{self.door}/ready")).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+        await wait_until(ready, description="the door is ready", timeout=60, interval=0.05)
+        return process
+
+    def ports_are_free(self) -> bool:
+        """Say whether every port may be bound again."""
+        for info in SERVICES.values():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", info.port + self.shift))
+                except OSError:
+                    return False
+        return True
+
+    def processes_left(self, pid: int) -> list[str]:
+        """Return the processes of the session that a command began."""
+        found = []
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = status.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            # Field 6 is the session (proc(5)); a zombie is over.
+            if int(fields[3]) == pid and fields[0] != "Z":
+                found.append(status.parent.name)
+        return found

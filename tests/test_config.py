@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from octollm.config import SPECS, read_settings, unknown_settings
+from octollm.errors import SettingError
+
+SERVICES = ("coder", "reflex")
+
+
+def test_nothing_set_is_the_default() -> None:
+    settings = read_settings({}, SERVICES)
+    assert (settings.model, settings.host, settings.local_trust) == ("embedded", "127.0.0.1", True)
+    assert settings.home.is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MODEL", "gpt"),
+        ("MODEL", "openai:"),
+        ("MODEL_URL", "ftp://x"),
+        ("MODEL_CONTEXT", "12"),
+        ("REDIS_URL", "http://x"),
+        ("LOCAL_TRUST", "maybe"),
+        ("PORT_SHIFT", "-1"),
+        ("RATE_LIMIT", "many"),
+        ("MAX_TOKENS", "0"),
+        ("MAX_TIME_SECONDS", "soon"),
+        ("SANDBOX", "none"),
+        ("LOG_LEVEL", "loud"),
+        ("CODER_URL", "coder:8102"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_name(name: str, value: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        read_settings({f"OCTOLLM_{name}": value}, SERVICES)
+    assert caught.value.code == "setting_invalid"
+    assert f"OCTOLLM_{name}" in caught.value.detail
+
+
+def test_a_wrong_secret_is_not_shown() -> None:
+    with pytest.raises(SettingError) as caught:
+        read_settings({"OCTOLLM_REDIS_URL": "http://user:hunter2@host"}, SERVICES)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_addresses_of_services_may_be_several() -> None:
+    settings = read_settings({"OCTOLLM_CODER_URL": "http://a:1, http://b:2/"}, SERVICES)
+    assert settings.service_urls == {"coder": ("http://a:1", "http://b:2")}
+
+
+def test_a_misspelt_setting_is_pointed_out() -> None:
+    (sentence,) = unknown_settings({"OCTOLLM_MODLE": "x", "OCTOLLM_MODEL": "embedded", "OTHER": "y"}, SERVICES)
+    assert "OCTOLLM_MODLE" in sentence
+    assert "OCTOLLM_MODEL" in sentence
+
+
+def test_every_setting_has_a_meaning_and_a_default_that_is_right() -> None:
+    for spec in SPECS.values():
+        assert spec.meaning.endswith(".")
+        spec.parse(spec.default)
