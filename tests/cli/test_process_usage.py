@@ -37,7 +37,7 @@ async def test_wrong_usage_is_exit_code_2(place, line):
 
 
 async def test_nothing_that_runs_is_said_with_what_to_do(place):
-    ended = await place.run("run", GOAL)
+    ended = await place.run("run", GOAL, "--no-start")
     assert ended.code == 1
     assert place.door in ended.err
     assert "octollm up" in ended.err

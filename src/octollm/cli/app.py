@@ -9,7 +9,8 @@ import typer
 
 from octollm import __version__
 from octollm.cli.app_admin import keys_app, models_app, token_app
-from octollm.cli.app_tasks import events_app, task_app
+from octollm.cli.app_tasks import TaskId, events_app, task_app
+from octollm.cli.completing import complete_arm
 
 DEMO_GOAL = "Write a Python function is_palindrome(text) with tests"
 """What `octollm demo` asks for when it is given nothing else."""
@@ -19,11 +20,11 @@ app = typer.Typer(
     help="Run a team of LLM agents as secure, observable services.\n\n"
     "Start one installation with [bold]octollm up[/], give it goals with [bold]octollm run[/].",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. "
-    "Settings are environment variables OCTOLLM_*: see `octollm config`.",
+    "Settings are environment variables OCTOLLM_*: see `octollm config`. Something does not work: `octollm doctor`.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(task_app, rich_help_panel="Tasks")
@@ -80,24 +81,59 @@ def run(
     max_tokens: Annotated[int | None, typer.Option(help="Tokens that the task may use.", min=1)] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Seconds that the task may take.", min=1)] = None,
     max_cost: Annotated[float | None, typer.Option(help="US dollars that the task may cost.", min=0)] = None,
+    start: Annotated[
+        bool, typer.Option(help="Where none runs on this machine, start an installation for this goal alone.")
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object to standard output, and the rest to standard error.")
     ] = False,
 ) -> None:
-    """Give a goal to the installation that runs, watch it live, and save the result to ./octollm-results."""
+    """Give a goal to the installation that runs, watch it live, and save the result to ./octollm-results.
+
+    Where none runs, one is started in this process for the goal, and stopped after it; never with OCTOLLM_URL set.
+    Ctrl-C cancels the task. The exit code is 0 only when the task completed.
+    """
     from octollm.cli.commands import run_goal_command  # noqa: PLC0415
     from octollm.contracts.task import Budget  # noqa: PLC0415
 
     budget = Budget(max_tokens=max_tokens, max_cost_usd=max_cost, max_time_seconds=max_seconds)
-    raise typer.Exit(run_goal_command(goal, file or [], criterion or [], budget, as_json=as_json))
+    raise typer.Exit(run_goal_command(goal, file or [], criterion or [], budget, as_json=as_json, start=start))
 
 
 @app.command(rich_help_panel="Tasks")
-def watch(task_id: Annotated[str, typer.Argument(help="The task's id.")]) -> None:
-    """Follow a task live, from its beginning; Ctrl-C leaves it running."""
+def watch(
+    task_id: TaskId,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each frame as one line of JSON.")] = False,
+) -> None:
+    """Follow a task live, from its beginning, and save its result; Ctrl-C leaves it running."""
     from octollm.cli.commands import watch_command  # noqa: PLC0415
 
-    raise typer.Exit(watch_command(task_id))
+    raise typer.Exit(watch_command(task_id, as_json=as_json))
+
+
+@app.command(rich_help_panel="Installation")
+def arms(
+    name: Annotated[str | None, typer.Argument(help="Tell all about this one.", autocompletion=complete_arm)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the arms: what each does, what it offers and calls, and where it answers."""
+    from octollm.cli.arm_views import arms_command  # noqa: PLC0415
+
+    raise typer.Exit(arms_command(name, as_json=as_json))
+
+
+@app.command(rich_help_panel="Installation")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at everything that an installation needs, and say what to do about what is wrong.
+
+    Looks at Python, the settings, the home, disk and ports, the model, the sandbox, Redis, and every service that
+    runs. Each check ends within 20 seconds. The exit code is 1 when something is broken; warnings leave it 0.
+    """
+    from octollm.cli.doctor import doctor_command  # noqa: PLC0415
+
+    raise typer.Exit(doctor_command(as_json=as_json))
 
 
 @app.command(rich_help_panel="Installation")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from octollm.cli.completing import complete_model
+
 models_app = typer.Typer(name="models", help="Fetch and list the embedded models.", no_args_is_help=True)
 keys_app = typer.Typer(name="keys", help="Make, list and revoke API keys.", no_args_is_help=True)
 token_app = typer.Typer(name="token", help="Make tokens for direct calls.", no_args_is_help=True)
@@ -16,7 +18,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @models_app.command("pull")
 def pull(
-    name: Annotated[str | None, typer.Argument(help="A name of `octollm models list`; else the smallest.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A name of `octollm models list`; else the smallest.", autocompletion=complete_model),
+    ] = None,
     source: Annotated[
         Path | None,
         typer.Option("--from", help="Take the model from this file, not the network.", metavar="PATH"),
@@ -40,11 +45,12 @@ def list_models(as_json: AsJson = False) -> None:
 def create_key(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
     scope: Annotated[str, typer.Option(help="Presets (user, admin) and scopes, separated by spaces.")] = "user",
+    as_json: AsJson = False,
 ) -> None:
     """Make an API key and print its secret, this once."""
     from octollm.cli.key_views import create_command  # noqa: PLC0415
 
-    raise typer.Exit(create_command(name, scope))
+    raise typer.Exit(create_command(name, scope, as_json=as_json))
 
 
 @keys_app.command("list")
@@ -56,11 +62,13 @@ def list_keys(as_json: AsJson = False) -> None:
 
 
 @keys_app.command("revoke")
-def revoke_key(key_id: Annotated[str, typer.Argument(help="The key's id, from `octollm keys list`.")]) -> None:
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="The key's id, from `octollm keys list`.")], as_json: AsJson = False
+) -> None:
     """Revoke an API key; its tokens end with it."""
     from octollm.cli.key_views import revoke_command  # noqa: PLC0415
 
-    raise typer.Exit(revoke_command(key_id))
+    raise typer.Exit(revoke_command(key_id, as_json=as_json))
 
 
 @token_app.command("mint")
@@ -68,8 +76,9 @@ def mint(
     scope: Annotated[str, typer.Option(help='Scopes, separated by spaces, e.g. "coder:execute".')],
     aud: Annotated[str, typer.Option(help="The one service that takes the token, e.g. coder.", metavar="SERVICE")],
     lifetime: Annotated[int, typer.Option(help="Seconds until it ends.", min=1, max=3600)] = 3600,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with when it ends.")] = False,
 ) -> None:
     """Print a token for direct calls to one service, and nothing else."""
     from octollm.cli.key_views import mint_command  # noqa: PLC0415
 
-    raise typer.Exit(mint_command(scope, aud, lifetime))
+    raise typer.Exit(mint_command(scope, aud, lifetime, as_json=as_json))

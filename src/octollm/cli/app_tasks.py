@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from octollm.cli.completing import complete_task
 from octollm.contracts.task import TaskStatus
 
 task_app = typer.Typer(name="task", help="List, show and cancel tasks.", no_args_is_help=True)
 events_app = typer.Typer(name="events", help="Follow the event log.", no_args_is_help=True)
 
-TaskId = Annotated[str, typer.Argument(help="The task's id.")]
+TaskId = Annotated[str, typer.Argument(help="The task's id.", autocompletion=complete_task)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -36,11 +37,11 @@ def show_task(task_id: TaskId, as_json: AsJson = False) -> None:
 
 
 @task_app.command("cancel")
-def cancel_task(task_id: TaskId) -> None:
-    """Cancel a task that is not done."""
+def cancel_task(task_id: TaskId, as_json: AsJson = False) -> None:
+    """Cancel a task that is not done; whatever it has running stops."""
     from octollm.cli.task_views import cancel_command  # noqa: PLC0415
 
-    raise typer.Exit(cancel_command(task_id))
+    raise typer.Exit(cancel_command(task_id, as_json=as_json))
 
 
 @events_app.command("tail")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from octollm.cli.door import open_door
+from rich.text import Text
+
+from octollm.cli.door import nothing_runs, open_door
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE, EXIT_FAILED
-from octollm.cli.goal import Order, carry_out, follow, show_outcome
+from octollm.cli.goal import Order, carry_out, follow, print_updates, show_outcome
 from octollm.cli.goal_files import check_goal, read_files
 from octollm.cli.results import folder_of, save_outcome
 from octollm.cli.running import run_command
@@ -38,28 +40,36 @@ def up_command() -> int:
 
 
 def run_goal_command(
-    goal: str, files: Sequence[Path], criteria: Sequence[str], budget: Budget, *, as_json: bool
+    goal: str, files: Sequence[Path], criteria: Sequence[str], budget: Budget, *, as_json: bool, start: bool
 ) -> int:
-    """Give a goal to the public door. Input is checked before anything is sent."""
+    """Give a goal to the public door. Input is checked before anything is sent or started."""
 
     async def work() -> int:
         order = Order(check_goal(goal), read_files(files), budget, criteria)
-        async with open_door(command_settings()) as door:
-            console = messages() if as_json else output()
+        settings = command_settings()
+        console = messages() if as_json else output()
+        if start and await nothing_runs(settings):
+            from octollm.cli.hosting import do_one_goal  # noqa: PLC0415  brings in every service; a client needs none
+
+            console.print(Text("Nothing runs here yet: starting an installation for this goal", "octo.quiet"))
+            return await do_one_goal(settings, order, console, as_json=as_json)
+        async with open_door(settings) as door:
             return await carry_out(door, order, console, root=Path.cwd(), as_json=as_json)
 
     return run_command(work)
 
 
-def watch_command(task_id: str) -> int:
+def watch_command(task_id: str, *, as_json: bool) -> int:
     """Follow a task; its end is the command's."""
 
     async def work() -> int:
         console = output()
         async with open_door(command_settings()) as door:
-            task = await follow(door, task_id, console)
+            task = await (print_updates(door, task_id) if as_json else follow(door, task_id, console))
             folder = folder_of(task_id, Path.cwd())
-            show_outcome(await save_outcome(door, task, folder), console, door, folder)
+            outcome = await save_outcome(door, task, folder)
+            if not as_json:
+                show_outcome(outcome, console, door, folder)
             return EXIT_DONE if task.status == "completed" else EXIT_FAILED
 
     return run_command(work)

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 ANSWER_SECONDS = 30.0
 UPLOAD_SECONDS = 120.0
+LOOK_SECONDS = 2.0
 
 
 class Door:
@@ -92,6 +93,18 @@ class Door:
                 f"What answers at {self.url} is not an OctoLLM of this version. Is another program on that port?",
                 code="peer_protocol",
             ) from error
+
+
+async def nothing_runs(settings: Settings) -> bool:
+    """Say whether no installation answers on this machine, and none elsewhere is meant."""
+    if settings.url is not None or await running_in(settings.home) is not None:
+        return False
+    async with open_door(settings) as door:
+        try:
+            await door.http.send("GET", f"{door.url}/health", {}, None, seconds=LOOK_SECONDS)
+        except TransportError as error:
+            return error.code == "connect_failed"
+        return False
 
 
 @contextlib.asynccontextmanager

@@ -55,6 +55,18 @@ async def follow(door: Door, task_id: str, console: Console) -> TaskView:
         async with contextlib.aclosing(task_updates(door, task_id)) as updates:
             async for update in updates:
                 view.show(update)
+    return await _ended(door, task_id)
+
+
+async def print_updates(door: Door, task_id: str) -> TaskView:
+    """Print a task's updates until it ends, one line of JSON each; return it as it ended."""
+    async with contextlib.aclosing(task_updates(door, task_id)) as updates:
+        async for update in updates:
+            print(msgspec.json.encode(update).decode(), flush=True)
+    return await _ended(door, task_id)
+
+
+async def _ended(door: Door, task_id: str) -> TaskView:
     task = await door.get(f"/tasks/{task_id}", TaskView)
     if task.status not in FINAL:
         raise OctoError(f"The updates of {task_id} ended before the task did ({task.status}).", code="peer_protocol")

@@ -55,8 +55,13 @@ async def stay_up(settings: Settings, console: Console) -> int:
 
 async def show_demo(settings: Settings, goal: str, console: Console) -> int:
     """Run an installation for one goal; return the exit code of the goal."""
+    return await do_one_goal(settings, Order(goal), console)
+
+
+async def do_one_goal(settings: Settings, order: Order, console: Console, *, as_json: bool = False) -> int:
+    """Run an installation for one order; return its exit code."""
     async with running_system(settings, console) as system:
         key = None if settings.local_trust and is_loopback(settings.host) else system.local_key
         door = Door(system.door, key, system.http)
         page = f"{system.door}/ shows this task too, once `octollm up` runs"
-        return await carry_out(door, Order(goal), console, root=Path.cwd(), page=page)
+        return await carry_out(door, order, console, root=Path.cwd(), page=page, as_json=as_json)

@@ -16,12 +16,15 @@ from octollm.cli.terminal import messages, output
 from octollm.contracts.api import KeyList, KeyRequest, NewKey, TokenAnswer, TokenRequest
 
 
-def create_command(name: str, scope: str) -> int:
+def create_command(name: str, scope: str, *, as_json: bool) -> int:
     """Make a key; its secret is all that goes to standard output, so that it can be taken from there."""
 
     async def work() -> int:
         async with open_door(command_settings()) as door:
             made = await door.post("/keys", KeyRequest(name, scope), NewKey)
+        if as_json:
+            print(msgspec.json.encode(made).decode(), flush=True)
+            return EXIT_DONE
         messages().print(Text(f"Key {made.key.id} ({made.key.name}: {made.key.scope}). It is shown this once:"))
         print(made.secret, flush=True)
         return EXIT_DONE
@@ -52,25 +55,28 @@ def list_command(*, as_json: bool) -> int:
     return run_command(work)
 
 
-def revoke_command(key_id: str) -> int:
+def revoke_command(key_id: str, *, as_json: bool) -> int:
     """Revoke a key."""
 
     async def work() -> int:
         async with open_door(command_settings()) as door:
             await door.send("DELETE", f"/keys/{quote(key_id, safe='')}")
-        output().print(Text(f"Key {key_id} is revoked."))
+        if as_json:
+            print(msgspec.json.encode({"id": key_id, "state": "revoked"}).decode())
+        else:
+            output().print(Text(f"Key {key_id} is revoked."))
         return EXIT_DONE
 
     return run_command(work)
 
 
-def mint_command(scope: str, aud: str, lifetime: int) -> int:
+def mint_command(scope: str, aud: str, lifetime: int, *, as_json: bool) -> int:
     """Print a token alone."""
 
     async def work() -> int:
         async with open_door(command_settings()) as door:
             answer = await door.post("/token", TokenRequest(scope, aud, lifetime), TokenAnswer)
-        print(answer.access_token, flush=True)
+        print(msgspec.json.encode(answer).decode() if as_json else answer.access_token, flush=True)
         return EXIT_DONE
 
     return run_command(work)

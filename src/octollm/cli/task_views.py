@@ -63,13 +63,16 @@ def show_command(task_id: str, *, as_json: bool) -> int:
     return run_command(work)
 
 
-def cancel_command(task_id: str) -> int:
+def cancel_command(task_id: str, *, as_json: bool) -> int:
     """Cancel one task."""
 
     async def work() -> int:
         async with open_door(command_settings()) as door:
             task = await door.post(f"/tasks/{quote(task_id, safe='')}/cancel", None, TaskView)
-        output().print(Text(f"{task.task_id} is {task.status}."))
+        if as_json:
+            print(msgspec.json.encode(task).decode())
+        else:
+            output().print(Text(f"{task.task_id} is {task.status}."))
         return EXIT_DONE
 
     return run_command(work)

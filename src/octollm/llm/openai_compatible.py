@@ -41,6 +41,7 @@ from octollm.llm.types import (
 
 OPENAI_URL = "https://api.openai.com/v1"
 _ERROR_BYTES = 64 * 1024
+_LIST_BYTES = 4 * 1024 * 1024
 _DETAIL_CHARACTERS = 300
 _MAX_RETRY_AFTER = 3600.0
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
@@ -112,6 +113,25 @@ class OpenAICompatibleModel:
                         yield piece
         except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
             raise self._broken(exc) from exc
+
+    async def served(self) -> frozenset[str] | None:
+        """Return the names in the server's list of models, which costs nothing; ``None`` where it keeps no list.
+
+        Raises ``model_failed`` when the server is away or refuses the key.
+        """
+        headers = {"authorization": f"Bearer {self._key}"} if self._key is not None else {}
+        try:
+            async with self._client.stream("GET", f"{self._base_url}/models", headers) as response:
+                if response.status in (401, 403):
+                    raise await self._refused(response)
+                if response.status != 200:
+                    return None
+                listed = msgspec.json.decode(await _read(response, _LIST_BYTES), type=_ModelList)
+        except msgspec.DecodeError:
+            return None
+        except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
+            raise self._broken(exc) from exc
+        return frozenset(entry.id for entry in listed.data)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -230,6 +250,14 @@ class _Chunk(msgspec.Struct, frozen=True):
     error: _Error | None = None
 
 
+class _Listed(msgspec.Struct, frozen=True):
+    id: str
+
+
+class _ModelList(msgspec.Struct, frozen=True):
+    data: tuple[_Listed, ...]
+
+
 class _ErrorBody(msgspec.Struct, frozen=True):
     error: _Error
 
@@ -259,15 +287,20 @@ def _finish(reason: str | None) -> FinishReason | None:
 
 async def _error_of(response: Response) -> _Error:
     """Return what an error answer says, as far as it can be understood."""
+    try:
+        return msgspec.json.decode(await _read(response, _ERROR_BYTES), type=_ErrorBody).error
+    except msgspec.DecodeError:
+        return _Error()
+
+
+async def _read(response: Response, most: int) -> bytes:
+    """Return the beginning of an answer: what came until there were more than ``most`` bytes."""
     raw = bytearray()
     async for chunk in response.content:
         raw += chunk
-        if len(raw) > _ERROR_BYTES:
+        if len(raw) > most:
             break
-    try:
-        return msgspec.json.decode(raw, type=_ErrorBody).error
-    except msgspec.DecodeError:
-        return _Error()
+    return bytes(raw)
 
 
 def _retry_after(response: Response) -> float | None:

@@ -1,0 +1,67 @@
+"""`octollm arms`."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.table import Table
+from rich.text import Text
+
+from octollm.cli.door import open_door
+from octollm.cli.environment import command_settings
+from octollm.cli.exits import EXIT_DONE
+from octollm.cli.running import run_command
+from octollm.cli.terminal import output
+from octollm.contracts.api import ArmList, ArmView
+from octollm.errors import OctoError
+
+
+def arms_command(name: str | None, *, as_json: bool) -> int:
+    """List the arms, or tell all about one."""
+
+    async def work() -> int:
+        async with open_door(command_settings()) as door:
+            arms = (await door.get("/arms", ArmList)).arms
+        if name is not None:
+            _one(_named(name, arms), as_json=as_json)
+        elif as_json:
+            print(msgspec.json.encode(ArmList(arms)).decode())
+        else:
+            _all(arms)
+        return EXIT_DONE
+
+    return run_command(work)
+
+
+def _named(name: str, arms: tuple[ArmView, ...]) -> ArmView:
+    for arm in arms:
+        if arm.name == name:
+            return arm
+    known = ", ".join(arm.name for arm in arms) or "none"
+    raise OctoError(f"There is no arm {name}; registered: {known}.", code="arm_unknown")
+
+
+def _all(arms: tuple[ArmView, ...]) -> None:
+    table = Table(box=None)
+    for column in ("Arm", "Operations", "Address"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("What it does", overflow="fold")
+    for arm in arms:
+        table.add_row(arm.name, ", ".join(arm.operations), arm.url, Text(arm.description))
+    output().print(table)
+
+
+def _one(arm: ArmView, *, as_json: bool) -> None:
+    if as_json:
+        print(msgspec.json.encode(arm).decode())
+        return
+    console = output()
+    rows = {
+        "Arm": arm.name,
+        "Does": arm.description,
+        "Offers": ", ".join(f"{arm.name}:{operation}" for operation in arm.operations),
+        "Calls": ", ".join(arm.calls) or "nothing",
+        "Address": arm.url,
+        "Since": arm.registered_at,
+    }
+    for label, value in rows.items():
+        console.print(Text.assemble((f"{label:<8}", "octo.title"), value))

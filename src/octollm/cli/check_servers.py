@@ -1,0 +1,79 @@
+"""Checks of what answers over the network: Redis, and the services of a running installation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from email.utils import parsedate_to_datetime
+
+import msgspec
+
+from octollm.cli.door import Door, open_door
+from octollm.cli.findings import Finding
+from octollm.config import Settings
+from octollm.contracts.services import SERVICES
+from octollm.embedded.home import running_in
+from octollm.errors import OctoError
+from octollm.rpc.health import Readiness
+from octollm.storage import open_redis
+from octollm.telemetry.masking import mask_text
+
+SKEW_SECONDS = 5.0
+"""How far the door's clock may be from this one: tokens tolerate little more."""
+
+
+async def redis(settings: Settings) -> Sequence[Finding]:
+    """Ask Redis whether it is there, and how fast it answers."""
+    if settings.redis_url.startswith("memory://"):
+        return [Finding("redis", "ok", "inside the process: other programs cannot subscribe to its events")]
+    async with open_redis(settings.redis_url) as client:
+        await client.ping()
+        begun = time.monotonic()
+        await client.ping()
+        took = (time.monotonic() - begun) * 1000
+    return [Finding("redis", "ok", f"{mask_text(settings.redis_url)} answers in {took:.1f} ms")]
+
+
+async def services(settings: Settings) -> Sequence[Finding]:
+    """Ask every service that should run whether it is ready, and for what it waits."""
+    if settings.url is None and await running_in(settings.home) is None and not settings.service_urls:
+        return [Finding("services", "ok", "none runs for this home; `octollm up` starts them")]
+    async with open_door(settings) as door:
+        urls = _urls(settings, door)
+        found = await asyncio.gather(*(_ready(door, name, url) for name, url in urls.items()))
+        return [*found, await _clock(door)]
+
+
+def _urls(settings: Settings, door: Door) -> dict[str, str]:
+    """Return where each service that this machine can reach should answer."""
+    if settings.url is not None:
+        # Behind a door that is elsewhere nothing else can be reached.
+        return {"reflex": door.url}
+    own = {name: f"http://127.0.0.1:{info.port + settings.port_shift}" for name, info in SERVICES.items()}
+    return {**own, **{name: urls[0] for name, urls in settings.service_urls.items()}, "reflex": door.url}
+
+
+async def _ready(door: Door, name: str, url: str) -> Finding:
+    try:
+        answer = await door.http.send("GET", f"{url}/ready", {}, None, seconds=5)
+        state = msgspec.json.decode(answer.body, type=Readiness)
+    except OctoError as error:
+        return Finding(name, "broken", error.detail, "Start it, or look into its log for why it ended.")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return Finding(name, "broken", f"what answers at {url} is no OctoLLM", "Is another program on that port?")
+    lacking = [f"{key}: {part.detail}" for key, part in state.dependencies.items() if not part.ok]
+    level = "ok" if state.status == "ready" else "warning" if answer.status == 200 else "broken"
+    return Finding(name, level, "; ".join([state.status, *lacking]))
+
+
+async def _clock(door: Door) -> Finding:
+    answer = await door.http.send("GET", f"{door.url}/health", {}, None, seconds=5)
+    said = answer.headers.get("date")
+    if said is None:
+        return Finding("clock", "warning", "the door does not tell its time")
+    # The header has whole seconds (RFC 9110 section 6.6.1).
+    apart = abs(parsedate_to_datetime(said).timestamp() - time.time())
+    if apart > SKEW_SECONDS:
+        return Finding("clock", "broken", f"{apart:.0f} s apart from the door's", "Set both machines' clocks by NTP.")
+    return Finding("clock", "ok", "as the door's")

@@ -1,0 +1,54 @@
+"""What the shell offers on Tab: names that this machine or the door knows. Silent where nobody answers."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+COMPLETE_SECONDS = 1.0
+"""How long somebody who pressed Tab waits at most."""
+MOST = 50
+
+
+def complete_model(begun: str) -> list[tuple[str, str]]:
+    """Return the catalogue's models that begin so."""
+    from octollm.llm.catalogue import CATALOGUE  # noqa: PLC0415  Tab should cost nothing elsewhere
+
+    return [(entry.name, entry.title) for entry in CATALOGUE if entry.name.startswith(begun)]
+
+
+def complete_arm(begun: str) -> list[tuple[str, str]]:
+    """Return the registered arms that begin so."""
+    from octollm.contracts.api import ArmList  # noqa: PLC0415  as above
+
+    found = _asked("/arms", ArmList)
+    return [(arm.name, arm.description) for arm in found.arms if arm.name.startswith(begun)] if found else []
+
+
+def complete_task(begun: str) -> list[tuple[str, str]]:
+    """Return the newest tasks that begin so, with their goals."""
+    from octollm.contracts.api import TaskList  # noqa: PLC0415  as above
+
+    found = _asked(f"/tasks?limit={MOST}", TaskList)
+    if found is None:
+        return []
+    return [(task.task_id, " ".join(task.goal.split())[:60]) for task in found.tasks if task.task_id.startswith(begun)]
+
+
+def _asked(path: str, kind: type[_T]) -> _T | None:
+    import asyncio  # noqa: PLC0415  as above
+
+    from octollm.cli.door import open_door  # noqa: PLC0415  as above
+    from octollm.cli.environment import command_settings  # noqa: PLC0415  as above
+    from octollm.errors import OctoError  # noqa: PLC0415  as above
+
+    async def ask() -> _T:
+        async with asyncio.timeout(COMPLETE_SECONDS), open_door(command_settings(warn=False)) as door:
+            return await door.get(path, kind)
+
+    try:
+        return asyncio.run(ask())
+    except (OctoError, TimeoutError):
+        # A shell that completes has no place for an error.
+        return None

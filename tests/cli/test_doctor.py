@@ -1,0 +1,119 @@
+"""`octollm doctor`: what is right, what is broken, and what to do; it never hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import stat
+
+import pytest
+
+from octollm.cli.findings import Check, Finding, look_at
+from octollm.errors import OctoError
+
+
+async def test_every_check_is_told_in_order_whatever_others_do():
+    async def good():
+        return [Finding("one", "ok", "well")]
+
+    async def raising():
+        raise OctoError("It is away. Start it.", code="unavailable")
+
+    found = await look_at([Check("two", raising), Check("one", good)])
+    assert found == [Finding("two", "broken", "It is away. Start it."), Finding("one", "ok", "well")]
+
+
+async def test_a_check_that_hangs_is_broken_and_ends():
+    async def hanging():
+        await asyncio.Event().wait()
+        return []
+
+    [found] = await look_at([Check("slow", hanging)], seconds=0.05)
+    assert (found.check, found.level) == ("slow", "broken")
+
+
+async def test_a_defect_in_a_check_is_not_swallowed():
+    async def wrong():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await look_at([Check("wrong", wrong)])
+
+
+async def doctor(place) -> tuple[int, dict[str, list[dict[str, str]]]]:
+    ended = await place.run("doctor", "--json")
+    rows: dict[str, list[dict[str, str]]] = {}
+    for row in json.loads(ended.out):
+        rows.setdefault(row["check"], []).append(row)
+    return ended.code, rows
+
+
+def levels(rows, check) -> set[str]:
+    return {row["level"] for row in rows[check]}
+
+
+async def test_a_machine_where_nothing_runs_is_well(place):
+    ended = await place.run("doctor")
+    assert ended.code == 0, ended.out + ended.err
+    for word in ("python", "home", "ports", "model", "sandbox", "redis", "services"):
+        assert word in ended.out
+    assert not place.home.exists()
+
+
+async def test_a_running_installation_is_asked_service_by_service(place, up):
+    code, rows = await doctor(place)
+    assert code == 0, rows
+    for name in ("reflex", "orchestrator", "memory", "monitor", "models", "planner", "executor", "coder", "judge"):
+        assert levels(rows, name) == {"ok"}
+    assert levels(rows, "clock") == {"ok"}
+    assert str(up.pid) in rows["ports"][0]["found"]
+
+
+async def test_redis_that_is_away_is_broken_and_its_password_is_not_shown(place):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place.settings["OCTOLLM_REDIS_URL"] = f"redis://me:hidden@127.0.0.1:{port}/0"
+    ended = await place.run("doctor")
+    assert ended.code == 1
+    assert "✗ redis" in ended.out
+    assert "hidden" not in ended.out + ended.err
+
+
+async def test_a_provider_that_refuses_the_key_or_is_away_is_broken(place):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place.settings["OCTOLLM_MODEL_URL"] = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    code, rows = await doctor(place)
+    assert code == 1
+    assert levels(rows, "model") == {"broken"}
+
+
+async def test_a_model_that_is_not_here_is_said_with_how_to_get_it(place):
+    place.settings |= {"OCTOLLM_MODEL": "embedded", "OCTOLLM_MODEL_CACHE": str(place.root / "none")}
+    code, rows = await doctor(place)
+    assert code == 1
+    assert "octollm models pull" in rows["model"][0]["found"]
+
+
+async def test_keys_that_others_may_read_are_broken(place):
+    keys = place.home / "keys"
+    keys.mkdir(parents=True, mode=0o700)
+    (keys / "root.jwk").write_text("{}")
+    (keys / "root.jwk").chmod(0o644)
+    place.home.chmod(stat.S_IRWXU)
+    code, rows = await doctor(place)
+    assert code == 1
+    assert "chmod" in rows["home"][0]["found"]
+
+
+async def test_a_taken_port_and_an_unknown_setting_are_warnings(place):
+    place.settings["OCTOLLM_SANDBOXX"] = "wasi"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 8103 + place.shift))
+        other.listen()
+        code, rows = await doctor(place)
+    assert code == 0
+    assert levels(rows, "ports") == {"warning"}
+    assert "OCTOLLM_SANDBOX?" in rows["settings"][0]["found"]
