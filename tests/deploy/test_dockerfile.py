@@ -1,0 +1,122 @@
+"""The image: its Dockerfile is carried out in a clean Debian, and what comes out serves as its user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from clean_root import CleanRoot
+from dockerfile import Stage, read_dockerfile
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "deploy" / "Dockerfile").read_text()
+PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+
+
+def build_context(folder: Path) -> Path:
+    """Return the build context: what .dockerignore lets through."""
+    first, *rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line]
+    assert (first, rules[-1]) == ("*", "**/__pycache__")
+    for name in [rule.removeprefix("!") for rule in rules if rule.startswith("!")]:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def carry_out(stage: Stage, root: CleanRoot, context: Path, made: dict[str, CleanRoot]) -> None:
+    """Carry out a stage's steps as a builder would."""
+    environment = {"PATH": PATH, "HOME": "/root", "DEBIAN_FRONTEND": "noninteractive"}
+    folder, user = "/", "0"
+    for step in stage.steps:
+        if step.word == "ENV":
+            environment |= dict(part.split("=", 1) for part in step.words)
+        elif step.word == "RUN":
+            root.run("/bin/sh", "-c", step.text, environment=environment, user=user, folder=folder)
+        elif step.word == "WORKDIR":
+            folder = step.text
+            (root.path / folder[1:]).mkdir(parents=True, exist_ok=True)
+        elif step.word == "USER":
+            user = step.text
+        elif step.word == "COPY":
+            copy(step.words, root, folder, context, made)
+
+
+def copy(words: list[str], root: CleanRoot, folder: str, context: Path, made: dict[str, CleanRoot]) -> None:
+    source = context
+    if words[0].startswith("--from="):
+        source = made[words.pop(0).removeprefix("--from=")].path
+    *names, target = words
+    place = root.path / os.path.normpath(f"{folder}/{target}" if target[0] != "/" else target).lstrip("/")
+    for name in names:
+        found = source / name.lstrip("/")
+        if found.is_dir():
+            shutil.copytree(found, place, symlinks=True, dirs_exist_ok=True)
+        else:
+            goal = place / found.name if target.endswith("/") else place
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found, goal)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """Build the image; return its root and last stage."""
+    folder = tmp_path_factory.mktemp("image")
+    context = build_context(folder / "context")
+    stages = read_dockerfile(TEXT)
+    made: dict[str, CleanRoot] = {}
+    for stage in stages:
+        (folder / stage.name).mkdir()
+        made[stage.name] = CleanRoot(folder / stage.name)
+        carry_out(stage, made[stage.name], context, made)
+    yield made[stages[-1].name], stages[-1]
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment_of(stage: Stage, **more: str) -> dict[str, str]:
+    return {"HOME": "/var/lib/octollm", **stage.environment, **more}
+
+
+@pytest.mark.timeout(900)
+def test_the_image_runs_the_command_as_a_user_without_privileges(image):
+    root, stage = image
+    said = root.run(
+        *stage.last("ENTRYPOINT").words,
+        "--version",
+        environment=environment_of(stage),
+        user=stage.last("USER").text,
+        folder=stage.last("WORKDIR").text,
+    )
+    assert said.startswith("octollm ")
+    assert int(stage.last("USER").text) > 0
+
+
+@pytest.mark.timeout(300)
+def test_the_image_has_all_that_a_spread_installation_needs(image):
+    root, stage = image
+    said = root.run(
+        "python3",
+        "-c",
+        "import asyncpg, octollm; from pathlib import Path; p = Path(octollm.__file__).parent;"
+        "print((p / 'py.typed').exists(), (p / 'services/reflex/page/index.html').exists(), p)",
+        environment=environment_of(stage),
+        user=stage.last("USER").text,
+    )
+    assert said.split()[:2] == ["True", "True"]
+    assert said.split()[2].startswith("/opt/octollm/")
+    assert (root.path / "usr/bin/bwrap").exists()
+
+
+def test_no_secret_and_no_test_gets_into_the_image(tmp_path):
+    context = build_context(tmp_path)
+    names = {path.name for path in context.iterdir()}
+    assert names == {"pyproject.toml", "README.md", "LICENSE", "src"}
+
+
+def test_the_reader_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="ONBUILD"):
+        read_dockerfile("FROM x\nONBUILD RUN true")
