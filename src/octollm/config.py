@@ -29,9 +29,15 @@ class Settings:
     model_cache: Path
     model_context: int
     redis_url: str
+    database_url: str | None
+    keys: Path | None
+    join_secret: str | None
     local_trust: bool
     host: str
+    port: int
     port_shift: int
+    advertise_url: str | None
+    start_seconds: float
     allowed_hosts: tuple[str, ...]
     rate_limit: str
     max_tokens: int
@@ -64,6 +70,10 @@ def _optional(value: str) -> str | None:
 
 def _path(value: str) -> Path:
     return Path(value).expanduser().absolute()
+
+
+def _optional_path(value: str) -> Path | None:
+    return _path(value) if value else None
 
 
 def _url(*schemes: str) -> Callable[[str], str | None]:
@@ -158,6 +168,17 @@ SPECS: dict[str, Spec] = {
         _url("redis", "rediss", "memory"),
         secret=True,
     ),
+    "database_url": Spec(
+        "DATABASE_URL",
+        "",
+        "SQL database of the services that have one; empty is SQLite in the home.",
+        _url("postgresql", "sqlite"),
+        secret=True,
+    ),
+    "keys": Spec("KEYS", "", "Folder of the keys of one service; empty is the home's.", _optional_path),
+    "join_secret": Spec(
+        "JOIN_SECRET", "", "Lets an arm of one's own join an installation the first time.", _optional, secret=True
+    ),
     "local_trust": Spec(
         "LOCAL_TRUST",
         "on",
@@ -165,7 +186,17 @@ SPECS: dict[str, Spec] = {
         _switch,
     ),
     "host": Spec("HOST", "127.0.0.1", "Address that the services listen on.", _text),
+    "port": Spec("PORT", "0", "Port of `octollm serve`; 0 is the service's own.", _integer(0, 65535)),
     "port_shift": Spec("PORT_SHIFT", "0", "Added to every service's port.", _integer(0, 50000)),
+    "advertise_url": Spec(
+        "ADVERTISE_URL",
+        "",
+        "Where others reach what `octollm serve` serves; empty is its host name and port.",
+        _url("http", "https"),
+    ),
+    "start_seconds": Spec(
+        "START_SECONDS", "60", "How long `octollm serve` waits for what it needs.", _seconds(1, 3600)
+    ),
     "allowed_hosts": Spec(
         "ALLOWED_HOSTS",
         "",

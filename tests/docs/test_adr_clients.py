@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from redis_process import RedisProcess
 
-from octollm.embedded.system import System
+from octollm.installation.embedded import System
 from octollm.testing.scripted_model import Asked, scripted_model
 from octollm.testing.system import installation
 

@@ -21,7 +21,7 @@ from cli_support import free_shift
 
 from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
-from octollm.embedded.home import running_in
+from octollm.installation.home import running_in
 from octollm.llm.cache import ModelCache
 from octollm.testing import wait_until
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from octollm.contracts.services import SERVICES
-from octollm.embedded.home import running_in
+from octollm.installation.home import running_in
 from octollm.testing import wait_until
 
 CODE = 'def double(number: int) -> int:\n    """Return twice the number."""\n    return number * 2'

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import websockets
 
-from octollm.embedded.system import System
+from octollm.installation.embedded import System
 from octollm.testing.scripted_model import Asked, Reply
 
 FINAL = ("completed", "failed", "cancelled")

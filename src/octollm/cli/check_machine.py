@@ -14,8 +14,8 @@ from octollm import __version__
 from octollm.cli.findings import Finding
 from octollm.config import Settings, unknown_settings
 from octollm.contracts.services import SERVICES
-from octollm.embedded.home import Home, check_private, running_in
 from octollm.errors import OctoError
+from octollm.installation.home import Home, check_private, running_in
 from octollm.llm.cache import ModelCache
 from octollm.llm.select import resolve_model
 from octollm.rpc.hosting import listen

@@ -13,8 +13,8 @@ from octollm.cli.door import Door, open_door
 from octollm.cli.findings import Finding
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
-from octollm.embedded.home import running_in
 from octollm.errors import OctoError
+from octollm.installation.home import running_in
 from octollm.rpc.health import Readiness
 from octollm.storage import open_redis
 from octollm.telemetry.masking import mask_text

@@ -12,8 +12,8 @@ import msgspec
 from octollm.config import Settings
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.services import SERVICES
-from octollm.embedded.home import read_local_key, running_in
 from octollm.errors import OctoError
+from octollm.installation.home import read_local_key, running_in
 from octollm.rpc.http import Answer, Http, TransportError
 from octollm.rpc.problems import error_from_response
 

@@ -15,8 +15,8 @@ from octollm.cli.goal import Order, carry_out
 from octollm.cli.model_file import ensure_model
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.config import Settings
-from octollm.embedded.ports import is_loopback
-from octollm.embedded.system import System, embedded_system
+from octollm.installation.embedded import System, embedded_system
+from octollm.installation.ports import is_loopback
 
 
 @contextlib.asynccontextmanager

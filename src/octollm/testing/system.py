@@ -10,8 +10,8 @@ from pathlib import Path
 from octollm.clock import Clock, Ids, SystemClock, Uuid7Ids
 from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
-from octollm.embedded.services import ServiceFactory
-from octollm.embedded.system import System, embedded_system
+from octollm.installation.embedded import System, embedded_system
+from octollm.installation.services import ServiceFactory
 from octollm.llm.select import ModelChoice
 from octollm.llm.types import ChatModel
 from octollm.services.models.service import models_service

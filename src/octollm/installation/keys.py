@@ -11,8 +11,8 @@ import msgspec
 from octollm.capability import CapabilityError, PublicKey, SigningKey
 from octollm.clock import Ids
 from octollm.contracts.services import SERVICES
-from octollm.embedded.home import Home, read_private
 from octollm.errors import SettingError
+from octollm.installation.home import Home, read_private
 from octollm.services.orchestrator.accounts import KEY_PREFIX, LOCAL_KEY_ID
 
 _ROOT = "root"

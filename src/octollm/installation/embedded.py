@@ -13,12 +13,12 @@ import msgspec
 
 from octollm.clock import Clock, Ids
 from octollm.config import Settings
-from octollm.embedded.home import Home, Running, open_home
-from octollm.embedded.hosted import Hosted
-from octollm.embedded.keys import HomeKeys, load_keys
-from octollm.embedded.ports import bind_all, is_loopback
-from octollm.embedded.services import ServiceFactory, service_openers
 from octollm.errors import OctoError
+from octollm.installation.home import Home, Running, open_home
+from octollm.installation.hosted import Hosted
+from octollm.installation.keys import HomeKeys, load_keys
+from octollm.installation.ports import bind_all, is_loopback
+from octollm.installation.services import ServiceFactory, service_openers
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.health import Readiness
 from octollm.rpc.http import Http, TransportError

@@ -12,10 +12,10 @@ import pytest
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
-from octollm.embedded.home import running_in
-from octollm.embedded.services import service_openers
-from octollm.embedded.system import STAGES, STOP_STAGES, embedded_system
 from octollm.errors import OctoError
+from octollm.installation.embedded import STAGES, STOP_STAGES, embedded_system
+from octollm.installation.home import running_in
+from octollm.installation.services import service_openers
 from octollm.rpc.service import build_service
 from octollm.testing.scripted_model import scripted_model
 from octollm.testing.system import installation

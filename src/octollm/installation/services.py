@@ -7,8 +7,8 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 
 from octollm.config import Settings
-from octollm.embedded.hosted import Opener
-from octollm.embedded.keys import HomeKeys
+from octollm.installation.hosted import Opener
+from octollm.installation.keys import HomeKeys
 from octollm.rpc.service import Base, Service
 from octollm.services.arms.coder.service import coder_service
 from octollm.services.arms.executor.service import executor_service

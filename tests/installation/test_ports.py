@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from octollm.contracts.services import SERVICES
-from octollm.embedded.ports import bind_all, is_loopback
 from octollm.errors import OctoError
+from octollm.installation.ports import bind_all, is_loopback
 
 FREE = dict.fromkeys(SERVICES, 0)
 

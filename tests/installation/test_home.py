@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from octollm.clock import SystemClock, Uuid7Ids
-from octollm.embedded.home import Home, Running, open_home, read_local_key, running_in
-from octollm.embedded.keys import load_keys
 from octollm.errors import OctoError, SettingError
+from octollm.installation.home import Home, Running, open_home, read_local_key, running_in
+from octollm.installation.keys import load_keys
 
 IDS = Uuid7Ids(SystemClock())
 
@@ -45,7 +45,7 @@ async def test_the_home_is_free_again_afterwards(tmp_path):
 async def test_the_lock_ends_with_the_process_that_held_it(tmp_path):
     code = (
         "import asyncio, os, pathlib, sys\n"
-        "from octollm.embedded.home import open_home\n"
+        "from octollm.installation.home import open_home\n"
         "async def main():\n"
         "    async with open_home(pathlib.Path(sys.argv[1])):\n"
         "        print('held', flush=True)\n"
