@@ -10,7 +10,7 @@ from octollm.clock import Clock, Ids
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError, SettingError
-from octollm.installation.addresses import addresses
+from octollm.installation.addresses import addresses, advertised
 from octollm.installation.hosted import Hosted, Opener
 from octollm.installation.own_keys import own_keys
 from octollm.installation.ports import is_loopback
@@ -55,13 +55,13 @@ async def single_service(
         stack.enter_context(configure_logs(None, level=settings.log_level, clock=clock))
         http = await stack.enter_async_context(Http())
         names = await stack.enter_async_context(DnsNames())
-        discovery = StaticDiscovery(addresses(settings), names)
+        port = settings.port or SERVICES[name].port + settings.port_shift
+        discovery = StaticDiscovery({**addresses(settings), name: (advertised(settings, port),)}, names)
         redis = await stack.enter_async_context(open_redis(settings.redis_url)) if name in NEED_REDIS else None
         base = build_base(Identity(name, keys.own, keys.roots, clock, ids), http, discovery)
         supplies = Supplies(settings, redis, keys.root, None, is_loopback(settings.host))
         opener = service_opener(name, base, supplies)
         needs = _needs(name, redis, http, discovery)
-        port = settings.port or SERVICES[name].port + settings.port_shift
         host = await _started(
             name, opener, needs, (settings.host, port), settings=settings, clock=clock, tell=tell, stack=stack
         )

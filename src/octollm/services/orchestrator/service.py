@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 
 from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier
 from octollm.config import Settings
@@ -29,6 +30,7 @@ from octollm.storage import Database, Keys, RedisClient, TextStream, open_databa
 from octollm.storage.migrations import migrate
 from octollm.tasks.authority import TaskAuthority
 from octollm.tasks.claims import Claims
+from octollm.tasks.leases import Leases
 from octollm.tasks.ledger import Ledger
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerTools
@@ -55,7 +57,8 @@ async def orchestrator_service(
     keys = redis_keys or Keys()
     url = f"sqlite:///{settings.home / 'data' / 'orchestrator.db'}"
     async with contextlib.AsyncExitStack() as stack:
-        db = await stack.enter_async_context(open_database(url, clock=base.clock))
+        connect = partial(open_database, url, clock=base.clock)
+        db = await stack.enter_async_context(connect())
         await migrate(db, "orchestrator")
         log = EventLog(db, base.clock, base.ids)
         relay = await stack.enter_async_context(Relay(db, log, redis, base.clock, base.ids, keys=keys))
@@ -82,7 +85,8 @@ async def orchestrator_service(
             arms=registry.arms,
             documents=_documents(files),
         )
-        worker = Worker(tools, Claims(db, base.ids.hex()), service=base.name)
+        holder = base.ids.hex()
+        worker = Worker(tools, Claims(db, holder), partial(Leases, connect, holder, base.clock), service=base.name)
         idempotency = SqlIdempotency(db, base.ids.hex())
         verifier = Verifier(base.name, base.identity.roots, base.clock, revocations=revoking.known)
 
@@ -140,11 +144,7 @@ async def orchestrator_service(
             max_concurrent=128,
         )
 
-        def crashed(error: BaseException) -> None:
-            worker.failure = f"The worker stopped: {type(error).__name__}."
-            base.log.error("worker.crashed", error=error)
-
-        await stack.enter_async_context(worker.running(crashed))
+        await stack.enter_async_context(worker.running(lambda error: base.log.error("worker.crashed", error=error)))
         yield service
 
 
