@@ -11,8 +11,8 @@ from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 import httpx
-
 from cli_support import free_shift
+
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
 
@@ -23,16 +23,19 @@ REPLICA_SHIFT = 300
 class Replica:
     """One process of a service; started again it has the same address."""
 
-    def __init__(self, name: str, port: int, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, port: int, environment: Mapping[str, str], log: Path, *, address: str = "127.0.0.1"
+    ) -> None:
         self.name = name
         self.port = port
-        self.environment = {**environment, "OCTOLLM_PORT": str(port)}
+        self.address = address
+        self.environment = {**environment, "OCTOLLM_PORT": str(port), "OCTOLLM_HOST": address}
         self.log = log
         self.process: asyncio.subprocess.Process | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     async def start(self) -> None:
         with self.log.open("ab") as log:
@@ -132,9 +135,7 @@ class Spread:
         return (self.home / "keys" / "local.key").read_text().strip()
 
     def client(self, door: int = 0) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=self.doors[door], headers={"Authorization": f"Bearer {self.key}"}, timeout=30
-        )
+        return httpx.AsyncClient(base_url=self.doors[door], headers={"Authorization": f"Bearer {self.key}"}, timeout=30)
 
     async def start(self) -> None:
         for replica in self.all():

@@ -51,7 +51,7 @@ def _end_now() -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-async def _interruptible(work: Callable[[], Coroutine[Any, Any, int]], interrupt: Interrupt) -> int:
+async def _interruptible(work: Callable[[], Coroutine[Any, Any, int]], interrupt: Interrupt, interrupted: int) -> int:
     loop = asyncio.get_running_loop()
     task = interrupt.task = asyncio.create_task(work(), name="command")
     for number in _SIGNALS:
@@ -62,7 +62,7 @@ async def _interruptible(work: Callable[[], Coroutine[Any, Any, int]], interrupt
     except BaseException:
         # What an interrupted piece of work dies of is not what the user has to hear.
         if interrupt.happened:
-            return EXIT_INTERRUPTED
+            return interrupted
         raise
 
 
@@ -74,15 +74,21 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def run_command(work: Callable[[], Coroutine[Any, Any, int]], *, last_resort: float = LAST_RESORT_SECONDS) -> int:
+def run_command(
+    work: Callable[[], Coroutine[Any, Any, int]],
+    *,
+    last_resort: float = LAST_RESORT_SECONDS,
+    interrupted: int = EXIT_INTERRUPTED,
+) -> int:
     """Run ``work`` and return its exit code; a failure is printed, a signal stops it.
 
-    ``last_resort`` is how many seconds after a signal the process ends, whatever still runs.
+    ``last_resort`` is how many seconds after a signal the process ends, whatever still runs; ``interrupted`` is the
+    exit code of work that a signal stopped in order.
     """
     interrupt = Interrupt(last_resort)
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            return runner.run(_interruptible(work, interrupt))
+            return runner.run(_interruptible(work, interrupt, interrupted))
     except OctoError as error:
         show_error(error)
         return exit_code_of(error)

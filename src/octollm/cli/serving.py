@@ -42,7 +42,8 @@ def serve_command(service: str) -> int:
             await single.host.ended()
         return EXIT_DONE
 
-    return run_command(work, last_resort=settings.drain_seconds + SPARE_SECONDS)
+    # To be told to stop is the usual end of a service: an orchestrator of containers takes anything else for a failure.
+    return run_command(work, last_resort=settings.drain_seconds + SPARE_SECONDS, interrupted=EXIT_DONE)
 
 
 def provision_command(folder: Path, *, as_json: bool) -> int:

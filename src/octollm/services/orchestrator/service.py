@@ -12,6 +12,7 @@ from octollm.contracts.kinds import file_kind
 from octollm.contracts.operations import DocumentIn
 from octollm.errors import OctoError
 from octollm.events import EventLog, Relay
+from octollm.events.background import Background
 from octollm.rpc.health import CheckUp, Dependency
 from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.rpc.openers import CapabilityOpener, ServiceOpener
@@ -29,6 +30,7 @@ from octollm.services.orchestrator.tokens_api import TokensApi
 from octollm.storage import Database, Keys, RedisClient, TextStream, open_database
 from octollm.storage.migrations import migrate
 from octollm.tasks.authority import TaskAuthority
+from octollm.tasks.cancelling import hear_cancels
 from octollm.tasks.claims import Claims
 from octollm.tasks.leases import Leases
 from octollm.tasks.ledger import Ledger
@@ -145,6 +147,9 @@ async def orchestrator_service(
         )
 
         await stack.enter_async_context(worker.running(lambda error: base.log.error("worker.crashed", error=error)))
+        hearing = Background("cancel hints")
+        hearing.start(hear_cancels(redis, keys.cancel, worker.stop))
+        stack.push_async_callback(hearing.stop)
         yield service
 
 
