@@ -38,6 +38,7 @@ from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerTools
 from octollm.tasks.store import TaskStore
 from octollm.tasks.worker import Worker
+from octollm.telemetry import Log
 
 
 @contextlib.asynccontextmanager
@@ -148,9 +149,14 @@ async def orchestrator_service(
 
         await stack.enter_async_context(worker.running(lambda error: base.log.error("worker.crashed", error=error)))
         hearing = Background("cancel hints")
-        hearing.start(hear_cancels(redis, keys.cancel, worker.stop))
+        hearing.start(hear_cancels(redis, keys.cancel, worker.stop), on_end=lambda: _tell(hearing, base.log))
         stack.push_async_callback(hearing.stop)
         yield service
+
+
+def _tell(background: Background, log: Log) -> None:
+    if (failure := background.failure) is not None:
+        log.error("cancel_hints.crashed", error=failure)
 
 
 def _allowed(accounts: Accounts):

@@ -32,8 +32,9 @@ async def choose_sandbox(
 ) -> Sandbox:
     """Return the first sandbox that runs a program: bubblewrap, else WASI; or the one that is preferred.
 
-    ``on_refused`` is told why one that comes first does not work. ``cache_dir`` holds the WASI interpreter, which is downloaded into it if need be and allowed by ``fetch``.
-    Raises ``OctoError`` (``no_sandbox``) when there is none, saying why not and how to get one.
+    ``on_refused`` is told why one that comes first does not work. ``cache_dir`` holds the WASI interpreter, which is
+    downloaded into it if need be and allowed by ``fetch``. Raises ``OctoError`` (``no_sandbox``) when there is none,
+    saying why not and how to get one.
     """
     refusals: list[str] = []
     for kind in ("bubblewrap", "wasi") if preference == "auto" else (preference,):
