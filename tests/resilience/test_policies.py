@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.resilience import Breaker, BreakerPolicy, Deadline, Failure, RetryBudget, RetryPolicy
+from octollm.resilience import Breaker, BreakerPolicy, Deadline, Failure, Patience, RetryBudget, RetryPolicy
 from octollm.resilience.deadline import parse_timeout_ms
 
 
@@ -42,6 +42,33 @@ def test_a_retry_is_bounded_by_attempts_deadline_and_safety(
     assert wait < left
     assert wait >= (after or 0.0)
     assert wait <= max(after or 0.0, policy.cap)
+
+
+@given(
+    away=st.booleans(),
+    began=st.booleans(),
+    safely=st.booleans(),
+    waited=st.floats(0, 60),
+    left=st.floats(0, 60),
+    seconds=st.floats(0, 30),
+)
+def test_patience_is_bounded_by_its_time_the_deadline_and_safety(
+    away: bool, began: bool, safely: bool, waited: float, left: float, seconds: float
+) -> None:
+    wait = Patience(seconds).wait(
+        Failure(retryable=True, began=began, away=away), waited=waited, repeats_safely=safely, left=left
+    )
+    if wait is None:
+        return
+    assert away
+    assert safely or not began
+    assert waited + wait <= seconds
+    assert wait < left
+
+
+def test_nobody_is_patient_unless_asked_to_be() -> None:
+    failure = Failure(retryable=True, began=False, away=True)
+    assert Patience().wait(failure, waited=0, repeats_safely=True, left=60) is None
 
 
 @given(st.lists(st.booleans(), max_size=200))

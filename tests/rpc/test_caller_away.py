@@ -1,0 +1,163 @@
+"""A caller whose service is away: another instance is tried, patience waits, and text that is told twice is voided."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import msgspec
+import pytest
+from kit import CLOCK, IDS, base_for
+
+from octollm.contracts.stream import Line
+from octollm.errors import OctoError
+from octollm.resilience import Deadline, Patience, RetryPolicy
+from octollm.rpc.call import Call, Operation
+from octollm.rpc.caller import Caller, Outgoing, Target
+from octollm.rpc.discovery import StaticDiscovery
+from octollm.rpc.hosting import listen
+from octollm.rpc.http import Http
+from octollm.rpc.service import build_service
+
+NONE = Patience()
+FAST = RetryPolicy(attempts=3, base=0.001)
+
+
+class Answer(msgspec.Struct):
+    port: int
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def calling(*ports: int, retry: RetryPolicy = FAST) -> AsyncGenerator[tuple[Caller, Http]]:
+    async with Http() as http:
+        base = base_for(http, {"svc": tuple(url(port) for port in ports)})
+        yield (
+            Caller("tester", http, base.discovery, clock=CLOCK, ids=IDS, metrics=base.metrics, retry=retry),
+            http,
+        )
+
+
+@asynccontextmanager
+async def instance(http: Http, port: int, operation: Operation) -> AsyncGenerator[None]:
+    service = build_service(base_for(http, {"svc": (url(port),)}), [operation])
+    async with service.serve(listen("127.0.0.1", port, "svc"), drain=0):
+        yield
+
+
+def outgoing(kind: str = "safe", *, key: str | None = None, patience: Patience = NONE) -> Outgoing:
+    target = Target("svc", "work", "POST", "/work", kind)  # type: ignore[arg-type]
+    return Outgoing(target, "none", Deadline.after(CLOCK, 20), b"{}", key, patience=patience)
+
+
+def work(handler) -> Operation:
+    return Operation("work", "POST", "/work", handler, auth="public")
+
+
+async def test_a_dead_instance_costs_nothing_but_a_try():
+    dead, alive = free_port(), free_port()
+
+    async def answer(_call: Call, _body: object) -> Answer:
+        return Answer(alive)
+
+    async with calling(dead, alive) as (caller, http), instance(http, alive, work(answer)):
+        for _ in range(20):
+            assert (await caller.answer(outgoing("once"), Answer)).port == alive
+
+
+async def test_patience_outlasts_a_restart():
+    port = free_port()
+
+    async def answer(_call: Call, _body: object) -> Answer:
+        return Answer(port)
+
+    async with calling(port) as (caller, http):
+        impatient = asyncio.create_task(caller.answer(outgoing(), Answer))
+        patient = asyncio.create_task(caller.answer(outgoing(patience=Patience(20, pause=0.05)), Answer))
+        with pytest.raises(OctoError) as caught:
+            await impatient
+        assert caught.value.code in ("connect_failed", "unavailable")
+        assert not patient.done()
+        async with instance(http, port, work(answer)):
+            assert (await patient).port == port
+
+
+async def test_patience_ends():
+    async with calling(free_port()) as (caller, _http):
+        began = CLOCK.monotonic()
+        with pytest.raises(OctoError):
+            await caller.answer(outgoing(patience=Patience(0.3, pause=0.05)), Answer)
+        assert CLOCK.monotonic() - began >= 0.2
+
+
+async def test_a_call_that_may_not_be_repeated_is_not_once_it_began():
+    port = free_port()
+    calls = 0
+
+    async def cut(call: Call, _body: object) -> Answer:
+        nonlocal calls
+        calls += 1
+        raise OctoError("What it needs is away.", code="unavailable")
+
+    async with calling(port) as (caller, http), instance(http, port, work(cut)):
+        with pytest.raises(OctoError):
+            await caller.answer(outgoing("once", patience=Patience(5, pause=0.01)), Answer)
+        assert calls == 1
+        with pytest.raises(OctoError):
+            await caller.answer(outgoing("repeatable", key="k", patience=Patience(0.2, pause=0.01)), Answer)
+        assert calls > 3
+
+
+async def test_text_that_comes_again_voids_what_was_told():
+    port = free_port()
+    calls = 0
+
+    async def writes(call: Call, _body: object) -> Answer:
+        nonlocal calls
+        calls += 1
+        await call.emit.token("one ")
+        await call.emit.token("two")
+        if calls == 1:
+            raise OctoError("What it needs is away.", code="unavailable")
+        return Answer(port)
+
+    lines: list[Line] = []
+
+    async def on_line(line: Line) -> None:
+        lines.append(line)
+
+    async with calling(port) as (caller, http), instance(http, port, work(writes)):
+        await caller.answer(outgoing(), Answer, on_line=on_line)
+    assert calls == 2
+    text = ""
+    for line in lines:
+        text = line.text if line.reset else text + line.text
+    assert text == "one two"
+    assert [line.reset for line in lines if line.type == "token"].count(True) == 1
+
+
+async def test_breakers_of_instances_that_are_gone_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("octollm.rpc.caller.MAX_BREAKERS", 4)
+    port = free_port()
+
+    async def answer(_call: Call, _body: object) -> Answer:
+        return Answer(port)
+
+    async with calling(port) as (caller, http), instance(http, port, work(answer)):
+        for _ in range(20):
+            changing = StaticDiscovery({"svc": (url(free_port()), url(port))})
+            caller._discovery = changing  # pyright: ignore[reportPrivateUsage]
+            await caller.answer(replace(outgoing(), patience=Patience()), Answer)
+        assert len(caller._breakers) <= 6  # pyright: ignore[reportPrivateUsage]

@@ -1,0 +1,126 @@
+"""Leases are renewed beside a busy loop, lost to a newer run, and let go when the database stays away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.contracts.task import TaskContract
+from octollm.errors import OctoError
+from octollm.events import EventLog
+from octollm.storage import Database, open_database
+from octollm.storage.migrations import migrate
+from octollm.tasks import leases
+from octollm.tasks.claims import LEASE_SECONDS, Claims
+from octollm.tasks.leases import Leases
+from octollm.tasks.store import NewTask, TaskStore
+from octollm.testing import wait_until
+
+CLOCK = SystemClock()
+IDS = Uuid7Ids(CLOCK)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'orchestrator.db'}"
+
+
+@pytest.fixture
+async def db(url: str) -> AsyncGenerator[Database]:
+    async with open_database(url, clock=CLOCK) as database:
+        await migrate(database, "orchestrator")
+        yield database
+
+
+async def accepted(db: Database) -> str:
+    store = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK)
+    task_id = f"task-{IDS.hex()}"
+    await store.create(
+        NewTask(task_id, "t", "s", "c", "", TaskContract("do it"), "corr", "", CLOCK.now() + 600, "task")
+    )
+    return task_id
+
+
+async def test_of_two_holders_one_gets_a_task(db: Database):
+    task_id = await accepted(db)
+    first, second = Claims(db, "a"), Claims(db, "b")
+    assert await first.next(besides=frozenset()) == (task_id, 1)
+    assert await second.next(besides=frozenset()) is None
+
+
+async def test_a_holder_that_says_nothing_loses_its_task(db: Database):
+    task_id = await accepted(db)
+    assert await Claims(db, "a").next(besides=frozenset()) == (task_id, 1)
+    found: list[tuple[str, int] | None] = []
+
+    async def taken() -> bool:
+        found.append(await Claims(db, "b").next(besides=frozenset()))
+        return found[-1] is not None
+
+    await wait_until(taken, description="the lease has run out", timeout=LEASE_SECONDS + 5)
+    assert found[-1] == (task_id, 2)
+    # The older run is not renewed any more.
+    assert await Claims(db, "a").renew({task_id: 1}) == frozenset()
+
+
+async def test_a_busy_loop_is_no_death(db: Database, url: str):
+    task_id = await accepted(db)
+    assert await Claims(db, "a").next(besides=frozenset()) == (task_id, 1)
+    lost: list[str] = []
+    held = Leases(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
+    async with held.renewing(lambda error: pytest.fail(str(error))):
+        held.hold(task_id, 1)
+        end = time.monotonic() + LEASE_SECONDS + 1
+        while time.monotonic() < end:
+            sum(range(1000))  # the loop gets no turn
+        assert await Claims(db, "b").next(besides=frozenset()) is None
+    assert lost == []
+
+
+async def test_a_task_that_was_taken_over_or_ended_is_told(db: Database, url: str):
+    task_id = await accepted(db)
+    await Claims(db, "a").next(besides=frozenset())
+    lost: list[str] = []
+    held = Leases(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
+    async with held.renewing(lambda error: pytest.fail(str(error))):
+        held.hold(task_id, 0)  # an older run than the one that holds it
+        await wait_until(lambda: lost == [task_id], description="the loss is told", timeout=5)
+
+
+async def test_a_holder_that_cannot_renew_stops_before_its_lease_ends(monkeypatch: pytest.MonkeyPatch):
+    @contextlib.asynccontextmanager
+    async def away() -> AsyncGenerator[Database]:
+        raise OctoError("The database is away.", code="unavailable")
+        yield
+
+    lost: list[tuple[str, float]] = []
+    began = CLOCK.monotonic()
+    held = Leases(away, "a", CLOCK, lambda task_id: lost.append((task_id, CLOCK.monotonic() - began)))
+    async with held.renewing(lambda error: pytest.fail(str(error))):
+        held.hold("task-1", 1)
+        await wait_until(lambda: bool(lost), description="the task is let go", timeout=10)
+        assert held.failure == "The database is away."
+    ((task_id, after),) = lost
+    assert task_id == "task-1"
+    assert after >= leases.STOP_AFTER_SECONDS
+    assert leases.STOP_AFTER_SECONDS + leases.RENEW_SECONDS <= LEASE_SECONDS
+
+
+async def test_what_the_thread_dies_of_is_told():
+    @contextlib.asynccontextmanager
+    async def broken() -> AsyncGenerator[Database]:
+        raise ZeroDivisionError
+        yield
+
+    failures: list[BaseException] = []
+    async with Leases(broken, "a", CLOCK, print).renewing(failures.append):
+        await wait_until(lambda: bool(failures), description="the failure is told")
+    assert isinstance(failures[0], ZeroDivisionError)
+    await asyncio.sleep(0)
