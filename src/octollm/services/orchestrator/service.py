@@ -25,8 +25,8 @@ from octollm.services.orchestrator.revoking import Revoking
 from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.services.orchestrator.tasks_api import TasksApi
 from octollm.services.orchestrator.tokens_api import TokensApi
-from octollm.storage import Database, Keys, RedisClient, TextStream, open_database
-from octollm.storage.migrations import migrate
+from octollm.storage import Database, Keys, RedisClient, TextStream
+from octollm.storage.migrations import service_database
 from octollm.tasks.authority import TaskAuthority
 from octollm.tasks.claims import Claims
 from octollm.tasks.ledger import Ledger
@@ -53,10 +53,8 @@ async def orchestrator_service(
     credential of the local user, ``None`` where no local peer is trusted.
     """
     keys = redis_keys or Keys()
-    url = f"sqlite:///{settings.home / 'data' / 'orchestrator.db'}"
     async with contextlib.AsyncExitStack() as stack:
-        db = await stack.enter_async_context(open_database(url, clock=base.clock))
-        await migrate(db, "orchestrator")
+        db = await stack.enter_async_context(service_database(settings, "orchestrator", clock=base.clock))
         log = EventLog(db, base.clock, base.ids)
         relay = await stack.enter_async_context(Relay(db, log, redis, base.clock, base.ids, keys=keys))
         revoking = Revoking(db, base.clock)
