@@ -172,8 +172,8 @@ SPECS: dict[str, Spec] = {
     "database_url": Spec(
         "DATABASE_URL",
         "",
-        "SQL database of the services that have one; empty is SQLite in the home.",
-        _url("postgresql", "sqlite"),
+        "PostgreSQL database of the services that have one; empty is SQLite in the home.",
+        _url("postgresql", "postgres"),
         secret=True,
     ),
     "keys": Spec("KEYS", "", "Folder of the keys of one service; empty is the home's.", _optional_path),

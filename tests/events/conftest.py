@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import redis as redis_py
+from databases import Backend
 from events_kit import CLOCK, IDS, QUICK, MakeRelay, Write
 from redis_process import RedisProcess
 
 from octollm.contracts.events import Event
 from octollm.events import EventBus, EventLog, Relay, RelayPolicy, task_subject
-from octollm.storage.engine import Database, open_database
+from octollm.storage import Database, open_database
 from octollm.storage.keys import Keys
 from octollm.storage.migrations import migrate
 from octollm.storage.redis import RedisClient, open_redis
@@ -58,8 +59,8 @@ def redis_process(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 @pytest.fixture
-async def db() -> AsyncIterator[Database]:
-    async with open_database("memory://", clock=CLOCK) as database:
+async def db(backend: Backend) -> AsyncIterator[Database]:
+    async with open_database(backend.url("octollm_orchestrator"), clock=CLOCK) as database:
         await migrate(database, "orchestrator")
         yield database
 

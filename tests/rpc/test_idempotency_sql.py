@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator
 
 import pytest
+from databases import Backend
+from sqlalchemy import update
 
+from octollm.clock import SystemClock
 from octollm.rpc.idempotency import (
     KEEP_SECONDS,
     LEASE_SECONDS,
@@ -19,31 +23,23 @@ from octollm.rpc.idempotency import (
 from octollm.rpc.idempotency_sql import MAX_ANSWER, SqlIdempotency
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
+from octollm.storage.tables import idempotency as table
 
 KEY = KeyOf("t1", "user", "coder", "execute", "k")
 
 
-class HandClock:
-    def __init__(self) -> None:
-        self.time = 1e9
-
-    def now(self) -> float:
-        return self.time
-
-    def monotonic(self) -> float:
-        return self.time
-
-
 @pytest.fixture
-def clock() -> HandClock:
-    return HandClock()
-
-
-@pytest.fixture
-async def db(clock: HandClock) -> AsyncGenerator[Database]:
-    async with open_database("memory://", clock=clock) as database:
+async def db(backend: Backend) -> AsyncGenerator[Database]:
+    async with open_database(backend.url("octollm_orchestrator"), clock=SystemClock()) as database:
         await migrate(database, "orchestrator")
         yield database
+
+
+async def pass_time(db: Database, seconds: float) -> None:
+    """Move every stored time into the past: for a server's own clock cannot be set."""
+    moved = {column.name: column - seconds for column in (table.c.lease_until, table.c.created_at)}
+    async with db.transaction() as tx:
+        await tx.execute(update(table).values(moved))
 
 
 @pytest.fixture
@@ -64,6 +60,42 @@ async def test_a_key_is_claimed_once_and_its_answer_is_kept(store: SqlIdempotenc
     assert await claim(store, body="other") == Conflict()
 
 
+@pytest.mark.postgres
+async def test_one_of_many_claimers_in_two_processes_wins_each_time(postgres: Backend) -> None:
+    url = postgres.url("octollm_orchestrator")
+    lines = (
+        "import asyncio, sys",
+        "from octollm.clock import SystemClock",
+        "from octollm.rpc.idempotency import Claimed, KeyOf",
+        "from octollm.rpc.idempotency_sql import SqlIdempotency",
+        "from octollm.storage import open_database",
+        "async def main():",
+        f"    async with open_database({url!r}, clock=SystemClock()) as db:",
+        "        store = SqlIdempotency(db, 'x')",
+        "        print('ready', flush=True)",
+        "        await asyncio.to_thread(sys.stdin.readline)",
+        "        keys = [KeyOf('t', 'u', 'coder', 'execute', str(n % 10)) for n in range(100)]",
+        "        found = await asyncio.gather(*(store.claim(k, 'b', repeatable=True, bearer='') for k in keys))",
+        "        print(sum(isinstance(outcome, Claimed) for outcome in found))",
+        "asyncio.run(main())",
+    )
+    processes = [
+        await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            "\n".join(lines),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+    outputs = await asyncio.gather(*(process.communicate(b"go\n") for process in processes))
+    assert sum(int(output) for output, _ in outputs) == 10
+
+
 @pytest.mark.parametrize("field", ["tenant", "subject", "service", "operation", "key"])
 async def test_a_key_is_nobody_elses(store: SqlIdempotency, field: str) -> None:
     await claim(store)
@@ -79,14 +111,14 @@ async def test_a_released_key_may_be_claimed_again(store: SqlIdempotency) -> Non
 
 
 async def test_a_dead_holders_repeatable_call_is_done_again_and_its_answer_is_refused(
-    store: SqlIdempotency, clock: HandClock
+    store: SqlIdempotency, db: Database
 ) -> None:
     await claim(store)
-    clock.time += LEASE_SECONDS - 1
+    await pass_time(db, LEASE_SECONDS - 2)
     await store.renew(KEY, 1)
-    clock.time += LEASE_SECONDS - 1
+    await pass_time(db, LEASE_SECONDS - 2)
     assert await claim(store) == InFlight()
-    clock.time += LEASE_SECONDS
+    await pass_time(db, LEASE_SECONDS)
     assert await claim(store) == Claimed(2)
     await store.complete(KEY, 1, 200, b"from the dead")
     assert await claim(store) == InFlight()
@@ -94,19 +126,19 @@ async def test_a_dead_holders_repeatable_call_is_done_again_and_its_answer_is_re
     assert await claim(store) == Stored(200, b"right")
 
 
-async def test_a_dead_holders_once_call_is_never_done_again(store: SqlIdempotency, clock: HandClock) -> None:
+async def test_a_dead_holders_once_call_is_never_done_again(store: SqlIdempotency, db: Database) -> None:
     await claim(store, repeatable=False)
-    clock.time += LEASE_SECONDS + 1
+    await pass_time(db, LEASE_SECONDS + 1)
     assert await claim(store, repeatable=False) == Unknown()
     assert await claim(store, repeatable=False) == Unknown()
 
 
-async def test_old_keys_are_dropped_and_huge_answers_are_not_kept(store: SqlIdempotency, clock: HandClock) -> None:
+async def test_old_keys_are_dropped_and_huge_answers_are_not_kept(store: SqlIdempotency, db: Database) -> None:
     await claim(store)
     await store.complete(KEY, 1, 200, b"x" * (MAX_ANSWER + 1))
     assert await claim(store) == Claimed(1)
     await store.complete(KEY, 1, 200, b"x")
-    clock.time += KEEP_SECONDS + 1
+    await pass_time(db, KEEP_SECONDS + 1)
     await claim(store, KeyOf("t", "s", "x", "y", "new"))
     assert await claim(store) == Claimed(1)
 

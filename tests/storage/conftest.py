@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 import redis as redis_py
+from databases import Backend
 
 from octollm.clock import SystemClock
-from octollm.storage.engine import Database, open_database
+from octollm.storage import Database, open_database
 from octollm.storage.keys import Keys
 from octollm.storage.redis import RedisClient, open_redis
 
@@ -55,6 +56,6 @@ async def redis(request: pytest.FixtureRequest, keys: Keys) -> AsyncIterator[Red
 
 
 @pytest.fixture
-async def db() -> AsyncIterator[Database]:
-    async with open_database("memory://", clock=SystemClock()) as database:
+async def db(backend: Backend) -> AsyncIterator[Database]:
+    async with open_database(backend.url("public"), clock=SystemClock()) as database:
         yield database

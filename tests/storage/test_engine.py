@@ -5,11 +5,12 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, text
+from sqlalchemy import Column, Integer, MetaData, Table, select, text
 
 from octollm.clock import SystemClock
 from octollm.errors import OctoError, SettingError
-from octollm.storage.engine import Database, open_database
+from octollm.storage import Database, open_database
+from octollm.storage.postgres import WRITERS
 
 ROWS = Table("rows", MetaData(), Column("a", Integer, unique=True), Column("b", Integer))
 
@@ -58,7 +59,7 @@ async def test_writers_take_turns_without_losing_an_update(rows: Database) -> No
 
     async def add() -> None:
         async with rows.transaction() as tx:
-            value = await tx.scalar(text("SELECT b FROM rows"))
+            value = await tx.scalar(select(ROWS.c.b).with_for_update())
             await asyncio.sleep(0)
             await tx.execute(ROWS.update().values(b=value + 1))
 
@@ -104,9 +105,20 @@ async def test_waiting_for_a_turn_has_an_end(rows: Database) -> None:
         async with rows.transaction(timeout=0.01):
             pass
 
-    async with rows.transaction():
-        task = asyncio.create_task(write())
-        await asyncio.wait([task])
+    go_on = asyncio.Event()
+    all_taken = asyncio.Barrier((1 if rows.dialect == "sqlite" else WRITERS) + 1)
+
+    async def hold() -> None:
+        async with rows.transaction():
+            await all_taken.wait()
+            await go_on.wait()
+
+    holders = [asyncio.create_task(hold()) for _ in range(all_taken.parties - 1)]
+    await all_taken.wait()
+    task = asyncio.create_task(write())
+    await asyncio.wait([task])
+    go_on.set()
+    await asyncio.gather(*holders)
     assert isinstance(error := task.exception(), OctoError)
     assert error.code == "overloaded"
 
@@ -221,7 +233,7 @@ async def test_the_file_is_private_and_outlives_the_database(tmp_path: Path) -> 
 async def test_another_process_that_holds_the_lock_is_waited_for_then_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octollm.storage.engine.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("octollm.storage.sqlite.BUSY_SECONDS", 0.05)
     path = tmp_path / "a.db"
     async with open_database(f"sqlite:///{path}", clock=SystemClock()) as db:
         other = sqlite3.connect(path, isolation_level=None)
@@ -244,7 +256,7 @@ async def test_settings_of_a_connection(tmp_path: Path) -> None:
         assert await tx.scalar(text("PRAGMA busy_timeout")) == 5000
 
 
-@pytest.mark.parametrize("url", ["mysql://x", "sqlite://", "sqlite:///", "a.db", ""])
+@pytest.mark.parametrize("url", ["mysql://x", "sqlite://", "postgresql://h:port/x", "sqlite:///", "a.db", ""])
 async def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(SettingError):
         async with open_database(url, clock=SystemClock()):

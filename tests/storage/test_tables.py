@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
+from databases import Backend
 from sqlalchemy import LargeBinary, delete, func, select, text, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from octollm.clock import SystemClock
 from octollm.contracts.task import TaskContract
 from octollm.errors import OctoError
-from octollm.storage.engine import Database
+from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import (
     MEMORY,
@@ -27,15 +31,17 @@ NOW = 1762770600.0
 
 
 @pytest.fixture
-async def orchestrator(db: Database) -> Database:
-    await migrate(db, "orchestrator")
-    return db
+async def orchestrator(backend: Backend) -> AsyncIterator[Database]:
+    async with open_database(backend.url("octollm_orchestrator"), clock=SystemClock()) as db:
+        await migrate(db, "orchestrator")
+        yield db
 
 
 @pytest.fixture
-async def memory(db: Database) -> Database:
-    await migrate(db, "memory")
-    return db
+async def memory(backend: Backend) -> AsyncIterator[Database]:
+    async with open_database(backend.url("octollm_memory"), clock=SystemClock()) as db:
+        await migrate(db, "memory")
+        yield db
 
 
 def task(**values: object) -> dict[str, object]:
@@ -129,13 +135,12 @@ async def add_passage(memory: Database, tenant: str, body: str) -> None:
 
 
 async def search(memory: Database, tenant: str, words: str) -> list[str]:
-    query = (
-        select(passages.c.text)
-        .join(passages_fts, passages_fts.c.rowid == passages.c.id)
-        .where(text("passages_fts MATCH :words"), passages.c.tenant == tenant)
-        .order_by(text("bm25(passages_fts)"))
-        .params(words=words)
-    )
+    query = select(passages.c.text).where(passages.c.tenant == tenant).params(words=words)
+    if memory.dialect == "sqlite":
+        query = query.join(passages_fts, passages_fts.c.rowid == passages.c.id)
+        query = query.where(text("passages_fts MATCH :words"))
+    else:
+        query = query.where(text("passages.words @@ phraseto_tsquery('octollm', octollm_plain(:words))"))
     async with memory.read() as connection:
         return [row["text"] for row in await connection.all(query)]
 

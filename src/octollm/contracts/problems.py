@@ -82,6 +82,7 @@ KINDS: dict[str, Kind] = {
     # Start
     "setting_invalid": Kind(500, "A setting is wrong"),
     "port_taken": Kind(500, "A port is taken"),
+    "schema_mismatch": Kind(500, "The database's schema does not fit this version"),
     "home_in_use": Kind(500, "Another process uses this home"),
     "home_unusable": Kind(500, "The home cannot be written"),
     "model_download_failed": Kind(500, "The model could not be fetched"),

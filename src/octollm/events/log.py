@@ -12,7 +12,7 @@ from octollm.clock import Clock, Ids, iso
 from octollm.contracts.events import Event, channel_of
 from octollm.errors import OctoError
 from octollm.events.catalogue import check_event
-from octollm.storage.engine import Connection, Database, Transaction
+from octollm.storage import Connection, Database, Transaction
 from octollm.storage.tables import events, subjects
 
 MAX_READ = 1000
@@ -67,6 +67,8 @@ class EventLog:
         if not kind.durable:
             raise OctoError(f"The event {event_type!r} is not durable; publish it on the bus.", code="invalid_body")
         if event_id is not None:
+            # Whoever writes the same event at this moment is of the same subject: one of the two waits here.
+            await _lock_subject(tx, tenant, subject)
             stored = await tx.first(select(events).where(events.c.tenant == tenant, events.c.id == event_id))
             if stored is not None:
                 return to_event(stored)
@@ -143,6 +145,12 @@ class EventLog:
             return [to_event(row) for row in await connection.all(query)]
         async with self._db.read() as snapshot:
             return [to_event(row) for row in await snapshot.all(query)]
+
+
+async def _lock_subject(tx: Transaction, tenant: str, subject: str) -> None:
+    await tx.execute(tx.insert(subjects).values(tenant=tenant, subject=subject, version=0).on_conflict_do_nothing())
+    where = (subjects.c.tenant == tenant, subjects.c.subject == subject)
+    await tx.execute(select(subjects.c.version).where(*where).with_for_update())
 
 
 async def _next_version(tx: Transaction, tenant: str, subject: str) -> int:

@@ -6,18 +6,21 @@ Each method is one transaction. The fence is checked in it, so a relay that lost
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
-from sqlalchemy import bindparam, exists, select, update
+from sqlalchemy import BigInteger, ColumnElement, Text, bindparam, cast, exists, func, or_, select, true, update
 from sqlalchemy.engine import RowMapping
 
 from octollm.contracts.events import Event
 from octollm.errors import OctoError
 from octollm.events.log import to_event
-from octollm.storage.engine import Connection, Database, Transaction
+from octollm.storage import Connection, Database, Transaction
 from octollm.storage.tables import channels, events, relay_state
 
 _NAME = "events"
+Backlog = Literal["none", "held", "ready"]
+"""Events without a number: none, or only ones that a running transaction holds up, or some that can get one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +61,29 @@ class Numbering:
             )
             return Claim(fence, int(state["numbered"]), int(state["published"]))
 
-    async def pending(self) -> bool:
-        """Return whether the log has events without a number."""
+    async def backlog(self) -> Backlog:
+        """Return whether the log has events without a number, and whether they can get one by now."""
         async with self._db.read() as connection:
-            return bool(await connection.scalar(select(exists().where(events.c.seq.is_(None)))))
+            waiting = exists().where(events.c.seq.is_(None))
+            if connection.dialect == "sqlite":
+                return "ready" if await connection.scalar(select(waiting)) else "none"
+            row = await connection.first(
+                select(waiting.label("waiting"), waiting.where(_settled(connection)).label("ready"))
+            )
+        assert row is not None
+        return "ready" if row["ready"] else "held" if row["waiting"] else "none"
 
     async def number(self, fence: int, limit: int) -> tuple[list[Event], int]:
         """Give numbers to up to ``limit`` events in the order of insertion and renew the lease.
 
+        On PostgreSQL transactions overlap: an event inserted earlier may be committed later. Numbered are those whose
+        transaction is older than any that still runs, so that no number is given before that of an earlier event.
         Returns those events, and the last number given so far. Raises ``fence_lost`` when another holds the relay.
         """
         async with self._db.transaction() as tx:
             last = await self._numbered(tx, fence)
-            rows = await tx.all(select(events).where(events.c.seq.is_(None)).order_by(events.c.row_id).limit(limit))
+            query = select(events).where(events.c.seq.is_(None), _settled(tx)).order_by(events.c.row_id).limit(limit)
+            rows = await tx.all(query)
             latest = await _latest(tx, {str(row["channel"]) for row in rows}) if rows else {}
             numbers: list[dict[str, int]] = []
             for row in rows:
@@ -127,6 +140,21 @@ class Numbering:
         if state is None or state["fence"] != fence:
             raise OctoError("Another relay holds the log.", code="fence_lost")
         return int(state["numbered"])
+
+
+def _settled(connection: Connection) -> ColumnElement[bool]:
+    """Say of an event whether every event inserted before it is committed, or never will be.
+
+    https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
+    """
+    if connection.dialect == "sqlite":
+        return true()
+    snapshot = func.pg_current_snapshot()
+    oldest_running = cast(cast(func.pg_snapshot_xmin(snapshot), Text()), BigInteger())
+    next_one = cast(cast(func.pg_snapshot_xmax(snapshot), Text()), BigInteger())
+    number = events.c.transaction_id
+    # One that is yet to come was given by another server, from whose backup this database was restored.
+    return or_(number.is_(None), number < oldest_running, number >= next_one)
 
 
 def _held(state: RowMapping, now: float) -> bool:

@@ -15,7 +15,7 @@ from octollm.errors import OctoError
 from octollm.events.background import Background, wait_for
 from octollm.events.log import TASK_PREFIX, EventLog
 from octollm.events.numbering import Claim, Numbering
-from octollm.storage.engine import Database
+from octollm.storage import Database
 from octollm.storage.keys import Keys
 from octollm.storage.redis_protocol import RedisClient
 
@@ -27,12 +27,15 @@ MARK_EVERY = 1000
 class RelayPolicy:
     """Times in seconds. ``poll`` is the fallback for a lost wake-up; ``batch`` counts events.
 
+    ``held`` is the pause while a running transaction holds events up: its end wakes nobody.
+
     ``batch_bytes`` bounds what is sent to Redis at once and so the size of one message on ``octollm:log``, apart
     from a single event that is larger.
     """
 
     lease: float = 5.0
     poll: float = 0.2
+    held: float = 0.02
     backoff_first: float = 0.1
     backoff_most: float = 5.0
     batch: int = 200
@@ -142,7 +145,7 @@ class Relay:
         self.wake()
         try:
             async with asyncio.timeout(timeout):
-                while await self._numbering.pending() or not self._all_published():
+                while await self._numbering.backlog() != "none" or not self._all_published():
                     self._background.check()
                     async with self._moved:
                         try:
@@ -190,8 +193,9 @@ class Relay:
         claim = self._claim
         woken = self._work.is_set()
         due = self._clock.monotonic() - self._renewed >= self._policy.lease / 3
-        if not woken and not due and not await self._numbering.pending():
-            await wait_for(self._work, self._policy.poll, clear=False)
+        if not woken and not due and (backlog := await self._numbering.backlog()) != "ready":
+            pause = self._policy.poll if backlog == "none" else self._policy.held
+            await wait_for(self._work, pause, clear=False)
             return
         self._work.clear()
         started = self._clock.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, select, update
+from sqlalchemy import ColumnElement, and_, delete, select, tuple_, update
 
 from octollm.rpc.idempotency import (
     KEEP_SECONDS,
@@ -42,28 +42,16 @@ class SqlIdempotency:
     async def claim_for(self, key: KeyOf, body_digest: str, *, repeatable: bool, task_id: str | None) -> Outcome:
         """Take the key for work on a task."""
         async with self._db.transaction() as tx:
+            row = await tx.first(select(table).where(_is(key)).with_for_update())
             now = await tx.now()
-            row = await tx.first(select(table).where(_is(key)))
             if row is None:
-                old = select(table.c.key).where(table.c.created_at < now - KEEP_SECONDS).limit(PRUNE)
-                await tx.execute(delete(table).where(table.c.created_at < now - KEEP_SECONDS, table.c.key.in_(old)))
-                await tx.execute(
-                    tx.insert(table).values(
-                        tenant=key.tenant,
-                        subject=key.subject,
-                        service=key.service,
-                        operation=key.operation,
-                        key=key.key,
-                        body_digest=body_digest,
-                        state="claimed",
-                        task_id=task_id,
-                        holder=self._holder,
-                        fence=1,
-                        lease_until=now + LEASE_SECONDS,
-                        created_at=now,
-                    )
-                )
-                return Claimed(1)
+                if await self._insert(tx, key, body_digest, task_id, now):
+                    await _prune(tx, now - KEEP_SECONDS)
+                    return Claimed(1)
+                # Another claimed it since: the insertion waited for its commit.
+                row = await tx.first(select(table).where(_is(key)).with_for_update())
+                if row is None:
+                    return InFlight()
             found = _found(plain(row), body_digest, now, repeatable=repeatable)
             if isinstance(found, Claimed):
                 await tx.execute(
@@ -74,6 +62,28 @@ class SqlIdempotency:
             elif isinstance(found, Unknown):
                 await tx.execute(update(table).where(_is(key)).values(state="unknown"))
             return found
+
+    async def _insert(self, tx: Transaction, key: KeyOf, body_digest: str, task_id: str | None, now: float) -> bool:
+        """Claim a key that nobody has; return whether it was so."""
+        done = await tx.execute(
+            tx.insert(table)
+            .values(
+                tenant=key.tenant,
+                subject=key.subject,
+                service=key.service,
+                operation=key.operation,
+                key=key.key,
+                body_digest=body_digest,
+                state="claimed",
+                task_id=task_id,
+                holder=self._holder,
+                fence=1,
+                lease_until=now + LEASE_SECONDS,
+                created_at=now,
+            )
+            .on_conflict_do_nothing()
+        )
+        return done.rowcount == 1
 
     async def noted(self, key: KeyOf) -> str | None:
         """Return what an earlier holder noted, who did the work but died before its answer was stored."""
@@ -112,6 +122,13 @@ class SqlIdempotency:
         """Give a claim back: the call was not done."""
         async with self._db.transaction() as tx:
             await tx.execute(delete(table).where(_is(key), table.c.fence == run, table.c.state == "claimed"))
+
+
+async def _prune(tx: Transaction, before: float) -> None:
+    """Drop keys of calls made before an epoch second, leaving those that another process is dropping."""
+    names = (table.c.tenant, table.c.subject, table.c.service, table.c.operation, table.c.key)
+    old = select(*names).where(table.c.created_at < before).limit(PRUNE).with_for_update(skip_locked=True)
+    await tx.execute(delete(table).where(tuple_(*names).in_(old)))
 
 
 def _found(row: Mapping[str, Any], body_digest: str, now: float, *, repeatable: bool) -> Outcome:

@@ -39,7 +39,8 @@ class Claims:
                 )
                 .order_by(tasks.c.priority.desc(), tasks.c.created_at)
                 .limit(1)
-                .with_for_update(skip_locked=True)
+                # What another holder is taking at this moment is not waited for.
+                .with_for_update(skip_locked=True, key_share=True)
             )
             if row is None:
                 return None

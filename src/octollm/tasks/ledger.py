@@ -85,25 +85,28 @@ class Ledger:
                 raise OctoError(f"The task is {task['status']}.", code="state_conflict")
             if wanted.run is not None and task["kind"] == "task" and wanted.run != task["run"]:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
+            # One call after another from here on, whoever serves them: nothing is granted twice.
+            budget = await _locked(tx, wanted.task_id)
+            if budget is None:
+                raise OctoError("The task has no budget.", code="budget_exhausted")
             stored = await tx.first(
                 select(model_journal).where(model_journal.c.tenant == wanted.tenant, model_journal.c.key == wanted.key)
             )
             if stored is not None:
                 return Reserved("", stored["completion_tokens"], stored["answer"])
-            await self._settle_cut_off(tx, wanted)
-            budget = await tx.first(select(budgets).where(budgets.c.task_id == wanted.task_id))
-            if budget is None:
-                raise OctoError("The task has no budget.", code="budget_exhausted")
-            return await self._take(tx, wanted, plain(budget))
+            if await self._settle_cut_off(tx, wanted):
+                budget = await _locked(tx, wanted.task_id) or budget
+            return await self._take(tx, wanted, budget)
 
-    async def _settle_cut_off(self, tx: Transaction, wanted: Wanted) -> None:
-        """Settle, at its upper bound, a reservation that an earlier try of this very call left open."""
+    async def _settle_cut_off(self, tx: Transaction, wanted: Wanted) -> bool:
+        """Settle, at its upper bound, a reservation that an earlier try of this very call left open, if there is one."""
         query = select(reservations).where(
             reservations.c.task_id == wanted.task_id,
             reservations.c.key == wanted.key,
             reservations.c.state == "open",
         )
-        for row in await tx.all(query):
+        found = await tx.all(query)
+        for row in found:
             tokens = int(row["tokens"])
             await tx.execute(
                 update(reservations)
@@ -120,6 +123,7 @@ class Ledger:
                     used_cost_usd=budgets.c.used_cost_usd + row["cost_usd"],
                 )
             )
+        return bool(found)
 
     async def _take(self, tx: Transaction, wanted: Wanted, budget: Mapping[str, Any]) -> Reserved:
         limit = budget["max_tokens"]
@@ -173,7 +177,11 @@ class Ledger:
     async def settle(self, reservation: str, usage: Usage, answer: bytes | None) -> None:
         """Settle a reservation with what was used; keep ``answer`` for repeats. A second settling changes nothing."""
         async with self._db.transaction() as tx:
-            row = await tx.first(select(reservations).where(reservations.c.id == reservation))
+            query = select(reservations).where(reservations.c.id == reservation)
+            row = await tx.first(query)
+            if row is not None:
+                await _locked(tx, row["task_id"])
+                row = await tx.first(query)
             if row is None:
                 raise OctoError("There is no reservation of that id.", code="not_found")
             if row["state"] != "open":
@@ -228,6 +236,12 @@ class Ledger:
         if row is None:
             return Usage()
         return Usage(row["prompt_tokens"], row["completion_tokens"], row["used_cost_usd"])
+
+
+async def _locked(tx: Transaction, task_id: str) -> Mapping[str, Any] | None:
+    """Return a task's budget, which nobody else changes before the commit."""
+    row = await tx.first(select(budgets).where(budgets.c.task_id == task_id).with_for_update())
+    return None if row is None else plain(row)
 
 
 def _cost_of(wanted: Wanted, tokens: int, budget: Mapping[str, Any]) -> float:

@@ -301,7 +301,11 @@ class TaskStore:
         await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(version=appended.version))
 
     async def _row(self, conn: Connection, task_id: str, tenant: str | None = None) -> Mapping[str, Any]:
-        row = await conn.first(select(tasks).where(tasks.c.task_id == task_id))
+        query = select(tasks).where(tasks.c.task_id == task_id)
+        if isinstance(conn, Transaction):
+            # What is decided from the row holds until the commit. Rows that refer to it may come beside (key share).
+            query = query.with_for_update(key_share=True)
+        row = await conn.first(query)
         if row is None or (tenant is not None and (row["tenant"] != tenant or row["kind"] != "task")):
             raise OctoError("There is no task of that id.", code="task_not_found")
         return plain(row)

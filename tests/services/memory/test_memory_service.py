@@ -3,6 +3,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+from databases import Backend
 
 from octollm.config import read_settings
 from octollm.contracts.operations import DocumentOut, SearchResult
@@ -24,8 +25,8 @@ Only members of the finance group may read invoices.
 
 
 @pytest.fixture
-async def house(tmp_path) -> AsyncIterator[Harness]:
-    settings = read_settings({"OCTOLLM_HOME": str(tmp_path)}, ())
+async def house(tmp_path, backend: Backend) -> AsyncIterator[Harness]:
+    settings = read_settings({"OCTOLLM_HOME": str(tmp_path), **backend.environment}, ())
     async with harness() as house, house.serve(memory_service(house.base("memory"), settings)):
         yield house
 

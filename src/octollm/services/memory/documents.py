@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Double, and_, delete, func, insert, literal_column, or_, select, text
+from sqlalchemy import and_, delete, func, insert, or_, select
 
 from octollm.clock import Clock
 from octollm.contracts.operations import DocumentIn, DocumentOut, Passage, SearchRequest, SearchResult
@@ -15,15 +15,14 @@ from octollm.contracts.passages import Lines, numbered_lines, split_passages
 from octollm.contracts.ranking import bm25
 from octollm.errors import OctoError
 from octollm.services.memory.paging import cursor_of, read_cursor
-from octollm.services.memory.query import match_expression, search_terms
+from octollm.services.memory.matching import MAX_CANDIDATES, matches
+from octollm.services.memory.query import search_terms
 from octollm.services.memory.shapes import DocumentList
-from octollm.storage import Database, Transaction
-from octollm.storage.tables import documents, passages, passages_fts
+from octollm.storage import Database
+from octollm.storage.tables import documents, passages
 
 MAX_PASSAGES = 60_000
 """Passages of one document."""
-MAX_CANDIDATES = 200
-"""Passages that are weighed; where more match, the index's own order decides."""
 _BATCH = 500
 _DECIMALS = 4
 
@@ -47,17 +46,20 @@ class Documents:
         if await self._same(tenant, out, split):
             return out, False
         async with self._db.transaction() as tx:
-            created = not await _forget(tx, tenant, document.digest)
+            # Its row is locked from here on, whether it was there or not; its passages follow it.
+            created = await tx.first(_one(tenant, out.digest).with_for_update()) is None
+            values = {
+                "name": out.name,
+                "lines": out.lines,
+                "passages": out.passages,
+                "created_at": self._clock.now(),
+            }
             await tx.execute(
-                insert(documents).values(
-                    tenant=tenant,
-                    digest=out.digest,
-                    name=out.name,
-                    lines=out.lines,
-                    passages=out.passages,
-                    created_at=self._clock.now(),
-                )
+                tx.insert(documents)
+                .values(tenant=tenant, digest=out.digest, **values)
+                .on_conflict_do_update(index_elements=[documents.c.tenant, documents.c.digest], set_=values)
             )
+            await tx.execute(delete(passages).where(passages.c.tenant == tenant, passages.c.digest == out.digest))
             for start in range(0, len(split), _BATCH):
                 rows = [
                     {
@@ -100,7 +102,9 @@ class Documents:
     async def delete(self, tenant: str, digest: str) -> None:
         """Forget a document; raise ``not_found``."""
         async with self._db.transaction() as tx:
-            if not await _forget(tx, tenant, digest):
+            # Its passages go with it, and out of the index.
+            where = (documents.c.tenant == tenant, documents.c.digest == digest)
+            if (await tx.execute(delete(documents).where(*where))).rowcount == 0:
                 raise _absent()
 
     async def list(self, tenant: str, *, limit: int, cursor: str | None) -> DocumentList:
@@ -132,7 +136,7 @@ class Documents:
         if request.filters.digests:
             mine.append(passages.c.digest.in_(request.filters.digests))
         async with self._db.read() as conn:
-            rows = await conn.all(_matches(match_expression(terms), mine))
+            rows = await conn.all(matches(conn.dialect, terms, mine))
             total = await conn.scalar(select(func.count()).select_from(passages).where(*mine))
         found = [_passage(row) for row in rows]
         if len(found) < MAX_CANDIDATES:
@@ -144,28 +148,6 @@ class Documents:
             ]
             found.sort(key=lambda passage: -passage.score)
         return SearchResult(tuple(found[: request.limit]))
-
-
-def _matches(match: str, mine: Sequence[ColumnElement[bool]]) -> Any:
-    rank: ColumnElement[float] = literal_column("bm25(passages_fts)", Double[float]())
-    return (
-        select(documents.c.name, passages, rank.label("rank"))
-        .select_from(
-            passages_fts.join(passages, passages.c.id == passages_fts.c.rowid).join(
-                documents, and_(documents.c.tenant == passages.c.tenant, documents.c.digest == passages.c.digest)
-            )
-        )
-        .where(text("passages_fts MATCH :match").bindparams(match=match), *mine)
-        .order_by(rank, passages.c.id)
-        .limit(MAX_CANDIDATES)
-    )
-
-
-async def _forget(tx: Transaction, tenant: str, digest: str) -> bool:
-    """Delete a document and its passages; the triggers take them out of the index. Return whether it was there."""
-    await tx.execute(delete(passages).where(passages.c.tenant == tenant, passages.c.digest == digest))
-    gone = await tx.execute(delete(documents).where(documents.c.tenant == tenant, documents.c.digest == digest))
-    return gone.rowcount > 0
 
 
 def _split(body: str) -> tuple[list[Lines], int]:
@@ -184,8 +166,7 @@ def _document(row: Mapping[Any, Any]) -> DocumentOut:
 
 
 def _passage(row: Mapping[Any, Any]) -> Passage:
-    # SQLite's rank is the lower the better.
-    score = round(-float(row["rank"]), _DECIMALS)
+    score = round(float(row["score"]), _DECIMALS)
     return Passage(row["name"], row["digest"], row["line_start"], row["line_end"], row["text"], score)
 
 

@@ -32,21 +32,26 @@ class Facts:
         if value is None:
             raise OctoError("A fact needs a value; DELETE takes it away.", code="invalid_body")
         where = (facts.c.tenant == tenant, facts.c.key == name)
+        now = self._clock.now()
         async with self._db.transaction() as tx:
-            row = await tx.first(select(facts).where(*where))
+            row = await tx.first(select(facts).where(*where).with_for_update())
+            if row is None and expected in (None, 0):
+                values = {"value": value, "source": fact.source, "version": 1, "created_at": now, "updated_at": now}
+                insert = tx.insert(facts).values(tenant=tenant, key=name, **values)
+                if (await tx.execute(insert.on_conflict_do_nothing())).rowcount == 1:
+                    return Fact(name, value, fact.source, 1, iso(now), iso(now)), True
+                # Another set it first: the insertion waited for its commit.
+                row = await tx.first(select(facts).where(*where).with_for_update())
             found = 0 if row is None else int(row["version"])
             if expected is not None and expected != found:
                 raise OctoError(f"The fact is at version {found}, not {expected}.", code="state_conflict")
-            if row is not None and _alike(row["value"], value) and row["source"] == fact.source:
-                return _fact(row), False
-            now = self._clock.now()
-            created = now if row is None else row["created_at"]
-            changed = {"value": value, "source": fact.source, "version": found + 1, "updated_at": now}
             if row is None:
-                await tx.execute(tx.insert(facts).values(tenant=tenant, key=name, created_at=now, **changed))
-            else:
-                await tx.execute(update(facts).where(*where).values(**changed))
-        return Fact(name, value, fact.source, found + 1, iso(created), iso(now)), row is None
+                raise OctoError("The fact was deleted at this moment. Try again.", code="overloaded", retry_after=1.0)
+            if _alike(row["value"], value) and row["source"] == fact.source:
+                return _fact(row), False
+            changed = {"value": value, "source": fact.source, "version": found + 1, "updated_at": now}
+            await tx.execute(update(facts).where(*where).values(**changed))
+        return Fact(name, value, fact.source, found + 1, iso(row["created_at"]), iso(now)), False
 
     async def get(self, tenant: str, name: str) -> Fact:
         """Return a fact; raise ``not_found``."""
@@ -66,7 +71,8 @@ class Facts:
 
 def _alike(one: object, other: object) -> bool:
     # In Python 1 equals true; in JSON they are two values.
-    return msgspec.json.encode(one) == msgspec.json.encode(other)
+    # An object's members have no order, and PostgreSQL keeps none.
+    return msgspec.json.encode(one, order="sorted") == msgspec.json.encode(other, order="sorted")
 
 
 def _fact(row: Mapping[Any, Any]) -> Fact:

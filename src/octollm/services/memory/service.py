@@ -22,8 +22,8 @@ from octollm.services.memory.documents import Documents
 from octollm.services.memory.facts import Facts
 from octollm.services.memory.paging import read_limit
 from octollm.services.memory.shapes import MAX_NAME, DocumentList, Fact, FactIn
-from octollm.storage import Database, open_database
-from octollm.storage.migrations import migrate
+from octollm.storage import Database
+from octollm.storage.migrations import service_database
 
 MAX_QUERY = 4000
 """Characters of a query."""
@@ -37,13 +37,11 @@ _ETAG_VERSION = re.compile(r'"(\d{1,18})"')
 
 @contextlib.asynccontextmanager
 async def memory_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
-    """Open the memory's database under ``settings.home`` and yield the service; close it on leaving.
+    """Open the memory's database and yield the service; close it on leaving.
 
-    Raises ``unavailable`` when the database cannot be used.
+    Raises ``unavailable`` when the database cannot be used, ``schema_mismatch`` when its schema does not fit.
     """
-    path = settings.home / "data" / "memory.db"
-    async with open_database(f"sqlite:///{path}", clock=base.clock) as db:
-        await migrate(db, "memory")
+    async with service_database(settings, "memory", clock=base.clock) as db:
         yield build_memory(base, db)
 
 

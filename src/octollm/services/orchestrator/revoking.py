@@ -13,6 +13,9 @@ from octollm.contracts.api import RevocationList, RevocationView
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import revocations
 
+PRUNE = 200
+"""Rows that have run out and are dropped with each new one."""
+
 
 class Revoking:
     """Writes revocations and keeps ``known`` true to them."""
@@ -30,7 +33,10 @@ class Revoking:
     async def add(self, tx: Transaction, kind: RevocationKind, value: str) -> None:
         """Revoke from now on, once ``tx`` is committed."""
         at = self._clock.now()
-        await tx.execute(delete(revocations).where(revocations.c.until < at))
+        old = select(revocations.c.position).where(revocations.c.until < at).limit(PRUNE)
+        await tx.execute(
+            delete(revocations).where(revocations.c.position.in_(old.with_for_update(skip_locked=True)))
+        )
         await tx.execute(tx.insert(revocations).values(kind=kind, value=value, at=at, until=at + MAX_ACCESS_SECONDS))
         tx.after_commit(lambda: self.known.add(kind, value, at))
 

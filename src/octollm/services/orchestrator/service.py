@@ -28,7 +28,7 @@ from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.services.orchestrator.tasks_api import TasksApi
 from octollm.services.orchestrator.tokens_api import TokensApi
 from octollm.storage import Database, Keys, RedisClient, TextStream, open_database
-from octollm.storage.migrations import migrate
+from octollm.storage.migrations import database_url, service_database
 from octollm.tasks.authority import TaskAuthority
 from octollm.tasks.cancelling import hear_cancels
 from octollm.tasks.claims import Claims
@@ -58,11 +58,8 @@ async def orchestrator_service(
     credential of the local user, ``None`` where no local peer is trusted.
     """
     keys = redis_keys or Keys()
-    url = f"sqlite:///{settings.home / 'data' / 'orchestrator.db'}"
     async with contextlib.AsyncExitStack() as stack:
-        connect = partial(open_database, url, clock=base.clock)
-        db = await stack.enter_async_context(connect())
-        await migrate(db, "orchestrator")
+        db = await stack.enter_async_context(service_database(settings, "orchestrator", clock=base.clock))
         log = EventLog(db, base.clock, base.ids)
         relay = await stack.enter_async_context(Relay(db, log, redis, base.clock, base.ids, keys=keys))
         revoking = Revoking(db, base.clock)
@@ -89,6 +86,7 @@ async def orchestrator_service(
             documents=_documents(files),
         )
         holder = base.ids.hex()
+        connect = partial(open_database, database_url(settings, "orchestrator"), clock=base.clock)
         worker = Worker(tools, Claims(db, holder), partial(Leases, connect, holder, base.clock), service=base.name)
         idempotency = SqlIdempotency(db, base.ids.hex())
         verifier = Verifier(base.name, base.identity.roots, base.clock, revocations=revoking.known)

@@ -4,74 +4,91 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import msgspec
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import Connection as SyncConnection
+from sqlalchemy import delete, func, insert, literal, select, text
+from sqlalchemy.schema import CreateSchema
 
-from octollm.errors import OctoError, SettingError
-from octollm.storage.engine import Database
+from octollm.errors import OctoError
+from octollm.storage.database import Database, Transaction
 from octollm.storage.failures import translated
+from octollm.storage.migrations.schema import (
+    Revisions,
+    Service,
+    check_schema,
+    migration_context,
+    read_schema,
+    revisions_of,
+    serving,
+)
 
-Service = Literal["orchestrator", "memory"]
-
-VERSION_TABLE = "schema_version"
 ATTEMPTS = 12
-"""Tries to get the write lock, each waiting as long as SQLite does: another process may be migrating."""
+"""Tries to get SQLite's write lock, each waiting as long as SQLite does: another process may be migrating."""
+TURN_SECONDS = 60
+"""How long one waits on PostgreSQL while another process migrates the same schema."""
 
 
-async def migrate(db: Database, service: Service) -> str:
-    """Bring ``db`` to the newest schema of ``service`` in one transaction, and return its revision.
+class Migrated(msgspec.Struct, frozen=True):
+    """What was done: the revision ``before`` (``None``: no schema) and ``after``, the same where nothing was to do."""
 
-    Safe when two start at once: the second waits, then finds nothing to do. Raises ``SettingError`` for a schema
-    that a newer version made, ``unavailable`` when the database cannot be written to; then nothing has changed.
+    service: str
+    before: str | None
+    after: str
+
+
+async def migrate(db: Database, service: Service) -> Migrated:
+    """Bring ``db`` to the newest schema of ``service`` in one transaction.
+
+    Safe when two start at once: the second waits, then finds nothing to do. A newer schema that serves this version
+    is left as it is. Raises ``schema_mismatch`` for one that does not, ``unavailable`` when the database cannot be
+    written to, ``overloaded`` when a running service holds a table; then nothing has changed.
     """
-    scripts = await asyncio.to_thread(_scripts, service)
+    known = await asyncio.to_thread(revisions_of, service)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             async with db.transaction() as tx:
+                if tx.dialect == "postgresql":
+                    await _take_turn(tx)
                 with translated():
-                    return await tx.raw.run_sync(_upgrade, scripts, service, db.place)
+                    before, after = await tx.raw.run_sync(_upgrade, known, db.place)
+                return Migrated(service, before, after)
         except OctoError as error:
             if error.code != "unavailable" or "busy" not in error.detail or attempt == ATTEMPTS:
                 raise
     raise AssertionError("unreachable")
 
 
-def _scripts(service: Service) -> ScriptDirectory:
-    folder = str(Path(__file__).parent / service)
-    return ScriptDirectory(folder, version_locations=[folder])
+async def _take_turn(tx: Transaction) -> None:
+    """Wait until no other process migrates this schema, and make it if it is not there."""
+    schema = str(await tx.scalar(select(func.current_setting("search_path"))))
+    await tx.execute(text(f"SET LOCAL lock_timeout = '{TURN_SECONDS}s'"))
+    await tx.execute(select(func.pg_advisory_xact_lock(func.hashtext(literal(f"octollm migrate {schema}")))))
+    # A statement that waits for a table stands in the way of all that come after it: it gives up soon.
+    await tx.execute(text("SET LOCAL lock_timeout = '5s'"))
+    there = select(text("1")).select_from(text("pg_namespace")).where(text("nspname = :name").bindparams(name=schema))
+    if await tx.scalar(there) is None:
+        await tx.execute(CreateSchema(schema))
 
 
-def _upgrade(connection: SyncConnection, scripts: ScriptDirectory, service: str, place: str) -> str:
-    head = scripts.get_current_head()
-    if head is None:
-        raise OctoError(f"The package carries no schema for {service}.", code="internal")
-
+def _upgrade(connection: SyncConnection, known: Revisions, place: str) -> tuple[str | None, str]:
     def steps(current: Any, _context: MigrationContext) -> Iterable[Any]:
         # What alembic's own `upgrade` command runs; there is no public name for it.
-        return scripts._upgrade_revs("head", current)  # pyright: ignore[reportPrivateUsage]
+        return known.scripts._upgrade_revs("head", current)  # pyright: ignore[reportPrivateUsage]
 
-    context = MigrationContext.configure(
-        connection, opts={"fn": steps, "version_table": VERSION_TABLE, "script": scripts}
-    )
-    _refuse_newer(context.get_current_heads(), scripts, service, place)
+    found = read_schema(connection)
+    if found.revision is not None and found.revision not in known.names:
+        check_schema(found, known.names, known.head, place)
+        return found.revision, found.revision
     # The operations are handed to each revision: alembic's global `op` would be shared by two databases that
     # migrate at the same time.
+    context = migration_context(connection, fn=steps, script=known.scripts)
     context.run_migrations(op=Operations(context))
-    return head
-
-
-def _refuse_newer(heads: Iterable[str], scripts: ScriptDirectory, service: str, place: str) -> None:
-    for head in heads:
-        try:
-            scripts.get_revision(head)
-        except CommandError as error:
-            raise SettingError(
-                f"The schema of {place} ({service}) is at revision {head!r}, which this version does not know: a "
-                "newer version made it. Install that version, or restore the backup from before it."
-            ) from error
+    if found.serves != known.serves:
+        serving.create(connection, checkfirst=True)
+        connection.execute(delete(serving))
+        connection.execute(insert(serving).values(oldest=known.serves))
+    return found.revision, known.head

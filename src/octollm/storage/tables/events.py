@@ -34,6 +34,8 @@ events = Table(
     # Given by the relay: the position in the log, and that of the event before it on its channel.
     Column("seq", BigInteger(), nullable=True, unique=True),
     Column("prev", BigInteger(), nullable=True),
+    # That inserted it. PostgreSQL fills it in by a default that the migration has; NULL on SQLite.
+    Column("transaction_id", BigInteger(), nullable=True),
     UniqueConstraint("tenant", "subject", "version"),
     Index("ix_events_tenant_seq", "tenant", "seq"),
     Index(

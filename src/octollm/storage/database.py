@@ -1,0 +1,185 @@
+"""The SQL database of one service: short write transactions, snapshot reads, one kind of error.
+
+**Lock order.** Several processes may write to one PostgreSQL, and a read that a write depends on locks its rows
+(``with_for_update``; SQLite has one writer and ignores it). Within a transaction rows are locked in the order
+``arms``, ``tasks``, ``budgets``, ``reservations``, ``steps``, ``idempotency``, ``subjects``; ``relay_state``,
+``events``, ``channels``; ``documents``, ``passages``; and of one table in the order of its key. Whoever keeps to it waits
+for another, and never two for each other; PostgreSQL would end one of them, and its caller be told to try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from sqlalchemy import func, select
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.sqlite import Insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.engine import CursorResult, RowMapping
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.sql import Executable
+from sqlalchemy.sql.schema import Table
+
+from octollm.clock import Clock
+from octollm.errors import OctoError
+from octollm.storage.failures import translated
+
+WAIT_SECONDS = 10.0
+"""How long a caller waits for its turn before it is told ``overloaded``."""
+
+Parameters = Mapping[str, object] | Sequence[Mapping[str, object]]
+
+
+def plain(row: RowMapping) -> dict[str, Any]:
+    """Return a row as a dictionary by column name."""
+    return {str(name): value for name, value in row.items()}
+
+
+class Connection:
+    """A snapshot of the database to read from. Used inside ``async with`` only."""
+
+    def __init__(self, raw: AsyncConnection, clock: Clock) -> None:
+        self.raw = raw
+        self._clock = clock
+
+    @property
+    def dialect(self) -> str:
+        """Return ``sqlite`` or ``postgresql``."""
+        return self.raw.dialect.name
+
+    async def now(self) -> float:
+        """Return epoch seconds on the clock that leases in this database are held against.
+
+        That is the server's clock on PostgreSQL, which is one for all machines (asked anew each time), and the
+        injected clock on SQLite, which is used on one machine.
+        """
+        if self.dialect == "postgresql":
+            return float(await self.scalar(select(func.extract("epoch", func.clock_timestamp()))))
+        return self._clock.now()
+
+    async def execute(self, statement: Executable, parameters: Parameters | None = None) -> CursorResult[Any]:
+        """Run ``statement``; with a sequence of parameters, once for each."""
+        return await self.raw.execute(statement, parameters)  # pyright: ignore[reportReturnType, reportUnknownVariableType, reportCallIssue, reportArgumentType]
+
+    async def scalar(self, statement: Executable) -> Any:
+        """Return the first column of the first row, or ``None``."""
+        return (await self.execute(statement)).scalar()
+
+    async def first(self, statement: Executable) -> RowMapping | None:
+        """Return the first row, or ``None``."""
+        return (await self.execute(statement)).mappings().first()
+
+    async def all(self, statement: Executable) -> Sequence[RowMapping]:
+        """Return every row; the statement has to bound their number."""
+        return (await self.execute(statement)).mappings().all()
+
+
+class Transaction(Connection):
+    """A write transaction: everything in it happens, or nothing."""
+
+    def __init__(self, raw: AsyncConnection, clock: Clock) -> None:
+        super().__init__(raw, clock)
+        self._callbacks: list[Callable[[], None]] = []
+
+    def insert(self, table: Table) -> Insert:
+        """Return an ``INSERT`` of the dialect in use, which has ``on_conflict_do_update`` and ``…_do_nothing``."""
+        if self.dialect == "postgresql":
+            return postgresql.insert(table)  # pyright: ignore[reportReturnType]
+        return sqlite_insert(table)
+
+    def after_commit(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once the transaction is committed and the lock released; never if it rolls back.
+
+        A process that dies in between never calls it: it is for hints. One callback is called once.
+        """
+        if callback not in self._callbacks:
+            self._callbacks.append(callback)
+
+    def committed(self) -> None:
+        """Run the callbacks. For the database alone."""
+        for callback in self._callbacks:
+            callback()
+
+
+class Database:
+    """One service's database. Made by :func:`open_database`."""
+
+    def __init__(
+        self, writer: AsyncEngine, reader: AsyncEngine, clock: Clock, *, place: str, writers: int = 1
+    ) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._clock = clock
+        self._turns = asyncio.Semaphore(writers)
+        self._writing: set[asyncio.Task[Any] | None] = set()
+        self.place = place
+        """Where the data lies, in words for error messages; holds no secret."""
+
+    @property
+    def dialect(self) -> str:
+        """Return ``sqlite`` or ``postgresql``."""
+        return self._writer.dialect.name
+
+    @property
+    def clock(self) -> Clock:
+        """Return the clock that the database was opened with."""
+        return self._clock
+
+    @asynccontextmanager
+    async def transaction(self, *, timeout: float = WAIT_SECONDS) -> AsyncGenerator[Transaction]:
+        """Write; commit at the end, roll back on any exception.
+
+        On SQLite it holds the one write lock. On PostgreSQL others write beside it (READ COMMITTED), so lock what
+        you read and depend on, in the order that this module names. Writers of this process that find all
+        connections taken queue up in order. Keep it short and await nothing but the database inside.
+
+        Raises ``overloaded`` after ``timeout`` seconds in the queue and when another transaction stood in the way,
+        ``unavailable`` when the database cannot be used (a commit that was cut off may have taken effect),
+        ``state_conflict`` when a constraint refuses a row.
+        """
+        task = asyncio.current_task()
+        if task in self._writing:
+            raise RuntimeError("a transaction inside a transaction of the same task would wait for itself")
+        try:
+            async with asyncio.timeout(timeout):
+                await self._turns.acquire()
+        except TimeoutError as error:
+            raise OctoError(
+                f"No turn to write to the database within {timeout:g} s.", code="overloaded", retry_after=1.0
+            ) from error
+        self._writing.add(task)
+        try:
+            with translated():
+                async with self._writer.begin() as raw:
+                    tx = Transaction(raw, self._clock)
+                    yield tx
+        finally:
+            self._writing.discard(task)
+            self._turns.release()
+        tx.committed()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncGenerator[Connection]:
+        """Hold a consistent snapshot for reading; a write in it is refused.
+
+        Raises ``overloaded`` when no connection comes free in 10 seconds, ``unavailable`` when the database
+        cannot be used.
+        """
+        with translated():
+            async with self._reader.connect() as raw:
+                yield Connection(raw, self._clock)
+
+    async def check(self) -> None:
+        """Make sure that the database answers. Raises ``unavailable`` when it does not."""
+        with translated():
+            async with self._reader.connect() as raw:
+                await raw.exec_driver_sql("SELECT 1")
+
+
+def encode_json(value: object) -> str:
+    """Return JSON as a column keeps it."""
+    return msgspec.json.encode(value).decode()
