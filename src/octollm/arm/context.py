@@ -114,7 +114,12 @@ class Context:
     async def _endpoint(self) -> Endpoint:
         """Return where any OpenAI client finds the models, with a key that lives as long as this call may."""
         bearer = await self._bearer("models:chat", max(MIN_ENDPOINT_SECONDS, self.deadline.left()))
-        return Endpoint(self._base.discovery.instances("models")[0] + "/v1", bearer)
+        headers = {
+            "X-Correlation-ID": self._call.correlation_id,
+            "traceparent": self._call.trace.traceparent,
+            "X-Timeout-Ms": self.deadline.header(),
+        }
+        return Endpoint(self._base.discovery.instances("models")[0] + "/v1", bearer, headers)
 
     async def _bearer(self, scope: str, lifetime: float) -> str:
         wanted = Scope(scope)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,10 +26,14 @@ _QUEUE = 64
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where any OpenAI client finds the models. ``api_key`` is this call's narrowed authority: it ends with it."""
+    """Where any OpenAI client finds the models. ``api_key`` is this call's narrowed authority: it ends with it.
+
+    ``headers`` say which work a request belongs to, and when that ends.
+    """
 
     base_url: str
     api_key: str = field(repr=False)
+    headers: Mapping[str, str]
 
 
 class ModelClient:
@@ -163,7 +167,7 @@ class ModelClient:
         return completion
 
     async def endpoint(self) -> Endpoint:
-        """Return ``base_url`` and ``api_key`` for an OpenAI client of one's own.
+        """Return ``base_url``, ``api_key`` and ``headers`` for an OpenAI client of one's own.
 
         Its calls are budgeted, journaled and cancelled like those of this client. The key lives as long as this
         call may, opens nothing but ``models:chat``, and must not be kept.

@@ -32,11 +32,16 @@ from octollm.llm.types import (
     ChatUsage,
     Final,
     FinishReason,
+    FunctionCall,
     Piece,
     ResponseFormat,
     StreamOptions,
     TextDelta,
+    Tool,
+    ToolCall,
+    ToolChoice,
     bytes_bound,
+    tools_bound,
 )
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -47,6 +52,7 @@ _MAX_RETRY_AFTER = 3600.0
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _DONE = b"[DONE]"
+_MOST_CALLS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,7 @@ class OpenAICompatibleModel:
     async def _pieces(self, response: Response, request: ChatRequest) -> AsyncGenerator[Piece]:
         finish: FinishReason | None = None
         usage: _Usage | None = None
+        called = _Called()
         written = 0
         try:
             async with aclosing(event_data(response.content)) as events:
@@ -155,14 +162,18 @@ class OpenAICompatibleModel:
                         if choice.delta.content:
                             written += len(choice.delta.content.encode("utf-8", "surrogatepass"))
                             yield TextDelta(choice.delta.content)
+                        for delta in choice.delta.tool_calls or ():
+                            written += called.add(delta)
         except (msgspec.DecodeError, ValueError) as exc:
             raise self._failed("its answer is not a stream of chat completion chunks") from exc
         if finish is None:
             raise self._failed("the connection broke before the answer was whole")
         if usage is None:
-            yield Final(finish, ChatUsage.of(bytes_bound(request.messages), written), exact=False)
+            bound = ChatUsage.of(bytes_bound(request.messages) + tools_bound(request), written)
+            yield Final(finish, bound, exact=False, tool_calls=called.calls())
         else:
-            yield Final(finish, ChatUsage.of(usage.prompt_tokens, usage.completion_tokens))
+            counted = ChatUsage.of(usage.prompt_tokens, usage.completion_tokens)
+            yield Final(finish, counted, tool_calls=called.calls())
 
     async def _refused(self, response: Response) -> OctoError:
         """Return the error for an answer that is not 200."""
@@ -206,9 +217,11 @@ class OpenAICompatibleModel:
         return " ".join(text.split())[:_DETAIL_CHARACTERS].rstrip(".")
 
 
-class _Message(msgspec.Struct, frozen=True):
+class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
 
 
 class _Body(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -223,6 +236,9 @@ class _Body(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     response_format: ResponseFormat | None = None
+    tools: tuple[Tool, ...] | None = None
+    tool_choice: str | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class _Usage(msgspec.Struct, frozen=True):
@@ -230,8 +246,20 @@ class _Usage(msgspec.Struct, frozen=True):
     completion_tokens: int = 0
 
 
+class _FunctionDelta(msgspec.Struct, frozen=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolDelta(msgspec.Struct, frozen=True):
+    index: int = 0
+    id: str | None = None
+    function: _FunctionDelta = _FunctionDelta()
+
+
 class _Delta(msgspec.Struct, frozen=True):
     content: str | None = None
+    tool_calls: tuple[_ToolDelta, ...] | None = None
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -262,10 +290,37 @@ class _ErrorBody(msgspec.Struct, frozen=True):
     error: _Error
 
 
+class _Called:
+    """The calls that an answer asks for, put together from the pieces that they come in."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[str]] = {}
+
+    def add(self, delta: _ToolDelta) -> int:
+        """Add a piece; return how many bytes it has. Raises ``ValueError`` past the bound of calls."""
+        if delta.index not in self._parts and len(self._parts) >= _MOST_CALLS:
+            raise ValueError("too many calls")
+        part = self._parts.setdefault(delta.index, ["", "", ""])
+        pieces = (delta.id or "", delta.function.name or "", delta.function.arguments or "")
+        for place, piece in enumerate(pieces):
+            part[place] += piece
+        return sum(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces[1:])
+
+    def calls(self) -> tuple[ToolCall, ...]:
+        """Return the calls in the provider's order."""
+        return tuple(
+            ToolCall(call_id or f"call-{index}", FunctionCall(name, arguments or "{}"))
+            for index, (call_id, name, arguments) in sorted(self._parts.items())
+        )
+
+
 def _body(model: str, request: ChatRequest) -> _Body:
     return _Body(
         model=model,
-        messages=tuple(_Message(message.role, message.text) for message in request.messages),
+        messages=tuple(
+            _Message(message.role, message.text, message.tool_calls, message.tool_call_id)
+            for message in request.messages
+        ),
         stream=True,
         stream_options=StreamOptions(include_usage=True),
         max_tokens=request.max_tokens,
@@ -275,6 +330,9 @@ def _body(model: str, request: ChatRequest) -> _Body:
         seed=request.seed,
         stop=request.stops or None,
         response_format=request.response_format,
+        tools=request.tools or None,
+        tool_choice=request.tool_choice,
+        parallel_tool_calls=request.parallel_tool_calls,
     )
 
 
@@ -282,7 +340,12 @@ def _finish(reason: str | None) -> FinishReason | None:
     """Return our word for a provider's reason; one that we do not know is an ordinary end."""
     if reason is None or reason == "":
         return None
-    return "length" if reason == "length" else "content_filter" if reason == "content_filter" else "stop"
+    known: dict[str, FinishReason] = {
+        "length": "length",
+        "content_filter": "content_filter",
+        "tool_calls": "tool_calls",
+    }
+    return known.get(reason, "stop")
 
 
 async def _error_of(response: Response) -> _Error:

@@ -181,12 +181,13 @@ async def harness() -> AsyncGenerator[Harness]:
     """Yield a harness with its orchestrator served."""
     async with Http() as http:
         house = Harness(http)
-        async with house.serve(_orchestrator(house)):
+        async with house.serve(orchestrator_of(house)):
             yield house
 
 
 @contextlib.asynccontextmanager
-async def _orchestrator(house: Harness) -> AsyncGenerator[Service]:
+async def orchestrator_of(house: Harness) -> AsyncGenerator[Service]:
+    """Yield the test's orchestrator: it knows the services whose keys ``house`` has at this moment."""
     directory = {name: DirectoryEntry((key.thumbprint,)) for name, key in house.keys.items()}
     keeper = _Keeper(house, house.minter.directory(directory))
     base = house.base("orchestrator")
