@@ -9,26 +9,23 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Awaitable, Callable
 from typing import Any
 
-import msgspec
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 from pydantic import TypeAdapter
 from pydantic_ai import Agent, AgentStreamEvent, RunContext
-from pydantic_ai.exceptions import AgentRunError, UsageLimitExceeded
+from pydantic_ai.exceptions import AgentRunError
 from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 
 from octollm.arm.context import Context
 from octollm.arm.declaring import arm_invalid
+from octollm.arm.foreign import problem_in
 from octollm.arm.model import Endpoint
-from octollm.contracts.problems import Problem
 from octollm.contracts.task import TaskContract, Usage
-from octollm.errors import OctoError, RemoteError
-from octollm.rpc.problems import error_of
+from octollm.errors import OctoError
 
 READ_SECONDS = 120.0
 """The longest silence of the models service; it sends comments while a model thinks."""
-_CAUSES = 8
 
 
 def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[TaskContract, Context], Awaitable[object]]:
@@ -115,20 +112,7 @@ def _client(endpoint: Endpoint) -> AsyncOpenAI:
 
 def _error_of(error: AgentRunError) -> OctoError:
     """Return what ended a run: the problem that ``models`` told if there was one, else the agent's own."""
-    cause: BaseException | None = error
-    for _ in range(_CAUSES):
-        told = _problem_in(getattr(cause, "body", None))
-        if told is not None:
-            return told
-        cause = None if cause is None else cause.__cause__
-    if isinstance(error, UsageLimitExceeded):
-        return OctoError(f"The agent came to a limit of its own: {error}", code="model_output_invalid")
+    told = problem_in(error)
+    if told is not None:
+        return told
     return OctoError(f"The agent came to no result: {error}"[:500], code="model_output_invalid")
-
-
-def _problem_in(body: object) -> RemoteError | None:
-    """Return the problem that an SDK's error carries as its body, if it is one of ours."""
-    try:
-        return error_of(msgspec.convert(body, Problem), "models")
-    except msgspec.ValidationError:
-        return None

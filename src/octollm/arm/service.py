@@ -11,7 +11,9 @@ from octollm.arm.answers import answer_of, answer_type
 from octollm.arm.arm import Arm, ArmOperation
 from octollm.arm.card import CARD_PATH, AgentCard, card_of
 from octollm.arm.context import Context
+from octollm.arm.foreign import problem_in
 from octollm.contracts.api import ArmRegistration
+from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.call import Call, Operation
 from octollm.rpc.caller import Outgoing, Target
@@ -30,6 +32,13 @@ def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = 
             context = Context(base, delegator, call, (*arm.needed, *arm.optional), body)
             try:
                 return answer_of(declared, await declared.handler(body, context), context)
+            except OctoError:
+                raise
+            except Exception as error:
+                told = problem_in(error)
+                if told is None:
+                    raise
+                raise told from error
             finally:
                 await context.model.aclose()
 

@@ -177,10 +177,11 @@ class Harness:
 
 
 @contextlib.asynccontextmanager
-async def harness() -> AsyncGenerator[Harness]:
-    """Yield a harness with its orchestrator served."""
+async def harness(*arms: str) -> AsyncGenerator[Harness]:
+    """Yield a harness with its orchestrator served; ``arms`` are known to it besides the built-in services."""
     async with Http() as http:
         house = Harness(http)
+        house.keys |= {name: SigningKey.generate(name) for name in arms}
         async with house.serve(orchestrator_of(house)):
             yield house
 
