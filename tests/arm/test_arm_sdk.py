@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+from base64 import urlsafe_b64decode
 
+import msgspec
 import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel
@@ -68,6 +70,35 @@ async def test_the_sdks_errors_keep_their_code():
         with pytest.raises(OctoError) as caught:
             await lab.call("execute", {"goal": "Say hello"})
         assert caught.value.code == "budget_exhausted"
+
+
+leaky = Arm("leaky", description="Gives its key away", calls=["models:chat", "files:write"])
+
+
+@leaky.operation("execute")
+async def leak(task: Task, ctx: Context) -> str:
+    """Answer with the key of the models."""
+    return (await ctx.model.endpoint()).api_key
+
+
+async def test_a_key_that_got_out_is_worth_little(tmp_path):
+    async with served(leaky, lambda _: "Hello", tmp_path) as (house, _provider):
+        headers = {"X-Timeout-Ms": "20000"}
+        token = house.token("leaky:execute")
+        answer = await house.send("leaky", "POST", "/execute", token=token, body={"goal": "x"}, headers=headers)
+        key = msgspec.json.decode(answer.body)["output"]
+        claims = msgspec.json.decode(urlsafe_b64decode(key.split("~")[0].split(".")[1] + "=="))
+        # It ends with the call that it was made for, opens one operation of one service, and cannot be passed on.
+        assert 0 < claims["exp"] - house.clock.now() <= 20
+        assert (claims["aud"], claims["scope"]) == ("models", "models:chat")
+        assert "gnt" not in claims
+        stored = await house.send("orchestrator", "POST", "/files", token=key, body=b"x")
+        assert stored.status == 401
+        again = await house.send("leaky", "POST", "/execute", token=key, body={"goal": "x"})
+        assert again.status == 401
+        chat = {"model": "default", "messages": [{"role": "user", "content": "Hi"}]}
+        said = await house.send("models", "POST", "/v1/chat/completions", token=key, body=chat)
+        assert said.status == 200
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, is_typeddict
 
 import msgspec
 
@@ -23,10 +23,11 @@ def answer_of(declared: ArmOperation, returned: object, ctx: Context) -> object:
 
     What ``execute`` returns becomes the ``output``: text as it is, anything else as JSON. The files that were written
     and what the model used are told with it, unless the handler says so itself. Raises ``TypeError`` where the
-    handler returned text for another type, or the other way round.
+    handler returned something else than the class that it declares.
     """
-    if (declared.answer is str) != isinstance(returned, str) and declared.answer in (str, ExecuteResult):
-        raise TypeError(f"{declared.name} declares {declared.answer.__name__} and returned {type(returned).__name__}")
+    wanted = declared.answer
+    if isinstance(wanted, type) and not is_typeddict(wanted) and not _is_a(returned, wanted):
+        raise TypeError(f"{declared.name} declares {wanted.__name__} and returned {type(returned).__name__}")
     if declared.name != EXECUTE:
         return returned
     if not isinstance(returned, ExecuteResult):
@@ -35,3 +36,7 @@ def answer_of(declared: ArmOperation, returned: object, ctx: Context) -> object:
     if returned.usage.total_tokens == 0:
         returned = msgspec.structs.replace(returned, usage=ctx.model.usage)
     return returned
+
+
+def _is_a(value: object, wanted: type) -> bool:
+    return isinstance(value, (int, float) if wanted is float else wanted)

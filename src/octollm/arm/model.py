@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from octollm.arm.answer_schema import answer_schema
 from octollm.arm.reading import Completion, Heard, OnText, read_completion
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.rpc.caller import Caller, Outgoing
 from octollm.rpc.decode import decode
 from octollm.rpc.http import Streamed
-from octollm.rpc.shapes import schema_alone
 
 T = TypeVar("T")
 
@@ -83,14 +83,14 @@ class ModelClient:
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            schema=schema_alone(answer),
+            schema=answer_schema(answer),
         )
         try:
             return decode(completion.text.encode(), answer)
         except OctoError as error:
             cut = " It was cut at the token limit." if completion.finish_reason == "length" else ""
             raise OctoError(
-                f"The model's answer does not fit the schema of {answer.__name__}.{cut}",
+                f"The model's answer does not fit {getattr(answer, '__name__', answer)}.{cut}",
                 code="model_output_invalid",
                 faults=error.faults,
             ) from error

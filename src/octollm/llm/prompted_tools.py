@@ -96,12 +96,14 @@ def _schema(tools: tuple[Tool, ...], *, answer: bool) -> dict[str, object]:
     shared: dict[str, Any] = {}
     forms: list[dict[str, object]] = []
     for tool in tools:
-        parameters: dict[str, Any] = dict(tool.function.parameters or {"type": "object", "properties": {}})
+        given = tool.function.parameters or {"type": "object", "properties": {}}
+        # What is left open, a small model fills with whatever comes to it.
+        parameters: dict[str, Any] = {"additionalProperties": False, **given}
         # A reference is resolved from the root of the whole schema.
         shared.update(parameters.pop("$defs", {}))
         forms.append(_object({"tool": {"const": tool.function.name}, "arguments": parameters}))
     if answer:
-        forms.append(_object({"answer": {"type": "string"}}))
+        forms.append(_object({"answer": {"type": "string", "minLength": 1}}))
     schema: dict[str, object] = {"anyOf": forms}
     return {**schema, "$defs": shared} if shared else schema
 

@@ -65,13 +65,6 @@ def schemas_of(kinds: Iterable[object]) -> tuple[list[dict[str, Any]], dict[str,
     return list(schemas), {**found, **components}
 
 
-def schema_alone(kind: object) -> dict[str, Any]:
-    """Return the JSON schema of one type, with what it refers to inside it (``$defs``)."""
-    [schema], components = schemas_of([kind])
-    text = msgspec.json.encode({**schema, "$defs": components} if components else schema)
-    return msgspec.json.decode(text.replace(b"#/components/schemas/", b"#/$defs/"))
-
-
 def faults_of(error: BaseException | None, at: str) -> tuple[Fault, ...]:
     """Return the faults that a Pydantic model found in a value at the pointer ``at``; none for another error."""
     found: Any = error
