@@ -38,6 +38,7 @@ class Settings:
     port_shift: int
     advertise_url: str | None
     start_seconds: float
+    drain_seconds: float
     allowed_hosts: tuple[str, ...]
     rate_limit: str
     max_tokens: int
@@ -196,6 +197,12 @@ SPECS: dict[str, Spec] = {
     ),
     "start_seconds": Spec(
         "START_SECONDS", "60", "How long `octollm serve` waits for what it needs.", _seconds(1, 3600)
+    ),
+    "drain_seconds": Spec(
+        "DRAIN_SECONDS",
+        "25",
+        "How long calls in flight may take to end when `octollm serve` is told to stop.",
+        _seconds(0, 600),
     ),
     "allowed_hosts": Spec(
         "ALLOWED_HOSTS",

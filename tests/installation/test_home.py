@@ -11,7 +11,7 @@ import pytest
 
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.errors import OctoError, SettingError
-from octollm.installation.home import Home, Running, open_home, read_local_key, running_in
+from octollm.installation.home import Running, open_home, open_keys, read_local_key, running_in, write_private
 from octollm.installation.keys import load_keys
 
 IDS = Uuid7Ids(SystemClock())
@@ -145,17 +145,16 @@ async def test_what_a_dead_writer_left_is_cleared(tmp_path):
     async with open_home(tmp_path) as home:
         leftover = home.keys / ".root.jwk.0123"
         leftover.write_bytes(b"half")
-    async with open_home(tmp_path):
+    async with open_keys(tmp_path):
         assert not leftover.exists()
 
 
 def test_a_write_is_whole_or_not_at_all(tmp_path):
-    home = Home(tmp_path)
     path = tmp_path / "file"
-    home.write_private(path, b"old", IDS)
+    write_private(path, b"old", IDS)
     if os.geteuid() == 0:
         with pytest.raises(OctoError):
-            home.write_private(tmp_path / "no" / "folder", b"new", IDS)
-    home.write_private(path, b"new", IDS)
+            write_private(tmp_path / "no" / "folder", b"new", IDS)
+    write_private(path, b"new", IDS)
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -15,7 +15,6 @@ from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.installation.embedded import STAGES, STOP_STAGES, embedded_system
 from octollm.installation.home import running_in
-from octollm.installation.services import service_openers
 from octollm.rpc.service import build_service
 from octollm.testing.scripted_model import scripted_model
 from octollm.testing.system import installation
@@ -38,7 +37,6 @@ def settings(home, model):
 def test_every_service_starts_once_and_stops_once():
     for stages in (STAGES, STOP_STAGES):
         assert sorted(name for stage in stages for name in stage) == sorted(SERVICES)
-    assert callable(service_openers)
 
 
 async def test_every_service_answers_health_readiness_metrics_and_its_api(tmp_path, model):

@@ -11,7 +11,7 @@ from octollm import __version__
 from octollm.cli.app_admin import keys_app, models_app, token_app
 from octollm.cli.app_new import new_app
 from octollm.cli.app_tasks import TaskId, events_app, task_app
-from octollm.cli.completing import complete_arm
+from octollm.cli.completing import complete_arm, complete_service
 
 DEMO_GOAL = "Write a Python function is_palindrome(text) with tests"
 """What `octollm demo` asks for when it is given nothing else."""
@@ -100,6 +100,20 @@ def run(
 
     budget = Budget(max_tokens=max_tokens, max_cost_usd=max_cost, max_time_seconds=max_seconds)
     raise typer.Exit(run_goal_command(goal, file or [], criterion or [], budget, as_json=as_json, start=start))
+
+
+@app.command(rich_help_panel="Start")
+def serve(
+    service: Annotated[str, typer.Argument(help="A built-in service, e.g. coder.", autocompletion=complete_service)],
+) -> None:
+    """Serve one service in this process, until SIGTERM or Ctrl-C, which drains it.
+
+    Everything is set by environment variables. It waits for what it needs (OCTOLLM_START_SECONDS), says for what, and
+    writes its log as JSON lines to standard error.
+    """
+    from octollm.cli.serving import serve_command  # noqa: PLC0415
+
+    raise typer.Exit(serve_command(service))
 
 
 @app.command(rich_help_panel="Tasks")

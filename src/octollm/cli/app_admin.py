@@ -71,6 +71,20 @@ def revoke_key(
     raise typer.Exit(revoke_command(key_id, as_json=as_json))
 
 
+@keys_app.command("provision")
+def provision(
+    folder: Annotated[Path, typer.Argument(help="Where to make a folder for each service.")], as_json: AsJson = False
+) -> None:
+    """Make the keys of an installation whose services run apart: a folder for each, with what that one needs.
+
+    Give each service its folder as OCTOLLM_KEYS. The folder of the orchestrator has the root key, and local.key, the
+    first API key. Keys that are there are kept.
+    """
+    from octollm.cli.serving import provision_command  # noqa: PLC0415
+
+    raise typer.Exit(provision_command(folder, as_json=as_json))
+
+
 @token_app.command("mint")
 def mint(
     scope: Annotated[str, typer.Option(help='Scopes, separated by spaces, e.g. "coder:execute".')],

@@ -18,6 +18,13 @@ def complete_model(begun: str) -> list[tuple[str, str]]:
     return [(entry.name, entry.title) for entry in CATALOGUE if entry.name.startswith(begun)]
 
 
+def complete_service(begun: str) -> list[str]:
+    """Return the built-in services that begin so."""
+    from octollm.contracts.services import SERVICES  # noqa: PLC0415  as above
+
+    return [name for name in SERVICES if name.startswith(begun)]
+
+
 def complete_arm(begun: str) -> list[tuple[str, str]]:
     """Return the registered arms that begin so."""
     from octollm.contracts.api import ArmList  # noqa: PLC0415  as above

@@ -16,7 +16,7 @@ from octollm.cli.terminal import show_error
 from octollm.errors import OctoError
 
 LAST_RESORT_SECONDS = 2.8
-"""After a signal the process ends within this time, whatever still runs."""
+"""After a signal a command ends within this time, whatever still runs."""
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -24,10 +24,10 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 class Interrupt:
     """Turns the first signal into a cancellation, and sees to it that the process ends soon after."""
 
-    def __init__(self) -> None:
+    def __init__(self, last_resort: float) -> None:
         self.task: asyncio.Task[int] | None = None
         self.happened = False
-        self._timer = threading.Timer(LAST_RESORT_SECONDS, _end_now)
+        self._timer = threading.Timer(last_resort, _end_now)
         self._timer.daemon = True
 
     def signalled(self) -> None:
@@ -51,7 +51,7 @@ def _end_now() -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-async def _interruptible(work: Callable[[], Coroutine[Any, Any, int]], interrupt: Interrupt) -> int:
+async def _interruptible(work: Callable[[], Coroutine[Any, Any, int]], interrupt: Interrupt, interrupted: int) -> int:
     loop = asyncio.get_running_loop()
     task = interrupt.task = asyncio.create_task(work(), name="command")
     for number in _SIGNALS:
@@ -62,7 +62,7 @@ async def _interruptible(work: Callable[[], Coroutine[Any, Any, int]], interrupt
     except BaseException:
         # What an interrupted piece of work dies of is not what the user has to hear.
         if interrupt.happened:
-            return EXIT_INTERRUPTED
+            return interrupted
         raise
 
 
@@ -74,12 +74,21 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def run_command(work: Callable[[], Coroutine[Any, Any, int]]) -> int:
-    """Run ``work`` and return its exit code; a failure is printed, a signal stops it in under 3 s."""
-    interrupt = Interrupt()
+def run_command(
+    work: Callable[[], Coroutine[Any, Any, int]],
+    *,
+    last_resort: float = LAST_RESORT_SECONDS,
+    interrupted: int = EXIT_INTERRUPTED,
+) -> int:
+    """Run ``work`` and return its exit code; a failure is printed, a signal stops it.
+
+    ``last_resort`` is how many seconds after a signal the process ends, whatever still runs; ``interrupted`` is the
+    exit code of work that a signal stopped in order.
+    """
+    interrupt = Interrupt(last_resort)
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
-            return runner.run(_interruptible(work, interrupt))
+            return runner.run(_interruptible(work, interrupt, interrupted))
     except OctoError as error:
         show_error(error)
         return exit_code_of(error)

@@ -14,11 +14,12 @@ import msgspec
 from octollm.clock import Clock, Ids
 from octollm.config import Settings
 from octollm.errors import OctoError
-from octollm.installation.home import Home, Running, open_home
+from octollm.installation.home import Home, Running, open_home, open_keys, write_private
 from octollm.installation.hosted import Hosted
 from octollm.installation.keys import HomeKeys, load_keys
+from octollm.installation.own_keys import RootKeys
 from octollm.installation.ports import bind_all, is_loopback
-from octollm.installation.services import ServiceFactory, service_openers
+from octollm.installation.services import ServiceFactory, Supplies, service_opener
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.health import Readiness
 from octollm.rpc.http import Http, TransportError
@@ -29,6 +30,8 @@ from octollm.telemetry import configure_logs, log_for
 
 STOP_SECONDS = 2.4
 """How long stopping may take before what is left is cancelled."""
+DRAIN_SECONDS = 2.0
+"""How long calls in flight may take to end when a service stops: the caller is in this process and stops too."""
 READY_SECONDS = 150.0
 """How long the services may take to become ready; loading a model is most of it."""
 
@@ -127,26 +130,30 @@ async def embedded_system(
     async with contextlib.AsyncExitStack() as stack:
         home = await stack.enter_async_context(open_home(settings.home))
         bound = stack.enter_context(bind_all(settings.host, settings.port_shift, ports))
-        keys = await asyncio.to_thread(load_keys, home, ids)
+        async with open_keys(settings.home):
+            keys = await asyncio.to_thread(load_keys, home, ids)
         stack.enter_context(configure_logs(home.log_file, level=settings.log_level, clock=clock))
         http = await stack.enter_async_context(Http())
         redis = await stack.enter_async_context(open_redis(settings.redis_url, servers=MemoryServers()))
         system = System(home, settings, bound.urls, keys.local, http)
-        openers = service_openers(
-            _bases(system, keys, clock, ids),
-            settings,
-            redis=redis,
-            keys=keys,
-            loopback_only=is_loopback(settings.host),
-            overrides=overrides or {},
+        supplies = Supplies(
+            settings, redis, RootKeys(keys.root, keys.public, keys.local), keys.local, is_loopback(settings.host)
         )
-        hosts = {name: Hosted(name, openers[name], bound.sockets[name]) for name in bound.sockets}
+        hosts = {
+            name: Hosted(
+                name,
+                service_opener(name, base, supplies, override=(overrides or {}).get(name)),
+                bound.sockets[name],
+                drain=DRAIN_SECONDS,
+            )
+            for name, base in _bases(system, keys, clock, ids).items()
+        }
         try:
             for stage in STAGES:
                 on_stage(", ".join(stage))
                 await asyncio.gather(*(hosts[name].start() for name in stage))
             running = msgspec.json.encode(Running(os.getpid(), system.door))
-            await asyncio.to_thread(home.write_private, home.running_file, running, ids)
+            await asyncio.to_thread(write_private, home.running_file, running, ids)
             async with _guarded(hosts.values()):
                 yield system
         finally:

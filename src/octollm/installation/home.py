@@ -16,6 +16,8 @@ from octollm.clock import Ids
 from octollm.errors import OctoError, SettingError
 from octollm.llm.filelock import LockTimeout, file_lock
 
+KEYS_SECONDS = 20.0
+"""How long a start waits for another process that makes the keys."""
 LOCK_SECONDS = 1.0
 """How long a start waits for the home: longer than somebody takes who only looks whether it is in use."""
 
@@ -59,24 +61,33 @@ class Home:
         return self.root / "lock"
 
     @property
+    def keys_lock_file(self) -> Path:
+        """Return the file whose lock is held while keys are made. It is never deleted."""
+        return self.root / "keys.lock"
+
+    @property
     def running_file(self) -> Path:
         """Return the file that names the process that uses the home; it has a meaning only while the lock is held."""
         return self.root / "running.json"
 
-    def write_private(self, path: Path, content: bytes, ids: Ids) -> None:
-        """Write ``content`` to ``path`` whole or not at all, readable by its owner only."""
-        fresh = path.with_name(f".{path.name}.{ids.hex()}")
-        try:
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-        except OSError as error:
-            raise OctoError(f"{path} cannot be written: {error.strerror}.", code="home_unusable") from error
-        finally:
-            fresh.unlink(missing_ok=True)
+
+def write_private(path: Path, content: bytes, ids: Ids) -> None:
+    """Write ``content`` to ``path`` whole or not at all, readable by its owner only.
+
+    Raises ``home_unusable`` when it cannot be written.
+    """
+    fresh = path.with_name(f".{path.name}.{ids.hex()}")
+    try:
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        raise OctoError(f"{path} cannot be written: {error.strerror}.", code="home_unusable") from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def check_private(path: Path) -> None:
@@ -110,21 +121,42 @@ def read_local_key(root: Path) -> str | None:
         return None
 
 
-def _prepare(home: Home) -> None:
+def _make_folders(home: Home) -> None:
     try:
         home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (home.data, home.keys, home.log_file.parent):
             folder.mkdir(mode=0o700, exist_ok=True)
         home.lock_file.touch(0o600)
+        home.keys_lock_file.touch(0o600)
     except OSError as error:
         raise OctoError(
             f"The home {home.root} cannot be used ({error.strerror}). Set OCTOLLM_HOME to a folder that you may write.",
             code="home_unusable",
         ) from error
     check_private(home.keys)
+
+
+def _clean_keys(home: Home) -> None:
     for leftover in home.keys.glob(".*"):
         # A process that died while it wrote a key.
         leftover.unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def open_keys(root: Path) -> AsyncGenerator[Home]:
+    """Make the folders of a home and hold its keys for this process, for as long as it takes to read or make them.
+
+    Unlike :func:`open_home` it lets others use the home: each service in a process of its own does. Raises
+    ``home_in_use`` when another process holds the keys for long, and what :func:`open_home` raises.
+    """
+    home = Home(root)
+    await asyncio.to_thread(_make_folders, home)
+    try:
+        async with file_lock(home.keys_lock_file, KEYS_SECONDS):
+            await asyncio.to_thread(_clean_keys, home)
+            yield home
+    except LockTimeout as error:
+        raise OctoError(f"Another process has been making the keys of {root} for long.", code="home_in_use") from error
 
 
 @contextlib.asynccontextmanager
@@ -135,7 +167,7 @@ async def open_home(root: Path) -> AsyncGenerator[Home]:
     ``setting_invalid`` when others may read its keys.
     """
     home = Home(root)
-    await asyncio.to_thread(_prepare, home)
+    await asyncio.to_thread(_make_folders, home)
     async with contextlib.AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(file_lock(home.lock_file, LOCK_SECONDS))

@@ -18,18 +18,19 @@ KILL_SECONDS = 0.4
 
 
 class Hosted:
-    """A service that is opened and served until it is told to stop."""
+    """A service that is opened and served until it is told to stop; then calls in flight get ``drain`` seconds."""
 
-    def __init__(self, name: str, opener: Opener, bound: socket.socket) -> None:
+    def __init__(self, name: str, opener: Opener, bound: socket.socket, *, drain: float) -> None:
         self.name = name
         self._opener = opener
         self._bound = bound
+        self._drain = drain
         self._stop = asyncio.Event()
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def _run(self) -> None:
-        async with self._opener() as service, service.serve(self._bound):
+        async with self._opener() as service, service.serve(self._bound, drain=self._drain):
             self._up.set()
             await self._stop.wait()
 

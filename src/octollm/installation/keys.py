@@ -12,7 +12,7 @@ from octollm.capability import CapabilityError, PublicKey, SigningKey
 from octollm.clock import Ids
 from octollm.contracts.services import SERVICES
 from octollm.errors import SettingError
-from octollm.installation.home import Home, read_private
+from octollm.installation.home import Home, read_private, write_private
 from octollm.services.orchestrator.accounts import KEY_PREFIX, LOCAL_KEY_ID
 
 _ROOT = "root"
@@ -49,7 +49,7 @@ def load_keys(home: Home, ids: Ids) -> HomeKeys:
 def _signing_key(home: Home, name: str, ids: Ids) -> SigningKey:
     path = home.keys / f"{name}.jwk"
     if not path.exists():
-        home.write_private(path, msgspec.json.encode(SigningKey.generate(name).to_jwk(private=True)), ids)
+        write_private(path, msgspec.json.encode(SigningKey.generate(name).to_jwk(private=True)), ids)
     try:
         return SigningKey.from_jwk(msgspec.json.decode(read_private(path), type=dict[str, object]), name)
     except (CapabilityError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -62,5 +62,10 @@ def _signing_key(home: Home, name: str, ids: Ids) -> SigningKey:
 def _local_key(home: Home, ids: Ids) -> str:
     path = home.local_key_file
     if not path.exists():
-        home.write_private(path, f"{KEY_PREFIX}{LOCAL_KEY_ID}_{secrets.token_urlsafe(32)}\n".encode(), ids)
+        write_private(path, new_local_key().encode(), ids)
     return read_private(path)
+
+
+def new_local_key() -> str:
+    """Return a fresh credential for the first user of an installation, as a line of text."""
+    return f"{KEY_PREFIX}{LOCAL_KEY_ID}_{secrets.token_urlsafe(32)}\n"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from functools import partial
 
 from octollm.config import Settings
+from octollm.errors import SettingError
 from octollm.installation.hosted import Opener
-from octollm.installation.keys import HomeKeys
+from octollm.installation.own_keys import RootKeys
 from octollm.rpc.service import Base, Service
 from octollm.services.arms.coder.service import coder_service
 from octollm.services.arms.executor.service import executor_service
@@ -25,6 +27,9 @@ from octollm.storage import RedisClient
 ServiceFactory = Callable[[Base, Settings], AbstractAsyncContextManager[Service]]
 """Opens a service that needs nothing but what every service has."""
 
+NEED_REDIS = frozenset({"orchestrator", "monitor", "reflex"})
+"""The services that are given Redis."""
+
 _PLAIN: Mapping[str, ServiceFactory] = {
     "memory": memory_service,
     "models": models_service,
@@ -36,35 +41,46 @@ _PLAIN: Mapping[str, ServiceFactory] = {
 }
 
 
-def service_openers(
-    bases: Mapping[str, Base],
-    settings: Settings,
-    *,
-    redis: RedisClient,
-    keys: HomeKeys,
-    loopback_only: bool,
-    overrides: Mapping[str, ServiceFactory],
-) -> dict[str, Opener]:
-    """Return what opens each service; ``overrides`` stands in place of services that need nothing special."""
-    openers: dict[str, Opener] = {
-        name: partial(overrides.get(name, factory), bases[name], settings) for name, factory in _PLAIN.items()
-    }
-    openers["orchestrator"] = partial(
-        orchestrator_service,
-        bases["orchestrator"],
-        settings,
-        redis=redis,
-        root_key=keys.root,
-        service_keys=keys.public,
-        local_key=keys.local,
-    )
-    openers["monitor"] = partial(monitor_service, bases["monitor"], settings, redis=redis)
-    openers["reflex"] = partial(
-        reflex_service,
-        bases["reflex"],
-        settings,
-        redis=redis,
-        local_key=keys.local if settings.local_trust and loopback_only else None,
-        loopback_only=loopback_only,
-    )
-    return openers
+@dataclass(frozen=True, slots=True)
+class Supplies:
+    """What the services of a process are given besides what every service has.
+
+    ``root`` is for the orchestrator alone. ``local_key`` is the credential that the door uses for a local peer where
+    ``loopback_only`` says that nobody else can connect; ``None`` where no peer is trusted.
+    """
+
+    settings: Settings
+    redis: RedisClient | None = None
+    root: RootKeys | None = None
+    local_key: str | None = None
+    loopback_only: bool = False
+
+
+def service_opener(name: str, base: Base, supplies: Supplies, *, override: ServiceFactory | None = None) -> Opener:
+    """Return what opens the built-in service ``name``; ``override`` stands in place of one that needs nothing special.
+
+    Raises ``setting_invalid`` when something that it needs is not supplied.
+    """
+    settings = supplies.settings
+    if name in _PLAIN:
+        return partial(override or _PLAIN[name], base, settings)
+    redis = supplies.redis
+    if redis is None:
+        raise SettingError(f"{name} needs a Redis server: set OCTOLLM_REDIS_URL, e.g. redis://localhost:6379/0.")
+    if name == "orchestrator":
+        root = supplies.root
+        if root is None:
+            raise SettingError("The orchestrator needs the root key: see `octollm keys provision --help`.")
+        return partial(
+            orchestrator_service,
+            base,
+            settings,
+            redis=redis,
+            root_key=root.root,
+            service_keys=root.services,
+            local_key=root.local,
+        )
+    if name == "monitor":
+        return partial(monitor_service, base, settings, redis=redis)
+    trusted = supplies.local_key if settings.local_trust and supplies.loopback_only else None
+    return partial(reflex_service, base, settings, redis=redis, local_key=trusted, loopback_only=supplies.loopback_only)

@@ -5,6 +5,6 @@ Values go in, a decision comes out; whoever calls does the waiting and the I/O. 
 
 from octollm.resilience.breaker import Breaker, BreakerPolicy
 from octollm.resilience.deadline import Deadline
-from octollm.resilience.retry import Failure, RetryBudget, RetryPolicy
+from octollm.resilience.retry import Failure, Patience, RetryBudget, RetryPolicy
 
-__all__ = ["Breaker", "BreakerPolicy", "Deadline", "Failure", "RetryBudget", "RetryPolicy"]
+__all__ = ["Breaker", "BreakerPolicy", "Deadline", "Failure", "Patience", "RetryBudget", "RetryPolicy"]

@@ -10,12 +10,14 @@ class Failure:
     """How a try failed.
 
     ``began`` is false when the request surely never reached the handler (no connection, or shed with 503).
-    ``retry_after`` is what the peer asked for, in seconds.
+    ``retry_after`` is what the peer asked for, in seconds. ``away`` says that a service was not there, which may
+    change soon.
     """
 
     retryable: bool
     began: bool
     retry_after: float | None = None
+    away: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,26 @@ class RetryPolicy:
         if failure.retry_after is not None:
             delay = max(delay, failure.retry_after)
         return delay if delay < left else None
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to go on trying while a service is away, ``pause`` seconds apart: it restarts, or another takes over.
+
+    It comes after :class:`RetryPolicy` and outside its budget: one try a second of one call multiplies no outage.
+    """
+
+    seconds: float = 0.0
+    pause: float = 1.0
+
+    def wait(self, failure: Failure, *, waited: float, repeats_safely: bool, left: float) -> float | None:
+        """Return the seconds to wait before the next try, or ``None`` to stop.
+
+        ``waited`` is how long the call has been tried; the other parameters are those of :meth:`RetryPolicy.wait`.
+        """
+        if not failure.away or (failure.began and not repeats_safely):
+            return None
+        return self.pause if waited + self.pause <= self.seconds and self.pause < left else None
 
 
 class RetryBudget:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from octollm.context import current_scene, new_trace
 from octollm.contracts.services import OperationKind
 from octollm.contracts.stream import NDJSON, Line
 from octollm.errors import OctoError, RemoteError
-from octollm.resilience import Breaker, BreakerPolicy, Deadline, Failure, RetryBudget, RetryPolicy
+from octollm.resilience import Breaker, BreakerPolicy, Deadline, Failure, Patience, RetryBudget, RetryPolicy
 from octollm.rpc.discovery import Discovery
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
 from octollm.rpc.problems import error_from_response, error_of
@@ -27,6 +27,10 @@ OnLine = Callable[[Line], Awaitable[None]]
 
 SHED = frozenset({"overloaded", "draining", "rate_limited"})
 """Refusals that come before a handler runs. Other problems may be passed on from further down."""
+AWAY = SHED | {"connect_failed", "connect_timeout", "connection_lost", "pool_timeout", "unavailable"}
+"""Failures of a service that is not there just now, or of one that it needs: it may be there soon."""
+MAX_BREAKERS = 1024
+NONE = Patience()
 _MAX_LINE = 8 * 1024 * 1024
 
 
@@ -43,7 +47,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """One call to be made. ``bearer`` opens it; ``key`` is its ``Idempotency-Key``."""
+    """One call to be made. ``bearer`` opens it; ``key`` is its ``Idempotency-Key``.
+
+    ``patience`` is for a caller that would rather wait than fail when a service is away for a while.
+    """
 
     target: Target
     bearer: str
@@ -52,6 +59,7 @@ class Outgoing:
     key: str | None = None
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    patience: Patience = NONE
 
 
 class Caller:
@@ -90,7 +98,8 @@ class Caller:
             whole = await self.send(call)
             body = whole.body
         else:
-            body = await self._tried(call, lambda url, headers: self._lines(call, url, headers, on_line))
+            told = _Told(on_line)
+            body = await self._tried(call, lambda url, headers: self._lines(call, url, headers, told))
         try:
             return msgspec.json.decode(body, type=kind, dec_hook=model_of)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -124,8 +133,9 @@ class Caller:
 
         return await self._tried(call, once)
 
-    async def _lines(self, call: Outgoing, url: str, headers: dict[str, str], on_line: OnLine) -> bytes:
+    async def _lines(self, call: Outgoing, url: str, headers: dict[str, str], told: _Told) -> bytes:
         headers["Accept"] = NDJSON
+        told.begin()
         async with self._http.stream(
             call.target.method, url, headers, call.body, seconds=call.deadline.left()
         ) as streamed:
@@ -141,7 +151,7 @@ class Caller:
                         return bytes(line.result)
                     if line.type == "problem" and line.problem is not None:
                         raise error_of(line.problem, call.target.service)
-                    await on_line(line)
+                    await told.tell(line)
         raise TransportError(
             f"{call.target.service} ended its answer without a result.", code="connection_lost", began=True
         )
@@ -151,45 +161,70 @@ class Caller:
         target = call.target
         budget = self._budgets.setdefault(target.service, RetryBudget())
         budget.earn()
-        repeats_safely = target.kind == "safe" or call.key is not None
         headers = self._headers(call)
         tried = 0
+        failed: set[str] = set()
+        began = self._clock.monotonic()
         while True:
             call.deadline.check()
-            instance = self._pick(target.service)
-            breaker = self._breakers[instance]
             tried += 1
-            headers["X-Timeout-Ms"] = call.deadline.header()
             try:
-                result = await once(instance + target.path, dict(headers))
-            except (TransportError, RemoteError) as error:
+                result = await self._try(call, once, headers, failed)
+            except OctoError as error:
                 self._count(target, error.code)
-                unanswered = isinstance(error, TransportError)
-                breaker.failed(self._clock.monotonic()) if unanswered else breaker.succeeded()
                 failure = _failure(error)
+                repeats_safely = target.kind == "safe" or call.key is not None
+                left = call.deadline.left()
                 delay = self._retry.wait(
                     failure,
                     tried=tried,
                     repeats_safely=repeats_safely,
-                    left=call.deadline.left(),
+                    left=left,
                     random=random.random(),  # noqa: S311  jitter is no secret
                 )
                 if delay is None or not budget.spend():
+                    waited = self._clock.monotonic() - began
+                    delay = call.patience.wait(failure, waited=waited, repeats_safely=repeats_safely, left=left)
+                if delay is None:
                     raise
                 self._metrics.call_retries.labels(self._service, target.service).inc()
                 await asyncio.sleep(delay)
-            except OctoError as error:
-                self._count(target, error.code)
-                raise
             else:
                 self._count(target, "ok")
-                breaker.succeeded()
                 return result
 
-    def _pick(self, service: str) -> str:
+    async def _try(
+        self,
+        call: Outgoing,
+        once: Callable[[str, dict[str, str]], Awaitable[T]],
+        headers: dict[str, str],
+        failed: set[str],
+    ) -> T:
+        """Try a call once, at an instance that has not ``failed`` it where there is one."""
+        instance = self._pick(call.target.service, failed)
+        breaker = self._breakers[instance]
+        headers["X-Timeout-Ms"] = call.deadline.header()
+        try:
+            result = await once(instance + call.target.path, dict(headers))
+        except TransportError:
+            failed.add(instance)
+            breaker.failed(self._clock.monotonic())
+            raise
+        except RemoteError:
+            failed.add(instance)
+            breaker.succeeded()
+            raise
+        breaker.succeeded()
+        return result
+
+    def _pick(self, service: str, failed: Set[str]) -> str:
+        """Return an instance that may be called; those in ``failed`` come last."""
         now = self._clock.monotonic()
         instances = self._discovery.instances(service)
-        for instance in random.sample(instances, len(instances)):
+        if len(self._breakers) > MAX_BREAKERS:
+            # Instances come and go: what is known of those that are gone is not kept for ever.
+            self._breakers.clear()
+        for instance in sorted(random.sample(instances, len(instances)), key=failed.__contains__):
             if self._breakers.setdefault(instance, Breaker(self._breaker_policy)).allows(now):
                 return instance
         wait = min(self._breakers[instance].wait(now) for instance in instances)
@@ -218,10 +253,34 @@ class Caller:
         self._metrics.calls.labels(self._service, target.service, target.operation, outcome).inc()
 
 
-def _failure(error: TransportError | RemoteError) -> Failure:
+class _Told:
+    """Hands lines on; the first text of an answer that is begun again voids what an earlier one told."""
+
+    def __init__(self, on_line: OnLine) -> None:
+        self._on_line = on_line
+        self._any = False
+        self._void = False
+
+    def begin(self) -> None:
+        """Begin an answer."""
+        self._void = self._any
+
+    async def tell(self, line: Line) -> None:
+        """Hand a line on."""
+        if line.type == "token":
+            if self._void:
+                line = msgspec.structs.replace(line, reset=True)
+            self._any, self._void = True, False
+        await self._on_line(line)
+
+
+def _failure(error: OctoError) -> Failure:
     if isinstance(error, TransportError):
-        return Failure(retryable=True, began=error.began)
-    return Failure(error.retryable, error.code not in SHED, error.retry_after)
+        return Failure(retryable=True, began=error.began, away=error.code in AWAY)
+    if isinstance(error, RemoteError):
+        return Failure(error.retryable, error.code not in SHED, error.retry_after, away=error.code in AWAY)
+    # Ours: no instance could be called.
+    return Failure(retryable=False, began=False, retry_after=error.retry_after, away=error.code in AWAY)
 
 
 def _line(service: str, text: bytes) -> Line:

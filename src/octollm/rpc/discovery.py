@@ -1,4 +1,4 @@
-"""Where a service answers: static URLs, one or several."""
+"""Where a service answers: one or several base URLs, set at start or found in DNS."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from octollm.errors import OctoError
+from octollm.rpc.discovery_dns import DnsNames
 
 
 class Discovery(Protocol):
@@ -17,10 +18,11 @@ class Discovery(Protocol):
 
 
 class StaticDiscovery:
-    """Addresses that were set at start. Services may be added while the process composes itself."""
+    """Addresses that were set at start; with ``names``, a host name stands for every address that it has."""
 
-    def __init__(self, urls: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, urls: Mapping[str, tuple[str, ...]], names: DnsNames | None = None) -> None:
         self._urls = dict(urls)
+        self._names = names
 
     def instances(self, service: str) -> tuple[str, ...]:
         """Return base URLs without a trailing slash; raise ``unavailable`` when none is known."""
@@ -29,4 +31,4 @@ class StaticDiscovery:
             raise OctoError(
                 f"No address is known for {service}; set OCTOLLM_{service.upper()}_URL.", code="unavailable"
             )
-        return urls
+        return urls if self._names is None else self._names.spread(urls)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import socket
 from collections.abc import AsyncGenerator
 
@@ -16,7 +17,6 @@ from octollm.rpc.protocol import BoundedProtocol
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than a client keeps an idle connection, so that it is the client who closes it."""
-DRAIN_SECONDS = 2
 
 
 class _Server(uvicorn.Server):
@@ -52,9 +52,10 @@ def listen(host: str, port: int, service: str) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: ASGIApp, bound: socket.socket) -> AsyncGenerator[None]:
+async def serving(app: ASGIApp, bound: socket.socket, *, drain: float = 2.0) -> AsyncGenerator[None]:
     """Serve ``app`` on a bound socket for as long as the context is open; leaving drains and closes it.
 
+    Draining takes no new connection and gives requests in flight ``drain`` seconds to end, then cancels them.
     Raises ``unavailable`` when the server does not start in 10 s.
     """
     config = uvicorn.Config(
@@ -72,7 +73,7 @@ async def serving(app: ASGIApp, bound: socket.socket) -> AsyncGenerator[None]:
         date_header=True,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_graceful_shutdown=math.ceil(drain),
     )
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[bound]))
@@ -87,7 +88,7 @@ async def serving(app: ASGIApp, bound: socket.socket) -> AsyncGenerator[None]:
     finally:
         server.should_exit = True
         try:
-            async with asyncio.timeout(DRAIN_SECONDS + 1):
+            async with asyncio.timeout(math.ceil(drain) + 1):
                 await asyncio.shield(running)
         except TimeoutError:
             server.force_exit = True

@@ -79,9 +79,12 @@ class Service:
     """Done once the service is served, before :meth:`serve` yields: an arm tells the orchestrator that it is up."""
 
     @contextlib.asynccontextmanager
-    async def serve(self, bound: socket.socket) -> AsyncGenerator[None]:
-        """Serve on a bound socket; leaving drains: new calls are refused while those in flight end."""
-        async with serving(self.app, bound):
+    async def serve(self, bound: socket.socket, *, drain: float = 2.0) -> AsyncGenerator[None]:
+        """Serve on a bound socket; leaving drains: new calls are refused while those in flight end.
+
+        Those get ``drain`` seconds, and are cancelled then.
+        """
+        async with serving(self.app, bound, drain=drain):
             self.base.log.info("service.started", address=str(bound.getsockname()))
             try:
                 if self.announce is not None:

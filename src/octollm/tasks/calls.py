@@ -11,12 +11,15 @@ from octollm.capability import ScopeSet
 from octollm.contracts.operations import AcceptRequest, AcceptResult, DocumentIn, DocumentOut
 from octollm.contracts.services import route_of, service_of
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, TaskContract
-from octollm.resilience import Deadline
+from octollm.resilience import Deadline, Patience
 from octollm.rpc.caller import Caller, OnLine, Outgoing, Target
 from octollm.tasks.authority import TaskAuthority
 from octollm.tasks.records import TaskRecord
 
 T = TypeVar("T")
+
+PATIENCE = Patience(20.0)
+"""A task waits so long for a service that is away: longer than a process takes to start again."""
 
 
 class TaskCalls:
@@ -95,5 +98,6 @@ class TaskCalls:
             deadline,
             msgspec.json.encode(body),
             key,
+            patience=PATIENCE,
         )
         return await self._caller.answer(outgoing, answer, on_line=on_line)

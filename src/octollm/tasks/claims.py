@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from sqlalchemy import or_, select, update
+from collections.abc import Mapping
+
+from sqlalchemy import and_, or_, select, update
 
 from octollm.storage import Database
 from octollm.storage.tables import tasks
 
-LEASE_SECONDS = 5.0
-RENEW_SECONDS = 1.0
+LEASE_SECONDS = 2.0
+"""How long a task stays with a holder that says nothing."""
 _OPEN = ("accepted", "planning", "running")
+_HELD = (*_OPEN, "waiting")
 
 
 class Claims:
-    """Leases of tasks for one holder."""
+    """Leases of tasks for one holder, on the database's clock."""
 
     def __init__(self, db: Database, holder: str) -> None:
         self._db = db
@@ -36,6 +39,7 @@ class Claims:
                 )
                 .order_by(tasks.c.priority.desc(), tasks.c.created_at)
                 .limit(1)
+                .with_for_update(skip_locked=True)
             )
             if row is None:
                 return None
@@ -47,16 +51,21 @@ class Claims:
             )
             return str(row["task_id"]), run
 
-    async def renew(self, task_id: str, run: int) -> bool:
-        """Prolong a lease; false when a newer run holds the task or it has ended."""
+    async def renew(self, held: Mapping[str, int]) -> frozenset[str]:
+        """Prolong the leases of tasks (id to run), in one statement; return those that are still held.
+
+        The others are held by a newer run or have ended.
+        """
         async with self._db.transaction() as tx:
-            now = await tx.now()
-            done = await tx.execute(
+            until = await tx.now() + LEASE_SECONDS
+            ours = or_(*(and_(tasks.c.task_id == task_id, tasks.c.run == run) for task_id, run in held.items()))
+            kept = await tx.all(
                 update(tasks)
-                .where(tasks.c.task_id == task_id, tasks.c.run == run, tasks.c.status.in_((*_OPEN, "waiting")))
-                .values(lease_until=now + LEASE_SECONDS)
+                .where(ours, tasks.c.status.in_(_HELD))
+                .values(lease_until=until)
+                .returning(tasks.c.task_id)
             )
-            return done.rowcount == 1
+            return frozenset(str(row["task_id"]) for row in kept)
 
     async def release(self, task_id: str, run: int) -> None:
         """Give a lease back, so that another holder takes the task at once."""

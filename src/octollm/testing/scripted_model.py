@@ -52,6 +52,7 @@ class Asked:
 class Reply:
     """An answer. ``hang`` writes ``text`` and then nothing more until the client leaves.
 
+    ``until`` holds all but the first piece of the text back until the event is set.
     ``fail`` is an HTTP status when there is no text; with text the stream breaks off after it. ``silent`` leaves
     out the usage. ``finish`` is the finish reason. ``tools`` are functions that it wants called: names and arguments
     as JSON.
@@ -59,6 +60,7 @@ class Reply:
 
     text: str = ""
     hang: bool = False
+    until: asyncio.Event | None = None
     fail: int = 0
     finish: str = "stop"
     piece: int = _USUAL_PIECE
@@ -121,7 +123,7 @@ class ScriptedModel:
         try:
             for start in range(0, len(reply.text), reply.piece):
                 yield _event({"choices": [{"index": 0, "delta": {"content": reply.text[start : start + reply.piece]}}]})
-                await asyncio.sleep(0)
+                await (reply.until.wait() if reply.until is not None else asyncio.sleep(0))
             for delta in _tool_deltas(reply):
                 yield _event({"choices": [{"index": 0, "delta": {"tool_calls": [delta]}}]})
             if reply.hang:

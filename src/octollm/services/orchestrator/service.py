@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 
 from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier
 from octollm.config import Settings
@@ -11,6 +12,7 @@ from octollm.contracts.kinds import file_kind
 from octollm.contracts.operations import DocumentIn
 from octollm.errors import OctoError
 from octollm.events import EventLog, Relay
+from octollm.events.background import Background
 from octollm.rpc.health import CheckUp, Dependency
 from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.rpc.openers import CapabilityOpener, ServiceOpener
@@ -28,12 +30,15 @@ from octollm.services.orchestrator.tokens_api import TokensApi
 from octollm.storage import Database, Keys, RedisClient, TextStream, open_database
 from octollm.storage.migrations import migrate
 from octollm.tasks.authority import TaskAuthority
+from octollm.tasks.cancelling import hear_cancels
 from octollm.tasks.claims import Claims
+from octollm.tasks.leases import Leases
 from octollm.tasks.ledger import Ledger
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerTools
 from octollm.tasks.store import TaskStore
 from octollm.tasks.worker import Worker
+from octollm.telemetry import Log
 
 
 @contextlib.asynccontextmanager
@@ -55,7 +60,8 @@ async def orchestrator_service(
     keys = redis_keys or Keys()
     url = f"sqlite:///{settings.home / 'data' / 'orchestrator.db'}"
     async with contextlib.AsyncExitStack() as stack:
-        db = await stack.enter_async_context(open_database(url, clock=base.clock))
+        connect = partial(open_database, url, clock=base.clock)
+        db = await stack.enter_async_context(connect())
         await migrate(db, "orchestrator")
         log = EventLog(db, base.clock, base.ids)
         relay = await stack.enter_async_context(Relay(db, log, redis, base.clock, base.ids, keys=keys))
@@ -82,7 +88,8 @@ async def orchestrator_service(
             arms=registry.arms,
             documents=_documents(files),
         )
-        worker = Worker(tools, Claims(db, base.ids.hex()), service=base.name)
+        holder = base.ids.hex()
+        worker = Worker(tools, Claims(db, holder), partial(Leases, connect, holder, base.clock), service=base.name)
         idempotency = SqlIdempotency(db, base.ids.hex())
         verifier = Verifier(base.name, base.identity.roots, base.clock, revocations=revoking.known)
 
@@ -140,12 +147,16 @@ async def orchestrator_service(
             max_concurrent=128,
         )
 
-        def crashed(error: BaseException) -> None:
-            worker.failure = f"The worker stopped: {type(error).__name__}."
-            base.log.error("worker.crashed", error=error)
-
-        await stack.enter_async_context(worker.running(crashed))
+        await stack.enter_async_context(worker.running(lambda error: base.log.error("worker.crashed", error=error)))
+        hearing = Background("cancel hints")
+        hearing.start(hear_cancels(redis, keys.cancel, worker.stop), on_end=lambda: _tell(hearing, base.log))
+        stack.push_async_callback(hearing.stop)
         yield service
+
+
+def _tell(background: Background, log: Log) -> None:
+    if (failure := background.failure) is not None:
+        log.error("cancel_hints.crashed", error=failure)
 
 
 def _allowed(accounts: Accounts):

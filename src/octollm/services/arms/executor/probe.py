@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +23,18 @@ _PROBED = '{"sum": 2}\n'
 
 
 async def choose_sandbox(
-    preference: Preference = "auto", *, cache_dir: Path, fetch: bool = True, clock: Clock | None = None
+    preference: Preference = "auto",
+    *,
+    cache_dir: Path,
+    fetch: bool = True,
+    clock: Clock | None = None,
+    on_refused: Callable[[str], None] | None = None,
 ) -> Sandbox:
     """Return the first sandbox that runs a program: bubblewrap, else WASI; or the one that is preferred.
 
-    ``cache_dir`` holds the WASI interpreter, which is downloaded into it if need be and allowed by ``fetch``.
-    Raises ``OctoError`` (``no_sandbox``) when there is none, saying why not and how to get one.
+    ``on_refused`` is told why one that comes first does not work. ``cache_dir`` holds the WASI interpreter, which is
+    downloaded into it if need be and allowed by ``fetch``. Raises ``OctoError`` (``no_sandbox``) when there is none,
+    saying why not and how to get one.
     """
     refusals: list[str] = []
     for kind in ("bubblewrap", "wasi") if preference == "auto" else (preference,):
@@ -40,6 +47,8 @@ async def choose_sandbox(
             await probe(sandbox)
         except OctoError as error:
             refusals.append(f"{kind}: {error.detail}")
+            if on_refused is not None:
+                on_refused(refusals[-1])
         else:
             return sandbox
     raise OctoError(

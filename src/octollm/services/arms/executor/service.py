@@ -115,7 +115,12 @@ async def executor_service(
 
     async def by_settings() -> Sandbox:
         tools = settings.model_cache.parent / "tools"
-        return await choose_sandbox(settings.sandbox, cache_dir=tools, clock=base.clock)
+        return await choose_sandbox(
+            settings.sandbox,
+            cache_dir=tools,
+            clock=base.clock,
+            on_refused=lambda why: base.log.warning("sandbox.refused", reason=why),
+        )
 
     holder = RunnerHolder(choose or by_settings, clock=base.clock, log=base.log)
     holder.begin()

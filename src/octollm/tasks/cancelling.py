@@ -1,0 +1,31 @@
+"""Hearing at once that a task was cancelled at another replica. Without Redis the next renewal of its lease tells."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from octollm.errors import OctoError
+from octollm.storage import RedisClient
+
+IDLE_SECONDS = 5.0
+PAUSE_SECONDS = 1.0
+
+
+async def hear_cancels(redis: RedisClient, channel: str, stop: Callable[[str], Awaitable[None]]) -> None:
+    """Call ``stop`` with the id of every task that is announced on ``channel``, until this is cancelled."""
+    while True:
+        pubsub = redis.pubsub()
+        try:
+            await pubsub.subscribe(channel)
+            while True:
+                message = await pubsub.receive(IDLE_SECONDS)
+                if message is not None and not message.subscribed:
+                    await stop(message.data.decode("ascii", errors="replace"))
+        except OctoError:
+            # Redis is away, which /ready tells; what was missed meanwhile the renewals find.
+            await asyncio.sleep(PAUSE_SECONDS)
+        finally:
+            with suppress(OctoError):
+                await pubsub.close()

@@ -1,0 +1,103 @@
+"""The keys of services that run apart: provisioned once, each with what it needs and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.config import Settings, read_settings
+from octollm.contracts.services import SERVICES
+from octollm.errors import SettingError
+from octollm.installation.own_keys import own_keys, provision, read_folder
+
+IDS = Uuid7Ids(SystemClock())
+
+
+def settings(**environment: str) -> Settings:
+    return read_settings({f"OCTOLLM_{name.upper()}": value for name, value in environment.items()}, tuple(SERVICES))
+
+
+def test_each_service_gets_its_own_key_and_the_root_in_public(tmp_path: Path):
+    provision(tmp_path, IDS)
+    top = read_folder(tmp_path / "orchestrator", "orchestrator")
+    assert top.root is not None
+    assert top.root.local is not None
+    assert top.root.local.startswith("octo_local_")
+    for name in SERVICES:
+        keys = read_folder(tmp_path / name, name)
+        assert keys.own.public == top.root.services[name]
+        assert set(keys.roots) == {top.root.root.thumbprint}
+        if name != "orchestrator":
+            assert keys.root is None
+            assert sorted(path.name for path in (tmp_path / name).iterdir()) == [f"{name}.jwk", "roots.jwks"]
+            assert '"d"' not in (tmp_path / name / "roots.jwks").read_text()
+    assert '"d"' not in (tmp_path / "orchestrator" / "services.json").read_text()
+
+
+def test_it_can_be_run_again_and_keeps_what_is_there(tmp_path: Path):
+    first = provision(tmp_path, IDS)
+    before = {path: path.read_bytes() for path in first}
+    (tmp_path / "judge" / "roots.jwks").unlink()
+    assert provision(tmp_path, IDS) == [tmp_path / "judge" / "roots.jwks"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_every_file_is_its_owners_alone(tmp_path: Path):
+    for path in provision(tmp_path, IDS):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda folder: (folder / "judge.jwk").unlink(), "cannot be read"),
+        (lambda folder: (folder / "judge.jwk").write_text("{}"), "is not what"),
+        (lambda folder: (folder / "judge.jwk").chmod(0o604), "every user may read it"),
+        (lambda folder: (folder / "roots.jwks").write_text('{"keys": []}'), "has no key"),
+        (lambda folder: (folder / "roots.jwks").write_text("nonsense"), "is not what"),
+    ],
+)
+def test_a_wrong_folder_is_refused_with_what_to_do(tmp_path: Path, spoil, told: str):
+    provision(tmp_path, IDS)
+    spoil(tmp_path / "judge")
+    with pytest.raises(SettingError, match=told) as caught:
+        read_folder(tmp_path / "judge", "judge")
+    assert str(tmp_path / "judge") in caught.value.detail
+
+
+def test_anothers_folder_is_no_identity(tmp_path: Path):
+    provision(tmp_path, IDS)
+    with pytest.raises(SettingError):
+        read_folder(tmp_path / "coder", "judge")
+
+
+def test_a_private_key_is_never_taken_for_a_root(tmp_path: Path):
+    provision(tmp_path, IDS)
+    secret = json.loads((tmp_path / "judge" / "judge.jwk").read_text())
+    (tmp_path / "judge" / "roots.jwks").write_text(json.dumps({"keys": [secret]}))
+    with pytest.raises(SettingError):
+        read_folder(tmp_path / "judge", "judge")
+
+
+async def test_services_that_share_a_home_agree_whoever_comes_first(tmp_path: Path):
+    shared = settings(home=str(tmp_path / "home"))
+    found = await asyncio.gather(*(own_keys(shared, name, IDS) for name in SERVICES))
+    keys = dict(zip(SERVICES, found, strict=True))
+    root = keys["orchestrator"].root
+    assert root is not None
+    for name, key in keys.items():
+        assert root.services[name] == key.own.public
+        assert set(key.roots) == {root.root.thumbprint}
+        assert (key.root is None) == (name != "orchestrator")
+
+
+async def test_a_provisioned_folder_comes_before_the_home(tmp_path: Path):
+    provision(tmp_path / "keys", IDS)
+    found = await own_keys(settings(home=str(tmp_path / "home"), keys=str(tmp_path / "keys" / "judge")), "judge", IDS)
+    assert found.own.public == read_folder(tmp_path / "keys" / "judge", "judge").own.public
+    assert not (tmp_path / "home").exists()

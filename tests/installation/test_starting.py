@@ -1,0 +1,59 @@
+"""A service waits for what it needs, says for what, and gives up after a bound."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from octollm.clock import SystemClock
+from octollm.errors import OctoError, SettingError
+from octollm.installation import starting
+from octollm.installation.starting import wait_for
+
+CLOCK = SystemClock()
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starting, "PAUSE_SECONDS", 0.01)
+
+
+class Coming:
+    """Something that is there after some questions."""
+
+    def __init__(self, after: int, error: OctoError | None = None) -> None:
+        self.left = after
+        self.error = error or OctoError("It is away.", code="connect_failed")
+
+    async def __call__(self) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            raise self.error
+
+
+async def test_it_waits_for_each_and_says_for_what():
+    told: list[str] = []
+    await wait_for({"redis": Coming(2), "orchestrator": Coming(0)}, clock=CLOCK, seconds=5, tell=told.append)
+    assert told == ["redis: It is away."]
+
+
+async def test_it_gives_up_after_the_bound_naming_what_is_missing():
+    with pytest.raises(OctoError, match=r"Gave up after 0\.05 s .* redis: It is away\.") as caught:
+        await wait_for({"redis": Coming(10_000)}, clock=CLOCK, seconds=0.05, tell=lambda _: None)
+    assert caught.value.code == "unavailable"
+    assert "OCTOLLM_START_SECONDS" in caught.value.detail
+
+
+async def test_what_waiting_cannot_mend_is_said_at_once():
+    wrong = Coming(1, SettingError("The schema is newer than this version."))
+    with pytest.raises(SettingError):
+        await wait_for({"database": wrong}, clock=CLOCK, seconds=60, tell=lambda _: None)
+
+
+async def test_what_hangs_is_given_up_too():
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(OctoError, match="It does not answer"):
+        await wait_for({"database": hangs}, clock=CLOCK, seconds=0.05, tell=lambda _: None)
