@@ -198,10 +198,9 @@ async def arm_test(
         for name in (arm.name, *callees):
             house.keys.setdefault(name, SigningKey.generate(name))
         await stack.enter_async_context(_hosted(house, orchestrator_of(house)))
-        await stack.enter_async_context(_hosted(house, _models(house, fake), lazily=not sockets))
-        for name in callees:
-            await stack.enter_async_context(_hosted(house, scripted_service(house.base(name), script, scopes)))
-        await stack.enter_async_context(_hosted(house, _arm(house, arm)))
+        others = [scripted_service(house.base(name), script, scopes) for name in callees]
+        hosted = [_hosted(house, _models(house, fake), lazily=True), *(_hosted(house, other) for other in others)]
+        await stack.enter_async_context(_together([*hosted, _hosted(house, _arm(house, arm))]))
         yield Lab(arm, house, fake, script)
 
 
@@ -221,6 +220,18 @@ def run_arm(
             return await lab.call(operation, body, files=files), lab
 
     return asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def _together(openings: Sequence[AbstractAsyncContextManager[None]]) -> AsyncGenerator[None]:
+    """Open contexts one after the other, and close them side by side: a server takes a moment to end."""
+    stacks = [contextlib.AsyncExitStack() for _ in openings]
+    try:
+        for stack, opening in zip(stacks, openings, strict=True):
+            await stack.enter_async_context(opening)
+        yield
+    finally:
+        await asyncio.gather(*(stack.aclose() for stack in stacks))
 
 
 @contextlib.asynccontextmanager
