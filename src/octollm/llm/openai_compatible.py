@@ -9,7 +9,6 @@ import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,6 +24,7 @@ from pyqwest import (
 )
 
 from octollm.errors import OctoError, RemoteError, SettingError
+from octollm.llm.openai_wire import Calls, ErrorBody, ModelNames, SaidChunk, SaidError, SaidUsage, body_of, finish_of
 from octollm.llm.sse import event_data
 from octollm.llm.types import (
     ChatMessage,
@@ -32,14 +32,8 @@ from octollm.llm.types import (
     ChatUsage,
     Final,
     FinishReason,
-    FunctionCall,
     Piece,
-    ResponseFormat,
-    StreamOptions,
     TextDelta,
-    Tool,
-    ToolCall,
-    ToolChoice,
     bytes_bound,
     tools_bound,
 )
@@ -52,7 +46,6 @@ _MAX_RETRY_AFTER = 3600.0
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _DONE = b"[DONE]"
-_MOST_CALLS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +102,7 @@ class OpenAICompatibleModel:
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
-        content = msgspec.json.encode(_body(self._model, request))
+        content = msgspec.json.encode(body_of(self._model, request))
         try:
             async with self._client.stream("POST", f"{self._base_url}/chat/completions", headers, content) as response:
                 if response.status != 200:
@@ -132,7 +125,7 @@ class OpenAICompatibleModel:
                     raise await self._refused(response)
                 if response.status != 200:
                     return None
-                listed = msgspec.json.decode(await _read(response, _LIST_BYTES), type=_ModelList)
+                listed = msgspec.json.decode(await _read(response, _LIST_BYTES), type=ModelNames)
         except msgspec.DecodeError:
             return None
         except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
@@ -145,20 +138,20 @@ class OpenAICompatibleModel:
 
     async def _pieces(self, response: Response, request: ChatRequest) -> AsyncGenerator[Piece]:
         finish: FinishReason | None = None
-        usage: _Usage | None = None
-        called = _Called()
+        usage: SaidUsage | None = None
+        called = Calls()
         written = 0
         try:
             async with aclosing(event_data(response.content)) as events:
                 async for data in events:
                     if data == _DONE:
                         break
-                    chunk = msgspec.json.decode(data, type=_Chunk)
+                    chunk = msgspec.json.decode(data, type=SaidChunk)
                     if chunk.error is not None:
                         raise self._failed(f"it broke off: {self._shown(chunk.error.message)}")
                     usage = chunk.usage or usage
                     for choice in chunk.choices:
-                        finish = _finish(choice.finish_reason) or finish
+                        finish = finish_of(choice.finish_reason) or finish
                         if choice.delta.content:
                             written += len(choice.delta.content.encode("utf-8", "surrogatepass"))
                             yield TextDelta(choice.delta.content)
@@ -217,143 +210,12 @@ class OpenAICompatibleModel:
         return " ".join(text.split())[:_DETAIL_CHARACTERS].rstrip(".")
 
 
-class _Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    role: str
-    content: str
-    tool_calls: tuple[ToolCall, ...] | None = None
-    tool_call_id: str | None = None
-
-
-class _Body(msgspec.Struct, frozen=True, omit_defaults=True):
-    model: str
-    messages: tuple[_Message, ...]
-    stream: Literal[True] | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] | None = None
-    response_format: ResponseFormat | None = None
-    tools: tuple[Tool, ...] | None = None
-    tool_choice: str | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-
-
-class _Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int = 0
-
-
-class _FunctionDelta(msgspec.Struct, frozen=True):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _ToolDelta(msgspec.Struct, frozen=True):
-    index: int = 0
-    id: str | None = None
-    function: _FunctionDelta = _FunctionDelta()
-
-
-class _Delta(msgspec.Struct, frozen=True):
-    content: str | None = None
-    tool_calls: tuple[_ToolDelta, ...] | None = None
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    delta: _Delta = _Delta()
-    finish_reason: str | None = None
-
-
-class _Error(msgspec.Struct, frozen=True):
-    message: str = ""
-    code: str | int | None = None
-
-
-class _Chunk(msgspec.Struct, frozen=True):
-    choices: tuple[_Choice, ...] = ()
-    usage: _Usage | None = None
-    error: _Error | None = None
-
-
-class _Listed(msgspec.Struct, frozen=True):
-    id: str
-
-
-class _ModelList(msgspec.Struct, frozen=True):
-    data: tuple[_Listed, ...]
-
-
-class _ErrorBody(msgspec.Struct, frozen=True):
-    error: _Error
-
-
-class _Called:
-    """The calls that an answer asks for, put together from the pieces that they come in."""
-
-    def __init__(self) -> None:
-        self._parts: dict[int, list[str]] = {}
-
-    def add(self, delta: _ToolDelta) -> int:
-        """Add a piece; return how many bytes it has. Raises ``ValueError`` past the bound of calls."""
-        if delta.index not in self._parts and len(self._parts) >= _MOST_CALLS:
-            raise ValueError("too many calls")
-        part = self._parts.setdefault(delta.index, ["", "", ""])
-        pieces = (delta.id or "", delta.function.name or "", delta.function.arguments or "")
-        for place, piece in enumerate(pieces):
-            part[place] += piece
-        return sum(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces[1:])
-
-    def calls(self) -> tuple[ToolCall, ...]:
-        """Return the calls in the provider's order."""
-        return tuple(
-            ToolCall(call_id or f"call-{index}", FunctionCall(name, arguments or "{}"))
-            for index, (call_id, name, arguments) in sorted(self._parts.items())
-        )
-
-
-def _body(model: str, request: ChatRequest) -> _Body:
-    return _Body(
-        model=model,
-        messages=tuple(
-            _Message(message.role, message.text, message.tool_calls, message.tool_call_id)
-            for message in request.messages
-        ),
-        stream=True,
-        stream_options=StreamOptions(include_usage=True),
-        max_tokens=request.max_tokens,
-        max_completion_tokens=request.max_completion_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-        stop=request.stops or None,
-        response_format=request.response_format,
-        tools=request.tools or None,
-        tool_choice=request.tool_choice,
-        parallel_tool_calls=request.parallel_tool_calls,
-    )
-
-
-def _finish(reason: str | None) -> FinishReason | None:
-    """Return our word for a provider's reason; one that we do not know is an ordinary end."""
-    if reason is None or reason == "":
-        return None
-    known: dict[str, FinishReason] = {
-        "length": "length",
-        "content_filter": "content_filter",
-        "tool_calls": "tool_calls",
-    }
-    return known.get(reason, "stop")
-
-
-async def _error_of(response: Response) -> _Error:
+async def _error_of(response: Response) -> SaidError:
     """Return what an error answer says, as far as it can be understood."""
     try:
-        return msgspec.json.decode(await _read(response, _ERROR_BYTES), type=_ErrorBody).error
+        return msgspec.json.decode(await _read(response, _ERROR_BYTES), type=ErrorBody).error
     except msgspec.DecodeError:
-        return _Error()
+        return SaidError()
 
 
 async def _read(response: Response, most: int) -> bytes:

@@ -8,34 +8,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import socket
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import msgspec
 
-from octollm.arm import Arm, build_arm
+from octollm.arm import Arm
 from octollm.arm.answers import answer_type
 from octollm.capability import BUILT_IN_CALLS, Principal, Scope, ScopeSet, SigningKey, TaskRef, closure, preset
-from octollm.config import read_settings
 from octollm.contracts.problems import Problem
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.stream import NDJSON, Line
 from octollm.contracts.task import FileRef
 from octollm.errors import OctoError
-from octollm.llm.select import ModelChoice
-from octollm.llm.types import ChatModel
 from octollm.rpc.decode import decode
-from octollm.rpc.hosting import listen, serving
 from octollm.rpc.http import Http
 from octollm.rpc.problems import error_from_response, error_of
-from octollm.rpc.service import Service
 from octollm.rpc.shapes import encode
-from octollm.services.models.service import models_service
+from octollm.testing.arm_hosting import fake_models, hosted, served_arm, together
 from octollm.testing.fake_model import FakeAnswers, FakeModel
-from octollm.testing.harness import LOCAL, Harness, orchestrator_of
+from octollm.testing.harness import Harness, orchestrator_of
 from octollm.testing.in_memory import InMemoryHttp
 from octollm.testing.scripted_service import Answer, Called, Script, scripted_scopes, scripted_service
 
@@ -197,10 +189,10 @@ async def arm_test(
         callees = sorted({scope.partition(":")[0] for scope in scopes} - {arm.name})
         for name in (arm.name, *callees):
             house.keys.setdefault(name, SigningKey.generate(name))
-        await stack.enter_async_context(_hosted(house, orchestrator_of(house)))
+        await stack.enter_async_context(hosted(house, orchestrator_of(house)))
         others = [scripted_service(house.base(name), script, scopes) for name in callees]
-        hosted = [_hosted(house, _models(house, fake), lazily=True), *(_hosted(house, other) for other in others)]
-        await stack.enter_async_context(_together([*hosted, _hosted(house, _arm(house, arm))]))
+        callables = [hosted(house, fake_models(house, fake), lazily=True), *(hosted(house, other) for other in others)]
+        await stack.enter_async_context(together([*callables, hosted(house, served_arm(house, arm))]))
         yield Lab(arm, house, fake, script)
 
 
@@ -212,89 +204,13 @@ def run_arm(
     model: FakeModel | FakeAnswers = (),
     answers: Mapping[str, Answer] | None = None,
     files: Mapping[str, bytes | str] | None = None,
+    without: Sequence[str] = (),
+    max_tokens: int = 100_000,
 ) -> tuple[Any, Lab]:
     """Call one operation on a bench of its own, without an event loop; return its answer and the bench."""
 
     async def run() -> tuple[Any, Lab]:
-        async with arm_test(arm, model=model, answers=answers) as lab:
-            return await lab.call(operation, body, files=files), lab
+        async with arm_test(arm, model=model, answers=answers, max_tokens=max_tokens) as lab:
+            return await lab.call(operation, body, files=files, without=without), lab
 
     return asyncio.run(run())
-
-
-@contextlib.asynccontextmanager
-async def _together(openings: Sequence[AbstractAsyncContextManager[None]]) -> AsyncGenerator[None]:
-    """Open contexts one after the other, and close them side by side: a server takes a moment to end."""
-    stacks = [contextlib.AsyncExitStack() for _ in openings]
-    try:
-        for stack, opening in zip(stacks, openings, strict=True):
-            await stack.enter_async_context(opening)
-        yield
-    finally:
-        await asyncio.gather(*(stack.aclose() for stack in stacks))
-
-
-@contextlib.asynccontextmanager
-async def _arm(house: Harness, arm: Arm) -> AsyncGenerator[Service]:
-    yield build_arm(arm, house.base(arm.name))
-
-
-@contextlib.asynccontextmanager
-async def _models(house: Harness, model: FakeModel) -> AsyncGenerator[Service]:
-    async def ready() -> ChatModel:
-        return model
-
-    with TemporaryDirectory() as home:
-        settings = read_settings({"OCTOLLM_HOME": home, "OCTOLLM_MODEL": "openai:fake"}, ())
-        choice = ModelChoice(model.name, None, ready)
-        async with models_service(house.base("models"), settings, choose=lambda: choice) as service:
-            yield service
-
-
-@contextlib.asynccontextmanager
-async def _hosted(
-    house: Harness, opening: AbstractAsyncContextManager[Service], *, lazily: bool = False
-) -> AsyncGenerator[None]:
-    """Host a service in memory, or on a socket where the bench has them.
-
-    ``lazily`` also opens a socket, served once somebody connects: a client of the arm's own knows nothing of ours.
-    """
-    if not isinstance(house.http, InMemoryHttp):
-        async with house.serve(opening):
-            yield
-        return
-    async with opening as service, contextlib.AsyncExitStack() as stack:
-        url = f"http://{service.base.name}"
-        if lazily:
-            bound = listen(LOCAL, 0, service.base.name)
-            url = f"http://{LOCAL}:{bound.getsockname()[1]}"
-            await stack.enter_async_context(_served_when_wanted(service, bound))
-        house.http.apps[url] = service.app
-        house.urls[service.base.name] = url
-        yield
-
-
-@contextlib.asynccontextmanager
-async def _served_when_wanted(service: Service, bound: socket.socket) -> AsyncGenerator[None]:
-    loop = asyncio.get_running_loop()
-    wanted = asyncio.Event()
-
-    def connected() -> None:
-        loop.remove_reader(bound)
-        wanted.set()
-
-    async def serve() -> None:
-        await wanted.wait()
-        async with serving(service.app, bound):
-            await asyncio.Event().wait()
-
-    loop.add_reader(bound, connected)
-    task = asyncio.create_task(serve())
-    try:
-        yield
-    finally:
-        loop.remove_reader(bound)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        bound.close()
