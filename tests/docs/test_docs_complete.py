@@ -97,7 +97,7 @@ def test_every_link_leads_somewhere(page):
         assert linked.exists(), target
         if anchor:
             titles = re.findall(r"(?m)^#+ (.+)$", linked.read_text())
-            assert anchor in {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+            assert anchor in {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

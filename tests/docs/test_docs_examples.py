@@ -27,6 +27,8 @@ from octollm.testing import wait_until
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+TOLD_ELSEWHERE = {"arms.md"}
+"""Pages whose blocks have a test of their own (test_docs_arms)."""
 _BLOCK = re.compile(r"(?ms)(?:^<!-- test: (?P<mark>[^>]+) -->\n)?^```(?P<language>shell|python)\n(?P<code>.*?)^```")
 
 
@@ -49,6 +51,8 @@ def text_of(page: Path) -> str:
 def examples() -> list[Example]:
     found = []
     for page in PAGES:
+        if page.name in TOLD_ELSEWHERE:
+            continue
         text = text_of(page)
         for match in _BLOCK.finditer(text):
             line = text[: match.start("code")].count("\n") + 1

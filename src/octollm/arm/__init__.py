@@ -4,9 +4,11 @@ An arm is plain HTTP plus its own key: it holds no Redis, SQL or provider creden
 services behind it except by calling them through its Context.
 """
 
-from octollm.arm.arm import Arm
+from octollm.arm.arm import Arm, ArmOperation
+from octollm.arm.artifacts import Artifacts
 from octollm.arm.context import Context
-from octollm.arm.model import Completion, ModelClient
+from octollm.arm.model import Endpoint, ModelClient
+from octollm.arm.reading import Completion
 from octollm.arm.service import build_arm
 
-__all__ = ["Arm", "Completion", "Context", "ModelClient", "build_arm"]
+__all__ = ["Arm", "ArmOperation", "Artifacts", "Completion", "Context", "Endpoint", "ModelClient", "build_arm"]

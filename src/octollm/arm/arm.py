@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from octollm.arm.context import Context
+from octollm.arm.declaring import (
+    check_calls,
+    check_description,
+    check_name,
+    check_operation,
+    check_port,
+    types_of,
+)
+from octollm.capability import Call, Declarations
 from octollm.contracts.services import OperationKind
 
-ArmHandler = Callable[[Any, Any], Awaitable[Any]]
+if TYPE_CHECKING:
+    from pydantic_ai import Agent
+
+ArmHandler = Callable[[Any, Context], Awaitable[Any]]
+H = TypeVar("H", bound=ArmHandler)
+
+DEFAULT_PORT = 8110
+"""The first port behind those of the built-in services."""
+OPERATION_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,45 +43,109 @@ class ArmOperation:
     timeout: float
 
 
-@dataclass(slots=True)
 class Arm:
-    """An arm. ``calls`` are the scopes that it calls directly; ``accepts`` tells code what it is for.
+    """An arm. ``calls`` are the scopes that it calls directly; nothing else will be allowed.
 
-    ``accepts`` holds words such as ``files:tabular``, ``files:text`` or ``files:none``.
+    Where the caller's authority does not cover one of ``calls``, the work is refused before it begins; without one
+    of ``optional_calls`` it is done, and ``ctx.may`` tells. ``accepts`` holds words on which code chooses arms, such
+    as ``files:tabular``, ``files:text`` or ``files:none``. Raises ``arm_invalid`` for whatever is wrong.
     """
 
-    name: str
-    description: str
-    port: int
-    calls: Sequence[str] = ()
-    accepts: Sequence[str] = ()
-    operations: list[ArmOperation] = field(default_factory=list[ArmOperation])
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        port: int = DEFAULT_PORT,
+        *,
+        calls: Sequence[str] = (),
+        optional_calls: Sequence[str] = (),
+        accepts: Sequence[str] = (),
+    ) -> None:
+        self._begin(name, description, port, calls, optional_calls, accepts, built_in=False)
+
+    def _begin(
+        self,
+        name: str,
+        description: str,
+        port: int,
+        calls: Sequence[str],
+        optional_calls: Sequence[str],
+        accepts: Sequence[str],
+        *,
+        built_in: bool,
+    ) -> None:
+        check_name(name, built_in=built_in)
+        check_description(name, description)
+        check_port(name, port)
+        self.name = name
+        self.description = description
+        self.port = port
+        self.needed = check_calls(name, calls)
+        self.optional = check_calls(name, optional_calls)
+        self.accepts = tuple(accepts)
+        self.operations: list[ArmOperation] = []
+
+    @classmethod
+    def built_in(
+        cls, name: str, description: str, port: int, *, calls: Sequence[str] = (), accepts: Sequence[str] = ()
+    ) -> Arm:
+        """Return one of OctoLLM's own arms, whose names are reserved."""
+        arm = cls.__new__(cls)
+        arm._begin(name, description, port, calls, (), accepts, built_in=True)
+        return arm
+
+    @classmethod
+    def from_agent(
+        cls,
+        agent: Agent[Any, Any],
+        *,
+        name: str,
+        description: str,
+        port: int = DEFAULT_PORT,
+        calls: Sequence[str] = ("models:chat",),
+        optional_calls: Sequence[str] = (),
+        accepts: Sequence[str] = (),
+    ) -> Arm:
+        """Return an arm whose ``execute`` runs a Pydantic AI agent on the task's goal.
+
+        Its model calls go to the ``models`` service with the authority of the call, whatever model the agent names.
+        An agent with ``deps_type=Context`` is given the call's context. Needs the extra ``agents``.
+        """
+        from octollm.arm.agents import execute_with  # noqa: PLC0415  the extra is needed here alone
+
+        arm = cls(name, description, port, calls=calls, optional_calls=optional_calls, accepts=accepts)
+        arm.operation("execute")(execute_with(agent, arm.name))
+        return arm
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Return the scopes of all declared calls."""
+        return tuple(scope.text for scope in (*self.needed, *self.optional))
+
+    def declarations(self) -> Declarations:
+        """Return what each operation calls directly: from it follows what a caller's grant has to hold."""
+        calls = (
+            *(Call(scope.text) for scope in self.needed),
+            *(Call(scope.text, optional=True) for scope in self.optional),
+        )
+        return {f"{self.name}:{declared.name}": calls for declared in self.operations}
 
     def operation(
-        self, name: str | None = None, *, kind: OperationKind = "repeatable", timeout: float = 600.0
-    ) -> Callable[[ArmHandler], ArmHandler]:
+        self, name: str | None = None, *, kind: OperationKind = "repeatable", timeout: float = OPERATION_SECONDS
+    ) -> Callable[[H], H]:
         """Declare ``async def handler(body, ctx)`` as an operation; its name is the function's unless given.
 
-        ``timeout`` is in seconds, for a caller that names no deadline. Raises ``TypeError`` for a function whose
-        body or answer has no type.
+        ``kind`` is ``safe`` for one without effects, ``once`` for one that must never be done twice. ``timeout`` is
+        in seconds, for a caller that names no deadline. ``execute`` is what the orchestrator calls with a ``Task``;
+        whatever it answers becomes an ``ExecuteResult``. Raises ``arm_invalid``.
         """
 
-        def declare(handler: ArmHandler) -> ArmHandler:
-            hints = get_type_hints(handler)
-            parameters = list(inspect.signature(handler).parameters)
-            if len(parameters) != 2 or parameters[0] not in hints or "return" not in hints:
-                raise TypeError(f"{handler.__name__} must be `async def f(body: Type, ctx: Context) -> Type`")
-            self.operations.append(
-                ArmOperation(
-                    name or handler.__name__,
-                    handler,
-                    kind,
-                    hints[parameters[0]],
-                    hints["return"],
-                    (inspect.getdoc(handler) or "").split("\n", 1)[0],
-                    timeout,
-                )
-            )
+        def declare(handler: H) -> H:
+            called = name or getattr(handler, "__name__", "")
+            check_operation(self.name, called, kind, (declared.name for declared in self.operations))
+            body, answer = types_of(self.name, called, handler)
+            summary = (inspect.getdoc(handler) or "").split("\n", 1)[0]
+            self.operations.append(ArmOperation(called, handler, kind, body, answer, summary, timeout))
             return handler
 
         return declare

@@ -3,41 +3,48 @@
 from __future__ import annotations
 
 import hashlib
-import mimetypes
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 from urllib.parse import quote
 
-import msgspec
-
-from octollm.arm.model import Meter, ModelClient
+from octollm.arm.artifacts import Artifacts
+from octollm.arm.model import Endpoint, ModelClient
 from octollm.capability import Delegator, Scope
-from octollm.contracts.operations import StoredFile, artifact_of
 from octollm.contracts.services import route_of, service_of
-from octollm.contracts.task import MAX_FILE_BYTES, Artifact, FileRef
+from octollm.contracts.task import TaskContract
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.call import Call
 from octollm.rpc.caller import OnLine, Outgoing, Target
 from octollm.rpc.idempotency import NestedKeys
 from octollm.rpc.service import Base
+from octollm.rpc.shapes import encode
 from octollm.telemetry import Log
 
 T = TypeVar("T")
 
-CALL_SECONDS = 60
+CALL_SECONDS = 60.0
 """The life of a token made for one call; it is checked when the call begins."""
+MIN_ENDPOINT_SECONDS = 1.0
 
 
 class Context:
-    """One call of an arm's operation."""
+    """One call of an arm's operation.
 
-    def __init__(self, base: Base, delegator: Delegator, call: Call) -> None:
+    ``model`` asks the language model, ``artifacts`` reads and writes files, ``task`` is the task that the call was
+    given (``None`` where its body is something else).
+    """
+
+    def __init__(
+        self, base: Base, delegator: Delegator, call: Call, declared: tuple[Scope, ...], body: object = None
+    ) -> None:
         self._base = base
         self._delegator = delegator
         self._call = call
+        self._declared = declared
         self._keys = NestedKeys(call.key or call.request_id)
-        self.meter = Meter()
-        self.model = ModelClient(base.caller, lambda body: self.outgoing("models", "chat", body), self.meter)
+        self.task = body if isinstance(body, TaskContract) else None
+        self.artifacts = Artifacts(base.caller, self._outgoing)
+        self.model = ModelClient(base.caller, lambda body: self._outgoing("models", "chat", body), self._endpoint)
 
     @property
     def deadline(self) -> Deadline:
@@ -64,37 +71,37 @@ class Context:
         await self._call.emit.progress(percent, message)
 
     def may(self, scope: str) -> bool:
-        """Say whether the grant of this call lets the arm call ``scope``."""
+        """Say whether the grant of this call lets the arm call ``scope``: asked before an optional call."""
         grant = self._call.authority.grant
         return grant is not None and grant.may.below(Scope(scope)) is not None
 
+    @overload
+    async def call(self, service: str, operation: str, body: object, *, on_line: OnLine | None = None) -> Any: ...
+
+    @overload
     async def call(
         self, service: str, operation: str, body: object, answer: type[T], *, on_line: OnLine | None = None
-    ) -> T:
+    ) -> T: ...
+
+    async def call(
+        self, service: str, operation: str, body: object, answer: Any = Any, *, on_line: OnLine | None = None
+    ) -> Any:
         """Call another service's operation with narrowed authority, this call's deadline and trace.
 
-        Raises ``authority_missing`` when the grant does not allow it, and what the callee says.
+        ``body`` is anything that JSON stands for. Without ``answer``, the type of what comes back, it is decoded
+        JSON. ``on_line`` is given what the callee tells while it works. Raises ``authority_missing`` when the arm
+        does not declare the call or the caller's authority does not cover it, and what the callee says.
         """
-        encoded = msgspec.json.encode(body)
-        outgoing = await self.outgoing(service, operation, encoded)
+        outgoing = await self._outgoing(service, operation, encode(body))
         return await self._base.caller.answer(outgoing, answer, on_line=on_line)
 
-    async def outgoing(self, service: str, operation: str, body: bytes | None, **path: str) -> Outgoing:
-        """Return a call ready to be made: authority, key and route. ``path`` parameters become selectors."""
+    async def _outgoing(self, service: str, operation: str, body: bytes | None, **path: str) -> Outgoing:
         route = route_of(service, operation)
         audience = service_of(service)
-        scope = ":".join((service, operation, *path.values()))
+        bearer = await self._bearer(":".join((service, operation, *path.values())), CALL_SECONDS)
         key = None
         if route.kind != "safe":
             key = self._keys.next(audience, operation, body or b"")
-        bearer = self._delegator.delegate(
-            self._call.authority,
-            aud=audience,
-            scope=scope,
-            holder_jkt=await self._base.directory.thumbprint(audience),
-            lifetime=CALL_SECONDS,
-            call=hashlib.sha256((self._call.key or self._call.request_id).encode()).hexdigest(),
-        )
         filled = route.path.format(**{name: quote(value, safe="") for name, value in path.items()})
         return Outgoing(
             Target(audience, f"{service}.{operation}", route.method, filled, route.kind),
@@ -104,36 +111,30 @@ class Context:
             key,
         )
 
-    async def read_file(self, file: FileRef) -> bytes:
-        """Return the bytes of a file: its text, or what is stored under its digest.
+    async def _endpoint(self) -> Endpoint:
+        """Return where any OpenAI client finds the models, with a key that lives as long as this call may."""
+        bearer = await self._bearer("models:chat", max(MIN_ENDPOINT_SECONDS, self.deadline.left()))
+        headers = {
+            "X-Correlation-ID": self._call.correlation_id,
+            "traceparent": self._call.trace.traceparent,
+            "X-Timeout-Ms": self.deadline.header(),
+        }
+        return Endpoint(self._base.discovery.instances("models")[0] + "/v1", bearer, headers)
 
-        Raises ``file_not_found`` and ``authority_missing``.
-        """
-        if file.text is not None:
-            return file.text.encode()
-        if file.digest is None:
-            raise OctoError(f"The file {file.name} has neither text nor a digest.", code="file_invalid")
-        outgoing = await self.outgoing("files", "read", None, digest=file.digest)
-        return (await self._base.caller.send(outgoing)).body
-
-    async def write_artifact(self, name: str, body: bytes, media_type: str | None = None) -> Artifact:
-        """Store bytes as an artifact of the task; the same bytes are stored once."""
-        if len(body) > MAX_FILE_BYTES:
-            raise OctoError(f"The artifact {name} has more than {MAX_FILE_BYTES} bytes.", code="body_too_large")
-        kind = media_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
-        outgoing = await self.outgoing("files", "write", body)
-        stored = await self._base.caller.answer(with_file(outgoing, name, kind), StoredFile)
-        return artifact_of(stored)
-
-
-def with_file(outgoing: Outgoing, name: str, media_type: str) -> Outgoing:
-    """Return an upload that names its file: the name travels in a header, percent-encoded (RFC 8187 style)."""
-    return Outgoing(
-        outgoing.target,
-        outgoing.bearer,
-        outgoing.deadline,
-        outgoing.body,
-        outgoing.key,
-        media_type,
-        {"X-File-Name": quote(name)},
-    )
+    async def _bearer(self, scope: str, lifetime: float) -> str:
+        wanted = Scope(scope)
+        if not any(declared.contains(wanted) for declared in self._declared):
+            raise OctoError(
+                f"{self._base.name} does not declare the call {wanted.operation}: write "
+                f'calls=["{wanted.operation}"] in its Arm.',
+                code="authority_missing",
+            )
+        audience = service_of(wanted.family)
+        return self._delegator.delegate(
+            self._call.authority,
+            aud=audience,
+            scope=scope,
+            holder_jkt=await self._base.directory.thumbprint(audience),
+            lifetime=lifetime,
+            call=hashlib.sha256((self._call.key or self._call.request_id).encode()).hexdigest(),
+        )

@@ -2,73 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from octollm.contracts.problems import Problem
+from octollm.arm.answer_schema import answer_schema
+from octollm.arm.reading import Completion, Heard, OnText, read_completion
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.rpc.caller import Caller, Outgoing
-from octollm.rpc.http import Streamed, TransportError
-from octollm.rpc.problems import error_of
+from octollm.rpc.decode import decode
+from octollm.rpc.http import Streamed
 
-OnText = Callable[[str], Awaitable[None]]
-_MAX_EVENT = 1024 * 1024
+T = TypeVar("T")
+
+_QUEUE = 64
+"""Pieces that the model may be ahead of who reads them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """What the model wrote. ``finish_reason`` is ``length`` when it was cut at the limit."""
+class Endpoint:
+    """Where any OpenAI client finds the models. ``api_key`` is this call's narrowed authority: it ends with it.
 
-    text: str
-    finish_reason: str
-    usage: Usage
-    model: str
+    ``headers`` say which work a request belongs to, and when that ends.
+    """
 
-
-class _Delta(msgspec.Struct, frozen=True):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    delta: _Delta = _Delta()
-    finish_reason: str | None = None
-
-
-class _Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost_usd: float = 0.0
-
-
-class _Chunk(msgspec.Struct, frozen=True):
-    choices: tuple[_Choice, ...] = ()
-    usage: _Usage | None = None
-    model: str = ""
-    error: Problem | None = None
-
-
-@dataclass(slots=True)
-class Meter:
-    """What the models were used for in one call of an arm."""
-
-    usage: Usage = field(default_factory=Usage)
-
-    def add(self, usage: Usage) -> None:
-        """Count ``usage``."""
-        self.usage = self.usage + usage
+    base_url: str
+    api_key: str = field(repr=False)
+    headers: Mapping[str, str]
 
 
 class ModelClient:
-    """Calls ``models`` in the OpenAI protocol. ``outgoing`` turns a body into a call with the authority for it."""
+    """Calls ``models`` in the OpenAI protocol. ``outgoing`` turns a body into a call with the authority for it.
 
-    def __init__(self, caller: Caller, outgoing: Callable[[bytes], Awaitable[Outgoing]], meter: Meter) -> None:
+    Every method raises ``authority_missing`` where the arm does not declare ``models:chat``, ``budget_exhausted``,
+    ``no_model``, ``context_too_long``, ``model_failed`` and the transport's failures. ``usage`` is what was used so
+    far by this call.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        outgoing: Callable[[bytes], Awaitable[Outgoing]],
+        endpoint: Callable[[], Awaitable[Endpoint]],
+    ) -> None:
         self._caller = caller
         self._outgoing = outgoing
-        self._meter = meter
+        self._endpoint = endpoint
+        self._running: set[asyncio.Task[Completion]] = set()
+        self.usage = Usage()
+
+    async def complete(
+        self, prompt: str, *, system: str = "", max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """Return the model's answer to one prompt. ``temperature`` is 0 to 2; ``seed`` makes other answers."""
+        messages = _messages(prompt, system)
+        return (await self.chat(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)).text
+
+    async def structured(
+        self,
+        prompt: str,
+        answer: type[T],
+        *,
+        system: str = "",
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> T:
+        """Return the model's answer as an ``answer``: a dataclass, a Struct or a Pydantic model.
+
+        The model is held to its JSON schema. Raises ``model_output_invalid`` when the answer does not fit all the
+        same, as when it was cut at ``max_tokens``.
+        """
+        completion = await self.chat(
+            _messages(prompt, system),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            schema=answer_schema(answer),
+        )
+        try:
+            return decode(completion.text.encode(), answer)
+        except OctoError as error:
+            cut = " It was cut at the token limit." if completion.finish_reason == "length" else ""
+            raise OctoError(
+                f"The model's answer does not fit {getattr(answer, '__name__', answer)}.{cut}",
+                code="model_output_invalid",
+                faults=error.faults,
+            ) from error
+
+    async def stream(
+        self, prompt: str, *, system: str = "", max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
+    ) -> AsyncGenerator[str]:
+        """Yield the model's answer to one prompt as it is written; leaving the loop stops the model."""
+        pieces: asyncio.Queue[str | None] = asyncio.Queue(_QUEUE)
+
+        async def ask() -> Completion:
+            try:
+                return await self.chat(
+                    _messages(prompt, system),
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    on_text=pieces.put,
+                )
+            finally:
+                # Who reads is told of the end; one who has left reads no more, and there may be no room.
+                with contextlib.suppress(asyncio.QueueFull):
+                    pieces.put_nowait(None)
+
+        asking = asyncio.create_task(ask())
+        self._running.add(asking)
+        asking.add_done_callback(self._running.discard)
+        try:
+            while (piece := await _next(pieces, asking)) is not None:
+                yield piece
+            await asking
+        finally:
+            await _end(asking)
 
     async def chat(
         self,
@@ -82,8 +137,7 @@ class ModelClient:
     ) -> Completion:
         """Ask the model; ``messages`` are (role, content). With ``schema`` the answer is JSON that fits it.
 
-        ``on_text`` is given each piece as it is written. Raises ``budget_exhausted``, ``no_model``,
-        ``model_failed`` and the transport's failures.
+        ``on_text`` is given each piece as it is written.
         """
         request: dict[str, Any] = {
             "model": "default",
@@ -102,68 +156,46 @@ class ModelClient:
             }
         outgoing = await self._outgoing(msgspec.json.encode(request))
 
-        heard = _Heard(on_text)
+        heard = Heard(on_text)
 
         async def consume(streamed: Streamed) -> Completion:
             heard.begin()
-            return await _read(streamed, heard)
+            return await read_completion(streamed, heard)
 
         completion = await self._caller.stream(outgoing, consume)
-        self._meter.add(completion.usage)
+        self.count(completion.usage)
         return completion
 
+    async def endpoint(self) -> Endpoint:
+        """Return ``base_url``, ``api_key`` and ``headers`` for an OpenAI client of one's own.
 
-class _Heard:
-    """Hands text on once: a call that is made again after it broke begins with what was heard already."""
+        Its calls are budgeted, journaled and cancelled like those of this client. The key lives as long as this
+        call may, opens nothing but ``models:chat``, and must not be kept.
+        """
+        return await self._endpoint()
 
-    def __init__(self, on_text: OnText | None) -> None:
-        self._on_text = on_text
-        self._heard = 0
-        self._at = 0
+    def count(self, usage: Usage) -> None:
+        """Count what a client of one's own used, so that the result tells it. The budget knows it anyway."""
+        self.usage = self.usage + usage
 
-    def begin(self) -> None:
-        """Begin an answer."""
-        self._at = 0
-
-    async def hear(self, text: str) -> None:
-        """Take a piece of the answer, and hand on what is new of it."""
-        self._at += len(text)
-        new = self._at - self._heard
-        if self._on_text is not None and new > 0:
-            self._heard = self._at
-            await self._on_text(text[-new:])
+    async def aclose(self) -> None:
+        """Stop what still runs: a stream that was left open does not outlive its call."""
+        for task in tuple(self._running):
+            await _end(task)
 
 
-async def _read(streamed: Streamed, heard: _Heard) -> Completion:
-    text: list[str] = []
-    finish, usage, model = "stop", Usage(), ""
-    async for data in _events(streamed.chunks):
-        if data == b"[DONE]":
-            return Completion("".join(text), finish, usage, model)
-        try:
-            chunk = msgspec.json.decode(data, type=_Chunk)
-        except msgspec.DecodeError as error:
-            raise OctoError("models sent a chunk that is not understood.", code="peer_protocol") from error
-        if chunk.error is not None:
-            raise error_of(chunk.error, "models")
-        model = chunk.model or model
-        if chunk.usage is not None:
-            usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cost_usd)
-        for choice in chunk.choices:
-            finish = choice.finish_reason or finish
-            if choice.delta.content:
-                text.append(choice.delta.content)
-                await heard.hear(choice.delta.content)
-    raise TransportError("models ended its answer early.", code="connection_lost", began=True)
+async def _next(pieces: asyncio.Queue[str | None], asking: asyncio.Task[Completion]) -> str | None:
+    """Return the next piece; ``None`` once there is none left and the answer has ended."""
+    if pieces.empty() and asking.done():
+        return None
+    return await pieces.get()
 
 
-async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the data of server-sent events (WHATWG HTML section 9.2), one line of data each."""
-    rest = b""
-    async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > _MAX_EVENT:
-            raise OctoError("models sent a line that is too long.", code="peer_protocol")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
+async def _end(task: asyncio.Task[Completion]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, OctoError):  # its failure was raised where it was waited for
+        await task
+
+
+def _messages(prompt: str, system: str) -> list[tuple[str, str]]:
+    return [("system", system), ("user", prompt)] if system else [("user", prompt)]

@@ -7,10 +7,13 @@ from typing import Any
 
 import msgspec
 
+from octollm.arm.answers import answer_of, answer_type
 from octollm.arm.arm import Arm, ArmOperation
+from octollm.arm.card import CARD_PATH, AgentCard, card_of
 from octollm.arm.context import Context
+from octollm.arm.foreign import problem_in
 from octollm.contracts.api import ArmRegistration
-from octollm.contracts.task import ExecuteResult
+from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.call import Call, Operation
 from octollm.rpc.caller import Outgoing, Target
@@ -25,14 +28,19 @@ def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = 
     delegator = base.identity.delegator()
 
     def operation_of(declared: ArmOperation) -> Operation:
-        async def serve(call: Call, body: Any) -> Any:
-            context = Context(base, delegator, call)
-            answer = await declared.handler(body, context)
-            if declared.answer is str:
-                answer = ExecuteResult(output=answer)
-            if isinstance(answer, ExecuteResult) and answer.usage.total_tokens == 0:
-                answer = msgspec.structs.replace(answer, usage=context.meter.usage)
-            return answer
+        async def serve(call: Call, body: Any) -> object:
+            context = Context(base, delegator, call, (*arm.needed, *arm.optional), body)
+            try:
+                return answer_of(declared, await declared.handler(body, context), context)
+            except OctoError:
+                raise
+            except Exception as error:
+                told = problem_in(error)
+                if told is None:
+                    raise
+                raise told from error
+            finally:
+                await context.model.aclose()
 
         return Operation(
             name=declared.name,
@@ -42,14 +50,28 @@ def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = 
             scope=f"{arm.name}:{declared.name}",
             kind=declared.kind,
             body=declared.body,
-            answer=ExecuteResult if declared.answer is str else declared.answer,
+            answer=answer_type(declared),
             summary=declared.summary,
             timeout=declared.timeout,
         )
 
+    async def card(_call: Call, _body: object) -> AgentCard:
+        return card_of(arm, base.discovery.instances(arm.name))
+
+    described = Operation(
+        "card",
+        "GET",
+        CARD_PATH,
+        card,
+        auth="public",
+        answer=AgentCard,
+        limited=False,
+        max_body=0,
+        summary="What this arm is and does.",
+    )
     return build_service(
         base,
-        [operation_of(declared) for declared in arm.operations],
+        [*map(operation_of, arm.operations), described],
         idempotency=base.remote_idempotency(),
         checkups=checkups,
         announce=lambda: _register(arm, base),

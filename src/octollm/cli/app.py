@@ -9,6 +9,7 @@ import typer
 
 from octollm import __version__
 from octollm.cli.app_admin import keys_app, models_app, token_app
+from octollm.cli.app_new import new_app
 from octollm.cli.app_tasks import TaskId, events_app, task_app
 from octollm.cli.completing import complete_arm, complete_service
 
@@ -32,6 +33,7 @@ app.add_typer(events_app, rich_help_panel="Tasks")
 app.add_typer(models_app, rich_help_panel="Installation")
 app.add_typer(keys_app, rich_help_panel="Access")
 app.add_typer(token_app, rich_help_panel="Access")
+app.add_typer(new_app, rich_help_panel="Arms")
 
 
 def _version(wanted: bool) -> None:

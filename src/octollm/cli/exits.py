@@ -16,8 +16,8 @@ EXIT_INTERRUPTED = 130
 
 
 def exit_code_of(error: OctoError) -> int:
-    """Return the exit code for a failure: faults of the input and of settings are the user's to mend."""
+    """Return the exit code for a failure: faults of input, settings and declarations are the user's to mend."""
     kind = KINDS.get(error.code)
-    if error.code == "setting_invalid" or (kind is not None and kind.status in (400, 413)):
+    if error.code in ("setting_invalid", "arm_invalid") or (kind is not None and kind.status in (400, 413)):
         return EXIT_USAGE
     return EXIT_FAILED

@@ -80,6 +80,7 @@ KINDS: dict[str, Kind] = {
     "not_accepted": Kind(409, "The result was not accepted"),
     "peer_protocol": Kind(503, "A service answered in a form that is not understood"),
     # Start
+    "arm_invalid": Kind(500, "An arm is declared wrongly"),
     "setting_invalid": Kind(500, "A setting is wrong"),
     "port_taken": Kind(500, "A port is taken"),
     "schema_mismatch": Kind(500, "The database's schema does not fit this version"),

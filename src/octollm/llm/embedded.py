@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
+import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from octollm.errors import OctoError
 from octollm.llm.catalogue import ModelEntry
 from octollm.llm.llama_process import Event, Generation, LlamaProcess, LlamaSettings
+from octollm.llm.prompted_tools import retold, stream_with_tools, wants_tools
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
@@ -93,7 +96,15 @@ class EmbeddedModel:
         return await process.count(plain)
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
-        """Answer ``request``; see :class:`octollm.llm.types.ChatModel`."""
+        """Answer ``request``; see :class:`octollm.llm.types.ChatModel`. Tools are described in its prompt."""
+        stream = self._stream(request)
+        if wants_tools(request):
+            stream = stream_with_tools(self._stream, request, f"call-{secrets.token_hex(8)}")
+        async with contextlib.aclosing(stream) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
         body = self._body(request)
         await self._slots.take()
         try:
@@ -188,7 +199,7 @@ class EmbeddedModel:
             raise self._too_long(f"{size:,} bytes", 1)
         return [
             {"role": "system" if message.role == "developer" else message.role, "content": self._defused(message.text)}
-            for message in messages
+            for message in retold(messages)
         ]
 
     def _defused(self, text: str) -> str:

@@ -9,7 +9,6 @@ import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,6 +24,7 @@ from pyqwest import (
 )
 
 from octollm.errors import OctoError, RemoteError, SettingError
+from octollm.llm.openai_wire import Calls, ErrorBody, ModelNames, SaidChunk, SaidError, SaidUsage, body_of, finish_of
 from octollm.llm.sse import event_data
 from octollm.llm.types import (
     ChatMessage,
@@ -33,10 +33,9 @@ from octollm.llm.types import (
     Final,
     FinishReason,
     Piece,
-    ResponseFormat,
-    StreamOptions,
     TextDelta,
     bytes_bound,
+    tools_bound,
 )
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -103,7 +102,7 @@ class OpenAICompatibleModel:
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
-        content = msgspec.json.encode(_body(self._model, request))
+        content = msgspec.json.encode(body_of(self._model, request))
         try:
             async with self._client.stream("POST", f"{self._base_url}/chat/completions", headers, content) as response:
                 if response.status != 200:
@@ -126,7 +125,7 @@ class OpenAICompatibleModel:
                     raise await self._refused(response)
                 if response.status != 200:
                     return None
-                listed = msgspec.json.decode(await _read(response, _LIST_BYTES), type=_ModelList)
+                listed = msgspec.json.decode(await _read(response, _LIST_BYTES), type=ModelNames)
         except msgspec.DecodeError:
             return None
         except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
@@ -139,30 +138,35 @@ class OpenAICompatibleModel:
 
     async def _pieces(self, response: Response, request: ChatRequest) -> AsyncGenerator[Piece]:
         finish: FinishReason | None = None
-        usage: _Usage | None = None
+        usage: SaidUsage | None = None
+        called = Calls()
         written = 0
         try:
             async with aclosing(event_data(response.content)) as events:
                 async for data in events:
                     if data == _DONE:
                         break
-                    chunk = msgspec.json.decode(data, type=_Chunk)
+                    chunk = msgspec.json.decode(data, type=SaidChunk)
                     if chunk.error is not None:
                         raise self._failed(f"it broke off: {self._shown(chunk.error.message)}")
                     usage = chunk.usage or usage
                     for choice in chunk.choices:
-                        finish = _finish(choice.finish_reason) or finish
+                        finish = finish_of(choice.finish_reason) or finish
                         if choice.delta.content:
                             written += len(choice.delta.content.encode("utf-8", "surrogatepass"))
                             yield TextDelta(choice.delta.content)
+                        for delta in choice.delta.tool_calls or ():
+                            written += called.add(delta)
         except (msgspec.DecodeError, ValueError) as exc:
             raise self._failed("its answer is not a stream of chat completion chunks") from exc
         if finish is None:
             raise self._failed("the connection broke before the answer was whole")
         if usage is None:
-            yield Final(finish, ChatUsage.of(bytes_bound(request.messages), written), exact=False)
+            bound = ChatUsage.of(bytes_bound(request.messages) + tools_bound(request), written)
+            yield Final(finish, bound, exact=False, tool_calls=called.calls())
         else:
-            yield Final(finish, ChatUsage.of(usage.prompt_tokens, usage.completion_tokens))
+            counted = ChatUsage.of(usage.prompt_tokens, usage.completion_tokens)
+            yield Final(finish, counted, tool_calls=called.calls())
 
     async def _refused(self, response: Response) -> OctoError:
         """Return the error for an answer that is not 200."""
@@ -206,91 +210,12 @@ class OpenAICompatibleModel:
         return " ".join(text.split())[:_DETAIL_CHARACTERS].rstrip(".")
 
 
-class _Message(msgspec.Struct, frozen=True):
-    role: str
-    content: str
-
-
-class _Body(msgspec.Struct, frozen=True, omit_defaults=True):
-    model: str
-    messages: tuple[_Message, ...]
-    stream: Literal[True] | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] | None = None
-    response_format: ResponseFormat | None = None
-
-
-class _Usage(msgspec.Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int = 0
-
-
-class _Delta(msgspec.Struct, frozen=True):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    delta: _Delta = _Delta()
-    finish_reason: str | None = None
-
-
-class _Error(msgspec.Struct, frozen=True):
-    message: str = ""
-    code: str | int | None = None
-
-
-class _Chunk(msgspec.Struct, frozen=True):
-    choices: tuple[_Choice, ...] = ()
-    usage: _Usage | None = None
-    error: _Error | None = None
-
-
-class _Listed(msgspec.Struct, frozen=True):
-    id: str
-
-
-class _ModelList(msgspec.Struct, frozen=True):
-    data: tuple[_Listed, ...]
-
-
-class _ErrorBody(msgspec.Struct, frozen=True):
-    error: _Error
-
-
-def _body(model: str, request: ChatRequest) -> _Body:
-    return _Body(
-        model=model,
-        messages=tuple(_Message(message.role, message.text) for message in request.messages),
-        stream=True,
-        stream_options=StreamOptions(include_usage=True),
-        max_tokens=request.max_tokens,
-        max_completion_tokens=request.max_completion_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-        stop=request.stops or None,
-        response_format=request.response_format,
-    )
-
-
-def _finish(reason: str | None) -> FinishReason | None:
-    """Return our word for a provider's reason; one that we do not know is an ordinary end."""
-    if reason is None or reason == "":
-        return None
-    return "length" if reason == "length" else "content_filter" if reason == "content_filter" else "stop"
-
-
-async def _error_of(response: Response) -> _Error:
+async def _error_of(response: Response) -> SaidError:
     """Return what an error answer says, as far as it can be understood."""
     try:
-        return msgspec.json.decode(await _read(response, _ERROR_BYTES), type=_ErrorBody).error
+        return msgspec.json.decode(await _read(response, _ERROR_BYTES), type=ErrorBody).error
     except msgspec.DecodeError:
-        return _Error()
+        return SaidError()
 
 
 async def _read(response: Response, most: int) -> bytes:

@@ -1,7 +1,7 @@
 """The chat completions wire (the subset of OpenAI's that is served), and the one interface of a model.
 
-Unknown request fields are ignored, so that a stock SDK may send what it likes. Text only: a part that is not text
-is refused. https://platform.openai.com/docs/api-reference/chat
+Unknown request fields are ignored, so that a stock SDK may send what it likes. Text and calls of functions only: a part
+that is neither is refused. https://platform.openai.com/docs/api-reference/chat
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length", "content_filter"]
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
 class TextPart(msgspec.Struct, frozen=True):
@@ -24,11 +24,31 @@ class TextPart(msgspec.Struct, frozen=True):
     type: Literal["text"] = "text"
 
 
+class FunctionCall(msgspec.Struct, frozen=True):
+    """A function that the model wants called; ``arguments`` is the text of a JSON object, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call that the model wants done; the message with its result names ``id``."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One message. ``content`` is text, or text parts that are read as one text."""
+    """One message. ``content`` is text, or text parts that are read as one text.
+
+    ``tool_calls`` are the assistant's; ``tool_call_id`` says which of them a ``tool`` message answers.
+    """
 
     role: Role
     content: str | tuple[TextPart, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
 
     @property
     def text(self) -> str:
@@ -66,6 +86,35 @@ class StreamOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     include_usage: bool = False
 
 
+class Function(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that the model may want called; ``parameters`` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, object] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A tool that the model may use: a function."""
+
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class FunctionName(msgspec.Struct, frozen=True):
+    """A function, by its name."""
+
+    name: str
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """The one tool that the model has to use."""
+
+    function: FunctionName
+    type: Literal["function"] = "function"
+
+
 class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of ``POST /v1/chat/completions``. Token limits count tokens of the answer."""
 
@@ -80,6 +129,9 @@ class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int | None = None
     stop: str | Annotated[tuple[str, ...], Meta(max_length=16)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[tuple[Tool, ...], Meta(max_length=128)] = ()
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def completion_limit(self) -> int | None:
@@ -112,6 +164,7 @@ class AnswerMessage(msgspec.Struct, frozen=True):
 
     content: str
     role: Literal["assistant"] = "assistant"
+    tool_calls: tuple[ToolCall, ...] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -133,11 +186,21 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     object: Literal["chat.completion"] = "chat.completion"
 
 
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """A call that the model wants done; ours come whole, in the chunk before the last."""
+
+    index: int
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a chunk adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: tuple[ToolCallDelta, ...] | None = None
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
@@ -168,11 +231,15 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """The end of an answer. ``exact`` is false where ``usage`` is an upper bound, not the provider's own count."""
+    """The end of an answer, with the calls that it asks for.
+
+    ``exact`` is false where ``usage`` is an upper bound, not the provider's own count.
+    """
 
     finish_reason: FinishReason
     usage: ChatUsage
     exact: bool = True
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 Piece = TextDelta | Final
@@ -214,4 +281,14 @@ def bytes_bound(messages: Sequence[ChatMessage]) -> int:
 
     Sixteen tokens a message and sixteen more stand for what a template puts around them.
     """
-    return 16 + sum(16 + len(message.text.encode("utf-8", "surrogatepass")) for message in messages)
+    called = (call.function for message in messages for call in message.tool_calls or ())
+    return (
+        16
+        + sum(16 + len(message.text.encode("utf-8", "surrogatepass")) for message in messages)
+        + sum(16 + len(call.name) + len(call.arguments.encode("utf-8", "surrogatepass")) for call in called)
+    )
+
+
+def tools_bound(request: ChatRequest) -> int:
+    """Bound the tokens that the description of a request's tools takes in the prompt: its bytes as JSON."""
+    return len(msgspec.json.encode(request.tools)) if request.tools else 0

@@ -19,6 +19,7 @@ from octollm.resilience import Breaker, BreakerPolicy, Deadline, Failure, Patien
 from octollm.rpc.discovery import Discovery
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
 from octollm.rpc.problems import error_from_response, error_of
+from octollm.rpc.shapes import model_of
 from octollm.telemetry import Metrics
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ class Caller:
             told = _Told(on_line)
             body = await self._tried(call, lambda url, headers: self._lines(call, url, headers, told))
         try:
-            return msgspec.json.decode(body, type=kind)
+            return msgspec.json.decode(body, type=kind, dec_hook=model_of)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise OctoError(
                 f"{call.target.service} answered {call.target.operation} in another form than agreed: {error}",

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin
 import msgspec
 
 from octollm.errors import Fault, OctoError
+from octollm.rpc.shapes import escape, faults_of, model_of
 
 T = TypeVar("T")
 
@@ -24,11 +25,14 @@ def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
     versions can run together.
     """
     try:
-        value = msgspec.json.decode(data, type=kind)
+        value = msgspec.json.decode(data, type=kind, dec_hook=model_of)
     except msgspec.ValidationError as error:
         text = str(error)
+        at = _pointer(text)
         raise OctoError(
-            "The body does not fit its schema.", code="invalid_body", faults=(Fault(_pointer(text), _detail(text)),)
+            "The body does not fit its schema.",
+            code="invalid_body",
+            faults=faults_of(error.__cause__, at) or (Fault(at, _detail(text)),),
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OctoError("The body is not valid JSON.", code="invalid_json", faults=(Fault("", str(error)),)) from error
@@ -52,11 +56,7 @@ def _pointer(text: str) -> str:
     if match is None:
         return ""
     parts = [name or index for name, index in _PART.findall(match[1])]
-    return "".join("/" + _escape(part) for part in parts)
-
-
-def _escape(part: str) -> str:
-    return part.replace("~", "~0").replace("/", "~1")
+    return "".join("/" + escape(part) for part in parts)
 
 
 def _unknown(raw: Any, kind: Any, at: str, depth: int) -> Any:
@@ -68,7 +68,7 @@ def _unknown(raw: Any, kind: Any, at: str, depth: int) -> Any:
         known = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
         members = cast("dict[str, Any]", raw)
         for name, item in members.items():
-            pointer = f"{at}/{_escape(str(name))}"
+            pointer = f"{at}/{escape(str(name))}"
             if name not in known:
                 yield pointer
             else:

@@ -6,12 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from octollm import __version__
 from octollm.contracts.problems import Problem
 from octollm.rpc.call import Operation
 from octollm.rpc.problems import PROBLEM_JSON
+from octollm.rpc.shapes import schemas_of
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {
@@ -22,19 +21,10 @@ _SECURITY: dict[str, list[dict[str, list[str]]]] = {
 }
 
 
-def _any_json(kind: type) -> dict[str, Any]:
-    """Describe ``object``, which is any JSON. What raises here has no schema."""
-    if kind is object:
-        return {"description": "Any JSON."}  # an empty schema would count as none
-    raise NotImplementedError(kind)
-
-
 def openapi_of(service: str, operations: Sequence[Operation]) -> dict[str, Any]:
     """Describe a service. Bodies and answers without a type are described as any content."""
     kinds = [kind for op in operations for kind in (op.body, op.answer) if kind not in (None, bytes)]
-    schemas, components = msgspec.json.schema_components(
-        [*kinds, Problem], schema_hook=_any_json, ref_template="#/components/schemas/{name}"
-    )
+    schemas, components = schemas_of([*kinds, Problem])
     by_kind = dict(zip([*map(repr, kinds), repr(Problem)], schemas, strict=True))
     problem = {PROBLEM_JSON: {"schema": by_kind[repr(Problem)]}}
     paths: dict[str, dict[str, Any]] = {}

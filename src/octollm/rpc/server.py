@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -30,6 +29,7 @@ from octollm.rpc.decode import decode
 from octollm.rpc.idempotency import IdempotencyStore, KeyOf, body_digest, check_key
 from octollm.rpc.once import Once
 from octollm.rpc.problems import problem_response
+from octollm.rpc.shapes import encode
 from octollm.rpc.stream import LineStream
 from octollm.telemetry import Log, Metrics
 
@@ -268,9 +268,7 @@ def _response(answer: Any, status: int) -> Response:
     headers: Mapping[str, str] = {}
     if isinstance(answer, Reply):
         answer, status, headers = answer.value, answer.status, answer.headers
-    return Response(
-        msgspec.json.encode(answer), status_code=status, media_type="application/json", headers=dict(headers)
-    )
+    return Response(encode(answer), status_code=status, media_type="application/json", headers=dict(headers))
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

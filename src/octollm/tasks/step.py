@@ -33,6 +33,7 @@ FINAL_CODES = frozenset(
         "fence_lost",
         "file_invalid",
         "file_not_found",
+        "goal_invalid",
         "no_model",
         "no_sandbox",
         "outcome_unknown",

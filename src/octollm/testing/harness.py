@@ -177,16 +177,18 @@ class Harness:
 
 
 @contextlib.asynccontextmanager
-async def harness() -> AsyncGenerator[Harness]:
-    """Yield a harness with its orchestrator served."""
+async def harness(*arms: str) -> AsyncGenerator[Harness]:
+    """Yield a harness with its orchestrator served; ``arms`` are known to it besides the built-in services."""
     async with Http() as http:
         house = Harness(http)
-        async with house.serve(_orchestrator(house)):
+        house.keys |= {name: SigningKey.generate(name) for name in arms}
+        async with house.serve(orchestrator_of(house)):
             yield house
 
 
 @contextlib.asynccontextmanager
-async def _orchestrator(house: Harness) -> AsyncGenerator[Service]:
+async def orchestrator_of(house: Harness) -> AsyncGenerator[Service]:
+    """Yield the test's orchestrator: it knows the services whose keys ``house`` has at this moment."""
     directory = {name: DirectoryEntry((key.thumbprint,)) for name, key in house.keys.items()}
     keeper = _Keeper(house, house.minter.directory(directory))
     base = house.base("orchestrator")

@@ -54,7 +54,8 @@ class Reply:
 
     ``until`` holds all but the first piece of the text back until the event is set.
     ``fail`` is an HTTP status when there is no text; with text the stream breaks off after it. ``silent`` leaves
-    out the usage. ``finish`` is the finish reason.
+    out the usage. ``finish`` is the finish reason. ``tools`` are functions that it wants called: names and arguments
+    as JSON.
     """
 
     text: str = ""
@@ -65,6 +66,7 @@ class Reply:
     piece: int = _USUAL_PIECE
     silent: bool = False
     retry_after: int | None = None
+    tools: tuple[tuple[str, str], ...] = ()
 
 
 Script = Iterable[str | Reply] | Callable[[Asked], str | Reply]
@@ -122,6 +124,8 @@ class ScriptedModel:
             for start in range(0, len(reply.text), reply.piece):
                 yield _event({"choices": [{"index": 0, "delta": {"content": reply.text[start : start + reply.piece]}}]})
                 await (reply.until.wait() if reply.until is not None else asyncio.sleep(0))
+            for delta in _tool_deltas(reply):
+                yield _event({"choices": [{"index": 0, "delta": {"tool_calls": [delta]}}]})
             if reply.hang:
                 await asyncio.Event().wait()
             if reply.fail:
@@ -135,6 +139,15 @@ class ScriptedModel:
         finally:
             self.running -= 1
             self.left += not whole
+
+
+def _tool_deltas(reply: Reply) -> Iterator[dict[str, Any]]:
+    """Yield the pieces of the calls: first the name, then the arguments in two halves, as providers do."""
+    for index, (name, arguments) in enumerate(reply.tools):
+        half = len(arguments) // 2
+        yield {"index": index, "id": f"call-{index}", "type": "function", "function": {"name": name, "arguments": ""}}
+        for piece in (arguments[:half], arguments[half:]):
+            yield {"index": index, "function": {"arguments": piece}}
 
 
 def _text_of(message: dict[str, Any]) -> str:

@@ -79,7 +79,7 @@ def validating(ctx: Context) -> Callable[[ValidateRequest], Awaitable[ValidateRe
 
 async def file_text(ctx: Context, file: FileRef) -> str:
     """Return a file's text; bytes that are no UTF-8 are marked. Raises what reading it raises."""
-    return (await ctx.read_file(file)).decode("utf-8-sig", errors="replace")
+    return (await ctx.artifacts.read(file)).decode("utf-8-sig", errors="replace")
 
 
 def capable(settings: Settings) -> bool:

@@ -8,13 +8,23 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import msgspec
+from msgspec import UNSET
 
 from octollm.clock import Clock, Ids
 from octollm.contracts.api import ReserveAnswer, ReserveRequest
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.llm.prices import cost_usd
-from octollm.llm.types import AnswerMessage, ChatChoice, ChatModel, ChatRequest, ChatUsage, Final, TextDelta
+from octollm.llm.types import (
+    AnswerMessage,
+    ChatChoice,
+    ChatModel,
+    ChatRequest,
+    ChatUsage,
+    Final,
+    TextDelta,
+    tools_bound,
+)
 from octollm.rpc.call import Call
 from octollm.rpc.idempotency import NestedKeys
 from octollm.services.models.budget import Budget
@@ -88,7 +98,7 @@ class Answering:
             raise OctoError("The time for this call is used up.", code="deadline_exceeded") from error
 
     async def _budgeted(self, call: Call, request: ChatRequest, model: ChatModel, on_text: OnText) -> _Settled:
-        prompt = await model.count_tokens(request.messages)
+        prompt = await model.count_tokens(request.messages) + tools_bound(request)
         wanted = _within_context(request.completion_limit, model.context_tokens - prompt)
         reserved = await self._budget.reserve(
             ReserveRequest(
@@ -136,7 +146,7 @@ class Answering:
         tokens = final.usage
         price = cost_usd(model, tokens) or 0.0
         spent = Spent(tokens.prompt_tokens, tokens.completion_tokens, tokens.total_tokens, price)
-        choice = ChatChoice(AnswerMessage(text), final.finish_reason)
+        choice = ChatChoice(AnswerMessage(text, tool_calls=final.tool_calls or UNSET), final.finish_reason)
         return Answer("chatcmpl-" + self._ids.hex(), int(self._clock.now()), model, (choice,), spent)
 
     def _count(self, model: str, usage: Usage) -> None:

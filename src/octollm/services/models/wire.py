@@ -7,7 +7,16 @@ from typing import Literal
 import msgspec
 
 from octollm.contracts.problems import Problem
-from octollm.llm.types import ChatChoice, ChatChunk, ChatUsage, ChunkChoice, Delta, FinishReason
+from octollm.llm.types import (
+    ChatChoice,
+    ChatChunk,
+    ChatUsage,
+    ChunkChoice,
+    Delta,
+    FinishReason,
+    ToolCall,
+    ToolCallDelta,
+)
 
 
 class Spent(ChatUsage, frozen=True):
@@ -30,6 +39,11 @@ class Answer(msgspec.Struct, frozen=True):
     def text(self) -> str:
         """Return what the model wrote."""
         return "".join(choice.message.content for choice in self.choices)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Return the calls that the answer asks for."""
+        return tuple(call for choice in self.choices for call in choice.message.tool_calls or ())
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -82,10 +96,14 @@ class Chunks:
 
     def end(self, answer: Answer, *, with_usage: bool) -> bytes:
         """Return the last events: why it ended, what it cost if that was asked for, and the mark of the end."""
-        events = self._event(ChunkChoice(Delta(), answer.finish_reason))
+        events = self._calls(answer) + self._event(ChunkChoice(Delta(), answer.finish_reason))
         if with_usage:
             events += encode_event(ChatChunk(self._id, self._created, self._model, (), answer.usage))
         return events + DONE
+
+    def _calls(self, answer: Answer) -> bytes:
+        deltas = tuple(ToolCallDelta(index, call.id, call.function) for index, call in enumerate(answer.tool_calls))
+        return self._event(ChunkChoice(Delta(tool_calls=deltas))) if deltas else b""
 
     def _event(self, choice: ChunkChoice) -> bytes:
         return encode_event(ChatChunk(self._id, self._created, self._model, (choice,)))

@@ -25,7 +25,7 @@ PYTHON_MEDIA_TYPE = "text/x-python"
 
 def coder_arm() -> Arm:
     """Return the coder."""
-    arm = Arm(
+    arm = Arm.built_in(
         "coder",
         "Writes Python code with tests that pass, answers questions over tables with SQL, and writes texts.",
         SERVICES["coder"].port,
@@ -82,8 +82,8 @@ async def code(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
         on_text=ask.write,
     )
     artifacts = (
-        await ctx.write_artifact(written.filename, written.code.encode(), PYTHON_MEDIA_TYPE),
-        await ctx.write_artifact(written.tests_filename, written.tests.encode(), PYTHON_MEDIA_TYPE),
+        await ctx.artifacts.write(written.filename, written.code.encode(), PYTHON_MEDIA_TYPE),
+        await ctx.artifacts.write(written.tests_filename, written.tests.encode(), PYTHON_MEDIA_TYPE),
     )
     return ExecuteResult(
         output=_shown_code(written), artifacts=artifacts, evidence=Evidence(kind="code", checks=written.checks)

@@ -44,7 +44,7 @@ class HttpAnswer(msgspec.Struct, frozen=True):
 
 def executor_arm(holder: RunnerHolder, metrics: Metrics) -> Arm:
     """Return the executor over its sandbox."""
-    arm = Arm(
+    arm = Arm.built_in(
         "executor",
         "Runs Python programs and SQL queries in a sandbox.",
         SERVICES["executor"].port,
@@ -86,7 +86,7 @@ async def run_in_sandbox(request: RunRequest, ctx: Context, holder: RunnerHolder
     if len(set(names)) != len(names):
         raise OctoError("Two files of a run have the same name.", code="file_invalid")
     runner = await holder.get()
-    files = {file.name: await ctx.read_file(file) for file in request.files}
+    files = {file.name: await ctx.artifacts.read(file) for file in request.files}
     outcome = "failed"
     try:
         result = await runner.run(request, files)
@@ -100,7 +100,7 @@ async def _artifacts(result: RunResult, ctx: Context) -> tuple[Artifact, ...]:
     """Store what a program made, where the authority of the call allows it."""
     if not ctx.may("files:write"):
         return ()
-    return tuple([await ctx.write_artifact(file.name, (file.text or "").encode()) for file in result.files])
+    return tuple([await ctx.artifacts.write(file.name, (file.text or "").encode()) for file in result.files])
 
 
 @contextlib.asynccontextmanager

@@ -22,7 +22,7 @@ MAX_CODE_FILES = 16
 
 def judge_arm(settings: Settings) -> Arm:
     """Return the judge."""
-    arm = Arm(
+    arm = Arm.built_in(
         "judge",
         "Checks code by running its tests, and results by what they stand on.",
         SERVICES["judge"].port,
@@ -40,7 +40,7 @@ def judge_arm(settings: Settings) -> Arm:
         """Say whether a step's result is what was asked."""
 
         async def read_file(digest: str) -> bytes:
-            return await ctx.read_file(FileRef(digest[:12], digest=digest))
+            return await ctx.artifacts.read(FileRef(digest[:12], digest=digest))
 
         asked = ModelAsk(ctx) if capable(settings) and ctx.may("models:chat") else None
         return await accept_result(request, running(ctx), asked, read_file)

@@ -19,7 +19,7 @@ from octollm.services.arms.planner.plan import make_plan
 
 def planner_arm(settings: Settings) -> Arm:
     """Return the planner."""
-    arm = Arm(
+    arm = Arm.built_in(
         "planner",
         "Turns a goal into a plan of steps, each for one arm.",
         SERVICES["planner"].port,
@@ -32,7 +32,7 @@ def planner_arm(settings: Settings) -> Arm:
         """Plan a goal."""
         ask = ModelAsk(ctx)
         made = await make_plan(request, ask, capable=capable(settings), on_text=ask.write)
-        return msgspec.structs.replace(made, usage=ctx.meter.usage)
+        return msgspec.structs.replace(made, usage=ctx.model.usage)
 
     @arm.operation("execute")
     async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:

@@ -20,7 +20,7 @@ from octollm.services.arms.retriever.given import search_texts
 
 def retriever_arm() -> Arm:
     """Return the retriever."""
-    arm = Arm(
+    arm = Arm.built_in(
         "retriever",
         "Finds passages in documents and answers questions from them, with the lines that it stands on.",
         SERVICES["retriever"].port,

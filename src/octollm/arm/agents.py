@@ -1,0 +1,118 @@
+"""A Pydantic AI agent as an arm: its model calls go to ``models`` with the authority of the call it works for.
+
+Nothing global is patched: the model is given to each run, with a client of its own that ends with it. Needs the
+extra ``agents``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Awaitable, Callable
+from typing import Any
+
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+from pydantic import TypeAdapter
+from pydantic_ai import Agent, AgentStreamEvent, RunContext
+from pydantic_ai.exceptions import AgentRunError
+from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
+
+from octollm.arm.context import Context
+from octollm.arm.declaring import arm_invalid
+from octollm.arm.foreign import problem_in
+from octollm.arm.model import Endpoint
+from octollm.contracts.task import TaskContract, Usage
+from octollm.errors import OctoError
+
+READ_SECONDS = 120.0
+"""The longest silence of the models service; it sends comments while a model thinks."""
+
+
+def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[TaskContract, Context], Awaitable[object]]:
+    """Return an ``execute`` that runs ``agent``; raise ``arm_invalid`` for one that wants unknown dependencies."""
+    deps_type: type[Any] = agent.deps_type
+    if deps_type is not type(None) and not issubclass(Context, deps_type):
+        raise arm_invalid(
+            f"The agent of the arm {name} wants dependencies of type {deps_type.__name__}; an arm's agent has "
+            "deps_type=Context, or none."
+        )
+
+    async def execute(task: TaskContract, ctx: Context) -> object:
+        """Do the task with the agent."""
+        telling = _Telling(ctx)
+        async with _client(await ctx.model.endpoint()) as client:
+            model = OpenAIChatModel("default", provider=OpenAICompatibleProvider("octollm", openai_client=client))
+            try:
+                ran = await agent.run(
+                    prompt_of(task),
+                    model=model,
+                    deps=None if deps_type is type(None) else ctx,
+                    event_stream_handler=telling.follow,
+                )
+            except AgentRunError as error:
+                raise _error_of(error) from error
+        ctx.model.count(Usage(ran.usage.input_tokens, ran.usage.output_tokens))
+        output: object = ran.output
+        if isinstance(output, str):
+            return output
+        kind: type[Any] = type(output)
+        return TypeAdapter[Any](kind).dump_json(output).decode()
+
+    return execute
+
+
+def prompt_of(task: TaskContract) -> str:
+    """Return a task in words: its goal, what holds for it, what is known, and why an earlier answer was refused."""
+    parts = [task.goal]
+    for title, lines in (
+        ("Keep to this:", task.constraints),
+        ("The result is accepted when:", task.acceptance_criteria),
+        ("Files:", tuple(file.name for file in task.context.files)),
+        ("An earlier answer was refused:", task.context.reasons),
+    ):
+        if lines:
+            parts.append("\n".join((title, *(f"- {line}" for line in lines))))
+    known = [text for text in (task.context.text, *task.context.inputs.values()) if text]
+    if known:
+        parts.append("\n\n".join(("What is known:", *known)))
+    return "\n\n".join(parts)
+
+
+class _Telling:
+    """Streams what the agent writes; the text of a further answer takes the place of the one before."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._written = False
+
+    async def follow(self, _run: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
+        reset = self._written
+        async for event in events:
+            text = ""
+            if isinstance(event, PartStartEvent) and isinstance(event.part, TextPart):
+                text = event.part.content
+            elif isinstance(event, PartDeltaEvent) and isinstance(event.delta, TextPartDelta):
+                text = event.delta.content_delta
+            if text:
+                await self._ctx.emit(text, reset=reset)
+                self._written, reset = True, False
+
+
+def _client(endpoint: Endpoint) -> AsyncOpenAI:
+    # Proxies of the environment are for the outside; this call, and its key, stay inside.
+    timeout = Timeout(READ_SECONDS, connect=5.0)
+    return AsyncOpenAI(
+        base_url=endpoint.base_url,
+        api_key=endpoint.api_key,
+        default_headers=dict(endpoint.headers),
+        timeout=timeout,
+        http_client=DefaultAsyncHttpxClient(trust_env=False, timeout=timeout),
+    )
+
+
+def _error_of(error: AgentRunError) -> OctoError:
+    """Return what ended a run: the problem that ``models`` told if there was one, else the agent's own."""
+    told = problem_in(error)
+    if told is not None:
+        return told
+    return OctoError(f"The agent came to no result: {error}"[:500], code="model_output_invalid")

@@ -1,0 +1,76 @@
+"""`octollm new arm`: a package with an arm, and a test that passes."""
+
+from __future__ import annotations
+
+import keyword
+import sys
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from rich.text import Text
+
+from octollm import __version__
+from octollm.arm.arm import DEFAULT_PORT
+from octollm.arm.declaring import arm_invalid, check_name
+from octollm.cli.exits import EXIT_DONE
+from octollm.cli.running import run_command
+from octollm.cli.terminal import output
+from octollm.errors import OctoError
+
+_PLACES = {
+    "pyproject.toml.in": "pyproject.toml",
+    "README.md.in": "README.md",
+    "package.py.in": "src/{module}/__init__.py",
+    "arm.py.in": "src/{module}/arm.py",
+    "test.py.in": "tests/test_{module}.py",
+}
+"""Each template, and where it is written."""
+_TAKEN = frozenset({"octollm", "tests", "pytest"})
+
+
+def new_arm_command(name: str, parent: Path) -> int:
+    """Make the package and say what to do next."""
+
+    async def work() -> int:
+        folder = write_arm(name, parent)
+        console = output()
+        console.print(Text.assemble(("Made ", "octo.title"), str(folder)))
+        for command in (f"cd {folder}", "pip install -e '.[dev]'", "pytest"):
+            console.print(Text(f"  {command}", "octo.quiet"))
+        return EXIT_DONE
+
+    return run_command(work)
+
+
+def write_arm(name: str, parent: Path) -> Path:
+    """Write the package of an arm below ``parent`` and return its folder.
+
+    Raises ``arm_invalid`` for a name that no arm, or no Python package, can have, and ``invalid_parameter`` where
+    something is there already, or nothing can be written.
+    """
+    check_name(name, built_in=False)
+    module = name.replace("-", "_")
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in _TAKEN:
+        raise arm_invalid(f"An arm called {name} would hide the Python module {module}; choose another name.")
+    folder = parent / name
+    rendered = {
+        folder / place.format(module=module): _rendered(template, name=name, module=module)
+        for template, place in _PLACES.items()
+    }
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OctoError(
+                f"{folder} is there already and not empty; name another with --dir.", code="invalid_parameter"
+            )
+        for path, text in rendered.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OctoError(f"{folder} cannot be written: {error.strerror}.", code="invalid_parameter") from error
+    return folder
+
+
+def _rendered(template: str, *, name: str, module: str) -> str:
+    text = (files("octollm.cli") / "templates" / "arm" / template).read_text(encoding="utf-8")
+    return Template(text).substitute(name=name, module=module, version=__version__, port=DEFAULT_PORT)

@@ -1,0 +1,179 @@
+"""What travels between us and a provider in the protocol of OpenAI's chat completions, as far as we use it.
+
+https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from octollm.llm.types import (
+    ChatRequest,
+    FinishReason,
+    FunctionCall,
+    ResponseFormat,
+    StreamOptions,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
+
+_MOST_CALLS = 128
+
+
+class SentMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A message as it is sent."""
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+
+
+class SentBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The body of a request; what is absent is left to the provider."""
+
+    model: str
+    messages: tuple[SentMessage, ...]
+    stream: Literal[True] | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | None = None
+    response_format: ResponseFormat | None = None
+    tools: tuple[Tool, ...] | None = None
+    tool_choice: str | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class SaidUsage(msgspec.Struct, frozen=True):
+    """What the provider counted."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+
+class FunctionPiece(msgspec.Struct, frozen=True):
+    """A piece of the call of a function."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolPiece(msgspec.Struct, frozen=True):
+    """A piece of one call; ``index`` says of which."""
+
+    index: int = 0
+    id: str | None = None
+    function: FunctionPiece = FunctionPiece()
+
+
+class DeltaPiece(msgspec.Struct, frozen=True):
+    """What a chunk adds."""
+
+    content: str | None = None
+    tool_calls: tuple[ToolPiece, ...] | None = None
+
+
+class SaidChoice(msgspec.Struct, frozen=True):
+    """The one choice of a chunk."""
+
+    delta: DeltaPiece = DeltaPiece()
+    finish_reason: str | None = None
+
+
+class SaidError(msgspec.Struct, frozen=True):
+    """The provider's own words for a failure."""
+
+    message: str = ""
+    code: str | int | None = None
+
+
+class SaidChunk(msgspec.Struct, frozen=True):
+    """One server-sent event."""
+
+    choices: tuple[SaidChoice, ...] = ()
+    usage: SaidUsage | None = None
+    error: SaidError | None = None
+
+
+class ListedModel(msgspec.Struct, frozen=True):
+    """An entry of the provider's list of models."""
+
+    id: str
+
+
+class ModelNames(msgspec.Struct, frozen=True):
+    """``GET /models``."""
+
+    data: tuple[ListedModel, ...]
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of a refusal."""
+
+    error: SaidError
+
+
+class Calls:
+    """The calls that an answer asks for, put together from the pieces that they come in."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[str]] = {}
+
+    def add(self, delta: ToolPiece) -> int:
+        """Add a piece; return how many bytes it has. Raises ``ValueError`` past the bound of calls."""
+        if delta.index not in self._parts and len(self._parts) >= _MOST_CALLS:
+            raise ValueError("too many calls")
+        part = self._parts.setdefault(delta.index, ["", "", ""])
+        pieces = (delta.id or "", delta.function.name or "", delta.function.arguments or "")
+        for place, piece in enumerate(pieces):
+            part[place] += piece
+        return sum(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces[1:])
+
+    def calls(self) -> tuple[ToolCall, ...]:
+        """Return the calls in the provider's order."""
+        return tuple(
+            ToolCall(call_id or f"call-{index}", FunctionCall(name, arguments or "{}"))
+            for index, (call_id, name, arguments) in sorted(self._parts.items())
+        )
+
+
+def body_of(model: str, request: ChatRequest) -> SentBody:
+    """Return the body that asks ``model`` for what ``request`` asks, as a stream with its usage."""
+    return SentBody(
+        model=model,
+        messages=tuple(
+            SentMessage(message.role, message.text, message.tool_calls, message.tool_call_id)
+            for message in request.messages
+        ),
+        stream=True,
+        stream_options=StreamOptions(include_usage=True),
+        max_tokens=request.max_tokens,
+        max_completion_tokens=request.max_completion_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        stop=request.stops or None,
+        response_format=request.response_format,
+        tools=request.tools or None,
+        tool_choice=request.tool_choice,
+        parallel_tool_calls=request.parallel_tool_calls,
+    )
+
+
+def finish_of(reason: str | None) -> FinishReason | None:
+    """Return our word for a provider's reason; one that we do not know is an ordinary end."""
+    if reason is None or reason == "":
+        return None
+    known: dict[str, FinishReason] = {
+        "length": "length",
+        "content_filter": "content_filter",
+        "tool_calls": "tool_calls",
+    }
+    return known.get(reason, "stop")

@@ -1,0 +1,137 @@
+"""Tools for a model that has none of its own: described in the prompt, called by an answer in JSON.
+
+A small model that is shown tools writes prose about them; held to a JSON schema it calls them. The request is put in
+other words (:func:`retold` its messages), and the answer read back as what a model with tools would have said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from octollm.errors import OctoError
+from octollm.llm.types import (
+    ChatMessage,
+    ChatRequest,
+    Final,
+    FunctionCall,
+    JsonSchemaFormat,
+    Piece,
+    ResponseFormat,
+    TextDelta,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
+
+Stream = Callable[[ChatRequest], AsyncGenerator[Piece]]
+
+
+class _Said(msgspec.Struct, frozen=True):
+    tool: str = ""
+    arguments: msgspec.Raw = msgspec.Raw(b"{}")
+    answer: str = ""
+
+
+def wants_tools(request: ChatRequest) -> bool:
+    """Say whether the model may call a tool to answer ``request``."""
+    return bool(request.tools) and request.tool_choice != "none"
+
+
+async def stream_with_tools(stream: Stream, request: ChatRequest, call_id: str) -> AsyncGenerator[Piece]:
+    """Answer ``request`` by ``stream``, which knows nothing of tools; see :class:`octollm.llm.types.ChatModel`.
+
+    ``call_id`` names the call, if it comes to one. Raises ``model_failed`` where the answer fits no tool, as when it
+    was cut.
+    """
+    text = ""
+    async with aclosing(stream(prompted(request))) as pieces:
+        async for piece in pieces:
+            if isinstance(piece, TextDelta):
+                text += piece.text
+                continue
+            said = _read(text)
+            if said is None and piece.finish_reason == "length":
+                yield piece
+            elif said is None:
+                raise OctoError("The model's answer calls no tool and says nothing.", code="model_failed")
+            elif said.tool:
+                call = ToolCall(call_id, FunctionCall(said.tool, bytes(said.arguments).decode()))
+                yield Final("tool_calls", piece.usage, piece.exact, (call,))
+            else:
+                yield TextDelta(said.answer)
+                yield piece
+
+
+def prompted(request: ChatRequest) -> ChatRequest:
+    """Return a request without tools whose answer is one JSON object: a call, or the answer itself."""
+    tools = _choice(request)
+    last = not isinstance(request.tool_choice, ToolChoice) and request.tool_choice != "required"
+    schema = _schema(tools, answer=last)
+    rules = ["Answer with one JSON object.", 'To use a tool: {"tool": NAME, "arguments": {…}}. The tools:']
+    rules += [msgspec.json.encode(tool.function).decode() for tool in tools]
+    if last:
+        rules.append('When you know the answer, without a tool: {"answer": "…"}')
+    return msgspec.structs.replace(
+        request,
+        messages=(ChatMessage("system", "\n".join(rules)), *request.messages),
+        tools=(),
+        tool_choice=None,
+        parallel_tool_calls=None,
+        response_format=ResponseFormat("json_schema", JsonSchemaFormat(schema, "step", strict=True)),
+    )
+
+
+def _choice(request: ChatRequest) -> tuple[Tool, ...]:
+    choice = request.tool_choice
+    if isinstance(choice, ToolChoice):
+        return tuple(tool for tool in request.tools if tool.function.name == choice.function.name)
+    return request.tools
+
+
+def _schema(tools: tuple[Tool, ...], *, answer: bool) -> dict[str, object]:
+    shared: dict[str, Any] = {}
+    forms: list[dict[str, object]] = []
+    for tool in tools:
+        given = tool.function.parameters or {"type": "object", "properties": {}}
+        # What is left open, a small model fills with whatever comes to it.
+        parameters: dict[str, Any] = {"additionalProperties": False, **given}
+        # A reference is resolved from the root of the whole schema.
+        shared.update(parameters.pop("$defs", {}))
+        forms.append(_object({"tool": {"const": tool.function.name}, "arguments": parameters}))
+    if answer:
+        forms.append(_object({"answer": {"type": "string", "minLength": 1}}))
+    schema: dict[str, object] = {"anyOf": forms}
+    return {**schema, "$defs": shared} if shared else schema
+
+
+def _object(members: Mapping[str, object]) -> dict[str, object]:
+    return {"type": "object", "properties": members, "required": list(members), "additionalProperties": False}
+
+
+def retold(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return messages that speak of tools as a model without them understands them."""
+    told: list[ChatMessage] = []
+    names: dict[str | None, str] = {}
+    for message in messages:
+        if message.role == "tool":
+            told.append(ChatMessage("user", f"Result of {names.get(message.tool_call_id, 'the tool')}: {message.text}"))
+        elif message.tool_calls:
+            for call in message.tool_calls:
+                names[call.id] = call.function.name
+                said = f'{{"tool": "{call.function.name}", "arguments": {call.function.arguments or "{}"}}}'
+                told.append(ChatMessage("assistant", said))
+        else:
+            told.append(message)
+    return told
+
+
+def _read(text: str) -> _Said | None:
+    try:
+        said = msgspec.json.decode(text, type=_Said)
+    except msgspec.DecodeError:
+        return None
+    return said if said.tool or said.answer else None

@@ -1,0 +1,113 @@
+"""Services called without sockets: requests go from the client's adapter straight into ASGI applications."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from starlette.types import ASGIApp
+
+from octollm.errors import OctoError
+from octollm.rpc.http import Http, Streamed, TransportError
+
+_LEAVE_SECONDS = 2.0
+"""How long an application has to end once its client has left."""
+
+
+class InMemoryHttp(Http):
+    """In the place of a pool of connections: ``apps`` by their URL, without a trailing slash."""
+
+    def __init__(self) -> None:
+        self.apps: dict[str, ASGIApp] = {}
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """Close nothing."""
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> AsyncGenerator[Streamed]:
+        """Call an application and hand over its answer as it comes; leaving tells it that the client has left."""
+        parts = urlsplit(url)
+        app = self.apps.get(f"{parts.scheme}://{parts.netloc}")
+        if app is None:
+            raise TransportError(f"{parts.netloc} is not there.", code="connect_failed", began=False)
+        exchange = _Exchange(body or b"")
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": parts.scheme,
+            "path": unquote(parts.path),
+            "raw_path": parts.path.encode(),
+            "query_string": parts.query.encode(),
+            "root_path": "",
+            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+            "client": ("127.0.0.1", 1),
+            "server": (parts.hostname, parts.port),
+        }
+        serving = asyncio.create_task(exchange.run(app, scope))
+        try:
+            async with asyncio.timeout(seconds):
+                status, names = await exchange.begun()
+                yield Streamed(status, names, exchange.chunks())
+        except TimeoutError as error:
+            raise OctoError(f"{parts.netloc} did not answer in time.", code="deadline_exceeded") from error
+        finally:
+            exchange.left.set()
+            await asyncio.wait({serving}, timeout=_LEAVE_SECONDS)
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body: bytes | None = body
+        self._sent: asyncio.Queue[MutableMapping[str, Any] | None] = asyncio.Queue(64)
+        self.left = asyncio.Event()
+
+    async def run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
+        try:
+            await app(scope, self._receive, self._send)
+        except OctoError:
+            pass  # it broke off after it had begun, as a server would: the answer is not whole
+        finally:
+            with contextlib.suppress(asyncio.QueueFull):
+                self._sent.put_nowait(None)
+
+    async def begun(self) -> tuple[int, dict[str, str]]:
+        first = await self._sent.get()
+        if first is None:
+            raise TransportError("The service ended without an answer.", code="connection_lost", began=True)
+        return first["status"], {name.decode(): value.decode() for name, value in first["headers"]}
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        while True:
+            message = await self._sent.get()
+            if message is None:
+                raise TransportError("The answer broke off.", code="connection_lost", began=True)
+            if message.get("body"):
+                yield message["body"]
+            if not message.get("more_body", False):
+                return
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
+        if not self.left.is_set():
+            await self._sent.put(message)

@@ -1,0 +1,161 @@
+"""Mistakes of an arm's author are told where they are made, with what would be right."""
+
+import dataclasses
+import re
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octollm import Arm, Context, ExecuteResult, OctoError, Task
+from octollm.capability import Call
+from octollm.contracts.services import BUILT_IN_ARMS, ORCHESTRATOR_FAMILIES, SERVICES
+
+
+class Plain:
+    """Nothing that JSON stands for."""
+
+
+@dataclasses.dataclass
+class Text:
+    text: str
+
+
+def an_arm(**more) -> Arm:
+    return Arm(**{"name": "translator", "description": "Translates text", **more})
+
+
+def refused(act) -> str:
+    with pytest.raises(OctoError) as caught:
+        act()
+    assert caught.value.code == "arm_invalid"
+    return caught.value.detail
+
+
+@given(st.from_regex(r"[a-z][a-z0-9_-]{0,39}", fullmatch=True))
+def test_a_good_name_is_taken(name):
+    if name not in SERVICES and name not in ORCHESTRATOR_FAMILIES:
+        assert an_arm(name=name).name == name
+
+
+@given(st.text(max_size=60))
+def test_any_other_name_is_refused(name):
+    if re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", name) is None:
+        assert "begins with a letter" in refused(lambda: an_arm(name=name))
+
+
+@pytest.mark.parametrize("name", sorted({*SERVICES, *ORCHESTRATOR_FAMILIES}))
+def test_the_names_of_the_system_are_reserved(name):
+    assert "reserved" in refused(lambda: an_arm(name=name))
+
+
+def test_only_built_in_arms_are_built_in():
+    for name in BUILT_IN_ARMS:
+        assert Arm.built_in(name, "Does something", 8100).name == name
+    assert "no built-in arm" in refused(lambda: Arm.built_in("translator", "Does something", 8110))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"description": "  "}, "needs a description"),
+        ({"description": "x" * 501}, "up to 500 characters"),
+        ({"port": 0}, "cannot listen on port 0"),
+        ({"port": 65536}, "e.g. 8110"),
+        ({"calls": "models:chat"}, "calls=['models:chat']"),
+        ({"calls": ["models"]}, "'models' in the calls"),
+        ({"calls": ["Models:Chat"]}, "<service>:<operation>"),
+        ({"optional_calls": ["retriever:search", "a b:c"]}, "'a b:c'"),
+    ],
+)
+def test_a_wrong_argument_is_refused(more, said):
+    assert said in refused(lambda: an_arm(**more))
+
+
+async def plain(task: Task, ctx: Context) -> str:
+    return task.goal
+
+
+async def two_texts(body: Text, ctx: Context) -> str:
+    return body.text
+
+
+async def no_types(task, ctx):
+    return ""
+
+
+async def no_answer(task: Task, ctx: Context):
+    return ""
+
+
+async def nothing_answered(task: Task, ctx: Context) -> None: ...
+
+
+async def alone(task: Task) -> str:
+    return ""
+
+
+async def odd(body: Plain, ctx: Context) -> str:
+    return ""
+
+
+async def raw(body: bytes, ctx: Context) -> str:
+    return ""
+
+
+async def unknown(body: "Unknown", ctx: Context) -> str:  # noqa: F821  that is the mistake
+    return ""
+
+
+def not_async(task: Task, ctx: Context) -> str:
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("handler", "name", "said"),
+    [
+        (no_types, "search", "has no type for task and return; write async def search(body: Type"),
+        (no_answer, "search", "has no type for return"),
+        (nothing_answered, "search", "The answer of translator:search cannot be"),
+        (alone, "search", "takes 1 parameters"),
+        (odd, "search", "use a dataclass"),
+        (raw, "search", "The body of translator:search cannot be"),
+        (unknown, "search", "top of the module"),
+        (not_async, "search", "must be a coroutine"),
+        (two_texts, "execute", "execute(task: Task, ctx: Context)"),
+        (plain, "Search", "begins with a letter"),
+        (plain, "search-fast", "a-z, 0-9 and _"),
+        (plain, "health", "every service answers /health itself"),
+    ],
+)
+def test_a_wrong_operation_is_refused(handler, name, said):
+    assert said in refused(lambda: an_arm().operation(name)(handler))
+
+
+def test_an_operation_is_declared_once():
+    arm = an_arm()
+    arm.operation("execute")(plain)
+    assert "give this one a name" in refused(lambda: arm.operation("execute")(plain))
+
+
+def test_a_kind_that_there_is_not_is_refused():
+    assert "safe, repeatable, once" in refused(lambda: an_arm().operation("search", kind="often")(plain))
+
+
+def test_declared_calls_hold_for_every_operation():
+    arm = an_arm(calls=["models:chat"], optional_calls=["retriever:search"])
+    arm.operation("execute")(plain)
+    arm.operation("shorten")(two_texts)
+    calls = (Call("models:chat"), Call("retriever:search", optional=True))
+    assert arm.declarations() == {"translator:execute": calls, "translator:shorten": calls}
+    assert arm.calls == ("models:chat", "retriever:search")
+
+
+def test_the_decorated_function_stays_itself():
+    assert an_arm().operation("shorten")(two_texts) is two_texts
+
+
+def test_a_task_is_the_contract_that_an_arm_is_given():
+    assert msgspec.json.decode(b'{"goal": "x"}', type=Task).goal == "x"
+    assert ExecuteResult("done").artifacts == ()

@@ -1,0 +1,224 @@
+"""One suite over an arm in memory and the same arm served: what the bench accepts, the real thing accepts."""
+
+import asyncio
+import functools
+import hashlib
+
+import arm_samples
+import pytest
+
+from octollm import OctoError
+from octollm.contracts.task import ExecuteResult
+from octollm.errors import RemoteError
+from octollm.testing import Called, FakeModel, arm_test, run_arm, wait_until
+
+NOTHING = {"retriever:search": {"passages": []}}
+PASSAGE = {"source": "a.md", "digest": "0", "line_start": 1, "line_end": 2, "text": "Hallo", "score": 0.5}
+
+
+@pytest.fixture(params=[False, True], ids=["memory", "sockets"])
+def bench(request):
+    return functools.partial(arm_test, sockets=request.param)
+
+
+async def refused(working) -> RemoteError:
+    with pytest.raises(OctoError) as caught:
+        await working
+    return caught.value
+
+
+async def test_the_example_of_the_design(bench):
+    async with bench(arm_samples.translator, model=["Hallo Welt!"], answers=NOTHING) as lab:
+        result = await lab.call("execute", {"goal": "Hello world!"})
+        assert result == ExecuteResult("Hallo Welt!", usage=result.usage)
+        assert result.usage.completion_tokens == 2
+        assert lab.calls == [Called("retriever:search", {"query": "Hello world!"})]
+        assert lab.text == "Hallo Welt!"
+        assert len(lab.emitted) > 1
+        [prompt] = lab.model.prompts
+        assert prompt == "Translate with {'passages': []}: Hello world!"
+
+
+async def test_bodies_and_answers_are_what_the_author_says(bench):
+    async with bench(arm_samples.translator, model=['{"text": "Dear Ann"}', '{"tex']) as lab:
+        assert await lab.call("count", {"text": "a b c"}) == arm_samples.Words(3, False)
+        body = {"to": "Ann", "tones": [{"formal": True, "warmth": 3}]}
+        assert await lab.call("letter", body) == arm_samples.Sent(text="Dear Ann (1 tones)")
+        assert lab.progress == [(10.0, "begun")]
+        assert lab.model.asked[0].response_format.json_schema.schema["required"] == ["text"]
+        assert await lab.call("echo", "a b") == {"words": ["a", "b"]}
+        error = await refused(lab.call("letter", body))
+        assert error.code == "model_output_invalid"
+
+
+async def test_a_body_that_does_not_fit_is_refused_with_where(bench):
+    sour = [{"formal": "maybe", "warmth": 11}]
+    faults = (
+        ("execute", {"goal": 3}, {"/goal"}),
+        ("execute", {}, {""}),
+        ("execute", {"goal": "x", "context": {"files": [{"name": 1}]}}, {"/context/files/0/name"}),
+        ("count", {"text": "a", "least": "1"}, {"/least"}),
+        ("letter", {"to": "A", "tones": sour}, {"/to", "/tones/0/formal", "/tones/0/warmth"}),
+        ("echo", {"not": "text"}, {""}),
+    )
+    async with bench(arm_samples.translator) as lab:
+        for operation, body, pointers in faults:
+            error = await refused(lab.call(operation, body))
+            assert (error.code, error.status) == ("invalid_body", 400), body
+            assert {fault.pointer for fault in error.faults} == pointers, body
+
+
+async def test_what_execute_returns_becomes_its_output(bench):
+    async with bench(arm_samples.reporter) as lab:
+        result = await lab.call("execute", {"goal": "one two"})
+        assert result.output == '{"words":2,"task_known":true}'
+        [artifact] = result.artifacts
+        assert (artifact.name, artifact.media_type) == ("report.md", "text/markdown")
+        assert lab.files[artifact.digest] == b"# Report\n"
+    async with bench(arm_samples.teller) as lab:
+        assert (await lab.call("execute", {"goal": "Done"})).output == "Done for task-000"
+
+
+async def test_files_are_read_and_written(bench):
+    async with bench(arm_samples.translator) as lab:
+        given = {"a.txt": "one", "b.bin": b"\x00\x01"}
+        assert await lab.call("copy", {"goal": "copy"}, files=given) == ["copy of a.txt", "copy of b.bin"]
+        assert set(lab.files.values()) == {b"one", b"\x00\x01"}
+        inline = {"goal": "copy", "context": {"files": [{"name": "c", "text": "here"}, {"name": "d"}]}}
+        assert (await refused(lab.call("copy", inline))).code == "file_invalid"
+
+
+async def test_a_file_that_is_not_the_tasks_is_out_of_reach(bench):
+    async with bench(arm_samples.translator) as lab:
+        lab.put_file("mine.txt", "mine")
+        other = hashlib.sha256(b"another's").hexdigest()
+        assert (await refused(lab.call("steal", other))).code == "authority_missing"
+
+
+async def test_a_call_that_is_not_declared_is_refused(bench):
+    async with bench(arm_samples.translator, answers={"executor:run": {}, "nobody:knows": {}}) as lab:
+        for scope in ("executor:run", "memory:read", "tasks:create", "translator:echo", "nobody:knows"):
+            error = await refused(lab.call("overreach", scope))
+            assert (error.code, error.status) == ("authority_missing", 403)
+            assert f'calls=["{scope}"]' in error.detail
+        assert lab.calls == []
+
+
+async def test_a_model_that_is_not_declared_is_refused(bench):
+    async with bench(arm_samples.silent, model=["never"]) as lab:
+        error = await refused(lab.call("ask", "Hello"))
+        assert error.code == "authority_missing"
+        assert 'calls=["models:chat"]' in error.detail
+        assert lab.model.asked == []
+
+
+async def test_a_call_goes_on_without_an_optional_one(bench):
+    answers = {"judge:validate": {"is_valid": False, "reasons": ["a typo"]}}
+    async with bench(arm_samples.translator, answers=answers) as lab:
+        assert await lab.call("check", "x = 1") == "a typo"
+        assert await lab.call("check", "x = 1", without=["judge:validate"]) == "unchecked"
+
+
+async def test_it_does_not_begin_without_a_needed_one(bench):
+    async with bench(arm_samples.translator, model=["never"], answers=NOTHING) as lab:
+        error = await refused(lab.call("execute", {"goal": "x"}, without=["retriever:search"]))
+        assert error.code == "authority_missing"
+        assert "retriever:search" in error.detail
+        assert lab.calls == []
+
+
+async def test_what_a_callee_says_is_what_the_arms_caller_hears(bench):
+    down = {"retriever:search": OctoError("The index is being built.", code="not_configured")}
+    async with bench(arm_samples.translator, answers=down) as lab:
+        error = await refused(lab.call("execute", {"goal": "x"}))
+        assert (error.code, error.detail) == ("not_configured", "The index is being built.")
+
+
+async def test_an_answer_may_depend_on_the_question(bench):
+    async def found(body):
+        return {"passages": [{**PASSAGE, "text": body["query"].upper()}]}
+
+    async with bench(arm_samples.translator, model=lambda _: "ok", answers={"retriever:search": found}) as lab:
+        await lab.call("execute", {"goal": "hello"})
+        assert "HELLO" in lab.model.prompts[0]
+
+
+async def test_a_test_that_no_service_would_answer_fails(bench):
+    async with bench(arm_samples.translator, answers={"retriever:search": {"found": []}}) as lab:
+        with pytest.raises(AssertionError, match="none that the real retriever:search gives"):
+            await lab.call("execute", {"goal": "x"})
+
+
+async def test_a_call_without_an_answer_fails_the_test(bench):
+    async with bench(arm_samples.translator) as lab:
+        with pytest.raises(AssertionError, match="no answer for it"):
+            await lab.call("execute", {"goal": "x"})
+
+
+async def test_the_budget_is_real(bench):
+    async with bench(arm_samples.translator, model=["a b c"], answers=NOTHING, max_tokens=3) as lab:
+        assert (await refused(lab.call("execute", {"goal": "x"}))).code == "budget_exhausted"
+        assert lab.model.asked == []
+
+
+async def test_failures_keep_their_code_and_hide_what_they_should(bench):
+    async with bench(arm_samples.translator, model=[OctoError("too much", code="context_too_long")]) as lab:
+        error = await refused(lab.call("fail", "not_found"))
+        assert (error.code, error.detail) == ("not_found", "There is no such language.")
+        for mistake in ("crash", "wrong"):
+            error = await refused(lab.call("fail", mistake))
+            assert error.code == "internal"
+            assert "secret" not in error.detail
+        assert (await refused(lab.call("letter", {"to": "Ann"}))).code == "context_too_long"
+
+
+async def test_a_stream_that_was_left_open_ends_with_its_call(bench):
+    async with bench(arm_samples.translator, model=["word " * 500]) as lab:
+        assert await lab.call("leave_open", "Go on") == "word wor"
+        await wait_until(
+            lambda: not [task for task in asyncio.all_tasks() if "ModelClient.stream" in repr(task.get_coro())],
+            description="nothing of the stream is left",
+        )
+
+
+async def test_leaving_a_call_ends_it(bench):
+    async with bench(arm_samples.translator) as lab:
+        calling = asyncio.create_task(lab.call("wait", "x"))
+        await wait_until(
+            lambda: [task for task in asyncio.all_tasks() if "Endpoint._stream" in repr(task.get_coro())],
+            description="the arm works",
+        )
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        await wait_until(
+            lambda: not [task for task in asyncio.all_tasks() if "Endpoint._stream" in repr(task.get_coro())],
+            description="the arm has stopped",
+        )
+
+
+async def test_the_card_and_the_description_tell_the_types(bench):
+    async with bench(arm_samples.translator) as lab:
+        card = await lab.card()
+        assert card["name"] == "translator"
+        assert card["supportedInterfaces"][0]["protocolBinding"] == "urn:octollm:arm"
+        skills = {skill["id"]: skill for skill in card["skills"]}
+        assert skills["execute"]["description"] == "Translate the goal."
+        assert "translator:count" in skills["count"]["tags"]
+        described = await lab.openapi()
+        schemas = described["components"]["schemas"]
+        body = described["paths"]["/letter"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body["properties"]["tones"]["items"] == {"$ref": "#/components/schemas/Tone"}
+        assert schemas["Tone"]["properties"]["warmth"]["maximum"] == 10
+        assert schemas["Count"]["required"] == ["text"]
+
+
+async def test_a_model_without_an_answer_left_says_so(bench):
+    async with bench(arm_samples.translator, model=FakeModel(), answers=NOTHING) as lab:
+        error = await refused(lab.call("execute", {"goal": "x"}))
+        assert "no answer left" in error.detail
+
+
+def test_a_plain_test_needs_no_event_loop():
+    result, lab = run_arm(arm_samples.translator, "execute", {"goal": "Hi"}, model=["Hallo"], answers=NOTHING)
+    assert result.output == lab.text == "Hallo"

@@ -1,0 +1,52 @@
+"""What ``octollm`` offers, and what importing it costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+import octollm
+
+PUBLIC = {
+    "Arm",
+    "Artifact",
+    "Context",
+    "Evidence",
+    "ExecuteResult",
+    "FileRef",
+    "OctoError",
+    "Task",
+    "__version__",
+}
+
+
+def test_the_public_names_are_these():
+    assert set(octollm.__all__) == PUBLIC
+    assert set(dir(octollm)) >= PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_is_there(name):
+    assert getattr(octollm, name) is not None
+
+
+def test_another_name_is_answered_with_what_there_is():
+    with pytest.raises(AttributeError, match="no attribute 'Arms'; it offers Arm, "):
+        octollm.Arms  # noqa: B018  the access is what fails
+
+
+def test_importing_it_imports_nothing_else():
+    code = "import sys; before = set(sys.modules); import octollm; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"octollm", "importlib", "importlib._bootstrap", "typing", "__future__"} | {
+        name for name in done.stdout.split() if name.partition(".")[0] in sys.stdlib_module_names
+    }
+    assert not [name for name in done.stdout.split() if name.startswith("octollm.")]
+
+
+def test_an_arm_needs_no_agent_framework():
+    code = (
+        "import sys\nfrom octollm import Arm, Context, Task\n"
+        "bad = {'pydantic', 'pydantic_ai', 'openai', 'sqlalchemy', 'redis'} & set(sys.modules)\nassert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

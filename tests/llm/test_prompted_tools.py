@@ -1,0 +1,99 @@
+"""Tools for a model without: what it is asked, and how its answer is read."""
+
+import jsonschema
+import msgspec
+import pytest
+
+from octollm.errors import OctoError
+from octollm.llm.prompted_tools import prompted, retold, stream_with_tools, wants_tools
+from octollm.llm.types import (
+    ChatMessage,
+    ChatRequest,
+    ChatUsage,
+    Final,
+    Function,
+    FunctionCall,
+    FunctionName,
+    TextDelta,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
+
+CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/Name"}}, "required": ["city"]}
+WEATHER = Tool(Function("weather", "Tells the weather.", {**CITY, "$defs": {"Name": {"type": "string"}}}))
+CLOCK = Tool(Function("clock"))
+ASK = ChatRequest("default", (ChatMessage("user", "Rain in Bonn?"),), tools=(WEATHER, CLOCK))
+USAGE = ChatUsage.of(10, 5)
+
+
+async def told(text, request=ASK, finish="stop"):
+    async def stream(asked):
+        assert not asked.tools
+        for piece in (text[:7], text[7:]):
+            yield TextDelta(piece)
+        yield Final(finish, USAGE)
+
+    return [piece async for piece in stream_with_tools(stream, request, "call-1")]
+
+
+async def test_a_call_is_read_as_a_call():
+    [final] = await told('{"tool": "weather", "arguments": {"city": "Bonn"}}')
+    assert final == Final("tool_calls", USAGE, True, (ToolCall("call-1", FunctionCall("weather", '{"city": "Bonn"}')),))
+
+
+async def test_an_answer_is_read_as_text():
+    assert await told('{"answer": "No rain."}') == [TextDelta("No rain."), Final("stop", USAGE)]
+
+
+async def test_an_answer_that_was_cut_says_so():
+    assert await told('{"answer": "No ra', finish="length") == [Final("length", USAGE)]
+
+
+@pytest.mark.parametrize("text", ["No rain.", "{}", "[]", '{"tool": 3}'])
+async def test_what_is_neither_fails_as_the_models_fault(text):
+    with pytest.raises(OctoError) as failed:
+        await told(text)
+    assert failed.value.code == "model_failed"
+
+
+@pytest.mark.parametrize(
+    ("choice", "good"),
+    [
+        ("auto", {"weather", "clock", "answer"}),
+        (None, {"weather", "clock", "answer"}),
+        ("required", {"weather", "clock"}),
+        (ToolChoice(FunctionName("clock")), {"clock"}),
+    ],
+)
+def test_the_schema_allows_what_may_be_chosen(choice, good):
+    schema = prompted(msgspec.structs.replace(ASK, tool_choice=choice)).response_format.json_schema.schema
+    jsonschema.Draft202012Validator.check_schema(schema)
+    says = {
+        "weather": {"tool": "weather", "arguments": {"city": "Bonn"}},
+        "clock": {"tool": "clock", "arguments": {}},
+        "answer": {"answer": "No."},
+    }
+    validator = jsonschema.Draft202012Validator(schema)
+    assert {name for name, said in says.items() if validator.is_valid(said)} == good
+    assert not validator.is_valid({"tool": "weather", "arguments": {"city": 3}})
+    assert not validator.is_valid({"tool": "shell", "arguments": {}})
+
+
+def test_none_means_no_tools():
+    assert wants_tools(ASK)
+    assert not wants_tools(msgspec.structs.replace(ASK, tool_choice="none"))
+
+
+def test_earlier_calls_are_retold():
+    call = ToolCall("c1", FunctionCall("weather", '{"city": "Bonn"}'))
+    messages = (
+        ChatMessage("user", "Rain?"),
+        ChatMessage("assistant", tool_calls=(call,)),
+        ChatMessage("tool", "dry", tool_call_id="c1"),
+    )
+    assert retold(messages) == [
+        ChatMessage("user", "Rain?"),
+        ChatMessage("assistant", '{"tool": "weather", "arguments": {"city": "Bonn"}}'),
+        ChatMessage("user", "Result of weather: dry"),
+    ]
