@@ -9,20 +9,17 @@ import msgspec
 
 from octollm.arm.arm import Arm, ArmOperation
 from octollm.arm.context import Context
-from octollm.contracts.api import ArmRegistration
+from octollm.arm.presence import ArmPresence
 from octollm.contracts.task import ExecuteResult
-from octollm.resilience import Deadline
 from octollm.rpc.call import Call, Operation
-from octollm.rpc.caller import Outgoing, Target
 from octollm.rpc.health import CheckUp
 from octollm.rpc.service import Base, Service, build_service
-
-REGISTER_SECONDS = 15.0
 
 
 def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = None) -> Service:
     """Return ``arm`` as a service. Its idempotency keys are kept with the orchestrator."""
     delegator = base.identity.delegator()
+    presence = ArmPresence(arm, base)
 
     def operation_of(declared: ArmOperation) -> Operation:
         async def serve(call: Call, body: Any) -> Any:
@@ -51,24 +48,6 @@ def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = 
         base,
         [operation_of(declared) for declared in arm.operations],
         idempotency=base.remote_idempotency(),
-        checkups=checkups,
-        announce=lambda: _register(arm, base),
+        checkups={"registration": presence.checkup, **(checkups or {})},
+        presence=presence.registered,
     )
-
-
-async def _register(arm: Arm, base: Base) -> None:
-    """Tell the orchestrator that the arm is up: what it does, and where it answers."""
-    registration = ArmRegistration(
-        description=arm.description,
-        operations=tuple(declared.name for declared in arm.operations),
-        calls=tuple(arm.calls),
-        accepts=tuple(arm.accepts),
-        url=base.discovery.instances(arm.name)[0],
-    )
-    call = Outgoing(
-        Target("orchestrator", "arms.register", "POST", "/arms/register", "safe"),
-        base.identity.signer().svc_token("orchestrator"),
-        Deadline.after(base.clock, REGISTER_SECONDS),
-        msgspec.json.encode(registration),
-    )
-    await base.caller.send(call)
