@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ MAX_OPERATIONS = 32
 MAX_ACCEPTS = 32
 _MAX_INSTANCE = 64
 _MAX_URL = 255
+_PLAIN = re.compile(r"[!-~]+")
 
 
 class Presence:
@@ -213,7 +215,7 @@ def _check_url(url: str) -> None:
         "An arm's url is http:// or https://, a host and a port, as others reach it: set OCTOLLM_ADVERTISE_URL.",
         code="invalid_body",
     )
-    if len(url) > _MAX_URL or not url.isascii() or not url.isprintable():
+    if len(url) > _MAX_URL or not _PLAIN.fullmatch(url):
         raise wrong
     try:
         parts = urlsplit(url)
