@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 import websockets
-from conftest import Mind
 from whole import NOTES, SALES, Door, answers
 
+from conftest import Mind
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
 from octollm.testing.scripted_model import Reply, ScriptedModel

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Mind
 from whole import CODE, NOTES, QUERY, SALES, Door, answers
 
+from conftest import Mind
 from octollm.testing.scripted_model import Asked, Reply
 
 pytestmark = pytest.mark.sandbox

@@ -17,6 +17,7 @@ from octollm.arm.declaring import (
     types_of,
 )
 from octollm.capability import Call, Declarations
+from octollm.capability.joining import OPTIONAL
 from octollm.contracts.services import OperationKind
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ class Arm:
         self.optional = check_calls(name, optional_calls)
         self.accepts = tuple(accepts)
         self.operations: list[ArmOperation] = []
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """Return the declared calls as they travel: ``?`` stands before one without which the arm still works."""
+        return (*self.needed, *(OPTIONAL + scope for scope in self.optional))
 
     @classmethod
     def built_in(

@@ -5,27 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from octollm.arm.answers import answer_of, answer_type
 from octollm.arm.arm import Arm, ArmOperation
 from octollm.arm.card import CARD_PATH, AgentCard, card_of
 from octollm.arm.context import Context
 from octollm.arm.foreign import problem_in
-from octollm.contracts.api import ArmRegistration
+from octollm.arm.presence import ArmPresence
 from octollm.errors import OctoError
-from octollm.resilience import Deadline
 from octollm.rpc.call import Call, Operation
-from octollm.rpc.caller import Outgoing, Target
 from octollm.rpc.health import CheckUp
 from octollm.rpc.service import Base, Service, build_service
-
-REGISTER_SECONDS = 15.0
 
 
 def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = None) -> Service:
     """Return ``arm`` as a service. Its idempotency keys are kept with the orchestrator."""
     delegator = base.identity.delegator()
+    presence = ArmPresence(arm, base)
 
     def operation_of(declared: ArmOperation) -> Operation:
         async def serve(call: Call, body: Any) -> object:
@@ -73,24 +68,6 @@ def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = 
         base,
         [*map(operation_of, arm.operations), described],
         idempotency=base.remote_idempotency(),
-        checkups=checkups,
-        announce=lambda: _register(arm, base),
+        checkups={"registration": presence.checkup, **(checkups or {})},
+        presence=presence.registered,
     )
-
-
-async def _register(arm: Arm, base: Base) -> None:
-    """Tell the orchestrator that the arm is up: what it does, and where it answers."""
-    registration = ArmRegistration(
-        description=arm.description,
-        operations=tuple(declared.name for declared in arm.operations),
-        calls=tuple(arm.calls),
-        accepts=tuple(arm.accepts),
-        url=base.discovery.instances(arm.name)[0],
-    )
-    call = Outgoing(
-        Target("orchestrator", "arms.register", "POST", "/arms/register", "safe"),
-        base.identity.signer().svc_token("orchestrator"),
-        Deadline.after(base.clock, REGISTER_SECONDS),
-        msgspec.json.encode(registration),
-    )
-    await base.caller.send(call)

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from octollm.capability.problems import CapabilityError
 from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS, Claims
 
-RevocationKind = Literal["jti", "task", "sub", "cred"]
+RevocationKind = Literal["jti", "task", "sub", "cred", "aud"]
+"""What a revocation names: a token, a task, a principal, a credential, or the service that was lent authority."""
 KINDS: tuple[RevocationKind, ...] = get_args(RevocationKind)
 
 _KEPT_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
@@ -58,7 +59,7 @@ class Revocations:
             return True
         if ("jti", claims.jti) in self._at:
             return True
-        for kind, value in (("task", claims.task), ("sub", claims.sub), ("cred", claims.cred)):
+        for kind, value in (("task", claims.task), ("sub", claims.sub), ("cred", claims.cred), ("aud", claims.aud)):
             if value is not None and claims.iat <= self._at.get((kind, value), float("-inf")):
                 return True
         return False

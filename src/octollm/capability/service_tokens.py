@@ -26,14 +26,19 @@ MAX_DIRECTORY_CHARS = 1_048_576
 """Characters of a directory."""
 _MAX_DIRECTORY_BRACKETS = 50_000
 
+_Url = Annotated[str, Meta(pattern=r"\Ahttps?://[!-~]{1,248}\Z")]
 _ScopeText = Annotated[str, Meta(max_length=MAX_SCOPE_CHARS)]
 
 
 class DirectoryEntry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What is known of a service: the thumbprints of its keys, and the declared calls of its operations."""
+    """What is known of a service: the thumbprints of its keys, newest first, and the declared calls of its operations.
+
+    ``urls`` are the addresses of an arm of one's own, which no setting names.
+    """
 
     jkts: Annotated[tuple[Thumbprint, ...], Meta(max_length=16)]
     calls: dict[_ScopeText, tuple[Call, ...]] = {}
+    urls: Annotated[tuple[_Url, ...], Meta(max_length=32)] = ()
 
 
 Directory = Mapping[str, DirectoryEntry]

@@ -116,6 +116,9 @@ class ArmView(msgspec.Struct, frozen=True):
     calls: tuple[str, ...]
     url: str
     registered_at: str
+    state: str = "healthy"
+    urls: tuple[str, ...] = ()
+    """Where each of its processes answers."""
 
 
 class ArmList(msgspec.Struct, frozen=True):
@@ -251,13 +254,19 @@ class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST orchestrator/arms/register`` by an arm at its start; its name is that of its service token."""
+    """``POST orchestrator/arms/register`` by an arm at its start; its name is that of its service token.
+
+    ``instance`` names the process among the arm's replicas, and ``url`` is where it answers. ``about`` says in a
+    sentence what each operation does. A call that begins with ``?`` is optional.
+    """
 
     description: str
     operations: tuple[str, ...]
     calls: tuple[str, ...]
     accepts: tuple[str, ...]
     url: str
+    instance: str = ""
+    about: dict[str, str] = {}
 
 
 class RevocationView(msgspec.Struct, frozen=True):

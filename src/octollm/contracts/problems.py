@@ -51,6 +51,8 @@ KINDS: dict[str, Kind] = {
     "scope_missing": Kind(403, "The token does not allow this"),
     "origin_refused": Kind(403, "Requests from that origin are refused"),
     "authority_missing": Kind(403, "The authority for a needed call is missing"),
+    "join_refused": Kind(403, "The join was refused"),
+    "join_unproven": Kind(503, "Who answered did not prove that it knows the join secret"),
     # State
     "idempotency_conflict": Kind(409, "The idempotency key was used with another body"),
     "outcome_unknown": Kind(409, "An earlier call with this key may have taken effect"),

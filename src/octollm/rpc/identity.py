@@ -8,13 +8,24 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm.capability import Delegator, PublicKey, SelfSigner, SigningKey, Verifier, verify_directory
+from octollm.capability import (
+    Delegator,
+    DirectoryEntry,
+    PublicKey,
+    SelfSigner,
+    SigningKey,
+    Verifier,
+    verify_directory,
+)
 from octollm.clock import Clock, Ids
+from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.caller import Caller, Outgoing, Target
 
 REFRESH_SECONDS = 60.0
+PLACED_SECONDS = 10.0
+"""An arm of one's own comes and goes, so what is known of one is asked for again so soon."""
 
 
 class DirectoryAnswer(msgspec.Struct, frozen=True):
@@ -31,23 +42,34 @@ class Directory:
         self._signer = signer
         self._roots = roots
         self._clock = clock
-        self._entries: Mapping[str, frozenset[str]] = {}
+        self._entries: Mapping[str, DirectoryEntry] = {}
         self._fetched_at = -1e9
         self._lock = asyncio.Lock()
 
     async def thumbprint(self, service: str) -> str:
         """Return the thumbprint of a key of ``service``; raise ``authority_missing`` when it has none."""
-        if service not in self._entries or self._clock.monotonic() - self._fetched_at > REFRESH_SECONDS:
+        if self._is_old(service):
             await self._refresh(service)
-        prints = self._entries.get(service)
-        if not prints:
+        entry = self._entries.get(service)
+        if entry is None or not entry.jkts:
             raise OctoError(f"No service {service} is registered.", code="authority_missing")
-        return min(prints)
+        return entry.jkts[0]
+
+    def addresses(self, service: str) -> tuple[str, ...]:
+        """Return where an arm of one's own answered when its key was last asked for; nothing for other services."""
+        entry = self._entries.get(service)
+        return entry.urls if entry is not None else ()
+
+    def _is_old(self, service: str) -> bool:
+        entry = self._entries.get(service)
+        age = self._clock.monotonic() - self._fetched_at
+        # Only arms of one's own have addresses here, or will have.
+        known_by_setting = entry is not None and service in SERVICES
+        return entry is None or age > (REFRESH_SECONDS if known_by_setting else PLACED_SECONDS)
 
     async def _refresh(self, service: str) -> None:
         async with self._lock:
-            age = self._clock.monotonic() - self._fetched_at
-            if age < 1.0 or (service in self._entries and age <= REFRESH_SECONDS):
+            if self._clock.monotonic() - self._fetched_at < 1.0 or not self._is_old(service):
                 return
             call = Outgoing(
                 Target("orchestrator", "directory", "GET", "/directory", "safe"),
@@ -55,8 +77,7 @@ class Directory:
                 Deadline.after(self._clock, 10),
             )
             answer = await self._caller.answer(call, DirectoryAnswer)
-            entries = verify_directory(answer.directory, self._roots, self._clock)
-            self._entries = {name: frozenset(entry.jkts) for name, entry in entries.items()}
+            self._entries = verify_directory(answer.directory, self._roots, self._clock)
             self._fetched_at = self._clock.monotonic()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.requests import Request
 
-from octollm.capability import DirectoryEntry, Verifier, verify_service
+from octollm.capability import CapabilityError, DirectoryEntry, Verifier, verify_service
 from octollm.clock import Clock
 from octollm.errors import OctoError
 from octollm.rpc.call import Operation
 from octollm.rpc.server import Opened
+
+_MAY_BE_NEW = frozenset({"service_unknown", "key_mismatch"})
+"""Refusals of a service that another replica may have let in a moment ago."""
 
 
 def bearer_of(request: Request) -> str:
@@ -52,17 +55,33 @@ class CapabilityOpener:
 
 
 class ServiceOpener:
-    """Opened by a service's own token, for the services that an operation names."""
+    """Opened by a service's own token, for the services that an operation names.
 
-    def __init__(self, audience: str, directory: Mapping[str, DirectoryEntry], clock: Clock) -> None:
+    ``directory`` returns those that are known now; ``hurry`` looks again, for one that is not among them.
+    """
+
+    def __init__(
+        self,
+        audience: str,
+        directory: Callable[[], Mapping[str, DirectoryEntry]],
+        clock: Clock,
+        hurry: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._audience = audience
         self._directory = directory
         self._clock = clock
+        self._hurry = hurry
 
     async def open(self, request: Request, operation: Operation) -> Opened:
         """Return the service's name. ``operation.scope`` lists the services admitted; ``*`` is any registered."""
         bearer = bearer_of(request)
-        peer = verify_service(bearer, self._audience, self._directory, self._clock)
+        try:
+            peer = verify_service(bearer, self._audience, self._directory(), self._clock)
+        except CapabilityError as error:
+            if self._hurry is None or error.reason not in _MAY_BE_NEW:
+                raise
+            await self._hurry()
+            peer = verify_service(bearer, self._audience, self._directory(), self._clock)
         admitted = operation.scope.split()
         if "*" not in admitted and peer not in admitted:
             raise OctoError(f"{peer} may not do this.", code="scope_missing")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -15,6 +15,7 @@ from octollm.clock import Clock, Ids
 from octollm.rpc.call import Operation
 from octollm.rpc.caller import Caller
 from octollm.rpc.discovery import Discovery
+from octollm.rpc.discovery_registry import RegistryDiscovery
 from octollm.rpc.health import CheckUp, health_operations
 from octollm.rpc.hosting import serving
 from octollm.rpc.http import Http
@@ -53,8 +54,13 @@ class Base:
 def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
     """Return what the service ``identity`` is built on."""
     metrics = Metrics(identity.name)
-    caller = Caller(identity.name, http, discovery, clock=identity.clock, ids=identity.ids, metrics=metrics)
-    directory = Directory(caller, identity.signer(), identity.roots, identity.clock)
+
+    def calling(found: Discovery) -> Caller:
+        return Caller(identity.name, http, found, clock=identity.clock, ids=identity.ids, metrics=metrics)
+
+    # The directory is asked of the orchestrator, whose address is set; it knows those of arms of one's own.
+    directory = Directory(calling(discovery), identity.signer(), identity.roots, identity.clock)
+    discovery = RegistryDiscovery(discovery, directory.addresses)
     return Base(
         identity=identity,
         http=http,
@@ -63,9 +69,12 @@ def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
         ids=identity.ids,
         log=log_for(identity.name),
         metrics=metrics,
-        caller=caller,
+        caller=calling(discovery),
         directory=directory,
     )
+
+
+Presence = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +84,8 @@ class Service:
     base: Base
     kit: Kit
     app: Starlette
-    announce: Callable[[], Awaitable[None]] | None = None
-    """Done once the service is served, before :meth:`serve` yields: an arm tells the orchestrator that it is up."""
+    presence: Presence | None = None
+    """Open while the service is served, from before :meth:`serve` yields: an arm is registered for so long."""
 
     @contextlib.asynccontextmanager
     async def serve(self, bound: socket.socket, *, drain: float = 2.0) -> AsyncGenerator[None]:
@@ -87,9 +96,8 @@ class Service:
         async with serving(self.app, bound, drain=drain):
             self.base.log.info("service.started", address=str(bound.getsockname()))
             try:
-                if self.announce is not None:
-                    await self.announce()
-                yield
+                async with self.presence() if self.presence is not None else contextlib.nullcontext():
+                    yield
             finally:
                 self.kit.draining.set()
                 self.base.log.info("service.draining")
@@ -104,7 +112,7 @@ def build_service(
     checkups: Mapping[str, CheckUp] | None = None,
     extra: Sequence[BaseRoute] = (),
     max_concurrent: int = 64,
-    announce: Callable[[], Awaitable[None]] | None = None,
+    presence: Presence | None = None,
     draining: asyncio.Event | None = None,
 ) -> Service:
     """Return the service of ``operations`` with what every service has besides.
@@ -127,4 +135,4 @@ def build_service(
         draining=draining or asyncio.Event(),
     )
     own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], checkups or {})
-    return Service(base, kit, build_app(kit, [*own, *operations], extra), announce)
+    return Service(base, kit, build_app(kit, [*own, *operations], extra), presence)

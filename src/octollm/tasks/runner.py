@@ -48,7 +48,8 @@ class RunnerTools:
     log: Log
     metrics: Metrics
     allowed: Callable[[TaskRecord], Awaitable[ScopeSet]]
-    arms: Callable[[], Awaitable[tuple[ArmInfo, ...]]]
+    arms: Callable[[str], Awaitable[tuple[ArmInfo, ...]]]
+    """What the planner is told of the arms of a tenant."""
     documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
     """The texts among a task's files, which are put into memory before planning."""
 
@@ -114,7 +115,7 @@ class TaskRunner:
             )
             return Plan((step,))
         request = PlanRequest(
-            contract.goal, contract.context, await self._tools.arms(), contract.acceptance_criteria, reasons
+            contract.goal, contract.context, await self._tools.arms(task.tenant), contract.acceptance_criteria, reasons
         )
         text = LiveText(
             self._tools.store,

@@ -40,6 +40,7 @@ from octollm.contracts.api import (
     ReserveRequest,
     SettleRequest,
 )
+from octollm.contracts.joining import InstanceRef
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.services import SERVICES, service_of
 from octollm.contracts.task import MAX_FILE_BYTES, Usage
@@ -192,7 +193,7 @@ async def orchestrator_of(house: Harness) -> AsyncGenerator[Service]:
     directory = {name: DirectoryEntry((key.thumbprint,)) for name, key in house.keys.items()}
     keeper = _Keeper(house, house.minter.directory(directory))
     base = house.base("orchestrator")
-    service = ServiceOpener("orchestrator", directory, house.clock)
+    service = ServiceOpener("orchestrator", lambda: directory, house.clock)
     yield build_service(base, keeper.operations(), openers={"service": service})
 
 
@@ -213,6 +214,8 @@ class _Keeper:
             service("POST", "/budget/reserve", self.reserve, ReserveRequest, "models"),
             service("POST", "/budget/settle", self.settle, SettleRequest, "models"),
             service("POST", "/arms/register", self.register, ArmRegistration),
+            service("POST", "/arms/heartbeat", self.nothing, InstanceRef),
+            service("POST", "/arms/leave", self.nothing, InstanceRef),
             service("POST", "/idempotency/claim", self.claim, ClaimRequest),
             service("POST", "/idempotency/renew", self.nothing, ClaimUpdate),
             service("POST", "/idempotency/complete", self.complete, ClaimUpdate),

@@ -14,8 +14,8 @@ from octollm.contracts.operations import DocumentIn, DocumentOut, Passage, Searc
 from octollm.contracts.passages import Lines, numbered_lines, split_passages
 from octollm.contracts.ranking import bm25
 from octollm.errors import OctoError
-from octollm.services.memory.paging import cursor_of, read_cursor
 from octollm.services.memory.matching import MAX_CANDIDATES, matches
+from octollm.services.memory.paging import cursor_of, read_cursor
 from octollm.services.memory.query import search_terms
 from octollm.services.memory.shapes import DocumentList
 from octollm.storage import Database

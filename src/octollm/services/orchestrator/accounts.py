@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,10 @@ class Account:
 class Accounts:
     """API keys of all tenants. A key is ``octo_<id>_<secret>``."""
 
-    def __init__(self, db: Database, clock: Clock, ids: Ids) -> None:
+    def __init__(self, db: Database, clock: Clock, ids: Ids, arms: Callable[[str], Iterable[str]]) -> None:
+        """``arms`` names those whose operations a user of a tenant has."""
         self._db = db
+        self._arms = arms
         self._clock = clock
         self._ids = ids
 
@@ -77,18 +79,18 @@ class Accounts:
         if self._clock.now() - (row["last_used_at"] or 0.0) > TOUCH_SECONDS:
             async with self._db.transaction() as tx:
                 await tx.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=self._clock.now()))
-        return _account(row)
+        return self._account(row)
 
     async def scopes_now(self, cred: str) -> ScopeSet:
         """Return what a credential may do today; nothing when it was revoked."""
         row = await self._row(cred)
         if row is None or row["revoked_at"] is not None:
             raise OctoError("The credential that the task was submitted with was revoked.", code="authority_missing")
-        return _account(row).scopes
+        return self._account(row).scopes
 
     async def create(self, name: str, scope: str, actor: Actor) -> NewKey:
         """Make a key in the actor's tenant; its scopes may not exceed the actor's. The secret is shown once."""
-        wanted = expand(scope)
+        wanted = expand(scope, self._arms(actor.principal.tenant))
         if not wanted.narrower_or_equal(await self.scopes_now(actor.principal.cred)):
             raise OctoError("A key may not have more scopes than who makes it.", code="scope_missing")
         key_id = self._ids.hex()
@@ -133,23 +135,27 @@ class Accounts:
             raise OctoError("There is no such key, or it was revoked already.", code="not_found")
         await record(tx, actor, "key.revoked", key_id, now)
 
+    def _account(self, row: Mapping[str, Any]) -> Account:
+        scopes = expand(row["scopes"], self._arms(row["tenant"]))
+        return Account(Principal(row["sub"], row["id"], row["tenant"]), scopes)
+
     async def _row(self, key_id: str) -> Mapping[str, Any] | None:
         async with self._db.read() as conn:
             row = await conn.first(select(api_keys).where(api_keys.c.id == key_id))
         return None if row is None else plain(row)
 
 
-def expand(text: str) -> ScopeSet:
-    """Return the scopes of a text of presets and scopes; raise ``invalid_parameter`` for an empty or malformed one."""
-    plain = [str(part) for word in text.split() for part in (preset(word) if word in PRESETS else (word,))]
+def expand(text: str, arms: Iterable[str]) -> ScopeSet:
+    """Return the scopes of a text of presets and scopes; raise ``invalid_parameter`` for an empty or malformed one.
+
+    ``arms`` are those whose operations a preset includes.
+    """
+    admitted = tuple(arms)
+    plain = [str(part) for word in text.split() for part in (preset(word, admitted) if word in PRESETS else (word,))]
     scopes = ScopeSet.parse(" ".join(plain))
     if not len(scopes):
         raise OctoError("A key needs at least one scope, or the preset `user`.", code="invalid_parameter")
     return scopes
-
-
-def _account(row: Mapping[str, Any]) -> Account:
-    return Account(Principal(row["sub"], row["id"], row["tenant"]), expand(row["scopes"]))
 
 
 def _view(row: Mapping[str, Any]) -> KeyView:

@@ -1,17 +1,16 @@
-"""Arms and API keys over HTTP, and the honest answers of what is not configured."""
+"""API keys over HTTP, and the honest answers of what is not configured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octollm.contracts.api import ArmList, KeyList, KeyRequest, NewKey
+from octollm.contracts.api import KeyList, KeyRequest, NewKey
 from octollm.errors import OctoError
 from octollm.rpc.call import Call, Operation
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.audit import actor_of
-from octollm.services.orchestrator.registry import Registry
+from octollm.services.orchestrator.parameters import Done
 from octollm.services.orchestrator.revoking import Revoking
-from octollm.services.orchestrator.services_api import Done
 from octollm.storage import Database
 
 NOT_CONFIGURED = (
@@ -29,13 +28,8 @@ class AdminApi:
     """What these operations work with."""
 
     db: Database
-    registry: Registry
     accounts: Accounts
     revoking: Revoking
-
-    async def arms(self, _call: Call, _body: object) -> ArmList:
-        """Return the arms."""
-        return await self.registry.views()
 
     async def keys(self, call: Call, _body: object) -> KeyList:
         """Return the tenant's keys."""
@@ -58,7 +52,6 @@ class AdminApi:
     def operations(self) -> list[Operation]:
         """Return these operations."""
         return [
-            Operation("arms.list", "GET", "/arms", self.arms, scope="arms:read", answer=ArmList, summary="The arms."),
             Operation("keys.list", "GET", "/keys", self.keys, scope="keys:read", answer=KeyList, summary="API keys."),
             Operation(
                 "keys.create",

@@ -1,10 +1,18 @@
-"""Reading query parameters."""
+"""What the operations share: reading query parameters, and the answer that says only that it was done."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from octollm.errors import OctoError
+
+
+class Done(msgspec.Struct, frozen=True):
+    """It was done."""
+
+    status: str = "ok"
 
 
 def integer(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:

@@ -1,91 +1,145 @@
-"""The services and arms that are known: their keys, what they declare, and where they answer."""
+"""The services and arms that are known: their keys, what they declare, and where they answer.
+
+The database has it; what is asked on every call is read from a picture of it, which is taken again every second or
+two, since other replicas write too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import select
+from sqlalchemy.engine import RowMapping
 
 from octollm.capability import BUILT_IN_CALLS, Call, Declarations, DirectoryEntry, PublicKey
+from octollm.capability.joining import declared_calls
 from octollm.clock import Clock, iso
-from octollm.contracts.api import ArmList, ArmRegistration, ArmView
+from octollm.contracts.api import ArmList, ArmView
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
 from octollm.errors import OctoError
-from octollm.events import EventLog
+from octollm.events.background import Background
 from octollm.storage import Database
-from octollm.storage.tables import arms
+from octollm.storage.tables import admissions, arm_instances, arm_keys, arms
 
 SYSTEM_TENANT = "system"
+REFRESH_SECONDS = 2.0
+"""How long another replica's change may go unseen."""
+HURRIED_SECONDS = 0.25
+"""A refresh that somebody unknown asks for comes at most so often."""
+MAX_JOINED = 100
+"""Arms of one's own in one installation."""
+MAX_INSTANCES = 32
+"""Processes of one arm."""
+_MAX_KEYS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """What the database said."""
+
+    directory: Mapping[str, DirectoryEntry]
+    tenants: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The tenant of each arm of one's own."""
 
 
 class Registry:
-    """Built-in services by the keys given at start; arms by their registration."""
+    """Built-in services by the keys given at start; arms of one's own by their admission and registration."""
 
-    def __init__(self, db: Database, log: EventLog, clock: Clock, keys: Mapping[str, PublicKey]) -> None:
+    def __init__(self, db: Database, clock: Clock, keys: Mapping[str, PublicKey]) -> None:
         self._db = db
-        self._log = log
         self._clock = clock
-        self._entries = {
+        self._built_in = {
             name: DirectoryEntry(jkts=(key.thumbprint,), calls=_calls_of(name)) for name, key in keys.items()
         }
+        self._picture = _Picture(self._built_in)
+        self._taken_at = float("-inf")
+        self._lock = asyncio.Lock()
+        self.failure: str = ""
+        """Why the picture may be old; empty while it is not."""
 
     def directory(self) -> Mapping[str, DirectoryEntry]:
         """Return every service that may speak for itself or hold a grant."""
-        return self._entries
+        return self._picture.directory
 
     def declarations(self) -> Declarations:
         """Return the declared calls of every operation."""
-        return {scope: calls for entry in self._entries.values() for scope, calls in entry.calls.items()}
+        return {scope: calls for entry in self.directory().values() for scope, calls in entry.calls.items()}
 
     def thumbprint(self, service: str) -> str | None:
-        """Return the thumbprint of a service's key."""
-        entry = self._entries.get(service)
-        return entry.jkts[0] if entry is not None else None
+        """Return the thumbprint of a service's newest key."""
+        entry = self.directory().get(service)
+        return entry.jkts[0] if entry is not None and entry.jkts else None
 
-    async def register(self, name: str, arm: ArmRegistration) -> None:
-        """Note that an arm is up, and tell it. Raises ``scope_missing`` for a service that is no arm."""
-        if name not in BUILT_IN_ARMS:
-            raise OctoError(f"{name} is not an arm that may register here.", code="scope_missing")
-        async with self._db.transaction() as tx:
-            now = self._clock.now()
-            values = {
-                "description": arm.description,
-                "operations": list(arm.operations),
-                "calls": list(arm.calls),
-                "accepts": list(arm.accepts),
-                "url": arm.url,
-                "jkt": self._entries[name].jkts[0],
-                "state": "healthy",
-                "registered_at": now,
-                "seen_at": now,
-            }
-            await tx.execute(
-                tx.insert(arms)
-                .values(name=name, **values)
-                .on_conflict_do_update(index_elements=[arms.c.name], set_=values)
-            )
-            await self._log.append(
-                tx,
-                "arm.registered",
-                subject=f"arm/{name}",
-                tenant=SYSTEM_TENANT,
-                source="orchestrator",
-                data={"arm": name, "operations": list(arm.operations)},
-            )
+    def addresses(self, service: str) -> tuple[str, ...]:
+        """Return where an arm of one's own answers; nothing for another service, or when it is silent."""
+        entry = self.directory().get(service)
+        return entry.urls if entry is not None else ()
 
-    async def arms(self) -> tuple[ArmInfo, ...]:
-        """Return what the planner is told of the arms."""
-        async with self._db.read() as conn:
-            rows = await conn.all(select(arms).order_by(arms.c.name).limit(200))
+    def admitted(self, tenant: str) -> tuple[str, ...]:
+        """Return the names of the arms whose operations a user of ``tenant`` has."""
+        own = (name for name, owner in self._picture.tenants.items() if owner == tenant)
+        return (*BUILT_IN_ARMS, *own)
+
+    async def refresh(self) -> None:
+        """Take the picture again."""
+        async with self._lock:
+            async with self._db.read() as conn:
+                admitted = await conn.all(select(admissions).order_by(admissions.c.name).limit(MAX_JOINED))
+                keys = await conn.all(select(arm_keys).order_by(arm_keys.c.added_at.desc()).limit(10 * MAX_JOINED))
+                rows = await conn.all(select(arms).limit(MAX_JOINED + len(BUILT_IN_ARMS)))
+                placed = await conn.all(_instances())
+            self._picture = _picture(self._built_in, admitted, keys, rows, placed, self._clock.now())
+            self._taken_at = self._clock.monotonic()
+            self.failure = ""
+
+    async def hurry(self) -> None:
+        """Take the picture again for somebody who is not in it: another replica may know them."""
+        if self._clock.monotonic() - self._taken_at >= HURRIED_SECONDS:
+            await self.refresh()
+
+    @contextlib.asynccontextmanager
+    async def refreshing(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
+        """Keep the picture fresh for as long as the context is open."""
+        await self.refresh()
+        background = Background("registry")
+
+        def ended() -> None:
+            if background.failure is not None:
+                on_failure(background.failure)
+
+        background.start(self._keep_fresh(), on_end=ended)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):  # it was told to ``on_failure``
+                await background.stop()
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                await self.refresh()
+            except OctoError as error:
+                self.failure = error.detail
+
+    async def arms(self, tenant: str) -> tuple[ArmInfo, ...]:
+        """Return what the planner is told of the arms: the built-in ones, and the tenant's own that answer."""
         return tuple(
-            ArmInfo(row["name"], row["description"], tuple(row["accepts"]), tuple(row["operations"])) for row in rows
+            ArmInfo(row["name"], _described(row), tuple(row["accepts"]), tuple(row["operations"]))
+            for row in await self._rows(tenant)
+            if row["name"] in BUILT_IN_ARMS or row["state"] == "healthy"
         )
 
-    async def views(self) -> ArmList:
-        """Return the arms as their users see them."""
+    async def views(self, tenant: str) -> ArmList:
+        """Return the arms as the users of ``tenant`` see them."""
         async with self._db.read() as conn:
-            rows = await conn.all(select(arms).order_by(arms.c.name).limit(200))
+            placed = await conn.all(_instances())
+        urls = _urls(placed)
         return ArmList(
             tuple(
                 ArmView(
@@ -95,10 +149,75 @@ class Registry:
                     tuple(row["calls"]),
                     row["url"],
                     iso(row["registered_at"]),
+                    row["state"],
+                    urls.get(row["name"], ()),
                 )
-                for row in rows
+                for row in await self._rows(tenant)
             )
         )
+
+    async def _rows(self, tenant: str) -> Sequence[RowMapping]:
+        owned = select(admissions.c.name).where(admissions.c.tenant == tenant)
+        query = (
+            select(arms)
+            .where(arms.c.name.in_(BUILT_IN_ARMS) | arms.c.name.in_(owned))
+            .order_by(arms.c.name)
+            .limit(MAX_JOINED + len(BUILT_IN_ARMS))
+        )
+        async with self._db.read() as conn:
+            return await conn.all(query)
+
+
+def _instances() -> Any:
+    return (
+        select(arm_instances.c.name, arm_instances.c.url)
+        .order_by(arm_instances.c.name, arm_instances.c.registered_at)
+        .limit((MAX_JOINED + len(BUILT_IN_ARMS)) * MAX_INSTANCES)
+    )
+
+
+def _picture(
+    built_in: Mapping[str, DirectoryEntry],
+    admitted: Sequence[RowMapping],
+    keys: Sequence[RowMapping],
+    rows: Sequence[RowMapping],
+    placed: Sequence[RowMapping],
+    now: float,
+) -> _Picture:
+    registered = {row["name"]: row for row in rows}
+    urls = _urls(placed)
+    prints: dict[str, list[str]] = {}
+    for key in keys:
+        if key["until"] is None or key["until"] > now:
+            prints.setdefault(key["name"], []).append(key["jkt"])
+    directory = dict(built_in)
+    for row in admitted:
+        name = row["name"]
+        if name in built_in or name not in prints:
+            continue
+        calls = _declared(name, registered[name], frozenset(row["calls"])) if name in registered else {}
+        directory[name] = DirectoryEntry(tuple(prints[name][:_MAX_KEYS]), calls, urls.get(name, ()))
+    return _Picture(directory, {row["name"]: row["tenant"] for row in admitted if row["name"] in directory})
+
+
+def _declared(name: str, row: RowMapping, admitted: frozenset[str]) -> dict[str, tuple[Call, ...]]:
+    """Return the calls of each operation; a call that is no longer admitted is left out."""
+    calls = tuple(call for call in declared_calls(row["calls"]) if call.scope in admitted)
+    return {f"{name}:{operation}": calls for operation in row["operations"]}
+
+
+def _urls(placed: Sequence[RowMapping]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for row in placed:
+        found[row["name"]] = tuple(dict.fromkeys((*found.get(row["name"], ()), row["url"])))
+    return found
+
+
+def _described(row: RowMapping) -> str:
+    """Return what an arm does, with what its operations do where it is not the same."""
+    sentences: dict[str, str] = row["about"] or {}
+    about = " ".join(text for text in sentences.values() if text not in row["description"])
+    return f"{row['description']} {about}".strip()[:1000]
 
 
 def _calls_of(service: str) -> dict[str, tuple[Call, ...]]:

@@ -7,21 +7,28 @@ from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 
 from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier
+from octollm.capability.joining import JoinRoot
 from octollm.config import Settings
 from octollm.contracts.kinds import file_kind
 from octollm.contracts.operations import DocumentIn
 from octollm.errors import OctoError
 from octollm.events import EventLog, Relay
 from octollm.events.background import Background
+from octollm.rpc.caller import Caller
+from octollm.rpc.discovery_registry import RegistryDiscovery
 from octollm.rpc.health import CheckUp, Dependency
 from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.rpc.openers import CapabilityOpener, ServiceOpener
 from octollm.rpc.service import Base, Service, build_service
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.admin_api import AdminApi
+from octollm.services.orchestrator.arms_api import ArmsApi
 from octollm.services.orchestrator.events_api import EventsApi
 from octollm.services.orchestrator.files import FileStore, file_operations
 from octollm.services.orchestrator.intake import Defaults
+from octollm.services.orchestrator.joining import Joining
+from octollm.services.orchestrator.joins import Joins
+from octollm.services.orchestrator.presence import Presence
 from octollm.services.orchestrator.registry import Registry
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.services.orchestrator.services_api import ServicesApi
@@ -64,10 +71,10 @@ async def orchestrator_service(
         relay = await stack.enter_async_context(Relay(db, log, redis, base.clock, base.ids, keys=keys))
         revoking = Revoking(db, base.clock)
         await revoking.load()
-        accounts = Accounts(db, base.clock, base.ids)
+        registry = Registry(db, base.clock, service_keys)
+        accounts = Accounts(db, base.clock, base.ids, registry.admitted)
         if local_key is not None:
             await accounts.set_local(local_key)
-        registry = Registry(db, log, base.clock, service_keys)
         files = FileStore(db, base.clock)
         store = TaskStore(db, log, base.clock)
         ledger = Ledger(db, base.clock, base.ids)
@@ -76,7 +83,15 @@ async def orchestrator_service(
             store=store,
             ledger=ledger,
             stream=TextStream(redis, keys),
-            caller=base.caller,
+            # Nobody has to be asked where arms of one's own are: the registry is here.
+            caller=Caller(
+                base.name,
+                base.http,
+                RegistryDiscovery(base.discovery, registry.addresses),
+                clock=base.clock,
+                ids=base.ids,
+                metrics=base.metrics,
+            ),
             authority=TaskAuthority(minter, registry.declarations, registry.thumbprint),
             clock=base.clock,
             log=base.log,
@@ -125,7 +140,15 @@ async def orchestrator_service(
             clock=base.clock,
             ids=base.ids,
         )
-        services_api = ServicesApi(ledger, idempotency, registry, revoking, base.identity.roots, base.clock)
+        services_api = ServicesApi(ledger, idempotency, revoking, base.identity.roots, base.clock)
+        presence = Presence(db, log, registry)
+        join_root = JoinRoot(root_key)
+        arms_api = ArmsApi(
+            registry,
+            presence,
+            Joins(db, join_root, base.clock, base.ids),
+            Joining(db, log, join_root, base.identity.roots, registry, revoking, base.clock, base.ids),
+        )
         service = build_service(
             base,
             [
@@ -134,18 +157,26 @@ async def orchestrator_service(
                 *EventsApi(db, log, draining).operations(),
                 *tokens_api.operations(),
                 *services_api.operations(),
-                *AdminApi(db, registry, accounts, revoking).operations(),
+                *arms_api.operations(),
+                *AdminApi(db, accounts, revoking).operations(),
             ],
             openers={
                 "capability": CapabilityOpener(verifier),
-                "service": ServiceOpener(base.name, registry.directory(), base.clock),
+                "service": ServiceOpener(base.name, registry.directory, base.clock, registry.hurry),
             },
             idempotency=idempotency,
-            checkups=_checkups(db, redis, relay, worker),
+            checkups=_checkups(db, redis, relay, worker, registry),
             max_concurrent=128,
+            # While it is served, and no longer: what is in hand is given back before calls in flight are waited for.
+            presence=lambda: worker.running(lambda error: base.log.error("worker.crashed", error=error)),
         )
 
-        await stack.enter_async_context(worker.running(lambda error: base.log.error("worker.crashed", error=error)))
+        def arms_crashed(error: BaseException) -> None:
+            registry.failure = f"What keeps the registry of arms stopped: {type(error).__name__}."
+            base.log.error("registry.crashed", error=error)
+
+        await stack.enter_async_context(registry.refreshing(arms_crashed))
+        await stack.enter_async_context(presence.sweeping(arms_crashed))
         hearing = Background("cancel hints")
         hearing.start(hear_cancels(redis, keys.cancel, worker.stop), on_end=lambda: _tell(hearing, base.log))
         stack.push_async_callback(hearing.stop)
@@ -180,7 +211,7 @@ def _documents(files: FileStore):
     return documents
 
 
-def _checkups(db: Database, redis: RedisClient, relay: Relay, worker: Worker) -> dict[str, CheckUp]:
+def _checkups(db: Database, redis: RedisClient, relay: Relay, worker: Worker, registry: Registry) -> dict[str, CheckUp]:
     async def database() -> Dependency:
         try:
             await db.check()
@@ -202,4 +233,7 @@ def _checkups(db: Database, redis: RedisClient, relay: Relay, worker: Worker) ->
     async def working() -> Dependency:
         return Dependency(ok=not worker.failure, detail=worker.failure)
 
-    return {"database": database, "redis": redis_up, "relay": relaying, "worker": working}
+    async def knowing() -> Dependency:
+        return Dependency(ok=not registry.failure, detail=registry.failure, required=False)
+
+    return {"database": database, "redis": redis_up, "relay": relaying, "worker": working, "registry": knowing}

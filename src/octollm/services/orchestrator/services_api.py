@@ -1,4 +1,4 @@
-"""What other services ask of the orchestrator in their own name: budgets, idempotency keys, registration."""
+"""What other services ask of the orchestrator in their own name: budgets, idempotency keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import msgspec
 from octollm.capability import PublicKey, Verified, Verifier
 from octollm.clock import Clock
 from octollm.contracts.api import (
-    ArmRegistration,
     ClaimAnswer,
     ClaimRequest,
     ClaimUpdate,
@@ -22,15 +21,9 @@ from octollm.errors import OctoError
 from octollm.rpc.call import Call, Operation
 from octollm.rpc.idempotency import Claimed, Conflict, InFlight, KeyOf, Stored, Unknown, check_key
 from octollm.rpc.idempotency_sql import SqlIdempotency
-from octollm.services.orchestrator.registry import Registry
+from octollm.services.orchestrator.parameters import Done
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.tasks.ledger import Ledger, Wanted, encode_answer
-
-
-class Done(msgspec.Struct, frozen=True):
-    """It was done."""
-
-    status: str = "ok"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +32,6 @@ class ServicesApi:
 
     ledger: Ledger
     keys: SqlIdempotency
-    registry: Registry
     revoking: Revoking
     roots: Mapping[str, PublicKey]
     clock: Clock
@@ -119,11 +111,6 @@ class ServicesApi:
         await self.keys.release(_key(call, body), body.run)
         return Done()
 
-    async def register(self, call: Call, body: ArmRegistration) -> Done:
-        """Note that an arm is up."""
-        await self.registry.register(call.peer, body)
-        return Done()
-
     def operations(self) -> list[Operation]:
         """Return the operations that services call in their own name."""
 
@@ -151,7 +138,6 @@ class ServicesApi:
             post("idempotency.renew", "/idempotency/renew", self.renew, ClaimUpdate, Done, "*", "Renew."),
             post("idempotency.complete", "/idempotency/complete", self.complete, ClaimUpdate, Done, "*", "Complete."),
             post("idempotency.release", "/idempotency/release", self.release, ClaimUpdate, Done, "*", "Release."),
-            post("arms.register", "/arms/register", self.register, ArmRegistration, Done, "*", "Register an arm."),
         ]
 
 

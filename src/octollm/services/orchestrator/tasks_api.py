@@ -52,7 +52,7 @@ class TasksApi:
         key = call.key and KeyOf(principal.tenant, principal.sub, call.service, call.operation, call.key)
         if key and (stored := await self.idempotency.noted(key)):
             return Reply(await self.store.view(stored, principal.tenant), 201, {"Location": f"/tasks/{stored}"})
-        arms = frozenset(arm.name for arm in await self.registry.arms())
+        arms = frozenset(arm.name for arm in (await self.registry.views(principal.tenant)).arms)
         checked = check_contract(contract, self.defaults, arms, self.clock)
         contract = await store_inline_files(checked.contract, call.tenant, self.files)
         await check_kinds(contract, call.tenant, self.files)

@@ -11,13 +11,17 @@ from octollm.storage.tables.access import api_keys, arms, audit, revocations
 from octollm.storage.tables.calls import budgets, idempotency, model_journal, reservations
 from octollm.storage.tables.columns import ORCHESTRATOR
 from octollm.storage.tables.events import channels, events, relay_state, subjects
+from octollm.storage.tables.joins import admissions, arm_instances, arm_keys, join_nonces, joins
 from octollm.storage.tables.memory import MEMORY, documents, facts, passages, passages_fts
 from octollm.storage.tables.tasks import files, steps, task_files, tasks
 
 __all__ = [
     "MEMORY",
     "ORCHESTRATOR",
+    "admissions",
     "api_keys",
+    "arm_instances",
+    "arm_keys",
     "arms",
     "audit",
     "budgets",
@@ -27,6 +31,8 @@ __all__ = [
     "facts",
     "files",
     "idempotency",
+    "join_nonces",
+    "joins",
     "model_journal",
     "passages",
     "passages_fts",

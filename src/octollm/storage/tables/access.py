@@ -34,7 +34,7 @@ revocations = Table(
     "revocations",
     ORCHESTRATOR,
     Column("position", position(), primary_key=True, autoincrement=True),  # where a reader goes on
-    Column("kind", String(16), nullable=False),  # jti, task, sub, cred
+    Column("kind", String(16), nullable=False),  # jti, task, sub, cred, aud
     Column("value", NAME, nullable=False),
     time("at"),  # links issued at or before it are refused
     time("until"),  # kept until the longest-lived of them has expired
@@ -74,4 +74,5 @@ arms = Table(
     Column("state", String(16), nullable=False, server_default="healthy"),  # healthy, unhealthy
     time("registered_at"),
     time("seen_at"),
+    Column("about", json_type(), nullable=True),  # operation → what it does
 )

@@ -1,0 +1,263 @@
+"""Admitting arms of one's own: they prove a join secret, bring new keys, and are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sqlalchemy import delete, func, select, update
+
+from octollm.capability import CapabilityError, Principal, PublicKey
+from octollm.capability.joining import (
+    NONCE_SECONDS,
+    JoinClaim,
+    JoinRoot,
+    JoinTerms,
+    arm_proof,
+    is_join_id,
+    root_proof,
+    rotation_message,
+    same,
+)
+from octollm.capability.keys import b64decode
+from octollm.capability.tokens import MAX_GRANT_SECONDS
+from octollm.clock import Clock, Ids
+from octollm.contracts.joining import JoinAnswer, JoinNonce, JoinRequest, KeyRotation
+from octollm.contracts.services import SERVICES
+from octollm.errors import OctoError
+from octollm.events import EventLog
+from octollm.services.orchestrator.attempts import Attempts
+from octollm.services.orchestrator.audit import Actor, record
+from octollm.services.orchestrator.joins import terms_of
+from octollm.services.orchestrator.registry import MAX_JOINED, SYSTEM_TENANT, Registry
+from octollm.services.orchestrator.revoking import Revoking
+from octollm.storage import Database, Transaction, plain
+from octollm.storage.tables import admissions, arm_keys, arms, join_nonces, joins
+
+MAX_KEYS = 8
+"""Keys of one arm that are good at the same time."""
+
+_NO_PROOF = (
+    "The join was refused: the secret does not fit this name, key and nonce. Check that all of the secret was copied,"
+    " that it was made for this name here, and that no other root key took the place of the one that made it."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks to join: an address, in a request."""
+
+    address: str
+    request_id: str = ""
+    correlation_id: str = ""
+
+    def actor(self, name: str, tenant: str = SYSTEM_TENANT) -> Actor:
+        """Return whom the audit trail names."""
+        return Actor(Principal("unknown", "unknown", tenant), self.request_id, self.correlation_id, name[:64])
+
+
+class Joining:
+    """The orchestrator's half of joining."""
+
+    def __init__(
+        self,
+        db: Database,
+        log: EventLog,
+        root: JoinRoot,
+        roots: Mapping[str, PublicKey],
+        registry: Registry,
+        revoking: Revoking,
+        clock: Clock,
+        ids: Ids,
+    ) -> None:
+        self._db = db
+        self._log = log
+        self._root = root
+        self._roots = dict(roots)
+        self._registry = registry
+        self._revoking = revoking
+        self._clock = clock
+        self._ids = ids
+        self._attempts = Attempts(clock)
+
+    def nonce(self) -> JoinNonce:
+        """Return a nonce. Nothing is kept of it before it is used, so that asking for many costs nothing."""
+        return JoinNonce(self._root.nonce(self._ids.hex(), self._clock.now()), int(NONCE_SECONDS))
+
+    async def join(self, asked: JoinRequest, asker: Asker) -> JoinAnswer:
+        """Admit an arm by its proof, and prove the root keys to it.
+
+        Raises ``join_refused``, with the reason only for who proved the secret, and ``rate_limited`` for an address
+        that was refused too often. Each refusal is audited.
+        """
+        self._attempts.check(asker.address)
+        row, key = await self._proved(asked, asker)
+        claim = _claim(asked, key)
+        now = self._clock.now()
+        fault = _fault(row, asked.calls, now)
+        if fault is None:
+            fault = await self._admitted(row, key.thumbprint, asked, asker)
+        if fault is not None:
+            await self._refuse(asker, asked, *fault, tenant=row["tenant"])
+        await self._registry.refresh()
+        jwks = tuple(root.to_jwk() for root in self._roots.values())
+        return JoinAnswer(jwks, root_proof(self._root.key(terms_of(row)), claim, self._roots))
+
+    async def rotate(self, name: str, asked: KeyRotation, asker: Asker) -> None:
+        """Add a key of an arm, asked for in its own name; those that it had are good for an hour more.
+
+        Raises ``scope_missing`` for a service that did not join, ``invalid_body`` for a key that is not proved.
+        """
+        key = _public_key(asked.jwk)
+        if key is None or not key.verify(_signature(asked.proof), rotation_message(name, key.thumbprint)):
+            raise OctoError("The new key must sign the arm's name and its own thumbprint.", code="invalid_body")
+        if key.thumbprint in self._roots:
+            raise OctoError("That key belongs to the installation itself.", code="invalid_body")
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            row = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
+            if row is None:
+                raise OctoError(f"{name} did not join, so its keys come from its settings.", code="scope_missing")
+            await tx.execute(delete(arm_keys).where(arm_keys.c.name == name, arm_keys.c.until < now))
+            await tx.execute(
+                update(arm_keys)
+                .where(arm_keys.c.name == name, arm_keys.c.until.is_(None), arm_keys.c.jkt != key.thumbprint)
+                .values(until=now + MAX_GRANT_SECONDS)
+            )
+            held = await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.name == name))
+            if held >= MAX_KEYS:
+                raise OctoError(f"{name} changed its key {MAX_KEYS} times within an hour.", code="state_conflict")
+            fresh = {"added_at": now, "until": None}
+            await tx.execute(
+                tx.insert(arm_keys)
+                .values(name=name, jkt=key.thumbprint, **fresh)
+                .on_conflict_do_update(index_elements=[arm_keys.c.name, arm_keys.c.jkt], set_=fresh)
+            )
+            await record(tx, asker.actor(name, row["tenant"]), "key.rotated", name, now, {"jkt": key.thumbprint})
+        await self._registry.refresh()
+
+    async def remove(self, name: str, actor: Actor) -> None:
+        """Free a name: its keys are no longer known, what it was lent is revoked, and so are its join secrets.
+
+        Raises ``arm_unknown`` for a name that did not join in the actor's tenant.
+        """
+        if name in SERVICES:
+            raise OctoError(f"{name} belongs to the installation itself and cannot be removed.", code="arm_unknown")
+        tenant = actor.principal.tenant
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            gone = await tx.execute(delete(admissions).where(admissions.c.name == name, admissions.c.tenant == tenant))
+            if gone.rowcount != 1:
+                raise OctoError(f"No arm {name} joined here.", code="arm_unknown")
+            await tx.execute(delete(arms).where(arms.c.name == name))
+            await tx.execute(
+                update(joins).where(joins.c.name == name, joins.c.revoked_at.is_(None)).values(revoked_at=now)
+            )
+            await self._revoking.add(tx, "aud", name)
+            await self._log.append(
+                tx, "arm.removed", subject=f"arm/{name}", tenant=tenant, source="orchestrator", data={"arm": name}
+            )
+            await record(tx, actor, "arm.removed", name, now)
+        await self._registry.refresh()
+
+    async def _proved(self, asked: JoinRequest, asker: Asker) -> tuple[dict[str, Any], PublicKey]:
+        """Return the row of the secret that was proved, and the key; refuse without saying what is wrong."""
+        row: dict[str, Any] | None = None
+        if is_join_id(asked.join):
+            async with self._db.read() as conn:
+                found = await conn.first(select(joins).where(joins.c.id == asked.join))
+            row = None if found is None else plain(found)
+        # A secret that is not known is looked into as long as one that is.
+        terms = terms_of(row) if row is not None else JoinTerms(asked.join, asked.name, (), 0)
+        key = _public_key(asked.jwk)
+        expected = "" if key is None else arm_proof(self._root.key(terms), _claim(asked, key))
+        good = same(expected, asked.proof) and self._root.accepts(asked.nonce, self._clock.now())
+        if row is None or key is None or not good or row["name"] != asked.name:
+            await self._refuse(asker, asked, "proof", _NO_PROOF)
+        return row, key
+
+    async def _admitted(
+        self, row: Mapping[str, Any], jkt: str, asked: JoinRequest, asker: Asker
+    ) -> tuple[str, str] | None:
+        """Admit an arm and write it to the audit trail; return why not, for the audit and in words."""
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            fault = await self._admit(tx, row, jkt, asked.nonce, now)
+            if fault is None:
+                detail = {"join": row["id"], "jkt": jkt, "calls": row["calls"]}
+                await record(tx, asker.actor(asked.name, row["tenant"]), "arm.admitted", asked.name, now, detail)
+        return fault
+
+    async def _admit(
+        self, tx: Transaction, row: Mapping[str, Any], jkt: str, nonce: str, now: float
+    ) -> tuple[str, str] | None:
+        """Write the admission; return why not."""
+        await tx.execute(delete(join_nonces).where(join_nonces.c.until < now))
+        spent = tx.insert(join_nonces).values(nonce=nonce, until=now + NONCE_SECONDS).on_conflict_do_nothing()
+        if (await tx.execute(spent)).rowcount != 1:
+            return "nonce", "The nonce was used before; ask for another."
+        name = row["name"]
+        fresh = {"calls": list(row["calls"]), "join_id": row["id"]}
+        held = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
+        if held is None:
+            if await tx.scalar(select(func.count()).select_from(admissions)) >= MAX_JOINED:
+                return "full", f"{MAX_JOINED} arms have joined already, the most there may be; remove one."
+            if await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.jkt == jkt)):
+                return "key", "The key is another arm's already; each arm has keys of its own."
+            await tx.execute(tx.insert(admissions).values(name=name, tenant=row["tenant"], admitted_at=now, **fresh))
+            await tx.execute(tx.insert(arm_keys).values(name=name, jkt=jkt, added_at=now))
+        else:
+            known = select(func.count()).select_from(arm_keys).where(
+                arm_keys.c.name == name,
+                arm_keys.c.jkt == jkt,
+                arm_keys.c.until.is_(None) | (arm_keys.c.until > now),
+            )  # fmt: skip
+            if held["tenant"] != row["tenant"] or not await tx.scalar(known):
+                return "taken", (
+                    f"The name {name} is held by another key. A new key of the same arm is brought by an old one; to"
+                    " give the name to another arm, remove the first: `octollm arms remove`."
+                )
+            await tx.execute(update(admissions).where(admissions.c.name == name).values(**fresh))
+        await tx.execute(update(joins).where(joins.c.id == row["id"]).values(used_at=now))
+        return None
+
+    async def _refuse(
+        self, asker: Asker, asked: JoinRequest, reason: str, detail: str, tenant: str = SYSTEM_TENANT
+    ) -> NoReturn:
+        self._attempts.refused(asker.address)
+        async with self._db.transaction() as tx:
+            about = {"reason": reason, "join": asked.join[:64], "address": asker.address}
+            await record(tx, asker.actor(asked.name, tenant), "arm.refused", asked.name[:64], self._clock.now(), about)
+        raise OctoError(detail, code="join_refused")
+
+
+def _fault(row: Mapping[str, Any], calls: Sequence[str], now: float) -> tuple[str, str] | None:
+    """Return what is wrong with a secret that was proved, or with what is asked for with it."""
+    if row["revoked_at"] is not None:
+        return "revoked", "The join secret was revoked; `octollm keys join` makes another."
+    if row["expires_at"] <= now:
+        return "expired", "The join secret has expired; `octollm keys join` makes another."
+    too_much = sorted(set(calls) - set(row["calls"]))
+    if too_much:
+        admitted = ", ".join(row["calls"]) or "no calls"
+        return "calls", f"The join secret does not admit {', '.join(too_much)[:500]}; it admits {admitted}."
+    return None
+
+
+def _claim(asked: JoinRequest, key: PublicKey) -> JoinClaim:
+    return JoinClaim(asked.nonce, asked.name, key.thumbprint, asked.calls)
+
+
+def _public_key(jwk: Mapping[str, str]) -> PublicKey | None:
+    try:
+        return PublicKey.from_jwk(jwk)
+    except CapabilityError:
+        return None
+
+
+def _signature(text: str) -> bytes:
+    try:
+        return b64decode(text)
+    except CapabilityError:
+        return b""

@@ -1,0 +1,74 @@
+"""Arms of one's own in a test: they join a real orchestrator over sockets, which finds them by its registry alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from orchestra import Orchestra
+
+from octollm.arm import Arm, build_arm
+from octollm.capability import SigningKey
+from octollm.contracts.joining import NewJoin
+from octollm.rpc.discovery import StaticDiscovery
+from octollm.rpc.hosting import listen
+from octollm.rpc.identity import Identity
+from octollm.rpc.joining import join
+from octollm.rpc.service import Base, Service, build_base
+
+
+@dataclass
+class Joined:
+    """An arm that joined, and serves."""
+
+    base: Base
+    service: Service
+    url: str
+    key: SigningKey
+
+
+async def make_secret(orch: Orchestra, name: str, *calls: str, seconds: int = 3600) -> NewJoin:
+    body = {"name": name, "calls": list(calls), "lifetime_seconds": seconds}
+    answer = await orch.send("POST", "/joins", body)
+    assert answer.status == 201, answer.body
+    return msgspec.json.decode(answer.body, type=NewJoin)
+
+
+async def join_as(orch: Orchestra, name: str, secret: str, *, key: SigningKey, calls: Any = (), **more: Any) -> Any:
+    house = orch.house
+    discovery = more.pop("discovery", None) or StaticDiscovery({"orchestrator": (house.urls["orchestrator"],)})
+    return await join(
+        house.http, discovery, house.clock, house.ids, name=name, key=key, secret=secret, calls=calls, **more
+    )
+
+
+def base_of(orch: Orchestra, name: str, key: SigningKey, roots: Any, url: str = "http://127.0.0.1:9") -> Base:
+    house = orch.house
+    known = {service: (place,) for service, place in house.urls.items()} | {name: (url,)}
+    return build_base(Identity(name, key, roots, house.clock, house.ids), house.http, StaticDiscovery(known))
+
+
+@contextlib.asynccontextmanager
+async def joined(orch: Orchestra, arm: Arm) -> AsyncGenerator[Joined]:
+    """Have an arm join with a secret for just what it declares, and serve it."""
+    made = await make_secret(orch, arm.name, *(call.removeprefix("?") for call in arm.calls))
+    key = SigningKey.generate(arm.name)
+    roots = await join_as(orch, arm.name, made.secret, key=key, calls=arm.calls)
+    assert roots == orch.house.roots
+    bound = listen("127.0.0.1", 0, arm.name)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    base = base_of(orch, arm.name, key, roots, url)
+    service = build_arm(arm, base)
+    async with service.serve(bound):
+        yield Joined(base, service, url, key)
+
+
+def svc(orch: Orchestra, name: str, key: SigningKey) -> str:
+    return Identity(name, key, {}, orch.house.clock, orch.house.ids).signer().svc_token("orchestrator")
+
+
+async def as_service(orch: Orchestra, name: str, key: SigningKey, method: str, path: str, body: Any = None) -> Any:
+    return await orch.house.send("orchestrator", method, path, token=svc(orch, name, key), body=body)

@@ -1,0 +1,270 @@
+"""The registry in SQL: two orchestrators and a restart agree, and silent processes are dropped, each told once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, update
+
+from octollm.capability import Principal, ScopeSet, SigningKey
+from octollm.capability.joining import JoinClaim, JoinRoot, JoinSecret, arm_proof
+from octollm.clock import Uuid7Ids
+from octollm.contracts.api import ArmRegistration
+from octollm.contracts.joining import JoinRequest, NewJoinRequest
+from octollm.errors import OctoError
+from octollm.events import EventLog
+from octollm.services.orchestrator.accounts import Accounts, expand
+from octollm.services.orchestrator.attempts import MAX_REFUSALS, WINDOW_SECONDS, Attempts
+from octollm.services.orchestrator.audit import Actor
+from octollm.services.orchestrator.joining import Asker, Joining
+from octollm.services.orchestrator.joins import Joins
+from octollm.services.orchestrator.presence import SILENT_SECONDS, Presence
+from octollm.services.orchestrator.registry import Registry
+from octollm.services.orchestrator.revoking import Revoking
+from octollm.storage import Database, open_database
+from octollm.storage.migrations import migrate
+from octollm.storage.tables import arm_keys, events, joins
+
+ROOT = SigningKey.generate("root")
+ACTOR = Actor(Principal("admin", "key-1", "acme"))
+ASKER = Asker("192.0.2.1")
+
+
+class HandClock:
+    def __init__(self) -> None:
+        self.time = 1_800_000_000.0
+
+    def now(self) -> float:
+        return self.time
+
+    def monotonic(self) -> float:
+        return self.time
+
+
+class Replica:
+    """What one orchestrator has of arms, over a database that others share."""
+
+    def __init__(self, db: Database, clock: HandClock) -> None:
+        self.db, self.clock = db, clock
+        ids = Uuid7Ids(clock)
+        log = EventLog(db, clock, ids)
+        root = JoinRoot(ROOT)
+        self.registry = Registry(db, clock, {"coder": SigningKey.generate("coder").public})
+        self.presence = Presence(db, log, self.registry)
+        self.joins = Joins(db, root, clock, ids)
+        self.revoking = Revoking(db, clock)
+        roots = {ROOT.thumbprint: ROOT.public}
+        self.joining = Joining(db, log, root, roots, self.registry, self.revoking, clock, ids)
+        self.accounts = Accounts(db, clock, ids, self.registry.admitted)
+
+    async def admit(self, name: str, key: SigningKey, *calls: str, actor: Actor = ACTOR) -> None:
+        secret = JoinSecret.parse((await self.joins.create(NewJoinRequest(name, calls), actor)).secret)
+        await self.join(secret, name, key, calls)
+
+    async def join(self, secret: JoinSecret, name: str, key: SigningKey, calls: tuple[str, ...] = ()) -> None:
+        claim = JoinClaim(self.joining.nonce().nonce, name, key.thumbprint, calls)
+        proof = arm_proof(secret.key, claim)
+        await self.joining.join(
+            JoinRequest(secret.id, name, key.public.to_jwk(), calls, claim.nonce, proof), ASKER
+        )  # fmt: skip
+
+    async def told(self) -> list[tuple[str, str]]:
+        async with self.db.read() as conn:
+            rows = await conn.all(select(events).order_by(events.c.row_id).limit(100))
+        return [(row["event_type"], row["tenant"]) for row in rows]
+
+
+def registration(instance: str, url: str, *calls: str) -> ArmRegistration:
+    return ArmRegistration("Translates text.", ("execute", "detect"), calls, (), url, instance, {"detect": "Names it."})
+
+
+@contextlib.asynccontextmanager
+async def replicas(home: Path, count: int = 2) -> AsyncGenerator[list[Replica]]:
+    clock = HandClock()
+    async with contextlib.AsyncExitStack() as stack:
+        opened = [
+            await stack.enter_async_context(open_database(f"sqlite:///{home}/o.db", clock=clock)) for _ in range(count)
+        ]
+        await migrate(opened[0], "orchestrator")
+        found = [Replica(db, clock) for db in opened]
+        for each in found:
+            await each.registry.refresh()
+        yield found
+
+
+async def test_what_one_replica_learns_the_other_knows(tmp_path: Path) -> None:
+    async with replicas(tmp_path) as (one, two):
+        key = SigningKey.generate()
+        await one.admit("translator", key, "models:chat")
+        await one.presence.register("translator", registration("i1", "http://a:1", "models:chat"))
+        await two.presence.register("translator", registration("i2", "http://b:1", "?models:chat"))
+        await one.registry.refresh()
+        for each in (one.registry, two.registry):
+            assert each.thumbprint("translator") == key.thumbprint
+            assert each.addresses("translator") == ("http://a:1", "http://b:1")
+            calls = each.declarations()["translator:detect"]
+            assert [(call.scope, call.optional) for call in calls] == [("models:chat", True)]
+            assert "translator" in each.admitted("acme")
+            assert "translator" not in each.admitted("other")
+            [told] = [arm for arm in await each.arms("acme") if arm.name == "translator"]
+            assert told.description == "Translates text. Names it."
+            assert not await each.arms("other")
+            assert not (await each.views("other")).arms
+        # A nonce of one is good at the other, once.
+        secret = JoinSecret.parse((await two.joins.create(NewJoinRequest("weather"), ACTOR)).secret)
+        claim = JoinClaim(one.joining.nonce().nonce, "weather", key.thumbprint, ())
+        fresh = SigningKey.generate()
+        claim = JoinClaim(claim.nonce, "weather", fresh.thumbprint, ())
+        asked = JoinRequest(
+            secret.id, "weather", fresh.public.to_jwk(), (), claim.nonce, arm_proof(secret.key, claim)
+        )  # fmt: skip
+        await two.joining.join(asked, ASKER)
+        with pytest.raises(OctoError, match="nonce was used"):
+            await one.joining.join(asked, ASKER)
+
+
+async def test_users_have_the_operations_of_their_tenants_arms(tmp_path: Path) -> None:
+    async with replicas(tmp_path, 1) as [one]:
+        await one.accounts.set_local("octo_local_x")
+        await one.admit("translator", SigningKey.generate(), actor=Actor(Principal("a", "local", "local")))
+        await one.admit("weather", SigningKey.generate(), actor=Actor(Principal("a", "b", "other")))
+        scopes = await one.accounts.scopes_now("local")
+        assert scopes.allows("translator:execute")
+        assert scopes.allows("coder:execute")
+        assert not scopes.allows("weather:execute")
+        assert not expand("tasks:create", ("translator",)).allows("translator:execute")
+
+
+async def test_a_database_that_was_read_or_changed_admits_nobody(tmp_path: Path) -> None:
+    async with replicas(tmp_path, 1) as [one]:
+        made = await one.joins.create(NewJoinRequest("translator", ("models:chat",)), ACTOR)
+        secret = JoinSecret.parse(made.secret)
+        everything = (tmp_path / "o.db").read_bytes() + (tmp_path / "o.db-wal").read_bytes()
+        assert made.secret.rsplit("_", 1)[1].encode() not in everything
+        assert secret.key not in everything
+        async with one.db.transaction() as tx:
+            await tx.execute(update(joins).values(calls=["executor:run", "models:chat"]))
+        with pytest.raises(OctoError, match="does not fit"):
+            await one.join(secret, "translator", SigningKey.generate(), ("executor:run", "models:chat"))
+
+
+async def test_silent_processes_are_dropped_and_each_change_is_told_once(tmp_path: Path) -> None:
+    async with replicas(tmp_path) as (one, two):
+        await one.admit("translator", SigningKey.generate())
+        await one.presence.register("translator", registration("i1", "http://a:1"))
+        await one.presence.register("translator", registration("i2", "http://b:1"))
+        one.clock.time += SILENT_SECONDS - 1
+        await two.presence.heartbeat("translator", "i2")
+        one.clock.time += 2
+        assert (await one.presence.sweep(), await two.presence.sweep()) == (1, 0)
+        await one.registry.refresh()
+        assert one.registry.addresses("translator") == ("http://b:1",)
+        assert [name for name, _ in await one.told()] == ["arm.registered", "arm.registered"]
+        one.clock.time += SILENT_SECONDS
+        assert (await two.presence.sweep(), await one.presence.sweep()) == (1, 0)
+        await one.registry.refresh()
+        assert one.registry.addresses("translator") == ()
+        assert not await one.registry.arms("acme")
+        with pytest.raises(OctoError) as caught:
+            await one.presence.heartbeat("translator", "i1")
+        assert caught.value.code == "not_found"
+        await one.presence.register("translator", registration("i1", "http://a:1"))
+        assert await one.told() == [
+            ("arm.registered", "acme"),
+            ("arm.registered", "acme"),
+            ("arm.unhealthy", "acme"),
+            ("arm.registered", "acme"),
+            ("arm.healthy", "acme"),
+        ]
+
+
+async def test_a_process_that_starts_again_takes_its_address_over(tmp_path: Path) -> None:
+    async with replicas(tmp_path, 1) as [one]:
+        await one.admit("translator", SigningKey.generate())
+        await one.presence.register("translator", registration("i1", "http://a:1"))
+        await one.presence.register("translator", registration("i2", "http://a:1"))
+        await one.presence.register("translator", registration("i2", "http://a:2"))
+        assert one.registry.addresses("translator") == ("http://a:2",)
+        await one.presence.leave("translator", "i1")
+        assert (await one.registry.views("acme")).arms[0].state == "healthy"
+        await one.presence.leave("translator", "i2")
+        assert (await one.registry.views("acme")).arms[0].state == "unhealthy"
+        assert [name for name, _ in await one.told()].count("arm.unhealthy") == 1
+
+
+async def test_a_replaced_key_is_good_for_an_hour(tmp_path: Path) -> None:
+    async with replicas(tmp_path, 1) as [one]:
+        old, new = SigningKey.generate(), SigningKey.generate()
+        await one.admit("translator", old)
+        async with one.db.transaction() as tx:
+            until = one.clock.now() + 3600
+            await tx.execute(update(arm_keys).values(until=until))
+            await tx.execute(tx.insert(arm_keys).values(name="translator", jkt=new.thumbprint, added_at=until - 3599))
+        await one.registry.refresh()
+        assert one.registry.directory()["translator"].jkts == (new.thumbprint, old.thumbprint)
+        one.clock.time += 3601
+        await one.registry.refresh()
+        assert one.registry.directory()["translator"].jkts == (new.thumbprint,)
+
+
+async def test_what_a_removed_arm_was_lent_is_revoked(tmp_path: Path) -> None:
+    async with replicas(tmp_path) as (one, two):
+        await one.admit("translator", SigningKey.generate())
+        await one.presence.register("translator", registration("i1", "http://a:1"))
+        with pytest.raises(OctoError) as caught:
+            await one.joining.remove("translator", Actor(Principal("admin", "key-9", "other")))
+        assert caught.value.code == "arm_unknown", "another tenant's arm is not there"
+        await one.joining.remove("translator", ACTOR)
+        assert "translator" not in one.registry.directory()
+        await two.registry.refresh()
+        assert "translator" not in two.registry.directory()
+        assert [(item.kind, item.value) for item in (await two.revoking.list()).revocations] == [("aud", "translator")]
+        assert (await one.told())[-1] == ("arm.removed", "acme")
+        assert [each.state for each in (await one.joins.list("acme")).joins] == ["revoked"]
+
+
+async def test_another_tenant_cannot_take_a_name(tmp_path: Path) -> None:
+    async with replicas(tmp_path, 1) as [one]:
+        key = SigningKey.generate()
+        await one.admit("translator", key)
+        with pytest.raises(OctoError, match="held by another key"):
+            await one.admit("translator", key, actor=Actor(Principal("admin", "key-9", "other")))
+
+
+async def test_declared_calls_that_are_no_longer_admitted_are_not_lent(tmp_path: Path) -> None:
+    async with replicas(tmp_path, 1) as [one]:
+        key = SigningKey.generate()
+        await one.admit("translator", key, "models:chat", "retriever:search")
+        arm = registration("i1", "http://a:1", "models:chat", "retriever:search")
+        await one.presence.register("translator", arm)
+        # It joins again with a narrower secret, before it registers anew.
+        await one.admit("translator", key, "models:chat")
+        assert [call.scope for call in one.registry.declarations()["translator:execute"]] == ["models:chat"]
+        with pytest.raises(OctoError, match="retriever:search") as caught:
+            await one.presence.register("translator", arm)
+        assert caught.value.code == "authority_missing"
+
+
+def test_refusals_are_counted_by_address_and_forgotten() -> None:
+    clock = HandClock()
+    attempts = Attempts(clock)
+    for _ in range(MAX_REFUSALS):
+        attempts.check("a")
+        attempts.refused("a")
+    with pytest.raises(OctoError) as caught:
+        attempts.check("a")
+    assert caught.value.code == "rate_limited"
+    assert caught.value.retry_after == WINDOW_SECONDS
+    attempts.check("b")
+    clock.time += WINDOW_SECONDS
+    attempts.check("a")
+    attempts.refused("a")
+    attempts.check("a")
+
+
+def test_a_scope_set_holds_all_arms_that_there_may_be() -> None:
+    names = tuple(f"arm{number}" for number in range(100))
+    assert ScopeSet.parse(str(expand("admin", names))).allows("arm99:execute")
