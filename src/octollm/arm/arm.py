@@ -87,9 +87,9 @@ class Arm:
         self.operations: list[ArmOperation] = []
 
     @property
-    def calls(self) -> tuple[str, ...]:
-        """Return the declared calls as they travel: ``?`` stands before one without which the arm still works."""
-        return (*self.needed, *(OPTIONAL + scope for scope in self.optional))
+    def declared_calls(self) -> tuple[str, ...]:
+        """Return the calls as they are told to the orchestrator: ``?`` before one without which the arm still works."""
+        return (*(scope.text for scope in self.needed), *(OPTIONAL + scope.text for scope in self.optional))
 
     @classmethod
     def built_in(

@@ -9,10 +9,10 @@ from collections.abc import AsyncGenerator
 import msgspec
 
 from octollm.arm.arm import Arm
+from octollm.background import Background
 from octollm.contracts.api import ArmRegistration
 from octollm.contracts.joining import InstanceRef
 from octollm.errors import OctoError, RemoteError
-from octollm.events.background import Background
 from octollm.resilience import Deadline
 from octollm.rpc.caller import Outgoing, Target
 from octollm.rpc.health import Dependency
@@ -97,7 +97,7 @@ class ArmPresence:
         registration = ArmRegistration(
             description=arm.description,
             operations=tuple(declared.name for declared in arm.operations),
-            calls=tuple(arm.calls),
+            calls=arm.declared_calls,
             accepts=tuple(arm.accepts),
             url=self._base.discovery.instances(arm.name)[0],
             instance=self._instance,

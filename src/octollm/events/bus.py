@@ -11,10 +11,10 @@ from typing import Literal
 
 import msgspec
 
+from octollm.background import Background
 from octollm.clock import Clock, Ids, iso
 from octollm.contracts.events import CATALOGUE, Event, channel_of
 from octollm.errors import OctoError
-from octollm.events.background import Background
 from octollm.events.catalogue import check_event
 from octollm.storage.keys import Keys
 from octollm.storage.redis_protocol import Message, PubSub, RedisClient

@@ -9,10 +9,10 @@ from types import TracebackType
 
 import msgspec
 
+from octollm.background import Background, wait_for
 from octollm.clock import Clock, Ids
 from octollm.contracts.events import Event, channel_of
 from octollm.errors import OctoError
-from octollm.events.background import Background, wait_for
 from octollm.events.log import TASK_PREFIX, EventLog
 from octollm.events.numbering import Claim, Numbering
 from octollm.storage import Database

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from types import TracebackType
 
+from octollm.background import Background
 from octollm.errors import OctoError
-from octollm.events.background import Background
 from octollm.storage.keys import Keys
 from octollm.storage.redis_protocol import Message, PubSub, RedisClient
 from octollm.storage.text_stream import TEXT_HINT

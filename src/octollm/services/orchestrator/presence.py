@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import delete, exists, func, select, update
 
+from octollm.background import Background
 from octollm.capability.joining import check_operation_name, declared_calls, scopes_of
 from octollm.contracts.api import ArmRegistration
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.events.background import Background
 from octollm.services.orchestrator.registry import MAX_INSTANCES, SYSTEM_TENANT, Registry
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import admissions, arm_instances, arms

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.engine import RowMapping
 
+from octollm.background import Background
 from octollm.capability import BUILT_IN_CALLS, Call, Declarations, DirectoryEntry, PublicKey
 from octollm.capability.joining import declared_calls
 from octollm.clock import Clock, iso
@@ -22,7 +23,6 @@ from octollm.contracts.api import ArmList, ArmView
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
 from octollm.errors import OctoError
-from octollm.events.background import Background
 from octollm.storage import Database
 from octollm.storage.tables import admissions, arm_instances, arm_keys, arms
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 
+from octollm.background import Background
 from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier
 from octollm.capability.joining import JoinRoot
 from octollm.config import Settings
@@ -13,7 +14,6 @@ from octollm.contracts.kinds import file_kind
 from octollm.contracts.operations import DocumentIn
 from octollm.errors import OctoError
 from octollm.events import EventLog, Relay
-from octollm.events.background import Background
 from octollm.rpc.caller import Caller
 from octollm.rpc.discovery_registry import RegistryDiscovery
 from octollm.rpc.health import CheckUp, Dependency
