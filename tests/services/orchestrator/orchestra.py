@@ -53,9 +53,9 @@ async def done(contract: TaskContract, ctx: Context) -> ExecuteResult:
 
 
 def arms(script: Script) -> list[Arm]:
-    planner = Arm("planner", "plans", 8100, accepts=["files:none"])
-    coder = Arm("coder", "codes", 8102)
-    judge = Arm("judge", "judges", 8103)
+    planner = Arm.built_in("planner", "plans", 8100, accepts=["files:none"])
+    coder = Arm.built_in("coder", "codes", 8102, calls=["models:chat"])
+    judge = Arm.built_in("judge", "judges", 8103)
 
     @planner.operation(kind="safe")
     async def plan(body: PlanRequest, ctx: Context) -> Plan:
