@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from base64 import urlsafe_b64decode
 
 import msgspec
@@ -225,3 +226,36 @@ async def test_an_agent_without_the_models_says_what_to_declare():
 def test_an_agent_with_other_dependencies_is_refused():
     with pytest.raises(OctoError, match="deps_type=Context"):
         Arm.from_agent(Agent(deps_type=int), name="weather", description="Tells the weather")
+
+
+def test_an_agent_without_its_framework_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydantic_ai", None)
+    monkeypatch.delitem(sys.modules, "octollm.arm.agents")
+    with pytest.raises(OctoError, match=r"pip install 'octollm\[agents\]'"):
+        Arm.from_agent(None, name="weather", description="Tells the weather")
+
+
+async def test_what_an_agents_tool_may_not_call_ends_the_step():
+    arm = Arm.from_agent(weather_agent(), name="weather", description="Tells the weather", calls=["models:chat"])
+    async with arm_test(arm, model=[UseTool("weather", {"city": "Bonn"})]) as lab:
+        with pytest.raises(OctoError, match=r'calls=\["retriever:search"\]') as caught:
+            await lab.call("execute", {"goal": "Rain?"})
+        assert caught.value.code == "authority_missing"
+
+
+async def test_an_agent_that_comes_to_nothing_is_told_as_such():
+    arm = Arm.from_agent(Agent(output_type=Weather), name="weather", description="Tells the weather")
+    async with arm_test(arm, model=lambda _: UseTool("final_result", {"city": "Bonn"})) as lab:
+        with pytest.raises(OctoError) as caught:
+            await lab.call("execute", {"goal": "Rain?"})
+        assert caught.value.code == "model_output_invalid"
+
+
+async def test_an_agents_end_is_its_callers(tmp_path):
+    arm = Arm.from_agent(Agent(), name="weather", description="Tells the weather")
+    async with served(arm, lambda _: Reply("Once upon", hang=True), tmp_path) as (house, provider):
+        token = house.token("weather:execute")
+        asking = asyncio.create_task(house.send("weather", "POST", "/execute", token=token, body={"goal": "Go on"}))
+        await wait_until(lambda: provider.running, description="the provider writes")
+        asking.cancel()
+        await wait_until(lambda: provider.left == 1, description="the provider sees its client leave")

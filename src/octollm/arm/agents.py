@@ -12,7 +12,7 @@ from typing import Any
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 from pydantic import TypeAdapter
 from pydantic_ai import Agent, AgentStreamEvent, RunContext
-from pydantic_ai.exceptions import AgentRunError
+from pydantic_ai.exceptions import AgentRunError, ModelAPIError
 from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
@@ -115,4 +115,5 @@ def _error_of(error: AgentRunError) -> OctoError:
     told = problem_in(error)
     if told is not None:
         return told
-    return OctoError(f"The agent came to no result: {error}"[:500], code="model_output_invalid")
+    code = "model_failed" if isinstance(error, ModelAPIError) else "model_output_invalid"
+    return OctoError(f"The agent came to no result: {error}"[:500], code=code)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from octollm.arm.context import Context
 from octollm.arm.declaring import (
+    arm_invalid,
     check_calls,
     check_description,
     check_name,
@@ -117,8 +118,10 @@ class Arm:
         Its model calls go to the ``models`` service with the authority of the call, whatever model the agent names.
         An agent with ``deps_type=Context`` is given the call's context. Needs the extra ``agents``.
         """
-        from octollm.arm.agents import execute_with  # noqa: PLC0415  the extra is needed here alone
-
+        try:
+            from octollm.arm.agents import execute_with  # noqa: PLC0415  the extra is needed here alone
+        except ImportError as error:
+            raise arm_invalid("An agent as an arm needs Pydantic AI: pip install 'octollm[agents]'.") from error
         arm = cls(name, description, port, calls=calls, optional_calls=optional_calls, accepts=accepts)
         arm.operation("execute")(execute_with(agent, arm.name))
         return arm

@@ -43,8 +43,8 @@ class Context:
         self._declared = declared
         self._keys = NestedKeys(call.key or call.request_id)
         self.task = body if isinstance(body, TaskContract) else None
-        self.artifacts = Artifacts(base.caller, self._outgoing)
-        self.model = ModelClient(base.caller, lambda body: self._outgoing("models", "chat", body), self._endpoint)
+        self.artifacts = Artifacts(base.caller, self.outgoing)
+        self.model = ModelClient(base.caller, lambda body: self.outgoing("models", "chat", body), self._endpoint)
 
     @property
     def deadline(self) -> Deadline:
@@ -92,10 +92,14 @@ class Context:
         JSON. ``on_line`` is given what the callee tells while it works. Raises ``authority_missing`` when the arm
         does not declare the call or the caller's authority does not cover it, and what the callee says.
         """
-        outgoing = await self._outgoing(service, operation, encode(body))
+        outgoing = await self.outgoing(service, operation, encode(body))
         return await self._base.caller.answer(outgoing, answer, on_line=on_line)
 
-    async def _outgoing(self, service: str, operation: str, body: bytes | None, **path: str) -> Outgoing:
+    async def outgoing(self, service: str, operation: str, body: bytes | None, **path: str) -> Outgoing:
+        """Return a call ready to be made: authority, key and route. ``path`` parameters become selectors.
+
+        Raises ``authority_missing``.
+        """
         route = route_of(service, operation)
         audience = service_of(service)
         bearer = await self._bearer(":".join((service, operation, *path.values())), CALL_SECONDS)

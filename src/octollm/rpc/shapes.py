@@ -31,7 +31,8 @@ def convert(value: object, kind: Any) -> Any:
 def model_of(kind: type[Any], value: object) -> Any:
     """Make a Pydantic model of JSON's builtins: msgspec's ``dec_hook``."""
     if is_pydantic(kind):
-        return kind.model_validate(value)
+        # From JSON, where a text may stand for a date even in a strict model.
+        return kind.model_validate_json(msgspec.json.encode(value))
     if isinstance(value, kind):  # ``object`` is any JSON
         return value
     raise NotImplementedError(kind)
@@ -39,7 +40,7 @@ def model_of(kind: type[Any], value: object) -> Any:
 
 def _builtins_of(value: Any) -> object:
     if not is_pydantic(cast("object", type(value))):
-        raise NotImplementedError(f"{type(value).__name__} has no form in JSON")
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
     return value.model_dump(mode="json", by_alias=True)
 
 

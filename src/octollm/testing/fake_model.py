@@ -38,14 +38,14 @@ FakeAnswers = Iterable[FakeAnswer] | Callable[[ChatRequest], FakeAnswer]
 
 
 class FakeModel:
-    """Answers as it is told; counts a word as a token. ``asked`` has every request."""
+    """Answers as it is told; counts a word as a token. ``asked`` has every request. One text is one answer."""
 
     name = "fake"
     context_tokens = 100_000
 
     def __init__(self, answers: FakeAnswers = ()) -> None:
         self._answers: Callable[[ChatRequest], FakeAnswer] | Iterator[FakeAnswer]
-        self._answers = answers if callable(answers) else iter(answers)
+        self._answers = answers if callable(answers) else iter([answers] if isinstance(answers, str) else answers)
         self.asked: list[ChatRequest] = []
 
     @property

@@ -54,7 +54,7 @@ async def done(contract: TaskContract, ctx: Context) -> ExecuteResult:
 
 def arms(script: Script) -> list[Arm]:
     planner = Arm.built_in("planner", "plans", 8100, accepts=["files:none"])
-    coder = Arm.built_in("coder", "codes", 8102)
+    coder = Arm.built_in("coder", "codes", 8102, calls=["models:chat"])
     judge = Arm.built_in("judge", "judges", 8103)
 
     @planner.operation(kind="safe")
