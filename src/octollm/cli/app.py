@@ -9,9 +9,10 @@ import typer
 
 from octollm import __version__
 from octollm.cli.app_admin import keys_app, models_app, token_app
+from octollm.cli.app_arms import arms_app
 from octollm.cli.app_new import new_app
 from octollm.cli.app_tasks import TaskId, events_app, task_app
-from octollm.cli.completing import complete_arm, complete_service
+from octollm.cli.completing import complete_service
 
 DEMO_GOAL = "Write a Python function is_palindrome(text) with tests"
 """What `octollm demo` asks for when it is given nothing else."""
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(task_app, rich_help_panel="Tasks")
 app.add_typer(events_app, rich_help_panel="Tasks")
+app.add_typer(arms_app, rich_help_panel="Installation")
 app.add_typer(models_app, rich_help_panel="Installation")
 app.add_typer(keys_app, rich_help_panel="Access")
 app.add_typer(token_app, rich_help_panel="Access")
@@ -125,17 +127,6 @@ def watch(
     from octollm.cli.commands import watch_command  # noqa: PLC0415
 
     raise typer.Exit(watch_command(task_id, as_json=as_json))
-
-
-@app.command(rich_help_panel="Installation")
-def arms(
-    name: Annotated[str | None, typer.Argument(help="Tell all about this one.", autocompletion=complete_arm)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List the arms: what each does, what it offers and calls, and where it answers."""
-    from octollm.cli.arm_views import arms_command  # noqa: PLC0415
-
-    raise typer.Exit(arms_command(name, as_json=as_json))
 
 
 @app.command(rich_help_panel="Installation")

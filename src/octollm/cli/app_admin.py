@@ -10,7 +10,7 @@ import typer
 from octollm.cli.completing import complete_model
 
 models_app = typer.Typer(name="models", help="Fetch and list the embedded models.", no_args_is_help=True)
-keys_app = typer.Typer(name="keys", help="Make, list and revoke API keys.", no_args_is_help=True)
+keys_app = typer.Typer(name="keys", help="Make, list and revoke API keys and join secrets.", no_args_is_help=True)
 token_app = typer.Typer(name="token", help="Make tokens for direct calls.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -83,6 +83,40 @@ def provision(
     from octollm.cli.serving import provision_command  # noqa: PLC0415
 
     raise typer.Exit(provision_command(folder, as_json=as_json))
+
+
+@keys_app.command("join")
+def join(
+    name: Annotated[str, typer.Option(help="The one name that the secret admits.")],
+    calls: Annotated[
+        str,
+        typer.Option(help='The most that the arm may declare to call, e.g. "retriever:search models:chat".'),
+    ] = "",
+    lifetime: Annotated[int, typer.Option(help="Seconds until it ends.", min=1, max=2_592_000)] = 86_400,
+    as_json: AsJson = False,
+) -> None:
+    """Make a secret with which an arm of one's own joins, and print it, this once."""
+    from octollm.cli.join_views import join_command  # noqa: PLC0415
+
+    raise typer.Exit(join_command(name, calls, lifetime, as_json=as_json))
+
+
+@keys_app.command("joins")
+def list_joins(as_json: AsJson = False) -> None:
+    """List join secrets, without what is secret of them."""
+    from octollm.cli.join_views import list_joins_command  # noqa: PLC0415
+
+    raise typer.Exit(list_joins_command(as_json=as_json))
+
+
+@keys_app.command("revoke-join")
+def revoke_join(
+    join_id: Annotated[str, typer.Argument(help="The secret's id, from `octollm keys joins`.")], as_json: AsJson = False
+) -> None:
+    """Revoke a join secret; an arm that joined with it stays, see `octollm arms remove`."""
+    from octollm.cli.join_views import revoke_join_command  # noqa: PLC0415
+
+    raise typer.Exit(revoke_join_command(join_id, as_json=as_json))
 
 
 @token_app.command("mint")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import msgspec
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +34,21 @@ def arms_command(name: str | None, *, as_json: bool) -> int:
     return run_command(work)
 
 
+def remove_command(name: str, *, as_json: bool) -> int:
+    """Remove an arm of one's own."""
+
+    async def work() -> int:
+        async with open_door(command_settings()) as door:
+            await door.send("DELETE", f"/arms/{quote(name, safe='')}")
+        if as_json:
+            print(msgspec.json.encode({"name": name, "state": "removed"}).decode())
+        else:
+            output().print(Text(f"The arm {name} is removed: what it holds is worth nothing here, its name is free."))
+        return EXIT_DONE
+
+    return run_command(work)
+
+
 def _named(name: str, arms: tuple[ArmView, ...]) -> ArmView:
     for arm in arms:
         if arm.name == name:
@@ -42,11 +59,11 @@ def _named(name: str, arms: tuple[ArmView, ...]) -> ArmView:
 
 def _all(arms: tuple[ArmView, ...]) -> None:
     table = Table(box=None)
-    for column in ("Arm", "Operations", "Address"):
+    for column in ("Arm", "State", "Operations", "Address"):
         table.add_column(column, no_wrap=True)
     table.add_column("What it does", overflow="fold")
     for arm in arms:
-        table.add_row(arm.name, ", ".join(arm.operations), arm.url, Text(arm.description))
+        table.add_row(arm.name, arm.state, ", ".join(arm.operations), " ".join(arm.urls) or arm.url, Text(arm.description))
     output().print(table)
 
 
@@ -60,7 +77,8 @@ def _one(arm: ArmView, *, as_json: bool) -> None:
         "Does": arm.description,
         "Offers": ", ".join(f"{arm.name}:{operation}" for operation in arm.operations),
         "Calls": ", ".join(arm.calls) or "nothing",
-        "Address": arm.url,
+        "Address": ", ".join(arm.urls) or f"none now (last {arm.url})",
+        "State": arm.state,
         "Since": arm.registered_at,
     }
     for label, value in rows.items():
