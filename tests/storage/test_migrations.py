@@ -159,7 +159,7 @@ async def test_a_migration_that_fails_changes_nothing(db: Database) -> None:
 
 @pytest.mark.postgres
 async def test_a_service_says_that_a_server_has_no_schema_or_an_old_one(postgres_server: PostgresServer) -> None:
-    async with postgres_server.database(empty=True) as url:
+    async with postgres_server.empty_database() as url:
         settings = read_settings({"OCTOLLM_DATABASE_URL": url}, ())
         with pytest.raises(OctoError, match="octollm migrate") as caught:
             async with service_database(settings, "memory", clock=CLOCK):
