@@ -60,7 +60,7 @@ $$
 
 
 class PostgresServer:
-    """One database with every service's schema, which is emptied after each test: that is far faster than making one."""
+    """One database with every service's schema, which is emptied after each test: faster than making one."""
 
     def __init__(self, url: str) -> None:
         self.url = url

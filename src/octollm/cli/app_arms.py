@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from click.shell_completion import CompletionItem
+
+# typer carries its own copy of click and gives this class no public name.
+from typer._click.shell_completion import CompletionItem  # pyright: ignore[reportPrivateUsage]
 from typer.core import TyperGroup
 
 from octollm.cli.completing import complete_arm

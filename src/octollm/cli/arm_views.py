@@ -63,7 +63,9 @@ def _all(arms: tuple[ArmView, ...]) -> None:
         table.add_column(column, no_wrap=True)
     table.add_column("What it does", overflow="fold")
     for arm in arms:
-        table.add_row(arm.name, arm.state, ", ".join(arm.operations), " ".join(arm.urls) or arm.url, Text(arm.description))
+        table.add_row(
+            arm.name, arm.state, ", ".join(arm.operations), " ".join(arm.urls) or arm.url, Text(arm.description)
+        )
     output().print(table)
 
 

@@ -3,8 +3,8 @@
 **Lock order.** Several processes may write to one PostgreSQL, and a read that a write depends on locks its rows
 (``with_for_update``; SQLite has one writer and ignores it). Within a transaction rows are locked in the order
 ``arms``, ``tasks``, ``budgets``, ``reservations``, ``steps``, ``idempotency``, ``subjects``; ``relay_state``,
-``events``, ``channels``; ``documents``, ``passages``; and of one table in the order of its key. Whoever keeps to it waits
-for another, and never two for each other; PostgreSQL would end one of them, and its caller be told to try again.
+``events``, ``channels``; ``documents``, ``passages``; and of one table in the order of its key. Whoever keeps to it
+waits for another, and never two for each other; PostgreSQL would end one of them, and its caller be told to try again.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ class Transaction(Connection):
 class Database:
     """One service's database. Made by :func:`open_database`."""
 
-    def __init__(
-        self, writer: AsyncEngine, reader: AsyncEngine, clock: Clock, *, place: str, writers: int = 1
-    ) -> None:
+    def __init__(self, writer: AsyncEngine, reader: AsyncEngine, clock: Clock, *, place: str, writers: int = 1) -> None:
         self._writer = writer
         self._reader = reader
         self._clock = clock

@@ -86,10 +86,13 @@ def _engine(url: str, size: int, statement_seconds: float, *, readonly: bool = F
     if readonly:
         settings |= {"default_transaction_read_only": "on", "default_transaction_isolation": "repeatable read"}
 
-    async def connect() -> asyncpg.Connection[Any]:
+    async def connect() -> Any:
         try:
-            return await asyncpg.connect(
-                url, timeout=CONNECT_SECONDS, command_timeout=statement_seconds + GRACE_SECONDS, server_settings=settings
+            return await asyncpg.connect(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+                url,
+                timeout=CONNECT_SECONDS,  # pyright: ignore[reportArgumentType]  it takes parts of a second too
+                command_timeout=statement_seconds + GRACE_SECONDS,
+                server_settings=settings,
             )
         except OSError as error:
             raise unreachable(error) from error

@@ -86,6 +86,10 @@ def _make_private(path: Path) -> None:
 
 @asynccontextmanager
 async def open_sqlite(path: Path, clock: Clock, *, durable: bool) -> AsyncGenerator[Database]:
+    """Open a database file, made if it is not there, and close it at the end.
+
+    ``durable`` says whether it outlives the process. Raises ``unavailable`` when it cannot be used or is damaged.
+    """
     place = f"the database file {path}"
     try:
         await asyncio.to_thread(_make_private, path)

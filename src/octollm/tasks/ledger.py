@@ -99,7 +99,7 @@ class Ledger:
             return await self._take(tx, wanted, budget)
 
     async def _settle_cut_off(self, tx: Transaction, wanted: Wanted) -> bool:
-        """Settle, at its upper bound, a reservation that an earlier try of this very call left open, if there is one."""
+        """Settle, at its upper bound, a reservation that an earlier try of this very call left open, if any."""
         query = select(reservations).where(
             reservations.c.task_id == wanted.task_id,
             reservations.c.key == wanted.key,

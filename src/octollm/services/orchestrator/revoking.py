@@ -34,9 +34,7 @@ class Revoking:
         """Revoke from now on, once ``tx`` is committed."""
         at = self._clock.now()
         old = select(revocations.c.position).where(revocations.c.until < at).limit(PRUNE)
-        await tx.execute(
-            delete(revocations).where(revocations.c.position.in_(old.with_for_update(skip_locked=True)))
-        )
+        await tx.execute(delete(revocations).where(revocations.c.position.in_(old.with_for_update(skip_locked=True))))
         await tx.execute(tx.insert(revocations).values(kind=kind, value=value, at=at, until=at + MAX_ACCESS_SECONDS))
         tx.after_commit(lambda: self.known.add(kind, value, at))
 

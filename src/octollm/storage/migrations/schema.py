@@ -53,7 +53,7 @@ def revisions_of(service: Service) -> Revisions:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a database says of its schema: its revision, and the oldest that it serves; ``None`` where it says nothing."""
+    """What a database says of its schema: its revision, and the oldest that it serves; ``None`` for nothing."""
 
     revision: str | None
     serves: str | None
@@ -87,7 +87,7 @@ def check_schema(found: Found, known: Iterable[str], head: str, place: str) -> N
             f"The schema of {place} is at revision {found.revision}, and this version needs {head}. Bring it there"
             " with: octollm migrate"
         )
-    if found.serves not in known:
+    if found.serves is None or found.serves not in known:
         raise _mismatch(
             f"The schema of {place} is at revision {found.revision}, which this version does not know: a newer version"
             " made it. Install that version, or restore the backup from before it."
