@@ -130,6 +130,20 @@ def watch(
 
 
 @app.command(rich_help_panel="Installation")
+def migrate(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Bring the tables of every service to this version, in the database that OCTOLLM_DATABASE_URL names.
+
+    Run it once before services of a new version start; those of the version before go on working meanwhile. Each
+    service's schema changes whole or not at all. Services on SQLite do it by themselves.
+    """
+    from octollm.cli.migrate import migrate_command  # noqa: PLC0415
+
+    raise typer.Exit(migrate_command(as_json=as_json))
+
+
+@app.command(rich_help_panel="Installation")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -6,17 +6,20 @@ import asyncio
 import time
 from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
+from typing import get_args
 
 import msgspec
 
 from octollm.cli.door import Door, open_door
 from octollm.cli.findings import Finding
+from octollm.clock import SystemClock
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.installation.home import running_in
 from octollm.rpc.health import Readiness
-from octollm.storage import open_redis
+from octollm.storage import open_database, open_redis
+from octollm.storage.migrations import Service, database_url, require_schema
 from octollm.telemetry.masking import mask_text
 
 SKEW_SECONDS = 5.0
@@ -33,6 +36,21 @@ async def redis(settings: Settings) -> Sequence[Finding]:
         await client.ping()
         took = (time.monotonic() - begun) * 1000
     return [Finding("redis", "ok", f"{mask_text(settings.redis_url)} answers in {took:.1f} ms")]
+
+
+async def database(settings: Settings) -> Sequence[Finding]:
+    """Ask the database server whether it is there, and whether its schemas are those of this version."""
+    if settings.database_url is None:
+        return [Finding("database", "ok", "SQLite files in the home")]
+    place = mask_text(settings.database_url)
+    found: list[Finding] = []
+    for service in get_args(Service):
+        async with open_database(database_url(settings, service), clock=SystemClock()) as db:
+            try:
+                await require_schema(db, service)
+            except OctoError as error:
+                found.append(Finding("database", "broken", error.detail, "octollm migrate"))
+    return found or [Finding("database", "ok", f"{place} answers, and its schemas are those of this version")]
 
 
 async def services(settings: Settings) -> Sequence[Finding]:

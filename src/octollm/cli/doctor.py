@@ -29,6 +29,7 @@ def checks_of(settings: Settings) -> list[Check]:
         Check("model", partial(check_machine.model, settings)),
         Check("sandbox", partial(check_machine.sandbox, settings)),
         Check("redis", partial(check_servers.redis, settings)),
+        Check("database", partial(check_servers.database, settings)),
         Check("services", partial(check_servers.services, settings)),
     ]
 
