@@ -14,9 +14,9 @@ from octollm.clock import SystemClock
 from octollm.errors import SettingError
 from octollm.storage.engine import Database, open_database
 from octollm.storage.migrations import Service, migrate
-from octollm.storage.tables import MEMORY, ORCHESTRATOR
+from octollm.storage.tables import MEMORY, MONITOR, ORCHESTRATOR
 
-SERVICES: list[tuple[Service, MetaData]] = [("orchestrator", ORCHESTRATOR), ("memory", MEMORY)]
+SERVICES: list[tuple[Service, MetaData]] = [("orchestrator", ORCHESTRATOR), ("memory", MEMORY), ("monitor", MONITOR)]
 
 
 def differences(connection: Connection, metadata: MetaData) -> list[Any]:

@@ -8,13 +8,23 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm.capability import Delegator, PublicKey, SelfSigner, SigningKey, Verifier, verify_directory
+from octollm.capability import (
+    Delegator,
+    DirectoryEntry,
+    PublicKey,
+    SelfSigner,
+    SigningKey,
+    Verifier,
+    verify_directory,
+)
 from octollm.clock import Clock, Ids
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.caller import Caller, Outgoing, Target
 
 REFRESH_SECONDS = 60.0
+AGAIN_SECONDS = 1.0
+"""At most so often the directory is read for a name that is not in it: anybody can make one up."""
 
 
 class DirectoryAnswer(msgspec.Struct, frozen=True):
@@ -31,33 +41,39 @@ class Directory:
         self._signer = signer
         self._roots = roots
         self._clock = clock
-        self._entries: Mapping[str, frozenset[str]] = {}
+        self._entries: Mapping[str, DirectoryEntry] = {}
         self._fetched_at = -1e9
         self._lock = asyncio.Lock()
 
     async def thumbprint(self, service: str) -> str:
         """Return the thumbprint of a key of ``service``; raise ``authority_missing`` when it has none."""
-        if service not in self._entries or self._clock.monotonic() - self._fetched_at > REFRESH_SECONDS:
-            await self._refresh(service)
-        prints = self._entries.get(service)
-        if not prints:
+        await self.entries(fresh=service not in self._entries)
+        entry = self._entries.get(service)
+        if entry is None or not entry.jkts:
             raise OctoError(f"No service {service} is registered.", code="authority_missing")
-        return min(prints)
+        return min(entry.jkts)
 
-    async def _refresh(self, service: str) -> None:
-        async with self._lock:
-            age = self._clock.monotonic() - self._fetched_at
-            if age < 1.0 or (service in self._entries and age <= REFRESH_SECONDS):
-                return
-            call = Outgoing(
-                Target("orchestrator", "directory", "GET", "/directory", "safe"),
-                self._signer.svc_token("orchestrator"),
-                Deadline.after(self._clock, 10),
-            )
-            answer = await self._caller.answer(call, DirectoryAnswer)
-            entries = verify_directory(answer.directory, self._roots, self._clock)
-            self._entries = {name: frozenset(entry.jkts) for name, entry in entries.items()}
-            self._fetched_at = self._clock.monotonic()
+    async def entries(self, *, fresh: bool = False) -> Mapping[str, DirectoryEntry]:
+        """Return every registered service; ``fresh`` for one who lacks what the last reading had."""
+        oldest = AGAIN_SECONDS if fresh else REFRESH_SECONDS
+        if self._age() > oldest:
+            async with self._lock:
+                if self._age() > oldest:
+                    await self._read()
+        return self._entries
+
+    def _age(self) -> float:
+        return self._clock.monotonic() - self._fetched_at
+
+    async def _read(self) -> None:
+        call = Outgoing(
+            Target("orchestrator", "directory", "GET", "/directory", "safe"),
+            self._signer.svc_token("orchestrator"),
+            Deadline.after(self._clock, 10),
+        )
+        answer = await self._caller.answer(call, DirectoryAnswer)
+        self._entries = verify_directory(answer.directory, self._roots, self._clock)
+        self._fetched_at = self._clock.monotonic()
 
 
 @dataclass(frozen=True, slots=True)

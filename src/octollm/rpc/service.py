@@ -15,6 +15,7 @@ from octollm.clock import Clock, Ids
 from octollm.rpc.call import Operation
 from octollm.rpc.caller import Caller
 from octollm.rpc.discovery import Discovery
+from octollm.rpc.exporting import Exporter, to_monitor
 from octollm.rpc.health import CheckUp, health_operations
 from octollm.rpc.hosting import serving
 from octollm.rpc.http import Http
@@ -23,7 +24,7 @@ from octollm.rpc.idempotency_remote import RemoteIdempotency
 from octollm.rpc.identity import Directory, Identity
 from octollm.rpc.openers import CapabilityOpener, PublicOpener
 from octollm.rpc.server import Kit, Opener, build_app
-from octollm.telemetry import Log, Metrics, log_for
+from octollm.telemetry import Buffer, Log, Metrics, Span, Tracer, log_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,9 @@ class Base:
     metrics: Metrics
     caller: Caller
     directory: Directory
+    tracer: Tracer
+    spans: Buffer[Span]
+    """Ended spans that are yet to be exported."""
 
     @property
     def name(self) -> str:
@@ -53,7 +57,11 @@ class Base:
 def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
     """Return what the service ``identity`` is built on."""
     metrics = Metrics(identity.name)
-    caller = Caller(identity.name, http, discovery, clock=identity.clock, ids=identity.ids, metrics=metrics)
+    spans = Buffer[Span]()
+    tracer = Tracer(identity.name, identity.clock, spans)
+    caller = Caller(
+        identity.name, http, discovery, clock=identity.clock, ids=identity.ids, metrics=metrics, tracer=tracer
+    )
     directory = Directory(caller, identity.signer(), identity.roots, identity.clock)
     return Base(
         identity=identity,
@@ -65,6 +73,8 @@ def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
         metrics=metrics,
         caller=caller,
         directory=directory,
+        tracer=tracer,
+        spans=spans,
     )
 
 
@@ -75,13 +85,14 @@ class Service:
     base: Base
     kit: Kit
     app: Starlette
+    exporter: Exporter[Span]
     announce: Callable[[], Awaitable[None]] | None = None
     """Done once the service is served, before :meth:`serve` yields: an arm tells the orchestrator that it is up."""
 
     @contextlib.asynccontextmanager
     async def serve(self, bound: socket.socket) -> AsyncGenerator[None]:
         """Serve on a bound socket; leaving drains: new calls are refused while those in flight end."""
-        async with serving(self.app, bound):
+        async with self.exporter.running(), serving(self.app, bound):
             self.base.log.info("service.started", address=str(bound.getsockname()))
             try:
                 if self.announce is not None:
@@ -103,10 +114,12 @@ def build_service(
     max_concurrent: int = 64,
     announce: Callable[[], Awaitable[None]] | None = None,
     draining: asyncio.Event | None = None,
+    tells_export: bool = True,
 ) -> Service:
     """Return the service of ``operations`` with what every service has besides.
 
-    ``draining`` is set when it shuts down; it is passed in by who has long-lived connections to end then.
+    ``draining`` is set when it shuts down; it is passed in by who has long-lived connections to end then. Without
+    ``tells_export`` the export of spans is left out of ``/ready``: for a service whose readiness strangers may ask.
     """
     kit = Kit(
         service=base.name,
@@ -114,6 +127,7 @@ def build_service(
         ids=base.ids,
         log=base.log,
         metrics=base.metrics,
+        tracer=base.tracer,
         openers={
             "public": PublicOpener(),
             "capability": CapabilityOpener(base.identity.verifier()),
@@ -123,5 +137,13 @@ def build_service(
         max_concurrent=max_concurrent,
         draining=draining or asyncio.Event(),
     )
-    own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], checkups or {})
-    return Service(base, kit, build_app(kit, [*own, *operations], extra), announce)
+    exporter = Exporter(
+        base.spans,
+        to_monitor(base.caller, base.identity.signer(), base.clock),
+        name="monitor",
+        log=base.log,
+        metrics=base.metrics,
+    )
+    watched = {**(checkups or {}), **({"traces": exporter.checkup} if tells_export else {})}
+    own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], watched)
+    return Service(base, kit, build_app(kit, [*own, *operations], extra), exporter, announce)

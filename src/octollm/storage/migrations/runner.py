@@ -17,7 +17,7 @@ from octollm.errors import OctoError, SettingError
 from octollm.storage.engine import Database
 from octollm.storage.failures import translated
 
-Service = Literal["orchestrator", "memory"]
+Service = Literal["orchestrator", "memory", "monitor"]
 
 VERSION_TABLE = "schema_version"
 ATTEMPTS = 12
