@@ -60,13 +60,17 @@ class Exporter(Generic[T]):
         finally:
             exporting.cancel()
             await asyncio.wait({exporting})
-            with contextlib.suppress(TimeoutError):
-                # In a task, so that the scene of whoever closes the service stays as it is.
-                async with asyncio.timeout(FLUSH_SECONDS):
-                    await asyncio.create_task(self._last())
-            self._count_dropped()
-            if len(self._buffer):
-                self._log.warning("spans.lost", to=self._name, count=len(self._buffer))
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send what waits, or give it up in time; for the end of a service, and of what it does beyond serving."""
+        with contextlib.suppress(TimeoutError):
+            # In a task, so that the scene of whoever closes the service stays as it is.
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await asyncio.create_task(self._last())
+        self._count_dropped()
+        if len(self._buffer):
+            self._log.warning("spans.lost", to=self._name, count=len(self._buffer))
 
     async def checkup(self) -> Dependency:
         """Say for ``/ready`` whether what waits is taken; without that the work goes on all the same."""

@@ -147,6 +147,8 @@ async def orchestrator_service(
             worker.failure = f"The worker stopped: {type(error).__name__}."
             base.log.error("worker.crashed", error=error)
 
+        # The worker gives its tasks back when it ends: their spans end after the last call is served.
+        stack.push_async_callback(service.exporter.flush)
         await stack.enter_async_context(worker.running(crashed))
         yield service
 

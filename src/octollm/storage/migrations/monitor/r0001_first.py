@@ -36,7 +36,7 @@ def upgrade(op: Operations) -> None:
         sa.Column("attributes", JSON, nullable=False),
         sa.Column("received_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_spans")),
-        sa.UniqueConstraint("service", "trace_id", "span_id", name=op.f("uq_spans_service")),
+        sa.UniqueConstraint("service", "trace_id", "span_id", name=op.f("uq_spans_service_trace_id_span_id")),
         sqlite_autoincrement=True,
     )
     op.create_index(op.f("ix_spans_tenant_task_id"), "spans", ["tenant", "task_id"], unique=False)
