@@ -60,7 +60,8 @@ async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authorit
     # coder → judge → executor: each was given less than the one before.
     runs = [span for span in spans if (span["service"], span["name"], span["kind"]) == ("executor", "run", "server")]
     [run, *_] = [span for span in runs if ("judge", "validate") in {(up["service"], up["name"]) for up in line(span)}]
-    chain = {name: run["attributes"][f"octollm.chain.{name}"] for name in ("iss", "aud", "scope", "jti")}
+    links = [msgspec.json.decode(link) for link in run["attributes"]["octollm.chain"]]
+    chain = {name: [link[name] for link in links] for name in ("iss", "aud", "scope", "jti")}
     assert (chain["iss"][:3], chain["iss"][-1]) == (["orchestrator", "coder", "judge"], "judge")
     assert (chain["aud"][:3], chain["aud"][-1]) == (["coder", "judge", "executor"][: len(chain["aud"])], "executor")
     assert chain["scope"][-1] == "executor:run"
@@ -68,7 +69,7 @@ async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authorit
     assert "executor:run" in allowed[0]["judge:validate"]
     assert len(set(chain["jti"])) == len(chain["jti"]) >= 3
     validate = next(up for up in line(run) if (up["service"], up["name"]) == ("judge", "validate"))
-    assert validate["attributes"]["octollm.chain.scope"][-1] == "judge:validate"
+    assert msgspec.json.decode(validate["attributes"]["octollm.chain"][-1])["scope"] == "judge:validate"
 
     [first, *_] = [span for span in spans if "gen_ai.request.model" in span["attributes"]]
     used = first["attributes"]

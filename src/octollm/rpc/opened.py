@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from octollm.capability import Verified
-from octollm.telemetry.chain import chain_attributes
+from octollm.telemetry.chain import CHAIN, chain_of
 from octollm.telemetry.spans import TASK, TENANT, SpanValue
 
 
@@ -31,7 +31,7 @@ def who_calls(opened: Opened) -> dict[str, SpanValue]:
     if verified is None:
         named = {TENANT: opened.tenant, "octollm.peer": opened.peer}
         return {name: value for name, value in named.items() if value}
-    told: dict[str, SpanValue] = {TENANT: verified.tenant, **chain_attributes(verified.links)}
+    told: dict[str, SpanValue] = {TENANT: verified.tenant, CHAIN: chain_of(verified.links)}
     if verified.task is not None:
         work = verified.task
         named = {TASK: work.task, "octollm.step": work.step, "octollm.attempt": work.attempt, "octollm.run": work.run}

@@ -1,4 +1,4 @@
-"""The capability chain of a call as attributes of its span: who passed which authority on to whom.
+"""The capability chain of a call as an attribute of its span: who passed which authority on to whom.
 
 Only claims are told, never a token: what is in a trace opens nothing.
 """
@@ -10,22 +10,28 @@ from collections.abc import Sequence
 import msgspec
 
 from octollm.capability.tokens import AccessClaims, Claims, GrantClaims
-from octollm.telemetry.spans import SpanValue
+
+CHAIN = "octollm.chain"
 
 
-def chain_attributes(links: Sequence[Claims]) -> dict[str, SpanValue]:
-    """Return ``iss``, ``aud``, ``scope`` and ``jti`` of every link, the root's first and the access token last.
+class Link(msgspec.Struct, frozen=True):
+    """One link: ``iss`` let ``aud`` do ``scope``. A grant's scope is its tree of what may follow, as JSON."""
 
-    ``links`` are in the order of a bearer string: the access token, then the grants. A grant's scope is its tree of
-    what may follow, as JSON.
+    iss: str
+    aud: str
+    scope: str
+    jti: str
+
+
+def chain_of(links: Sequence[Claims]) -> tuple[str, ...]:
+    """Return every link as JSON, the root's first and the access token last.
+
+    ``links`` are in the order of a bearer string: the access token, then the grants.
     """
-    ordered = [*links[1:], *links[:1]]
-    return {
-        "octollm.chain.iss": tuple(link.iss for link in ordered),
-        "octollm.chain.aud": tuple(link.aud for link in ordered),
-        "octollm.chain.scope": tuple(_scope_of(link) for link in ordered),
-        "octollm.chain.jti": tuple(link.jti for link in ordered),
-    }
+    ordered = (*links[1:], links[0])
+    return tuple(
+        [msgspec.json.encode(Link(link.iss, link.aud, _scope_of(link), link.jti)).decode() for link in ordered]
+    )
 
 
 def _scope_of(link: Claims) -> str:

@@ -38,8 +38,8 @@ _Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 _Name = Annotated[str, Meta(max_length=MAX_NAME)]
 
 
-class _Wire(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel"):
-    pass
+class _Wire(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel", gc=False):
+    """None of them can be part of a cycle, so the garbage collector need not look at their many."""
 
 
 class AnyValue(_Wire, frozen=True):
@@ -178,14 +178,14 @@ def _wire(span: Span) -> WireSpan:
 
 def _value(value: SpanValue) -> AnyValue:
     if isinstance(value, str):
-        return AnyValue(string_value=value[:MAX_TEXT])
+        return AnyValue(value[:MAX_TEXT])
     if isinstance(value, bool):
         return AnyValue(bool_value=value)
     if isinstance(value, int):
         return AnyValue(int_value=str(value))
     if isinstance(value, float):
         return AnyValue(double_value=value)
-    return AnyValue(array_value=ArrayValue(tuple([AnyValue(string_value=item[:MAX_TEXT]) for item in value])))
+    return AnyValue(array_value=ArrayValue(tuple([AnyValue(item[:MAX_TEXT]) for item in value])))
 
 
 def _span(wire: WireSpan, service: str) -> Span:

@@ -7,10 +7,9 @@ from urllib.parse import quote
 from octollm.capability import Principal, RootMinter, TaskRef
 from octollm.clock import Clock
 from octollm.contracts.traces import TraceView
-from octollm.errors import OctoError, RemoteError
+from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.caller import Caller, Outgoing, Target
-from octollm.rpc.http import TransportError
 
 ASK_SECONDS = 10.0
 
@@ -32,7 +31,7 @@ class Traces:
         )
         try:
             return await self._caller.answer(call, TraceView)
-        except (TransportError, RemoteError) as error:
+        except OctoError as error:
             raise OctoError(
                 f"The monitor, which keeps the traces, cannot be asked ({error.detail}) Tasks go on without it; try"
                 " again later.",
