@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from conftest import Mind
 from whole import Door, answers
 
 from octollm.contracts.services import SERVICES
@@ -90,7 +89,7 @@ async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authorit
     assert door.system.local_key.encode() not in kept
 
 
-async def test_a_client_that_traces_is_joined_and_its_flag_honoured(door: Door, mind: Mind) -> None:
+async def test_a_client_that_traces_is_joined_and_its_flag_honoured(door: Door, mind: Any) -> None:
     mind.answer = lambda asked: answers(asked) if asked.schema else Reply("SELECT ", hang=True)
     trace_id, caller = "c" * 32, "d" * 16
     body = {"goal": GOAL, "budget": {"max_time_seconds": 1}}
@@ -112,7 +111,7 @@ async def test_a_client_that_traces_is_joined_and_its_flag_honoured(door: Door, 
     assert (await door.client.get(f"/tasks/{other}/trace")).json()["spans"] == []
 
 
-async def test_a_task_that_is_taken_over_goes_on_in_its_trace(tmp_path: Path, model: ScriptedModel, mind: Mind) -> None:
+async def test_a_task_that_is_taken_over_goes_on_in_its_trace(tmp_path: Path, model: ScriptedModel, mind: Any) -> None:
     settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url}
     mind.answer = lambda asked: answers(asked) if asked.schema else Reply("def ", hang=True)
     async with (
