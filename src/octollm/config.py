@@ -7,6 +7,7 @@ A wrong one is refused with its name, its value (secrets masked) and what would 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +17,9 @@ from urllib.parse import urlsplit
 from octollm.errors import SettingError
 
 PREFIX = "OCTOLLM_"
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
+_HEADER_VALUE = re.compile(r"[ -~]{1,4096}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class Settings:
     max_time_seconds: float
     sandbox: Literal["auto", "bubblewrap", "wasi"]
     log_level: str
+    otlp_url: str | None
+    otlp_headers: tuple[tuple[str, str], ...]
     url: str | None
     api_key: str | None
     service_urls: Mapping[str, tuple[str, ...]]
@@ -139,6 +145,16 @@ def _rate(value: str) -> str:
     return value
 
 
+def _headers(value: str) -> tuple[tuple[str, str], ...]:
+    found: list[tuple[str, str]] = []
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        name, equals, text = part.partition("=")
+        if not equals or not _HEADER_NAME.fullmatch(name.strip()) or not _HEADER_VALUE.fullmatch(text.strip()):
+            raise ValueError("NAME=VALUE, several separated by commas")
+        found.append((name.strip(), text.strip()))
+    return tuple(found)
+
+
 def _names(value: str) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in value.split(",") if part.strip())
 
@@ -220,6 +236,15 @@ SPECS: dict[str, Spec] = {
         _choice("auto", "bubblewrap", "wasi"),
     ),
     "log_level": Spec("LOG_LEVEL", "info", "Least level that is logged.", _choice("debug", "info", "warning", "error")),
+    "otlp_url": Spec(
+        "OTLP_URL",
+        "",
+        "Collector that the monitor hands every span on to (OTLP over HTTP, in JSON).",
+        _url("http", "https"),
+    ),
+    "otlp_headers": Spec(
+        "OTLP_HEADERS", "", "Headers that this collector wants: `NAME=VALUE`, comma-separated.", _headers, secret=True
+    ),
     "url": Spec(
         "URL",
         "",

@@ -39,9 +39,9 @@ def parse_traceparent(text: str | None) -> Trace | None:
     return Trace(match[1], match[2], bool(int(match[3], 16) & 1))
 
 
-def new_trace() -> Trace:
-    """Start a trace."""
-    return Trace(os.urandom(16).hex(), os.urandom(8).hex())
+def new_trace(*, sampled: bool = False) -> Trace:
+    """Start a trace. Only what is ``sampled`` leaves spans behind, here and wherever its calls go."""
+    return Trace(os.urandom(16).hex(), os.urandom(8).hex(), sampled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Scene:
     trace: Trace | None = None
     task_id: str = ""
     step: str = ""
+    tenant: str = ""
 
 
 _EMPTY = Scene()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from octollm.errors import OctoError, RemoteError
 from octollm.resilience import RetryPolicy
 from octollm.rpc import stream as stream_module
 from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.hosting import listen
 from octollm.rpc.http import TransportError
 from octollm.testing import wait_until
 
@@ -321,3 +323,11 @@ async def test_many_calls_at_once_are_bounded() -> None:
         await asyncio.gather(*(svc.caller.answer(svc.out(operation), Answer) for _ in range(40)))
         await wait_until(lambda: running == 0, description="all calls ended")
     assert most == 4
+
+
+def test_an_accepted_connection_does_not_wait_to_fill_a_packet() -> None:
+    with listen("127.0.0.1", 0, "svc") as bound, socket.create_connection(bound.getsockname(), 5):
+        bound.settimeout(5)
+        accepted, _ = bound.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

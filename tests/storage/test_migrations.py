@@ -17,11 +17,11 @@ from octollm.config import read_settings
 from octollm.errors import OctoError
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import Service, migrate, require_schema, service_database
-from octollm.storage.tables import MEMORY, ORCHESTRATOR
+from octollm.storage.tables import MEMORY, MONITOR, ORCHESTRATOR
 from octollm.testing import wait_until
 
 CLOCK = SystemClock()
-SERVICES: list[tuple[Service, MetaData]] = [("orchestrator", ORCHESTRATOR), ("memory", MEMORY)]
+SERVICES: list[tuple[Service, MetaData]] = [("orchestrator", ORCHESTRATOR), ("memory", MEMORY), ("monitor", MONITOR)]
 OTHERS = {"schema_version", "schema_serves", "ix_passages_words", "words"}
 
 

@@ -129,6 +129,20 @@ def watch(
     raise typer.Exit(watch_command(task_id, as_json=as_json))
 
 
+@app.command(rich_help_panel="Tasks")
+def trace(
+    task_id: TaskId,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show the services' own bookkeeping too: budgets, keys, the directory.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the spans as JSON.")] = False,
+) -> None:
+    """Show where the time of a task went: every call of every service, as a tree with its failures and tokens."""
+    from octollm.cli.trace_view import trace_command  # noqa: PLC0415
+
+    raise typer.Exit(trace_command(task_id, everything=everything, as_json=as_json))
+
+
 @app.command(rich_help_panel="Installation")
 def migrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

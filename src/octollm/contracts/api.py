@@ -144,6 +144,7 @@ class TokenAnswer(msgspec.Struct, frozen=True):
     task_id: str = ""
     token_type: Literal["Bearer"] = "Bearer"
     issued_token_type: str = "urn:ietf:params:oauth:token-type:access_token"
+    tenant: str = ""
 
 
 class KeyRequest(msgspec.Struct, frozen=True, omit_defaults=True):

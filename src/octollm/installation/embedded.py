@@ -47,9 +47,11 @@ STOP_STAGES: Sequence[tuple[str, ...]] = (
     ("reflex",),
     ("orchestrator",),
     ("judge", "executor", "retriever", "coder", "planner"),
-    ("memory", "monitor", "models"),
+    ("memory", "models"),
+    ("monitor",),
 )
-"""The way of a call: whoever calls stops first, which ends its calls, so that the callee has nothing left to drain."""
+"""The way of a call: whoever calls stops first, which ends its calls, so that the callee has nothing left to drain.
+The monitor is last: the others hand their last spans to it."""
 
 OnStage = Callable[[str], None]
 

@@ -12,6 +12,7 @@ from octollm.capability import Verified
 from octollm.context import Trace
 from octollm.contracts.services import OperationKind
 from octollm.resilience import Deadline
+from octollm.telemetry import Span
 
 Auth = Literal["capability", "service", "public", "door"]
 
@@ -47,7 +48,8 @@ class Call:
     request: Request
     request_id: str
     correlation_id: str
-    trace: Trace
+    span: Span
+    """The span of this call; a handler may add to its attributes."""
     deadline: Deadline
     verified: Verified | None = None
     """The capability that was shown; ``None`` where the operation is not opened by one."""
@@ -58,6 +60,11 @@ class Call:
     """The ``Idempotency-Key``, when one was sent."""
     body: bytes = b""
     emit: Emitter = field(default_factory=Silent)
+
+    @property
+    def trace(self) -> Trace:
+        """Return where this call is in its trace."""
+        return self.span.trace
 
     @property
     def path(self) -> Mapping[str, str]:
@@ -103,6 +110,8 @@ class Operation:
     max_body: int = 4 * 1024 * 1024
     limited: bool = True
     """Counts against the bound on concurrent calls; long-lived streams do not."""
+    traced: bool = False
+    """A call that comes without a trace begins one whose spans are kept."""
     timeout: float = 300.0
     """Seconds for a call that names no deadline."""
     summary: str = ""

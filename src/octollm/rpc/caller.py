@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from octollm.clock import Clock, Ids
-from octollm.context import current_scene, new_trace
+from octollm.context import current_scene
 from octollm.contracts.services import OperationKind
 from octollm.contracts.stream import NDJSON, Line
 from octollm.errors import OctoError, RemoteError
@@ -20,7 +20,7 @@ from octollm.rpc.discovery import Discovery
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
 from octollm.rpc.problems import error_from_response, error_of
 from octollm.rpc.shapes import model_of
-from octollm.telemetry import Metrics
+from octollm.telemetry import Metrics, Span, Tracer
 
 T = TypeVar("T")
 OnLine = Callable[[Line], Awaitable[None]]
@@ -74,6 +74,7 @@ class Caller:
         clock: Clock,
         ids: Ids,
         metrics: Metrics,
+        tracer: Tracer | None = None,
         retry: RetryPolicy | None = None,
         breaker: BreakerPolicy | None = None,
     ) -> None:
@@ -83,6 +84,7 @@ class Caller:
         self._clock = clock
         self._ids = ids
         self._metrics = metrics
+        self._tracer = tracer or Tracer(service, clock)
         self._retry = retry or RetryPolicy()
         self._breaker_policy = breaker or BreakerPolicy()
         self._breakers: dict[str, Breaker] = {}
@@ -157,19 +159,31 @@ class Caller:
         )
 
     async def _tried(self, call: Outgoing, once: Callable[[str, dict[str, str]], Awaitable[T]]) -> T:
+        """Make a call in a span of its own, which its callee's is a child of."""
+        span = self._tracer.start(_span_name(call.target), "client")
+        try:
+            return await self._repeated(call, once, span)
+        except BaseException as error:
+            span.failed(error)
+            raise
+        finally:
+            self._tracer.end(span)
+
+    async def _repeated(self, call: Outgoing, once: Callable[[str, dict[str, str]], Awaitable[T]], span: Span) -> T:
         """Try a call as often as the policies allow."""
         target = call.target
         budget = self._budgets.setdefault(target.service, RetryBudget())
         budget.earn()
-        headers = self._headers(call)
+        headers = self._headers(call, span)
         tried = 0
         failed: set[str] = set()
         began = self._clock.monotonic()
         while True:
             call.deadline.check()
             tried += 1
+            span.attributes["octollm.attempts"] = tried
             try:
-                result = await self._try(call, once, headers, failed)
+                result = await self._try(call, once, headers, failed, span)
             except OctoError as error:
                 self._count(target, error.code)
                 failure = _failure(error)
@@ -199,10 +213,12 @@ class Caller:
         once: Callable[[str, dict[str, str]], Awaitable[T]],
         headers: dict[str, str],
         failed: set[str],
+        span: Span,
     ) -> T:
         """Try a call once, at an instance that has not ``failed`` it where there is one."""
         instance = self._pick(call.target.service, failed)
         breaker = self._breakers[instance]
+        span.attributes["octollm.instance"] = instance
         headers["X-Timeout-Ms"] = call.deadline.header()
         try:
             result = await once(instance + call.target.path, dict(headers))
@@ -234,13 +250,13 @@ class Caller:
             retry_after=wait,
         )
 
-    def _headers(self, call: Outgoing) -> dict[str, str]:
+    def _headers(self, call: Outgoing, span: Span) -> dict[str, str]:
         scene = current_scene()
         headers = {
             "Authorization": f"Bearer {call.bearer}",
             "X-Request-ID": "req-" + self._ids.hex(),
             "X-Correlation-ID": scene.correlation_id or "corr-" + self._ids.hex(),
-            "traceparent": (scene.trace or new_trace()).traceparent,
+            "traceparent": span.trace.traceparent,
             **call.headers,
         }
         if call.body is not None:
@@ -251,6 +267,11 @@ class Caller:
 
     def _count(self, target: Target, outcome: str) -> None:
         self._metrics.calls.labels(self._service, target.service, target.operation, outcome).inc()
+
+
+def _span_name(target: Target) -> str:
+    named = target.operation.startswith(f"{target.service}.")
+    return target.operation if named else f"{target.service}.{target.operation}"
 
 
 class _Told:

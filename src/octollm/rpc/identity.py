@@ -26,6 +26,8 @@ from octollm.rpc.caller import Caller, Outgoing, Target
 REFRESH_SECONDS = 60.0
 PLACED_SECONDS = 10.0
 """An arm of one's own comes and goes, so what is known of one is asked for again so soon."""
+AGAIN_SECONDS = 1.0
+"""At most so often the directory is read for a name that is not in it: anybody can make one up."""
 
 
 class DirectoryAnswer(msgspec.Struct, frozen=True):
@@ -48,8 +50,7 @@ class Directory:
 
     async def thumbprint(self, service: str) -> str:
         """Return the thumbprint of a key of ``service``; raise ``authority_missing`` when it has none."""
-        if self._is_old(service):
-            await self._refresh(service)
+        await self._read_if_older(self._oldest(service))
         entry = self._entries.get(service)
         if entry is None or not entry.jkts:
             raise OctoError(f"No service {service} is registered.", code="authority_missing")
@@ -60,25 +61,35 @@ class Directory:
         entry = self._entries.get(service)
         return entry.urls if entry is not None else ()
 
-    def _is_old(self, service: str) -> bool:
-        entry = self._entries.get(service)
-        age = self._clock.monotonic() - self._fetched_at
-        # Only arms of one's own have addresses here, or will have.
-        known_by_setting = entry is not None and service in SERVICES
-        return entry is None or age > (REFRESH_SECONDS if known_by_setting else PLACED_SECONDS)
+    async def entries(self, *, fresh: bool = False) -> Mapping[str, DirectoryEntry]:
+        """Return every registered service; ``fresh`` for one who lacks what the last reading had."""
+        await self._read_if_older(AGAIN_SECONDS if fresh else REFRESH_SECONDS)
+        return self._entries
 
-    async def _refresh(self, service: str) -> None:
-        async with self._lock:
-            if self._clock.monotonic() - self._fetched_at < 1.0 or not self._is_old(service):
-                return
-            call = Outgoing(
-                Target("orchestrator", "directory", "GET", "/directory", "safe"),
-                self._signer.svc_token("orchestrator"),
-                Deadline.after(self._clock, 10),
-            )
-            answer = await self._caller.answer(call, DirectoryAnswer)
-            self._entries = verify_directory(answer.directory, self._roots, self._clock)
-            self._fetched_at = self._clock.monotonic()
+    def _oldest(self, service: str) -> float:
+        """Return how old what is known of a service may be: only arms of one's own come and go."""
+        if service not in self._entries:
+            return AGAIN_SECONDS
+        return REFRESH_SECONDS if service in SERVICES else PLACED_SECONDS
+
+    async def _read_if_older(self, oldest: float) -> None:
+        if self._age() > oldest:
+            async with self._lock:
+                if self._age() > oldest:
+                    await self._read()
+
+    def _age(self) -> float:
+        return self._clock.monotonic() - self._fetched_at
+
+    async def _read(self) -> None:
+        call = Outgoing(
+            Target("orchestrator", "directory", "GET", "/directory", "safe"),
+            self._signer.svc_token("orchestrator"),
+            Deadline.after(self._clock, 10),
+        )
+        answer = await self._caller.answer(call, DirectoryAnswer)
+        self._entries = verify_directory(answer.directory, self._roots, self._clock)
+        self._fetched_at = self._clock.monotonic()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from octollm.capability import CapabilityError, DirectoryEntry, Verifier, verify
 from octollm.clock import Clock
 from octollm.errors import OctoError
 from octollm.rpc.call import Operation
-from octollm.rpc.server import Opened
+from octollm.rpc.identity import Directory
+from octollm.rpc.opened import Opened
 
 _MAY_BE_NEW = frozenset({"service_unknown", "key_mismatch"})
 """Refusals of a service that another replica may have let in a moment ago."""
@@ -85,6 +86,28 @@ class ServiceOpener:
         admitted = operation.scope.split()
         if "*" not in admitted and peer not in admitted:
             raise OctoError(f"{peer} may not do this.", code="scope_missing")
+        return Opened(peer=peer, bearer=bearer)
+
+
+class RegisteredOpener:
+    """Opened by the own token of any service that the orchestrator's directory lists, at a service without the list."""
+
+    def __init__(self, audience: str, directory: Directory, clock: Clock) -> None:
+        self._audience = audience
+        self._directory = directory
+        self._clock = clock
+
+    async def open(self, request: Request, operation: Operation) -> Opened:
+        """Return the service's name. Raises a ``token_*`` code, or what keeps the directory from being read."""
+        del operation
+        bearer = bearer_of(request)
+        try:
+            peer = verify_service(bearer, self._audience, await self._directory.entries(), self._clock)
+        except CapabilityError as error:
+            if error.reason not in ("service_unknown", "key_mismatch"):
+                raise
+            # It may have been registered, or have a new key, since the directory was read.
+            peer = verify_service(bearer, self._audience, await self._directory.entries(fresh=True), self._clock)
         return Opened(peer=peer, bearer=bearer)
 
 

@@ -16,9 +16,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from octollm.capability import Verified
 from octollm.clock import Clock, Ids
-from octollm.context import ID, Scene, new_trace, parse_traceparent, set_scene
+from octollm.context import ID, Scene, parse_traceparent, set_scene
 from octollm.contracts.problems import problem_of
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
@@ -28,10 +27,14 @@ from octollm.rpc.call import Call, Operation, Reply
 from octollm.rpc.decode import decode
 from octollm.rpc.idempotency import IdempotencyStore, KeyOf, body_digest, check_key
 from octollm.rpc.once import Once
+from octollm.rpc.opened import Opened, who_calls
 from octollm.rpc.problems import problem_response
 from octollm.rpc.shapes import encode
 from octollm.rpc.stream import LineStream
-from octollm.telemetry import Log, Metrics
+from octollm.telemetry import Log, Metrics, Span, Tracer
+
+_QUIET = frozenset({"health", "ready", "metrics", "traces.receive"})
+"""Operations whose calls are logged for a developer only."""
 
 
 class Opener(Protocol):
@@ -43,15 +46,6 @@ class Opener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """In whose name a call is: a capability's, or a service's own."""
-
-    verified: Verified | None = None
-    peer: str = ""
-    bearer: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Kit:
     """What every endpoint of one service shares."""
 
@@ -60,6 +54,7 @@ class Kit:
     ids: Ids
     log: Log
     metrics: Metrics
+    tracer: Tracer
     openers: Mapping[str, Opener]
     """By ``Operation.auth``."""
     idempotency: IdempotencyStore | None = None
@@ -107,9 +102,10 @@ class Endpoint:
         started = time.perf_counter()
         request = Request(scope, receive)
         request_id = _id_or_new(request.headers.get("x-request-id"), kit.ids, "req-")
-        trace = (parse_traceparent(request.headers.get("traceparent")) or new_trace()).child()
+        caller = parse_traceparent(request.headers.get("traceparent"))
+        span = kit.tracer.receive(operation.name, caller, sampled=operation.traced)
         correlation_id = _id_or_new(request.headers.get("x-correlation-id"), kit.ids, "corr-")
-        set_scene(Scene(kit.service, request_id, correlation_id, trace))
+        set_scene(Scene(kit.service, request_id, correlation_id, span.trace))
         status = [0]
 
         async def observed(message: Any) -> None:
@@ -130,7 +126,7 @@ class Endpoint:
                 request=request,
                 request_id=request_id,
                 correlation_id=correlation_id,
-                trace=trace,
+                span=span,
                 deadline=Deadline.after(kit.clock, operation.timeout),
             )
             try:
@@ -140,30 +136,44 @@ class Endpoint:
                 else:
                     await self._serve(call, scope, receive, observed)
             except OctoError as error:
+                span.failed(error)
                 if status[0]:
                     raise
                 await problem_response(error, request_id)(scope, receive, observed)
                 if error.code in ("internal", "overloaded"):
                     kit.log.warning("call.refused", operation=operation.name, error=error)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            span.failed(error)
             raise
         except ClientDisconnect:
             status[0] = status[0] or 499
+            span.code, span.message = "cancelled", "The caller went away."
         except Exception as error:  # the outermost boundary of a call: it is logged and answered
+            span.failed(error)
             kit.log.error("call.crashed", operation=operation.name, error=error, where=_where(error))
             if not status[0]:
                 hidden = OctoError("The service failed; its log has the reason under this request id.")
                 await problem_response(hidden, request_id)(scope, receive, observed)
         finally:
-            seconds = time.perf_counter() - started
-            kit.metrics.in_flight.labels(kit.service).dec()
-            kit.metrics.requests.labels(kit.service, operation.name, str(status[0] or 499)).inc()
-            kit.metrics.request_seconds.labels(kit.service, operation.name).observe(seconds)
-            # Probes come every few seconds and say nothing new.
-            write = kit.log.debug if operation.name in ("health", "ready", "metrics") else kit.log.info
-            write(
-                "call.served", operation=operation.name, status=status[0] or 499, duration_ms=round(seconds * 1000, 2)
-            )
+            self._told(span, request_id, status[0] or 499, time.perf_counter() - started)
+
+    def _told(self, span: Span, request_id: str, status: int, seconds: float) -> None:
+        """Count a call, log it and end its span."""
+        kit, name = self._kit, self._operation.name
+        kit.metrics.in_flight.labels(kit.service).dec()
+        kit.metrics.requests.labels(kit.service, name, str(status)).inc()
+        kit.metrics.request_seconds.labels(kit.service, name).observe(seconds)
+        # Some come every few seconds and say nothing new.
+        write = kit.log.debug if name in _QUIET else kit.log.info
+        write("call.served", operation=name, status=status, duration_ms=round(seconds * 1000, 2))
+        if span.trace.sampled:
+            span.attributes |= {
+                "http.request.method": self._operation.method,
+                "http.route": self._operation.path,
+                "http.response.status_code": status,
+                "octollm.request_id": request_id,
+            }
+        kit.tracer.end(span)
 
     async def _serve(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         kit, operation, request = self._kit, self._operation, call.request
@@ -182,11 +192,20 @@ class Endpoint:
             body=body,
             key=check_key(request.headers.get("idempotency-key")),
         )
-        if opened.verified is not None and opened.verified.task is not None:
-            task = opened.verified.task
-            set_scene(
-                Scene(kit.service, call.request_id, call.correlation_id, call.trace, task.task or "", task.step or "")
+        task = None if opened.verified is None else opened.verified.task
+        set_scene(
+            Scene(
+                kit.service,
+                call.request_id,
+                call.correlation_id,
+                call.trace,
+                "" if task is None else task.task,
+                (task and task.step) or "",
+                opened.tenant,
             )
+        )
+        if call.trace.sampled:
+            call.span.attributes |= who_calls(opened)
         value: Any = body
         if operation.body is not None and operation.body is not bytes:
             value = decode(body, operation.body, strict=operation.strict)
@@ -222,10 +241,12 @@ class Endpoint:
                 response = await self._work(call, value)
                 await lines.result(bytes(response.body))
             except OctoError as error:
+                call.span.failed(error)
                 await lines.problem(problem_of(error, call.request_id))
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # the outermost boundary of a streamed call
+                call.span.failed(error)
                 self._kit.log.error("call.crashed", operation=call.operation, error=error, where=_where(error))
                 hidden = OctoError("The service failed; its log has the reason under this request id.")
                 await lines.problem(problem_of(hidden, call.request_id))

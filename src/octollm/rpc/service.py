@@ -16,6 +16,7 @@ from octollm.rpc.call import Operation
 from octollm.rpc.caller import Caller
 from octollm.rpc.discovery import Discovery
 from octollm.rpc.discovery_registry import RegistryDiscovery
+from octollm.rpc.exporting import Exporter, to_monitor
 from octollm.rpc.health import CheckUp, health_operations
 from octollm.rpc.hosting import serving
 from octollm.rpc.http import Http
@@ -24,7 +25,7 @@ from octollm.rpc.idempotency_remote import RemoteIdempotency
 from octollm.rpc.identity import Directory, Identity
 from octollm.rpc.openers import CapabilityOpener, PublicOpener
 from octollm.rpc.server import Kit, Opener, build_app
-from octollm.telemetry import Log, Metrics, log_for
+from octollm.telemetry import Buffer, Log, Metrics, Span, Tracer, log_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,9 @@ class Base:
     metrics: Metrics
     caller: Caller
     directory: Directory
+    tracer: Tracer
+    spans: Buffer[Span]
+    """Ended spans that are yet to be exported."""
 
     @property
     def name(self) -> str:
@@ -54,9 +58,13 @@ class Base:
 def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
     """Return what the service ``identity`` is built on."""
     metrics = Metrics(identity.name)
+    spans = Buffer[Span]()
+    tracer = Tracer(identity.name, identity.clock, spans)
 
     def calling(found: Discovery) -> Caller:
-        return Caller(identity.name, http, found, clock=identity.clock, ids=identity.ids, metrics=metrics)
+        return Caller(
+            identity.name, http, found, clock=identity.clock, ids=identity.ids, metrics=metrics, tracer=tracer
+        )
 
     # The directory is asked of the orchestrator, whose address is set; it knows those of arms of one's own.
     directory = Directory(calling(discovery), identity.signer(), identity.roots, identity.clock)
@@ -71,6 +79,8 @@ def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
         metrics=metrics,
         caller=calling(discovery),
         directory=directory,
+        tracer=tracer,
+        spans=spans,
     )
 
 
@@ -84,6 +94,7 @@ class Service:
     base: Base
     kit: Kit
     app: Starlette
+    exporter: Exporter[Span]
     presence: Presence | None = None
     """Open while the service is served, from before :meth:`serve` yields: an arm is registered for so long."""
 
@@ -93,7 +104,7 @@ class Service:
 
         Those get ``drain`` seconds, and are cancelled then.
         """
-        async with serving(self.app, bound, drain=drain):
+        async with self.exporter.running(), serving(self.app, bound, drain=drain):
             self.base.log.info("service.started", address=str(bound.getsockname()))
             try:
                 async with self.presence() if self.presence is not None else contextlib.nullcontext():
@@ -114,10 +125,12 @@ def build_service(
     max_concurrent: int = 64,
     presence: Presence | None = None,
     draining: asyncio.Event | None = None,
+    tells_export: bool = True,
 ) -> Service:
     """Return the service of ``operations`` with what every service has besides.
 
-    ``draining`` is set when it shuts down; it is passed in by who has long-lived connections to end then.
+    ``draining`` is set when it shuts down; it is passed in by who has long-lived connections to end then. Without
+    ``tells_export`` the export of spans is left out of ``/ready``: for a service whose readiness strangers may ask.
     """
     kit = Kit(
         service=base.name,
@@ -125,6 +138,7 @@ def build_service(
         ids=base.ids,
         log=base.log,
         metrics=base.metrics,
+        tracer=base.tracer,
         openers={
             "public": PublicOpener(),
             "capability": CapabilityOpener(base.identity.verifier()),
@@ -134,5 +148,13 @@ def build_service(
         max_concurrent=max_concurrent,
         draining=draining or asyncio.Event(),
     )
-    own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], checkups or {})
-    return Service(base, kit, build_app(kit, [*own, *operations], extra), presence)
+    exporter = Exporter(
+        base.spans,
+        to_monitor(base.caller, base.identity.signer(), base.clock),
+        name="monitor",
+        log=base.log,
+        metrics=base.metrics,
+    )
+    watched = {**(checkups or {}), **({"traces": exporter.checkup} if tells_export else {})}
+    own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], watched)
+    return Service(base, kit, build_app(kit, [*own, *operations], extra), exporter, presence)

@@ -27,7 +27,7 @@ from octollm.tasks.records import TaskRecord
 from octollm.tasks.schedule import PLANNED_PROGRESS, progress_of, ready_steps, result_of
 from octollm.tasks.step import StepError, StepTools, run_step
 from octollm.tasks.store import TaskStore
-from octollm.telemetry import Log, Metrics
+from octollm.telemetry import Log, Metrics, Span, Tracer
 
 MAX_PARALLEL = 4
 MAX_OUTPUT_IN_EVENT = 4000
@@ -47,6 +47,7 @@ class RunnerTools:
     clock: Clock
     log: Log
     metrics: Metrics
+    tracer: Tracer
     allowed: Callable[[TaskRecord], Awaitable[ScopeSet]]
     arms: Callable[[str], Awaitable[tuple[ArmInfo, ...]]]
     """What the planner is told of the arms of a tenant."""
@@ -63,9 +64,15 @@ class TaskRunner:
         self._within: dict[str, float] = {}
         self._done: set[str] = set()
         self._told = task.progress
+        self._span: Span | None = None
 
     async def run(self) -> None:
         """Run the task to its end and record that. Only ``fence_lost`` and cancellation leave it open."""
+        with self._tools.tracer.span("task") as self._span:
+            self._span.attributes["octollm.run"] = self._task.run
+            await self._run_to_end()
+
+    async def _run_to_end(self) -> None:
         tools = self._tools
         deadline = Deadline.after(tools.clock, self._seconds_left())
         try:
@@ -131,8 +138,9 @@ class TaskRunner:
             if line.type == "token":
                 text.add(line.text, reset=line.reset)
 
-        async with text:
-            return await calls.plan(request, deadline, on_line)
+        with self._tools.tracer.span("plan"):
+            async with text:
+                return await calls.plan(request, deadline, on_line)
 
     async def _replan(self, plan: Plan, calls: TaskCalls, deadline: Deadline, failed: StepError) -> Plan:
         """Return a plan for the rest, once; raise ``failed`` when there is none but the same again."""
@@ -156,7 +164,9 @@ class TaskRunner:
         records = {record.step: record for record in await tools.store.steps(task.task_id)}
         results = {name: record.result for name, record in records.items() if record.result is not None}
         self._done = {name for name in results if records[name].status == "completed"}
-        step_tools = StepTools(tools.store, tools.stream, calls, tools.clock, tools.log, self._progress(plan))
+        step_tools = StepTools(
+            tools.store, tools.stream, calls, tools.clock, tools.log, tools.tracer, self._progress(plan)
+        )
         running: dict[asyncio.Task[ExecuteResult], PlanStep] = {}
         begun: set[str] = set()
         try:
@@ -223,6 +233,8 @@ class TaskRunner:
     async def fail(self, error: OctoError) -> None:
         """Record that the task failed, and why."""
         tools, task = self._tools, self._task
+        if self._span is not None:
+            self._span.failed(error)
         reasons = error.reasons if isinstance(error, StepError) else ()
         faults = tuple(FieldFault(fault.pointer, fault.detail) for fault in error.faults)
         reason = Reason(error.code, error.detail, reasons, faults)

@@ -19,7 +19,7 @@ from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import StepRecord, TaskRecord
 from octollm.tasks.schedule import estimate_within
 from octollm.tasks.store import TaskStore
-from octollm.telemetry import Log
+from octollm.telemetry import Log, Tracer
 
 DEFAULT_RETRIES = 1
 MAX_OUTPUT_IN_EVENT = 2000
@@ -63,6 +63,7 @@ class StepTools:
     calls: TaskCalls
     clock: Clock
     log: Log
+    tracer: Tracer
     on_progress: Callable[[str, float], Awaitable[None]]
 
 
@@ -78,6 +79,19 @@ async def run_step(
 
     A step that was begun by an earlier run goes on with the attempt that it was at.
     """
+    with tools.tracer.span(f"step {spec.id}") as span:
+        span.attributes |= {"octollm.arm": spec.arm, "octollm.title": spec.title}
+        return await _run_attempts(tools, task, spec, record, inputs, deadline)
+
+
+async def _run_attempts(
+    tools: StepTools,
+    task: TaskRecord,
+    spec: PlanStep,
+    record: StepRecord,
+    inputs: Mapping[str, str],
+    deadline: Deadline,
+) -> ExecuteResult:
     retries = task.contract.budget.max_retries
     last = 1 + (DEFAULT_RETRIES if retries is None else retries)
     attempt = max(1, record.attempt)
@@ -87,12 +101,14 @@ async def run_step(
         await _begin(tools, task, spec, attempt)
         code = "not_accepted"
         try:
-            result, length = await _execute(tools, task, spec, contract, attempt, deadline)
-            verdict = await _judge(tools, spec, contract, result, attempt, deadline)
-            if verdict.accepted:
-                await _complete(tools, task, spec, result, verdict, attempt, length)
-                return result
-            reasons = verdict.reasons or ("The judge did not accept the result and gave no reason.",)
+            with tools.tracer.span(f"attempt {attempt}") as span:
+                result, length = await _execute(tools, task, spec, contract, attempt, deadline)
+                verdict = await _judge(tools, spec, contract, result, attempt, deadline)
+                if verdict.accepted:
+                    await _complete(tools, task, spec, result, verdict, attempt, length)
+                    return result
+                reasons = verdict.reasons or ("The judge did not accept the result and gave no reason.",)
+                span.code, span.message = code, reasons[0]
         except OctoError as error:
             if error.code in ("fence_lost", "cancelled"):
                 raise
@@ -152,7 +168,10 @@ async def _judge(
         """Ignore a line: a verdict is told whole, the stream only keeps the connection alive."""
 
     request = AcceptRequest(spec.goal, result, spec.acceptance_criteria, contract.context.files)
-    return await tools.calls.accept(request, deadline, step=spec.id, attempt=attempt, on_line=ignore)
+    with tools.tracer.span("accept") as span:
+        verdict = await tools.calls.accept(request, deadline, step=spec.id, attempt=attempt, on_line=ignore)
+        span.attributes |= {"octollm.accepted": verdict.accepted, "octollm.score": verdict.score}
+        return verdict
 
 
 async def _complete(

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
-from octollm.context import Scene, new_trace, parse_traceparent, set_scene
+from octollm.context import Scene, parse_traceparent, set_scene
 from octollm.errors import OctoError
 from octollm.tasks.claims import Claims
 from octollm.tasks.leases import Leases
@@ -129,8 +129,9 @@ class Worker:
         self._news.set()
 
     async def _work(self, task: TaskRecord) -> None:
-        trace = (parse_traceparent(task.traceparent) or new_trace()).child()
-        set_scene(Scene(self._service, "", task.correlation_id, trace, task.task_id))
+        # A run that takes over goes on in the trace that the task was submitted in.
+        trace = parse_traceparent(task.traceparent)
+        set_scene(Scene(self._service, "", task.correlation_id, trace, task.task_id, tenant=task.tenant))
         gauge = self._tools.metrics.tasks_running
         gauge.inc()
         try:

@@ -65,6 +65,12 @@ class Metrics:
             ["language", "outcome"],
             registry=registry,
         )
+        self.spans = Counter(
+            "octollm_spans_total",
+            "Spans that were exported, or dropped because nobody took them in time.",
+            ["to", "outcome"],
+            registry=registry,
+        )
 
     def text(self) -> bytes:
         """Return the exposition."""

@@ -4,7 +4,6 @@ import msgspec
 import pytest
 
 from octollm.config import read_settings
-from octollm.contracts.problems import Problem
 from octollm.contracts.services import SERVICES
 from octollm.events import EventBus
 from octollm.services.monitor.service import monitor_service
@@ -69,13 +68,6 @@ async def test_events_are_heard(watched) -> None:
     await wait_until(heard, description="the event is heard")
     metrics = (await house.send("monitor", "GET", "/metrics")).body.decode()
     assert 'octollm_events_total{event_type="breaker.opened"} 1.0' in metrics
-
-
-async def test_traces_are_not_configured(watched) -> None:
-    house, _ = watched
-    for method, path in (("GET", "/traces"), ("POST", "/v1/traces")):
-        answer = await house.send("monitor", method, path, token=house.token("monitor:read"))
-        assert (answer.status, msgspec.json.decode(answer.body, type=Problem).code) == (404, "not_configured")
 
 
 async def test_the_wrong_token_is_refused(watched) -> None:

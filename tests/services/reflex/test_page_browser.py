@@ -159,3 +159,28 @@ async def test_everything_has_a_name_and_fits_a_phone(door: Doorway, tab: Tab) -
     assert len(controls) >= 6
     assert nameless == []
     assert await tab.run("document.querySelectorAll('[aria-live=polite]').length") == 1
+
+
+async def test_where_the_time_went_is_shown_as_text_and_bars(door: Doorway, tab: Tab) -> None:
+    prepare(door)
+    whole = {"trace_id": "t", "start": 100.0, "duration_ms": 2000.0, "code": "", "message": "", "attributes": {}}
+    call = {**whole, "span_id": "b", "parent_id": "a", "service": "orchestrator", "name": "x", "kind": "client"}
+    served = {**whole, "span_id": "c", "parent_id": "b", "service": "coder", "kind": "server", "code": "not_accepted"}
+    spans = [
+        {**whole, "span_id": "a", "parent_id": "", "service": "orchestrator", "name": "task", "kind": "internal"},
+        call,
+        {**served, "name": "<b>execute</b>"},
+        {**served, "span_id": "d", "parent_id": "a", "code": "", "name": "kept", "attributes": {"octollm.peer": "x"}},
+    ]
+    door.script.answers["GET", f"/tasks/{TASK}/trace"] = json_answer({"task_id": TASK, "spans": spans})
+    await door.script.emit("task.accepted", goal="a goal", progress=0)
+    await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))
+    panel = "[...document.querySelectorAll('details')].find((d) => d.textContent.includes('Where the time went'))"
+    await tab.until(panel, "the panel is there")
+    await tab.run(f"{panel}.open = true")
+    await tab.until("document.querySelectorAll('.trace li').length === 2", "a call and its serving are one line")
+    assert await tab.run("[...document.querySelectorAll('.trace .what')].map((e) => e.innerText).join('; ')") == (
+        "orchestrator task; coder <b>execute</b> · not_accepted"
+    )
+    assert await tab.run("document.querySelector('.trace .when i').style.width") == "100%"
+    assert troubles(tab) == []

@@ -30,7 +30,7 @@ from octollm.rpc.idempotency import NestedKeys
 from octollm.services.models.budget import Budget
 from octollm.services.models.holder import ModelHolder
 from octollm.services.models.wire import Answer, Spent
-from octollm.telemetry import Metrics
+from octollm.telemetry import Metrics, Span, Tracer
 
 OnText = Callable[[str], Awaitable[None]]
 
@@ -50,6 +50,7 @@ class _Progress:
 
     parts: list[str] = field(default_factory=list[str])
     final: Final | None = None
+    used: Usage = field(default_factory=Usage)
 
     @property
     def text(self) -> str:
@@ -68,6 +69,7 @@ class Answering:
         clock: Clock,
         ids: Ids,
         metrics: Metrics,
+        tracer: Tracer,
     ) -> None:
         self._holder = holder
         self._budget = budget
@@ -75,6 +77,7 @@ class Answering:
         self._clock = clock
         self._ids = ids
         self._metrics = metrics
+        self._tracer = tracer
 
     async def answer(self, call: Call, request: ChatRequest, on_text: OnText) -> Answer:
         """Answer a call within its deadline; ``on_text`` is awaited with each piece.
@@ -108,6 +111,7 @@ class Answering:
         )
         journaled = bytes(reserved.journal)
         if journaled != b"null":
+            call.span.attributes["octollm.replayed"] = True
             return await _replay(journaled, on_text), None
         return await self._generate(request, model, reserved, prompt, on_text)
 
@@ -117,18 +121,38 @@ class Answering:
         granted = reserved.max_completion_tokens
         progress = _Progress()
         try:
-            await _run(model, _limited(request, granted), progress, on_text)
-        except BaseException as error:
-            usage = self._upper_bound(error, progress, prompt, granted)
-            self._count(model.name, usage)
-            self._budget.settle(reserved.reservation, usage)
+            with self._tracer.span(f"model {model.name}", "client") as span:
+                await self._write(_limited(request, granted), model, progress, on_text, span, prompt)
+        except BaseException:
+            self._budget.settle(reserved.reservation, progress.used)
             raise
         assert progress.final is not None
         answer = self._answer(model.name, progress.text, progress.final)
-        spent = answer.usage
-        usage = Usage(spent.prompt_tokens, spent.completion_tokens, spent.cost_usd)
-        self._count(model.name, usage)
-        return answer, self._budget.settle(reserved.reservation, usage, msgspec.Raw(msgspec.json.encode(answer)))
+        return answer, self._budget.settle(
+            reserved.reservation, progress.used, msgspec.Raw(msgspec.json.encode(answer))
+        )
+
+    async def _write(
+        self, request: ChatRequest, model: ChatModel, progress: _Progress, on_text: OnText, span: Span, prompt: int
+    ) -> None:
+        """Have the model write; however that ends, ``progress`` has what it used, and so have metrics and span."""
+        began = self._clock.monotonic()
+
+        async def heard(text: str) -> None:
+            if not progress.parts[1:]:
+                span.attributes["octollm.first_token_ms"] = round((self._clock.monotonic() - began) * 1000, 1)
+            await on_text(text)
+
+        try:
+            await _run(model, request, progress, heard)
+            assert progress.final is not None
+            tokens = progress.final.usage
+            progress.used = Usage(tokens.prompt_tokens, tokens.completion_tokens, cost_usd(model.name, tokens) or 0.0)
+        except BaseException as error:
+            progress.used = self._upper_bound(error, progress, prompt, request.completion_limit or 0)
+            raise
+        finally:
+            self._count(model.name, progress.used, span)
 
     def _upper_bound(self, error: BaseException, progress: _Progress, prompt: int, granted: int) -> Usage:
         """Return the most that a call which was cut off can have used.
@@ -149,7 +173,14 @@ class Answering:
         choice = ChatChoice(AnswerMessage(text, tool_calls=final.tool_calls or UNSET), final.finish_reason)
         return Answer("chatcmpl-" + self._ids.hex(), int(self._clock.now()), model, (choice,), spent)
 
-    def _count(self, model: str, usage: Usage) -> None:
+    def _count(self, model: str, usage: Usage, span: Span) -> None:
+        # Names of OpenTelemetry's semantic conventions, where there are any.
+        span.attributes |= {
+            "gen_ai.request.model": model,
+            "gen_ai.usage.input_tokens": usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": usage.completion_tokens,
+            "octollm.cost_usd": usage.cost_usd,
+        }
         self._metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
         self._metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
 

@@ -65,6 +65,7 @@ def build_models(base: Base, settings: Settings, holder: ModelHolder, budget: Bu
         clock=base.clock,
         ids=base.ids,
         metrics=base.metrics,
+        tracer=base.tracer,
     )
     handlers = _Handlers(base, holder, answering)
     return build_service(base, handlers.operations(), checkups={"model": holder.checkup})

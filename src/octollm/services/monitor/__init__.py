@@ -1,4 +1,4 @@
-"""Watching the services: who answers, since when, and what events say of them.
+"""Watching the services: who answers, since when, what events say of them; and the spans of their work, by task.
 
-It keeps a bounded history in memory and changes nothing. Traces are not received here yet.
+It keeps a bounded history of health in memory and a bounded number of spans in SQL, and changes nothing elsewhere.
 """

@@ -19,7 +19,6 @@ NOT_CONFIGURED = (
     ("GET", "/dead-letters", "events:read", "Durable subscriptions and their dead letters"),
     ("GET", "/audit", "audit:read", "Reading the audit trail"),
     ("POST", "/tasks/{task_id}/approval", "tasks:approve", "Approval by a person"),
-    ("GET", "/tasks/{task_id}/trace", "tasks:read", "The store of traces"),
 )
 
 

@@ -34,6 +34,7 @@ from octollm.services.orchestrator.revoking import Revoking
 from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.services.orchestrator.tasks_api import TasksApi
 from octollm.services.orchestrator.tokens_api import TokensApi
+from octollm.services.orchestrator.traces import Traces
 from octollm.storage import Database, Keys, RedisClient, TextStream, open_database
 from octollm.storage.migrations import database_url, service_database
 from octollm.tasks.authority import TaskAuthority
@@ -96,6 +97,7 @@ async def orchestrator_service(
             clock=base.clock,
             log=base.log,
             metrics=base.metrics,
+            tracer=base.tracer,
             allowed=_allowed(accounts),
             arms=registry.arms,
             documents=_documents(files),
@@ -128,6 +130,7 @@ async def orchestrator_service(
             clock=base.clock,
             ids=base.ids,
             announce_cancel=announce_cancel,
+            traces=Traces(base.caller, minter, base.clock),
         )
         tokens_api = TokensApi(
             db=db,

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from octollm.clock import Clock, Ids
 from octollm.contracts.api import EventList, SavedTexts, TaskList, TaskView
 from octollm.contracts.task import TaskContract
+from octollm.contracts.traces import TraceView
 from octollm.errors import OctoError
 from octollm.rpc.call import Call, Operation, Reply
 from octollm.rpc.idempotency import KeyOf
@@ -21,9 +22,11 @@ from octollm.services.orchestrator.intake import Defaults, check_contract, check
 from octollm.services.orchestrator.parameters import integer, word
 from octollm.services.orchestrator.registry import Registry
 from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.traces import Traces
 from octollm.storage import Transaction
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.tasks.worker import Worker
+from octollm.telemetry.spans import TASK
 
 MAX_TASK_BODY = 1024 * 1024
 """Bytes of a submission. Short texts of files may be given in place; larger files are stored first."""
@@ -45,6 +48,7 @@ class TasksApi:
     clock: Clock
     ids: Ids
     announce_cancel: Callable[[str], Awaitable[None]]
+    traces: Traces
 
     async def submit(self, call: Call, contract: TaskContract) -> Reply:
         """Check a task, store it and wake the worker. A key whose task was stored already leads to that task."""
@@ -78,6 +82,7 @@ class TasksApi:
             ),
             also,
         )
+        call.span.attributes[TASK] = task_id
         self.worker.wake()
         view = await self.store.view(task_id, principal.tenant)
         return Reply(view, 201, {"Location": f"/tasks/{task_id}"})
@@ -123,6 +128,12 @@ class TasksApi:
         """Return what the steps have written, as last saved."""
         return await self.store.texts(call.path["task_id"], call.tenant)
 
+    async def trace(self, call: Call, _body: object) -> TraceView:
+        """Return the spans of a task, as the monitor has them."""
+        task_id = call.path["task_id"]
+        await self.store.view(task_id, call.tenant)
+        return await self.traces.of_task(call.authority.principal, task_id, call.deadline)
+
     async def artifact(self, call: Call, _body: object) -> Response:
         """Return the bytes of a file that the task made."""
         view = await self.store.view(call.path["task_id"], call.tenant)
@@ -150,6 +161,7 @@ class TasksApi:
                 status=201,
                 strict=True,
                 max_body=MAX_TASK_BODY,
+                traced=True,
                 summary="Submit a task.",
             ),
             Operation("tasks.list", "GET", "/tasks", self.list, scope=read, answer=TaskList, summary="List tasks."),
@@ -182,6 +194,15 @@ class TasksApi:
                 scope=read,
                 answer=SavedTexts,
                 summary="What the steps have written.",
+            ),
+            Operation(
+                "tasks.trace",
+                "GET",
+                "/tasks/{task_id}/trace",
+                self.trace,
+                scope=read,
+                answer=TraceView,
+                summary="The spans of every service that worked on the task.",
             ),
             Operation(
                 "tasks.artifact",

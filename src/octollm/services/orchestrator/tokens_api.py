@@ -53,7 +53,7 @@ class TokensApi:
             raise
         scopes = door_scopes(account)
         token = self.minter.access(account.principal, "orchestrator", scopes, DOOR_SECONDS)
-        return TokenAnswer(token, DOOR_SECONDS, str(scopes))
+        return TokenAnswer(token, DOOR_SECONDS, str(scopes), tenant=account.principal.tenant)
 
     async def by_hand(self, call: Call, body: TokenRequest) -> TokenAnswer:
         """Make a token for direct calls: it stands for a task of its own with a budget, which ends with it."""

@@ -8,7 +8,7 @@ from starlette.requests import HTTPConnection, Request
 
 from octollm.errors import OctoError
 from octollm.rpc.call import Operation
-from octollm.rpc.server import Opened
+from octollm.rpc.opened import Opened
 from octollm.services.reflex.addresses import OurNames
 from octollm.services.reflex.doorstep import port_of
 from octollm.services.reflex.exchange import Exchange, digest_of
@@ -49,6 +49,10 @@ class Door:
             self._metrics.screened.labels(error.code).inc()
             raise
 
+    def tenant(self, credential: str) -> str:
+        """Return the tenant of a caller who was admitted, as the orchestrator named it."""
+        return self._exchange.tenant(credential)
+
     async def count(self, credential: str) -> None:
         """Count one more call of a caller who was admitted; raises ``rate_limited``."""
         await self._rate.hit(f"key:{digest_of(credential)}")
@@ -87,4 +91,5 @@ class DoorOpener:
     async def open(self, request: Request, operation: Operation) -> Opened:
         """Return the caller's credential as the bearer of the call."""
         del operation
-        return Opened(bearer=await self._door.admit(request))
+        credential = await self._door.admit(request)
+        return Opened(bearer=credential, door_tenant=self._door.tenant(credential))

@@ -34,6 +34,7 @@ def digest_of(secret: str) -> str:
 @dataclass(frozen=True, slots=True)
 class _Held:
     token: str = field(repr=False)
+    tenant: str
     until: float
 
 
@@ -69,6 +70,11 @@ class Exchange:
             asking.add_done_callback(lambda done: self._asked(digest, done))
         # One who asked goes away; the others still wait for the answer.
         return (await asyncio.shield(asking)).token
+
+    def tenant(self, secret: str) -> str:
+        """Return the tenant of a credential that was exchanged a short while ago; empty when it was not."""
+        held = self._held.get(digest_of(secret))
+        return "" if held is None else held.tenant
 
     def drop(self, secret: str) -> None:
         """Forget the token of a credential: it was refused."""
@@ -109,4 +115,4 @@ class Exchange:
                 ) from error
             raise
         lifetime = min(float(answer.expires_in), MAX_HELD_SECONDS)
-        return _Held(answer.access_token, asked_at + max(lifetime - MARGIN_SECONDS, lifetime / 2))
+        return _Held(answer.access_token, answer.tenant, asked_at + max(lifetime - MARGIN_SECONDS, lifetime / 2))

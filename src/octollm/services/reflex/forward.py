@@ -40,12 +40,14 @@ class PublicPath:
     query: tuple[str, ...] = ()
     to: str = ""
     """The orchestrator's path, where it is another one."""
+    traced: bool = False
+    """What comes without a trace begins one: every task has its trace."""
     file: bool = False
     """The body is a file's bytes, or the answer is."""
 
 
 PUBLIC: tuple[PublicPath, ...] = (
-    PublicPath("tasks.submit", "POST", "/tasks", "Submit a task.", "repeatable"),
+    PublicPath("tasks.submit", "POST", "/tasks", "Submit a task.", "repeatable", traced=True),
     PublicPath("tasks.list", "GET", "/tasks", "List tasks.", query=("limit", "cursor", "status")),
     PublicPath("tasks.read", "GET", "/tasks/{task_id}", "One task."),
     PublicPath("tasks.cancel", "POST", "/tasks/{task_id}/cancel", "Cancel a task.", "repeatable"),
@@ -105,6 +107,7 @@ class Forward:
             body=bytes if public.method == "POST" else None,
             max_body=(MAX_FILE_BYTES if public.file else MAX_JSON) if public.method == "POST" else 0,
             limited=not stream,
+            traced=public.traced,
             timeout=FOLLOW_SECONDS if stream else 60.0,
             summary=public.summary,
         )

@@ -57,6 +57,7 @@ async def reflex_service(
         clock=base.clock,
         ids=base.ids,
         metrics=base.metrics,
+        tracer=base.tracer,
         retry=DoorRetry(),
     )
     exchange = Exchange(caller, base.identity.signer(), base.clock)
@@ -88,6 +89,7 @@ async def reflex_service(
             checkups=checkups,
             extra=[page_route(), *Sockets(watching, base.ids, base.log).routes()],
             draining=draining,
+            tells_export=loopback_only,
         )
         service.app.add_middleware(
             Doorstep, ours=ours, ids=base.ids, metrics=base.metrics, probes_by_address=not loopback_only

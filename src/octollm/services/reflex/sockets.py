@@ -145,7 +145,7 @@ class Sockets:
     def _set_scene(self, websocket: WebSocket) -> None:
         given = websocket.headers.get("x-correlation-id", "")
         correlation_id = given if ID.fullmatch(given) else "corr-" + self.ids.hex()
-        trace = (parse_traceparent(websocket.headers.get("traceparent")) or new_trace()).child()
+        trace = parse_traceparent(websocket.headers.get("traceparent")) or new_trace()
         set_scene(Scene("reflex", "req-" + self.ids.hex(), correlation_id, trace))
 
 

@@ -17,7 +17,7 @@ from octollm.errors import OctoError
 from octollm.storage.database import Database
 from octollm.storage.failures import translated
 
-Service = Literal["orchestrator", "memory"]
+Service = Literal["orchestrator", "memory", "monitor"]
 """A service that has SQL."""
 
 VERSION_TABLE = "schema_version"

@@ -2,9 +2,9 @@
 
 Each service has a ``MetaData`` of its own; no service opens another's tables. Changes come with a migration.
 
-``MEMORY`` has documents, facts and passages; every other table is of ``ORCHESTRATOR``. Times are epoch seconds
-(UTC), money is US dollars, ids are text. JSON columns take msgspec Structs and
-give plain Python values.
+``MEMORY`` has documents, facts and passages, ``MONITOR`` spans; every other table is of ``ORCHESTRATOR``.
+Times are epoch seconds (UTC), money is US dollars, ids are text. JSON columns take msgspec Structs and give plain
+Python values.
 """
 
 from octollm.storage.tables.access import api_keys, arms, audit, revocations
@@ -13,10 +13,12 @@ from octollm.storage.tables.columns import ORCHESTRATOR
 from octollm.storage.tables.events import channels, events, relay_state, subjects
 from octollm.storage.tables.joins import admissions, arm_instances, arm_keys, join_nonces, joins
 from octollm.storage.tables.memory import MEMORY, documents, facts, passages, passages_fts
+from octollm.storage.tables.monitor import MONITOR, spans
 from octollm.storage.tables.tasks import files, steps, task_files, tasks
 
 __all__ = [
     "MEMORY",
+    "MONITOR",
     "ORCHESTRATOR",
     "admissions",
     "api_keys",
@@ -39,6 +41,7 @@ __all__ = [
     "relay_state",
     "reservations",
     "revocations",
+    "spans",
     "steps",
     "subjects",
     "task_files",

@@ -19,7 +19,7 @@ from octollm.services.arms.executor.opening import RunnerHolder
 from octollm.services.arms.executor.probe import choose_sandbox
 from octollm.services.arms.executor.sandbox import Sandbox
 from octollm.services.arms.executor.work import run_of, sql_file, told
-from octollm.telemetry import Metrics
+from octollm.telemetry import Metrics, Tracer
 
 MAX_FILES = 64
 """Files of one run."""
@@ -42,7 +42,7 @@ class HttpAnswer(msgspec.Struct, frozen=True):
     body: str
 
 
-def executor_arm(holder: RunnerHolder, metrics: Metrics) -> Arm:
+def executor_arm(holder: RunnerHolder, metrics: Metrics, tracer: Tracer) -> Arm:
     """Return the executor over its sandbox."""
     arm = Arm.built_in(
         "executor",
@@ -55,7 +55,7 @@ def executor_arm(holder: RunnerHolder, metrics: Metrics) -> Arm:
     @arm.operation("run")
     async def run(request: RunRequest, ctx: Context) -> RunResult:
         """Run a program or a query."""
-        return await run_in_sandbox(request, ctx, holder, metrics)
+        return await run_in_sandbox(request, ctx, holder, metrics, tracer)
 
     @arm.operation("execute")
     async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
@@ -63,7 +63,7 @@ def executor_arm(holder: RunnerHolder, metrics: Metrics) -> Arm:
         files = task.context.files
         query = sql_file(files)
         request = run_of(files, None if query is None else await file_text(ctx, query))
-        result = await run_in_sandbox(request, ctx, holder, metrics)
+        result = await run_in_sandbox(request, ctx, holder, metrics, tracer)
         output, evidence = told(request, result)
         await ctx.emit(output)
         return ExecuteResult(output=output, artifacts=await _artifacts(result, ctx), evidence=evidence)
@@ -78,7 +78,9 @@ def executor_arm(holder: RunnerHolder, metrics: Metrics) -> Arm:
     return arm
 
 
-async def run_in_sandbox(request: RunRequest, ctx: Context, holder: RunnerHolder, metrics: Metrics) -> RunResult:
+async def run_in_sandbox(
+    request: RunRequest, ctx: Context, holder: RunnerHolder, metrics: Metrics, tracer: Tracer
+) -> RunResult:
     """Fetch the files of a run and run it. Raises ``no_sandbox``, what reading a file and what the runner raise."""
     if len(request.files) > MAX_FILES:
         raise OctoError(f"A run takes at most {MAX_FILES} files.", code="file_invalid")
@@ -89,7 +91,13 @@ async def run_in_sandbox(request: RunRequest, ctx: Context, holder: RunnerHolder
     files = {file.name: await ctx.artifacts.read(file) for file in request.files}
     outcome = "failed"
     try:
-        result = await runner.run(request, files)
+        with tracer.span(f"sandbox {request.language}") as span:
+            result = await runner.run(request, files)
+            span.attributes |= {
+                "octollm.sandbox": result.sandbox,
+                "process.exit.code": result.exit_code,
+                "octollm.limit": result.reason,
+            }
         outcome = result.reason or ("ok" if result.exit_code == 0 else "error")
         return result
     finally:
@@ -125,6 +133,6 @@ async def executor_service(
     holder = RunnerHolder(choose or by_settings, clock=base.clock, log=base.log)
     holder.begin()
     try:
-        yield build_arm(executor_arm(holder, base.metrics), base, checkups={"sandbox": holder.checkup})
+        yield build_arm(executor_arm(holder, base.metrics, base.tracer), base, checkups={"sandbox": holder.checkup})
     finally:
         await holder.aclose()

@@ -1,0 +1,164 @@
+"""A task's spans as a tree for a reader: what was done by whom, when, and where the time went. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from octollm.contracts.traces import SpanView
+
+LOST = "its caller left no span"
+
+
+@dataclass(slots=True)
+class Node:
+    """A span and what was done within it, by start."""
+
+    span: SpanView
+    children: list[Node] = field(default_factory=list["Node"])
+    lost: bool = False
+    """Its caller left no span: the process that would have told of it died, or has not told yet."""
+
+    @property
+    def end(self) -> float:
+        """Return when it ended, in seconds since the epoch."""
+        return self.span.start + self.span.duration_ms / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line: ``start`` is in seconds from the first span's, ``seconds`` how long it took."""
+
+    depth: int
+    service: str
+    name: str
+    start: float
+    seconds: float
+    notes: tuple[str, ...] = ()
+    failure: str = ""
+
+
+def tree_of(spans: Sequence[SpanView]) -> list[Node]:
+    """Return the roots, by start; those whose caller is missing are put below the first."""
+    nodes = [Node(span) for span in sorted(spans, key=lambda span: (span.start, -span.duration_ms))]
+    by_id: dict[str, Node] = {}
+    for node in nodes:
+        by_id.setdefault(node.span.span_id, node)
+    roots: list[Node] = []
+    for node in nodes:
+        parent = by_id.get(node.span.parent_id)
+        if parent is not None and parent is not node and not _is_below(parent, node):
+            parent.children.append(node)
+        else:
+            node.lost = bool(node.span.parent_id)
+            roots.append(node)
+    first, rest = roots[:1], roots[1:]
+    for node in list(rest):
+        if node.lost:
+            first[0].children.append(node)
+            rest.remove(node)
+    return first + rest
+
+
+def _is_below(node: Node, other: Node) -> bool:
+    return any(each is node for each in _all(other))
+
+
+def _all(node: Node) -> Iterator[Node]:
+    waiting = [node]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting += found.children
+
+
+def rows_of(roots: Sequence[Node], *, everything: bool) -> tuple[list[Row], int]:
+    """Return the lines, and how many calls of the services' own bookkeeping were left out of them.
+
+    A call and its serving are one line, as long as the call. ``everything`` leaves nothing out.
+    """
+    if not roots:
+        return [], 0
+    zero = min(root.span.start for root in roots)
+    rows: list[Row] = []
+    hidden = 0
+    waiting = [(root, 0) for root in reversed(roots)]
+    while waiting:
+        node, depth = waiting.pop()
+        served = node
+        if node.span.kind == "client" and len(node.children) == 1 and node.children[0].span.kind == "server":
+            [served] = node.children
+        if not everything and "octollm.peer" in served.span.attributes and not served.span.code:
+            hidden += 1
+            continue
+        rows.append(_row(node, served, depth, zero))
+        waiting += [(child, depth + 1) for child in reversed(served.children)]
+    return rows, hidden
+
+
+def _row(node: Node, served: Node, depth: int, zero: float) -> Row:
+    span, told = node.span, served.span
+    attributes = {**span.attributes, **told.attributes}
+    notes: list[str] = []
+    tokens = [attributes.get(f"gen_ai.usage.{kind}_tokens") for kind in ("input", "output")]
+    if None not in tokens:
+        notes.append(f"{tokens[0]} + {tokens[1]} tokens")
+    cost = attributes.get("octollm.cost_usd")
+    if isinstance(cost, float) and cost:
+        notes.append(f"{cost:.4f} USD")
+    if "octollm.first_token_ms" in attributes:
+        notes.append(f"first token after {attributes['octollm.first_token_ms']} ms")
+    attempts = attributes.get("octollm.attempts")
+    if isinstance(attempts, int) and attempts > 1:
+        notes.append(f"{attempts} tries")
+    if "octollm.replayed" in attributes:
+        notes.append("answered from the journal")
+    if attributes.get("process.exit.code"):
+        notes.append(f"exit code {attributes['process.exit.code']}")
+    if attributes.get("octollm.limit"):
+        notes.append(f"stopped by {attributes['octollm.limit']}")
+    if node.lost:
+        notes.append(LOST)
+    failed = told if told.code else span
+    why = f"{failed.code}: {failed.message}" if failed.message else failed.code
+    return Row(depth, told.service, told.name, span.start - zero, span.duration_ms / 1000, tuple(notes), why)
+
+
+def time_by_place(roots: Sequence[Node]) -> dict[str, float]:
+    """Return the seconds that were spent in each place itself, not in what it waited for, most first.
+
+    A place is a service, a model, a sandbox, or ``on the way``: between a call and its serving.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for node in (each for root in roots for each in _all(root)):
+        found[_place(node)] += _alone(node)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _place(node: Node) -> str:
+    span = node.span
+    if span.kind == "client":
+        return span.name if "gen_ai.request.model" in span.attributes else "on the way"
+    return "sandbox" if "octollm.sandbox" in span.attributes else span.service
+
+
+def _alone(node: Node) -> float:
+    """Return the seconds of a span in which none of its children was running."""
+    seconds, reached = 0.0, node.span.start
+    for child in sorted(node.children, key=lambda child: child.span.start):
+        seconds += max(0.0, min(child.span.start, node.end) - reached)
+        reached = max(reached, min(child.end, node.end))
+    return seconds + max(0.0, node.end - reached)
+
+
+def used(spans: Sequence[SpanView]) -> tuple[int, float]:
+    """Return the tokens and US dollars of all model calls."""
+    tokens, cost = 0, 0.0
+    for span in spans:
+        for kind in ("input", "output"):
+            count = span.attributes.get(f"gen_ai.usage.{kind}_tokens", 0)
+            tokens += count if isinstance(count, int) else 0
+        price = span.attributes.get("octollm.cost_usd", 0.0)
+        cost += price if isinstance(price, float) else 0.0
+    return tokens, cost

@@ -1,0 +1,92 @@
+"""`octollm trace TASK`."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from octollm.cli.door import open_door
+from octollm.cli.environment import command_settings
+from octollm.cli.exits import EXIT_DONE
+from octollm.cli.running import run_command
+from octollm.cli.terminal import output
+from octollm.cli.trace_tree import Row, rows_of, time_by_place, tree_of, used
+from octollm.contracts.traces import TraceView
+
+BAR = 24
+_LABEL = 44
+_PLACES = 8
+
+
+def trace_command(task_id: str, *, everything: bool, as_json: bool) -> int:
+    """Show the trace of one task."""
+
+    async def work() -> int:
+        async with open_door(command_settings()) as door:
+            trace = await door.get(f"/tasks/{quote(task_id, safe='')}/trace", TraceView)
+        if as_json:
+            print(msgspec.json.encode(trace).decode())
+        else:
+            print_trace(trace, output(), everything=everything)
+        return EXIT_DONE
+
+    return run_command(work)
+
+
+def print_trace(trace: TraceView, console: Console, *, everything: bool) -> None:
+    """Print a trace: its tree, and where the time went."""
+    roots = tree_of(trace.spans)
+    if not roots:
+        console.print(
+            Text(
+                "No spans of this task are kept. They come within a second of the work and go after a week; a task"
+                " that was submitted in a trace which is not sampled leaves none."
+            )
+        )
+        return
+    rows, hidden = rows_of(roots, everything=everything)
+    whole = max([1e-6, *(row.start + row.seconds for row in rows)])
+    for row in rows:
+        console.print(_line(row, whole), no_wrap=True, overflow="ellipsis", crop=console.is_terminal)
+    tokens, cost = used(trace.spans)
+    console.print()
+    console.print(Text.assemble(("Total    ", "octo.title"), f"{_time(whole)}, {tokens:,} tokens, {cost:.4f} USD"))
+    places = time_by_place(roots)
+    spent = sum(places.values()) or 1.0
+    for number, (place, seconds) in enumerate(list(places.items())[:_PLACES]):
+        title = "Time in  " if number == 0 else " " * 9
+        console.print(Text.assemble((title, "octo.title"), f"{place:<28}{_time(seconds):>9} {seconds / spent:>5.0%}"))
+    if hidden:
+        console.print(Text(f"Left out: {hidden} calls of the services' own bookkeeping (--all)", "octo.quiet"))
+    if not trace.complete:
+        console.print(Text("There are more spans than one answer holds: only the first are shown.", "octo.warn"))
+
+
+def _line(row: Row, whole: float) -> Text:
+    indent = "  " * row.depth
+    label = f"{indent}{row.service} "
+    line = Text.assemble(label, (row.name, "octo.step"))
+    line.truncate(_LABEL, overflow="ellipsis", pad=True)
+    line.append(" " + bar_of(row.start / whole, row.seconds / whole), "octo.bad" if row.failure else "octo.title")
+    line.append(f" {_time(row.seconds):>8}  ")
+    if row.failure:
+        line.append(" ".join(row.failure.split())[:160] + "  ", "octo.bad")
+    line.append(", ".join(row.notes), "octo.quiet")
+    line.rstrip()
+    return line
+
+
+def bar_of(start: float, share: float) -> str:
+    """Return a bar for a part of the whole; even the shortest shows."""
+    first = min(int(start * BAR), BAR - 1)
+    length = max(1, min(round(share * BAR), BAR - first))
+    return "·" * first + "█" * length + "·" * (BAR - first - length)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.1f} ms"
+    return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"

@@ -1,0 +1,132 @@
+"""Spans in SQL: written once each, read by task, and forgotten when they are old or too many."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import delete, func, select
+
+from octollm.contracts.services import SERVICES
+from octollm.contracts.traces import SpanView, TraceView
+from octollm.services.monitor.belonging import Placed, of_task
+from octollm.storage import Database, plain
+from octollm.storage.tables import spans
+from octollm.telemetry import Span, mask
+from octollm.telemetry.spans import TASK, TENANT
+
+MAX_AGE_SECONDS = 7 * 86_400.0
+MAX_KEPT = 500_000
+"""Spans that are kept; a goal makes about a hundred."""
+MAX_READ = 5_000
+"""Spans of one answer."""
+MAX_TRACES = 16
+"""Traces of one task that are read: it has one, unless its token was used by hand in several."""
+_PRUNED_AT_ONCE = 5_000
+_MAX_NAMED = 64
+"""Characters of a tenant or a task in the database."""
+
+
+class SpanStore:
+    """The spans of every tenant. A reader is given those of one task of its own."""
+
+    def __init__(self, db: Database, *, max_kept: int = MAX_KEPT, max_age: float = MAX_AGE_SECONDS) -> None:
+        """``max_age`` is in seconds."""
+        self._db = db
+        self._max_kept = max_kept
+        self._max_age = max_age
+
+    async def add(self, sent: Sequence[Span]) -> None:
+        """Store spans; one that is there already stays as it is.
+
+        Whom a span is for is believed of built-in services only. What others send is found below the calls that they
+        served. Raises ``unavailable`` and ``overloaded``.
+        """
+        if not sent:
+            return
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            await tx.execute(tx.insert(spans).on_conflict_do_nothing(), [_row(span, now) for span in sent])
+
+    async def of_task(self, tenant: str, task_id: str) -> TraceView:
+        """Return the spans of a task."""
+        async with self._db.read() as conn:
+            traces = await conn.all(
+                select(spans.c.trace_id)
+                .where(spans.c.tenant == tenant, spans.c.task_id == task_id)
+                .group_by(spans.c.trace_id)
+                .order_by(func.min(spans.c.id))
+                .limit(MAX_TRACES)
+            )
+            rows = await conn.all(
+                select(spans)
+                .where(
+                    spans.c.trace_id.in_([row["trace_id"] for row in traces]),
+                    spans.c.tenant.in_((tenant, "")),
+                )
+                .order_by(spans.c.started_at, spans.c.id)
+                .limit(MAX_READ + 1)
+            )
+        found = _belonging([plain(row) for row in rows[:MAX_READ]], tenant, task_id)
+        return TraceView(task_id, tuple(_view(row) for row in found), complete=len(rows) <= MAX_READ)
+
+    async def prune(self) -> int:
+        """Forget some of the spans that are too old or too many; return how many. At 0 none is left to forget."""
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            newest = await tx.scalar(select(func.max(spans.c.id))) or 0
+            doomed = (
+                select(spans.c.id)
+                .where((spans.c.received_at < now - self._max_age) | (spans.c.id <= newest - self._max_kept))
+                .order_by(spans.c.id)
+                .limit(_PRUNED_AT_ONCE)
+            )
+            return (await tx.execute(delete(spans).where(spans.c.id.in_(doomed)))).rowcount
+
+
+def _row(span: Span, now: float) -> dict[str, object]:
+    # Our services put no secret into a span, and say truly whom it is for; an arm of somebody else's may be careless.
+    ours = span.service in SERVICES
+    attributes = dict(span.attributes)
+    tenant, task = attributes.pop(TENANT, ""), attributes.pop(TASK, "")
+    return {
+        "tenant": _named(tenant) if ours else "",
+        "task_id": _named(task) if ours else "",
+        "trace_id": span.trace.trace_id,
+        "span_id": span.trace.span_id,
+        "parent_id": span.parent_id,
+        "service": span.service,
+        "name": span.name if ours else str(mask(span.name)),
+        "kind": span.kind,
+        "started_at": span.start_ns / 1e9,
+        "duration_ms": (span.end_ns - span.start_ns) / 1e6,
+        "code": span.code,
+        "message": span.message if ours else str(mask(span.message)),
+        "attributes": attributes if ours else mask(attributes),
+        "received_at": now,
+    }
+
+
+def _named(value: object) -> str:
+    return value if isinstance(value, str) and len(value) <= _MAX_NAMED else ""
+
+
+def _belonging(rows: Sequence[Mapping[str, Any]], tenant: str, task_id: str) -> list[Mapping[str, Any]]:
+    """Return the rows of the task, trace by trace, in the order of the rows."""
+    by_trace: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_trace[row["trace_id"]].append(index)
+    kept: list[int] = []
+    for indexes in by_trace.values():
+        placed = [
+            Placed(row["span_id"], row["parent_id"], row["tenant"], row["task_id"])
+            for row in (rows[index] for index in indexes)
+        ]
+        kept += [indexes[each] for each in of_task(placed, tenant, task_id)]
+    return [rows[index] for index in sorted(kept)]
+
+
+def _view(row: Mapping[str, Any]) -> SpanView:
+    names = ("trace_id", "span_id", "parent_id", "service", "name", "kind", "code", "message", "attributes")
+    return SpanView(start=row["started_at"], duration_ms=row["duration_ms"], **{name: row[name] for name in names})

@@ -1,0 +1,223 @@
+"""Spans on the wire: OTLP 1.x in its JSON encoding (opentelemetry-proto, ``ExportTraceServiceRequest``).
+
+Its rules on top of protobuf's JSON mapping: ids are lower-case hex, enums are numbers, members are lowerCamelCase,
+64-bit integers are text (numbers are read too), and members that are not known are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from octollm.context import Trace
+from octollm.telemetry.masking import mask_text
+from octollm.telemetry.spans import Span, SpanKind, SpanValue
+
+MAX_SPANS = 2048
+"""Spans of one request."""
+MAX_TEXT = 8192
+"""Characters of one text; a longer one of ours is cut."""
+MAX_NAME = 255
+
+_KINDS: tuple[SpanKind, ...] = ("internal", "internal", "server", "client", "producer", "consumer")
+_KIND_NUMBERS: dict[SpanKind, int] = {"internal": 1, "server": 2, "client": 3, "producer": 4, "consumer": 5}
+_ERROR = 2
+_ERROR_TYPE = "error.type"
+"""Where the semantic conventions put the code of an error."""
+_SAMPLED = 1
+
+_TraceId = Annotated[str, Meta(pattern=r"\A(?!0{32}\Z)[0-9a-fA-F]{32}\Z")]
+_SpanId = Annotated[str, Meta(pattern=r"\A(?!0{16}\Z)[0-9a-fA-F]{16}\Z")]
+_Parent = Annotated[str, Meta(pattern=r"\A([0-9a-fA-F]{16})?\Z")]
+_Nanos = Annotated[str, Meta(pattern=r"\A[0-9]{1,19}\Z")] | Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Int64 = Annotated[str, Meta(pattern=r"\A-?[0-9]{1,19}\Z")] | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+_Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+_Name = Annotated[str, Meta(max_length=MAX_NAME)]
+
+
+class _Wire(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel", gc=False):
+    """None of them can be part of a cycle, so the garbage collector need not look at their many."""
+
+
+class AnyValue(_Wire, frozen=True):
+    """One value; the member that is there says of which type."""
+
+    string_value: _Text | None = None
+    bool_value: bool | None = None
+    int_value: _Int64 | None = None
+    double_value: float | None = None
+    array_value: ArrayValue | None = None
+
+
+class ArrayValue(_Wire, frozen=True):
+    """Several values."""
+
+    values: Annotated[tuple[AnyValue, ...], Meta(max_length=64)] = ()
+
+
+class KeyValue(_Wire, frozen=True):
+    """An attribute."""
+
+    key: _Name
+    value: AnyValue = AnyValue()
+
+
+_Attributes = Annotated[tuple[KeyValue, ...], Meta(max_length=128)]
+
+
+class Status(_Wire, frozen=True):
+    """How a span ended; ``code`` 2 is an error."""
+
+    message: _Text = ""
+    code: int = 0
+
+
+class WireSpan(_Wire, frozen=True):
+    """A span. Its events and links are passed over."""
+
+    trace_id: _TraceId
+    span_id: _SpanId
+    name: _Name
+    start_time_unix_nano: _Nanos
+    end_time_unix_nano: _Nanos
+    parent_span_id: _Parent = ""
+    kind: Annotated[int, Meta(ge=0, le=5)] = 0
+    attributes: _Attributes = ()
+    status: Status = Status()
+    flags: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+
+
+class Scope(_Wire, frozen=True):
+    """The library that made the spans."""
+
+    name: _Name = ""
+    version: _Name = ""
+
+
+class ScopeSpans(_Wire, frozen=True):
+    """Spans of one library."""
+
+    spans: Annotated[tuple[WireSpan, ...], Meta(max_length=MAX_SPANS)] = ()
+    scope: Scope = Scope()
+
+
+class Resource(_Wire, frozen=True):
+    """The process that the spans are of."""
+
+    attributes: _Attributes = ()
+
+
+class ResourceSpans(_Wire, frozen=True):
+    """Spans of one process."""
+
+    scope_spans: Annotated[tuple[ScopeSpans, ...], Meta(max_length=64)] = ()
+    resource: Resource = Resource()
+
+
+class ExportRequest(_Wire, frozen=True):
+    """``POST /v1/traces``."""
+
+    resource_spans: Annotated[tuple[ResourceSpans, ...], Meta(max_length=64)] = ()
+
+
+class ExportAnswer(_Wire, frozen=True):
+    """Everything was taken."""
+
+
+def encode_spans(spans: Iterable[Span], version: str) -> bytes:
+    """Return the request that hands ``spans`` over. ``version`` is that of the program."""
+    by_service: dict[str, list[WireSpan]] = {}
+    for span in spans:
+        by_service.setdefault(span.service, []).append(_wire(span))
+    scope = Scope("octollm", version)
+    return msgspec.json.encode(
+        ExportRequest(
+            tuple(
+                ResourceSpans(
+                    (ScopeSpans(tuple(found), scope),),
+                    Resource((KeyValue("service.name", AnyValue(string_value=service)),)),
+                )
+                for service, found in by_service.items()
+            )
+        )
+    )
+
+
+def read_spans(request: ExportRequest, service: str) -> list[Span]:
+    """Return the spans of a request as those of ``service``, whatever process it names."""
+    return [
+        _span(span, service)
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+
+
+def _wire(span: Span) -> WireSpan:
+    attributes = tuple([KeyValue(name[:MAX_NAME], _value(value)) for name, value in span.attributes.items()])
+    status = Status()
+    if span.code:
+        attributes += (KeyValue(_ERROR_TYPE, AnyValue(string_value=span.code)),)
+        status = Status(mask_text(span.message)[:MAX_TEXT], _ERROR)
+    return WireSpan(
+        span.trace.trace_id,
+        span.trace.span_id,
+        span.name[:MAX_NAME],
+        str(span.start_ns),
+        str(span.end_ns),
+        span.parent_id,
+        _KIND_NUMBERS[span.kind],
+        attributes,
+        status,
+        _SAMPLED,
+    )
+
+
+def _value(value: SpanValue) -> AnyValue:
+    if isinstance(value, str):
+        return AnyValue(value[:MAX_TEXT])
+    if isinstance(value, bool):
+        return AnyValue(bool_value=value)
+    if isinstance(value, int):
+        return AnyValue(int_value=str(value))
+    if isinstance(value, float):
+        return AnyValue(double_value=value)
+    return AnyValue(array_value=ArrayValue(tuple([AnyValue(item[:MAX_TEXT]) for item in value])))
+
+
+def _span(wire: WireSpan, service: str) -> Span:
+    attributes = {each.key: value for each in wire.attributes if (value := _plain(each.value)) is not None}
+    code = ""
+    if wire.status.code == _ERROR:
+        code = str(attributes.pop(_ERROR_TYPE, "error"))[:MAX_NAME]
+    start = int(wire.start_time_unix_nano)
+    return Span(
+        service,
+        wire.name,
+        _KINDS[wire.kind],
+        Trace(wire.trace_id.lower(), wire.span_id.lower()),
+        wire.parent_span_id.lower(),
+        start,
+        max(start, int(wire.end_time_unix_nano)),
+        attributes,
+        code,
+        wire.status.message if code else "",
+    )
+
+
+def _plain(value: AnyValue) -> SpanValue | None:
+    """Return a value of ours; ``None`` for what we do not keep (bytes, maps, nothing)."""
+    if value.string_value is not None:
+        return value.string_value
+    if value.bool_value is not None:
+        return value.bool_value
+    if value.int_value is not None:
+        return max(-(2**63), min(int(value.int_value), 2**63 - 1))
+    if value.double_value is not None:
+        return value.double_value
+    if value.array_value is not None:
+        return tuple([str(item) for each in value.array_value.values if (item := _plain(each)) is not None])
+    return None

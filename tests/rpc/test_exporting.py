@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+import pytest
+from kit import CLOCK, served
+
+from octollm.config import read_settings
+from octollm.context import Scene, Trace, current_scene, set_scene
+from octollm.errors import OctoError, SettingError
+from octollm.rpc import exporting
+from octollm.rpc.call import Call, Operation
+from octollm.rpc.exporting import Exporter
+from octollm.rpc.http import Http
+from octollm.services.monitor.collector import forwarding, to_collector
+from octollm.telemetry import Buffer, Metrics, Span, Tracer
+from octollm.testing import wait_until
+from octollm.testing.harness import harness
+
+
+class Taker:
+    """Takes batches, or refuses them with ``error``; ``lines`` is what the log says."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.tries = 0
+        self.error: OctoError | None = None
+        self.gate: asyncio.Event | None = None
+        self.sampled: set[bool] = set()
+        self.lines: list[str] = []
+        self.metrics = Metrics("svc")
+
+    async def send(self, batch: list[int]) -> None:
+        self.tries += 1
+        scene = current_scene()
+        assert scene.trace is not None
+        self.sampled.add(scene.trace.sampled)
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        self.taken += batch
+
+    def info(self, event: str, **_members: object) -> None:
+        self.lines.append(event)
+
+    debug = warning = info
+
+    def exporter(self, buffer: Buffer[int]) -> Exporter[int]:
+        return Exporter(buffer, self.send, name="monitor", log=self, metrics=self.metrics)  # type: ignore[arg-type]
+
+    def count(self, outcome: str) -> float:
+        return self.metrics.registry.get_sample_value("octollm_spans_total", {"to": "monitor", "outcome": outcome}) or 0
+
+
+@pytest.fixture
+def taker(monkeypatch: pytest.MonkeyPatch) -> Taker:
+    monkeypatch.setattr(exporting, "EXPORT_SECONDS", 0.01)
+    monkeypatch.setattr(exporting, "LONGEST_PAUSE", 0.02)
+    return Taker()
+
+
+async def test_what_waits_is_sent_in_order_and_leaves_no_trace_of_its_own(taker: Taker) -> None:
+    buffer: Buffer[int] = Buffer(2000)
+    async with taker.exporter(buffer).running():
+        for number in range(1200):
+            buffer.put(number)
+        await wait_until(lambda: len(taker.taken) == 1200, description="all were sent")
+    assert taker.taken == list(range(1200))
+    assert taker.tries == 3
+    assert taker.sampled == {False}
+    assert taker.count("exported") == 1200
+
+
+async def test_while_nobody_takes_it_the_newest_are_kept_and_it_is_told_once(taker: Taker) -> None:
+    buffer: Buffer[int] = Buffer(10)
+    exporter = taker.exporter(buffer)
+    taker.error = OctoError("monitor could not be reached.", code="connect_failed")
+    async with exporter.running():
+        for number in range(4):
+            buffer.put(number)
+        await wait_until(lambda: taker.tries > 3, description="it was tried again")
+        state = await exporter.checkup()
+        assert (state.ok, state.required, state.detail) == (
+            False,
+            False,
+            "Spans are not taken by monitor: monitor could not be reached.",
+        )
+        for number in range(4, 25):
+            buffer.put(number)
+        taker.error = None
+        await wait_until(lambda: len(buffer) == 0, description="it was taken")
+        await wait_until(lambda: not exporter.failure, description="it is told that all is well")
+    assert taker.taken == list(range(15, 25))
+    assert taker.count("dropped") == 15
+    assert taker.lines == ["spans.not_exported", "spans.exported_again"]
+
+
+async def test_a_batch_that_is_refused_for_good_does_not_stop_the_next(taker: Taker) -> None:
+    buffer: Buffer[int] = Buffer(10)
+    taker.error = OctoError("It does not fit.", code="invalid_body")
+    async with taker.exporter(buffer).running():
+        buffer.put(1)
+        await wait_until(lambda: taker.tries == 1, description="it was tried")
+        taker.error = None
+        buffer.put(2)
+        await wait_until(lambda: taker.taken == [2], description="the next was taken")
+    assert taker.count("dropped") == 1
+
+
+async def test_the_last_are_sent_when_the_service_ends(taker: Taker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "EXPORT_SECONDS", 60)
+    buffer: Buffer[int] = Buffer(10)
+    async with taker.exporter(buffer).running():
+        buffer.put(1)
+    assert taker.taken == [1]
+
+
+async def test_ending_waits_for_nobody_for_long(taker: Taker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "FLUSH_SECONDS", 0.05)
+    buffer: Buffer[int] = Buffer(10)
+    taker.gate = asyncio.Event()
+    async with asyncio.timeout(5), taker.exporter(buffer).running():
+        buffer.put(1)
+        await wait_until(lambda: taker.tries == 1, description="it is being sent")
+    assert (taker.taken, len(buffer)) == ([], 1)
+    assert taker.lines == ["spans.lost"]
+
+
+async def test_an_error_of_our_own_ends_the_export_and_is_told(taker: Taker) -> None:
+    buffer: Buffer[int] = Buffer(10)
+    exporter = taker.exporter(buffer)
+
+    async def broken(_batch: list[int]) -> None:
+        raise ZeroDivisionError
+
+    exporter._send = broken
+    exporter._log = Recorder(taker.lines)  # type: ignore[assignment]
+    with contextlib.suppress(ZeroDivisionError):
+        async with exporter.running():
+            buffer.put(1)
+            await wait_until(lambda: exporter.failure, description="it is told")
+            buffer.take(1)
+    assert "has ended" in exporter.failure
+    assert taker.lines == ["spans.crashed"]
+
+
+class Recorder:
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+    def error(self, event: str, **_members: object) -> None:
+        self.lines.append(event)
+
+    debug = info = warning = error
+
+
+async def nothing(_call: Call, _body: object) -> dict[str, str]:
+    return {}
+
+
+async def test_a_call_and_its_serving_are_one_trace_and_the_flag_is_honoured() -> None:
+    operation = Operation("op", "POST", "/op", nothing, auth="public", body=bytes)
+    async with served([operation]) as svc:
+        buffer: Buffer[Span] = Buffer()
+        caller = svc.caller
+        caller._tracer = Tracer("tester", CLOCK, buffer)
+        await caller.send(svc.out(operation))
+        assert (len(buffer), len(svc.base.spans)) == (0, 0)
+        set_scene(Scene("tester", trace=Trace("a" * 32, "b" * 16)))
+        await caller.send(svc.out(operation))
+        [client] = buffer.take(9)
+        [server] = svc.base.spans.take(9)
+    assert (client.kind, client.name, client.parent_id) == ("client", "svc.op", "b" * 16)
+    assert (server.kind, server.name, server.parent_id) == ("server", "op", client.trace.span_id)
+    assert client.trace.trace_id == server.trace.trace_id == "a" * 32
+    assert client.attributes == {"octollm.attempts": 1, "octollm.instance": svc.url}
+    assert server.attributes["http.response.status_code"] == 200
+    assert client.start_ns <= server.start_ns
+
+
+@contextlib.asynccontextmanager
+async def collector(seen: list[Any], answers: list[int]) -> AsyncGenerator[str]:
+    async def take(call: Call, body: bytes) -> dict[str, str]:
+        seen.append((call.request.headers.get("x-scope"), msgspec.json.decode(body)))
+        if answers and answers.pop(0) != 200:
+            raise OctoError("Not now.", code="unavailable")
+        return {}
+
+    operation = Operation("take", "POST", "/v1/traces", take, auth="public", body=bytes)
+    async with served([operation]) as svc:
+        yield svc.url
+
+
+async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker) -> None:
+    del taker
+    seen: list[Any] = []
+    span = Span("coder", "execute", "server", Trace("a" * 32, "b" * 16), "", 1, 2)
+    async with collector(seen, [503, 200]) as url, harness() as house:
+        environment = {"OCTOLLM_OTLP_URL": url, "OCTOLLM_OTLP_HEADERS": "X-Scope=team-1, Authorization=Basic abc="}
+        async with forwarding(house.base("monitor"), read_settings(environment, ())) as outside:
+            assert outside is not None
+            outside.buffer.put(span)
+            await wait_until(lambda: len(seen) == 2, description="it was sent again")
+            assert (await outside.checkup()).ok or not (await outside.checkup()).required
+    assert [scope for scope, _ in seen] == ["team-1", "team-1"]
+    [resource] = seen[1][1]["resourceSpans"]
+    assert resource["resource"]["attributes"] == [{"key": "service.name", "value": {"stringValue": "coder"}}]
+
+
+async def test_a_collector_that_refuses_is_told_with_what_to_look_at() -> None:
+    async with served([]) as svc, Http() as http:
+        with pytest.raises(OctoError, match="answers 404; see OCTOLLM_OTLP_URL") as caught:
+            await to_collector(http, svc.url, ())([])
+    assert caught.value.code == "peer_protocol"
+
+
+@pytest.mark.parametrize("value", ["nothing", "=x", "a b=x", "a=", "a=x\ny"])
+def test_wrong_headers_are_refused_without_showing_them(value: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        read_settings({"OCTOLLM_OTLP_HEADERS": value}, ())
+    assert "***" in caught.value.detail
+    assert value not in caught.value.detail.replace("NAME=VALUE", "")
