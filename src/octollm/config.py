@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 from urllib.parse import urlsplit
 
 from octollm.errors import SettingError
@@ -44,9 +44,18 @@ class Settings:
     max_time_seconds: float
     sandbox: Literal["auto", "bubblewrap", "wasi"]
     log_level: str
-    url: str | None
+    urls: tuple[str, ...]
     api_key: str | None
     service_urls: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """What a client of an installation reads: the public door's addresses, the key to it, and how ports are shifted."""
+
+    urls: tuple[str, ...]
+    api_key: str | None
+    port_shift: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,15 @@ def _url(*schemes: str) -> Callable[[str], str | None]:
         if parts.scheme not in schemes or not (parts.netloc or parts.scheme == "memory"):
             raise ValueError(f"a URL that begins with {' or '.join(s + '://' for s in schemes)}")
         return value.rstrip("/")
+
+    return parse
+
+
+def _urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
+    one = _url(*schemes)
+
+    def parse(value: str) -> tuple[str, ...]:
+        return tuple(url for part in value.split(",") if (url := one(part.strip())))
 
     return parse
 
@@ -213,13 +231,13 @@ SPECS: dict[str, Spec] = {
         _choice("auto", "bubblewrap", "wasi"),
     ),
     "log_level": Spec("LOG_LEVEL", "info", "Least level that is logged.", _choice("debug", "info", "warning", "error")),
-    "url": Spec(
+    "urls": Spec(
         "URL",
         "",
-        "Public door that the command line talks to; empty is this machine's.",
-        _url("http", "https"),
+        "Public door that the command line and clients talk to, several with commas; empty is this machine's.",
+        _urls("http", "https"),
     ),
-    "api_key": Spec("API_KEY", "", "API key that the command line shows at the door.", _optional, secret=True),
+    "api_key": Spec("API_KEY", "", "API key that they show at the door.", _optional, secret=True),
 }
 """Every setting by its field. A service's address is ``OCTOLLM_<SERVICE>_URL`` besides."""
 
@@ -232,10 +250,19 @@ def read_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> 
     values: dict[str, object] = {}
     for field in fields(Settings):
         if field.name in SPECS:
-            spec = SPECS[field.name]
-            values[field.name] = _read(spec, environment.get(PREFIX + spec.name, "") or spec.default)
+            values[field.name] = _value(SPECS[field.name], environment)
     values["service_urls"] = {service: urls for service in services if (urls := _service_urls(service, environment))}
     return Settings(**values)  # pyright: ignore[reportArgumentType]
+
+
+def read_client_settings(environment: Mapping[str, str]) -> ClientSettings:
+    """Read what a client needs from ``environment``, and nothing else. Raises :class:`SettingError`."""
+    values = {field.name: _value(SPECS[field.name], environment) for field in fields(ClientSettings)}
+    return ClientSettings(**values)  # pyright: ignore[reportArgumentType]
+
+
+def _value(spec: Spec, environment: Mapping[str, str]) -> object:
+    return _read(spec, environment.get(PREFIX + spec.name, "") or spec.default)
 
 
 def _read(spec: Spec, value: str) -> object:
@@ -247,11 +274,8 @@ def _read(spec: Spec, value: str) -> object:
 
 
 def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ...]:
-    name = f"{service.upper()}_URL"
-    parse = _url("http", "https")
-    text = environment.get(PREFIX + name, "")
-    spec = Spec(name, "", "", parse)
-    return tuple(str(_read(spec, part.strip())) for part in text.split(",") if part.strip())
+    spec = Spec(f"{service.upper()}_URL", "", "", _urls("http", "https"))
+    return cast("tuple[str, ...]", _value(spec, environment))
 
 
 def unknown_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> list[str]:

@@ -6,7 +6,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from octollm.cli.door import open_door
+from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
@@ -19,8 +19,8 @@ def arms_command(name: str | None, *, as_json: bool) -> int:
     """List the arms, or tell all about one."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            arms = (await door.get("/arms", ArmList)).arms
+        async with open_client(command_settings()) as octo:
+            arms = await octo.arms()
         if name is not None:
             _one(_named(name, arms), as_json=as_json)
         elif as_json:
