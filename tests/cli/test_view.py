@@ -9,7 +9,7 @@ from rich.console import Console
 
 from octollm.cli.story import Story
 from octollm.cli.terminal import THEME
-from octollm.cli.updates import Update
+from octollm.client import Update
 from octollm.cli.view import LiveView, PlainView, view_for
 
 TASK = "task-" + "b" * 32
