@@ -15,6 +15,7 @@ from whole import NOTES, answers
 
 from octollm.client import SyncClient, SyncTask
 from octollm.client.sync import Blocking
+from octollm.testing import wait_until
 from octollm.testing.scripted_model import Asked, Reply, ScriptedModel, scripted_model
 from octollm.testing.system import installation
 
@@ -48,7 +49,12 @@ def running_world(home: Path) -> Generator[World]:
 
     async def serve() -> None:
         async with scripted_model(lambda asked: world.answer(asked)) as model:
-            settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url}
+            settings = {
+                "OCTOLLM_MODEL": "openai:scripted",
+                "OCTOLLM_MODEL_URL": model.url,
+                # Also reached through a proxy, at another port.
+                "OCTOLLM_ALLOWED_HOSTS": "127.0.0.1",
+            }
             async with installation(home, environment=settings) as system:
                 world.url, world.key, world.model = system.door, system.local_key, model
                 ready.set()
@@ -132,6 +138,7 @@ class CuttingProxy:
     url: str = ""
     cuts: int = 0
     seed: int = 7
+    open: set[asyncio.Task[Any] | None] = field(default_factory=set)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: float) -> None:
         try:
@@ -146,19 +153,22 @@ class CuttingProxy:
             return
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open.add(asyncio.current_task())
         there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self.target)
         allowed = self.draw.randint(self.least, self.longest) if self.cuts < self.most else float("inf")
         ways = {
             asyncio.create_task(self._pass(reader, there_writer, float("inf"))),
             asyncio.create_task(self._pass(there_reader, writer, allowed)),
         }
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        # Reset, not closed: what is under way is lost.
-        writer.transport.abort()
-        there_writer.transport.abort()
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # Reset, not closed: what is under way is lost.
+            writer.transport.abort()
+            there_writer.transport.abort()
+            for way in ways:
+                way.cancel()
+            self.open.discard(asyncio.current_task())
 
     def __post_init__(self) -> None:
         self.draw = random.Random(self.seed)
@@ -171,3 +181,4 @@ async def cutting(target: str, *, least: int, longest: int, most: int) -> AsyncG
     async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
         proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         yield proxy
+        await wait_until(lambda: not proxy.open, description="the proxy's connections are closed")

@@ -27,6 +27,11 @@ class Portal:
         self._thread = threading.Thread(target=self._serve, name="octollm-client", daemon=True)
         self._thread.start()
 
+    @property
+    def closed(self) -> bool:
+        """Say whether it was closed."""
+        return not self._thread.is_alive()
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` and return what it returns. An exception here, as by Ctrl-C, cancels it and waits for its end.
 

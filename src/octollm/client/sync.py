@@ -100,7 +100,9 @@ class SyncClient(Blocking[Client]):
         self.close()
 
     def close(self) -> None:
-        """Close the connections and end the thread. Tasks go on."""
+        """Close the connections and end the thread; calling it again does nothing. Tasks go on."""
+        if self.portal.closed:
+            return
         try:
             self.portal.run(self.inner.aclose())
         finally:
