@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from octollm.arm import Arm, Context
+    from octollm.client import connect, connect_sync
     from octollm.contracts.task import Artifact, Evidence, ExecuteResult, FileRef
     from octollm.contracts.task import TaskContract as Task
     from octollm.errors import OctoError
@@ -25,6 +26,9 @@ __all__ = [  # noqa: RUF022  (grouped by what they are for)
     "Evidence",
     "ExecuteResult",
     "FileRef",
+    # A client of an installation
+    "connect",
+    "connect_sync",
     # What goes wrong
     "OctoError",
     # This package
@@ -42,6 +46,8 @@ _PLACES = {
     "FileRef": ("octollm.contracts.task", "FileRef"),
     "OctoError": ("octollm.errors", "OctoError"),
     "Task": ("octollm.contracts.task", "TaskContract"),
+    "connect": ("octollm.client", "connect"),
+    "connect_sync": ("octollm.client", "connect_sync"),
 }
 """Where each public name lives: a module, and what the name is called there."""
 

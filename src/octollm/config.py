@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 from urllib.parse import urlsplit
 
 from octollm.errors import SettingError
@@ -51,9 +51,18 @@ class Settings:
     log_level: str
     otlp_url: str | None
     otlp_headers: tuple[tuple[str, str], ...]
-    url: str | None
+    urls: tuple[str, ...]
     api_key: str | None
     service_urls: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """What a client of an installation reads: the public door's addresses, the key to it, and how ports are shifted."""
+
+    urls: tuple[str, ...]
+    api_key: str | None
+    port_shift: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,15 @@ def _url(*schemes: str) -> Callable[[str], str | None]:
         if parts.scheme not in schemes or not (parts.netloc or parts.scheme == "memory"):
             raise ValueError(f"a URL that begins with {' or '.join(s + '://' for s in schemes)}")
         return value.rstrip("/")
+
+    return parse
+
+
+def _urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
+    one = _url(*schemes)
+
+    def parse(value: str) -> tuple[str, ...]:
+        return tuple(url for part in value.split(",") if (url := one(part.strip())))
 
     return parse
 
@@ -245,13 +263,13 @@ SPECS: dict[str, Spec] = {
     "otlp_headers": Spec(
         "OTLP_HEADERS", "", "Headers that this collector wants: `NAME=VALUE`, comma-separated.", _headers, secret=True
     ),
-    "url": Spec(
+    "urls": Spec(
         "URL",
         "",
-        "Public door that the command line talks to; empty is this machine's.",
-        _url("http", "https"),
+        "Public door that the command line and clients talk to, several with commas; empty is this machine's.",
+        _urls("http", "https"),
     ),
-    "api_key": Spec("API_KEY", "", "API key that the command line shows at the door.", _optional, secret=True),
+    "api_key": Spec("API_KEY", "", "API key that they show at the door.", _optional, secret=True),
 }
 """Every setting by its field. A service's address is ``OCTOLLM_<SERVICE>_URL`` besides."""
 
@@ -264,10 +282,19 @@ def read_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> 
     values: dict[str, object] = {}
     for field in fields(Settings):
         if field.name in SPECS:
-            spec = SPECS[field.name]
-            values[field.name] = _read(spec, environment.get(PREFIX + spec.name, "") or spec.default)
+            values[field.name] = _value(SPECS[field.name], environment)
     values["service_urls"] = {service: urls for service in services if (urls := _service_urls(service, environment))}
     return Settings(**values)  # pyright: ignore[reportArgumentType]
+
+
+def read_client_settings(environment: Mapping[str, str]) -> ClientSettings:
+    """Read what a client needs from ``environment``, and nothing else. Raises :class:`SettingError`."""
+    values = {field.name: _value(SPECS[field.name], environment) for field in fields(ClientSettings)}
+    return ClientSettings(**values)  # pyright: ignore[reportArgumentType]
+
+
+def _value(spec: Spec, environment: Mapping[str, str]) -> object:
+    return _read(spec, environment.get(PREFIX + spec.name, "") or spec.default)
 
 
 def _read(spec: Spec, value: str) -> object:
@@ -279,11 +306,8 @@ def _read(spec: Spec, value: str) -> object:
 
 
 def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ...]:
-    name = f"{service.upper()}_URL"
-    parse = _url("http", "https")
-    text = environment.get(PREFIX + name, "")
-    spec = Spec(name, "", "", parse)
-    return tuple(str(_read(spec, part.strip())) for part in text.split(",") if part.strip())
+    spec = Spec(f"{service.upper()}_URL", "", "", _urls("http", "https"))
+    return cast("tuple[str, ...]", _value(spec, environment))
 
 
 def unknown_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> list[str]:

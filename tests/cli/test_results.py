@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.cli.results import folder_of, safe_name, save_outcome
+from octollm.client import TaskHandle
 from octollm.contracts.api import TaskView
 from octollm.contracts.task import Artifact, Usage
 from octollm.errors import OctoError
@@ -39,9 +39,13 @@ class FakeDoor:
     def __init__(self, *contents: bytes) -> None:
         self.stored = {hashlib.sha256(content).hexdigest(): content for content in contents}
 
-    async def send(self, method, path):
+    async def send(self, method, path, **_how):
         assert method == "GET"
         return Answer(200, {}, self.stored[path.rpartition("/")[2]])
+
+
+def made_by(door):
+    return TaskHandle(door, TASK.task_id)
 
 
 def artifact(name, content):
@@ -51,7 +55,7 @@ def artifact(name, content):
 async def test_artifacts_and_the_result_are_saved(tmp_path):
     made = (artifact("a/x.py", b"one"), artifact("a/x.py", b"two"), artifact("result.json", b"three"))
     task = msgspec.structs.replace(TASK, artifacts=made)
-    outcome = await save_outcome(FakeDoor(b"one", b"two", b"three"), task, tmp_path)
+    outcome = await save_outcome(made_by(FakeDoor(b"one", b"two", b"three")), task, tmp_path)
     assert (tmp_path / "a/x.py").read_bytes() == b"one"
     assert (tmp_path / "a/x-2.py").read_bytes() == b"two"
     assert (tmp_path / "result-2.json").read_bytes() == b"three"
@@ -66,17 +70,17 @@ async def test_artifacts_and_the_result_are_saved(tmp_path):
 
 async def test_bytes_that_are_not_the_digests_are_refused(tmp_path):
     wrong = artifact("x", b"right")
-    door = SimpleNamespace(send=FakeDoor(b"wrong").send)
-    door.send.__self__.stored[wrong.digest] = b"wrong"
+    door = FakeDoor()
+    door.stored[wrong.digest] = b"wrong"
     with pytest.raises(OctoError, match="did not arrive whole"):
-        await save_outcome(door, msgspec.structs.replace(TASK, artifacts=(wrong,)), tmp_path)
+        await save_outcome(made_by(door), msgspec.structs.replace(TASK, artifacts=(wrong,)), tmp_path)
     assert not (tmp_path / "x").exists()
 
 
 async def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OctoError, match="cannot be written"):
-        await save_outcome(FakeDoor(), TASK, tmp_path / "file")
+        await save_outcome(made_by(FakeDoor()), TASK, tmp_path / "file")
 
 
 def test_the_folder_is_named_after_the_task(tmp_path):

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from octollm.cli.story import Story
 from octollm.cli.terminal import THEME
-from octollm.cli.updates import Update
 from octollm.cli.view import LiveView, PlainView, view_for
+from octollm.client import Update
 
 TASK = "task-" + "b" * 32
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from octollm.cli.door import open_door
+from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
@@ -21,8 +19,8 @@ def arms_command(name: str | None, *, as_json: bool) -> int:
     """List the arms, or tell all about one."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            arms = (await door.get("/arms", ArmList)).arms
+        async with open_client(command_settings()) as octo:
+            arms = await octo.arms()
         if name is not None:
             _one(_named(name, arms), as_json=as_json)
         elif as_json:
@@ -38,8 +36,8 @@ def remove_command(name: str, *, as_json: bool) -> int:
     """Remove an arm of one's own."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            await door.send("DELETE", f"/arms/{quote(name, safe='')}")
+        async with open_client(command_settings()) as octo:
+            await octo.remove_arm(name)
         if as_json:
             print(msgspec.json.encode({"name": name, "state": "removed"}).decode())
         else:

@@ -10,14 +10,15 @@ from typing import get_args
 
 import msgspec
 
-from octollm.cli.door import Door, open_door
+from octollm.cli.door import open_door
 from octollm.cli.findings import Finding
+from octollm.client.door import Door
 from octollm.clock import SystemClock
 from octollm.config import Settings
+from octollm.contracts.health import Readiness
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.installation.home import running_in
-from octollm.rpc.health import Readiness
 from octollm.storage import open_database, open_redis
 from octollm.storage.migrations import Service, database_url, require_schema
 from octollm.telemetry.masking import mask_text
@@ -55,7 +56,7 @@ async def database(settings: Settings) -> Sequence[Finding]:
 
 async def services(settings: Settings) -> Sequence[Finding]:
     """Ask every service that should run whether it is ready, and for what it waits."""
-    if settings.url is None and await running_in(settings.home) is None and not settings.service_urls:
+    if not settings.urls and await running_in(settings.home) is None and not settings.service_urls:
         return [Finding("services", "ok", "none runs for this home; `octollm up` starts them")]
     async with open_door(settings) as door:
         urls = _urls(settings, door)
@@ -65,7 +66,7 @@ async def services(settings: Settings) -> Sequence[Finding]:
 
 def _urls(settings: Settings, door: Door) -> dict[str, str]:
     """Return where each service that this machine can reach should answer."""
-    if settings.url is not None:
+    if settings.urls:
         # Behind a door that is elsewhere nothing else can be reached.
         return {"reflex": door.url}
     own = {name: f"http://127.0.0.1:{info.port + settings.port_shift}" for name, info in SERVICES.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from octollm.cli.door import nothing_runs, open_door
+from octollm.cli.door import nothing_runs, open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE, EXIT_FAILED
 from octollm.cli.goal import Order, carry_out, follow, print_updates, show_outcome
@@ -53,8 +53,8 @@ def run_goal_command(
 
             console.print(Text("Nothing runs here yet: starting an installation for this goal", "octo.quiet"))
             return await do_one_goal(settings, order, console, as_json=as_json)
-        async with open_door(settings) as door:
-            return await carry_out(door, order, console, root=Path.cwd(), as_json=as_json)
+        async with open_client(settings) as octo:
+            return await carry_out(octo, order, console, root=Path.cwd(), as_json=as_json)
 
     return run_command(work)
 
@@ -64,12 +64,15 @@ def watch_command(task_id: str, *, as_json: bool) -> int:
 
     async def work() -> int:
         console = output()
-        async with open_door(command_settings()) as door:
-            task = await (print_updates(door, task_id) if as_json else follow(door, task_id, console))
+        async with open_client(command_settings()) as octo:
+            task = octo.task(task_id)
+            # Asked first: a door that is not there, or knows no such task, is told at once.
+            await task.read()
+            ended = await (print_updates(task) if as_json else follow(task, console))
             folder = folder_of(task_id, Path.cwd())
-            outcome = await save_outcome(door, task, folder)
+            outcome = await save_outcome(task, ended, folder)
             if not as_json:
-                show_outcome(outcome, console, door, folder)
-            return EXIT_DONE if task.status == "completed" else EXIT_FAILED
+                show_outcome(outcome, console, folder, page=f"{octo.door.url}/")
+            return EXIT_DONE if ended.status == "completed" else EXIT_FAILED
 
     return run_command(work)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+import contextlib
 
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from octollm.cli.door import Door, open_door
+from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
 from octollm.cli.terminal import output
-from octollm.contracts.api import EventList
+from octollm.client import Client
 from octollm.contracts.events import Event
-from octollm.errors import OctoError
-from octollm.rpc.http import TransportError
-from octollm.rpc.problems import error_from_response
 
 _PAGE = 500
-_STREAM_SECONDS = 3600.0
-_RETRY_SECONDS = 1.0
-_GIVE_UP_TRIES = 30
-_MAX_EVENT = 4 * 1024 * 1024
 
 
 def tail_command(after: int | None, *, as_json: bool) -> int:
@@ -32,58 +24,24 @@ def tail_command(after: int | None, *, as_json: bool) -> int:
 
     async def work() -> int:
         console = output()
-        async with open_door(command_settings()) as door:
-            position = await _newest(door) if after is None else after
-            tries = 0
-            while tries < _GIVE_UP_TRIES:
-                try:
-                    async for event in _follow(door, position):
-                        tries, position = 0, event.seq
-                        _print(event, console, as_json=as_json)
-                except TransportError as error:
-                    if position == after and not error.began:
-                        raise door.away(error) from error
-                tries += 1
-                await asyncio.sleep(_RETRY_SECONDS)
-            raise OctoError(f"{door.url} has been away too long.", code="unavailable")
+        async with open_client(command_settings()) as octo:
+            # Asked first in any case: a door that is not there is told at once.
+            position = await _newest(octo) if after is None else after
+            await octo.event_page(after=position, limit=1)
+            async with contextlib.aclosing(octo.events(after=position)) as events:
+                async for event in events:
+                    _print(event, console, as_json=as_json)
         return EXIT_DONE
 
     return run_command(work)
 
 
-async def _newest(door: Door) -> int:
+async def _newest(octo: Client) -> int:
     """Return the position of the last event that there is."""
     position = 0
-    while True:
-        page = await door.get(f"/events?after={position}&limit={_PAGE}", EventList)
-        if not page.events:
-            return position
+    while (page := await octo.event_page(after=position, limit=_PAGE)).events:
         position = page.after
-
-
-async def _follow(door: Door, after: int) -> AsyncIterator[Event]:
-    """Yield events behind ``after`` from the server-sent stream (WHATWG HTML section 9.2)."""
-    headers = {**door.headers, "Accept": "text/event-stream"}
-    async with door.http.stream(
-        "GET", f"{door.url}/events?after={after}", headers, None, seconds=_STREAM_SECONDS
-    ) as streamed:
-        rest = b""
-        async for chunk in streamed.chunks:
-            *lines, rest = (rest + chunk).split(b"\n")
-            if streamed.status >= 400:
-                raise error_from_response("The public door", streamed.status, rest or chunk, None)
-            if len(rest) > _MAX_EVENT:
-                raise OctoError(f"{door.url} sent an event that is too long.", code="peer_protocol")
-            for line in lines:
-                if line.startswith(b"data:"):
-                    yield _decoded(line[5:], door)
-
-
-def _decoded(data: bytes, door: Door) -> Event:
-    try:
-        return msgspec.json.decode(data, type=Event)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise OctoError(f"{door.url} sent an event that is not understood.", code="peer_protocol") from error
+    return position
 
 
 def _print(event: Event, console: Console, *, as_json: bool) -> None:

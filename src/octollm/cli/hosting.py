@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from octollm.cli.door import Door
 from octollm.cli.goal import Order, carry_out
 from octollm.cli.model_file import ensure_model
+from octollm.client import connect
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.config import Settings
 from octollm.installation.embedded import System, embedded_system
@@ -62,6 +62,6 @@ async def do_one_goal(settings: Settings, order: Order, console: Console, *, as_
     """Run an installation for one order; return its exit code."""
     async with running_system(settings, console) as system:
         key = None if settings.local_trust and is_loopback(settings.host) else system.local_key
-        door = Door(system.door, key, system.http)
         page = f"{system.door}/ shows this task too, once `octollm up` runs"
-        return await carry_out(door, order, console, root=Path.cwd(), page=page, as_json=as_json)
+        async with connect(system.door, key) as octo:
+            return await carry_out(octo, order, console, root=Path.cwd(), page=page, as_json=as_json)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from octollm.cli.door import open_door
+from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
 from octollm.cli.terminal import messages, output
-from octollm.contracts.joining import JoinList, NewJoin, NewJoinRequest
+from octollm.contracts.joining import JoinList
 
 
 def join_command(name: str, calls: str, lifetime: int, *, as_json: bool) -> int:
     """Make a join secret; it is all that goes to standard output, so that it can be taken from there."""
 
     async def work() -> int:
-        wanted = NewJoinRequest(name, tuple(calls.split()), lifetime)
-        async with open_door(command_settings()) as door:
-            made = await door.post("/joins", wanted, NewJoin)
+        async with open_client(command_settings()) as octo:
+            made = await octo.create_join(name, calls=calls.split(), lifetime_seconds=lifetime)
         if as_json:
             print(msgspec.json.encode(made).decode(), flush=True)
             return EXIT_DONE
@@ -43,8 +40,8 @@ def list_joins_command(*, as_json: bool) -> int:
     """List join secrets."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            found = await door.get("/joins", JoinList)
+        async with open_client(command_settings()) as octo:
+            found = JoinList(await octo.joins())
         if as_json:
             print(msgspec.json.encode(found).decode())
             return EXIT_DONE
@@ -64,8 +61,8 @@ def revoke_join_command(join_id: str, *, as_json: bool) -> int:
     """Revoke a join secret."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            await door.send("DELETE", f"/joins/{quote(join_id, safe='')}")
+        async with open_client(command_settings()) as octo:
+            await octo.revoke_join(join_id)
         if as_json:
             print(msgspec.json.encode({"id": join_id, "state": "revoked"}).decode())
         else:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from octollm.cli.door import open_door
+from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
 from octollm.cli.terminal import messages, output
-from octollm.contracts.api import KeyList, KeyRequest, NewKey, TokenAnswer, TokenRequest
+from octollm.contracts.api import KeyList
 
 
 def create_command(name: str, scope: str, *, as_json: bool) -> int:
     """Make a key; its secret is all that goes to standard output, so that it can be taken from there."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            made = await door.post("/keys", KeyRequest(name, scope), NewKey)
+        async with open_client(command_settings()) as octo:
+            made = await octo.create_key(name, scope=scope)
         if as_json:
             print(msgspec.json.encode(made).decode(), flush=True)
             return EXIT_DONE
@@ -36,15 +34,15 @@ def list_command(*, as_json: bool) -> int:
     """List keys."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            found = await door.get("/keys", KeyList)
+        async with open_client(command_settings()) as octo:
+            keys = await octo.keys()
         if as_json:
-            print(msgspec.json.encode(found).decode())
+            print(msgspec.json.encode(KeyList(keys)).decode())
             return EXIT_DONE
         table = Table(box=None)
         for column in ("Id", "Name", "Scope", "Made", "Last used", "State"):
             table.add_column(column, no_wrap=column in ("Id", "State"), overflow="fold")
-        for key in found.keys:
+        for key in keys:
             state = "revoked" if key.revoked_at else "good"
             table.add_row(
                 key.id, Text(key.name), Text(key.scope), key.created_at[:10], (key.last_used_at or "")[:10], state
@@ -59,8 +57,8 @@ def revoke_command(key_id: str, *, as_json: bool) -> int:
     """Revoke a key."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            await door.send("DELETE", f"/keys/{quote(key_id, safe='')}")
+        async with open_client(command_settings()) as octo:
+            await octo.revoke_key(key_id)
         if as_json:
             print(msgspec.json.encode({"id": key_id, "state": "revoked"}).decode())
         else:
@@ -74,8 +72,8 @@ def mint_command(scope: str, aud: str, lifetime: int, *, as_json: bool) -> int:
     """Print a token alone."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            answer = await door.post("/token", TokenRequest(scope, aud, lifetime), TokenAnswer)
+        async with open_client(command_settings()) as octo:
+            answer = await octo.mint_token(scope, aud=aud, lifetime_seconds=lifetime)
         print(msgspec.json.encode(answer).decode() if as_json else answer.access_token, flush=True)
         return EXIT_DONE
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from octollm.cli.door import Door
+from octollm.client import TaskHandle
 from octollm.contracts.api import Reason, TaskView
-from octollm.contracts.task import Artifact, TaskStatus, Usage
+from octollm.contracts.task import TaskStatus, Usage
 from octollm.errors import OctoError
 
 FOLDER = "octollm-results"
@@ -51,7 +50,7 @@ def safe_name(name: str) -> PurePosixPath:
     return PurePosixPath(*kept) if kept else PurePosixPath("unnamed")
 
 
-async def save_outcome(door: Door, task: TaskView, folder: Path) -> Outcome:
+async def save_outcome(handle: TaskHandle, task: TaskView, folder: Path) -> Outcome:
     """Fetch the artifacts of a finished task, check their digests, and save them with ``result.json`` in ``folder``.
 
     Raises what the door answers, ``file_invalid`` for bytes that are not what their digest says, and
@@ -61,7 +60,7 @@ async def save_outcome(door: Door, task: TaskView, folder: Path) -> Outcome:
     taken: set[PurePosixPath] = {PurePosixPath("result.json")}
     for artifact in task.artifacts:
         name = _free_name(safe_name(artifact.name), taken)
-        content = await _fetch(door, task.task_id, artifact)
+        content = await handle.artifact(artifact)
         await asyncio.to_thread(_write, folder / name, content)
         saved.append(
             SavedArtifact(artifact.name, artifact.digest, artifact.size, artifact.media_type, str(folder / name))
@@ -69,13 +68,6 @@ async def save_outcome(door: Door, task: TaskView, folder: Path) -> Outcome:
     outcome = Outcome(task.task_id, task.status, task.output, tuple(saved), task.usage, task.error)
     await asyncio.to_thread(_write, folder / "result.json", msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
     return outcome
-
-
-async def _fetch(door: Door, task_id: str, artifact: Artifact) -> bytes:
-    content = (await door.send("GET", f"/tasks/{task_id}/artifacts/{artifact.digest}")).body
-    if hashlib.sha256(content).hexdigest() != artifact.digest:
-        raise OctoError(f"The artifact {artifact.name} did not arrive whole.", code="file_invalid")
-    return content
 
 
 def _free_name(name: PurePosixPath, taken: set[PurePosixPath]) -> PurePosixPath:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from octollm.cli.updates import Update
+from octollm.client import Update
 from octollm.contracts.task import TaskStatus
 
 Tone = Literal["plain", "title", "step", "good", "bad", "warn", "quiet"]
-
-FINAL: frozenset[str] = frozenset({"completed", "failed", "cancelled"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote, urlencode
-
 import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from octollm.cli.door import open_door
+from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
 from octollm.cli.terminal import output
-from octollm.contracts.api import StepView, TaskList, TaskView
+from octollm.contracts.api import StepView, TaskView
 from octollm.contracts.task import TaskStatus
 
 _TONES = {"completed": "octo.good", "failed": "octo.bad", "cancelled": "octo.warn"}
@@ -23,9 +21,8 @@ def list_command(limit: int, status: TaskStatus | None, *, as_json: bool) -> int
     """List tasks."""
 
     async def work() -> int:
-        query = urlencode({"limit": limit} | ({"status": status} if status else {}))
-        async with open_door(command_settings()) as door:
-            found = await door.get(f"/tasks?{query}", TaskList)
+        async with open_client(command_settings()) as octo:
+            found = await octo.task_page(limit=limit, status=status)
         if as_json:
             print(msgspec.json.encode(found).decode())
             return EXIT_DONE
@@ -52,8 +49,8 @@ def show_command(task_id: str, *, as_json: bool) -> int:
     """Show one task."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            task = await door.get(f"/tasks/{quote(task_id, safe='')}", TaskView)
+        async with open_client(command_settings()) as octo:
+            task = await octo.task(task_id).read()
         if as_json:
             print(msgspec.json.encode(task).decode())
         else:
@@ -67,8 +64,8 @@ def cancel_command(task_id: str, *, as_json: bool) -> int:
     """Cancel one task."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            task = await door.post(f"/tasks/{quote(task_id, safe='')}/cancel", None, TaskView)
+        async with open_client(command_settings()) as octo:
+            task = await octo.task(task_id).cancel()
         if as_json:
             print(msgspec.json.encode(task).decode())
         else:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
-from octollm.errors import OctoError, RemoteError
+from octollm.errors import OctoError
 from octollm.telemetry import mask
 
 _PIPE_WIDTH = 200
@@ -46,7 +46,7 @@ def show_error(error: OctoError, console: Console | None = None) -> None:
     for fault in error.faults:
         where = fault.pointer or "body"
         said.print(Text.assemble(("  at ", "octo.quiet"), where, ": ", fault.detail))
-    if isinstance(error, RemoteError) and error.code == "internal":
+    if error.code == "internal":
         said.print(Text("  The service's log has the reason: OCTOLLM_HOME/logs/octollm.jsonl", "octo.quiet"))
 
 

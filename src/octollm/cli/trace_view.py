@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from octollm.cli.door import open_door
+from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
@@ -25,8 +23,8 @@ def trace_command(task_id: str, *, everything: bool, as_json: bool) -> int:
     """Show the trace of one task."""
 
     async def work() -> int:
-        async with open_door(command_settings()) as door:
-            trace = await door.get(f"/tasks/{quote(task_id, safe='')}/trace", TraceView)
+        async with open_client(command_settings()) as octo:
+            trace = await octo.task(task_id).trace()
         if as_json:
             print(msgspec.json.encode(trace).decode())
         else:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.text import Text
 
 from octollm.cli.story import Said, Story
-from octollm.cli.updates import Update
+from octollm.client import Update
 
 _TAIL_CHARS = 400
 """Characters of an unfinished line that are shown."""

@@ -9,35 +9,12 @@ from starlette.responses import Response
 
 from octollm import __version__
 from octollm.capability import PublicKey
+from octollm.contracts.health import Dependency, Health, Readiness
 from octollm.rpc.call import Call, Operation, Reply
 from octollm.rpc.openapi import openapi_of
 from octollm.telemetry import Metrics
 
-CheckUp = Callable[[], Awaitable["Dependency"]]
-
-
-class Dependency(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The state of something that a service needs. A degraded one does not make the service unready."""
-
-    ok: bool
-    detail: str = ""
-    required: bool = True
-
-
-class Readiness(msgspec.Struct, frozen=True):
-    """``GET /ready``: 200 when the service may be sent calls, else 503."""
-
-    status: str
-    service: str
-    dependencies: dict[str, Dependency]
-
-
-class Health(msgspec.Struct, frozen=True):
-    """``GET /health``: the process answers."""
-
-    service: str
-    version: str
-    status: str = "ok"
+CheckUp = Callable[[], Awaitable[Dependency]]
 
 
 class JwkSet(msgspec.Struct, frozen=True):

@@ -1,0 +1,52 @@
+"""The Python client of an installation: one for asyncio, and the same one for plain code.
+
+Here live connecting, the requests of the public door with their retries, live updates that survive a broken
+connection, and failures as types. It uses the public API and nothing else: no service, no storage, no setting
+but where the door is and the key to it.
+"""
+
+from octollm.client.client import Client
+from octollm.client.connecting import connect, connect_sync
+from octollm.client.errors import (
+    AuthenticationError,
+    Conflict,
+    DeadlineExceeded,
+    DoorError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    RateLimited,
+    ServerError,
+    TaskCancelled,
+    TaskFailed,
+    Unavailable,
+)
+from octollm.client.position import Update
+from octollm.client.sync import SyncClient, SyncTask
+from octollm.client.task import TaskHandle
+
+__all__ = [  # noqa: RUF022  grouped by what they are for
+    # Connecting
+    "Client",
+    "SyncClient",
+    "connect",
+    "connect_sync",
+    # Tasks
+    "SyncTask",
+    "TaskHandle",
+    "Update",
+    # Failures of a request
+    "AuthenticationError",
+    "Conflict",
+    "DeadlineExceeded",
+    "DoorError",
+    "InvalidRequest",
+    "NotFound",
+    "PermissionDenied",
+    "RateLimited",
+    "ServerError",
+    "Unavailable",
+    # Failures of a task
+    "TaskCancelled",
+    "TaskFailed",
+]

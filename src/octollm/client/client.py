@@ -1,0 +1,207 @@
+"""The client for asyncio: a method for everything that the public door offers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from datetime import datetime
+from types import TracebackType
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from octollm.client.door import UPLOAD_SECONDS, Door
+from octollm.client.event_stream import log_events
+from octollm.client.files import Content, FileInput, check_digest, content_of, contents_of
+from octollm.client.patience import PATIENCE_SECONDS
+from octollm.client.task import TaskHandle
+from octollm.contracts.api import (
+    ArmList,
+    ArmView,
+    EventList,
+    KeyList,
+    KeyRequest,
+    KeyView,
+    NewKey,
+    TaskList,
+    TaskSummary,
+    TaskView,
+    TokenAnswer,
+    TokenRequest,
+)
+from octollm.contracts.events import Event
+from octollm.contracts.health import Health, Readiness
+from octollm.contracts.joining import JoinList, JoinView, NewJoin, NewJoinRequest
+from octollm.contracts.operations import StoredFile
+from octollm.contracts.task import Budget, FileRef, TaskContext, TaskContract, TaskStatus
+
+_PAGE = 200
+_READY = frozenset({503})
+
+
+class Client:
+    """An installation, seen through its public door. Close it by ``async with`` or :meth:`aclose`.
+
+    Every method raises a :class:`DoorError` of the type that tells what is wrong. What may pass was tried again
+    within the timeout by then, if that could do nothing twice. Cancelling a call closes its connection.
+    """
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections. Tasks go on."""
+        await self.door.aclose()
+
+    async def submit(
+        self,
+        goal: str,
+        *,
+        files: Iterable[FileInput] = (),
+        criteria: Iterable[str] = (),
+        constraints: Iterable[str] = (),
+        context: str = "",
+        budget: Budget | Mapping[str, float] | None = None,
+        arm: str | None = None,
+        deadline: datetime | str | None = None,
+        priority: int = 0,
+        parent: str | None = None,
+        key: str | None = None,
+    ) -> TaskHandle:
+        """Submit a task and return it as soon as it is accepted.
+
+        ``criteria`` are what the result has to satisfy, ``constraints`` what the work has to keep to, ``context``
+        free notes. ``budget`` has ``max_tokens``, ``max_cost_usd`` (US dollars), ``max_time_seconds`` and
+        ``max_retries``. ``arm`` names the one that is to do it. ``deadline`` needs an offset from UTC. ``parent`` is
+        the task that this one belongs to. With the same ``key`` the same task is submitted once, also from another
+        process; without one a repeat after a lost answer is safe all the same. Raises :class:`InvalidRequest`.
+        """
+        stored = [await self._store(content) for content in await contents_of(files)]
+        contract = TaskContract(
+            goal=goal,
+            context=TaskContext(files=tuple(FileRef(file.name, file.digest) for file in stored), text=context),
+            constraints=tuple(constraints),
+            acceptance_criteria=tuple(criteria),
+            budget=budget if isinstance(budget, Budget) else Budget(),
+            priority=priority,
+            parent_task_id=parent,
+            assigned_arm=arm,
+            deadline=deadline.isoformat() if isinstance(deadline, datetime) else deadline,
+        )
+        body: dict[str, object] = msgspec.to_builtins(contract)
+        if isinstance(budget, Mapping):
+            # As it is: a member that is misspelt is refused by the door, not dropped here.
+            body["budget"] = dict(budget)
+        task = await self.door.post("/tasks", body, TaskView, key=key or self.door.ids.hex())
+        return self.task(task.task_id)
+
+    def task(self, task_id: str) -> TaskHandle:
+        """Return the task with that id. Nothing is asked: whether there is one shows when it is used."""
+        return TaskHandle(self.door, task_id)
+
+    async def tasks(self, *, status: TaskStatus | None = None) -> AsyncGenerator[TaskSummary]:
+        """Yield all tasks, newest first, page by page as they are taken."""
+        cursor = None
+        while True:
+            page = await self.task_page(limit=_PAGE, cursor=cursor, status=status)
+            for task in page.tasks:
+                yield task
+            cursor = page.cursor
+            if cursor is None:
+                return
+
+    async def task_page(
+        self, *, limit: int = 50, cursor: str | None = None, status: TaskStatus | None = None
+    ) -> TaskList:
+        """Return up to ``limit`` (1 to 200) tasks, newest first, behind those that ``cursor`` ends."""
+        query = {"limit": limit, "cursor": cursor, "status": status}
+        return await self.door.get(f"/tasks?{_query(query)}", TaskList)
+
+    async def upload(self, file: FileInput) -> StoredFile:
+        """Store a file; the same bytes are stored once. ``submit`` does this for its files."""
+        return await self._store(await content_of(file))
+
+    async def download(self, file: StoredFile | str) -> bytes:
+        """Return the bytes of a stored file, by what :meth:`upload` returned or its digest, checked against that."""
+        digest = file if isinstance(file, str) else file.digest
+        answer = await self.door.send("GET", f"/files/{quote(digest, safe='')}", seconds=UPLOAD_SECONDS)
+        return check_digest(answer.body, digest)
+
+    def events(self, *, after: int = 0, patience: float = PATIENCE_SECONDS) -> AsyncGenerator[Event]:
+        """Yield the events of the log behind position ``after``, and go on as they happen, for ever.
+
+        A broken connection is taken up again and no event comes twice; :class:`Unavailable` is raised when no door
+        is back after ``patience`` seconds.
+        """
+        return log_events(self.door, after=after, patience=patience)
+
+    async def event_page(self, *, after: int = 0, limit: int = 200) -> EventList:
+        """Return up to ``limit`` (1 to 500) events behind position ``after`` that there are already."""
+        return await self.door.get(f"/events?{_query({'after': after, 'limit': limit})}", EventList)
+
+    async def arms(self) -> tuple[ArmView, ...]:
+        """Return the arms that may be called."""
+        return (await self.door.get("/arms", ArmList)).arms
+
+    async def remove_arm(self, name: str) -> None:
+        """Remove an arm of one's own: its key and what it was lent end, and its name is free."""
+        await self.door.send("DELETE", f"/arms/{quote(name, safe='')}", key=self.door.ids.hex())
+
+    async def joins(self) -> tuple[JoinView, ...]:
+        """Return the join secrets, without what is secret of them."""
+        return (await self.door.get("/joins", JoinList)).joins
+
+    async def create_join(self, name: str, *, calls: Iterable[str] = (), lifetime_seconds: int = 86_400) -> NewJoin:
+        """Make a secret with which the arm ``name`` joins; it may declare at most ``calls``. It is shown this once.
+
+        Not repeated when an answer is lost, as with :meth:`create_key`.
+        """
+        return await self.door.post("/joins", NewJoinRequest(name, tuple(calls), lifetime_seconds), NewJoin)
+
+    async def revoke_join(self, join_id: str) -> None:
+        """Revoke a join secret, by its id; an arm that joined with it stays."""
+        await self.door.send("DELETE", f"/joins/{quote(join_id, safe='')}", key=self.door.ids.hex())
+
+    async def keys(self) -> tuple[KeyView, ...]:
+        """Return the API keys, without their secrets."""
+        return (await self.door.get("/keys", KeyList)).keys
+
+    async def create_key(self, name: str, *, scope: str = "user") -> NewKey:
+        """Make an API key; its ``secret`` is in the answer, this once. ``scope`` has presets and scopes, with spaces.
+
+        Not repeated when an answer is lost: a key whose secret nobody got would stay behind.
+        """
+        return await self.door.post("/keys", KeyRequest(name, scope), NewKey)
+
+    async def revoke_key(self, key_id: str) -> None:
+        """Revoke an API key, by its id; its tokens and tasks end with it."""
+        await self.door.send("DELETE", f"/keys/{quote(key_id, safe='')}", key=self.door.ids.hex())
+
+    async def mint_token(self, scope: str, *, aud: str, lifetime_seconds: int = 3600) -> TokenAnswer:
+        """Make a token for direct calls of the one service ``aud``, with a task and a budget of its own."""
+        return await self.door.post("/token", TokenRequest(scope, aud, lifetime_seconds), TokenAnswer)
+
+    async def health(self) -> Health:
+        """Return the door's version. Raises :class:`Unavailable` when it does not answer."""
+        return await self.door.get("/health", Health)
+
+    async def ready(self) -> Readiness:
+        """Return whether the installation may be given work, and what it lacks; also when it is not ready."""
+        answer = await self.door.send("GET", "/ready", accepted=_READY)
+        return self.door.decoded(answer, Readiness)
+
+    async def _store(self, content: Content) -> StoredFile:
+        headers = {"Content-Type": content.media_type, "X-File-Name": quote(content.name, safe="")}
+        answer = await self.door.send("POST", "/files", content.body, headers, UPLOAD_SECONDS, key=self.door.ids.hex())
+        return self.door.decoded(answer, StoredFile)
+
+
+def _query(parameters: Mapping[str, object]) -> str:
+    return urlencode({name: value for name, value in parameters.items() if value is not None})

@@ -1,0 +1,53 @@
+"""Making a client, from what is given or from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from octollm.client.client import Client
+from octollm.client.door import ANSWER_SECONDS, Door
+from octollm.client.portal import Portal
+from octollm.client.sync import SyncClient
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.config import read_client_settings
+from octollm.contracts.services import SERVICES
+from octollm.resilience import RetryPolicy
+
+
+def connect(
+    url: str | Sequence[str] | None = None,
+    api_key: str | None = None,
+    *,
+    timeout: float = ANSWER_SECONDS,
+    retry: RetryPolicy | None = None,
+) -> Client:
+    """Return a client of the installation whose public door is at ``url``. Nothing is asked yet.
+
+    Several addresses, in a list or with commas, are doors of the same installation: when one is gone, the next is
+    used. Without ``url`` it is ``OCTOLLM_URL``, else this machine's; without ``api_key`` it is ``OCTOLLM_API_KEY``.
+    ``timeout`` bounds each call with its retries, in seconds, but not the transfer of files nor what is watched.
+    Connections are direct: no proxy is used and no redirect followed, so that the key goes nowhere else. Raises
+    ``setting_invalid``.
+    """
+    settings = read_client_settings(os.environ)
+    if url is None:
+        local = f"http://127.0.0.1:{SERVICES['reflex'].port + settings.port_shift}"
+        urls: Sequence[str] = settings.urls or (local,)
+    else:
+        urls = [part.strip() for part in url.split(",") if part.strip()] if isinstance(url, str) else url
+    clock = SystemClock()
+    key = api_key or settings.api_key
+    return Client(Door(urls, key, clock=clock, ids=Uuid7Ids(clock), seconds=timeout, retry=retry))
+
+
+def connect_sync(
+    url: str | Sequence[str] | None = None,
+    api_key: str | None = None,
+    *,
+    timeout: float = ANSWER_SECONDS,
+    retry: RetryPolicy | None = None,
+) -> SyncClient:
+    """Return a client for plain code; see :func:`connect`. It runs on a thread of its own until it is closed."""
+    inner = connect(url, api_key, timeout=timeout, retry=retry)
+    return SyncClient(Portal(), inner)

@@ -1,0 +1,166 @@
+"""What a client may have to catch, as types: each says by itself whether the same call may succeed later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+from octollm.contracts.api import TaskView
+from octollm.contracts.problems import KINDS, Problem
+from octollm.errors import Fault, OctoError
+from octollm.rpc.http import Answer, TransportError
+
+
+class DoorError(OctoError):
+    """A request that the door did not grant.
+
+    ``code`` is one of ``docs/errors.md``, ``status`` the HTTP status that belongs to it, ``faults`` point into the
+    body, ``retry_after`` is in seconds, and ``request_id`` finds the request in the services' logs. ``began`` is
+    false when the request surely never reached a handler.
+    """
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        code: str,
+        status: int | None = None,
+        faults: Sequence[Fault] = (),
+        retry_after: float | None = None,
+        request_id: str = "",
+        began: bool = True,
+    ) -> None:
+        super().__init__(detail, code=code, faults=faults, retry_after=retry_after)
+        self.status = KINDS[code].status if status is None else status
+        self.request_id = request_id
+        self.began = began
+
+
+class InvalidRequest(DoorError):
+    """The request itself is wrong; ``faults`` say where (JSON Pointers, RFC 6901)."""
+
+
+class AuthenticationError(DoorError):
+    """The door does not know who asks: there is no API key, or it is wrong or revoked."""
+
+
+class PermissionDenied(DoorError):
+    """Who asks is known, and may not do this."""
+
+
+class NotFound(DoorError):
+    """There is no such task, file or key, or it is another tenant's."""
+
+
+class Conflict(DoorError):
+    """The state of things does not allow this, for instance cancelling a task that has ended."""
+
+
+class DeadlineExceeded(DoorError):
+    """The time for this call was used up. What was asked for may still happen."""
+
+
+class ServerError(DoorError):
+    """The installation cannot do this, and asking again would not help."""
+
+
+class RateLimited(DoorError):
+    """Too many requests; ``retry_after`` says when to go on. It was waited for as long as the timeout allowed."""
+
+    retryable = True
+
+
+class Unavailable(DoorError):
+    """No door could be reached, or something behind it is away; the same call may succeed later."""
+
+    retryable = True
+
+
+class TaskFailed(OctoError):
+    """A task that ended without a result: ``code`` and ``reasons`` say why, ``task`` is all there is to know of it."""
+
+    def __init__(self, task: TaskView) -> None:
+        error = task.error
+        super().__init__(
+            error.detail if error else "The task failed without saying why.",
+            code=error.code if error else "internal",
+            faults=[Fault(fault.pointer, fault.detail) for fault in error.errors] if error else (),
+        )
+        self.reasons = error.reasons if error else ()
+        self.task = task
+
+
+class TaskCancelled(OctoError):
+    """A task that was cancelled; ``task`` is all there is to know of it."""
+
+    code = "cancelled"
+
+    def __init__(self, task: TaskView) -> None:
+        super().__init__(f"{task.task_id} was cancelled.")
+        self.task = task
+
+
+_BY_STATUS: dict[int, type[DoorError]] = {
+    401: AuthenticationError,
+    403: PermissionDenied,
+    404: NotFound,
+    409: Conflict,
+    429: RateLimited,
+    504: DeadlineExceeded,
+}
+
+
+def type_of(status: int, *, retryable: bool) -> type[DoorError]:
+    """Return the type of a refusal with this status; ``retryable`` is the door's own word on it.
+
+    Statuses that are not named are the request's fault below 500, and the installation's from there.
+    """
+    if retryable:
+        return RateLimited if status == 429 else Unavailable
+    return _BY_STATUS.get(status, InvalidRequest if status < 500 else ServerError)
+
+
+def error_of_code(code: str, detail: str, *, retry_after: float | None = None) -> DoorError:
+    """Return a failure that is known by its ``code`` alone, as when a WebSocket is closed."""
+    kind = KINDS[code]
+    return type_of(kind.status, retryable=kind.retryable)(detail, code=code, retry_after=retry_after)
+
+
+def error_of_answer(answer: Answer) -> DoorError:
+    """Return the failure that an answer of status 400 or more tells, also one that is no problem document."""
+    text = answer.headers.get("retry-after", "")
+    after = float(text) if text.isascii() and text.isdigit() and len(text) <= 9 else None
+    try:
+        problem = msgspec.json.decode(answer.body, type=Problem)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # Something that stands before the door, or another program.
+        return type_of(answer.status, retryable=answer.status in (429, 502, 503, 504))(
+            f"The door answered {answer.status} without saying why. Is another program or a proxy at that address?",
+            code="peer_protocol",
+            status=answer.status,
+            retry_after=after,
+        )
+    return type_of(answer.status, retryable=problem.retryable)(
+        problem.detail or problem.title,
+        code=problem.code,
+        status=answer.status,
+        faults=[Fault(fault.pointer, fault.detail) for fault in problem.errors],
+        retry_after=after,
+        request_id=problem.request_id,
+    )
+
+
+def error_of_transport(error: TransportError, url: str) -> Unavailable:
+    """Return what to say when ``url`` gave no whole answer."""
+    if error.began:
+        return Unavailable(f"{error.detail} See whether it still runs: {url}/ready", code=error.code)
+    return Unavailable(
+        f"No OctoLLM answers at {url}. Start one with `octollm up` in another terminal, or set OCTOLLM_URL to where one"
+        " runs.",
+        code=error.code,
+        began=False,
+    )

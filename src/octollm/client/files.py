@@ -1,0 +1,83 @@
+"""Files as a caller may give them, and what is sent of them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import mimetypes
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from octollm.client.errors import InvalidRequest, ServerError
+from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES
+
+FileInput = str | os.PathLike[str] | bytes | tuple[str, bytes] | tuple[str, str]
+"""A path (its last part is the name), bytes, or a name with bytes or text (UTF-8). Bytes alone are called `file1`, …
+after their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A file that may be sent."""
+
+    name: str
+    body: bytes
+
+    @property
+    def media_type(self) -> str:
+        """Return the type that the name suggests."""
+        return mimetypes.guess_type(self.name)[0] or "application/octet-stream"
+
+
+async def contents_of(files: Iterable[FileInput]) -> list[Content]:
+    """Return what is in ``files``, read in a thread.
+
+    Raises :class:`InvalidRequest` (``file_invalid``) naming the first that cannot be sent, before anything is.
+    """
+    given = list(files)
+    if len(given) > MAX_FILES:
+        raise _refused(f"{len(given)} files are too many: a task may have {MAX_FILES}.")
+    return [await asyncio.to_thread(_content, file, place) for place, file in enumerate(given, 1)]
+
+
+async def content_of(file: FileInput) -> Content:
+    """Return what is in one file; raises as :func:`contents_of`."""
+    return (await contents_of([file]))[0]
+
+
+def check_digest(body: bytes, digest: str) -> bytes:
+    """Return ``body`` when it has that SHA-256; raise :class:`ServerError` (``file_invalid``) when it does not."""
+    if hashlib.sha256(body).hexdigest() != digest:
+        raise ServerError(f"The file {digest[:12]}… did not arrive whole.", code="file_invalid")
+    return body
+
+
+def _content(file: FileInput, place: int) -> Content:
+    if isinstance(file, bytes):
+        name, body = f"file{place}", file
+    elif isinstance(file, tuple):
+        name, given = file
+        body = given.encode() if isinstance(given, str) else given
+    else:
+        path = Path(file)
+        name, body = path.name, _read(path)
+    if len(body) > MAX_FILE_BYTES:
+        raise _refused(f"{name} has more than {MAX_FILE_BYTES // 2**20} MiB.")
+    return Content(name, body)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # One byte more than is allowed tells of a file that is too long, also of one that has no size (a pipe).
+        with path.open("rb") as opened:
+            return opened.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise _refused(f"There is no file {path}.") from error
+    except OSError as error:
+        raise _refused(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _refused(detail: str) -> InvalidRequest:
+    return InvalidRequest(detail, code="file_invalid")

@@ -1,0 +1,119 @@
+"""What a watcher has seen decides what is new: nothing is lost, nothing comes twice."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qs
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octollm.client import Update
+from octollm.client.position import MAX_OFFSETS, MissingError, Position
+
+TASK = "task-" + "a" * 32
+
+
+def event(seq, kind="status", **data):
+    return Update(TASK, kind, seq, float(seq), data=data)
+
+
+def token(text, offset, *, attempt=1, run=1, step="s1", reset=False):
+    return Update(
+        TASK, "token", 0, 0.0, data={"text": text}, step=step, attempt=attempt, run=run, offset=offset, reset=reset
+    )
+
+
+def test_an_event_counts_once():
+    position = Position()
+    assert position.take(event(1))
+    assert position.take(event(2))
+    assert not position.take(event(2))
+    assert not position.take(event(1))
+    assert position.query() == "after=2"
+
+
+def test_an_event_that_was_left_out_is_noticed():
+    position = Position(2)
+    with pytest.raises(MissingError):
+        position.take(event(4))
+    assert position.query() == "after=2"
+
+
+def test_text_counts_once_and_its_place_is_kept():
+    position = Position(4)
+    assert position.take(token("ab", 0))
+    assert position.take(token("cd", 2))
+    assert not position.take(token("cd", 2))
+    assert parse_qs(position.query()) == {"after": ["4"], "offset": ["s1.1.1.4"]}
+
+
+def test_of_text_that_was_seen_in_part_the_rest_is_new():
+    position = Position()
+    position.take(token("abc", 0))
+    rest = position.take(token("bcde", 1))
+    assert rest is not None
+    assert (rest.offset, rest.text) == (3, "de")
+
+
+def test_text_that_was_left_out_is_noticed():
+    position = Position()
+    position.take(token("abc", 0))
+    for late in (token("x", 4), token("x", 1, run=2), token("x", 1, step="s2")):
+        with pytest.raises(MissingError):
+            position.take(late)
+
+
+def test_a_newer_run_begins_again_and_an_older_is_over():
+    position = Position()
+    position.take(token("abcd", 0))
+    assert position.take(token("x", 0, run=2, reset=True))
+    assert not position.take(token("efgh", 4, run=1))
+    assert position.texts == {"s1": (1, 2, 1)}
+
+
+def test_a_step_that_is_over_has_no_offset():
+    position = Position()
+    position.take(token("abcd", 0))
+    position.take(event(1, "step", step="s1", text_length=4))
+    assert position.query() == "after=1"
+
+
+def test_no_more_steps_are_named_than_the_door_takes():
+    position = Position()
+    for number in range(MAX_OFFSETS + 5):
+        position.take(token("x", 0, step=f"s{number}"))
+    position.take(token("y", 1, step="s0"))
+    named = [one.partition(".")[0] for one in parse_qs(position.query())["offset"]]
+    assert len(named) == MAX_OFFSETS
+    assert named[-1] == "s0"
+
+
+def test_a_ping_says_nothing():
+    assert not Position().take(event(7, "ping"))
+
+
+@given(st.text(min_size=1, max_size=60), st.data())
+def test_however_a_text_is_cut_and_sent_again_it_comes_out_whole(text, data):
+    position = Position()
+    found = ""
+    while len(found) < len(text):
+        # A new connection goes on from the place that is known, or from before it.
+        start = data.draw(st.integers(0, len(found)))
+        end = data.draw(st.integers(start + 1, len(text)))
+        new = position.take(token(text[start:end], start))
+        found += new.text if new is not None else ""
+    assert found == text
+
+
+@given(st.lists(st.integers(1, 12), max_size=60))
+def test_what_is_taken_has_no_gaps(seqs):
+    position = Position()
+    taken = []
+    for seq in seqs:
+        try:
+            if position.take(event(seq)):
+                taken.append(seq)
+        except MissingError:
+            assert seq > position.seq + 1
+    assert taken == list(range(1, len(taken) + 1))

@@ -1,0 +1,304 @@
+"""Both clients against a whole installation: one suite."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import re
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from client_world import FILES, GOAL, SENTENCE, cutting
+from whole import NOTES
+
+import octollm
+from octollm.client import (
+    AuthenticationError,
+    Client,
+    Conflict,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    TaskCancelled,
+    TaskFailed,
+)
+from octollm.client.door import Door
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.errors import OctoError
+from octollm.testing import wait_until
+from octollm.testing.scripted_model import Reply
+
+NOBODY = "task-" + "0" * 32
+
+
+async def test_a_goal_from_submission_to_result(octo, tmp_path: Path):
+    (tmp_path / "notes.md").write_text(NOTES)
+    task = await octo.submit(GOAL, files=[tmp_path / "notes.md"], budget={"max_tokens": 4000}, context="Be short.")
+    updates = [update async for update in task.updates()]
+    assert [update.seq for update in updates if update.type != "token"] == list(range(1, updates[-1].seq + 1))
+    assert updates[-1].type == "result"
+    text = "".join(update.text for update in updates if update.type == "token" and update.step == "s1")
+    assert text == SENTENCE
+    done = await task.result(timeout=10)
+    assert SENTENCE in done.output
+    assert done.usage.total_tokens > 0
+    assert done.budget.max_tokens == 4000
+    assert [event.version async for event in task.history()] == list(range(1, done.version + 1))
+    assert [saved.text for saved in await task.texts() if saved.step == "s1"] == [SENTENCE]
+    assert task.id in [summary.task_id async for summary in octo.tasks(status="completed")]
+
+
+async def test_pages_are_walked_to_the_end(octo):
+    made = [(await octo.submit(GOAL, files=FILES)).id for _ in range(3)]
+    page = await octo.task_page(limit=2)
+    following = await octo.task_page(limit=2, cursor=page.cursor)
+    assert not {task.task_id for task in page.tasks} & {task.task_id for task in following.tasks}
+    assert set(made) <= {task.task_id async for task in octo.tasks()}
+    for task_id in made:
+        await octo.task(task_id).ended()
+
+
+async def test_one_key_is_one_task(octo):
+    key = f"key-{id(octo)}"
+    first, second = [await octo.submit(GOAL, files=FILES, key=key) for _ in range(2)]
+    assert first.id == second.id
+    await first.ended()
+
+
+@pytest.mark.parametrize("file", [b"plain", ("a.txt", "text"), ("b.txt", b"bytes")])
+async def test_files_go_there_and_back(octo, file):
+    stored = await octo.upload(file)
+    body = await octo.download(stored)
+    assert hashlib.sha256(body).hexdigest() == stored.digest
+    assert body in (b"plain", b"text", b"bytes")
+
+
+async def test_a_file_that_is_not_there_is_refused_before_anything_is_sent(octo, tmp_path: Path):
+    with pytest.raises(InvalidRequest, match="There is no file") as caught:
+        await octo.submit(GOAL, files=[tmp_path / "missing"])
+    assert caught.value.code == "file_invalid"
+
+
+async def test_a_cancelled_task_is_told_by_type_and_cancelling_it_again_is_fine(octo, world):
+    world.say(Reply("The service ", hang=True))
+    task = await octo.submit(GOAL, files=FILES)
+    with pytest.raises(DeadlineExceeded):
+        await task.result(timeout=0.3)
+    assert (await task.cancel()).status == "cancelled"
+    assert (await task.cancel()).status == "cancelled"
+    with pytest.raises(TaskCancelled) as caught:
+        await task.result()
+    assert caught.value.task.task_id == task.id
+
+
+async def test_a_failed_task_is_told_with_its_code_and_cannot_be_cancelled(octo, world):
+    task = await octo.submit(GOAL, files=FILES, budget={"max_tokens": 20})
+    with pytest.raises(TaskFailed) as caught:
+        await task.result(timeout=30)
+    assert caught.value.code == "budget_exhausted"
+    assert caught.value.task.status == "failed"
+    with pytest.raises(Conflict):
+        await task.cancel()
+
+
+async def test_a_misspelt_budget_is_pointed_at(octo):
+    with pytest.raises(InvalidRequest) as caught:
+        await octo.submit(GOAL, budget={"max_token": 3})
+    assert caught.value.code == "unknown_field"
+    assert caught.value.status == 400
+    assert caught.value.request_id.startswith("req-")
+    with pytest.raises(InvalidRequest) as caught:
+        await octo.submit("  ")
+    assert [fault.pointer for fault in caught.value.faults] == ["/goal"]
+
+
+async def test_what_is_not_there_is_not_found(octo):
+    for asking in (octo.task(NOBODY).read(), octo.task(NOBODY).result(), octo.download("0" * 64)):
+        with pytest.raises(NotFound):
+            await asking
+    with pytest.raises(NotFound) as caught:
+        async for _ in octo.task(NOBODY).updates():
+            pass
+    assert caught.value.code == "task_not_found"
+
+
+async def test_keys_open_what_their_scope_says(octo, world):
+    made = await octo.create_key("reader", scope="tasks:read")
+    assert made.secret not in repr(await octo.keys())
+    async with octollm.connect(world.url, made.secret) as reader:
+        assert made.secret not in repr(reader.door)
+        assert (await reader.task_page()).tasks is not None
+        with pytest.raises(PermissionDenied) as caught:
+            await reader.submit(GOAL)
+        assert caught.value.code == "scope_missing"
+    await octo.revoke_key(made.key.id)
+    async with octollm.connect(world.url, made.secret) as reader:
+        with pytest.raises(AuthenticationError):
+            await reader.task_page()
+        with pytest.raises(AuthenticationError):
+            async for _ in reader.task(NOBODY).updates():
+                pass
+
+
+async def test_a_token_opens_its_service_only(octo):
+    token = await octo.mint_token("judge:validate", aud="judge", lifetime_seconds=60)
+    assert token.scope == "judge:validate"
+    with pytest.raises(InvalidRequest):
+        await octo.mint_token("judge:validate", aud="coder")
+
+
+async def test_the_log_is_followed_from_where_one_says(octo):
+    task = await octo.submit(GOAL, files=FILES)
+    await task.ended()
+    seen = []
+    async with asyncio.timeout(20), contextlib.aclosing(octo.events()) as events:
+        async for event in events:
+            seen.append(event.seq)
+            if event.subject == f"task/{task.id}" and event.event_type == "task.completed":
+                break
+    assert seen == sorted(set(seen))
+    page = await octo.event_page(after=seen[-2], limit=1)
+    assert [event.seq for event in page.events] == [seen[-1]]
+
+
+async def test_the_installation_tells_of_itself(octo):
+    assert (await octo.health()).service == "reflex"
+    assert (await octo.ready()).status == "ready"
+    assert {"coder", "judge"} <= {arm.name for arm in await octo.arms()}
+
+
+async def test_text_and_frames_survive_cuts_in_the_middle_of_tokens(octo, world):
+    words = " ".join(f"{number:05d}é" for number in range(3000))
+    world.say(Reply(f"{SENTENCE}\n\n{words}", piece=60))
+    async with cutting(world.url, least=2500, longest=6000, most=24) as proxy:
+        # Submitted past the proxy: only the watching is cut.
+        task = await octo.submit(GOAL, files=FILES)
+        async with octollm.connect(proxy.url) as through, asyncio.timeout(60):
+            updates = [update async for update in through.task(task.id).updates()]
+    assert proxy.cuts >= 20
+    assert [update.seq for update in updates if update.type != "token"] == list(range(1, updates[-1].seq + 1))
+    text = ""
+    for update in updates:
+        if update.type == "token" and update.step == "s1":
+            text = "" if update.reset else text
+            assert update.offset == len(text) or update.reset
+            text += update.text
+    assert text == f"{SENTENCE}\n\n{words}"
+    assert updates[-1].type == "result"
+
+
+async def test_the_log_survives_cuts(world):
+    async with octollm.connect(world.url) as octo:
+        for _ in range(3):
+            await (await octo.submit(GOAL, files=FILES)).ended()
+        whole = (await octo.event_page(limit=500)).events
+        async with cutting(world.url, least=900, longest=3000, most=10) as proxy, octollm.connect(proxy.url) as through:
+            seen = []
+            async with asyncio.timeout(60), contextlib.aclosing(through.events()) as events:
+                async for event in events:
+                    seen.append(event.seq)
+                    if event.seq >= whole[-1].seq:
+                        break
+    assert proxy.cuts >= 5
+    assert [seq for seq in seen if seq <= whole[-1].seq] == [event.seq for event in whole]
+
+
+def test_no_thread_is_left_and_a_closed_client_says_so(world):
+    before = set(threading.enumerate())
+    with octollm.connect_sync(world.url) as octo:
+        octo.health()
+        events = octo.events()
+        next(events)
+    assert set(threading.enumerate()) == before
+    events.close()
+    with pytest.raises(OctoError, match="closed"):
+        octo.health()
+    octo.close()
+
+
+class Noting(Door):
+    """A door that notes what it is asked."""
+
+    asked: set[tuple[str, str]]
+
+    async def send(self, method, path, *args, **kwargs):
+        self.asked.add((method, path.partition("?")[0]))
+        return await super().send(method, path, *args, **kwargs)
+
+    def stream(self, path, *args):
+        self.asked.add(("GET", path.partition("?")[0]))
+        return super().stream(path, *args)
+
+
+ELSEWHERE = {
+    ("GET", "/tasks/{task_id}/events"): "the frames of the WebSocket, which updates() reads",
+    ("GET", "/metrics"): "for Prometheus",
+    ("GET", "/openapi.json"): "for tools",
+    ("GET", "/.well-known/jwks.json"): "for those who verify tokens",
+}
+"""What the door offers that needs no method, and why."""
+
+
+async def test_every_public_endpoint_has_a_method(world):
+    clock = SystemClock()
+    door = Noting([world.url], None, clock=clock, ids=Uuid7Ids(clock))
+    door.asked = set()
+    async with Client(door) as octo, httpx.AsyncClient(base_url=world.url) as plain:
+        task = await octo.submit(GOAL, files=FILES)
+        async for _ in task.updates():
+            pass
+        view = await task.result()
+        await octo.task_page()
+        [_ async for _ in task.history()]
+        await task.texts()
+        with contextlib.suppress(Conflict):
+            await task.cancel()
+        with contextlib.suppress(NotFound):
+            await task.artifact("0" * 64)
+        await octo.download(view.files[0].digest)
+        async with contextlib.aclosing(octo.events()) as events:
+            await anext(events)
+        await octo.arms()
+        made = await octo.create_key("all")
+        await octo.keys()
+        await octo.revoke_key(made.key.id)
+        await task.trace()
+        joined = await octo.create_join("translator", calls=["models:chat"])
+        assert [join.id for join in await octo.joins()] == [joined.join.id]
+        await octo.revoke_join(joined.join.id)
+        with contextlib.suppress(NotFound):
+            await octo.remove_arm("translator")
+        await octo.mint_token("judge:validate", aud="judge")
+        await octo.health()
+        await octo.ready()
+        paths = (await plain.get("/openapi.json")).json()["paths"]
+        offered = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+        assert len(offered) > 20
+        assert set(ELSEWHERE) <= offered
+        for method, path in offered - set(ELSEWHERE):
+            pattern = re.compile(re.sub(r"\{\w+\}", "[^/]+", path))
+            if any(asked == method and pattern.fullmatch(where) for asked, where in door.asked):
+                continue
+            # Nothing stands behind it yet: the day that something does, it needs a method.
+            said = await plain.request(
+                method, re.sub(r"\{\w+\}", task.id, path), content=b"{}" if method == "POST" else None
+            )
+            assert said.json().get("code") == "not_configured", f"no method of the client calls {method} {path}"
+
+
+async def test_leaving_cancels_nothing(world):
+    world.say(Reply("The service ", hang=True))
+    async with octollm.connect(world.url) as octo:
+        task = await octo.submit(GOAL, files=FILES)
+        async with contextlib.aclosing(task.updates()) as updates:
+            async for update in updates:
+                if update.type == "token" and update.step == "s1":
+                    break
+    async with octollm.connect(world.url) as octo:
+        assert (await octo.task(task.id).read()).status == "running"
+        await octo.task(task.id).cancel()
+        await wait_until(lambda: world.model.running == 0, description="the model has stopped")
