@@ -13,6 +13,8 @@ from octollm.contracts.services import BUILT_IN_ARMS
 WITHOUT_JSON = {
     "octollm demo": "it shows a person how it works",
     "octollm up": "it prints where it listens, and goes on",
+    "octollm serve": "it writes its log as JSON lines already",
+    "octollm new arm": "it makes files, and tells a person what to do with them",
     "octollm models pull": "it prints where the file is",
 }
 

@@ -99,7 +99,7 @@ class ArmPresence:
             operations=tuple(declared.name for declared in arm.operations),
             calls=arm.declared_calls,
             accepts=tuple(arm.accepts),
-            url=self._base.discovery.instances(arm.name)[0],
+            url=self._base.url,
             instance=self._instance,
             about={declared.name: declared.summary for declared in arm.operations if declared.summary},
         )

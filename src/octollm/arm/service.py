@@ -51,7 +51,7 @@ def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = 
         )
 
     async def card(_call: Call, _body: object) -> AgentCard:
-        return card_of(arm, base.discovery.instances(arm.name))
+        return card_of(arm, (base.url,))
 
     described = Operation(
         "card",

@@ -106,12 +106,19 @@ def run(
 
 @app.command(rich_help_panel="Start")
 def serve(
-    service: Annotated[str, typer.Argument(help="A built-in service, e.g. coder.", autocompletion=complete_service)],
+    service: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in service, e.g. coder; or an arm of your own as module:name, e.g. my_arm:arm.",
+            autocompletion=complete_service,
+        ),
+    ],
 ) -> None:
-    """Serve one service in this process, until SIGTERM or Ctrl-C, which drains it.
+    """Serve one service, or an arm of your own, in this process until SIGTERM or Ctrl-C, which drains it.
 
     Everything is set by environment variables. It waits for what it needs (OCTOLLM_START_SECONDS), says for what, and
-    writes its log as JSON lines to standard error.
+    writes its log as JSON lines to standard error. An arm of your own joins the first time, with OCTOLLM_JOIN_SECRET
+    (`octollm keys join`); beside an installation of your own on this machine it needs none.
     """
     from octollm.cli.serving import serve_command  # noqa: PLC0415
 

@@ -1,29 +1,39 @@
-"""`octollm serve` and `octollm keys provision`: services in processes of their own."""
+"""`octollm serve` and `octollm keys provision`: services and arms in processes of their own."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+from rich.console import Console
 from rich.text import Text
 
+from octollm.arm import Arm
+from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE, exit_code_of
 from octollm.cli.running import run_command
 from octollm.cli.terminal import messages, output, show_error
 from octollm.clock import SystemClock, Uuid7Ids
+from octollm.config import Settings
 from octollm.errors import OctoError
+from octollm.installation.home import running_in
+from octollm.installation.hosted import Hosted
+from octollm.installation.own_arm import arm_keys, load_arm, own_arm
 from octollm.installation.own_keys import provision
+from octollm.rpc.http import Http
+from octollm.telemetry import configure_logs
 
 SPARE_SECONDS = 10.0
 """What stopping may take beyond draining before the process just ends."""
 
 
-def serve_command(service: str) -> int:
-    """Serve one service until a signal."""
-    from octollm.installation.single import single_service  # noqa: PLC0415  brings in every service
-
+def serve_command(target: str) -> int:
+    """Serve one service, or the arm that ``module:name`` names, until a signal."""
     console = messages()
     try:
         settings = command_settings()
@@ -31,19 +41,55 @@ def serve_command(service: str) -> int:
         show_error(error)
         return exit_code_of(error)
 
+    def tell(what: str) -> None:
+        console.print(Text(f"Waiting for {what}", "octo.quiet"))
+
     async def work() -> int:
-        clock = SystemClock()
-
-        def tell(what: str) -> None:
-            console.print(Text(f"Waiting for {what}", "octo.quiet"))
-
-        async with single_service(service, settings, clock=clock, ids=Uuid7Ids(clock), tell=tell) as single:
-            console.print(Text.assemble(("Ready ", "octo.title"), f"{single.name} on {single.address}"))
-            await single.host.ended()
+        serving = _arm(target, settings, console, tell) if ":" in target else _service(target, settings, tell)
+        async with serving as host:
+            console.print(Text.assemble(("Ready ", "octo.title"), f"{host.name} on {host.address}"))
+            await host.ended()
         return EXIT_DONE
 
     # To be told to stop is the usual end of a service: an orchestrator of containers takes anything else for a failure.
     return run_command(work, last_resort=settings.drain_seconds + SPARE_SECONDS, interrupted=EXIT_DONE)
+
+
+@contextlib.asynccontextmanager
+async def _service(name: str, settings: Settings, tell: Callable[[str], None]) -> AsyncGenerator[Hosted]:
+    from octollm.installation.single import single_service  # noqa: PLC0415  brings in every service
+
+    clock = SystemClock()
+    async with single_service(name, settings, clock=clock, ids=Uuid7Ids(clock), tell=tell) as host:
+        yield host
+
+
+@contextlib.asynccontextmanager
+async def _arm(
+    target: str, settings: Settings, console: Console, tell: Callable[[str], None]
+) -> AsyncGenerator[Hosted]:
+    arm = load_arm(target)
+    clock = SystemClock()
+    settings = await with_join_secret(arm, settings, console)
+    async with Http() as http:
+        with configure_logs(None, level=settings.log_level, clock=clock):
+            async with own_arm(arm, settings, http, clock=clock, ids=Uuid7Ids(clock), tell=tell) as host:
+                yield host
+
+
+async def with_join_secret(arm: Arm, settings: Settings, console: Console) -> Settings:
+    """Return the settings with a join secret, where this home's own installation can be asked for one.
+
+    Whoever owns the home may let in what they like; elsewhere an administrator hands a secret out.
+    """
+    if settings.join_secret is not None or settings.urls or await running_in(settings.home) is None:
+        return settings
+    if (await arm_keys(settings, arm.name, Uuid7Ids(SystemClock()))).joined:
+        return settings
+    async with open_client(settings) as octo:
+        made = await octo.create_join(arm.name, calls=arm.declared_calls, lifetime_seconds=600)
+    console.print(Text.assemble(("Joins ", "octo.title"), f"{arm.name}, with the calls that it declares"))
+    return replace(settings, join_secret=made.secret)
 
 
 def provision_command(folder: Path, *, as_json: bool) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
 from octollm.errors import OctoError
+from octollm.rpc.hosting import listen
 from octollm.rpc.service import Service
 
 Opener = Callable[[], AbstractAsyncContextManager[Service]]
@@ -28,6 +29,12 @@ class Hosted:
         self._stop = asyncio.Event()
         self._up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """Return where it listens, as ``host:port``."""
+        host, port = self._bound.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def _run(self) -> None:
         async with self._opener() as service, service.serve(self._bound, drain=self._drain):
@@ -71,3 +78,19 @@ class Hosted:
         if self._task.done():
             with contextlib.suppress(asyncio.CancelledError):
                 self._task.result()
+
+
+async def start_hosted(name: str, opener: Opener, host: str, port: int, *, drain: float) -> Hosted:
+    """Bind a socket, open the service and serve it there; on a failure nothing of it stays.
+
+    Raises ``port_taken`` and what the opening raises.
+    """
+    bound = listen(host, port, name)
+    hosted = Hosted(name, opener, bound, drain=drain)
+    try:
+        await hosted.start()
+    except BaseException:
+        await hosted.close(0)
+        bound.close()
+        raise
+    return hosted

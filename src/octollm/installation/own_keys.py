@@ -103,11 +103,11 @@ def read_folder(folder: Path, name: str) -> OwnKeys:
 
     Raises ``setting_invalid`` for a file that is missing, damaged, or open to every user of the machine.
     """
-    own = _signing_key(folder / f"{name}.jwk", _read(folder / f"{name}.jwk"), name)
-    roots = read_jwks(folder / ROOTS_FILE, _read(folder / ROOTS_FILE))
+    own = read_signing_key(folder / f"{name}.jwk", name)
+    roots = read_jwks(folder / ROOTS_FILE)
     if name != ORCHESTRATOR:
         return OwnKeys(own, roots)
-    root = _signing_key(folder / ROOT_FILE, _read(folder / ROOT_FILE), "root")
+    root = read_signing_key(folder / ROOT_FILE, "root")
     services = {
         service: _public_key(folder / SERVICES_FILE, jwk)
         for service, jwk in _decoded(folder / SERVICES_FILE, _read(folder / SERVICES_FILE), dict[str, Any]).items()
@@ -116,9 +116,14 @@ def read_folder(folder: Path, name: str) -> OwnKeys:
     return OwnKeys(own, roots, RootKeys(root, services, _read(local).decode().strip() if local.exists() else None))
 
 
-def read_jwks(path: Path, content: bytes) -> Mapping[str, PublicKey]:
+def read_signing_key(path: Path, name: str) -> SigningKey:
+    """Return the private key of ``name``; raise ``setting_invalid`` for a file that is damaged or open to others."""
+    return _signing_key(path, _read(path), name)
+
+
+def read_jwks(path: Path) -> Mapping[str, PublicKey]:
     """Return the public keys of a JWK Set (RFC 7517 section 5) by thumbprint; raise ``setting_invalid``."""
-    listed = _decoded(path, content, dict[str, list[dict[str, Any]]]).get("keys", [])
+    listed = _decoded(path, _read(path), dict[str, list[dict[str, Any]]]).get("keys", [])
     keys = [_public_key(path, jwk) for jwk in listed]
     if not keys:
         raise SettingError(f"{path} has no key. Provision the keys again: octollm keys provision")

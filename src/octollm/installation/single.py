@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 
 from octollm.clock import Clock, Ids
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError, SettingError
 from octollm.installation.addresses import addresses, advertised
-from octollm.installation.hosted import Hosted, Opener
+from octollm.installation.hosted import Hosted, Opener, start_hosted
 from octollm.installation.own_keys import own_keys
 from octollm.installation.ports import is_loopback
 from octollm.installation.services import NEED_REDIS, Supplies, service_opener
 from octollm.installation.starting import Need, wait_for
 from octollm.rpc.discovery import Discovery, StaticDiscovery
 from octollm.rpc.discovery_dns import DnsNames
-from octollm.rpc.hosting import listen
 from octollm.rpc.http import Http
 from octollm.rpc.identity import Identity
 from octollm.rpc.service import build_base
@@ -28,19 +26,10 @@ from octollm.telemetry import configure_logs, log_for
 HEALTH_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Single:
-    """A service that is up. ``address`` is where it listens; ``host`` is waited on."""
-
-    name: str
-    address: str
-    host: Hosted
-
-
 @contextlib.asynccontextmanager
 async def single_service(
     name: str, settings: Settings, *, clock: Clock, ids: Ids, tell: Callable[[str], None]
-) -> AsyncGenerator[Single]:
+) -> AsyncGenerator[Hosted]:
     """Serve the built-in service ``name`` for as long as the context is open; leaving drains.
 
     It waits for what it needs, and ``tell`` is given in words what that is. Raises ``setting_invalid`` for a name or
@@ -56,16 +45,16 @@ async def single_service(
         http = await stack.enter_async_context(Http())
         names = await stack.enter_async_context(DnsNames())
         port = settings.port or SERVICES[name].port + settings.port_shift
-        discovery = StaticDiscovery({**addresses(settings), name: (advertised(settings, port),)}, names)
+        discovery = StaticDiscovery(addresses(settings), names)
         redis = await stack.enter_async_context(open_redis(settings.redis_url)) if name in NEED_REDIS else None
-        base = build_base(Identity(name, keys.own, keys.roots, clock, ids), http, discovery)
+        identity = Identity(name, keys.own, keys.roots, clock, ids)
+        base = build_base(identity, http, discovery, url=advertised(settings, port))
         supplies = Supplies(settings, redis, keys.root, None, is_loopback(settings.host))
         opener = service_opener(name, base, supplies)
         needs = _needs(name, redis, http, discovery)
-        host = await _started(
+        yield await _started(
             name, opener, needs, (settings.host, port), settings=settings, clock=clock, tell=tell, stack=stack
         )
-        yield Single(name, f"{settings.host}:{port}", host)
 
 
 async def _started(
@@ -83,15 +72,7 @@ async def _started(
     started: list[Hosted] = []
 
     async def opened() -> None:
-        bound = listen(*address, name)
-        host = Hosted(name, opener, bound, drain=settings.drain_seconds)
-        try:
-            await host.start()
-        except BaseException:
-            await host.close(0)
-            bound.close()
-            raise
-        started.append(host)
+        started.append(await start_hosted(name, opener, *address, drain=settings.drain_seconds))
 
     async def close() -> None:
         for host in started:

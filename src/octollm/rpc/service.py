@@ -43,7 +43,13 @@ class Base:
     directory: Directory
     tracer: Tracer
     spans: Buffer[Span]
+    advertised: str | None = None
     """Ended spans that are yet to be exported."""
+
+    @property
+    def url(self) -> str:
+        """Return where others reach this process."""
+        return self.advertised or self.discovery.instances(self.name)[0]
 
     @property
     def name(self) -> str:
@@ -55,8 +61,8 @@ class Base:
         return RemoteIdempotency(self.caller, self.identity.signer(), self.clock)
 
 
-def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
-    """Return what the service ``identity`` is built on."""
+def build_base(identity: Identity, http: Http, discovery: Discovery, *, url: str | None = None) -> Base:
+    """Return what the service ``identity`` is built on; ``url`` is where others reach this process of it."""
     metrics = Metrics(identity.name)
     spans = Buffer[Span]()
     tracer = Tracer(identity.name, identity.clock, spans)
@@ -81,6 +87,7 @@ def build_base(identity: Identity, http: Http, discovery: Discovery) -> Base:
         directory=directory,
         tracer=tracer,
         spans=spans,
+        advertised=url,
     )
 
 

@@ -11,6 +11,7 @@ from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
 from octollm.contracts.words import stem, stems
 from octollm.errors import OctoError
+from octollm.services.arms.planner.fitting import fitting_arm
 
 _KIND = "kind:"
 
@@ -27,16 +28,20 @@ class Part:
 def choose_parts(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, program: bool) -> list[Part]:
     """Split a goal into parts that need nothing of each other.
 
-    An arm of somebody's own comes first: it takes the files whose media type it accepts, or the goal if it accepts
-    ``kind:<word>`` and the goal has that word. Tables go to the coder, which queries them; other texts to the
-    retriever, which cites them, or to the coder when a ``program`` is wanted. Raises ``OctoError``
-    (``file_invalid``) for a file that no arm can read.
+    An arm of somebody's own comes first: it takes the goal if it accepts ``kind:<word>`` and the goal has that word,
+    or the files whose media type it accepts, or the goal if its description fits. Tables go to the coder, which
+    queries them; other texts to the retriever, which cites them, or to the coder when a ``program`` is wanted. Raises
+    ``OctoError`` (``file_invalid``) for a file that no arm can read.
     """
     own = [arm for arm in arms if arm.name not in BUILT_IN_ARMS]
     said = stems(goal)
     for arm in own:
         if any(stem(word.removeprefix(_KIND).lower()) in said for word in arm.accepts if word.startswith(_KIND)):
             return [Part(arm.name, tuple(files), f"Ask {arm.name}")]
+    accepting = any(_accepts(arm, name) for arm in own for name in files)
+    fitting = None if accepting else fitting_arm(goal, own, with_files=bool(files))
+    if fitting is not None:
+        return [Part(fitting.name, tuple(files), f"Ask {fitting.name}")]
     groups: dict[str, list[str]] = {}
     for name in files:
         groups.setdefault(_arm_for(name, own, program), []).append(name)
@@ -46,9 +51,8 @@ def choose_parts(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, pr
 
 
 def _arm_for(name: str, own: Sequence[ArmInfo], program: bool) -> str:
-    media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
     for arm in own:
-        if media_type in arm.accepts or f"{media_type.split('/')[0]}/*" in arm.accepts:
+        if _accepts(arm, name):
             return arm.name
     kind = file_kind(name)
     if kind == "binary":
@@ -56,6 +60,11 @@ def _arm_for(name: str, own: Sequence[ArmInfo], program: bool) -> str:
     if kind == "table":
         return "coder/data"
     return "coder/code" if program else "retriever"
+
+
+def _accepts(arm: ArmInfo, name: str) -> bool:
+    media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    return media_type in arm.accepts or f"{media_type.split('/')[0]}/*" in arm.accepts
 
 
 def _title(arm: str, names: Sequence[str]) -> str:

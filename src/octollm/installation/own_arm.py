@@ -1,0 +1,185 @@
+"""An arm of one's own in a process of its own: loaded by name, joined once, served like any service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import sys
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from octollm.arm import Arm, build_arm
+from octollm.capability import PublicKey, SigningKey
+from octollm.capability.keys import jwks_of
+from octollm.clock import Clock, Ids
+from octollm.config import Settings
+from octollm.errors import OctoError, SettingError
+from octollm.installation.addresses import addresses, advertised
+from octollm.installation.home import Home, open_keys, write_private
+from octollm.installation.hosted import Hosted, start_hosted
+from octollm.installation.own_keys import read_jwks, read_signing_key
+from octollm.installation.starting import wait_for
+from octollm.rpc.discovery import Discovery, StaticDiscovery
+from octollm.rpc.discovery_dns import DnsNames
+from octollm.rpc.http import Http
+from octollm.rpc.identity import Identity
+from octollm.rpc.joining import join
+from octollm.rpc.service import Service, build_base
+
+NOT_KNOWN = frozenset({"token_invalid", "token_revoked", "token_malformed"})
+"""What an arm is told whose key the installation does not know, or knows no more."""
+
+
+def load_arm(target: str) -> Arm:
+    """Return the arm that ``module:name`` names; the current folder is looked in, too.
+
+    Raises ``setting_invalid`` when there is no such module or no arm of that name in it.
+    """
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise SettingError(f"{target!r} is no built-in service, and an arm is named module:name, e.g. my_arm:arm.")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module_name.startswith(error.name):
+            raise SettingError(f"{module_name} needs {error.name}, which is not installed.") from error
+        raise SettingError(f"There is no module {module_name} in {here} or among the installed packages.") from error
+    found = getattr(module, name, None)
+    if not isinstance(found, Arm):
+        arms = ", ".join(key for key, value in vars(module).items() if isinstance(value, Arm)) or "none"
+        raise SettingError(f"{name} in {module_name} is no arm; arms in it: {arms}.")
+    return found
+
+
+class ArmKeys:
+    """The key of an arm and the roots that it pinned when it joined, in the home or in ``OCTOLLM_KEYS``."""
+
+    def __init__(self, folder: Path, name: str, ids: Ids) -> None:
+        self._key_file = folder / f"{name}.jwk"
+        self._roots_file = folder / f"{name}.roots.jwks"
+        self._name = name
+        self._ids = ids
+
+    @property
+    def joined(self) -> bool:
+        """Say whether the arm has joined an installation."""
+        return self._roots_file.exists()
+
+    def key(self) -> SigningKey:
+        """Return the arm's key, made if it is not there; raise ``setting_invalid`` for a damaged one."""
+        if not self._key_file.exists():
+            text = msgspec.json.encode(SigningKey.generate(self._name).to_jwk(private=True))
+            write_private(self._key_file, text, self._ids)
+        return read_signing_key(self._key_file, self._name)
+
+    def roots(self) -> Mapping[str, PublicKey]:
+        """Return the pinned roots; raise ``setting_invalid`` when there are none."""
+        return read_jwks(self._roots_file)
+
+    def pin(self, roots: Mapping[str, PublicKey]) -> None:
+        """Keep the roots for the next start."""
+        write_private(self._roots_file, msgspec.json.encode(jwks_of(roots)), self._ids)
+
+
+async def arm_keys(settings: Settings, name: str, ids: Ids) -> ArmKeys:
+    """Return where the keys of the arm ``name`` are, with the folder made."""
+    if settings.keys is not None:
+        return ArmKeys(settings.keys, name, ids)
+    async with open_keys(settings.home) as home:
+        return ArmKeys(Home(home.root).keys, name, ids)
+
+
+@contextlib.asynccontextmanager
+async def own_arm(
+    arm: Arm, settings: Settings, http: Http, *, clock: Clock, ids: Ids, tell: Callable[[str], None]
+) -> AsyncGenerator[Hosted]:
+    """Serve ``arm`` for as long as the context is open; leaving drains and deregisters.
+
+    The first time it joins with ``OCTOLLM_JOIN_SECRET``, and pins the root keys that it is told; later starts need
+    no secret. Raises ``setting_invalid`` without either, what :func:`octollm.rpc.joining.join` raises,
+    ``port_taken``, and ``unavailable`` when the orchestrator does not come in time.
+    """
+    keys = await arm_keys(settings, arm.name, ids)
+    port = settings.port or arm.port + settings.port_shift
+    async with contextlib.AsyncExitStack() as stack:
+        names = await stack.enter_async_context(DnsNames())
+        discovery = StaticDiscovery(addresses(settings), names)
+        own = await asyncio.to_thread(keys.key)
+        if not keys.joined:
+            await _join(arm, own, keys, settings, http, discovery, clock, ids)
+
+        async def started() -> Hosted:
+            identity = Identity(arm.name, own, keys.roots(), clock, ids)
+            base = build_base(identity, http, discovery, url=advertised(settings, port))
+
+            @contextlib.asynccontextmanager
+            async def opener() -> AsyncGenerator[Service]:
+                yield build_arm(arm, base)
+
+            return await _serving(arm, opener, (settings.host, port), settings, clock, tell)
+
+        try:
+            host = await started()
+        except OctoError as error:
+            if error.code not in NOT_KNOWN or settings.join_secret is None:
+                raise
+            # It was removed, or this is another installation than the one that it joined.
+            await _join(arm, own, keys, settings, http, discovery, clock, ids)
+            host = await started()
+        stack.push_async_callback(host.close, settings.drain_seconds + 2)
+        yield host
+
+
+async def _join(
+    arm: Arm,
+    own: SigningKey,
+    keys: ArmKeys,
+    settings: Settings,
+    http: Http,
+    discovery: Discovery,
+    clock: Clock,
+    ids: Ids,
+) -> None:
+    if settings.join_secret is None:
+        listed = " ".join(arm.declared_calls)
+        calls = f' --calls "{listed}"' if listed else ""
+        raise SettingError(
+            f"{arm.name} has not joined an installation yet. Let its administrator run `octollm keys join --name"
+            f" {arm.name}{calls}` and start it once with OCTOLLM_JOIN_SECRET set to"
+            " what that prints."
+        )
+    roots = await join(
+        http,
+        discovery,
+        clock,
+        ids,
+        name=arm.name,
+        key=own,
+        secret=settings.join_secret,
+        calls=arm.declared_calls,
+        seconds=settings.start_seconds,
+    )
+    await asyncio.to_thread(keys.pin, roots)
+
+
+async def _serving(
+    arm: Arm,
+    opener: Callable[[], contextlib.AbstractAsyncContextManager[Service]],
+    address: tuple[str, int],
+    settings: Settings,
+    clock: Clock,
+    tell: Callable[[str], None],
+) -> Hosted:
+    hosts: list[Hosted] = []
+
+    async def opened() -> None:
+        hosts.append(await start_hosted(arm.name, opener, *address, drain=settings.drain_seconds))
+
+    await wait_for({"orchestrator": opened}, clock=clock, seconds=settings.start_seconds, tell=tell)
+    return hosts[0]
