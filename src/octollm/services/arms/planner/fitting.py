@@ -15,18 +15,15 @@ from octollm.contracts.words import stem, stems, words
 ENOUGH = 2
 """Points from which on an arm fits. One word in common is an accident."""
 
-_POLITE = frozenset(
-    [
-        *("please", "kindly", "can", "could", "would", "will", "you", "i", "we", "want", "need", "like", "let", "us"),
-        *("to", "me", "my", "the", "a", "an", "just", "help", "have", "get"),
-    ]
-)
-_GENERAL = frozenset(
-    map(
-        stem,
-        ["write", "answer", "question", "text", "file", "data", "word", "number", "find", "show", "help", "language", "python", "code", "function", "test", "table", "list", "sentence", "short", "long", "good", "new", "user", "goal", "task", "result", "step", "agent", "tool", "work", "information", "content", "name", "value", "tell", "give", "make", "do", "use", "say"],
-    )
-)
+_POLITE_TEXT = """
+please kindly can could would will you i we want need like let us to me my the a an just help have get
+"""
+_GENERAL_TEXT = """
+write answer question text file data word number find show help language python code function test table list sentence
+short long good new user goal task result step agent tool work information content name value tell give make do use say
+"""
+_POLITE = frozenset(_POLITE_TEXT.split())
+_GENERAL = frozenset(stem(word) for word in _GENERAL_TEXT.split())
 _NAME_PART = re.compile(r"[a-z0-9]+")
 
 
