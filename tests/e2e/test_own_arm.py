@@ -1,0 +1,99 @@
+"""An arm of somebody's own beside an installation: served by module:name, joined, planned for, judged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import httpx
+import pytest
+from cli_support import Place
+from whole import answers
+
+from octollm.testing import wait_until
+from octollm.testing.scripted_model import Asked, Reply, scripted_model
+
+pytestmark = pytest.mark.sandbox
+EXAMPLE = Path(__file__).parents[2] / "examples" / "translator" / "translator.py"
+GOAL = "Translate 'Good morning' into French"
+PORT = 8110
+
+
+def speaks(asked: Asked) -> str | Reply:
+    """Translate what the translator asks, and answer everything else as ever."""
+    return "Bonjour" if asked.last.startswith("Translate with") else answers(asked)
+
+
+@contextlib.asynccontextmanager
+async def served(place: Place, *settings: tuple[str, str]) -> AsyncGenerator[int]:
+    """Run the example beside what runs; yield its process id once it is there, and stop it well."""
+    place.settings.update(settings)
+    process = await place.start("serve", "translator:arm")
+
+    async def there() -> bool:
+        assert process.returncode is None, (await process.communicate())[1].decode()
+        async with httpx.AsyncClient(timeout=5) as client:
+            with contextlib.suppress(httpx.TransportError):
+                return (await client.get(f"http://127.0.0.1:{PORT + place.shift}/ready")).json()["status"] == "ready"
+        return False
+
+    await wait_until(there, description="the translator is ready", timeout=40)
+    try:
+        yield process.pid
+    finally:
+        ended = await place.interrupt(process, signal.SIGTERM)
+        assert ended.code == 0, ended.err
+        assert "octojoin_" not in ended.err
+
+
+@pytest.mark.timeout(180)
+async def test_an_arm_joins_is_planned_for_and_needs_no_secret_again(tmp_path: Path) -> None:
+    async with scripted_model(speaks) as model:
+        place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
+        shutil.copy(EXAMPLE, place.work / "translator.py")
+        up = await place.up()
+        try:
+            # Without a secret of its own it joins by the home that both share.
+            async with served(place):
+                listed = json.loads((await place.run("arms", "--json")).out)["arms"]
+                (own,) = (arm for arm in listed if arm["name"] == "translator")
+                assert own["url"] == f"http://127.0.0.1:{PORT + place.shift}"
+                ended = await place.run("run", GOAL, "--json")
+                assert ended.code == 0, ended.err
+                result = json.loads(ended.out.splitlines()[-1])
+                assert result["output"] == "Bonjour"
+                task = json.loads((await place.run("task", "show", result["task_id"], "--json")).out)
+                assert [step["arm"] for step in task["steps"]] == ["translator"]
+                assert task["usage"]["prompt_tokens"] > 0
+            # It has left, so the goal goes to an arm that is there.
+            gone = json.loads((await place.run("arms", "--json")).out)["arms"]
+            assert "healthy" not in [arm["state"] for arm in gone if arm["name"] == "translator"]
+            # It has pinned the roots: the next start joins nothing.
+            async with served(place):
+                assert "translator" in (await place.run("run", GOAL)).out
+        finally:
+            await place.interrupt(up)
+
+
+async def test_what_cannot_be_served_is_said_with_what_to_do(tmp_path: Path) -> None:
+    place = Place(tmp_path, {"OCTOLLM_START_SECONDS": "1"})
+    (place.work / "mine.py").write_text(
+        "from octollm import Arm\narm = Arm('mine', description='Mine', port=8119)\nx = 1\n"
+    )
+    for target, told in [
+        ("mine:arm", "octollm keys join --name mine"),
+        ("mine:x", "arms in it: arm"),
+        ("mine:", "module:name"),
+        ("nowhere:arm", "There is no module nowhere"),
+    ]:
+        ended = await place.run("serve", target)
+        assert ended.code == 2, (target, ended.err)
+        assert told in ended.err
+    place.settings["OCTOLLM_JOIN_SECRET"] = "nonsense"
+    ended = await place.run("serve", "mine:arm")
+    assert "no join secret" in ended.err
+    assert ended.code != 0
