@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 from holding import HoldingMind, ended
-from redis_process import RedisProcess
+from servers import own_servers
 from spread import Spread, spread_out
 
 from octollm.contracts.services import SERVICES
-from octollm.testing.scripted_model import scripted_model
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.redis, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sandbox, pytest.mark.redis, pytest.mark.postgres, pytest.mark.timeout(300)]
 GOAL = "Write a Python function double(number) with tests"
 
 
@@ -25,19 +24,8 @@ async def mind() -> HoldingMind:
 
 @pytest.fixture
 async def spread(tmp_path: Path, mind: HoldingMind) -> AsyncGenerator[Spread]:
-    redis = RedisProcess(tmp_path)
-    redis.start()
-    try:
-        async with scripted_model(mind) as model:
-            environment = {
-                "OCTOLLM_MODEL": "openai:scripted",
-                "OCTOLLM_MODEL_URL": model.url,
-                "OCTOLLM_REDIS_URL": redis.url,
-            }
-            async with spread_out(tmp_path / "spread", environment) as found:
-                yield found
-    finally:
-        redis.kill()
+    async with own_servers(tmp_path, mind) as servers, spread_out(tmp_path / "spread", servers.environment) as found:
+        yield found
 
 
 async def test_a_task_outlives_every_process(spread: Spread, mind: HoldingMind) -> None:

@@ -11,47 +11,27 @@ from typing import Any
 import httpx
 import pytest
 from holding import HoldingMind, ended
-from postgres_process import PostgresProcess
-from redis_process import RedisProcess
+from servers import Servers, own_servers
 from spread import Spread, spread_out
 
-from octollm.clock import SystemClock
-from octollm.config import read_settings
-from octollm.storage.migrations import migrate_all
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import scripted_model
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.redis, pytest.mark.postgres, pytest.mark.timeout(300)]
 GOAL = "Write a Python function double(number) with tests"
 
 
 @dataclass
-class Servers:
-    postgres: PostgresProcess
-    redis: RedisProcess
+class World:
+    servers: Servers
     spread: Spread
     mind: HoldingMind
 
 
 @pytest.fixture
-async def servers(tmp_path: Path) -> AsyncGenerator[Servers]:
-    postgres, redis, mind = PostgresProcess(), RedisProcess(tmp_path), HoldingMind()
-    try:
-        postgres.start()
-        redis.start()
-        await migrate_all(read_settings({"OCTOLLM_DATABASE_URL": postgres.url}, ()), SystemClock())
-        async with scripted_model(mind) as model:
-            environment = {
-                "OCTOLLM_MODEL": "openai:scripted",
-                "OCTOLLM_MODEL_URL": model.url,
-                "OCTOLLM_REDIS_URL": redis.url,
-                "OCTOLLM_DATABASE_URL": postgres.url,
-            }
-            async with spread_out(tmp_path / "spread", environment) as spread:
-                yield Servers(postgres, redis, spread, mind)
-    finally:
-        redis.kill()
-        postgres.close()
+async def world(tmp_path: Path) -> AsyncGenerator[World]:
+    mind = HoldingMind()
+    async with own_servers(tmp_path, mind) as servers, spread_out(tmp_path / "spread", servers.environment) as spread:
+        yield World(servers, spread, mind)
 
 
 async def _begun(client: httpx.AsyncClient, mind: HoldingMind) -> str:
@@ -64,10 +44,10 @@ async def _begun(client: httpx.AsyncClient, mind: HoldingMind) -> str:
     return submitted.json()["task_id"]
 
 
-async def test_the_database_is_lost_and_comes_back(servers: Servers) -> None:
-    async with servers.spread.client() as client:
-        task_id = await _begun(client, servers.mind)
-        servers.postgres.kill()
+async def test_the_database_is_lost_and_comes_back(world: World) -> None:
+    async with world.spread.client() as client:
+        task_id = await _begun(client, world.mind)
+        world.servers.postgres.kill()
 
         async def refused() -> dict[str, Any] | None:
             answer = await client.get(f"/tasks/{task_id}")
@@ -78,27 +58,27 @@ async def test_the_database_is_lost_and_comes_back(servers: Servers) -> None:
         assert problem is not None
         assert problem["code"] in ("unavailable", "overloaded")
         assert "postgres@" not in problem["detail"]
-        (orchestrator,) = servers.spread.replicas["orchestrator"]
+        (orchestrator,) = world.spread.replicas["orchestrator"]
         async with httpx.AsyncClient(timeout=20) as plain:
             ready = await plain.get(f"{orchestrator.url}/ready")
         assert ready.status_code == 503
         assert "database" in ready.json()["dependencies"]
-        servers.mind.go.set()
-        servers.postgres.start()
+        world.mind.go.set()
+        world.servers.postgres.start()
         task = await ended(client, task_id)
-        assert task["status"] == "completed", (task["error"], servers.spread.logs())
+        assert task["status"] == "completed", (task["error"], world.spread.logs())
         history = (await client.get(f"/tasks/{task_id}/history")).json()["events"]
         assert [event["version"] for event in history] == list(range(1, len(history) + 1))
 
 
-async def test_redis_is_lost_and_comes_back(servers: Servers) -> None:
-    async with servers.spread.client() as client:
-        task_id = await _begun(client, servers.mind)
-        servers.redis.kill()
-        servers.mind.go.set()
+async def test_redis_is_lost_and_comes_back(world: World) -> None:
+    async with world.spread.client() as client:
+        task_id = await _begun(client, world.mind)
+        world.servers.redis.kill()
+        world.mind.go.set()
         task = await ended(client, task_id)
-        assert task["status"] == "completed", (task["error"], servers.spread.logs())
-        (orchestrator,) = servers.spread.replicas["orchestrator"]
+        assert task["status"] == "completed", (task["error"], world.spread.logs())
+        (orchestrator,) = world.spread.replicas["orchestrator"]
 
         async def state() -> str:
             async with httpx.AsyncClient(timeout=20) as plain:
@@ -106,7 +86,7 @@ async def test_redis_is_lost_and_comes_back(servers: Servers) -> None:
 
         # Without Redis tasks go on, and the orchestrator says what is slower.
         await wait_until(_is(state, "degraded"), description="the orchestrator is degraded", timeout=30)
-        servers.redis.start()
+        world.servers.redis.start()
         await wait_until(_is(state, "ready"), description="the orchestrator is ready again", timeout=30)
         events = (await client.get("/events?after=0&limit=500")).json()["events"]
         mine = [event for event in events if event["subject"] == f"task/{task_id}"]

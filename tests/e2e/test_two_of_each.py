@@ -8,15 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
-from redis_process import RedisProcess
+from servers import own_servers
 from spread import Spread, spread_out
 from two_of_each import GOALS, completed
 from whole import answers
 
 from octollm.contracts.services import SERVICES
-from octollm.testing.scripted_model import scripted_model
 
-pytestmark = [pytest.mark.sandbox, pytest.mark.redis, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sandbox, pytest.mark.redis, pytest.mark.postgres, pytest.mark.timeout(300)]
 
 
 async def _roll(spread: Spread) -> dict[str, int]:
@@ -31,28 +30,20 @@ async def _roll(spread: Spread) -> dict[str, int]:
 
 
 async def test_goals_complete_while_one_of_each_is_stopped_and_started(tmp_path: Path) -> None:
-    redis = RedisProcess(tmp_path)
-    redis.start()
-    try:
-        async with scripted_model(answers) as model:
-            environment = {
-                "OCTOLLM_MODEL": "openai:scripted",
-                "OCTOLLM_MODEL_URL": model.url,
-                "OCTOLLM_REDIS_URL": redis.url,
-            }
-            async with spread_out(tmp_path / "spread", environment, replicas=2) as spread:
-                rolling = asyncio.create_task(_roll(spread))
-                done: list[dict[str, Any]] = []
-                while not rolling.done() or len(done) < len(GOALS):
-                    done += await asyncio.gather(*(completed(spread, goal, files, door=1) for goal, files in GOALS))
-                codes = await rolling
-                for task in done:
-                    assert task["status"] == "completed", (task["goal"], task["error"], spread.logs())
-                # Stopping is no failure.
-                assert codes == dict.fromkeys(SERVICES, 0)
-                await _both_doors_know(spread, done[0]["task_id"])
-    finally:
-        redis.kill()
+    async with (
+        own_servers(tmp_path, answers) as servers,
+        spread_out(tmp_path / "spread", servers.environment, replicas=2) as spread,
+    ):
+        rolling = asyncio.create_task(_roll(spread))
+        done: list[dict[str, Any]] = []
+        while not rolling.done() or len(done) < len(GOALS):
+            done += await asyncio.gather(*(completed(spread, goal, files, door=1) for goal, files in GOALS))
+        codes = await rolling
+        for task in done:
+            assert task["status"] == "completed", (task["goal"], task["error"], spread.logs())
+        # Stopping is no failure.
+        assert codes == dict.fromkeys(SERVICES, 0)
+        await _both_doors_know(spread, done[0]["task_id"])
 
 
 async def _both_doors_know(spread: Spread, task_id: str) -> None:
