@@ -23,7 +23,7 @@ def _binaries() -> Path | None:
 class PostgresProcess:
     """A server on a port of its own; started again it goes on with its data and its port."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1", port: int = 0) -> None:
         binaries = _binaries()
         if binaries is None:
             if os.environ.get("CI"):
@@ -38,10 +38,13 @@ class PostgresProcess:
             shutil.chown(self._folder, "postgres")
             self._as = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((address, port))
             self._port: int = probe.getsockname()[1]
-        self.url = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
+        self._address = address
+        self.url = f"postgresql://postgres@{address}:{self._port}/postgres"
         self._run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "--pgdata", str(self._data))
+        with (self._data / "pg_hba.conf").open("a") as rules:
+            rules.write("host all all all trust\n")
 
     @property
     def _data(self) -> Path:
@@ -49,9 +52,8 @@ class PostgresProcess:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        options = (
-            f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder} -c fsync=off"
-        )
+        place = f"-p {self._port} -c listen_addresses={self._address} -c unix_socket_directories={self._folder}"
+        options = f"{place} -c fsync=off"
         log = str(self._folder / "log")
         self._run(
             "pg_ctl", "--silent", "--wait", "--pgdata", str(self._data), "--log", log, "--options", options, "start"
