@@ -17,6 +17,8 @@ PUBLIC = {
     "OctoError",
     "Task",
     "__version__",
+    "connect",
+    "connect_sync",
 }
 
 

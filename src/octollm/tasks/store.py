@@ -215,6 +215,13 @@ class TaskStore:
         async with self._db.read() as conn:
             return task_of(await self._row(conn, task_id))
 
+    async def check_run(self, task_id: str, run: int) -> None:
+        """Raise ``fence_lost`` when a newer run than ``run`` holds the task; one that is not stored has no fence."""
+        async with self._db.read() as conn:
+            held = await conn.scalar(select(tasks.c.run).where(tasks.c.task_id == task_id))
+        if held is not None and run < int(held):
+            raise OctoError("A newer run holds the task.", code="fence_lost")
+
     async def steps(self, task_id: str) -> list[StepRecord]:
         """Return a task's steps in the plan's order."""
         async with self._db.read() as conn:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 import msgspec
@@ -7,8 +8,9 @@ import pytest
 from orchestra import Orchestra, Script, problem
 
 from octollm.arm import Context
-from octollm.contracts.api import ReserveAnswer, ReserveRequest, SettleRequest
+from octollm.contracts.api import ClaimAnswer, ClaimRequest, ReserveAnswer, ReserveRequest, SettleRequest
 from octollm.contracts.task import ExecuteResult, TaskContract, Usage
+from octollm.testing import wait_until
 
 # ruff: noqa: E501  (a case a line)
 CASES: list[tuple[Any, str, str | None]] = [
@@ -259,3 +261,33 @@ async def test_a_repeated_key_at_an_arm_is_answered_from_what_was_stored(orch: O
     assert second.headers["idempotent-replayed"] == "true"
     assert len(script.executed) == 1
     assert (other.status, problem(other)["code"]) == (409, "idempotency_conflict")
+
+
+async def test_calls_of_an_older_run_are_refused(orch: Orchestra, script: Script) -> None:
+    found: list[str] = []
+
+    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+        bearer = (await ctx.outgoing("models", "chat", b"{}")).bearer
+        assert await _claim(orch, bearer, "before") == "claimed"
+        # Another orchestrator takes the task over.
+        with sqlite3.connect(orch.home / "data" / "orchestrator.db") as db:
+            db.execute("UPDATE tasks SET run = run + 1, lease_until = lease_until + 60")
+        found.append(await _claim(orch, bearer, "after"))
+        found.append(str(await _reserve(orch, bearer, "k1", 10, 10)))
+        return ExecuteResult(output="too late")
+
+    script.execute = execute
+    task = await orch.submit({"goal": "count"})
+    await wait_until(lambda: len(found) == 2, description="the older run has asked", timeout=20)
+    assert found == ["fence_lost", "fence_lost"]
+    # What the older run brings is not taken either.
+    assert (await orch.task(task.task_id)).status == "running"
+
+
+async def _claim(orch: Orchestra, bearer: str, key: str) -> str:
+    token = orch.house.base("models").identity.signer().svc_token("orchestrator")
+    body = ClaimRequest(bearer, "chat", key, "0" * 64, repeatable=True)
+    answer = await orch.house.send("orchestrator", "POST", "/idempotency/claim", token=token, body=body)
+    if answer.status >= 400:
+        return str(problem(answer)["code"])
+    return msgspec.json.decode(answer.body, type=ClaimAnswer).outcome

@@ -92,6 +92,7 @@ async def orchestrator_service(
                 clock=base.clock,
                 ids=base.ids,
                 metrics=base.metrics,
+                tracer=base.tracer,
             ),
             authority=TaskAuthority(minter, registry.declarations, registry.thumbprint),
             clock=base.clock,
@@ -143,7 +144,7 @@ async def orchestrator_service(
             clock=base.clock,
             ids=base.ids,
         )
-        services_api = ServicesApi(ledger, idempotency, revoking, base.identity.roots, base.clock)
+        services_api = ServicesApi(ledger, store, idempotency, revoking, base.identity.roots, base.clock)
         presence = Presence(db, log, registry)
         join_root = JoinRoot(root_key)
         arms_api = ArmsApi(

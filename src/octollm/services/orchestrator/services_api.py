@@ -24,6 +24,7 @@ from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.services.orchestrator.parameters import Done
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.tasks.ledger import Ledger, Wanted, encode_answer
+from octollm.tasks.store import TaskStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class ServicesApi:
     """What these operations work with."""
 
     ledger: Ledger
+    store: TaskStore
     keys: SqlIdempotency
     revoking: Revoking
     roots: Mapping[str, PublicKey]
@@ -78,11 +80,14 @@ class ServicesApi:
         return Done()
 
     async def claim(self, call: Call, body: ClaimRequest) -> ClaimAnswer:
-        """Claim an idempotency key for a call that the peer serves."""
+        """Claim an idempotency key for a call that the peer serves; raise ``fence_lost`` for one of an older run."""
         verified = self._authority(call.peer, body.bearer)
         check_key(body.key)
         key = KeyOf(verified.tenant, verified.subject, call.peer, body.operation, body.key)
-        task = verified.task.task if verified.task is not None else None
+        ref = verified.task
+        task = ref.task if ref is not None else None
+        if ref is not None and ref.run is not None:
+            await self.store.check_run(ref.task, ref.run)
         outcome = await self.keys.claim_for(key, body.body_digest, repeatable=body.repeatable, task_id=task)
         match outcome:
             case Claimed(run):
