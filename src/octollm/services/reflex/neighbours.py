@@ -13,6 +13,8 @@ from octollm.rpc.health import CheckUp, Dependency, Readiness
 from octollm.rpc.http import Http
 
 ASK_SECONDS = 2.0
+MAX_INSTANCES = 16
+"""Instances of one service that are asked."""
 KEPT_SECONDS = 1.0
 """An answer is used again for so long: a page that asks often costs no more."""
 
@@ -45,8 +47,16 @@ class Neighbours:
         return checkup
 
     async def _ask(self, name: str) -> Dependency:
+        """Return the state of a service: the best of its instances, since one that is well is enough."""
         try:
-            url = self._discovery.instances(name)[0]
+            urls = self._discovery.instances(name)[:MAX_INSTANCES]
+        except OctoError:
+            return Dependency(ok=False, detail="no address is known for it")
+        states = await asyncio.gather(*(self._ask_instance(url) for url in urls))
+        return max(states, key=lambda state: state.ok)
+
+    async def _ask_instance(self, url: str) -> Dependency:
+        try:
             answer = await self._http.send("GET", f"{url}/ready", {}, None, seconds=ASK_SECONDS)
             ready = msgspec.json.decode(answer.body, type=Readiness)
         except (OctoError, msgspec.DecodeError, UnicodeDecodeError):
