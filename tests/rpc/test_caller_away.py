@@ -156,7 +156,7 @@ async def test_breakers_of_instances_that_are_gone_are_not_kept_for_ever(monkeyp
         return Answer(port)
 
     async with calling(port) as (caller, http), instance(http, port, work(answer)):
-        for _ in range(20):
+        for _ in range(8):  # fewer than the retries that are saved
             changing = StaticDiscovery({"svc": (url(free_port()), url(port))})
             caller._discovery = changing  # pyright: ignore[reportPrivateUsage]
             await caller.answer(replace(outgoing(), patience=Patience()), Answer)

@@ -142,6 +142,8 @@ class Caller:
             call.target.method, url, headers, call.body, seconds=call.deadline.left()
         ) as streamed:
             await _raise_refusal(call.target.service, streamed)
+            if not streamed.headers.get("content-type", "").startswith(NDJSON):
+                return await _whole(call.target.service, streamed)
             rest = b""
             async for chunk in streamed.chunks:
                 *whole, rest = (rest + chunk).split(b"\n")
@@ -178,6 +180,7 @@ class Caller:
         tried = 0
         failed: set[str] = set()
         began = self._clock.monotonic()
+        reason: OctoError | None = None
         while True:
             call.deadline.check()
             tried += 1
@@ -187,6 +190,8 @@ class Caller:
             except OctoError as error:
                 self._count(target, error.code)
                 failure = _failure(error)
+                if reason is None or isinstance(error, TransportError | RemoteError):
+                    reason = error
                 repeats_safely = target.kind == "safe" or call.key is not None
                 left = call.deadline.left()
                 delay = self._retry.wait(
@@ -199,6 +204,9 @@ class Caller:
                 if delay is None or not budget.spend():
                     waited = self._clock.monotonic() - began
                     delay = call.patience.wait(failure, waited=waited, repeats_safely=repeats_safely, left=left)
+                if delay is None and reason is not error:
+                    # What an instance did says more than that none may be called for a while.
+                    raise reason from error
                 if delay is None:
                     raise
                 self._metrics.call_retries.labels(self._service, target.service).inc()
@@ -309,6 +317,16 @@ def _line(service: str, text: bytes) -> Line:
         return msgspec.json.decode(text, type=Line)
     except msgspec.DecodeError as error:
         raise OctoError(f"{service} sent a line that is not understood.", code="peer_protocol") from error
+
+
+async def _whole(service: str, streamed: Streamed) -> bytes:
+    """Return the one answer of a callee that does not stream, which is its right."""
+    body = b""
+    async for chunk in streamed.chunks:
+        body += chunk
+        if len(body) > _MAX_LINE:
+            raise OctoError(f"{service} sent an answer that is too long.", code="peer_protocol")
+    return body
 
 
 async def _raise_refusal(service: str, streamed: Streamed) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from starlette.applications import Starlette
 
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import read_settings
@@ -136,12 +137,16 @@ def problem(answer: Answer) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def opened_arm(arm: Arm, base: Base) -> AsyncGenerator[Service]:
-    yield build_arm(arm, base)
+async def opened_arm(arm: Arm, base: Base, app: Starlette | None = None) -> AsyncGenerator[Service]:
+    """Open an arm; with ``app`` something else answers in its place, under its name and key."""
+    service = build_arm(arm, base)
+    yield service if app is None else replace(service, app=app)
 
 
 @contextlib.asynccontextmanager
-async def orchestra(home: Path, script: Script, **environment: str) -> AsyncGenerator[Orchestra]:
+async def orchestra(
+    home: Path, script: Script, *, coder: Starlette | None = None, **environment: str
+) -> AsyncGenerator[Orchestra]:
     settings = read_settings({"OCTOLLM_HOME": str(home), **environment}, tuple(SERVICES))
     async with contextlib.AsyncExitStack() as stack:
         http = await stack.enter_async_context(Http())
@@ -158,7 +163,8 @@ async def orchestra(home: Path, script: Script, **environment: str) -> AsyncGene
         await stack.enter_async_context(house.serve(service))
         await stack.enter_async_context(house.serve(memory_service(house.base("memory"), settings)))
         for arm in arms(script):
-            await stack.enter_async_context(house.serve(opened_arm(arm, house.base(arm.name))))
+            app = coder if arm.name == "coder" else None
+            await stack.enter_async_context(house.serve(opened_arm(arm, house.base(arm.name), app)))
         found = Orchestra(house, script, home)
         found.bearer = await found.login()
         yield found

@@ -1,0 +1,118 @@
+"""An arm that answers the wrong shape, too much, too slowly or never: its step fails, and the reason is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from orchestra import Script, orchestra
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+NDJSON = "application/x-ndjson"
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def lines(*parts: bytes, forever: bool = False) -> Response:
+    async def stream() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+        while forever:
+            yield b'{"type":"heartbeat"}\n'
+            await asyncio.sleep(0.05)
+
+    return StreamingResponse(stream(), media_type=NDJSON)
+
+
+async def another_shape(_request: Request) -> Response:
+    return lines(b'{"type":"result","result":{"text":"it is called output"}}\n')
+
+
+async def a_page(_request: Request) -> Response:
+    return HTMLResponse("<html>Welcome</html>")
+
+
+async def too_much(_request: Request) -> Response:
+    return JSONResponse({"output": "x" * 9 * 1024 * 1024})
+
+
+async def no_json(_request: Request) -> Response:
+    return lines(b"<html>Welcome</html>\n")
+
+
+async def a_line_without_end(_request: Request) -> Response:
+    return lines(*[b"x" * 1024 * 1024] * 12)
+
+
+async def an_early_end(_request: Request) -> Response:
+    return lines(b'{"type":"token","text":"half of"}\n')
+
+
+async def a_server_error(_request: Request) -> Response:
+    return Response("Traceback (most recent call last): secret", 500, media_type="text/plain")
+
+
+async def nothing_ever(_request: Request) -> Response:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def no_end(_request: Request) -> Response:
+    return lines(forever=True)
+
+
+async def tells(handler: Handler, folder: Path, seconds: float) -> dict[str, Any]:
+    coder = Starlette(routes=[Route("/execute", handler, methods=["POST"])])
+    async with orchestra(folder, Script(), coder=coder) as orch:
+        view = await orch.run({"goal": "do it", "budget": {"max_time_seconds": seconds, "max_retries": 0}})
+        assert view.status == "failed"
+        assert view.error is not None
+        return {"code": view.error.code, "said": " ".join((view.error.detail, *view.error.reasons))}
+
+
+@pytest.mark.parametrize(
+    ("handler", "told"),
+    [
+        (another_shape, "another form than agreed"),
+        (a_page, "another form than agreed"),
+        (too_much, "an answer that is too long"),
+        (no_json, "a line that is not understood"),
+        (a_line_without_end, "a line that is too long"),
+    ],
+)
+async def test_what_is_not_understood_is_not_taken(tmp_path: Path, handler: Handler, told: str) -> None:
+    found = await tells(handler, tmp_path, 15)
+    assert found["code"] == "peer_protocol"
+    assert told in found["said"]
+    assert "coder" in found["said"]
+
+
+async def test_a_failure_is_told_without_what_the_arm_said_of_its_insides(tmp_path: Path) -> None:
+    found = await tells(a_server_error, tmp_path, 15)
+    assert "secret" not in found["said"]
+    assert "coder" in found["said"]
+
+
+async def test_an_answer_that_breaks_off_is_asked_for_again_and_told(tmp_path: Path) -> None:
+    found = await tells(an_early_end, tmp_path, 3)
+    assert found["code"] in ("connection_lost", "deadline_exceeded")
+
+
+async def test_an_arm_that_answers_in_one_piece_is_as_good(tmp_path: Path) -> None:
+    async def plain(_request: Request) -> Response:
+        return JSONResponse({"output": "done by an arm that knows no streams"})
+
+    coder = Starlette(routes=[Route("/execute", plain, methods=["POST"])])
+    async with orchestra(tmp_path, Script(), coder=coder) as orch:
+        view = await orch.run({"goal": "do it"})
+    assert (view.status, view.output) == ("completed", "done by an arm that knows no streams")
+
+
+@pytest.mark.parametrize("handler", [nothing_ever, no_end])
+async def test_an_arm_that_does_not_come_to_an_end_ends_with_the_tasks_time(tmp_path: Path, handler: Handler) -> None:
+    assert (await tells(handler, tmp_path, 2))["code"] == "deadline_exceeded"
