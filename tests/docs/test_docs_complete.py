@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from octollm.contracts.services import SERVICES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+CONCEPTS = DOCS / "concepts"
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 
 
@@ -74,9 +76,40 @@ def test_every_scope_of_a_preset_is_in_the_table():
 
 
 def test_every_service_is_told_with_its_port():
-    text = (DOCS / "concepts.md").read_text()
+    text = (CONCEPTS / "README.md").read_text()
     for name, info in SERVICES.items():
         assert f"| {name} | {info.port} |" in text
+
+
+def middle_layers() -> list[str]:
+    """Return the packages below the services that do I/O: every ``octollm.*`` layer but the words and the hosts."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    packages = [name.removeprefix("octollm.") for name in layers if "|" not in name]
+    above = {"cli", "testing", "installation", "services"}
+    return [name for name in packages if name not in above and (ROOT / "src/octollm" / name).is_dir()]
+
+
+@pytest.mark.parametrize("layer", middle_layers())
+def test_a_page_tells_where_a_layer_lives(layer):
+    told = [*CONCEPTS.glob("*.md"), DOCS / "arms.md", DOCS / "client.md"]
+    assert any(f"src/octollm/{layer}/" in page.read_text() for page in told), layer
+
+
+def test_every_concept_page_is_linked_from_the_index():
+    index = (CONCEPTS / "README.md").read_text()
+    pages = {page.name for page in CONCEPTS.glob("*.md")} - {"README.md"}
+    assert pages
+    for name in pages:
+        assert f"]({name})" in index, name
+
+
+@pytest.mark.parametrize("page", sorted(CONCEPTS.glob("*.md")), ids=lambda page: page.name)
+def test_a_concept_page_shows_its_part_at_work(page):
+    text = page.read_text()
+    assert page.name == "README.md" or re.search(r"(?m)^```(shell|python)$", text), page
+    for path in re.findall(r"`(src/octollm/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
 
 
 def test_every_command_is_told():
@@ -86,7 +119,7 @@ def test_every_command_is_told():
         assert f"`octollm {name}" in text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -100,7 +133,7 @@ def test_every_link_leads_somewhere(page):
             assert anchor in {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_json_example_is_json(page):
     for block in re.findall(r"(?ms)^```json\n(.*?)^```", page.read_text()):
         json.loads(block)

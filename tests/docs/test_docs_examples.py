@@ -56,7 +56,8 @@ def examples() -> list[Example]:
         text = text_of(page)
         for match in _BLOCK.finditer(text):
             line = text[: match.start("code")].count("\n") + 1
-            found.append(Example(page.name, line, match["language"], match["mark"] or "", match["code"]))
+            name = str(page.relative_to(ROOT))
+            found.append(Example(name, line, match["language"], match["mark"] or "", match["code"]))
     return found
 
 
