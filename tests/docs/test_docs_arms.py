@@ -1,19 +1,25 @@
 """docs/arms.md is a story: its shell blocks run in order in one folder, its files are written, its programs run.
 
 `<!-- test: story -->` runs a block in the folder where the one before left off, `<!-- test: file PATH -->` writes one
-there, `<!-- test: run -->` runs a program by itself, and `<!-- test: skip, WHY -->` leaves one out. No installation and
-no model is needed.
+there, `<!-- test: run -->` runs a program by itself. `<!-- test: up -->` is what stays in one terminal while
+`<!-- test: beside -->` is typed in another; there alone a scripted model answers.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cli_support import Place
+from whole import answers
+
+from octollm.testing import wait_until
+from octollm.testing.scripted_model import Asked, Reply, scripted_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "arms.md"
@@ -40,10 +46,11 @@ def done(command: list[str], folder: Path) -> str:
 def test_every_block_says_how_it_is_tested():
     assert len(re.findall(r"(?m)^```(?:shell|python)$", PAGE.read_text())) == len(BLOCKS)
     for mark, _, _ in BLOCKS:
-        assert re.fullmatch(r"story|run|file \S+|skip, .{12,}", mark), mark
+        assert re.fullmatch(r"story|run|up|beside|file \S+", mark), mark
 
 
-def test_the_story_runs_from_its_beginning_to_its_end(tmp_path):
+def written(tmp_path: Path) -> tuple[Path, str]:
+    """Carry the story out; return the folder where it ends, and what was printed."""
     folder, told = tmp_path, ""
     octollm = f'octollm() {{ {sys.executable} -m octollm "$@"; }}; pytest() {{ {sys.executable} -m pytest "$@"; }}\n'
     for mark, language, code in BLOCKS:
@@ -55,8 +62,44 @@ def test_the_story_runs_from_its_beginning_to_its_end(tmp_path):
             assert language == "shell"
             told += done(["bash", "-euo", "pipefail", "-c", f"{octollm}{code}\npwd > '{tmp_path}/where'"], folder)
             folder = Path((tmp_path / "where").read_text().strip())
+    return folder, told
+
+
+def test_the_story_runs_from_its_beginning_to_its_end(tmp_path):
+    folder, told = written(tmp_path)
     assert folder.name == "translator"
     assert told.count("1 passed") == 2
+
+
+def speaks(asked: Asked) -> str | Reply:
+    return "Der Arm winkt" if asked.last.startswith("Translate with") else answers(asked)
+
+
+@pytest.mark.sandbox
+@pytest.mark.timeout(120)
+async def test_what_was_written_joins_and_is_chosen_for_a_goal(tmp_path):
+    place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted"})
+    story, _ = written(place.work)
+    terminals = {mark: shlex.split(line) for mark, _, code in BLOCKS for line in code.splitlines() if mark == "up"}
+    beside = [shlex.split(line)[1:] for mark, _, code in BLOCKS for line in code.splitlines() if mark == "beside"]
+    async with scripted_model(speaks) as model:
+        place.settings["OCTOLLM_MODEL_URL"] = model.url
+        place.work = story
+        up = await place.up(*terminals["up"][2:])
+
+        async def served() -> bool:
+            return (await place.run("arms", "translator")).code == 0
+
+        try:
+            await wait_until(served, description="the arm is registered", timeout=30, interval=0.2)
+            listed, ran = [await place.run(*command) for command in beside]
+        finally:
+            stopped = await place.interrupt(up)
+        assert "healthy" in listed.out
+        assert ran.code == 0, ran.err
+        assert "Der Arm winkt" in ran.out
+        assert "Arm   translator on 127.0.0.1:" in stopped.out
+        assert stopped.code == 130, stopped.err
 
 
 @pytest.mark.parametrize(

@@ -65,16 +65,13 @@ class Place:
 
     def __post_init__(self) -> None:
         self.shift = free_shift()
-        for folder in ("work", "tmp"):
-            (self.root / folder).mkdir()
+        self.work = self.root / "work"
+        for folder in (self.work, self.root / "tmp"):
+            folder.mkdir()
 
     @property
     def home(self) -> Path:
         return self.root / "home"
-
-    @property
-    def work(self) -> Path:
-        return self.root / "work"
 
     @property
     def door(self) -> str:
@@ -128,9 +125,9 @@ class Place:
         process.send_signal(number)
         return await self.end(process, 20)
 
-    async def up(self) -> asyncio.subprocess.Process:
+    async def up(self, *arguments: str) -> asyncio.subprocess.Process:
         """Start `octollm up` and wait until the door says that all is ready."""
-        process = await self.start("up")
+        process = await self.start("up", *arguments)
 
         async def ready() -> bool:
             assert process.returncode is None, (await process.communicate())[1].decode()

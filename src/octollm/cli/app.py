@@ -64,11 +64,18 @@ def demo(
 
 
 @app.command(rich_help_panel="Start")
-def up() -> None:
+def up(
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm", help="An arm of your own as module:name, served too; may be given several times.", metavar="ARM"
+        ),
+    ] = None,
+) -> None:
     """Run every service on this machine until Ctrl-C."""
     from octollm.cli.commands import up_command  # noqa: PLC0415
 
-    raise typer.Exit(up_command())
+    raise typer.Exit(up_command(arm or []))
 
 
 @app.command(rich_help_panel="Tasks")

@@ -29,12 +29,13 @@ def demo_command(goal: str) -> int:
     return run_command(work)
 
 
-def up_command() -> int:
-    """Run every service until Ctrl-C."""
+def up_command(targets: Sequence[str]) -> int:
+    """Run every service, and the arms that ``targets`` name, until Ctrl-C."""
     from octollm.cli.hosting import stay_up  # noqa: PLC0415  brings in every service; a client needs none
+    from octollm.installation.own_arm import load_arm  # noqa: PLC0415
 
     async def work() -> int:
-        return await stay_up(command_settings(), output())
+        return await stay_up(command_settings(), output(), [load_arm(target) for target in targets])
 
     return run_command(work)
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from octollm.arm import Arm
 from octollm.cli.goal import Order, carry_out
 from octollm.cli.model_file import ensure_model
+from octollm.cli.own_arms import with_join_secret
 from octollm.client import connect
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.config import Settings
 from octollm.installation.embedded import System, embedded_system
+from octollm.installation.hosted import Hosted, guarded
+from octollm.installation.own_arm import own_arm
 from octollm.installation.ports import is_loopback
+
+ARM_DRAIN_SECONDS = 0.5
+"""How long an arm's calls in flight may take to end when all stops: its callers stop with it."""
 
 
 @contextlib.asynccontextmanager
@@ -39,9 +47,11 @@ async def running_system(settings: Settings, console: Console) -> AsyncGenerator
             yield system
 
 
-async def stay_up(settings: Settings, console: Console) -> int:
-    """Run an installation until it is cancelled."""
-    async with running_system(settings, console) as system:
+async def stay_up(settings: Settings, console: Console, arms: Sequence[Arm] = ()) -> int:
+    """Run an installation, with ``arms`` of one's own, until it is cancelled or one of them ends."""
+    async with contextlib.AsyncExitStack() as stack:
+        system = await stack.enter_async_context(running_system(settings, console))
+        hosts = [await stack.enter_async_context(_beside(arm, system, console)) for arm in arms]
         if not is_loopback(settings.host):
             console.print(
                 Text(f"      It listens on {settings.host}: other machines reach it, and need an API key", "octo.warn")
@@ -49,8 +59,27 @@ async def stay_up(settings: Settings, console: Console) -> int:
         console.print(Text.assemble(("Home  ", "octo.title"), f"{system.home.root}"))
         console.print(Text.assemble(("Log   ", "octo.title"), f"{system.home.log_file}"))
         console.print(Text.assemble(("Next  ", "octo.title"), 'octollm run "GOAL" in another terminal; Ctrl-C stops'))
-        await asyncio.Event().wait()
+        async with guarded(hosts):
+            await asyncio.Event().wait()
     return 0
+
+
+@contextlib.asynccontextmanager
+async def _beside(arm: Arm, system: System, console: Console) -> AsyncGenerator[Hosted]:
+    """Serve an arm of one's own in this process. It joins and calls as it would from a process of its own."""
+    settings = replace(
+        system.settings,
+        service_urls={**{name: (url,) for name, url in system.urls.items()}, **system.settings.service_urls},
+        drain_seconds=ARM_DRAIN_SECONDS,
+        port=0,
+        advertise_url=None,
+        urls=(),
+    )
+    clock = SystemClock()
+    settings = await with_join_secret(arm, settings, console)
+    async with own_arm(arm, settings, system.http, clock=clock, ids=Uuid7Ids(clock), tell=lambda _what: None) as host:
+        console.print(Text.assemble(("Arm   ", "octo.title"), f"{host.name} on {host.address}"))
+        yield host
 
 
 async def show_demo(settings: Settings, goal: str, console: Console) -> int:

@@ -36,11 +36,21 @@ def new_arm_command(name: str, parent: Path) -> int:
         folder = write_arm(name, parent)
         console = output()
         console.print(Text.assemble(("Made ", "octo.title"), str(folder)))
-        for command in (f"cd {folder}", "pip install -e '.[dev]'", "pytest"):
+        for command in (
+            f"cd {folder}",
+            "pip install -e '.[dev]'",
+            "pytest",
+            f"octollm up --arm {module_of(name)}.arm:arm",
+        ):
             console.print(Text(f"  {command}", "octo.quiet"))
         return EXIT_DONE
 
     return run_command(work)
+
+
+def module_of(name: str) -> str:
+    """Return the Python package of the arm called ``name``."""
+    return name.replace("-", "_")
 
 
 def write_arm(name: str, parent: Path) -> Path:
@@ -50,7 +60,7 @@ def write_arm(name: str, parent: Path) -> Path:
     something is there already, or nothing can be written.
     """
     check_name(name, built_in=False)
-    module = name.replace("-", "_")
+    module = module_of(name)
     if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in _TAKEN:
         raise arm_invalid(f"An arm called {name} would hide the Python module {module}; choose another name.")
     folder = parent / name

@@ -5,25 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from octollm.arm import Arm
-from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE, exit_code_of
+from octollm.cli.own_arms import with_join_secret
 from octollm.cli.running import run_command
 from octollm.cli.terminal import messages, output, show_error
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.config import Settings
 from octollm.errors import OctoError
-from octollm.installation.home import running_in
 from octollm.installation.hosted import Hosted
-from octollm.installation.own_arm import arm_keys, load_arm, own_arm
+from octollm.installation.own_arm import load_arm, own_arm
 from octollm.installation.own_keys import provision
 from octollm.rpc.http import Http
 from octollm.telemetry import configure_logs
@@ -75,21 +72,6 @@ async def _arm(
         with configure_logs(None, level=settings.log_level, clock=clock):
             async with own_arm(arm, settings, http, clock=clock, ids=Uuid7Ids(clock), tell=tell) as host:
                 yield host
-
-
-async def with_join_secret(arm: Arm, settings: Settings, console: Console) -> Settings:
-    """Return the settings with a join secret, where this home's own installation can be asked for one.
-
-    Whoever owns the home may let in what they like; elsewhere an administrator hands a secret out.
-    """
-    if settings.join_secret is not None or settings.urls or await running_in(settings.home) is None:
-        return settings
-    if (await arm_keys(settings, arm.name, Uuid7Ids(SystemClock()))).joined:
-        return settings
-    async with open_client(settings) as octo:
-        made = await octo.create_join(arm.name, calls=arm.declared_calls, lifetime_seconds=600)
-    console.print(Text.assemble(("Joins ", "octo.title"), f"{arm.name}, with the calls that it declares"))
-    return replace(settings, join_secret=made.secret)
 
 
 def provision_command(folder: Path, *, as_json: bool) -> int:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -15,7 +15,7 @@ from octollm.clock import Clock, Ids
 from octollm.config import Settings
 from octollm.errors import OctoError
 from octollm.installation.home import Home, Running, open_home, open_keys, write_private
-from octollm.installation.hosted import Hosted
+from octollm.installation.hosted import Hosted, guarded
 from octollm.installation.keys import HomeKeys, load_keys
 from octollm.installation.own_keys import RootKeys
 from octollm.installation.ports import bind_all, is_loopback
@@ -156,7 +156,7 @@ async def embedded_system(
                 await asyncio.gather(*(hosts[name].start() for name in stage))
             running = msgspec.json.encode(Running(os.getpid(), system.door))
             await asyncio.to_thread(write_private, home.running_file, running, ids)
-            async with _guarded(hosts.values()):
+            async with guarded(hosts.values()):
                 yield system
         finally:
             await _stop(hosts)
@@ -169,21 +169,6 @@ def _bases(system: System, keys: HomeKeys, clock: Clock, ids: Ids) -> dict[str, 
         name: build_base(Identity(name, key, keys.roots, clock, ids), system.http, discovery)
         for name, key in keys.services.items()
     }
-
-
-@contextlib.asynccontextmanager
-async def _guarded(hosts: Iterable[Hosted]) -> AsyncGenerator[None]:
-    """Cancel the body when a service ends by itself, and raise why."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            guards = [group.create_task(host.ended()) for host in hosts]
-            try:
-                yield
-            finally:
-                for guard in guards:
-                    guard.cancel()
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from failures.exceptions[0].__cause__
 
 
 async def _stop(hosts: Mapping[str, Hosted]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 
 from octollm.errors import OctoError
@@ -94,3 +94,18 @@ async def start_hosted(name: str, opener: Opener, host: str, port: int, *, drain
         bound.close()
         raise
     return hosted
+
+
+@contextlib.asynccontextmanager
+async def guarded(hosts: Iterable[Hosted]) -> AsyncGenerator[None]:
+    """Cancel the body when a service ends by itself, and raise why."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            guards = [group.create_task(host.ended()) for host in hosts]
+            try:
+                yield
+            finally:
+                for guard in guards:
+                    guard.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures.exceptions[0].__cause__

@@ -34,16 +34,17 @@ NOT_KNOWN = frozenset({"token_invalid", "token_revoked", "token_malformed"})
 
 
 def load_arm(target: str) -> Arm:
-    """Return the arm that ``module:name`` names; the current folder is looked in, too.
+    """Return the arm that ``module:name`` names; the current folder and its ``src`` are looked in, too.
 
     Raises ``setting_invalid`` when there is no such module or no arm of that name in it.
     """
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
         raise SettingError(f"{target!r} is no built-in service, and an arm is named module:name, e.g. my_arm:arm.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    here = Path.cwd()
+    for folder in (str(here / "src"), str(here)):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
