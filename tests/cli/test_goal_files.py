@@ -31,9 +31,11 @@ def refused(tmp_path, name, content):
         ("rows.jsonl", b'{"a": 1}\n'),
         ("rows.parquet", b"PAR1\x00\xff\x00PAR1"),
         ("code.unknown", b"text after all\n"),
+        ("picture.png", b"\x89PNG\r\n\x1a\n\x00"),
+        ("shop.sqlite3", b"SQLite format 3\x00"),
     ],
 )
-def test_text_and_tables_are_taken(tmp_path, name, content):
+def test_texts_tables_and_what_an_arm_may_read_are_taken(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     [file] = read_files([path])
@@ -44,16 +46,14 @@ def test_text_and_tables_are_taken(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("picture.png", b"\x89PNG\r\n\x1a\n\x00"),
         ("notes.txt", b"text\x00binary"),
         ("latin.md", "Käse".encode("latin-1")),
         ("rows.csv", b"a\x00b"),
         ("wide.csv", "a,b".encode("utf-16")),
         ("not.parquet", b"PAR1 and no more"),
-        ("noname", b"\x00\x01\x02"),
     ],
 )
-def test_binary_is_refused(tmp_path, name, content):
+def test_other_bytes_than_the_name_says_are_refused(tmp_path, name, content):
     refused(tmp_path, name, content)
 
 

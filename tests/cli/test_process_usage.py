@@ -44,9 +44,9 @@ async def test_nothing_that_runs_is_said_with_what_to_do(place):
     assert not place.home.exists()
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "binary.bin", "big.txt"])
+@pytest.mark.parametrize("name", ["missing.txt", "binary.csv", "big.txt"])
 async def test_a_file_that_cannot_be_sent_is_refused_before_anything_is(place, name):
-    (place.work / "binary.bin").write_bytes(bytes(range(256)))
+    (place.work / "binary.csv").write_bytes(bytes(range(256)))
     with (place.work / "big.txt").open("wb") as file:
         file.truncate(20 * 1024 * 1024 + 1)
     # Nothing runs here: had anything been sent, the exit code would be 1.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mimetypes
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Protocol
 from urllib.parse import quote
 
+from octollm.contracts.kinds import media_type_of
 from octollm.contracts.operations import StoredFile, artifact_of
 from octollm.contracts.task import MAX_FILE_BYTES, Artifact, FileRef
 from octollm.errors import OctoError
@@ -51,7 +51,7 @@ class Artifacts:
         body = content.encode() if isinstance(content, str) else content
         if len(body) > MAX_FILE_BYTES:
             raise OctoError(f"The artifact {name} has more than {MAX_FILE_BYTES} bytes.", code="body_too_large")
-        kind = media_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        kind = media_type or media_type_of(name)
         outgoing = await self._outgoing("files", "write", body)
         stored = await self._caller.answer(_with_file(outgoing, name, kind), StoredFile)
         self._written[name] = artifact_of(stored)

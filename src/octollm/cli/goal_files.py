@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mimetypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from octollm.contracts.kinds import file_kind, suffix_of
+from octollm.contracts.kinds import file_kind, media_type_of, suffix_of
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES, MAX_GOAL
 from octollm.errors import OctoError
 
@@ -67,7 +66,7 @@ def _read(path: Path) -> GoalFile:
     if len(content) > MAX_FILE_BYTES:
         raise _refused(f"{path} has more than {MAX_FILE_BYTES // 2**20} MiB.")
     _check_content(path, content)
-    return GoalFile(path.name, content, mimetypes.guess_type(path.name)[0] or "application/octet-stream")
+    return GoalFile(path.name, content, media_type_of(path.name))
 
 
 def _check_content(path: Path, content: bytes) -> None:
@@ -75,11 +74,11 @@ def _check_content(path: Path, content: bytes) -> None:
         if not (content.startswith(_PARQUET) and content.endswith(_PARQUET)):
             raise _refused(f"{path} is called .parquet and is no Parquet file.")
         return
-    kind = file_kind(path.name, content)
-    if kind == "binary" or not _is_utf8(content):
+    # Whether an arm reads what is neither text nor table, the installation knows.
+    if file_kind(path.name, content) != "binary" and not _is_utf8(content):
         raise _refused(
-            f"{path} is binary, or text in another encoding than UTF-8. Text (UTF-8), CSV, TSV, JSON Lines and Parquet"
-            " files can be given."
+            f"{path} is called a text, and has other bytes than text in UTF-8. Convert it, or give it the suffix that"
+            " it should have."
         )
 
 

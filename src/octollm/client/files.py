@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import mimetypes
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from octollm.client.errors import InvalidRequest, ServerError
+from octollm.contracts.kinds import media_type_of
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES
 
 FileInput = str | os.PathLike[str] | bytes | tuple[str, bytes] | tuple[str, str]
@@ -28,7 +28,7 @@ class Content:
     @property
     def media_type(self) -> str:
         """Return the type that the name suggests."""
-        return mimetypes.guess_type(self.name)[0] or "application/octet-stream"
+        return media_type_of(self.name)
 
 
 async def contents_of(files: Iterable[FileInput]) -> list[Content]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import mimetypes
+import re
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -18,6 +22,26 @@ TEXT_SUFFIXES = frozenset(
 """Files to read and quote by line."""
 _PLAIN_NAMES = frozenset({"readme", "license", "licence", "makefile", "dockerfile", "changelog", "notice", "authors"})
 _SNIFF_BYTES = 8192
+_FURTHER_TYPES = {
+    ".sqlite": "application/vnd.sqlite3",
+    ".sqlite3": "application/vnd.sqlite3",
+    ".db": "application/vnd.sqlite3",
+    ".parquet": "application/vnd.apache.parquet",
+    ".jsonl": "application/jsonl",
+    ".ndjson": "application/x-ndjson",
+    ".md": "text/markdown",
+    ".markdown": "text/markdown",
+    ".yaml": "application/yaml",
+    ".yml": "application/yaml",
+    ".toml": "application/toml",
+    ".webp": "image/webp",
+    ".docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    ".xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+    ".pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+}
+"""What Python's own table lacks of IANA's registry of media types."""
+_TEXT_TYPES = re.compile(r"^text/|[+/](?:xml|json|yaml|toml|javascript|rtf|x-(?:c?sh|tcl|tex|texinfo|troff.*))$")
+UNKNOWN_TYPE = "application/octet-stream"
 
 
 def suffix_of(name: str) -> str:
@@ -26,7 +50,10 @@ def suffix_of(name: str) -> str:
 
 
 def file_kind(name: str, head: bytes | None = None) -> FileKind:
-    """Return the kind of a file. ``head`` is its beginning, asked only where the name does not tell."""
+    """Return the kind of a file. ``head`` is its beginning, asked only where the name does not tell.
+
+    Without it, a file is binary when its name says so, and else a text.
+    """
     suffix = suffix_of(name)
     if suffix in TABLE_SUFFIXES:
         return "table"
@@ -34,8 +61,29 @@ def file_kind(name: str, head: bytes | None = None) -> FileKind:
     if suffix in TEXT_SUFFIXES or stem in _PLAIN_NAMES:
         return "text"
     if head is None:
-        return "text" if not suffix else "binary"
+        known = _types().get(suffix)
+        return "text" if known is None or _TEXT_TYPES.search(known) else "binary"
     return "text" if _is_text(head[:_SNIFF_BYTES]) else "binary"
+
+
+def media_type_of(name: str) -> str:
+    """Return the media type that a file's name suggests; ``application/octet-stream`` when it suggests none.
+
+    The tables of the machine are left out: the same name means the same to the client, the planner and an arm,
+    wherever each runs.
+    """
+    return _types().get(suffix_of(name), UNKNOWN_TYPE)
+
+
+def accepts_file(accepted: Collection[str], name: str) -> bool:
+    """Say whether an arm which accepts these media types, or whole families as ``image/*``, accepts a file."""
+    media_type = media_type_of(name)
+    return media_type in accepted or f"{media_type.split('/')[0]}/*" in accepted
+
+
+@functools.cache
+def _types() -> Mapping[str, str]:
+    return {**mimetypes.MimeTypes(()).types_map[True], **_FURTHER_TYPES}
 
 
 def _is_text(head: bytes) -> bool:

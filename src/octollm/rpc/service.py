@@ -112,7 +112,7 @@ class Service:
         Those get ``drain`` seconds, and are cancelled then.
         """
         async with self.exporter.running(), serving(self.app, bound, drain=drain):
-            self.base.log.info("service.started", address=str(bound.getsockname()))
+            self.base.log.info("service.started", address="{}:{}".format(*bound.getsockname()[:2]))
             try:
                 async with self.presence() if self.presence is not None else contextlib.nullcontext():
                     yield

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 import msgspec
 
 from octollm.clock import Clock
-from octollm.contracts.kinds import file_kind
+from octollm.contracts.kinds import accepts_file, file_kind, media_type_of
+from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import (
     MAX_FILE_BYTES,
     MAX_FILES,
     MAX_GOAL,
+    ArmInfo,
     Budget,
     FileRef,
     TaskContext,
@@ -110,16 +113,27 @@ def _check_files(context: TaskContext) -> None:
             raise _fault("file_invalid", f"{pointer}/text", f"A file may have {MAX_FILE_BYTES} bytes.")
 
 
-async def check_kinds(contract: TaskContract, tenant: str, store: FileStore) -> None:
-    """Raise ``file_invalid`` for a file that is neither text nor a table."""
+async def check_kinds(contract: TaskContract, tenant: str, store: FileStore, arms: Iterable[ArmInfo]) -> None:
+    """Raise ``file_invalid`` for a file that is neither text nor a table, and that no arm of ``arms`` accepts.
+
+    The arm that a task is assigned to sees for itself.
+    """
+    if contract.assigned_arm is not None and contract.assigned_arm not in BUILT_IN_ARMS:
+        return
+    accepted = frozenset(word for arm in arms if arm.name not in BUILT_IN_ARMS for word in arm.accepts)
     for index, file in enumerate(contract.context.files):
-        if file.digest is None:
+        if file.digest is None or accepts_file(accepted, file.name):
             continue
         _stored, body = await store.get(tenant, file.digest)
         kind = file_kind(file.name, body[:8192])
         binary = kind == "binary" or (kind == "text" and b"\x00" in body[:8192])
         if binary:
-            raise _fault("file_invalid", f"/context/files/{index}", f"{file.name} is neither text nor a table.")
+            raise _fault(
+                "file_invalid",
+                f"/context/files/{index}",
+                f"{file.name} is neither text in UTF-8 nor a table, and no arm that answers"
+                f" accepts {media_type_of(file.name)}.",
+            )
 
 
 def _check_budget(budget: Budget, defaults: Defaults) -> Budget:

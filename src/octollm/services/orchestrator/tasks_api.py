@@ -59,7 +59,7 @@ class TasksApi:
         arms = frozenset(arm.name for arm in (await self.registry.views(principal.tenant)).arms)
         checked = check_contract(contract, self.defaults, arms, self.clock)
         contract = await store_inline_files(checked.contract, call.tenant, self.files)
-        await check_kinds(contract, call.tenant, self.files)
+        await check_kinds(contract, call.tenant, self.files, await self.registry.arms(principal.tenant))
         scopes = await self.accounts.scopes_now(principal.cred)
         task_id = f"task-{self.ids.hex()}"
 

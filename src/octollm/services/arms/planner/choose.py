@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import mimetypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from octollm.contracts.kinds import file_kind
+from octollm.contracts.kinds import accepts_file, file_kind
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
 from octollm.contracts.words import stem, stems
@@ -38,7 +37,7 @@ def choose_parts(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, pr
     for arm in own:
         if any(stem(word.removeprefix(_KIND).lower()) in said for word in arm.accepts if word.startswith(_KIND)):
             return [Part(arm.name, tuple(files), f"Ask {arm.name}")]
-    accepting = any(_accepts(arm, name) for arm in own for name in files)
+    accepting = any(accepts_file(arm.accepts, name) for arm in own for name in files)
     fitting = None if accepting else fitting_arm(goal, own, with_files=bool(files))
     if fitting is not None:
         return [Part(fitting.name, tuple(files), f"Ask {fitting.name}")]
@@ -52,7 +51,7 @@ def choose_parts(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, pr
 
 def _arm_for(name: str, own: Sequence[ArmInfo], program: bool) -> str:
     for arm in own:
-        if _accepts(arm, name):
+        if accepts_file(arm.accepts, name):
             return arm.name
     kind = file_kind(name)
     if kind == "binary":
@@ -60,11 +59,6 @@ def _arm_for(name: str, own: Sequence[ArmInfo], program: bool) -> str:
     if kind == "table":
         return "coder/data"
     return "coder/code" if program else "retriever"
-
-
-def _accepts(arm: ArmInfo, name: str) -> bool:
-    media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-    return media_type in arm.accepts or f"{media_type.split('/')[0]}/*" in arm.accepts
 
 
 def _title(arm: str, names: Sequence[str]) -> str:
