@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from databases import BACKENDS, SERVER_URL, Backend, PostgresServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """Let what tests start hear Ctrl-C: pytest-xdist's workers ignore it, and their children would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

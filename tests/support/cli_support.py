@@ -33,9 +33,10 @@ def answers(asked):
 
 
 def free_shift() -> int:
-    """Return a port shift whose ports are all free."""
+    """Return a port shift whose ports are all free. Tests that run at the same time are given different ones."""
     # Below the ports that the system gives to outgoing connections.
-    start = 1000 + int.from_bytes(os.urandom(2)) % 8000
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+    start = 1000 + 4000 * worker + int.from_bytes(os.urandom(2)) % 4000
     for shift in range(start, 24000, 307):
         try:
             for info in SERVICES.values():
