@@ -15,7 +15,7 @@ GOAL ?=
 
 export PYTHON VENV GOAL
 
-.PHONY: help setup setup-dev demo up test chaos lint clean
+.PHONY: help setup setup-dev demo up test chaos bench-calls lint clean
 
 help: ## Say what there is
 	@echo "OctoLLM: make TARGET"
@@ -39,6 +39,10 @@ test: setup-dev ## Run every test; says loudly what this machine lacks
 
 chaos: setup-dev ## Run the tests that kill processes and servers
 	@scripts/test $(BIN)/python -m pytest tests/chaos
+
+bench-calls: setup-dev ## Measure service calls beside gRPC, FastAPI and httpx (about five minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	cd bench && ../$(BIN)/python -m calls
 
 lint: setup-dev ## Check style, types and layers
 	$(BIN)/ruff check .

@@ -5,6 +5,14 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from databases import BACKENDS, SERVER_URL, Backend, PostgresServer
+from hypothesis import HealthCheck, settings
+from wires import CURRENT, NAMES, wire_named
+
+from octollm.rpc.wire import PLAIN
+
+# How fast a busy machine makes examples, and runs them, says nothing of what is tested.
+settings.register_profile("octollm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("octollm")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,3 +46,11 @@ async def postgres(postgres_server: PostgresServer) -> AsyncIterator[Backend]:
     """Give a test of what only PostgreSQL has a database there."""
     async with postgres_server.database() as url:
         yield Backend(url)
+
+
+@pytest.fixture(params=NAMES)
+def every_wire(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have a test's services talk in one way after the other."""
+    CURRENT.wire = wire_named(request.param)
+    yield
+    CURRENT.wire = PLAIN

@@ -6,11 +6,23 @@ and cancelled with the task. The tool is given the call's context as its depende
 
 from __future__ import annotations
 
-from pydantic_ai import Agent, ModelRetry, RunContext
+from typing import Literal
+
+from pydantic_ai import Agent, RunContext
 
 from octollm import Arm, Context
 
-METRES = {"mm": 0.001, "cm": 0.01, "m": 1.0, "km": 1000.0, "in": 0.0254, "ft": 0.3048, "yd": 0.9144, "mi": 1609.344}
+Unit = Literal["millimetres", "centimetres", "metres", "kilometres", "inches", "feet", "yards", "miles"]
+METRES: dict[Unit, float] = {
+    "millimetres": 0.001,
+    "centimetres": 0.01,
+    "metres": 1.0,
+    "kilometres": 1000.0,
+    "inches": 0.0254,
+    "feet": 0.3048,
+    "yards": 0.9144,
+    "miles": 1609.344,
+}
 
 agent = Agent(
     instructions="You convert lengths. Never calculate yourself: use the tool, then answer in one sentence.",
@@ -19,10 +31,8 @@ agent = Agent(
 
 
 @agent.tool
-async def convert(run: RunContext[Context], amount: float, unit: str, into: str) -> float:
-    """Convert a length from one unit into another; units are mm, cm, m, km, in, ft, yd and mi."""
-    if unit not in METRES or into not in METRES:
-        raise ModelRetry(f"Units are {', '.join(METRES)}.")
+async def convert(run: RunContext[Context], amount: float, unit: Unit, into: Unit) -> float:
+    """Convert a length from one unit into another."""
     await run.deps.progress(50, f"{unit} into {into}")
     return round(amount * METRES[unit] / METRES[into], 6)
 

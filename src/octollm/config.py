@@ -41,6 +41,11 @@ class Settings:
     port: int
     port_shift: int
     advertise_url: str | None
+    http: Literal["1.1", "2"]
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_ca: Path | None
+    tls_mutual: bool
     start_seconds: float
     drain_seconds: float
     allowed_hosts: tuple[str, ...]
@@ -49,6 +54,7 @@ class Settings:
     max_time_seconds: float
     sandbox: Literal["auto", "bubblewrap", "wasi"]
     log_level: str
+    trace_share: float
     otlp_url: str | None
     otlp_headers: tuple[tuple[str, str], ...]
     urls: tuple[str, ...]
@@ -63,6 +69,9 @@ class ClientSettings:
     urls: tuple[str, ...]
     api_key: str | None
     port_shift: int
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_ca: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +142,16 @@ def _seconds(low: float, high: float) -> Callable[[str], float]:
         return number
 
     return parse
+
+
+def _share(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 1:
+        raise ValueError("a number from 0 to 1")
+    return number
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
@@ -229,6 +248,15 @@ SPECS: dict[str, Spec] = {
         "Where others reach what `octollm serve` serves; empty is its host name and port.",
         _url("http", "https"),
     ),
+    "http": Spec(
+        "HTTP", "1.1", "HTTP that services call each other with; with `2` they serve both.", _choice("1.1", "2")
+    ),
+    "tls_cert": Spec("TLS_CERT", "", "Certificate of this process with its chain (PEM): serve in TLS.", _optional_path),
+    "tls_key": Spec("TLS_KEY", "", "Its key (PEM, without a password).", _optional_path),
+    "tls_ca": Spec(
+        "TLS_CA", "", "Authorities whose certificates are believed (PEM); empty is the system's.", _optional_path
+    ),
+    "tls_mutual": Spec("TLS_MUTUAL", "off", "`on`: whoever calls a service has to show a certificate, too.", _switch),
     "start_seconds": Spec(
         "START_SECONDS", "60", "How long `octollm serve` waits for what it needs.", _seconds(1, 3600)
     ),
@@ -254,6 +282,12 @@ SPECS: dict[str, Spec] = {
         _choice("auto", "bubblewrap", "wasi"),
     ),
     "log_level": Spec("LOG_LEVEL", "info", "Least level that is logged.", _choice("debug", "info", "warning", "error")),
+    "trace_share": Spec(
+        "TRACE_SHARE",
+        "0.01",
+        "Share of the calls outside tasks that leave a trace; 0 is none, 1 is all.",
+        _share,
+    ),
     "otlp_url": Spec(
         "OTLP_URL",
         "",

@@ -22,14 +22,26 @@ class Fault:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What was tried before a call to another service failed: the last ``instance``, how often, in how many seconds."""
+
+    service: str
+    operation: str
+    instance: str
+    attempts: int
+    seconds: float
+
+
 class OctoError(Exception):
     """A failure with a stable ``code``.
 
     ``detail`` says what happened and what to do next, in one or two sentences, and never holds a secret.
-    ``retry_after`` is in seconds. ``cause_chain`` is left to ``raise … from``.
+    ``retry_after`` is in seconds. ``tried`` is set where it ended a call. ``cause_chain`` is left to ``raise … from``.
     """
 
     code = "internal"
+    tried: Tried | None = None
 
     def __init__(
         self,

@@ -93,7 +93,7 @@ def test_a_ping_says_nothing():
     assert not Position().take(event(7, "ping"))
 
 
-@given(st.text(min_size=1, max_size=60), st.data())
+@given(st.text(min_size=1, max_size=30), st.data())
 def test_however_a_text_is_cut_and_sent_again_it_comes_out_whole(text, data):
     position = Position()
     found = ""

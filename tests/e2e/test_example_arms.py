@@ -31,7 +31,7 @@ def speaks(asked: Asked) -> str | Reply:
     if asked.raw.get("tools") and asked.last == "1609.344":
         return "A mile is 1609.344 metres."
     if asked.raw.get("tools"):
-        return Reply(tools=(("convert", '{"amount": 1, "unit": "mi", "into": "m"}'),))
+        return Reply(tools=(("convert", '{"amount": 1, "unit": "miles", "into": "metres"}'),))
     return answers(asked)
 
 

@@ -15,7 +15,16 @@ from octollm.llm.cache import ModelCache
 from octollm.llm.catalogue import SMALLEST
 from octollm.llm.embedded import EmbeddedModel, EmbeddedSettings
 from octollm.llm.llama_process import LlamaProcess, LlamaSettings
-from octollm.llm.types import ChatMessage, ChatRequest, Final, JsonSchemaFormat, ResponseFormat, TextDelta
+from octollm.llm.types import (
+    ChatMessage,
+    ChatRequest,
+    Final,
+    Function,
+    JsonSchemaFormat,
+    ResponseFormat,
+    TextDelta,
+    Tool,
+)
 from octollm.testing import wait_until
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)]
@@ -365,6 +374,20 @@ async def test_a_child_that_does_not_stop_is_ended(path):
 async def test_loading_is_bounded_in_time(path):
     with pytest.raises(OctoError, match="not loaded"):
         await LlamaProcess.start(path, LlamaSettings(1, 64, load_seconds=0.01))
+
+
+async def test_a_tool_that_fits_is_called_and_its_result_told(model):
+    """The instructions alone do not make so small a model call: the form in which tools are shown to it does."""
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = (Tool(Function("clock", "Tell the time of a city.", city)),)
+    asked = (ChatMessage("system", "You are a helpful assistant."), ChatMessage("user", "What time is it in Tokyo?"))
+    _, final = await answer(model, ChatRequest("x", asked, tools=tools, max_tokens=100))
+    [call] = final.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("clock", {"city": "Tokyo"})
+    asked += (ChatMessage("assistant", tool_calls=(call,)), ChatMessage("tool", "14:05", tool_call_id=call.id))
+    text, final = await answer(model, ChatRequest("x", asked, tools=tools, max_tokens=100))
+    assert "14:05" in text
+    assert not final.tool_calls
 
 
 SCRIPT = """

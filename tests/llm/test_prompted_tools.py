@@ -80,6 +80,31 @@ def test_the_schema_allows_what_may_be_chosen(choice, good):
     assert not validator.is_valid({"tool": "shell", "arguments": {}})
 
 
+def test_the_calls_stand_behind_the_instructions_and_before_the_answer():
+    given = {"city": {"type": "string", "description": "where"}, "unit": {"enum": ["C", "F"]}, "odd": 3}
+    tool = Tool(Function("weather", "Tells the weather.", {"type": "object", "properties": given}))
+    asked = (ChatMessage("system", "You are brief."), ChatMessage("user", "Rain in Bonn?"))
+    [system, user] = prompted(ChatRequest("default", asked, tools=(tool, CLOCK))).messages
+    assert user == asked[1]
+    assert system.text.splitlines() == [
+        "You are brief.",
+        "",
+        "Answer with one JSON object, one of these:",
+        '- {"tool": "weather", "arguments": {"city": … (where), "unit": "C" | "F", "odd": …}}  Tells the weather.',
+        '- {"tool": "clock", "arguments": {}}',
+        '- {"answer": "…"}  Only for small talk, and for what none of the above can do.',
+    ]
+    result = ChatMessage("tool", "dry", tool_call_id="c1")
+    told = prompted(ChatRequest("default", (*asked, result), tools=(CLOCK,))).messages[0].text
+    assert told.endswith("Tells what the tool found.")
+
+
+@pytest.mark.parametrize("parameters", [{}, {"properties": []}, {"properties": {"a": {"enum": 3}}}, {"properties": 1}])
+def test_a_schema_that_is_none_breaks_nothing(parameters):
+    shown = prompted(msgspec.structs.replace(ASK, tools=(Tool(Function("odd", None, parameters)),)))
+    assert '{"tool": "odd", "arguments": {' in shown.messages[0].text
+
+
 def test_none_means_no_tools():
     assert wants_tools(ASK)
     assert not wants_tools(msgspec.structs.replace(ASK, tool_choice="none"))

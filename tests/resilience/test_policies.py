@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.resilience import Breaker, BreakerPolicy, Deadline, Failure, Patience, RetryBudget, RetryPolicy
+from octollm.resilience import Deadline, Failure, Patience, RetryBudget, RetryPolicy
 from octollm.resilience.deadline import parse_timeout_ms
 
 
@@ -81,23 +81,6 @@ def test_retries_are_a_share_of_the_calls(tries: list[bool]) -> None:
         if wants_retry and budget.spend():
             retries += 1
     assert retries <= 10 + 0.2 * calls
-
-
-def test_a_breaker_opens_probes_and_closes() -> None:
-    breaker = Breaker(BreakerPolicy(failures=3, open_seconds=5))
-    for _ in range(3):
-        assert breaker.allows(0)
-        breaker.failed(0)
-    assert not breaker.allows(4.9)
-    assert breaker.wait(1) == 4
-    assert breaker.allows(5)  # the probe
-    assert not breaker.allows(5)  # one at a time
-    breaker.failed(5)
-    assert not breaker.allows(9)
-    assert breaker.allows(10)
-    breaker.succeeded()
-    assert breaker.allows(10)
-    assert breaker.allows(10)
 
 
 def test_a_deadline_counts_down_and_says_when_it_passed() -> None:

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from wires import CURRENT
+
 from octollm.capability import SigningKey
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.resilience import Deadline, RetryPolicy
@@ -38,7 +40,7 @@ class Served:
 
 def base_for(http: Http, urls: dict[str, tuple[str, ...]]) -> Base:
     key = SigningKey.generate("svc")
-    return build_base(Identity("svc", key, {}, CLOCK, IDS), http, StaticDiscovery(urls))
+    return build_base(Identity("svc", key, {}, CLOCK, IDS), http, StaticDiscovery(urls), wire=CURRENT.wire)
 
 
 @contextlib.asynccontextmanager
@@ -47,8 +49,8 @@ async def served(
 ) -> AsyncGenerator[Served]:
     bound = listen("127.0.0.1", 0, "svc")
     port = bound.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    async with Http() as http:
+    url = CURRENT.url(port)
+    async with CURRENT.client() as http:
         base = base_for(http, {"svc": (url,)})
         service = build_service(base, operations, max_concurrent=max_concurrent)
         caller = Caller(

@@ -6,20 +6,19 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
 import msgspec
 import pytest
 from kit import CLOCK, IDS, base_for
+from wires import CURRENT
 
 from octollm.contracts.stream import Line
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, Patience, RetryPolicy
 from octollm.rpc.call import Call, Operation
 from octollm.rpc.caller import Caller, Outgoing, Target
-from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.hosting import listen
-from octollm.rpc.http import Http
+from octollm.rpc.http import Http, TransportError
 from octollm.rpc.service import build_service
 
 NONE = Patience()
@@ -37,12 +36,12 @@ def free_port() -> int:
 
 
 def url(port: int) -> str:
-    return f"http://127.0.0.1:{port}"
+    return CURRENT.url(port)
 
 
 @asynccontextmanager
 async def calling(*ports: int, retry: RetryPolicy = FAST) -> AsyncGenerator[tuple[Caller, Http]]:
-    async with Http() as http:
+    async with CURRENT.client() as http:
         base = base_for(http, {"svc": tuple(url(port) for port in ports)})
         yield (
             Caller("tester", http, base.discovery, clock=CLOCK, ids=IDS, metrics=base.metrics, retry=retry),
@@ -66,6 +65,7 @@ def work(handler) -> Operation:
     return Operation("work", "POST", "/work", handler, auth="public")
 
 
+@pytest.mark.usefixtures("every_wire")
 async def test_a_dead_instance_costs_nothing_but_a_try():
     dead, alive = free_port(), free_port()
 
@@ -94,6 +94,7 @@ async def test_patience_outlasts_a_restart():
             assert (await patient).port == port
 
 
+@pytest.mark.usefixtures("every_wire")
 async def test_patience_ends():
     async with calling(free_port()) as (caller, _http):
         began = CLOCK.monotonic()
@@ -102,6 +103,7 @@ async def test_patience_ends():
         assert CLOCK.monotonic() - began >= 0.2
 
 
+@pytest.mark.usefixtures("every_wire")
 async def test_a_call_that_may_not_be_repeated_is_not_once_it_began():
     port = free_port()
     calls = 0
@@ -120,6 +122,7 @@ async def test_a_call_that_may_not_be_repeated_is_not_once_it_began():
         assert calls > 3
 
 
+@pytest.mark.usefixtures("every_wire")
 async def test_text_that_comes_again_voids_what_was_told():
     port = free_port()
     calls = 0
@@ -148,16 +151,13 @@ async def test_text_that_comes_again_voids_what_was_told():
     assert [line.reset for line in lines if line.type == "token"].count(True) == 1
 
 
-async def test_breakers_of_instances_that_are_gone_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("octollm.rpc.caller.MAX_BREAKERS", 4)
+@pytest.mark.usefixtures("every_wire")
+async def test_a_failure_tells_what_was_tried():
     port = free_port()
-
-    async def answer(_call: Call, _body: object) -> Answer:
-        return Answer(port)
-
-    async with calling(port) as (caller, http), instance(http, port, work(answer)):
-        for _ in range(8):  # fewer than the retries that are saved
-            changing = StaticDiscovery({"svc": (url(free_port()), url(port))})
-            caller._discovery = changing  # pyright: ignore[reportPrivateUsage]
-            await caller.answer(replace(outgoing(), patience=Patience()), Answer)
-        assert len(caller._breakers) <= 6  # pyright: ignore[reportPrivateUsage]
+    async with calling(port) as (caller, _http):
+        with pytest.raises(TransportError) as caught:
+            await caller.answer(msgspec.structs.replace(outgoing(), patience=Patience()), Answer)
+    tried = caught.value.tried
+    assert tried is not None
+    assert (tried.service, tried.operation, tried.instance, tried.attempts) == ("svc", "work", url(port), 3)
+    assert 0 <= tried.seconds < 10

@@ -15,7 +15,7 @@ from octollm.errors import OctoError, SettingError
 from octollm.rpc import exporting
 from octollm.rpc.call import Call, Operation
 from octollm.rpc.exporting import Exporter
-from octollm.rpc.http import Http
+from octollm.rpc.http1 import Http1
 from octollm.services.monitor.collector import forwarding, to_collector
 from octollm.telemetry import Buffer, Metrics, Span, Tracer
 from octollm.testing import wait_until
@@ -213,7 +213,7 @@ async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker
 
 
 async def test_a_collector_that_refuses_is_told_with_what_to_look_at() -> None:
-    async with served([]) as svc, Http() as http:
+    async with served([]) as svc, Http1() as http:
         with pytest.raises(OctoError, match="answers 404; see OCTOLLM_OTLP_URL") as caught:
             await to_collector(http, svc.url, ())([])
     assert caught.value.code == "peer_protocol"

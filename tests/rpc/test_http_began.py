@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from octollm.rpc.http import Http, TransportError
+from octollm.rpc.http import TransportError
+from octollm.rpc.http1 import Http1
 
 
 @dataclass
@@ -53,7 +54,7 @@ async def peer() -> AsyncGenerator[Peer]:
 @pytest.mark.parametrize("reused", [True, False], ids=["reused", "fresh"])
 @pytest.mark.parametrize("breaks", ["reset", "close"])
 async def test_a_request_that_was_sent_may_have_been_seen(breaks: str, reused: bool) -> None:
-    async with peer() as server, Http() as http:
+    async with peer() as server, Http1() as http:
         if reused:
             assert (await http.send("POST", server.url, {}, b"hi", seconds=5)).status == 200
         server.breaks, before = breaks, server.seen
@@ -68,7 +69,7 @@ async def test_a_refused_connection_was_surely_not_seen() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/"
-    async with Http() as http:
+    async with Http1() as http:
         with pytest.raises(TransportError) as caught:
             await http.send("POST", url, {}, b"hi", seconds=5)
     assert (caught.value.code, caught.value.began) == ("connect_failed", False)

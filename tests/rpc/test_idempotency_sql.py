@@ -15,12 +15,13 @@ from octollm.rpc.idempotency import (
     Claimed,
     Conflict,
     InFlight,
+    Kept,
     KeyOf,
     NestedKeys,
     Stored,
     Unknown,
 )
-from octollm.rpc.idempotency_sql import MAX_ANSWER, SqlIdempotency
+from octollm.rpc.idempotency_sql import MAX_ANSWER, PRUNE_EVERY, SqlIdempotency
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import idempotency as table
@@ -55,8 +56,8 @@ async def test_a_key_is_claimed_once_and_its_answer_is_kept(store: SqlIdempotenc
     found = await asyncio.gather(*(claim(store) for _ in range(20)))
     assert found.count(Claimed(1)) == 1
     assert found.count(InFlight()) == 19
-    await store.complete(KEY, 1, 200, b"answer")
-    assert await claim(store) == Stored(200, b"answer")
+    await store.complete(KEY, 1, Kept(200, b"answer", {"etag": "1"}))
+    assert await claim(store) == Stored(Kept(200, b"answer", {"etag": "1"}))
     assert await claim(store, body="other") == Conflict()
 
 
@@ -99,7 +100,7 @@ async def test_one_of_many_claimers_in_two_processes_wins_each_time(postgres: Ba
 @pytest.mark.parametrize("field", ["tenant", "subject", "service", "operation", "key"])
 async def test_a_key_is_nobody_elses(store: SqlIdempotency, field: str) -> None:
     await claim(store)
-    await store.complete(KEY, 1, 200, b"mine")
+    await store.complete(KEY, 1, Kept(200, b"mine"))
     parts = {name: getattr(KEY, name) for name in ("tenant", "subject", "service", "operation", "key")}
     assert await claim(store, KeyOf(**{**parts, field: "another"})) == Claimed(1)
 
@@ -115,15 +116,15 @@ async def test_a_dead_holders_repeatable_call_is_done_again_and_its_answer_is_re
 ) -> None:
     await claim(store)
     await pass_time(db, LEASE_SECONDS - 2)
-    await store.renew(KEY, 1)
+    await store.renew([(KEY, 1)])
     await pass_time(db, LEASE_SECONDS - 2)
     assert await claim(store) == InFlight()
     await pass_time(db, LEASE_SECONDS)
     assert await claim(store) == Claimed(2)
-    await store.complete(KEY, 1, 200, b"from the dead")
+    await store.complete(KEY, 1, Kept(200, b"from the dead"))
     assert await claim(store) == InFlight()
-    await store.complete(KEY, 2, 200, b"right")
-    assert await claim(store) == Stored(200, b"right")
+    await store.complete(KEY, 2, Kept(200, b"right"))
+    assert await claim(store) == Stored(Kept(200, b"right"))
 
 
 async def test_a_dead_holders_once_call_is_never_done_again(store: SqlIdempotency, db: Database) -> None:
@@ -135,11 +136,12 @@ async def test_a_dead_holders_once_call_is_never_done_again(store: SqlIdempotenc
 
 async def test_old_keys_are_dropped_and_huge_answers_are_not_kept(store: SqlIdempotency, db: Database) -> None:
     await claim(store)
-    await store.complete(KEY, 1, 200, b"x" * (MAX_ANSWER + 1))
+    await store.complete(KEY, 1, Kept(200, b"x" * (MAX_ANSWER + 1)))
     assert await claim(store) == Claimed(1)
-    await store.complete(KEY, 1, 200, b"x")
+    await store.complete(KEY, 1, Kept(200, b"x"))
     await pass_time(db, KEEP_SECONDS + 1)
-    await claim(store, KeyOf("t", "s", "x", "y", "new"))
+    # It is not looked for with every claim, but soon enough.
+    await asyncio.gather(*(claim(store, KeyOf("t", "s", "x", "y", f"new-{number}")) for number in range(PRUNE_EVERY)))
     assert await claim(store) == Claimed(1)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,14 @@ class Place:
 
     @property
     def door(self) -> str:
-        return f"http://127.0.0.1:{8000 + self.shift}"
+        scheme = "https" if "OCTOLLM_TLS_CERT" in self.settings else "http"
+        return f"{scheme}://127.0.0.1:{8000 + self.shift}"
+
+    @property
+    def verify(self) -> ssl.SSLContext | bool:
+        """Return what a client of the door believes."""
+        authority = self.settings.get("OCTOLLM_TLS_CA")
+        return ssl.create_default_context(cafile=authority) if authority else True
 
     @property
     def left_behind(self) -> list[str]:
@@ -135,7 +143,7 @@ class Place:
             running = await running_in(self.home)
             if running is None or running.pid != process.pid:
                 return False
-            async with httpx.AsyncClient() as client:
+            async with httpx.AsyncClient(verify=self.verify) as client:
                 try:
                     return (await client.get(f"{self.door}/ready")).status_code == 200
                 except httpx.TransportError:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ from octollm.clock import SystemClock
 from octollm.context import Scene, Trace, new_trace, parse_traceparent, set_scene
 from octollm.telemetry import configure_logs, log_for, mask
 from octollm.telemetry.masking import mask_text
+from octollm.testing import wait_until
 
 JWT = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJ4In0.c2ln"
 
@@ -85,3 +87,26 @@ def test_a_trace_keeps_its_id_over_hops() -> None:
     assert again is not None
     assert again.trace_id == trace.trace_id
     assert parse_traceparent("00-" + "0" * 32 + "-" + "1" * 16 + "-01") is None
+
+
+async def test_lines_are_written_while_the_process_runs_on(tmp_path: Path) -> None:
+    path = tmp_path / "octollm.jsonl"
+    with configure_logs(path, level="info", clock=SystemClock()):
+        log_for("coder").info("call.served")
+        await wait_until(lambda: path.read_bytes().count(b"\n") == 1, description="the line is written")
+        log_for("coder").warning("call.refused")
+        assert path.read_bytes().count(b"\n") == 2
+
+
+def test_lines_of_several_threads_are_all_written(tmp_path: Path) -> None:
+    path = tmp_path / "octollm.jsonl"
+    with configure_logs(path, level="info", clock=SystemClock()):
+        log = log_for("coder")
+        threads = [threading.Thread(target=lambda: [log.info("line") for _ in range(400)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    lines = path.read_bytes().splitlines()
+    assert len(lines) == 1600
+    assert all(msgspec.json.decode(line)["event"] == "line" for line in lines)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from dataclasses import replace
 from typing import Protocol
 from urllib.parse import quote
+
+import msgspec
 
 from octollm.contracts.kinds import media_type_of
 from octollm.contracts.operations import StoredFile, artifact_of
@@ -64,4 +65,4 @@ class Artifacts:
 
 def _with_file(outgoing: Outgoing, name: str, media_type: str) -> Outgoing:
     """Return an upload that names its file: the name travels in a header, percent-encoded (RFC 8187 style)."""
-    return replace(outgoing, content_type=media_type, headers={"X-File-Name": quote(name)})
+    return msgspec.structs.replace(outgoing, content_type=media_type, headers={"X-File-Name": quote(name)})

@@ -12,10 +12,11 @@ from octollm.capability import Delegator, Scope
 from octollm.contracts.services import route_of, service_of
 from octollm.contracts.task import TaskContract
 from octollm.errors import OctoError
-from octollm.resilience import Deadline
+from octollm.resilience import Deadline, Patience
 from octollm.rpc.call import Call
-from octollm.rpc.caller import OnLine, Outgoing, Target
+from octollm.rpc.caller import Outgoing, Target
 from octollm.rpc.idempotency import NestedKeys
+from octollm.rpc.lines import OnLine
 from octollm.rpc.service import Base
 from octollm.rpc.shapes import encode
 from octollm.telemetry import Log
@@ -25,6 +26,8 @@ T = TypeVar("T")
 CALL_SECONDS = 60.0
 """The life of a token made for one call; it is checked when the call begins."""
 MIN_ENDPOINT_SECONDS = 1.0
+PATIENCE = Patience(15.0)
+"""An arm's calls wait so long for a service that is away: its work so far is worth more than the wait."""
 
 
 class Context:
@@ -113,6 +116,7 @@ class Context:
             self.deadline,
             body,
             key,
+            patience=PATIENCE,
         )
 
     async def _endpoint(self) -> Endpoint:

@@ -16,7 +16,7 @@ from octollm.client.door import Door
 from octollm.clock import SystemClock
 from octollm.config import Settings
 from octollm.contracts.health import Readiness
-from octollm.contracts.services import SERVICES
+from octollm.contracts.services import SERVICES, local_url
 from octollm.errors import OctoError
 from octollm.installation.home import running_in
 from octollm.storage import open_database, open_redis
@@ -69,7 +69,8 @@ def _urls(settings: Settings, door: Door) -> dict[str, str]:
     if settings.urls:
         # Behind a door that is elsewhere nothing else can be reached.
         return {"reflex": door.url}
-    own = {name: f"http://127.0.0.1:{info.port + settings.port_shift}" for name, info in SERVICES.items()}
+    tls = settings.tls_cert is not None
+    own = {name: local_url(name, shift=settings.port_shift, tls=tls) for name in SERVICES}
     return {**own, **{name: urls[0] for name, urls in settings.service_urls.items()}, "reflex": door.url}
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from octollm.client import Client, DoorError, connect
 from octollm.client.door import Door
 from octollm.config import Settings
-from octollm.contracts.services import SERVICES
+from octollm.contracts.services import local_url
 from octollm.installation.home import read_local_key, running_in
 from octollm.resilience import RetryPolicy
 
@@ -51,4 +51,4 @@ async def open_door(settings: Settings) -> AsyncGenerator[Door]:
 
 
 def _local(settings: Settings) -> str:
-    return f"http://127.0.0.1:{SERVICES['reflex'].port + settings.port_shift}"
+    return local_url("reflex", shift=settings.port_shift, tls=settings.tls_cert is not None)

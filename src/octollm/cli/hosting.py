@@ -18,6 +18,7 @@ from octollm.cli.own_arms import with_join_secret
 from octollm.client import connect
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.config import Settings
+from octollm.installation.collector import settle_collector
 from octollm.installation.embedded import System, embedded_system
 from octollm.installation.hosted import Hosted, guarded
 from octollm.installation.own_arm import own_arm
@@ -40,6 +41,7 @@ async def running_system(settings: Settings, console: Console) -> AsyncGenerator
             status.update("Waiting until every service is ready")
             await system.wait_ready()
             status.stop()
+            settle_collector()
             console.print(
                 Text.assemble(("Ready ", "octo.title"), f"{len(system.urls)} services; the public door: {system.door}")
             )

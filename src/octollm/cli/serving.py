@@ -19,10 +19,11 @@ from octollm.cli.terminal import messages, output, show_error
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.config import Settings
 from octollm.errors import OctoError
+from octollm.installation.collector import settle_collector
 from octollm.installation.hosted import Hosted
 from octollm.installation.own_arm import load_arm, own_arm
 from octollm.installation.own_keys import provision
-from octollm.rpc.http import Http
+from octollm.installation.wires import wire_of
 from octollm.telemetry import configure_logs
 
 SPARE_SECONDS = 10.0
@@ -44,6 +45,7 @@ def serve_command(target: str) -> int:
     async def work() -> int:
         serving = _arm(target, settings, console, tell) if ":" in target else _service(target, settings, tell)
         async with serving as host:
+            settle_collector()
             console.print(Text.assemble(("Ready ", "octo.title"), f"{host.name} on {host.address}"))
             await host.ended()
         return EXIT_DONE
@@ -68,7 +70,7 @@ async def _arm(
     arm = load_arm(target)
     clock = SystemClock()
     settings = await with_join_secret(arm, settings, console)
-    async with Http() as http:
+    async with wire_of(settings).client() as http:
         with configure_logs(None, level=settings.log_level, clock=clock):
             async with own_arm(arm, settings, http, clock=clock, ids=Uuid7Ids(clock), tell=tell) as host:
                 yield host

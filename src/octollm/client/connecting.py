@@ -11,8 +11,9 @@ from octollm.client.portal import Portal
 from octollm.client.sync import SyncClient
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.config import read_client_settings
-from octollm.contracts.services import SERVICES
+from octollm.contracts.services import local_url
 from octollm.resilience import RetryPolicy
+from octollm.rpc.tls import client_context
 
 
 def connect(
@@ -27,18 +28,22 @@ def connect(
     Several addresses, in a list or with commas, are doors of the same installation: when one is gone, the next is
     used. Without ``url`` it is ``OCTOLLM_URL``, else this machine's; without ``api_key`` it is ``OCTOLLM_API_KEY``.
     ``timeout`` bounds each call with its retries, in seconds, but not the transfer of files nor what is watched.
-    Connections are direct: no proxy is used and no redirect followed, so that the key goes nowhere else. Raises
-    ``setting_invalid``.
+    An ``https`` address has to show a certificate that the system's authorities signed, or those of
+    ``OCTOLLM_TLS_CA``. Connections are direct: no proxy is used and no redirect followed, so that the key goes nowhere
+    else. Raises ``setting_invalid``.
     """
     settings = read_client_settings(os.environ)
     if url is None:
-        local = f"http://127.0.0.1:{SERVICES['reflex'].port + settings.port_shift}"
+        local = local_url("reflex", shift=settings.port_shift, tls=settings.tls_cert is not None)
         urls: Sequence[str] = settings.urls or (local,)
     else:
         urls = [part.strip() for part in url.split(",") if part.strip()] if isinstance(url, str) else url
     clock = SystemClock()
     key = api_key or settings.api_key
-    return Client(Door(urls, key, clock=clock, ids=Uuid7Ids(clock), seconds=timeout, retry=retry))
+    tls = None
+    if any(url.startswith("https:") for url in urls):
+        tls = client_context(settings.tls_ca, settings.tls_cert, settings.tls_key)
+    return Client(Door(urls, key, clock=clock, ids=Uuid7Ids(clock), seconds=timeout, retry=retry, tls=tls))
 
 
 def connect_sync(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import re
+import ssl
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from octollm.clock import Clock, Ids
 from octollm.errors import OctoError, SettingError
 from octollm.resilience import Deadline, Failure, RetryPolicy
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
+from octollm.rpc.http1 import Http1
 
 T = TypeVar("T")
 
@@ -39,7 +41,8 @@ class Door:
     """Sends requests to the door at one of ``urls``, showing ``key`` if there is one.
 
     The first address that answers is kept; when it is gone, the next one is tried. ``seconds`` is how long a call
-    may take with all its retries, unless it says otherwise.
+    may take with all its retries, unless it says otherwise. ``tls`` is what ``https`` addresses are asked with, in
+    place of what the system believes.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Door:
         ids: Ids,
         seconds: float = ANSWER_SECONDS,
         retry: RetryPolicy | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._urls = tuple(check_url(url) for url in urls)
         if not self._urls:
@@ -63,7 +67,7 @@ class Door:
         self._retry = retry or RetryPolicy(attempts=4)
         self.clock = clock
         self.ids = ids
-        self._http = Http()
+        self._http = Http1(tls)
 
     def __repr__(self) -> str:
         return f"Door({', '.join(self._urls)})"

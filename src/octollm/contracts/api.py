@@ -234,12 +234,13 @@ class ClaimRequest(msgspec.Struct, frozen=True):
 
 
 class ClaimAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How a claim ended; ``answer`` is base64 of the stored body."""
+    """How a claim ended; ``answer`` is base64 of the stored body, ``headers`` are those that were stored with it."""
 
     outcome: Literal["claimed", "stored", "in_flight", "conflict", "unknown"]
     run: int = 0
     status: int = 0
     answer: bytes = b""
+    headers: dict[str, str] = {}
 
 
 class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -252,6 +253,7 @@ class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     run: int
     status: int = 0
     answer: bytes = b""
+    headers: dict[str, str] = {}
 
 
 class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):

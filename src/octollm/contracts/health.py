@@ -11,6 +11,8 @@ class Dependency(msgspec.Struct, frozen=True, omit_defaults=True):
     ok: bool
     detail: str = ""
     required: bool = True
+    latency_ms: float | None = None
+    """How long the answer took, in milliseconds."""
 
 
 class Readiness(msgspec.Struct, frozen=True):

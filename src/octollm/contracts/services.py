@@ -44,6 +44,11 @@ def service_of(family: str) -> str:
     return "orchestrator" if family in ORCHESTRATOR_FAMILIES else family
 
 
+def local_url(service: str, *, shift: int, tls: bool) -> str:
+    """Return where a service of this machine's installation is reached."""
+    return f"{'https' if tls else 'http'}://127.0.0.1:{SERVICES[service].port + shift}"
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Where an operation is served. ``path`` may have ``{names}``."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.installation.ports import is_loopback
+from octollm.installation.wires import wire_of
 
 
 def addresses(settings: Settings) -> Mapping[str, tuple[str, ...]]:
@@ -17,10 +18,11 @@ def addresses(settings: Settings) -> Mapping[str, tuple[str, ...]]:
     beside it, and any other expects each at its host name in a cluster, e.g. ``http://coder-arm:8102``.
     """
     beside = is_loopback(settings.host)
+    scheme = wire_of(settings).scheme
     found: dict[str, tuple[str, ...]] = {}
     for name, info in SERVICES.items():
         host = url_host(settings.host) if beside else info.host
-        found[name] = settings.service_urls.get(name) or (f"http://{host}:{info.port + settings.port_shift}",)
+        found[name] = settings.service_urls.get(name) or (f"{scheme}://{host}:{info.port + settings.port_shift}",)
     return found
 
 
@@ -29,7 +31,7 @@ def advertised(settings: Settings, port: int) -> str:
     if settings.advertise_url is not None:
         return settings.advertise_url
     host = settings.host if is_loopback(settings.host) else socket.gethostname()
-    return f"http://{url_host(host)}:{port}"
+    return f"{wire_of(settings).scheme}://{url_host(host)}:{port}"
 
 
 def url_host(host: str) -> str:

@@ -20,11 +20,13 @@ from octollm.installation.keys import HomeKeys, load_keys
 from octollm.installation.own_keys import RootKeys
 from octollm.installation.ports import bind_all, is_loopback
 from octollm.installation.services import ServiceFactory, Supplies, service_opener
+from octollm.installation.wires import served, wire_of
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.health import Readiness
 from octollm.rpc.http import Http, TransportError
 from octollm.rpc.identity import Identity
 from octollm.rpc.service import Base, build_base
+from octollm.rpc.wire import Wire
 from octollm.storage import MemoryServers, open_redis
 from octollm.telemetry import configure_logs, log_for
 
@@ -131,11 +133,12 @@ async def embedded_system(
     """
     async with contextlib.AsyncExitStack() as stack:
         home = await stack.enter_async_context(open_home(settings.home))
-        bound = stack.enter_context(bind_all(settings.host, settings.port_shift, ports))
+        wire = wire_of(settings)
+        bound = stack.enter_context(bind_all(settings.host, settings.port_shift, ports, scheme=wire.scheme))
         async with open_keys(settings.home):
             keys = await asyncio.to_thread(load_keys, home, ids)
         stack.enter_context(configure_logs(home.log_file, level=settings.log_level, clock=clock))
-        http = await stack.enter_async_context(Http())
+        http = await stack.enter_async_context(wire.client())
         redis = await stack.enter_async_context(open_redis(settings.redis_url, servers=MemoryServers()))
         system = System(home, settings, bound.urls, keys.local, http)
         supplies = Supplies(
@@ -148,7 +151,7 @@ async def embedded_system(
                 bound.sockets[name],
                 drain=DRAIN_SECONDS,
             )
-            for name, base in _bases(system, keys, clock, ids).items()
+            for name, base in _bases(system, keys, wire, clock, ids).items()
         }
         try:
             for stage in STAGES:
@@ -162,11 +165,18 @@ async def embedded_system(
             await _stop(hosts)
 
 
-def _bases(system: System, keys: HomeKeys, clock: Clock, ids: Ids) -> dict[str, Base]:
+def _bases(system: System, keys: HomeKeys, wire: Wire, clock: Clock, ids: Ids) -> dict[str, Base]:
     own = {name: (url,) for name, url in system.urls.items()}
     discovery = StaticDiscovery({**own, **system.settings.service_urls})
+    share = system.settings.trace_share
     return {
-        name: build_base(Identity(name, key, keys.roots, clock, ids), system.http, discovery)
+        name: build_base(
+            Identity(name, key, keys.roots, clock, ids),
+            system.http,
+            discovery,
+            trace_share=share,
+            wire=served(wire, name),
+        )
         for name, key in keys.services.items()
     }
 

@@ -22,6 +22,7 @@ from octollm.installation.home import Home, open_keys, write_private
 from octollm.installation.hosted import Hosted, start_hosted
 from octollm.installation.own_keys import read_jwks, read_signing_key
 from octollm.installation.starting import wait_for
+from octollm.installation.wires import wire_of
 from octollm.rpc.discovery import Discovery, StaticDiscovery
 from octollm.rpc.discovery_dns import DnsNames
 from octollm.rpc.http import Http
@@ -117,7 +118,14 @@ async def own_arm(
 
         async def started() -> Hosted:
             identity = Identity(arm.name, own, keys.roots(), clock, ids)
-            base = build_base(identity, http, discovery, url=advertised(settings, port))
+            base = build_base(
+                identity,
+                http,
+                discovery,
+                url=advertised(settings, port),
+                trace_share=settings.trace_share,
+                wire=wire_of(settings),
+            )
 
             @contextlib.asynccontextmanager
             async def opener() -> AsyncGenerator[Service]:

@@ -33,7 +33,7 @@ def is_loopback(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def bind_all(host: str, shift: int, ports: Mapping[str, int] | None) -> Generator[Bound]:
+def bind_all(host: str, shift: int, ports: Mapping[str, int] | None, *, scheme: str = "http") -> Generator[Bound]:
     """Bind a socket for each service; close those that nobody took over.
 
     ``ports`` overrides single ports; 0 is any free one. Raises ``port_taken`` naming the first that is taken.
@@ -46,10 +46,10 @@ def bind_all(host: str, shift: int, ports: Mapping[str, int] | None) -> Generato
             bound = listen(host, own.get(name, info.port + shift), name)
             stack.callback(bound.close)
             sockets[name] = bound
-            urls[name] = _url(host, bound.getsockname()[1])
+            urls[name] = _url(scheme, host, bound.getsockname()[1])
         yield Bound(sockets, urls)
 
 
-def _url(host: str, port: int) -> str:
+def _url(scheme: str, host: str, port: int) -> str:
     reached = _ANY.get(host, host)
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+    return f"{scheme}://[{reached}]:{port}" if ":" in reached else f"{scheme}://{reached}:{port}"

@@ -15,6 +15,7 @@ from octollm.installation.own_keys import own_keys
 from octollm.installation.ports import is_loopback
 from octollm.installation.services import NEED_REDIS, Supplies, service_opener
 from octollm.installation.starting import Need, wait_for
+from octollm.installation.wires import served, wire_of
 from octollm.rpc.discovery import Discovery, StaticDiscovery
 from octollm.rpc.discovery_dns import DnsNames
 from octollm.rpc.http import Http
@@ -42,13 +43,21 @@ async def single_service(
     keys = await own_keys(settings, name, ids)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(configure_logs(None, level=settings.log_level, clock=clock))
-        http = await stack.enter_async_context(Http())
+        wire = wire_of(settings)
+        http = await stack.enter_async_context(wire.client())
         names = await stack.enter_async_context(DnsNames())
         port = settings.port or SERVICES[name].port + settings.port_shift
         discovery = StaticDiscovery(addresses(settings), names)
         redis = await stack.enter_async_context(open_redis(settings.redis_url)) if name in NEED_REDIS else None
         identity = Identity(name, keys.own, keys.roots, clock, ids)
-        base = build_base(identity, http, discovery, url=advertised(settings, port))
+        base = build_base(
+            identity,
+            http,
+            discovery,
+            url=advertised(settings, port),
+            trace_share=settings.trace_share,
+            wire=served(wire, name),
+        )
         supplies = Supplies(settings, redis, keys.root, None, is_loopback(settings.host))
         opener = service_opener(name, base, supplies)
         needs = _needs(name, redis, http, discovery)

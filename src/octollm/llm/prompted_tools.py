@@ -1,14 +1,17 @@
 """Tools for a model that has none of its own: described in the prompt, called by an answer in JSON.
 
-A small model that is shown tools writes prose about them; held to a JSON schema it calls them. The request is put in
-other words (:func:`retold` its messages), and the answer read back as what a model with tools would have said.
+A small model that is shown tools writes prose about them. Held to a JSON schema, it calls them if the calls stand in
+front of the answer and behind what else it was told: in trials the smallest embedded model then called the right tool
+in 10 requests of 10, but also an idle one in 3 of 4 that wanted none. With the answer in front, or the tools before
+the instructions, it called in 0 to 4 of the 10. The request is put in other words (:func:`retold` its messages), and
+the answer read back as what a model with tools would have said.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -17,6 +20,7 @@ from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
     Final,
+    Function,
     FunctionCall,
     JsonSchemaFormat,
     Piece,
@@ -71,18 +75,46 @@ def prompted(request: ChatRequest) -> ChatRequest:
     tools = _choice(request)
     last = not isinstance(request.tool_choice, ToolChoice) and request.tool_choice != "required"
     schema = _schema(tools, answer=last)
-    rules = ["Answer with one JSON object.", 'To use a tool: {"tool": NAME, "arguments": {…}}. The tools:']
-    rules += [msgspec.json.encode(tool.function).decode() for tool in tools]
+    rules = ["Answer with one JSON object, one of these:", *(_shown(tool.function) for tool in tools)]
     if last:
-        rules.append('When you know the answer, without a tool: {"answer": "…"}')
+        told = request.messages[-1].role == "tool"
+        when = "Tells what the tool found." if told else "Only for small talk, and for what none of the above can do."
+        rules.append(f'- {{"answer": "…"}}  {when}')
     return msgspec.structs.replace(
         request,
-        messages=(ChatMessage("system", "\n".join(rules)), *request.messages),
+        messages=_with_rules(request.messages, "\n".join(rules)),
         tools=(),
         tool_choice=None,
         parallel_tool_calls=None,
         response_format=ResponseFormat("json_schema", JsonSchemaFormat(schema, "step", strict=True)),
     )
+
+
+def _with_rules(messages: tuple[ChatMessage, ...], rules: str) -> tuple[ChatMessage, ...]:
+    first, rest = messages[0], messages[1:]
+    if first.role not in {"system", "developer"}:
+        return (ChatMessage("system", rules), *messages)
+    return (ChatMessage("system", f"{first.text}\n\n{rules}"), *rest)
+
+
+def _shown(function: Function) -> str:
+    """Return a call of ``function`` as it is to be written, and what it does."""
+    properties = _mapping(_mapping(function.parameters).get("properties"))
+    given = ", ".join(f'"{name}": {_value(_mapping(declared))}' for name, declared in properties.items())
+    return f'- {{"tool": "{function.name}", "arguments": {{{given}}}}}  {function.description or ""}'.rstrip()
+
+
+def _value(declared: Mapping[str, Any]) -> str:
+    values = declared.get("enum")
+    if isinstance(values, list) and values:
+        return " | ".join(msgspec.json.encode(value).decode() for value in cast("list[object]", values))
+    description = declared.get("description")
+    return f"… ({description})" if description else "…"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """Return an object of a schema that somebody sent; whatever is none has no members."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _choice(request: ChatRequest) -> tuple[Tool, ...]:

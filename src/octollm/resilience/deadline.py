@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
@@ -11,8 +11,7 @@ MAX_SECONDS = 3600.0
 """The longest life of a step, and so of a call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
+class Deadline(msgspec.Struct, frozen=True):
     """A moment on this process's monotonic clock."""
 
     clock: Clock

@@ -57,7 +57,7 @@ class Patience:
     def wait(self, failure: Failure, *, waited: float, repeats_safely: bool, left: float) -> float | None:
         """Return the seconds to wait before the next try, or ``None`` to stop.
 
-        ``waited`` is how long the call has been tried; the other parameters are those of :meth:`RetryPolicy.wait`.
+        ``waited`` is how long the call has been failing; the other parameters are those of :meth:`RetryPolicy.wait`.
         """
         if not failure.away or (failure.began and not repeats_safely):
             return None

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import msgspec
 from starlette.requests import Request
 
 from octollm.capability import Verified
@@ -39,8 +40,7 @@ class Silent:
         """Send nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """One incoming call."""
 
     service: str
@@ -59,7 +59,7 @@ class Call:
     key: str | None = None
     """The ``Idempotency-Key``, when one was sent."""
     body: bytes = b""
-    emit: Emitter = field(default_factory=Silent)
+    emit: Emitter = msgspec.field(default_factory=Silent)
 
     @property
     def trace(self) -> Trace:

@@ -1,41 +1,52 @@
-"""Calling another service: headers, deadline, retries, breaker, one answer or a stream."""
+"""Calling another service: headers, deadline, retries, balance over its instances, one answer or a stream."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
+from prometheus_client import Counter
 
 from octollm.clock import Clock, Ids
 from octollm.context import current_scene
+from octollm.contracts.problems import problem_of
 from octollm.contracts.services import OperationKind
-from octollm.contracts.stream import NDJSON, Line
-from octollm.errors import OctoError, RemoteError
-from octollm.resilience import Breaker, BreakerPolicy, Deadline, Failure, Patience, RetryBudget, RetryPolicy
+from octollm.contracts.stream import NDJSON
+from octollm.errors import OctoError, RemoteError, Tried
+from octollm.resilience import (
+    Balancer,
+    Deadline,
+    EjectionPolicy,
+    Failure,
+    Instance,
+    Outcome,
+    Patience,
+    RetryBudget,
+    RetryPolicy,
+)
 from octollm.rpc.discovery import Discovery
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
-from octollm.rpc.problems import error_from_response, error_of
+from octollm.rpc.lines import OnLine, Told, raise_refusal, read_lines
+from octollm.rpc.problems import error_from_response
 from octollm.rpc.shapes import model_of
-from octollm.telemetry import Metrics, Span, Tracer
+from octollm.telemetry import Log, Metrics, Span, Tracer
+from octollm.telemetry.spans import QUIET
 
 T = TypeVar("T")
-OnLine = Callable[[Line], Awaitable[None]]
 
 SHED = frozenset({"overloaded", "draining", "rate_limited"})
 """Refusals that come before a handler runs. Other problems may be passed on from further down."""
 AWAY = SHED | {"connect_failed", "connect_timeout", "connection_lost", "pool_timeout", "unavailable"}
 """Failures of a service that is not there just now, or of one that it needs: it may be there soon."""
-MAX_BREAKERS = 1024
+MAX_SERVICES = 1024
 NONE = Patience()
-_MAX_LINE = 8 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """What is called: ``path`` with its parameters filled in, and a query string if any."""
 
     service: str
@@ -45,8 +56,7 @@ class Target:
     kind: OperationKind
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, frozen=True):
     """One call to be made. ``bearer`` opens it; ``key`` is its ``Idempotency-Key``.
 
     ``patience`` is for a caller that would rather wait than fail when a service is away for a while.
@@ -58,8 +68,27 @@ class Outgoing:
     body: bytes | None = None
     key: str | None = None
     content_type: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
     patience: Patience = NONE
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What is known of a service that is called."""
+
+    balancer: Balancer
+    budget: RetryBudget = field(default_factory=RetryBudget)
+
+
+@dataclass(slots=True)
+class _Trail:
+    """What a call has been through."""
+
+    began: float
+    failing_since: float | None = None
+    tries: int = 0
+    instance: str = ""
+    failed: set[str] = field(default_factory=set[str])
 
 
 class Caller:
@@ -75,8 +104,9 @@ class Caller:
         ids: Ids,
         metrics: Metrics,
         tracer: Tracer | None = None,
+        log: Log | None = None,
         retry: RetryPolicy | None = None,
-        breaker: BreakerPolicy | None = None,
+        ejection: EjectionPolicy | None = None,
     ) -> None:
         self._service = service
         self._http = http
@@ -86,9 +116,10 @@ class Caller:
         self._metrics = metrics
         self._tracer = tracer or Tracer(service, clock)
         self._retry = retry or RetryPolicy()
-        self._breaker_policy = breaker or BreakerPolicy()
-        self._breakers: dict[str, Breaker] = {}
-        self._budgets: dict[str, RetryBudget] = {}
+        self._log = log
+        self._ejection = ejection or EjectionPolicy()
+        self._peers: dict[str, _Peer] = {}
+        self._counters: dict[tuple[str, str, str], Counter] = {}
 
     async def answer(self, call: Outgoing, kind: type[T], *, on_line: OnLine | None = None) -> T:
         """Make a call and return its typed answer.
@@ -100,7 +131,7 @@ class Caller:
             whole = await self.send(call)
             body = whole.body
         else:
-            told = _Told(on_line)
+            told = Told(on_line)
             body = await self._tried(call, lambda url, headers: self._lines(call, url, headers, told))
         try:
             return msgspec.json.decode(body, type=kind, dec_hook=model_of)
@@ -130,133 +161,149 @@ class Caller:
             async with self._http.stream(
                 call.target.method, url, headers, call.body, seconds=call.deadline.left()
             ) as streamed:
-                await _raise_refusal(call.target.service, streamed)
+                await raise_refusal(call.target.service, streamed)
                 return await consume(streamed)
 
         return await self._tried(call, once)
 
-    async def _lines(self, call: Outgoing, url: str, headers: dict[str, str], told: _Told) -> bytes:
+    async def _lines(self, call: Outgoing, url: str, headers: dict[str, str], told: Told) -> bytes:
         headers["Accept"] = NDJSON
         told.begin()
         async with self._http.stream(
             call.target.method, url, headers, call.body, seconds=call.deadline.left()
         ) as streamed:
-            await _raise_refusal(call.target.service, streamed)
-            if not streamed.headers.get("content-type", "").startswith(NDJSON):
-                return await _whole(call.target.service, streamed)
-            rest = b""
-            async for chunk in streamed.chunks:
-                *whole, rest = (rest + chunk).split(b"\n")
-                if len(rest) > _MAX_LINE:
-                    raise OctoError(f"{call.target.service} sent a line that is too long.", code="peer_protocol")
-                for text in whole:
-                    line = _line(call.target.service, text)
-                    if line.type == "result":
-                        return bytes(line.result)
-                    if line.type == "problem" and line.problem is not None:
-                        raise error_of(line.problem, call.target.service)
-                    await told.tell(line)
-        raise TransportError(
-            f"{call.target.service} ended its answer without a result.", code="connection_lost", began=True
-        )
+            await raise_refusal(call.target.service, streamed)
+            return await read_lines(call.target.service, streamed, told)
 
     async def _tried(self, call: Outgoing, once: Callable[[str, dict[str, str]], Awaitable[T]]) -> T:
         """Make a call in a span of its own, which its callee's is a child of."""
-        span = self._tracer.start(_span_name(call.target), "client")
+        target = call.target
+        span = self._tracer.start(_span_name(target), "client")
+        keep = False
         try:
             return await self._repeated(call, once, span)
         except BaseException as error:
             span.failed(error)
+            keep = target.operation not in QUIET and isinstance(error, OctoError) and problem_of(error).status >= 500
             raise
         finally:
-            self._tracer.end(span)
+            self._tracer.end(span, keep=keep)
 
     async def _repeated(self, call: Outgoing, once: Callable[[str, dict[str, str]], Awaitable[T]], span: Span) -> T:
         """Try a call as often as the policies allow."""
         target = call.target
-        budget = self._budgets.setdefault(target.service, RetryBudget())
-        budget.earn()
+        peer = self._peer(target.service)
+        peer.budget.earn()
         headers = self._headers(call, span)
-        tried = 0
-        failed: set[str] = set()
-        began = self._clock.monotonic()
+        trail = _Trail(self._clock.monotonic())
         reason: OctoError | None = None
         while True:
-            call.deadline.check()
-            tried += 1
-            span.attributes["octollm.attempts"] = tried
+            trail.tries += 1
             try:
-                result = await self._try(call, once, headers, failed, span)
+                call.deadline.check()
+                result = await self._try(call, once, headers, peer, trail)
             except OctoError as error:
                 self._count(target, error.code)
-                failure = _failure(error)
                 if reason is None or isinstance(error, TransportError | RemoteError):
                     reason = error
-                repeats_safely = target.kind == "safe" or call.key is not None
-                left = call.deadline.left()
-                delay = self._retry.wait(
-                    failure,
-                    tried=tried,
-                    repeats_safely=repeats_safely,
-                    left=left,
-                    random=random.random(),  # noqa: S311  jitter is no secret
-                )
-                if delay is None or not budget.spend():
-                    waited = self._clock.monotonic() - began
-                    delay = call.patience.wait(failure, waited=waited, repeats_safely=repeats_safely, left=left)
-                if delay is None and reason is not error:
-                    # What an instance did says more than that none may be called for a while.
-                    raise reason from error
+                delay = self._delay(call, error, peer, trail)
                 if delay is None:
-                    raise
+                    # What an instance did says more than that none may be called for a while.
+                    seconds = self._clock.monotonic() - trail.began
+                    reason.tried = Tried(target.service, target.operation, trail.instance, trail.tries, seconds)
+                    if reason is error:
+                        raise
+                    raise reason from error
                 self._metrics.call_retries.labels(self._service, target.service).inc()
                 await asyncio.sleep(delay)
             else:
                 self._count(target, "ok")
                 return result
+            finally:
+                if reason is not None or span.trace.sampled:
+                    span.attributes |= {"octollm.attempts": trail.tries, "octollm.instance": trail.instance}
+
+    def _delay(self, call: Outgoing, error: OctoError, peer: _Peer, trail: _Trail) -> float | None:
+        """Return how long to wait before the next try, ``None`` to stop."""
+        failure = _failure(error)
+        repeats_safely = call.target.kind == "safe" or call.key is not None
+        left = call.deadline.left()
+        delay = self._retry.wait(
+            failure,
+            tried=trail.tries,
+            repeats_safely=repeats_safely,
+            left=left,
+            random=random.random(),  # noqa: S311  jitter is no secret
+        )
+        now = self._clock.monotonic()
+        if trail.failing_since is None:
+            trail.failing_since = now
+        if delay is None or not peer.budget.spend():
+            waited = now - trail.failing_since
+            delay = call.patience.wait(failure, waited=waited, repeats_safely=repeats_safely, left=left)
+        return delay
 
     async def _try(
         self,
         call: Outgoing,
         once: Callable[[str, dict[str, str]], Awaitable[T]],
         headers: dict[str, str],
-        failed: set[str],
-        span: Span,
+        peer: _Peer,
+        trail: _Trail,
     ) -> T:
-        """Try a call once, at an instance that has not ``failed`` it where there is one."""
-        instance = self._pick(call.target.service, failed)
-        breaker = self._breakers[instance]
-        span.attributes["octollm.instance"] = instance
+        """Try a call once, at an instance that has not failed it where there is one."""
+        operation = call.target.operation
+        instance = self._pick(call.target, peer, trail)
         headers["X-Timeout-Ms"] = call.deadline.header()
+        began = self._clock.monotonic()
+        outcome: Outcome = "unknown"
         try:
-            result = await once(instance + call.target.path, dict(headers))
-        except TransportError:
-            failed.add(instance)
-            breaker.failed(self._clock.monotonic())
+            result = await once(instance.url + call.target.path, dict(headers))
+            outcome = "answered"
+            return result
+        except OctoError as error:
+            outcome = _outcome(error)
+            trail.failed.add(instance.url)
+            if error.code in SHED and error.retry_after:
+                instance.busy_until = self._clock.monotonic() + error.retry_after
             raise
-        except RemoteError:
-            failed.add(instance)
-            breaker.succeeded()
-            raise
-        breaker.succeeded()
-        return result
+        finally:
+            now = self._clock.monotonic()
+            ejected = peer.balancer.ended(instance, operation, outcome, now - began, now)
+            if ejected is not None:
+                self._metrics.ejections.labels(self._service, call.target.service, ejected.reason).inc()
+                if self._log is not None:
+                    self._log.warning(
+                        "instance.ejected",
+                        target=call.target.service,
+                        instance=ejected.url,
+                        reason=ejected.reason,
+                        seconds=ejected.seconds,
+                    )
 
-    def _pick(self, service: str, failed: Set[str]) -> str:
-        """Return an instance that may be called; those in ``failed`` come last."""
+    def _pick(self, target: Target, peer: _Peer, trail: _Trail) -> Instance:
+        """Return an instance that may be called."""
         now = self._clock.monotonic()
-        instances = self._discovery.instances(service)
-        if len(self._breakers) > MAX_BREAKERS:
-            # Instances come and go: what is known of those that are gone is not kept for ever.
-            self._breakers.clear()
-        for instance in sorted(random.sample(instances, len(instances)), key=failed.__contains__):
-            if self._breakers.setdefault(instance, Breaker(self._breaker_policy)).allows(now):
-                return instance
-        wait = min(self._breakers[instance].wait(now) for instance in instances)
-        raise OctoError(
-            f"{service} has not answered for a while; the next try is in {wait:.0f} s.",
-            code="unavailable",
-            retry_after=wait,
-        )
+        peer.balancer.follow(self._discovery.instances(target.service), now)
+        instance = peer.balancer.pick(target.operation, now, trail.failed)
+        if instance is None:
+            wait = peer.balancer.wait(now)
+            raise OctoError(
+                f"{target.service} has not answered for a while; the next try is in {wait:.0f} s.",
+                code="unavailable",
+                retry_after=wait,
+            )
+        trail.instance = instance.url
+        return instance
+
+    def _peer(self, service: str) -> _Peer:
+        peer = self._peers.get(service)
+        if peer is None:
+            if len(self._peers) >= MAX_SERVICES:
+                # Services come and go: what is known of those that are gone is not kept for ever.
+                self._peers.clear()
+            peer = self._peers[service] = _Peer(Balancer(random.randrange, self._ejection))
+        return peer
 
     def _headers(self, call: Outgoing, span: Span) -> dict[str, str]:
         scene = current_scene()
@@ -274,33 +321,16 @@ class Caller:
         return headers
 
     def _count(self, target: Target, outcome: str) -> None:
-        self._metrics.calls.labels(self._service, target.service, target.operation, outcome).inc()
+        key = (target.service, target.operation, outcome)
+        counter = self._counters.get(key)
+        if counter is None:
+            counter = self._counters[key] = self._metrics.calls.labels(self._service, *key)
+        counter.inc()
 
 
 def _span_name(target: Target) -> str:
     named = target.operation.startswith(f"{target.service}.")
     return target.operation if named else f"{target.service}.{target.operation}"
-
-
-class _Told:
-    """Hands lines on; the first text of an answer that is begun again voids what an earlier one told."""
-
-    def __init__(self, on_line: OnLine) -> None:
-        self._on_line = on_line
-        self._any = False
-        self._void = False
-
-    def begin(self) -> None:
-        """Begin an answer."""
-        self._void = self._any
-
-    async def tell(self, line: Line) -> None:
-        """Hand a line on."""
-        if line.type == "token":
-            if self._void:
-                line = msgspec.structs.replace(line, reset=True)
-            self._any, self._void = True, False
-        await self._on_line(line)
 
 
 def _failure(error: OctoError) -> Failure:
@@ -312,29 +342,12 @@ def _failure(error: OctoError) -> Failure:
     return Failure(retryable=False, began=False, retry_after=error.retry_after, away=error.code in AWAY)
 
 
-def _line(service: str, text: bytes) -> Line:
-    try:
-        return msgspec.json.decode(text, type=Line)
-    except msgspec.DecodeError as error:
-        raise OctoError(f"{service} sent a line that is not understood.", code="peer_protocol") from error
-
-
-async def _whole(service: str, streamed: Streamed) -> bytes:
-    """Return the one answer of a callee that does not stream, which is its right."""
-    body = b""
-    async for chunk in streamed.chunks:
-        body += chunk
-        if len(body) > _MAX_LINE:
-            raise OctoError(f"{service} sent an answer that is too long.", code="peer_protocol")
-    return body
-
-
-async def _raise_refusal(service: str, streamed: Streamed) -> None:
-    if streamed.status < 400:
-        return
-    body = b""
-    async for chunk in streamed.chunks:
-        body += chunk
-        if len(body) > 65536:
-            break
-    raise error_from_response(service, streamed.status, body, streamed.headers.get("retry-after"))
+def _outcome(error: OctoError) -> Outcome:
+    """Return what a failure says of the instance that was called."""
+    if isinstance(error, TransportError):
+        return "unknown" if error.code == "pool_timeout" else "failed"
+    if isinstance(error, RemoteError):
+        return "erred" if error.code in ("internal", "peer_protocol") and error.status >= 500 else "answered"
+    if error.code == "deadline_exceeded":
+        return "late"
+    return "erred" if error.code == "peer_protocol" else "unknown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
@@ -9,11 +10,13 @@ from starlette.responses import Response
 
 from octollm import __version__
 from octollm.capability import PublicKey
+from octollm.clock import Clock
 from octollm.contracts.health import Dependency, Health, Readiness
 from octollm.rpc.call import Call, Operation, Reply
 from octollm.rpc.openapi import openapi_of
 from octollm.telemetry import Metrics
 
+CHECKUP_SECONDS = 10.0
 CheckUp = Callable[[], Awaitable[Dependency]]
 
 
@@ -29,14 +32,16 @@ def health_operations(
     operations: Sequence[Operation],
     keys: Sequence[PublicKey],
     checkups: Mapping[str, CheckUp],
+    clock: Clock,
 ) -> list[Operation]:
-    """Return the operations that are the same for every service. ``checkups`` are run at each ``/ready``."""
+    """Return the operations that are the same for every service. ``checkups`` are run at each ``/ready``, together."""
 
     async def health(_call: Call, _body: object) -> Health:
         return Health(service, __version__)
 
     async def ready(call: Call, _body: object) -> Reply:
-        found = {name: await checkup() for name, checkup in checkups.items()}
+        states = await asyncio.gather(*(_checked(checkup, clock) for checkup in checkups.values()))
+        found = dict(zip(checkups, states, strict=True))
         ok = all(state.ok or not state.required for state in found.values())
         degraded = ok and not all(state.ok for state in found.values())
         word = "degraded" if degraded else "ready" if ok else "not ready"
@@ -63,3 +68,14 @@ def health_operations(
         get("/openapi.json", "openapi", openapi, "This description."),
     ]
     return own
+
+
+async def _checked(checkup: CheckUp, clock: Clock) -> Dependency:
+    """Return what a check-up finds, and how long that took."""
+    began = clock.monotonic()
+    try:
+        async with asyncio.timeout(CHECKUP_SECONDS):
+            found = await checkup()
+    except TimeoutError:
+        found = Dependency(ok=False, detail=f"There was no answer in {CHECKUP_SECONDS:g} s.")
+    return msgspec.structs.replace(found, latency_ms=round((clock.monotonic() - began) * 1000, 1))

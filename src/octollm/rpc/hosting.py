@@ -13,7 +13,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from octollm.errors import OctoError, SettingError
+from octollm.rpc.negotiation import EitherProtocol
 from octollm.rpc.protocol import BoundedProtocol
+from octollm.rpc.wire import PLAIN, Wire
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than a client keeps an idle connection, so that it is the client who closes it."""
@@ -55,15 +57,20 @@ def listen(host: str, port: int, service: str) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: ASGIApp, bound: socket.socket, *, drain: float = 2.0) -> AsyncGenerator[None]:
+async def serving(
+    app: ASGIApp, bound: socket.socket, *, drain: float = 2.0, wire: Wire = PLAIN
+) -> AsyncGenerator[None]:
     """Serve ``app`` on a bound socket for as long as the context is open; leaving drains and closes it.
 
     Draining takes no new connection and gives requests in flight ``drain`` seconds to end, then cancels them.
-    Raises ``unavailable`` when the server does not start in 10 s.
+    ``wire`` is how it talks; HTTP/1.1 is understood in any case. Raises ``unavailable`` when the server does not start
+    in 10 s, and ``setting_invalid`` for the files of TLS.
     """
+    tls = wire.server()
     config = uvicorn.Config(
         app,
-        http=BoundedProtocol,
+        http=EitherProtocol if wire.http == "2" else BoundedProtocol,
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         ws="websockets-sansio",
         ws_per_message_deflate=False,
         ws_max_size=64 * 1024,

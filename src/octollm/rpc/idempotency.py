@@ -6,8 +6,11 @@ A key is unique per tenant, subject, service, operation and key. What a claim ma
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from octollm.errors import OctoError
 
@@ -18,8 +21,7 @@ NEVER_STORED = frozenset({401, 403, 408, 413, 429})
 """Statuses that say nothing of the operation itself; nor do those of 500 and more."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyOf:
+class KeyOf(msgspec.Struct, frozen=True, order=True):
     """What a key is unique within."""
 
     tenant: str
@@ -36,12 +38,19 @@ class Claimed:
     run: int
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """The answer of a call: its status, its body, and those of its headers that belong to the body."""
+
+    status: int
+    answer: bytes
+    headers: Mapping[str, str] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """The call was done: this is its answer."""
 
-    status: int
-    answer: bytes
+    kept: Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,23 @@ class Unknown:
     """A ``once`` call whose holder vanished: it may have taken effect."""
 
 
+class NewClaim(msgspec.Struct, frozen=True):
+    """A claim to be made, for work on a task where there is one."""
+
+    key: KeyOf
+    body_digest: str
+    repeatable: bool
+    task_id: str | None
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """The answer of a claimed call, to be stored."""
+
+    key: KeyOf
+    run: int
+    kept: Kept
+
+
 Outcome = Claimed | Stored | InFlight | Conflict | Unknown
 
 
@@ -69,11 +95,11 @@ class IdempotencyStore(Protocol):
         """Take the key, or say what stands in the way. ``bearer`` is the caller's authority."""
         ...
 
-    async def renew(self, key: KeyOf, run: int) -> None:
-        """Prolong a claim's lease of 5 seconds."""
+    async def renew(self, claims: Sequence[tuple[KeyOf, int]]) -> None:
+        """Prolong the leases, of 5 seconds, of claims by key and run."""
         ...
 
-    async def complete(self, key: KeyOf, run: int, status: int, answer: bytes) -> None:
+    async def complete(self, key: KeyOf, run: int, kept: Kept) -> None:
         """Store the answer of a claimed call."""
         ...
 

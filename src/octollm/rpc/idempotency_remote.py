@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 import msgspec
 
 from octollm.capability import SelfSigner
@@ -9,7 +12,9 @@ from octollm.clock import Clock
 from octollm.contracts.api import ClaimAnswer, ClaimRequest, ClaimUpdate
 from octollm.resilience import Deadline
 from octollm.rpc.caller import Caller, Outgoing, Target
-from octollm.rpc.idempotency import Claimed, Conflict, InFlight, KeyOf, Outcome, Stored, Unknown
+from octollm.rpc.idempotency import Claimed, Conflict, InFlight, Kept, KeyOf, Outcome, Stored, Unknown
+
+_NOT_YET = Kept(0, b"")
 
 
 class RemoteIdempotency:
@@ -28,7 +33,7 @@ class RemoteIdempotency:
             case "claimed":
                 return Claimed(answer.run)
             case "stored":
-                return Stored(answer.status, answer.answer)
+                return Stored(Kept(answer.status, answer.answer, answer.headers))
             case "in_flight":
                 return InFlight()
             case "conflict":
@@ -36,13 +41,13 @@ class RemoteIdempotency:
             case "unknown":
                 return Unknown()
 
-    async def renew(self, key: KeyOf, run: int) -> None:
-        """Prolong a claim's lease."""
-        await self._caller.send(self._call("renew", _update(key, run)))
+    async def renew(self, claims: Sequence[tuple[KeyOf, int]]) -> None:
+        """Prolong the leases of claims."""
+        await asyncio.gather(*(self._caller.send(self._call("renew", _update(key, run))) for key, run in claims))
 
-    async def complete(self, key: KeyOf, run: int, status: int, answer: bytes) -> None:
+    async def complete(self, key: KeyOf, run: int, kept: Kept) -> None:
         """Store the answer of a claimed call."""
-        await self._caller.send(self._call("complete", _update(key, run, status, answer)))
+        await self._caller.send(self._call("complete", _update(key, run, kept)))
 
     async def release(self, key: KeyOf, run: int) -> None:
         """Give a claim back."""
@@ -58,5 +63,7 @@ class RemoteIdempotency:
         )
 
 
-def _update(key: KeyOf, run: int, status: int = 0, answer: bytes = b"") -> ClaimUpdate:
-    return ClaimUpdate(key.tenant, key.subject, key.operation, key.key, run, status, answer)
+def _update(key: KeyOf, run: int, kept: Kept = _NOT_YET) -> ClaimUpdate:
+    return ClaimUpdate(
+        key.tenant, key.subject, key.operation, key.key, run, kept.status, kept.answer, dict(kept.headers)
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from starlette.responses import Response
@@ -18,38 +18,57 @@ from octollm.rpc.idempotency import (
     Claimed,
     Conflict,
     IdempotencyStore,
+    Kept,
     KeyOf,
     Stored,
     Unknown,
 )
+from octollm.rpc.outlet import Whole
 from octollm.rpc.problems import PROBLEM_JSON
 
 REPLAYED = "Idempotent-Replayed"
-_POLL = 0.1
+LONGEST_POLL = 0.5
+"""Seconds between two looks at a key that another process holds; the first comes after a tenth of it."""
+KEPT_HEADERS = (b"content-type", b"location", b"etag", b"cache-control")
+"""Headers that are stored with the body they describe."""
+NOT_BEGUN = frozenset({"overloaded", "draining", "rate_limited", "connect_failed", "connect_timeout", "pool_timeout"})
+"""Failures after which even a ``once`` call has surely had no effect."""
+
+Work = Callable[[], Awaitable[Whole | Response]]
+
+
+class Keyed(msgspec.Struct, frozen=True):
+    """A call and its key. ``digest`` tells whether two calls with one key are the same call."""
+
+    key: KeyOf
+    digest: str
+    repeatable: bool
+    bearer: str
+    request_id: str
 
 
 class Once:
-    """One call and its key."""
+    """The calls that one service does behind their keys."""
 
-    def __init__(self, store: IdempotencyStore, key: KeyOf, digest: str, *, repeatable: bool, bearer: str) -> None:
+    def __init__(self, store: IdempotencyStore) -> None:
         self._store = store
-        self._key = key
-        self._digest = digest
-        self._repeatable = repeatable
-        self._bearer = bearer
+        self._held: dict[KeyOf, tuple[int, asyncio.Future[None]]] = {}
+        """What is being done here: the run of its claim, and what ends with it."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._renewing: asyncio.Task[None] | None = None
 
-    async def run(self, work: Callable[[], Awaitable[Response]], deadline: Deadline, request_id: str) -> Response:
+    async def run(self, call: Keyed, work: Work, deadline: Deadline) -> Whole | Response:
         """Do ``work`` once, or answer what it answered before.
 
         Raises ``idempotency_conflict``, ``outcome_unknown``, ``deadline_exceeded``, and what ``work`` raises.
         """
+        pause = LONGEST_POLL / 10
         while True:
-            outcome = await self._store.claim(self._key, self._digest, repeatable=self._repeatable, bearer=self._bearer)
+            outcome = await self._store.claim(call.key, call.digest, repeatable=call.repeatable, bearer=call.bearer)
             if isinstance(outcome, Claimed):
-                return await self._do(outcome.run, work, request_id)
+                return await self._do(call, outcome.run, work)
             if isinstance(outcome, Stored):
-                media_type = "application/json" if outcome.status < 400 else PROBLEM_JSON
-                return Response(outcome.answer, outcome.status, headers={REPLAYED: "true"}, media_type=media_type)
+                return _replayed(outcome.kept)
             if isinstance(outcome, Conflict):
                 raise OctoError("This key was used with another body.", code="idempotency_conflict")
             if isinstance(outcome, Unknown):
@@ -57,43 +76,83 @@ class Once:
                     "An earlier call with this key was cut off and may have taken effect.", code="outcome_unknown"
                 )
             deadline.check()
-            await asyncio.sleep(_POLL)
+            await self._wait(call.key, min(pause, deadline.left()))
+            pause = min(2 * pause, LONGEST_POLL)
 
-    async def _do(self, run: int, work: Callable[[], Awaitable[Response]], request_id: str) -> Response:
+    async def _wait(self, key: KeyOf, seconds: float) -> None:
+        """Wait until a call that is being done may have ended: told here, by looking again where another does it."""
+        held = self._held.get(key)
+        if held is None:
+            await asyncio.sleep(seconds)
+        else:
+            await asyncio.wait({held[1]}, timeout=seconds * 10)
+
+    async def _do(self, call: Keyed, run: int, work: Work) -> Whole | Response:
+        key = call.key
+        mine = self._hold(key, run)
         try:
-            async with self._renewing(run):
-                response = await work()
+            answer = await work()
         except OctoError as error:
-            problem = problem_of(error, request_id)
+            problem = problem_of(error, call.request_id)
             if 400 <= problem.status < 500 and problem.status not in NEVER_STORED:
-                await self._store.complete(self._key, run, problem.status, msgspec.json.encode(problem))
-            else:
-                await self._release(run)
+                kept = Kept(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
+                await self._store.complete(key, run, kept)
+            elif call.repeatable or error.code in NOT_BEGUN:
+                await self._release(key, run)
             raise
         except BaseException:
-            await self._release(run)
+            # What was cut off may have had its effect. The claim of a ``once`` call stays, and ends as unknown.
+            if call.repeatable:
+                await self._release(key, run)
             raise
-        await self._store.complete(self._key, run, response.status_code, bytes(response.body))
-        return response
+        else:
+            await self._store.complete(key, run, _kept(answer))
+            return answer
+        finally:
+            # Another may hold it by now: one whose lease has ended is done again.
+            if self._held.get(key) is mine:
+                del self._held[key]
+            mine[1].set_result(None)
 
-    async def _release(self, run: int) -> None:
+    async def _release(self, key: KeyOf, run: int) -> None:
         # A claim that cannot be given back ends with its lease.
         with contextlib.suppress(OctoError):
-            await asyncio.shield(self._store.release(self._key, run))
+            await asyncio.shield(self._store.release(key, run))
 
-    @contextlib.asynccontextmanager
-    async def _renewing(self, run: int) -> AsyncGenerator[None]:
-        async def renew() -> None:
-            while True:
-                await asyncio.sleep(LEASE_SECONDS / 3)
-                # One that is missed is made up by the next; the lease is three long.
-                with contextlib.suppress(OctoError):
-                    await self._store.renew(self._key, run)
+    def _hold(self, key: KeyOf, run: int) -> tuple[int, asyncio.Future[None]]:
+        loop = asyncio.get_running_loop()
+        mine = self._held[key] = (run, loop.create_future())
+        if self._timer is None:
+            self._timer = loop.call_later(LEASE_SECONDS / 3, self._renew_soon)
+        return mine
 
-        renewing = asyncio.create_task(renew())
-        try:
-            yield
-        finally:
-            renewing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewing
+    def _renew_soon(self) -> None:
+        """Prolong all leases; one timer looks after every call, since most end long before it."""
+        self._timer = None
+        if not self._held:
+            return
+        self._timer = asyncio.get_running_loop().call_later(LEASE_SECONDS / 3, self._renew_soon)
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew(), name="idempotency leases")
+
+    async def _renew(self) -> None:
+        # One that is missed is made up by the next; the lease is three long.
+        with contextlib.suppress(OctoError):
+            await self._store.renew([(key, run) for key, (run, _) in self._held.items()])
+
+
+def _kept(answer: Whole | Response) -> Kept:
+    headers = {
+        name.decode("latin-1"): value.decode("latin-1") for name, value in answer.raw_headers if name in KEPT_HEADERS
+    }
+    return Kept(answer.status_code, bytes(answer.body), headers)
+
+
+def _replayed(kept: Kept) -> Whole:
+    default = "application/json" if kept.status < 400 else PROBLEM_JSON
+    headers = {"content-type": default, "content-length": str(len(kept.answer)), **kept.headers, REPLAYED: "true"}
+    return Whole(
+        kept.status,
+        kept.answer,
+        [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
+    )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from octollm.capability import Verified
 from octollm.telemetry.chain import CHAIN, chain_of
 from octollm.telemetry.spans import TASK, TENANT, SpanValue
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(msgspec.Struct, frozen=True):
     """In whose name a call is: a capability's, or a service's own."""
 
     verified: Verified | None = None

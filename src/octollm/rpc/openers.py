@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.requests import Request
 
-from octollm.capability import CapabilityError, DirectoryEntry, Verifier, verify_service
+from octollm.capability import CapabilityError, DirectoryEntry, Scope, Verifier, verify_service
 from octollm.clock import Clock
 from octollm.errors import OctoError
 from octollm.rpc.call import Operation
@@ -19,13 +19,13 @@ _MAY_BE_NEW = frozenset({"service_unknown", "key_mismatch"})
 
 def bearer_of(request: Request) -> str:
     """Return the one bearer string of a request (RFC 6750 section 2.1); raise ``token_missing`` without one."""
-    values = request.headers.getlist("authorization")
+    values = [value for name, value in request.scope["headers"] if name == b"authorization"]
     if not values:
         raise OctoError(
             "This needs a bearer token in the Authorization header; `octollm token mint` makes one.",
             code="token_missing",
         )
-    scheme, _, token = values[0].partition(" ")
+    scheme, _, token = values[0].decode("latin-1").partition(" ")
     if len(values) > 1 or scheme.lower() != "bearer" or not token.strip():
         raise OctoError("The Authorization header must be one `Bearer <token>`.", code="token_malformed")
     return token.strip()
@@ -44,13 +44,22 @@ class CapabilityOpener:
 
     def __init__(self, verifier: Verifier) -> None:
         self._verifier = verifier
+        self._fixed: dict[str, Scope] = {}
+        """Scopes of operations without parameters; there are as many as a service has operations."""
 
     async def open(self, request: Request, operation: Operation) -> Opened:
         """Return the capability; raise a ``token_*`` code or ``scope_missing``."""
         bearer = bearer_of(request)
         verified = self._verifier.verify(bearer)
-        scope = required_scope(request, operation)
-        if not scope or not verified.scopes.allows(scope):
+        scope = self._fixed.get(operation.scope)
+        if scope is None:
+            text = required_scope(request, operation)
+            if not text:
+                raise OctoError("No scope opens this operation.", code="scope_missing")
+            scope = Scope(text)
+            if text == operation.scope:
+                self._fixed[text] = scope
+        if not verified.scopes.allows(scope):
             raise OctoError(f"The token does not allow {scope}.", code="scope_missing")
         return Opened(verified=verified, bearer=bearer)
 

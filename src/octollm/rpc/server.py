@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,16 +26,22 @@ from octollm.resilience import Deadline
 from octollm.resilience.deadline import parse_timeout_ms
 from octollm.rpc.call import Call, Operation, Reply
 from octollm.rpc.decode import decode
+from octollm.rpc.departure import Departure
+from octollm.rpc.exchange import EXCHANGE, Observed, take_exchange
+from octollm.rpc.gate import Gate
 from octollm.rpc.idempotency import IdempotencyStore, KeyOf, body_digest, check_key
-from octollm.rpc.once import Once
+from octollm.rpc.limit import Limit
+from octollm.rpc.once import Keyed, Once
 from octollm.rpc.opened import Opened, who_calls
+from octollm.rpc.outlet import Outlet, Whole
 from octollm.rpc.problems import problem_response
 from octollm.rpc.shapes import encode
 from octollm.rpc.stream import LineStream
-from octollm.telemetry import Log, Metrics, Span, Tracer
+from octollm.telemetry import Log, Metrics, ServedLog, Span, Tracer
+from octollm.telemetry.spans import QUIET, SLOW_SECONDS
 
-_QUIET = frozenset({"health", "ready", "metrics", "traces.receive"})
-"""Operations whose calls are logged for a developer only."""
+BODY_SECONDS = 60.0
+"""How long the body of a call may take to arrive."""
 
 
 class Opener(Protocol):
@@ -64,133 +71,115 @@ class Kit:
     """Set when the service shuts down: new calls are refused with ``draining``."""
 
 
-class _Gate:
-    """Bounded concurrency with a bounded queue."""
+class _Arrived(msgspec.Struct, frozen=True):
+    """A request before it is let in. ``headers`` has the last of each name, in lower case."""
 
-    def __init__(self, concurrent: int, queued: int) -> None:
-        self._slots = asyncio.Semaphore(concurrent)
-        self._queued = queued
-        self._waiting = 0
-
-    async def __aenter__(self) -> None:
-        if self._slots.locked() and self._waiting >= self._queued:
-            raise OctoError("The service is at its limit of concurrent calls.", code="overloaded", retry_after=1)
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(10):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise OctoError("No place came free in 10 s.", code="overloaded", retry_after=2) from None
-        finally:
-            self._waiting -= 1
-
-    async def __aexit__(self, *_: object) -> None:
-        self._slots.release()
+    request: Request
+    headers: Mapping[bytes, bytes]
+    request_id: str
+    correlation_id: str
+    span: Span
 
 
 class Endpoint:
     """One operation as an ASGI application."""
 
-    def __init__(self, kit: Kit, operation: Operation, gate: _Gate) -> None:
+    def __init__(self, kit: Kit, operation: Operation, gate: Gate, once: Once | None) -> None:
         self._kit = kit
+        self._once = once
         self._operation = operation
         self._gate = gate
+        self._log = ServedLog(kit.service)
+        self._tally = kit.metrics.served.operation(operation.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call."""
         kit, operation = self._kit, self._operation
         started = time.perf_counter()
-        request = Request(scope, receive)
-        request_id = _id_or_new(request.headers.get("x-request-id"), kit.ids, "req-")
-        caller = parse_traceparent(request.headers.get("traceparent"))
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = _id_or_new(headers.get(b"x-request-id"), kit.ids, "req-")
+        correlation_id = _id_or_new(headers.get(b"x-correlation-id"), kit.ids, "corr-")
+        caller = parse_traceparent(_text(headers.get(b"traceparent")))
         span = kit.tracer.receive(operation.name, caller, sampled=operation.traced)
-        correlation_id = _id_or_new(request.headers.get("x-correlation-id"), kit.ids, "corr-")
         set_scene(Scene(kit.service, request_id, correlation_id, span.trace))
-        status = [0]
-
-        async def observed(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                status[0] = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
-                    (b"x-correlation-id", correlation_id.encode()),
-                ]
-            await send(message)
-
-        kit.metrics.in_flight.labels(kit.service).inc()
+        outlet = Outlet(send, take_exchange(scope), request_id, correlation_id, headers.get(b"accept-encoding"))
+        kit.metrics.served.in_flight += 1
+        arrived = _Arrived(Request(scope, receive), headers, request_id, correlation_id, span)
         try:
-            call = Call(
-                service=kit.service,
-                operation=operation.name,
-                request=request,
-                request_id=request_id,
-                correlation_id=correlation_id,
-                span=span,
-                deadline=Deadline.after(kit.clock, operation.timeout),
-            )
             try:
                 if operation.limited:
                     async with self._gate:
-                        await self._serve(call, scope, receive, observed)
+                        await self._serve(arrived, scope, receive, outlet)
                 else:
-                    await self._serve(call, scope, receive, observed)
+                    await self._serve(arrived, scope, receive, outlet)
             except OctoError as error:
                 span.failed(error)
-                if status[0]:
+                if outlet.status:
                     raise
-                await problem_response(error, request_id)(scope, receive, observed)
+                await outlet.whole(problem_response(error, request_id), scope)
                 if error.code in ("internal", "overloaded"):
                     kit.log.warning("call.refused", operation=operation.name, error=error)
         except asyncio.CancelledError as error:
             span.failed(error)
             raise
         except ClientDisconnect:
-            status[0] = status[0] or 499
             span.code, span.message = "cancelled", "The caller went away."
         except Exception as error:  # the outermost boundary of a call: it is logged and answered
             span.failed(error)
             kit.log.error("call.crashed", operation=operation.name, error=error, where=_where(error))
-            if not status[0]:
+            if not outlet.status:
                 hidden = OctoError("The service failed; its log has the reason under this request id.")
-                await problem_response(hidden, request_id)(scope, receive, observed)
+                await outlet.whole(problem_response(hidden, request_id), scope)
         finally:
-            self._told(span, request_id, status[0] or 499, time.perf_counter() - started)
+            self._told(span, outlet.opened, request_id, outlet.status or 499, time.perf_counter() - started)
 
-    def _told(self, span: Span, request_id: str, status: int, seconds: float) -> None:
+    def _told(self, span: Span, opened: Opened | None, request_id: str, status: int, seconds: float) -> None:
         """Count a call, log it and end its span."""
         kit, name = self._kit, self._operation.name
-        kit.metrics.in_flight.labels(kit.service).dec()
-        kit.metrics.requests.labels(kit.service, name, str(status)).inc()
-        kit.metrics.request_seconds.labels(kit.service, name).observe(seconds)
-        # Some come every few seconds and say nothing new.
-        write = kit.log.debug if name in _QUIET else kit.log.info
-        write("call.served", operation=name, status=status, duration_ms=round(seconds * 1000, 2))
-        if span.trace.sampled:
+        kit.metrics.served.in_flight -= 1
+        self._tally.add(status, seconds)
+        quiet = name in QUIET
+        self._log.served(name, status, seconds, quiet=quiet)
+        # How long a stream lasts is its reader's business.
+        slow = seconds >= SLOW_SECONDS and self._operation.limited
+        keep = (slow or status >= 500) and not quiet
+        if keep or span.trace.sampled:
+            if opened is not None:
+                span.attributes |= who_calls(opened)
             span.attributes |= {
                 "http.request.method": self._operation.method,
                 "http.route": self._operation.path,
                 "http.response.status_code": status,
                 "octollm.request_id": request_id,
             }
-        kit.tracer.end(span)
+        kit.tracer.end(span, keep=keep)
 
-    async def _serve(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
-        kit, operation, request = self._kit, self._operation, call.request
+    async def _serve(self, arrived: _Arrived, scope: Scope, receive: Receive, outlet: Outlet) -> None:
+        kit, operation, headers = self._kit, self._operation, arrived.headers
         if kit.draining.is_set():
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)
-        seconds = parse_timeout_ms(request.headers.get("x-timeout-ms"))
-        if seconds is not None:
-            call = replace(call, deadline=Deadline.after(kit.clock, min(seconds, 3600.0)))
-        opened = await kit.openers[operation.auth].open(request, operation)
-        body = await _read_body(request, operation.max_body)
-        call = replace(
-            call,
+        seconds = parse_timeout_ms(_text(headers.get(b"x-timeout-ms")))
+        deadline = Deadline.after(kit.clock, operation.timeout if seconds is None else min(seconds, 3600.0))
+        opened = outlet.opened = await kit.openers[operation.auth].open(arrived.request, operation)
+        exchange = outlet.exchange
+        body = None if exchange is None else exchange.whole_body()
+        if body is None:
+            body = await _read_body(scope, headers, receive, operation.max_body)
+        elif len(body) > operation.max_body:
+            raise _too_large(operation.max_body)
+        call = Call(
+            service=kit.service,
+            operation=operation.name,
+            request=arrived.request,
+            request_id=arrived.request_id,
+            correlation_id=arrived.correlation_id,
+            span=arrived.span,
+            deadline=deadline,
             verified=opened.verified,
             peer=opened.peer,
             bearer=opened.bearer,
+            key=check_key(_text(headers.get(b"idempotency-key"))),
             body=body,
-            key=check_key(request.headers.get("idempotency-key")),
         )
         task = None if opened.verified is None else opened.verified.task
         set_scene(
@@ -204,37 +193,18 @@ class Endpoint:
                 opened.tenant,
             )
         )
-        if call.trace.sampled:
-            call.span.attributes |= who_calls(opened)
         value: Any = body
         if operation.body is not None and operation.body is not bytes:
             value = decode(body, operation.body, strict=operation.strict)
-        if NDJSON in request.headers.get("accept", ""):
-            await self._stream(call, value, scope, receive, send)
-        else:
-            await self._answer(call, value, scope, receive, send)
-
-    async def _answer(self, call: Call, value: Any, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one answer; a caller that goes away cancels the work."""
-        work = asyncio.create_task(self._work(call, value))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientDisconnect
-
-            async def disconnect() -> Any:
-                # The watch reads ``receive``; a streamed response waits for what it sees.
-                await asyncio.shield(gone)
-                return {"type": "http.disconnect"}
-
-            await work.result()(scope, disconnect, send)
-        finally:
-            await _end(work, gone)
+        if NDJSON.encode() in headers.get(b"accept", b""):
+            await self._stream(call, value, scope, receive, outlet)
+            return
+        async with Departure(exchange, receive):
+            await outlet.whole(await self._work(call, value), scope)
 
     async def _stream(self, call: Call, value: Any, scope: Scope, receive: Receive, send: Send) -> None:
         lines = LineStream()
-        call = replace(call, emit=lines)
+        call = msgspec.structs.replace(call, emit=lines)
 
         async def work() -> None:
             try:
@@ -259,61 +229,55 @@ class Endpoint:
         finally:
             await _end(working)
 
-    async def _work(self, call: Call, value: Any) -> Response:
+    async def _work(self, call: Call, value: Any) -> Whole | Response:
         """Run the handler within the deadline, behind the idempotency key where there is one."""
-        operation, store = self._operation, self._kit.idempotency
-        if operation.kind == "safe" or call.key is None or store is None:
+        operation, once, verified = self._operation, self._once, call.verified
+        if operation.kind == "safe" or call.key is None or once is None or verified is None:
             return await self._run(call, value)
-        if call.verified is None:
-            return await self._run(call, value)
-        url = call.request.url
-        key = KeyOf(call.verified.tenant, call.verified.subject, call.service, call.operation, call.key)
-        digest = body_digest(operation.method, url.path, url.query, call.body)
-        once = Once(store, key, digest, repeatable=operation.kind == "repeatable", bearer=call.bearer)
-        return await once.run(lambda: self._run(call, value), call.deadline, call.request_id)
+        scope = call.request.scope
+        keyed = Keyed(
+            KeyOf(verified.tenant, verified.subject, call.service, call.operation, call.key),
+            body_digest(operation.method, scope["path"], scope["query_string"].decode("latin-1"), call.body),
+            operation.kind == "repeatable",
+            call.bearer,
+            call.request_id,
+        )
+        return await once.run(keyed, lambda: self._run(call, value), call.deadline)
 
-    async def _run(self, call: Call, value: Any) -> Response:
-        try:
-            async with asyncio.timeout(call.deadline.left()):
-                answer = await self._operation.handler(call, value)
-        except TimeoutError as error:
-            if call.deadline.left() > 0:
-                raise
-            raise OctoError("The time for this call is used up.", code="deadline_exceeded") from error
-        return _response(answer, self._operation.status)
-
-
-def _response(answer: Any, status: int) -> Response:
-    if isinstance(answer, Response):
-        return answer
-    headers: Mapping[str, str] = {}
-    if isinstance(answer, Reply):
-        answer, status, headers = answer.value, answer.status, answer.headers
-    return Response(encode(answer), status_code=status, media_type="application/json", headers=dict(headers))
+    async def _run(self, call: Call, value: Any) -> Whole | Response:
+        with Limit(call.deadline):
+            answer = await self._operation.handler(call, value)
+        if isinstance(answer, Response):
+            return answer
+        if isinstance(answer, Reply):
+            return Whole.of(answer.status, encode(answer.value), answer.headers)
+        return Whole.of(self._operation.status, encode(answer))
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    length = request.headers.get("content-length")
-    too_large = OctoError(f"The body may have at most {limit} bytes.", code="body_too_large")
+async def _read_body(scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
+    length = headers.get(b"content-length")
+    if length is None and b"transfer-encoding" not in headers and scope["http_version"] in ("1.0", "1.1"):
+        return b""  # RFC 9112 section 6.3: it has none
     if length is not None and length.isdigit() and int(length) > limit:
-        raise too_large
-    chunks: list[bytes] = []
-    size = 0
+        raise _too_large(limit)
+    body = b""
     try:
-        async with asyncio.timeout(60):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise too_large
-                chunks.append(chunk)
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise _too_large(limit)
+                if not message.get("more_body", False):
+                    return body
     except TimeoutError:
-        raise OctoError("The body did not arrive in 60 s.", code="invalid_body") from None
-    return b"".join(chunks)
+        raise OctoError(f"The body did not arrive in {BODY_SECONDS:g} s.", code="request_timeout") from None
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _too_large(limit: int) -> OctoError:
+    return OctoError(f"The body may have at most {limit} bytes.", code="body_too_large")
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:
@@ -324,7 +288,12 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
             await task
 
 
-def _id_or_new(text: str | None, ids: Ids, prefix: str) -> str:
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
+
+
+def _id_or_new(value: bytes | None, ids: Ids, prefix: str) -> str:
+    text = _text(value)
     return text if text and ID.fullmatch(text) else prefix + ids.hex()
 
 
@@ -338,11 +307,12 @@ def _where(error: BaseException) -> str:
 
 def build_app(kit: Kit, operations: Sequence[Operation], extra: Sequence[BaseRoute] = ()) -> Starlette:
     """Return the ASGI application of a service: its operations, and ``extra`` routes (health, pages, sockets)."""
-    gate = _Gate(kit.max_concurrent, kit.max_queued)
+    gate = Gate(kit.max_concurrent, kit.max_queued)
+    once = None if kit.idempotency is None else Once(kit.idempotency)
     routes: list[BaseRoute] = []
     by_path: dict[str, dict[str, Endpoint]] = {}
     for operation in operations:
-        by_path.setdefault(operation.path, {})[operation.method] = Endpoint(kit, operation, gate)
+        by_path.setdefault(operation.path, {})[operation.method] = Endpoint(kit, operation, gate, once)
     for path, methods in by_path.items():
         routes.append(Route(path, _Methods(methods), methods=list(methods)))
 
@@ -351,11 +321,34 @@ def build_app(kit: Kit, operations: Sequence[Operation], extra: Sequence[BaseRou
         code = "method_not_allowed" if status == 405 else "not_found"
         return problem_response(
             OctoError(f"{request.method} {request.url.path} is not served here.", code=code),
-            _id_or_new(request.headers.get("x-request-id"), kit.ids, "req-"),
+            _id_or_new(dict(request.scope["headers"]).get(b"x-request-id"), kit.ids, "req-"),
         )
 
     handlers: Any = {HTTPException: refuse}
-    return Starlette(routes=[*extra, *routes], exception_handlers=handlers)
+    direct = {
+        (operation.method, operation.path): by_path[operation.path][operation.method]
+        for operation in operations
+        if "{" not in operation.path
+    }
+    return _Application(direct, routes=[*extra, *routes], exception_handlers=handlers)
+
+
+class _Application(Starlette):
+    """Finds an operation by its method and path at once; everything else goes through the routes in turn."""
+
+    def __init__(self, direct: Mapping[tuple[str, str], Endpoint], **options: Any) -> None:
+        super().__init__(**options)
+        self._direct = direct
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            endpoint = None if self.user_middleware else self._direct.get((scope["method"], scope["path"]))
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+            if self.user_middleware and (exchange := take_exchange(scope)) is not None:
+                scope["extensions"][EXCHANGE] = Observed(exchange)
+        await super().__call__(scope, receive, send)
 
 
 class _Methods:

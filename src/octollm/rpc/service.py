@@ -25,7 +25,9 @@ from octollm.rpc.idempotency_remote import RemoteIdempotency
 from octollm.rpc.identity import Directory, Identity
 from octollm.rpc.openers import CapabilityOpener, PublicOpener
 from octollm.rpc.server import Kit, Opener, build_app
+from octollm.rpc.wire import PLAIN, Wire
 from octollm.telemetry import Buffer, Log, Metrics, Span, Tracer, log_for
+from octollm.telemetry.spans import SHARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class Base:
     directory: Directory
     tracer: Tracer
     spans: Buffer[Span]
-    advertised: str | None = None
     """Ended spans that are yet to be exported."""
+    wire: Wire
+    advertised: str | None = None
 
     @property
     def url(self) -> str:
@@ -61,15 +64,28 @@ class Base:
         return RemoteIdempotency(self.caller, self.identity.signer(), self.clock)
 
 
-def build_base(identity: Identity, http: Http, discovery: Discovery, *, url: str | None = None) -> Base:
-    """Return what the service ``identity`` is built on; ``url`` is where others reach this process of it."""
+def build_base(
+    identity: Identity,
+    http: Http,
+    discovery: Discovery,
+    *,
+    url: str | None = None,
+    trace_share: float = SHARE,
+    wire: Wire = PLAIN,
+) -> Base:
+    """Return what the service ``identity`` is built on; ``url`` is where others reach this process of it.
+
+    ``wire`` is how it is served; ``http`` has to be a client of it. ``trace_share`` is that of the calls outside tasks
+    that leave a trace.
+    """
+    log = log_for(identity.name)
     metrics = Metrics(identity.name)
     spans = Buffer[Span]()
-    tracer = Tracer(identity.name, identity.clock, spans)
+    tracer = Tracer(identity.name, identity.clock, spans, share=trace_share)
 
     def calling(found: Discovery) -> Caller:
         return Caller(
-            identity.name, http, found, clock=identity.clock, ids=identity.ids, metrics=metrics, tracer=tracer
+            identity.name, http, found, clock=identity.clock, ids=identity.ids, metrics=metrics, tracer=tracer, log=log
         )
 
     # The directory is asked of the orchestrator, whose address is set; it knows those of arms of one's own.
@@ -81,12 +97,13 @@ def build_base(identity: Identity, http: Http, discovery: Discovery, *, url: str
         discovery=discovery,
         clock=identity.clock,
         ids=identity.ids,
-        log=log_for(identity.name),
+        log=log,
         metrics=metrics,
         caller=calling(discovery),
         directory=directory,
         tracer=tracer,
         spans=spans,
+        wire=wire,
         advertised=url,
     )
 
@@ -111,7 +128,7 @@ class Service:
 
         Those get ``drain`` seconds, and are cancelled then.
         """
-        async with self.exporter.running(), serving(self.app, bound, drain=drain):
+        async with self.exporter.running(), serving(self.app, bound, drain=drain, wire=self.base.wire):
             self.base.log.info("service.started", address="{}:{}".format(*bound.getsockname()[:2]))
             try:
                 async with self.presence() if self.presence is not None else contextlib.nullcontext():
@@ -163,5 +180,5 @@ def build_service(
         metrics=base.metrics,
     )
     watched = {**(checkups or {}), **({"traces": exporter.checkup} if tells_export else {})}
-    own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], watched)
+    own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], watched, base.clock)
     return Service(base, kit, build_app(kit, [*own, *operations], extra), exporter, presence)

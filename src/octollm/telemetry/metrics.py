@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+from octollm.telemetry.tally import Tally
 
 
 class Metrics:
@@ -15,22 +15,7 @@ class Metrics:
         self.service = service
         self.registry = CollectorRegistry(auto_describe=False)
         registry = self.registry
-        self.requests = Counter(
-            "octollm_requests_total",
-            "Calls that were answered.",
-            ["service", "operation", "status"],
-            registry=registry,
-        )
-        self.request_seconds = Histogram(
-            "octollm_request_seconds",
-            "Seconds from a call's headers to the end of its answer.",
-            ["service", "operation"],
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.in_flight = Gauge(
-            "octollm_requests_in_flight", "Calls that are being served.", ["service"], registry=registry
-        )
+        self.served = Tally(service, registry)
         self.calls = Counter(
             "octollm_calls_total",
             "Calls to other services, by how they ended (a status or an error code).",
@@ -41,6 +26,12 @@ class Metrics:
             "octollm_call_retries_total",
             "Calls that were tried again.",
             ["service", "target"],
+            registry=registry,
+        )
+        self.ejections = Counter(
+            "octollm_ejections_total",
+            "Instances of other services that were taken out of use for a while, by why.",
+            ["service", "target", "reason"],
             registry=registry,
         )
         self.tasks = Counter("octollm_tasks_total", "Tasks that ended, by status.", ["status"], registry=registry)

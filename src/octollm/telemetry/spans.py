@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
+
+import msgspec
 
 from octollm.clock import Clock
 from octollm.context import Trace, current_scene, new_trace, set_scene
@@ -25,6 +28,13 @@ SpanValue = str | bool | int | float | tuple[str, ...]
 TENANT = "octollm.tenant"
 TASK = "octollm.task_id"
 """Attributes by which the monitor finds the spans of a task."""
+
+SHARE = 0.01
+"""Of the calls that come without a trace, those that begin one whose spans are kept."""
+SLOW_SECONDS = 1.0
+"""A call that took longer is kept in any case."""
+QUIET = frozenset({"health", "ready", "metrics", "traces.receive"})
+"""Operations that come every few seconds and say nothing new: they are not sampled, and logged for a developer only."""
 
 MAX_WAITING = 4096
 """Spans that wait in a process for their export; past it the oldest are dropped."""
@@ -99,12 +109,17 @@ class Buffer(Generic[T]):
 
 
 class Tracer:
-    """Makes the spans of one service. Without a buffer, and in a trace that is not sampled, nothing is kept."""
+    """Makes the spans of one service.
 
-    def __init__(self, service: str, clock: Clock, buffer: Buffer[Span] | None = None) -> None:
+    Kept are those of sampled traces, and of others what failed or was slow, by itself. Without a buffer nothing is.
+    ``share`` is that of the calls without a trace that begin a sampled one.
+    """
+
+    def __init__(self, service: str, clock: Clock, buffer: Buffer[Span] | None = None, *, share: float = SHARE) -> None:
         self._service = service
         self._clock = clock
         self._buffer = buffer
+        self._share = share
 
     def start(self, name: str, kind: SpanKind = "internal") -> Span:
         """Begin a span of the work at hand; :meth:`end` has to follow."""
@@ -121,14 +136,15 @@ class Tracer:
         return span
 
     def receive(self, name: str, caller: Trace | None, *, sampled: bool) -> Span:
-        """Begin the span of a call that is served. A call without a trace begins one, ``sampled`` or not."""
+        """Begin the span of a call that is served. A call without a trace begins one, ``sampled`` or by chance."""
         if caller is None:
+            sampled = sampled or (name not in QUIET and random.random() < self._share)  # noqa: S311  no secret
             return self._begin(name, "server", new_trace(sampled=sampled), "")
         return self._begin(name, "server", caller.child(), caller.span_id)
 
-    def end(self, span: Span) -> None:
-        """End a span, and hand it over to be exported."""
-        if self._buffer is not None and span.trace.sampled:
+    def end(self, span: Span, *, keep: bool = False) -> None:
+        """End a span, and hand it over to be exported; ``keep`` does so in a trace that is not sampled."""
+        if self._buffer is not None and (keep or span.trace.sampled):
             span.end_ns = span.start_ns + int((self._clock.monotonic() - span.began) * 1e9)
             self._buffer.put(span)
 
@@ -137,7 +153,7 @@ class Tracer:
         """Make what is done inside a span of its own; an exception that leaves it is why it failed."""
         before = current_scene()
         span = self.start(name, kind)
-        set_scene(replace(before, trace=span.trace))
+        set_scene(msgspec.structs.replace(before, trace=span.trace))
         try:
             yield span
         except BaseException as error:

@@ -22,7 +22,7 @@ from octollm.contracts.stream import NDJSON, Line
 from octollm.contracts.task import FileRef
 from octollm.errors import OctoError
 from octollm.rpc.decode import decode
-from octollm.rpc.http import Http
+from octollm.rpc.http1 import Http1
 from octollm.rpc.problems import error_from_response, error_of
 from octollm.rpc.shapes import encode
 from octollm.testing.arm_hosting import fake_models, hosted, served_arm, together
@@ -182,7 +182,7 @@ async def arm_test(
     script = Script(dict(answers or {}))
     scopes = scripted_scopes(arm.calls, script.answers)
     async with contextlib.AsyncExitStack() as stack:
-        http = await stack.enter_async_context(Http() if sockets else InMemoryHttp())
+        http = await stack.enter_async_context(Http1() if sockets else InMemoryHttp())
         house = Harness(http)
         house.books.tokens = max_tokens
         house.declarations = {**BUILT_IN_CALLS, **arm.declarations()}

@@ -48,6 +48,7 @@ from octollm.errors import OctoError
 from octollm.rpc.call import Call, Operation, Reply
 from octollm.rpc.hosting import listen
 from octollm.rpc.http import Answer, Http
+from octollm.rpc.http1 import Http1
 from octollm.rpc.identity import DirectoryAnswer, Identity
 from octollm.rpc.openers import ServiceOpener
 from octollm.rpc.service import Base, Service, build_base, build_service
@@ -180,7 +181,7 @@ class Harness:
 @contextlib.asynccontextmanager
 async def harness(*arms: str) -> AsyncGenerator[Harness]:
     """Yield a harness with its orchestrator served; ``arms`` are known to it besides the built-in services."""
-    async with Http() as http:
+    async with Http1() as http:
         house = Harness(http)
         house.keys |= {name: SigningKey.generate(name) for name in arms}
         async with house.serve(orchestrator_of(house)):
@@ -271,7 +272,10 @@ class _Keeper:
     async def complete(self, call: Call, update: ClaimUpdate) -> dict[str, object]:
         place = (call.peer, update.operation, update.key)
         digest, _ = self._house.books.claims[place]
-        self._house.books.claims[place] = (digest, ClaimAnswer("stored", update.run, update.status, update.answer))
+        self._house.books.claims[place] = (
+            digest,
+            ClaimAnswer("stored", update.run, update.status, update.answer, update.headers),
+        )
         return {}
 
     async def release(self, call: Call, update: ClaimUpdate) -> dict[str, object]:

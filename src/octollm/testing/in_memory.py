@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, MutableMapping
-from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -24,9 +23,7 @@ class InMemoryHttp(Http):
     def __init__(self) -> None:
         self.apps: dict[str, ASGIApp] = {}
 
-    async def __aexit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    async def aclose(self) -> None:
         """Close nothing."""
 
     @contextlib.asynccontextmanager
@@ -39,6 +36,7 @@ class InMemoryHttp(Http):
         if app is None:
             raise TransportError(f"{parts.netloc} is not there.", code="connect_failed", began=False)
         exchange = _Exchange(body or b"")
+        sent = headers if body is None else {**headers, "content-length": str(len(body))}
         scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -49,7 +47,7 @@ class InMemoryHttp(Http):
             "raw_path": parts.path.encode(),
             "query_string": parts.query.encode(),
             "root_path": "",
-            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+            "headers": [(name.lower().encode(), value.encode()) for name, value in sent.items()],
             "client": ("127.0.0.1", 1),
             "server": (parts.hostname, parts.port),
         }

@@ -18,7 +18,8 @@ from octollm.contracts.api import TaskView, TokenAnswer
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, TaskContract
-from octollm.rpc.http import Answer, Http
+from octollm.rpc.http import Answer
+from octollm.rpc.http1 import Http1
 from octollm.rpc.service import Base, Service
 from octollm.services.memory.service import memory_service
 from octollm.services.orchestrator.service import orchestrator_service
@@ -149,7 +150,7 @@ async def orchestra(
 ) -> AsyncGenerator[Orchestra]:
     settings = read_settings({"OCTOLLM_HOME": str(home), **environment}, tuple(SERVICES))
     async with contextlib.AsyncExitStack() as stack:
-        http = await stack.enter_async_context(Http())
+        http = await stack.enter_async_context(Http1())
         redis = await stack.enter_async_context(open_redis(settings.redis_url, servers=MemoryServers()))
         house = Harness(http)
         service = orchestrator_service(

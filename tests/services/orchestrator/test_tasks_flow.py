@@ -197,13 +197,17 @@ async def test_a_submission_cut_off_before_its_answer_is_not_done_twice(orch: Or
     first = await orch.submit({"goal": "once"}, idempotency_key="cut")
     # As after a crash between the task's transaction and the storing of the answer: the claim's lease ran out.
     path = orch.home / "data" / "orchestrator.db"
-    await asyncio.to_thread(_cut_off, path)
+    await asyncio.to_thread(_cut_off, path, first.task_id)
     again = await orch.submit({"goal": "once"}, idempotency_key="cut")
     assert again.task_id == first.task_id
 
 
-def _cut_off(path: Path) -> None:
+def _cut_off(path: Path, task_id: str) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
-        db.execute("UPDATE idempotency SET state = 'claimed', lease_until = 0 WHERE key = 'cut'")
+        db.execute(
+            "UPDATE idempotency SET state = 'claimed', lease_until = 0, headers = json_object('done', ?)"
+            " WHERE key = 'cut'",
+            (task_id,),
+        )
         db.execute("COMMIT")

@@ -24,7 +24,7 @@ from octollm.contracts.events import Event
 from octollm.errors import OctoError
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.hosting import listen, serving
-from octollm.rpc.http import Http
+from octollm.rpc.http1 import Http1
 from octollm.rpc.identity import Identity
 from octollm.rpc.problems import problem_response
 from octollm.rpc.service import Service, build_base
@@ -200,7 +200,7 @@ async def doorway(
     behind = listen("127.0.0.1", 0, "orchestrator")
     bound = listen("127.0.0.1", 0, "reflex")
     port = bound.getsockname()[1]
-    async with Http() as http, open_redis("memory://door") as redis, serving(app, behind):
+    async with Http1() as http, open_redis("memory://door") as redis, serving(app, behind):
         script.redis = redis
         urls = {"orchestrator": (f"http://127.0.0.1:{behind.getsockname()[1]}",)}
         base = build_base(Identity("reflex", key, {}, CLOCK, IDS), http, StaticDiscovery(urls))

@@ -19,7 +19,7 @@ from octollm.contracts.api import (
 )
 from octollm.errors import OctoError
 from octollm.rpc.call import Call, Operation
-from octollm.rpc.idempotency import Claimed, Conflict, InFlight, KeyOf, Stored, Unknown, check_key
+from octollm.rpc.idempotency import Claimed, Conflict, InFlight, Kept, KeyOf, Stored, Unknown, check_key
 from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.services.orchestrator.parameters import Done
 from octollm.services.orchestrator.revoking import Revoking
@@ -92,8 +92,8 @@ class ServicesApi:
         match outcome:
             case Claimed(run):
                 return ClaimAnswer("claimed", run)
-            case Stored(status, answer):
-                return ClaimAnswer("stored", 0, status, answer)
+            case Stored(kept):
+                return ClaimAnswer("stored", 0, kept.status, kept.answer, dict(kept.headers))
             case InFlight():
                 return ClaimAnswer("in_flight")
             case Conflict():
@@ -103,12 +103,12 @@ class ServicesApi:
 
     async def renew(self, call: Call, body: ClaimUpdate) -> Done:
         """Prolong a claim."""
-        await self.keys.renew(_key(call, body), body.run)
+        await self.keys.renew([(_key(call, body), body.run)])
         return Done()
 
     async def complete(self, call: Call, body: ClaimUpdate) -> Done:
         """Store a claimed call's answer."""
-        await self.keys.complete(_key(call, body), body.run, body.status, body.answer)
+        await self.keys.complete(_key(call, body), body.run, Kept(body.status, body.answer, body.headers))
         return Done()
 
     async def release(self, call: Call, body: ClaimUpdate) -> Done:

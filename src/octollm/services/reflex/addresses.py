@@ -11,7 +11,7 @@ LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 MAX_PATH = 1024
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
-_ENCODED_TRICKS = re.compile(rb"%(?:2f|5c|2e|00|25)", re.IGNORECASE)
+_ENCODED_TRICKS = re.compile(rb"%(?:2f|5c|2e|25|7f|[01][0-9a-f])", re.IGNORECASE)
 _PLAIN = re.compile(rb"[!-~]+")
 
 
@@ -44,7 +44,7 @@ class OurNames:
 
 
 def check_path(raw: bytes) -> None:
-    """Refuse a path with more than one meaning: ``//``, ``.``, ``..``, encoded slashes, dots, NUL or percent signs.
+    """Refuse a path with more than one meaning: ``//``, ``.``, ``..``, encoded slashes, dots, percent or control signs.
 
     ``raw`` is the path as it came, before any decoding. Raises ``invalid_parameter``.
     """

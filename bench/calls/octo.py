@@ -1,0 +1,182 @@
+"""This project's side: a service and a caller as an installation has them, and both without the policies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from octollm.capability import BUILT_IN_CALLS, Principal, RootMinter, SigningKey, TaskRef, closure, preset
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.context import Scene, new_trace, set_scene
+from octollm.installation.collector import settle_collector
+from octollm.resilience import Deadline
+from octollm.rpc.call import Call, Operation
+from octollm.rpc.caller import Outgoing, Target
+from octollm.rpc.discovery import StaticDiscovery
+from octollm.rpc.exporting import Exporter
+from octollm.rpc.hosting import listen, serving
+from octollm.rpc.http1 import Http1
+from octollm.rpc.idempotency_sql import SqlIdempotency
+from octollm.rpc.identity import Identity
+from octollm.rpc.service import Base, build_base, build_service
+from octollm.storage import open_database
+from octollm.storage.migrations import migrate
+from octollm.telemetry import Span, configure_logs
+from octollm.telemetry.otlp import encode_spans
+
+CLOCK = SystemClock()
+IDS = Uuid7Ids(CLOCK)
+SAMPLED = 0.01
+TOKEN_SECONDS = 10.0
+"""How long one access token is used, where it is not made for each call; it lives for a minute."""
+
+
+class Body(msgspec.Struct):
+    code: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Made before the processes part, so that both know them."""
+
+    root: SigningKey
+    coder: SigningKey
+    judge: SigningKey
+
+    @classmethod
+    def make(cls) -> Keys:
+        return cls(*(SigningKey.generate(name) for name in ("orchestrator", "coder", "judge")))
+
+    def identity(self, name: str) -> Identity:
+        key = self.coder if name == "coder" else self.judge
+        return Identity(name, key, {self.root.thumbprint: self.root.public}, CLOCK, IDS)
+
+    def granted(self) -> str:
+        """Return what the orchestrator sends coder with a step: the grant under which it may ask the judge."""
+        may, _ = closure("coder:execute", BUILT_IN_CALLS, preset("user"))
+        return RootMinter(self.root, CLOCK, IDS).access(
+            Principal("user-1", "cred-1", "default"),
+            "coder",
+            "coder:execute",
+            300,
+            task=TaskRef("task-" + "0" * 32, "s1", 1, 1),
+            may=may,
+            holder_jkt=self.coder.thumbprint,
+        )
+
+
+async def echo(_call: Call, body: Body) -> Body:
+    return body
+
+
+async def serve(port: int, keys: Keys, store: str | None) -> None:
+    """Serve the judge until cancelled; ``store`` is the URL of a database for keys."""
+    kind = "repeatable" if store else "safe"
+    operation = Operation(
+        "validate", "POST", "/validate", echo, scope="judge:validate", body=Body, answer=Body, kind=kind
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_logs(stack))
+        http = await stack.enter_async_context(Http1())
+        base = build_base(keys.identity("judge"), http, StaticDiscovery({"judge": ("http://judge",)}))
+        keeper = None
+        if store is not None:
+            db = await stack.enter_async_context(open_database(store, clock=CLOCK))
+            await migrate(db, "orchestrator")
+            keeper = SqlIdempotency(db, "bench")
+        service = build_service(base, [operation], idempotency=keeper)
+        await stack.enter_async_context(_exporting(base))
+        await stack.enter_async_context(serving(service.app, listen("127.0.0.1", port, "judge")))
+        settle_collector()
+        await asyncio.Event().wait()
+
+
+@contextlib.asynccontextmanager
+async def calling(
+    port: int, keys: Keys, size: int, *, sampled: float = SAMPLED, keyed: bool = False, minted: bool = False
+) -> AsyncGenerator[Callable[[], Awaitable[object]]]:
+    """A caller with everything on. ``minted`` makes a token for each call, else one serves for 10 s."""
+    body = msgspec.json.encode(Body("x" * size))
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_logs(stack))
+        http = await stack.enter_async_context(Http1())
+        identity = keys.identity("coder")
+        base = build_base(identity, http, StaticDiscovery({"judge": (f"http://127.0.0.1:{port}",)}))
+        await stack.enter_async_context(_exporting(base))
+        verified, delegator = identity.verifier().verify(keys.granted()), identity.delegator()
+        target = Target("judge", "judge.validate", "POST", "/validate", "repeatable" if keyed else "safe")
+        numbers = itertools.count()
+
+        def mint() -> str:
+            return delegator.delegate(verified, "judge", "judge:validate", keys.judge.thumbprint)
+
+        token, made = mint(), CLOCK.monotonic()
+        run = IDS.hex()
+
+        async def call() -> object:
+            nonlocal token, made
+            number = next(numbers)
+            if minted or CLOCK.monotonic() - made > TOKEN_SECONDS:
+                token, made = mint(), CLOCK.monotonic()
+            trace = new_trace(sampled=number % 100 < sampled * 100)
+            set_scene(Scene("coder", trace=trace, task_id="task-" + "0" * 32, tenant="default"))
+            key = f"{run}-{number}" if keyed else None
+            return await base.caller.answer(Outgoing(target, token, Deadline.after(CLOCK, 30), body, key), Body)
+
+        settle_collector()
+        yield call
+
+
+def _logs(stack: contextlib.AsyncExitStack) -> contextlib.AbstractContextManager[None]:
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    return configure_logs(Path(folder) / "log", level="info", clock=CLOCK)
+
+
+def _exporting(base: Base) -> contextlib.AbstractAsyncContextManager[None]:
+    async def encoded(spans: list[Span]) -> None:
+        encode_spans(spans, "bench")
+
+    return Exporter(base.spans, encoded, name="monitor", log=base.log, metrics=base.metrics).running()
+
+
+async def serve_bare(port: int) -> None:
+    """Serve the same answer with the parts underneath alone."""
+
+    async def answer(request: Request) -> Response:
+        body = msgspec.json.decode(await request.body(), type=Body)
+        return Response(msgspec.json.encode(body), media_type="application/json")
+
+    config = uvicorn.Config(
+        Starlette(routes=[Route("/validate", answer, methods=["POST"])]),
+        port=port,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+    )
+    await uvicorn.Server(config).serve()
+
+
+@contextlib.asynccontextmanager
+async def calling_bare(port: int, size: int) -> AsyncGenerator[Callable[[], Awaitable[object]]]:
+    body = msgspec.json.encode(Body("x" * size))
+    url = f"http://127.0.0.1:{port}/validate"
+    headers = {"content-type": "application/json"}
+    async with Http1() as http:
+
+        async def call() -> object:
+            answer = await http.send("POST", url, headers, body, seconds=30)
+            return msgspec.json.decode(answer.body, type=Body)
+
+        yield call

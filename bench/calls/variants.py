@@ -1,0 +1,66 @@
+"""What is measured: for each, what serves and what calls."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+from calls import octo, peers
+
+Client = AbstractAsyncContextManager[Callable[[], Awaitable[object]]]
+REFERENCE = "grpc.aio"
+FULL_GRPC = "grpc.aio, JWT and OpenTelemetry"
+WRITTEN = "as the decision has it"
+BARE = "bare"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``serve`` is given a port; ``calling`` a port and the size of a body."""
+
+    name: str
+    serve: Callable[[int], Awaitable[None]]
+    calling: Callable[[int, int], Client]
+    slow: bool = False
+    targets: tuple[tuple[str, float], ...] = ()
+    """By how much more calls a second than others: (the other, the ratio)."""
+
+
+def variants(keys: octo.Keys, sqlite: str, postgres: str | None) -> list[Variant]:
+    """Return them all; those whose server is not here are left out."""
+
+    def ours(
+        name: str, *, store: str | None = None, targets: tuple[tuple[str, float], ...] = (), **how: object
+    ) -> Variant:
+        return Variant(
+            name,
+            lambda port: octo.serve(port, keys, store),
+            lambda port, size: octo.calling(port, keys, size, keyed=store is not None, **how),  # type: ignore[arg-type]
+            targets=targets,
+        )
+
+    found = [
+        ours("everything on", targets=((REFERENCE, 2.5), (FULL_GRPC, 4), (WRITTEN, 20))),
+        ours("every call traced", targets=((REFERENCE, 2),), sampled=1.0),
+        ours("a new token each call", minted=True),
+        ours("key in SQLite", store=sqlite),
+    ]
+    if postgres is not None:
+        found.append(ours("key in PostgreSQL", store=postgres, targets=((REFERENCE, 0.7),)))
+    found += [
+        Variant(BARE, octo.serve_bare, octo.calling_bare),
+        Variant(
+            REFERENCE,
+            lambda port: peers.serve_grpc(port, everything=False),
+            lambda port, size: peers.calling_grpc(port, size, everything=False),
+        ),
+        Variant(
+            FULL_GRPC,
+            lambda port: peers.serve_grpc(port, everything=True),
+            lambda port, size: peers.calling_grpc(port, size, everything=True),
+        ),
+        Variant("FastAPI and httpx", peers.serve_fastapi, peers.calling_httpx),
+        Variant(WRITTEN, peers.serve_fastapi, peers.calling_as_written, slow=True),
+    ]
+    return found

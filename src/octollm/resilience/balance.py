@@ -1,0 +1,174 @@
+"""Which instance of a service is called: power of two choices over what is in flight and how long calls take.
+
+Of two instances chosen at random the less loaded one is called (Mitzenmacher, "The power of two choices in randomized
+load balancing", 2001). That needs no agreement between callers, and a slow instance is left alone after a few calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+
+from octollm.resilience.ejection import EjectionPolicy, Health, Outcome
+
+DECAY_SECONDS = 10.0
+"""How long a slow call is remembered: latency rises at once and falls with this time constant (peak EWMA)."""
+LEAST_SAMPLES = 3
+MAX_OPERATIONS = 64
+_UNKNOWN = 0.001
+_WELL_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class _Latency:
+    seconds: float
+    at: float
+    samples: int
+
+
+class Instance:
+    """One instance: what is under way there, how long calls took, whether it is well."""
+
+    def __init__(self, url: str, now: float) -> None:
+        self.url = url
+        self.in_flight = 0
+        self.busy_until = 0.0
+        """Until when the instance asked not to be called."""
+        self.health = Health()
+        self.latencies: dict[str, _Latency] = {}
+        self.forgiven_at = now
+
+    def load(self, operation: str, now: float) -> float:
+        """Return the seconds of work that are under way, with one call more.
+
+        What is known fades while nothing is heard: else one slow call would keep an instance from ever being asked.
+        """
+        latency = self.latencies.get(operation)
+        if latency is None:
+            return (self.in_flight + 1) * _UNKNOWN
+        faded = latency.seconds * math.exp(-max(0.0, now - latency.at) / DECAY_SECONDS)
+        return (self.in_flight + 1) * max(faded, _UNKNOWN)
+
+    def took(self, operation: str, seconds: float, now: float) -> None:
+        """Note how long a call took."""
+        latency = self.latencies.get(operation)
+        if latency is None:
+            if len(self.latencies) < MAX_OPERATIONS:
+                self.latencies[operation] = _Latency(seconds, now, 1)
+            return
+        if seconds >= latency.seconds:
+            latency.seconds = seconds
+        else:
+            share = math.exp(-max(0.0, now - latency.at) / DECAY_SECONDS)
+            # At least a tenth, so that many calls in a moment count as well.
+            latency.seconds += (seconds - latency.seconds) * max(0.1, 1.0 - share)
+        latency.at = now
+        latency.samples += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ejected:
+    """An instance was taken out of use for ``seconds``."""
+
+    url: str
+    reason: str
+    seconds: float
+
+
+class Balancer:
+    """The instances of one service. ``random`` returns an index below its argument."""
+
+    def __init__(self, random: Callable[[int], int], policy: EjectionPolicy | None = None) -> None:
+        self._random = random
+        self._policy = policy or EjectionPolicy()
+        self._urls: Sequence[str] = ()
+        self._instances: list[Instance] = []
+
+    @property
+    def instances(self) -> Sequence[Instance]:
+        """Return what is known, in the order of the addresses."""
+        return self._instances
+
+    def follow(self, urls: Sequence[str], now: float) -> None:
+        """Take over which instances there are; what is known of those that are gone is forgotten."""
+        if urls is self._urls or urls == self._urls:
+            return
+        known = {instance.url: instance for instance in self._instances}
+        self._instances = [known.get(url) or Instance(url, now) for url in dict.fromkeys(urls)]
+        self._urls = urls
+
+    def pick(self, operation: str, now: float, failed: Set[str] = frozenset()) -> Instance | None:
+        """Return the instance to call, whose :meth:`ended` has to follow; ``None`` when none may be called.
+
+        One in ``failed`` is chosen only where there is no other, and so is one that asked for a pause.
+        """
+        instances = self._instances
+        if len(instances) == 1:
+            chosen = instances[0]
+            if not chosen.health.allows(now):
+                return None
+        else:
+            allowed = [instance for instance in instances if instance.health.allows(now)]
+            if not allowed:
+                return None
+            fresh = [each for each in allowed if each.url not in failed and each.busy_until <= now]
+            probes = [each for each in fresh if each.health.ejected]
+            # One that may be well again is asked first: without calls it would never be back.
+            chosen = probes[0] if probes else self._less_loaded(fresh or allowed, operation, now)
+        chosen.health.probing(now, self._policy)
+        chosen.in_flight += 1
+        return chosen
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until an instance may be called."""
+        return min((instance.health.wait(now) for instance in self._instances), default=0.0)
+
+    def ended(self, instance: Instance, operation: str, outcome: Outcome, seconds: float, now: float) -> Ejected | None:
+        """Count a call that :meth:`pick` sent to ``instance``; return what became of the instance by it."""
+        instance.in_flight -= 1
+        if outcome == "answered":
+            instance.took(operation, seconds, now)
+        health, alone = instance.health, len(self._instances) == 1
+        if health.ejected and now - seconds < health.since:
+            return None  # it began before: the ejection was the answer to it and its like
+        if outcome == "erred" and alone:
+            outcome = "answered"  # what one operation cannot do must not close the others
+        slow = outcome in ("answered", "late") and self._is_slow(instance, operation, seconds)
+        health.count("unknown" if outcome == "late" and not slow else outcome, slow=slow)
+        if not health.due(self._policy):
+            if not health.ejected and now - max(instance.forgiven_at, health.since) > _WELL_SECONDS:
+                health.forgive()
+                instance.forgiven_at = now
+            return None
+        if not health.ejected and not self._may_eject(instance):
+            return None
+        reason = "slow" if health.slow else "failing"
+        return Ejected(instance.url, reason, health.eject(now, self._policy))
+
+    def _may_eject(self, instance: Instance) -> bool:
+        """Say whether one more may go: at most half of them, but a lone one that fails is not called for a while."""
+        if len(self._instances) == 1:
+            return instance.health.failures >= self._policy.failures
+        return sum(each.health.ejected for each in self._instances) < len(self._instances) // 2
+
+    def _is_slow(self, instance: Instance, operation: str, seconds: float) -> bool:
+        if seconds < self._policy.floor or len(self._instances) == 1:
+            return False
+        others = sorted(
+            latency.seconds
+            for each in self._instances
+            if each is not instance
+            and (latency := each.latencies.get(operation)) is not None
+            and latency.samples >= LEAST_SAMPLES
+        )
+        return bool(others) and seconds > self._policy.factor * others[len(others) // 2]
+
+    def _less_loaded(self, instances: Sequence[Instance], operation: str, now: float) -> Instance:
+        count = len(instances)
+        if count == 1:
+            return instances[0]
+        first = self._random(count)
+        second = (first + 1 + self._random(count - 1)) % count
+        one, other = instances[first], instances[second]
+        return one if one.load(operation, now) <= other.load(operation, now) else other

@@ -1,0 +1,53 @@
+"""What a server may offer beyond ASGI: a request that came whole is answered in one write, without messages.
+
+ASGI splits each request and answer into messages, each with a coroutine of its own. Most calls are one packet there
+and one back: a server that offers an :class:`Exchange` in the scope's extensions spares them that. Everything works
+without it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+from starlette.types import Scope
+
+EXCHANGE = "octollm.exchange"
+
+
+class Exchange(Protocol):
+    """One request and its answer."""
+
+    def whole_body(self) -> bytes | None:
+        """Return the body if all of it is here; ``receive`` is not to be used then. ``None`` if it is still coming."""
+        ...
+
+    def answer(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Send a whole answer, with the headers given; return false if it has to go through ``send``.
+
+        Raises ``ValueError`` for a header that would end the head early.
+        """
+        ...
+
+    def tell_when_gone(self, callback: Callable[[], None] | None) -> None:
+        """Have ``callback`` called once the connection is lost; ``None`` when nobody wants to know any more."""
+        ...
+
+
+class Observed:
+    """An exchange whose answers all go through ``send``, for applications with a middleware that has to see them."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.whole_body = exchange.whole_body
+        self.tell_when_gone = exchange.tell_when_gone
+
+    def answer(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Leave the answer to ``send``."""
+        del status, headers, body
+        return False
+
+
+def take_exchange(scope: Scope) -> Exchange | None:
+    """Return what the server offers, and take it out of the scope: they refer to each other."""
+    extensions = scope.get("extensions")
+    return None if not extensions else cast("Exchange | None", extensions.pop(EXCHANGE, None))

@@ -1,0 +1,235 @@
+"""The HTTP/1.1 client of service calls: pooled connections on the event loop itself.
+
+A client whose I/O is done elsewhere wakes another thread twice a call; this one parses in the loop of whoever calls.
+Redirects, cookies, proxies and compression are not its job: calls stay inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import re
+import ssl
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from octollm.errors import OctoError
+from octollm.rpc.http import (
+    CONNECT_SECONDS,
+    IDLE_SECONDS,
+    MAX_CONNECTIONS,
+    MAX_KEEPALIVE,
+    POOL_SECONDS,
+    Answer,
+    Http,
+    Streamed,
+    TransportError,
+    too_late,
+)
+from octollm.rpc.http1_connection import Connection
+
+_TARGET = re.compile(r"/[!-~]*")
+MAX_ORIGINS = 1024
+
+
+@dataclass(slots=True)
+class _Origin:
+    """Where connections go, and those that wait for a request, last used last."""
+
+    host: str
+    name: str
+    port: int
+    secure: bool
+    busy: int = 0
+    waiting: deque[asyncio.Future[None]] = field(default_factory=deque[asyncio.Future[None]])
+    idle: deque[tuple[Connection, float]] = field(default_factory=deque[tuple[Connection, float]])
+
+
+class Http1(Http):
+    """One pool for one process. ``tls`` is what ``https`` addresses are called with."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
+        self._origins: dict[str, _Origin] = {}
+        self._connections: set[Connection] = set()
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for connection in list(self._connections):
+            connection.close()
+        self._connections.clear()
+        self._origins.clear()
+
+    async def send(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> Answer:
+        """Send a request and read the whole answer, without what a stream of it would cost."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        origin, request = self._prepare(method, url, headers, body)
+        connection = await self._take(origin, until)
+        # No timeout that cancels: the timer fails the connection, and with it whoever waits for it.
+        timer = loop.call_at(until, _fail_late, connection, origin.host, seconds)
+        try:
+            connection.write(request, head=method == "HEAD")
+            whole = await connection.whole()
+            return Answer(connection.status, connection.headers, whole)
+        finally:
+            timer.cancel()
+            self._give(origin, connection)
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> AsyncGenerator[Streamed]:
+        """Send a request and hand over its answer as it comes."""
+        origin, request = self._prepare(method, url, headers, body)
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._take(origin, math.inf)
+                try:
+                    connection.write(request, head=method == "HEAD")
+                    await connection.headed()
+                    yield Streamed(connection.status, connection.headers, _chunks(connection))
+                finally:
+                    self._give(origin, connection)
+        except TimeoutError as error:
+            raise too_late(origin.host, seconds) from error
+
+    def _prepare(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> tuple[_Origin, bytes]:
+        scheme, _, rest = url.partition("://")
+        host, slash, target = rest.partition("/")
+        target = slash + target or "/"
+        if _TARGET.fullmatch(target) is None:
+            raise ValueError(f"{target!r} cannot be asked for: it is not percent-encoded")
+        at = f"{scheme}://{host}"
+        origin = self._origins.get(at)
+        if origin is None:
+            origin = self._origins[at] = self._origin(at, host)
+        lines = [f"{method} {target} HTTP/1.1", f"host: {origin.host}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if body is not None or method in ("POST", "PUT", "PATCH"):
+            lines.append(f"content-length: {len(body or b'')}")
+        head = "\r\n".join(lines)
+        breaks = len(lines) - 1
+        if head.count("\n") != breaks or head.count("\r") != breaks or "\0" in head:
+            raise OctoError("A header of the call has a line break.", code="invalid_header")
+        return origin, head.encode("latin-1") + b"\r\n\r\n" + (body or b"")
+
+    def _origin(self, at: str, host: str) -> _Origin:
+        parts = urlsplit(at)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in host:
+            raise ValueError(f"{at} is no address of a service")
+        if len(self._origins) >= MAX_ORIGINS:
+            # Addresses come and go; those that nothing is under way to are forgotten.
+            for key, known in list(self._origins.items()):
+                if not known.idle and not known.busy:
+                    del self._origins[key]
+        secure = parts.scheme == "https"
+        return _Origin(host, parts.hostname, parts.port or (443 if secure else 80), secure)
+
+    async def _take(self, origin: _Origin, until: float) -> Connection:
+        """Return a connection, within what is left of the time of the loop; :meth:`_give` gives it back."""
+        await self._place(origin, until)
+        try:
+            while origin.idle:
+                connection, _ = origin.idle.pop()
+                if connection.idle:
+                    return connection
+                self._connections.discard(connection)
+            return await self._connect(origin, until)
+        except BaseException:
+            self._free(origin)
+            raise
+
+    async def _place(self, origin: _Origin, until: float) -> None:
+        if origin.busy < MAX_CONNECTIONS:
+            origin.busy += 1
+            return
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        origin.waiting.append(waiter)
+        try:
+            async with asyncio.timeout_at(min(until, loop.time() + POOL_SECONDS)):
+                await waiter  # whoever ends a request hands its place over
+        except BaseException as error:
+            if waiter.done() and not waiter.cancelled():
+                self._free(origin)
+            if not isinstance(error, TimeoutError):
+                raise
+            if loop.time() >= until:
+                raise too_late(origin.host, POOL_SECONDS) from error
+            raise TransportError(
+                f"No connection to {origin.host} came free in {POOL_SECONDS:g} s.", code="pool_timeout", began=False
+            ) from error
+
+    def _free(self, origin: _Origin) -> None:
+        while origin.waiting:
+            waiter = origin.waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        origin.busy -= 1
+
+    async def _connect(self, origin: _Origin, until: float) -> Connection:
+        loop = asyncio.get_running_loop()
+        tls = (self._tls or ssl.create_default_context()) if origin.secure else None
+        began = loop.time()
+        try:
+            async with asyncio.timeout_at(min(until, began + CONNECT_SECONDS)):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(origin.host), origin.name, origin.port, ssl=tls
+                )
+        except TimeoutError as error:
+            if loop.time() >= until:
+                raise too_late(origin.host, until - began) from error
+            raise TransportError(
+                f"{origin.host} did not accept a connection in {CONNECT_SECONDS:g} s.",
+                code="connect_timeout",
+                began=False,
+            ) from error
+        except OSError as error:
+            raise TransportError(f"{origin.host} could not be reached.", code="connect_failed", began=False) from error
+        self._connections.add(connection)
+        return connection
+
+    def _give(self, origin: _Origin, connection: Connection) -> None:
+        reusable = connection.release()
+        if reusable:
+            origin.idle.append((connection, asyncio.get_running_loop().time()))
+        else:
+            self._connections.discard(connection)
+        self._free(origin)
+        if len(origin.idle) > MAX_KEEPALIVE:
+            self._drop(origin)
+        if reusable and self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._sweep_idle)
+
+    def _drop(self, origin: _Origin) -> None:
+        connection, _ = origin.idle.popleft()
+        connection.close()
+        self._connections.discard(connection)
+
+    def _sweep_idle(self) -> None:
+        loop = asyncio.get_running_loop()
+        before = loop.time() - IDLE_SECONDS
+        for origin in self._origins.values():
+            while origin.idle and origin.idle[0][1] <= before:
+                self._drop(origin)
+        waiting = any(origin.idle for origin in self._origins.values())
+        self._sweep = loop.call_later(IDLE_SECONDS / 4, self._sweep_idle) if waiting else None
+
+
+def _fail_late(connection: Connection, host: str, seconds: float) -> None:
+    connection.fail(too_late(host, seconds))
+
+
+async def _chunks(connection: Connection) -> AsyncIterator[bytes]:
+    while (chunk := await connection.chunk()) is not None:
+        yield chunk

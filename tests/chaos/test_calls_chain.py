@@ -1,0 +1,120 @@
+"""A asks B, which asks C: what is left of the time goes along, and what nobody waits for any more stops everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from call_kit import Realm, outgoing
+
+from octollm.errors import OctoError
+from octollm.resilience import RetryPolicy
+from octollm.rpc.call import Call, Operation
+from octollm.rpc.caller import Caller, Outgoing
+from octollm.testing import wait_until
+
+pytestmark = pytest.mark.usefixtures("every_wire")
+
+
+class Nothing(msgspec.Struct):
+    pass
+
+
+@dataclass
+class Chain:
+    """Three services; the last works for ever, and tells when it began, what was left, and when it ended."""
+
+    realm: Realm
+    first: str = ""
+    left: list[float] = field(default_factory=list[float])
+    began: list[float] = field(default_factory=list[float])
+    ended: dict[str, float] = field(default_factory=dict[str, float])
+
+    async def last(self, call: Call, _body: Nothing) -> Nothing:
+        self.began.append(time.monotonic())
+        self.left.append(call.deadline.left())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.ended["c"] = time.monotonic()
+        raise AssertionError
+
+    def operation(self, handler: object) -> Operation:
+        return Operation(
+            "execute",
+            "POST",
+            "/execute",
+            handler,
+            scope="coder:execute",
+            body=Nothing,
+            answer=Nothing,  # type: ignore[arg-type]
+        )
+
+    def passing(self, name: str, caller: Caller) -> Operation:
+        async def ask(call: Call, _body: Nothing) -> Nothing:
+            try:
+                made = outgoing(self.operation(None), call.bearer)
+                return await caller.answer(Outgoing(made.target, made.bearer, call.deadline, made.body), Nothing)
+            finally:
+                self.ended[name] = time.monotonic()
+
+        return self.operation(ask)
+
+
+@contextlib.asynccontextmanager
+async def chain() -> AsyncGenerator[Chain]:
+    realm = Realm.make()
+    made = Chain(realm)
+    once = RetryPolicy(attempts=1)
+    async with contextlib.AsyncExitStack() as stack:
+        url = await stack.enter_async_context(realm.replica([made.operation(made.last)]))
+        for name in ("b", "a"):
+            caller = await stack.enter_async_context(realm.caller(url, retry=once))
+            url = await stack.enter_async_context(realm.replica([made.passing(name, caller)]))
+        made.first = url
+        yield made
+
+
+def handlers() -> int:
+    """Count the calls being served and made in this process."""
+    return sum("run_asgi" in str(task.get_coro()) for task in asyncio.all_tasks())
+
+
+async def test_the_last_of_a_chain_sees_what_is_left_and_all_stop_with_it() -> None:
+    async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(attempts=1)) as caller:
+        began = time.monotonic()
+        with pytest.raises(OctoError) as caught:
+            await caller.answer(outgoing(made.operation(None), made.realm.token(), seconds=0.2), Nothing)
+        stopped = time.monotonic()
+        assert caught.value.code == "deadline_exceeded"
+        assert 0 < made.left[0] < 0.2
+        await wait_until(lambda: set(made.ended) == {"a", "b", "c"}, description="all three stopped")
+        await wait_until(lambda: handlers() == 0, description="no task is left")
+        # Nothing waits longer than the time that was given, but for what a busy machine adds.
+        latest = max(*made.ended.values(), stopped)
+        assert latest - began < 2
+
+
+@pytest.mark.parametrize("how", ["cancelled", "cut"])
+async def test_a_caller_that_leaves_stops_the_last_of_a_chain(how: str) -> None:
+    async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(attempts=1)) as caller:
+        calling = asyncio.create_task(
+            caller.answer(outgoing(made.operation(None), made.realm.token(), seconds=60), Nothing)
+        )
+        await wait_until(lambda: bool(made.began), description="the last one works")
+        if how == "cancelled":
+            calling.cancel()
+        else:
+            await caller._http.aclose()  # every connection is gone at once, as when a process is killed
+        left = time.monotonic()
+        await asyncio.wait({calling})
+        if not calling.cancelled():
+            assert isinstance(calling.exception(), OctoError)
+        await wait_until(lambda: set(made.ended) == {"a", "b", "c"}, description="all three stopped")
+        await wait_until(lambda: handlers() == 0, description="no task is left")
+        assert max(made.ended.values()) - left < 2  # far below the 60 s that were left

@@ -1,0 +1,84 @@
+"""Services of a test's own operations over real sockets, opened by capabilities, and callers of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from wires import CURRENT
+
+from octollm.capability import Principal, RootMinter, SigningKey
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.resilience import Deadline, EjectionPolicy, RetryPolicy
+from octollm.rpc.call import Operation
+from octollm.rpc.caller import Caller, Outgoing, Target
+from octollm.rpc.discovery import StaticDiscovery
+from octollm.rpc.hosting import listen
+from octollm.rpc.http import Http
+from octollm.rpc.idempotency import IdempotencyStore
+from octollm.rpc.identity import Identity
+from octollm.rpc.service import Base, build_base, build_service
+
+CLOCK = SystemClock()
+IDS = Uuid7Ids(CLOCK)
+
+
+@dataclass(frozen=True)
+class Realm:
+    """The keys of the root and of one service, all of whose replicas share them."""
+
+    root: SigningKey
+    service: SigningKey
+
+    @classmethod
+    def make(cls) -> Realm:
+        return cls(SigningKey.generate("orchestrator"), SigningKey.generate("coder"))
+
+    def base(self, http: Http, urls: dict[str, tuple[str, ...]] | None = None) -> Base:
+        identity = Identity("coder", self.service, {self.root.thumbprint: self.root.public}, CLOCK, IDS)
+        return build_base(identity, http, StaticDiscovery(urls or {"coder": ("http://coder",)}), wire=CURRENT.wire)
+
+    def token(self, *, sub: str = "user-1", tenant: str = "default") -> str:
+        return RootMinter(self.root, CLOCK, IDS).access(Principal(sub, "cred-1", tenant), "coder", "coder:execute", 300)
+
+    @contextlib.asynccontextmanager
+    async def replica(
+        self,
+        operations: Sequence[Operation],
+        *,
+        store: IdempotencyStore | None = None,
+        max_concurrent: int = 64,
+        urls: dict[str, tuple[str, ...]] | None = None,
+    ) -> AsyncGenerator[str]:
+        """Serve a replica; yield its URL."""
+        bound = listen("127.0.0.1", 0, "coder")
+        async with CURRENT.client() as http:
+            service = build_service(self.base(http, urls), operations, idempotency=store, max_concurrent=max_concurrent)
+            async with service.serve(bound, drain=0):
+                yield CURRENT.url(bound.getsockname()[1])
+
+    @contextlib.asynccontextmanager
+    async def caller(
+        self, *urls: str, retry: RetryPolicy | None = None, ejection: EjectionPolicy | None = None
+    ) -> AsyncGenerator[Caller]:
+        async with CURRENT.client() as http:
+            base = self.base(http)
+            yield Caller(
+                "tester",
+                http,
+                StaticDiscovery({"coder": urls}),
+                clock=CLOCK,
+                ids=IDS,
+                metrics=base.metrics,
+                retry=retry,
+                ejection=ejection,
+            )
+
+
+def outgoing(
+    operation: Operation, token: str, *, seconds: float = 10, key: str | None = None, body: bytes = b"{}"
+) -> Outgoing:
+    """Return a call of an operation of ``coder``."""
+    target = Target("coder", operation.name, operation.method, operation.path, operation.kind)
+    return Outgoing(target, token, Deadline.after(CLOCK, seconds), body, key)
