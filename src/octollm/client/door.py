@@ -67,6 +67,7 @@ class Door:
         self._retry = retry or RetryPolicy(attempts=4)
         self.clock = clock
         self.ids = ids
+        self.tls = tls
         self._http = Http1(tls)
 
     def __repr__(self) -> str:

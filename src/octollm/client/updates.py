@@ -83,6 +83,7 @@ def _connected(door: Door, url: str, task_id: str, position: Position, silence: 
     # http:// → ws://, https:// → wss://
     return connect(
         f"ws{url.removeprefix('http')}/ws/tasks/{quote(task_id, safe='')}?{position.query()}",
+        ssl=door.tls if url.startswith("https:") else None,
         additional_headers=door.headers,
         max_size=_MAX_FRAME,
         compression=None,

@@ -1,0 +1,56 @@
+"""A whole installation in mutual TLS and HTTP/2: `octollm up`, and the command line as its client."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from cli_support import CODE, GOAL
+from wires import certificates
+
+pytestmark = pytest.mark.sandbox
+
+
+@pytest.fixture
+def secured(place):
+    """Put TLS into the place's settings, before anything starts there."""
+    tls = certificates()
+    place.settings |= {
+        "OCTOLLM_HTTP": "2",
+        "OCTOLLM_TLS_CERT": str(tls.certificate),
+        "OCTOLLM_TLS_KEY": str(tls.key),
+        "OCTOLLM_TLS_CA": str(tls.ca),
+        "OCTOLLM_TLS_MUTUAL": "on",
+    }
+    return place
+
+
+async def test_a_goal_is_done_over_http2_in_tls(secured, up):
+    ended = await secured.run("run", GOAL, "--json")
+    assert ended.code == 0, ended.err
+    assert CODE in json.loads(ended.out)["output"]
+    checked = await secured.run("doctor")
+    assert checked.code == 0, checked.out + checked.err
+    # A browser shows no certificate: the door wants none. Every other service does.
+    async with httpx.AsyncClient(verify=secured.verify) as client:
+        assert (await client.get(f"{secured.door}/health")).status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            await client.get(f"https://127.0.0.1:{8001 + secured.shift}/health")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"OCTOLLM_TLS_KEY": ""}, "set both OCTOLLM_TLS_CERT and OCTOLLM_TLS_KEY"),
+        ({"OCTOLLM_TLS_CA": "/nowhere.pem"}, "OCTOLLM_TLS_CA (/nowhere.pem)"),
+        ({"OCTOLLM_TLS_CERT": "/nowhere.pem"}, "No such file"),
+        ({"OCTOLLM_HTTP": "3"}, "one of 1.1, 2"),
+    ],
+)
+async def test_settings_that_do_not_fit_are_refused_with_what_to_do(secured, change, words):
+    secured.settings |= change
+    ended = await secured.run("up")
+    assert ended.code == 2
+    assert words in ended.err
+    assert "Traceback" not in ended.err
