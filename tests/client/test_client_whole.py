@@ -207,13 +207,19 @@ async def test_the_log_survives_cuts(world):
     assert [seq for seq in seen if seq <= whole[-1].seq] == [event.seq for event in whole]
 
 
-def test_no_thread_is_left_and_a_closed_client_says_so(world):
-    before = set(threading.enumerate())
+def client_threads():
+    return {thread for thread in threading.enumerate() if thread.name == "octollm-client"}
+
+
+def test_no_thread_is_left_and_a_closed_client_says_so(world, caplog):
+    before = client_threads()
     with octollm.connect_sync(world.url) as octo:
         octo.health()
         events = octo.events()
         next(events)
-    assert set(threading.enumerate()) == before
+        assert client_threads() > before
+    assert client_threads() == before
+    assert not [record for record in caplog.records if "asynchronous generator" in record.message]
     events.close()
     with pytest.raises(OctoError, match="closed"):
         octo.health()
@@ -238,6 +244,7 @@ ELSEWHERE = {
     ("GET", "/tasks/{task_id}/events"): "the frames of the WebSocket, which updates() reads",
     ("GET", "/metrics"): "for Prometheus",
     ("GET", "/openapi.json"): "for tools",
+    ("GET", "/docs"): "for readers",
     ("GET", "/.well-known/jwks.json"): "for those who verify tokens",
 }
 """What the door offers that needs no method, and why."""

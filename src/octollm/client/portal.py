@@ -23,6 +23,7 @@ class Portal:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._open: set[AsyncGenerator[Any]] = set()
         # A program that forgets to close is not kept from ending.
         self._thread = threading.Thread(target=self._serve, name="octollm-client", daemon=True)
         self._thread.start()
@@ -54,21 +55,29 @@ class Portal:
 
     def iterate(self, items: AsyncGenerator[T]) -> Iterator[T]:
         """Yield what ``items`` yields; leaving early closes them."""
+        self._open.add(items)
         try:
             while (item := self.run(_next(items))) is not _END:
                 yield cast("T", item)
         finally:
+            self._close_items(items)
+
+    def close(self) -> None:
+        """Close what is being yielded, cancel what still runs, and end the thread. Calling it again does nothing."""
+        if self._thread.is_alive():
+            for items in tuple(self._open):
+                self._close_items(items)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def _close_items(self, items: AsyncGenerator[Any]) -> None:
+        if items in self._open:
+            self._open.discard(items)
             closing = self._start(_close(items))
             # The garbage collector may come here on any thread: the loop's own must not wait for itself.
             if closing is not None and threading.current_thread() is not self._thread:
                 with contextlib.suppress(CancelledError, TimeoutError):
                     closing.result(_CANCEL_SECONDS)
-
-    def close(self) -> None:
-        """Cancel what still runs and end the thread. Calling it again does nothing."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T] | None:
         """Hand ``work`` to the loop; ``None`` when the portal is closed."""
@@ -95,7 +104,9 @@ async def _next(items: AsyncGenerator[object]) -> object:
 
 
 async def _close(items: AsyncGenerator[object]) -> None:
-    await items.aclose()
+    # One that another thread waits on is busy; it is cancelled with all that runs.
+    with contextlib.suppress(RuntimeError):
+        await items.aclose()
 
 
 def _closed() -> OctoError:
