@@ -43,6 +43,8 @@ class ArmOperation:
     answer: Any
     summary: str
     timeout: float
+    example: object = None
+    codes: Sequence[str] = ()
 
 
 class Arm:
@@ -140,13 +142,20 @@ class Arm:
         return {f"{self.name}:{declared.name}": calls for declared in self.operations}
 
     def operation(
-        self, name: str | None = None, *, kind: OperationKind = "repeatable", timeout: float = OPERATION_SECONDS
+        self,
+        name: str | None = None,
+        *,
+        kind: OperationKind = "repeatable",
+        timeout: float = OPERATION_SECONDS,
+        example: object = None,
+        codes: Sequence[str] = (),
     ) -> Callable[[H], H]:
         """Declare ``async def handler(body, ctx)`` as an operation; its name is the function's unless given.
 
         ``kind`` is ``safe`` for one without effects, ``once`` for one that must never be done twice. ``timeout`` is
         in seconds, for a caller that names no deadline. ``execute`` is what the orchestrator calls with a ``Task``;
-        whatever it answers becomes an ``ExecuteResult``. Raises ``arm_invalid``.
+        whatever it answers becomes an ``ExecuteResult``. ``example`` is a body and ``codes`` are error codes that the
+        arm's description tells of. Raises ``arm_invalid``.
         """
 
         def declare(handler: H) -> H:
@@ -154,7 +163,7 @@ class Arm:
             check_operation(self.name, called, kind, (declared.name for declared in self.operations))
             body, answer = types_of(self.name, called, handler)
             summary = (inspect.getdoc(handler) or "").split("\n", 1)[0]
-            self.operations.append(ArmOperation(called, handler, kind, body, answer, summary, timeout))
+            self.operations.append(ArmOperation(called, handler, kind, body, answer, summary, timeout, example, codes))
             return handler
 
         return declare

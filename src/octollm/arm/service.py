@@ -12,9 +12,12 @@ from octollm.arm.context import Context
 from octollm.arm.foreign import problem_in
 from octollm.arm.presence import ArmPresence
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import About, Call, Operation
 from octollm.rpc.health import CheckUp
 from octollm.rpc.service import Base, Service, build_service
+
+_CODES = ("authority_missing", "budget_exhausted", "model_failed", "model_output_invalid", "no_model")
+"""What an arm may pass on of what it calls."""
 
 
 def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = None) -> Service:
@@ -48,6 +51,7 @@ def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = 
             answer=answer_type(declared),
             summary=declared.summary,
             timeout=declared.timeout,
+            about=About(codes=(*_CODES, *declared.codes), example=declared.example),
         )
 
     async def card(_call: Call, _body: object) -> AgentCard:
@@ -60,6 +64,7 @@ def build_arm(arm: Arm, base: Base, *, checkups: Mapping[str, CheckUp] | None = 
         card,
         auth="public",
         answer=AgentCard,
+        cacheable=True,
         limited=False,
         max_body=0,
         summary="What this arm is and does.",

@@ -26,6 +26,7 @@ from octollm.errors import OctoError, SettingError
 from octollm.resilience import Deadline, Failure, RetryPolicy
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
 from octollm.rpc.http1 import Http1
+from octollm.rpc.kept import HELD, Kept, key_of
 
 T = TypeVar("T")
 
@@ -69,6 +70,7 @@ class Door:
         self.ids = ids
         self.tls = tls
         self._http = Http1(tls)
+        self._kept = Kept()
 
     def __repr__(self) -> str:
         return f"Door({', '.join(self._urls)})"
@@ -147,11 +149,16 @@ class Door:
     ) -> Answer:
         url = self.url
         headers["X-Timeout-Ms"] = deadline.header()
+        headers.pop(HELD, None)
+        key = key_of(path, "")
+        kept = self._kept.asking(key, headers) if method == "GET" else None
         try:
             answer = await self._http.send(method, url + path, headers, body, seconds=deadline.left())
         except OctoError as error:
             self.leave(url)
             raise _unanswered(error, url) from error
+        if method == "GET":
+            answer = self._kept.told(key, kept, answer)
         if answer.status < 400 or answer.status in accepted:
             return answer
         refusal = error_of_answer(answer)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from octollm.contracts.events import Event
+from octollm.contracts.numbers import Count
 from octollm.contracts.problems import FieldFault
 from octollm.contracts.task import Artifact, Budget, Evidence, FileRef, StepStatus, TaskStatus, Usage
+
+
+class Done(msgspec.Struct, frozen=True):
+    """It was done."""
+
+    status: str = "ok"
 
 
 class Reason(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -200,8 +208,8 @@ class ReserveRequest(msgspec.Struct, frozen=True):
 
     bearer: str
     key: str
-    prompt_tokens: int
-    max_completion_tokens: int | None
+    prompt_tokens: Count
+    max_completion_tokens: Count | None
     model: str
     token_usd: float | None = None
 
@@ -250,8 +258,8 @@ class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     subject: str
     operation: str
     key: str
-    run: int
-    status: int = 0
+    run: Count
+    status: Annotated[int, Meta(ge=0, le=599)] = 0
     answer: bytes = b""
     headers: dict[str, str] = {}
 

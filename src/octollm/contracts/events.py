@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from octollm.contracts.numbers import Count
+
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=False):
     """One event on the wire. ``data`` is JSON whose schema its type declares.
@@ -21,9 +23,9 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=False):
     id: str
     tenant: str
     subject: str
-    seq: int = 0
-    prev: int = 0
-    version: int = 0
+    seq: Count = 0
+    prev: Count = 0
+    version: Count = 0
     correlation_id: str = ""
     traceparent: str = ""
 

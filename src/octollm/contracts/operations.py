@@ -129,6 +129,10 @@ class DocumentOut(msgspec.Struct, frozen=True):
     lines: int
 
 
+FILE_NAME = "The file's name, percent-encoded (RFC 3986)."
+"""What the header ``X-File-Name`` is for."""
+
+
 class StoredFile(msgspec.Struct, frozen=True):
     """``orchestrator POST /files``: a stored file's address."""
 

@@ -6,12 +6,25 @@ from typing import Literal
 
 import msgspec
 
+from octollm.contracts.numbers import Count
+
 MAX_GOAL = 32_000
 """Characters of a goal."""
 MAX_FILES = 32
 """Files of a task."""
 MAX_FILE_BYTES = 20 * 1024 * 1024
 """Bytes of one file."""
+
+SUBMIT_CODES = (
+    "arm_unknown",
+    "authority_missing",
+    "budget_invalid",
+    "deadline_invalid",
+    "file_invalid",
+    "file_not_found",
+    "goal_invalid",
+)
+"""What a submission may be refused for, besides what any call may be."""
 
 TaskStatus = Literal["accepted", "planning", "running", "waiting", "completed", "failed", "cancelled"]
 StepStatus = Literal["pending", "running", "completed", "failed", "cancelled"]
@@ -50,8 +63,8 @@ class Budget(msgspec.Struct, frozen=True, omit_defaults=True):
 class Usage(msgspec.Struct, frozen=True):
     """What was used; tokens as the model's tokenizer counts them."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
     cost_usd: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:

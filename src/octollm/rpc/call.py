@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ from octollm.resilience import Deadline
 from octollm.telemetry import Span
 
 Auth = Literal["capability", "service", "public", "door"]
+JSON = "application/json"
 
 
 class Emitter(Protocol):
@@ -59,6 +60,8 @@ class Call(msgspec.Struct, frozen=True):
     key: str | None = None
     """The ``Idempotency-Key``, when one was sent."""
     body: bytes = b""
+    query: Any = None
+    """The query of the URL, in the type that the operation names for it."""
     emit: Emitter = msgspec.field(default_factory=Silent)
 
     @property
@@ -88,12 +91,30 @@ Handler = Callable[[Call, Any], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class About:
+    """What the description of an operation says besides its types."""
+
+    media: str = JSON
+    """The media type of the answer."""
+    stream: str = ""
+    """The media type of the answer where it is asked for as it comes, if that is another."""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Headers that it reads, besides those of every call: what each is for."""
+    codes: Sequence[str] = ()
+    """Error codes of its own, besides those that follow from how it is opened and what it takes."""
+    also: Sequence[int] = ()
+    """Further statuses that come with the same type of answer."""
+    example: object = None
+    """A body that can be sent."""
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """An operation of a service: a typed async function and what opens it.
 
     ``scope`` may hold ``{names}`` of path parameters: they become selectors. ``body`` is ``None`` when there is
     none, or ``bytes`` for raw ones. The handler returns a value that becomes JSON, a :class:`Reply`, or a
-    Starlette response.
+    Starlette response. ``about`` is what only its description needs.
     """
 
     name: str
@@ -103,9 +124,15 @@ class Operation:
     scope: str = ""
     kind: OperationKind = "safe"
     auth: Auth = "capability"
+    query: Any = None
+    """A Struct of what the query may hold."""
     body: Any = None
     answer: Any = None
     status: int = 200
+    raw: bool = False
+    """The body is handed over as it came; ``body`` only describes it."""
+    cacheable: bool = False
+    """Answers have an ETag, and a caller who has that answer is told so with 304 (RFC 9110 section 13.1.2)."""
     strict: bool = False
     max_body: int = 4 * 1024 * 1024
     limited: bool = True
@@ -115,6 +142,12 @@ class Operation:
     timeout: float = 300.0
     """Seconds for a call that names no deadline."""
     summary: str = ""
+    about: About = field(default_factory=About)
+
+    @property
+    def streams(self) -> bool:
+        """Say whether it answers in lines where the caller wants them: what is handed on, or is no JSON, does not."""
+        return self.answer is not None and not self.raw and self.about.media == JSON
 
 
 @dataclass(frozen=True, slots=True)

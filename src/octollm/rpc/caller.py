@@ -30,6 +30,7 @@ from octollm.resilience import (
 )
 from octollm.rpc.discovery import Discovery
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
+from octollm.rpc.kept import Kept, key_of
 from octollm.rpc.lines import OnLine, Told, raise_refusal, read_lines
 from octollm.rpc.problems import error_from_response
 from octollm.rpc.shapes import model_of
@@ -118,6 +119,7 @@ class Caller:
         self._retry = retry or RetryPolicy()
         self._log = log
         self._ejection = ejection or EjectionPolicy()
+        self._kept = Kept()
         self._peers: dict[str, _Peer] = {}
         self._counters: dict[tuple[str, str, str], Counter] = {}
 
@@ -143,14 +145,15 @@ class Caller:
 
     async def send(self, call: Outgoing) -> Answer:
         """Make a call and return its whole answer; a status of 400 or more is raised."""
+        target = call.target
+        key = key_of(f"{target.service}{target.path}", call.bearer) if target.method == "GET" else None
 
         async def once(url: str, headers: dict[str, str]) -> Answer:
-            answer = await self._http.send(call.target.method, url, headers, call.body, seconds=call.deadline.left())
+            kept = None if key is None else self._kept.asking(key, headers)
+            answer = await self._http.send(target.method, url, headers, call.body, seconds=call.deadline.left())
             if answer.status >= 400:
-                raise error_from_response(
-                    call.target.service, answer.status, answer.body, answer.headers.get("retry-after")
-                )
-            return answer
+                raise error_from_response(target.service, answer.status, answer.body, answer.headers.get("retry-after"))
+            return answer if key is None else self._kept.told(key, kept, answer)
 
         return await self._tried(call, once)
 

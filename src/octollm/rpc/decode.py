@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, TypeVar, cast, get_args, get_origin
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -15,6 +16,7 @@ T = TypeVar("T")
 _PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
 _PART = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _DEPTH = 12
+_MAX_PARAMETERS = 100
 
 
 def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
@@ -45,6 +47,23 @@ def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
                 faults=tuple(Fault(pointer, "unknown field") for pointer in unknown[:20]),
             )
     return value
+
+
+def decode_query(text: bytes, kind: type[T]) -> T:
+    """Read the query of a URL as ``kind``; of a name that comes twice the last counts, others are ignored.
+
+    Raises ``invalid_parameter`` with the name.
+    """
+    try:
+        found = dict(parse_qsl(text.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_PARAMETERS))
+    except ValueError as error:
+        raise OctoError(f"The query may have {_MAX_PARAMETERS} parameters.", code="invalid_parameter") from error
+    try:
+        return msgspec.convert(found, kind, strict=False)
+    except msgspec.ValidationError as error:
+        name = _pointer(str(error)).removeprefix("/")
+        where = f"The query parameter {name} is wrong" if name else "The query is wrong"
+        raise OctoError(f"{where}: {_detail(str(error))}.", code="invalid_parameter") from error
 
 
 def _detail(text: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -12,11 +14,14 @@ from octollm import __version__
 from octollm.capability import PublicKey
 from octollm.clock import Clock
 from octollm.contracts.health import Dependency, Health, Readiness
-from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.call import About, Call, Operation, Reply
+from octollm.rpc.docs_page import docs_page
 from octollm.rpc.openapi import openapi_of
 from octollm.telemetry import Metrics
 
 CHECKUP_SECONDS = 10.0
+HTML = "text/html; charset=utf-8"
+_CACHEABLE = ("jwks", "openapi", "docs")
 CheckUp = Callable[[], Awaitable[Dependency]]
 
 
@@ -54,18 +59,45 @@ def health_operations(
     async def jwks(_call: Call, _body: object) -> JwkSet:
         return JwkSet([{**key.to_jwk(), "kid": key.thumbprint, "use": "sig", "alg": "EdDSA"} for key in keys])
 
-    async def openapi(_call: Call, _body: object) -> object:
-        return openapi_of(service, [*operations, *own])
+    described = functools.cache(lambda: openapi_of(service, [*operations, *own]))
+    page = functools.cache(lambda: docs_page(described()))
 
-    def get(path: str, name: str, handler: Callable[[Call, object], Awaitable[object]], summary: str) -> Operation:
-        return Operation(name, "GET", path, handler, auth="public", limited=False, max_body=0, summary=summary)
+    async def openapi(_call: Call, _body: object) -> dict[str, Any]:
+        return described()
+
+    async def docs(_call: Call, _body: object) -> Response:
+        html, policy = page()
+        return Response(html, media_type=HTML, headers={"Content-Security-Policy": policy})
+
+    def get(
+        path: str,
+        handler: Callable[[Call, object], Awaitable[object]],
+        summary: str,
+        answer: object = None,
+        about: About | None = None,
+    ) -> Operation:
+        name = path.rpartition("/")[2].partition(".")[0]
+        return Operation(
+            name,
+            "GET",
+            path,
+            handler,
+            auth="public",
+            limited=False,
+            max_body=0,
+            summary=summary,
+            answer=answer,
+            cacheable=name in _CACHEABLE,
+            about=about or About(),
+        )
 
     own = [
-        get("/health", "health", health, "The process answers."),
-        get("/ready", "ready", ready, "What the service needs, and whether it may be sent calls."),
-        get("/metrics", "metrics", metrics_text, "Counters and timings in the Prometheus format."),
-        get("/.well-known/jwks.json", "jwks", jwks, "The service's public keys."),
-        get("/openapi.json", "openapi", openapi, "This description."),
+        get("/health", health, "The process answers.", Health),
+        get("/ready", ready, "What the service needs, and whether to send it calls.", Readiness, About(also=(503,))),
+        get("/metrics", metrics_text, "Counters and timings for Prometheus.", about=About(media="text/plain")),
+        get("/.well-known/jwks.json", jwks, "The service's public keys.", JwkSet),
+        get("/openapi.json", openapi, "This description.", dict[str, Any]),
+        get("/docs", docs, "This description as a page.", about=About(media="text/html")),
     ]
     return own
 

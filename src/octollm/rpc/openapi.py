@@ -3,62 +3,169 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from octollm import __version__
+from octollm.contracts.examples import EXAMPLES
 from octollm.contracts.problems import Problem
-from octollm.rpc.call import Operation
-from octollm.rpc.problems import PROBLEM_JSON
-from octollm.rpc.shapes import schemas_of
+from octollm.contracts.stream import NDJSON
+from octollm.rpc.call import JSON, Operation
+from octollm.rpc.openapi_answers import HEADERS, codes_of, problem_examples, problem_responses, sent_with
+from octollm.rpc.shapes import encode, schemas_of
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "capability": [{"bearer": []}],
-    "service": [{"bearer": []}],
+    "service": [{"service": []}],
     "door": [{"bearer": []}, {}],
     "public": [{}],
 }
+_SCHEMES = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "JWT chain",
+        "description": "A capability, or an API key at the public door.",
+    },
+    "service": {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "svc+jwt",
+        "description": "What a service of the installation signs for itself.",
+    },
+}
+_IDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "X-Request-ID": ("This call; the same when it is tried again. Made up where it is missing.", {"type": "string"}),
+    "X-Correlation-ID": ("What the call belongs to. Made up where it is missing.", {"type": "string"}),
+    "traceparent": ("Where the call is in its trace (W3C Trace Context).", {"type": "string"}),
+    "X-Timeout-Ms": ("The time that is left for the call, in milliseconds.", {"type": "integer", "minimum": 1}),
+}
+_OCTETS = "application/octet-stream"
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
+_KEY = "What makes a repeat of this call harmless: the same call with the same key takes effect once."
+_LINES = (
+    "A line of JSON for each of `progress`, `token` and `heartbeat` while the work goes on, then one whose `type` is"
+    " `result`, with the answer as `result`, or `problem`."
+)
+HELD = "The ETag of an answer that the caller has: where it still holds, the answer is 304."
+
+
+class _Schemas:
+    """The schemas of all types that operations name."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        named = [kind for op in operations for kind in (op.body, op.answer, op.query) if kind not in (None, bytes)]
+        kinds = [*named, Problem]
+        schemas, self.components = schemas_of(kinds)
+        self._by_kind = dict(zip(map(repr, kinds), schemas, strict=True))
+
+    def of(self, kind: object) -> dict[str, Any]:
+        return self._by_kind[repr(kind)]
+
+    def members(self, kind: object) -> Iterable[tuple[str, dict[str, Any], bool]]:
+        """Yield name, schema and whether it is needed of each member of a Struct."""
+        schema = self.of(kind)
+        schema = self.components[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        for name, member in schema.get("properties", {}).items():
+            yield name, member, name in schema.get("required", ())
 
 
 def openapi_of(service: str, operations: Sequence[Operation]) -> dict[str, Any]:
     """Describe a service. Bodies and answers without a type are described as any content."""
-    kinds = [kind for op in operations for kind in (op.body, op.answer) if kind not in (None, bytes)]
-    schemas, components = schemas_of([*kinds, Problem])
-    by_kind = dict(zip([*map(repr, kinds), repr(Problem)], schemas, strict=True))
-    problem = {PROBLEM_JSON: {"schema": by_kind[repr(Problem)]}}
+    schemas = _Schemas(operations)
     paths: dict[str, dict[str, Any]] = {}
+    codes: set[str] = set()
     for op in operations:
-        answer = {"application/json": {"schema": by_kind[repr(op.answer)]}} if op.answer is not None else {}
-        described: dict[str, Any] = {
-            "operationId": f"{op.name}_{op.method.lower()}".replace(".", "_"),
-            "summary": op.summary,
-            "security": _SECURITY[op.auth],
-            "parameters": [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                for name in _PARAMETER.findall(op.path)
-            ],
-            "responses": {
-                str(op.status): {"description": "The answer.", **({"content": answer} if answer else {})},
-                "default": {"description": "A problem document (RFC 9457).", "content": problem},
-            },
-        }
-        if op.scope and op.auth == "capability":
-            described["x-scope"] = op.scope
-        if op.body is not None:
-            content: dict[str, Any] = (
-                {"application/octet-stream": {}}
-                if op.body is bytes
-                else {"application/json": {"schema": by_kind[repr(op.body)]}}
-            )
-            described["requestBody"] = {"required": True, "content": content}
+        described = _described(op, schemas)
+        codes.update(codes_of(op))
         paths.setdefault(_PARAMETER.sub(r"{\1}", op.path), {})[op.method.lower()] = described
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"OctoLLM {service}", "version": __version__},
+        "info": {
+            "title": f"OctoLLM {service}",
+            "version": __version__,
+            "description": "Errors are problem documents (RFC 9457), told apart by `code`.",
+        },
         "paths": paths,
         "components": {
-            "schemas": components,
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT chain"}},
+            "schemas": schemas.components,
+            "headers": HEADERS,
+            "examples": problem_examples(sorted(codes)),
+            "securitySchemes": _SCHEMES,
         },
     }
+
+
+def _described(op: Operation, schemas: _Schemas) -> dict[str, Any]:
+    responses: dict[str, Any] = {str(status): _answer(op, status, schemas) for status in (op.status, *op.about.also)}
+    if op.cacheable:
+        responses["304"] = {"description": "The caller has it already.", "headers": sent_with(op, 304)}
+    for status, response in problem_responses(op, schemas.of(Problem)).items():
+        known = responses.setdefault(status, response)
+        known["content"] = {**response["content"], **known.get("content", {})}
+    described: dict[str, Any] = {
+        "operationId": f"{op.name}_{op.method.lower()}".replace(".", "_"),
+        "summary": op.summary,
+        "tags": [_tag(op)],
+        "security": _SECURITY[op.auth],
+        "parameters": _parameters(op, schemas),
+        "responses": responses,
+    }
+    if op.scope and op.auth == "capability":
+        described["x-scope"] = op.scope
+    if op.body is not None:
+        described["requestBody"] = {"required": True, "content": _body(op, schemas)}
+    return described
+
+
+def _tag(op: Operation) -> str:
+    family, dot, _ = op.name.partition(".")
+    return family if dot else "itself" if op.auth == "public" else "operations"
+
+
+def _parameters(op: Operation, schemas: _Schemas) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in _PARAMETER.findall(op.path)
+    ]
+    if op.query is not None:
+        found += [
+            {"name": name, "in": "query", "required": required, "schema": schema}
+            for name, schema, required in schemas.members(op.query)
+        ]
+    headers = {name: {"description": text, "schema": schema} for name, (text, schema) in _IDS.items()}
+    headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in op.about.headers.items()}
+    if op.cacheable:
+        headers["If-None-Match"] = {"description": HELD, "schema": {"type": "string"}}
+    if op.kind != "safe":
+        key = {"type": "string", "minLength": 1, "maxLength": 200}
+        headers["Idempotency-Key"] = {"description": _KEY, "schema": key}
+    return [*found, *({"name": name, "in": "header", "required": False, **rest} for name, rest in headers.items())]
+
+
+def _body(op: Operation, schemas: _Schemas) -> dict[str, Any]:
+    if op.body is bytes:
+        return {_OCTETS: _BYTES}
+    described: dict[str, Any] = {"schema": schemas.of(op.body)}
+    example = op.about.example if op.about.example is not None else EXAMPLES.get(op.body)
+    if example is not None:
+        described["example"] = msgspec.json.decode(encode(example))
+    return {JSON: described}
+
+
+def _answer(op: Operation, status: int, schemas: _Schemas) -> dict[str, Any]:
+    described: dict[str, Any] = {"description": "The answer.", "headers": sent_with(op, status)}
+    if status == 204 or (op.answer is None and op.about.media == JSON):
+        return described
+    content: dict[str, Any] = {op.about.media: {} if op.answer is None else {"schema": schemas.of(op.answer)}}
+    if op.about.media == "*/*":
+        content[_OCTETS] = _BYTES
+    if op.about.stream:
+        content[op.about.stream] = {}
+    if op.streams:
+        content[NDJSON] = {"schema": {"type": "string", "description": _LINES}}
+    described["content"] = content
+    return described

@@ -25,7 +25,7 @@ from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.resilience.deadline import parse_timeout_ms
 from octollm.rpc.call import Call, Operation, Reply
-from octollm.rpc.decode import decode
+from octollm.rpc.decode import decode, decode_query
 from octollm.rpc.departure import Departure
 from octollm.rpc.exchange import EXCHANGE, Observed, take_exchange
 from octollm.rpc.gate import Gate
@@ -37,6 +37,7 @@ from octollm.rpc.outlet import Outlet, Whole
 from octollm.rpc.problems import problem_response
 from octollm.rpc.shapes import encode
 from octollm.rpc.stream import LineStream
+from octollm.rpc.validators import validated
 from octollm.telemetry import Log, Metrics, ServedLog, Span, Tracer
 from octollm.telemetry.spans import QUIET, SLOW_SECONDS
 
@@ -180,6 +181,7 @@ class Endpoint:
             bearer=opened.bearer,
             key=check_key(_text(headers.get(b"idempotency-key"))),
             body=body,
+            query=None if operation.query is None else decode_query(scope["query_string"], operation.query),
         )
         task = None if opened.verified is None else opened.verified.task
         set_scene(
@@ -194,13 +196,16 @@ class Endpoint:
             )
         )
         value: Any = body
-        if operation.body is not None and operation.body is not bytes:
+        if operation.body is not None and operation.body is not bytes and not operation.raw:
             value = decode(body, operation.body, strict=operation.strict)
-        if NDJSON.encode() in headers.get(b"accept", b""):
+        if operation.streams and NDJSON.encode() in headers.get(b"accept", b""):
             await self._stream(call, value, scope, receive, outlet)
             return
         async with Departure(exchange, receive):
-            await outlet.whole(await self._work(call, value), scope)
+            answer = await self._work(call, value)
+            if operation.cacheable:
+                answer = validated(answer, headers.get(b"if-none-match"))
+            await outlet.whole(answer, scope)
 
     async def _stream(self, call: Call, value: Any, scope: Scope, receive: Receive, send: Send) -> None:
         lines = LineStream()
@@ -319,10 +324,13 @@ def build_app(kit: Kit, operations: Sequence[Operation], extra: Sequence[BaseRou
     async def refuse(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         code = "method_not_allowed" if status == 405 else "not_found"
-        return problem_response(
+        response = problem_response(
             OctoError(f"{request.method} {request.url.path} is not served here.", code=code),
             _id_or_new(dict(request.scope["headers"]).get(b"x-request-id"), kit.ids, "req-"),
         )
+        # RFC 9110 section 15.5.6: a 405 says in `Allow` what is served.
+        response.headers.update(getattr(error, "headers", None) or {})
+        return response
 
     handlers: Any = {HTTPException: refuse}
     direct = {

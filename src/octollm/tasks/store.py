@@ -243,12 +243,12 @@ class TaskStore:
             )
             return view_of(row, await _steps(conn, task_id), usage, str(await conn.scalar(latest) or ""))
 
-    async def list(self, tenant: str, *, limit: int, cursor: str | None, status: str | None) -> TaskList:
+    async def list(self, tenant: str, *, limit: int, cursor: str, status: str | None) -> TaskList:
         """Return a page of tasks, newest first; raise ``invalid_parameter`` for a cursor that is not ours."""
         wanted = [tasks.c.tenant == tenant, tasks.c.kind == "task"]
         if status is not None:
             wanted.append(tasks.c.status == status)
-        if cursor is not None:
+        if cursor:
             at, last = _read_cursor(cursor)
             wanted.append(or_(tasks.c.created_at < at, and_(tasks.c.created_at == at, tasks.c.task_id < last)))
         query = (

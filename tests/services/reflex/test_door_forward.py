@@ -109,7 +109,6 @@ async def test_public_paths(door: Doorway, method: str, path: str, there: str) -
         "/tokens",
         "/arms/register",
         "/tasks/x/y",
-        "/docs",
     ],
 )
 async def test_what_is_not_public_is_not_there(door: Doorway, path: str) -> None:

@@ -107,10 +107,10 @@ class Documents:
             if (await tx.execute(delete(documents).where(*where))).rowcount == 0:
                 raise _absent()
 
-    async def list(self, tenant: str, *, limit: int, cursor: str | None) -> DocumentList:
+    async def list(self, tenant: str, *, limit: int, cursor: str) -> DocumentList:
         """Return a page of documents, newest first; raise ``invalid_parameter`` for a cursor that is not ours."""
         wanted = [documents.c.tenant == tenant]
-        if cursor is not None:
+        if cursor:
             at, last = read_cursor(cursor)
             wanted.append(
                 or_(documents.c.created_at < at, and_(documents.c.created_at == at, documents.c.digest < last))

@@ -9,8 +9,6 @@ import msgspec
 
 from octollm.errors import OctoError
 
-MAX_LIMIT = 200
-DEFAULT_LIMIT = 50
 _MAX_CURSOR = 400
 
 
@@ -29,12 +27,3 @@ def read_cursor(cursor: str) -> tuple[float, str]:
         return msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])
     except (msgspec.DecodeError, binascii.Error, ValueError) as error:
         raise refused from error
-
-
-def read_limit(text: str | None) -> int:
-    """Return the limit of a page, 1 to 200; raise ``invalid_parameter`` for any other."""
-    if text is None:
-        return DEFAULT_LIMIT
-    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_LIMIT):
-        raise OctoError(f"limit must be a whole number from 1 to {MAX_LIMIT}.", code="invalid_parameter")
-    return int(text)

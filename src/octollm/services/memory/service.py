@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import AsyncGenerator
 from urllib.parse import quote
 
-import msgspec
 from starlette.responses import Response
 
 from octollm.config import Settings
+from octollm.contracts.listing import Page
 from octollm.contracts.operations import DocumentIn, DocumentOut, SearchRequest, SearchResult
 from octollm.contracts.task import MAX_FILE_BYTES
 from octollm.errors import Fault, OctoError
-from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.call import About, Call, Operation, Reply
 from octollm.rpc.health import Dependency
 from octollm.rpc.service import Base, Service, build_service
 from octollm.services.memory.documents import Documents
 from octollm.services.memory.facts import Facts
-from octollm.services.memory.paging import read_limit
 from octollm.services.memory.shapes import MAX_NAME, DocumentList, Fact, FactIn
 from octollm.storage import Database
 from octollm.storage.migrations import service_database
@@ -71,6 +69,7 @@ class _Handlers:
 
         Everything here may be repeated: documents go by digest and facts by name, so no key is needed for it.
         """
+        absent = About(codes=("invalid_parameter", "not_found"))
         return [
             Operation(
                 "write",
@@ -85,6 +84,7 @@ class _Handlers:
                 # JSON may take two characters for one of the text.
                 max_body=2 * MAX_FILE_BYTES,
                 summary="Remember a text, in passages.",
+                about=About(codes=("file_invalid",), also=(200,)),
             ),
             Operation(
                 "list",
@@ -92,7 +92,9 @@ class _Handlers:
                 "/documents",
                 self.list_documents,
                 scope="memory:read",
+                query=Page,
                 answer=DocumentList,
+                cacheable=True,
                 summary="List documents, newest first.",
             ),
             Operation(
@@ -102,7 +104,9 @@ class _Handlers:
                 self.get_document,
                 scope="memory:read:{digest}",
                 answer=DocumentOut,
+                cacheable=True,
                 summary="Describe a document.",
+                about=absent,
             ),
             Operation(
                 "delete_document",
@@ -113,6 +117,7 @@ class _Handlers:
                 kind="repeatable",
                 status=204,
                 summary="Forget a document.",
+                about=absent,
             ),
             Operation(
                 "search",
@@ -135,6 +140,12 @@ class _Handlers:
                 answer=Fact,
                 max_body=MAX_FACT_BYTES,
                 summary="Set a fact.",
+                about=About(
+                    headers={"If-Match": "The ETag of the version that is replaced."},
+                    codes=("invalid_parameter", "state_conflict"),
+                    also=(201,),
+                    example={"value": {"closes": "18:00"}, "source": "notes.txt"},
+                ),
             ),
             Operation(
                 "get_fact",
@@ -143,7 +154,9 @@ class _Handlers:
                 self.get_fact,
                 scope="memory:read",
                 answer=Fact,
+                cacheable=True,
                 summary="Get a fact.",
+                about=absent,
             ),
             Operation(
                 "delete_fact",
@@ -154,6 +167,7 @@ class _Handlers:
                 kind="repeatable",
                 status=204,
                 summary="Forget a fact.",
+                about=absent,
             ),
         ]
 
@@ -169,15 +183,13 @@ class _Handlers:
 
     async def list_documents(self, call: Call, _body: object) -> DocumentList:
         """Return a page of documents."""
-        query = call.request.query_params
-        return await self._documents.list(call.tenant, limit=read_limit(query.get("limit")), cursor=query.get("cursor"))
+        page: Page = call.query
+        return await self._documents.list(call.tenant, limit=page.limit, cursor=page.cursor)
 
-    async def get_document(self, call: Call, _body: object) -> Response:
-        """Describe a document, with an ETag."""
+    async def get_document(self, call: Call, _body: object) -> DocumentOut:
+        """Describe a document."""
         _check_digest(call.path["digest"], "")
-        document = await self._documents.get(call.tenant, call.path["digest"])
-        encoded = msgspec.json.encode(document)
-        return _tagged(call, encoded, f'"{hashlib.sha256(encoded).hexdigest()[:32]}"')
+        return await self._documents.get(call.tenant, call.path["digest"])
 
     async def delete_document(self, call: Call, _body: object) -> Response:
         """Forget a document."""
@@ -204,24 +216,15 @@ class _Handlers:
             headers["Location"] = f"/facts/{quote(name)}"
         return Reply(stored, 201 if created else 200, headers)
 
-    async def get_fact(self, call: Call, _body: object) -> Response:
+    async def get_fact(self, call: Call, _body: object) -> Reply:
         """Return a fact, with its version as ETag."""
         fact = await self._facts.get(call.tenant, _fact_name(call))
-        return _tagged(call, msgspec.json.encode(fact), f'"{fact.version}"')
+        return Reply(fact, headers={"ETag": f'"{fact.version}"'})
 
     async def delete_fact(self, call: Call, _body: object) -> Response:
         """Forget a fact."""
         await self._facts.delete(call.tenant, _fact_name(call))
         return Response(status_code=204)
-
-
-def _tagged(call: Call, encoded: bytes, etag: str) -> Response:
-    """Return JSON with its ETag, or 304 when the caller has it already (RFC 9110 section 13.1.2)."""
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    held = [tag.strip().removeprefix("W/") for tag in call.request.headers.get("if-none-match", "").split(",")]
-    if etag in held or "*" in held:
-        return Response(status_code=304, headers=headers)
-    return Response(encoded, media_type="application/json", headers=headers)
 
 
 def _expected(call: Call) -> int | None:

@@ -10,8 +10,8 @@ from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
 from octollm.llm.embedded import EmbeddedSettings
 from octollm.llm.select import ModelChoice, resolve_model
-from octollm.llm.types import ChatRequest
-from octollm.rpc.call import Call, Operation, Reply, Silent
+from octollm.llm.types import ChatMessage, ChatRequest
+from octollm.rpc.call import About, Call, Operation, Reply, Silent
 from octollm.rpc.service import Base, Service, build_service
 from octollm.services.models.answering import Answering
 from octollm.services.models.budget import Budget
@@ -93,6 +93,21 @@ class _Handlers:
                 answer=Answer,
                 timeout=CHAT_SECONDS,
                 summary="Answer a chat (OpenAI's chat completions).",
+                about=About(
+                    stream="text/event-stream",
+                    codes=(
+                        "authority_missing",
+                        "budget_exhausted",
+                        "context_too_long",
+                        "fence_lost",
+                        "model_failed",
+                        "no_model",
+                        "not_found",
+                        "state_conflict",
+                        "task_not_found",
+                    ),
+                    example=ChatRequest("default", (ChatMessage("user", "Why is the sky blue?"),)),
+                ),
             ),
             Operation(
                 "models",
@@ -101,6 +116,7 @@ class _Handlers:
                 self.models,
                 scope="models:chat",
                 answer=ModelList,
+                cacheable=True,
                 summary="List what a request may name as its model.",
             ),
             Operation(
@@ -110,6 +126,7 @@ class _Handlers:
                 self.embeddings,
                 scope="models:embeddings",
                 summary="Embeddings, where they are configured.",
+                about=About(codes=("not_configured",)),
             ),
         ]
 

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from octollm.config import Settings
+from octollm.contracts.listing import OfTask
 from octollm.contracts.services import SERVICES
 from octollm.contracts.traces import TraceView
 from octollm.errors import OctoError
 from octollm.events import EventBus
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import About, Call, Operation
 from octollm.rpc.health import CheckUp
 from octollm.rpc.openers import RegisteredOpener
 from octollm.rpc.service import Base, Service, build_service
@@ -85,9 +86,8 @@ class Traces:
 
     async def read(self, call: Call, _body: object) -> TraceView:
         """Return a task's spans. A token that stands for a task opens that one alone."""
-        task_id = call.request.query_params.get("task", "")
-        if not 0 < len(task_id) <= 128:
-            raise OctoError("Name a task: /traces?task=TASK.", code="invalid_parameter")
+        asked: OfTask = call.query
+        task_id = asked.task
         work = call.authority.task
         if work is not None and work.task != task_id:
             raise OctoError("There is no such task.", code="task_not_found")
@@ -102,8 +102,10 @@ class Traces:
                 "/traces",
                 self.read,
                 scope="monitor:read",
+                query=OfTask,
                 answer=TraceView,
                 summary="The spans of a task.",
+                about=About(codes=("task_not_found",)),
             ),
             Operation(
                 "traces.receive",

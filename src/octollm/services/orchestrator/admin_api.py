@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from octollm.contracts.api import KeyList, KeyRequest, NewKey
+from octollm.contracts.api import Done, KeyList, KeyRequest, NewKey
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import About, Call, Operation
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.audit import actor_of
-from octollm.services.orchestrator.parameters import Done
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.storage import Database
 
@@ -63,6 +62,7 @@ class AdminApi:
                 status=201,
                 strict=True,
                 summary="Make an API key; its secret is shown once.",
+                about=About(codes=("invalid_parameter", "authority_missing")),
             ),
             Operation(
                 "keys.revoke",
@@ -72,6 +72,7 @@ class AdminApi:
                 scope="keys:write",
                 answer=Done,
                 summary="Revoke an API key.",
+                about=About(codes=("not_found",)),
             ),
             *(_not_configured(*row) for row in NOT_CONFIGURED),
         ]
@@ -82,4 +83,6 @@ def _not_configured(method: str, path: str, scope: str, what: str) -> Operation:
         raise OctoError(f"{what}: not configured here.", code="not_configured")
 
     name = path.strip("/").replace("/", ".").replace("{", "").replace("}", "")
-    return Operation(f"{name}.{method.lower()}", method, path, refuse, scope=scope, summary=f"{what} (not configured).")
+    about = About(codes=("not_configured",))
+    summary = f"{what} (not configured)."
+    return Operation(f"{name}.{method.lower()}", method, path, refuse, scope=scope, summary=summary, about=about)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from octollm.contracts.api import ArmList, ArmRegistration
+from octollm.contracts.api import ArmList, ArmRegistration, Done
 from octollm.contracts.joining import (
     InstanceRef,
     JoinAnswer,
@@ -17,11 +17,10 @@ from octollm.contracts.joining import (
     NewJoin,
     NewJoinRequest,
 )
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import About, Call, Operation
 from octollm.services.orchestrator.audit import actor_of
 from octollm.services.orchestrator.joining import Asker, Joining
 from octollm.services.orchestrator.joins import Joins
-from octollm.services.orchestrator.parameters import Done
 from octollm.services.orchestrator.presence import Presence
 from octollm.services.orchestrator.registry import Registry
 
@@ -95,7 +94,16 @@ class ArmsApi:
 
     def _for_users(self) -> list[Operation]:
         return [
-            Operation("arms.list", "GET", "/arms", self.arms, scope="arms:read", answer=ArmList, summary="The arms."),
+            Operation(
+                "arms.list",
+                "GET",
+                "/arms",
+                self.arms,
+                scope="arms:read",
+                answer=ArmList,
+                cacheable=True,
+                summary="The arms.",
+            ),
             Operation(
                 "arms.remove",
                 "DELETE",
@@ -104,6 +112,7 @@ class ArmsApi:
                 scope="arms:write",
                 answer=Done,
                 summary="Remove an arm of one's own, and free its name.",
+                about=About(codes=("arm_unknown",)),
             ),
             Operation(
                 "joins.list",
@@ -125,6 +134,7 @@ class ArmsApi:
                 status=201,
                 strict=True,
                 summary="Make a join secret; it is shown once.",
+                about=About(codes=("authority_missing", "invalid_parameter", "state_conflict")),
             ),
             Operation(
                 "joins.revoke",
@@ -134,11 +144,16 @@ class ArmsApi:
                 scope="keys:write",
                 answer=Done,
                 summary="Revoke a join secret.",
+                about=About(codes=("not_found",)),
             ),
         ]
 
     def _for_arms(self) -> list[Operation]:
-        def post(path: str, handler: Callable[[Call, Any], Awaitable[object]], body: object, about: str) -> Operation:
+        refused = ("authority_missing", "state_conflict")
+
+        def post(
+            path: str, handler: Callable[[Call, Any], Awaitable[object]], body: object, summary: str, *codes: str
+        ) -> Operation:
             # A repeat of any of these changes nothing more.
             name = path.removeprefix("/").replace("/", ".")
             return Operation(
@@ -151,7 +166,8 @@ class ArmsApi:
                 body=body,
                 answer=Done,
                 max_body=MAX_ARM_BODY,
-                summary=about,
+                summary=summary,
+                about=About(codes=codes),
             )
 
         return [
@@ -176,10 +192,11 @@ class ArmsApi:
                 max_body=MAX_JOIN_BODY,
                 timeout=20.0,
                 summary="Join by the proof of a join secret.",
+                about=About(codes=("join_refused", "rate_limited", "state_conflict")),
             ),
-            post("/arms/keys", self.rotate, KeyRotation, "Bring a new key, in the name of an old one."),
-            post("/arms/register", self.register, ArmRegistration, "Register a process of an arm."),
-            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Say that a process of an arm is still there."),
+            post("/arms/keys", self.rotate, KeyRotation, "Bring a new key, in the name of an old one.", *refused),
+            post("/arms/register", self.register, ArmRegistration, "Register a process of an arm.", *refused),
+            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Say that a process is still there.", "not_found"),
             post("/arms/leave", self.leave, InstanceRef, "Say that a process of an arm ends."),
         ]
 

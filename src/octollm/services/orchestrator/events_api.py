@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import msgspec
 from starlette.responses import StreamingResponse
 
-from octollm.contracts.api import EventList
+from octollm.contracts.api import Done, EventList
 from octollm.contracts.events import CATALOGUE, Event
+from octollm.contracts.listing import LAST_EVENT, Behind
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.rpc.call import Call, Operation
-from octollm.services.orchestrator.parameters import integer
-from octollm.services.orchestrator.services_api import Done
+from octollm.rpc.call import About, Call, Operation
 from octollm.storage import Database
 
 POLL_SECONDS = 1.0
@@ -37,8 +36,8 @@ class EventsApi:
 
     async def read(self, call: Call, _body: object) -> object:
         """Return the tenant's events after a position: a page, or a stream for ``Accept: text/event-stream``."""
-        query = call.request.query_params
-        after = integer(query, "after", 0, 0, 2**53)
+        behind: Behind = call.query
+        after = behind.after
         last = call.request.headers.get("last-event-id")
         if last is not None and last.isdigit():
             after = int(last)
@@ -48,7 +47,7 @@ class EventsApi:
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
             )
-        found = await self.log.read(after, integer(query, "limit", PAGE, 1, 500), tenant=call.tenant)
+        found = await self.log.read(after, behind.limit, tenant=call.tenant)
         return EventList(tuple(found), found[-1].seq if found else after)
 
     async def _follow(self, tenant: str, after: int) -> AsyncIterator[bytes]:
@@ -110,10 +109,12 @@ class EventsApi:
                 "/events",
                 self.read,
                 scope="events:read",
+                query=Behind,
                 answer=EventList,
                 limited=False,
                 timeout=3600.0,
                 summary="The tenant's events after a position.",
+                about=About(stream="text/event-stream", headers={"Last-Event-ID": LAST_EVENT}),
             ),
             Operation(
                 "events.post",
@@ -125,6 +126,7 @@ class EventsApi:
                 body=Event,
                 answer=Done,
                 summary="Tell an event.",
+                about=About(codes=("scope_missing", "invalid_body")),
             ),
         ]
 

@@ -9,10 +9,10 @@ from sqlalchemy import select
 from starlette.responses import Response
 
 from octollm.clock import Clock
-from octollm.contracts.operations import StoredFile
+from octollm.contracts.operations import FILE_NAME, StoredFile
 from octollm.contracts.task import MAX_FILE_BYTES
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import About, Call, Operation
 from octollm.storage import Database
 from octollm.storage.tables import files
 
@@ -68,14 +68,14 @@ def check_name(name: str) -> None:
         raise OctoError("A file's name must be 1 to 200 printable characters without slashes.", code="file_invalid")
 
 
-def file_response(file: StoredFile, body: bytes, if_none_match: str | None) -> Response:
+def file_response(file: StoredFile, body: bytes) -> Response:
     """Return a file's bytes; the digest is its ETag. Browsers are told to save it, not to show it."""
-    etag = f'"{file.digest}"'
-    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
-    if if_none_match is not None and etag in if_none_match:
-        return Response(status_code=304, headers=headers)
-    headers["Content-Disposition"] = "attachment"
-    headers["X-Content-Type-Options"] = "nosniff"
+    headers = {
+        "ETag": f'"{file.digest}"',
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "Content-Disposition": "attachment",
+        "X-Content-Type-Options": "nosniff",
+    }
     return Response(body, media_type=file.media_type, headers=headers)
 
 
@@ -89,7 +89,7 @@ def file_operations(store: FileStore) -> list[Operation]:
 
     async def get(call: Call, _body: object) -> Response:
         file, body = await store.get(call.tenant, call.path["digest"])
-        return file_response(file, body, call.request.headers.get("if-none-match"))
+        return file_response(file, body)
 
     return [
         Operation(
@@ -103,7 +103,17 @@ def file_operations(store: FileStore) -> list[Operation]:
             answer=StoredFile,
             status=201,
             max_body=MAX_FILE_BYTES,
-            summary="Store a file; its name in X-File-Name, percent-encoded.",
+            summary="Store a file.",
+            about=About(headers={"X-File-Name": FILE_NAME}, codes=("file_invalid",)),
         ),
-        Operation("files.get", "GET", "/files/{digest}", get, scope="files:read:{digest}", summary="A file's bytes."),
+        Operation(
+            "files.get",
+            "GET",
+            "/files/{digest}",
+            get,
+            scope="files:read:{digest}",
+            cacheable=True,
+            summary="A file's bytes.",
+            about=About(media="*/*", codes=("file_not_found",)),
+        ),
     ]

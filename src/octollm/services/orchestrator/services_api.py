@@ -13,15 +13,15 @@ from octollm.contracts.api import (
     ClaimAnswer,
     ClaimRequest,
     ClaimUpdate,
+    Done,
     ReserveAnswer,
     ReserveRequest,
     SettleRequest,
 )
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import About, Call, Operation
 from octollm.rpc.idempotency import Claimed, Conflict, InFlight, Kept, KeyOf, Stored, Unknown, check_key
 from octollm.rpc.idempotency_sql import SqlIdempotency
-from octollm.services.orchestrator.parameters import Done
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.tasks.ledger import Ledger, Wanted, encode_answer
 from octollm.tasks.store import TaskStore
@@ -55,8 +55,8 @@ class ServicesApi:
         if task is None:
             raise OctoError("A model call needs a token that stands for a task.", code="authority_missing")
         key = check_key(body.key)
-        if key is None or body.prompt_tokens < 0:
-            raise OctoError("A reservation needs a key and a prompt of 0 or more tokens.", code="invalid_body")
+        if key is None:
+            raise OctoError("A reservation needs a key.", code="invalid_body")
         reserved = await self.ledger.reserve(
             Wanted(
                 tenant=verified.tenant,
@@ -120,7 +120,7 @@ class ServicesApi:
         """Return the operations that services call in their own name."""
 
         def post(
-            name: str, path: str, handler: object, body: object, answer: object, who: str, about: str
+            name: str, path: str, handler: object, body: object, answer: object, who: str, summary: str, *codes: str
         ) -> Operation:
             return Operation(
                 name,
@@ -131,15 +131,37 @@ class ServicesApi:
                 scope=who,
                 body=body,
                 answer=answer,
-                summary=about,
+                summary=summary,
+                about=About(codes=codes),
             )
 
         return [
             post(
-                "budget.reserve", "/budget/reserve", self.reserve, ReserveRequest, ReserveAnswer, "models", "Reserve."
+                "budget.reserve",
+                "/budget/reserve",
+                self.reserve,
+                ReserveRequest,
+                ReserveAnswer,
+                "models",
+                "Reserve.",
+                "authority_missing",
+                "budget_exhausted",
+                "fence_lost",
+                "state_conflict",
+                "task_not_found",
             ),
-            post("budget.settle", "/budget/settle", self.settle, SettleRequest, Done, "models", "Settle."),
-            post("idempotency.claim", "/idempotency/claim", self.claim, ClaimRequest, ClaimAnswer, "*", "Claim."),
+            post("budget.settle", "/budget/settle", self.settle, SettleRequest, Done, "models", "Settle.", "not_found"),
+            post(
+                "idempotency.claim",
+                "/idempotency/claim",
+                self.claim,
+                ClaimRequest,
+                ClaimAnswer,
+                "*",
+                "Claim a key.",
+                "fence_lost",
+                "task_not_found",
+            ),
             post("idempotency.renew", "/idempotency/renew", self.renew, ClaimUpdate, Done, "*", "Renew."),
             post("idempotency.complete", "/idempotency/complete", self.complete, ClaimUpdate, Done, "*", "Complete."),
             post("idempotency.release", "/idempotency/release", self.release, ClaimUpdate, Done, "*", "Release."),

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from msgspec import UNSET
 from starlette.responses import Response
 
 from octollm.clock import Clock, Ids
 from octollm.contracts.api import EventList, SavedTexts, TaskList, TaskView
-from octollm.contracts.task import TaskContract
+from octollm.contracts.listing import Behind, TaskPage
+from octollm.contracts.task import SUBMIT_CODES, TaskContract
 from octollm.contracts.traces import TraceView
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.call import About, Call, Operation, Reply
 from octollm.rpc.idempotency import KeyOf
 from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.audit import actor_of, record
 from octollm.services.orchestrator.files import FileStore, file_response
 from octollm.services.orchestrator.intake import Defaults, check_contract, check_kinds, store_inline_files
-from octollm.services.orchestrator.parameters import integer, word
 from octollm.services.orchestrator.registry import Registry
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.services.orchestrator.traces import Traces
@@ -30,7 +31,6 @@ from octollm.telemetry.spans import TASK
 
 MAX_TASK_BODY = 1024 * 1024
 """Bytes of a submission. Short texts of files may be given in place; larger files are stored first."""
-STATES = ("accepted", "planning", "running", "waiting", "completed", "failed", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,9 @@ class TasksApi:
 
     async def list(self, call: Call, _body: object) -> TaskList:
         """Return a page of the tenant's tasks."""
-        query = call.request.query_params
-        return await self.store.list(
-            call.tenant,
-            limit=integer(query, "limit", 50, 1, 200),
-            cursor=query.get("cursor"),
-            status=word(query, "status", STATES),
-        )
+        page: TaskPage = call.query
+        status = None if page.status is UNSET else page.status
+        return await self.store.list(call.tenant, limit=page.limit, cursor=page.cursor, status=status)
 
     async def read(self, call: Call, _body: object) -> TaskView:
         """Return one task."""
@@ -120,9 +116,8 @@ class TasksApi:
 
     async def history(self, call: Call, _body: object) -> EventList:
         """Return a page of a task's events by version."""
-        query = call.request.query_params
-        after = integer(query, "after", 0, 0, 2**53)
-        return await self.store.history(call.path["task_id"], call.tenant, after, integer(query, "limit", 200, 1, 500))
+        behind: Behind = call.query
+        return await self.store.history(call.path["task_id"], call.tenant, behind.after, behind.limit)
 
     async def texts(self, call: Call, _body: object) -> SavedTexts:
         """Return what the steps have written, as last saved."""
@@ -143,11 +138,12 @@ class TasksApi:
         if digest not in made:
             raise OctoError("The task made no file of that digest.", code="file_not_found")
         file, body = await self.files.get(call.tenant, digest)
-        return file_response(file, body, call.request.headers.get("if-none-match"))
+        return file_response(file, body)
 
     def operations(self) -> list[Operation]:
         """Return the operations on tasks."""
         read = "tasks:read"
+        absent = About(codes=("task_not_found",))
         return [
             Operation(
                 "tasks.submit",
@@ -163,10 +159,29 @@ class TasksApi:
                 max_body=MAX_TASK_BODY,
                 traced=True,
                 summary="Submit a task.",
+                about=About(codes=SUBMIT_CODES),
             ),
-            Operation("tasks.list", "GET", "/tasks", self.list, scope=read, answer=TaskList, summary="List tasks."),
             Operation(
-                "tasks.read", "GET", "/tasks/{task_id}", self.read, scope=read, answer=TaskView, summary="One task."
+                "tasks.list",
+                "GET",
+                "/tasks",
+                self.list,
+                scope=read,
+                query=TaskPage,
+                answer=TaskList,
+                cacheable=True,
+                summary="List tasks.",
+            ),
+            Operation(
+                "tasks.read",
+                "GET",
+                "/tasks/{task_id}",
+                self.read,
+                scope=read,
+                answer=TaskView,
+                cacheable=True,
+                summary="One task.",
+                about=absent,
             ),
             Operation(
                 "tasks.cancel",
@@ -176,6 +191,7 @@ class TasksApi:
                 scope="tasks:cancel",
                 answer=TaskView,
                 summary="Cancel a task.",
+                about=About(codes=("task_not_found", "state_conflict")),
             ),
             Operation(
                 "tasks.history",
@@ -183,8 +199,10 @@ class TasksApi:
                 "/tasks/{task_id}/history",
                 self.history,
                 scope=read,
+                query=Behind,
                 answer=EventList,
                 summary="A task's events by version.",
+                about=absent,
             ),
             Operation(
                 "tasks.texts",
@@ -194,6 +212,7 @@ class TasksApi:
                 scope=read,
                 answer=SavedTexts,
                 summary="What the steps have written.",
+                about=absent,
             ),
             Operation(
                 "tasks.trace",
@@ -203,6 +222,7 @@ class TasksApi:
                 scope=read,
                 answer=TraceView,
                 summary="The spans of every service that worked on the task.",
+                about=absent,
             ),
             Operation(
                 "tasks.artifact",
@@ -210,6 +230,8 @@ class TasksApi:
                 "/tasks/{task_id}/artifacts/{digest}",
                 self.artifact,
                 scope=read,
+                cacheable=True,
                 summary="A file that the task made.",
+                about=About(media="*/*", codes=("task_not_found", "file_not_found")),
             ),
         ]

@@ -15,7 +15,7 @@ from octollm.contracts.api import (
 from octollm.contracts.services import service_of
 from octollm.contracts.task import Budget, TaskContract
 from octollm.errors import Fault, OctoError
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import About, Call, Operation
 from octollm.rpc.identity import DirectoryAnswer
 from octollm.services.orchestrator.accounts import Account, Accounts
 from octollm.services.orchestrator.audit import Actor, actor_of, record
@@ -130,6 +130,7 @@ class TokensApi:
                 body=ExchangeRequest,
                 answer=TokenAnswer,
                 summary="Exchange a caller's credential for an access token.",
+                about=About(codes=("api_key_invalid",)),
             ),
             Operation(
                 "token.by_hand",
@@ -141,6 +142,7 @@ class TokensApi:
                 answer=TokenAnswer,
                 strict=True,
                 summary="Make a token for direct calls.",
+                about=About(codes=("authority_missing", "invalid_parameter")),
             ),
             Operation(
                 "directory",
@@ -150,6 +152,7 @@ class TokensApi:
                 auth="service",
                 scope="*",
                 answer=DirectoryAnswer,
+                cacheable=True,
                 summary="The services and their keys, signed by the root.",
             ),
             Operation(
@@ -160,6 +163,7 @@ class TokensApi:
                 auth="service",
                 scope="*",
                 answer=RevocationList,
+                cacheable=True,
                 summary="What is revoked.",
             ),
         ]

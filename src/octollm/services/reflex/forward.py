@@ -1,20 +1,21 @@
-"""The public API that the orchestrator answers: each path, what it may carry, and how it is passed on."""
+"""The public API that the orchestrator answers: how each call is passed on."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
 from urllib.parse import quote, urlencode
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octollm.contracts.services import OperationKind
+from octollm.contracts.listing import LAST_EVENT
+from octollm.contracts.operations import FILE_NAME
 from octollm.contracts.task import MAX_FILE_BYTES
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import JSON, About, Call, Operation
 from octollm.rpc.http import Answer
+from octollm.services.reflex.paths import PUBLIC, PublicPath
 from octollm.services.reflex.relay import Relay
 from octollm.services.reflex.upstream import Asked, Upstream
 
@@ -27,51 +28,6 @@ _PASSED_BACK = ("location", "etag", "retry-after", "content-disposition")
 _FILE_NAME = re.compile(r"[!-~]{1,1024}")
 _LAST_EVENT = re.compile(r"[0-9]{1,15}")
 
-
-@dataclass(frozen=True, slots=True)
-class PublicPath:
-    """One public path. ``query`` names the parameters that are passed on; all others are dropped, tokens first."""
-
-    name: str
-    method: str
-    path: str
-    summary: str
-    kind: OperationKind = "safe"
-    query: tuple[str, ...] = ()
-    to: str = ""
-    """The orchestrator's path, where it is another one."""
-    traced: bool = False
-    """What comes without a trace begins one: every task has its trace."""
-    file: bool = False
-    """The body is a file's bytes, or the answer is."""
-
-
-PUBLIC: tuple[PublicPath, ...] = (
-    PublicPath("tasks.submit", "POST", "/tasks", "Submit a task.", "repeatable", traced=True),
-    PublicPath("tasks.list", "GET", "/tasks", "List tasks.", query=("limit", "cursor", "status")),
-    PublicPath("tasks.read", "GET", "/tasks/{task_id}", "One task."),
-    PublicPath("tasks.cancel", "POST", "/tasks/{task_id}/cancel", "Cancel a task.", "repeatable"),
-    PublicPath("tasks.approve", "POST", "/tasks/{task_id}/approval", "Let a waiting task go on.", "repeatable"),
-    PublicPath("tasks.history", "GET", "/tasks/{task_id}/history", "A task's events.", query=("after", "limit")),
-    PublicPath("tasks.texts", "GET", "/tasks/{task_id}/texts", "What the steps have written."),
-    PublicPath("tasks.trace", "GET", "/tasks/{task_id}/trace", "A task's spans."),
-    PublicPath("tasks.artifact", "GET", "/tasks/{task_id}/artifacts/{digest}", "A file that a task made.", file=True),
-    PublicPath("files.store", "POST", "/files", "Store a file.", "repeatable", file=True),
-    PublicPath("files.read", "GET", "/files/{digest}", "A stored file.", file=True),
-    PublicPath("events.read", "GET", "/events", "The tenant's events.", query=("after", "limit")),
-    PublicPath("arms.list", "GET", "/arms", "The arms that may be called."),
-    PublicPath("arms.remove", "DELETE", "/arms/{name}", "Remove an arm of one's own.", "repeatable"),
-    PublicPath("joins.list", "GET", "/joins", "Join secrets."),
-    PublicPath("joins.create", "POST", "/joins", "Make a join secret.", "repeatable"),
-    PublicPath("joins.revoke", "DELETE", "/joins/{join_id}", "Revoke a join secret.", "repeatable"),
-    PublicPath("keys.list", "GET", "/keys", "API keys."),
-    PublicPath("keys.create", "POST", "/keys", "Make an API key.", "repeatable"),
-    PublicPath("keys.revoke", "DELETE", "/keys/{key_id}", "Revoke an API key.", "repeatable"),
-    PublicPath("tokens.make", "POST", "/token", "Make a token for direct calls.", "repeatable", to="/tokens"),
-    PublicPath("webhooks.list", "GET", "/webhooks", "Webhooks.", query=("limit", "cursor")),
-    PublicPath("webhooks.create", "POST", "/webhooks", "Add a webhook.", "repeatable"),
-    PublicPath("dead_letters.list", "GET", "/dead-letters", "Events that were given up.", query=("limit", "cursor")),
-)
 
 NOT_CONFIGURED: tuple[tuple[str, str], ...] = (("POST", "/preprocess"), ("POST", "/session"), ("GET", "/audit"))
 """Public paths of the design that nothing stands behind yet."""
@@ -104,20 +60,40 @@ class Forward:
             handle,
             kind=public.kind,
             auth="door",
-            body=bytes if public.method == "POST" else None,
+            query=public.query,
+            body=public.body,
+            answer=public.answer,
+            status=public.status,
+            raw=True,
+            cacheable=public.cacheable,
             max_body=(MAX_FILE_BYTES if public.file else MAX_JSON) if public.method == "POST" else 0,
             limited=not stream,
             traced=public.traced,
             timeout=FOLLOW_SECONDS if stream else 60.0,
             summary=public.summary,
+            about=_about(public),
         )
+
+
+def _about(public: PublicPath) -> About:
+    headers: dict[str, str] = {}
+    if public.file and public.method == "POST":
+        headers["X-File-Name"] = FILE_NAME
+    if public.name == "events.read":
+        headers["Last-Event-ID"] = LAST_EVENT
+    media = "*/*" if public.file and public.method == "GET" else JSON
+    return About(media, EVENT_STREAM if public.name == "events.read" else "", headers, public.codes)
 
 
 def _asked(public: PublicPath, call: Call) -> Asked:
     values = {name: quote(str(value), safe="") for name, value in call.path.items()}
     path = (public.to or public.path).format_map(values)
-    query = [(name, value) for name, value in call.request.query_params.multi_items() if name in public.query]
+    query = [(name, value) for name, value in call.request.query_params.multi_items() if public.passes_on(name)]
     has_body = public.method == "POST"
+    headers = _file_name(call.request) if has_body and public.file else {}
+    held = call.request.headers.get("if-none-match")
+    if public.cacheable and held is not None:
+        headers["If-None-Match"] = held
     return Asked(
         public.name,
         public.method,
@@ -126,7 +102,7 @@ def _asked(public: PublicPath, call: Call) -> Asked:
         call.body if has_body else None,
         call.key,
         "application/octet-stream" if public.file else "application/json",
-        _file_name(call.request) if has_body and public.file else {},
+        headers,
     )
 
 
@@ -155,7 +131,7 @@ def _response(answer: Answer, public: PublicPath) -> Response:
         headers.setdefault("content-disposition", "attachment")
         headers["cache-control"] = "private, max-age=31536000, immutable"
     else:
-        headers["cache-control"] = "no-store"
+        headers["cache-control"] = "private, no-cache" if public.cacheable else "no-store"
     # Given as a header, so that no charset is added to a text that may have another.
     return Response(answer.body, status_code=answer.status, headers={**headers, "content-type": kind})
 
@@ -166,5 +142,6 @@ def _absent(method: str, path: str) -> Operation:
         raise OctoError(f"{method} {path} is not configured here.", code="not_configured")
 
     name = f"{path[1:]}.absent"
-    body = bytes if method == "POST" else None
-    return Operation(name, method, path, handle, auth="public", body=body, max_body=MAX_JSON, summary="Not configured.")
+    about = About(codes=("not_configured",))
+    summary = "Not configured."
+    return Operation(name, method, path, handle, auth="public", max_body=MAX_JSON, summary=summary, about=about)

@@ -8,9 +8,10 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from octollm.contracts.listing import LAST_EVENT
 from octollm.errors import OctoError
 from octollm.live import LiveFrame, Session
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import About, Call, Operation
 from octollm.services.reflex.forward import FOLLOW_SECONDS
 from octollm.services.reflex.racing import first_of
 from octollm.services.reflex.watching import SlowWatcherError, Watching
@@ -88,4 +89,10 @@ def sse_operation(watching: Watching) -> Operation:
         limited=False,
         timeout=FOLLOW_SECONDS,
         summary="A task's frames as server-sent events.",
+        about=About(
+            media="text/event-stream",
+            headers={"Last-Event-ID": LAST_EVENT},
+            codes=("task_not_found", "invalid_parameter"),
+            also=(204,),
+        ),
     )

@@ -1,0 +1,135 @@
+"""Every service, fuzzed by schemathesis against its own description: no crash, and no answer outside its schema."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from databases import Backend
+from whole import answers
+
+from octollm.capability import Principal, RootMinter, SelfSigner
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.contracts.services import SERVICES
+from octollm.installation.embedded import System
+from octollm.installation.keys import load_keys
+
+pytestmark = [pytest.mark.sandbox, pytest.mark.postgres]
+
+EXAMPLES = os.environ.get("OCTOLLM_TEST_FUZZ_EXAMPLES", "10")
+"""Cases for each operation, besides those that follow from the schema's bounds."""
+SEED = os.environ.get("OCTOLLM_TEST_FUZZ_SEED", "1")
+CLOCK = SystemClock()
+IDS = Uuid7Ids(CLOCK)
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "unsupported_method",
+    "ignored_auth",
+)
+SCOPES = {
+    "memory": "memory:read memory:write",
+    "models": "models:chat",
+    "planner": "planner:plan planner:execute",
+    "executor": "executor:run executor:execute executor:http",
+    "coder": "coder:execute",
+    "judge": "judge:validate judge:accept judge:execute",
+    "retriever": "retriever:search retriever:execute",
+}
+
+
+@pytest.fixture
+def environment(postgres: Backend) -> dict[str, str]:
+    """PostgreSQL is stricter than SQLite: it has no NUL in texts, and its numbers have bounds."""
+    return {**postgres.environment, "OCTOLLM_RATE_LIMIT": "100000/minute"}
+
+
+PROGRAMS = '{"programs": [{"title": "Add", "program": "print(1 + 1)"}]}'
+
+
+@pytest.fixture(autouse=True)
+def planner_writes_programs(mind) -> None:
+    mind.answer = lambda asked: PROGRAMS if "programs" in str(asked.schema) else answers(asked)
+
+
+def signer(system: System, name: str) -> SelfSigner:
+    return SelfSigner(load_keys(system.home, IDS).services[name], name, CLOCK, IDS)
+
+
+async def bearer(system: System, name: str, client: httpx.AsyncClient) -> str:
+    """Return what opens every operation of a service that a user may call."""
+    if name == "monitor":
+        # No user is given one: the orchestrator asks in its own way.
+        root = load_keys(system.home, IDS).root
+        return RootMinter(root, CLOCK, IDS).access(Principal("local", "local", "local"), name, "monitor:read", 600)
+    if name == "reflex":
+        return system.local_key
+    if name == "orchestrator":
+        own = {"Authorization": f"Bearer {signer(system, 'reflex').svc_token(name)}"}
+        asked = {"subject_token": system.local_key}
+        answer = await client.post(system.urls[name] + "/token", json=asked, headers=own)
+    else:
+        answer = await client.post(system.door + "/token", json={"scope": SCOPES[name], "aud": name})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["access_token"]
+
+
+def part(api: dict[str, Any], *, of_services: bool) -> dict[str, Any]:
+    """Return the operations that a service opens by its own token, or the others; with no status but those named."""
+    paths: dict[str, Any] = {}
+    for path, methods in api["paths"].items():
+        for method, op in methods.items():
+            if (op["security"] == [{"service": []}]) == of_services:
+                responses = {status: answer for status, answer in op["responses"].items() if status != "default"}
+                # A call that gives itself a millisecond is answered 504, as it should be.
+                parameters = [one for one in op["parameters"] if one["name"] != "X-Timeout-Ms"]
+                paths.setdefault(path, {})[method] = {**op, "responses": responses, "parameters": parameters}
+    return {**api, "paths": paths}
+
+
+async def fuzz(api: dict[str, Any], url: str, token: str, folder: Path) -> None:
+    described = folder / "openapi.json"
+    described.write_text(json.dumps(api))
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).with_name("schemathesis")),
+        *("run", str(described), "--url", url, "--header", f"Authorization: Bearer {token}"),
+        *("--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing", "--max-examples", EXAMPLES),
+        *("--seed", SEED, "--request-timeout", "20", "--warnings", "off", "--continue-on-failure", "--no-color"),
+        cwd=folder,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": ""},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), 900)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, output.decode()[-6000:]
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+async def test_a_service_answers_as_it_is_described(door, name: str, tmp_path: Path) -> None:
+    async with httpx.AsyncClient(timeout=30) as client:
+        api = (await client.get(door.system.urls[name] + "/openapi.json")).json()
+        token = await bearer(door.system, name, client)
+    await fuzz(part(api, of_services=False), door.system.urls[name], token, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["orchestrator", "monitor"])
+async def test_what_services_ask_of_each_other_is_answered_as_described(door, name: str, tmp_path: Path) -> None:
+    async with httpx.AsyncClient() as client:
+        api = (await client.get(door.system.urls[name] + "/openapi.json")).json()
+    for path, methods in part(api, of_services=True)["paths"].items():
+        # A service's token lives for a minute.
+        token = signer(door.system, "models").svc_token(name)
+        await fuzz({**api, "paths": {path: methods}}, door.system.urls[name], token, tmp_path)
