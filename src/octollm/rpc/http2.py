@@ -36,6 +36,26 @@ from octollm.rpc.http import (
 from octollm.rpc.tls import Tls
 
 
+def _inside(tls: Tls | None) -> HTTPTransport:
+    return HTTPTransport(
+        # In plain text both sides have to know (RFC 9113 section 3.3); in TLS they agree.
+        http_version=pyqwest.HTTPVersion.HTTP2 if tls is None else None,
+        **_shown(tls),
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        pool_idle_timeout=IDLE_SECONDS,
+        pool_max_idle_per_host=MAX_KEEPALIVE,
+        follow_redirects=False,
+        enable_cookie_store=False,
+        enable_otel=False,
+        enable_brotli=False,
+        enable_zstd=False,
+        use_system_dns=True,
+        # A rule that excludes every host keeps the environment's proxies away from internal calls.
+        proxy=pyqwest.Proxy("http://127.0.0.1:9", no_proxy="*,0.0.0.0/0,::/0"),
+    )
+
+
 class _Files(TypedDict, total=False):
     tls_cert: bytes
     tls_key: bytes
@@ -46,28 +66,12 @@ class _Files(TypedDict, total=False):
 class Http2(Http):
     """One pool for one process; ``tls`` is what ``https`` addresses are called with.
 
-    Redirects, cookies and proxies from the environment are off: calls stay inside.
+    Redirects, cookies and proxies from the environment are off: calls stay inside. Only who calls outside brings a
+    ``transport`` of its own.
     """
 
-    def __init__(self, tls: Tls | None = None) -> None:
-        # In plain text both sides have to know (RFC 9113 section 3.3); in TLS they agree.
-        version = pyqwest.HTTPVersion.HTTP2 if tls is None else None
-        # A proxy rule that excludes every host keeps proxies of the environment away from internal calls.
-        self._transport = HTTPTransport(
-            http_version=version,
-            **_shown(tls),
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            pool_idle_timeout=IDLE_SECONDS,
-            pool_max_idle_per_host=MAX_KEEPALIVE,
-            follow_redirects=False,
-            enable_cookie_store=False,
-            enable_otel=False,
-            enable_brotli=False,
-            enable_zstd=False,
-            use_system_dns=True,
-            proxy=pyqwest.Proxy("http://127.0.0.1:9", no_proxy="*,0.0.0.0/0,::/0"),
-        )
+    def __init__(self, tls: Tls | None = None, *, transport: HTTPTransport | None = None) -> None:
+        self._transport = transport or _inside(tls)
         self._slots: dict[str, asyncio.Semaphore] = {}
         self._under_way: set[asyncio.Timeout] = set()
         self._closed = False

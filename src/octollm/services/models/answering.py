@@ -25,8 +25,10 @@ from octollm.llm.types import (
     TextDelta,
     tools_bound,
 )
+from octollm.resilience import Deadline
 from octollm.rpc.call import Call
 from octollm.rpc.idempotency import NestedKeys
+from octollm.rpc.outside import Outside
 from octollm.services.models.budget import Budget
 from octollm.services.models.holder import ModelHolder
 from octollm.services.models.wire import Answer, Spent
@@ -58,7 +60,10 @@ class _Progress:
 
 
 class Answering:
-    """Answers chat calls with the one model; at most ``parallel`` at a time, the others wait in turn."""
+    """Answers chat calls with the one model; at most ``parallel`` at a time, the others wait in turn.
+
+    ``outside`` has the policies of calls to a provider; a model in this process needs none.
+    """
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class Answering:
         ids: Ids,
         metrics: Metrics,
         tracer: Tracer,
+        outside: Outside | None = None,
     ) -> None:
         self._holder = holder
         self._budget = budget
@@ -78,6 +84,7 @@ class Answering:
         self._ids = ids
         self._metrics = metrics
         self._tracer = tracer
+        self._outside = outside
 
     async def answer(self, call: Call, request: ChatRequest, on_text: OnText) -> Answer:
         """Answer a call within its deadline; ``on_text`` is awaited with each piece.
@@ -113,16 +120,22 @@ class Answering:
         if journaled != b"null":
             call.span.attributes["octollm.replayed"] = True
             return await _replay(journaled, on_text), None
-        return await self._generate(request, model, reserved, prompt, on_text)
+        return await self._generate(request, model, reserved, prompt, on_text, call.deadline)
 
     async def _generate(
-        self, request: ChatRequest, model: ChatModel, reserved: ReserveAnswer, prompt: int, on_text: OnText
+        self,
+        request: ChatRequest,
+        model: ChatModel,
+        reserved: ReserveAnswer,
+        prompt: int,
+        on_text: OnText,
+        deadline: Deadline,
     ) -> _Settled:
         granted = reserved.max_completion_tokens
         progress = _Progress()
         try:
             with self._tracer.span(f"model {model.name}", "client") as span:
-                await self._write(_limited(request, granted), model, progress, on_text, span, prompt)
+                await self._write(_limited(request, granted), model, progress, on_text, span, prompt, deadline)
         except BaseException:
             self._budget.settle(reserved.reservation, progress.used)
             raise
@@ -133,7 +146,14 @@ class Answering:
         )
 
     async def _write(
-        self, request: ChatRequest, model: ChatModel, progress: _Progress, on_text: OnText, span: Span, prompt: int
+        self,
+        request: ChatRequest,
+        model: ChatModel,
+        progress: _Progress,
+        on_text: OnText,
+        span: Span,
+        prompt: int,
+        deadline: Deadline,
     ) -> None:
         """Have the model write; however that ends, ``progress`` has what it used, and so have metrics and span."""
         began = self._clock.monotonic()
@@ -144,7 +164,13 @@ class Answering:
             await on_text(text)
 
         try:
-            await _run(model, request, progress, heard)
+            if self._outside is None:
+                await _run(model, request, progress, heard)
+            else:
+                # A word that was handed over cannot be taken back: only what failed before it is tried again.
+                await self._outside.call(
+                    "chat", lambda: _run(model, request, progress, heard), deadline, repeats=lambda: not progress.parts
+                )
             assert progress.final is not None
             tokens = progress.final.usage
             progress.used = Usage(tokens.prompt_tokens, tokens.completion_tokens, cost_usd(model.name, tokens) or 0.0)

@@ -9,9 +9,11 @@ from octollm.config import Settings
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
 from octollm.llm.embedded import EmbeddedSettings
+from octollm.llm.openai_compatible import OPENAI_URL
 from octollm.llm.select import ModelChoice, resolve_model
 from octollm.llm.types import ChatMessage, ChatRequest
 from octollm.rpc.call import About, Call, Operation, Reply, Silent
+from octollm.rpc.outside import Outside
 from octollm.rpc.service import Base, Service, build_service
 from octollm.services.models.answering import Answering
 from octollm.services.models.budget import Budget
@@ -55,6 +57,11 @@ def _chosen(settings: Settings) -> ModelChoice:
     )
 
 
+def _outside(base: Base, settings: Settings) -> Outside:
+    name = f"{settings.model} at {settings.model_url or OPENAI_URL}"
+    return Outside(base.name, name, clock=base.clock, metrics=base.metrics, log=base.log)
+
+
 def build_models(base: Base, settings: Settings, holder: ModelHolder, budget: Budget) -> Service:
     """Return the service over its model and the budget that it answers to."""
     embedded = settings.model.partition(":")[0] == "embedded"
@@ -66,6 +73,7 @@ def build_models(base: Base, settings: Settings, holder: ModelHolder, budget: Bu
         ids=base.ids,
         metrics=base.metrics,
         tracer=base.tracer,
+        outside=None if embedded else _outside(base, settings),
     )
     handlers = _Handlers(base, holder, answering)
     return build_service(base, handlers.operations(), checkups={"model": holder.checkup})

@@ -12,6 +12,7 @@ from octollm.errors import OctoError
 from octollm.rpc.exporting import SEND_SECONDS, Exporter, Send
 from octollm.rpc.health import CheckUp
 from octollm.rpc.http import Http
+from octollm.rpc.outside import outside_http
 from octollm.rpc.service import Base
 from octollm.telemetry import Buffer, Span
 from octollm.telemetry.otlp import encode_spans
@@ -21,7 +22,7 @@ _RETRIED = frozenset({408, 429, 502, 503, 504})
 
 
 @dataclass(frozen=True, slots=True)
-class Outside:
+class Forwarding:
     """What is forwarded: put it into ``buffer``."""
 
     buffer: Buffer[Span]
@@ -29,16 +30,17 @@ class Outside:
 
 
 @contextlib.asynccontextmanager
-async def forwarding(base: Base, settings: Settings) -> AsyncGenerator[Outside | None]:
+async def forwarding(base: Base, settings: Settings) -> AsyncGenerator[Forwarding | None]:
     """Forward in the background for as long as the context is open; ``None`` where no collector is named."""
     if settings.otlp_url is None:
         yield None
         return
     buffer = Buffer[Span]()
-    send = to_collector(base.http, settings.otlp_url, settings.otlp_headers)
-    exporter = Exporter(buffer, send, name="collector", log=base.log, metrics=base.metrics)
-    async with exporter.running():
-        yield Outside(buffer, exporter.checkup)
+    async with outside_http(idle=SEND_SECONDS) as http:
+        send = to_collector(http, settings.otlp_url, settings.otlp_headers)
+        exporter = Exporter(buffer, send, name="collector", log=base.log, metrics=base.metrics)
+        async with exporter.running():
+            yield Forwarding(buffer, exporter.checkup)
 
 
 def to_collector(http: Http, url: str, headers: tuple[tuple[str, str], ...]) -> Send[Span]:

@@ -1,0 +1,148 @@
+"""Calls to what is not ours: providers of models, collectors. The same policies as between services.
+
+They leave by the proxies that ``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY`` and ``NO_PROXY`` name, and believe the
+certificates of the system, or of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. Calls between services do neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from pyqwest import HTTPTransport
+
+from octollm.clock import Clock
+from octollm.contracts.problems import problem_of
+from octollm.errors import OctoError, Tried
+from octollm.resilience import (
+    Balancer,
+    Deadline,
+    EjectionPolicy,
+    Failure,
+    Instance,
+    Outcome,
+    RetryBudget,
+    RetryPolicy,
+)
+from octollm.rpc.http import CONNECT_SECONDS, Http
+from octollm.rpc.http2 import Http2
+from octollm.telemetry import Log, Metrics
+
+T = TypeVar("T")
+
+
+def outside_http(*, idle: float) -> Http:
+    """Return a client for requests outside; ``idle`` is the longest silence of an answer, in seconds.
+
+    No redirect is followed: one would carry a key elsewhere.
+    """
+    return Http2(
+        transport=HTTPTransport(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=idle,
+            tls_include_system_certs=True,
+            follow_redirects=False,
+            enable_cookie_store=False,
+            enable_otel=False,
+        )
+    )
+
+
+class Outside:
+    """One that is called outside, by ``name``: tries within the deadline and a budget, and a breaker.
+
+    After five failures in a row it is not called for 5 s, then for longer, but for one call that probes.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        name: str,
+        *,
+        clock: Clock,
+        metrics: Metrics,
+        log: Log,
+        retry: RetryPolicy | None = None,
+        ejection: EjectionPolicy | None = None,
+    ) -> None:
+        self._service = service
+        self._name = name
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+        self._retry = retry or RetryPolicy()
+        self._budget = RetryBudget()
+        self._breaker = Balancer(random.randrange, ejection)
+        self._breaker.follow((name,), clock.monotonic())
+
+    async def call(
+        self, operation: str, once: Callable[[], Awaitable[T]], deadline: Deadline, *, repeats: Callable[[], bool]
+    ) -> T:
+        """Return what ``once`` does. It is tried again after a failure that may pass, while ``repeats`` says it may be.
+
+        Raises what ``once`` raised last, ``unavailable`` while it is not called, and ``deadline_exceeded``.
+        """
+        self._budget.earn()
+        began = self._clock.monotonic()
+        tried = 0
+        while True:
+            deadline.check()
+            instance = self._picked(operation)
+            tried += 1
+            try:
+                result = await self._once(instance, operation, once)
+            except OctoError as error:
+                self._metrics.calls.labels(self._service, self._name, operation, error.code).inc()
+                delay = self._retry.wait(
+                    Failure(problem_of(error).retryable, began=True, retry_after=error.retry_after),
+                    tried=tried,
+                    repeats_safely=repeats(),
+                    left=deadline.left(),
+                    random=random.random(),  # noqa: S311  jitter is no secret
+                )
+                if delay is None or not self._budget.spend():
+                    error.tried = Tried(self._name, operation, self._name, tried, self._clock.monotonic() - began)
+                    raise
+                self._metrics.call_retries.labels(self._service, self._name).inc()
+                await asyncio.sleep(delay)
+            else:
+                self._metrics.calls.labels(self._service, self._name, operation, "ok").inc()
+                return result
+
+    def _picked(self, operation: str) -> Instance:
+        now = self._clock.monotonic()
+        instance = self._breaker.pick(operation, now)
+        if instance is None:
+            wait = self._breaker.wait(now)
+            raise OctoError(
+                f"{self._name} has failed too often in a row; the next try is in {wait:.0f} s.",
+                code="unavailable",
+                retry_after=wait,
+            )
+        return instance
+
+    async def _once(self, instance: Instance, operation: str, once: Callable[[], Awaitable[T]]) -> T:
+        began = self._clock.monotonic()
+        outcome: Outcome = "unknown"
+        try:
+            result = await once()
+            outcome = "answered"
+            return result
+        except OctoError as error:
+            outcome = _outcome(error)
+            raise
+        finally:
+            now = self._clock.monotonic()
+            ejected = self._breaker.ended(instance, operation, outcome, now - began, now)
+            if ejected is not None:
+                self._metrics.ejections.labels(self._service, self._name, ejected.reason).inc()
+                self._log.warning("outside.left_alone", target=self._name, seconds=ejected.seconds)
+
+
+def _outcome(error: OctoError) -> Outcome:
+    """Return what a failure says of the one that was called: who refuses, or asks for patience, is well."""
+    if not problem_of(error).retryable or error.retry_after is not None:
+        return "answered"
+    return "failed"
