@@ -87,13 +87,15 @@ class Outside:
         self._budget.earn()
         began = self._clock.monotonic()
         tried = 0
+        reason: OctoError | None = None
         while True:
             deadline.check()
-            instance = self._picked(operation)
+            instance = self._picked(operation, reason)
             tried += 1
             try:
                 result = await self._once(instance, operation, once)
             except OctoError as error:
+                reason = error
                 self._metrics.calls.labels(self._service, self._name, operation, error.code).inc()
                 delay = self._retry.wait(
                     Failure(problem_of(error).retryable, began=True, retry_after=error.retry_after),
@@ -111,10 +113,12 @@ class Outside:
                 self._metrics.calls.labels(self._service, self._name, operation, "ok").inc()
                 return result
 
-    def _picked(self, operation: str) -> Instance:
+    def _picked(self, operation: str, reason: OctoError | None) -> Instance:
         now = self._clock.monotonic()
         instance = self._breaker.pick(operation, now)
         if instance is None:
+            if reason is not None:
+                raise reason  # it says more than that there is no further try
             wait = self._breaker.wait(now)
             raise OctoError(
                 f"{self._name} has failed too often in a row; the next try is in {wait:.0f} s.",

@@ -324,6 +324,22 @@ async def test_a_failure_before_the_first_word_has_its_own_status_and_costs_noth
         assert house.books.used == Usage()
 
 
+async def test_a_provider_that_fails_for_a_moment_is_asked_again(tmp_path) -> None:
+    async with models_over([Reply(fail=500), Reply(fail=503), "Hi"], tmp_path) as (house, provider):
+        answer = await chat(house)
+        assert answer.status == 200
+        assert len(provider.asked) == 3
+        await wait_until(lambda: house.books.settled, description="it is settled")
+
+
+async def test_a_provider_that_is_down_is_left_alone_for_a_while(tmp_path) -> None:
+    async with models_over(lambda _asked: Reply(fail=500), tmp_path) as (house, provider):
+        found = [problem(await chat(house)) for _ in range(6)]
+        assert [failed.code for failed in found] == ["model_failed"] * 2 + ["unavailable"] * 4
+        assert len(provider.asked) == 5
+        assert all("openai:scripted" in failed.detail and provider.url in failed.detail for failed in found)
+
+
 async def test_a_failure_in_mid_stream_is_the_last_event(tmp_path) -> None:
     async with models_over([Reply("Once upon a time", fail=500)], tmp_path) as (house, _):
         answer = await chat(house, stream=True, max_tokens=40)

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import pytest
+from wires import certificates
+
+from octollm.clock import SystemClock
+from octollm.errors import OctoError, RemoteError
+from octollm.llm.openai_compatible import OpenAICompatibleModel
+from octollm.llm.types import ChatMessage, ChatRequest, TextDelta
+from octollm.resilience import Deadline, EjectionPolicy, RetryPolicy
+from octollm.rpc.hosting import listen, serving
+from octollm.rpc.http import Http
+from octollm.rpc.http1 import Http1
+from octollm.rpc.http2 import Http2
+from octollm.rpc.outside import Outside, outside_http
+from octollm.rpc.tls import Tls
+from octollm.rpc.wire import PLAIN, Wire
+from octollm.telemetry import Metrics, log_for
+from octollm.testing.scripted_model import ScriptedModel
+
+CLOCK = SystemClock()
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+class HandClock(SystemClock):
+    def __init__(self) -> None:
+        self.at = 100.0
+
+    def monotonic(self) -> float:
+        return self.at
+
+
+def outside(clock: SystemClock = CLOCK, **options: object) -> Outside:
+    quick = {"retry": RetryPolicy(base=0.0), **options}
+    return Outside("models", "them at example.org", clock=clock, metrics=Metrics("m"), log=log_for("m"), **quick)  # type: ignore[arg-type]
+
+
+@dataclass
+class Them:
+    """One that is called outside: fails as it is told, then answers."""
+
+    failures: list[OctoError] = field(default_factory=list[OctoError])
+    called: int = 0
+
+    async def __call__(self) -> str:
+        self.called += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        return "answer"
+
+
+def away(after: float | None = None) -> OctoError:
+    return OctoError("them at example.org: no connection.", code="model_failed", retry_after=after)
+
+
+def no(code: str = "model_failed") -> RemoteError:
+    return RemoteError("them: the key was refused.", code=code, status=503, retryable=False)
+
+
+async def call(them: Them, way: Outside, *, seconds: float = 10, repeats: bool = True, clock: SystemClock = CLOCK):
+    return await way.call("chat", them, Deadline.after(clock, seconds), repeats=lambda: repeats)
+
+
+async def test_what_may_pass_is_tried_again() -> None:
+    them = Them([away(), away()])
+    assert await call(them, outside()) == "answer"
+    assert them.called == 3
+
+
+@pytest.mark.parametrize(
+    ("failures", "repeats", "called"),
+    [([away()] * 9, True, 3), ([no()], True, 1), ([away()], False, 1), ([away(60.0)], True, 1)],
+    ids=["three times", "what it refuses", "what was begun", "not past the deadline"],
+)
+async def test_and_given_up_with_what_was_tried(failures: list[OctoError], repeats: bool, called: int) -> None:
+    them = Them(list(failures))
+    with pytest.raises(OctoError) as caught:
+        await call(them, outside(), repeats=repeats)
+    assert them.called == called
+    tried = caught.value.tried
+    assert tried is not None
+    assert (tried.service, tried.attempts) == ("them at example.org", called)
+
+
+async def test_an_outage_is_not_multiplied() -> None:
+    way = outside(ejection=EjectionPolicy(failures=10_000))
+    them = Them([away() for _ in range(1000)])
+    for _ in range(500):
+        with contextlib.suppress(OctoError):
+            await call(them, way)
+    assert them.called <= 500 * 1.2 + 10
+
+
+async def test_after_failures_in_a_row_it_is_left_alone_and_probed() -> None:
+    clock = HandClock()
+    way = outside(clock)
+    them = Them([away() for _ in range(6)])
+    for _ in range(2):
+        with pytest.raises(OctoError):
+            await call(them, way, clock=clock)
+    assert them.called == 5
+    with pytest.raises(OctoError) as refused:
+        await call(them, way, clock=clock)
+    assert them.called == 5
+    assert refused.value.code == "unavailable"
+    assert "them at example.org" in refused.value.detail
+    assert refused.value.retry_after is not None
+    clock.at += 6
+    with pytest.raises(OctoError):
+        await call(them, way, clock=clock, repeats=False)
+    assert them.called == 6  # the probe, which failed
+    clock.at += 5
+    with pytest.raises(OctoError, match="next try"):
+        await call(them, way, clock=clock)
+    clock.at += 6
+    assert await call(them, way, clock=clock) == "answer"
+
+
+async def test_who_refuses_or_asks_for_patience_is_well() -> None:
+    way = outside()
+    for failure in [no(), away(60.0)] * 10:
+        with pytest.raises(OctoError):
+            await call(Them([failure]), way)
+    assert await call(Them(), way) == "answer"
+
+
+async def test_no_time_left_is_no_call() -> None:
+    them = Them()
+    with pytest.raises(OctoError) as caught:
+        await call(them, outside(), seconds=0)
+    assert (caught.value.code, them.called) == ("deadline_exceeded", 0)
+
+
+async def test_leaving_is_nobodys_failure() -> None:
+    way = outside()
+
+    async def hang() -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    for _ in range(10):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await way.call("chat", hang, Deadline.after(CLOCK, 10), repeats=lambda: True)
+    assert await call(Them(), way) == "answer"
+
+
+@dataclass
+class Proxy:
+    """A forward proxy (RFC 9110 sections 7.6 and 9.3.6) that notes what it is asked for."""
+
+    asked: list[str] = field(default_factory=list[str])
+    url: str = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        line, _, rest = head.decode().partition("\r\n")
+        method, target, _ = line.split(" ")
+        self.asked.append(f"{method} {target}")
+        host, path = (target, "") if method == "CONNECT" else target.removeprefix("http://").split("/", 1)
+        name, _, port = host.partition(":")
+        to_reader, to_writer = await asyncio.open_connection(name, int(port))
+        if method == "CONNECT":
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        else:
+            to_writer.write(f"{method} /{path} HTTP/1.1\r\n{rest}".encode())
+
+        async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(65536):
+                    sink.write(data)
+                    await sink.drain()
+            sink.close()
+
+        await asyncio.gather(pass_on(reader, to_writer), pass_on(to_reader, writer))
+
+
+@pytest.fixture
+async def proxy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    found = Proxy()
+    server = await asyncio.start_server(found.serve, "127.0.0.1", 0)
+    found.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        yield found
+        server.close()
+
+
+@contextlib.asynccontextmanager
+async def provider(wire: Wire = PLAIN) -> AsyncIterator[str]:
+    bound = listen("127.0.0.1", 0, "provider")
+    async with serving(ScriptedModel(lambda _asked: "Hello.").app(), bound, wire=wire):
+        yield f"{wire.scheme}://127.0.0.1:{bound.getsockname()[1]}"
+
+
+async def said(url: str) -> str:
+    model = OpenAICompatibleModel("scripted", base_url=url + "/v1")
+    request = ChatRequest("scripted", (ChatMessage("user", "hi"),))
+    try:
+        return "".join([piece.text async for piece in model.stream(request) if isinstance(piece, TextDelta)])
+    finally:
+        await model.aclose()
+
+
+async def test_providers_are_called_through_the_proxy_of_the_environment(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with provider() as url:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        assert await said(url) == "Hello."
+        assert proxy.asked == [f"POST {url}/v1/chat/completions"]
+        async with outside_http(idle=5) as http:
+            assert (await http.send("GET", url + "/v1/models", {}, None, seconds=5)).status == 200
+        assert proxy.asked[1:] == [f"GET {url}/v1/models"]
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert await said(url) == "Hello."
+        assert len(proxy.asked) == 2
+
+
+async def test_and_with_the_authorities_of_the_environment(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = certificates()
+    wire = Wire("1.1", Tls(files.certificate, files.key))
+    async with provider(wire) as url:
+        with pytest.raises(OctoError) as caught:
+            await said(url)
+        assert caught.value.code == "model_failed"
+        assert url in caught.value.detail
+        monkeypatch.setenv("SSL_CERT_FILE", str(files.ca))
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        assert await said(url) == "Hello."
+    assert proxy.asked == [f"CONNECT {url.removeprefix('https://')}"]
+
+
+@pytest.mark.parametrize("name", ["http1", "http2"])
+async def test_calls_between_services_know_no_proxy(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for variable in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(variable, proxy.url)
+    http: Http = Http1() if name == "http1" else Http2()
+    async with provider(Wire("2")) as url, http:
+        assert (await http.send("GET", url + "/v1/models", {}, None, seconds=5)).status == 200
+    assert proxy.asked == []
