@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from octollm.contracts.events import Event
 from octollm.contracts.numbers import Count
-from octollm.contracts.problems import FieldFault
+from octollm.contracts.problems import FieldFault, Problem
 from octollm.contracts.task import Artifact, Budget, Evidence, FileRef, StepStatus, TaskStatus, Usage
 
 
@@ -231,8 +231,12 @@ class SettleRequest(msgspec.Struct, frozen=True):
     answer: msgspec.Raw = msgspec.field(default_factory=null)
 
 
+MAX_BATCH = 1000
+"""Claims, or changes of claims, that are sent together."""
+
+
 class ClaimRequest(msgspec.Struct, frozen=True):
-    """``POST orchestrator/idempotency/claim`` by any service for a call that it serves."""
+    """A claim of ``POST orchestrator/idempotency/claim`` by any service for a call that it serves."""
 
     bearer: str
     operation: str
@@ -241,18 +245,34 @@ class ClaimRequest(msgspec.Struct, frozen=True):
     repeatable: bool
 
 
-class ClaimAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How a claim ended; ``answer`` is base64 of the stored body, ``headers`` are those that were stored with it."""
+class Claims(msgspec.Struct, frozen=True):
+    """The body of ``/idempotency/claim``: what came together is claimed together."""
 
-    outcome: Literal["claimed", "stored", "in_flight", "conflict", "unknown"]
+    claims: Annotated[tuple[ClaimRequest, ...], Meta(max_length=MAX_BATCH)]
+
+
+class ClaimAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a claim ended; ``answer`` is base64 of the stored body, ``headers`` are those that were stored with it.
+
+    A claim that is ``refused`` has the ``problem``: the others of its batch are none the worse for it.
+    """
+
+    outcome: Literal["claimed", "stored", "in_flight", "conflict", "unknown", "refused"]
     run: int = 0
     status: int = 0
     answer: bytes = b""
     headers: dict[str, str] = {}
+    problem: Problem | None = None
+
+
+class ClaimAnswers(msgspec.Struct, frozen=True):
+    """How the claims ended, in their order."""
+
+    answers: tuple[ClaimAnswer, ...]
 
 
 class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST orchestrator/idempotency/{renew,complete,release}``: the claim is named as it was made."""
+    """A claim that is renewed, completed or released, named as it was made."""
 
     tenant: str
     subject: str
@@ -262,6 +282,12 @@ class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     status: Annotated[int, Meta(ge=0, le=599)] = 0
     answer: bytes = b""
     headers: dict[str, str] = {}
+
+
+class ClaimUpdates(msgspec.Struct, frozen=True):
+    """The body of ``/idempotency/renew``, ``…/complete`` and ``…/release``."""
+
+    updates: Annotated[tuple[ClaimUpdate, ...], Meta(max_length=MAX_BATCH)]
 
 
 class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tuple_, update
 
 from octollm.errors import OctoError
+from octollm.rpc.batches import Batches
+from octollm.rpc.claiming import Claiming
 from octollm.rpc.idempotency import (
     KEEP_SECONDS,
     LEASE_SECONDS,
@@ -25,7 +26,7 @@ from octollm.rpc.idempotency import (
     Unknown,
 )
 from octollm.rpc.idempotency_postgres import claim_new, complete_all
-from octollm.storage import Batches, Database, Transaction, plain
+from octollm.storage import Database, Transaction, plain
 from octollm.storage.tables import idempotency as table
 
 MAX_ANSWER = 1024 * 1024
@@ -47,8 +48,8 @@ class SqlIdempotency:
         self._holder = holder
         self._claims: Batches[NewClaim, Outcome] = Batches(self._claim_all, name="idempotency claims")
         self._completions: Batches[Completion, None] = Batches(self._complete_all, name="idempotency completions")
+        self._claiming = Claiming(self._claims, self.release)
         self._until_prune = 0
-        self._given_back: set[asyncio.Task[None]] = set()
 
     async def claim(self, key: KeyOf, body_digest: str, *, repeatable: bool, bearer: str) -> Outcome:
         """Take the key, or say what stands in the way."""
@@ -57,26 +58,7 @@ class SqlIdempotency:
 
     async def claim_for(self, key: KeyOf, body_digest: str, *, repeatable: bool, task_id: str | None) -> Outcome:
         """Take the key for work on a task."""
-        outcome = self._claims.put(NewClaim(key, body_digest, repeatable, task_id))
-        try:
-            return await asyncio.shield(outcome)
-        except asyncio.CancelledError:
-            outcome.add_done_callback(lambda ended: self._give_back(key, ended))
-            raise
-
-    def _give_back(self, key: KeyOf, ended: asyncio.Future[Outcome]) -> None:
-        """Release what was claimed for a caller who has gone."""
-        if ended.cancelled() or ended.exception() is not None:
-            return
-        outcome = ended.result()
-        if isinstance(outcome, Claimed):
-            task = asyncio.create_task(self._release_quietly(key, outcome.run))
-            self._given_back.add(task)
-            task.add_done_callback(self._given_back.discard)
-
-    async def _release_quietly(self, key: KeyOf, run: int) -> None:
-        with contextlib.suppress(OctoError):  # the claim ends with its lease
-            await self.release(key, run)
+        return await self._claiming.claim(NewClaim(key, body_digest, repeatable, task_id), key)
 
     async def _claim_all(self, claims: Sequence[NewClaim]) -> Sequence[Outcome | OctoError]:
         first: dict[KeyOf, NewClaim] = {}
@@ -172,7 +154,7 @@ class SqlIdempotency:
         if len(kept.answer) > MAX_ANSWER:
             await self.release(key, run)
             return
-        await asyncio.shield(self._completions.put(Completion(key, run, kept)))
+        await self._completions.wait(Completion(key, run, kept))
 
     async def _complete_all(self, completions: Sequence[Completion]) -> Sequence[None]:
         ordered = sorted(completions, key=lambda each: each.key)

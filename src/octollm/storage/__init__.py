@@ -4,7 +4,6 @@ A backend is picked by its URL's scheme, and foreign errors end here. What the s
 them, belongs to the layers above.
 """
 
-from octollm.storage.batches import Batches
 from octollm.storage.database import Connection, Database, Transaction, plain
 from octollm.storage.engine import open_database
 from octollm.storage.keys import Keys
@@ -12,7 +11,6 @@ from octollm.storage.redis import MemoryServers, RedisClient, open_redis
 from octollm.storage.text_stream import TextEntry, TextStream
 
 __all__ = [
-    "Batches",
     "Connection",
     "Database",
     "Keys",

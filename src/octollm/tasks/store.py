@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,12 +215,13 @@ class TaskStore:
         async with self._db.read() as conn:
             return task_of(await self._row(conn, task_id))
 
-    async def check_run(self, task_id: str, run: int) -> None:
-        """Raise ``fence_lost`` when a newer run than ``run`` holds the task; one that is not stored has no fence."""
+    async def runs(self, task_ids: Set[str]) -> dict[str, int]:
+        """Return the run that holds each task; one that is not stored has none."""
+        if not task_ids:
+            return {}
         async with self._db.read() as conn:
-            held = await conn.scalar(select(tasks.c.run).where(tasks.c.task_id == task_id))
-        if held is not None and run < int(held):
-            raise OctoError("A newer run holds the task.", code="fence_lost")
+            rows = await conn.all(select(tasks.c.task_id, tasks.c.run).where(tasks.c.task_id.in_(task_ids)))
+        return {row["task_id"]: int(row["run"]) for row in rows}
 
     async def steps(self, task_id: str) -> list[StepRecord]:
         """Return a task's steps in the plan's order."""

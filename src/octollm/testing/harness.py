@@ -34,14 +34,17 @@ from octollm.clock import SystemClock, Uuid7Ids
 from octollm.contracts.api import (
     ArmRegistration,
     ClaimAnswer,
+    ClaimAnswers,
     ClaimRequest,
-    ClaimUpdate,
+    Claims,
+    ClaimUpdates,
     ReserveAnswer,
     ReserveRequest,
     SettleRequest,
 )
 from octollm.contracts.joining import InstanceRef
 from octollm.contracts.operations import StoredFile
+from octollm.contracts.problems import problem_of
 from octollm.contracts.services import SERVICES, service_of
 from octollm.contracts.task import MAX_FILE_BYTES, Usage
 from octollm.errors import OctoError
@@ -217,10 +220,10 @@ class _Keeper:
             service("POST", "/arms/register", self.register, ArmRegistration),
             service("POST", "/arms/heartbeat", self.nothing, InstanceRef),
             service("POST", "/arms/leave", self.nothing, InstanceRef),
-            service("POST", "/idempotency/claim", self.claim, ClaimRequest),
-            service("POST", "/idempotency/renew", self.nothing, ClaimUpdate),
-            service("POST", "/idempotency/complete", self.complete, ClaimUpdate),
-            service("POST", "/idempotency/release", self.release, ClaimUpdate),
+            service("POST", "/idempotency/claim", self.claim, Claims),
+            service("POST", "/idempotency/renew", self.nothing, ClaimUpdates),
+            service("POST", "/idempotency/complete", self.complete, ClaimUpdates),
+            service("POST", "/idempotency/release", self.release, ClaimUpdates),
             Operation(
                 "files.write", "POST", "/files", self.write, scope="files:write", body=bytes, max_body=MAX_FILE_BYTES
             ),
@@ -259,9 +262,15 @@ class _Keeper:
         self._house.books.arms[call.peer] = arm
         return {}
 
-    async def claim(self, call: Call, wanted: ClaimRequest) -> ClaimAnswer:
-        self._verifier(call.peer).verify(wanted.bearer)
-        place = (call.peer, wanted.operation, wanted.key)
+    async def claim(self, call: Call, wanted: Claims) -> ClaimAnswers:
+        return ClaimAnswers(tuple(self._claimed(call.peer, claim) for claim in wanted.claims))
+
+    def _claimed(self, peer: str, wanted: ClaimRequest) -> ClaimAnswer:
+        try:
+            self._verifier(peer).verify(wanted.bearer)
+        except OctoError as error:
+            return ClaimAnswer("refused", problem=problem_of(error))
+        place = (peer, wanted.operation, wanted.key)
         claims = self._house.books.claims
         if place not in claims:
             claims[place] = (wanted.body_digest, ClaimAnswer("in_flight"))
@@ -269,17 +278,17 @@ class _Keeper:
         digest, answer = claims[place]
         return answer if digest == wanted.body_digest else ClaimAnswer("conflict")
 
-    async def complete(self, call: Call, update: ClaimUpdate) -> dict[str, object]:
-        place = (call.peer, update.operation, update.key)
-        digest, _ = self._house.books.claims[place]
-        self._house.books.claims[place] = (
-            digest,
-            ClaimAnswer("stored", update.run, update.status, update.answer, update.headers),
-        )
+    async def complete(self, call: Call, body: ClaimUpdates) -> dict[str, object]:
+        for update in body.updates:
+            place = (call.peer, update.operation, update.key)
+            digest, _ = self._house.books.claims[place]
+            stored = ClaimAnswer("stored", update.run, update.status, update.answer, update.headers)
+            self._house.books.claims[place] = (digest, stored)
         return {}
 
-    async def release(self, call: Call, update: ClaimUpdate) -> dict[str, object]:
-        self._house.books.claims.pop((call.peer, update.operation, update.key), None)
+    async def release(self, call: Call, body: ClaimUpdates) -> dict[str, object]:
+        for update in body.updates:
+            self._house.books.claims.pop((call.peer, update.operation, update.key), None)
         return {}
 
     async def nothing(self, _call: Call, _body: object) -> dict[str, object]:

@@ -390,14 +390,17 @@ async def test_an_arm_cannot_read_what_another_was_answered(orch: Orchestra) -> 
     )
     assert sent.status == 200
     claim = {"bearer": bearer, "operation": "execute", "key": "k-1", "body_digest": "x", "repeatable": True}
-    answer = await as_service(orch, "translator", key, "POST", "/idempotency/claim", claim)
-    assert (answer.status, problem(answer)["code"]) == (401, "token_invalid")
+    answer = await as_service(orch, "translator", key, "POST", "/idempotency/claim", {"claims": [claim]})
+    refused = msgspec.json.decode(answer.body)["answers"][0]
+    assert (refused["outcome"], refused["problem"]["code"]) == ("refused", "token_invalid")
     assert b"secret" not in answer.body
     # With a bearer of its own it finds only its own keys.
     orch.house.keys["translator"] = key
     own = orch.house.token("translator:execute")
-    answer = await as_service(orch, "translator", key, "POST", "/idempotency/claim", claim | {"bearer": own})
-    assert msgspec.json.decode(answer.body)["outcome"] == "claimed"
+    claims = {"claims": [claim, claim | {"bearer": own}]}
+    answer = await as_service(orch, "translator", key, "POST", "/idempotency/claim", claims)
+    outcomes = [each["outcome"] for each in msgspec.json.decode(answer.body)["answers"]]
+    assert outcomes == ["refused", "claimed"]
 
 
 WRONG = {

@@ -8,7 +8,7 @@ import pytest
 from orchestra import Orchestra, Script, problem
 
 from octollm.arm import Context
-from octollm.contracts.api import ClaimAnswer, ClaimRequest, ReserveAnswer, ReserveRequest, SettleRequest
+from octollm.contracts.api import ClaimAnswers, ClaimRequest, Claims, ReserveAnswer, ReserveRequest, SettleRequest
 from octollm.contracts.task import ExecuteResult, TaskContract, Usage
 from octollm.testing import wait_until
 
@@ -286,8 +286,7 @@ async def test_calls_of_an_older_run_are_refused(orch: Orchestra, script: Script
 
 async def _claim(orch: Orchestra, bearer: str, key: str) -> str:
     token = orch.house.base("models").identity.signer().svc_token("orchestrator")
-    body = ClaimRequest(bearer, "chat", key, "0" * 64, repeatable=True)
+    body = Claims((ClaimRequest(bearer, "chat", key, "0" * 64, repeatable=True),))
     answer = await orch.house.send("orchestrator", "POST", "/idempotency/claim", token=token, body=body)
-    if answer.status >= 400:
-        return str(problem(answer)["code"])
-    return msgspec.json.decode(answer.body, type=ClaimAnswer).outcome
+    found = msgspec.json.decode(answer.body, type=ClaimAnswers).answers[0]
+    return found.outcome if found.problem is None else found.problem.code

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
-from octollm.capability import PublicKey, Verified, Verifier
+from octollm.capability import PublicKey, TaskRef, Verified, Verifier
 from octollm.clock import Clock
 from octollm.contracts.api import (
     ClaimAnswer,
+    ClaimAnswers,
     ClaimRequest,
+    Claims,
     ClaimUpdate,
+    ClaimUpdates,
     Done,
     ReserveAnswer,
     ReserveRequest,
     SettleRequest,
 )
+from octollm.contracts.problems import problem_of
 from octollm.errors import OctoError
 from octollm.rpc.call import About, Call, Operation
 from octollm.rpc.idempotency import Claimed, Conflict, InFlight, Kept, KeyOf, Stored, Unknown, check_key
@@ -25,6 +30,16 @@ from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.tasks.ledger import Ledger, Wanted, encode_answer
 from octollm.tasks.store import TaskStore
+
+MAX_CLAIMS_BODY = 8 * 1024 * 1024
+"""Bytes of what comes together; one answer that is kept has 1 MiB, a third more as base64."""
+
+
+class _Read(msgspec.Struct, frozen=True):
+    """A claim that may be made: its key, and the work that it is for."""
+
+    key: KeyOf
+    task: TaskRef | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +94,40 @@ class ServicesApi:
         await self.ledger.settle(body.reservation, body.usage, encode_answer(body.answer))
         return Done()
 
-    async def claim(self, call: Call, body: ClaimRequest) -> ClaimAnswer:
-        """Claim an idempotency key for a call that the peer serves; raise ``fence_lost`` for one of an older run."""
-        verified = self._authority(call.peer, body.bearer)
-        check_key(body.key)
-        key = KeyOf(verified.tenant, verified.subject, call.peer, body.operation, body.key)
-        ref = verified.task
-        task = ref.task if ref is not None else None
-        if ref is not None and ref.run is not None:
-            await self.store.check_run(ref.task, ref.run)
-        outcome = await self.keys.claim_for(key, body.body_digest, repeatable=body.repeatable, task_id=task)
+    async def claim(self, call: Call, body: Claims) -> ClaimAnswers:
+        """Claim idempotency keys for calls that the peer serves; one of an older run is refused with ``fence_lost``."""
+        found = [self._read(call.peer, each) for each in body.claims]
+        runs = await self.store.runs({read.task.task for read in found if isinstance(read, _Read) and read.task})
+        answers = await asyncio.gather(
+            *(self._claim(claim, read, runs, call.request_id) for claim, read in zip(body.claims, found, strict=True))
+        )
+        return ClaimAnswers(tuple(answers))
+
+    def _read(self, peer: str, claim: ClaimRequest) -> _Read | OctoError:
+        try:
+            verified = self._authority(peer, claim.bearer)
+            check_key(claim.key)
+        except OctoError as error:
+            return error
+        key = KeyOf(verified.tenant, verified.subject, peer, claim.operation, claim.key)
+        return _Read(key, verified.task)
+
+    async def _claim(
+        self, claim: ClaimRequest, read: _Read | OctoError, runs: Mapping[str, int], request_id: str
+    ) -> ClaimAnswer:
+        if isinstance(read, OctoError):
+            return ClaimAnswer("refused", problem=problem_of(read, request_id))
+        task = read.task
+        if task is not None and task.run is not None and task.run < runs.get(task.task, 0):
+            lost = OctoError("A newer run holds the task.", code="fence_lost")
+            return ClaimAnswer("refused", problem=problem_of(lost, request_id))
+        task_id = None if task is None else task.task
+        try:
+            outcome = await self.keys.claim_for(
+                read.key, claim.body_digest, repeatable=claim.repeatable, task_id=task_id
+            )
+        except OctoError as error:
+            return ClaimAnswer("refused", problem=problem_of(error, request_id))
         match outcome:
             case Claimed(run):
                 return ClaimAnswer("claimed", run)
@@ -101,19 +140,24 @@ class ServicesApi:
             case Unknown():
                 return ClaimAnswer("unknown")
 
-    async def renew(self, call: Call, body: ClaimUpdate) -> Done:
-        """Prolong a claim."""
-        await self.keys.renew([(_key(call, body), body.run)])
+    async def renew(self, call: Call, body: ClaimUpdates) -> Done:
+        """Prolong claims."""
+        await self.keys.renew([(_key(call, each), each.run) for each in body.updates])
         return Done()
 
-    async def complete(self, call: Call, body: ClaimUpdate) -> Done:
-        """Store a claimed call's answer."""
-        await self.keys.complete(_key(call, body), body.run, Kept(body.status, body.answer, body.headers))
+    async def complete(self, call: Call, body: ClaimUpdates) -> Done:
+        """Store the answers of claimed calls."""
+        await asyncio.gather(
+            *(
+                self.keys.complete(_key(call, each), each.run, Kept(each.status, each.answer, each.headers))
+                for each in body.updates
+            )
+        )
         return Done()
 
-    async def release(self, call: Call, body: ClaimUpdate) -> Done:
-        """Give a claim back."""
-        await self.keys.release(_key(call, body), body.run)
+    async def release(self, call: Call, body: ClaimUpdates) -> Done:
+        """Give claims back."""
+        await asyncio.gather(*(self.keys.release(_key(call, each), each.run) for each in body.updates))
         return Done()
 
     def operations(self) -> list[Operation]:
@@ -131,6 +175,7 @@ class ServicesApi:
                 scope=who,
                 body=body,
                 answer=answer,
+                max_body=MAX_CLAIMS_BODY,
                 summary=summary,
                 about=About(codes=codes),
             )
@@ -155,16 +200,14 @@ class ServicesApi:
                 "idempotency.claim",
                 "/idempotency/claim",
                 self.claim,
-                ClaimRequest,
-                ClaimAnswer,
+                Claims,
+                ClaimAnswers,
                 "*",
-                "Claim a key.",
-                "fence_lost",
-                "task_not_found",
+                "Claim keys.",
             ),
-            post("idempotency.renew", "/idempotency/renew", self.renew, ClaimUpdate, Done, "*", "Renew."),
-            post("idempotency.complete", "/idempotency/complete", self.complete, ClaimUpdate, Done, "*", "Complete."),
-            post("idempotency.release", "/idempotency/release", self.release, ClaimUpdate, Done, "*", "Release."),
+            post("idempotency.renew", "/idempotency/renew", self.renew, ClaimUpdates, Done, "*", "Renew."),
+            post("idempotency.complete", "/idempotency/complete", self.complete, ClaimUpdates, Done, "*", "Complete."),
+            post("idempotency.release", "/idempotency/release", self.release, ClaimUpdates, Done, "*", "Release."),
         ]
 
 

@@ -1,8 +1,9 @@
-"""Doing what many ask for at about the same time together: one statement and one commit instead of one for each."""
+"""Doing what many ask for at about the same time together: one statement, or one call, instead of one for each."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -22,12 +23,21 @@ class Batches(Generic[I, R]):
     """Runs one batch at a time; what is asked for meanwhile makes the next. An item alone does not wait.
 
     ``work`` returns a result for each item, in their order, or what its caller is to be raised. What it raises
-    itself, all of the batch's callers get.
+    itself, all of the batch's callers get. With ``weigh`` a batch weighs at most ``most_weight``, or has one item.
     """
 
-    def __init__(self, work: Callable[[Sequence[I]], Awaitable[Sequence[R | OctoError]]], *, name: str) -> None:
+    def __init__(
+        self,
+        work: Callable[[Sequence[I]], Awaitable[Sequence[R | OctoError]]],
+        *,
+        name: str,
+        weigh: Callable[[I], int] | None = None,
+        most_weight: int = 0,
+    ) -> None:
         self._work = work
         self._name = name
+        self._weigh = weigh
+        self._most_weight = most_weight
         self._waiting: deque[tuple[I, asyncio.Future[R]]] = deque()
         self._running: asyncio.Task[None] | None = None
 
@@ -37,18 +47,22 @@ class Batches(Generic[I, R]):
         Raises ``overloaded`` when too many wait.
         """
         if len(self._waiting) >= MAX_WAITING:
-            raise OctoError("Too much waits for the database.", code="overloaded", retry_after=1.0)
+            raise OctoError(f"Too many {self._name} wait.", code="overloaded", retry_after=1.0)
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._running is None:
-            self._running = asyncio.create_task(self._run(), name=self._name)
+            # It belongs to none of those it works for: not to the task or the trace of the first either.
+            self._running = asyncio.create_task(self._run(), name=self._name, context=contextvars.Context())
         return future
+
+    async def wait(self, item: I) -> R:
+        """Add an item and return its result. Who leaves before does not take the item along."""
+        return await asyncio.shield(self.put(item))
 
     async def _run(self) -> None:
         try:
             while self._waiting:
-                batch = [self._waiting.popleft() for _ in range(min(MOST, len(self._waiting)))]
-                batch = [(item, future) for item, future in batch if not future.done()]
+                batch = self._next()
                 if batch:
                     await self._do(batch)
         finally:
@@ -56,6 +70,19 @@ class Batches(Generic[I, R]):
             # Whoever stops the loop stops those that wait as well.
             for _, future in self._waiting:
                 future.cancel()
+
+    def _next(self) -> list[tuple[I, asyncio.Future[R]]]:
+        batch: list[tuple[I, asyncio.Future[R]]] = []
+        weight = 0
+        while self._waiting and len(batch) < MOST:
+            item, future = self._waiting[0]
+            if not future.done():
+                weight += 0 if self._weigh is None else self._weigh(item)
+                if batch and weight > self._most_weight and self._weigh is not None:
+                    break
+                batch.append((item, future))
+            self._waiting.popleft()
+        return batch
 
     async def _do(self, batch: list[tuple[I, asyncio.Future[R]]]) -> None:
         try:
