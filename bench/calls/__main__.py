@@ -68,6 +68,12 @@ def _server(variant: Variant, port: int) -> None:
     uvloop.run(variant.serve(port))
 
 
+def _beside(variant: Variant) -> None:
+    _pin(0)
+    assert variant.beside is not None
+    uvloop.run(variant.beside())
+
+
 def _client(variant: Variant, port: int, server: int, pipe: Connection) -> None:
     _pin(1)
 
@@ -111,6 +117,10 @@ def _running(every: list[Variant]) -> Generator[dict[str, Connection]]:
     try:
         for variant in every:
             port = _free_port()
+            if variant.beside is not None:
+                beside = context.Process(target=_beside, args=(variant,), daemon=True)
+                beside.start()
+                processes.append(beside)
             server = context.Process(target=_server, args=(variant, port), daemon=True)
             server.start()
             processes.append(server)
@@ -222,7 +232,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, postgres_database() as postgres:
         if postgres is None:
             print("No PostgreSQL is here: keys in it are left out.", file=sys.stderr)
-        every = variants(octo.Keys.make(), f"sqlite:///{folder}/keys.db", postgres)
+        every = variants(octo.Keys.make(), f"sqlite:///{folder}/keys.db", postgres, _free_port())
         if options.only:
             every = [each for each in every if options.only in each.name or each.name in (REFERENCE, BARE)]
         found = _measured(every, options.rounds, options.seconds)

@@ -17,9 +17,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from octollm.capability import BUILT_IN_CALLS, Principal, RootMinter, SigningKey, TaskRef, closure, preset
+from octollm.capability import (
+    BUILT_IN_CALLS,
+    DirectoryEntry,
+    Principal,
+    RootMinter,
+    SigningKey,
+    TaskRef,
+    closure,
+    preset,
+)
 from octollm.clock import SystemClock, Uuid7Ids
 from octollm.context import Scene, new_trace, set_scene
+from octollm.events import EventLog
 from octollm.installation.collector import settle_collector
 from octollm.resilience import Deadline
 from octollm.rpc.call import Call, Operation
@@ -28,11 +38,17 @@ from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.exporting import Exporter
 from octollm.rpc.hosting import listen, serving
 from octollm.rpc.http1 import Http1
+from octollm.rpc.idempotency import IdempotencyStore
 from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.rpc.identity import Identity
+from octollm.rpc.openers import ServiceOpener
 from octollm.rpc.service import Base, build_base, build_service
+from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.storage import open_database
 from octollm.storage.migrations import migrate
+from octollm.tasks.ledger import Ledger
+from octollm.tasks.store import TaskStore
 from octollm.telemetry import Span, configure_logs
 from octollm.telemetry.otlp import encode_spans
 
@@ -81,8 +97,11 @@ async def echo(_call: Call, body: Body) -> Body:
     return body
 
 
-async def serve(port: int, keys: Keys, store: str | None) -> None:
-    """Serve the judge until cancelled; ``store`` is the URL of a database for keys."""
+async def serve(port: int, keys: Keys, store: str | None, *, keeper_port: int | None = None) -> None:
+    """Serve the judge until cancelled; ``store`` is the URL of a database for keys.
+
+    With ``keeper_port`` the keys are with the orchestrator there.
+    """
     kind = "repeatable" if store else "safe"
     operation = Operation(
         "validate", "POST", "/validate", echo, scope="judge:validate", body=Body, answer=Body, kind=kind
@@ -90,15 +109,40 @@ async def serve(port: int, keys: Keys, store: str | None) -> None:
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_logs(stack))
         http = await stack.enter_async_context(Http1())
-        base = build_base(keys.identity("judge"), http, StaticDiscovery({"judge": ("http://judge",)}))
-        keeper = None
-        if store is not None:
+        urls = {"judge": ("http://judge",), "orchestrator": (f"http://127.0.0.1:{keeper_port}",)}
+        base = build_base(keys.identity("judge"), http, StaticDiscovery(urls))
+        keeper: IdempotencyStore | None = None
+        if keeper_port is not None:
+            keeper = base.remote_idempotency()
+        elif store is not None:
             db = await stack.enter_async_context(open_database(store, clock=CLOCK))
             await migrate(db, "orchestrator")
             keeper = SqlIdempotency(db, "bench")
         service = build_service(base, [operation], idempotency=keeper)
         await stack.enter_async_context(_exporting(base))
         await stack.enter_async_context(serving(service.app, listen("127.0.0.1", port, "judge")))
+        settle_collector()
+        await asyncio.Event().wait()
+
+
+async def keep(port: int, keys: Keys, store: str) -> None:
+    """Keep the judge's keys as the orchestrator does, until cancelled."""
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_logs(stack))
+        http = await stack.enter_async_context(Http1())
+        identity = Identity("orchestrator", keys.root, {keys.root.thumbprint: keys.root.public}, CLOCK, IDS)
+        base = build_base(identity, http, StaticDiscovery({"orchestrator": (f"http://127.0.0.1:{port}",)}))
+        db = await stack.enter_async_context(open_database(store, clock=CLOCK))
+        await migrate(db, "orchestrator")
+        log = EventLog(db, CLOCK, IDS)
+        revoking = Revoking(db, CLOCK)
+        tasks = TaskStore(db, log, CLOCK)
+        api = ServicesApi(Ledger(db, CLOCK, IDS), tasks, SqlIdempotency(db, "bench"), revoking, identity.roots, CLOCK)
+        entries = {"judge": DirectoryEntry((keys.judge.thumbprint,))}
+        opener = ServiceOpener("orchestrator", lambda: entries, CLOCK)
+        service = build_service(base, api.operations(), openers={"service": opener})
+        await stack.enter_async_context(_exporting(base))
+        await stack.enter_async_context(serving(service.app, listen("127.0.0.1", port, "orchestrator")))
         settle_collector()
         await asyncio.Event().wait()
 

@@ -23,21 +23,29 @@ class Variant:
     serve: Callable[[int], Awaitable[None]]
     calling: Callable[[int, int], Client]
     slow: bool = False
+    beside: Callable[[], Awaitable[None]] | None = None
+    """Runs in a process of its own on the server's core."""
     targets: tuple[tuple[str, float], ...] = ()
     """By how much more calls a second than others: (the other, the ratio)."""
 
 
-def variants(keys: octo.Keys, sqlite: str, postgres: str | None) -> list[Variant]:
-    """Return them all; those whose server is not here are left out."""
+def variants(keys: octo.Keys, sqlite: str, postgres: str | None, keeper_port: int) -> list[Variant]:
+    """Return them all; those whose server is not here are left out. ``keeper_port`` is for an orchestrator."""
 
     def ours(
-        name: str, *, store: str | None = None, targets: tuple[tuple[str, float], ...] = (), **how: object
+        name: str,
+        *,
+        store: str | None = None,
+        apart: bool = False,
+        targets: tuple[tuple[str, float], ...] = (),
+        **how: object,
     ) -> Variant:
         return Variant(
             name,
-            lambda port: octo.serve(port, keys, store),
+            lambda port: octo.serve(port, keys, store, keeper_port=keeper_port if apart else None),
             lambda port, size: octo.calling(port, keys, size, keyed=store is not None, **how),  # type: ignore[arg-type]
             targets=targets,
+            beside=(lambda: octo.keep(keeper_port, keys, store)) if apart and store is not None else None,
         )
 
     found = [
@@ -48,6 +56,7 @@ def variants(keys: octo.Keys, sqlite: str, postgres: str | None) -> list[Variant
     ]
     if postgres is not None:
         found.append(ours("key in PostgreSQL", store=postgres, targets=((REFERENCE, 0.7),)))
+        found.append(ours("key through the orchestrator", store=postgres, apart=True))
     found += [
         Variant(BARE, octo.serve_bare, octo.calling_bare),
         Variant(
