@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from octollm.rpc.idempotency import LEASE_SECONDS, Completion, KeyOf, NewClaim
-from octollm.storage import Transaction
+from octollm.storage import Direct
 
 _NOW = "(SELECT extract(epoch FROM clock_timestamp())::double precision AS now) AS moment"
 _CLAIM = f"""
@@ -34,9 +34,9 @@ WHERE mine.tenant = of.tenant AND mine.subject = of.subject AND mine.service = o
 """  # noqa: S608
 
 
-async def claim_new(tx: Transaction, claims: Sequence[NewClaim], holder: str) -> set[KeyOf]:
+async def claim_new(direct: Direct, claims: Sequence[NewClaim], holder: str) -> set[KeyOf]:
     """Claim the keys that nobody has; return them."""
-    rows = await tx.native(
+    rows = await direct.fetch(
         _CLAIM,
         *_keys([claim.key for claim in claims]),
         [claim.body_digest for claim in claims],
@@ -47,9 +47,9 @@ async def claim_new(tx: Transaction, claims: Sequence[NewClaim], holder: str) ->
     return {KeyOf(*map(str, row)) for row in rows}
 
 
-async def complete_all(tx: Transaction, completions: Sequence[Completion]) -> None:
+async def complete_all(direct: Direct, completions: Sequence[Completion]) -> None:
     """Store the answers of claims whose run is still theirs."""
-    await tx.native(
+    await direct.fetch(
         _COMPLETE,
         *_keys([each.key for each in completions]),
         [each.run for each in completions],

@@ -86,9 +86,9 @@ class SqlIdempotency:
 
     async def _insert(self, claims: Sequence[NewClaim]) -> set[KeyOf]:
         """Claim the keys that nobody has; return them."""
-        async with self._db.transaction(single=True) as tx:
-            if tx.dialect == "postgresql":
-                return await claim_new(tx, claims, self._holder)
+        if self._db.direct is not None:
+            return await claim_new(self._db.direct, claims, self._holder)
+        async with self._db.transaction() as tx:
             now = tx.clock.now()
             statement = (
                 tx.insert(table)
@@ -158,10 +158,10 @@ class SqlIdempotency:
 
     async def _complete_all(self, completions: Sequence[Completion]) -> Sequence[None]:
         ordered = sorted(completions, key=lambda each: each.key)
-        async with self._db.transaction(single=True) as tx:
-            if tx.dialect == "postgresql":
-                await complete_all(tx, ordered)
-                return [None] * len(completions)
+        if self._db.direct is not None:
+            await complete_all(self._db.direct, ordered)
+            return [None] * len(completions)
+        async with self._db.transaction() as tx:
             statement = (
                 update(table)
                 .where(_MINE, table.c.fence == bindparam("of_run"))

@@ -5,6 +5,7 @@ them, belongs to the layers above.
 """
 
 from octollm.storage.database import Connection, Database, Transaction, plain
+from octollm.storage.direct import Direct
 from octollm.storage.engine import open_database
 from octollm.storage.keys import Keys
 from octollm.storage.redis import MemoryServers, RedisClient, open_redis
@@ -13,6 +14,7 @@ from octollm.storage.text_stream import TextEntry, TextStream
 __all__ = [
     "Connection",
     "Database",
+    "Direct",
     "Keys",
     "MemoryServers",
     "RedisClient",

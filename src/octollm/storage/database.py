@@ -26,7 +26,8 @@ from sqlalchemy.sql.schema import Table
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
-from octollm.storage.failures import translated, unreachable
+from octollm.storage.direct import Direct
+from octollm.storage.failures import translated
 
 WAIT_SECONDS = 10.0
 """How long a caller waits for its turn before it is told ``overloaded``."""
@@ -78,17 +79,6 @@ class Connection:
         """Return the first row, or ``None``."""
         return (await self.execute(statement)).mappings().first()
 
-    async def native(self, statement: str, *parameters: object) -> Sequence[Sequence[object]]:
-        """Run a statement in PostgreSQL's own words, with ``$1`` and so on; for what runs often enough to matter.
-
-        Only in a transaction of a single statement: the driver knows of no other.
-        """
-        raw = await self.raw.get_raw_connection()
-        try:
-            return await raw.driver_connection.fetch(statement, *parameters)  # pyright: ignore
-        except OSError as error:  # with TimeoutError, when no answer came
-            raise unreachable(error) from error
-
     async def all(self, statement: Executable) -> Sequence[RowMapping]:
         """Return every row; the statement has to bound their number."""
         return (await self.execute(statement)).mappings().all()
@@ -124,7 +114,16 @@ class Transaction(Connection):
 class Database:
     """One service's database. Made by :func:`open_database`."""
 
-    def __init__(self, writer: AsyncEngine, reader: AsyncEngine, clock: Clock, *, place: str, writers: int = 1) -> None:
+    def __init__(
+        self,
+        writer: AsyncEngine,
+        reader: AsyncEngine,
+        clock: Clock,
+        *,
+        place: str,
+        writers: int = 1,
+        direct: Direct | None = None,
+    ) -> None:
         self._writer = writer
         self._reader = reader
         self._clock = clock
@@ -132,6 +131,8 @@ class Database:
         self._writing: set[asyncio.Task[Any] | None] = set()
         self.place = place
         """Where the data lies, in words for error messages; holds no secret."""
+        self.direct = direct
+        """Runs single statements on PostgreSQL; ``None`` on SQLite."""
 
     @property
     def dialect(self) -> str:

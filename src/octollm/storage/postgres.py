@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from octollm.clock import Clock
 from octollm.errors import SettingError
 from octollm.storage.database import WAIT_SECONDS, Database, encode_json
+from octollm.storage.direct import Direct
 from octollm.storage.failures import is_lost, translate, unreachable
 
 WRITERS = 5
@@ -35,6 +36,11 @@ RECYCLE_SECONDS = 1800.0
 """The age at which a connection is replaced, so that one through a proxy or a fail-over does not live for ever."""
 
 
+_READONLY = {"default_transaction_read_only": "on", "default_transaction_isolation": "repeatable read"}
+_BY_KEY = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+"""A table that grows has no statistics yet, and without them the server reads all of it for a few keys."""
+
+
 def schema_of(url: str) -> str | None:
     """Return the one schema that a ``postgresql://`` URL names in ``search_path``, ``None`` for none."""
     found = parse_qs(urlsplit(url).query).get("search_path")
@@ -51,13 +57,15 @@ async def open_postgres(url: str, clock: Clock, statement_seconds: float) -> Asy
     """
     if importlib.util.find_spec("asyncpg") is None:
         raise SettingError("PostgreSQL needs the driver asyncpg; install it with: pip install 'octollm[postgres]'")
-    writer = _engine(url, WRITERS, statement_seconds)
-    reader = _engine(url, READERS, statement_seconds, readonly=True)
+    writer = _engine(_connecting(url, statement_seconds), WRITERS)
+    reader = _engine(_connecting(url, statement_seconds, _READONLY), READERS)
+    direct = Direct(_connecting(url, statement_seconds, _BY_KEY))
     try:
-        database = Database(writer, reader, clock, place=_place(url), writers=WRITERS)
+        database = Database(writer, reader, clock, place=_place(url), writers=WRITERS, direct=direct)
         await database.check()
         yield database
     finally:
+        await direct.aclose()
         await reader.dispose()
         await writer.dispose()
 
@@ -71,7 +79,10 @@ def _place(url: str) -> str:
     )
 
 
-def _engine(url: str, size: int, statement_seconds: float, *, readonly: bool = False) -> AsyncEngine:
+def _connecting(
+    url: str, statement_seconds: float, further: Mapping[str, str] | None = None
+) -> Callable[[], Awaitable[Any]]:
+    """Return what opens a connection, with ``further`` settings of the server's."""
     # The driver is an extra, so it is imported by whoever uses PostgreSQL.
     import asyncpg  # noqa: PLC0415
 
@@ -82,9 +93,8 @@ def _engine(url: str, size: int, statement_seconds: float, *, readonly: bool = F
         "idle_in_transaction_session_timeout": f"{IDLE_SECONDS:g}s",
         # Compiling a statement costs more than any of ours takes.
         "jit": "off",
+        **(further or {}),
     }
-    if readonly:
-        settings |= {"default_transaction_read_only": "on", "default_transaction_isolation": "repeatable read"}
 
     async def connect() -> Any:
         try:
@@ -105,6 +115,10 @@ def _engine(url: str, size: int, statement_seconds: float, *, readonly: bool = F
                 " postgresql://user:password@host:5432/database, with special characters percent-encoded."
             ) from error
 
+    return connect
+
+
+def _engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=connect,
