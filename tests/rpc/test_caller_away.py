@@ -62,7 +62,7 @@ def outgoing(kind: str = "safe", *, key: str | None = None, patience: Patience =
 
 
 def work(handler) -> Operation:
-    return Operation("work", "POST", "/work", handler, auth="public")
+    return Operation("work", "POST", "/work", handler, auth="public", answer=Answer)
 
 
 @pytest.mark.usefixtures("every_wire")
