@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import ssl
 import sys
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
@@ -14,10 +15,23 @@ import httpx
 from cli_support import free_shift
 
 from octollm.contracts.services import SERVICES
+from octollm.rpc.tls import client_context
 from octollm.testing import wait_until
 
 REPLICA_SHIFT = 300
 """Between the ports of two replicas."""
+
+
+def scheme_of(environment: Mapping[str, str]) -> str:
+    return "https" if "OCTOLLM_TLS_CERT" in environment else "http"
+
+
+def trusting(environment: Mapping[str, str]) -> ssl.SSLContext | bool:
+    """Return what a client of these processes believes and shows."""
+    if scheme_of(environment) == "http":
+        return True
+    files = (Path(environment[f"OCTOLLM_TLS_{name}"]) for name in ("CA", "CERT", "KEY"))
+    return client_context(*files)
 
 
 class Replica:
@@ -30,12 +44,13 @@ class Replica:
         self.port = port
         self.address = address
         self.environment = {**environment, "OCTOLLM_PORT": str(port), "OCTOLLM_HOST": address}
+        self.scheme = scheme_of(environment)
         self.log = log
         self.process: asyncio.subprocess.Process | None = None
 
     @property
     def url(self) -> str:
-        return f"http://{self.address}:{self.port}"
+        return f"{self.scheme}://{self.address}:{self.port}"
 
     async def start(self) -> None:
         with self.log.open("ab") as log:
@@ -58,7 +73,7 @@ class Replica:
         async def answers() -> bool:
             assert self.process is not None
             assert self.process.returncode is None, self.log.read_text()[-2000:]
-            async with httpx.AsyncClient(timeout=10) as client:
+            async with httpx.AsyncClient(timeout=10, verify=trusting(self.environment)) as client:
                 with contextlib.suppress(httpx.HTTPError):
                     return (await client.get(f"{self.url}/ready")).status_code == 200
             return False
@@ -101,7 +116,9 @@ class Spread:
             for name, info in SERVICES.items()
         }
         urls = {
-            f"OCTOLLM_{name.upper()}_URL": ",".join(f"http://127.0.0.1:{port}" for port in ports[name])
+            f"OCTOLLM_{name.upper()}_URL": ",".join(
+                f"{scheme_of(environment)}://127.0.0.1:{port}" for port in ports[name]
+            )
             for name in SERVICES
         }
         self.environment = {
@@ -135,7 +152,12 @@ class Spread:
         return (self.home / "keys" / "local.key").read_text().strip()
 
     def client(self, door: int = 0) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.doors[door], headers={"Authorization": f"Bearer {self.key}"}, timeout=30)
+        return httpx.AsyncClient(
+            base_url=self.doors[door],
+            headers={"Authorization": f"Bearer {self.key}"},
+            timeout=30,
+            verify=trusting(self.environment),
+        )
 
     async def start(self) -> None:
         for replica in self.all():
