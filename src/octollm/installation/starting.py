@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
-from octollm.rpc.caller import AWAY
+from octollm.rpc.outcomes import AWAY
 
 PAUSE_SECONDS = 0.5
 TELL_SECONDS = 5.0

@@ -21,7 +21,6 @@ from octollm.resilience import (
     Balancer,
     Deadline,
     EjectionPolicy,
-    Failure,
     Instance,
     Outcome,
     Patience,
@@ -32,6 +31,7 @@ from octollm.rpc.discovery import Discovery
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
 from octollm.rpc.kept import Kept, key_of
 from octollm.rpc.lines import OnLine, Told, raise_refusal, read_lines
+from octollm.rpc.outcomes import SHED, failure_of, outcome_of
 from octollm.rpc.problems import error_from_response
 from octollm.rpc.shapes import model_of
 from octollm.telemetry import Log, Metrics, Span, Tracer
@@ -39,10 +39,6 @@ from octollm.telemetry.spans import QUIET
 
 T = TypeVar("T")
 
-SHED = frozenset({"overloaded", "draining", "rate_limited"})
-"""Refusals that come before a handler runs. Other problems may be passed on from further down."""
-AWAY = SHED | {"connect_failed", "connect_timeout", "connection_lost", "pool_timeout", "unavailable"}
-"""Failures of a service that is not there just now, or of one that it needs: it may be there soon."""
 MAX_SERVICES = 1024
 NONE = Patience()
 
@@ -228,7 +224,7 @@ class Caller:
 
     def _delay(self, call: Outgoing, error: OctoError, peer: _Peer, trail: _Trail) -> float | None:
         """Return how long to wait before the next try, ``None`` to stop."""
-        failure = _failure(error)
+        failure = failure_of(error)
         repeats_safely = call.target.kind == "safe" or call.key is not None
         left = call.deadline.left()
         delay = self._retry.wait(
@@ -265,7 +261,7 @@ class Caller:
             outcome = "answered"
             return result
         except OctoError as error:
-            outcome = _outcome(error)
+            outcome = outcome_of(error)
             trail.failed.add(instance.url)
             if error.code in SHED and error.retry_after:
                 instance.busy_until = self._clock.monotonic() + error.retry_after
@@ -334,23 +330,3 @@ class Caller:
 def _span_name(target: Target) -> str:
     named = target.operation.startswith(f"{target.service}.")
     return target.operation if named else f"{target.service}.{target.operation}"
-
-
-def _failure(error: OctoError) -> Failure:
-    if isinstance(error, TransportError):
-        return Failure(retryable=True, began=error.began, away=error.code in AWAY)
-    if isinstance(error, RemoteError):
-        return Failure(error.retryable, error.code not in SHED, error.retry_after, away=error.code in AWAY)
-    # Ours: no instance could be called.
-    return Failure(retryable=False, began=False, retry_after=error.retry_after, away=error.code in AWAY)
-
-
-def _outcome(error: OctoError) -> Outcome:
-    """Return what a failure says of the instance that was called."""
-    if isinstance(error, TransportError):
-        return "unknown" if error.code == "pool_timeout" else "failed"
-    if isinstance(error, RemoteError):
-        return "erred" if error.code in ("internal", "peer_protocol") and error.status >= 500 else "answered"
-    if error.code == "deadline_exceeded":
-        return "late"
-    return "erred" if error.code == "peer_protocol" else "unknown"

@@ -5,29 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from octollm.clock import Clock, Ids
-from octollm.context import ID, Scene, parse_traceparent, set_scene
+from octollm.context import Scene, parse_traceparent, set_scene
 from octollm.contracts.problems import problem_of
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.resilience.deadline import parse_timeout_ms
+from octollm.rpc.arriving import id_or_new, read_body, text_of, too_large
 from octollm.rpc.call import Call, Operation, Reply
 from octollm.rpc.decode import decode, decode_query
 from octollm.rpc.departure import Departure
-from octollm.rpc.exchange import EXCHANGE, Observed, take_exchange
+from octollm.rpc.exchange import take_exchange
 from octollm.rpc.gate import Gate
 from octollm.rpc.idempotency import IdempotencyStore, KeyOf, body_digest, check_key
 from octollm.rpc.limit import Limit
@@ -41,8 +39,7 @@ from octollm.rpc.validators import validated
 from octollm.telemetry import Log, Metrics, ServedLog, Span, Tracer
 from octollm.telemetry.spans import QUIET, SLOW_SECONDS
 
-BODY_SECONDS = 60.0
-"""How long the body of a call may take to arrive."""
+_NDJSON = NDJSON.encode()
 
 
 class Opener(Protocol):
@@ -89,6 +86,7 @@ class Endpoint:
         self._kit = kit
         self._once = once
         self._operation = operation
+        self._streams = operation.streams
         self._gate = gate
         self._log = ServedLog(kit.service)
         self._tally = kit.metrics.served.operation(operation.name)
@@ -98,9 +96,9 @@ class Endpoint:
         kit, operation = self._kit, self._operation
         started = time.perf_counter()
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = _id_or_new(headers.get(b"x-request-id"), kit.ids, "req-")
-        correlation_id = _id_or_new(headers.get(b"x-correlation-id"), kit.ids, "corr-")
-        caller = parse_traceparent(_text(headers.get(b"traceparent")))
+        request_id = id_or_new(headers.get(b"x-request-id"), kit.ids, "req-")
+        correlation_id = id_or_new(headers.get(b"x-correlation-id"), kit.ids, "corr-")
+        caller = parse_traceparent(text_of(headers.get(b"traceparent")))
         span = kit.tracer.receive(operation.name, caller, sampled=operation.traced)
         set_scene(Scene(kit.service, request_id, correlation_id, span.trace))
         outlet = Outlet(send, take_exchange(scope), request_id, correlation_id, headers.get(b"accept-encoding"))
@@ -159,15 +157,15 @@ class Endpoint:
         kit, operation, headers = self._kit, self._operation, arrived.headers
         if kit.draining.is_set():
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)
-        seconds = parse_timeout_ms(_text(headers.get(b"x-timeout-ms")))
+        seconds = parse_timeout_ms(text_of(headers.get(b"x-timeout-ms")))
         deadline = Deadline.after(kit.clock, operation.timeout if seconds is None else min(seconds, 3600.0))
         opened = outlet.opened = await kit.openers[operation.auth].open(arrived.request, operation)
         exchange = outlet.exchange
         body = None if exchange is None else exchange.whole_body()
         if body is None:
-            body = await _read_body(scope, headers, receive, operation.max_body)
+            body = await read_body(scope, headers, receive, operation.max_body)
         elif len(body) > operation.max_body:
-            raise _too_large(operation.max_body)
+            raise too_large(operation.max_body)
         call = Call(
             service=kit.service,
             operation=operation.name,
@@ -179,7 +177,7 @@ class Endpoint:
             verified=opened.verified,
             peer=opened.peer,
             bearer=opened.bearer,
-            key=check_key(_text(headers.get(b"idempotency-key"))),
+            key=check_key(text_of(headers.get(b"idempotency-key"))),
             body=body,
             query=None if operation.query is None else decode_query(scope["query_string"], operation.query),
         )
@@ -198,7 +196,7 @@ class Endpoint:
         value: Any = body
         if operation.body is not None and operation.body is not bytes and not operation.raw:
             value = decode(body, operation.body, strict=operation.strict)
-        if operation.streams and NDJSON.encode() in headers.get(b"accept", b""):
+        if self._streams and _NDJSON in headers.get(b"accept", b""):
             await self._stream(call, value, scope, receive, outlet)
             return
         async with Departure(exchange, receive):
@@ -259,32 +257,6 @@ class Endpoint:
         return Whole.of(self._operation.status, encode(answer))
 
 
-async def _read_body(scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    length = headers.get(b"content-length")
-    if length is None and b"transfer-encoding" not in headers and scope["http_version"] in ("1.0", "1.1"):
-        return b""  # RFC 9112 section 6.3: it has none
-    if length is not None and length.isdigit() and int(length) > limit:
-        raise _too_large(limit)
-    body = b""
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message.get("body", b"")
-                if len(body) > limit:
-                    raise _too_large(limit)
-                if not message.get("more_body", False):
-                    return body
-    except TimeoutError:
-        raise OctoError(f"The body did not arrive in {BODY_SECONDS:g} s.", code="request_timeout") from None
-
-
-def _too_large(limit: int) -> OctoError:
-    return OctoError(f"The body may have at most {limit} bytes.", code="body_too_large")
-
-
 async def _end(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
@@ -293,78 +265,9 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
             await task
 
 
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1")
-
-
-def _id_or_new(value: bytes | None, ids: Ids, prefix: str) -> str:
-    text = _text(value)
-    return text if text and ID.fullmatch(text) else prefix + ids.hex()
-
-
 def _where(error: BaseException) -> str:
     """Return the innermost line of code of an error, for the log only."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return "" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-
-
-def build_app(kit: Kit, operations: Sequence[Operation], extra: Sequence[BaseRoute] = ()) -> Starlette:
-    """Return the ASGI application of a service: its operations, and ``extra`` routes (health, pages, sockets)."""
-    gate = Gate(kit.max_concurrent, kit.max_queued)
-    once = None if kit.idempotency is None else Once(kit.idempotency)
-    routes: list[BaseRoute] = []
-    by_path: dict[str, dict[str, Endpoint]] = {}
-    for operation in operations:
-        by_path.setdefault(operation.path, {})[operation.method] = Endpoint(kit, operation, gate, once)
-    for path, methods in by_path.items():
-        routes.append(Route(path, _Methods(methods), methods=list(methods)))
-
-    async def refuse(request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        code = "method_not_allowed" if status == 405 else "not_found"
-        response = problem_response(
-            OctoError(f"{request.method} {request.url.path} is not served here.", code=code),
-            _id_or_new(dict(request.scope["headers"]).get(b"x-request-id"), kit.ids, "req-"),
-        )
-        # RFC 9110 section 15.5.6: a 405 says in `Allow` what is served.
-        response.headers.update(getattr(error, "headers", None) or {})
-        return response
-
-    handlers: Any = {HTTPException: refuse}
-    direct = {
-        (operation.method, operation.path): by_path[operation.path][operation.method]
-        for operation in operations
-        if "{" not in operation.path
-    }
-    return _Application(direct, routes=[*extra, *routes], exception_handlers=handlers)
-
-
-class _Application(Starlette):
-    """Finds an operation by its method and path at once; everything else goes through the routes in turn."""
-
-    def __init__(self, direct: Mapping[tuple[str, str], Endpoint], **options: Any) -> None:
-        super().__init__(**options)
-        self._direct = direct
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            endpoint = None if self.user_middleware else self._direct.get((scope["method"], scope["path"]))
-            if endpoint is not None:
-                await endpoint(scope, receive, send)
-                return
-            if self.user_middleware and (exchange := take_exchange(scope)) is not None:
-                scope["extensions"][EXCHANGE] = Observed(exchange)
-        await super().__call__(scope, receive, send)
-
-
-class _Methods:
-    """Several methods on one path."""
-
-    def __init__(self, methods: Mapping[str, Endpoint]) -> None:
-        self._methods = methods
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method = "GET" if scope["method"] == "HEAD" and "HEAD" not in self._methods else scope["method"]
-        await self._methods[method](scope, receive, send)

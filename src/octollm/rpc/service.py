@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from octollm.clock import Clock, Ids
+from octollm.rpc.application import build_app
 from octollm.rpc.call import Operation
 from octollm.rpc.caller import Caller
 from octollm.rpc.discovery import Discovery
@@ -24,7 +25,7 @@ from octollm.rpc.idempotency import IdempotencyStore
 from octollm.rpc.idempotency_remote import RemoteIdempotency
 from octollm.rpc.identity import Directory, Identity
 from octollm.rpc.openers import CapabilityOpener, PublicOpener
-from octollm.rpc.server import Kit, Opener, build_app
+from octollm.rpc.server import Kit, Opener
 from octollm.rpc.wire import PLAIN, Wire
 from octollm.telemetry import Buffer, Log, Metrics, Span, Tracer, log_for
 from octollm.telemetry.spans import SHARE
