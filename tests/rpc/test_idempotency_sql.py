@@ -116,6 +116,7 @@ async def test_a_dead_holders_repeatable_call_is_done_again_and_its_answer_is_re
 ) -> None:
     await claim(store)
     await pass_time(db, LEASE_SECONDS - 2)
+    await store.renew([])
     await store.renew([(KEY, 1)])
     await pass_time(db, LEASE_SECONDS - 2)
     assert await claim(store) == InFlight()

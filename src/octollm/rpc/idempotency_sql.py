@@ -141,6 +141,8 @@ class SqlIdempotency:
 
     async def renew(self, claims: Sequence[tuple[KeyOf, int]]) -> None:
         """Prolong the leases of claims."""
+        if not claims:
+            return
         async with self._db.transaction(single=True) as tx:
             statement = (
                 update(table)
