@@ -26,7 +26,7 @@ from octollm.errors import OctoError, SettingError
 from octollm.resilience import Deadline, Failure, RetryPolicy
 from octollm.rpc.http import Answer, Http, Streamed, TransportError
 from octollm.rpc.http1 import Http1
-from octollm.rpc.kept import HELD, Kept, key_of
+from octollm.rpc.kept import Kept, key_of
 
 T = TypeVar("T")
 
@@ -148,16 +148,15 @@ class Door:
         accepted: frozenset[int],
     ) -> Answer:
         url = self.url
-        headers["X-Timeout-Ms"] = deadline.header()
-        headers.pop(HELD, None)
-        key = key_of(path, "")
-        kept = self._kept.asking(key, headers) if method == "GET" else None
+        headers = {**headers, "X-Timeout-Ms": deadline.header()}
+        key = key_of(path, "") if method == "GET" else None
+        kept = None if key is None else self._kept.asking(key, headers)
         try:
             answer = await self._http.send(method, url + path, headers, body, seconds=deadline.left())
         except OctoError as error:
             self.leave(url)
             raise _unanswered(error, url) from error
-        if method == "GET":
+        if key is not None:
             answer = self._kept.told(key, kept, answer)
         if answer.status < 400 or answer.status in accepted:
             return answer

@@ -50,7 +50,7 @@ _LINES = (
     "A line of JSON for each of `progress`, `token` and `heartbeat` while the work goes on, then one whose `type` is"
     " `result`, with the answer as `result`, or `problem`."
 )
-HELD = "The ETag of an answer that the caller has: where it still holds, the answer is 304."
+_HELD = "The ETag of an answer that the caller has: where it still holds, the answer is 304."
 
 
 class _Schemas:
@@ -139,7 +139,7 @@ def _parameters(op: Operation, schemas: _Schemas) -> list[dict[str, Any]]:
     headers = {name: {"description": text, "schema": schema} for name, (text, schema) in _IDS.items()}
     headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in op.about.headers.items()}
     if op.cacheable:
-        headers["If-None-Match"] = {"description": HELD, "schema": {"type": "string"}}
+        headers["If-None-Match"] = {"description": _HELD, "schema": {"type": "string"}}
     if op.kind != "safe":
         key = {"type": "string", "minLength": 1, "maxLength": 200}
         headers["Idempotency-Key"] = {"description": _KEY, "schema": key}
