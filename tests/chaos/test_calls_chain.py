@@ -8,9 +8,8 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-import msgspec
 import pytest
-from call_kit import Realm, outgoing
+from call_kit import Nothing, Realm, executing, outgoing
 
 from octollm.errors import OctoError
 from octollm.resilience import RetryPolicy
@@ -19,10 +18,6 @@ from octollm.rpc.caller import Caller, Outgoing
 from octollm.testing import wait_until
 
 pytestmark = pytest.mark.usefixtures("every_wire")
-
-
-class Nothing(msgspec.Struct):
-    pass
 
 
 @dataclass
@@ -44,26 +39,15 @@ class Chain:
             self.ended["c"] = time.monotonic()
         raise AssertionError
 
-    def operation(self, handler: object) -> Operation:
-        return Operation(
-            "execute",
-            "POST",
-            "/execute",
-            handler,
-            scope="coder:execute",
-            body=Nothing,
-            answer=Nothing,  # type: ignore[arg-type]
-        )
-
     def passing(self, name: str, caller: Caller) -> Operation:
         async def ask(call: Call, _body: Nothing) -> Nothing:
             try:
-                made = outgoing(self.operation(None), call.bearer)
+                made = outgoing(executing(None), call.bearer)
                 return await caller.answer(Outgoing(made.target, made.bearer, call.deadline, made.body), Nothing)
             finally:
                 self.ended[name] = time.monotonic()
 
-        return self.operation(ask)
+        return executing(ask)
 
 
 @contextlib.asynccontextmanager
@@ -72,7 +56,7 @@ async def chain() -> AsyncGenerator[Chain]:
     made = Chain(realm)
     once = RetryPolicy(attempts=1)
     async with contextlib.AsyncExitStack() as stack:
-        url = await stack.enter_async_context(realm.replica([made.operation(made.last)]))
+        url = await stack.enter_async_context(realm.replica([executing(made.last)]))
         for name in ("b", "a"):
             caller = await stack.enter_async_context(realm.caller(url, retry=once))
             url = await stack.enter_async_context(realm.replica([made.passing(name, caller)]))
@@ -89,7 +73,7 @@ async def test_the_last_of_a_chain_sees_what_is_left_and_all_stop_with_it() -> N
     async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(attempts=1)) as caller:
         began = time.monotonic()
         with pytest.raises(OctoError) as caught:
-            await caller.answer(outgoing(made.operation(None), made.realm.token(), seconds=0.2), Nothing)
+            await caller.answer(outgoing(executing(None), made.realm.token(), seconds=0.2), Nothing)
         stopped = time.monotonic()
         assert caught.value.code == "deadline_exceeded"
         assert 0 < made.left[0] < 0.2
@@ -103,9 +87,7 @@ async def test_the_last_of_a_chain_sees_what_is_left_and_all_stop_with_it() -> N
 @pytest.mark.parametrize("how", ["cancelled", "cut"])
 async def test_a_caller_that_leaves_stops_the_last_of_a_chain(how: str) -> None:
     async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(attempts=1)) as caller:
-        calling = asyncio.create_task(
-            caller.answer(outgoing(made.operation(None), made.realm.token(), seconds=60), Nothing)
-        )
+        calling = asyncio.create_task(caller.answer(outgoing(executing(None), made.realm.token(), seconds=60), Nothing))
         await wait_until(lambda: bool(made.began), description="the last one works")
         if how == "cancelled":
             calling.cancel()

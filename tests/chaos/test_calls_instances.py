@@ -6,30 +6,13 @@ import asyncio
 import contextlib
 import time
 
-import msgspec
 import pytest
-from call_kit import Realm, outgoing
+from call_kit import Nothing, Realm, executing, outgoing
 
 from octollm.errors import OctoError
 from octollm.resilience import RetryPolicy
 from octollm.rpc.call import Call, Operation
 from octollm.rpc.caller import Caller
-
-
-class Nothing(msgspec.Struct):
-    pass
-
-
-def operation(handler: object) -> Operation:
-    return Operation(
-        "execute",
-        "POST",
-        "/execute",
-        handler,
-        scope="coder:execute",
-        body=Nothing,
-        answer=Nothing,  # type: ignore[arg-type]
-    )
 
 
 async def called(caller: Caller, realm: Realm, work: Operation, *, seconds: float = 5) -> str:
@@ -51,7 +34,7 @@ async def test_a_storm_of_refusals_is_not_multiplied() -> None:
         arrived += 1
         raise OctoError("Too much.", code="overloaded", retry_after=0)
 
-    work = operation(shed)
+    work = executing(shed)
     async with realm.replica([work]) as url, realm.caller(url, retry=RetryPolicy(attempts=5, base=0.001)) as caller:
         found: list[str] = []
         for _ in range(3):
@@ -74,7 +57,7 @@ async def test_an_instance_that_is_far_slower_is_left_alone_and_the_whole_is_fas
             await asyncio.sleep(behind[number])
             return Nothing()
 
-        return operation(wait)
+        return executing(wait)
 
     work = varying(0)
     async with contextlib.AsyncExitStack() as stack:
@@ -116,7 +99,7 @@ async def test_when_every_instance_fails_half_of_them_stay_in_use() -> None:
             arrived[number] += 1
             raise ValueError("broken")
 
-        return operation(fail)
+        return executing(fail)
 
     async with contextlib.AsyncExitStack() as stack:
         urls = [await stack.enter_async_context(realm.replica([failing(number)])) for number in range(4)]
@@ -139,7 +122,7 @@ async def test_an_instance_that_is_gone_costs_its_callers_a_try() -> None:
     async def well(_call: Call, _body: Nothing) -> Nothing:
         return Nothing()
 
-    work = operation(well)
+    work = executing(well)
     async with contextlib.AsyncExitStack() as stack:
         going = contextlib.AsyncExitStack()
         urls = [await going.enter_async_context(realm.replica([work]))]

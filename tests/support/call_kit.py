@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from wires import CURRENT
 
 from octollm.capability import Principal, RootMinter, SigningKey
@@ -22,6 +23,23 @@ from octollm.rpc.service import Base, build_base, build_service
 
 CLOCK = SystemClock()
 IDS = Uuid7Ids(CLOCK)
+
+
+class Nothing(msgspec.Struct):
+    """A body, or an answer, without a word."""
+
+
+def executing(handler: object) -> Operation:
+    """Return the operation that ``handler`` does, from nothing to nothing."""
+    return Operation(
+        "execute",
+        "POST",
+        "/execute",
+        handler,  # type: ignore[arg-type]
+        scope="coder:execute",
+        body=Nothing,
+        answer=Nothing,
+    )
 
 
 @dataclass(frozen=True)
