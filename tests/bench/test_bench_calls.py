@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from octollm.testing import wait_until
 
@@ -28,9 +28,7 @@ def bench_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def test_calls_are_made_and_counted(tmp_path: Path, kept: bool) -> None:
     from calls import measuring, octo  # noqa: PLC0415  found on the path that the fixture sets
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     keys = octo.Keys.make()
     serving = asyncio.create_task(octo.serve(port, keys, f"sqlite:///{tmp_path}/keys.db" if kept else None))
     try:

@@ -8,6 +8,7 @@ import socket
 import stat
 
 import pytest
+from ports import free_port
 
 from octollm.cli.findings import Check, Finding, look_at
 from octollm.errors import OctoError
@@ -71,10 +72,7 @@ async def test_a_running_installation_is_asked_service_by_service(place, up):
 
 
 async def test_redis_that_is_away_is_broken_and_its_password_is_not_shown(place):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place.settings["OCTOLLM_REDIS_URL"] = f"redis://me:hidden@127.0.0.1:{port}/0"
+    place.settings["OCTOLLM_REDIS_URL"] = f"redis://me:hidden@127.0.0.1:{free_port()}/0"
     ended = await place.run("doctor")
     assert ended.code == 1
     assert "✗ redis" in ended.out
@@ -82,9 +80,7 @@ async def test_redis_that_is_away_is_broken_and_its_password_is_not_shown(place)
 
 
 async def test_a_provider_that_refuses_the_key_or_is_away_is_broken(place):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place.settings["OCTOLLM_MODEL_URL"] = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    place.settings["OCTOLLM_MODEL_URL"] = f"http://127.0.0.1:{free_port()}/v1"
     code, rows = await doctor(place)
     assert code == 1
     assert levels(rows, "model") == {"broken"}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cli_support import free_shift
+from ports import free_shift
 
 from octollm.config import read_settings
 from octollm.contracts.services import SERVICES

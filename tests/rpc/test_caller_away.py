@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
 from kit import CLOCK, IDS, base_for
+from ports import free_port
 from wires import CURRENT
 
 from octollm.contracts.stream import Line
@@ -27,12 +27,6 @@ FAST = RetryPolicy(attempts=3, base=0.001)
 
 class Answer(msgspec.Struct):
     port: int
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def url(port: int) -> str:

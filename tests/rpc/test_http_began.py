@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import pytest
+from ports import free_port
 
 from octollm.rpc.http import TransportError
 from octollm.rpc.http1 import Http1
@@ -66,9 +67,7 @@ async def test_a_request_that_was_sent_may_have_been_seen(breaks: str, reused: b
 
 
 async def test_a_refused_connection_was_surely_not_seen() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}/"
+    url = f"http://127.0.0.1:{free_port()}/"
     async with Http1() as http:
         with pytest.raises(TransportError) as caught:
             await http.send("POST", url, {}, b"hi", seconds=5)

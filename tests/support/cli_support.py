@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from ports import free_shift
 
 from octollm.contracts.services import SERVICES
 from octollm.installation.home import running_in
@@ -31,22 +32,6 @@ def answers(asked):
     if "test cases" in asked.system:
         return EXAMPLES
     return f"```python\n{CODE}\n```"
-
-
-def free_shift() -> int:
-    """Return a port shift whose ports are all free. Tests that run at the same time are given different ones."""
-    # Below the ports that the system gives to outgoing connections.
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
-    start = 1000 + 4000 * worker + int.from_bytes(os.urandom(2)) % 4000
-    for shift in range(start, 24000, 307):
-        try:
-            for info in SERVICES.values():
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", info.port + shift))
-        except OSError:
-            continue
-        return shift
-    raise AssertionError("no free ports")
 
 
 @dataclass

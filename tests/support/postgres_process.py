@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 
 def _binaries() -> Path | None:
@@ -37,9 +37,7 @@ class PostgresProcess:
         if os.geteuid() == 0:
             shutil.chown(self._folder, "postgres")
             self._as = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        with socket.socket() as probe:
-            probe.bind((address, port))
-            self._port: int = probe.getsockname()[1]
+        self._port = port or free_port(address)
         self._address = address
         self.url = f"postgresql://postgres@{address}:{self._port}/postgres"
         self._run("initdb", "--auth=trust", "--username=postgres", "--no-sync", "--pgdata", str(self._data))

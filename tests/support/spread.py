@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
 import httpx
-from cli_support import free_shift
+from ports import free_shift
 
 from octollm.contracts.services import SERVICES
 from octollm.rpc.tls import client_context

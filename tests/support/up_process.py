@@ -5,27 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
-
-from octollm.contracts.services import SERVICES
-
-
-def free_shift() -> int:
-    """Return a shift at which every service's port is free now."""
-    while True:
-        shift = random.randrange(10_000, 40_000, 7)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for info in SERVICES.values():
-                probe = stack.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", info.port + shift))
-            return shift
+from ports import free_shift
 
 
 class UpProcess:
