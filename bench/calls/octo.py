@@ -110,7 +110,7 @@ async def serve(port: int, keys: Keys, store: str | None, *, keeper_port: int | 
         stack.enter_context(_logs(stack))
         http = await stack.enter_async_context(Http1())
         urls = {"judge": ("http://judge",), "orchestrator": (f"http://127.0.0.1:{keeper_port}",)}
-        base = build_base(keys.identity("judge"), http, StaticDiscovery(urls))
+        base = build_base(keys.identity("judge"), http, StaticDiscovery(urls), follow_revocations=False)
         keeper: IdempotencyStore | None = None
         if keeper_port is not None:
             keeper = base.remote_idempotency()
@@ -131,7 +131,7 @@ async def keep(port: int, keys: Keys, store: str) -> None:
         stack.enter_context(_logs(stack))
         http = await stack.enter_async_context(Http1())
         identity = Identity("orchestrator", keys.root, {keys.root.thumbprint: keys.root.public}, CLOCK, IDS)
-        base = build_base(identity, http, StaticDiscovery({"orchestrator": (f"http://127.0.0.1:{port}",)}))
+        base = build_base(identity, http, StaticDiscovery({"orchestrator": (f"http://127.0.0.1:{port}",)}), follow_revocations=False)
         db = await stack.enter_async_context(open_database(store, clock=CLOCK))
         await migrate(db, "orchestrator")
         log = EventLog(db, CLOCK, IDS)
@@ -157,7 +157,7 @@ async def calling(
         stack.enter_context(_logs(stack))
         http = await stack.enter_async_context(Http1())
         identity = keys.identity("coder")
-        base = build_base(identity, http, StaticDiscovery({"judge": (f"http://127.0.0.1:{port}",)}))
+        base = build_base(identity, http, StaticDiscovery({"judge": (f"http://127.0.0.1:{port}",)}), follow_revocations=False)
         await stack.enter_async_context(_exporting(base))
         verified, delegator = identity.verifier().verify(keys.granted()), identity.delegator()
         target = Target("judge", "judge.validate", "POST", "/validate", "repeatable" if keyed else "safe")

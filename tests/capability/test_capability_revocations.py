@@ -7,27 +7,27 @@ from capability_forge import NOW, World
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.capability import AccessClaims, CapabilityError, RevocationKind, Revocations, ScopeSet
+from octollm.capability import AccessClaims, CapabilityError, RevocationKind, Revocations, ScopeSet, run_value
 
 
-def link(iat: float = NOW, **claims: str) -> AccessClaims:
-    common = {"sub": "alice", "cred": "key-1", "jti": "j1", "task": "t1", **claims}
+def link(iat: float = NOW, run: int | None = None, **claims: str) -> AccessClaims:
+    common = {"sub": "alice", "cred": "key-1", "jti": "j1", "task": "t1", "tenant": "acme", **claims}
     return AccessClaims(
         iss="orchestrator",
-        tenant="acme",
         aud="coder",
         exp=iat + 60,
         nbf=iat,
         iat=iat,
         scope=ScopeSet.parse("coder:execute"),
+        run=run,
         **common,
     )
 
 
-@pytest.mark.parametrize(("kind", "value"), [("task", "t1"), ("sub", "alice"), ("cred", "key-1")])
+@pytest.mark.parametrize(("kind", "value"), [("sub", "alice"), ("cred", "key-1"), ("aud", "coder")])
 def test_what_was_issued_by_then_is_refused(kind: RevocationKind, value: str) -> None:
     revocations = Revocations()
-    revocations.add(kind, value, NOW)
+    revocations.add(kind, value, NOW, "acme")
     assert revocations.refuses([link(NOW)])
     assert revocations.refuses([link(NOW - 1)])
     assert not revocations.refuses([link(NOW + 0.001)])
@@ -35,33 +35,59 @@ def test_what_was_issued_by_then_is_refused(kind: RevocationKind, value: str) ->
     assert not revocations.refuses([])
 
 
-def test_a_jti_is_refused_whatever_its_issuers_clock_said() -> None:
+@pytest.mark.parametrize(("kind", "value"), [("jti", "j1"), ("task", "t1"), ("run", run_value("t1", 3))])
+def test_what_never_comes_back_is_refused_whatever_its_issuers_clock_said(kind: RevocationKind, value: str) -> None:
     revocations = Revocations()
-    revocations.add("jti", "j1", NOW)
-    assert revocations.refuses([link(NOW + 20)])
-    assert not revocations.refuses([link(NOW, jti="j2")])
+    revocations.add(kind, value, NOW, "acme")
+    assert revocations.refuses([link(NOW + 20, run=3)])
+    assert not revocations.refuses([link(NOW, jti="j2", task="t2", run=3)])
+
+
+def test_a_take_over_refuses_what_the_last_holder_was_lent_and_nothing_else() -> None:
+    revocations = Revocations()
+    revocations.add("run", run_value("t1", 3), NOW, "acme")
+    assert revocations.refuses([link(NOW, run=3)])
+    assert not revocations.refuses([link(NOW, run=4)])
+    assert not revocations.refuses([link(NOW, run=30)])
+    assert not revocations.refuses([link(NOW)])
+
+
+def test_another_tenants_are_not_ones_own() -> None:
+    revocations = Revocations()
+    for kind, value in (("jti", "j1"), ("task", "t1"), ("sub", "alice"), ("cred", "key-1"), ("aud", "coder")):
+        revocations.add(kind, value, NOW, "other")  # type: ignore[arg-type]
+    assert not revocations.refuses([link(NOW)])
+    assert revocations.refuses([link(NOW, tenant="other")])
+
+
+def test_a_revocation_that_is_told_again_changes_nothing() -> None:
+    revocations = Revocations()
+    revocations.add("sub", "alice", NOW, "acme")
+    version = revocations.version
+    revocations.add("sub", "alice", NOW, "acme")
+    assert revocations.version == version
 
 
 def test_kinds_do_not_mix() -> None:
     revocations = Revocations()
-    revocations.add("task", "alice", NOW)
-    revocations.add("sub", "t1", NOW)
+    revocations.add("task", "alice", NOW, "acme")
+    revocations.add("sub", "t1", NOW, "acme")
     assert not revocations.refuses([link()])
     with pytest.raises(CapabilityError):
-        revocations.add("tenant", "acme", NOW)  # type: ignore[arg-type]
+        revocations.add("tenant", "acme", NOW, "acme")  # type: ignore[arg-type]
 
 
 def test_an_older_time_does_not_undo_a_newer_one() -> None:
     revocations = Revocations()
-    revocations.add("sub", "alice", NOW)
-    revocations.add("sub", "alice", NOW - 100)
+    revocations.add("sub", "alice", NOW, "acme")
+    revocations.add("sub", "alice", NOW - 100, "acme")
     assert revocations.refuses([link(NOW)])
     assert len(revocations) == 1
 
 
 def test_what_can_no_longer_matter_is_forgotten() -> None:
     revocations = Revocations()
-    revocations.add("sub", "alice", NOW)
+    revocations.add("sub", "alice", NOW, "acme")
     revocations.prune(NOW + 86_400)
     assert len(revocations) == 1, "a token of a day may still be accepted within the skew"
     revocations.prune(NOW + 86_400 + 61)
@@ -72,8 +98,8 @@ def test_what_can_no_longer_matter_is_forgotten() -> None:
 def test_a_full_set_never_refuses_too_little(added: list[tuple[int, int]], room: int) -> None:
     small, large = Revocations(max_entries=room), Revocations()
     for name, at in added:
-        small.add("sub", f"s{name}", float(at))
-        large.add("sub", f"s{name}", float(at))
+        small.add("sub", f"s{name}", float(at), "acme")
+        large.add("sub", f"s{name}", float(at), "acme")
     assert len(small) <= room
     for name in range(21):
         for iat in range(52):
@@ -85,6 +111,6 @@ def test_a_full_set_never_refuses_too_little(added: list[tuple[int, int]], room:
 
 def test_a_full_set_still_accepts_what_is_new(world: World) -> None:
     revocations = Revocations(max_entries=1)
-    revocations.add("sub", "bob", NOW - 10)
-    revocations.add("sub", "carol", NOW - 5)
+    revocations.add("sub", "bob", NOW - 10, "acme")
+    revocations.add("sub", "carol", NOW - 5, "acme")
     assert world.verifier(revocations=revocations).verify(world.case().bearer())

@@ -91,5 +91,5 @@ EXPORTS = """
 AccessClaims BUILT_IN_CALLS Call CapabilityError Declarations Delegator Directory DirectoryEntry GrantClaims May
 PRESETS Principal PublicKey REASONS RevocationKind Revocations RootMinter Scope ScopeSet SelfSigner SigningKey TaskRef
 Verified Verifier closure contains digest_of jwks_of merge narrow parse_may parse_scope preset verify_directory
-verify_service
+verify_service run_value
 """

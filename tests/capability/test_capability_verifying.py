@@ -143,19 +143,19 @@ def test_revocation_of_any_link(world: World, warm: bool, kind: str, value: str)
     verifier, bearer = world.verifier(revocations=revocations), world.case().bearer()
     if warm:
         verifier.verify(bearer)
-    revocations.add("cred", "another", NOW)
+    revocations.add("cred", "another", NOW, "acme")
     assert verifier.verify(bearer)
-    revocations.add(kind, value, NOW)  # type: ignore[arg-type]
+    revocations.add(kind, value, NOW, "acme")  # type: ignore[arg-type]
     assert refused(verifier, bearer) == "revoked"
     assert refused(verifier, bearer) == "revoked"
 
 
 def test_tokens_made_after_a_revocation_are_accepted(world: World) -> None:
     revocations = Revocations()
-    revocations.add("sub", ALICE.sub, NOW - 0.001)
+    revocations.add("sub", ALICE.sub, NOW - 0.001, ALICE.tenant)
     verifier, bearer = world.verifier(revocations=revocations), world.case().bearer()
     assert verifier.verify(bearer)
-    revocations.add("sub", ALICE.sub, NOW)
+    revocations.add("sub", ALICE.sub, NOW, ALICE.tenant)
     assert refused(verifier, bearer) == "revoked"
 
 

@@ -40,7 +40,9 @@ class Served:
 
 def base_for(http: Http, urls: dict[str, tuple[str, ...]]) -> Base:
     key = SigningKey.generate("svc")
-    return build_base(Identity("svc", key, {}, CLOCK, IDS), http, StaticDiscovery(urls), wire=CURRENT.wire)
+    return build_base(
+        Identity("svc", key, {}, CLOCK, IDS), http, StaticDiscovery(urls), wire=CURRENT.wire, follow_revocations=False
+    )
 
 
 @contextlib.asynccontextmanager

@@ -55,7 +55,13 @@ class Realm:
 
     def base(self, http: Http, urls: dict[str, tuple[str, ...]] | None = None) -> Base:
         identity = Identity("coder", self.service, {self.root.thumbprint: self.root.public}, CLOCK, IDS)
-        return build_base(identity, http, StaticDiscovery(urls or {"coder": ("http://coder",)}), wire=CURRENT.wire)
+        return build_base(
+            identity,
+            http,
+            StaticDiscovery(urls or {"coder": ("http://coder",)}),
+            wire=CURRENT.wire,
+            follow_revocations=False,
+        )
 
     def token(self, *, sub: str = "user-1", tenant: str = "default") -> str:
         return RootMinter(self.root, CLOCK, IDS).access(Principal(sub, "cred-1", tenant), "coder", "coder:execute", 300)

@@ -10,7 +10,7 @@ from octollm.capability.may import Call, Declarations, May, closure, contains, m
 from octollm.capability.minting import Delegator, RootMinter, SelfSigner
 from octollm.capability.principals import PRESETS, Principal, preset
 from octollm.capability.problems import REASONS, CapabilityError
-from octollm.capability.revocations import RevocationKind, Revocations
+from octollm.capability.revocations import RevocationKind, Revocations, run_value
 from octollm.capability.scopes import Scope, ScopeSet, parse_scope
 from octollm.capability.service_tokens import Directory, DirectoryEntry, verify_directory, verify_service
 from octollm.capability.tokens import AccessClaims, GrantClaims, TaskRef
@@ -48,6 +48,7 @@ __all__ = [  # noqa: RUF022  (grouped by what they are for)
     "Verified",
     "Revocations",
     "RevocationKind",
+    "run_value",
     "AccessClaims",
     "GrantClaims",
     "TaskRef",

@@ -18,7 +18,7 @@ from msgspec import Meta
 from octollm.capability.keys import THUMBPRINT_CHARS, PublicKey, SigningKey, b64decode
 from octollm.capability.problems import CapabilityError
 
-TokenType = Literal["cap+jwt", "cap-grant+jwt", "svc+jwt", "dir+jwt"]
+TokenType = Literal["cap+jwt", "cap-grant+jwt", "svc+jwt", "dir+jwt", "audit+jwt"]
 """The ``typ`` header (RFC 8725 section 3.11): what a token is, so that none is taken for another."""
 
 ALGORITHM = "EdDSA"

@@ -3,47 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from octollm.capability.problems import CapabilityError
 from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS, Claims
 
-RevocationKind = Literal["jti", "task", "sub", "cred", "aud"]
-"""What a revocation names: a token, a task, a principal, a credential, or the service that was lent authority."""
+RevocationKind = Literal["jti", "task", "run", "sub", "cred", "aud"]
+"""What a revocation names: a token, a task, what one holder of a task was lent (:func:`run_value`), a principal, a
+credential, or the service that was lent authority."""
 KINDS: tuple[RevocationKind, ...] = get_args(RevocationKind)
+_FOR_EVER = frozenset({"jti", "task", "run"})
+"""Kinds whose value never comes back, so that the clock of whoever issued a link does not matter."""
 
-_KEPT_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
+EVERY_TENANT = ""
+"""Stands in a revocation that is not one tenant's own."""
+KEPT_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
 """After this long every token that a revocation names has expired on every clock."""
 
 
-class Revocations:
-    """A bounded set of revocations: (kind, value, at) refuses any chain with a matching link issued by ``at``.
+def run_value(task: str, run: int) -> str:
+    """Return the value of a revocation of what the holder ``run`` of ``task`` was lent."""
+    return f"{task}/{run}"
 
-    Times are seconds since the epoch. A ``jti`` names one token, so it is refused whatever its issuer's clock said.
-    Past ``max_entries`` the oldest entry is let go, and instead everything issued up to its time is refused: a full
-    set refuses too much, never too little.
+
+class Revocations:
+    """A bounded set of revocations: (tenant, kind, value, at) refuses any chain with a matching link issued by ``at``.
+
+    Times are seconds since the epoch. A token, a task that has ended and a holder that lost its task never come back,
+    so these are refused whatever their issuer's clock said. Past ``max_entries`` an old entry is let go, and
+    instead everything issued up to its time is refused: a full set refuses too much, never too little.
     """
 
     def __init__(self, *, max_entries: int = 100_000) -> None:
-        self._at: dict[tuple[str, str], float] = {}
+        self._at: dict[tuple[str, str, str], float] = {}
         self._max_entries = max_entries
         self._floor = float("-inf")
         self.version = 0
 
-    def add(self, kind: RevocationKind, value: str, at: float) -> None:
-        """Refuse from now on what has ``value`` and was issued at or before ``at``; repeating it is harmless.
+    def add(self, kind: RevocationKind, value: str, at: float, tenant: str) -> None:
+        """Refuse from now on what has ``value`` in ``tenant`` and was issued by ``at``; repeating it is harmless.
 
         Raises ``CapabilityError`` (``misuse``) for an unknown kind.
         """
         if kind not in KINDS:
             raise CapabilityError("misuse", f"A revocation is of {', '.join(KINDS)}.")
-        key = (kind, value)
-        before = self._at.pop(key, None)
-        self._at[key] = at if before is None else max(before, at)
+        key = (tenant, kind, value)
+        before = self._at.get(key)
+        if before is not None and before >= at:
+            return
+        self._at[key] = at
         if len(self._at) > self._max_entries:
-            oldest = min(self._at, key=self._at.__getitem__)
-            self._floor = max(self._floor, self._at.pop(oldest))
+            # The first to come is about the oldest; whichever it is, what it refused stays refused.
+            gone = next(iter(self._at))
+            margin = SKEW_SECONDS if gone[1] in _FOR_EVER else 0.0
+            self._floor = max(self._floor, self._at.pop(gone) + margin)
         self.version += 1
+
+    @property
+    def floor(self) -> float | None:
+        """Return the time up to which everything is refused; ``None`` while the set was never full."""
+        return self._floor if self._floor > float("-inf") else None
+
+    def raise_floor(self, at: float) -> None:
+        """Refuse everything that was issued by ``at``: another set that was full told of its own."""
+        if at > self._floor:
+            self._floor = at
+            self.version += 1
+
+    def entries(self) -> list[tuple[RevocationKind, str, float, str]]:
+        """Return kind, value, time and tenant of each, as :meth:`add` takes them."""
+        return [(cast("RevocationKind", kind), value, at, tenant) for (tenant, kind, value), at in self._at.items()]
 
     def refuses(self, links: Iterable[Claims]) -> bool:
         """Return whether any of ``links``, the claims of one chain, was revoked."""
@@ -51,18 +80,30 @@ class Revocations:
 
     def prune(self, now: float) -> None:
         """Forget what concerns only tokens that have expired by ``now``."""
-        for key in [key for key, at in self._at.items() if at + _KEPT_SECONDS < now]:
+        for key in [key for key, at in self._at.items() if at + KEPT_SECONDS < now]:
             del self._at[key]
 
     def _refuses(self, claims: Claims) -> bool:
         if claims.iat <= self._floor:
             return True
-        if ("jti", claims.jti) in self._at:
-            return True
-        for kind, value in (("task", claims.task), ("sub", claims.sub), ("cred", claims.cred), ("aud", claims.aud)):
-            if value is not None and claims.iat <= self._at.get((kind, value), float("-inf")):
-                return True
+        if not self._at:
+            return False
+        for kind, value in _named(claims):
+            for tenant in (claims.tenant, EVERY_TENANT):
+                at = self._at.get((tenant, kind, value))
+                if at is not None and (kind in _FOR_EVER or claims.iat <= at):
+                    return True
         return False
 
     def __len__(self) -> int:
         return len(self._at)
+
+
+def _named(claims: Claims) -> list[tuple[str, str]]:
+    """Return what of a link may be revoked."""
+    named = [("jti", claims.jti), ("sub", claims.sub), ("cred", claims.cred), ("aud", claims.aud)]
+    if claims.task is not None:
+        named.append(("task", claims.task))
+        if claims.run is not None:
+            named.append(("run", run_value(claims.task, claims.run)))
+    return named

@@ -10,6 +10,7 @@ import typer
 from octollm import __version__
 from octollm.cli.app_admin import keys_app, models_app, token_app
 from octollm.cli.app_arms import arms_app
+from octollm.cli.app_audit import audit_app
 from octollm.cli.app_new import new_app
 from octollm.cli.app_tasks import TaskId, events_app, task_app
 from octollm.cli.completing import complete_service
@@ -35,6 +36,7 @@ app.add_typer(arms_app, rich_help_panel="Installation")
 app.add_typer(models_app, rich_help_panel="Installation")
 app.add_typer(keys_app, rich_help_panel="Access")
 app.add_typer(token_app, rich_help_panel="Access")
+app.add_typer(audit_app, rich_help_panel="Access")
 app.add_typer(new_app, rich_help_panel="Arms")
 
 

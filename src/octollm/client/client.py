@@ -17,6 +17,7 @@ from octollm.client.task import TaskHandle
 from octollm.contracts.api import (
     ArmList,
     ArmView,
+    Done,
     EventList,
     KeyList,
     KeyRequest,
@@ -28,10 +29,12 @@ from octollm.contracts.api import (
     TokenAnswer,
     TokenRequest,
 )
+from octollm.contracts.audit import AuditPage
 from octollm.contracts.events import Event
 from octollm.contracts.health import Health, Readiness
 from octollm.contracts.joining import JoinList, JoinView, NewJoin, NewJoinRequest
 from octollm.contracts.operations import StoredFile
+from octollm.contracts.revocations import RevocationRequest
 from octollm.contracts.task import Budget, FileRef, TaskContext, TaskContract, TaskStatus
 
 _PAGE = 200
@@ -188,6 +191,22 @@ class Client:
         """Make a token for direct calls of the one service ``aud``, with a task and a budget of its own."""
         return await self.door.post("/token", TokenRequest(scope, aud, lifetime_seconds), TokenAnswer)
 
+    async def revoke_token(self, jti: str) -> None:
+        """Revoke a token by its ``jti``; every service refuses it, and what was minted under it, within a second."""
+        await self._revoke(RevocationRequest("jti", jti))
+
+    async def revoke_principal(self, sub: str) -> None:
+        """Revoke what a principal was given until now, and cancel its tasks."""
+        await self._revoke(RevocationRequest("sub", sub))
+
+    async def audit(self, *, after: int = 0, limit: int = 200, system: bool = False) -> AuditPage:
+        """Return audit rows behind the row ``after``, oldest first, and where the chain stands.
+
+        ``system`` asks for what belongs to no tenant, such as credentials that were refused.
+        """
+        of = "&of=system" if system else ""
+        return await self.door.get(f"/audit?after={after}&limit={limit}{of}", AuditPage)
+
     async def health(self) -> Health:
         """Return the door's version. Raises :class:`Unavailable` when it does not answer."""
         return await self.door.get("/health", Health)
@@ -196,6 +215,9 @@ class Client:
         """Return whether the installation may be given work, and what it lacks; also when it is not ready."""
         answer = await self.door.send("GET", "/ready", accepted=_READY)
         return self.door.decoded(answer, Readiness)
+
+    async def _revoke(self, wanted: RevocationRequest) -> None:
+        await self.door.post("/revocations", wanted, Done, key=self.door.ids.hex())
 
     async def _store(self, content: Content) -> StoredFile:
         headers = {"Content-Type": content.media_type, "X-File-Name": quote(content.name, safe="")}

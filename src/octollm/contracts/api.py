@@ -304,17 +304,3 @@ class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
     url: str
     instance: str = ""
     about: dict[str, str] = {}
-
-
-class RevocationView(msgspec.Struct, frozen=True):
-    """Refuses chains with a matching link issued at or before ``at`` (epoch seconds)."""
-
-    kind: str
-    value: str
-    at: float
-
-
-class RevocationList(msgspec.Struct, frozen=True):
-    """All revocations that still matter."""
-
-    revocations: tuple[RevocationView, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -30,6 +30,17 @@ class Behind(Struct, frozen=True):
 
     after: Count = 0
     limit: Annotated[int, Meta(ge=1, le=500)] = 200
+
+
+class AuditQuery(Struct, frozen=True):
+    """At most ``limit`` rows behind the row ``after``: of one's tenant, or of the system, which is in none.
+
+    The system's rows are for readers of the tenant that the installation began with.
+    """
+
+    after: Count = 0
+    limit: Annotated[int, Meta(ge=1, le=500)] = 200
+    of: Literal["tenant", "system"] = "tenant"
 
 
 class OfTask(Struct, frozen=True):

@@ -65,6 +65,7 @@ KINDS: dict[str, Kind] = {
     "budget_exhausted": Kind(403, "The task's budget is used up"),
     "overloaded": Kind(503, "The service is at its limit", retryable=True),
     "unavailable": Kind(503, "The service or something it needs is not available", retryable=True),
+    "revocations_unknown": Kind(503, "What is revoked is not known at the moment", retryable=True),
     "draining": Kind(503, "The service is shutting down", retryable=True),
     "connect_failed": Kind(503, "The service could not be reached", retryable=True),
     "connect_timeout": Kind(503, "The service did not accept a connection in time", retryable=True),

@@ -176,6 +176,7 @@ def _bases(system: System, keys: HomeKeys, wire: Wire, clock: Clock, ids: Ids) -
             discovery,
             trace_share=share,
             wire=served(wire, name),
+            follow_revocations=name != "orchestrator",
         )
         for name, key in keys.services.items()
     }

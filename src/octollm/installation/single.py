@@ -57,6 +57,7 @@ async def single_service(
             url=advertised(settings, port),
             trace_share=settings.trace_share,
             wire=served(wire, name),
+            follow_revocations=name != "orchestrator",
         )
         supplies = Supplies(settings, redis, keys.root, None, is_loopback(settings.host))
         opener = service_opener(name, base, supplies)

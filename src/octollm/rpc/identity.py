@@ -12,6 +12,7 @@ from octollm.capability import (
     Delegator,
     DirectoryEntry,
     PublicKey,
+    Revocations,
     SelfSigner,
     SigningKey,
     Verifier,
@@ -110,6 +111,6 @@ class Identity:
         """Return what mints narrower authority for calls made under a grant."""
         return Delegator(self.key, self.name, self.clock, self.ids)
 
-    def verifier(self) -> Verifier:
-        """Return what checks the authority that callers show."""
-        return Verifier(self.name, self.roots, self.clock)
+    def verifier(self, revocations: Revocations | None = None) -> Verifier:
+        """Return what checks the authority that callers show, against ``revocations``."""
+        return Verifier(self.name, self.roots, self.clock, revocations=revocations)

@@ -12,6 +12,7 @@ from octollm.errors import OctoError
 from octollm.rpc.call import Operation
 from octollm.rpc.identity import Directory
 from octollm.rpc.opened import Opened
+from octollm.rpc.revoked import Revoked
 
 _MAY_BE_NEW = frozenset({"service_unknown", "key_mismatch"})
 """Refusals of a service that another replica may have let in a moment ago."""
@@ -42,15 +43,19 @@ def required_scope(request: Request, operation: Operation) -> str:
 class CapabilityOpener:
     """Opened by an access token for this service that allows the operation's scope."""
 
-    def __init__(self, verifier: Verifier) -> None:
+    def __init__(self, verifier: Verifier, revoked: Revoked | None = None) -> None:
+        """``revoked`` is what keeps the verifier's revocations up to date; ``None`` where nothing has to."""
         self._verifier = verifier
+        self._revoked = revoked
         self._fixed: dict[str, Scope] = {}
         """Scopes of operations without parameters; there are as many as a service has operations."""
 
     async def open(self, request: Request, operation: Operation) -> Opened:
-        """Return the capability; raise a ``token_*`` code or ``scope_missing``."""
+        """Return the capability; raise a ``token_*`` code, ``scope_missing`` or ``revocations_unknown``."""
         bearer = bearer_of(request)
         verified = self._verifier.verify(bearer)
+        if self._revoked is not None:
+            self._revoked.check(safe=operation.kind == "safe")
         scope = self._fixed.get(operation.scope)
         if scope is None:
             text = required_scope(request, operation)

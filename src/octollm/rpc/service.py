@@ -25,6 +25,7 @@ from octollm.rpc.idempotency import IdempotencyStore
 from octollm.rpc.idempotency_remote import RemoteIdempotency
 from octollm.rpc.identity import Directory, Identity
 from octollm.rpc.openers import CapabilityOpener, PublicOpener
+from octollm.rpc.revoked import Revoked
 from octollm.rpc.server import Kit, Opener
 from octollm.rpc.wire import PLAIN, Wire
 from octollm.telemetry import Buffer, Log, Metrics, Span, Tracer, log_for
@@ -48,6 +49,8 @@ class Base:
     spans: Buffer[Span]
     """Ended spans that are yet to be exported."""
     wire: Wire
+    revoked: Revoked | None
+    """What is revoked, as the orchestrator tells it; ``None`` for a service that is not told."""
     advertised: str | None = None
 
     @property
@@ -73,11 +76,13 @@ def build_base(
     url: str | None = None,
     trace_share: float = SHARE,
     wire: Wire = PLAIN,
+    follow_revocations: bool = True,
 ) -> Base:
     """Return what the service ``identity`` is built on; ``url`` is where others reach this process of it.
 
     ``wire`` is how it is served; ``http`` has to be a client of it. ``trace_share`` is that of the calls outside tasks
-    that leave a trace.
+    that leave a trace. Without ``follow_revocations`` nothing that is revoked is known: for the orchestrator, which
+    knows by itself, and for tests of what has no orchestrator.
     """
     log = log_for(identity.name)
     metrics = Metrics(identity.name)
@@ -92,6 +97,7 @@ def build_base(
     # The directory is asked of the orchestrator, whose address is set; it knows those of arms of one's own.
     directory = Directory(calling(discovery), identity.signer(), identity.roots, identity.clock)
     discovery = RegistryDiscovery(discovery, directory.addresses)
+    caller = calling(discovery)
     return Base(
         identity=identity,
         http=http,
@@ -100,11 +106,12 @@ def build_base(
         ids=identity.ids,
         log=log,
         metrics=metrics,
-        caller=calling(discovery),
+        caller=caller,
         directory=directory,
         tracer=tracer,
         spans=spans,
         wire=wire,
+        revoked=Revoked(caller, identity.signer(), identity.clock, log) if follow_revocations else None,
         advertised=url,
     )
 
@@ -129,7 +136,9 @@ class Service:
 
         Those get ``drain`` seconds, and are cancelled then.
         """
-        async with self.exporter.running(), serving(self.app, bound, drain=drain, wire=self.base.wire):
+        revoked = self.base.revoked
+        following = contextlib.nullcontext() if revoked is None else revoked.following()
+        async with self.exporter.running(), following, serving(self.app, bound, drain=drain, wire=self.base.wire):
             self.base.log.info("service.started", address="{}:{}".format(*bound.getsockname()[:2]))
             try:
                 async with self.presence() if self.presence is not None else contextlib.nullcontext():
@@ -166,7 +175,9 @@ def build_service(
         tracer=base.tracer,
         openers={
             "public": PublicOpener(),
-            "capability": CapabilityOpener(base.identity.verifier()),
+            "capability": CapabilityOpener(
+                base.identity.verifier(None if base.revoked is None else base.revoked.known), base.revoked
+            ),
             **(openers or {}),
         },
         idempotency=idempotency,
@@ -181,5 +192,7 @@ def build_service(
         metrics=base.metrics,
     )
     watched = {**(checkups or {}), **({"traces": exporter.checkup} if tells_export else {})}
+    if base.revoked is not None:
+        watched["revocations"] = base.revoked.checkup
     own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], watched, base.clock)
     return Service(base, kit, build_app(kit, [*own, *operations], extra), exporter, presence)

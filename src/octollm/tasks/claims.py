@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
 
 from sqlalchemy import and_, or_, select, update
 
-from octollm.storage import Database
+from octollm.storage import Database, Transaction
 from octollm.storage.tables import tasks
 
 LEASE_SECONDS = 2.0
@@ -15,12 +16,25 @@ _OPEN = ("accepted", "planning", "running")
 _HELD = (*_OPEN, "waiting")
 
 
+class TakenOver(NamedTuple):
+    """A task whose holder did not renew its lease, and the ``run`` that it held it in."""
+
+    task_id: str
+    tenant: str
+    run: int
+
+
+OnTakeOver = Callable[[Transaction, TakenOver], Awaitable[None]]
+
+
 class Claims:
     """Leases of tasks for one holder, on the database's clock."""
 
-    def __init__(self, db: Database, holder: str) -> None:
+    def __init__(self, db: Database, holder: str, on_take_over: OnTakeOver | None = None) -> None:
+        """``on_take_over`` is called in the transaction that takes a task from a holder that may still be at work."""
         self._db = db
         self._holder = holder
+        self._on_take_over = on_take_over
 
     async def next(self, *, besides: frozenset[str]) -> tuple[str, int] | None:
         """Claim the task that has waited longest among the most urgent; return its id and run.
@@ -30,7 +44,7 @@ class Claims:
         async with self._db.transaction() as tx:
             now = await tx.now()
             row = await tx.first(
-                select(tasks.c.task_id, tasks.c.run)
+                select(tasks.c.task_id, tasks.c.tenant, tasks.c.run, tasks.c.lease_until)
                 .where(
                     tasks.c.kind == "task",
                     tasks.c.status.in_(_OPEN),
@@ -50,6 +64,8 @@ class Claims:
                 .where(tasks.c.task_id == row["task_id"])
                 .values(run=run, lease_holder=self._holder, lease_until=now + LEASE_SECONDS)
             )
+            if row["lease_until"] is not None and self._on_take_over is not None:
+                await self._on_take_over(tx, TakenOver(str(row["task_id"]), str(row["tenant"]), run - 1))
             return str(row["task_id"]), run
 
     async def renew(self, held: Mapping[str, int]) -> frozenset[str]:

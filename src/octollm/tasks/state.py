@@ -28,6 +28,10 @@ STEP_STATES: dict[StepStatus, frozenset[StepStatus]] = {
 """Each state of a step and those that may follow it; running → running is a new attempt or run."""
 
 
+OPEN: tuple[TaskStatus, ...] = tuple(status for status in TASK_STATES if status not in _ENDS)
+"""The states of a task that has not ended."""
+
+
 def is_final(status: TaskStatus) -> bool:
     """Say whether a task in this state never changes again."""
     return status in _ENDS

@@ -19,7 +19,7 @@ from octollm.events import EventLog, task_subject
 from octollm.storage import Connection, Database, Transaction, plain
 from octollm.storage.tables import budgets, reservations, steps, task_files, tasks
 from octollm.tasks.records import StepRecord, TaskRecord, step_of, summary_of, task_of, view_of
-from octollm.tasks.state import check_move, is_final
+from octollm.tasks.state import OPEN, check_move, is_final
 
 SOURCE = "orchestrator"
 Also = Callable[[Transaction], Awaitable[None]]
@@ -222,6 +222,21 @@ class TaskStore:
         async with self._db.read() as conn:
             rows = await conn.all(select(tasks.c.task_id, tasks.c.run).where(tasks.c.task_id.in_(task_ids)))
         return {row["task_id"]: int(row["run"]) for row in rows}
+
+    async def open_of(
+        self, tenant: str, *, sub: str | None = None, cred: str | None = None, limit: int = 100
+    ) -> list[str]:
+        """Return ids of tasks of a principal or credential that have not ended, oldest first."""
+        query = select(tasks.c.task_id).where(
+            tasks.c.tenant == tenant, tasks.c.kind == "task", tasks.c.status.in_(OPEN)
+        )
+        if sub is not None:
+            query = query.where(tasks.c.sub == sub)
+        if cred is not None:
+            query = query.where(tasks.c.cred == cred)
+        async with self._db.read() as conn:
+            rows = await conn.all(query.order_by(tasks.c.created_at).limit(limit))
+        return [str(row["task_id"]) for row in rows]
 
     async def steps(self, task_id: str) -> list[StepRecord]:
         """Return a task's steps in the plan's order."""

@@ -33,7 +33,7 @@ SHARE = 0.01
 """Of the calls that come without a trace, those that begin one whose spans are kept."""
 SLOW_SECONDS = 1.0
 """A call that took longer is kept in any case."""
-QUIET = frozenset({"health", "ready", "metrics", "traces.receive"})
+QUIET = frozenset({"health", "ready", "metrics", "traces.receive", "revocations"})
 """Operations that come every few seconds and say nothing new: they are not sampled, and logged for a developer only."""
 
 MAX_WAITING = 4096

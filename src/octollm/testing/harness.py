@@ -119,7 +119,7 @@ class Harness:
     def base(self, name: str) -> Base:
         """Return what the service ``name`` is built on."""
         identity = Identity(name, self.keys[name], self.roots, self.clock, self.ids)
-        return build_base(identity, self.http, self.discovery)
+        return build_base(identity, self.http, self.discovery, follow_revocations=False)
 
     @contextlib.asynccontextmanager
     async def serve(self, opening: AbstractAsyncContextManager[Service]) -> AsyncGenerator[Service]:

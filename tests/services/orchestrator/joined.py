@@ -48,7 +48,9 @@ async def join_as(orch: Orchestra, name: str, secret: str, *, key: SigningKey, c
 def base_of(orch: Orchestra, name: str, key: SigningKey, roots: Any, url: str = "http://127.0.0.1:9") -> Base:
     house = orch.house
     known = {service: (place,) for service, place in house.urls.items()} | {name: (url,)}
-    return build_base(Identity(name, key, roots, house.clock, house.ids), house.http, StaticDiscovery(known))
+    return build_base(
+        Identity(name, key, roots, house.clock, house.ids), house.http, StaticDiscovery(known), follow_revocations=False
+    )
 
 
 @contextlib.asynccontextmanager

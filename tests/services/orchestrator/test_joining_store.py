@@ -220,8 +220,11 @@ async def test_what_a_removed_arm_was_lent_is_revoked(tmp_path: Path) -> None:
         await one.joining.remove("translator", ACTOR)
         assert "translator" not in one.registry.directory()
         await two.registry.refresh()
+        await two.revoking.load()
         assert "translator" not in two.registry.directory()
-        assert [(item.kind, item.value) for item in (await two.revoking.list()).revocations] == [("aud", "translator")]
+        assert [(kind, value, tenant) for kind, value, _at, tenant in two.revoking.known.entries()] == [
+            ("aud", "translator", "acme")
+        ]
         assert (await one.told())[-1] == ("arm.removed", "acme")
         assert [each.state for each in (await one.joins.list("acme")).joins] == ["revoked"]
 

@@ -203,7 +203,9 @@ async def doorway(
     async with Http1() as http, open_redis("memory://door") as redis, serving(app, behind):
         script.redis = redis
         urls = {"orchestrator": (f"http://127.0.0.1:{behind.getsockname()[1]}",)}
-        base = build_base(Identity("reflex", key, {}, CLOCK, IDS), http, StaticDiscovery(urls))
+        base = build_base(
+            Identity("reflex", key, {}, CLOCK, IDS), http, StaticDiscovery(urls), follow_revocations=False
+        )
         async with (
             reflex_service(
                 base,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from octollm.clock import Clock
 from octollm.contracts.api import Done, KeyList, KeyRequest, NewKey
+from octollm.contracts.revocations import RevocationRequest
 from octollm.errors import OctoError
 from octollm.rpc.call import About, Call, Operation
 from octollm.services.orchestrator.accounts import Accounts
-from octollm.services.orchestrator.audit import actor_of
+from octollm.services.orchestrator.audit import actor_of, record
+from octollm.services.orchestrator.cancelling import Cancelling
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.storage import Database
 
@@ -16,7 +19,6 @@ NOT_CONFIGURED = (
     ("GET", "/webhooks", "webhooks:read", "Webhooks"),
     ("POST", "/webhooks", "webhooks:write", "Webhooks"),
     ("GET", "/dead-letters", "events:read", "Durable subscriptions and their dead letters"),
-    ("GET", "/audit", "audit:read", "Reading the audit trail"),
     ("POST", "/tasks/{task_id}/approval", "tasks:approve", "Approval by a person"),
 )
 
@@ -28,6 +30,8 @@ class AdminApi:
     db: Database
     accounts: Accounts
     revoking: Revoking
+    cancelling: Cancelling
+    clock: Clock
 
     async def keys(self, call: Call, _body: object) -> KeyList:
         """Return the tenant's keys."""
@@ -40,11 +44,22 @@ class AdminApi:
         return await self.accounts.create(body.name, body.scope, actor_of(call))
 
     async def revoke_key(self, call: Call, _body: object) -> Done:
-        """Revoke a key and what was issued for it."""
-        key_id = call.path["key_id"]
+        """Revoke a key and what was issued for it, and cancel the tasks that were submitted with it."""
+        key_id, actor = call.path["key_id"], actor_of(call)
         async with self.db.transaction() as tx:
-            await self.accounts.revoke(key_id, actor_of(call), tx)
-            await self.revoking.add(tx, "cred", key_id)
+            await self.accounts.revoke(key_id, actor, tx)
+            await self.revoking.add(tx, "cred", key_id, call.tenant)
+        await self.cancelling.cancel_of(actor, "The API key that it was submitted with was revoked.", cred=key_id)
+        return Done()
+
+    async def revoke(self, call: Call, body: RevocationRequest) -> Done:
+        """Revoke a token, or a principal with its tasks; a principal may be given tokens again afterwards."""
+        actor = actor_of(call)
+        async with self.db.transaction() as tx:
+            await self.revoking.add(tx, body.kind, body.value, call.tenant)
+            await record(tx, actor, "token.revoked", body.value, self.clock.now(), {"kind": body.kind})
+        if body.kind == "sub":
+            await self.cancelling.cancel_of(actor, "Its principal was revoked.", sub=body.value)
         return Done()
 
     def operations(self) -> list[Operation]:
@@ -73,6 +88,17 @@ class AdminApi:
                 answer=Done,
                 summary="Revoke an API key.",
                 about=About(codes=("not_found",)),
+            ),
+            Operation(
+                "revocations.create",
+                "POST",
+                "/revocations",
+                self.revoke,
+                scope="keys:write",
+                body=RevocationRequest,
+                answer=Done,
+                strict=True,
+                summary="Revoke a token, or what a principal was given.",
             ),
             *(_not_configured(*row) for row in NOT_CONFIGURED),
         ]

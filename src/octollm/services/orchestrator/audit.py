@@ -10,6 +10,9 @@ from octollm.rpc.call import Call
 from octollm.storage import Transaction
 from octollm.storage.tables import audit
 
+SYSTEM_TENANT = "system"
+"""Whose rows and events those are that are of no tenant."""
+
 
 @dataclass(frozen=True, slots=True)
 class Actor:

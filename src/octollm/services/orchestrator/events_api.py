@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import msgspec
@@ -32,7 +32,7 @@ class EventsApi:
 
     db: Database
     log: EventLog
-    draining: Callable[[], bool]
+    draining: asyncio.Event
 
     async def read(self, call: Call, _body: object) -> object:
         """Return the tenant's events after a position: a page, or a stream for ``Accept: text/event-stream``."""
@@ -56,7 +56,7 @@ class EventsApi:
         quiet = 0.0
         try:
             yield b": following\n\n"
-            while not self.draining():
+            while not self.draining.is_set():
                 found = await self.log.read(after, PAGE, tenant=tenant)
                 for event in found:
                     after = event.seq

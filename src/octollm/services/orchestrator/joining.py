@@ -28,9 +28,9 @@ from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.services.orchestrator.attempts import Attempts
-from octollm.services.orchestrator.audit import Actor, record
+from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record
 from octollm.services.orchestrator.joins import terms_of
-from octollm.services.orchestrator.registry import MAX_JOINED, SYSTEM_TENANT, Registry
+from octollm.services.orchestrator.registry import MAX_JOINED, Registry
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.storage import Database, Transaction, plain
 from octollm.storage.tables import admissions, arm_keys, arms, join_nonces, joins
@@ -154,7 +154,7 @@ class Joining:
             await tx.execute(
                 update(joins).where(joins.c.name == name, joins.c.revoked_at.is_(None)).values(revoked_at=now)
             )
-            await self._revoking.add(tx, "aud", name)
+            await self._revoking.add(tx, "aud", name, tenant)
             await self._log.append(
                 tx, "arm.removed", subject=f"arm/{name}", tenant=tenant, source="orchestrator", data={"arm": name}
             )

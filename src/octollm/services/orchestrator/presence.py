@@ -18,7 +18,8 @@ from octollm.contracts.api import ArmRegistration
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.services.orchestrator.registry import MAX_INSTANCES, SYSTEM_TENANT, Registry
+from octollm.services.orchestrator.audit import SYSTEM_TENANT
+from octollm.services.orchestrator.registry import MAX_INSTANCES, Registry
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import admissions, arm_instances, arms
 

@@ -26,7 +26,6 @@ from octollm.errors import OctoError
 from octollm.storage import Database
 from octollm.storage.tables import admissions, arm_instances, arm_keys, arms
 
-SYSTEM_TENANT = "system"
 REFRESH_SECONDS = 2.0
 """How long another replica's change may go unseen."""
 HURRIED_SECONDS = 0.25

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 
-from octollm.background import Background
-from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier
+from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier, run_value
 from octollm.capability.joining import JoinRoot
 from octollm.config import Settings
 from octollm.contracts.kinds import file_kind
@@ -23,6 +23,8 @@ from octollm.rpc.service import Base, Service, build_service
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.admin_api import AdminApi
 from octollm.services.orchestrator.arms_api import ArmsApi
+from octollm.services.orchestrator.audit_api import AuditApi
+from octollm.services.orchestrator.cancelling import Cancelling
 from octollm.services.orchestrator.events_api import EventsApi
 from octollm.services.orchestrator.files import FileStore, file_operations
 from octollm.services.orchestrator.intake import Defaults
@@ -31,22 +33,23 @@ from octollm.services.orchestrator.joins import Joins
 from octollm.services.orchestrator.presence import Presence
 from octollm.services.orchestrator.registry import Registry
 from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.sealing import Sealing
 from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.services.orchestrator.tasks_api import TasksApi
 from octollm.services.orchestrator.tokens_api import TokensApi
 from octollm.services.orchestrator.traces import Traces
-from octollm.storage import Database, Keys, RedisClient, TextStream, open_database
+from octollm.services.orchestrator.upkeep import Watched, upkeep
+from octollm.storage import Database, Keys, RedisClient, TextStream, Transaction, open_database
 from octollm.storage.migrations import database_url, service_database
 from octollm.tasks.authority import TaskAuthority
 from octollm.tasks.cancelling import hear_cancels
-from octollm.tasks.claims import Claims
+from octollm.tasks.claims import Claims, TakenOver
 from octollm.tasks.leases import Leases
 from octollm.tasks.ledger import Ledger
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerTools
 from octollm.tasks.store import TaskStore
 from octollm.tasks.worker import Worker
-from octollm.telemetry import Log
 
 
 @contextlib.asynccontextmanager
@@ -72,6 +75,7 @@ async def orchestrator_service(
         relay = await stack.enter_async_context(Relay(db, log, redis, base.clock, base.ids, keys=keys))
         revoking = Revoking(db, base.clock)
         await revoking.load()
+        sealing = Sealing(db, root_key, base.clock)
         registry = Registry(db, base.clock, service_keys)
         accounts = Accounts(db, base.clock, base.ids, registry.admitted)
         if local_key is not None:
@@ -105,7 +109,12 @@ async def orchestrator_service(
         )
         holder = base.ids.hex()
         connect = partial(open_database, database_url(settings, "orchestrator"), clock=base.clock)
-        worker = Worker(tools, Claims(db, holder), partial(Leases, connect, holder, base.clock), service=base.name)
+
+        async def taken_over(tx: Transaction, task: TakenOver) -> None:
+            await revoking.add(tx, "run", run_value(task.task_id, task.run), task.tenant)
+
+        leases = partial(Leases, connect, holder, base.clock)
+        worker = Worker(tools, Claims(db, holder, taken_over), leases, service=base.name)
         idempotency = SqlIdempotency(db, base.ids.hex())
         verifier = Verifier(base.name, base.identity.roots, base.clock, revocations=revoking.known)
 
@@ -114,23 +123,19 @@ async def orchestrator_service(
             with contextlib.suppress(OctoError):
                 await redis.publish([(keys.cancel, task_id.encode())])
 
-        service: Service | None = None
-
-        def draining() -> bool:
-            return service is not None and service.kit.draining.is_set()
-
+        draining = asyncio.Event()
+        cancelling = Cancelling(store, revoking, worker, base.clock, announce_cancel)
         tasks_api = TasksApi(
             store=store,
             idempotency=idempotency,
             files=files,
             accounts=accounts,
             registry=registry,
-            revoking=revoking,
+            cancelling=cancelling,
             worker=worker,
             defaults=Defaults(settings.max_tokens, settings.max_time_seconds),
             clock=base.clock,
             ids=base.ids,
-            announce_cancel=announce_cancel,
             traces=Traces(base.caller, minter, base.clock),
         )
         tokens_api = TokensApi(
@@ -143,6 +148,7 @@ async def orchestrator_service(
             max_tokens=settings.max_tokens,
             clock=base.clock,
             ids=base.ids,
+            draining=draining,
         )
         services_api = ServicesApi(ledger, store, idempotency, revoking, base.identity.roots, base.clock)
         presence = Presence(db, log, registry)
@@ -162,34 +168,28 @@ async def orchestrator_service(
                 *tokens_api.operations(),
                 *services_api.operations(),
                 *arms_api.operations(),
-                *AdminApi(db, accounts, revoking).operations(),
+                *AuditApi(db).operations(),
+                *AdminApi(db, accounts, revoking, cancelling, base.clock).operations(),
             ],
             openers={
                 "capability": CapabilityOpener(verifier),
                 "service": ServiceOpener(base.name, registry.directory, base.clock, registry.hurry),
             },
             idempotency=idempotency,
-            checkups=_checkups(db, redis, relay, worker, registry),
+            checkups={
+                **_checkups(db, redis, relay, worker, registry),
+                "revocations": revoking.checkup,
+                "audit": sealing.checkup,
+            },
+            draining=draining,
             max_concurrent=128,
             # While it is served, and no longer: what is in hand is given back before calls in flight are waited for.
             presence=lambda: worker.running(lambda error: base.log.error("worker.crashed", error=error)),
         )
 
-        def arms_crashed(error: BaseException) -> None:
-            registry.failure = f"What keeps the registry of arms stopped: {type(error).__name__}."
-            base.log.error("registry.crashed", error=error)
-
-        await stack.enter_async_context(registry.refreshing(arms_crashed))
-        await stack.enter_async_context(presence.sweeping(arms_crashed))
-        hearing = Background("cancel hints")
-        hearing.start(hear_cancels(redis, keys.cancel, worker.stop), on_end=lambda: _tell(hearing, base.log))
-        stack.push_async_callback(hearing.stop)
+        watched = Watched(registry, presence, revoking, sealing)
+        await stack.enter_async_context(upkeep(watched, hear_cancels(redis, keys.cancel, worker.stop), base.log))
         yield service
-
-
-def _tell(background: Background, log: Log) -> None:
-    if (failure := background.failure) is not None:
-        log.error("cancel_hints.crashed", error=failure)
 
 
 def _allowed(accounts: Accounts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from msgspec import UNSET
@@ -19,10 +18,10 @@ from octollm.rpc.idempotency import KeyOf
 from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.audit import actor_of, record
+from octollm.services.orchestrator.cancelling import Cancelling
 from octollm.services.orchestrator.files import FileStore, file_response
 from octollm.services.orchestrator.intake import Defaults, check_contract, check_kinds, store_inline_files
 from octollm.services.orchestrator.registry import Registry
-from octollm.services.orchestrator.revoking import Revoking
 from octollm.services.orchestrator.traces import Traces
 from octollm.storage import Transaction
 from octollm.tasks.store import NewTask, TaskStore
@@ -42,12 +41,11 @@ class TasksApi:
     files: FileStore
     accounts: Accounts
     registry: Registry
-    revoking: Revoking
+    cancelling: Cancelling
     worker: Worker
     defaults: Defaults
     clock: Clock
     ids: Ids
-    announce_cancel: Callable[[str], Awaitable[None]]
     traces: Traces
 
     async def submit(self, call: Call, contract: TaskContract) -> Reply:
@@ -101,17 +99,7 @@ class TasksApi:
         """Cancel a task: its tokens are revoked and its work is stopped all the way down."""
         task_id = call.path["task_id"]
         await self.store.view(task_id, call.tenant)
-
-        async def also(tx: Transaction) -> None:
-            await self.revoking.add(tx, "task", task_id)
-            await record(tx, actor_of(call), "task.cancelled", task_id, self.clock.now())
-
-        now = self.clock.now()
-        await self.store.change(
-            task_id, "task.cancelled", {"status": "cancelled"}, to="cancelled", also=also, finished_at=now
-        )
-        await self.worker.stop(task_id)
-        await self.announce_cancel(task_id)
+        await self.cancelling.cancel(task_id, actor_of(call))
         return await self.store.view(task_id, call.tenant)
 
     async def history(self, call: Call, _body: object) -> EventList:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
+
+from starlette.responses import StreamingResponse
 
 from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, closure, merge, parse_may
 from octollm.clock import Clock, Ids
 from octollm.contracts.api import (
     ExchangeRequest,
-    RevocationList,
     TokenAnswer,
     TokenRequest,
 )
+from octollm.contracts.revocations import RevocationList
 from octollm.contracts.services import service_of
+from octollm.contracts.stream import NDJSON
 from octollm.contracts.task import Budget, TaskContract
 from octollm.errors import Fault, OctoError
 from octollm.rpc.call import About, Call, Operation
@@ -41,6 +45,7 @@ class TokensApi:
     max_tokens: int
     clock: Clock
     ids: Ids
+    draining: asyncio.Event
 
     async def exchange(self, call: Call, body: ExchangeRequest) -> TokenAnswer:
         """Exchange an API key for an access token at this service (RFC 8693)."""
@@ -113,9 +118,12 @@ class TokensApi:
         """Return the services and their keys, signed."""
         return DirectoryAnswer(self.minter.directory(self.registry.directory()))
 
-    async def revocations(self, _call: Call, _body: object) -> RevocationList:
-        """Return what is revoked."""
-        return await self.revoking.list()
+    async def revocations(self, call: Call, _body: object) -> object:
+        """Return what is revoked; as NDJSON, all of it and then each revocation as it is made."""
+        if NDJSON in call.request.headers.get("accept", ""):
+            headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            return StreamingResponse(self.revoking.follow(self.draining), media_type=NDJSON, headers=headers)
+        return self.revoking.list()
 
     def operations(self) -> list[Operation]:
         """Return the operations on tokens."""
@@ -163,8 +171,12 @@ class TokensApi:
                 auth="service",
                 scope="*",
                 answer=RevocationList,
-                cacheable=True,
+                # Its lines are not those of an answer that takes its time.
+                raw=True,
+                limited=False,
+                timeout=3600.0,
                 summary="What is revoked.",
+                about=About(stream=NDJSON),
             ),
         ]
 

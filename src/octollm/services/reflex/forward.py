@@ -29,7 +29,7 @@ _FILE_NAME = re.compile(r"[!-~]{1,1024}")
 _LAST_EVENT = re.compile(r"[0-9]{1,15}")
 
 
-NOT_CONFIGURED: tuple[tuple[str, str], ...] = (("POST", "/preprocess"), ("POST", "/session"), ("GET", "/audit"))
+NOT_CONFIGURED: tuple[tuple[str, str], ...] = (("POST", "/preprocess"), ("POST", "/session"))
 """Public paths of the design that nothing stands behind yet."""
 
 

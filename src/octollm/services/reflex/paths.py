@@ -18,9 +18,11 @@ from octollm.contracts.api import (
     TokenAnswer,
     TokenRequest,
 )
+from octollm.contracts.audit import AuditPage
 from octollm.contracts.joining import JoinList, NewJoin, NewJoinRequest
-from octollm.contracts.listing import Behind, Page, TaskPage
+from octollm.contracts.listing import AuditQuery, Behind, Page, TaskPage
 from octollm.contracts.operations import StoredFile
+from octollm.contracts.revocations import RevocationRequest
 from octollm.contracts.services import OperationKind
 from octollm.contracts.task import SUBMIT_CODES, TaskContract
 from octollm.contracts.traces import TraceView
@@ -192,6 +194,24 @@ PUBLIC: tuple[PublicPath, ...] = (
         answer=TokenAnswer,
         codes=("authority_missing", "invalid_parameter"),
         to="/tokens",
+    ),
+    PublicPath(
+        "revocations.create",
+        "POST",
+        "/revocations",
+        "Revoke a token, or what a principal was given.",
+        "repeatable",
+        body=RevocationRequest,
+        answer=Done,
+    ),
+    PublicPath(
+        "audit.read",
+        "GET",
+        "/audit",
+        "The audit log behind a row.",
+        query=AuditQuery,
+        answer=AuditPage,
+        codes=("scope_missing",),
     ),
     PublicPath("webhooks.list", "GET", "/webhooks", "Webhooks (not configured).", query=Page, codes=_ABSENT),
     PublicPath("webhooks.create", "POST", "/webhooks", "Add a webhook (not configured).", "repeatable", codes=_ABSENT),

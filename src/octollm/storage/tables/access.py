@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Column, Index, String, Table
+from sqlalchemy import BigInteger, Column, Index, String, Table
 
 from octollm.storage.tables.columns import (
     ID,
     NAME,
     ORCHESTRATOR,
+    TENANT,
     json_type,
     position,
     tenant,
@@ -34,10 +35,11 @@ revocations = Table(
     "revocations",
     ORCHESTRATOR,
     Column("position", position(), primary_key=True, autoincrement=True),  # where a reader goes on
-    Column("kind", String(16), nullable=False),  # jti, task, sub, cred, aud
+    Column("kind", String(16), nullable=False),  # jti, task, run, sub, cred, aud
     Column("value", NAME, nullable=False),
     time("at"),  # links issued at or before it are refused
     time("until"),  # kept until the longest-lived of them has expired
+    Column("tenant", TENANT, nullable=False, server_default=""),  # none: every tenant
     Index(None, "kind", "value"),
     Index(None, "until"),
     sqlite_autoincrement=True,
@@ -57,8 +59,23 @@ audit = Table(
     Column("detail", json_type(), nullable=True),
     Column("request_id", NAME, nullable=False, server_default=""),
     Column("correlation_id", NAME, nullable=False, server_default=""),
+    # Its place in the tenant's chain, once it is sealed: from 1, without a gap; the hash covers the row and the last.
+    Column("seq", BigInteger(), nullable=True),
+    Column("hash", String(64), nullable=True),
+    text("checkpoint", nullable=True),  # signed; on the last row that was sealed at a time
     Index(None, "tenant", "position"),
+    Index(None, "tenant", "seq", unique=True),
     sqlite_autoincrement=True,
+)
+Index("ix_audit_unsealed", audit.c.position, postgresql_where=audit.c.seq.is_(None), sqlite_where=audit.c.seq.is_(None))
+
+audit_heads = Table(
+    "audit_heads",
+    ORCHESTRATOR,
+    Column("tenant", TENANT, primary_key=True),
+    Column("seq", BigInteger(), nullable=False),
+    Column("hash", String(64), nullable=False),
+    text("checkpoint"),
 )
 
 arms = Table(

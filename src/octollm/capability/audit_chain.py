@@ -1,0 +1,153 @@
+"""The chain that the audit log is sealed into, and how it is checked. No I/O.
+
+Each row's hash covers the row and the hash before it, and the root key signs where the chain stands. Whoever can
+write to the database but has no root key cannot change, remove or reorder a row unnoticed. What they can do is to
+cut the chain's end off and put an older head in its place; an earlier export shows that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from octollm.capability.jose import decode, encode, pinned_root
+from octollm.capability.keys import PublicKey, SigningKey
+from octollm.capability.problems import CapabilityError
+from octollm.capability.tokens import ROOT_ISSUER
+from octollm.contracts.audit import AuditHead, AuditRow
+
+MAX_CHECKPOINT_CHARS = 1_024
+MAX_FAULTS = 100
+"""Faults that are told; what is wrong with more rows than these needs no list."""
+
+
+class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``audit+jwt``: the chain of ``tenant`` stood at row ``seq`` with ``hash``, at ``iat`` (epoch seconds)."""
+
+    iss: str
+    tenant: str
+    seq: int
+    hash: str
+    iat: float
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFault:
+    """What is wrong, at which row; 0 is the head."""
+
+    seq: int
+    what: str
+
+
+def row_hash(previous: str, row: AuditRow) -> str:
+    """Return the SHA-256, in hex, of ``row`` (without its own hash and checkpoint) after the hash ``previous``."""
+    covered = [
+        previous,
+        row.seq,
+        row.tenant,
+        row.at,
+        row.action,
+        row.sub,
+        row.cred,
+        row.service,
+        row.target,
+        row.detail,
+        row.request_id,
+        row.correlation_id,
+    ]
+    return hashlib.sha256(msgspec.json.encode(covered, order="deterministic")).hexdigest()
+
+
+def sign_checkpoint(key: SigningKey, tenant: str, seq: int, digest: str, now: float) -> str:
+    """Return the root's signature over where a chain stands."""
+    claims = Checkpoint(ROOT_ISSUER, tenant, seq, digest, round(now, 3))
+    return encode(msgspec.json.encode(claims), "audit+jwt", key, with_kid=True)
+
+
+def read_checkpoint(token: str, roots: Mapping[str, PublicKey]) -> Checkpoint:
+    """Return what a root signed; raises ``CapabilityError`` for anything else."""
+    if len(token) > MAX_CHECKPOINT_CHARS or not token.isascii():
+        raise CapabilityError("bearer_malformed")
+    jws = decode(token, "audit+jwt")
+    jws.check_signature(pinned_root(jws.header, roots))
+    try:
+        claims = msgspec.convert(jws.claims, Checkpoint)
+    except msgspec.ValidationError:
+        raise CapabilityError("claims_malformed") from None
+    if claims.iss != ROOT_ISSUER:
+        raise CapabilityError("issuer_wrong")
+    return claims
+
+
+class ChainCheck:
+    """Checks one tenant's rows as they are read, in order. Each fault names its row; the check goes on behind it."""
+
+    def __init__(self, tenant: str, roots: Mapping[str, PublicKey]) -> None:
+        self._tenant = tenant
+        self._roots = roots
+        self._last = AuditHead(tenant)
+        self._signed = 0
+        self._unsure = False
+        self.faults: list[AuditFault] = []
+        self.rows = 0
+
+    @property
+    def last(self) -> AuditHead:
+        """Return where the rows that were read end."""
+        return self._last
+
+    def take(self, row: AuditRow) -> None:
+        """Check the next row."""
+        self.rows += 1
+        expected = self._last.seq + 1
+        if row.seq != expected:
+            self._out_of_place(row, expected)
+        elif row.tenant != self._tenant:
+            self._fault(row.seq, f"it is of another tenant, {row.tenant[:64]!r}")
+        elif row.hash != row_hash(self._last.hash, row):
+            self._fault(row.seq, f"it was changed: {row.action} by {row.sub} does not have the hash that was sealed")
+        self._last = AuditHead(self._tenant, row.seq, row.hash)
+        if row.checkpoint is not None:
+            self._check_signed(row.seq, row.hash, row.checkpoint)
+
+    def end(self, head: AuditHead) -> None:
+        """Check that the rows end where ``head`` says, and that a root signed that."""
+        if head.seq != self._last.seq:
+            gone = f"rows {self._last.seq + 1} to {head.seq} are gone from the end"
+            self._fault(
+                0, gone if head.seq > self._last.seq else f"the chain ends at row {head.seq}, and there are more"
+            )
+        elif head.hash != self._last.hash:
+            self._fault(0, "the head has another hash than the last row")
+        if head.seq:
+            self._check_signed(0, head.hash, head.checkpoint, at=head.seq)
+
+    def _out_of_place(self, row: AuditRow, expected: int) -> None:
+        if row.seq < expected:
+            self._fault(row.seq, f"it stands where row {expected} belongs")
+            return
+        gone = f"row {expected} is" if row.seq == expected + 1 else f"rows {expected} to {row.seq - 1} are"
+        self._fault(expected, f"{gone} gone")
+
+    def _check_signed(self, seq: int, digest: str, token: str, *, at: int | None = None) -> None:
+        place = seq if at is None else at
+        try:
+            signed = read_checkpoint(token, self._roots)
+        except CapabilityError as error:
+            self._fault(seq, f"its checkpoint is not signed by a root key that is known here ({error.reason})")
+            return
+        if (signed.tenant, signed.seq) != (self._tenant, place):
+            self._fault(seq, f"its checkpoint is of row {signed.seq} of tenant {signed.tenant[:64]!r}")
+        elif signed.hash != digest:
+            self._fault(
+                seq, f"the rows from {self._signed + 1} to {place} were rewritten: the root signed another hash"
+            )
+        if at is None:
+            self._signed = seq
+
+    def _fault(self, seq: int, what: str) -> None:
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(AuditFault(seq, what))

@@ -1,0 +1,47 @@
+"""The audit log over HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octollm.contracts.audit import AuditPage
+from octollm.contracts.listing import AuditQuery
+from octollm.errors import OctoError
+from octollm.rpc.call import About, Call, Operation
+from octollm.services.orchestrator.accounts import LOCAL_TENANT
+from octollm.services.orchestrator.audit import SYSTEM_TENANT
+from octollm.services.orchestrator.sealing import read_page
+from octollm.storage import Database
+
+
+@dataclass(frozen=True, slots=True)
+class AuditApi:
+    """What the operation on the audit log works with."""
+
+    db: Database
+
+    async def read(self, call: Call, _body: object) -> AuditPage:
+        """Return a page of the log, with where its chain stands."""
+        asked: AuditQuery = call.query
+        tenant = call.tenant
+        if asked.of == "system":
+            if tenant != LOCAL_TENANT:
+                raise OctoError("The system's audit log is not this tenant's to read.", code="scope_missing")
+            tenant = SYSTEM_TENANT
+        return await read_page(self.db, tenant, asked.after, asked.limit)
+
+    def operations(self) -> list[Operation]:
+        """Return the operation."""
+        return [
+            Operation(
+                "audit.read",
+                "GET",
+                "/audit",
+                self.read,
+                scope="audit:read",
+                query=AuditQuery,
+                answer=AuditPage,
+                summary="The audit log behind a row.",
+                about=About(codes=("scope_missing",)),
+            )
+        ]

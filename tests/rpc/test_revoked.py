@@ -1,0 +1,247 @@
+"""A service follows what is revoked: before it is ready, at once, through restarts, and it says when it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from kit import IDS
+from starlette.responses import StreamingResponse
+from wires import CURRENT
+
+from octollm.capability import Principal, RootMinter, SigningKey
+from octollm.clock import SystemClock
+from octollm.contracts.health import Readiness
+from octollm.contracts.revocations import RevocationNews, RevocationView
+from octollm.errors import OctoError
+from octollm.rpc import revoked as revoked_module
+from octollm.rpc.call import Call, Operation
+from octollm.rpc.discovery import StaticDiscovery
+from octollm.rpc.hosting import listen
+from octollm.rpc.http import Http
+from octollm.rpc.identity import Identity
+from octollm.rpc.service import Base, build_base, build_service
+from octollm.testing.waiting import wait_until
+
+ALICE = Principal("alice", "key-1", "acme")
+
+
+class Late(SystemClock):
+    """A clock that a test puts forward."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
+
+
+@dataclass
+class Told:
+    """What the orchestrator of a test tells, line by line; it ends the streams that are open when it is told to."""
+
+    lines: list[bytes] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    streams: int = 0
+    cut: bool = False
+
+    def say(self, *views: RevocationView, whole: bool = False, floor: float | None = None) -> None:
+        self.lines.append(msgspec.json.encode(RevocationNews(views, floor, whole)) + b"\n")
+        self.news.set()
+
+    async def follow(self, _call: Call, _body: object) -> StreamingResponse:
+        self.streams += 1
+
+        async def lines() -> AsyncIterator[bytes]:
+            sent = 0
+            while not self.cut:
+                while sent < len(self.lines):
+                    sent += 1
+                    yield self.lines[sent - 1]
+                self.news.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await self.news.wait()
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+@dataclass
+class House:
+    http: Http
+    told: Told
+    clock: Late
+    base: Base
+    url: str
+    minter: RootMinter
+
+    def token(self, **claims: object) -> str:
+        return self.minter.access(ALICE, "svc", "svc:work", **claims)  # type: ignore[arg-type]
+
+    async def call(self, path: str, token: str) -> tuple[int, str]:
+        answer = await self.http.send("POST", self.url + path, {"Authorization": f"Bearer {token}"}, b"{}", seconds=10)
+        body = msgspec.json.decode(answer.body)
+        return answer.status, body.get("code", "")
+
+    async def ready(self) -> tuple[int, Readiness]:
+        answer = await self.http.send("GET", self.url + "/ready", {}, None, seconds=10)
+        return answer.status, msgspec.json.decode(answer.body, type=Readiness)
+
+    async def heard(self) -> None:
+        async def ok() -> bool:
+            return (await self.ready())[1].dependencies["revocations"].ok
+
+        await wait_until(ok, description="the revocations are known")
+
+
+async def nothing(_call: Call, _body: object) -> dict[str, str]:
+    return {}
+
+
+@contextlib.asynccontextmanager
+async def orchestrator(http: Http, told: Told, port: int = 0) -> AsyncGenerator[int]:
+    key = SigningKey.generate("orchestrator")
+    clock = SystemClock()
+    base = build_base(
+        Identity("orchestrator", key, {}, clock, IDS),
+        http,
+        StaticDiscovery({}),
+        wire=CURRENT.wire,
+        follow_revocations=False,
+    )
+    operation = Operation(
+        "revocations", "GET", "/revocations", told.follow, auth="public", raw=True, limited=False, timeout=3600
+    )
+    bound = listen("127.0.0.1", port, "orchestrator")
+    async with build_service(base, [operation]).serve(bound, drain=0.1):
+        yield bound.getsockname()[1]
+        told.cut = True
+    told.cut = False
+
+
+@contextlib.asynccontextmanager
+async def house(told: Told, orchestrator_port: int, http: Http) -> AsyncGenerator[House]:
+    root, clock = SigningKey.generate("root"), Late()
+    bound = listen("127.0.0.1", 0, "svc")
+    url = CURRENT.url(bound.getsockname()[1])
+    urls = {"orchestrator": (CURRENT.url(orchestrator_port),), "svc": (url,)}
+    identity = Identity("svc", SigningKey.generate("svc"), {root.thumbprint: root.public}, clock, IDS)
+    base = build_base(identity, http, StaticDiscovery(urls), wire=CURRENT.wire)
+    operations = [
+        Operation("look", "POST", "/look", nothing, scope="svc:work", kind="safe"),
+        Operation("work", "POST", "/work", nothing, scope="svc:work", kind="repeatable"),
+        Operation("pay", "POST", "/pay", nothing, scope="svc:work", kind="once"),
+    ]
+    async with build_service(base, operations).serve(bound, drain=0.1):
+        yield House(http, told, clock, base, url, RootMinter(root, clock, IDS))
+
+
+@pytest.fixture
+async def told() -> Told:
+    return Told()
+
+
+async def test_nothing_is_done_before_all_that_is_revoked_is_known(told: Told) -> None:
+    async with CURRENT.client() as http, orchestrator(http, told) as port, house(told, port, http) as svc:
+        token = svc.token(task=None)
+        assert await svc.call("/look", token) == (503, "revocations_unknown")
+        status, ready = await svc.ready()
+        assert (status, ready.status) == (503, "not ready")
+        told.say(RevocationView("sub", "mallory", 1.0, "acme"))
+        await wait_until(lambda: len(svc.base.revoked.known) == 1, description="a first line came")  # type: ignore[union-attr]
+        assert await svc.call("/look", token) == (503, "revocations_unknown"), "the rest may name this one"
+        told.say(whole=True)
+        await svc.heard()
+        for path in ("/look", "/work", "/pay"):
+            assert await svc.call(path, token) == (200, "")
+        assert (await svc.ready())[0] == 200
+
+
+async def test_what_is_revoked_is_refused_as_soon_as_it_is_told(told: Told) -> None:
+    told.say(whole=True)
+    async with CURRENT.client() as http, orchestrator(http, told) as port, house(told, port, http) as svc:
+        await svc.heard()
+        token, other = svc.token(), svc.token()
+        assert await svc.call("/look", token) == (200, "")
+        jti = svc.base.identity.verifier().verify(token).links[0].jti
+        told.say(RevocationView("jti", jti, svc.clock.now(), "globex"))
+        told.say(RevocationView("jti", jti, svc.clock.now(), "acme"))
+
+        async def refused() -> bool:
+            return await svc.call("/look", token) == (401, "token_revoked")
+
+        await wait_until(refused, description="the token is refused", timeout=1)
+        assert await svc.call("/look", other) == (200, "")
+        told.say(floor=svc.clock.now() + 1)
+
+        async def all_refused() -> bool:
+            return await svc.call("/look", other) == (401, "token_revoked")
+
+        await wait_until(all_refused, description="everything up to the floor is refused", timeout=1)
+
+
+async def test_without_news_only_what_changes_nothing_is_done_and_ready_says_so(told: Told) -> None:
+    told.say(whole=True)
+    async with CURRENT.client() as http, orchestrator(http, told) as port, house(told, port, http) as svc:
+        await svc.heard()
+        token = svc.token(lifetime=600.0)
+        svc.clock.ahead += 30
+        status, ready = await svc.ready()
+        assert (status, ready.status) == (200, "degraded")
+        assert await svc.call("/work", token) == (200, ""), "for a minute all goes on"
+        svc.clock.ahead += 40
+        assert await svc.call("/work", token) == (503, "revocations_unknown")
+        assert await svc.call("/pay", token) == (503, "revocations_unknown")
+        assert await svc.call("/look", token) == (200, "")
+        status, ready = await svc.ready()
+        assert (status, ready.status) == (200, "degraded")
+        assert "what is not safe is refused" in ready.dependencies["revocations"].detail
+        told.say()
+        await svc.heard()
+        assert await svc.call("/work", token) == (200, "")
+
+
+async def test_a_lost_orchestrator_is_asked_again_and_what_was_known_stays_refused(told: Told) -> None:
+    told.say(RevocationView("cred", "key-1", 4e9, "acme"), whole=True)
+    async with CURRENT.client() as http:
+        async with orchestrator(http, told) as port, contextlib.AsyncExitStack() as stack:
+            svc = await stack.enter_async_context(house(told, port, http))
+            await svc.heard()
+            outer = stack.pop_all()
+        async with outer:
+            assert await svc.call("/look", svc.token()) == (401, "token_revoked")
+            told.lines.clear()
+            told.say(whole=True)
+            before = told.streams
+            async with orchestrator(http, told, port):
+                await wait_until(lambda: told.streams > before, description="it asks again")
+                await svc.heard()
+                assert await svc.call("/look", svc.token()) == (401, "token_revoked"), "a shorter list revives nothing"
+
+
+@pytest.mark.parametrize("line", [b"[]\n", b'{"revocations":[{"kind":"all"}]}\n', b"x" * 1_100_000, b"\xff\n"])
+async def test_what_is_no_revocation_is_no_news(told: Told, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revoked_module, "LONGEST_PAUSE", 0.1)
+    told.lines.append(line)
+    async with CURRENT.client() as http, orchestrator(http, told) as port, house(told, port, http) as svc:
+        await wait_until(lambda: told.streams > 1, description="the stream was given up and asked for again")
+        assert await svc.call("/look", svc.token()) == (503, "revocations_unknown")
+        told.lines.clear()
+        told.say(whole=True)
+        await svc.heard()
+
+
+def test_a_check_tells_when_to_come_back() -> None:
+    clock = Late()
+    base = build_base(
+        Identity("svc", SigningKey.generate("svc"), {}, clock, IDS),
+        None,
+        StaticDiscovery({}),  # type: ignore[arg-type]
+    )
+    assert base.revoked is not None
+    with pytest.raises(OctoError) as caught:
+        base.revoked.check(safe=True)
+    assert (caught.value.code, caught.value.retry_after) == ("revocations_unknown", 1)
