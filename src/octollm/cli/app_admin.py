@@ -11,7 +11,7 @@ from octollm.cli.completing import complete_model
 
 models_app = typer.Typer(name="models", help="Fetch and list the embedded models.", no_args_is_help=True)
 keys_app = typer.Typer(name="keys", help="Make, list and revoke API keys and join secrets.", no_args_is_help=True)
-token_app = typer.Typer(name="token", help="Make tokens for direct calls.", no_args_is_help=True)
+token_app = typer.Typer(name="token", help="Make, look into and revoke tokens for direct calls.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -130,3 +130,35 @@ def mint(
     from octollm.cli.key_views import mint_command  # noqa: PLC0415
 
     raise typer.Exit(mint_command(scope, aud, lifetime, as_json=as_json))
+
+
+@token_app.command("inspect")
+def inspect(
+    token: Annotated[str, typer.Argument(help="The token, or - to read it from standard input.")],
+    service: Annotated[
+        list[str] | None,
+        typer.Option("--for", help="Say whether this service would take it; may be repeated.", metavar="SERVICE"),
+    ] = None,
+    roots: Annotated[
+        Path | None, typer.Option(help="The root keys to trust, a JWK Set; else those of this machine.", metavar="PATH")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the chain of a token: who lent what to whom, what each hop dropped, what is left, and who refuses it.
+
+    Nothing is sent anywhere. Exit code 1 when a service would refuse it.
+    """
+    from octollm.cli.token_views import inspect_command  # noqa: PLC0415
+
+    raise typer.Exit(inspect_command(token, services=tuple(service or ()), roots=roots, as_json=as_json))
+
+
+@token_app.command("revoke")
+def revoke_token(
+    token: Annotated[str, typer.Argument(help="The token, its jti, or - to read it from standard input.")],
+    as_json: AsJson = False,
+) -> None:
+    """Revoke a token, with all that was minted under it; every service refuses it within a second."""
+    from octollm.cli.token_views import revoke_command  # noqa: PLC0415
+
+    raise typer.Exit(revoke_command(token, as_json=as_json))

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from octollm.capability import CapabilityError
 from octollm.clock import Clock, Ids
 from octollm.context import Scene, parse_traceparent, set_scene
 from octollm.contracts.problems import problem_of
@@ -113,6 +114,10 @@ class Endpoint:
                     await self._serve(arrived, scope, receive, outlet)
             except OctoError as error:
                 span.failed(error)
+                if isinstance(error, CapabilityError):
+                    # The caller is told the code alone; which rule it broke is for the operator.
+                    kit.metrics.refused.labels(kit.service, error.reason).inc()
+                    kit.log.warning("token.refused", operation=operation.name, reason=error.reason)
                 if outlet.status:
                     raise
                 await outlet.whole(problem_response(error, request_id), scope)

@@ -50,6 +50,12 @@ class Metrics:
             ["code"],
             registry=registry,
         )
+        self.refused = Counter(
+            "octollm_tokens_refused_total",
+            "Capability tokens that were refused, by the rule that they broke.",
+            ["service", "reason"],
+            registry=registry,
+        )
         self.sandbox_runs = Counter(
             "octollm_sandbox_runs_total",
             "Runs in the sandbox, by outcome.",

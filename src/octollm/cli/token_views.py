@@ -1,0 +1,155 @@
+"""`octollm token inspect` and `octollm token revoke`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from octollm.capability import CapabilityError, PublicKey
+from octollm.capability.inspecting import Hop, Inspection, explain, inspect, read_chain, refusal
+from octollm.cli.door import open_client
+from octollm.cli.environment import command_settings
+from octollm.cli.exits import EXIT_DONE, EXIT_FAILED
+from octollm.cli.running import run_command
+from octollm.cli.terminal import output
+from octollm.clock import Clock, SystemClock, iso
+from octollm.errors import OctoError, SettingError
+from octollm.installation.roots import known_roots
+
+_MAX_INPUT = 65_536
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Whether a service would take the token; ``reason`` is why not, empty when it would."""
+
+    service: str
+    accepted: bool
+    reason: str = ""
+    why: str = ""
+
+
+class Inspected(msgspec.Struct, frozen=True):
+    """What ``--json`` prints."""
+
+    says: Inspection
+    verdicts: tuple[Verdict, ...]
+
+
+def inspect_command(token: str, *, services: tuple[str, ...], roots: Path | None, as_json: bool) -> int:
+    """Draw a token's chain. Nothing leaves this machine."""
+
+    async def work() -> int:
+        bearer = _text_of(token)
+        clock = SystemClock()
+        try:
+            says = inspect(bearer)
+        except CapabilityError as error:
+            raise OctoError(
+                f"That is no capability token ({error.reason}): {explain(error.reason)}", code="invalid_parameter"
+            ) from error
+        known = _roots(roots)
+        asked = services or (says.audience,)
+        verdicts = () if known is None else tuple(_verdict(bearer, service, known, clock) for service in asked)
+        if as_json:
+            print(msgspec.json.encode(Inspected(says, verdicts)).decode())
+        else:
+            _draw(says, output(), clock.now())
+            _tell(verdicts, output())
+        return EXIT_DONE if all(each.accepted for each in verdicts) else EXIT_FAILED
+
+    return run_command(work)
+
+
+def revoke_command(token: str, *, as_json: bool) -> int:
+    """Revoke a token: each of its links by its id, so that nothing that was minted under it goes on."""
+
+    async def work() -> int:
+        text = _text_of(token)
+        ids = [link.jti for link in read_chain(text).links] if "." in text else [text]
+        async with open_client(command_settings()) as octo:
+            for jti in ids:
+                await octo.revoke_token(jti)
+        if as_json:
+            print(msgspec.json.encode({"revoked": ids}).decode())
+        else:
+            output().print(Text(f"Revoked: {', '.join(ids)}. Every service refuses it within a second."))
+        return EXIT_DONE
+
+    return run_command(work)
+
+
+def _text_of(token: str) -> str:
+    """Return the token; ``-`` reads it from standard input, where no list of processes shows it."""
+    text = sys.stdin.read(_MAX_INPUT) if token == "-" else token  # noqa: S105  the usual name of standard input
+    return text.strip().removeprefix("Bearer ").strip()
+
+
+def _roots(file: Path | None) -> Mapping[str, PublicKey] | None:
+    try:
+        return known_roots(command_settings(), file)
+    except SettingError:
+        if file is not None:
+            raise
+        return None
+
+
+def _verdict(bearer: str, service: str, roots: Mapping[str, PublicKey], clock: Clock) -> Verdict:
+    reason = refusal(bearer, service, roots, clock)
+    return Verdict(service, reason is None, reason or "", "" if reason is None else explain(reason))
+
+
+def _draw(says: Inspection, console: Console, now: float) -> None:
+    who = f"{says.subject} (credential {says.credential}, tenant {says.tenant})"
+    console.print(Text.assemble(("For      ", "octo.title"), who))
+    if says.task is not None:
+        work = says.task
+        named = (("step", work.step), ("attempt", work.attempt), ("run", work.run))
+        rest = "".join(f", {name} {value}" for name, value in named if value is not None)
+        console.print(Text.assemble(("Work     ", "octo.title"), f"{work.task}{rest}"))
+    console.print(Text.assemble(("Size     ", "octo.title"), f"{says.chars:,} characters, {len(says.hops)} tokens"))
+    console.print()
+    for depth, hop in enumerate(says.hops):
+        _draw_hop(hop, console, "  " * depth, now)
+
+
+def _draw_hop(hop: Hop, console: Console, indent: str, now: float) -> None:
+    left = hop.expires - now
+    until = f"until {iso(hop.expires)[:19]}Z, {_span(left)}"
+    style = "octo.step" if left > 0 else "octo.bad"
+    title = Text.assemble(indent, (f"{hop.issuer} → {hop.holder}", style), f"  {hop.kind}, {until}")
+    console.print(title)
+    lead = "may ask" if hop.kind == "grant" else "may do"
+    for number, path in enumerate(hop.allows):
+        console.print(Text(f"{indent}  {lead if number == 0 else ' ' * len(lead)}  {path}", "octo.good"))
+    for number, path in enumerate(hop.dropped):
+        console.print(Text(f"{indent}  {'dropped' if number == 0 else ' ' * 7}  {path}", "octo.quiet"))
+    if hop.kind == "grant":
+        hops = f"{hop.hops} call{'' if hop.hops == 1 else 's'} deep at most"
+        console.print(Text(f"{indent}  left     {hops}, by whoever has the key that it confirms", "octo.quiet"))
+    console.print(Text(f"{indent}  jti {hop.jti}, signed by {hop.key}", "octo.quiet"))
+
+
+def _span(seconds: float) -> str:
+    if seconds <= 0:
+        return f"expired {-seconds:.0f} s ago"
+    return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
+
+
+def _tell(verdicts: tuple[Verdict, ...], console: Console) -> None:
+    console.print()
+    if not verdicts:
+        console.print(
+            Text(
+                "No root key is known on this machine, so nothing of this is proved; name it with --roots.", "octo.warn"
+            )
+        )
+    for each in verdicts:
+        if each.accepted:
+            console.print(Text(f"✓ {each.service} takes it, unless it was revoked.", "octo.good"))
+        else:
+            console.print(Text(f"✗ {each.service} refuses it: {each.reason}. {each.why}", "octo.bad"))
