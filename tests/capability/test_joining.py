@@ -45,28 +45,28 @@ claims = st.builds(JoinClaim, texts, texts, texts, st.lists(texts, max_size=4).m
 @given(terms)
 def test_both_sides_have_the_same_secret(wanted: JoinTerms) -> None:
     root = JoinRoot(ROOT)
-    secret = JoinSecret.parse(root.secret(wanted))
-    assert (secret.id, secret.key) == (wanted.id, root.key(wanted))
-    assert JoinRoot(ROOT).key(wanted) == secret.key
+    secret = JoinSecret.parse(root.secret(wanted, NOW))
+    assert (secret.id, secret.key) == (wanted.id, root.keys(wanted, NOW)[0])
+    assert JoinRoot(ROOT).keys(wanted, NOW) == [secret.key]
 
 
 @given(terms, terms)
 def test_other_terms_or_another_root_have_another_secret(one: JoinTerms, other: JoinTerms) -> None:
     assume(one != other)
-    assert JoinRoot(ROOT).key(one) != JoinRoot(ROOT).key(other)
-    assert JoinRoot(ROOT).key(one) != JoinRoot(OTHER).key(one)
+    assert JoinRoot(ROOT).keys(one, NOW) != JoinRoot(ROOT).keys(other, NOW)
+    assert JoinRoot(ROOT).keys(one, NOW) != JoinRoot(OTHER).keys(one, NOW)
 
 
 def test_a_widened_row_fits_no_secret() -> None:
     narrow = JoinTerms("0" * 32, "translator", ("models:chat",), 1_900_000_000)
-    key = JoinRoot(ROOT).key(narrow)
+    key = JoinRoot(ROOT).keys(narrow, NOW)
     for changed in (
         dataclasses.replace(narrow, calls=("executor:run", "models:chat")),
         dataclasses.replace(narrow, expires=1_900_000_001),
         dataclasses.replace(narrow, name="translators"),
         dataclasses.replace(narrow, id="0" * 31 + "1"),
     ):
-        assert JoinRoot(ROOT).key(changed) != key
+        assert JoinRoot(ROOT).keys(changed, NOW) != key
 
 
 @given(st.text(max_size=120))
@@ -78,7 +78,7 @@ def test_a_text_that_is_no_secret_is_refused(text: str) -> None:
 
 
 def test_a_secret_is_shown_nowhere() -> None:
-    text = JoinRoot(ROOT).secret(JoinTerms("a" * 32, "translator", (), 1))
+    text = JoinRoot(ROOT).secret(JoinTerms("a" * 32, "translator", (), 1), NOW)
     secret = JoinSecret.parse(text)
     hidden = text.rsplit("_", 1)[1]
     assert hidden not in f"{secret} {secret!r}"

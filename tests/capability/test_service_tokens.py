@@ -125,8 +125,9 @@ def entries(world: World) -> dict[str, DirectoryEntry]:
 
 def test_the_directory_survives_the_round(world: World) -> None:
     token = world.minter.directory(entries(world))
-    directory = verify_directory(token, world.roots, world.clock)
+    directory, roots = verify_directory(token, world.roots, world.clock)
     assert directory == entries(world)
+    assert roots == world.roots
     assert Call("files:read", optional=True) in directory["coder"].calls["coder:execute"]
     service = signer(world, "models").svc_token("memory")
     assert verify_service(service, "memory", directory, world.clock) == "models"
@@ -157,6 +158,9 @@ def test_directory_attacks(world: World) -> None:
         ({}, {"services": {"coder": {"jkts": [], "calls": {"coder": []}}}}, "claims_malformed"),
         ({}, {"services": {"coder": {"jkts": [], "calls": {"coder:x": [{"scope": "*"}]}}}}, "claims_malformed"),
         ({}, {"services": {"coder": {"jkts": [], "url": "http://x"}}}, "claims_malformed"),
+        ({}, {"roots": [{"kty": "OKP", "crv": "Ed25519", "x": "short"}]}, "claims_malformed"),
+        ({}, {"roots": [{"kty": "OKP", "crv": "Ed25519", "x": "A" * 43, "d": "A" * 43}]}, "claims_malformed"),
+        ({}, {"roots": [{"kty": "OKP", "crv": "Ed25519", "x": "A" * 43}] * 17}, "claims_malformed"),
     ],
 )
 def test_directories_that_the_root_would_not_sign(
@@ -165,7 +169,7 @@ def test_directories_that_the_root_would_not_sign(
     honest_header = {"alg": "EdDSA", "typ": "dir+jwt", "kid": world.root.thumbprint}
     honest: dict[str, Any] = {"iss": "orchestrator", "exp": NOW + 300, "iat": NOW, "jti": "1", "services": {}}
     root = world.root.private
-    assert verify_directory(sign(honest_header, honest, root), world.roots, world.clock) == {}
+    assert verify_directory(sign(honest_header, honest, root), world.roots, world.clock) == ({}, {})
     token = sign({**honest_header, **header}, {**honest, **claims}, root)
     assert reason_of(lambda: verify_directory(token, world.roots, world.clock)) == reason
 

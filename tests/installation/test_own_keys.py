@@ -16,6 +16,7 @@ from octollm.errors import SettingError
 from octollm.installation.own_keys import own_keys, provision, read_folder
 
 IDS = Uuid7Ids(SystemClock())
+NOW = 1_800_000_000.0
 
 
 def settings(**environment: str) -> Settings:
@@ -24,14 +25,14 @@ def settings(**environment: str) -> Settings:
 
 def test_each_service_gets_its_own_key_and_the_root_in_public(tmp_path: Path):
     provision(tmp_path, IDS)
-    top = read_folder(tmp_path / "orchestrator", "orchestrator")
+    top = read_folder(tmp_path / "orchestrator", "orchestrator", NOW)
     assert top.root is not None
     assert top.root.local is not None
     assert top.root.local.startswith("octo_local_")
     for name in SERVICES:
-        keys = read_folder(tmp_path / name, name)
-        assert keys.own.public == top.root.services[name]
-        assert set(keys.roots) == {top.root.root.thumbprint}
+        keys = read_folder(tmp_path / name, name, NOW)
+        assert keys.own.believed(NOW) == top.root.services[name].believed(NOW)
+        assert set(keys.roots) == set(top.root.root.believed(NOW))
         if name != "orchestrator":
             assert keys.root is None
             assert sorted(path.name for path in (tmp_path / name).iterdir()) == [f"{name}.jwk", "roots.jwks"]
@@ -58,7 +59,7 @@ def test_every_file_is_its_owners_alone(tmp_path: Path):
         (lambda folder: (folder / "judge.jwk").unlink(), "cannot be read"),
         (lambda folder: (folder / "judge.jwk").write_text("{}"), "is not what"),
         (lambda folder: (folder / "judge.jwk").chmod(0o604), "every user may read it"),
-        (lambda folder: (folder / "roots.jwks").write_text('{"keys": []}'), "has no key"),
+        (lambda folder: (folder / "roots.jwks").write_text('{"keys": []}'), "is not what"),
         (lambda folder: (folder / "roots.jwks").write_text("nonsense"), "is not what"),
     ],
 )
@@ -66,14 +67,14 @@ def test_a_wrong_folder_is_refused_with_what_to_do(tmp_path: Path, spoil, told: 
     provision(tmp_path, IDS)
     spoil(tmp_path / "judge")
     with pytest.raises(SettingError, match=told) as caught:
-        read_folder(tmp_path / "judge", "judge")
+        read_folder(tmp_path / "judge", "judge", NOW)
     assert str(tmp_path / "judge") in caught.value.detail
 
 
 def test_anothers_folder_is_no_identity(tmp_path: Path):
     provision(tmp_path, IDS)
     with pytest.raises(SettingError):
-        read_folder(tmp_path / "coder", "judge")
+        read_folder(tmp_path / "coder", "judge", NOW)
 
 
 def test_a_private_key_is_never_taken_for_a_root(tmp_path: Path):
@@ -81,23 +82,25 @@ def test_a_private_key_is_never_taken_for_a_root(tmp_path: Path):
     secret = json.loads((tmp_path / "judge" / "judge.jwk").read_text())
     (tmp_path / "judge" / "roots.jwks").write_text(json.dumps({"keys": [secret]}))
     with pytest.raises(SettingError):
-        read_folder(tmp_path / "judge", "judge")
+        read_folder(tmp_path / "judge", "judge", NOW)
 
 
 async def test_services_that_share_a_home_agree_whoever_comes_first(tmp_path: Path):
     shared = settings(home=str(tmp_path / "home"))
-    found = await asyncio.gather(*(own_keys(shared, name, IDS) for name in SERVICES))
+    found = await asyncio.gather(*(own_keys(shared, name, IDS, NOW) for name in SERVICES))
     keys = dict(zip(SERVICES, found, strict=True))
     root = keys["orchestrator"].root
     assert root is not None
     for name, key in keys.items():
-        assert root.services[name] == key.own.public
-        assert set(key.roots) == {root.root.thumbprint}
+        assert root.services[name].believed(NOW) == key.own.believed(NOW)
+        assert set(key.roots) == set(root.root.believed(NOW))
         assert (key.root is None) == (name != "orchestrator")
 
 
 async def test_a_provisioned_folder_comes_before_the_home(tmp_path: Path):
     provision(tmp_path / "keys", IDS)
-    found = await own_keys(settings(home=str(tmp_path / "home"), keys=str(tmp_path / "keys" / "judge")), "judge", IDS)
-    assert found.own.public == read_folder(tmp_path / "keys" / "judge", "judge").own.public
+    found = await own_keys(
+        settings(home=str(tmp_path / "home"), keys=str(tmp_path / "keys" / "judge")), "judge", IDS, NOW
+    )
+    assert found.own.believed(NOW) == read_folder(tmp_path / "keys" / "judge", "judge", NOW).own.believed(NOW)
     assert not (tmp_path / "home").exists()

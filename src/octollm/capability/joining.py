@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from octollm.capability.keyring import KeyRing
 from octollm.capability.keys import SigningKey, b64decode, b64encode
 from octollm.capability.may import Call
 from octollm.capability.problems import CapabilityError
@@ -107,26 +108,26 @@ def same(one: str, other: str) -> bool:
 
 
 class JoinRoot:
-    """Derives join secrets and makes nonces. Every replica that has the root key agrees, and stores neither."""
+    """Derives join secrets and makes nonces. Every replica that has the root keys agrees, and stores neither.
 
-    def __init__(self, root: SigningKey) -> None:
-        seed = root.private.private_bytes_raw()
-        self._secrets = _derived(seed, b"octollm join secrets v1")
-        self._nonces = _derived(seed, b"octollm join nonces v1")
+    While root keys change, a secret of an older one is good for as long as that key is believed.
+    """
 
-    def secret(self, terms: JoinTerms) -> str:
+    def __init__(self, root: SigningKey | KeyRing) -> None:
+        self._ring = KeyRing.of(root)
+
+    def secret(self, terms: JoinTerms, now: float) -> str:
         """Return the text of the secret for ``terms``."""
-        return f"{PREFIX}{terms.id}_{b64encode(self.key(terms))}"
+        return f"{PREFIX}{terms.id}_{b64encode(_secret_of(self._ring.signing(now), terms))}"
 
-    def key(self, terms: JoinTerms) -> bytes:
-        """Return the 32 bytes of the secret, with which both sides prove themselves."""
-        parts = [terms.id, terms.name, str(terms.expires), *terms.calls]
-        return hmac.digest(self._secrets, _encoded(parts), hashlib.sha256)
+    def keys(self, terms: JoinTerms, now: float) -> list[bytes]:
+        """Return the 32 bytes that the secret may have, with which both sides prove themselves."""
+        return [_secret_of(root, terms) for root in self._roots(now)]
 
     def nonce(self, unique: str, now: float) -> str:
         """Return a nonce that can be used until :data:`NONCE_SECONDS` after ``now``; ``unique`` is an id, in hex."""
         body = bytes.fromhex(unique) + int((now + NONCE_SECONDS) * 1000).to_bytes(_STAMP_BYTES)
-        return b64encode(body + self._nonce_mac(body))
+        return b64encode(body + _nonce_mac(self._ring.signing(now), body))
 
     def accepts(self, nonce: str, now: float) -> bool:
         """Say whether a nonce is ours and not too old. Whether it was used before is for the caller to know."""
@@ -135,13 +136,16 @@ class JoinRoot:
         except CapabilityError:
             return False
         body, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
-        if len(body) != _MAC_BYTES + _STAMP_BYTES or not hmac.compare_digest(mac, self._nonce_mac(body)):
+        if len(body) != _MAC_BYTES + _STAMP_BYTES:
+            return False
+        if not any(hmac.compare_digest(mac, _nonce_mac(root, body)) for root in self._roots(now)):
             return False
         left = int.from_bytes(body[-_STAMP_BYTES:]) / 1000 - now
         return 0 < left <= NONCE_SECONDS
 
-    def _nonce_mac(self, body: bytes) -> bytes:
-        return hmac.digest(self._nonces, body, hashlib.sha256)[:_MAC_BYTES]
+    def _roots(self, now: float) -> list[SigningKey]:
+        found = (self._ring.find(thumbprint) for thumbprint in self._ring.believed(now))
+        return [key for key in found if key is not None]
 
 
 def is_join_id(text: str) -> bool:
@@ -218,6 +222,17 @@ def _encoded(parts: Sequence[str]) -> bytes:
     """Return the one encoding of ``parts``: each behind its length, so that no two lists have the same."""
     raw = [part.encode() for part in parts]
     return b"".join(len(part).to_bytes(4) + part for part in raw)
+
+
+def _secret_of(root: SigningKey, terms: JoinTerms) -> bytes:
+    secrets = _derived(root.private.private_bytes_raw(), b"octollm join secrets v1")
+    parts = [terms.id, terms.name, str(terms.expires), *terms.calls]
+    return hmac.digest(secrets, _encoded(parts), hashlib.sha256)
+
+
+def _nonce_mac(root: SigningKey, body: bytes) -> bytes:
+    nonces = _derived(root.private.private_bytes_raw(), b"octollm join nonces v1")
+    return hmac.digest(nonces, body, hashlib.sha256)[:_MAC_BYTES]
 
 
 def _derived(seed: bytes, purpose: bytes) -> bytes:

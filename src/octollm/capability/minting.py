@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from octollm.capability.jose import encode
+from octollm.capability.keyring import KeyRing
 from octollm.capability.keys import SigningKey, digest_of
 from octollm.capability.may import May
 from octollm.capability.principals import Principal
@@ -19,6 +20,7 @@ from octollm.capability.service_tokens import (
     DirectoryEntry,
     ServiceClaims,
     directory_to_json,
+    jwk_of,
     service_to_json,
 )
 from octollm.capability.tokens import (
@@ -96,8 +98,8 @@ class _Terms:
 class RootMinter:
     """Mints what needs no proof but the orchestrator's own key."""
 
-    def __init__(self, root_key: SigningKey, clock: Clock, ids: Ids) -> None:
-        self._key = root_key
+    def __init__(self, root_key: SigningKey | KeyRing, clock: Clock, ids: Ids) -> None:
+        self._ring = KeyRing.of(root_key)
         self._clock = clock
         self._ids = ids
 
@@ -125,6 +127,7 @@ class RootMinter:
         _check_scopes(granted, aud)
         _check_lifetime(lifetime, MAX_ACCESS_SECONDS)
         now = self._clock.now()
+        key = self._ring.signing(now)
         terms = _Terms(ROOT_ISSUER, aud, principal, task, now, proof=None)
         grant: str | None = None
         if may:
@@ -135,7 +138,7 @@ class RootMinter:
             grant = encode(
                 to_json(GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=may)),
                 "cap-grant+jwt",
-                self._key,
+                key,
                 with_kid=True,
             )
         claims = AccessClaims(
@@ -144,11 +147,11 @@ class RootMinter:
             call=call,
             gnt=None if grant is None else digest_of(grant),
         )
-        access = encode(to_json(claims), "cap+jwt", self._key, with_kid=True)
+        access = encode(to_json(claims), "cap+jwt", key, with_kid=True)
         return _join(access, () if grant is None else (grant,))
 
     def directory(self, entries: Mapping[str, DirectoryEntry], lifetime: float = MAX_DIRECTORY_SECONDS) -> str:
-        """Return the signed directory (``dir+jwt``) of services: thumbprints and declared calls by name."""
+        """Return the signed directory (``dir+jwt``): services' thumbprints and declared calls, and the root keys."""
         _check_lifetime(lifetime, MAX_DIRECTORY_SECONDS)
         now = self._clock.now()
         claims = DirectoryClaims(
@@ -157,16 +160,16 @@ class RootMinter:
             iat=_millis(now),
             jti=self._ids.hex(),
             services=dict(entries),
+            roots=tuple(jwk_of(root) for root in self._ring.believed(now).values()),
         )
-        return encode(directory_to_json(claims), "dir+jwt", self._key, with_kid=True)
+        return encode(directory_to_json(claims), "dir+jwt", self._ring.signing(now), with_kid=True)
 
 
 class Delegator:
     """Mints under the grants that the service ``name`` is sent. It has one key, or several while they rotate."""
 
-    def __init__(self, key: SigningKey | Iterable[SigningKey], name: str, clock: Clock, ids: Ids) -> None:
-        keys = (key,) if isinstance(key, SigningKey) else tuple(key)
-        self._keys = {own.thumbprint: own for own in keys}
+    def __init__(self, key: SigningKey | KeyRing | Iterable[SigningKey], name: str, clock: Clock, ids: Ids) -> None:
+        self._ring = KeyRing.of(key)
         self._name = name
         self._clock = clock
         self._ids = ids
@@ -196,7 +199,7 @@ class Delegator:
         below = parent.may.below(wanted)
         if below is None or service_of(wanted.family) != aud or parent.aud != self._name:
             raise CapabilityError("not_in_may", f"{self._name} may not call {scope} at {aud} for this work.")
-        key = self._keys.get(parent.cnf.jkt)
+        key = self._ring.find(parent.cnf.jkt)
         if key is None:
             raise CapabilityError(
                 "holder_unknown", f"The grant for calling {scope} is for another key of {self._name}."
@@ -229,8 +232,8 @@ class Delegator:
 class SelfSigner:
     """Signs for the service ``name`` when it speaks for itself."""
 
-    def __init__(self, key: SigningKey, name: str, clock: Clock, ids: Ids) -> None:
-        self._key = key
+    def __init__(self, key: SigningKey | KeyRing, name: str, clock: Clock, ids: Ids) -> None:
+        self._ring = KeyRing.of(key)
         self._name = name
         self._clock = clock
         self._ids = ids
@@ -247,7 +250,7 @@ class SelfSigner:
             iat=_millis(now),
             jti=self._ids.hex(),
         )
-        return encode(service_to_json(claims), "svc+jwt", self._key, with_kid=True, with_jwk=True)
+        return encode(service_to_json(claims), "svc+jwt", self._ring.signing(now), with_kid=True, with_jwk=True)
 
 
 def _check_scopes(scopes: ScopeSet, aud: str) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-from octollm.capability.jose import Thumbprint, decode, pinned_root
-from octollm.capability.keys import PublicKey
+from octollm.capability.jose import Jwk, Thumbprint, decode, pinned_root
+from octollm.capability.keys import PublicKey, b64decode
 from octollm.capability.may import Call
 from octollm.capability.problems import CapabilityError
 from octollm.capability.scopes import MAX_SCOPE_CHARS, Scope
@@ -64,6 +64,8 @@ class DirectoryClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     iat: Seconds
     jti: Name
     services: dict[ServiceName, DirectoryEntry]
+    roots: Annotated[tuple[Jwk, ...], Meta(max_length=16)] = ()
+    """The root keys that are believed, the one that signs first."""
 
 
 def service_to_json(claims: ServiceClaims) -> bytes:
@@ -104,8 +106,10 @@ def verify_service(token: str | None, aud: str, directory: Directory, clock: Clo
     return claims.iss
 
 
-def verify_directory(token: str | None, roots: Mapping[str, PublicKey], clock: Clock) -> Directory:
-    """Return the directory that a pinned root signed.
+def verify_directory(
+    token: str | None, roots: Mapping[str, PublicKey], clock: Clock
+) -> tuple[Directory, dict[str, PublicKey]]:
+    """Return the directory that a pinned root signed, and the root keys that it says are believed.
 
     Raises ``CapabilityError`` with the codes of :meth:`Verifier.verify`.
     """
@@ -124,7 +128,17 @@ def verify_directory(token: str | None, roots: Mapping[str, PublicKey], clock: C
         _check_calls(claims.services)
     except CapabilityError:
         raise CapabilityError("claims_malformed") from None
-    return claims.services
+    return claims.services, _root_keys(claims.roots)
+
+
+def jwk_of(key: PublicKey) -> Jwk:
+    """Return a key as it stands in a directory."""
+    return Jwk("OKP", "Ed25519", key.to_jwk()["x"])
+
+
+def _root_keys(jwks: tuple[Jwk, ...]) -> dict[str, PublicKey]:
+    keys = [PublicKey(b64decode(jwk.x)) for jwk in jwks]
+    return {key.thumbprint: key for key in keys}
 
 
 def _check_calls(services: Directory) -> None:

@@ -85,6 +85,28 @@ def provision(
     raise typer.Exit(provision_command(folder, as_json=as_json))
 
 
+@keys_app.command("rotate")
+def rotate(
+    name: Annotated[str, typer.Argument(help="A built-in service, or root.")],
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="What `octollm keys provision` made; else the keys of the home.", metavar="PATH"),
+    ] = None,
+    at_once: Annotated[
+        bool, typer.Option("--at-once", help="The old key may be in other hands: believe it no more.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a new key for a service, or a new root key, that takes over from the old one without a gap.
+
+    Start the orchestrator again, then the service, within ten minutes; the new key signs from then on, and the old
+    one is believed until the last token that it signed has expired.
+    """
+    from octollm.cli.rotating import rotate_command  # noqa: PLC0415
+
+    raise typer.Exit(rotate_command(name, folder, at_once=at_once, as_json=as_json))
+
+
 @keys_app.command("join")
 def join(
     name: Annotated[str, typer.Option(help="The one name that the secret admits.")],

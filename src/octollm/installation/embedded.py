@@ -171,7 +171,7 @@ def _bases(system: System, keys: HomeKeys, wire: Wire, clock: Clock, ids: Ids) -
     share = system.settings.trace_share
     return {
         name: build_base(
-            Identity(name, key, keys.roots, clock, ids),
+            Identity(name, key, keys.roots(clock.now()), clock, ids),
             system.http,
             discovery,
             trace_share=share,

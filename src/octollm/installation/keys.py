@@ -6,35 +6,34 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import msgspec
-
 from octollm.capability import CapabilityError, PublicKey, SigningKey
+from octollm.capability.keyring import KeyRing, PublicRing
 from octollm.clock import Ids
 from octollm.contracts.services import SERVICES
 from octollm.errors import SettingError
 from octollm.installation.home import Home, read_private, write_private
+from octollm.installation.key_files import read_ring, write_ring
 from octollm.services.orchestrator.accounts import KEY_PREFIX, LOCAL_KEY_ID
 
-_ROOT = "root"
+ROOT = "root"
 
 
 @dataclass(frozen=True, slots=True)
 class HomeKeys:
     """The keys of a home. ``local`` opens the public door for the home's owner; it is shown nowhere."""
 
-    root: SigningKey
-    services: Mapping[str, SigningKey]
+    root: KeyRing
+    services: Mapping[str, KeyRing]
     local: str = field(repr=False)
 
-    @property
-    def roots(self) -> Mapping[str, PublicKey]:
-        """Return the pinned root keys by thumbprint."""
-        return {self.root.thumbprint: self.root.public}
+    def roots(self, now: float) -> Mapping[str, PublicKey]:
+        """Return the root keys that are believed at ``now`` (epoch seconds), by thumbprint."""
+        return self.root.believed(now)
 
     @property
-    def public(self) -> Mapping[str, PublicKey]:
+    def public(self) -> Mapping[str, PublicRing]:
         """Return the services' public keys by name."""
-        return {name: key.public for name, key in self.services.items()}
+        return {name: ring.public for name, ring in self.services.items()}
 
 
 def load_keys(home: Home, ids: Ids) -> HomeKeys:
@@ -42,17 +41,17 @@ def load_keys(home: Home, ids: Ids) -> HomeKeys:
 
     Raises ``setting_invalid`` for a file that others may read or that is no key.
     """
-    services = {name: _signing_key(home, name, ids) for name in SERVICES}
-    return HomeKeys(_signing_key(home, _ROOT, ids), services, _local_key(home, ids))
+    services = {name: _ring(home, name, ids) for name in SERVICES}
+    return HomeKeys(_ring(home, ROOT, ids), services, _local_key(home, ids))
 
 
-def _signing_key(home: Home, name: str, ids: Ids) -> SigningKey:
+def _ring(home: Home, name: str, ids: Ids) -> KeyRing:
     path = home.keys / f"{name}.jwk"
     if not path.exists():
-        write_private(path, msgspec.json.encode(SigningKey.generate(name).to_jwk(private=True)), ids)
+        write_private(path, write_ring(KeyRing.of(SigningKey.generate(name))), ids)
     try:
-        return SigningKey.from_jwk(msgspec.json.decode(read_private(path), type=dict[str, object]), name)
-    except (CapabilityError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        return read_ring(read_private(path).encode(), name)
+    except (CapabilityError, UnicodeDecodeError) as error:
         raise SettingError(
             f"{path} is not a key. Restore it from your backup; or delete it to have a new one made, which ends"
             " every token that the old one signed."

@@ -13,6 +13,7 @@ import msgspec
 
 from octollm.arm import Arm, build_arm
 from octollm.capability import PublicKey, SigningKey
+from octollm.capability.keyring import Roots
 from octollm.capability.keys import jwks_of
 from octollm.clock import Clock, Ids
 from octollm.config import Settings
@@ -20,7 +21,7 @@ from octollm.errors import OctoError, SettingError
 from octollm.installation.addresses import addresses, advertised
 from octollm.installation.home import Home, open_keys, write_private
 from octollm.installation.hosted import Hosted, start_hosted
-from octollm.installation.own_keys import read_jwks, read_signing_key
+from octollm.installation.own_keys import read_key_ring, read_roots
 from octollm.installation.starting import wait_for
 from octollm.installation.wires import wire_of
 from octollm.rpc.discovery import Discovery, StaticDiscovery
@@ -74,15 +75,16 @@ class ArmKeys:
         return self._roots_file.exists()
 
     def key(self) -> SigningKey:
-        """Return the arm's key, made if it is not there; raise ``setting_invalid`` for a damaged one."""
+        """Return the arm's newest key, made if it is not there; raise ``setting_invalid`` for a damaged one."""
         if not self._key_file.exists():
             text = msgspec.json.encode(SigningKey.generate(self._name).to_jwk(private=True))
             write_private(self._key_file, text, self._ids)
-        return read_signing_key(self._key_file, self._name)
+        *_, newest = read_key_ring(self._key_file, self._name)
+        return newest.key
 
     def roots(self) -> Mapping[str, PublicKey]:
         """Return the pinned roots; raise ``setting_invalid`` when there are none."""
-        return read_jwks(self._roots_file)
+        return {key.thumbprint: key for key, _made in read_roots(self._roots_file)}
 
     def pin(self, roots: Mapping[str, PublicKey]) -> None:
         """Keep the roots for the next start."""
@@ -117,7 +119,8 @@ async def own_arm(
             await _join(arm, own, keys, settings, http, discovery, clock, ids)
 
         async def started() -> Hosted:
-            identity = Identity(arm.name, own, keys.roots(), clock, ids)
+            roots = Roots(keys.roots(), keys.pin)
+            identity = Identity(arm.name, own, roots, clock, ids)
             base = build_base(
                 identity,
                 http,

@@ -6,17 +6,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from octollm.capability import CapabilityError, PublicKey, SigningKey
-from octollm.capability.keys import jwks_of
+from octollm.capability.keyring import KeyRing, PublicRing
 from octollm.clock import Ids
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError, SettingError
 from octollm.installation.home import open_keys, write_private
+from octollm.installation.key_files import (
+    read_public,
+    read_public_rings,
+    read_ring,
+    write_public,
+    write_public_rings,
+    write_ring,
+)
 from octollm.installation.keys import load_keys, new_local_key
 
 ROOT_FILE = "root.jwk"
@@ -30,8 +35,8 @@ ORCHESTRATOR = "orchestrator"
 class RootKeys:
     """What the orchestrator alone has: the root key, the services' public keys, the first credential."""
 
-    root: SigningKey
-    services: Mapping[str, PublicKey]
+    root: KeyRing
+    services: Mapping[str, PublicRing]
     local: str | None
 
 
@@ -39,23 +44,23 @@ class RootKeys:
 class OwnKeys:
     """A service's own key and the roots that it trusts; ``root`` is the orchestrator's."""
 
-    own: SigningKey
+    own: KeyRing
     roots: Mapping[str, PublicKey]
     root: RootKeys | None = None
 
 
-async def own_keys(settings: Settings, name: str, ids: Ids) -> OwnKeys:
-    """Return the keys of the built-in service ``name``.
+async def own_keys(settings: Settings, name: str, ids: Ids, now: float) -> OwnKeys:
+    """Return the keys of the built-in service ``name``, with the roots that are believed at ``now`` (epoch seconds).
 
     ``OCTOLLM_KEYS`` names a folder made by :func:`provision`; without it they are those of the home, made if they
     are not there. Raises ``setting_invalid`` for keys that are missing, damaged or open to others.
     """
     if settings.keys is not None:
-        return read_folder(settings.keys, name)
+        return read_folder(settings.keys, name, now)
     async with open_keys(settings.home) as home:
         keys = load_keys(home, ids)
     root = RootKeys(keys.root, keys.public, keys.local) if name == ORCHESTRATOR else None
-    return OwnKeys(keys.services[name], keys.roots, root)
+    return OwnKeys(keys.services[name], keys.roots(now), root)
 
 
 def provision(folder: Path, ids: Ids) -> list[Path]:
@@ -78,56 +83,54 @@ def provision(folder: Path, ids: Ids) -> list[Path]:
             (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         top = folder / ORCHESTRATOR
         own = {
-            name: _signing_key(
+            name: _ring(
                 folder / name / f"{name}.jwk",
-                kept_or_made(folder / name / f"{name}.jwk", _private_text(SigningKey.generate(name))),
+                kept_or_made(folder / name / f"{name}.jwk", write_ring(KeyRing.of(SigningKey.generate(name)))),
                 name,
             )
             for name in SERVICES
         }
-        root = _signing_key(
-            top / ROOT_FILE, kept_or_made(top / ROOT_FILE, _private_text(SigningKey.generate("root"))), "root"
-        )
-        roots = msgspec.json.encode(jwks_of({root.thumbprint: root.public}))
+        made = kept_or_made(top / ROOT_FILE, write_ring(KeyRing.of(SigningKey.generate("root"))))
+        root = _ring(top / ROOT_FILE, made, "root")
+        roots = write_public([(each.key.public, each.made) for each in root])
         for name in SERVICES:
             kept_or_made(folder / name / ROOTS_FILE, roots)
-        kept_or_made(top / SERVICES_FILE, msgspec.json.encode({name: key.public.to_jwk() for name, key in own.items()}))
+        kept_or_made(top / SERVICES_FILE, write_public_rings(own))
         kept_or_made(top / LOCAL_FILE, new_local_key().encode())
     except OSError as error:
         raise OctoError(f"{folder} cannot be written: {error.strerror}.", code="home_unusable") from error
     return written
 
 
-def read_folder(folder: Path, name: str) -> OwnKeys:
-    """Return the keys that were provisioned for ``name`` in ``folder``.
+def read_folder(folder: Path, name: str, now: float) -> OwnKeys:
+    """Return the keys that were provisioned for ``name`` in ``folder``, with the roots that are believed at ``now``.
 
     Raises ``setting_invalid`` for a file that is missing, damaged, or open to every user of the machine.
     """
-    own = read_signing_key(folder / f"{name}.jwk", name)
-    roots = read_jwks(folder / ROOTS_FILE)
+    own = read_key_ring(folder / f"{name}.jwk", name)
+    roots = PublicRing(read_roots(folder / ROOTS_FILE)).believed(now)
     if name != ORCHESTRATOR:
         return OwnKeys(own, roots)
-    root = read_signing_key(folder / ROOT_FILE, "root")
-    services = {
-        service: _public_key(folder / SERVICES_FILE, jwk)
-        for service, jwk in _decoded(folder / SERVICES_FILE, _read(folder / SERVICES_FILE), dict[str, Any]).items()
-    }
+    root = read_key_ring(folder / ROOT_FILE, "root")
+    try:
+        services = read_public_rings(_read(folder / SERVICES_FILE))
+    except CapabilityError as error:
+        raise _damaged(folder / SERVICES_FILE) from error
     local = folder / LOCAL_FILE
     return OwnKeys(own, roots, RootKeys(root, services, _read(local).decode().strip() if local.exists() else None))
 
 
-def read_signing_key(path: Path, name: str) -> SigningKey:
-    """Return the private key of ``name``; raise ``setting_invalid`` for a file that is damaged or open to others."""
-    return _signing_key(path, _read(path), name)
+def read_key_ring(path: Path, name: str) -> KeyRing:
+    """Return the private keys of ``name``; raise ``setting_invalid`` for a file that is damaged or open to others."""
+    return _ring(path, _read(path), name)
 
 
-def read_jwks(path: Path) -> Mapping[str, PublicKey]:
-    """Return the public keys of a JWK Set (RFC 7517 section 5) by thumbprint; raise ``setting_invalid``."""
-    listed = _decoded(path, _read(path), dict[str, list[dict[str, Any]]]).get("keys", [])
-    keys = [_public_key(path, jwk) for jwk in listed]
-    if not keys:
-        raise SettingError(f"{path} has no key. Provision the keys again: octollm keys provision")
-    return {key.thumbprint: key for key in keys}
+def read_roots(path: Path) -> list[tuple[PublicKey, float]]:
+    """Return every key of a JWK Set (RFC 7517 section 5), with when it was made; raise ``setting_invalid``."""
+    try:
+        return read_public(_read(path))
+    except CapabilityError as error:
+        raise _damaged(path) from error
 
 
 def _read(path: Path) -> bytes:
@@ -143,28 +146,10 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _private_text(key: SigningKey) -> bytes:
-    return msgspec.json.encode(key.to_jwk(private=True))
-
-
-def _signing_key(path: Path, content: bytes, name: str) -> SigningKey:
+def _ring(path: Path, content: bytes, name: str) -> KeyRing:
     try:
-        return SigningKey.from_jwk(_decoded(path, content, dict[str, object]), name)
+        return read_ring(content, name)
     except CapabilityError as error:
-        raise _damaged(path) from error
-
-
-def _public_key(path: Path, jwk: Mapping[str, object]) -> PublicKey:
-    try:
-        return PublicKey.from_jwk(jwk)
-    except CapabilityError as error:
-        raise _damaged(path) from error
-
-
-def _decoded(path: Path, content: bytes, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _damaged(path) from error
 
 

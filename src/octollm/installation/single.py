@@ -40,7 +40,7 @@ async def single_service(
         raise SettingError(f"There is no service {name}. There are {', '.join(SERVICES)}.")
     if name in NEED_REDIS and settings.redis_url.startswith("memory:"):
         raise SettingError(f"{name} needs a Redis server: set OCTOLLM_REDIS_URL, e.g. redis://localhost:6379/0.")
-    keys = await own_keys(settings, name, ids)
+    keys = await own_keys(settings, name, ids, clock.now())
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(configure_logs(None, level=settings.log_level, clock=clock))
         wire = wire_of(settings)

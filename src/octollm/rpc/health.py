@@ -11,7 +11,7 @@ import msgspec
 from starlette.responses import Response
 
 from octollm import __version__
-from octollm.capability import PublicKey
+from octollm.capability import PublicKey, jwks_of
 from octollm.clock import Clock
 from octollm.contracts.health import Dependency, Health, Readiness
 from octollm.rpc.call import About, Call, Operation, Reply
@@ -35,7 +35,7 @@ def health_operations(
     service: str,
     metrics: Metrics,
     operations: Sequence[Operation],
-    keys: Sequence[PublicKey],
+    keys: Callable[[], Mapping[str, PublicKey]],
     checkups: Mapping[str, CheckUp],
     clock: Clock,
 ) -> list[Operation]:
@@ -57,7 +57,7 @@ def health_operations(
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def jwks(_call: Call, _body: object) -> JwkSet:
-        return JwkSet([{**key.to_jwk(), "kid": key.thumbprint, "use": "sig", "alg": "EdDSA"} for key in keys])
+        return JwkSet(jwks_of(keys())["keys"])
 
     described = functools.cache(lambda: openapi_of(service, [*operations, *own]))
     page = functools.cache(lambda: docs_page(described()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from octollm.capability import (
     Verifier,
     verify_directory,
 )
+from octollm.capability.keyring import KeyRing, Roots
 from octollm.clock import Clock, Ids
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
@@ -40,7 +42,8 @@ class DirectoryAnswer(msgspec.Struct, frozen=True):
 class Directory:
     """Names to key thumbprints, fetched from the orchestrator, verified, and refreshed."""
 
-    def __init__(self, caller: Caller, signer: SelfSigner, roots: Mapping[str, PublicKey], clock: Clock) -> None:
+    def __init__(self, caller: Caller, signer: SelfSigner, roots: Roots, clock: Clock) -> None:
+        """``roots`` are those that sign it; it says which are believed from then on."""
         self._caller = caller
         self._signer = signer
         self._roots = roots
@@ -67,6 +70,13 @@ class Directory:
         await self._read_if_older(AGAIN_SECONDS if fresh else REFRESH_SECONDS)
         return self._entries
 
+    async def keep_fresh(self) -> None:
+        """Read it once a minute, for ever: also who never asks for a key has to know which roots are believed."""
+        while True:
+            with contextlib.suppress(OctoError):  # whoever needs an entry is told why there is none
+                await self._read_if_older(REFRESH_SECONDS)
+            await asyncio.sleep(REFRESH_SECONDS)
+
     def _oldest(self, service: str) -> float:
         """Return how old what is known of a service may be: only arms of one's own come and go."""
         if service not in self._entries:
@@ -89,7 +99,8 @@ class Directory:
             Deadline.after(self._clock, 10),
         )
         answer = await self._caller.answer(call, DirectoryAnswer)
-        self._entries = verify_directory(answer.directory, self._roots, self._clock)
+        self._entries, roots = verify_directory(answer.directory, self._roots, self._clock)
+        self._roots.replace(roots)
         self._fetched_at = self._clock.monotonic()
 
 
@@ -98,10 +109,14 @@ class Identity:
     """What makes a process the service ``name``."""
 
     name: str
-    key: SigningKey
+    key: SigningKey | KeyRing
     roots: Mapping[str, PublicKey]
     clock: Clock
     ids: Ids
+
+    def public_keys(self) -> dict[str, PublicKey]:
+        """Return the service's own public keys that are believed now, by thumbprint, the one that signs first."""
+        return KeyRing.of(self.key).believed(self.clock.now())
 
     def signer(self) -> SelfSigner:
         """Return what signs for the service itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 
 import msgspec
 
@@ -73,15 +73,17 @@ class Revoked:
         return Dependency(ok=False, detail=f"Nothing was heard for {age:.0f} s{refused}{why}", required=False)
 
     @contextlib.asynccontextmanager
-    async def following(self) -> AsyncGenerator[None]:
-        """Follow for as long as the context is open."""
-        task = asyncio.create_task(self._follow(), name="revocations")
-        task.add_done_callback(self._ended)
+    async def following(self, *also: Callable[[], Coroutine[object, object, None]]) -> AsyncGenerator[None]:
+        """Follow for as long as the context is open, and do what else has to be heard of for as long."""
+        tasks = {asyncio.create_task(work(), name="revocations") for work in (self._follow, *also)}
+        for task in tasks:
+            task.add_done_callback(self._ended)
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait({task})
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
+from octollm.capability import PublicKey
+from octollm.capability.keyring import Roots
 from octollm.clock import Clock, Ids
 from octollm.rpc.application import build_app
 from octollm.rpc.call import Operation
@@ -84,6 +86,8 @@ def build_base(
     that leave a trace. Without ``follow_revocations`` nothing that is revoked is known: for the orchestrator, which
     knows by itself, and for tests of what has no orchestrator.
     """
+    roots = identity.roots if isinstance(identity.roots, Roots) else Roots(identity.roots)
+    identity = replace(identity, roots=roots)
     log = log_for(identity.name)
     metrics = Metrics(identity.name)
     spans = Buffer[Span]()
@@ -95,7 +99,7 @@ def build_base(
         )
 
     # The directory is asked of the orchestrator, whose address is set; it knows those of arms of one's own.
-    directory = Directory(calling(discovery), identity.signer(), identity.roots, identity.clock)
+    directory = Directory(calling(discovery), identity.signer(), roots, identity.clock)
     discovery = RegistryDiscovery(discovery, directory.addresses)
     caller = calling(discovery)
     return Base(
@@ -137,7 +141,7 @@ class Service:
         Those get ``drain`` seconds, and are cancelled then.
         """
         revoked = self.base.revoked
-        following = contextlib.nullcontext() if revoked is None else revoked.following()
+        following = contextlib.nullcontext() if revoked is None else revoked.following(self.base.directory.keep_fresh)
         async with self.exporter.running(), following, serving(self.app, bound, drain=drain, wire=self.base.wire):
             self.base.log.info("service.started", address="{}:{}".format(*bound.getsockname()[:2]))
             try:
@@ -160,11 +164,13 @@ def build_service(
     presence: Presence | None = None,
     draining: asyncio.Event | None = None,
     tells_export: bool = True,
+    public_keys: Callable[[], Mapping[str, PublicKey]] | None = None,
 ) -> Service:
     """Return the service of ``operations`` with what every service has besides.
 
     ``draining`` is set when it shuts down; it is passed in by who has long-lived connections to end then. Without
     ``tells_export`` the export of spans is left out of ``/ready``: for a service whose readiness strangers may ask.
+    ``public_keys`` are those that it publishes, where these are not the service's own.
     """
     kit = Kit(
         service=base.name,
@@ -194,5 +200,6 @@ def build_service(
     watched = {**(checkups or {}), **({"traces": exporter.checkup} if tells_export else {})}
     if base.revoked is not None:
         watched["revocations"] = base.revoked.checkup
-    own = health_operations(base.name, base.metrics, operations, [base.identity.key.public], watched, base.clock)
+    published = public_keys or base.identity.public_keys
+    own = health_operations(base.name, base.metrics, operations, published, watched, base.clock)
     return Service(base, kit, build_app(kit, [*own, *operations], extra), exporter, presence)

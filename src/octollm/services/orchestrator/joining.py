@@ -74,7 +74,7 @@ class Joining:
         self._db = db
         self._log = log
         self._root = root
-        self._roots = dict(roots)
+        self._roots = roots
         self._registry = registry
         self._revoking = revoking
         self._clock = clock
@@ -92,7 +92,7 @@ class Joining:
         that was refused too often. Each refusal is audited.
         """
         self._attempts.check(asker.address)
-        row, key = await self._proved(asked, asker)
+        row, key, secret = await self._proved(asked, asker)
         claim = _claim(asked, key)
         now = self._clock.now()
         fault = _fault(row, asked.calls, now)
@@ -102,7 +102,7 @@ class Joining:
             await self._refuse(asker, asked, *fault, tenant=row["tenant"])
         await self._registry.refresh()
         jwks = tuple(root.to_jwk() for root in self._roots.values())
-        return JoinAnswer(jwks, root_proof(self._root.key(terms_of(row)), claim, self._roots))
+        return JoinAnswer(jwks, root_proof(secret, claim, self._roots))
 
     async def rotate(self, name: str, asked: KeyRotation, asker: Asker) -> None:
         """Add a key of an arm, asked for in its own name; those that it had are good for an hour more.
@@ -161,8 +161,8 @@ class Joining:
             await record(tx, actor, "arm.removed", name, now)
         await self._registry.refresh()
 
-    async def _proved(self, asked: JoinRequest, asker: Asker) -> tuple[dict[str, Any], PublicKey]:
-        """Return the row of the secret that was proved, and the key; refuse without saying what is wrong."""
+    async def _proved(self, asked: JoinRequest, asker: Asker) -> tuple[dict[str, Any], PublicKey, bytes]:
+        """Return the row of the secret that was proved, the arm's key, and the secret's; refuse without saying why."""
         row: dict[str, Any] | None = None
         if is_join_id(asked.join):
             async with self._db.read() as conn:
@@ -171,11 +171,15 @@ class Joining:
         # A secret that is not known is looked into as long as one that is.
         terms = terms_of(row) if row is not None else JoinTerms(asked.join, asked.name, (), 0)
         key = _public_key(asked.jwk)
-        expected = "" if key is None else arm_proof(self._root.key(terms), _claim(asked, key))
-        good = same(expected, asked.proof) and self._root.accepts(asked.nonce, self._clock.now())
-        if row is None or key is None or not good or row["name"] != asked.name:
+        now = self._clock.now()
+        secret: bytes | None = None
+        for tried in self._root.keys(terms, now):
+            if key is not None and same(arm_proof(tried, _claim(asked, key)), asked.proof):
+                secret = tried
+        good = secret is not None and self._root.accepts(asked.nonce, now)
+        if row is None or key is None or secret is None or not good or row["name"] != asked.name:
             await self._refuse(asker, asked, "proof", _NO_PROOF)
-        return row, key
+        return row, key, secret
 
     async def _admitted(
         self, row: Mapping[str, Any], jkt: str, asked: JoinRequest, asker: Asker

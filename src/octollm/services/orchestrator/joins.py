@@ -55,7 +55,7 @@ class Joins:
         async with self._db.transaction() as tx:
             await tx.execute(tx.insert(joins).values(row))
             await record(tx, actor, "join.made", terms.id, now, {"name": terms.name, "calls": list(calls)})
-        return NewJoin(_view(row, now), self._root.secret(terms))
+        return NewJoin(_view(row, now), self._root.secret(terms, now))
 
     async def list(self, tenant: str) -> JoinList:
         """Return a tenant's join secrets, without what is secret of them; at most 200."""

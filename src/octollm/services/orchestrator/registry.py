@@ -18,6 +18,7 @@ from sqlalchemy.engine import RowMapping
 from octollm.background import Background
 from octollm.capability import BUILT_IN_CALLS, Call, Declarations, DirectoryEntry, PublicKey
 from octollm.capability.joining import declared_calls
+from octollm.capability.keyring import PublicRing
 from octollm.clock import Clock, iso
 from octollm.contracts.api import ArmList, ArmView
 from octollm.contracts.services import BUILT_IN_ARMS
@@ -49,17 +50,22 @@ class _Picture:
 class Registry:
     """Built-in services by the keys given at start; arms of one's own by their admission and registration."""
 
-    def __init__(self, db: Database, clock: Clock, keys: Mapping[str, PublicKey]) -> None:
+    def __init__(self, db: Database, clock: Clock, keys: Mapping[str, PublicKey | PublicRing]) -> None:
         self._db = db
         self._clock = clock
-        self._built_in = {
-            name: DirectoryEntry(jkts=(key.thumbprint,), calls=_calls_of(name)) for name, key in keys.items()
-        }
-        self._picture = _Picture(self._built_in)
+        self._keys = {name: PublicRing.of(key) for name, key in keys.items()}
+        self._picture = _Picture(self._built_in(clock.now()))
         self._taken_at = float("-inf")
         self._lock = asyncio.Lock()
         self.failure: str = ""
         """Why the picture may be old; empty while it is not."""
+
+    def _built_in(self, now: float) -> dict[str, DirectoryEntry]:
+        """Return the built-in services, with the keys that are believed now."""
+        return {
+            name: DirectoryEntry(jkts=tuple(ring.believed(now)), calls=_calls_of(name))
+            for name, ring in self._keys.items()
+        }
 
     def directory(self) -> Mapping[str, DirectoryEntry]:
         """Return every service that may speak for itself or hold a grant."""
@@ -92,7 +98,8 @@ class Registry:
                 keys = await conn.all(select(arm_keys).order_by(arm_keys.c.added_at.desc()).limit(10 * MAX_JOINED))
                 rows = await conn.all(select(arms).limit(MAX_JOINED + len(BUILT_IN_ARMS)))
                 placed = await conn.all(_instances())
-            self._picture = _picture(self._built_in, admitted, keys, rows, placed, self._clock.now())
+            now = self._clock.now()
+            self._picture = _picture(self._built_in(now), admitted, keys, rows, placed, now)
             self._taken_at = self._clock.monotonic()
             self.failure = ""
 

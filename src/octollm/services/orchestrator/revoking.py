@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from typing import Any
 
 import msgspec
 from sqlalchemy import delete, select
@@ -100,15 +101,17 @@ class Revoking:
             yield _line(RevocationNews(floor=self.known.floor, whole=True))
             while not stopped.done() and not listener.lost and self._clock.monotonic() < end:
                 news = asyncio.create_task(listener.news.wait())
-                await asyncio.wait({stopped, news}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                news.cancel()
+                try:
+                    await asyncio.wait({stopped, news}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    await _ended(news)
                 if told := listener.take(MAX_BATCH):
                     yield _line(RevocationNews(tuple(told), self.known.floor))
                 elif not stopped.done() and self._clock.monotonic() - self._read_at < LATE_SECONDS:
                     yield _line(RevocationNews())
         finally:
-            stopped.cancel()
             self._listeners.discard(listener)
+            await _ended(stopped)
 
     async def _watch(self) -> None:
         while True:
@@ -175,6 +178,11 @@ class _Listener:
         if not self._waiting:
             self.news.clear()
         return told
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
 
 
 def _line(news: RevocationNews) -> bytes:

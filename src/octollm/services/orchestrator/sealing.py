@@ -12,6 +12,7 @@ from sqlalchemy import select, update
 from octollm.background import Background
 from octollm.capability import SigningKey
 from octollm.capability.audit_chain import row_hash, sign_checkpoint
+from octollm.capability.keyring import KeyRing
 from octollm.clock import Clock
 from octollm.contracts.audit import AuditHead, AuditPage, AuditRow
 from octollm.errors import OctoError
@@ -29,9 +30,9 @@ TURN = ""
 class Sealing:
     """Seals rows in the order of their writing. Replicas take turns: one seals, the others find nothing to do."""
 
-    def __init__(self, db: Database, root: SigningKey, clock: Clock) -> None:
+    def __init__(self, db: Database, root: SigningKey | KeyRing, clock: Clock) -> None:
         self._db = db
-        self._root = root
+        self._ring = KeyRing.of(root)
         self._clock = clock
         self.failure = ""
         """Why rows cannot be sealed just now; empty when they can."""
@@ -85,7 +86,8 @@ class Sealing:
             seq += 1
             digest = row_hash(digest, row_of(row, seq=seq, digest=""))
             last = row is rows[-1]
-            signed = sign_checkpoint(self._root, tenant, seq, digest, self._clock.now()) if last else None
+            now = self._clock.now()
+            signed = sign_checkpoint(self._ring.signing(now), tenant, seq, digest, now) if last else None
             await tx.execute(
                 update(audit).where(audit.c.position == row["position"]).values(seq=seq, hash=digest, checkpoint=signed)
             )

@@ -9,6 +9,7 @@ from functools import partial
 
 from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier, run_value
 from octollm.capability.joining import JoinRoot
+from octollm.capability.keyring import KeyRing, PublicRing, Roots
 from octollm.config import Settings
 from octollm.contracts.kinds import file_kind
 from octollm.contracts.operations import DocumentIn
@@ -58,8 +59,8 @@ async def orchestrator_service(
     settings: Settings,
     *,
     redis: RedisClient,
-    root_key: SigningKey,
-    service_keys: Mapping[str, PublicKey],
+    root_key: SigningKey | KeyRing,
+    service_keys: Mapping[str, PublicKey | PublicRing],
     local_key: str | None,
     redis_keys: Keys | None = None,
 ) -> AsyncGenerator[Service]:
@@ -83,7 +84,9 @@ async def orchestrator_service(
         files = FileStore(db, base.clock)
         store = TaskStore(db, log, base.clock)
         ledger = Ledger(db, base.clock, base.ids)
-        minter = RootMinter(root_key, base.clock, base.ids)
+        ring = KeyRing.of(root_key)
+        roots = Roots(ring.believed(base.clock.now()))
+        minter = RootMinter(ring, base.clock, base.ids)
         tools = RunnerTools(
             store=store,
             ledger=ledger,
@@ -116,7 +119,7 @@ async def orchestrator_service(
         leases = partial(Leases, connect, holder, base.clock)
         worker = Worker(tools, Claims(db, holder, taken_over), leases, service=base.name)
         idempotency = SqlIdempotency(db, base.ids.hex())
-        verifier = Verifier(base.name, base.identity.roots, base.clock, revocations=revoking.known)
+        verifier = Verifier(base.name, roots, base.clock, revocations=revoking.known)
 
         async def announce_cancel(task_id: str) -> None:
             # A hint for other holders; the database has it already.
@@ -149,15 +152,17 @@ async def orchestrator_service(
             clock=base.clock,
             ids=base.ids,
             draining=draining,
+            ring=ring,
+            roots=roots,
         )
-        services_api = ServicesApi(ledger, store, idempotency, revoking, base.identity.roots, base.clock)
+        services_api = ServicesApi(ledger, store, idempotency, revoking, roots, base.clock)
         presence = Presence(db, log, registry)
-        join_root = JoinRoot(root_key)
+        join_root = JoinRoot(ring)
         arms_api = ArmsApi(
             registry,
             presence,
             Joins(db, join_root, base.clock, base.ids),
-            Joining(db, log, join_root, base.identity.roots, registry, revoking, base.clock, base.ids),
+            Joining(db, log, join_root, roots, registry, revoking, base.clock, base.ids),
         )
         service = build_service(
             base,
@@ -182,6 +187,7 @@ async def orchestrator_service(
                 "audit": sealing.checkup,
             },
             draining=draining,
+            public_keys=lambda: {**ring.believed(base.clock.now()), **base.identity.public_keys()},
             max_concurrent=128,
             # While it is served, and no longer: what is in hand is given back before calls in flight are waited for.
             presence=lambda: worker.running(lambda error: base.log.error("worker.crashed", error=error)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from starlette.responses import StreamingResponse
 
 from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, closure, merge, parse_may
+from octollm.capability.keyring import KeyRing, Roots
 from octollm.clock import Clock, Ids
 from octollm.contracts.api import (
     ExchangeRequest,
@@ -46,6 +47,8 @@ class TokensApi:
     clock: Clock
     ids: Ids
     draining: asyncio.Event
+    ring: KeyRing
+    roots: Roots
 
     async def exchange(self, call: Call, body: ExchangeRequest) -> TokenAnswer:
         """Exchange an API key for an access token at this service (RFC 8693)."""
@@ -115,7 +118,8 @@ class TokensApi:
         return TokenAnswer(token, body.lifetime_seconds, str(scopes), task_id)
 
     async def directory(self, _call: Call, _body: object) -> DirectoryAnswer:
-        """Return the services and their keys, signed."""
+        """Return the services and their keys, and the roots that are believed now, signed."""
+        self.roots.replace(self.ring.believed(self.clock.now()))
         return DirectoryAnswer(self.minter.directory(self.registry.directory()))
 
     async def revocations(self, call: Call, _body: object) -> object:
