@@ -87,7 +87,7 @@ class Place:
             **self.settings,
         }
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(self, *arguments: str, stdin: int = asyncio.subprocess.DEVNULL) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
@@ -95,20 +95,23 @@ class Place:
             *arguments,
             cwd=self.work,
             env=self.environment(),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
 
-    async def run(self, *arguments: str, seconds: float = 60) -> Ended:
-        return await self.end(await self.start(*arguments), seconds)
+    async def run(self, *arguments: str, seconds: float = 60, stdin: str | None = None) -> Ended:
+        if stdin is None:
+            return await self.end(await self.start(*arguments), seconds)
+        process = await self.start(*arguments, stdin=asyncio.subprocess.PIPE)
+        return await self.end(process, seconds, stdin.encode())
 
-    async def end(self, process: asyncio.subprocess.Process, seconds: float = 60) -> Ended:
+    async def end(self, process: asyncio.subprocess.Process, seconds: float = 60, stdin: bytes | None = None) -> Ended:
         """Wait for the end; a process that does not end is killed and fails the test."""
         try:
             async with asyncio.timeout(seconds):
-                out, err = await process.communicate()
+                out, err = await process.communicate(stdin)
         except TimeoutError:
             os.killpg(process.pid, signal.SIGKILL)
             await process.wait()

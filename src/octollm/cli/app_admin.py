@@ -177,10 +177,19 @@ def inspect(
 
 @token_app.command("revoke")
 def revoke_token(
-    token: Annotated[str, typer.Argument(help="The token, its jti, or - to read it from standard input.")],
+    token: Annotated[
+        str | None, typer.Argument(help="The token, its jti, or - to read it from standard input.")
+    ] = None,
+    service: Annotated[str | None, typer.Option(help="Revoke what this service was lent until now.")] = None,
+    principal: Annotated[
+        str | None, typer.Option(help="Revoke what this principal was given until now, and cancel its tasks.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Revoke a token, with all that was minted under it; every service refuses it within a second."""
+    """Revoke a token with all that was minted under it, or what a service or principal was lent.
+
+    Every service refuses it within a second.
+    """
     from octollm.cli.token_views import revoke_command  # noqa: PLC0415
 
-    raise typer.Exit(revoke_command(token, as_json=as_json))
+    raise typer.Exit(revoke_command(token, service=service, principal=principal, as_json=as_json))

@@ -65,19 +65,26 @@ def inspect_command(token: str, *, services: tuple[str, ...], roots: Path | None
     return run_command(work)
 
 
-def revoke_command(token: str, *, as_json: bool) -> int:
-    """Revoke a token: each of its links by its id, so that nothing that was minted under it goes on."""
+def revoke_command(token: str | None, *, service: str | None, principal: str | None, as_json: bool) -> int:
+    """Revoke a token, a service or a principal. Of a token it is every link, so that nothing under it goes on."""
 
     async def work() -> int:
-        text = _text_of(token)
-        ids = [link.jti for link in read_chain(text).links] if "." in text else [text]
+        if sum(each is not None for each in (token, service, principal)) != 1:
+            raise OctoError("Name one thing: a token, --service or --principal.", code="invalid_parameter")
+        text = "" if token is None else _text_of(token)
+        ids = [link.jti for link in read_chain(text).links] if "." in text else [text] if text else []
         async with open_client(command_settings()) as octo:
             for jti in ids:
                 await octo.revoke_token(jti)
+            if service is not None:
+                await octo.revoke_service(service)
+            if principal is not None:
+                await octo.revoke_principal(principal)
+        revoked = [*ids, *(each for each in (service, principal) if each is not None)]
         if as_json:
-            print(msgspec.json.encode({"revoked": ids}).decode())
+            print(msgspec.json.encode({"revoked": revoked}).decode())
         else:
-            output().print(Text(f"Revoked: {', '.join(ids)}. Every service refuses it within a second."))
+            output().print(Text(f"Revoked: {', '.join(revoked)}. Every service refuses it within a second."))
         return EXIT_DONE
 
     return run_command(work)

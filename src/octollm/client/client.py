@@ -216,6 +216,10 @@ class Client:
         answer = await self.door.send("GET", "/ready", accepted=_READY)
         return self.door.decoded(answer, Readiness)
 
+    async def revoke_service(self, name: str) -> None:
+        """Revoke what a service was lent until now: its key may have been in other hands."""
+        await self._revoke(RevocationRequest("aud", name))
+
     async def _revoke(self, wanted: RevocationRequest) -> None:
         await self.door.post("/revocations", wanted, Done, key=self.door.ids.hex())
 

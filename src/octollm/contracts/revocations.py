@@ -26,9 +26,9 @@ class RevocationView(msgspec.Struct, frozen=True):
 
 
 class RevocationRequest(msgspec.Struct, frozen=True):
-    """What to revoke of one's tenant: a token by its ``jti``, or all that a principal was given until now."""
+    """What to revoke of one's tenant: a token by its ``jti``, or what a principal or a service was lent until now."""
 
-    kind: Literal["jti", "sub"]
+    kind: Literal["jti", "sub", "aud"]
     value: Annotated[str, Meta(min_length=1, max_length=255)]
 
 

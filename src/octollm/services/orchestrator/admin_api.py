@@ -53,7 +53,7 @@ class AdminApi:
         return Done()
 
     async def revoke(self, call: Call, body: RevocationRequest) -> Done:
-        """Revoke a token, or a principal with its tasks; a principal may be given tokens again afterwards."""
+        """Revoke a token, or what a principal (whose tasks end) or a service was lent; each may be lent anew."""
         actor = actor_of(call)
         async with self.db.transaction() as tx:
             await self.revoking.add(tx, body.kind, body.value, call.tenant)
@@ -98,7 +98,7 @@ class AdminApi:
                 body=RevocationRequest,
                 answer=Done,
                 strict=True,
-                summary="Revoke a token, or what a principal was given.",
+                summary="Revoke a token, or what a principal or a service was lent.",
             ),
             *(_not_configured(*row) for row in NOT_CONFIGURED),
         ]

@@ -199,7 +199,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "revocations.create",
         "POST",
         "/revocations",
-        "Revoke a token, or what a principal was given.",
+        "Revoke a token, or what a principal or a service was lent.",
         "repeatable",
         body=RevocationRequest,
         answer=Done,
