@@ -50,6 +50,7 @@ class Settings:
     drain_seconds: float
     allowed_hosts: tuple[str, ...]
     rate_limit: str
+    screening: Literal["refuse", "record", "off"]
     max_tokens: int
     max_time_seconds: float
     sandbox: Literal["auto", "bubblewrap", "wasi"]
@@ -273,6 +274,12 @@ SPECS: dict[str, Spec] = {
         _names,
     ),
     "rate_limit": Spec("RATE_LIMIT", "600/minute", "Requests per key at the public door.", _rate),
+    "screening": Spec(
+        "SCREENING",
+        "refuse",
+        "What becomes of a goal of high risk at the public door: `refuse`, `record` or `off`.",
+        _choice("refuse", "record", "off"),
+    ),
     "max_tokens": Spec("MAX_TOKENS", "20000", "A task's tokens when it names no budget.", _integer(1, 100_000_000)),
     "max_time_seconds": Spec("MAX_TIME_SECONDS", "900", "A task's wall time when it names none.", _seconds(1, 3600)),
     "sandbox": Spec(

@@ -280,6 +280,9 @@ async def test_every_public_endpoint_has_a_method(world):
         with contextlib.suppress(InvalidRequest):
             await octo.remove_arm("translator")
         await octo.mint_token("judge:validate", aud="judge")
+        await octo.revoke_token("no-such-token")
+        await octo.audit()
+        await octo.preprocess(GOAL)
         await octo.health()
         await octo.ready()
         paths = (await plain.get("/openapi.json")).json()["paths"]

@@ -35,6 +35,7 @@ from octollm.contracts.health import Health, Readiness
 from octollm.contracts.joining import JoinList, JoinView, NewJoin, NewJoinRequest
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.revocations import RevocationRequest
+from octollm.contracts.screening import PreprocessRequest, Screening
 from octollm.contracts.task import Budget, FileRef, TaskContext, TaskContract, TaskStatus
 
 _PAGE = 200
@@ -187,6 +188,10 @@ class Client:
         """Revoke an API key, by its id; its tokens and tasks end with it."""
         await self.door.send("DELETE", f"/keys/{quote(key_id, safe='')}", key=self.door.ids.hex())
 
+    async def preprocess(self, text: str) -> Screening:
+        """Return what the door finds in a text, and whether it would refuse it as a goal. Nothing is kept."""
+        return await self.door.post("/preprocess", PreprocessRequest(text), Screening)
+
     async def mint_token(self, scope: str, *, aud: str, lifetime_seconds: int = 3600) -> TokenAnswer:
         """Make a token for direct calls of the one service ``aud``, with a task and a budget of its own."""
         return await self.door.post("/token", TokenRequest(scope, aud, lifetime_seconds), TokenAnswer)
@@ -221,7 +226,7 @@ class Client:
         await self._revoke(RevocationRequest("aud", name))
 
     async def _revoke(self, wanted: RevocationRequest) -> None:
-        await self.door.post("/revocations", wanted, Done, key=self.door.ids.hex())
+        await self.door.post("/token/revoke", wanted, Done, key=self.door.ids.hex())
 
     async def _store(self, content: Content) -> StoredFile:
         headers = {"Content-Type": content.media_type, "X-File-Name": quote(content.name, safe="")}

@@ -29,6 +29,7 @@ KINDS: dict[str, Kind] = {
     "invalid_parameter": Kind(400, "A query or path parameter is wrong"),
     "invalid_header": Kind(400, "A header is wrong"),
     "goal_invalid": Kind(400, "The goal is empty or too long"),
+    "goal_refused": Kind(403, "The goal was refused by the screening"),
     "budget_invalid": Kind(400, "The budget is wrong"),
     "deadline_invalid": Kind(400, "The deadline is in the past or not a time"),
     "file_invalid": Kind(400, "A file is missing, too large, or binary where text is wanted"),

@@ -23,6 +23,7 @@ SUBMIT_CODES = (
     "file_invalid",
     "file_not_found",
     "goal_invalid",
+    "goal_refused",
 )
 """What a submission may be refused for, besides what any call may be."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,10 @@ class TaskStore:
         self._db = db
         self._log = log
         self._clock = clock
+
+    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
+        """Begin a transaction of the store's database."""
+        return self._db.transaction()
 
     async def create(self, new: NewTask, also: Also | None = None) -> None:
         """Store a task with its budget, its files and ``task.accepted``; one of kind ``adhoc`` has no events.

@@ -50,6 +50,12 @@ class Metrics:
             ["code"],
             registry=registry,
         )
+        self.findings = Counter(
+            "octollm_screening_findings_total",
+            "Submissions in which a pattern was found.",
+            ["pattern"],
+            registry=registry,
+        )
         self.refused = Counter(
             "octollm_tokens_refused_total",
             "Capability tokens that were refused, by the rule that they broke.",

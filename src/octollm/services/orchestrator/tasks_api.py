@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 from msgspec import UNSET
 from starlette.responses import Response
 
 from octollm.clock import Clock, Ids
-from octollm.contracts.api import EventList, SavedTexts, TaskList, TaskView
+from octollm.contracts.api import Done, EventList, SavedTexts, TaskList, TaskView
 from octollm.contracts.listing import Behind, TaskPage
+from octollm.contracts.screening import SCREENING_HEADER, RefusedGoal, ScreeningNote
 from octollm.contracts.task import SUBMIT_CODES, TaskContract
 from octollm.contracts.traces import TraceView
 from octollm.errors import OctoError
@@ -62,7 +64,7 @@ class TasksApi:
         task_id = f"task-{self.ids.hex()}"
 
         async def also(tx: Transaction) -> None:
-            await record(tx, actor_of(call), "task.created", task_id, self.clock.now())
+            await record(tx, actor_of(call), "task.created", task_id, self.clock.now(), _screened(call))
             if key:
                 await self.idempotency.note(tx, key, task_id)
 
@@ -84,6 +86,13 @@ class TasksApi:
         self.worker.wake()
         view = await self.store.view(task_id, principal.tenant)
         return Reply(view, 201, {"Location": f"/tasks/{task_id}"})
+
+    async def refused(self, call: Call, body: RefusedGoal) -> Done:
+        """Record that the public door refused a goal."""
+        async with self.store.transaction() as tx:
+            detail = {"reason": body.reason, **msgspec.to_builtins(body.note)}
+            await record(tx, actor_of(call), "goal.refused", "", self.clock.now(), detail)
+        return Done()
 
     async def list(self, call: Call, _body: object) -> TaskList:
         """Return a page of the tenant's tasks."""
@@ -148,6 +157,17 @@ class TasksApi:
                 traced=True,
                 summary="Submit a task.",
                 about=About(codes=SUBMIT_CODES),
+            ),
+            Operation(
+                "screenings.record",
+                "POST",
+                "/screenings",
+                self.refused,
+                scope="tasks:create",
+                body=RefusedGoal,
+                answer=Done,
+                strict=True,
+                summary="Record a goal that the public door refused.",
             ),
             Operation(
                 "tasks.list",
@@ -223,3 +243,15 @@ class TasksApi:
                 about=About(media="*/*", codes=("task_not_found", "file_not_found")),
             ),
         ]
+
+
+def _screened(call: Call) -> dict[str, object] | None:
+    """Return what the public door found in a submission, as it is recorded."""
+    told = call.request.headers.get(SCREENING_HEADER)
+    if told is None:
+        return None
+    try:
+        note = msgspec.json.decode(told, type=ScreeningNote)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None  # it did not come from the door
+    return {"screening": msgspec.to_builtins(note)}

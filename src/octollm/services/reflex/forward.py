@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from urllib.parse import quote, urlencode
 
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from octollm.contracts.task import MAX_FILE_BYTES
 from octollm.errors import OctoError
 from octollm.rpc.call import JSON, About, Call, Operation
 from octollm.rpc.http import Answer
+from octollm.services.reflex.goal_screen import GoalScreen
 from octollm.services.reflex.paths import PUBLIC, PublicPath
 from octollm.services.reflex.relay import Relay
 from octollm.services.reflex.upstream import Asked, Upstream
@@ -29,15 +31,16 @@ _FILE_NAME = re.compile(r"[!-~]{1,1024}")
 _LAST_EVENT = re.compile(r"[0-9]{1,15}")
 
 
-NOT_CONFIGURED: tuple[tuple[str, str], ...] = (("POST", "/preprocess"), ("POST", "/session"))
+NOT_CONFIGURED: tuple[tuple[str, str], ...] = (("POST", "/session"),)
 """Public paths of the design that nothing stands behind yet."""
 
 
 class Forward:
     """Passes public calls on to the orchestrator in the name of whoever makes them."""
 
-    def __init__(self, upstream: Upstream, draining: asyncio.Event) -> None:
+    def __init__(self, upstream: Upstream, screen: GoalScreen, draining: asyncio.Event) -> None:
         self._upstream = upstream
+        self._screen = screen
         self._draining = draining
 
     def operations(self) -> list[Operation]:
@@ -48,6 +51,8 @@ class Forward:
         async def handle(call: Call, body: object) -> Response:
             del body
             asked = _asked(public, call)
+            if public.name == "tasks.submit":
+                asked = replace(asked, headers={**asked.headers, **await self._screen.check(call)})
             if public.name == "events.read" and EVENT_STREAM in call.request.headers.get("accept", ""):
                 return Relay(self._upstream, call.bearer, _followed(asked, call), call.deadline, self._draining)
             return _response(await self._upstream.send(call.bearer, asked, call.deadline), public)

@@ -198,11 +198,12 @@ PUBLIC: tuple[PublicPath, ...] = (
     PublicPath(
         "revocations.create",
         "POST",
-        "/revocations",
+        "/token/revoke",
         "Revoke a token, or what a principal or a service was lent.",
         "repeatable",
         body=RevocationRequest,
         answer=Done,
+        to="/revocations",
     ),
     PublicPath(
         "audit.read",

@@ -18,9 +18,11 @@ from octollm.services.reflex.auth import Door, DoorOpener
 from octollm.services.reflex.doorstep import Doorstep
 from octollm.services.reflex.exchange import Exchange
 from octollm.services.reflex.forward import Forward
+from octollm.services.reflex.goal_screen import GoalScreen
 from octollm.services.reflex.neighbours import Neighbours
 from octollm.services.reflex.page import page_route
 from octollm.services.reflex.rate import Rate
+from octollm.services.reflex.screening import Screener
 from octollm.services.reflex.sockets import Sockets
 from octollm.services.reflex.sse import sse_operation
 from octollm.services.reflex.upstream import DoorRetry, Upstream
@@ -63,6 +65,7 @@ async def reflex_service(
     exchange = Exchange(caller, base.identity.signer(), base.clock)
     door = Door(exchange, Rate(settings.rate_limit, base.clock), ours, base.metrics, local_key=trusted)
     upstream = Upstream(caller, exchange, base.clock)
+    screen = GoalScreen(await asyncio.to_thread(Screener), settings.screening, upstream, base.metrics)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(exchange.close)
         hub = await stack.enter_async_context(TaskWatch(redis, keys, timer=HINT_SECONDS))
@@ -84,7 +87,7 @@ async def reflex_service(
         }
         service = build_service(
             base,
-            [*Forward(upstream, draining).operations(), sse_operation(watching)],
+            [*Forward(upstream, screen, draining).operations(), *screen.operations(), sse_operation(watching)],
             openers={"door": DoorOpener(door)},
             checkups=checkups,
             extra=[page_route(), *Sockets(watching, base.ids, base.log).routes()],

@@ -1,0 +1,66 @@
+"""What the public door finds in a text, and what it decides."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+import msgspec
+from msgspec import Meta
+
+from octollm.contracts.numbers import Count
+
+MAX_SCREENED = 262_144
+"""Characters of a text that is sent to be screened alone."""
+MAX_FINDINGS = 100
+"""Findings that are told; more than these change nothing."""
+SCREENING_HEADER = "X-Screening"
+
+
+Risk = Literal["none", "low", "medium", "high"]
+"""How much a text as a whole is to be minded, in rising order."""
+
+
+_RISING: tuple[Risk, ...] = get_args(Risk)
+
+
+def riskiest(*risks: Risk) -> Risk:
+    """Return the highest of ``risks``; ``none`` of none."""
+    return _RISING[max((_RISING.index(risk) for risk in risks), default=0)]
+
+
+class PreprocessRequest(msgspec.Struct, frozen=True):
+    """A text to be screened. Nothing of it is kept."""
+
+    text: Annotated[str, Meta(max_length=MAX_SCREENED)]
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something that was found: code points ``start`` to ``end`` of the text. What stands there is not repeated."""
+
+    pattern: str
+    risk: Literal["low", "medium", "high"]
+    start: Count
+    end: Count
+
+
+class Screening(msgspec.Struct, frozen=True):
+    """The door's decision on a text. ``reason`` says in words why it is refused."""
+
+    decision: Literal["allow", "refuse"]
+    risk: Risk
+    reason: str = ""
+    findings: Annotated[tuple[Finding, ...], Meta(max_length=MAX_FINDINGS)] = ()
+
+
+class ScreeningNote(msgspec.Struct, frozen=True):
+    """What is recorded of a screening: how often each pattern was found, and never what."""
+
+    risk: Risk
+    found: Annotated[dict[Annotated[str, Meta(max_length=64)], Count], Meta(max_length=64)] = {}
+
+
+class RefusedGoal(msgspec.Struct, frozen=True):
+    """A goal that the door refused, for the audit log."""
+
+    note: ScreeningNote
+    reason: Annotated[str, Meta(max_length=1000)]

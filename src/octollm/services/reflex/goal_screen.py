@@ -1,0 +1,112 @@
+"""The door's look at what is submitted: goals of high risk are refused, everything that is found is recorded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+
+from octollm.contracts.screening import (
+    MAX_SCREENED,
+    SCREENING_HEADER,
+    PreprocessRequest,
+    RefusedGoal,
+    Risk,
+    Screening,
+    ScreeningNote,
+    riskiest,
+)
+from octollm.contracts.task import TaskContract
+from octollm.errors import Fault, OctoError
+from octollm.rpc.call import Call, Operation
+from octollm.services.reflex.screening import Screener, note_of
+from octollm.services.reflex.upstream import Asked, Upstream
+from octollm.telemetry import Metrics
+
+Mode = Literal["refuse", "record", "off"]
+
+
+class GoalScreen:
+    """Screens submissions before they are passed on, as they came. It never changes a goal or a file."""
+
+    def __init__(self, screener: Screener, mode: Mode, upstream: Upstream, metrics: Metrics) -> None:
+        """``mode`` says what becomes of a goal of high risk; with ``off`` nothing is looked at."""
+        self._screener = screener
+        self._mode = mode
+        self._upstream = upstream
+        self._metrics = metrics
+
+    async def check(self, call: Call) -> dict[str, str]:
+        """Return the headers with which a submission is passed on; raise ``goal_refused`` and have that recorded."""
+        if self._mode == "off":
+            return {}
+        try:
+            contract = msgspec.json.decode(call.body, type=TaskContract)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return {}  # the orchestrator says what is wrong with it
+        found: Counter[str] = Counter()
+        worst: Risk = "none"
+        for pointer, text, orders in _texts(contract):
+            screening = self._screener.screen(text[:MAX_SCREENED])
+            note = note_of(screening)
+            found.update(note.found)
+            # A file is what the work is about: what stands in it is no order to anybody, and is recorded only.
+            risk: Risk = screening.risk if orders or screening.risk != "high" else "medium"
+            worst = riskiest(worst, risk)
+            if orders and screening.decision == "refuse" and self._mode == "refuse":
+                await self._refuse(call, pointer, screening)
+        for pattern in found:
+            self._metrics.findings.labels(pattern).inc()
+        if not found:
+            return {}
+        return {SCREENING_HEADER: msgspec.json.encode(ScreeningNote(worst, dict(found))).decode()}
+
+    async def _refuse(self, call: Call, pointer: str, screening: Screening) -> None:
+        self._metrics.screened.labels("goal_refused").inc()
+        asked = Asked(
+            "screenings.record",
+            "POST",
+            "/screenings",
+            body=msgspec.json.encode(RefusedGoal(note_of(screening), screening.reason)),
+        )
+        await self._upstream.send(call.bearer, asked, call.deadline)
+        raise OctoError(
+            f"{screening.reason} `POST /preprocess` shows where; OCTOLLM_SCREENING says what is refused.",
+            code="goal_refused",
+            faults=(Fault(pointer, screening.reason),),
+        )
+
+    async def preprocess(self, _call: Call, body: PreprocessRequest) -> Screening:
+        """Return the decision on a text alone. Nothing is kept, and nothing is done."""
+        return self._screener.screen(body.text)
+
+    def operations(self) -> list[Operation]:
+        """Return the operation that shows a decision."""
+        return [
+            Operation(
+                "preprocess",
+                "POST",
+                "/preprocess",
+                self.preprocess,
+                auth="door",
+                body=PreprocessRequest,
+                answer=Screening,
+                strict=True,
+                max_body=4 * MAX_SCREENED,
+                summary="Show what the door finds in a text, and whether it would refuse it as a goal.",
+            )
+        ]
+
+
+def _texts(contract: TaskContract) -> Iterator[tuple[str, str, bool]]:
+    """Yield each text of a submission: its place, and whether it gives orders."""
+    yield "/goal", contract.goal, True
+    for name in ("constraints", "acceptance_criteria"):
+        for number, text in enumerate(getattr(contract, name)):
+            yield f"/{name}/{number}", text, True
+    yield "/context/text", contract.context.text, True
+    for number, file in enumerate(contract.context.files):
+        if file.text:
+            yield f"/context/files/{number}/text", file.text, False

@@ -1,0 +1,108 @@
+"""Screening goals: one pass over the text for every pattern, and a decision. Nothing is ever rewritten."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+
+import hyperscan
+
+from octollm.contracts.screening import MAX_FINDINGS, Finding, Risk, Screening, ScreeningNote, riskiest
+from octollm.services.reflex.patterns import PATTERNS, Pattern
+
+_FLAGS = hyperscan.HS_FLAG_CASELESS | hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_PREFILTER
+_BOUNDS = re.compile(r"\{([0-9]+),[0-9]+\}")
+TOGETHER = 2
+"""So many kinds of injection in one text are no accident."""
+
+
+class Screener:
+    """Looks for :data:`PATTERNS`. Hyperscan says in one pass which may be there; only these are looked for exactly."""
+
+    def __init__(self, patterns: Iterable[Pattern] = PATTERNS) -> None:
+        self._patterns = tuple(patterns)
+        self._exact = [re.compile(each.expression, re.IGNORECASE | re.ASCII) for each in self._patterns]
+        self._database = hyperscan.Database(mode=hyperscan.HS_MODE_BLOCK)
+        self._database.compile(
+            expressions=[_roughly(each.expression) for each in self._patterns],
+            ids=list(range(len(self._patterns))),
+            flags=[_FLAGS] * len(self._patterns),
+        )
+
+    def screen(self, text: str) -> Screening:
+        """Return what is in ``text`` and whether work on it is refused.
+
+        Refused is what a single pattern of high risk was found in, or several kinds of injection.
+        """
+        plain, places = _plain(text)
+        findings: list[Finding] = []
+        kinds: set[str] = set()
+        for number in self._maybe(plain):
+            pattern = self._patterns[number]
+            for match in self._exact[number].finditer(plain):
+                if pattern.check is not None and not pattern.check(match[0]):
+                    continue
+                kinds.add(pattern.name)
+                if len(findings) < MAX_FINDINGS:
+                    findings.append(_finding(pattern, match, places))
+        findings.sort(key=lambda each: (each.start, each.end))
+        return self._decide(findings, kinds)
+
+    def _maybe(self, plain: str) -> list[int]:
+        """Return the patterns that may be found, in their order."""
+        found: set[int] = set()
+
+        def seen(number: int, _start: int, _end: int, _flags: int, _context: object) -> None:
+            found.add(number)
+
+        self._database.scan(plain.encode(), match_event_handler=seen)
+        return sorted(found)
+
+    def _decide(self, findings: list[Finding], kinds: set[str]) -> Screening:
+        found = [each for each in self._patterns if each.name in kinds]
+        injections = [each for each in found if each.kind == "injection"]
+        high = [each for each in found if each.risk == "high"]
+        refused = high or (injections if len(injections) >= TOGETHER else [])
+        risks: list[Risk] = [each.risk for each in found]
+        risk = riskiest("high" if refused else "none", *risks)
+        if not refused:
+            return Screening("allow", risk, findings=tuple(findings))
+        reason = f"The text has {' and '.join(each.tells for each in refused)}."
+        return Screening("refuse", risk, reason, tuple(findings))
+
+
+def note_of(screening: Screening) -> ScreeningNote:
+    """Return what is recorded of a screening."""
+    return ScreeningNote(screening.risk, dict(Counter(each.pattern for each in screening.findings)))
+
+
+def _roughly(expression: str) -> bytes:
+    """Return an expression without upper bounds of repeats: it matches no less, and is compiled in no time."""
+    return _BOUNDS.sub(lambda bounds: "*" if bounds[1] == "0" else "+", expression).encode()
+
+
+def _finding(pattern: Pattern, match: re.Match[str], places: list[int] | None) -> Finding:
+    start, end = match.span()
+    if places is not None:
+        start, end = places[start], places[end - 1] + 1
+    return Finding(pattern.name, pattern.risk, start, end)
+
+
+def _plain(text: str) -> tuple[str, list[int] | None]:
+    """Return ``text`` as it reads, and where each character of that stands in ``text``.
+
+    Compatibility forms are unified (NFKC) and what is not seen is left out, so that neither hides a word.
+    """
+    if text.isascii():
+        return text, None
+    plain: list[str] = []
+    places: list[int] = []
+    for place, char in enumerate(text):
+        if unicodedata.category(char) == "Cf":
+            continue
+        for each in unicodedata.normalize("NFKC", char):
+            plain.append(each)
+            places.append(place)
+    return "".join(plain), places
