@@ -149,6 +149,10 @@ class World:
         self.root = SigningKey.generate("orchestrator")
         self.keys = {name: SigningKey.generate(name) for name in self.services}
         self.roots: dict[str, PublicKey] = {self.root.thumbprint: self.root.public}
+        self.remint()
+
+    def remint(self) -> None:
+        """Mint by the root key that is here now."""
         self.minter = RootMinter(self.root, self.clock, self.ids)
 
     def verifier(self, audience: str = "executor", revocations: Revocations | None = None) -> Verifier:

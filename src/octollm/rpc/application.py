@@ -58,6 +58,8 @@ class _Application(Starlette):
 
     def __init__(self, direct: Mapping[tuple[str, str], Endpoint], **options: Any) -> None:
         super().__init__(**options)
+        # A path has one form: what is not served is not found, and nobody is sent elsewhere with a token.
+        self.router.redirect_slashes = False
         self._direct = direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

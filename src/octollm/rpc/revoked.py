@@ -24,6 +24,8 @@ STALE_SECONDS = 60.0
 """Without news for so long, what is not safe is refused."""
 LATE_SECONDS = 15.0
 """Without news for so long, ``/ready`` says so; there is a line every five seconds even when nothing is new."""
+QUIET_SECONDS = 5.0
+"""A loss that is over by then is not logged."""
 STREAM_SECONDS = 3600.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
@@ -47,6 +49,8 @@ class Revoked:
         self._log = log
         self._heard: float | None = None
         self._pruned = clock.monotonic()
+        self._failing_since = 0.0
+        self._told_log = False
         self.failure = ""
 
     def check(self, *, safe: bool) -> None:
@@ -99,13 +103,20 @@ class Revoked:
             try:
                 await self._read()
             except OctoError as error:
-                if not self.failure:
-                    self._log.warning("revocations.not_heard", error=error)
-                self.failure = error.detail
+                self._failed(error)
             if self._heard is not None and self._heard > began:
                 pause = FIRST_PAUSE
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _failed(self, error: OctoError) -> None:
+        """Note why nothing is heard; it is logged when that lasts, since a service stops and starts now and then."""
+        now = self._clock.monotonic()
+        self._failing_since = self._failing_since or now
+        self.failure = error.detail
+        if not self._told_log and now - self._failing_since > QUIET_SECONDS:
+            self._told_log = True
+            self._log.warning("revocations.not_heard", error=error)
 
     async def _read(self) -> None:
         call = Outgoing(
@@ -146,8 +157,10 @@ class Revoked:
         # In the middle of what is in force, nothing is known for certain yet.
         if news.whole or (self._heard is not None and not news.revocations):
             self._heard = now
-            if self.failure:
-                self.failure = ""
+            self.failure = ""
+            self._failing_since = 0.0
+            if self._told_log:
+                self._told_log = False
                 self._log.info("revocations.heard_again")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from starlette.routing import BaseRoute
 from octollm.capability import PublicKey
 from octollm.capability.keyring import Roots
 from octollm.clock import Clock, Ids
+from octollm.resilience import EjectionPolicy
 from octollm.rpc.application import build_app
 from octollm.rpc.call import Operation
 from octollm.rpc.caller import Caller
@@ -93,15 +95,24 @@ def build_base(
     spans = Buffer[Span]()
     tracer = Tracer(identity.name, identity.clock, spans, share=trace_share)
 
-    def calling(found: Discovery) -> Caller:
+    def calling(found: Discovery, ejection: EjectionPolicy | None = None) -> Caller:
         return Caller(
-            identity.name, http, found, clock=identity.clock, ids=identity.ids, metrics=metrics, tracer=tracer, log=log
+            identity.name,
+            http,
+            found,
+            clock=identity.clock,
+            ids=identity.ids,
+            metrics=metrics,
+            tracer=tracer,
+            log=log,
+            ejection=ejection,
         )
 
     # The directory is asked of the orchestrator, whose address is set; it knows those of arms of one's own.
     directory = Directory(calling(discovery), identity.signer(), roots, identity.clock)
     discovery = RegistryDiscovery(discovery, directory.addresses)
-    caller = calling(discovery)
+    # What is asked for again and again must not keep others from asking, nor wait for an ejection to end.
+    following = calling(discovery, EjectionPolicy(failures=sys.maxsize))
     return Base(
         identity=identity,
         http=http,
@@ -110,12 +121,12 @@ def build_base(
         ids=identity.ids,
         log=log,
         metrics=metrics,
-        caller=caller,
+        caller=calling(discovery),
         directory=directory,
         tracer=tracer,
         spans=spans,
         wire=wire,
-        revoked=Revoked(caller, identity.signer(), identity.clock, log) if follow_revocations else None,
+        revoked=Revoked(following, identity.signer(), identity.clock, log) if follow_revocations else None,
         advertised=url,
     )
 

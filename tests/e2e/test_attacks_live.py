@@ -1,0 +1,580 @@
+"""Attacks on a running installation, from everybody who may try: strangers, users, tenants, pages, and its own arms.
+
+Each attack stands beside its honest twin: what differs between them is the attack alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from urllib.parse import urlsplit
+
+import pytest
+import pytest_asyncio
+import websockets
+from attacked import Attacked, attacked
+from capability_forge import NOW, jwk_of, sha, sign
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from octollm.capability import Principal, SelfSigner, SigningKey, TaskRef, parse_may
+from octollm.contracts.services import SERVICES
+from octollm.services.reflex.paths import PUBLIC
+from octollm.testing import wait_until
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.sandbox]
+GOAL = "Write a Python function double(number) with tests"
+LOCAL = Principal("local-user", "local", "local")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def live(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Attacked]:
+    async with attacked(tmp_path_factory.mktemp("attacked")) as found:
+        yield found
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def task(live: Attacked) -> str:
+    """Return a task of the local tenant that completed, with a file."""
+    files = [{"name": "notes.txt", "text": "nothing"}]
+    made = await live.door("POST", "/tasks", body={"goal": GOAL, "context": {"files": files}})
+    assert made.status == 201, made
+
+    async def ended() -> bool:
+        return (await live.door("GET", f"/tasks/{made.body['task_id']}")).body["status"] == "completed"
+
+    await wait_until(ended, description="the goal completes", timeout=60, interval=0.1)
+    return made.body["task_id"]
+
+
+def mint(live: Attacked, aud: str, scope: str, principal: Principal = LOCAL, **more: object) -> str:
+    return live.world.minter.access(principal, aud, scope, **more)  # type: ignore[arg-type]
+
+
+# Authority that is good elsewhere
+
+OPENED = {
+    "orchestrator": ("GET", "/tasks"),
+    "memory": ("POST", "/search"),
+    "monitor": ("GET", "/services"),
+    "models": ("POST", "/v1/chat/completions"),
+    "planner": ("POST", "/plan"),
+    "executor": ("POST", "/run"),
+    "coder": ("POST", "/execute"),
+    "judge": ("POST", "/validate"),
+    "retriever": ("POST", "/search"),
+}
+SCOPES = {
+    "orchestrator": "tasks:read",
+    "memory": "memory:read",
+    "monitor": "monitor:read",
+    "models": "models:chat",
+    "planner": "planner:plan",
+    "executor": "executor:run",
+    "coder": "coder:execute",
+    "judge": "judge:validate",
+    "retriever": "retriever:search",
+}
+
+
+@pytest.mark.parametrize("service", OPENED)
+async def test_nothing_is_open_without_a_token(live: Attacked, service: str) -> None:
+    method, path = OPENED[service]
+    told = await live.send(service, method, path, None, {})
+    assert (told.status, told.code) == (401, "token_missing")
+    honest = await live.send(service, method, path, mint(live, service, SCOPES[service]), {})
+    assert honest.status not in (401, 403)
+
+
+@pytest.mark.parametrize("thief", OPENED)
+@pytest.mark.parametrize("service", OPENED)
+async def test_what_a_callee_was_sent_it_cannot_send_on(live: Attacked, service: str, thief: str) -> None:
+    """Every service replays to every other what it was sent, as it came and each part of it."""
+    if service == thief:
+        return
+    bearer = mint(live, thief, SCOPES[thief], may=parse_may({SCOPES[service]: {}}), holder_jkt=live.world.jkt(thief))
+    method, path = OPENED[service]
+    told = await live.send(service, method, path, bearer, {})
+    assert (told.status, told.reason) == (401, "audience_wrong")
+    _access, grant = bearer.split("~")
+    told = await live.send(service, method, path, grant, {})
+    assert (told.status, told.reason) == (401, "type_wrong")
+
+
+@pytest.mark.parametrize("service", OPENED)
+async def test_a_token_for_one_operation_opens_no_other(live: Attacked, service: str) -> None:
+    method, path = OPENED[service]
+    other = f"{SCOPES[service].partition(':')[0]}:something-else"
+    told = await live.send(service, method, path, mint(live, service, other), {})
+    assert (told.status, told.code) == (403, "scope_missing")
+
+
+@pytest.mark.parametrize("name", ["coder", "judge"])
+async def test_an_arm_gets_nothing_that_it_did_not_declare(live: Attacked, name: str) -> None:
+    """An arm's own key signs whatever it likes under the grant that it holds; what that does not hold is refused."""
+    world = live.world
+    bearer = mint(live, name, SCOPES[name], may=parse_may({"executor:run": {}}), holder_jkt=world.jkt(name))
+    grant = bearer.split("~")[1]
+    key = world.keys[name].private
+
+    def asks(aud: str, scope: str) -> str:
+        claims = {
+            "iss": name, "sub": LOCAL.sub, "cred": LOCAL.cred, "tenant": LOCAL.tenant, "aud": aud,
+            "exp": NOW + 60, "nbf": NOW, "iat": NOW, "jti": "stolen", "scope": scope, "prf": sha(grant),
+        }  # fmt: skip
+        return f"{sign({'alg': 'EdDSA', 'typ': 'cap+jwt', 'jwk': jwk_of(key)}, claims, key)}~{grant}"
+
+    for aud, scope in (("memory", "memory:read"), ("models", "models:chat"), ("orchestrator", "tasks:read")):
+        method, path = OPENED[aud]
+        told = await live.send(aud, method, path, asks(aud, scope), {})
+        assert (told.status, told.reason) == (401, "scope_exceeds_parent")
+    honest = await live.send("executor", "POST", "/run", asks("executor", "executor:run"), {})
+    assert (honest.status, honest.code) == (400, "invalid_body")
+
+
+# Services that speak for themselves
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "admitted"),
+    [
+        ("POST", "/token", "reflex"),
+        ("POST", "/budget/reserve", "models"),
+        ("POST", "/budget/settle", "models"),
+    ],
+)
+async def test_a_service_does_only_what_is_made_for_it(live: Attacked, method: str, path: str, admitted: str) -> None:
+    for name in SERVICES:
+        told = await live.send("orchestrator", method, path, live.service(name).svc_token("orchestrator"), {})
+        assert (told.status == 403) == (name != admitted), (name, told)
+
+
+async def test_nobody_speaks_in_anothers_name(live: Attacked) -> None:
+    imposter = SelfSigner(live.world.keys["coder"], "reflex", live.clock, live.ids)
+    stranger = SelfSigner(SigningKey.generate("mallory"), "mallory", live.clock, live.ids)
+    told = await live.send("orchestrator", "GET", "/directory", imposter.svc_token("orchestrator"))
+    assert (told.status, told.reason.split("+")[0]) == (401, "key_mismatch")
+    told = await live.send("orchestrator", "GET", "/directory", stranger.svc_token("orchestrator"))
+    assert (told.status, told.reason.split("+")[0]) == (401, "service_unknown")
+    told = await live.send("orchestrator", "GET", "/directory", live.service("coder").svc_token("memory"))
+    assert (told.status, told.reason) == (401, "audience_wrong")
+    capability = mint(live, "orchestrator", "tasks:read")
+    assert (await live.send("orchestrator", "GET", "/directory", capability)).reason == "type_wrong"
+    own = live.service("coder").svc_token("orchestrator")
+    assert (await live.send("orchestrator", "GET", "/tasks", own)).reason == "type_wrong"
+    assert (await live.send("orchestrator", "GET", "/directory", own)).status == 200
+
+
+async def test_an_arm_registers_no_name_but_its_own(live: Attacked) -> None:
+    """The name is that of the key that signed; there is no other in what is sent."""
+    registration = {
+        "description": "x", "operations": ["validate"], "calls": ["memory:read"], "accepts": [],
+        "url": "http://127.0.0.1:9", "instance": "i1",
+    }  # fmt: skip
+    imposter = SelfSigner(SigningKey.generate("judge"), "judge", live.clock, live.ids)
+    told = await live.send("orchestrator", "POST", "/arms/register", imposter.svc_token("orchestrator"), registration)
+    assert (told.status, told.reason.split("+")[0]) == (401, "key_mismatch")
+    for name in ("reflex", "models"):
+        told = await live.send(
+            "orchestrator", "POST", "/arms/register", live.service(name).svc_token("orchestrator"), registration
+        )
+        assert told.status in (400, 403), (name, told)
+    told = await live.send(
+        "orchestrator", "POST", "/arms/keys", live.service("judge").svc_token("orchestrator"),
+        {"jwk": SigningKey.generate("judge").public.to_jwk(), "proof": "A" * 86},
+    )  # fmt: skip
+    assert told.status in (400, 403)
+
+
+async def test_a_stolen_join_exchange_is_worth_nothing(live: Attacked) -> None:
+    """Whoever saw a join has name, nonce, key and proof: a second use, and every change, is refused."""
+    from octollm.capability.joining import JoinClaim, JoinSecret, arm_proof  # noqa: PLC0415
+
+    made = await live.door("POST", "/joins", body={"name": "translator", "calls": [], "lifetime_seconds": 3600})
+    secret, key = JoinSecret.parse(made.body["secret"]), SigningKey.generate("translator")
+    nonce = (await live.send("orchestrator", "POST", "/arms/nonce", None)).body["nonce"]
+    proof = arm_proof(secret.key, JoinClaim(nonce, "translator", key.thumbprint, ()))
+    asked = {
+        "join": secret.id, "name": "translator", "jwk": key.public.to_jwk(), "calls": [], "nonce": nonce, "proof": proof
+    }  # fmt: skip
+    thief = SigningKey.generate("thief").public.to_jwk()
+    for change in ({"jwk": thief}, {"name": "summarizer"}, {"calls": ["memory:read"]}, {"proof": "A" * 43}):
+        told = await live.send("orchestrator", "POST", "/arms/join", None, {**asked, **change})
+        assert (told.status, told.code) == (403, "join_refused"), change
+    assert (await live.send("orchestrator", "POST", "/arms/join", None, asked)).status == 200
+    told = await live.send("orchestrator", "POST", "/arms/join", None, asked)
+    assert (told.status, told.code) == (403, "join_refused")
+    assert (await live.door("DELETE", "/arms/translator")).status == 200
+
+
+async def test_no_arm_reads_or_poisons_what_another_was_answered(live: Attacked) -> None:
+    """Keys of calls belong to the service that asks for them, and to the subject of the bearer that it was shown."""
+    bearer = mint(live, "judge", "judge:validate")
+    claim = {"bearer": bearer, "operation": "validate", "key": "k-1", "body_digest": "0" * 64, "repeatable": True}
+    judge = live.service("judge").svc_token("orchestrator")
+    told = await live.send("orchestrator", "POST", "/idempotency/claim", judge, {"claims": [claim]})
+    assert told.body["answers"][0]["outcome"] == "claimed", told
+    coder = live.service("coder").svc_token("orchestrator")
+    told = await live.send("orchestrator", "POST", "/idempotency/claim", coder, {"claims": [claim]})
+    assert told.body["answers"][0]["outcome"] == "refused"
+    assert told.body["answers"][0]["problem"]["code"] == "token_invalid"
+
+
+# After the end of authority
+
+
+async def test_a_revoked_token_is_refused_everywhere_within_a_second(live: Attacked) -> None:
+    bearers = {name: mint(live, name, SCOPES[name]) for name in OPENED if name != "orchestrator"}
+    for name, bearer in bearers.items():
+        method, path = OPENED[name]
+        assert (await live.send(name, method, path, bearer, {})).status not in (401, 403)
+        jti = live.world.verifier(name).verify(bearer).links[0].jti
+        assert (await live.door("POST", "/token/revoke", body={"kind": "jti", "value": jti})).status == 200
+
+    async def refused() -> bool:
+        told = [await live.send(name, *OPENED[name], bearers[name], {}) for name in bearers]
+        return all((each.status, each.reason) == (401, "revoked") for each in told)
+
+    await wait_until(refused, description="every service refuses its token", timeout=1)
+
+
+async def test_a_cancelled_tasks_tokens_are_over_and_no_retry_revives_them(live: Attacked) -> None:
+    made = await live.door("POST", "/tasks", body={"goal": GOAL})
+    task_id = made.body["task_id"]
+    bearer = mint(live, "executor", "executor:run", task=TaskRef(task_id, "s1", 1, 1))
+    assert (await live.run(bearer)).status == 400
+    await live.door("POST", f"/tasks/{task_id}/cancel")
+
+    async def refused() -> bool:
+        told = await live.run(mint(live, "executor", "executor:run", task=TaskRef(task_id, "s1", 2, 2)))
+        return (told.status, told.reason) == (401, "revoked")
+
+    await wait_until(refused, description="what is minted for it later is refused, too", timeout=1)
+    assert (await live.run(bearer)).reason == "revoked"
+    other = mint(live, "executor", "executor:run", task=TaskRef("task-" + "a" * 32, "s1", 1, 1))
+    assert (await live.run(other)).status == 400
+
+
+async def test_a_revoked_keys_token_is_over_at_the_door_and_behind_it(live: Attacked) -> None:
+    key = await live.key("user")
+    assert (await live.door("GET", "/tasks", key)).status == 200
+    direct = await live.door("POST", "/token", key, {"scope": "judge:validate", "aud": "judge"})
+    bearer = direct.body["access_token"]
+    assert (await live.send("judge", "POST", "/validate", bearer, {})).status == 400
+    key_id = key.split("_")[1]
+    assert (await live.door("DELETE", f"/keys/{key_id}")).status == 200
+    told = await live.door("GET", "/tasks", key)
+    assert (told.status, told.code) == (401, "api_key_invalid")
+
+    async def refused() -> bool:
+        return (await live.send("judge", "POST", "/validate", bearer, {})).reason == "revoked"
+
+    await wait_until(refused, description="what it was given is refused", timeout=1)
+
+
+async def test_an_expired_token_is_refused_to_the_millisecond_that_is_forgiven(live: Attacked) -> None:
+    bearer = mint(live, "executor", "executor:run", lifetime=60.0)
+    try:
+        live.clock.time = NOW + 89.999
+        assert (await live.run(bearer)).status == 400
+        live.clock.time = NOW + 90
+        assert (await live.run(bearer)).reason == "expired"
+    finally:
+        live.clock.time = NOW
+
+
+# Tenants
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stranger(live: Attacked) -> str:
+    """Return an access token for the orchestrator of an administrator in another tenant."""
+    from octollm.capability import preset  # noqa: PLC0415
+
+    scopes = preset("admin").owned_by("orchestrator")
+    return live.world.minter.access(Principal("eve", "key-eve", "globex"), "orchestrator", scopes, 3600)
+
+
+@pytest.mark.parametrize(
+    "public", [each for each in PUBLIC if "{" in each.path], ids=lambda each: f"{each.method} {each.path}"
+)
+async def test_another_tenants_things_are_not_there(live: Attacked, task: str, stranger: str, public) -> None:
+    view = (await live.door("GET", f"/tasks/{task}")).body
+    file = view["files"][0]["digest"]
+    key = (await live.door("GET", "/keys")).body["keys"][0]["id"]
+    join = (await live.door("POST", "/joins", body={"name": "parrot", "calls": [], "lifetime_seconds": 60})).body
+    values = {"task_id": task, "digest": file, "key_id": key, "join_id": join["join"]["id"], "name": "parrot"}
+    path = (public.to or public.path).format_map(values)
+    told = await live.send("orchestrator", public.method, path, stranger, {} if public.method == "POST" else None)
+    assert told.status in (400, 404), told
+    assert task not in str(told.body or ""), "and nothing of them is told"
+
+
+@pytest.mark.parametrize("path", ["/tasks", "/events", "/keys", "/joins", "/audit"])
+async def test_another_tenants_lists_are_empty(live: Attacked, task: str, stranger: str, path: str) -> None:
+    assert task in str(
+        (await live.send("orchestrator", "GET", "/tasks", mint(live, "orchestrator", "tasks:read"))).body
+    )
+    told = await live.send("orchestrator", "GET", path, stranger)
+    assert told.status == 200
+    assert task not in str(told.body)
+    assert "local" not in str(told.body)
+
+
+async def test_another_tenant_searches_its_own_memory_alone(live: Attacked) -> None:
+    writer = mint(live, "memory", "memory:write memory:read")
+    stored = await live.send(
+        "memory", "POST", "/documents", writer, {"name": "a.txt", "text": "the secret is swordfish", "digest": "0" * 64}
+    )
+    assert stored.status in (200, 201), stored
+    ask = {"query": "secret swordfish"}
+    mine = await live.send("memory", "POST", "/search", writer, ask)
+    assert "swordfish" in str(mine.body)
+    theirs = await live.send(
+        "memory", "POST", "/search", mint(live, "memory", "memory:read", Principal("eve", "k", "globex")), ask
+    )
+    assert theirs.status == 200
+    assert "swordfish" not in str(theirs.body)
+
+
+async def test_the_systems_audit_log_is_the_installations_owners(live: Attacked, stranger: str) -> None:
+    told = await live.send("orchestrator", "GET", "/audit?of=system", stranger)
+    assert (told.status, told.code) == (403, "scope_missing")
+    assert (await live.door("GET", "/audit?of=system")).status == 200
+
+
+# The public door
+
+
+async def test_a_narrow_key_does_not_make_a_wide_one(live: Attacked) -> None:
+    narrow = await live.key("keys:write tasks:read")
+    told = await live.door("POST", "/keys", narrow, {"name": "wide", "scope": "admin"})
+    assert (told.status, told.code) == (403, "scope_missing")
+    assert (await live.door("POST", "/keys", narrow, {"name": "same", "scope": "tasks:read"})).status == 201
+    told = await live.door(
+        "POST", "/token", await live.key("tasks:create"), {"scope": "judge:validate", "aud": "judge"}
+    )
+    assert (told.status, told.code) == (403, "scope_missing")
+
+
+@pytest.mark.parametrize(
+    "scope", ["tasks", "tasks:*:x", "TASKS:*", "tasks:ｒead", "tasks:read tasks", "*:*", "tasks:%2a", ""]
+)
+async def test_a_malformed_scope_is_refused_and_never_mended(live: Attacked, scope: str) -> None:
+    told = await live.door("POST", "/keys", body={"name": "x", "scope": scope})
+    assert (told.status, told.code) == (400, "invalid_parameter")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1.evil.example"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"X-Forwarded-For": "127.0.0.1"},
+        {"Forwarded": "for=127.0.0.1"},
+        {"Via": "1.1 proxy"},
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1:1"},
+        {"Host": "localhost.evil.example"},
+    ],
+    ids=lambda headers: " ".join(f"{name}: {value}" for name, value in headers.items()),
+)
+async def test_a_page_or_proxy_is_not_the_local_user(live: Attacked, headers: dict[str, str]) -> None:
+    told = await live.client.post(f"{live.system.door}/tasks", json={"goal": ""}, headers=headers)
+    assert told.status_code in (400, 401, 403)
+    assert told.json()["code"] in ("origin_refused", "token_missing", "host_refused")
+    honest = await live.client.post(f"{live.system.door}/tasks", json={"goal": ""})
+    assert honest.json()["code"] == "goal_invalid"
+
+
+async def test_a_token_in_the_address_is_no_token_and_is_not_logged(live: Attacked) -> None:
+    key = await live.key("user")
+    bearer = mint(live, "judge", "judge:validate")
+    for name in ("access_token", "token", "api_key", "authorization"):
+        told = await live.send("judge", "POST", f"/validate?{name}={bearer}", None, {})
+        assert (told.status, told.code) == (401, "token_missing")
+        told = await live.door("GET", f"/tasks?{name}={key}", X_Forwarded_For="x")
+        assert (told.status, told.code) == (401, "token_missing")
+    log = live.system.home.log_file.read_text()
+    assert bearer not in log
+    assert key not in log
+
+
+async def test_no_log_event_trace_or_error_holds_a_secret(live: Attacked, task: str) -> None:
+    key = await live.key("user")
+    wrong = key[:-3] + "xyz"
+    told = await live.door("GET", "/tasks", wrong)
+    assert told.status == 401
+    text = live.system.home.log_file.read_text() + str(told.body)
+    text += str((await live.door("GET", "/events?limit=500")).body)
+    text += str((await live.door("GET", f"/tasks/{task}/trace")).body)
+    assert "eyJhbGciOiJFZERTQSI" not in text, "a token"
+    text += str((await live.door("GET", "/audit?limit=500")).body)
+    text += str((await live.door("GET", "/audit?of=system&limit=500")).body)
+    for secret in (key, wrong, key.rsplit("_", 1)[1], live.system.local_key):
+        assert secret not in text, text[max(0, text.find(secret) - 200) :][:400]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "//tasks",
+        "/tasks/../keys",
+        "/tasks/%2e%2e/keys",
+        "/tasks%2f..%2fkeys",
+        "/./tasks",
+        "/tasks\\keys",
+        "/tasks/%00",
+        "/keys%20",
+    ],
+)
+async def test_a_path_has_one_meaning(live: Attacked, path: str) -> None:
+    host, port = urlsplit(live.system.door).hostname, urlsplit(live.system.door).port
+    assert host and port
+    answer = await raw(host, port, f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n")
+    assert answer.split(b" ", 2)[1] in (b"400", b"404"), answer[:200]
+
+
+@pytest.mark.parametrize("path", ["//run", "/run/", "/RUN", "/./run", "/x/../run", "/%72un/..", "/run;x"])
+async def test_an_arms_path_is_exact(live: Attacked, path: str) -> None:
+    host, port = urlsplit(live.system.urls["executor"]).hostname, urlsplit(live.system.urls["executor"]).port
+    assert host and port
+    bearer = mint(live, "executor", "executor:run")
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {bearer}\r\nContent-Length: 2\r\n"
+    answer = await raw(host, port, head + "Connection: close\r\n\r\n{}")
+    assert answer.split(b" ", 2)[1] in (b"400", b"404"), answer[:200]
+
+
+@pytest.mark.parametrize("name", ["X-HTTP-Method-Override", "X-Method-Override", "X-HTTP-Method"])
+async def test_no_header_changes_the_method(live: Attacked, name: str) -> None:
+    key = (await live.key("user")).split("_")[1]
+    told = await live.client.get(f"{live.system.door}/keys", headers={name: "DELETE"})
+    assert told.status_code == 200
+    assert [each for each in told.json()["keys"] if each["id"] == key and not each["revoked_at"]]
+    told = await live.client.post(f"{live.system.door}/keys?_method=DELETE", headers={name: "DELETE"}, json={})
+    assert told.status_code == 400
+
+
+SMUGGLED = [
+    "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /keys HTTP/1.1\r\nHost: x\r\n\r\n",
+    "Content-Length: 4\r\nContent-Length: 5\r\n\r\n{}{}",
+    "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+    "Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+    "Content-Length: +2\r\n\r\n{}",
+    "Content-Length: 2\r\n X: y\r\n\r\n{}",
+    "Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
+]
+
+
+@pytest.mark.parametrize("service", ["reflex", "executor"])
+@pytest.mark.parametrize("rest", SMUGGLED)
+async def test_a_request_has_one_end(live: Attacked, service: str, rest: str) -> None:
+    where = urlsplit(live.system.urls[service])
+    assert where.hostname and where.port
+    head = f"POST /tasks HTTP/1.1\r\nHost: {where.hostname}:{where.port}\r\n"
+    answer = await raw(where.hostname, where.port, head + rest)
+    answers = answer.count(b"HTTP/1.1 ")
+    assert answers <= 1, "what was hidden in it is not served"
+    assert not answers or answer.split(b" ", 2)[1] in (b"400", b"401", b"404", b"413", b"501"), answer[:200]
+
+
+async def raw(host: str, port: int, text: str) -> bytes:
+    """Send bytes as they are, and return what comes back until the other side closes or says no more."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(text.encode())
+        await writer.drain()
+        answer = b""
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(1.5):
+                while piece := await reader.read(65536):
+                    answer += piece
+        return answer
+    finally:
+        writer.close()
+
+
+# Live channels
+
+
+async def closed_with(url: str, **headers: str) -> int:
+    """Return the code with which a socket is closed, or the status with which it is not opened."""
+    try:
+        async with websockets.connect(url, additional_headers=headers, proxy=None) as socket:
+            while True:
+                await asyncio.wait_for(socket.recv(), 10)
+    except InvalidStatus as refused:
+        return refused.response.status_code
+    except ConnectionClosed as closed:
+        return closed.rcvd.code if closed.rcvd is not None else 1006
+
+
+async def test_a_socket_is_as_closed_as_the_rest(live: Attacked, task: str) -> None:
+    url = live.system.door.replace("http", "ws") + f"/ws/tasks/{task}"
+    narrow, wide = await live.key("files:read"), await live.key("user")
+    assert await closed_with(url, Authorization=f"Bearer {wide}") == 1000
+    assert await closed_with(url, Authorization=f"Bearer {narrow}") == 4403
+    assert await closed_with(url, Authorization="Bearer octo_no_such") == 4401
+    assert await closed_with(url, X_Forwarded_For="x", **{"X-Forwarded-For": "x"}) == 4401
+    assert await closed_with(url, Origin="https://evil.example") == 403
+    assert await closed_with(url + f"?token={wide}", **{"X-Forwarded-For": "x"}) == 4401
+    other = live.system.door.replace("http", "ws") + "/ws/tasks/task-" + "f" * 32
+    assert await closed_with(other, Authorization=f"Bearer {wide}") == 4404
+
+
+async def test_server_sent_events_are_as_closed_as_the_rest(live: Attacked, task: str) -> None:
+    narrow, wide = await live.key("files:read"), await live.key("user")
+    path = f"/tasks/{task}/events"
+    for key, status in ((narrow, 403), ("octo_no_such", 401)):
+        assert (await live.door("GET", path, key)).status == status
+        assert (await live.door("GET", "/events", key, Accept="text/event-stream")).status == status
+    told = await live.client.get(live.system.door + path, headers={"Authorization": f"Bearer {wide}"})
+    assert told.status_code == 200
+
+
+async def test_who_watches_is_cut_off_when_the_key_is_revoked(live: Attacked) -> None:
+    """A socket that was opened with a key ends with it."""
+    key = await live.key("user")
+    submitted = await live.door("POST", "/tasks", key, {"goal": "Explain why the sky is blue", "deadline": None})
+    task_id = submitted.body["task_id"]
+    url = live.system.door.replace("http", "ws") + f"/ws/tasks/{task_id}"
+    async with websockets.connect(url, additional_headers={"Authorization": f"Bearer {key}"}, proxy=None) as socket:
+        await asyncio.wait_for(socket.recv(), 10)
+        assert (await live.door("DELETE", f"/keys/{key.split('_')[1]}")).status == 200
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                await asyncio.wait_for(socket.recv(), 20)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code in (4401, 1000)
+
+
+# What a secret is compared with
+
+
+async def test_secrets_are_compared_in_constant_time(live: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing cannot be measured reliably here; that the comparison is the one made for it can be seen."""
+    import hmac  # noqa: PLC0415
+
+    compared: list[tuple[object, object]] = []
+    honest = hmac.compare_digest
+
+    def noting(one: object, other: object) -> bool:
+        compared.append((one, other))
+        return honest(one, other)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hmac, "compare_digest", noting)
+    assert (await live.door("GET", "/tasks", "octo_local_wrong")).status == 401
+    assert len(compared) == 1
+    assert (await live.door("GET", "/tasks", "octo_nobody_wrong")).status == 401
+    assert len(compared) == 2, "a key that is not there is looked into all the same"
+
+
+async def test_guessing_is_slowed_by_address(tmp_path) -> None:
+    async with attacked(tmp_path, OCTOLLM_RATE_LIMIT="5/minute") as slow:
+        told = [await slow.door("GET", "/tasks", f"octo_guess{number}_x") for number in range(8)]
+        assert {each.status for each in told[:5]} == {401}
+        assert {each.status for each in told[5:]} == {429}
+        assert int(told[-1].headers["retry-after"]) >= 1

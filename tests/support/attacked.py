@@ -1,0 +1,133 @@
+"""A whole installation that is attacked: its real keys in the attacker's hands, one service's at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from capability_forge import NOW, World
+from whole import answers
+
+from octollm.capability import PublicKey, SelfSigner
+from octollm.clock import SystemClock, Uuid7Ids
+from octollm.contracts.services import SERVICES
+from octollm.installation.embedded import System
+from octollm.installation.keys import load_keys
+from octollm.testing.scripted_model import scripted_model
+from octollm.testing.system import installation
+
+_REFUSED = re.compile(r'octollm_tokens_refused_total\{reason="([a-z0-9_]+)",service="[a-z]+"\} ([0-9.e+]+)')
+
+
+class StandingClock(SystemClock):
+    """Wall time stands, so that tokens are made to the millisecond; everything that waits goes on."""
+
+    time = NOW
+
+    def now(self) -> float:
+        return self.time
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a caller is told: the status and the code; and the rule that was broken, which only the operator sees."""
+
+    status: int
+    code: str = ""
+    reason: str = ""
+    body: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass
+class Attacked:
+    """The installation, and what an attacker may do to it."""
+
+    system: System
+    world: World
+    client: httpx.AsyncClient
+    clock: StandingClock
+    ids: Uuid7Ids
+
+    async def send(
+        self,
+        service: str,
+        method: str,
+        path: str,
+        bearer: str | None = None,
+        body: Any = None,
+        **headers: str,
+    ) -> Told:
+        """Send a request as a stock client would, and find out which rule it broke, if any."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        if bearer is not None:
+            sent["Authorization"] = f"Bearer {bearer}"
+        before = await self.refusals(service)
+        url = self.system.urls[service] + path
+        content = body if isinstance(body, bytes) else None
+        json = None if isinstance(body, bytes) else body
+        answer = await self.client.request(method, url, headers=sent, json=json, content=content)
+        after = await self.refusals(service)
+        [*reasons] = [reason for reason, count in after.items() if count > before.get(reason, 0)]
+        told: Any = None
+        if "json" in answer.headers.get("content-type", ""):
+            told = answer.json()
+        code = told.get("code", "") if isinstance(told, dict) else ""
+        return Told(answer.status_code, code, "+".join(reasons), told, dict(answer.headers))
+
+    async def refusals(self, service: str) -> dict[str, float]:
+        text = (await self.client.get(self.system.urls[service] + "/metrics")).text
+        return {found[1]: float(found[2]) for found in _REFUSED.finditer(text)}
+
+    async def run(self, bearer: str) -> Told:
+        """Ask the executor for something that is refused only after the bearer was believed."""
+        return await self.send("executor", "POST", "/run", bearer, {})
+
+    def service(self, name: str) -> SelfSigner:
+        """Return what signs for a service, with the key that the attacker has of it."""
+        return SelfSigner(self.world.keys[name], name, self.clock, self.ids)
+
+    def door(self, method: str, path: str, key: str | None = None, body: Any = None, **headers: str) -> Any:
+        """Send a request to the public door; without ``key`` with what the local user is trusted for."""
+        return self.send("reflex", method, path, key, body, **headers)
+
+    async def key(self, scope: str, name: str = "attacker") -> str:
+        """Return a fresh API key of the local tenant."""
+        made = await self.door("POST", "/keys", body={"name": name, "scope": scope})
+        assert made.status == 201, made
+        return str(made.body["secret"])
+
+
+@contextlib.asynccontextmanager
+async def attacked(home: Path, **environment: str) -> AsyncGenerator[Attacked]:
+    """Run every service, with a clock whose wall time stands."""
+    clock = StandingClock()
+    ids = Uuid7Ids(SystemClock())
+    async with (
+        scripted_model(answers) as model,
+        installation(
+            home,
+            environment={
+                "OCTOLLM_MODEL": "openai:scripted",
+                "OCTOLLM_MODEL_URL": model.url,
+                "OCTOLLM_RATE_LIMIT": "100000/minute",
+                **environment,
+            },
+            clock=clock,
+            ids=ids,
+        ) as system,
+        httpx.AsyncClient(timeout=60, trust_env=False) as client,
+    ):
+        keys = load_keys(system.home, ids)
+        world = World()
+        world.root = keys.root.signing(NOW)
+        world.keys |= {name: keys.services[name].signing(NOW) for name in SERVICES}
+        roots: dict[str, PublicKey] = keys.root.believed(NOW)
+        world.roots = roots
+        world.remint()
+        yield Attacked(system, world, client, clock, ids)
