@@ -1,0 +1,70 @@
+"""What arms may do beside what they do: over the three kinds of goal every declared call is used, and none refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from whole import NOTES, SALES, Door
+
+from octollm.capability import BUILT_IN_CALLS
+from octollm.contracts.services import BUILT_IN_ARMS
+from octollm.testing import wait_until
+
+pytestmark = pytest.mark.sandbox
+
+GOALS: list[tuple[str, dict[str, str]]] = [
+    ("Write a Python function double(number) with tests", {}),
+    ("How many rows of sales.csv have an amount above 100, and what is their total?", {"sales.csv": SALES}),
+    ("How often is a failed call retried?", {"notes.md": NOTES}),
+]
+
+
+REFUSED = ("authority_missing", "token_invalid", "token_malformed", "token_expired", "token_revoked", "scope_missing")
+DONE = {"planner:plan", "coder:execute", "judge:validate", "judge:accept", "retriever:execute", "executor:run"}
+"""What arms are asked for in the three."""
+
+
+async def test_every_declared_call_is_used_and_none_refused(door: Door) -> None:
+    used: dict[str, set[str]] = {}
+    for goal, files in GOALS:
+        task = await door.run(goal, files)
+        assert task["status"] == "completed", task
+        spans = await settled(door, task["task_id"])
+        assert not [span for span in spans if span["code"] in REFUSED]
+        by_id = {span["span_id"]: span for span in spans}
+        for span in spans:
+            chain = [msgspec.json.decode(link) for link in span["attributes"].get("octollm.chain", ())]
+            if span["kind"] != "server" or len(chain) < 2:
+                continue
+            asking = serving(by_id, span)
+            if asking is not None:
+                used.setdefault(asking, set()).add(chain[-1]["scope"])
+    assert used.keys() == DONE
+    for operation in DONE:
+        declared = {call.scope for call in BUILT_IN_CALLS[operation]}
+        # A selector narrows a declared call: a file is read by its digest.
+        asked = {":".join(scope.split(":")[:2]) for scope in used[operation]}
+        assert asked == declared, f"{operation} declares what it uses, and uses what it declares"
+
+
+def serving(by_id: dict[str, dict[str, Any]], span: dict[str, Any]) -> str | None:
+    """Return the operation that made a call: the nearest span of a service that served one."""
+    while span["parent_id"]:
+        span = by_id[span["parent_id"]]
+        if span["kind"] == "server" and span["service"] in BUILT_IN_ARMS:
+            return f"{span['service']}:{span['name']}"
+    return None
+
+
+async def settled(door: Door, task_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    async def whole() -> bool:
+        nonlocal found
+        before, found = len(found), (await door.client.get(f"/tasks/{task_id}/trace")).json()["spans"]
+        return bool(found) and before == len(found) and any(span["name"] == "task" for span in found)
+
+    await wait_until(whole, description="the trace is whole", interval=0.5, timeout=20)
+    return found
