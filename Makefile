@@ -15,7 +15,7 @@ GOAL ?=
 
 export PYTHON VENV GOAL
 
-.PHONY: help setup setup-dev demo up test chaos bench-calls lint clean
+.PHONY: help setup setup-dev demo up test chaos bench-calls bench-capabilities lint clean
 
 help: ## Say what there is
 	@echo "OctoLLM: make TARGET"
@@ -43,6 +43,9 @@ chaos: setup-dev ## Run the tests that kill processes and servers
 bench-calls: setup-dev ## Measure service calls beside gRPC, FastAPI and httpx (about five minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	cd bench && ../$(BIN)/python -m calls
+
+bench-capabilities: setup-dev ## Measure minting and verifying capabilities beside the raw signatures (half a minute)
+	cd bench && ../$(BIN)/python -m capabilities
 
 lint: setup-dev ## Check style, types and layers
 	$(BIN)/ruff check .

@@ -131,7 +131,9 @@ async def keep(port: int, keys: Keys, store: str) -> None:
         stack.enter_context(_logs(stack))
         http = await stack.enter_async_context(Http1())
         identity = Identity("orchestrator", keys.root, {keys.root.thumbprint: keys.root.public}, CLOCK, IDS)
-        base = build_base(identity, http, StaticDiscovery({"orchestrator": (f"http://127.0.0.1:{port}",)}), follow_revocations=False)
+        base = build_base(
+            identity, http, StaticDiscovery({"orchestrator": (f"http://127.0.0.1:{port}",)}), follow_revocations=False
+        )
         db = await stack.enter_async_context(open_database(store, clock=CLOCK))
         await migrate(db, "orchestrator")
         log = EventLog(db, CLOCK, IDS)
@@ -157,7 +159,9 @@ async def calling(
         stack.enter_context(_logs(stack))
         http = await stack.enter_async_context(Http1())
         identity = keys.identity("coder")
-        base = build_base(identity, http, StaticDiscovery({"judge": (f"http://127.0.0.1:{port}",)}), follow_revocations=False)
+        base = build_base(
+            identity, http, StaticDiscovery({"judge": (f"http://127.0.0.1:{port}",)}), follow_revocations=False
+        )
         await stack.enter_async_context(_exporting(base))
         verified, delegator = identity.verifier().verify(keys.granted()), identity.delegator()
         target = Target("judge", "judge.validate", "POST", "/validate", "repeatable" if keyed else "safe")

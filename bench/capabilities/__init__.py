@@ -1,0 +1,1 @@
+"""What a capability costs: minting and verifying chains, beside the raw signature operations in them."""

@@ -1,0 +1,104 @@
+"""Chains of one to five hops between services with keys of their own, as an installation makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from octollm.capability import (
+    Delegator,
+    May,
+    Principal,
+    PublicKey,
+    RootMinter,
+    SigningKey,
+    TaskRef,
+    Verified,
+    Verifier,
+    parse_may,
+)
+from octollm.capability.inspecting import read_chain
+from octollm.clock import SystemClock, Uuid7Ids
+
+CLOCK = SystemClock()
+IDS = Uuid7Ids(CLOCK)
+HOPS: tuple[tuple[str, str], ...] = (
+    ("coder", "coder:execute"),
+    ("judge", "judge:validate"),
+    ("executor", "executor:run"),
+    ("retriever", "retriever:search"),
+    ("memory", "memory:read"),
+)
+"""Who is called, in turn, and for what."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A bearer string as the last hop is sent it, and what its signatures are made of."""
+
+    bearer: str
+    audience: str
+    roots: dict[str, PublicKey]
+    signed: tuple[tuple[PublicKey, bytes, bytes], ...]
+    """Key, signature and message of every part."""
+
+    def verifier(self) -> Verifier:
+        """Return a verifier that has seen nothing yet."""
+        return Verifier(self.audience, self.roots, CLOCK)
+
+
+@dataclass(frozen=True)
+class Minter:
+    """Mints one hop again and again: at the root, or under the grant of the hop before."""
+
+    root: RootMinter
+    before: Verified | None
+    delegator: Delegator | None
+    audience: str
+    scope: str
+    jkt: str
+    may: May
+
+    def mint(self) -> str:
+        """Return the bearer string of the hop."""
+        if self.before is None or self.delegator is None:
+            return self.root.access(
+                Principal("0193f1c2-user", "key-0193f1c2", "acme"),
+                self.audience,
+                self.scope,
+                task=TaskRef("task-" + IDS.hex(), "s1", 1, 1),
+                may=self.may,
+                holder_jkt=self.jkt,
+            )
+        return self.delegator.delegate(self.before, self.audience, self.scope, self.jkt)
+
+
+def chain_of(depth: int) -> tuple[Chain, Minter]:
+    """Return the chain of ``depth`` hops, and what mints its last."""
+    root = SigningKey.generate("orchestrator")
+    keys = {name: SigningKey.generate(name) for name, _ in HOPS}
+    roots = {root.thumbprint: root.public}
+    minter = RootMinter(root, CLOCK, IDS)
+    # The last hop may call on once more, so that every bearer string has a grant for the callee.
+    may = parse_may({"files:read": {}})
+    for _name, scope in reversed(HOPS[1:depth]):
+        may = parse_may({scope: may.to_object()})
+    last: Minter | None = None
+    bearer, before, delegator = "", None, None
+    for number, (name, scope) in enumerate(HOPS[:depth]):
+        last = Minter(minter, before, delegator, name, scope, keys[name].thumbprint, may)
+        bearer = last.mint()
+        before = Verifier(name, roots, CLOCK).verify(bearer)
+        delegator = Delegator(keys[name], name, CLOCK, IDS)
+        del number
+    assert last is not None
+    parts = read_chain(bearer).with_parents()
+    owner = {key.thumbprint: key.public for key in (root, *keys.values())}
+    signed = tuple(
+        (
+            owner[part.embedded.thumbprint if part.embedded is not None else part.jws.header.kid or ""],
+            part.jws.signature,
+            part.jws.signing_input,
+        )
+        for part, _parent in parts
+    )
+    return Chain(bearer, HOPS[depth - 1][0], roots, signed), last
