@@ -22,6 +22,16 @@ from octollm.capability import CapabilityError, Verifier
 DEPTHS = (1, 3, 5)
 RESULTS = Path(__file__).parents[1] / "results" / "capabilities.json"
 MESSAGE = b"x" * 500
+TITLES = (
+    ("parts", 6),
+    ("bytes", 7),
+    ("mint µs", 9),
+    ("raw µs", 9),
+    ("cold µs", 9),
+    ("÷ raw", 7),
+    ("warm µs", 9),
+    ("÷ check", 9),
+)
 CACHED = 2_000
 """Bearer strings in the cache whose memory is measured."""
 
@@ -119,17 +129,15 @@ def main() -> None:
 def _show(chains: dict[int, tuple[Chain, Minter]], medians: dict[str, float], memory: float) -> None:
     check, sign = medians["raw: one signature checked"], medians["raw: one signature made"]
     print(f"one raw signature made {sign:.0f} µs, checked {check:.0f} µs\n")
-    print(
-        f"{'hops':<6}{'parts':>6}{'bytes':>7}{'mint µs':>9}{'raw µs':>9}{'cold µs':>9}{'÷ raw':>7}{'warm µs':>9}{'÷ check':>9}"
-    )
+    print(f"{'hops':<6}" + "".join(f"{title:>{width}}" for title, width in TITLES))
     rows: list[dict[str, object]] = []
     for depth, (chain, _minter) in chains.items():
         mint, raw, cold, warm = (
             medians[f"depth {depth}: {name}"] for name in ("mint", "raw checks", "verify cold", "verify warm")
         )
         print(
-            f"{depth:<6}{len(chain.signed):>6}{len(chain.bearer):>7}{mint:>9.0f}{raw:>9.0f}{cold:>9.0f}{cold / raw:>7.2f}"
-            f"{warm:>9.1f}{warm / check:>9.3f}"
+            f"{depth:<6}{len(chain.signed):>6}{len(chain.bearer):>7}{mint:>9.0f}{raw:>9.0f}{cold:>9.0f}"
+            f"{cold / raw:>7.2f}{warm:>9.1f}{warm / check:>9.3f}"
         )
         for name, value, peer, unit in (
             ("mint", mint, sign, "µs"),
@@ -148,9 +156,8 @@ def _show(chains: dict[int, tuple[Chain, Minter]], medians: dict[str, float], me
                 }
             )
     large = medians["a token of 1 MB refused"]
-    print(
-        f"\na token of 1 MB is refused in {large:.1f} µs; the cache takes {memory / 1000:.1f} kB a bearer string of 3 hops"
-    )
+    print(f"\na token of 1 MB is refused in {large:.1f} µs")
+    print(f"the cache takes {memory / 1000:.1f} kB for a bearer string of 3 hops")
     print("\ntargets")
     cold = max(medians[f"depth {depth}: verify cold"] / medians[f"depth {depth}: raw checks"] for depth in DEPTHS)
     warm = max(medians[f"depth {depth}: verify warm"] / check for depth in DEPTHS)
