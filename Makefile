@@ -12,10 +12,11 @@ BIN := $(VENV)/bin
 PYTEST ?= $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # What `make demo` asks for; empty is the command's own example.
 GOAL ?=
+FUZZ_SECONDS ?= 600
 
 export PYTHON VENV GOAL
 
-.PHONY: help setup setup-dev demo up test chaos bench-calls bench-capabilities lint clean
+.PHONY: help setup setup-dev demo up test chaos bench-calls bench-capabilities fuzz lint clean
 
 help: ## Say what there is
 	@echo "OctoLLM: make TARGET"
@@ -46,6 +47,11 @@ bench-calls: setup-dev ## Measure service calls beside gRPC, FastAPI and httpx (
 
 bench-capabilities: setup-dev ## Measure minting and verifying capabilities beside the raw signatures (half a minute)
 	cd bench && ../$(BIN)/python -m capabilities
+
+fuzz: setup-dev ## Fuzz the verifier of capabilities for ten minutes (FUZZ_SECONDS), guided by coverage
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	mkdir -p build/fuzz
+	$(BIN)/python tests/fuzz/fuzz_verifier.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -len_control=0 build/fuzz
 
 lint: setup-dev ## Check style, types and layers
 	$(BIN)/ruff check .
