@@ -49,6 +49,7 @@ class Settings:
     start_seconds: float
     drain_seconds: float
     allowed_hosts: tuple[str, ...]
+    cors_origins: tuple[str, ...]
     rate_limit: str
     screening: Literal["refuse", "record", "off"]
     max_tokens: int
@@ -197,6 +198,17 @@ def _names(value: str) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in value.split(",") if part.strip())
 
 
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+
+
+def _origins(value: str) -> tuple[str, ...]:
+    origins = _names(value)
+    for origin in origins:
+        if _ORIGIN.fullmatch(origin) is None:
+            raise ValueError("an origin is like https://app.example.org, without a path, and `*` is none")
+    return origins
+
+
 SPECS: dict[str, Spec] = {
     "home": Spec("HOME", "~/.octollm", "Folder of data, keys and logs of one installation.", _path),
     "model": Spec(
@@ -272,6 +284,12 @@ SPECS: dict[str, Spec] = {
         "",
         "Further host names by which the public door is reached, comma-separated.",
         _names,
+    ),
+    "cors_origins": Spec(
+        "CORS_ORIGINS",
+        "",
+        "Origins whose pages may call the public door with an API key, comma-separated; none by default.",
+        _origins,
     ),
     "rate_limit": Spec("RATE_LIMIT", "600/minute", "Requests per key at the public door.", _rate),
     "screening": Spec(

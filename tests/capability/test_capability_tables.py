@@ -33,6 +33,7 @@ def test_the_tree_of_the_coder() -> None:
         "models:chat": {},
         "judge:validate": {"executor:run": {"files:read": {}}},
         "executor:run": {"files:read": {}},
+        "files:read": {},
         "files:write": {},
     }
 

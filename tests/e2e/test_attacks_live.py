@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 import pytest_asyncio
 import websockets
@@ -363,6 +364,56 @@ async def test_a_narrow_key_does_not_make_a_wide_one(live: Attacked) -> None:
 async def test_a_malformed_scope_is_refused_and_never_mended(live: Attacked, scope: str) -> None:
     told = await live.door("POST", "/keys", body={"name": "x", "scope": scope})
     assert (told.status, told.code) == (400, "invalid_parameter")
+
+
+async def test_only_who_runs_the_installation_makes_keys_for_other_tenants(live: Attacked) -> None:
+    made = await live.door("POST", "/keys", body={"name": "first", "scope": "admin", "tenant": "acme"})
+    assert (made.status, made.body["key"]["tenant"]) == (201, "acme")
+    acme = made.body["secret"]
+    assert (await live.door("GET", "/tasks", acme)).body["tasks"] == []
+    for tenant in ("local", "globex", "system"):
+        told = await live.door("POST", "/keys", acme, {"name": "x", "scope": "user", "tenant": tenant})
+        assert (told.status, told.code) == (403, "scope_missing")
+    told = await live.door("POST", "/keys", body={"name": "x", "scope": "user", "tenant": "system"})
+    assert (told.status, told.code) == (403, "scope_missing")
+    for tenant in ("", "UPPER", "a b", "../local", "x" * 64):
+        assert (await live.door("POST", "/keys", body={"name": "x", "tenant": tenant})).status == 400
+    narrow = await live.key("keys:write")
+    told = await live.door("POST", "/keys", narrow, {"name": "x", "scope": "user", "tenant": "acme"})
+    assert (told.status, told.code) == (403, "scope_missing")
+    assert (await live.door("POST", "/keys", acme, {"name": "second", "scope": "user"})).status == 201
+
+
+async def test_a_session_is_its_keys_and_ends_everywhere_within_a_second(live: Attacked) -> None:
+    key = await live.key("user")
+    origin = {"Origin": live.system.door}
+    async with httpx.AsyncClient(base_url=live.system.door, trust_env=False) as page:
+        opened = await page.post("/session", json={"api_key": key}, headers=origin)
+        assert (opened.status_code, opened.json()["tenant"]) == (200, "local")
+        session = page.cookies["octollm_session"]
+        assert (await page.get("/session")).json()["session"] is True
+        minted = await page.post("/token", json={"scope": "judge:validate", "aud": "judge"}, headers=origin)
+        assert minted.status_code == 200
+        told = await page.post("/keys", json={"name": "x", "scope": "user"}, headers=origin)
+        assert (told.status_code, told.json()["code"]) == (403, "scope_missing"), "it is no more than its key"
+        assert (await page.delete("/session", headers=origin)).status_code == 200
+
+        async def over() -> bool:
+            told = await live.door("GET", "/tasks", session)
+            return (told.status, told.code) == (401, "api_key_invalid")
+
+        await wait_until(over, description="the session opens nothing", timeout=1)
+        again = await page.post("/session", json={"api_key": key}, headers=origin)
+        assert again.status_code == 200
+        assert (await live.door("DELETE", f"/keys/{key.split('_')[1]}")).status == 200
+
+        async def revoked() -> bool:
+            return (await page.get("/tasks")).status_code == 401
+
+        await wait_until(revoked, description="a session ends with its key", timeout=1)
+    for wrong in (session, session[:-1], "octosess_x_y", "octosess__"):
+        assert (await live.door("GET", "/tasks", wrong)).status == 401
+    assert (await live.door("POST", "/session", body={"api_key": "octo_no_such"})).status == 401
 
 
 @pytest.mark.parametrize(

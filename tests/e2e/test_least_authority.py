@@ -15,7 +15,7 @@ from octollm.testing import wait_until
 pytestmark = pytest.mark.sandbox
 
 GOALS: list[tuple[str, dict[str, str]]] = [
-    ("Write a Python function double(number) with tests", {}),
+    ("Write a Python function double(number) with tests", {"notes.md": NOTES}),
     ("How many rows of sales.csv have an amount above 100, and what is their total?", {"sales.csv": SALES}),
     ("How often is a failed call retried?", {"notes.md": NOTES}),
 ]

@@ -27,6 +27,7 @@ BUILT_IN_CALLS: Declarations = MappingProxyType(
             _needs("models:chat"),
             _needs("judge:validate"),
             _needs("executor:run"),
+            _may_use("files:read"),
             _needs("files:write"),
         ),
         "judge:validate": (_may_use("executor:run"),),

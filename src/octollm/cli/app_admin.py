@@ -11,7 +11,9 @@ from octollm.cli.completing import complete_model
 
 models_app = typer.Typer(name="models", help="Fetch and list the embedded models.", no_args_is_help=True)
 keys_app = typer.Typer(name="keys", help="Make, list and revoke API keys and join secrets.", no_args_is_help=True)
-token_app = typer.Typer(name="token", help="Make, look into and revoke tokens for direct calls.", no_args_is_help=True)
+token_app = typer.Typer(
+    name="token", help="Make API keys, and tokens for direct calls; look into and revoke them.", no_args_is_help=True
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -41,16 +43,20 @@ def list_models(as_json: AsJson = False) -> None:
     raise typer.Exit(list_command(as_json=as_json))
 
 
+@token_app.command("create")
 @keys_app.command("create")
 def create_key(
-    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    name: Annotated[str, typer.Argument(help="What the key is for.")] = "key",
     scope: Annotated[str, typer.Option(help="Presets (user, admin) and scopes, separated by spaces.")] = "user",
+    tenant: Annotated[
+        str | None, typer.Option(help="Another tenant's: for whoever runs the installation, to let it begin.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an API key and print its secret, this once."""
     from octollm.cli.key_views import create_command  # noqa: PLC0415
 
-    raise typer.Exit(create_command(name, scope, as_json=as_json))
+    raise typer.Exit(create_command(name, scope, tenant, as_json=as_json))
 
 
 @keys_app.command("list")

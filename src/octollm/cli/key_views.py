@@ -14,12 +14,12 @@ from octollm.cli.terminal import messages, output
 from octollm.contracts.api import KeyList
 
 
-def create_command(name: str, scope: str, *, as_json: bool) -> int:
+def create_command(name: str, scope: str, tenant: str | None, *, as_json: bool) -> int:
     """Make a key; its secret is all that goes to standard output, so that it can be taken from there."""
 
     async def work() -> int:
         async with open_client(command_settings()) as octo:
-            made = await octo.create_key(name, scope=scope)
+            made = await octo.create_key(name, scope=scope, tenant=tenant)
         if as_json:
             print(msgspec.json.encode(made).decode(), flush=True)
             return EXIT_DONE

@@ -177,12 +177,14 @@ class Client:
         """Return the API keys, without their secrets."""
         return (await self.door.get("/keys", KeyList)).keys
 
-    async def create_key(self, name: str, *, scope: str = "user") -> NewKey:
+    async def create_key(self, name: str, *, scope: str = "user", tenant: str | None = None) -> NewKey:
         """Make an API key; its ``secret`` is in the answer, this once. ``scope`` has presets and scopes, with spaces.
+
+        ``tenant`` is one's own; whoever runs the installation makes the first key of another.
 
         Not repeated when an answer is lost: a key whose secret nobody got would stay behind.
         """
-        return await self.door.post("/keys", KeyRequest(name, scope), NewKey)
+        return await self.door.post("/keys", KeyRequest(name, scope, tenant), NewKey)
 
     async def revoke_key(self, key_id: str) -> None:
         """Revoke an API key, by its id; its tokens and tasks end with it."""

@@ -156,10 +156,15 @@ class TokenAnswer(msgspec.Struct, frozen=True):
 
 
 class KeyRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST /keys``: scopes are presets (``user``, ``admin``) or single scopes, space-separated."""
+    """``POST /keys``: scopes are presets (``user``, ``admin``) or single scopes, space-separated.
+
+    ``tenant`` is one's own, unless one is of the tenant that the installation began with: that one makes the first
+    key of others.
+    """
 
     name: str
     scope: str = "user"
+    tenant: Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z")] | None = None
 
 
 class KeyView(msgspec.Struct, frozen=True):

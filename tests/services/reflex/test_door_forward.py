@@ -118,12 +118,6 @@ async def test_what_is_not_public_is_not_there(door: Doorway, path: str) -> None
     assert door.script.seen == []
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", "/session")])
-async def test_what_is_not_configured_says_so(door: Doorway, method: str, path: str) -> None:
-    answer = await door.client.request(method, path)
-    assert (answer.status_code, answer.json()["code"]) == (404, "not_configured")
-
-
 @pytest.mark.parametrize(
     "target",
     [

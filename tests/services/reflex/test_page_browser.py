@@ -123,21 +123,31 @@ async def test_a_task_is_cancelled(door: Doorway, tab: Tab) -> None:
 
 
 async def test_where_nobody_is_trusted_the_page_asks_for_a_key(tmp_path: Path, tab: Tab) -> None:
+    session = "octosess_" + "0" * 32 + "_secret"
     async with doorway(tmp_path, local_trust=False) as door:
         prepare(door)
+        opened = {"session": session, "expires_in": 43200, "tenant": "acme", "scope": "tasks:*"}
+        door.script.answers["POST", "/sessions"] = json_answer(opened)
+        door.script.answers["POST", "/sessions/end"] = json_answer({"status": "ok"})
         await door.script.emit("task.accepted", goal="a goal", progress=0)
         await plan(door)
         await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))
         await tab.until("document.querySelector('#key')", "a key is asked for")
         await tab.run("document.querySelector('#key').focus()")
         await tab.do("Input.insertText", text=KEY)
+        door.script.keys[session] = "user"
         await tab.run("document.querySelector('#key').form.querySelector('button').click()")
-        await tab.until("document.querySelector('.step.running')", "the task is watched by server-sent events")
+        await tab.until("document.querySelector('.step.running')", "the task is watched")
+        kept = await tab.run("document.cookie + JSON.stringify(sessionStorage) + JSON.stringify(localStorage)")
+        assert kept == "{}{}", "scripts see nothing of it"
         await write(door, "streamed", 0, reset=True)
         await tab.until("document.querySelector('.live')?.innerText.includes('streamed')", "the text streams")
         assert KEY not in await tab.run("location.href")
         await door.script.emit("task.cancelled", status="cancelled", progress=5)
         await tab.until("document.querySelector('main .chip.cancelled')", "the end is told")
+        await tab.until("document.querySelector('header.top > button')?.innerText === 'Log out'", "one can log out")
+        await tab.run("document.querySelector('header.top > button').click()")
+        await tab.until("document.querySelector('#key')", "a key is asked for again")
         assert troubles(tab) == []
 
 

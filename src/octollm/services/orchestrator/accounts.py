@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import select, update
@@ -15,7 +15,7 @@ from octollm.capability import PRESETS, Principal, ScopeSet, preset
 from octollm.clock import Clock, Ids, iso
 from octollm.contracts.api import KeyList, KeyView, NewKey
 from octollm.errors import OctoError
-from octollm.services.orchestrator.audit import Actor, record
+from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record
 from octollm.storage import Database, Transaction, plain
 from octollm.storage.tables import api_keys
 
@@ -81,17 +81,36 @@ class Accounts:
                 await tx.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=self._clock.now()))
         return self._account(row)
 
+    async def of_credential(self, cred: str) -> Account:
+        """Return whom a credential stands for; raise ``api_key_invalid`` when it was revoked."""
+        row = await self._row(cred)
+        if row is None or row["revoked_at"] is not None:
+            raise OctoError("The API key was revoked.", code="api_key_invalid")
+        return self._account(row)
+
     async def scopes_now(self, cred: str) -> ScopeSet:
-        """Return what a credential may do today; nothing when it was revoked."""
+        """Return what a credential may do today; raise ``authority_missing`` when it was revoked."""
+        return self._account(await self._good(cred)).scopes
+
+    async def _good(self, cred: str) -> Mapping[str, Any]:
         row = await self._row(cred)
         if row is None or row["revoked_at"] is not None:
             raise OctoError("The credential that the task was submitted with was revoked.", code="authority_missing")
-        return self._account(row).scopes
+        return row
 
-    async def create(self, name: str, scope: str, actor: Actor) -> NewKey:
-        """Make a key in the actor's tenant; its scopes may not exceed the actor's. The secret is shown once."""
-        wanted = expand(scope, self._arms(actor.principal.tenant))
-        if not wanted.narrower_or_equal(await self.scopes_now(actor.principal.cred)):
+    async def create(self, name: str, scope: str, actor: Actor, tenant: str | None = None) -> NewKey:
+        """Make a key in the actor's tenant; its scopes may not exceed the actor's. The secret is shown once.
+
+        In another ``tenant`` only who is of the first one makes keys: whoever runs the installation. Raises
+        ``scope_missing``, ``invalid_parameter``.
+        """
+        own = actor.principal.tenant
+        tenant = tenant or own
+        if tenant != own and (own != LOCAL_TENANT or tenant == SYSTEM_TENANT):
+            raise OctoError("A key is made in one's own tenant.", code="scope_missing")
+        wanted = expand(scope, self._arms(tenant))
+        row = await self._good(actor.principal.cred)
+        if not wanted.narrower_or_equal(expand(row["scopes"], self._arms(tenant))):
             raise OctoError("A key may not have more scopes than who makes it.", code="scope_missing")
         key_id = self._ids.hex()
         secret = f"{KEY_PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
@@ -101,15 +120,19 @@ class Accounts:
                 tx.insert(api_keys).values(
                     id=key_id,
                     hash=_hash(secret),
-                    tenant=actor.principal.tenant,
+                    tenant=tenant,
                     sub=f"key-{key_id}",
                     name=name,
                     scopes=scope,
                     created_at=now,
                 )
             )
-            await record(tx, actor, "key.added", key_id, now, {"name": name, "scope": scope})
-        view = KeyView(key_id, name, actor.principal.tenant, scope, iso(now))
+            detail = {"name": name, "scope": scope, "tenant": tenant}
+            await record(tx, actor, "key.added", key_id, now, detail)
+            if tenant != own:
+                theirs = replace(actor, principal=replace(actor.principal, tenant=tenant))
+                await record(tx, theirs, "key.added", key_id, now, detail)
+        view = KeyView(key_id, name, tenant, scope, iso(now))
         return NewKey(view, secret)
 
     async def list(self, tenant: str) -> KeyList:

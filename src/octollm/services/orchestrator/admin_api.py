@@ -41,7 +41,7 @@ class AdminApi:
         """Make a key."""
         if not 0 < len(body.name) <= 100:
             raise OctoError("A key needs a name of 1 to 100 characters.", code="invalid_body")
-        return await self.accounts.create(body.name, body.scope, actor_of(call))
+        return await self.accounts.create(body.name, body.scope, actor_of(call), body.tenant)
 
     async def revoke_key(self, call: Call, _body: object) -> Done:
         """Revoke a key and what was issued for it, and cancel the tasks that were submitted with it."""

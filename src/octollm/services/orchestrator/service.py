@@ -36,6 +36,7 @@ from octollm.services.orchestrator.registry import Registry
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.services.orchestrator.sealing import Sealing
 from octollm.services.orchestrator.services_api import ServicesApi
+from octollm.services.orchestrator.sessions import Sessions
 from octollm.services.orchestrator.tasks_api import TasksApi
 from octollm.services.orchestrator.tokens_api import TokensApi
 from octollm.services.orchestrator.traces import Traces
@@ -144,6 +145,7 @@ async def orchestrator_service(
         tokens_api = TokensApi(
             db=db,
             accounts=accounts,
+            sessions=Sessions(db, revoking, base.clock, base.ids),
             registry=registry,
             revoking=revoking,
             minter=minter,

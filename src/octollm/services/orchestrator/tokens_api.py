@@ -8,24 +8,28 @@ from dataclasses import dataclass
 from starlette.responses import StreamingResponse
 
 from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, closure, merge, parse_may
+from octollm.capability.inspecting import read_chain
 from octollm.capability.keyring import KeyRing, Roots
 from octollm.clock import Clock, Ids
 from octollm.contracts.api import (
+    Done,
     ExchangeRequest,
     TokenAnswer,
     TokenRequest,
 )
 from octollm.contracts.revocations import RevocationList
 from octollm.contracts.services import service_of
+from octollm.contracts.session import SESSION_PREFIX, SESSION_SECONDS, EndSession, OpenSession, SessionAnswer
 from octollm.contracts.stream import NDJSON
 from octollm.contracts.task import Budget, TaskContract
 from octollm.errors import Fault, OctoError
 from octollm.rpc.call import About, Call, Operation
 from octollm.rpc.identity import DirectoryAnswer
 from octollm.services.orchestrator.accounts import Account, Accounts
-from octollm.services.orchestrator.audit import Actor, actor_of, record
+from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, actor_of, record
 from octollm.services.orchestrator.registry import Registry
 from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.sessions import Sessions
 from octollm.storage import Database, Transaction
 from octollm.tasks.store import NewTask, TaskStore
 
@@ -39,6 +43,7 @@ class TokensApi:
 
     db: Database
     accounts: Accounts
+    sessions: Sessions
     registry: Registry
     revoking: Revoking
     minter: RootMinter
@@ -52,16 +57,41 @@ class TokensApi:
 
     async def exchange(self, call: Call, body: ExchangeRequest) -> TokenAnswer:
         """Exchange an API key for an access token at this service (RFC 8693)."""
+        session_id = ""
         try:
-            account = await self.accounts.authenticate(body.subject_token)
+            if body.subject_token.startswith(SESSION_PREFIX):
+                session_id, cred = await self.sessions.credential(body.subject_token)
+                account = await self.accounts.of_credential(cred)
+            else:
+                account = await self.accounts.authenticate(body.subject_token)
         except OctoError:
-            actor = Actor(Principal("unknown", "unknown", "system"), call.request_id, call.correlation_id, call.peer)
-            async with self.db.transaction() as tx:
-                await record(tx, actor, "token.refused", "door", self.clock.now())
+            await self._refused(call)
             raise
         scopes = door_scopes(account)
         token = self.minter.access(account.principal, "orchestrator", scopes, DOOR_SECONDS)
+        if session_id:
+            await self.sessions.note(session_id, read_chain(token).access.claims.jti)
         return TokenAnswer(token, DOOR_SECONDS, str(scopes), tenant=account.principal.tenant)
+
+    async def open_session(self, call: Call, body: OpenSession) -> SessionAnswer:
+        """Open a session for a credential that is good."""
+        try:
+            account = await self.accounts.authenticate(body.subject_token)
+        except OctoError:
+            await self._refused(call)
+            raise
+        session = await self.sessions.open(account.principal)
+        return SessionAnswer(session, SESSION_SECONDS, account.principal.tenant, str(door_scopes(account)))
+
+    async def end_session(self, _call: Call, body: EndSession) -> Done:
+        """End a session, and revoke what it was given."""
+        await self.sessions.end(body.session)
+        return Done()
+
+    async def _refused(self, call: Call) -> None:
+        actor = Actor(Principal("unknown", "unknown", SYSTEM_TENANT), call.request_id, call.correlation_id, call.peer)
+        async with self.db.transaction() as tx:
+            await record(tx, actor, "token.refused", "door", self.clock.now())
 
     async def by_hand(self, call: Call, body: TokenRequest) -> TokenAnswer:
         """Make a token for direct calls: it stands for a task of its own with a budget, which ends with it."""
@@ -143,6 +173,29 @@ class TokensApi:
                 answer=TokenAnswer,
                 summary="Exchange a caller's credential for an access token.",
                 about=About(codes=("api_key_invalid",)),
+            ),
+            Operation(
+                "sessions.open",
+                "POST",
+                "/sessions",
+                self.open_session,
+                auth="service",
+                scope="reflex",
+                body=OpenSession,
+                answer=SessionAnswer,
+                summary="Open a session of the page.",
+                about=About(codes=("api_key_invalid",)),
+            ),
+            Operation(
+                "sessions.end",
+                "POST",
+                "/sessions/end",
+                self.end_session,
+                auth="service",
+                scope="reflex",
+                body=EndSession,
+                answer=Done,
+                summary="End a session of the page.",
             ),
             Operation(
                 "token.by_hand",

@@ -22,8 +22,14 @@ class OurNames:
     how DNS rebinding shows.
     """
 
-    def __init__(self, allowed: Sequence[str]) -> None:
+    def __init__(self, allowed: Sequence[str], callers: Sequence[str] = ()) -> None:
+        """``callers`` are origins whose pages may call with a key of their own: they are not ours for all that."""
         self._allowed = frozenset(allowed)
+        self._callers = frozenset(callers)
+
+    def may_call(self, origin: str, port: int) -> bool:
+        """Say whether a page of ``origin`` may change something, given that it shows a credential."""
+        return origin in self._callers or self.has_origin(origin, port)
 
     def has(self, host: str, port: int, *, default_port: int = 80) -> bool:
         """Say whether ``host`` (``name[:port]``) is ours, with ``port`` the one that the request came in by."""

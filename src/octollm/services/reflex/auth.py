@@ -12,7 +12,9 @@ from octollm.rpc.opened import Opened
 from octollm.services.reflex.addresses import OurNames
 from octollm.services.reflex.doorstep import port_of
 from octollm.services.reflex.exchange import Exchange, digest_of
+from octollm.services.reflex.guessing import Guessing
 from octollm.services.reflex.rate import Rate, address_bucket
+from octollm.services.reflex.session import shown_session
 from octollm.services.reflex.trust import check_local
 from octollm.telemetry import Metrics
 
@@ -29,6 +31,7 @@ class Door:
         ours: OurNames,
         metrics: Metrics,
         *,
+        guessing: Guessing,
         local_key: str | None,
     ) -> None:
         """``local_key`` is the local user's credential; ``None`` where a local peer is nobody in particular."""
@@ -36,6 +39,7 @@ class Door:
         self._rate = rate
         self._ours = ours
         self._metrics = metrics
+        self._guessing = guessing
         self._local_key = local_key
 
     async def admit(self, connection: HTTPConnection) -> str:
@@ -64,9 +68,21 @@ class Door:
         if not self._exchange.holds(digest):
             # Guessing keys is counted by address: each guess would have a bucket of its own.
             await self._rate.hit(address_bucket(peer))
+            await self._try(credential)
         await self._exchange.token(credential)
         await self._rate.hit(f"key:{digest}")
         return credential
+
+    async def _try(self, credential: str) -> None:
+        """Exchange a credential that is not known here; wrong ones make the next on the same key wait."""
+        name = "_".join(credential.split("_", 2)[:2])[:64]
+        await self._guessing.wait(name)
+        try:
+            await self._exchange.token(credential)
+        except OctoError as error:
+            if error.code == "api_key_invalid":
+                self._guessing.wrong(name)
+            raise
 
     def _credential(self, connection: HTTPConnection, peer: str) -> str:
         values = connection.headers.getlist("authorization")
@@ -76,6 +92,9 @@ class Door:
             if len(values) > 1 or scheme.lower() != "bearer" or not _KEY.fullmatch(key):
                 raise OctoError("The Authorization header must be one `Bearer <API key>`.", code="token_malformed")
             return key
+        session = shown_session(connection, self._ours)
+        if session is not None:
+            return session
         if self._local_key is None:
             raise OctoError("An API key is needed as a bearer token.", code="token_missing")
         check_local(connection.headers, peer, port_of(connection.scope), self._ours)

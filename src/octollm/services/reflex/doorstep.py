@@ -46,7 +46,7 @@ def check_request(scope: Scope, ours: OurNames, *, probes_by_address: bool) -> N
             "This server is not reached by that Host; OCTOLLM_ALLOWED_HOSTS names further ones.", code="host_refused"
         )
     changes = scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS
-    if changes and any(not ours.has_origin(origin, port) for origin in headers.getlist("origin")):
+    if changes and any(not ours.may_call(origin, port) for origin in headers.getlist("origin")):
         raise OctoError("A page of another origin may not do this.", code="origin_refused")
 
 

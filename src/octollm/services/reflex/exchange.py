@@ -32,9 +32,12 @@ def digest_of(secret: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class Held:
+    """An access token that is held, and what it is for; ``until`` on the monotonic clock."""
+
     token: str = field(repr=False)
     tenant: str
+    scope: str
     until: float
 
 
@@ -45,8 +48,8 @@ class Exchange:
         self._caller = caller
         self._signer = signer
         self._clock = clock
-        self._held: OrderedDict[str, _Held] = OrderedDict()
-        self._asking: dict[str, asyncio.Task[_Held]] = {}
+        self._held: OrderedDict[str, Held] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[Held]] = {}
 
     def holds(self, digest: str) -> bool:
         """Say whether a credential was exchanged a short while ago."""
@@ -76,6 +79,13 @@ class Exchange:
         held = self._held.get(digest_of(secret))
         return "" if held is None else held.tenant
 
+    def held(self, secret: str) -> Held:
+        """Return what is held for a credential that was admitted just now; raise ``api_key_invalid`` otherwise."""
+        held = self._held.get(digest_of(secret))
+        if held is None:
+            raise OctoError("The credential is not known.", code="api_key_invalid")
+        return held
+
     def drop(self, secret: str) -> None:
         """Forget the token of a credential: it was refused."""
         self._held.pop(digest_of(secret), None)
@@ -89,7 +99,7 @@ class Exchange:
             with contextlib.suppress(asyncio.CancelledError, OctoError):
                 await task
 
-    def _asked(self, digest: str, done: asyncio.Task[_Held]) -> None:
+    def _asked(self, digest: str, done: asyncio.Task[Held]) -> None:
         del self._asking[digest]
         if done.cancelled() or done.exception() is not None:
             return
@@ -97,7 +107,7 @@ class Exchange:
         while len(self._held) > MAX_HELD:
             self._held.popitem(last=False)
 
-    async def _ask(self, secret: str) -> _Held:
+    async def _ask(self, secret: str) -> Held:
         call = Outgoing(
             _TARGET,
             self._signer.svc_token("orchestrator"),
@@ -115,4 +125,5 @@ class Exchange:
                 ) from error
             raise
         lifetime = min(float(answer.expires_in), MAX_HELD_SECONDS)
-        return _Held(answer.access_token, answer.tenant, asked_at + max(lifetime - MARGIN_SECONDS, lifetime / 2))
+        until = asked_at + max(lifetime - MARGIN_SECONDS, lifetime / 2)
+        return Held(answer.access_token, answer.tenant, answer.scope, until)

@@ -31,10 +31,6 @@ _FILE_NAME = re.compile(r"[!-~]{1,1024}")
 _LAST_EVENT = re.compile(r"[0-9]{1,15}")
 
 
-NOT_CONFIGURED: tuple[tuple[str, str], ...] = (("POST", "/session"),)
-"""Public paths of the design that nothing stands behind yet."""
-
-
 class Forward:
     """Passes public calls on to the orchestrator in the name of whoever makes them."""
 
@@ -45,7 +41,7 @@ class Forward:
 
     def operations(self) -> list[Operation]:
         """Return the operations of the public API."""
-        return [*(self._operation(public) for public in PUBLIC), *(_absent(*where) for where in NOT_CONFIGURED)]
+        return [self._operation(public) for public in PUBLIC]
 
     def _operation(self, public: PublicPath) -> Operation:
         async def handle(call: Call, body: object) -> Response:
@@ -139,14 +135,3 @@ def _response(answer: Answer, public: PublicPath) -> Response:
         headers["cache-control"] = "private, no-cache" if public.cacheable else "no-store"
     # Given as a header, so that no charset is added to a text that may have another.
     return Response(answer.body, status_code=answer.status, headers={**headers, "content-type": kind})
-
-
-def _absent(method: str, path: str) -> Operation:
-    async def handle(call: Call, body: object) -> Response:
-        del call, body
-        raise OctoError(f"{method} {path} is not configured here.", code="not_configured")
-
-    name = f"{path[1:]}.absent"
-    about = About(codes=("not_configured",))
-    summary = "Not configured."
-    return Operation(name, method, path, handle, auth="public", max_body=MAX_JSON, summary=summary, about=about)

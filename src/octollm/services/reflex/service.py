@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
+from starlette.middleware.cors import CORSMiddleware
+
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
@@ -19,16 +21,20 @@ from octollm.services.reflex.doorstep import Doorstep
 from octollm.services.reflex.exchange import Exchange
 from octollm.services.reflex.forward import Forward
 from octollm.services.reflex.goal_screen import GoalScreen
+from octollm.services.reflex.guessing import Guessing
 from octollm.services.reflex.neighbours import Neighbours
 from octollm.services.reflex.page import page_route
 from octollm.services.reflex.rate import Rate
 from octollm.services.reflex.screening import Screener
+from octollm.services.reflex.session import PageSessions
 from octollm.services.reflex.sockets import Sockets
 from octollm.services.reflex.sse import sse_operation
 from octollm.services.reflex.upstream import DoorRetry, Upstream
 from octollm.services.reflex.watching import PATIENCE_SECONDS, Watching
 from octollm.storage import Keys, RedisClient, TextStream
 
+CORS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "X-File-Name")
+CORS_EXPOSED = ("ETag", "Location", "Retry-After", "X-Request-ID", "X-Correlation-ID", "Content-Disposition")
 HINT_SECONDS = 5.0
 """A watcher looks by itself as often, should a hint be lost."""
 
@@ -50,7 +56,7 @@ async def reflex_service(
     """
     draining = asyncio.Event()
     keys = Keys()
-    ours = OurNames(settings.allowed_hosts)
+    ours = OurNames(settings.allowed_hosts, settings.cors_origins)
     trusted = local_key if loopback_only and settings.local_trust else None
     caller = Caller(
         base.name,
@@ -63,7 +69,9 @@ async def reflex_service(
         retry=DoorRetry(),
     )
     exchange = Exchange(caller, base.identity.signer(), base.clock)
-    door = Door(exchange, Rate(settings.rate_limit, base.clock), ours, base.metrics, local_key=trusted)
+    rate = Rate(settings.rate_limit, base.clock)
+    door = Door(exchange, rate, ours, base.metrics, guessing=Guessing(base.clock), local_key=trusted)
+    page = PageSessions(caller, base.identity.signer(), exchange, ours, rate, base.clock)
     upstream = Upstream(caller, exchange, base.clock)
     screen = GoalScreen(await asyncio.to_thread(Screener), settings.screening, upstream, base.metrics)
     async with contextlib.AsyncExitStack() as stack:
@@ -87,13 +95,28 @@ async def reflex_service(
         }
         service = build_service(
             base,
-            [*Forward(upstream, screen, draining).operations(), *screen.operations(), sse_operation(watching)],
+            [
+                *Forward(upstream, screen, draining).operations(),
+                *screen.operations(),
+                *page.operations(),
+                sse_operation(watching),
+            ],
             openers={"door": DoorOpener(door)},
             checkups=checkups,
             extra=[page_route(), *Sockets(watching, base.ids, base.log).routes()],
             draining=draining,
             tells_export=loopback_only,
         )
+        if settings.cors_origins:
+            # Without credentials: a page elsewhere shows a key of its own, and never the browser's session.
+            service.app.add_middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=CORS_HEADERS,
+                expose_headers=CORS_EXPOSED,
+                max_age=600,
+            )
         service.app.add_middleware(
             Doorstep, ours=ours, ids=base.ids, metrics=base.metrics, probes_by_address=not loopback_only
         )

@@ -7,7 +7,7 @@ Times are epoch seconds (UTC), money is US dollars, ids are text. JSON columns t
 Python values.
 """
 
-from octollm.storage.tables.access import api_keys, arms, audit, audit_heads, revocations
+from octollm.storage.tables.access import api_keys, arms, audit, audit_heads, revocations, sessions
 from octollm.storage.tables.calls import budgets, idempotency, model_journal, reservations
 from octollm.storage.tables.columns import ORCHESTRATOR
 from octollm.storage.tables.events import channels, events, relay_state, subjects
@@ -42,6 +42,7 @@ __all__ = [
     "relay_state",
     "reservations",
     "revocations",
+    "sessions",
     "spans",
     "steps",
     "subjects",

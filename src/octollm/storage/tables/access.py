@@ -31,6 +31,20 @@ api_keys = Table(
     Index(None, "tenant", "sub"),
 )
 
+sessions = Table(
+    "sessions",
+    ORCHESTRATOR,
+    Column("id", ID, primary_key=True),
+    Column("hash", ID, nullable=False),
+    tenant(),
+    Column("cred", NAME, nullable=False),  # the credential that it was opened for
+    time("created_at"),
+    time("expires_at"),
+    Column("tokens", json_type(), nullable=False),  # jti of the access tokens that it was given last
+    Index(None, "cred"),
+    Index(None, "expires_at"),
+)
+
 revocations = Table(
     "revocations",
     ORCHESTRATOR,

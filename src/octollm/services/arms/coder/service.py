@@ -29,7 +29,7 @@ def coder_arm() -> Arm:
         "coder",
         "Writes Python code with tests that pass, answers questions over tables with SQL, and writes texts.",
         SERVICES["coder"].port,
-        calls=("models:chat", "judge:validate", "executor:run", "files:write"),
+        calls=("models:chat", "judge:validate", "executor:run", "files:read", "files:write"),
         accepts=("files:tabular", "files:text", "files:none"),
     )
 
