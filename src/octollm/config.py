@@ -50,6 +50,7 @@ class Settings:
     drain_seconds: float
     allowed_hosts: tuple[str, ...]
     cors_origins: tuple[str, ...]
+    oidc: Path | None
     rate_limit: str
     screening: Literal["refuse", "record", "off"]
     max_tokens: int
@@ -291,6 +292,7 @@ SPECS: dict[str, Spec] = {
         "Origins whose pages may call the public door with an API key, comma-separated; none by default.",
         _origins,
     ),
+    "oidc": Spec("OIDC", "", "File (TOML) of the OpenID Connect issuers whose logins are believed.", _optional_path),
     "rate_limit": Spec("RATE_LIMIT", "600/minute", "Requests per key at the public door.", _rate),
     "screening": Spec(
         "SCREENING",

@@ -51,6 +51,7 @@ KINDS: dict[str, Kind] = {
     "token_invalid": Kind(401, "The token is not valid here"),
     "token_revoked": Kind(401, "The token was revoked"),
     "api_key_invalid": Kind(401, "The API key is not valid"),
+    "login_refused": Kind(403, "The login is good, and grants nothing here"),
     "scope_missing": Kind(403, "The token does not allow this"),
     "origin_refused": Kind(403, "Requests from that origin are refused"),
     "authority_missing": Kind(403, "The authority for a needed call is missing"),

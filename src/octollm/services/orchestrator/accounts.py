@@ -16,6 +16,8 @@ from octollm.clock import Clock, Ids, iso
 from octollm.contracts.api import KeyList, KeyView, NewKey
 from octollm.errors import OctoError
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record
+from octollm.services.orchestrator.issuers import Issuer, name_of, principal_of, scopes_of
+from octollm.services.orchestrator.oidc import Oidc
 from octollm.storage import Database, Transaction, plain
 from octollm.storage.tables import api_keys
 
@@ -37,8 +39,16 @@ class Account:
 class Accounts:
     """API keys of all tenants. A key is ``octo_<id>_<secret>``."""
 
-    def __init__(self, db: Database, clock: Clock, ids: Ids, arms: Callable[[str], Iterable[str]]) -> None:
-        """``arms`` names those whose operations a user of a tenant has."""
+    def __init__(
+        self,
+        db: Database,
+        clock: Clock,
+        ids: Ids,
+        arms: Callable[[str], Iterable[str]],
+        oidc: Oidc | None = None,
+    ) -> None:
+        """``arms`` names those whose operations a user of a tenant has; ``oidc`` believes logins of other issuers."""
+        self._oidc = oidc
         self._db = db
         self._arms = arms
         self._clock = clock
@@ -64,6 +74,8 @@ class Accounts:
 
     async def authenticate(self, credential: str) -> Account:
         """Return whose credential this is; raise ``api_key_invalid`` for any that is not good, without saying why."""
+        if self._oidc is not None and credential.startswith("eyJ"):
+            return await self._by_login(*await self._oidc.verify(credential))
         refused = OctoError(
             "The API key is not known or was revoked. `octollm keys create` makes one.", code="api_key_invalid"
         )
@@ -80,6 +92,29 @@ class Accounts:
             async with self._db.transaction() as tx:
                 await tx.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=self._clock.now()))
         return self._account(row)
+
+    async def _by_login(self, issuer: Issuer, claims: Mapping[str, Any]) -> Account:
+        """Return the account of a login, as its claims have it now; it is listed, and can be revoked, as a key is."""
+        principal, scopes = principal_of(issuer, claims), scopes_of(issuer, claims)
+        if not scopes:
+            raise OctoError("The login is good, and no rule of OCTOLLM_OIDC grants it anything.", code="login_refused")
+        now = self._clock.now()
+        changing = {"scopes": scopes, "name": name_of(claims), "last_used_at": now}
+        async with self._db.transaction() as tx:
+            held = await tx.first(select(api_keys).where(api_keys.c.id == principal.cred).with_for_update())
+            if held is not None and held["revoked_at"] is not None:
+                raise OctoError("The login was revoked here.", code="api_key_invalid")
+            if held is None or held["scopes"] != scopes or now - (held["last_used_at"] or 0.0) > TOUCH_SECONDS:
+                fixed = {"id": principal.cred, "hash": f"oidc:{principal.cred}", "tenant": principal.tenant}
+                await tx.execute(
+                    tx.insert(api_keys)
+                    .values(**fixed, sub=principal.sub, created_at=now, **changing)
+                    .on_conflict_do_update(index_elements=[api_keys.c.id], set_=changing)
+                )
+            if held is None or held["scopes"] != scopes:
+                detail = {"issuer": issuer.url, "scope": scopes}
+                await record(tx, Actor(principal), "login.granted", principal.cred, now, detail)
+        return Account(principal, expand(scopes, self._arms(principal.tenant)))
 
     async def of_credential(self, cred: str) -> Account:
         """Return whom a credential stands for; raise ``api_key_invalid`` when it was revoked."""

@@ -20,6 +20,7 @@ from octollm.rpc.discovery_registry import RegistryDiscovery
 from octollm.rpc.health import CheckUp, Dependency
 from octollm.rpc.idempotency_sql import SqlIdempotency
 from octollm.rpc.openers import CapabilityOpener, ServiceOpener
+from octollm.rpc.outside import Outside, outside_http
 from octollm.rpc.service import Base, Service, build_service
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.admin_api import AdminApi
@@ -29,8 +30,10 @@ from octollm.services.orchestrator.cancelling import Cancelling
 from octollm.services.orchestrator.events_api import EventsApi
 from octollm.services.orchestrator.files import FileStore, file_operations
 from octollm.services.orchestrator.intake import Defaults
+from octollm.services.orchestrator.issuers import read_issuers
 from octollm.services.orchestrator.joining import Joining
 from octollm.services.orchestrator.joins import Joins
+from octollm.services.orchestrator.oidc import ASK_SECONDS, Oidc
 from octollm.services.orchestrator.presence import Presence
 from octollm.services.orchestrator.registry import Registry
 from octollm.services.orchestrator.revoking import Revoking
@@ -79,7 +82,8 @@ async def orchestrator_service(
         await revoking.load()
         sealing = Sealing(db, root_key, base.clock)
         registry = Registry(db, base.clock, service_keys)
-        accounts = Accounts(db, base.clock, base.ids, registry.admitted)
+        oidc = await stack.enter_async_context(_oidc(base, settings))
+        accounts = Accounts(db, base.clock, base.ids, registry.admitted, oidc)
         if local_key is not None:
             await accounts.set_local(local_key)
         files = FileStore(db, base.clock)
@@ -198,6 +202,21 @@ async def orchestrator_service(
         watched = Watched(registry, presence, revoking, sealing)
         await stack.enter_async_context(upkeep(watched, hear_cancels(redis, keys.cancel, worker.stop), base.log))
         yield service
+
+
+@contextlib.asynccontextmanager
+async def _oidc(base: Base, settings: Settings) -> AsyncGenerator[Oidc | None]:
+    """Open what believes the logins of other issuers; ``None`` where none is configured."""
+    if settings.oidc is None:
+        yield None
+        return
+    issuers = await asyncio.to_thread(read_issuers, settings.oidc)
+    outside = {
+        issuer.url: Outside(base.name, issuer.url, clock=base.clock, metrics=base.metrics, log=base.log)
+        for issuer in issuers
+    }
+    async with outside_http(idle=ASK_SECONDS) as http:
+        yield Oidc(issuers, http, outside, base.clock)
 
 
 def _allowed(accounts: Accounts):

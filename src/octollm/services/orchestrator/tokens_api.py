@@ -172,7 +172,7 @@ class TokensApi:
                 body=ExchangeRequest,
                 answer=TokenAnswer,
                 summary="Exchange a caller's credential for an access token.",
-                about=About(codes=("api_key_invalid",)),
+                about=About(codes=("api_key_invalid", "login_refused")),
             ),
             Operation(
                 "sessions.open",
@@ -184,7 +184,7 @@ class TokensApi:
                 body=OpenSession,
                 answer=SessionAnswer,
                 summary="Open a session of the page.",
-                about=About(codes=("api_key_invalid",)),
+                about=About(codes=("api_key_invalid", "login_refused")),
             ),
             Operation(
                 "sessions.end",

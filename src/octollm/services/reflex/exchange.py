@@ -118,7 +118,7 @@ class Exchange:
         try:
             answer = await self._caller.answer(call, TokenAnswer)
         except RemoteError as error:
-            if error.status in (400, 401, 403) and error.code != "api_key_invalid":
+            if error.status in (400, 401, 403) and error.code not in ("api_key_invalid", "login_refused"):
                 # It is this service that was refused, not the caller; that is no answer to the caller's key.
                 raise OctoError(
                     "The public door could not prove itself to the orchestrator.", code="unavailable", retry_after=5

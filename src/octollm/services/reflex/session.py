@@ -125,7 +125,7 @@ class PageSessions:
                 strict=True,
                 max_body=16_384,
                 summary="Open a session for an API key: a cookie that scripts cannot read.",
-                about=About(codes=("api_key_invalid", "origin_refused", "rate_limited")),
+                about=About(codes=("api_key_invalid", "login_refused", "origin_refused", "rate_limited")),
             ),
             Operation(
                 "session.read",

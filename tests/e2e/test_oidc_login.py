@@ -1,0 +1,140 @@
+"""A login by an OpenID Connect provider of somebody else's making, from its code flow to a task."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import pytest
+from ports import free_port
+from whole import answers
+
+from octollm.testing import wait_until
+from octollm.testing.scripted_model import scripted_model
+from octollm.testing.system import installation
+
+pytestmark = pytest.mark.sandbox
+GOAL = "Write a Python function double(number) with tests"
+USERS = [
+    {"sub": "ada", "email": "ada@example.org", "groups": ["staff"], "org": "acme"},
+    {"sub": "eve", "groups": ["guests"], "org": "acme"},
+    {"sub": "bob", "groups": ["staff"], "org": "globex"},
+    {"sub": "mallory", "groups": ["staff"], "org": "local"},
+]
+BACK = "http://127.0.0.1:8000/"
+
+
+@dataclass
+class Provider:
+    url: str
+
+    async def login(self, sub: str, client_id: str = "octollm") -> str:
+        """Return an ID token, as a browser would get its code and a client its token."""
+        async with httpx.AsyncClient(base_url=self.url, trust_env=False) as client:
+            asked = {
+                "client_id": client_id,
+                "redirect_uri": BACK,
+                "response_type": "code",
+                "scope": "openid email profile",
+            }
+            sent = await client.post("/oauth2/authorize", params=asked, data={"sub": sub})
+            code = parse_qs(urlsplit(sent.headers["location"]).query)["code"][0]
+            form = {"grant_type": "authorization_code", "code": code, "redirect_uri": BACK}
+            told = await client.post("/oauth2/token", data=form, auth=(client_id, "any"))
+            return told.json()["id_token"]
+
+
+@contextlib.asynccontextmanager
+async def provider() -> AsyncGenerator[Provider]:
+    port = free_port()
+    arguments = [word for user in USERS for word in ("--user-claims", json.dumps(user))]
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).parent / "oidc-provider-mock"), "--port", str(port), *arguments,
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+
+        async def answers_() -> bool:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                with contextlib.suppress(httpx.HTTPError):
+                    return (await client.get(f"{url}/.well-known/openid-configuration")).status_code == 200
+            return False
+
+        await wait_until(answers_, description="the provider answers", timeout=20, interval=0.1)
+        yield Provider(url)
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def test_a_login_does_what_its_claims_grant_in_its_own_tenant(tmp_path: Path) -> None:
+    async with provider() as issuer, scripted_model(answers) as model:
+        (tmp_path / "oidc.toml").write_text(
+            f"""
+            [[issuer]]
+            url = "{issuer.url}"
+            audience = "octollm"
+            tenant_claim = "org"
+            [[issuer.grant]]
+            claim = "groups"
+            value = "staff"
+            scope = "user"
+            """
+        )
+        environment = {
+            "OCTOLLM_MODEL": "openai:scripted",
+            "OCTOLLM_MODEL_URL": model.url,
+            "OCTOLLM_OIDC": str(tmp_path / "oidc.toml"),
+        }
+        async with (
+            installation(tmp_path / "home", environment=environment) as system,
+            httpx.AsyncClient(base_url=system.door, timeout=30, trust_env=False) as door,
+        ):
+            ada = {"Authorization": f"Bearer {await issuer.login('ada')}"}
+            made = await door.post("/tasks", json={"goal": GOAL}, headers=ada)
+            assert made.status_code == 201, made.text
+            task_id = made.json()["task_id"]
+
+            async def ended() -> bool:
+                return (await door.get(f"/tasks/{task_id}", headers=ada)).json()["status"] == "completed"
+
+            await wait_until(ended, description="the goal completes", timeout=60, interval=0.1)
+            bob = {"Authorization": f"Bearer {await issuer.login('bob')}"}
+            assert (await door.get("/tasks", headers=bob)).json()["tasks"] == []
+            assert (await door.get(f"/tasks/{task_id}", headers=bob)).status_code == 404
+
+            for sub, code in (("eve", "login_refused"), ("mallory", "login_refused")):
+                told = await door.get("/tasks", headers={"Authorization": f"Bearer {await issuer.login(sub)}"})
+                assert told.json()["code"] == code, sub
+            other = await issuer.login("ada", client_id="another-client")
+            told = await door.get("/tasks", headers={"Authorization": f"Bearer {other}"})
+            assert (told.status_code, told.json()["code"]) == (401, "api_key_invalid")
+
+            # A session is opened for a login as for a key.
+            origin = {"Origin": system.door}
+            opened = await door.post("/session", json={"api_key": await issuer.login("ada")}, headers=origin)
+            assert (opened.status_code, opened.json()["tenant"]) == (200, "acme")
+            assert len((await door.get("/tasks")).json()["tasks"]) == 1
+            door.cookies.clear()
+
+            # It is listed as a key of its tenant, and revoked as one, by that tenant's administrator.
+            secret = (await door.post("/keys", json={"name": "first", "scope": "admin", "tenant": "acme"})).json()[
+                "secret"
+            ]
+            acme = {"Authorization": f"Bearer {secret}"}
+            [login] = [
+                key for key in (await door.get("/keys", headers=acme)).json()["keys"] if key["id"].startswith("oidc-")
+            ]
+            assert (login["name"], login["scope"]) == ("ada@example.org", "user")
+            assert (await door.delete(f"/keys/{login['id']}", headers=acme)).status_code == 200
+            again = {"Authorization": f"Bearer {await issuer.login('ada')}"}
+            assert (await door.get("/tasks", headers=again)).status_code == 401
+            assert (await door.get("/tasks", headers=ada)).status_code == 401

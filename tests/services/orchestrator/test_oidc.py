@@ -1,0 +1,373 @@
+"""Logins of OpenID Connect issuers: what is believed, what it grants, and every way to bend it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from octollm.clock import SystemClock
+from octollm.errors import OctoError, SettingError
+from octollm.rpc.hosting import listen, serving
+from octollm.rpc.outside import Outside, outside_http
+from octollm.services.orchestrator import oidc as oidc_module
+from octollm.services.orchestrator.issuers import GrantRule, Issuer, name_of, principal_of, read_issuers, scopes_of
+from octollm.services.orchestrator.oidc import Oidc
+from octollm.telemetry import Metrics, log_for
+
+RSA = rsa.generate_private_key(65537, 2048)
+OTHER = rsa.generate_private_key(65537, 2048)
+EC = ec.generate_private_key(ec.SECP256R1())
+ED = ed25519.Ed25519PrivateKey.generate()
+NOW = 1_800_000_000
+
+
+class HandClock(SystemClock):
+    time = float(NOW)
+    ahead = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
+
+
+def jwk(key: Any, kid: str, **more: str) -> dict[str, Any]:
+    algorithm = {
+        rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
+        ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
+        ed25519.Ed25519PrivateKey: jwt.algorithms.OKPAlgorithm,
+    }
+    for kind, made in algorithm.items():
+        if isinstance(key, kind):
+            return {**json.loads(made.to_jwk(key.public_key())), "kid": kid, "use": "sig", **more}
+    raise AssertionError(key)
+
+
+@dataclass
+class Provider:
+    """An issuer over real HTTP whose answers a test sets."""
+
+    url: str = ""
+    keys: list[dict[str, Any]] = field(default_factory=list)
+    claims_to_be: str = ""
+    asked: int = 0
+    status: int = 200
+    body: bytes | None = None
+
+    async def discovery(self, request: Request) -> Response:
+        if self.body is not None:
+            return Response(self.body, self.status)
+        return JSONResponse(
+            {"issuer": self.claims_to_be or self.url, "jwks_uri": f"{self.url}/keys", "token_endpoint": "x"},
+            self.status,
+        )
+
+    async def jwks(self, _request: Request) -> Response:
+        self.asked += 1
+        return JSONResponse({"keys": self.keys})
+
+
+@dataclass
+class World:
+    provider: Provider
+    oidc: Oidc
+    issuer: Issuer
+    clock: HandClock
+
+    def claims(self, **more: Any) -> dict[str, Any]:
+        told = {
+            "iss": self.provider.url,
+            "aud": "octollm",
+            "sub": "ada",
+            "exp": NOW + 300,
+            "iat": NOW,
+            "groups": ["staff"],
+            **more,
+        }
+        return {name: value for name, value in told.items() if value is not None}
+
+    def token(self, key: Any = RSA, alg: str = "RS256", header: dict[str, Any] | None = None, **claims: Any) -> str:
+        return jwt.encode(self.claims(**claims), key, algorithm=alg, headers={"kid": "rsa", **(header or {})})
+
+
+@contextlib.asynccontextmanager
+async def world_of(**changes: Any) -> AsyncGenerator[World]:
+    clock, provider = HandClock(), Provider()
+    provider.keys = [jwk(RSA, "rsa", alg="RS256"), jwk(EC, "ec", alg="ES256"), jwk(ED, "ed", alg="EdDSA")]
+    app = Starlette(
+        routes=[Route("/.well-known/openid-configuration", provider.discovery), Route("/keys", provider.jwks)]
+    )
+    bound = listen("127.0.0.1", 0, "issuer")
+    provider.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    issuer = Issuer(provider.url, "octollm", (GrantRule("groups", "staff", "user"),), tenant="acme", **changes)
+    outside = Outside("orchestrator", provider.url, clock=clock, metrics=Metrics("t"), log=log_for("t"))
+    async with serving(app, bound), outside_http(idle=5) as http:
+        yield World(provider, Oidc([issuer], http, {provider.url: outside}, clock), issuer, clock)
+
+
+@pytest.fixture
+async def world() -> AsyncGenerator[World]:
+    async with world_of() as found:
+        yield found
+
+
+async def refused(world: World, token: str) -> bool:
+    with pytest.raises(OctoError) as caught:
+        await world.oidc.verify(token)
+    return caught.value.code == "api_key_invalid"
+
+
+@pytest.mark.parametrize(("key", "alg", "kid"), [(RSA, "RS256", "rsa"), (EC, "ES256", "ec"), (ED, "EdDSA", "ed")])
+async def test_a_good_login_is_believed(world: World, key: Any, alg: str, kid: str) -> None:
+    issuer, claims = await world.oidc.verify(world.token(key, alg, {"kid": kid}))
+    assert issuer is world.issuer
+    assert claims["sub"] == "ada"
+
+
+def by_hmac(secret: bytes) -> Callable[[World], str]:
+    def make(world: World) -> str:
+        def b64(data: bytes) -> str:
+            return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+        text = f"{b64(json.dumps({'alg': 'HS256', 'kid': 'rsa'}).encode())}.{b64(json.dumps(world.claims()).encode())}"
+        return f"{text}.{b64(hmac.new(secret, text.encode(), hashlib.sha256).digest())}"
+
+    return make
+
+
+PEM = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+BENT: list[tuple[str, Callable[[World], str]]] = [
+    ("another key", lambda w: w.token(OTHER)),
+    ("a key that is not there", lambda w: w.token(header={"kid": "other"})),
+    ("alg none", lambda w: jwt.encode(w.claims(), None, algorithm="none", headers={"kid": "rsa"})),
+    ("HMAC with the public key", by_hmac(PEM)),
+    ("another algorithm of the same key", lambda w: w.token(RSA, "PS256")),
+    ("an algorithm that is not believed", lambda w: w.token(RSA, "RS512")),
+    ("crit", lambda w: w.token(header={"crit": ["x"], "x": 1})),
+    ("a capability's type", lambda w: w.token(header={"typ": "cap+jwt"})),
+    ("another issuer", lambda w: w.token(iss="https://evil.example")),
+    ("no issuer", lambda w: w.token(iss=None)),
+    ("another audience", lambda w: w.token(aud="other")),
+    ("no audience", lambda w: w.token(aud=None)),
+    ("several audiences, for another party", lambda w: w.token(aud=["octollm", "other"], azp="other")),
+    ("several audiences, for nobody", lambda w: w.token(aud=["octollm", "other"])),
+    ("one audience, for another party", lambda w: w.token(azp="other")),
+    ("expired", lambda w: w.token(exp=NOW - 30)),
+    ("no expiry", lambda w: w.token(exp=None)),
+    ("expiry as text", lambda w: w.token(exp="soon")),
+    ("not valid yet", lambda w: w.token(nbf=NOW + 31)),
+    ("from the future", lambda w: w.token(iat=NOW + 31)),
+    ("from long ago", lambda w: w.token(iat=NOW - 86_401)),
+    ("no issue time", lambda w: w.token(iat=None)),
+    ("no subject", lambda w: w.token(sub=None)),
+    ("an empty subject", lambda w: w.token(sub="")),
+    ("an endless subject", lambda w: w.token(sub="x" * 256)),
+    ("a changed claim", lambda w: _spliced(w.token(), w.token(sub="eve"))),
+    ("too long", lambda w: w.token(padding="x" * 8192)),
+    ("two parts", lambda w: w.token().rpartition(".")[0]),
+    ("deep nesting", lambda w: "eyJ" + base64.urlsafe_b64encode(b"[" * 3000).decode() + ".e30.x"),
+    ("not JSON", lambda w: "eyJ.eyJ.x"),
+]
+
+
+def _spliced(one: str, other: str) -> str:
+    head, _, signature = one.split(".")
+    return f"{head}.{other.split('.')[1]}.{signature}"
+
+
+@pytest.mark.parametrize("make", [row[1] for row in BENT], ids=[row[0] for row in BENT])
+async def test_a_bent_login_is_refused_and_its_honest_twin_believed(world: World, make: Callable[[World], str]) -> None:
+    assert await refused(world, make(world))
+    assert await world.oidc.verify(world.token())
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"exp": NOW - 29},
+        {"nbf": NOW + 29},
+        {"iat": NOW + 29},
+        {"aud": ["octollm"]},
+        {"aud": ["octollm", "other"], "azp": "octollm"},
+        {"azp": "octollm"},
+        {"sub": "x" * 255},
+    ],
+)
+async def test_what_is_just_good_enough_is_believed(world: World, claims: dict[str, Any]) -> None:
+    assert await world.oidc.verify(world.token(**claims))
+
+
+async def test_keys_are_asked_for_once_and_again_for_a_new_one(world: World) -> None:
+    for _ in range(3):
+        await world.oidc.verify(world.token())
+    assert world.provider.asked == 1
+    world.provider.keys.append(jwk(OTHER, "new", alg="RS256"))
+    fresh = world.token(OTHER, header={"kid": "new"})
+    assert await refused(world, fresh), "not for every unknown name at once"
+    assert world.provider.asked == 1
+    world.clock.ahead += oidc_module.AGAIN_SECONDS + 1
+    assert await world.oidc.verify(fresh)
+    assert world.provider.asked == 2
+    world.provider.keys = [jwk(OTHER, "new", alg="RS256")]
+    world.clock.ahead += oidc_module.KEYS_SECONDS + 1
+    assert await world.oidc.verify(fresh)
+    assert await refused(world, world.token()), "a key that is gone is believed no more"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"status": 500}, "unavailable"),
+        ({"status": 404}, "peer_protocol"),
+        ({"body": b"nonsense"}, "peer_protocol"),
+        ({"body": b'{"issuer": "x"}'}, "peer_protocol"),
+        ({"body": b" " * 300_000}, "peer_protocol"),
+        ({"claims_to_be": "https://evil.example"}, "peer_protocol"),
+    ],
+)
+async def test_an_issuer_that_cannot_be_asked_is_named(world: World, change: dict[str, Any], code: str) -> None:
+    for name, value in change.items():
+        setattr(world.provider, name, value)
+    with pytest.raises(OctoError) as caught:
+        await world.oidc.verify(world.token())
+    assert caught.value.code == code
+    assert "127.0.0.1" in caught.value.detail
+
+
+async def test_keys_of_other_kinds_are_not_used(world: World) -> None:
+    secret = {"kty": "oct", "k": base64.urlsafe_b64encode(PEM).decode(), "kid": "oct", "alg": "HS256"}
+    world.provider.keys = [secret, {"kty": "RSA"}, jwk(RSA, "enc", alg="RS256") | {"use": "enc"}, jwk(RSA, "rsa")]
+    assert await world.oidc.verify(world.token()), "a key without an algorithm is for the usual one"
+    assert await refused(world, world.token(header={"kid": "enc"}))
+    assert await refused(world, by_hmac(PEM)(world))
+
+
+async def test_without_a_name_there_must_be_one_key_for_the_algorithm(world: World) -> None:
+    nameless = jwt.encode(world.claims(), RSA, algorithm="RS256")
+    assert await world.oidc.verify(nameless)
+    assert await refused(world, jwt.encode(world.claims(), OTHER, algorithm="RS256"))
+    world.provider.keys.append(jwk(OTHER, "second", alg="RS256"))
+    world.clock.ahead += oidc_module.KEYS_SECONDS + 1
+    assert await refused(world, nameless)
+    assert await world.oidc.verify(world.token())
+
+
+async def test_only_the_configured_algorithms_are_believed() -> None:
+    async with world_of(algorithms=("ES256",)) as world:
+        assert await refused(world, world.token())
+        assert await world.oidc.verify(world.token(EC, "ES256", {"kid": "ec"}))
+
+
+# What a login grants
+
+
+ISSUER = Issuer(
+    "https://login.example",
+    "octollm",
+    (
+        GrantRule("groups", "staff", "user"),
+        GrantRule("groups", "ops", "admin user"),
+        GrantRule("sub", "bot", "files:read"),
+    ),
+    tenant_claim="org",
+)
+
+
+@pytest.mark.parametrize(
+    ("claims", "scopes"),
+    [
+        ({"groups": ["staff"]}, "user"),
+        ({"groups": ["ops", "staff"]}, "user admin"),
+        ({"groups": "staff"}, "user"),
+        ({"groups": {"staff": True}}, ""),
+        ({"groups": ["Staff"]}, ""),
+        ({"sub": "bot"}, "files:read"),
+        ({}, ""),
+    ],
+)
+def test_claims_grant_by_rules_and_nothing_else(claims: dict[str, Any], scopes: str) -> None:
+    assert scopes_of(ISSUER, claims) == scopes
+
+
+def test_users_of_two_issuers_or_tenants_are_never_one() -> None:
+    from msgspec.structs import replace  # noqa: PLC0415
+
+    other = replace(ISSUER, url="https://other.example")
+    people = {
+        principal_of(issuer, {"sub": sub, "org": org}).sub
+        for issuer in (ISSUER, other)
+        for sub in ("ada", "bob")
+        for org in ("acme", "globex")
+    }
+    assert len(people) == 8
+    assert all(len(name) == 45 and name.startswith("oidc-") for name in people)
+
+
+@pytest.mark.parametrize("org", [None, "", "local", "system", "Acme", "a b", ["acme"], "x" * 64, 7])
+def test_a_claim_names_no_tenant_but_its_own(org: object) -> None:
+    with pytest.raises(OctoError) as caught:
+        principal_of(ISSUER, {"sub": "ada", "org": org})
+    assert caught.value.code == "login_refused"
+
+
+def test_a_user_has_a_name_for_lists() -> None:
+    assert name_of({"email": "ada@example.org", "name": "Ada"}) == "ada@example.org"
+    assert name_of({"name": "Ada\n"}) == "OpenID Connect"
+
+
+GOOD = """
+[[issuer]]
+url = "https://login.example"
+audience = "octollm"
+tenant = "acme"
+[[issuer.grant]]
+claim = "groups"
+value = "staff"
+scope = "user"
+"""
+
+
+def test_the_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "oidc.toml").write_text(GOOD)
+    [issuer] = read_issuers(tmp_path / "oidc.toml")
+    assert (issuer.url, issuer.tenant, issuer.grant[0].scope) == ("https://login.example", "acme", "user")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "issuer"),
+        ("nonsense", "oidc.toml"),
+        (GOOD.replace("tenant =", "tennant ="), "tennant"),
+        (GOOD.replace('tenant = "acme"\n', ""), "either tenant or tenant_claim"),
+        (GOOD.replace('tenant = "acme"', 'tenant = "acme"\ntenant_claim = "org"'), "either tenant or tenant_claim"),
+        (GOOD.replace("https", "http"), "https"),
+        (GOOD.partition("[[issuer.grant]]")[0], "grant"),
+        (GOOD + GOOD, "twice"),
+        (GOOD.replace('audience = "octollm"', 'audience = "octollm"\nalgorithms = ["HS256"]'), "HS256"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "oidc.toml").write_text(text)
+    with pytest.raises(SettingError, match="OCTOLLM_OIDC") as caught:
+        read_issuers(tmp_path / "oidc.toml")
+    assert told in caught.value.detail
+    with pytest.raises(SettingError, match="cannot be read"):
+        read_issuers(tmp_path / "none.toml")
