@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import AsyncGenerator
 from urllib.parse import urlsplit
 
@@ -271,6 +272,51 @@ async def test_a_revoked_keys_token_is_over_at_the_door_and_behind_it(live: Atta
         return (await live.send("judge", "POST", "/validate", bearer, {})).reason == "revoked"
 
     await wait_until(refused, description="what it was given is refused", timeout=1)
+
+
+async def test_an_old_workers_calls_are_refused_after_a_take_over(live: Attacked) -> None:
+    """A worker that was cut off and comes back has authority for a run that somebody else goes on with."""
+    made = await live.door("POST", "/tasks", body={"goal": GOAL})
+    task_id = made.body["task_id"]
+
+    async def ended() -> bool:
+        return (await live.door("GET", f"/tasks/{task_id}")).body["status"] == "completed"
+
+    await wait_until(ended, description="the goal completes", timeout=60, interval=0.1)
+    with contextlib.closing(sqlite3.connect(live.system.home.data / "orchestrator.db", timeout=20)) as database:
+        # What is left of a worker that died: a task that runs, and a lease that ran out.
+        database.execute(
+            "UPDATE tasks SET status = 'running', run = 7, lease_until = ?, finished_at = NULL WHERE task_id = ?",
+            (NOW - 10, task_id),
+        )
+        database.commit()
+
+    async def refused() -> bool:
+        told = await live.run(mint(live, "executor", "executor:run", task=TaskRef(task_id, "s1", 1, 7)))
+        return (told.status, told.reason) == (401, "revoked")
+
+    await wait_until(refused, description="what run 7 was lent is refused", timeout=10)
+    newer = await live.run(mint(live, "executor", "executor:run", task=TaskRef(task_id, "s1", 1, 8)))
+    assert (newer.status, newer.reason) == (400, "")
+    claim = {
+        "bearer": mint(live, "judge", "judge:validate", task=TaskRef(task_id, "s1", 1, 7)),
+        "operation": "validate", "key": "old", "body_digest": "0" * 64, "repeatable": True,
+    }  # fmt: skip
+    judge = live.service("judge").svc_token("orchestrator")
+    told = await live.send("orchestrator", "POST", "/idempotency/claim", judge, {"claims": [claim]})
+    assert told.body["answers"][0]["problem"]["code"] in ("token_revoked", "fence_lost")
+
+
+async def test_the_start_is_in_the_audit_log_without_secrets(live: Attacked) -> None:
+    async def sealed() -> bool:
+        return bool((await live.door("GET", "/audit?of=system")).body["rows"])
+
+    await wait_until(sealed, description="the first rows are sealed")
+    rows = (await live.door("GET", "/audit?of=system")).body["rows"]
+    [start] = [row for row in rows if row["action"] == "system.started"]
+    assert start["detail"]["settings"]["OCTOLLM_MODEL"] == "openai:scripted"
+    assert start["detail"]["roots"] == [live.world.root.thumbprint]
+    assert start["detail"]["keys"]["coder"] == [live.world.jkt("coder")]
 
 
 async def test_an_expired_token_is_refused_to_the_millisecond_that_is_forgiven(live: Attacked) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
 from typing import Any
 
 import msgspec
 import pytest
+from starlette.requests import Request
 from whole import NOTES, SALES, Door
 
 from octollm.capability import BUILT_IN_CALLS
+from octollm.capability.inspecting import inspect
 from octollm.contracts.services import BUILT_IN_ARMS
+from octollm.rpc.call import Operation
+from octollm.rpc.opened import Opened
+from octollm.rpc.openers import CapabilityOpener
 from octollm.testing import wait_until
 
 pytestmark = pytest.mark.sandbox
@@ -38,7 +46,7 @@ async def test_every_declared_call_is_used_and_none_refused(door: Door) -> None:
             chain = [msgspec.json.decode(link) for link in span["attributes"].get("octollm.chain", ())]
             if span["kind"] != "server" or len(chain) < 2:
                 continue
-            asking = serving(by_id, span)
+            asking = asked_by(by_id, span)
             if asking is not None:
                 used.setdefault(asking, set()).add(chain[-1]["scope"])
     assert used.keys() == DONE
@@ -49,7 +57,7 @@ async def test_every_declared_call_is_used_and_none_refused(door: Door) -> None:
         assert asked == declared, f"{operation} declares what it uses, and uses what it declares"
 
 
-def serving(by_id: dict[str, dict[str, Any]], span: dict[str, Any]) -> str | None:
+def asked_by(by_id: dict[str, dict[str, Any]], span: dict[str, Any]) -> str | None:
     """Return the operation that made a call: the nearest span of a service that served one."""
     while span["parent_id"]:
         span = by_id[span["parent_id"]]
@@ -68,3 +76,41 @@ async def settled(door: Door, task_id: str) -> list[dict[str, Any]]:
 
     await wait_until(whole, description="the trace is whole", interval=0.5, timeout=20)
     return found
+
+
+async def test_a_chain_as_it_travels_from_coder_over_judge_to_executor(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the executor is really sent, drawn by the command that an operator has for it."""
+    seen: list[str] = []
+    honest = CapabilityOpener.open
+
+    async def noting(self: CapabilityOpener, request: Request, operation: Operation) -> Opened:
+        opened = await honest(self, request, operation)
+        if operation.name == "run":
+            seen.append(opened.bearer)
+        return opened
+
+    monkeypatch.setattr(CapabilityOpener, "open", noting)
+    task = await door.run(GOALS[0][0])
+    assert task["status"] == "completed", task
+    chains = [(bearer, inspect(bearer)) for bearer in seen]
+    bearer, chain = next(each for each in chains if [hop.holder for hop in each[1].hops][:2] == ["coder", "judge"])
+    assert [(hop.issuer, hop.holder) for hop in chain.hops][:2] == [("orchestrator", "coder"), ("coder", "judge")]
+    last = chain.hops[-1]
+    assert (last.issuer, last.holder, last.allows) == ("judge", "executor", ("executor:run",))
+    assert "models:chat" in chain.hops[0].allows
+    assert "models:chat" in chain.hops[1].dropped
+    assert chain.chars <= 3500
+    assert chain.task is not None
+    assert chain.task.task == task["task_id"]
+
+    command = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", "from octollm.cli import main; main()", "token", "inspect", "-", "--for", "executor",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "OCTOLLM_HOME": str(door.system.home.root), "NO_COLOR": "1"},
+    )  # fmt: skip
+    drawn = (await command.communicate(bearer.encode()))[0].decode()
+    hops = ("orchestrator → coder  grant", "coder → judge  grant", "judge → executor  access")
+    for text in (*hops, "may do  executor:run", "executor takes it"):
+        assert text in drawn, drawn

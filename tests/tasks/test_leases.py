@@ -15,10 +15,10 @@ from octollm.clock import SystemClock, Uuid7Ids
 from octollm.contracts.task import TaskContract
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.storage import Database, open_database
+from octollm.storage import Database, Transaction, open_database
 from octollm.storage.migrations import migrate
 from octollm.tasks import leases
-from octollm.tasks.claims import LEASE_SECONDS, Claims
+from octollm.tasks.claims import LEASE_SECONDS, Claims, TakenOver
 from octollm.tasks.leases import Leases
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.testing import wait_until
@@ -53,6 +53,28 @@ async def test_of_two_holders_one_gets_a_task(db: Database):
     first, second = Claims(db, "a"), Claims(db, "b")
     assert await first.next(besides=frozenset()) == (task_id, 1)
     assert await second.next(besides=frozenset()) is None
+
+
+async def test_a_take_over_is_told_with_what_the_last_holder_had_and_nothing_else_is(db: Database):
+    told: list[TakenOver] = []
+
+    async def taken_over(tx: Transaction, task: TakenOver) -> None:
+        assert isinstance(tx, Transaction)
+        told.append(task)
+
+    task_id = await accepted(db)
+    first, second = Claims(db, "a", taken_over), Claims(db, "b", taken_over)
+    assert await first.next(besides=frozenset()) == (task_id, 1)
+    assert told == [], "nobody had it before"
+    await first.release(task_id, 1)
+    assert await second.next(besides=frozenset()) == (task_id, 2)
+    assert told == [], "it was given back"
+
+    async def expired() -> bool:
+        return await first.next(besides=frozenset()) == (task_id, 3)
+
+    await wait_until(expired, description="the lease runs out", timeout=LEASE_SECONDS + 3)
+    assert told == [TakenOver(task_id, "t", 2)]
 
 
 async def test_a_holder_that_says_nothing_loses_its_task(db: Database):

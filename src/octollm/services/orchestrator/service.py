@@ -40,6 +40,7 @@ from octollm.services.orchestrator.revoking import Revoking
 from octollm.services.orchestrator.sealing import Sealing
 from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.services.orchestrator.sessions import Sessions
+from octollm.services.orchestrator.started import record_start
 from octollm.services.orchestrator.tasks_api import TasksApi
 from octollm.services.orchestrator.tokens_api import TokensApi
 from octollm.services.orchestrator.traces import Traces
@@ -199,6 +200,7 @@ async def orchestrator_service(
             presence=lambda: worker.running(lambda error: base.log.error("worker.crashed", error=error)),
         )
 
+        await record_start(db, settings, registry.directory(), list(roots), base.clock)
         watched = Watched(registry, presence, revoking, sealing)
         await stack.enter_async_context(upkeep(watched, hear_cancels(redis, keys.cancel, worker.stop), base.log))
         yield service
