@@ -371,3 +371,10 @@ def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, told:
     assert told in caught.value.detail
     with pytest.raises(SettingError, match="cannot be read"):
         read_issuers(tmp_path / "none.toml")
+
+
+def test_the_example_of_the_documentation_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+    (tmp_path / "oidc.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    [issuer] = read_issuers(tmp_path / "oidc.toml")
+    assert scopes_of(issuer, {"groups": ["engineers"]}) == "user"
