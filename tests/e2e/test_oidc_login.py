@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
+from browser_kit import browser
 from ports import free_port
 from whole import answers
 
@@ -138,3 +139,53 @@ async def test_a_login_does_what_its_claims_grant_in_its_own_tenant(tmp_path: Pa
             again = {"Authorization": f"Bearer {await issuer.login('ada')}"}
             assert (await door.get("/tasks", headers=again)).status_code == 401
             assert (await door.get("/tasks", headers=ada)).status_code == 401
+
+
+@pytest.mark.browser
+async def test_the_page_logs_in_at_the_issuer_and_keeps_nothing(tmp_path: Path) -> None:
+    async with provider() as issuer, scripted_model(answers) as model, browser(tmp_path / "profile") as tab:
+        (tmp_path / "secret").write_text("our secret there")
+        (tmp_path / "secret").chmod(0o600)
+        (tmp_path / "oidc.toml").write_text(
+            f"""
+            [[issuer]]
+            url = "{issuer.url}"
+            audience = "octollm"
+            tenant = "acme"
+            client_secret_file = "{tmp_path / "secret"}"
+            [[issuer.grant]]
+            claim = "groups"
+            value = "staff"
+            scope = "user"
+            """
+        )
+        environment = {
+            "OCTOLLM_MODEL": "openai:scripted",
+            "OCTOLLM_MODEL_URL": model.url,
+            "OCTOLLM_OIDC": str(tmp_path / "oidc.toml"),
+            "OCTOLLM_LOCAL_TRUST": "off",
+        }
+        async with installation(tmp_path / "home", environment=environment) as system:
+            await tab.do("Page.navigate", url=system.door + "/")
+            offered = "[...document.querySelectorAll('form button')].find((b) => b.innerText.startsWith('Log in with'))"
+            await tab.until(offered, "the issuer is offered")
+            await tab.run(f"{offered}.click()")
+            await tab.until(f"location.href.startsWith('{issuer.url}')", "the browser is at the issuer")
+            sent = parse_qs(urlsplit(await tab.run("location.href")).query)
+            assert sent["code_challenge_method"] == ["S256"]
+            assert sent["redirect_uri"] == [system.door + "/"]
+            login = "const f = document.createElement('form'); f.method = 'post';"
+            login += "f.innerHTML = '<input name=sub value=ada>'; document.body.append(f); f.submit()"
+            await tab.run(login)
+            await tab.until(
+                "document.querySelector('header.top > button')?.innerText === 'Log out'", "one is logged in"
+            )
+            assert await tab.run("location.search") == "", "the code is not left in the address"
+            kept = await tab.run("document.cookie + JSON.stringify(sessionStorage) + JSON.stringify(localStorage)")
+            assert kept == "{}{}"
+            who = await tab.run("fetch('/session').then((a) => a.json())")
+            assert (who["tenant"], who["session"]) == ("acme", True)
+            # A login that this tab did not begin is not completed.
+            await tab.do("Page.navigate", url=system.door + "/?code=stolen&state=forged")
+            await tab.until("document.querySelector('.notice')?.innerText.includes('not completed')", "it is refused")
+            assert await tab.run("location.search") == ""

@@ -11,10 +11,38 @@ SESSION_PREFIX = "octosess_"
 SESSION_SECONDS = 12 * 3600
 
 
-class SessionRequest(msgspec.Struct, frozen=True):
-    """``POST /session``: an API key, whose session is opened."""
+class LoginCode(msgspec.Struct, frozen=True):
+    """What an OpenID Connect issuer sent the browser back with, and the secret that only this browser knows.
 
-    api_key: Annotated[str, Meta(min_length=1, max_length=8192)]
+    ``verifier`` is that of RFC 7636 section 4.1; ``nonce`` stands in the login that the code is good for.
+    """
+
+    issuer: Annotated[str, Meta(min_length=1, max_length=512)]
+    code: Annotated[str, Meta(min_length=1, max_length=4096)]
+    verifier: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._~-]{43,128}\Z")]
+    nonce: Annotated[str, Meta(min_length=16, max_length=128)]
+    redirect_uri: Annotated[str, Meta(min_length=1, max_length=512)]
+
+
+class SessionRequest(msgspec.Struct, frozen=True):
+    """``POST /session``: an API key (or a login by an issuer, as a token), or the code of a login; one of the two."""
+
+    api_key: Annotated[str, Meta(min_length=1, max_length=8192)] | None = None
+    login: LoginCode | None = None
+
+
+class IssuerView(msgspec.Struct, frozen=True):
+    """An issuer at which one can log in: where the browser goes, and our client id there."""
+
+    url: str
+    client_id: str
+    authorization_endpoint: str
+
+
+class IssuerList(msgspec.Struct, frozen=True):
+    """``GET /session/issuers``: those that answer just now."""
+
+    issuers: tuple[IssuerView, ...]
 
 
 class WhoAmI(msgspec.Struct, frozen=True):
@@ -29,7 +57,8 @@ class WhoAmI(msgspec.Struct, frozen=True):
 class OpenSession(msgspec.Struct, frozen=True):
     """``POST orchestrator/sessions`` by the public door: the credential that a session is opened for."""
 
-    subject_token: Annotated[str, Meta(min_length=1, max_length=8192)]
+    subject_token: Annotated[str, Meta(min_length=1, max_length=8192)] | None = None
+    login: LoginCode | None = None
 
 
 class EndSession(msgspec.Struct, frozen=True):

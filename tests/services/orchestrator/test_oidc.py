@@ -11,22 +11,33 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from msgspec.structs import replace
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from octollm.clock import SystemClock
+from octollm.contracts.session import LoginCode
 from octollm.errors import OctoError, SettingError
 from octollm.rpc.hosting import listen, serving
 from octollm.rpc.outside import Outside, outside_http
 from octollm.services.orchestrator import oidc as oidc_module
-from octollm.services.orchestrator.issuers import GrantRule, Issuer, name_of, principal_of, read_issuers, scopes_of
+from octollm.services.orchestrator.issuers import (
+    GrantRule,
+    Issuer,
+    name_of,
+    principal_of,
+    read_issuers,
+    read_secret,
+    scopes_of,
+)
 from octollm.services.orchestrator.oidc import Oidc
 from octollm.telemetry import Metrics, log_for
 
@@ -68,16 +79,32 @@ class Provider:
     keys: list[dict[str, Any]] = field(default_factory=list)
     claims_to_be: str = ""
     asked: int = 0
+    codes: dict[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+    authorized: list[str] = field(default_factory=list[str])
+    redeemed: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     status: int = 200
     body: bytes | None = None
 
     async def discovery(self, request: Request) -> Response:
         if self.body is not None:
             return Response(self.body, self.status)
-        return JSONResponse(
-            {"issuer": self.claims_to_be or self.url, "jwks_uri": f"{self.url}/keys", "token_endpoint": "x"},
-            self.status,
-        )
+        places = {
+            "jwks_uri": f"{self.url}/keys",
+            "authorization_endpoint": f"{self.url}/authorize",
+            "token_endpoint": f"{self.url}/token",
+        }
+        return JSONResponse({"issuer": self.claims_to_be or self.url, **places}, self.status)
+
+    async def token(self, request: Request) -> Response:
+        """Redeem a code as RFC 7636 has it: the verifier must hash to the challenge that came with the code."""
+        form = dict(parse_qsl((await request.body()).decode()))
+        self.redeemed.append(form)
+        self.authorized.append(request.headers.get("authorization", ""))
+        challenge, token = self.codes.pop(form["code"], ("", ""))
+        hashed = base64.urlsafe_b64encode(hashlib.sha256(form["code_verifier"].encode()).digest()).rstrip(b"=").decode()
+        if not token or hashed != challenge or form["redirect_uri"] != BACK or form["client_id"] != "octollm":
+            return JSONResponse({"error": "invalid_grant"}, 400)
+        return JSONResponse({"id_token": token, "access_token": "x", "token_type": "Bearer"})
 
     async def jwks(self, _request: Request) -> Response:
         self.asked += 1
@@ -112,7 +139,11 @@ async def world_of(**changes: Any) -> AsyncGenerator[World]:
     clock, provider = HandClock(), Provider()
     provider.keys = [jwk(RSA, "rsa", alg="RS256"), jwk(EC, "ec", alg="ES256"), jwk(ED, "ed", alg="EdDSA")]
     app = Starlette(
-        routes=[Route("/.well-known/openid-configuration", provider.discovery), Route("/keys", provider.jwks)]
+        routes=[
+            Route("/.well-known/openid-configuration", provider.discovery),
+            Route("/keys", provider.jwks),
+            Route("/token", provider.token, methods=["POST"]),
+        ]
     )
     bound = listen("127.0.0.1", 0, "issuer")
     provider.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -275,6 +306,94 @@ async def test_only_the_configured_algorithms_are_believed() -> None:
         assert await world.oidc.verify(world.token(EC, "ES256", {"kid": "ec"}))
 
 
+# A code with a verifier
+
+BACK = "http://127.0.0.1:8000/"
+VERIFIER = "v" * 43
+NONCE = "n" * 32
+
+
+def began(world: World, code: str = "code-1", **claims: Any) -> LoginCode:
+    """Have the issuer send a browser back with a code, and return what the page makes of it."""
+    challenge = base64.urlsafe_b64encode(hashlib.sha256(VERIFIER.encode()).digest()).rstrip(b"=").decode()
+    world.provider.codes[code] = (challenge, world.token(**{"nonce": NONCE, **claims}))
+    return LoginCode(world.provider.url, code, VERIFIER, NONCE, BACK)
+
+
+async def test_a_code_is_redeemed_once_by_whoever_began_the_login(world: World) -> None:
+    login = began(world)
+    issuer, claims = await world.oidc.redeem(login)
+    assert (issuer, claims["sub"]) == (world.issuer, "ada")
+    assert world.provider.redeemed == [
+        {
+            "grant_type": "authorization_code",
+            "code": "code-1",
+            "redirect_uri": BACK,
+            "client_id": "octollm",
+            "code_verifier": VERIFIER,
+        }
+    ]
+    with pytest.raises(OctoError) as caught:
+        await world.oidc.redeem(login)
+    assert caught.value.code == "api_key_invalid"
+
+
+@pytest.mark.parametrize(
+    ("change", "claims"),
+    [
+        ({"verifier": "w" * 43}, {}),
+        ({"code": "code-2"}, {}),
+        ({"redirect_uri": "http://evil.example/"}, {}),
+        ({"issuer": "https://evil.example"}, {}),
+        ({"nonce": "m" * 32}, {}),
+        ({}, {"nonce": None}),
+        ({}, {"nonce": ["n" * 32]}),
+        ({}, {"aud": "other"}),
+        ({}, {"exp": NOW - 60}),
+        ({}, {"iss": "https://evil.example"}),
+    ],
+)
+async def test_a_login_that_somebody_else_began_is_refused(
+    world: World, change: dict[str, str], claims: dict[str, Any]
+) -> None:
+    login = began(world, **claims)
+    with pytest.raises(OctoError) as caught:
+        await world.oidc.redeem(replace(login, **change))
+    assert caught.value.code == "api_key_invalid"
+    assert await world.oidc.redeem(began(world, "code-9"))
+
+
+async def test_our_secret_is_shown_to_the_issuer_that_gave_it(world: World, tmp_path: Path) -> None:
+    assert await world.oidc.redeem(began(world))
+    assert world.provider.authorized == [""]
+    (tmp_path / "secret").write_text("s:cret %\n")
+    (tmp_path / "secret").chmod(0o600)
+    secret = read_secret(replace(world.issuer, client_secret_file=str(tmp_path / "secret")))
+    assert secret == "s:cret %"
+    world.oidc._secrets[world.issuer.url] = secret  # pyright: ignore[reportPrivateUsage]
+    assert await world.oidc.redeem(began(world))
+    shown = base64.b64decode(world.provider.authorized[-1].removeprefix("Basic ")).decode()
+    assert shown == "octollm:s%3Acret%20%25"
+    (tmp_path / "secret").chmod(0o604)
+    with pytest.raises(SettingError, match="every user may read it"):
+        read_secret(replace(world.issuer, client_secret_file=str(tmp_path / "secret")))
+    with pytest.raises(SettingError, match="cannot be read"):
+        read_secret(replace(world.issuer, client_secret_file=str(tmp_path / "none")))
+    assert read_secret(world.issuer) is None
+
+
+async def test_where_one_can_log_in_is_told_while_the_issuer_answers(world: World) -> None:
+    [view] = await world.oidc.views()
+    assert (view.url, view.client_id, view.authorization_endpoint) == (
+        world.provider.url,
+        "octollm",
+        f"{world.provider.url}/authorize",
+    )
+    world.provider.status = 500
+    world.clock.ahead += oidc_module.KEYS_SECONDS + 1
+    assert await world.oidc.views() == ()
+
+
 # What a login grants
 
 
@@ -307,8 +426,6 @@ def test_claims_grant_by_rules_and_nothing_else(claims: dict[str, Any], scopes: 
 
 
 def test_users_of_two_issuers_or_tenants_are_never_one() -> None:
-    from msgspec.structs import replace  # noqa: PLC0415
-
     other = replace(ISSUER, url="https://other.example")
     people = {
         principal_of(issuer, {"sub": sub, "org": org}).sub

@@ -129,6 +129,7 @@ async def test_where_nobody_is_trusted_the_page_asks_for_a_key(tmp_path: Path, t
         opened = {"session": session, "expires_in": 43200, "tenant": "acme", "scope": "tasks:*"}
         door.script.answers["POST", "/sessions"] = json_answer(opened)
         door.script.answers["POST", "/sessions/end"] = json_answer({"status": "ok"})
+        door.script.answers["GET", "/sessions/issuers"] = json_answer({"issuers": []})
         await door.script.emit("task.accepted", goal="a goal", progress=0)
         await plan(door)
         await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))

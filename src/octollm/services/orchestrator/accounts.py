@@ -14,6 +14,7 @@ from sqlalchemy import select, update
 from octollm.capability import PRESETS, Principal, ScopeSet, preset
 from octollm.clock import Clock, Ids, iso
 from octollm.contracts.api import KeyList, KeyView, NewKey
+from octollm.contracts.session import IssuerView, LoginCode
 from octollm.errors import OctoError
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record
 from octollm.services.orchestrator.issuers import Issuer, name_of, principal_of, scopes_of
@@ -92,6 +93,16 @@ class Accounts:
             async with self._db.transaction() as tx:
                 await tx.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=self._clock.now()))
         return self._account(row)
+
+    async def by_code(self, login: LoginCode) -> Account:
+        """Return whom a login at an issuer stands for, by its code; raise ``api_key_invalid`` or ``login_refused``."""
+        if self._oidc is None:
+            raise OctoError("No OpenID Connect issuer is configured: see OCTOLLM_OIDC.", code="api_key_invalid")
+        return await self._by_login(*await self._oidc.redeem(login))
+
+    async def issuers(self) -> tuple[IssuerView, ...]:
+        """Return the issuers at which a browser can log in."""
+        return () if self._oidc is None else await self._oidc.views()
 
     async def _by_login(self, issuer: Issuer, claims: Mapping[str, Any]) -> Account:
         """Return the account of a login, as its claims have it now; it is listed, and can be revoked, as a key is."""

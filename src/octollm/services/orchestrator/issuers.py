@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ class Issuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     grant: Annotated[tuple[GrantRule, ...], Meta(min_length=1, max_length=64)]
     tenant: Annotated[str, Meta(pattern=rf"\A{_TENANT.pattern}\Z")] | None = None
     tenant_claim: _Text | None = None
+    client_secret_file: _Text | None = None
+    """Where the secret is that the issuer gave us, for those that want one when a code is redeemed."""
     algorithms: tuple[Algorithm, ...] = ("RS256", "PS256", "ES256", "EdDSA")
 
 
@@ -66,6 +69,22 @@ def read_issuers(path: Path) -> tuple[Issuer, ...]:
     if len({issuer.url for issuer in found}) != len(found):
         raise SettingError(f"OCTOLLM_OIDC: {path}: an issuer is there twice.")
     return found
+
+
+def read_secret(issuer: Issuer) -> str | None:
+    """Return our secret at an issuer, ``None`` where there is none; raise ``setting_invalid`` for a wrong file."""
+    if issuer.client_secret_file is None:
+        return None
+    path = Path(issuer.client_secret_file)
+    try:
+        if os.name == "posix" and path.stat().st_mode & 0o007:
+            raise SettingError(f"{path} holds a secret and every user may read it. Run `chmod o-rwx {path}`.")
+        secret = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"OCTOLLM_OIDC: {path} cannot be read as a secret.") from error
+    if not secret or len(secret) > 1024 or not secret.isprintable():
+        raise SettingError(f"OCTOLLM_OIDC: {path} is no secret.")
+    return secret
 
 
 def scopes_of(issuer: Issuer, claims: Mapping[str, Any]) -> str:

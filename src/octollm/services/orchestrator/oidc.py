@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import jwt
 import msgspec
 
 from octollm.clock import Clock
+from octollm.contracts.session import IssuerView, LoginCode
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.http import Http
@@ -43,6 +48,14 @@ class _Discovery(msgspec.Struct, frozen=True):
 
     issuer: str
     jwks_uri: str
+    authorization_endpoint: str = ""
+    token_endpoint: str = ""
+
+
+class _Redeemed(msgspec.Struct, frozen=True):
+    """What is needed of the answer to a code (OpenID Connect Core section 3.1.3.3)."""
+
+    id_token: str
 
 
 class _Keys(msgspec.Struct, frozen=True):
@@ -52,6 +65,7 @@ class _Keys(msgspec.Struct, frozen=True):
 @dataclass(slots=True)
 class _Known:
     keys: dict[str, jwt.PyJWK] = field(default_factory=dict[str, jwt.PyJWK])
+    places: _Discovery = field(default_factory=lambda: _Discovery("", ""))
     asked_at: float = float("-inf")
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -59,7 +73,16 @@ class _Known:
 class Oidc:
     """Verifies ID and access tokens (JWT) of the issuers that are configured, and of no others."""
 
-    def __init__(self, issuers: Sequence[Issuer], http: Http, outside: Mapping[str, Outside], clock: Clock) -> None:
+    def __init__(
+        self,
+        issuers: Sequence[Issuer],
+        http: Http,
+        outside: Mapping[str, Outside],
+        clock: Clock,
+        secrets: Mapping[str, str] | None = None,
+    ) -> None:
+        """``secrets`` are ours at issuers that want one, by their URL."""
+        self._secrets = dict(secrets or {})
         self._issuers = {issuer.url: issuer for issuer in issuers}
         self._http = http
         self._outside = outside
@@ -88,6 +111,76 @@ class Oidc:
             raise _refused() from error
         self._check(issuer, claims)
         return issuer, claims
+
+    async def redeem(self, login: LoginCode) -> tuple[Issuer, Mapping[str, Any]]:
+        """Return who logged in, by the code that the browser came back with (RFC 6749 section 4.1.3, RFC 7636).
+
+        Raises ``api_key_invalid`` for a code, verifier or nonce that is not good, ``unavailable`` while the issuer
+        cannot be asked.
+        """
+        issuer = self._issuers.get(login.issuer)
+        if issuer is None:
+            raise _refused()
+        await self._ready(issuer)
+        place = self._known[issuer.url].places.token_endpoint
+        if not self._believed(issuer, place):
+            raise OctoError(f"{issuer.url} names no place where a code is redeemed.", code="peer_protocol")
+        form = {
+            "grant_type": "authorization_code",
+            "code": login.code,
+            "redirect_uri": login.redirect_uri,
+            "client_id": issuer.audience,
+            "code_verifier": login.verifier,
+        }
+
+        async def once() -> bytes:
+            headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
+            if (secret := self._secrets.get(issuer.url)) is not None:
+                # RFC 6749 section 2.3.1
+                named = f"{quote(issuer.audience, safe='')}:{quote(secret, safe='')}"
+                headers["Authorization"] = "Basic " + base64.b64encode(named.encode()).decode()
+            answer = await self._http.send("POST", place, headers, urlencode(form).encode(), seconds=ASK_SECONDS)
+            if answer.status >= 500:
+                raise OctoError(f"{issuer.url} answers {answer.status}.", code="unavailable")
+            if answer.status != 200 or len(answer.body) > MAX_ANSWER:
+                raise _refused()
+            return answer.body
+
+        deadline = Deadline.after(self._clock, ASK_SECONDS)
+        # A code is good once: it is not sent again.
+        body = await self._outside[issuer.url].call("code", once, deadline, repeats=lambda: False)
+        try:
+            token = msgspec.json.decode(body, type=_Redeemed).id_token
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise _refused() from None
+        found, claims = await self.verify(token)
+        told = claims.get("nonce")
+        good = isinstance(told, str) and hmac.compare_digest(told.encode(), login.nonce.encode())
+        if found is not issuer or not good:
+            raise _refused()
+        return found, claims
+
+    async def views(self) -> tuple[IssuerView, ...]:
+        """Return the issuers at which a browser can log in, of those that answer."""
+        found: list[IssuerView] = []
+        for issuer in self._issuers.values():
+            with contextlib.suppress(OctoError):
+                await self._ready(issuer)
+                place = self._known[issuer.url].places.authorization_endpoint
+                if self._believed(issuer, place):
+                    found.append(IssuerView(issuer.url, issuer.audience, place))
+        return tuple(found)
+
+    async def _ready(self, issuer: Issuer) -> None:
+        known = self._known[issuer.url]
+        if self._is_stale(known, None):
+            async with known.lock:
+                if self._is_stale(known, None):
+                    await self._ask(issuer, known)
+
+    def _believed(self, issuer: Issuer, place: str) -> bool:
+        """Say whether a place that an issuer names is reached as safely as the issuer itself."""
+        return place.partition("://")[0] in ("https", issuer.url.partition("://")[0])
 
     def _read(self, token: str) -> tuple[Issuer, Mapping[str, Any]]:
         """Return whose a token says that it is, and its header. Nothing of it is believed yet."""
@@ -151,17 +244,18 @@ class Oidc:
     async def _ask(self, issuer: Issuer, known: _Known) -> None:
         """Ask an issuer for its keys; those that were known stay while it does not answer, for as long as they may."""
 
-        async def once() -> dict[str, jwt.PyJWK]:
+        async def once() -> tuple[_Discovery, dict[str, jwt.PyJWK]]:
             place = f"{issuer.url.rstrip('/')}/.well-known/openid-configuration"
             found = await self._get(place, _Discovery)
             if found.issuer != issuer.url:
                 raise OctoError(f"{issuer.url} says that it is another issuer.", code="peer_protocol")
-            if found.jwks_uri.partition("://")[0] not in (issuer.url.partition("://")[0], "https"):
+            if not self._believed(issuer, found.jwks_uri):
                 raise OctoError(f"{issuer.url} has its keys at a place that is not believed.", code="peer_protocol")
-            return _usable((await self._get(found.jwks_uri, _Keys)).keys, issuer)
+            return found, _usable((await self._get(found.jwks_uri, _Keys)).keys, issuer)
 
         deadline = Deadline.after(self._clock, ASK_SECONDS)
-        known.keys = await self._outside[issuer.url].call("keys", once, deadline, repeats=lambda: True)
+        asked = self._outside[issuer.url].call("keys", once, deadline, repeats=lambda: True)
+        known.places, known.keys = await asked
         known.asked_at = self._clock.monotonic()
 
     async def _get(self, url: str, kind: Any) -> Any:

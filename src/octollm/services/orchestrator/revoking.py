@@ -27,6 +27,8 @@ PRUNE = 200
 PAGE = 1000
 POLL_SECONDS = 0.4
 """How soon what another replica revoked is known here; the listeners are told at once."""
+PRUNE_SECONDS = 600.0
+"""How often what has run out is let go of."""
 SETTLED_SECONDS = 60.0
 """A row may be committed later than one with a higher position; after so long none is."""
 STREAM_SECONDS = 3000.0
@@ -114,11 +116,16 @@ class Revoking:
             await _ended(stopped)
 
     async def _watch(self) -> None:
+        pruned = self._clock.monotonic()
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
-                await self._read(self._clock.now())
+                now = self._clock.now()
+                await self._read(now)
                 self.failure = ""
+                if self._clock.monotonic() - pruned > PRUNE_SECONDS:
+                    pruned = self._clock.monotonic()
+                    self.known.prune(now)
             except OctoError as error:
                 self.failure = error.detail
 
@@ -137,7 +144,13 @@ class Revoking:
                 rows = await conn.all(query)
             fresh = [row for row in rows if row["position"] not in self._seen]
             self._learn(RevocationView(row["kind"], row["value"], row["at"], row["tenant"]) for row in fresh)
-            self._seen.update((int(row["position"]), began) for row in fresh)
+            for row in fresh:
+                position = int(row["position"])
+                if row["at"] < now - 2 * SETTLED_SECONDS:
+                    # What was written so long ago, and all that was written before it, is committed or never will be.
+                    self._settled = max(self._settled, position)
+                else:
+                    self._seen[position] = began
             if len(rows) < PAGE:
                 break
             after = int(rows[-1]["position"])

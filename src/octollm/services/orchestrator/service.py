@@ -30,7 +30,7 @@ from octollm.services.orchestrator.cancelling import Cancelling
 from octollm.services.orchestrator.events_api import EventsApi
 from octollm.services.orchestrator.files import FileStore, file_operations
 from octollm.services.orchestrator.intake import Defaults
-from octollm.services.orchestrator.issuers import read_issuers
+from octollm.services.orchestrator.issuers import read_issuers, read_secret
 from octollm.services.orchestrator.joining import Joining
 from octollm.services.orchestrator.joins import Joins
 from octollm.services.orchestrator.oidc import ASK_SECONDS, Oidc
@@ -213,12 +213,14 @@ async def _oidc(base: Base, settings: Settings) -> AsyncGenerator[Oidc | None]:
         yield None
         return
     issuers = await asyncio.to_thread(read_issuers, settings.oidc)
+    found = [(issuer.url, await asyncio.to_thread(read_secret, issuer)) for issuer in issuers]
+    secrets = {url: secret for url, secret in found if secret is not None}
     outside = {
         issuer.url: Outside(base.name, issuer.url, clock=base.clock, metrics=base.metrics, log=base.log)
         for issuer in issuers
     }
     async with outside_http(idle=ASK_SECONDS) as http:
-        yield Oidc(issuers, http, outside, base.clock)
+        yield Oidc(issuers, http, outside, base.clock, secrets)
 
 
 def _allowed(accounts: Accounts):

@@ -19,7 +19,14 @@ from octollm.contracts.api import (
 )
 from octollm.contracts.revocations import RevocationList
 from octollm.contracts.services import service_of
-from octollm.contracts.session import SESSION_PREFIX, SESSION_SECONDS, EndSession, OpenSession, SessionAnswer
+from octollm.contracts.session import (
+    SESSION_PREFIX,
+    SESSION_SECONDS,
+    EndSession,
+    IssuerList,
+    OpenSession,
+    SessionAnswer,
+)
 from octollm.contracts.stream import NDJSON
 from octollm.contracts.task import Budget, TaskContract
 from octollm.errors import Fault, OctoError
@@ -76,12 +83,19 @@ class TokensApi:
     async def open_session(self, call: Call, body: OpenSession) -> SessionAnswer:
         """Open a session for a credential that is good."""
         try:
-            account = await self.accounts.authenticate(body.subject_token)
+            if body.login is not None:
+                account = await self.accounts.by_code(body.login)
+            else:
+                account = await self.accounts.authenticate(body.subject_token or "")
         except OctoError:
             await self._refused(call)
             raise
         session = await self.sessions.open(account.principal)
         return SessionAnswer(session, SESSION_SECONDS, account.principal.tenant, str(door_scopes(account)))
+
+    async def issuers(self, _call: Call, _body: object) -> IssuerList:
+        """Return the issuers at which a browser can log in."""
+        return IssuerList(await self.accounts.issuers())
 
     async def end_session(self, _call: Call, body: EndSession) -> Done:
         """End a session, and revoke what it was given."""
@@ -185,6 +199,16 @@ class TokensApi:
                 answer=SessionAnswer,
                 summary="Open a session of the page.",
                 about=About(codes=("api_key_invalid", "login_refused")),
+            ),
+            Operation(
+                "sessions.issuers",
+                "GET",
+                "/sessions/issuers",
+                self.issuers,
+                auth="service",
+                scope="reflex",
+                answer=IssuerList,
+                summary="Where a browser can log in.",
             ),
             Operation(
                 "sessions.end",

@@ -68,25 +68,11 @@ class Door:
         if not self._exchange.holds(digest):
             # Guessing keys is counted by address: each guess would have a bucket of its own.
             await self._rate.hit(address_bucket(peer))
-            await self._try(credential)
+            async with self._guessing.trying(credential):
+                await self._exchange.token(credential)
         await self._exchange.token(credential)
         await self._rate.hit(f"key:{digest}")
         return credential
-
-    async def _try(self, credential: str) -> None:
-        """Exchange a credential that is not known here; wrong ones make the next on the same key wait."""
-        if not credential.startswith("octo"):
-            # A login by another issuer is signed: there is nothing to guess.
-            await self._exchange.token(credential)
-            return
-        name = "_".join(credential.split("_", 2)[:2])[:64]
-        await self._guessing.wait(name)
-        try:
-            await self._exchange.token(credential)
-        except OctoError as error:
-            if error.code == "api_key_invalid":
-                self._guessing.wrong(name)
-            raise
 
     def _credential(self, connection: HTTPConnection, peer: str) -> str:
         values = connection.headers.getlist("authorization")

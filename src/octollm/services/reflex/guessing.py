@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
+from collections.abc import AsyncGenerator
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
@@ -39,6 +41,24 @@ class Guessing:
         if tries is None or tries.wrong == 0 or self._clock.monotonic() - tries.at > FORGET_SECONDS:
             return 0.0
         return min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(tries.wrong - 1, 16))
+
+    @contextlib.asynccontextmanager
+    async def trying(self, credential: str) -> AsyncGenerator[None]:
+        """Try a credential in the body: it waits its turn, and counts when the body raises ``api_key_invalid``.
+
+        A login by another issuer is signed: there is nothing to guess.
+        """
+        if not credential.startswith("octo"):
+            yield
+            return
+        name = "_".join(credential.split("_", 2)[:2])[:64]
+        await self.wait(name)
+        try:
+            yield
+        except OctoError as error:
+            if error.code == "api_key_invalid":
+                self.wrong(name)
+            raise
 
     async def wait(self, name: str) -> None:
         """Wait as long as the wrong tries so far ask for; raise ``rate_limited`` when many wait already."""

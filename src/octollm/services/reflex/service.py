@@ -70,8 +70,9 @@ async def reflex_service(
     )
     exchange = Exchange(caller, base.identity.signer(), base.clock)
     rate = Rate(settings.rate_limit, base.clock)
-    door = Door(exchange, rate, ours, base.metrics, guessing=Guessing(base.clock), local_key=trusted)
-    page = PageSessions(caller, base.identity.signer(), exchange, ours, rate, base.clock)
+    guessing = Guessing(base.clock)
+    door = Door(exchange, rate, ours, base.metrics, guessing=guessing, local_key=trusted)
+    page = PageSessions(caller, base.identity.signer(), exchange, ours, rate, guessing, base.clock)
     upstream = Upstream(caller, exchange, base.clock)
     screen = GoalScreen(await asyncio.to_thread(Screener), settings.screening, upstream, base.metrics)
     async with contextlib.AsyncExitStack() as stack:

@@ -15,6 +15,7 @@ from octollm.contracts.api import Done
 from octollm.contracts.session import (
     SESSION_PREFIX,
     EndSession,
+    IssuerList,
     OpenSession,
     SessionAnswer,
     SessionRequest,
@@ -27,6 +28,7 @@ from octollm.rpc.caller import Caller, Outgoing, Target
 from octollm.services.reflex.addresses import OurNames
 from octollm.services.reflex.doorstep import SAFE_METHODS, port_of
 from octollm.services.reflex.exchange import Exchange
+from octollm.services.reflex.guessing import Guessing
 from octollm.services.reflex.rate import Rate, address_bucket
 
 T = TypeVar("T")
@@ -64,13 +66,21 @@ class PageSessions:
     """Opens and ends sessions with the orchestrator, in the name of the door."""
 
     def __init__(
-        self, caller: Caller, signer: SelfSigner, exchange: Exchange, ours: OurNames, rate: Rate, clock: Clock
+        self,
+        caller: Caller,
+        signer: SelfSigner,
+        exchange: Exchange,
+        ours: OurNames,
+        rate: Rate,
+        guessing: Guessing,
+        clock: Clock,
     ) -> None:
         self._caller = caller
         self._signer = signer
         self._exchange = exchange
         self._ours = ours
         self._rate = rate
+        self._guessing = guessing
         self._clock = clock
 
     async def open(self, call: Call, body: SessionRequest) -> Response:
@@ -80,12 +90,22 @@ class PageSessions:
         if any(not self._ours.has_origin(origin, port) for origin in request.headers.getlist("origin")):
             raise OctoError("A session is for pages of this server alone.", code="origin_refused")
         await self._rate.hit(address_bucket(request.client.host if request.client is not None else ""))
-        answer = await self._ask("sessions.open", "/sessions", OpenSession(body.api_key), SessionAnswer)
+        if (body.api_key is None) == (body.login is None):
+            raise OctoError("A session is opened by an API key or by a login, one of the two.", code="invalid_body")
+        wanted = OpenSession(body.api_key, body.login)
+        async with self._guessing.trying(body.api_key or ""):
+            answer = await self._ask("sessions.open", "/sessions", wanted, SessionAnswer)
         told = Response(
             msgspec.json.encode(WhoAmI(answer.tenant, answer.scope, session=True)), media_type="application/json"
         )
         _set_cookie(told, call, answer.session, answer.expires_in)
         return told
+
+    async def issuers(self, call: Call, _body: object) -> IssuerList:
+        """Return where a browser can log in."""
+        request = call.request
+        await self._rate.hit(address_bucket(request.client.host if request.client is not None else ""))
+        return await self._ask("sessions.issuers", "/sessions/issuers", None, IssuerList)
 
     async def who(self, call: Call, _body: object) -> WhoAmI:
         """Return who the caller is."""
@@ -104,10 +124,10 @@ class PageSessions:
 
     async def _ask(self, name: str, path: str, body: object, kind: type[T]) -> T:
         call = Outgoing(
-            Target("orchestrator", name, "POST", path, "safe"),
+            Target("orchestrator", name, "GET" if body is None else "POST", path, "safe"),
             self._signer.svc_token("orchestrator"),
             Deadline.after(self._clock, CALL_SECONDS),
-            msgspec.json.encode(body),
+            None if body is None else msgspec.json.encode(body),
         )
         return await self._caller.answer(call, kind)
 
@@ -124,7 +144,7 @@ class PageSessions:
                 answer=WhoAmI,
                 strict=True,
                 max_body=16_384,
-                summary="Open a session for an API key: a cookie that scripts cannot read.",
+                summary="Open a session for an API key or a login: a cookie that scripts cannot read.",
                 about=About(codes=("api_key_invalid", "login_refused", "origin_refused", "rate_limited")),
             ),
             Operation(
@@ -135,6 +155,16 @@ class PageSessions:
                 auth="door",
                 answer=WhoAmI,
                 summary="Who the caller is.",
+            ),
+            Operation(
+                "session.issuers",
+                "GET",
+                "/session/issuers",
+                self.issuers,
+                auth="public",
+                answer=IssuerList,
+                summary="Where a browser can log in.",
+                about=About(codes=("rate_limited",)),
             ),
             Operation(
                 "session.end",
