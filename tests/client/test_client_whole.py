@@ -246,6 +246,9 @@ ELSEWHERE = {
     ("GET", "/openapi.json"): "for tools",
     ("GET", "/docs"): "for readers",
     ("GET", "/.well-known/jwks.json"): "for those who verify tokens",
+    ("POST", "/session"): "for the page, whose browser keeps the cookie",
+    ("DELETE", "/session"): "for the page",
+    ("GET", "/session/issuers"): "for the page",
 }
 """What the door offers that needs no method, and why."""
 
@@ -282,6 +285,7 @@ async def test_every_public_endpoint_has_a_method(world):
         await octo.mint_token("judge:validate", aud="judge")
         await octo.revoke_token("no-such-token")
         await octo.audit()
+        await octo.who_am_i()
         await octo.preprocess(GOAL)
         await octo.health()
         await octo.ready()

@@ -36,6 +36,7 @@ from octollm.contracts.joining import JoinList, JoinView, NewJoin, NewJoinReques
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.revocations import RevocationRequest
 from octollm.contracts.screening import PreprocessRequest, Screening
+from octollm.contracts.session import WhoAmI
 from octollm.contracts.task import Budget, FileRef, TaskContext, TaskContract, TaskStatus
 
 _PAGE = 200
@@ -213,6 +214,10 @@ class Client:
         """
         of = "&of=system" if system else ""
         return await self.door.get(f"/audit?after={after}&limit={limit}{of}", AuditPage)
+
+    async def who_am_i(self) -> WhoAmI:
+        """Return the tenant and the scopes at the orchestrator of whoever this client is."""
+        return await self.door.get("/session", WhoAmI)
 
     async def health(self) -> Health:
         """Return the door's version. Raises :class:`Unavailable` when it does not answer."""
