@@ -15,6 +15,7 @@ WITHOUT_JSON = {
     "octollm up": "it prints where it listens, and goes on",
     "octollm serve": "it writes its log as JSON lines already",
     "octollm new arm": "it makes files, and tells a person what to do with them",
+    "octollm audit export": "it prints JSON lines already",
     "octollm models pull": "it prints where the file is",
 }
 

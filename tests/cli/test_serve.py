@@ -81,10 +81,13 @@ async def test_it_serves_says_so_and_ends_well_when_it_is_told_to_stop(place):
         async def answers() -> bool:
             assert process.returncode is None, (await process.communicate())[1].decode()
             with contextlib.suppress(httpx.TransportError):
-                return (await client.get(f"{url}/ready")).status_code == 200
+                return (await client.get(f"{url}/health")).status_code == 200
             return False
 
-        await wait_until(answers, description="memory is ready", timeout=30)
+        await wait_until(answers, description="memory answers", timeout=30)
+        # What stands there tells nothing of what is revoked, so that nothing may be done here yet.
+        told = await client.get(f"{url}/ready")
+        assert (told.status_code, told.json()["dependencies"]["revocations"]["ok"]) == (503, False)
         assert (await client.get(f"{url}/documents")).json()["code"] == "token_missing"
         ended = await place.interrupt(process, signal.SIGTERM)
     assert ended.code == 0
