@@ -33,16 +33,12 @@ MAX_LINE = 1024 * 1024
 PRUNE_SECONDS = 600.0
 _TARGET = Target("orchestrator", "revocations", "GET", "/revocations", "safe")
 
-OnNews = Callable[[Revocations], None]
-
 
 class Revoked:
     """Follows the orchestrator's revocations into ``known``, which this service's verifiers use."""
 
     def __init__(self, caller: Caller, signer: SelfSigner, clock: Clock, log: Log) -> None:
         self.known = Revocations()
-        self.on_news: OnNews | None = None
-        """Called when there are more revocations than before."""
         self._caller = caller
         self._signer = signer
         self._clock = clock
@@ -143,7 +139,6 @@ class Revoked:
                 self._told(news)
 
     def _told(self, news: RevocationNews) -> None:
-        before = self.known.version
         for each in news.revocations:
             self.known.add(each.kind, each.value, each.at, each.tenant)
         if news.floor is not None:
@@ -152,8 +147,6 @@ class Revoked:
         if now - self._pruned > PRUNE_SECONDS:
             self._pruned = now
             self.known.prune(self._clock.now())
-        if self.on_news is not None and self.known.version != before:
-            self.on_news(self.known)
         # In the middle of what is in force, nothing is known for certain yet.
         if news.whole or (self._heard is not None and not news.revocations):
             self._heard = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import msgspec
@@ -128,6 +129,13 @@ def test_no_text_takes_long(unit: str) -> None:
     began = time.process_time()
     SCREENER.screen(text)
     assert time.process_time() - began < 5
+
+
+def test_without_hyperscan_the_same_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hyperscan", None)
+    plain = Screener()
+    for text in (*HONEST, *ATTACKS, *(row[0] for row in FOUND)):
+        assert plain.screen(text) == SCREENER.screen(text)
 
 
 def test_findings_are_bounded_and_the_decision_is_not() -> None:

@@ -6,30 +6,26 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-
-import hyperscan
+from typing import Any
 
 from octollm.contracts.screening import MAX_FINDINGS, Finding, Risk, Screening, ScreeningNote, riskiest
 from octollm.services.reflex.patterns import PATTERNS, Pattern
 
-_FLAGS = hyperscan.HS_FLAG_CASELESS | hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_PREFILTER
 _BOUNDS = re.compile(r"\{([0-9]+),[0-9]+\}")
 TOGETHER = 2
 """So many kinds of injection in one text are no accident."""
 
 
 class Screener:
-    """Looks for :data:`PATTERNS`. Hyperscan says in one pass which may be there; only these are looked for exactly."""
+    """Looks for :data:`PATTERNS`. Hyperscan says in one pass which may be there; only these are looked for exactly.
+
+    It is not built for every machine: without it each pattern is looked for in turn, which finds the same.
+    """
 
     def __init__(self, patterns: Iterable[Pattern] = PATTERNS) -> None:
         self._patterns = tuple(patterns)
         self._exact = [re.compile(each.expression, re.IGNORECASE | re.ASCII) for each in self._patterns]
-        self._database = hyperscan.Database(mode=hyperscan.HS_MODE_BLOCK)
-        self._database.compile(
-            expressions=[_roughly(each.expression) for each in self._patterns],
-            ids=list(range(len(self._patterns))),
-            flags=[_FLAGS] * len(self._patterns),
-        )
+        self._database = _database([_roughly(each.expression) for each in self._patterns])
 
     def screen(self, text: str) -> Screening:
         """Return what is in ``text`` and whether work on it is refused.
@@ -52,6 +48,8 @@ class Screener:
 
     def _maybe(self, plain: str) -> list[int]:
         """Return the patterns that may be found, in their order."""
+        if self._database is None:
+            return list(range(len(self._patterns)))
         found: set[int] = set()
 
         def seen(number: int, _start: int, _end: int, _flags: int, _context: object) -> None:
@@ -76,6 +74,18 @@ class Screener:
 def note_of(screening: Screening) -> ScreeningNote:
     """Return what is recorded of a screening."""
     return ScreeningNote(screening.risk, dict(Counter(each.pattern for each in screening.findings)))
+
+
+def _database(expressions: list[bytes]) -> Any:
+    """Return all expressions compiled for one pass, or ``None`` where hyperscan is not."""
+    try:
+        import hyperscan  # noqa: PLC0415  it is not there on every machine
+    except ImportError:
+        return None
+    flags = hyperscan.HS_FLAG_CASELESS | hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_PREFILTER
+    database = hyperscan.Database(mode=hyperscan.HS_MODE_BLOCK)
+    database.compile(expressions=expressions, ids=list(range(len(expressions))), flags=[flags] * len(expressions))
+    return database
 
 
 def _roughly(expression: str) -> bytes:
