@@ -39,7 +39,7 @@ async def test_a_key_opens_a_session_that_scripts_cannot_read(tmp_path: Path) ->
         assert "Secure" not in cookie
         assert answer.headers["cache-control"] == "no-store"
         asked = door.script.seen[-1]
-        assert (asked.path, json.loads(asked.body)) == ("/sessions", {"subject_token": KEY})
+        assert (asked.path, json.loads(asked.body)) == ("/sessions", {"subject_token": KEY, "login": None})
         # The client has it now and shows it by itself.
         assert (await door.client.get("/tasks")).status_code == 200
         assert (await door.client.get("/session")).json()["session"] is True
