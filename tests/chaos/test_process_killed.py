@@ -50,8 +50,10 @@ async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
             assert task["status"] == "completed", task["error"]
             assert "400" in task["output"]
             assert [event["version"] for event in history] == list(range(1, len(history) + 1))
-            # The step goes on with the attempt that it was at: a take-over is no retry.
+            # The step goes on with the attempt that it was at: a take-over is no retry. A machine that stands still for
+            # as long as a lease may bring about a further one.
             started = [event["data"] for event in history if event["event_type"] == "step.started"]
-            assert [(data["attempt"], data["run"]) for data in started] == [(1, 1), (1, 2)]
+            assert {data["attempt"] for data in started} == {1}
+            assert [data["run"] for data in started] in ([1, 2], [1, 2, 3])
         finally:
             await up.kill()
