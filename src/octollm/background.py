@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 
 
 class Background:
@@ -44,6 +44,25 @@ class Background:
         self._task.cancel()
         await asyncio.wait([self._task])
         self.check()
+
+
+@asynccontextmanager
+async def kept_going(
+    name: str, work: Coroutine[object, object, None], on_failure: Callable[[BaseException], None]
+) -> AsyncGenerator[None]:
+    """Run ``work`` for as long as the context is open; ``on_failure`` is told at once what it dies of."""
+    background = Background(name)
+
+    def ended() -> None:
+        if background.failure is not None:
+            on_failure(background.failure)
+
+    background.start(work, on_end=ended)
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # it was told to ``on_failure``
+            await background.stop()
 
 
 async def wait_for(news: asyncio.Event, seconds: float, *, clear: bool = True) -> None:

@@ -52,6 +52,20 @@ class Provider:
             return told.json()["id_token"]
 
 
+def configured(issuer: Provider, more: str) -> str:
+    """Return a file that believes a provider, and grants its staff what users may do."""
+    return f"""
+[[issuer]]
+url = "{issuer.url}"
+audience = "octollm"
+{more}
+[[issuer.grant]]
+claim = "groups"
+value = "staff"
+scope = "user"
+"""
+
+
 @contextlib.asynccontextmanager
 async def provider() -> AsyncGenerator[Provider]:
     port = free_port()
@@ -78,18 +92,7 @@ async def provider() -> AsyncGenerator[Provider]:
 
 async def test_a_login_does_what_its_claims_grant_in_its_own_tenant(tmp_path: Path) -> None:
     async with provider() as issuer, scripted_model(answers) as model:
-        (tmp_path / "oidc.toml").write_text(
-            f"""
-            [[issuer]]
-            url = "{issuer.url}"
-            audience = "octollm"
-            tenant_claim = "org"
-            [[issuer.grant]]
-            claim = "groups"
-            value = "staff"
-            scope = "user"
-            """
-        )
+        (tmp_path / "oidc.toml").write_text(configured(issuer, 'tenant_claim = "org"'))
         environment = {
             "OCTOLLM_MODEL": "openai:scripted",
             "OCTOLLM_MODEL_URL": model.url,
@@ -146,19 +149,8 @@ async def test_the_page_logs_in_at_the_issuer_and_keeps_nothing(tmp_path: Path) 
     async with provider() as issuer, scripted_model(answers) as model, browser(tmp_path / "profile") as tab:
         (tmp_path / "secret").write_text("our secret there")
         (tmp_path / "secret").chmod(0o600)
-        (tmp_path / "oidc.toml").write_text(
-            f"""
-            [[issuer]]
-            url = "{issuer.url}"
-            audience = "octollm"
-            tenant = "acme"
-            client_secret_file = "{tmp_path / "secret"}"
-            [[issuer.grant]]
-            claim = "groups"
-            value = "staff"
-            scope = "user"
-            """
-        )
+        secret = f'tenant = "acme"\nclient_secret_file = "{tmp_path / "secret"}"'
+        (tmp_path / "oidc.toml").write_text(configured(issuer, secret))
         environment = {
             "OCTOLLM_MODEL": "openai:scripted",
             "OCTOLLM_MODEL_URL": model.url,

@@ -90,14 +90,8 @@ class ChainCheck:
         self._roots = roots
         self._last = AuditHead(tenant)
         self._signed = 0
-        self._unsure = False
         self.faults: list[AuditFault] = []
         self.rows = 0
-
-    @property
-    def last(self) -> AuditHead:
-        """Return where the rows that were read end."""
-        return self._last
 
     def take(self, row: AuditRow) -> None:
         """Check the next row."""

@@ -76,6 +76,8 @@ class KeyRing:
             raise CapabilityError("key_malformed")
         self._made = [each.made for each in self._keys]
         self._by_name = {each.key.thumbprint: each.key for each in self._keys}
+        self.public = PublicRing((each.key.public, each.made) for each in self._keys)
+        """The public halves."""
 
     @classmethod
     def of(cls, key: SigningKey | KeyRing | Iterable[SigningKey]) -> KeyRing:
@@ -96,11 +98,6 @@ class KeyRing:
     def believed(self, now: float) -> dict[str, PublicKey]:
         """Return the public keys that are believed at ``now``, by thumbprint; the one that signs is first."""
         return self.public.believed(now)
-
-    @property
-    def public(self) -> PublicRing:
-        """Return the public halves."""
-        return PublicRing((each.key.public, each.made) for each in self._keys)
 
     def __iter__(self) -> Iterator[DatedKey]:
         return iter(self._keys)

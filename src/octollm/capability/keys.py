@@ -145,7 +145,12 @@ class SigningKey:
 
 def jwks_of(keys: Mapping[str, PublicKey]) -> dict[str, list[dict[str, str]]]:
     """Return the JWK Set (RFC 7517 section 5) of public ``keys``, each with ``kid``, ``use`` and ``alg``."""
-    return {"keys": [{**key.to_jwk(), "kid": key.thumbprint, "use": "sig", "alg": "EdDSA"} for key in keys.values()]}
+    return {"keys": [published_jwk(key) for key in keys.values()]}
+
+
+def published_jwk(key: PublicKey) -> dict[str, str]:
+    """Return a public key as a member of a JWK Set, with ``kid``, ``use`` and ``alg``."""
+    return {**key.to_jwk(), "kid": key.thumbprint, "use": "sig", "alg": "EdDSA"}
 
 
 def _raw_of(jwk: Mapping[str, object]) -> bytes:

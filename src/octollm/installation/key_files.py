@@ -9,6 +9,7 @@ import msgspec
 
 from octollm.capability import CapabilityError, PublicKey, SigningKey
 from octollm.capability.keyring import DatedKey, KeyRing, PublicRing
+from octollm.capability.keys import published_jwk
 
 _MADE = "iat"
 
@@ -54,7 +55,7 @@ def write_public_rings(rings: Mapping[str, KeyRing]) -> bytes:
 
 
 def _public_member(key: PublicKey, made: float) -> dict[str, Any]:
-    member: dict[str, Any] = {**key.to_jwk(), "kid": key.thumbprint, "use": "sig", "alg": "EdDSA"}
+    member: dict[str, Any] = {**published_jwk(key)}
     return {**member, _MADE: made} if made else member
 
 

@@ -58,7 +58,7 @@ class Accounts:
     async def set_local(self, secret: str) -> None:
         """Let ``secret`` be the local user's credential: the one that reflex shows for a trusted local peer."""
         async with self._db.transaction() as tx:
-            values = {"hash": _hash(secret), "revoked_at": None}
+            values = {"hash": hash_of(secret), "revoked_at": None}
             await tx.execute(
                 tx.insert(api_keys)
                 .values(
@@ -85,8 +85,8 @@ class Accounts:
         if prefix + "_" != KEY_PREFIX or not key_id or len(credential) > 200:
             raise refused
         row = await self._row(key_id)
-        stored = row["hash"] if row is not None else _hash("")
-        good = hmac.compare_digest(stored, _hash(credential))
+        stored = row["hash"] if row is not None else hash_of("")
+        good = hmac.compare_digest(stored, hash_of(credential))
         if row is None or not good or row["revoked_at"] is not None:
             raise refused
         if self._clock.now() - (row["last_used_at"] or 0.0) > TOUCH_SECONDS:
@@ -165,7 +165,7 @@ class Accounts:
             await tx.execute(
                 tx.insert(api_keys).values(
                     id=key_id,
-                    hash=_hash(secret),
+                    hash=hash_of(secret),
                     tenant=tenant,
                     sub=f"key-{key_id}",
                     name=name,
@@ -242,6 +242,7 @@ def _view(row: Mapping[str, Any]) -> KeyView:
     )
 
 
-def _hash(credential: str) -> str:
+def hash_of(credential: str) -> str:
+    """Return what is stored of a credential that we made."""
     # A key has 256 random bits, so a plain digest cannot be guessed backwards.
     return hashlib.sha256(credential.encode()).hexdigest()

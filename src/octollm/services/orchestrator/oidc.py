@@ -171,11 +171,12 @@ class Oidc:
                     found.append(IssuerView(issuer.url, issuer.audience, place))
         return tuple(found)
 
-    async def _ready(self, issuer: Issuer) -> None:
+    async def _ready(self, issuer: Issuer, kid: str | None = None) -> None:
+        """Ask an issuer for what is known of it, and for the key ``kid``, where that is due."""
         known = self._known[issuer.url]
-        if self._is_stale(known, None):
+        if self._is_stale(known, kid):
             async with known.lock:
-                if self._is_stale(known, None):
+                if self._is_stale(known, kid):
                     await self._ask(issuer, known)
 
     def _believed(self, issuer: Issuer, place: str) -> bool:
@@ -223,10 +224,7 @@ class Oidc:
         kid = header.get("kid")
         if kid is not None and (not isinstance(kid, str) or len(kid) > 256):
             raise _refused()
-        if self._is_stale(known, kid):
-            async with known.lock:
-                if self._is_stale(known, kid):
-                    await self._ask(issuer, known)
+        await self._ready(issuer, kid)
         found = [key for key in known.keys.values() if key.algorithm_name == header["alg"]]
         if kid is not None:
             found = [key for key in found if key.key_id == kid]

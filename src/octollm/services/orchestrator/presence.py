@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import delete, exists, func, select, update
 
-from octollm.background import Background
+from octollm.background import kept_going
 from octollm.capability.joining import check_operation_name, declared_calls, scopes_of
 from octollm.contracts.api import ArmRegistration
 from octollm.contracts.services import BUILT_IN_ARMS
@@ -112,18 +112,8 @@ class Presence:
 
         Not before arms had the time to be heard: while no orchestrator ran, nobody could send a heartbeat.
         """
-        background = Background("arms")
-
-        def ended() -> None:
-            if background.failure is not None:
-                on_failure(background.failure)
-
-        background.start(self._keep_sweeping(), on_end=ended)
-        try:
+        async with kept_going("arms", self._keep_sweeping(), on_failure):
             yield
-        finally:
-            with contextlib.suppress(Exception):  # it was told to ``on_failure``
-                await background.stop()
 
     async def _keep_sweeping(self) -> None:
         await asyncio.sleep(SILENT_SECONDS)

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.engine import RowMapping
 
-from octollm.background import Background
+from octollm.background import kept_going
 from octollm.capability import BUILT_IN_CALLS, Call, Declarations, DirectoryEntry, PublicKey
 from octollm.capability.joining import declared_calls
 from octollm.capability.keyring import PublicRing
@@ -112,18 +112,8 @@ class Registry:
     async def refreshing(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
         """Keep the picture fresh for as long as the context is open."""
         await self.refresh()
-        background = Background("registry")
-
-        def ended() -> None:
-            if background.failure is not None:
-                on_failure(background.failure)
-
-        background.start(self._keep_fresh(), on_end=ended)
-        try:
+        async with kept_going("registry", self._keep_fresh(), on_failure):
             yield
-        finally:
-            with contextlib.suppress(Exception):  # it was told to ``on_failure``
-                await background.stop()
 
     async def _keep_fresh(self) -> None:
         while True:

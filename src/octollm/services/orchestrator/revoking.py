@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import delete, select
 
-from octollm.background import Background
+from octollm.background import kept_going
 from octollm.capability import RevocationKind, Revocations
 from octollm.capability.revocations import KEPT_SECONDS
 from octollm.clock import Clock
@@ -73,18 +73,13 @@ class Revoking:
     @contextlib.asynccontextmanager
     async def watching(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
         """Look for what other replicas revoke for as long as the context is open."""
-        watch = Background("revocations")
 
-        def ended() -> None:
-            if (failure := watch.failure) is not None:
-                self.failure = f"What looks for revocations stopped: {type(failure).__name__}."
-                on_failure(failure)
+        def crashed(failure: BaseException) -> None:
+            self.failure = f"What looks for revocations stopped: {type(failure).__name__}."
+            on_failure(failure)
 
-        watch.start(self._watch(), on_end=ended)
-        try:
+        async with kept_going("revocations", self._watch(), crashed):
             yield
-        finally:
-            await watch.stop()
 
     async def checkup(self) -> Dependency:
         """Say for ``/ready`` whether what other replicas revoke is known here."""

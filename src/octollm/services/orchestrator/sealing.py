@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import select, update
 
-from octollm.background import Background
+from octollm.background import kept_going
 from octollm.capability import SigningKey
 from octollm.capability.audit_chain import row_hash, sign_checkpoint
 from octollm.capability.keyring import KeyRing
@@ -40,18 +40,15 @@ class Sealing:
     @contextlib.asynccontextmanager
     async def running(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
         """Seal for as long as the context is open, and once more on leaving."""
-        sealing = Background("audit sealing")
 
-        def ended() -> None:
-            if (failure := sealing.failure) is not None:
-                self.failure = f"The sealing stopped: {type(failure).__name__}."
-                on_failure(failure)
+        def crashed(failure: BaseException) -> None:
+            self.failure = f"The sealing stopped: {type(failure).__name__}."
+            on_failure(failure)
 
-        sealing.start(self._run(), on_end=ended)
         try:
-            yield
+            async with kept_going("audit sealing", self._run(), crashed):
+                yield
         finally:
-            await sealing.stop()
             with contextlib.suppress(OctoError):
                 await self.seal()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import secrets
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from octollm.capability import Principal
 from octollm.clock import Clock, Ids
 from octollm.contracts.session import SESSION_PREFIX, SESSION_SECONDS
 from octollm.errors import OctoError
+from octollm.services.orchestrator.accounts import hash_of
 from octollm.services.orchestrator.audit import Actor, record
 from octollm.services.orchestrator.revoking import Revoking
 from octollm.storage import Database, plain
@@ -47,7 +47,7 @@ class Sessions:
             await tx.execute(
                 tx.insert(sessions).values(
                     id=session_id,
-                    hash=_hash(secret),
+                    hash=hash_of(secret),
                     tenant=principal.tenant,
                     cred=principal.cred,
                     created_at=now,
@@ -96,11 +96,7 @@ class Sessions:
         async with self._db.read() as conn:
             found = await conn.first(select(sessions).where(sessions.c.id == session_id))
         row = None if found is None else plain(found)
-        good = hmac.compare_digest("" if row is None else row["hash"], _hash(session))
+        good = hmac.compare_digest("" if row is None else row["hash"], hash_of(session))
         if row is None or not good or row["expires_at"] <= self._clock.now():
             raise refused
         return row
-
-
-def _hash(session: str) -> str:
-    return hashlib.sha256(session.encode()).hexdigest()

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 
-from octollm.background import Background
+from octollm.background import kept_going
 from octollm.services.orchestrator.presence import Presence
 from octollm.services.orchestrator.registry import Registry
 from octollm.services.orchestrator.revoking import Revoking
@@ -35,20 +35,11 @@ async def upkeep(watched: Watched, cancel_hints: Coroutine[object, object, None]
         watched.registry.failure = f"What keeps the registry of arms stopped: {type(error).__name__}."
         log.error("registry.crashed", error=error)
 
-    hearing = Background("cancel hints")
-
-    def deaf() -> None:
-        if (failure := hearing.failure) is not None:
-            log.error("cancel_hints.crashed", error=failure)
-
     async with (
         watched.sealing.running(crashed("audit")),
         watched.revoking.watching(crashed("revocations")),
         watched.registry.refreshing(arms_crashed),
         watched.presence.sweeping(arms_crashed),
+        kept_going("cancel hints", cancel_hints, crashed("cancel_hints")),
     ):
-        hearing.start(cancel_hints, on_end=deaf)
-        try:
-            yield
-        finally:
-            await hearing.stop()
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from octollm.errors import OctoError
 
@@ -47,6 +47,10 @@ class OurNames:
         if not separator or scheme not in ("http", "https"):
             return False
         return self.has(host, port, default_port=443 if scheme == "https" else 80)
+
+    def are_origins(self, origins: Iterable[str], port: int) -> bool:
+        """Say whether none of ``origins`` is a page of somebody else's; where none is told, none is."""
+        return all(self.has_origin(origin, port) for origin in origins)
 
 
 def check_path(raw: bytes) -> None:

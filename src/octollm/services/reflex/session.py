@@ -51,7 +51,7 @@ def shown_session(connection: HTTPConnection, ours: OurNames) -> str | None:
     headers, port = connection.headers, port_of(connection.scope)
     origins = headers.getlist("origin")
     changes = connection.scope["type"] == "websocket" or connection.scope["method"] not in SAFE_METHODS
-    if any(not ours.has_origin(origin, port) for origin in origins) or (changes and len(origins) != 1):
+    if not ours.are_origins(origins, port) or (changes and len(origins) != 1):
         raise OctoError("A session is for pages of this server alone.", code="origin_refused")
     if _from_elsewhere(headers):
         raise OctoError("A session is for pages of this server alone.", code="origin_refused")
@@ -86,8 +86,7 @@ class PageSessions:
     async def open(self, call: Call, body: SessionRequest) -> Response:
         """Open a session for an API key and set its cookie."""
         request = call.request
-        port = port_of(request.scope)
-        if any(not self._ours.has_origin(origin, port) for origin in request.headers.getlist("origin")):
+        if not self._ours.are_origins(request.headers.getlist("origin"), port_of(request.scope)):
             raise OctoError("A session is for pages of this server alone.", code="origin_refused")
         await self._rate.hit(address_bucket(request.client.host if request.client is not None else ""))
         if (body.api_key is None) == (body.login is None):

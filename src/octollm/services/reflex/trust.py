@@ -15,7 +15,7 @@ def check_local(headers: Headers, peer: str, port: int, ours: OurNames) -> None:
     ``origin_refused`` for a page of another origin, and ``token_missing`` for a peer that is not local, a request
     that went through a proxy, or one that a foreign page caused.
     """
-    if any(not ours.has_origin(origin, port) for origin in headers.getlist("origin")):
+    if not ours.are_origins(headers.getlist("origin"), port):
         raise OctoError("A page of another origin may not do this.", code="origin_refused")
     if not is_loopback(peer):
         raise _missing("only this machine is trusted without one")
