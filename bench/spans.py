@@ -63,7 +63,7 @@ async def monitor(base: Base) -> AsyncGenerator[Service]:
 async def round_of(house: Harness, base: Base, *, sampled: bool) -> float:
     """Return calls per second."""
     token = house.token("judge:validate")
-    target = Target("judge", "judge.validate", "POST", "/validate", "safe")
+    target = Target("judge", "judge.validate", "POST", "/validate", "read_only")
     set_scene(Scene("coder", trace=new_trace(sampled=sampled), task_id="task-" + "0" * 32, tenant="default"))
 
     async def some() -> None:

@@ -102,7 +102,7 @@ async def serve(port: int, keys: Keys, store: str | None, *, keeper_port: int | 
 
     With ``keeper_port`` the keys are with the orchestrator there.
     """
-    kind = "repeatable" if store else "safe"
+    kind = "idempotent" if store else "read_only"
     operation = Operation(
         "validate", "POST", "/validate", echo, scope="judge:validate", body=Body, answer=Body, kind=kind
     )
@@ -164,7 +164,7 @@ async def calling(
         )
         await stack.enter_async_context(_exporting(base))
         verified, delegator = identity.verifier().verify(keys.granted()), identity.delegator()
-        target = Target("judge", "judge.validate", "POST", "/validate", "repeatable" if keyed else "safe")
+        target = Target("judge", "judge.validate", "POST", "/validate", "idempotent" if keyed else "read_only")
         numbers = itertools.count()
 
         def mint() -> str:

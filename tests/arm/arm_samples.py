@@ -41,7 +41,7 @@ class Words(msgspec.Struct):
     task_known: bool
 
 
-@translator.operation(kind="safe")
+@translator.operation(kind="read_only")
 async def count(body: Count, ctx: Context) -> Words:
     """Count the words of a text."""
     return Words(len(body.text.split()), ctx.task is not None)

@@ -58,7 +58,7 @@ class Shop:
         number = len(self.done)
         return Reply(Receipt(number), 201, {"Location": f"/receipts/{number}", "ETag": f'"{number}"'})
 
-    def operation(self, kind: Literal["repeatable", "once"] = "repeatable") -> Operation:
+    def operation(self, kind: Literal["idempotent", "at_most_once"] = "idempotent") -> Operation:
         return Operation(
             "execute", "POST", "/execute", self.sell, scope="coder:execute", body=Order, answer=Receipt, kind=kind
         )
@@ -72,7 +72,7 @@ class Shop:
 
 @contextlib.asynccontextmanager
 async def shop(
-    url: str, kind: Literal["repeatable", "once"] = "repeatable", replicas: int = 2
+    url: str, kind: Literal["idempotent", "at_most_once"] = "idempotent", replicas: int = 2
 ) -> AsyncGenerator[tuple[Shop, httpx.AsyncClient]]:
     made = Shop(Realm.make())
     async with contextlib.AsyncExitStack() as stack:
@@ -134,7 +134,7 @@ async def test_what_says_nothing_of_the_operation_is_not_replayed(database: str)
 
 
 async def test_what_was_cut_off_and_may_be_done_only_once_is_not_done_again(database: str) -> None:
-    async with shop(database, "once") as (made, client):
+    async with shop(database, "at_most_once") as (made, client):
         made.fail = OctoError("Broken half-way.", code="internal")
         assert (await made.post(0, "k1", client=client)).status_code == 500
         made.fail = None
@@ -147,8 +147,10 @@ async def test_what_was_cut_off_and_may_be_done_only_once_is_not_done_again(data
         assert len(made.done) == 3
 
 
-@pytest.mark.parametrize("kind", ["repeatable", "once"])
-async def test_a_replica_is_killed_while_it_holds_a_key(database: str, kind: Literal["repeatable", "once"]) -> None:
+@pytest.mark.parametrize("kind", ["idempotent", "at_most_once"])
+async def test_a_replica_is_killed_while_it_holds_a_key(
+    database: str, kind: Literal["idempotent", "at_most_once"]
+) -> None:
     async with shop(database, kind, replicas=1) as (made, client):
         keys = json.dumps([key.to_jwk(private=True) for key in (made.realm.root, made.realm.service)])
         script = Path(__file__).parents[1] / "support" / "keyed_service.py"
@@ -169,7 +171,7 @@ async def test_a_replica_is_killed_while_it_holds_a_key(database: str, kind: Lit
                 process.kill()
             await process.wait()
         again = await made.post(0, "k1", client=client)
-        if kind == "repeatable":
+        if kind == "idempotent":
             assert (again.status_code, made.done) == (201, ["default:rope"])
         else:
             assert (again.status_code, again.json()["code"], made.done) == (409, "outcome_unknown", [])
@@ -186,7 +188,7 @@ async def test_a_caller_that_leaves_gives_its_claim_back(database: str) -> None:
             raise AssertionError
 
         operation = Operation(
-            "execute", "POST", "/execute", hang, scope="coder:execute", body=Order, answer=Receipt, kind="repeatable"
+            "execute", "POST", "/execute", hang, scope="coder:execute", body=Order, answer=Receipt, kind="idempotent"
         )
         async with open_database(database, clock=CLOCK) as db:
             store = SqlIdempotency(db, "third")

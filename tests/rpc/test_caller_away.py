@@ -50,7 +50,7 @@ async def instance(http: Http, port: int, operation: Operation) -> AsyncGenerato
         yield
 
 
-def outgoing(kind: str = "safe", *, key: str | None = None, patience: Patience = NONE) -> Outgoing:
+def outgoing(kind: str = "read_only", *, key: str | None = None, patience: Patience = NONE) -> Outgoing:
     target = Target("svc", "work", "POST", "/work", kind)  # type: ignore[arg-type]
     return Outgoing(target, "none", Deadline.after(CLOCK, 20), b"{}", key, patience=patience)
 
@@ -68,7 +68,7 @@ async def test_a_dead_instance_costs_nothing_but_a_try():
 
     async with calling(dead, alive) as (caller, http), instance(http, alive, work(answer)):
         for _ in range(20):
-            assert (await caller.answer(outgoing("once"), Answer)).port == alive
+            assert (await caller.answer(outgoing("at_most_once"), Answer)).port == alive
 
 
 async def test_patience_outlasts_a_restart():
@@ -109,10 +109,10 @@ async def test_a_call_that_may_not_be_repeated_is_not_once_it_began():
 
     async with calling(port) as (caller, http), instance(http, port, work(cut)):
         with pytest.raises(OctoError):
-            await caller.answer(outgoing("once", patience=Patience(5, pause=0.01)), Answer)
+            await caller.answer(outgoing("at_most_once", patience=Patience(5, pause=0.01)), Answer)
         assert calls == 1
         with pytest.raises(OctoError):
-            await caller.answer(outgoing("repeatable", key="k", patience=Patience(0.2, pause=0.01)), Answer)
+            await caller.answer(outgoing("idempotent", key="k", patience=Patience(0.2, pause=0.01)), Answer)
         assert calls > 3
 
 

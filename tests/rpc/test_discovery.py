@@ -93,7 +93,7 @@ async def calling(way: Way, *hosts: str, bad: str = "") -> AsyncIterator[Callabl
         caller = Caller("tester", http, way.discovery, clock=CLOCK, ids=IDS, metrics=metrics)
 
         async def call() -> str:
-            target = Target("arm", "where", "GET", "/where", "safe")
+            target = Target("arm", "where", "GET", "/where", "read_only")
             return (await caller.answer(Outgoing(target, "none", Deadline.after(CLOCK, 10)), Where)).host
 
         yield call

@@ -51,7 +51,7 @@ def names(op: dict[str, Any], where: str) -> set[str]:
 
 
 def test_what_a_call_may_carry_and_what_comes_back() -> None:
-    op = described(kind="once", body=Body, answer=Answer, status=201, about=About(codes=("not_found",)))
+    op = described(kind="at_most_once", body=Body, answer=Answer, status=201, about=About(codes=("not_found",)))
     assert names(op, "path") == {"name"}
     assert names(op, "header") == {
         "X-Request-ID",
@@ -85,7 +85,7 @@ def test_a_safe_one_is_not_described_with_what_it_does_not_have() -> None:
 
 
 def test_every_reference_leads_somewhere() -> None:
-    api = openapi_of("svc", [operation(body=Body, answer=Answer, kind="once")])
+    api = openapi_of("svc", [operation(body=Body, answer=Answer, kind="at_most_once")])
     found = re.findall(r'"\$ref":"#/components/(\w+)/([^"]+)"', msgspec.json.encode(api).decode())
     assert len(found) > 20
     for kind, name in found:

@@ -131,9 +131,9 @@ async def house(told: Told, orchestrator_port: int, http: Http) -> AsyncGenerato
     identity = Identity("svc", SigningKey.generate("svc"), {root.thumbprint: root.public}, clock, IDS)
     base = build_base(identity, http, StaticDiscovery(urls), wire=CURRENT.wire)
     operations = [
-        Operation("look", "POST", "/look", nothing, scope="svc:work", kind="safe"),
-        Operation("work", "POST", "/work", nothing, scope="svc:work", kind="repeatable"),
-        Operation("pay", "POST", "/pay", nothing, scope="svc:work", kind="once"),
+        Operation("look", "POST", "/look", nothing, scope="svc:work", kind="read_only"),
+        Operation("work", "POST", "/work", nothing, scope="svc:work", kind="idempotent"),
+        Operation("pay", "POST", "/pay", nothing, scope="svc:work", kind="at_most_once"),
     ]
     async with build_service(base, operations).serve(bound, drain=0.1):
         yield House(http, told, clock, base, url, RootMinter(root, clock, IDS))

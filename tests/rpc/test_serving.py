@@ -203,7 +203,7 @@ async def test_what_may_have_begun_is_not_repeated_without_a_key() -> None:
         calls.append(body.number)
         raise OctoError("Gone.", code="connection_lost")
 
-    once = post(work, kind="once")
+    once = post(work, kind="at_most_once")
     async with served([once], retry=RetryPolicy(base=0.01)) as svc:
         with pytest.raises(OctoError):
             await svc.caller.answer(svc.out(once), Answer)

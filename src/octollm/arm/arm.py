@@ -145,7 +145,7 @@ class Arm:
         self,
         name: str | None = None,
         *,
-        kind: OperationKind = "repeatable",
+        kind: OperationKind = "idempotent",
         timeout: float = OPERATION_SECONDS,
         example: object = None,
         codes: Sequence[str] = (),

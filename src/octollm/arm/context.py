@@ -107,7 +107,7 @@ class Context:
         audience = service_of(service)
         bearer = await self._bearer(":".join((service, operation, *path.values())), CALL_SECONDS)
         key = None
-        if route.kind != "safe":
+        if route.kind != "read_only":
             key = self._keys.next(audience, operation, body or b"")
         filled = route.path.format(**{name: quote(value, safe="") for name, value in path.items()})
         return Outgoing(

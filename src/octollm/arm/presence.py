@@ -113,7 +113,7 @@ class ArmPresence:
     async def _send(self, action: str, body: object, seconds: float) -> None:
         # Each may be repeated: it names the instance.
         call = Outgoing(
-            Target("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", "safe"),
+            Target("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", "read_only"),
             self._base.identity.signer().svc_token("orchestrator"),
             Deadline.after(self._base.clock, seconds),
             msgspec.json.encode(body),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-OperationKind = Literal["safe", "repeatable", "once"]
+OperationKind = Literal["read_only", "idempotent", "at_most_once"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +59,20 @@ class Route:
 
 
 ROUTES: dict[str, Route] = {
-    "planner:plan": Route("POST", "/plan", "safe"),
-    "executor:run": Route("POST", "/run", "repeatable"),
-    "judge:validate": Route("POST", "/validate", "safe"),
-    "judge:accept": Route("POST", "/accept", "safe"),
-    "retriever:search": Route("POST", "/search", "safe"),
-    "memory:read": Route("POST", "/search", "safe"),
-    "memory:write": Route("POST", "/documents", "repeatable"),
-    "models:chat": Route("POST", "/v1/chat/completions", "repeatable"),
-    "files:write": Route("POST", "/files", "repeatable"),
-    "files:read": Route("GET", "/files/{digest}", "safe"),
+    "planner:plan": Route("POST", "/plan", "read_only"),
+    "executor:run": Route("POST", "/run", "idempotent"),
+    "judge:validate": Route("POST", "/validate", "read_only"),
+    "judge:accept": Route("POST", "/accept", "read_only"),
+    "retriever:search": Route("POST", "/search", "read_only"),
+    "memory:read": Route("POST", "/search", "read_only"),
+    "memory:write": Route("POST", "/documents", "idempotent"),
+    "models:chat": Route("POST", "/v1/chat/completions", "idempotent"),
+    "files:write": Route("POST", "/files", "idempotent"),
+    "files:read": Route("GET", "/files/{digest}", "read_only"),
 }
 """Routes by scope, for those that callers name; see :func:`route_of`."""
 
 
 def route_of(service: str, operation: str) -> Route:
     """Return the route of an operation; an arm's own operation is ``POST /<operation>``, repeatable."""
-    return ROUTES.get(f"{service}:{operation}", Route("POST", f"/{operation}", "repeatable"))
+    return ROUTES.get(f"{service}:{operation}", Route("POST", f"/{operation}", "idempotent"))

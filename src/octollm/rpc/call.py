@@ -122,7 +122,7 @@ class Operation:
     path: str
     handler: Handler
     scope: str = ""
-    kind: OperationKind = "safe"
+    kind: OperationKind = "read_only"
     auth: Auth = "capability"
     query: Any = None
     """A Struct of what the query may hold."""

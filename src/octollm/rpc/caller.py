@@ -225,7 +225,7 @@ class Caller:
     def _delay(self, call: Outgoing, error: OctoError, peer: _Peer, trail: _Trail) -> float | None:
         """Return how long to wait before the next try, ``None`` to stop."""
         failure = failure_of(error)
-        repeats_safely = call.target.kind == "safe" or call.key is not None
+        repeats_safely = call.target.kind == "read_only" or call.key is not None
         left = call.deadline.left()
         delay = self._retry.wait(
             failure,

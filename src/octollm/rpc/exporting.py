@@ -131,7 +131,7 @@ class Exporter(Generic[T]):
 def to_monitor(caller: Caller, signer: SelfSigner, clock: Clock) -> Send[Span]:
     """Return what hands spans to the monitor, in the name of the service itself."""
     # The monitor takes a span once, so a batch may be sent again.
-    target = Target("monitor", "traces.receive", "POST", "/v1/traces", "safe")
+    target = Target("monitor", "traces.receive", "POST", "/v1/traces", "read_only")
 
     async def send(spans: list[Span]) -> None:
         body = encode_spans(spans, __version__)

@@ -84,7 +84,7 @@ class RemoteIdempotency:
     def _call(self, action: str, body: Claims | ClaimUpdates) -> Outgoing:
         # Each of these may be repeated: they name the claim, and the store compares it.
         return Outgoing(
-            Target("orchestrator", f"idempotency.{action}", "POST", f"/idempotency/{action}", "safe"),
+            Target("orchestrator", f"idempotency.{action}", "POST", f"/idempotency/{action}", "read_only"),
             self._signer.svc_token("orchestrator"),
             Deadline.after(self._clock, _CALL_SECONDS),
             msgspec.json.encode(body),

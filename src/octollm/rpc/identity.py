@@ -94,7 +94,7 @@ class Directory:
 
     async def _read(self) -> None:
         call = Outgoing(
-            Target("orchestrator", "directory", "GET", "/directory", "safe"),
+            Target("orchestrator", "directory", "GET", "/directory", "read_only"),
             self._signer.svc_token("orchestrator"),
             Deadline.after(self._clock, 10),
         )

@@ -106,7 +106,7 @@ def _roots(answer: JoinAnswer) -> dict[str, PublicKey]:
 
 def _call(clock: Clock, action: str, body: object, bearer: str = "none") -> Outgoing:
     # A nonce is spent by the first try that arrives, so only what surely did not arrive is tried again.
-    kind = "once" if action == "join" else "safe"
+    kind = "at_most_once" if action == "join" else "read_only"
     return Outgoing(
         Target("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", kind),
         bearer,

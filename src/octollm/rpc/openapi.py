@@ -140,7 +140,7 @@ def _parameters(op: Operation, schemas: _Schemas) -> list[dict[str, Any]]:
     headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in op.about.headers.items()}
     if op.cacheable:
         headers["If-None-Match"] = {"description": _HELD, "schema": {"type": "string"}}
-    if op.kind != "safe":
+    if op.kind != "read_only":
         key = {"type": "string", "minLength": 1, "maxLength": 200}
         headers["Idempotency-Key"] = {"description": _KEY, "schema": key}
     return [*found, *({"name": name, "in": "header", "required": False, **rest} for name, rest in headers.items())]

@@ -45,7 +45,7 @@ def codes_of(op: Operation) -> list[str]:
             codes += ["invalid_json", "invalid_body"]
             if op.strict or op.auth == "door":
                 codes.append("unknown_field")
-    if op.kind != "safe":
+    if op.kind != "read_only":
         codes += ["idempotency_conflict", "outcome_unknown"]
     return sorted({*codes, *op.about.codes})
 
@@ -86,7 +86,7 @@ def sent_with(op: Operation, status: int) -> dict[str, Any]:
         names.append("Location")
     if op.cacheable and status in (200, 304):
         names += ["ETag", "Cache-Control"]
-    if op.kind != "safe" and status < 300:
+    if op.kind != "read_only" and status < 300:
         names.append("Idempotent-Replayed")
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 

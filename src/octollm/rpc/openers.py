@@ -55,7 +55,7 @@ class CapabilityOpener:
         bearer = bearer_of(request)
         verified = self._verifier.verify(bearer)
         if self._revoked is not None:
-            self._revoked.check(safe=operation.kind == "safe")
+            self._revoked.check(safe=operation.kind == "read_only")
         scope = self._fixed.get(operation.scope)
         if scope is None:
             text = required_scope(request, operation)

@@ -31,7 +31,7 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 MAX_LINE = 1024 * 1024
 PRUNE_SECONDS = 600.0
-_TARGET = Target("orchestrator", "revocations", "GET", "/revocations", "safe")
+_TARGET = Target("orchestrator", "revocations", "GET", "/revocations", "read_only")
 
 
 class Revoked:

@@ -240,13 +240,13 @@ class Endpoint:
     async def _work(self, call: Call, value: Any) -> Whole | Response:
         """Run the handler within the deadline, behind the idempotency key where there is one."""
         operation, once, verified = self._operation, self._once, call.verified
-        if operation.kind == "safe" or call.key is None or once is None or verified is None:
+        if operation.kind == "read_only" or call.key is None or once is None or verified is None:
             return await self._run(call, value)
         scope = call.request.scope
         keyed = Keyed(
             KeyOf(verified.tenant, verified.subject, call.service, call.operation, call.key),
             body_digest(operation.method, scope["path"], scope["query_string"].decode("latin-1"), call.body),
-            operation.kind == "repeatable",
+            operation.kind == "idempotent",
             call.bearer,
             call.request_id,
         )

@@ -59,7 +59,7 @@ def arms(script: Script) -> list[Arm]:
     coder = Arm.built_in("coder", "codes", 8102, calls=["models:chat"])
     judge = Arm.built_in("judge", "judges", 8103)
 
-    @planner.operation(kind="safe")
+    @planner.operation(kind="read_only")
     async def plan(body: PlanRequest, ctx: Context) -> Plan:
         del ctx
         script.planned.append(body)
@@ -74,7 +74,7 @@ def arms(script: Script) -> list[Arm]:
             script.cancelled.append(body.goal)
             raise
 
-    @judge.operation(kind="safe")
+    @judge.operation(kind="read_only")
     async def accept(body: AcceptRequest, ctx: Context) -> AcceptResult:
         del ctx
         return script.accept(body)

@@ -47,7 +47,7 @@ class Budget:
         """
         within = Deadline.after(self._clock, min(RESERVE_SECONDS, deadline.left()))
         # Repeated only when it surely did not arrive: a second reservation would hold what nobody uses.
-        call = self._call("reserve", "once", wanted, within)
+        call = self._call("reserve", "at_most_once", wanted, within)
         reserving = self._track(self._caller.answer(call, ReserveAnswer), "reserve")
         try:
             return await asyncio.shield(reserving)
@@ -86,7 +86,7 @@ class Budget:
         while True:
             try:
                 # The orchestrator settles a reservation once, so this may be said again.
-                await self._caller.send(self._call("settle", "safe", settled, deadline))
+                await self._caller.send(self._call("settle", "read_only", settled, deadline))
                 return
             except OctoError as error:
                 if not problem_of(error).retryable or deadline.left() <= _PAUSE:

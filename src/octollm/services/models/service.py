@@ -96,7 +96,7 @@ class _Handlers:
                 "/v1/chat/completions",
                 self.chat,
                 scope="models:chat",
-                kind="repeatable",
+                kind="idempotent",
                 body=ChatRequest,
                 answer=Answer,
                 timeout=CHAT_SECONDS,

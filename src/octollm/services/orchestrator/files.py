@@ -98,7 +98,7 @@ def file_operations(store: FileStore) -> list[Operation]:
             "/files",
             put,
             scope="files:write",
-            kind="repeatable",
+            kind="idempotent",
             body=bytes,
             answer=StoredFile,
             status=201,

@@ -148,7 +148,7 @@ class TasksApi:
                 "/tasks",
                 self.submit,
                 scope="tasks:create",
-                kind="repeatable",
+                kind="idempotent",
                 body=TaskContract,
                 answer=TaskView,
                 status=201,

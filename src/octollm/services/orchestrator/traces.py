@@ -25,7 +25,7 @@ class Traces:
     async def of_task(self, reader: Principal, task_id: str, deadline: Deadline) -> TraceView:
         """Return the spans of a task that ``reader`` may read. Raises ``unavailable`` when the monitor is away."""
         call = Outgoing(
-            Target("monitor", "traces.read", "GET", f"/traces?task={quote(task_id, safe='')}", "safe"),
+            Target("monitor", "traces.read", "GET", f"/traces?task={quote(task_id, safe='')}", "read_only"),
             self._minter.access(reader, "monitor", "monitor:read", task=TaskRef(task_id)),
             Deadline.after(self._clock, min(ASK_SECONDS, deadline.left())),
         )

@@ -23,7 +23,7 @@ MAX_HELD_SECONDS = 300.0
 MARGIN_SECONDS = 30.0
 """A token is dropped so long before it ends, so that none ends on its way."""
 EXCHANGE_SECONDS = 10.0
-_TARGET = Target("orchestrator", "token", "POST", "/token", "safe")
+_TARGET = Target("orchestrator", "token", "POST", "/token", "read_only")
 
 
 def digest_of(secret: str) -> str:

@@ -39,7 +39,7 @@ class PublicPath:
     method: str
     path: str
     summary: str
-    kind: OperationKind = "safe"
+    kind: OperationKind = "read_only"
     query: Any = None
     body: Any = None
     answer: Any = None
@@ -68,7 +68,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "POST",
         "/tasks",
         "Submit a task.",
-        "repeatable",
+        "idempotent",
         body=TaskContract,
         answer=TaskView,
         status=201,
@@ -82,7 +82,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "POST",
         "/tasks/{task_id}/cancel",
         "Cancel a task.",
-        "repeatable",
+        "idempotent",
         answer=TaskView,
         codes=(*_TASK, "state_conflict"),
     ),
@@ -91,7 +91,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "POST",
         "/tasks/{task_id}/approval",
         "Let a waiting task go on (not configured).",
-        "repeatable",
+        "idempotent",
         codes=_ABSENT,
     ),
     PublicPath(
@@ -121,7 +121,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "POST",
         "/files",
         "Store a file.",
-        "repeatable",
+        "idempotent",
         body=bytes,
         answer=StoredFile,
         status=201,
@@ -138,7 +138,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "DELETE",
         "/arms/{name}",
         "Remove an arm of one's own.",
-        "repeatable",
+        "idempotent",
         answer=Done,
         codes=("arm_unknown",),
     ),
@@ -148,7 +148,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "POST",
         "/joins",
         "Make a join secret.",
-        "repeatable",
+        "idempotent",
         body=NewJoinRequest,
         answer=NewJoin,
         status=201,
@@ -159,7 +159,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "DELETE",
         "/joins/{join_id}",
         "Revoke a join secret.",
-        "repeatable",
+        "idempotent",
         answer=Done,
         codes=("not_found",),
     ),
@@ -169,7 +169,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "POST",
         "/keys",
         "Make an API key.",
-        "repeatable",
+        "idempotent",
         body=KeyRequest,
         answer=NewKey,
         status=201,
@@ -180,7 +180,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "DELETE",
         "/keys/{key_id}",
         "Revoke an API key.",
-        "repeatable",
+        "idempotent",
         answer=Done,
         codes=("not_found",),
     ),
@@ -189,7 +189,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "POST",
         "/token",
         "Make a token for direct calls.",
-        "repeatable",
+        "idempotent",
         body=TokenRequest,
         answer=TokenAnswer,
         codes=("authority_missing", "invalid_parameter"),
@@ -200,7 +200,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         "POST",
         "/token/revoke",
         "Revoke a token, or what a principal or a service was lent.",
-        "repeatable",
+        "idempotent",
         body=RevocationRequest,
         answer=Done,
         to="/revocations",
@@ -215,7 +215,7 @@ PUBLIC: tuple[PublicPath, ...] = (
         codes=("scope_missing",),
     ),
     PublicPath("webhooks.list", "GET", "/webhooks", "Webhooks (not configured).", query=Page, codes=_ABSENT),
-    PublicPath("webhooks.create", "POST", "/webhooks", "Add a webhook (not configured).", "repeatable", codes=_ABSENT),
+    PublicPath("webhooks.create", "POST", "/webhooks", "Add a webhook (not configured).", "idempotent", codes=_ABSENT),
     PublicPath(
         "dead_letters.list",
         "GET",

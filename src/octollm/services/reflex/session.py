@@ -123,7 +123,7 @@ class PageSessions:
 
     async def _ask(self, name: str, path: str, body: object, kind: type[T]) -> T:
         call = Outgoing(
-            Target("orchestrator", name, "GET" if body is None else "POST", path, "safe"),
+            Target("orchestrator", name, "GET" if body is None else "POST", path, "read_only"),
             self._signer.svc_token("orchestrator"),
             Deadline.after(self._clock, CALL_SECONDS),
             None if body is None else msgspec.json.encode(body),

@@ -47,7 +47,7 @@ class Asked:
     name: str
     method: str
     path: str
-    kind: OperationKind = "safe"
+    kind: OperationKind = "read_only"
     body: bytes | None = None
     key: str | None = None
     content_type: str = "application/json"
@@ -108,7 +108,7 @@ class Upstream:
 
     async def cancel(self, credential: str, task_id: str) -> TaskView:
         """Cancel a task. Raises ``scope_missing``, ``task_not_found``, ``state_conflict``."""
-        asked = Asked("tasks.cancel", "POST", f"/tasks/{quote(task_id, safe='')}/cancel", "repeatable", b"")
+        asked = Asked("tasks.cancel", "POST", f"/tasks/{quote(task_id, safe='')}/cancel", "idempotent", b"")
         return _decode(await self.send(credential, asked, Deadline.after(self._clock, LOOK_SECONDS)), TaskView)
 
 

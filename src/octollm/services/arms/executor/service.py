@@ -68,7 +68,9 @@ def executor_arm(holder: RunnerHolder, metrics: Metrics, tracer: Tracer) -> Arm:
         await ctx.emit(output)
         return ExecuteResult(output=output, artifacts=await _artifacts(result, ctx), evidence=evidence)
 
-    @arm.operation("http", kind="once", example=HttpRequest("GET", "https://example.org/"), codes=["not_configured"])
+    @arm.operation(
+        "http", kind="at_most_once", example=HttpRequest("GET", "https://example.org/"), codes=["not_configured"]
+    )
     async def http(request: HttpRequest, ctx: Context) -> HttpAnswer:
         """Call a server outside, where that is configured."""
         del request, ctx

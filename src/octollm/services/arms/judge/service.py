@@ -30,12 +30,12 @@ def judge_arm(settings: Settings) -> Arm:
         accepts=("files:text",),
     )
 
-    @arm.operation("validate", kind="safe")
+    @arm.operation("validate", kind="read_only")
     async def validate(request: ValidateRequest, ctx: Context) -> ValidateResult:
         """Say whether code is valid, and passes its tests where there are any."""
         return await validate_code(request, running(ctx))
 
-    @arm.operation("accept", kind="safe")
+    @arm.operation("accept", kind="read_only")
     async def accept(request: AcceptRequest, ctx: Context) -> AcceptResult:
         """Say whether a step's result is what was asked."""
 

@@ -27,7 +27,7 @@ def planner_arm(settings: Settings) -> Arm:
         accepts=("files:none", "files:text", "files:tabular"),
     )
 
-    @arm.operation("plan", kind="safe")
+    @arm.operation("plan", kind="read_only")
     async def plan(request: PlanRequest, ctx: Context) -> Plan:
         """Plan a goal."""
         ask = ModelAsk(ctx)

@@ -28,7 +28,7 @@ def retriever_arm() -> Arm:
         accepts=("files:text",),
     )
 
-    @arm.operation("search", kind="safe")
+    @arm.operation("search", kind="read_only")
     async def search(request: SearchRequest, ctx: Context) -> SearchResult:
         """Find passages in what is remembered."""
         return await ctx.call("memory", "read", request, SearchResult)
