@@ -19,20 +19,20 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from octollm.clock import SystemClock
-from octollm.context import Scene, new_trace, set_scene
+from octollm.context import RequestContext, set_context, start_trace
 from octollm.resilience import Deadline
-from octollm.rpc.call import Call, Operation
-from octollm.rpc.caller import Outgoing, Target
-from octollm.rpc.exporting import Exporter, to_monitor
-from octollm.rpc.openers import RegisteredOpener
-from octollm.rpc.service import Base, Service, build_service
-from octollm.services.monitor.service import Traces
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.rpc.caller import CallTarget, OutgoingCall
+from octollm.rpc.exporting import BatchExporter, create_monitor_sender
+from octollm.rpc.openers import RegisteredServiceAuthenticator
+from octollm.rpc.service import Service, ServiceBase, build_service
+from octollm.services.monitor.service import TraceHandlers
 from octollm.services.monitor.store import SpanStore
 from octollm.storage import open_database
 from octollm.storage.migrations import migrate
-from octollm.telemetry import Span, Tracer, configure_logs
+from octollm.telemetry import Span, Tracer, configure_logging
 from octollm.telemetry.otlp import encode_spans
-from octollm.testing.harness import Harness, harness
+from octollm.testing.harness import Harness, start_harness
 
 IN_FLIGHT = 16
 CALLS = 1600
@@ -40,11 +40,11 @@ ROUNDS = 7
 
 
 @contextlib.asynccontextmanager
-async def judge(base: Base, caller: Base) -> AsyncGenerator[Service]:
+async def judge(base: ServiceBase, caller: ServiceBase) -> AsyncGenerator[Service]:
     # Caller and callee share a buffer, so that one exporter does the work of both.
     base = dataclasses.replace(base, tracer=Tracer(base.name, base.clock, caller.spans))
 
-    async def validate(_call: Call, _body: bytes) -> dict[str, bool]:
+    async def validate(_call: IncomingCall, _body: bytes) -> dict[str, bool]:
         return {"is_valid": True}
 
     yield build_service(
@@ -53,31 +53,33 @@ async def judge(base: Base, caller: Base) -> AsyncGenerator[Service]:
 
 
 @contextlib.asynccontextmanager
-async def monitor(base: Base) -> AsyncGenerator[Service]:
+async def monitor(base: ServiceBase) -> AsyncGenerator[Service]:
     async with open_database("memory://", clock=base.clock) as db:
         await migrate(db, "monitor")
-        opener = RegisteredOpener(base.name, base.directory, base.clock)
-        yield build_service(base, Traces(SpanStore(db), None).operations(), openers={"service": opener})
+        opener = RegisteredServiceAuthenticator(base.name, base.directory, base.clock)
+        yield build_service(base, TraceHandlers(SpanStore(db), None).operations(), authenticators={"service": opener})
 
 
-async def round_of(house: Harness, base: Base, *, sampled: bool) -> float:
+async def round_of(house: Harness, base: ServiceBase, *, sampled: bool) -> float:
     """Return calls per second."""
     token = house.token("judge:validate")
-    target = Target("judge", "judge.validate", "POST", "/validate", "read_only")
-    set_scene(Scene("coder", trace=new_trace(sampled=sampled), task_id="task-" + "0" * 32, tenant="default"))
+    target = CallTarget("judge", "judge.validate", "POST", "/validate", "read_only")
+    set_context(
+        RequestContext("coder", trace=start_trace(sampled=sampled), task_id="task-" + "0" * 32, tenant="default")
+    )
 
     async def some() -> None:
         for _ in range(CALLS // IN_FLIGHT):
-            await base.caller.send(Outgoing(target, token, Deadline.after(base.clock, 30), b'{"code": "x = 1"}'))
+            await base.client.send(OutgoingCall(target, token, Deadline.after(base.clock, 30), b'{"code": "x = 1"}'))
 
     began = time.perf_counter()
     await asyncio.gather(*(some() for _ in range(IN_FLIGHT)))
     return CALLS / (time.perf_counter() - began)
 
 
-def one_span(base: Base) -> float:
+def one_span(base: ServiceBase) -> float:
     """Return the microseconds of one span, alone."""
-    set_scene(Scene("coder", trace=new_trace(sampled=True), task_id="task-1", tenant="default"))
+    set_context(RequestContext("coder", trace=start_trace(sampled=True), task_id="task-1", tenant="default"))
     began = time.perf_counter()
     for _ in range(20_000):
         base.tracer.end(base.tracer.start("work"))
@@ -92,18 +94,18 @@ async def encoded_only(spans: list[Span]) -> None:
 
 
 async def main() -> None:
-    async with harness() as house:
+    async with start_harness() as house:
         base = house.base("coder")
-        to_here = to_monitor(base.caller, base.identity.signer(), base.clock)
+        to_here = create_monitor_sender(base.client, base.identity.signer(), base.clock)
         modes = {"without spans": None, "with spans": encoded_only, "with the monitor here too": to_here}
         found: dict[str, list[float]] = {mode: [] for mode in modes}
         async with house.serve(monitor(house.base("monitor"))), house.serve(judge(house.base("judge"), base)):
             for number in range(ROUNDS + 1):
                 for mode, send in modes.items():
-                    exporter = Exporter(
+                    exporter = BatchExporter(
                         base.spans, send or encoded_only, name="monitor", log=base.log, metrics=base.metrics
                     )
-                    async with exporter.running():
+                    async with exporter.run():
                         rate = await round_of(house, base, sampled=send is not None)
                     if number:  # the first warms up
                         found[mode].append(rate)
@@ -116,6 +118,6 @@ async def main() -> None:
 if __name__ == "__main__":
     with (
         tempfile.TemporaryDirectory() as folder,
-        configure_logs(Path(folder) / "log", level="info", clock=SystemClock()),
+        configure_logging(Path(folder) / "log", level="info", clock=SystemClock()),
     ):
         asyncio.run(main())

@@ -8,7 +8,7 @@ from databases import BACKENDS, SERVER_URL, Backend, PostgresServer
 from hypothesis import HealthCheck, settings
 from wires import CURRENT, NAMES, wire_named
 
-from octollm.rpc.wire import PLAIN
+from octollm.rpc.wire import PLAINTEXT
 
 # How fast a busy machine makes examples, and runs them, says nothing of what is tested.
 settings.register_profile("octollm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -53,4 +53,4 @@ def every_wire(request: pytest.FixtureRequest) -> Iterator[None]:
     """Have a test's services talk in one way after the other."""
     CURRENT.wire = wire_named(request.param)
     yield
-    CURRENT.wire = PLAIN
+    CURRENT.wire = PLAINTEXT

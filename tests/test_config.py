@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from octollm.config import SPECS, read_settings, unknown_settings
+from octollm.config import SETTING_SPECS, read_settings, unknown_settings
 from octollm.errors import SettingError
 
 SERVICES = ("coder", "reflex")
@@ -10,7 +10,7 @@ SERVICES = ("coder", "reflex")
 
 def test_nothing_set_is_the_default() -> None:
     settings = read_settings({}, SERVICES)
-    assert (settings.model, settings.host, settings.local_trust) == ("embedded", "127.0.0.1", True)
+    assert (settings.model, settings.host, settings.trust_loopback) == ("embedded", "127.0.0.1", True)
     assert settings.home.is_absolute()
 
 
@@ -57,6 +57,6 @@ def test_a_misspelt_setting_is_pointed_out() -> None:
 
 
 def test_every_setting_has_a_meaning_and_a_default_that_is_right() -> None:
-    for spec in SPECS.values():
+    for spec in SETTING_SPECS.values():
         assert spec.meaning.endswith(".")
         spec.parse(spec.default)

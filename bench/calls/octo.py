@@ -24,36 +24,36 @@ from octollm.capability import (
     RootMinter,
     SigningKey,
     TaskRef,
-    closure,
-    preset,
+    attenuate,
+    preset_scopes,
 )
-from octollm.clock import SystemClock, Uuid7Ids
-from octollm.context import Scene, new_trace, set_scene
+from octollm.clock import SystemClock, Uuid7Generator
+from octollm.context import RequestContext, set_context, start_trace
 from octollm.events import EventLog
-from octollm.installation.collector import settle_collector
+from octollm.installation.collector import tune_garbage_collector
 from octollm.resilience import Deadline
-from octollm.rpc.call import Call, Operation
-from octollm.rpc.caller import Outgoing, Target
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.rpc.caller import CallTarget, OutgoingCall
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.exporting import Exporter
-from octollm.rpc.hosting import listen, serving
-from octollm.rpc.http1 import Http1
+from octollm.rpc.exporting import BatchExporter
+from octollm.rpc.hosting import listen, serve_app
+from octollm.rpc.http1 import Http1Client
 from octollm.rpc.idempotency import IdempotencyStore
-from octollm.rpc.idempotency_sql import SqlIdempotency
-from octollm.rpc.identity import Identity
-from octollm.rpc.openers import ServiceOpener
-from octollm.rpc.service import Base, build_base, build_service
-from octollm.services.orchestrator.revoking import Revoking
+from octollm.rpc.idempotency_sql import SqlIdempotencyStore
+from octollm.rpc.identity import ServiceIdentity
+from octollm.rpc.openers import ServiceAuthenticator
+from octollm.rpc.service import ServiceBase, build_base, build_service
+from octollm.services.orchestrator.revoking import RevocationStore
 from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.storage import open_database
 from octollm.storage.migrations import migrate
-from octollm.tasks.ledger import Ledger
+from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.store import TaskStore
-from octollm.telemetry import Span, configure_logs
+from octollm.telemetry import Span, configure_logging
 from octollm.telemetry.otlp import encode_spans
 
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
+IDS = Uuid7Generator(CLOCK)
 SAMPLED = 0.01
 TOKEN_SECONDS = 10.0
 """How long one access token is used, where it is not made for each call; it lives for a minute."""
@@ -75,25 +75,25 @@ class Keys:
     def make(cls) -> Keys:
         return cls(*(SigningKey.generate(name) for name in ("orchestrator", "coder", "judge")))
 
-    def identity(self, name: str) -> Identity:
+    def identity(self, name: str) -> ServiceIdentity:
         key = self.coder if name == "coder" else self.judge
-        return Identity(name, key, {self.root.thumbprint: self.root.public}, CLOCK, IDS)
+        return ServiceIdentity(name, key, {self.root.thumbprint: self.root.public}, CLOCK, IDS)
 
     def granted(self) -> str:
         """Return what the orchestrator sends coder with a step: the grant under which it may ask the judge."""
-        may, _ = closure("coder:execute", BUILT_IN_CALLS, preset("user"))
-        return RootMinter(self.root, CLOCK, IDS).access(
+        may, _ = attenuate("coder:execute", BUILT_IN_CALLS, preset_scopes("user"))
+        return RootMinter(self.root, CLOCK, IDS).mint_access(
             Principal("user-1", "cred-1", "default"),
             "coder",
             "coder:execute",
             300,
             task=TaskRef("task-" + "0" * 32, "s1", 1, 1),
-            may=may,
+            delegation=may,
             holder_jkt=self.coder.thumbprint,
         )
 
 
-async def echo(_call: Call, body: Body) -> Body:
+async def echo(_call: IncomingCall, body: Body) -> Body:
     return body
 
 
@@ -104,24 +104,24 @@ async def serve(port: int, keys: Keys, store: str | None, *, keeper_port: int | 
     """
     kind = "idempotent" if store else "read_only"
     operation = Operation(
-        "validate", "POST", "/validate", echo, scope="judge:validate", body=Body, answer=Body, kind=kind
+        "validate", "POST", "/validate", echo, scope="judge:validate", body=Body, response=Body, kind=kind
     )
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_logs(stack))
-        http = await stack.enter_async_context(Http1())
+        http = await stack.enter_async_context(Http1Client())
         urls = {"judge": ("http://judge",), "orchestrator": (f"http://127.0.0.1:{keeper_port}",)}
         base = build_base(keys.identity("judge"), http, StaticDiscovery(urls), follow_revocations=False)
         keeper: IdempotencyStore | None = None
         if keeper_port is not None:
-            keeper = base.remote_idempotency()
+            keeper = base.remote_idempotency_store()
         elif store is not None:
             db = await stack.enter_async_context(open_database(store, clock=CLOCK))
             await migrate(db, "orchestrator")
-            keeper = SqlIdempotency(db, "bench")
+            keeper = SqlIdempotencyStore(db, "bench")
         service = build_service(base, [operation], idempotency=keeper)
         await stack.enter_async_context(_exporting(base))
-        await stack.enter_async_context(serving(service.app, listen("127.0.0.1", port, "judge")))
-        settle_collector()
+        await stack.enter_async_context(serve_app(service.app, listen("127.0.0.1", port, "judge")))
+        tune_garbage_collector()
         await asyncio.Event().wait()
 
 
@@ -129,23 +129,25 @@ async def keep(port: int, keys: Keys, store: str) -> None:
     """Keep the judge's keys as the orchestrator does, until cancelled."""
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_logs(stack))
-        http = await stack.enter_async_context(Http1())
-        identity = Identity("orchestrator", keys.root, {keys.root.thumbprint: keys.root.public}, CLOCK, IDS)
+        http = await stack.enter_async_context(Http1Client())
+        identity = ServiceIdentity("orchestrator", keys.root, {keys.root.thumbprint: keys.root.public}, CLOCK, IDS)
         base = build_base(
             identity, http, StaticDiscovery({"orchestrator": (f"http://127.0.0.1:{port}",)}), follow_revocations=False
         )
         db = await stack.enter_async_context(open_database(store, clock=CLOCK))
         await migrate(db, "orchestrator")
         log = EventLog(db, CLOCK, IDS)
-        revoking = Revoking(db, CLOCK)
+        revoking = RevocationStore(db, CLOCK)
         tasks = TaskStore(db, log, CLOCK)
-        api = ServicesApi(Ledger(db, CLOCK, IDS), tasks, SqlIdempotency(db, "bench"), revoking, identity.roots, CLOCK)
+        api = ServicesApi(
+            BudgetLedger(db, CLOCK, IDS), tasks, SqlIdempotencyStore(db, "bench"), revoking, identity.roots, CLOCK
+        )
         entries = {"judge": DirectoryEntry((keys.judge.thumbprint,))}
-        opener = ServiceOpener("orchestrator", lambda: entries, CLOCK)
-        service = build_service(base, api.operations(), openers={"service": opener})
+        opener = ServiceAuthenticator("orchestrator", lambda: entries, CLOCK)
+        service = build_service(base, api.operations(), authenticators={"service": opener})
         await stack.enter_async_context(_exporting(base))
-        await stack.enter_async_context(serving(service.app, listen("127.0.0.1", port, "orchestrator")))
-        settle_collector()
+        await stack.enter_async_context(serve_app(service.app, listen("127.0.0.1", port, "orchestrator")))
+        tune_garbage_collector()
         await asyncio.Event().wait()
 
 
@@ -157,14 +159,14 @@ async def calling(
     body = msgspec.json.encode(Body("x" * size))
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_logs(stack))
-        http = await stack.enter_async_context(Http1())
+        http = await stack.enter_async_context(Http1Client())
         identity = keys.identity("coder")
         base = build_base(
             identity, http, StaticDiscovery({"judge": (f"http://127.0.0.1:{port}",)}), follow_revocations=False
         )
         await stack.enter_async_context(_exporting(base))
         verified, delegator = identity.verifier().verify(keys.granted()), identity.delegator()
-        target = Target("judge", "judge.validate", "POST", "/validate", "idempotent" if keyed else "read_only")
+        target = CallTarget("judge", "judge.validate", "POST", "/validate", "idempotent" if keyed else "read_only")
         numbers = itertools.count()
 
         def mint() -> str:
@@ -178,25 +180,25 @@ async def calling(
             number = next(numbers)
             if minted or CLOCK.monotonic() - made > TOKEN_SECONDS:
                 token, made = mint(), CLOCK.monotonic()
-            trace = new_trace(sampled=number % 100 < sampled * 100)
-            set_scene(Scene("coder", trace=trace, task_id="task-" + "0" * 32, tenant="default"))
+            trace = start_trace(sampled=number % 100 < sampled * 100)
+            set_context(RequestContext("coder", trace=trace, task_id="task-" + "0" * 32, tenant="default"))
             key = f"{run}-{number}" if keyed else None
-            return await base.caller.answer(Outgoing(target, token, Deadline.after(CLOCK, 30), body, key), Body)
+            return await base.client.call(OutgoingCall(target, token, Deadline.after(CLOCK, 30), body, key), Body)
 
-        settle_collector()
+        tune_garbage_collector()
         yield call
 
 
 def _logs(stack: contextlib.AsyncExitStack) -> contextlib.AbstractContextManager[None]:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    return configure_logs(Path(folder) / "log", level="info", clock=CLOCK)
+    return configure_logging(Path(folder) / "log", level="info", clock=CLOCK)
 
 
-def _exporting(base: Base) -> contextlib.AbstractAsyncContextManager[None]:
+def _exporting(base: ServiceBase) -> contextlib.AbstractAsyncContextManager[None]:
     async def encoded(spans: list[Span]) -> None:
         encode_spans(spans, "bench")
 
-    return Exporter(base.spans, encoded, name="monitor", log=base.log, metrics=base.metrics).running()
+    return BatchExporter(base.spans, encoded, name="monitor", log=base.log, metrics=base.metrics).run()
 
 
 async def serve_bare(port: int) -> None:
@@ -221,7 +223,7 @@ async def calling_bare(port: int, size: int) -> AsyncGenerator[Callable[[], Awai
     body = msgspec.json.encode(Body("x" * size))
     url = f"http://127.0.0.1:{port}/validate"
     headers = {"content-type": "application/json"}
-    async with Http1() as http:
+    async with Http1Client() as http:
 
         async def call() -> object:
             answer = await http.send("POST", url, headers, body, seconds=30)

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from octollm.capability import (
+    DelegationTree,
     Delegator,
-    May,
     Principal,
     PublicKey,
     RootMinter,
     SigningKey,
     TaskRef,
-    Verified,
+    VerifiedChain,
     Verifier,
-    parse_may,
+    parse_delegation_tree,
 )
 from octollm.capability.inspecting import read_chain
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
+IDS = Uuid7Generator(CLOCK)
 HOPS: tuple[tuple[str, str], ...] = (
     ("coder", "coder:execute"),
     ("judge", "judge:validate"),
@@ -51,22 +51,22 @@ class Minter:
     """Mints one hop again and again: at the root, or under the grant of the hop before."""
 
     root: RootMinter
-    before: Verified | None
+    before: VerifiedChain | None
     delegator: Delegator | None
     audience: str
     scope: str
     jkt: str
-    may: May
+    may: DelegationTree
 
     def mint(self) -> str:
         """Return the bearer string of the hop."""
         if self.before is None or self.delegator is None:
-            return self.root.access(
+            return self.root.mint_access(
                 Principal("0193f1c2-user", "key-0193f1c2", "acme"),
                 self.audience,
                 self.scope,
                 task=TaskRef("task-" + IDS.hex(), "s1", 1, 1),
-                may=self.may,
+                delegation=self.may,
                 holder_jkt=self.jkt,
             )
         return self.delegator.delegate(self.before, self.audience, self.scope, self.jkt)
@@ -79,9 +79,9 @@ def chain_of(depth: int) -> tuple[Chain, Minter]:
     roots = {root.thumbprint: root.public}
     minter = RootMinter(root, CLOCK, IDS)
     # The last hop may call on once more, so that every bearer string has a grant for the callee.
-    may = parse_may({"files:read": {}})
+    may = parse_delegation_tree({"files:read": {}})
     for _name, scope in reversed(HOPS[1:depth]):
-        may = parse_may({scope: may.to_object()})
+        may = parse_delegation_tree({scope: may.to_dict()})
     last: Minter | None = None
     bearer, before, delegator = "", None, None
     for number, (name, scope) in enumerate(HOPS[:depth]):
@@ -91,7 +91,7 @@ def chain_of(depth: int) -> tuple[Chain, Minter]:
         delegator = Delegator(keys[name], name, CLOCK, IDS)
         del number
     assert last is not None
-    parts = read_chain(bearer).with_parents()
+    parts = read_chain(bearer).parts_with_parents()
     owner = {key.thumbprint: key.public for key in (root, *keys.values())}
     signed = tuple(
         (

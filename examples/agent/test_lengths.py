@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lengths import arm
 
-from octollm.testing import UseTool, run_arm
+from octollm.testing import ToolUse, run_arm
 
 
 def test_it_uses_its_tool():
@@ -12,19 +12,19 @@ def test_it_uses_its_tool():
         arm,
         "execute",
         {"goal": "How many metres is a mile?"},
-        model=[UseTool("convert", {"amount": 1, "unit": "miles", "into": "metres"}), "A mile is 1609.344 metres."],
+        model=[ToolUse("convert", {"amount": 1, "unit": "miles", "into": "metres"}), "A mile is 1609.344 metres."],
     )
     assert result.output == "A mile is 1609.344 metres."
     assert lab.progress == [(50.0, "miles into metres")]
-    assert lab.model.asked[1].messages[-1].text == "1609.344"
+    assert lab.model.requests[1].messages[-1].text == "1609.344"
 
 
 def test_a_wrong_unit_is_told_to_the_model():
     answers = [
-        UseTool("convert", {"amount": 1, "unit": "leagues", "into": "metres"}),
-        UseTool("convert", {"amount": 3, "unit": "miles", "into": "kilometres"}),
+        ToolUse("convert", {"amount": 1, "unit": "leagues", "into": "metres"}),
+        ToolUse("convert", {"amount": 3, "unit": "miles", "into": "kilometres"}),
         "About 4.8 km.",
     ]
     result, lab = run_arm(arm, "execute", {"goal": "A league in km?"}, model=answers)
     assert result.output == "About 4.8 km."
-    assert "'millimetres', 'centimetres'" in lab.model.asked[1].messages[-1].text
+    assert "'millimetres', 'centimetres'" in lab.model.requests[1].messages[-1].text

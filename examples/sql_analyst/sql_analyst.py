@@ -17,7 +17,7 @@ from reading import Rows, answer, schema_of
 from octollm import Arm, Artifact, Context, ExecuteResult, FileRef, OctoError, Task
 
 SUFFIXES = (".sqlite", ".sqlite3", ".db")
-SHOWN_ROWS = 20
+MAX_SHOWN_ROWS = 20
 
 arm = Arm(
     "sql-analyst",
@@ -63,18 +63,18 @@ async def find(question: str, path: Path, ctx: Context) -> tuple[str, Rows]:
     prompt = f"Tables:\n{schema_of(path)}\n\nWrite one SQLite SELECT that answers: {question}"
     query = (await ctx.model.structured(prompt, Query, max_tokens=400)).sql
     try:
-        return query, await answer(path, query, ctx.deadline.left())
+        return query, await answer(path, query, ctx.deadline.remaining())
     except OctoError as error:
         await ctx.progress(50, "mending the query")
         mended = await ctx.model.structured(f"{prompt}\n\nNot {query}, for: {error.detail}", Query, max_tokens=400)
-        return mended.sql, await answer(path, mended.sql, ctx.deadline.left())
+        return mended.sql, await answer(path, mended.sql, ctx.deadline.remaining())
 
 
 def in_words(query: str, rows: Rows, table: Artifact) -> str:
     """Return the result as a table in Markdown, with the query that it stands on."""
     lines = ["| " + " | ".join(rows.columns) + " |", "|" + " --- |" * len(rows.columns)]
-    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows.rows[:SHOWN_ROWS]]
-    more = len(rows.rows) - SHOWN_ROWS
+    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows.rows[:MAX_SHOWN_ROWS]]
+    more = len(rows.rows) - MAX_SHOWN_ROWS
     if more > 0:
         lines.append(f"\n{more} more in {table.name}")
     if rows.cut:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 
 
-class Background:
+class BackgroundTask:
     """One task. Stopping it raises what it died of; so does :meth:`check`."""
 
     def __init__(self, name: str) -> None:
@@ -27,7 +27,7 @@ class Background:
             return None
         return self._task.exception()
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise what the task died of."""
         if (failure := self.failure) is not None:
             raise failure
@@ -43,15 +43,15 @@ class Background:
             return
         self._task.cancel()
         await asyncio.wait([self._task])
-        self.check()
+        self.raise_if_failed()
 
 
 @asynccontextmanager
-async def kept_going(
+async def run_in_background(
     name: str, work: Coroutine[object, object, None], on_failure: Callable[[BaseException], None]
 ) -> AsyncGenerator[None]:
     """Run ``work`` for as long as the context is open; ``on_failure`` is told at once what it dies of."""
-    background = Background(name)
+    background = BackgroundTask(name)
 
     def ended() -> None:
         if background.failure is not None:
@@ -65,10 +65,10 @@ async def kept_going(
             await background.stop()
 
 
-async def wait_for(news: asyncio.Event, seconds: float, *, clear: bool = True) -> None:
+async def wait_for_event(event: asyncio.Event, timeout: float, *, clear: bool = True) -> None:
     """Return when ``news`` is set, or after ``seconds``; and clear it, if asked to."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await news.wait()
+        async with asyncio.timeout(timeout):
+            await event.wait()
     if clear:
-        news.clear()
+        event.clear()

@@ -35,7 +35,7 @@ class SystemClock:
         return time.monotonic()
 
 
-class Ids(Protocol):
+class IdGenerator(Protocol):
     """A source of identifiers that are unique and sort by creation time."""
 
     def hex(self) -> str:
@@ -43,7 +43,7 @@ class Ids(Protocol):
         ...
 
 
-class Uuid7Ids:
+class Uuid7Generator:
     """UUIDv7 identifiers (RFC 9562 section 5.7): 48 bits of milliseconds, then random bits."""
 
     def __init__(self, clock: Clock) -> None:
@@ -73,7 +73,7 @@ class Uuid7Ids:
             return taken
 
 
-def iso(seconds: float) -> str:
+def format_rfc3339(seconds: float) -> str:
     """Format epoch seconds as RFC 3339 UTC with milliseconds, e.g. ``2025-11-10T10:30:00.000Z``."""
     text = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")

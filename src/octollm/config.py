@@ -35,30 +35,30 @@ class Settings:
     redis_url: str
     database_url: str | None
     keys: Path | None
-    join_secret: str | None
-    local_trust: bool
+    enrolment_token: str | None
+    trust_loopback: bool
     host: str
     port: int
-    port_shift: int
+    port_offset: int
     advertise_url: str | None
     http: Literal["1.1", "2"]
     tls_cert: Path | None
     tls_key: Path | None
     tls_ca: Path | None
-    tls_mutual: bool
-    start_seconds: float
-    drain_seconds: float
+    mtls: bool
+    startup_timeout: float
+    shutdown_grace: float
     allowed_hosts: tuple[str, ...]
     cors_origins: tuple[str, ...]
     oidc: Path | None
     rate_limit: str
-    screening: Literal["refuse", "record", "off"]
+    input_guardrail: Literal["refuse", "record", "off"]
     max_tokens: int
     max_time_seconds: float
     sandbox: Literal["auto", "bubblewrap", "wasi"]
     log_level: str
-    trace_share: float
-    otlp_url: str | None
+    trace_sample_ratio: float
+    otlp_endpoint: str | None
     otlp_headers: tuple[tuple[str, str], ...]
     urls: tuple[str, ...]
     api_key: str | None
@@ -71,14 +71,14 @@ class ClientSettings:
 
     urls: tuple[str, ...]
     api_key: str | None
-    port_shift: int
+    port_offset: int
     tls_cert: Path | None
     tls_key: Path | None
     tls_ca: Path | None
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
+class SettingSpec:
     """How one variable is read: ``parse`` raises ``ValueError`` with what would be right."""
 
     name: str
@@ -147,7 +147,7 @@ def _seconds(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def _share(value: str) -> float:
+def _ratio(value: str) -> float:
     try:
         number = float(value)
     except ValueError:
@@ -210,155 +210,169 @@ def _origins(value: str) -> tuple[str, ...]:
     return origins
 
 
-SPECS: dict[str, Spec] = {
-    "home": Spec("HOME", "~/.octollm", "Folder of data, keys and logs of one installation.", _path),
-    "model": Spec(
+SETTING_SPECS: dict[str, SettingSpec] = {
+    "home": SettingSpec("HOME", "~/.octollm", "Folder of data, keys and logs of one installation.", _path),
+    "model": SettingSpec(
         "MODEL",
         "embedded",
         "`embedded` (the largest catalogue model in the cache), `embedded:NAME`, or `openai:NAME`.",
         _model,
     ),
-    "model_url": Spec(
+    "model_url": SettingSpec(
         "MODEL_URL",
         "",
         "Base URL of an OpenAI-compatible server, for `openai:NAME`; empty is the provider's own.",
         _url("http", "https"),
     ),
-    "model_api_key": Spec("MODEL_API_KEY", "", "Key for that server.", _optional, secret=True),
-    "model_cache": Spec(
+    "model_api_key": SettingSpec("MODEL_API_KEY", "", "Key for that server.", _optional, secret=True),
+    "model_cache": SettingSpec(
         "MODEL_CACHE", "~/.cache/octollm/models", "Folder of embedded models, shared by installations.", _path
     ),
-    "model_context": Spec("MODEL_CONTEXT", "8192", "Context of the embedded model in tokens.", _integer(1024, 32768)),
-    "redis_url": Spec(
+    "model_context": SettingSpec(
+        "MODEL_CONTEXT", "8192", "Context of the embedded model in tokens.", _integer(1024, 32768)
+    ),
+    "redis_url": SettingSpec(
         "REDIS_URL",
         "memory://octollm",
         "Redis for events, live text and the queue; `memory://` is one inside the process.",
         _url("redis", "rediss", "memory"),
         secret=True,
     ),
-    "database_url": Spec(
+    "database_url": SettingSpec(
         "DATABASE_URL",
         "",
         "PostgreSQL database of the services that have one; empty is SQLite in the home.",
         _url("postgresql", "postgres"),
         secret=True,
     ),
-    "keys": Spec("KEYS", "", "Folder of the keys of one service; empty is the home's.", _optional_path),
-    "join_secret": Spec(
+    "keys": SettingSpec("KEYS", "", "Folder of the keys of one service; empty is the home's.", _optional_path),
+    "join_secret": SettingSpec(
         "JOIN_SECRET", "", "Lets an arm of one's own join an installation the first time.", _optional, secret=True
     ),
-    "local_trust": Spec(
+    "local_trust": SettingSpec(
         "LOCAL_TRUST",
         "on",
         "`on`: a client on this machine's loopback counts as the local user. `off` where others log in.",
         _switch,
     ),
-    "host": Spec("HOST", "127.0.0.1", "Address that the services listen on.", _text),
-    "port": Spec("PORT", "0", "Port of `octollm serve`; 0 is the service's own.", _integer(0, 65535)),
-    "port_shift": Spec("PORT_SHIFT", "0", "Added to every service's port.", _integer(0, 50000)),
-    "advertise_url": Spec(
+    "host": SettingSpec("HOST", "127.0.0.1", "Address that the services listen on.", _text),
+    "port": SettingSpec("PORT", "0", "Port of `octollm serve`; 0 is the service's own.", _integer(0, 65535)),
+    "port_shift": SettingSpec("PORT_SHIFT", "0", "Added to every service's port.", _integer(0, 50000)),
+    "advertise_url": SettingSpec(
         "ADVERTISE_URL",
         "",
         "Where others reach what `octollm serve` serves; empty is its host name and port.",
         _url("http", "https"),
     ),
-    "http": Spec(
+    "http": SettingSpec(
         "HTTP", "1.1", "HTTP that services call each other with; with `2` they serve both.", _choice("1.1", "2")
     ),
-    "tls_cert": Spec("TLS_CERT", "", "Certificate of this process with its chain (PEM): serve in TLS.", _optional_path),
-    "tls_key": Spec("TLS_KEY", "", "Its key (PEM, without a password).", _optional_path),
-    "tls_ca": Spec(
+    "tls_cert": SettingSpec(
+        "TLS_CERT", "", "Certificate of this process with its chain (PEM): serve in TLS.", _optional_path
+    ),
+    "tls_key": SettingSpec("TLS_KEY", "", "Its key (PEM, without a password).", _optional_path),
+    "tls_ca": SettingSpec(
         "TLS_CA", "", "Authorities whose certificates are believed (PEM); empty is the system's.", _optional_path
     ),
-    "tls_mutual": Spec("TLS_MUTUAL", "off", "`on`: whoever calls a service has to show a certificate, too.", _switch),
-    "start_seconds": Spec(
+    "tls_mutual": SettingSpec(
+        "TLS_MUTUAL", "off", "`on`: whoever calls a service has to show a certificate, too.", _switch
+    ),
+    "start_seconds": SettingSpec(
         "START_SECONDS", "60", "How long `octollm serve` waits for what it needs.", _seconds(1, 3600)
     ),
-    "drain_seconds": Spec(
+    "drain_seconds": SettingSpec(
         "DRAIN_SECONDS",
         "25",
         "How long calls in flight may take to end when `octollm serve` is told to stop.",
         _seconds(0, 600),
     ),
-    "allowed_hosts": Spec(
+    "allowed_hosts": SettingSpec(
         "ALLOWED_HOSTS",
         "",
         "Further host names by which the public door is reached, comma-separated.",
         _names,
     ),
-    "cors_origins": Spec(
+    "cors_origins": SettingSpec(
         "CORS_ORIGINS",
         "",
         "Origins whose pages may call the public door with an API key, comma-separated; none by default.",
         _origins,
     ),
-    "oidc": Spec("OIDC", "", "File (TOML) of the OpenID Connect issuers whose logins are believed.", _optional_path),
-    "rate_limit": Spec("RATE_LIMIT", "600/minute", "Requests per key at the public door.", _rate),
-    "screening": Spec(
+    "oidc": SettingSpec(
+        "OIDC", "", "File (TOML) of the OpenID Connect issuers whose logins are believed.", _optional_path
+    ),
+    "rate_limit": SettingSpec("RATE_LIMIT", "600/minute", "Requests per key at the public door.", _rate),
+    "screening": SettingSpec(
         "SCREENING",
         "refuse",
         "What becomes of a goal of high risk at the public door: `refuse`, `record` or `off`.",
         _choice("refuse", "record", "off"),
     ),
-    "max_tokens": Spec("MAX_TOKENS", "20000", "A task's tokens when it names no budget.", _integer(1, 100_000_000)),
-    "max_time_seconds": Spec("MAX_TIME_SECONDS", "900", "A task's wall time when it names none.", _seconds(1, 3600)),
-    "sandbox": Spec(
+    "max_tokens": SettingSpec(
+        "MAX_TOKENS", "20000", "A task's tokens when it names no budget.", _integer(1, 100_000_000)
+    ),
+    "max_time_seconds": SettingSpec(
+        "MAX_TIME_SECONDS", "900", "A task's wall time when it names none.", _seconds(1, 3600)
+    ),
+    "sandbox": SettingSpec(
         "SANDBOX",
         "auto",
         "What runs code: `auto`, `bubblewrap` or `wasi`.",
         _choice("auto", "bubblewrap", "wasi"),
     ),
-    "log_level": Spec("LOG_LEVEL", "info", "Least level that is logged.", _choice("debug", "info", "warning", "error")),
-    "trace_share": Spec(
+    "log_level": SettingSpec(
+        "LOG_LEVEL", "info", "Least level that is logged.", _choice("debug", "info", "warning", "error")
+    ),
+    "trace_share": SettingSpec(
         "TRACE_SHARE",
         "0.01",
         "Share of the calls outside tasks that leave a trace; 0 is none, 1 is all.",
-        _share,
+        _ratio,
     ),
-    "otlp_url": Spec(
+    "otlp_url": SettingSpec(
         "OTLP_URL",
         "",
         "Collector that the monitor hands every span on to (OTLP over HTTP, in JSON).",
         _url("http", "https"),
     ),
-    "otlp_headers": Spec(
+    "otlp_headers": SettingSpec(
         "OTLP_HEADERS", "", "Headers that this collector wants: `NAME=VALUE`, comma-separated.", _headers, secret=True
     ),
-    "urls": Spec(
+    "urls": SettingSpec(
         "URL",
         "",
         "Public door that the command line and clients talk to, several with commas; empty is this machine's.",
         _urls("http", "https"),
     ),
-    "api_key": Spec("API_KEY", "", "API key that they show at the door.", _optional, secret=True),
+    "api_key": SettingSpec("API_KEY", "", "API key that they show at the door.", _optional, secret=True),
 }
 """Every setting by its field. A service's address is ``OCTOLLM_<SERVICE>_URL`` besides."""
 
 
 def read_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> Settings:
-    """Read the settings from ``environment``; ``services`` are the names that may have a ``_URL``.
+    """Read the settings from ``environment``; ``check_services`` are the names that may have a ``_URL``.
 
     Raises :class:`SettingError` naming the first wrong one.
     """
     values: dict[str, object] = {}
     for field in fields(Settings):
-        if field.name in SPECS:
-            values[field.name] = _value(SPECS[field.name], environment)
+        if field.name in SETTING_SPECS:
+            values[field.name] = _value(SETTING_SPECS[field.name], environment)
     values["service_urls"] = {service: urls for service in services if (urls := _service_urls(service, environment))}
     return Settings(**values)  # pyright: ignore[reportArgumentType]
 
 
 def read_client_settings(environment: Mapping[str, str]) -> ClientSettings:
     """Read what a client needs from ``environment``, and nothing else. Raises :class:`SettingError`."""
-    values = {field.name: _value(SPECS[field.name], environment) for field in fields(ClientSettings)}
+    values = {field.name: _value(SETTING_SPECS[field.name], environment) for field in fields(ClientSettings)}
     return ClientSettings(**values)  # pyright: ignore[reportArgumentType]
 
 
-def _value(spec: Spec, environment: Mapping[str, str]) -> object:
+def _value(spec: SettingSpec, environment: Mapping[str, str]) -> object:
     return _read(spec, environment.get(PREFIX + spec.name, "") or spec.default)
 
 
-def _read(spec: Spec, value: str) -> object:
+def _read(spec: SettingSpec, value: str) -> object:
     try:
         return spec.parse(value)
     except ValueError as error:
@@ -367,13 +381,13 @@ def _read(spec: Spec, value: str) -> object:
 
 
 def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ...]:
-    spec = Spec(f"{service.upper()}_URL", "", "", _urls("http", "https"))
+    spec = SettingSpec(f"{service.upper()}_URL", "", "", _urls("http", "https"))
     return cast("tuple[str, ...]", _value(spec, environment))
 
 
 def unknown_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> list[str]:
     """Return a sentence for each ``OCTOLLM_*`` variable that nothing reads, with the nearest that exists."""
-    known = {PREFIX + spec.name for spec in SPECS.values()}
+    known = {PREFIX + spec.name for spec in SETTING_SPECS.values()}
     known |= {f"{PREFIX}{service.upper()}_URL" for service in services}
     sentences: list[str] = []
     for name in sorted(environment):

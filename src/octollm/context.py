@@ -8,14 +8,14 @@ from contextvars import ContextVar
 
 import msgspec
 
-ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 """An acceptable request or correlation id; anything else is replaced."""
 
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
 
 
-class Trace(msgspec.Struct, frozen=True):
+class TraceContext(msgspec.Struct, frozen=True):
     """A W3C trace context (Trace Context level 1): ids in lower-case hex."""
 
     trace_id: str
@@ -27,12 +27,12 @@ class Trace(msgspec.Struct, frozen=True):
         """Return the ``traceparent`` header."""
         return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
 
-    def child(self) -> Trace:
+    def child(self) -> TraceContext:
         """Return a new span of the same trace."""
-        return Trace(self.trace_id, _span_id(), self.sampled)
+        return TraceContext(self.trace_id, _span_id(), self.sampled)
 
 
-def parse_traceparent(text: str | None) -> Trace | None:
+def parse_traceparent(text: str | None) -> TraceContext | None:
     """Read a ``traceparent`` header; ``None`` when it is absent or malformed (section 3.2 says: restart)."""
     match = _TRACEPARENT.fullmatch(text or "")
     if match is None:
@@ -40,12 +40,12 @@ def parse_traceparent(text: str | None) -> Trace | None:
     trace_id, span_id, flags = match.groups()
     if trace_id == _NO_TRACE or span_id == _NO_SPAN:
         return None
-    return Trace(trace_id, span_id, bool(int(flags, 16) & 1))
+    return TraceContext(trace_id, span_id, bool(int(flags, 16) & 1))
 
 
-def new_trace(*, sampled: bool = False) -> Trace:
+def start_trace(*, sampled: bool = False) -> TraceContext:
     """Start a trace. Only what is ``sampled`` leaves spans behind, here and wherever its calls go."""
-    return Trace(f"{random.getrandbits(128) or 1:032x}", _span_id(), sampled)
+    return TraceContext(f"{random.getrandbits(128) or 1:032x}", _span_id(), sampled)
 
 
 def _span_id() -> str:
@@ -54,27 +54,27 @@ def _span_id() -> str:
     return f"{random.getrandbits(64) or 1:016x}"
 
 
-class Scene(msgspec.Struct, frozen=True):
+class RequestContext(msgspec.Struct, frozen=True):
     """Who is working on what: attached to every log line of the work."""
 
     service: str = ""
     request_id: str = ""
     correlation_id: str = ""
-    trace: Trace | None = None
+    trace: TraceContext | None = None
     task_id: str = ""
     step: str = ""
     tenant: str = ""
 
 
-_EMPTY = Scene()
-_scene: ContextVar[Scene] = ContextVar("octollm_scene", default=_EMPTY)
+_EMPTY_CONTEXT = RequestContext()
+_context: ContextVar[RequestContext] = ContextVar("octollm_scene", default=_EMPTY_CONTEXT)
 
 
-def current_scene() -> Scene:
+def current_context() -> RequestContext:
     """Return the scene of the running task."""
-    return _scene.get()
+    return _context.get()
 
 
-def set_scene(scene: Scene) -> None:
+def set_context(context: RequestContext) -> None:
     """Set the scene of the running asyncio task (each request has a task of its own)."""
-    _scene.set(scene)
+    _context.set(context)

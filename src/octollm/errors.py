@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class FieldError:
     """One fault of a request: where it is and what is wrong there.
 
     ``pointer`` is a JSON Pointer (RFC 6901) into the body; the empty string is the whole body.
@@ -23,7 +23,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class CallAttempts:
     """What was tried before a call to another service failed: the last ``instance``, how often, in how many seconds."""
 
     service: str
@@ -34,28 +34,28 @@ class Tried:
 
 
 class OctoError(Exception):
-    """A failure with a stable ``code``.
+    """A failure with a stable ``solve_code_goal``.
 
     ``detail`` says what happened and what to do next, in one or two sentences, and never holds a secret.
     ``retry_after`` is in seconds. ``tried`` is set where it ended a call. ``cause_chain`` is left to ``raise … from``.
     """
 
     code = "internal"
-    tried: Tried | None = None
+    call_attempts: CallAttempts | None = None
 
     def __init__(
         self,
         detail: str,
         *,
         code: str | None = None,
-        faults: Sequence[Fault] = (),
+        field_errors: Sequence[FieldError] = (),
         retry_after: float | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
         if code is not None:
             self.code = code
-        self.faults = tuple(faults)
+        self.field_errors = tuple(field_errors)
         self.retry_after = retry_after
 
     def __str__(self) -> str:
@@ -78,11 +78,11 @@ class RemoteError(OctoError):
         code: str,
         status: int,
         retryable: bool,
-        faults: Sequence[Fault] = (),
+        field_errors: Sequence[FieldError] = (),
         retry_after: float | None = None,
         service: str = "",
     ) -> None:
-        super().__init__(detail, code=code, faults=faults, retry_after=retry_after)
+        super().__init__(detail, code=code, field_errors=field_errors, retry_after=retry_after)
         self.status = status
         self.retryable = retryable
         self.service = service

@@ -88,7 +88,7 @@ async def copy(task: Task, ctx: Context) -> list[str]:
 @translator.operation()
 async def check(body: str, ctx: Context) -> str:
     """Have code checked where that is allowed."""
-    if not ctx.may("judge:validate"):
+    if not ctx.allows("judge:validate"):
         return "unchecked"
     verdict = await ctx.call("judge", "validate", {"code": body})
     return "valid" if verdict["is_valid"] else "; ".join(verdict["reasons"])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from octollm.arm.answer_schema import answer_schema
+from octollm.arm.answer_schema import strict_schema
 from octollm.rpc.decode import decode
 from octollm.rpc.shapes import encode
 
@@ -48,7 +48,7 @@ def objects(schema):
 
 @pytest.mark.parametrize("kind", [Leaf, Tree, Note, Page])
 def test_a_strict_provider_takes_it(kind):
-    schema = answer_schema(kind)
+    schema = strict_schema(kind)
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["type"] == "object"
     for found in objects(schema):
@@ -58,7 +58,7 @@ def test_a_strict_provider_takes_it(kind):
 
 
 def test_a_member_called_default_stays():
-    assert set(answer_schema(Note)["properties"]) == {"text", "default"}
+    assert set(strict_schema(Note)["properties"]) == {"text", "default"}
 
 
 LEAVES = st.builds(Leaf, st.text(), st.floats(allow_nan=False, allow_infinity=False))
@@ -73,5 +73,5 @@ PAGES = st.builds(Page, st.lists(st.builds(Note, text=st.text(), default=st.inte
 @given(TREES | PAGES)
 def test_what_is_written_fits_and_is_read_back(value):
     written = encode(value)
-    jsonschema.validate(msgspec.json.decode(written), answer_schema(type(value)))
+    jsonschema.validate(msgspec.json.decode(written), strict_schema(type(value)))
     assert decode(written, type(value)) == value

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm import Arm, Context, ExecuteResult, OctoError, Task
-from octollm.capability import Call
+from octollm.capability import DeclaredCall
 from octollm.contracts.services import BUILT_IN_ARMS, ORCHESTRATOR_FAMILIES, SERVICES
 
 
@@ -147,7 +147,7 @@ def test_declared_calls_hold_for_every_operation():
     arm = an_arm(calls=["models:chat"], optional_calls=["retriever:search"])
     arm.operation("execute")(plain)
     arm.operation("shorten")(two_texts)
-    calls = (Call("models:chat"), Call("retriever:search", optional=True))
+    calls = (DeclaredCall("models:chat"), DeclaredCall("retriever:search", optional=True))
     assert arm.declarations() == {"translator:execute": calls, "translator:shorten": calls}
     assert arm.calls == ("models:chat", "retriever:search")
 

@@ -10,7 +10,7 @@ import pytest
 from octollm import OctoError
 from octollm.contracts.task import ExecuteResult
 from octollm.errors import RemoteError
-from octollm.testing import Called, FakeModel, arm_test, run_arm, wait_until
+from octollm.testing import FakeModel, RecordedCall, arm_test, run_arm, wait_until
 
 NOTHING = {"retriever:search": {"passages": []}}
 PASSAGE = {"source": "a.md", "digest": "0", "line_start": 1, "line_end": 2, "text": "Hallo", "score": 0.5}
@@ -32,7 +32,7 @@ async def test_the_example_of_the_design(bench):
         result = await lab.call("execute", {"goal": "Hello world!"})
         assert result == ExecuteResult("Hallo Welt!", usage=result.usage)
         assert result.usage.completion_tokens == 2
-        assert lab.calls == [Called("retriever:search", {"query": "Hello world!"})]
+        assert lab.calls == [RecordedCall("retriever:search", {"query": "Hello world!"})]
         assert lab.text == "Hallo Welt!"
         assert len(lab.emitted) > 1
         [prompt] = lab.model.prompts
@@ -65,7 +65,7 @@ async def test_a_body_that_does_not_fit_is_refused_with_where(bench):
         for operation, body, pointers in faults:
             error = await refused(lab.call(operation, body))
             assert (error.code, error.status) == ("invalid_body", 400), body
-            assert {fault.pointer for fault in error.faults} == pointers, body
+            assert {fault.pointer for fault in error.field_errors} == pointers, body
 
 
 async def test_what_execute_returns_becomes_its_output(bench):
@@ -163,8 +163,8 @@ async def test_the_budget_is_real(bench):
 
 async def test_failures_keep_their_code_and_hide_what_they_should(bench):
     async with bench(arm_samples.translator, model=[OctoError("too much", code="context_too_long")]) as lab:
-        error = await refused(lab.call("fail", "not_found"))
-        assert (error.code, error.detail) == ("not_found", "There is no such language.")
+        error = await refused(lab.call("fail", "not_found_result"))
+        assert (error.code, error.detail) == ("not_found_result", "There is no such language.")
         for mistake in ("crash", "wrong"):
             error = await refused(lab.call("fail", mistake))
             assert error.code == "internal"

@@ -15,9 +15,9 @@ from octollm import Arm, Context, OctoError, Task
 from octollm.arm import build_arm
 from octollm.config import read_settings
 from octollm.services.models.service import models_service
-from octollm.testing import UseTool, arm_test, wait_until
-from octollm.testing.harness import harness
-from octollm.testing.scripted_model import Reply, scripted_model
+from octollm.testing import ToolUse, arm_test, wait_until
+from octollm.testing.harness import start_harness
+from octollm.testing.scripted_model import ScriptedReply, scripted_model
 
 plain = Arm("plain", description="Asks with the OpenAI SDK", calls=["models:chat"])
 beyond = Arm("beyond", description="Uses its key for more than it is for", calls=["models:chat"])
@@ -63,7 +63,7 @@ async def test_its_key_opens_nothing_else():
         with pytest.raises(OctoError) as caught:
             await lab.call("execute", {"goal": "x"})
         assert caught.value.code == "scope_missing"
-        assert lab.model.asked == []
+        assert lab.model.requests == []
 
 
 async def test_the_sdks_errors_keep_their_code():
@@ -105,7 +105,7 @@ async def test_a_key_that_got_out_is_worth_little(tmp_path):
 @contextlib.asynccontextmanager
 async def served(arm: Arm, script, tmp_path):
     """Serve an arm and the models service on sockets, before a scripted provider."""
-    async with scripted_model(script) as provider, harness(arm.name) as house:
+    async with scripted_model(script) as provider, start_harness(arm.name) as house:
         environment = {
             "OCTOLLM_HOME": str(tmp_path),
             "OCTOLLM_MODEL": "openai:scripted",
@@ -128,22 +128,22 @@ async def test_the_sdks_calls_are_budgeted_and_journaled(tmp_path):
         key = {"Idempotency-Key": "task-1:s1:1"}
         answer = await house.send("plain", "POST", "/execute", token=token, body=body, headers=key)
         assert answer.status == 200, answer.body
-        assert len(house.books.reserved) == len(house.books.settled) == 1
-        assert house.books.used.total_tokens > 0
+        assert len(house.records.reserved) == len(house.records.settled) == 1
+        assert house.records.used.total_tokens > 0
         # The arm is lost with its answer, and the step is done again: what the model said is not paid twice.
-        house.books.claims.clear()
+        house.records.claims.clear()
         again = await house.send("plain", "POST", "/execute", token=token, body=body, headers=key)
         assert again.body == answer.body
-        assert len(provider.asked) == 1
+        assert len(provider.requests) == 1
 
 
 async def test_leaving_stops_the_model_behind_the_sdk(tmp_path):
-    async with served(plain, lambda _: Reply("Once upon", hang=True), tmp_path) as (house, provider):
+    async with served(plain, lambda _: ScriptedReply("Once upon", hangs=True), tmp_path) as (house, provider):
         token = house.token("plain:execute")
         asking = asyncio.create_task(house.send("plain", "POST", "/execute", token=token, body={"goal": "Go on"}))
-        await wait_until(lambda: provider.running, description="the provider writes")
+        await wait_until(lambda: provider.active, description="the provider writes")
         asking.cancel()
-        await wait_until(lambda: provider.left == 1, description="the provider sees its client leave")
+        await wait_until(lambda: provider.disconnects == 1, description="the provider sees its client leave")
 
 
 # Pydantic AI
@@ -176,7 +176,7 @@ async def test_an_agent_is_an_arm_with_its_tools():
     arm = Arm.from_agent(
         weather_agent(), name="weather", description="Tells the weather", calls=["models:chat", "retriever:search"]
     )
-    answers = [UseTool("weather", {"city": "Bonn"}), "It rains in Bonn."]
+    answers = [ToolUse("weather", {"city": "Bonn"}), "It rains in Bonn."]
     async with arm_test(arm, model=answers, answers={"retriever:search": RAIN}) as lab:
         task = {"goal": "Rain?", "constraints": ["Be short."], "context": {"text": "Bonn", "reasons": ["too long"]}}
         result = await lab.call("execute", task)
@@ -184,7 +184,7 @@ async def test_an_agent_is_an_arm_with_its_tools():
         assert len(lab.emitted) > 1
         assert result.usage.completion_tokens == 5
         assert lab.progress == [(50.0, "Bonn")]
-        first, second = lab.model.asked
+        first, second = lab.model.requests
         assert first.tools[0].function.name == "weather"
         assert second.messages[-1].text == "Bonn: rain"
         prompt = first.messages[-1].text
@@ -193,7 +193,7 @@ async def test_an_agent_is_an_arm_with_its_tools():
 
 async def test_an_agents_structured_output_is_json():
     arm = Arm.from_agent(Agent(output_type=Weather), name="weather", description="Tells the weather")
-    async with arm_test(arm, model=[UseTool("final_result", {"city": "Bonn", "rain": True})]) as lab:
+    async with arm_test(arm, model=[ToolUse("final_result", {"city": "Bonn", "rain": True})]) as lab:
         result = await lab.call("execute", {"goal": "Rain?"})
         assert result.output == '{"city":"Bonn","rain":true}'
 
@@ -213,7 +213,7 @@ async def test_an_agents_budget_is_the_tasks():
         with pytest.raises(OctoError) as caught:
             await lab.call("execute", {"goal": "Rain in Bonn?"})
         assert caught.value.code == "budget_exhausted"
-        assert lab.model.asked == []
+        assert lab.model.requests == []
 
 
 async def test_an_agent_without_the_models_says_what_to_declare():
@@ -237,7 +237,7 @@ def test_an_agent_without_its_framework_says_what_to_install(monkeypatch):
 
 async def test_what_an_agents_tool_may_not_call_ends_the_step():
     arm = Arm.from_agent(weather_agent(), name="weather", description="Tells the weather", calls=["models:chat"])
-    async with arm_test(arm, model=[UseTool("weather", {"city": "Bonn"})]) as lab:
+    async with arm_test(arm, model=[ToolUse("weather", {"city": "Bonn"})]) as lab:
         with pytest.raises(OctoError, match=r'calls=\["retriever:search"\]') as caught:
             await lab.call("execute", {"goal": "Rain?"})
         assert caught.value.code == "authority_missing"
@@ -245,7 +245,7 @@ async def test_what_an_agents_tool_may_not_call_ends_the_step():
 
 async def test_an_agent_that_comes_to_nothing_is_told_as_such():
     arm = Arm.from_agent(Agent(output_type=Weather), name="weather", description="Tells the weather")
-    async with arm_test(arm, model=lambda _: UseTool("final_result", {"city": "Bonn"})) as lab:
+    async with arm_test(arm, model=lambda _: ToolUse("final_result", {"city": "Bonn"})) as lab:
         with pytest.raises(OctoError) as caught:
             await lab.call("execute", {"goal": "Rain?"})
         assert caught.value.code == "model_output_invalid"
@@ -253,9 +253,9 @@ async def test_an_agent_that_comes_to_nothing_is_told_as_such():
 
 async def test_an_agents_end_is_its_callers(tmp_path):
     arm = Arm.from_agent(Agent(), name="weather", description="Tells the weather")
-    async with served(arm, lambda _: Reply("Once upon", hang=True), tmp_path) as (house, provider):
+    async with served(arm, lambda _: ScriptedReply("Once upon", hangs=True), tmp_path) as (house, provider):
         token = house.token("weather:execute")
         asking = asyncio.create_task(house.send("weather", "POST", "/execute", token=token, body={"goal": "Go on"}))
-        await wait_until(lambda: provider.running, description="the provider writes")
+        await wait_until(lambda: provider.active, description="the provider writes")
         asking.cancel()
-        await wait_until(lambda: provider.left == 1, description="the provider sees its client leave")
+        await wait_until(lambda: provider.disconnects == 1, description="the provider sees its client leave")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.capability import CapabilityError, Principal, RootMinter, SigningKey
-from octollm.capability.audit_chain import ChainCheck, read_checkpoint, row_hash, sign_checkpoint
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.capability.audit_chain import AuditChainVerifier, row_hash, sign_checkpoint, verify_checkpoint
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.audit import AuditHead, AuditRow
 
 ROOT = SigningKey.generate("root")
@@ -37,10 +37,10 @@ def head_of(rows: list[AuditRow], tenant: str = "acme") -> AuditHead:
 
 
 def faults(rows: list[AuditRow], head: AuditHead) -> list[tuple[int, str]]:
-    check = ChainCheck("acme", ROOTS)
+    check = AuditChainVerifier("acme", ROOTS)
     for row in rows:
-        check.take(row)
-    check.end(head)
+        check.check_row(row)
+    check.check_head(head)
     return [(fault.seq, fault.what) for fault in check.faults]
 
 
@@ -138,20 +138,22 @@ def test_a_cut_end_shows_by_its_head() -> None:
 @given(st.binary(max_size=200) | st.text(max_size=200))
 def test_no_text_is_taken_for_a_checkpoint(text: bytes | str) -> None:
     with pytest.raises(CapabilityError):
-        read_checkpoint(text if isinstance(text, str) else text.decode("latin-1"), ROOTS)
+        verify_checkpoint(text if isinstance(text, str) else text.decode("latin-1"), ROOTS)
 
 
 def test_no_other_token_of_the_root_is_taken_for_a_checkpoint() -> None:
     clock = SystemClock()
-    token = RootMinter(ROOT, clock, Uuid7Ids(clock)).access(Principal("a", "b", "c"), "coder", "coder:execute")
+    token = RootMinter(ROOT, clock, Uuid7Generator(clock)).mint_access(
+        Principal("a", "b", "c"), "coder", "coder:execute"
+    )
     with pytest.raises(CapabilityError) as caught:
-        read_checkpoint(token, ROOTS)
+        verify_checkpoint(token, ROOTS)
     assert caught.value.reason == "type_wrong"
 
 
 def test_faults_are_bounded() -> None:
     rows = [msgspec.structs.replace(row, sub="mallory") for row in sealed(400, batch=500)]
-    check = ChainCheck("acme", ROOTS)
+    check = AuditChainVerifier("acme", ROOTS)
     for row in rows:
-        check.take(row)
+        check.check_row(row)
     assert len(check.faults) == 100

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.capability import CapabilityError, PublicKey, SigningKey, jwks_of
+from octollm.capability import CapabilityError, PublicKey, SigningKey, to_jwks
 from octollm.capability.keys import b64decode, b64encode
 
 # RFC 8037 appendix A.
@@ -37,7 +37,7 @@ def test_jwks_survive_the_round() -> None:
     assert SigningKey.from_jwk(key.to_jwk(private=True), "coder").thumbprint == key.thumbprint
     assert PublicKey.from_jwk(key.to_jwk(private=False)) == key.public
     assert "d" not in key.to_jwk(private=False)
-    (entry,) = jwks_of({key.thumbprint: key.public})["keys"]
+    (entry,) = to_jwks({key.thumbprint: key.public})["keys"]
     assert entry == {**key.public.to_jwk(), "kid": key.thumbprint, "use": "sig", "alg": "EdDSA"}
     assert PublicKey.from_jwk(entry) == key.public
 

@@ -12,23 +12,25 @@ from hypothesis import strategies as st
 from octollm.capability import (
     BUILT_IN_CALLS,
     CapabilityError,
+    DelegationTree,
     Delegator,
-    May,
     Principal,
     ScopeSet,
     SigningKey,
     TaskRef,
-    Verified,
-    closure,
-    parse_may,
-    preset,
+    VerifiedChain,
+    attenuate,
+    parse_delegation_tree,
+    preset_scopes,
 )
 
 
-def enter(world: World, may: dict[str, Any] | May, *, aud: str = "coder", scope: str = "coder:execute") -> Verified:
+def enter(
+    world: World, may: dict[str, Any] | DelegationTree, *, aud: str = "coder", scope: str = "coder:execute"
+) -> VerifiedChain:
     """Return what ``aud`` sees of a bearer string that the root sent it."""
-    tree = may if isinstance(may, May) else parse_may(may)
-    bearer = world.minter.access(ALICE, aud, scope, task=WORK, may=tree, holder_jkt=world.jkt(aud))
+    tree = may if isinstance(may, DelegationTree) else parse_delegation_tree(may)
+    bearer = world.minter.mint_access(ALICE, aud, scope, task=WORK, delegation=tree, holder_jkt=world.jkt(aud))
     return world.verifier(aud).verify(bearer)
 
 
@@ -44,8 +46,8 @@ def test_a_root_pair(world: World) -> None:
 
 
 def test_without_anything_to_follow_there_is_no_grant(world: World) -> None:
-    for may in (None, May()):
-        bearer = world.minter.access(ALICE, "orchestrator", "tasks:create files:*", 300, may=may)
+    for may in (None, DelegationTree()):
+        bearer = world.minter.mint_access(ALICE, "orchestrator", "tasks:create files:*", 300, delegation=may)
         assert "~" not in bearer
         verified = world.verifier("orchestrator").verify(bearer)
         assert verified.grant is None
@@ -54,11 +56,11 @@ def test_without_anything_to_follow_there_is_no_grant(world: World) -> None:
 
 
 def test_the_grant_ends_with_the_step(world: World) -> None:
-    bearer = world.minter.access(
+    bearer = world.minter.mint_access(
         ALICE,
         "coder",
         "coder:execute",
-        may=parse_may({"models:chat": {}}),
+        delegation=parse_delegation_tree({"models:chat": {}}),
         holder_jkt=world.jkt("coder"),
         grant_lifetime=120,
     )
@@ -75,7 +77,7 @@ def test_the_grant_ends_with_the_step(world: World) -> None:
 
 
 def test_authority_shrinks_hop_by_hop(world: World) -> None:
-    may, missing = closure("coder:execute", BUILT_IN_CALLS, preset("user"))
+    may, missing = attenuate("coder:execute", BUILT_IN_CALLS, preset_scopes("user"))
     assert missing == []
     at_coder = enter(world, may)
     to_judge = world.delegator("coder").delegate(at_coder, "judge", "judge:validate", world.jkt("judge"), call="c1")
@@ -84,7 +86,7 @@ def test_authority_shrinks_hop_by_hop(world: World) -> None:
     assert at_judge.call == "c1"
     assert at_judge.principal == ALICE
     assert at_judge.grant is not None
-    assert at_judge.grant.may.to_object() == {"executor:run": {"files:read": {}}}
+    assert at_judge.grant.may.to_dict() == {"executor:run": {"files:read": {}}}
     to_executor = world.delegator("judge").delegate(at_judge, "executor", "executor:run", world.jkt("executor"))
     at_executor = world.verifier("executor").verify(to_executor)
     to_files = world.delegator("executor").delegate(at_executor, "orchestrator", "files:read:0a1b", None)
@@ -119,7 +121,7 @@ def test_what_may_does_not_allow_is_refused_before_anything_is_sent(world: World
 
 
 def test_without_a_grant_there_is_no_authority(world: World) -> None:
-    bearer = world.minter.access(ALICE, "coder", "coder:execute", task=WORK)
+    bearer = world.minter.mint_access(ALICE, "coder", "coder:execute", task=WORK)
     verified = world.verifier("coder").verify(bearer)
     with pytest.raises(CapabilityError) as caught:
         world.delegator("coder").delegate(verified, "models", "models:chat", None)
@@ -172,26 +174,26 @@ def test_a_service_delegates_with_any_of_its_keys(world: World) -> None:
         {"task": TaskRef("t", "s", -1)},
         {"task": TaskRef("t", "s", 0, 2**60)},
         {"call": "with space"},
-        {"may": parse_may({"models:chat": {}}), "holder_jkt": "short"},
-        {"may": parse_may({"models:chat": {}}), "holder_jkt": "A" * 43, "grant_lifetime": 3_601},
+        {"may": parse_delegation_tree({"models:chat": {}}), "holder_jkt": "short"},
+        {"may": parse_delegation_tree({"models:chat": {}}), "holder_jkt": "A" * 43, "grant_lifetime": 3_601},
     ],
 )
 def test_the_root_mints_nothing_that_would_be_refused(world: World, change: dict[str, Any]) -> None:
     honest: dict[str, Any] = {"principal": ALICE, "aud": "coder", "scopes": "coder:execute", "task": WORK}
-    assert world.minter.access(**honest)
+    assert world.minter.mint_access(**honest)
     with pytest.raises(CapabilityError) as caught:
-        world.minter.access(**{**honest, **change})
+        world.minter.mint_access(**{**honest, **change})
     assert caught.value.reason == "misuse"
 
 
 def test_the_root_needs_to_know_who_holds_a_grant(world: World) -> None:
     with pytest.raises(CapabilityError) as caught:
-        world.minter.access(ALICE, "coder", "coder:execute", may=parse_may({"models:chat": {}}))
+        world.minter.mint_access(ALICE, "coder", "coder:execute", delegation=parse_delegation_tree({"models:chat": {}}))
     assert (caught.value.reason, caught.value.code) == ("holder_unknown", "authority_missing")
 
 
 def test_what_does_not_fit_is_said_where_it_is_made(world: World) -> None:
-    many = parse_may({f"files:read:{n:064x}": {} for n in range(200)})
+    many = parse_delegation_tree({f"files:read:{n:064x}": {} for n in range(200)})
     with pytest.raises(CapabilityError) as caught:
         enter(world, many)
     assert caught.value.reason == "does_not_fit"

@@ -7,9 +7,18 @@ from pathlib import Path
 import pytest
 
 import octollm.capability
-from octollm.capability import BUILT_IN_CALLS, PRESETS, REASONS, ScopeSet, closure, parse_scope, preset, principals
+from octollm.capability import (
+    BUILT_IN_CALLS,
+    PRESETS,
+    REASONS,
+    ScopeSet,
+    attenuate,
+    parse_scope,
+    preset_scopes,
+    principals,
+)
 from octollm.capability.problems import CapabilityError
-from octollm.contracts.problems import KINDS
+from octollm.contracts.problems import ERROR_KINDS
 from octollm.contracts.services import BUILT_IN_ARMS, SERVICES, service_of
 
 
@@ -22,14 +31,14 @@ def test_every_declared_call_is_to_an_operation_of_a_service() -> None:
 
 @pytest.mark.parametrize("operation", list(BUILT_IN_CALLS))
 def test_a_user_may_have_every_built_in_operation_done(operation: str) -> None:
-    may, missing = closure(operation, BUILT_IN_CALLS, preset("user"))
+    may, missing = attenuate(operation, BUILT_IN_CALLS, preset_scopes("user"))
     assert missing == []
-    assert may.height <= 4
+    assert may.depth <= 4
 
 
 def test_the_tree_of_the_coder() -> None:
-    may, _ = closure("coder:execute", BUILT_IN_CALLS, preset("user"))
-    assert may.to_object() == {
+    may, _ = attenuate("coder:execute", BUILT_IN_CALLS, preset_scopes("user"))
+    assert may.to_dict() == {
         "models:chat": {},
         "judge:validate": {"executor:run": {"files:read": {}}},
         "executor:run": {"files:read": {}},
@@ -39,9 +48,9 @@ def test_the_tree_of_the_coder() -> None:
 
 
 def test_presets() -> None:
-    user, admin = preset("user"), preset("admin")
-    assert user.narrower_or_equal(admin)
-    assert not admin.narrower_or_equal(user)
+    user, admin = preset_scopes("user"), preset_scopes("admin")
+    assert user.is_subset(admin)
+    assert not admin.is_subset(user)
     for scope in ("tasks:create", "files:read:0a", "memory:write", "models:chat", "events:read"):
         assert user.allows(scope)
     for scope in ("webhooks:create", "keys:create", "audit:read", "arms:admit"):
@@ -53,12 +62,12 @@ def test_presets() -> None:
 
 
 def test_a_preset_covers_the_arms_that_are_admitted() -> None:
-    assert preset("user", ["translator"]).allows("translator:execute")
-    assert not preset("user", ["translator"]).allows("coder:execute")
+    assert preset_scopes("user", ["translator"]).allows("translator:execute")
+    assert not preset_scopes("user", ["translator"]).allows("coder:execute")
     with pytest.raises(CapabilityError):
-        preset("root")
+        preset_scopes("root")
     with pytest.raises(CapabilityError):
-        preset("user", ["*"])
+        preset_scopes("user", ["*"])
 
 
 def test_presets_are_well_formed_and_documented() -> None:
@@ -69,7 +78,7 @@ def test_presets_are_well_formed_and_documented() -> None:
 
 
 def test_every_reason_has_a_code_of_the_catalogue() -> None:
-    assert set(REASONS.values()) <= set(KINDS)
+    assert set(REASONS.values()) <= set(ERROR_KINDS)
 
 
 def test_all_reasons_of_a_code_read_alike() -> None:
@@ -88,7 +97,7 @@ def test_the_public_names_are_these() -> None:
 
 EXPORTS = """
 AccessClaims BUILT_IN_CALLS Call CapabilityError Declarations Delegator Directory DirectoryEntry GrantClaims May
-PRESETS Principal PublicKey REASONS RevocationKind Revocations RootMinter Scope ScopeSet SelfSigner SigningKey TaskRef
-Verified Verifier closure contains digest_of jwks_of merge narrow parse_may parse_scope preset verify_directory
-verify_service run_value
+PRESETS Principal PublicKey REASONS RevocationKind Revocations RootMinter Scope ScopeSet ServiceTokenSigner SigningKey TaskRef
+Verified Verifier closure contains digest_of jwks_of merge narrow parse_delegation_tree parse_scope preset verify_directory
+verify_service_token run_value
 """

@@ -214,7 +214,7 @@ def test_verifiers_share_nothing(world: World) -> None:
 
 def test_a_stock_library_reads_our_tokens(world: World) -> None:
     """PyJWT, with nothing of ours, finds the same claims and the same signature."""
-    bearer = world.minter.access(Principal("a", "b", "c"), "coder", "coder:execute")
+    bearer = world.minter.mint_access(Principal("a", "b", "c"), "coder", "coder:execute")
     world_now = int(NOW)
     claims = jwt.decode(
         bearer,

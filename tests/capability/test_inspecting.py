@@ -6,14 +6,14 @@ import pytest
 from capability_forge import NOW, World
 
 from octollm.capability import REASONS, CapabilityError, Revocations
-from octollm.capability.explaining import EXPLAINED
-from octollm.capability.inspecting import explain, inspect, refusal
+from octollm.capability.explaining import REASON_TEXTS
+from octollm.capability.inspecting import explain_reason, find_refusal_reason, inspect
 
 
 def test_every_reason_has_a_sentence() -> None:
-    assert EXPLAINED.keys() == REASONS.keys()
-    assert all(text.endswith(".") and len(text) < 120 for text in EXPLAINED.values())
-    assert explain("expired") == "A link of the chain has expired."
+    assert REASON_TEXTS.keys() == REASONS.keys()
+    assert all(text.endswith(".") and len(text) < 120 for text in REASON_TEXTS.values())
+    assert explain_reason("expired") == "A link of the chain has expired."
 
 
 def test_a_chain_of_three_hops(world: World) -> None:
@@ -53,14 +53,14 @@ def test_who_refuses_it_and_why(world: World) -> None:
     bearer = world.case().bearer()
 
     def why(service: str) -> str | None:
-        return refusal(bearer, service, world.roots, world.clock)
+        return find_refusal_reason(bearer, service, world.roots, world.clock)
 
     assert why("executor") is None
     assert why("coder") == "audience_wrong"
-    assert refusal(bearer, "executor", {}, world.clock) == "root_unknown"
+    assert find_refusal_reason(bearer, "executor", {}, world.clock) == "root_unknown"
     revoked = Revocations()
     revoked.add("jti", "g-judge", NOW, "acme")
-    assert refusal(bearer, "executor", world.roots, world.clock, revoked) == "revoked"
+    assert find_refusal_reason(bearer, "executor", world.roots, world.clock, revoked) == "revoked"
     world.clock.time += 120
     assert why("executor") == "expired"
 

@@ -12,18 +12,18 @@ from octollm.capability import SigningKey
 from octollm.capability.joining import (
     MAX_CALLS,
     NONCE_SECONDS,
-    JoinClaim,
-    JoinRoot,
-    JoinSecret,
-    JoinTerms,
+    EnrolmentClaim,
+    EnrolmentTerms,
+    EnrolmentToken,
+    EnrolmentTokenIssuer,
     arm_proof,
     check_arm_name,
     check_operation_name,
-    declared_calls,
-    is_join_id,
+    is_enrolment_id,
+    parse_declared_calls,
+    proofs_match,
     root_proof,
     rotation_message,
-    same,
     scopes_of,
 )
 from octollm.capability.keys import b64decode, b64encode
@@ -37,99 +37,99 @@ NOW = 1_800_000_000.0
 ids = st.integers(0, 2**128 - 1).map(lambda number: f"{number:032x}")
 words = st.from_regex(r"[a-z][a-z0-9._-]{0,20}", fullmatch=True)
 calls = st.lists(words, max_size=4).map(lambda names: tuple(sorted({f"{name}x:do" for name in names})))
-terms = st.builds(JoinTerms, ids, words, calls, st.integers(1, 2**40))
+terms = st.builds(EnrolmentTerms, ids, words, calls, st.integers(1, 2**40))
 texts = st.text(max_size=20)
-claims = st.builds(JoinClaim, texts, texts, texts, st.lists(texts, max_size=4).map(tuple))
+claims = st.builds(EnrolmentClaim, texts, texts, texts, st.lists(texts, max_size=4).map(tuple))
 
 
 @given(terms)
-def test_both_sides_have_the_same_secret(wanted: JoinTerms) -> None:
-    root = JoinRoot(ROOT)
-    secret = JoinSecret.parse(root.secret(wanted, NOW))
-    assert (secret.id, secret.key) == (wanted.id, root.keys(wanted, NOW)[0])
-    assert JoinRoot(ROOT).keys(wanted, NOW) == [secret.key]
+def test_both_sides_have_the_same_secret(wanted: EnrolmentTerms) -> None:
+    root = EnrolmentTokenIssuer(ROOT)
+    secret = EnrolmentToken.parse(root.derive_token(wanted, NOW))
+    assert (secret.id, secret.key) == (wanted.id, root.derive_keys(wanted, NOW)[0])
+    assert EnrolmentTokenIssuer(ROOT).derive_keys(wanted, NOW) == [secret.key]
 
 
 @given(terms, terms)
-def test_other_terms_or_another_root_have_another_secret(one: JoinTerms, other: JoinTerms) -> None:
+def test_other_terms_or_another_root_have_another_secret(one: EnrolmentTerms, other: EnrolmentTerms) -> None:
     assume(one != other)
-    assert JoinRoot(ROOT).keys(one, NOW) != JoinRoot(ROOT).keys(other, NOW)
-    assert JoinRoot(ROOT).keys(one, NOW) != JoinRoot(OTHER).keys(one, NOW)
+    assert EnrolmentTokenIssuer(ROOT).derive_keys(one, NOW) != EnrolmentTokenIssuer(ROOT).derive_keys(other, NOW)
+    assert EnrolmentTokenIssuer(ROOT).derive_keys(one, NOW) != EnrolmentTokenIssuer(OTHER).derive_keys(one, NOW)
 
 
 def test_a_widened_row_fits_no_secret() -> None:
-    narrow = JoinTerms("0" * 32, "translator", ("models:chat",), 1_900_000_000)
-    key = JoinRoot(ROOT).keys(narrow, NOW)
+    narrow = EnrolmentTerms("0" * 32, "translator", ("models:chat",), 1_900_000_000)
+    key = EnrolmentTokenIssuer(ROOT).derive_keys(narrow, NOW)
     for changed in (
         dataclasses.replace(narrow, calls=("executor:run", "models:chat")),
         dataclasses.replace(narrow, expires=1_900_000_001),
         dataclasses.replace(narrow, name="translators"),
         dataclasses.replace(narrow, id="0" * 31 + "1"),
     ):
-        assert JoinRoot(ROOT).keys(changed, NOW) != key
+        assert EnrolmentTokenIssuer(ROOT).derive_keys(changed, NOW) != key
 
 
 @given(st.text(max_size=120))
 def test_a_text_that_is_no_secret_is_refused(text: str) -> None:
     with pytest.raises(OctoError) as caught:
-        JoinSecret.parse(text)
+        EnrolmentToken.parse(text)
     assert caught.value.code == "join_refused"
     assert text not in caught.value.detail or len(text) < 3
 
 
 def test_a_secret_is_shown_nowhere() -> None:
-    text = JoinRoot(ROOT).secret(JoinTerms("a" * 32, "translator", (), 1), NOW)
-    secret = JoinSecret.parse(text)
+    text = EnrolmentTokenIssuer(ROOT).derive_token(EnrolmentTerms("a" * 32, "translator", (), 1), NOW)
+    secret = EnrolmentToken.parse(text)
     hidden = text.rsplit("_", 1)[1]
     assert hidden not in f"{secret} {secret!r}"
 
 
 @given(claims, claims)
-def test_a_proof_is_of_one_claim(one: JoinClaim, other: JoinClaim) -> None:
+def test_a_proof_is_of_one_claim(one: EnrolmentClaim, other: EnrolmentClaim) -> None:
     assume(one != other)
-    assert not same(arm_proof(b"k" * 32, one), arm_proof(b"k" * 32, other))
-    assert not same(root_proof(b"k" * 32, one, ["r"]), root_proof(b"k" * 32, other, ["r"]))
-    assert not same(arm_proof(b"k" * 32, one), arm_proof(b"l" * 32, one))
+    assert not proofs_match(arm_proof(b"k" * 32, one), arm_proof(b"k" * 32, other))
+    assert not proofs_match(root_proof(b"k" * 32, one, ["r"]), root_proof(b"k" * 32, other, ["r"]))
+    assert not proofs_match(arm_proof(b"k" * 32, one), arm_proof(b"l" * 32, one))
 
 
 @given(claims, st.lists(texts, max_size=3, unique=True))
-def test_an_arms_proof_never_is_the_roots(claim: JoinClaim, roots: list[str]) -> None:
-    assert not same(arm_proof(b"k" * 32, claim), root_proof(b"k" * 32, claim, roots))
+def test_an_arms_proof_never_is_the_roots(claim: EnrolmentClaim, roots: list[str]) -> None:
+    assert not proofs_match(arm_proof(b"k" * 32, claim), root_proof(b"k" * 32, claim, roots))
 
 
 @given(claims, texts)
-def test_a_call_is_not_taken_for_a_root(claim: JoinClaim, moved: str) -> None:
+def test_a_call_is_not_taken_for_a_root(claim: EnrolmentClaim, moved: str) -> None:
     more = dataclasses.replace(claim, calls=(*claim.calls, moved))
     assert root_proof(b"k" * 32, more, []) != root_proof(b"k" * 32, claim, [moved])
 
 
 @given(claims, st.lists(texts, min_size=1, max_size=4, unique=True))
-def test_the_order_of_the_roots_does_not_matter(claim: JoinClaim, roots: list[str]) -> None:
+def test_the_order_of_the_roots_does_not_matter(claim: EnrolmentClaim, roots: list[str]) -> None:
     assert root_proof(b"k" * 32, claim, roots) == root_proof(b"k" * 32, claim, roots[::-1])
     assert root_proof(b"k" * 32, claim, roots) != root_proof(b"k" * 32, claim, roots[1:])
 
 
 @given(ids, st.floats(0, 1e10), st.floats(-1e4, 1e4))
 def test_a_nonce_is_good_for_its_time(unique: str, made: float, later: float) -> None:
-    root = JoinRoot(ROOT)
-    nonce = root.nonce(unique, made)
-    assert root.accepts(nonce, made + NONCE_SECONDS / 2)
+    root = EnrolmentTokenIssuer(ROOT)
+    nonce = root.create_nonce(unique, made)
+    assert root.is_valid_nonce(nonce, made + NONCE_SECONDS / 2)
     if not -0.01 < later < NONCE_SECONDS + 0.01:
-        assert not root.accepts(nonce, made + later)
-    assert not JoinRoot(OTHER).accepts(nonce, made)
+        assert not root.is_valid_nonce(nonce, made + later)
+    assert not EnrolmentTokenIssuer(OTHER).is_valid_nonce(nonce, made)
 
 
 @given(ids, st.integers(0, 319))
 def test_a_changed_nonce_is_refused(unique: str, bit: int) -> None:
-    root = JoinRoot(ROOT)
-    raw = bytearray(b64decode(root.nonce(unique, NOW)))
+    root = EnrolmentTokenIssuer(ROOT)
+    raw = bytearray(b64decode(root.create_nonce(unique, NOW)))
     raw[bit // 8] ^= 1 << bit % 8
-    assert not root.accepts(b64encode(bytes(raw)), NOW)
+    assert not root.is_valid_nonce(b64encode(bytes(raw)), NOW)
 
 
 @given(st.text(max_size=80))
 def test_any_text_is_no_nonce(text: str) -> None:
-    assert not JoinRoot(ROOT).accepts(text, NOW)
+    assert not EnrolmentTokenIssuer(ROOT).is_valid_nonce(text, NOW)
 
 
 @pytest.mark.parametrize("name", [*SERVICES, *sorted(ORCHESTRATOR_FAMILIES), "coder-arm", "octollm"])
@@ -162,20 +162,22 @@ def test_good_names_are_taken() -> None:
 )  # fmt: skip
 def test_calls_that_no_arm_is_lent(call: str) -> None:
     with pytest.raises(OctoError) as caught:
-        declared_calls([call])
+        parse_declared_calls([call])
     assert caught.value.code == "invalid_body"
 
 
 def test_calls_are_read_sorted_once_and_some_are_optional() -> None:
-    found = declared_calls(["retriever:search", "?models:chat", "retriever:search", "weather:today", "files:read"])
+    found = parse_declared_calls(
+        ["retriever:search", "?models:chat", "retriever:search", "weather:today", "files:read"]
+    )
     assert scopes_of(found) == ("files:read", "models:chat", "retriever:search", "weather:today")
     assert [call.optional for call in found] == [False, True, False, False]
     with pytest.raises(OctoError):
-        declared_calls([f"a{number}:b" for number in range(MAX_CALLS + 1)])
+        parse_declared_calls([f"a{number}:b" for number in range(MAX_CALLS + 1)])
 
 
 def test_ids_and_rotations() -> None:
-    assert is_join_id("0" * 32)
-    assert not is_join_id("0" * 31)
-    assert not is_join_id("0" * 32 + "\n")
+    assert is_enrolment_id("0" * 32)
+    assert not is_enrolment_id("0" * 31)
+    assert not is_enrolment_id("0" * 32 + "\n")
     assert rotation_message("a", "bc") != rotation_message("ab", "c")

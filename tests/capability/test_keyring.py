@@ -7,18 +7,18 @@ from capability_forge import ALICE, NOW, World, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.capability import CapabilityError, Delegator, RootMinter, SigningKey, Verifier, parse_may
-from octollm.capability.joining import JoinRoot, JoinTerms
+from octollm.capability import CapabilityError, Delegator, RootMinter, SigningKey, Verifier, parse_delegation_tree
+from octollm.capability.joining import EnrolmentTerms, EnrolmentTokenIssuer
 from octollm.capability.keyring import (
-    BELIEVED_SECONDS,
     MAX_KEYS,
     OVERLAP_SECONDS,
+    TRUST_SECONDS,
     DatedKey,
     KeyRing,
-    PublicRing,
-    Roots,
-    believed_at,
-    signing_at,
+    PublicKeyRing,
+    TrustedRoots,
+    signing_index,
+    trusted_indices,
 )
 
 OLD, NEW = SigningKey.generate("root"), SigningKey.generate("root")
@@ -26,61 +26,65 @@ RING = KeyRing([DatedKey(OLD), DatedKey(NEW, NOW)])
 
 
 def test_a_new_key_signs_after_the_overlap_and_the_old_is_believed_until_its_tokens_are_over() -> None:
-    assert RING.signing(NOW) is OLD
-    assert RING.signing(NOW + OVERLAP_SECONDS - 1) is OLD
-    assert RING.signing(NOW + OVERLAP_SECONDS) is NEW
-    assert list(RING.believed(NOW)) == [OLD.thumbprint, NEW.thumbprint], "the one to come is believed already"
-    late = NOW + OVERLAP_SECONDS + BELIEVED_SECONDS
-    assert list(RING.believed(late - 1)) == [NEW.thumbprint, OLD.thumbprint]
-    assert list(RING.believed(late)) == [NEW.thumbprint]
+    assert RING.signing_key(NOW) is OLD
+    assert RING.signing_key(NOW + OVERLAP_SECONDS - 1) is OLD
+    assert RING.signing_key(NOW + OVERLAP_SECONDS) is NEW
+    assert list(RING.trusted_keys(NOW)) == [OLD.thumbprint, NEW.thumbprint], "the one to come is believed already"
+    late = NOW + OVERLAP_SECONDS + TRUST_SECONDS
+    assert list(RING.trusted_keys(late - 1)) == [NEW.thumbprint, OLD.thumbprint]
+    assert list(RING.trusted_keys(late)) == [NEW.thumbprint]
     assert RING.find(OLD.thumbprint) is OLD
     assert RING.find("other") is None
-    assert list(RING.public.believed(NOW)) == list(RING.believed(NOW))
+    assert list(RING.public.trusted_keys(NOW)) == list(RING.trusted_keys(NOW))
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=8).map(sorted), st.floats(0, 2e6))
 def test_who_signs_is_believed_by_whoever_knows_the_ring_and_for_as_long_as_its_tokens_live(
     made: list[float], now: float
 ) -> None:
-    signer = signing_at(made, now)
-    assert signer in believed_at(made, now)
+    signer = signing_index(made, now)
+    assert signer in trusted_indices(made, now)
     # Whoever read the ring when a key was made believes it before and after it signs.
-    for later in (now + 1, now + BELIEVED_SECONDS - 1):
-        assert signer in believed_at(made, later) or any(
-            at + OVERLAP_SECONDS + BELIEVED_SECONDS <= later for at in made[signer + 1 : signer + 2]
+    for later in (now + 1, now + TRUST_SECONDS - 1):
+        assert signer in trusted_indices(made, later) or any(
+            at + OVERLAP_SECONDS + TRUST_SECONDS <= later for at in made[signer + 1 : signer + 2]
         )
-    assert len(made) - 1 in believed_at(made, now)
+    assert len(made) - 1 in trusted_indices(made, now)
 
 
 def test_a_token_of_the_last_moment_is_good_for_its_whole_life(world: World) -> None:
     change = NOW + OVERLAP_SECONDS
     world.clock.time = change - 1
-    bearer = RootMinter(RING, world.clock, world.ids).access(ALICE, "coder", "coder:execute", 86_400)
+    bearer = RootMinter(RING, world.clock, world.ids).mint_access(ALICE, "coder", "coder:execute", 86_400)
     for at in (change - 1, change, change + 43_000, change + 86_398):
         world.clock.time = at
-        assert Verifier("coder", RING.believed(at), world.clock).verify(bearer)
-        fresh = RootMinter(RING, world.clock, world.ids).access(ALICE, "coder", "coder:execute")
-        assert Verifier("coder", RING.believed(at), world.clock).verify(fresh)
+        assert Verifier("coder", RING.trusted_keys(at), world.clock).verify(bearer)
+        fresh = RootMinter(RING, world.clock, world.ids).mint_access(ALICE, "coder", "coder:execute")
+        assert Verifier("coder", RING.trusted_keys(at), world.clock).verify(fresh)
 
 
 def test_a_key_that_was_replaced_at_once_is_believed_no_more(world: World) -> None:
-    ring = KeyRing([DatedKey(NEW, NOW - OVERLAP_SECONDS - BELIEVED_SECONDS)])
-    assert ring.signing(NOW) is NEW
-    roots = Roots({OLD.thumbprint: OLD.public})
+    ring = KeyRing([DatedKey(NEW, NOW - OVERLAP_SECONDS - TRUST_SECONDS)])
+    assert ring.signing_key(NOW) is NEW
+    roots = TrustedRoots({OLD.thumbprint: OLD.public})
     verifier = Verifier("coder", roots, world.clock)
-    bearer = RootMinter(OLD, world.clock, world.ids).access(ALICE, "coder", "coder:execute")
+    bearer = RootMinter(OLD, world.clock, world.ids).mint_access(ALICE, "coder", "coder:execute")
     assert verifier.verify(bearer)
-    assert roots.replace(ring.believed(NOW))
+    assert roots.replace(ring.trusted_keys(NOW))
     assert refused(verifier, bearer) == "root_unknown", "the verdict that was kept counts no more"
 
 
 def test_what_was_lent_to_an_old_key_may_still_be_used(world: World) -> None:
     fresh = SigningKey.generate("coder")
     ring = KeyRing([DatedKey(world.keys["coder"]), DatedKey(fresh, NOW - OVERLAP_SECONDS)])
-    assert ring.signing(NOW) is fresh
+    assert ring.signing_key(NOW) is fresh
     for holder in (world.keys["coder"], fresh):
-        bearer = world.minter.access(
-            ALICE, "coder", "coder:execute", may=parse_may({"judge:validate": {}}), holder_jkt=holder.thumbprint
+        bearer = world.minter.mint_access(
+            ALICE,
+            "coder",
+            "coder:execute",
+            delegation=parse_delegation_tree({"judge:validate": {}}),
+            holder_jkt=holder.thumbprint,
         )
         verified = world.verifier("coder").verify(bearer)
         onward = Delegator(ring, "coder", world.clock, world.ids).delegate(verified, "judge", "judge:validate", None)
@@ -88,24 +92,24 @@ def test_what_was_lent_to_an_old_key_may_still_be_used(world: World) -> None:
 
 
 def test_a_join_secret_of_the_old_root_is_good_while_that_is_believed() -> None:
-    terms = JoinTerms("a" * 32, "translator", (), 1_900_000_000)
-    before, root = JoinRoot(OLD).keys(terms, NOW)[0], JoinRoot(RING)
-    nonce = JoinRoot(OLD).nonce("b" * 32, NOW + OVERLAP_SECONDS)
-    assert before in root.keys(terms, NOW + OVERLAP_SECONDS)
-    assert root.accepts(nonce, NOW + OVERLAP_SECONDS)
-    late = NOW + OVERLAP_SECONDS + BELIEVED_SECONDS
-    assert before not in root.keys(terms, late)
+    terms = EnrolmentTerms("a" * 32, "translator", (), 1_900_000_000)
+    before, root = EnrolmentTokenIssuer(OLD).derive_keys(terms, NOW)[0], EnrolmentTokenIssuer(RING)
+    nonce = EnrolmentTokenIssuer(OLD).create_nonce("b" * 32, NOW + OVERLAP_SECONDS)
+    assert before in root.derive_keys(terms, NOW + OVERLAP_SECONDS)
+    assert root.is_valid_nonce(nonce, NOW + OVERLAP_SECONDS)
+    late = NOW + OVERLAP_SECONDS + TRUST_SECONDS
+    assert before not in root.derive_keys(terms, late)
 
 
 def test_roots_tell_of_a_change_and_never_believe_nobody() -> None:
     told: list[set[str]] = []
-    roots = Roots({OLD.thumbprint: OLD.public}, lambda now: told.append(set(now)))
+    roots = TrustedRoots({OLD.thumbprint: OLD.public}, lambda now: told.append(set(now)))
     assert not roots.replace({})
     assert not roots.replace({OLD.thumbprint: OLD.public})
     assert told == []
-    assert roots.replace(RING.believed(NOW))
+    assert roots.replace(RING.trusted_keys(NOW))
     assert told == [{OLD.thumbprint, NEW.thumbprint}]
-    assert dict(roots) == RING.believed(NOW)
+    assert dict(roots) == RING.trusted_keys(NOW)
     assert roots[NEW.thumbprint] == NEW.public
     assert len(roots) == 2
 
@@ -116,4 +120,4 @@ def test_a_ring_has_a_bounded_number_of_keys(count: int) -> None:
     with pytest.raises(CapabilityError):
         KeyRing(keys)
     with pytest.raises(CapabilityError):
-        PublicRing([(each.key.public, each.made) for each in keys])
+        PublicKeyRing([(each.key.public, each.created_at) for each in keys])

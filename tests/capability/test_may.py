@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.capability import (
-    Call,
     CapabilityError,
-    May,
+    DeclaredCall,
+    DelegationTree,
     ScopeSet,
-    closure,
+    attenuate,
     contains,
-    merge,
-    narrow,
-    parse_may,
+    intersect,
+    parse_delegation_tree,
     parse_scope,
+    union,
 )
 from octollm.capability.may import MAX_DEPTH, MAX_NODES
 
@@ -62,54 +62,56 @@ _trees = _level(_level(_level(_leaf)))
 
 @given(_trees, _trees)
 def test_containment_is_the_subset_relation(left: Tree, right: Tree) -> None:
-    assert contains(parse_may(left), parse_may(right)) == (paths(left) >= paths(right))
+    assert contains(parse_delegation_tree(left), parse_delegation_tree(right)) == (paths(left) >= paths(right))
 
 
 @given(_trees, _trees)
 def test_narrow_is_the_intersection(left: Tree, right: Tree) -> None:
-    both = narrow(parse_may(left), parse_may(right))
-    assert paths(both.to_object()) == paths(left) & paths(right)
-    assert contains(parse_may(left), both)
-    assert contains(parse_may(right), both)
+    both = intersect(parse_delegation_tree(left), parse_delegation_tree(right))
+    assert paths(both.to_dict()) == paths(left) & paths(right)
+    assert contains(parse_delegation_tree(left), both)
+    assert contains(parse_delegation_tree(right), both)
 
 
 @given(_trees, _trees)
 def test_merge_is_the_union(left: Tree, right: Tree) -> None:
-    assert paths(merge(parse_may(left), parse_may(right)).to_object()) == paths(left) | paths(right)
+    assert paths(union(parse_delegation_tree(left), parse_delegation_tree(right)).to_dict()) == paths(left) | paths(
+        right
+    )
 
 
 @given(_trees, st.sampled_from(_REQUESTS))
 def test_below_is_what_may_follow(tree: Tree, request: str) -> None:
-    below = parse_may(tree).below(parse_scope(request))
+    below = parse_delegation_tree(tree).subtree(parse_scope(request))
     following = {path[1:] for path in paths(tree) if path[0] == request}
     if below is None:
         assert not following
     else:
-        assert paths(below.to_object()) == following - {()}
+        assert paths(below.to_dict()) == following - {()}
         assert () in following
 
 
 @given(_trees)
 def test_the_object_of_a_tree_is_that_tree(tree: Tree) -> None:
-    may = parse_may(tree)
-    assert may.to_object() == tree
-    assert parse_may(may.to_object()) == may
-    assert hash(parse_may(tree)) == hash(may)
+    may = parse_delegation_tree(tree)
+    assert may.to_dict() == tree
+    assert parse_delegation_tree(may.to_dict()) == may
+    assert hash(parse_delegation_tree(tree)) == hash(may)
 
 
 def test_height_and_size() -> None:
-    may = parse_may({"judge:validate": {"executor:run": {}}, "models:chat": {}})
-    assert (may.height, may.size, len(may)) == (2, 3, 2)
-    assert (May().height, May().size, bool(May())) == (0, 0, False)
+    may = parse_delegation_tree({"judge:validate": {"executor:run": {}}, "models:chat": {}})
+    assert (may.depth, may.size, len(may)) == (2, 3, 2)
+    assert (DelegationTree().depth, DelegationTree().size, bool(DelegationTree())) == (0, 0, False)
 
 
 def test_selectors_narrow_an_entry() -> None:
-    may = parse_may({"files:read": {}})
-    assert may.below(parse_scope("files:read:0a")) == May()
-    narrower = parse_may({"files:read:0a": {}})
-    assert narrower.below(parse_scope("files:read:0a")) == May()
-    assert narrower.below(parse_scope("files:read:0b")) is None
-    assert narrower.below(parse_scope("files:read")) is None
+    may = parse_delegation_tree({"files:read": {}})
+    assert may.subtree(parse_scope("files:read:0a")) == DelegationTree()
+    narrower = parse_delegation_tree({"files:read:0a": {}})
+    assert narrower.subtree(parse_scope("files:read:0a")) == DelegationTree()
+    assert narrower.subtree(parse_scope("files:read:0b")) is None
+    assert narrower.subtree(parse_scope("files:read")) is None
 
 
 def _chain(levels: int) -> Tree:
@@ -122,23 +124,23 @@ def _chain(levels: int) -> Tree:
 @pytest.mark.parametrize("value", [None, [], "a:b", 1, {"a:b": None}, {"a:b": []}, {"a:b": {"c:d": 1}}, {1: {}}])
 def test_malformed_trees_are_refused(value: object) -> None:
     with pytest.raises(CapabilityError) as caught:
-        parse_may(value)
+        parse_delegation_tree(value)
     assert caught.value.reason == "may_malformed"
 
 
 def test_a_malformed_scope_anywhere_is_refused() -> None:
     with pytest.raises(CapabilityError) as caught:
-        parse_may({"a:b": {"c": {}}})
+        parse_delegation_tree({"a:b": {"c": {}}})
     assert caught.value.reason == "scope_malformed"
 
 
 def test_trees_are_bounded() -> None:
-    assert parse_may(_chain(MAX_DEPTH)).height == MAX_DEPTH
-    assert parse_may({f"a:b{n}": {} for n in range(MAX_NODES)}).size == MAX_NODES
+    assert parse_delegation_tree(_chain(MAX_DEPTH)).depth == MAX_DEPTH
+    assert parse_delegation_tree({f"a:b{n}": {} for n in range(MAX_NODES)}).size == MAX_NODES
     deep = _chain(5_000)
     for value in (_chain(MAX_DEPTH + 1), deep, {f"a:b{n}": {} for n in range(MAX_NODES + 1)}):
         with pytest.raises(CapabilityError) as caught:
-            parse_may(value)
+            parse_delegation_tree(value)
         assert caught.value.reason == "may_too_large"
 
 
@@ -177,74 +179,74 @@ def tree_paths(tree: Tree) -> set[tuple[str, ...]]:
 def test_closure_allows_the_declared_paths_within_authority(
     operation: str, declared: dict[str, list[str]], authority: list[str], levels: int
 ) -> None:
-    calls = {name: tuple(Call(scope) for scope in scopes) for name, scopes in declared.items()}
+    calls = {name: tuple(DeclaredCall(scope) for scope in scopes) for name, scopes in declared.items()}
     held = ScopeSet.parse(" ".join(authority))
-    may, missing = closure(operation, calls, held, max_depth=levels)
-    assert tree_paths(may.to_object()) == declared_paths(operation, declared, authority, levels)
+    may, missing = attenuate(operation, calls, held, max_depth=levels)
+    assert tree_paths(may.to_dict()) == declared_paths(operation, declared, authority, levels)
     needed = [operation, *declared.get(operation, [])]
     assert set(missing) == {scope for scope in needed if not held.allows(scope)}
     assert len(missing) == len(set(missing))
 
 
 def test_an_optional_call_is_never_missing() -> None:
-    declared = {"coder:execute": (Call("models:chat"), Call("files:read", optional=True))}
-    may, missing = closure("coder:execute", declared, ScopeSet.parse("coder:*"))
+    declared = {"coder:execute": (DeclaredCall("models:chat"), DeclaredCall("files:read", optional=True))}
+    may, missing = attenuate("coder:execute", declared, ScopeSet.parse("coder:*"))
     assert not may
     assert missing == ["models:chat"]
 
 
 def test_authority_narrows_entries() -> None:
-    declared = {"coder:execute": (Call("files:read"),)}
-    may, missing = closure("coder:execute", declared, ScopeSet.parse("coder:* files:read:0a files:read:0b"))
-    assert may.to_object() == {"files:read:0a": {}, "files:read:0b": {}}
+    declared = {"coder:execute": (DeclaredCall("files:read"),)}
+    may, missing = attenuate("coder:execute", declared, ScopeSet.parse("coder:* files:read:0a files:read:0b"))
+    assert may.to_dict() == {"files:read:0a": {}, "files:read:0b": {}}
     assert missing == []
 
 
 def test_a_binding_narrows_at_every_level() -> None:
     declared = {
-        "coder:execute": (Call("executor:run"), Call("files:read", optional=True)),
-        "executor:run": (Call("files:read", optional=True),),
+        "coder:execute": (DeclaredCall("executor:run"), DeclaredCall("files:read", optional=True)),
+        "executor:run": (DeclaredCall("files:read", optional=True),),
     }
     held = ScopeSet.parse("coder:* executor:* files:*")
-    may, _ = closure("coder:execute", declared, held, bind={"files:read": ("files:read:0a", "files:read:0b")})
+    may, _ = attenuate("coder:execute", declared, held, bindings={"files:read": ("files:read:0a", "files:read:0b")})
     digests: Tree = {"files:read:0a": {}, "files:read:0b": {}}
-    assert may.to_object() == {"executor:run": digests, **digests}
-    may, missing = closure("coder:execute", declared, held, bind={"files:read": ()})
-    assert may.to_object() == {"executor:run": {}}
+    assert may.to_dict() == {"executor:run": digests, **digests}
+    may, missing = attenuate("coder:execute", declared, held, bindings={"files:read": ()})
+    assert may.to_dict() == {"executor:run": {}}
     assert missing == []
 
 
 def test_a_binding_cannot_widen() -> None:
-    declared = {"coder:execute": (Call("files:read:0a"),)}
+    declared = {"coder:execute": (DeclaredCall("files:read:0a"),)}
     for wide in ("files:read", "files:*", "models:chat"):
         with pytest.raises(CapabilityError) as caught:
-            closure("coder:execute", declared, ScopeSet.parse("files:*"), bind={"files:read:0a": (wide,)})
+            attenuate("coder:execute", declared, ScopeSet.parse("files:*"), bindings={"files:read:0a": (wide,)})
         assert caught.value.reason == "misuse"
 
 
 def test_a_call_with_a_selector_follows_its_operation() -> None:
-    declared = {"a:x": (Call("b:y:sel"),), "b:y": (Call("c:z"),)}
-    may, _ = closure("a:x", declared, ScopeSet.parse("a:* b:* c:*"))
-    assert may.to_object() == {"b:y:sel": {"c:z": {}}}
+    declared = {"a:x": (DeclaredCall("b:y:sel"),), "b:y": (DeclaredCall("c:z"),)}
+    may, _ = attenuate("a:x", declared, ScopeSet.parse("a:* b:* c:*"))
+    assert may.to_dict() == {"b:y:sel": {"c:z": {}}}
 
 
 def test_a_wildcard_is_followed_by_the_calls_of_all_that_it_covers() -> None:
-    declared = {"a:x": (Call("b:*"),), "b:y": (Call("c:z"),), "b:w": (Call("d:z"),)}
-    may, _ = closure("a:x", declared, ScopeSet.parse("a:* b:* c:* d:*"))
-    assert may.to_object() == {"b:*": {"c:z": {}, "d:z": {}}}
+    declared = {"a:x": (DeclaredCall("b:*"),), "b:y": (DeclaredCall("c:z"),), "b:w": (DeclaredCall("d:z"),)}
+    may, _ = attenuate("a:x", declared, ScopeSet.parse("a:* b:* c:* d:*"))
+    assert may.to_dict() == {"b:*": {"c:z": {}, "d:z": {}}}
 
 
 def test_circles_end_and_explosions_are_refused() -> None:
-    circle = {"a:x": (Call("b:x"),), "b:x": (Call("a:x"),)}
-    may, _ = closure("a:x", circle, ScopeSet.parse("a:* b:*"))
-    assert may.height == 4
+    circle = {"a:x": (DeclaredCall("b:x"),), "b:x": (DeclaredCall("a:x"),)}
+    may, _ = attenuate("a:x", circle, ScopeSet.parse("a:* b:*"))
+    assert may.depth == 4
     names = [f"a:n{n}" for n in range(12)]
-    everyone = {name: tuple(Call(other) for other in names) for name in names}
+    everyone = {name: tuple(DeclaredCall(other) for other in names) for name in names}
     with pytest.raises(CapabilityError) as caught:
-        closure("a:n0", everyone, ScopeSet.parse("a:*"))
+        attenuate("a:n0", everyone, ScopeSet.parse("a:*"))
     assert caught.value.reason == "may_too_large"
 
 
 def test_a_depth_that_no_bearer_string_can_carry_is_refused() -> None:
     with pytest.raises(CapabilityError):
-        closure("a:x", {}, ScopeSet(), max_depth=MAX_DEPTH + 1)
+        attenuate("a:x", {}, ScopeSet(), max_depth=MAX_DEPTH + 1)

@@ -49,7 +49,7 @@ def test_containment_is_the_subset_relation(left: str, right: str) -> None:
 
 @given(_texts, _texts)
 def test_meet_is_the_intersection(left: str, right: str) -> None:
-    met = Scope(left).meet(Scope(right))
+    met = Scope(left).intersection(Scope(right))
     assert (frozenset() if met is None else denoted(met.text)) == denoted(left) & denoted(right)
 
 
@@ -62,13 +62,13 @@ def test_a_set_allows_what_its_members_allow(scopes: ScopeSet, required: str) ->
 def test_intersection_of_sets(left: ScopeSet, right: ScopeSet) -> None:
     both = left.intersection(right)
     assert denoted_by(both) == denoted_by(left) & denoted_by(right)
-    assert both.narrower_or_equal(left)
-    assert both.narrower_or_equal(right)
+    assert both.is_subset(left)
+    assert both.is_subset(right)
 
 
 @given(_sets, _sets)
 def test_narrower_is_the_subset_relation(left: ScopeSet, right: ScopeSet) -> None:
-    assert left.narrower_or_equal(right) == (denoted_by(left) <= denoted_by(right))
+    assert left.is_subset(right) == (denoted_by(left) <= denoted_by(right))
 
 
 @given(_sets)
@@ -172,7 +172,7 @@ def test_the_empty_set_allows_nothing() -> None:
     empty = ScopeSet.parse("")
     assert not empty.allows("a:b")
     assert not len(empty)
-    assert empty.narrower_or_equal(ScopeSet.parse("a:b"))
+    assert empty.is_subset(ScopeSet.parse("a:b"))
 
 
 def test_parts_of_a_scope() -> None:

@@ -10,14 +10,14 @@ from capability_forge import ALICE, NOW, OUTER_CODES, World, jwk_of, refused, si
 
 from octollm.capability import (
     BUILT_IN_CALLS,
-    Call,
     CapabilityError,
+    DeclaredCall,
     Directory,
     DirectoryEntry,
-    SelfSigner,
+    ServiceTokenSigner,
     SigningKey,
     verify_directory,
-    verify_service,
+    verify_service_token,
 )
 
 
@@ -33,25 +33,25 @@ def reason_of(call: Callable[[], object]) -> str:
     return caught.value.reason
 
 
-def signer(world: World, name: str) -> SelfSigner:
-    return SelfSigner(world.keys[name], name, world.clock, world.ids)
+def signer(world: World, name: str) -> ServiceTokenSigner:
+    return ServiceTokenSigner(world.keys[name], name, world.clock, world.ids)
 
 
 def test_a_service_is_known_by_its_key(world: World, directory: Directory) -> None:
-    token = signer(world, "models").svc_token("orchestrator")
-    assert verify_service(token, "orchestrator", directory, world.clock) == "models"
+    token = signer(world, "models").sign_token("orchestrator")
+    assert verify_service_token(token, "orchestrator", directory, world.clock) == "models"
     both: Directory = {"models": DirectoryEntry((world.jkt("judge"), world.jkt("models")))}
-    assert verify_service(token, "orchestrator", both, world.clock) == "models"
+    assert verify_service_token(token, "orchestrator", both, world.clock) == "models"
 
 
 def test_only_its_own_name_and_only_while_listed(world: World, directory: Directory) -> None:
-    token = signer(world, "models").svc_token("orchestrator")
-    check = verify_service
+    token = signer(world, "models").sign_token("orchestrator")
+    check = verify_service_token
     assert reason_of(lambda: check(token, "monitor", directory, world.clock)) == "audience_wrong"
     assert reason_of(lambda: check(token, "orchestrator", {}, world.clock)) == "service_unknown"
     gone: Directory = {"models": DirectoryEntry(())}
     assert reason_of(lambda: check(token, "orchestrator", gone, world.clock)) == "key_mismatch"
-    posing = SelfSigner(world.keys["judge"], "models", world.clock, world.ids).svc_token("orchestrator")
+    posing = ServiceTokenSigner(world.keys["judge"], "models", world.clock, world.ids).sign_token("orchestrator")
     assert reason_of(lambda: check(posing, "orchestrator", directory, world.clock)) == "key_mismatch"
 
 
@@ -77,11 +77,11 @@ def test_service_token_attacks(
     key = world.keys["models"].private
     honest_header = {"alg": "EdDSA", "typ": "svc+jwt", "kid": world.jkt("models"), "jwk": jwk_of(key)}
     honest = {"iss": "models", "sub": "models", "aud": "orchestrator", "exp": NOW + 60, "iat": NOW, "jti": "1"}
-    assert verify_service(sign(honest_header, honest, key), "orchestrator", directory, world.clock)
+    assert verify_service_token(sign(honest_header, honest, key), "orchestrator", directory, world.clock)
     token = sign({**honest_header, **header}, {**honest, **claims}, key)
-    assert reason_of(lambda: verify_service(token, "orchestrator", directory, world.clock)) == reason
+    assert reason_of(lambda: verify_service_token(token, "orchestrator", directory, world.clock)) == reason
     forged = sign(honest_header, honest, world.keys["mallory"].private)
-    verdict = reason_of(lambda: verify_service(forged, "orchestrator", directory, world.clock))
+    verdict = reason_of(lambda: verify_service_token(forged, "orchestrator", directory, world.clock))
     assert verdict == "signature_invalid"
 
 
@@ -89,7 +89,7 @@ def test_a_service_token_without_its_key_is_refused(world: World, directory: Dir
     claims = {"iss": "models", "sub": "models", "aud": "orchestrator", "exp": NOW + 60, "iat": NOW, "jti": "1"}
     header = {"alg": "EdDSA", "typ": "svc+jwt", "kid": world.jkt("models")}
     token = sign(header, claims, world.keys["models"].private)
-    assert reason_of(lambda: verify_service(token, "orchestrator", directory, world.clock)) == "key_missing"
+    assert reason_of(lambda: verify_service_token(token, "orchestrator", directory, world.clock)) == "key_missing"
 
 
 @pytest.mark.parametrize(
@@ -97,25 +97,25 @@ def test_a_service_token_without_its_key_is_refused(world: World, directory: Dir
     [(None, "bearer_missing"), ("", "bearer_missing"), ("x" * 5000, "bearer_too_large"), ("é.a.b", "base64_malformed")],
 )
 def test_no_service_token(world: World, directory: Directory, token: str | None, reason: str) -> None:
-    assert reason_of(lambda: verify_service(token, "orchestrator", directory, world.clock)) == reason
+    assert reason_of(lambda: verify_service_token(token, "orchestrator", directory, world.clock)) == reason
 
 
 def test_a_service_token_is_no_capability_and_the_other_way_round(world: World, directory: Directory) -> None:
-    service = signer(world, "models").svc_token("orchestrator")
+    service = signer(world, "models").sign_token("orchestrator")
     assert refused(world.verifier("orchestrator"), service) == "type_wrong"
-    capability = world.minter.access(ALICE, "orchestrator", "tasks:create")
-    check = lambda: verify_service(capability, "orchestrator", directory, world.clock)  # noqa: E731
+    capability = world.minter.mint_access(ALICE, "orchestrator", "tasks:create")
+    check = lambda: verify_service_token(capability, "orchestrator", directory, world.clock)  # noqa: E731
     assert reason_of(check) == "type_wrong"
 
 
 def test_a_service_token_lives_a_minute_at_most(world: World, directory: Directory) -> None:
     with pytest.raises(CapabilityError):
-        signer(world, "models").svc_token("orchestrator", 61)
-    token = signer(world, "models").svc_token("orchestrator")
+        signer(world, "models").sign_token("orchestrator", 61)
+    token = signer(world, "models").sign_token("orchestrator")
     world.clock.time = NOW + 89.9
-    assert verify_service(token, "orchestrator", directory, world.clock)
+    assert verify_service_token(token, "orchestrator", directory, world.clock)
     world.clock.time = NOW + 90
-    assert reason_of(lambda: verify_service(token, "orchestrator", directory, world.clock)) == "expired"
+    assert reason_of(lambda: verify_service_token(token, "orchestrator", directory, world.clock)) == "expired"
 
 
 def entries(world: World) -> dict[str, DirectoryEntry]:
@@ -124,23 +124,23 @@ def entries(world: World) -> dict[str, DirectoryEntry]:
 
 
 def test_the_directory_survives_the_round(world: World) -> None:
-    token = world.minter.directory(entries(world))
+    token = world.minter.sign_directory(entries(world))
     directory, roots = verify_directory(token, world.roots, world.clock)
     assert directory == entries(world)
     assert roots == world.roots
-    assert Call("files:read", optional=True) in directory["coder"].calls["coder:execute"]
-    service = signer(world, "models").svc_token("memory")
-    assert verify_service(service, "memory", directory, world.clock) == "models"
+    assert DeclaredCall("files:read", optional=True) in directory["coder"].calls["coder:execute"]
+    service = signer(world, "models").sign_token("memory")
+    assert verify_service_token(service, "memory", directory, world.clock) == "models"
 
 
 def test_directory_attacks(world: World) -> None:
-    token = world.minter.directory(entries(world))
+    token = world.minter.sign_directory(entries(world))
     other = SigningKey.generate("orchestrator")
     roots = {other.thumbprint: other.public}
     assert reason_of(lambda: verify_directory(token, roots, world.clock)) == "root_unknown"
     assert reason_of(lambda: verify_directory("", world.roots, world.clock)) == "bearer_missing"
     assert reason_of(lambda: verify_directory("x" * 2_000_000, world.roots, world.clock)) == "bearer_too_large"
-    bearer = world.minter.access(ALICE, "coder", "coder:execute")
+    bearer = world.minter.mint_access(ALICE, "coder", "coder:execute")
     assert reason_of(lambda: verify_directory(bearer, world.roots, world.clock)) == "type_wrong"
     world.clock.time = NOW + 330
     assert reason_of(lambda: verify_directory(token, world.roots, world.clock)) == "expired"
@@ -175,6 +175,10 @@ def test_directories_that_the_root_would_not_sign(
 
 
 def test_a_malformed_directory_is_not_minted(world: World) -> None:
-    for entry in (DirectoryEntry(("short",)), DirectoryEntry((), {"x": ()}), DirectoryEntry((), {"a:b": (Call("c"),)})):
+    for entry in (
+        DirectoryEntry(("short",)),
+        DirectoryEntry((), {"x": ()}),
+        DirectoryEntry((), {"a:b": (DeclaredCall("c"),)}),
+    ):
         with pytest.raises(CapabilityError):
-            world.minter.directory({"coder": entry})
+            world.minter.sign_directory({"coder": entry})

@@ -39,7 +39,7 @@ def test_the_honest_chain_is_accepted(world: World) -> None:
     assert str(verified.scopes) == "executor:run"
     assert [link.aud for link in verified.links] == ["executor", "coder", "judge", "executor"]
     assert verified.grant is not None
-    assert verified.grant.may.to_object() == {"files:read": {}}
+    assert verified.grant.may.to_dict() == {"files:read": {}}
     assert len(verified.grants) == 3
     assert verified.expires == NOW + 60
 

@@ -13,8 +13,8 @@ from call_kit import Nothing, Realm, executing, outgoing
 
 from octollm.errors import OctoError
 from octollm.resilience import RetryPolicy
-from octollm.rpc.call import Call, Operation
-from octollm.rpc.caller import Caller, Outgoing
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.rpc.caller import OutgoingCall, ServiceClient
 from octollm.testing import wait_until
 
 pytestmark = pytest.mark.usefixtures("every_wire")
@@ -30,20 +30,20 @@ class Chain:
     began: list[float] = field(default_factory=list[float])
     ended: dict[str, float] = field(default_factory=dict[str, float])
 
-    async def last(self, call: Call, _body: Nothing) -> Nothing:
+    async def last(self, call: IncomingCall, _body: Nothing) -> Nothing:
         self.began.append(time.monotonic())
-        self.left.append(call.deadline.left())
+        self.left.append(call.deadline.remaining())
         try:
             await asyncio.Event().wait()
         finally:
             self.ended["c"] = time.monotonic()
         raise AssertionError
 
-    def passing(self, name: str, caller: Caller) -> Operation:
-        async def ask(call: Call, _body: Nothing) -> Nothing:
+    def passing(self, name: str, caller: ServiceClient) -> Operation:
+        async def ask(call: IncomingCall, _body: Nothing) -> Nothing:
             try:
                 made = outgoing(executing(None), call.bearer)
-                return await caller.answer(Outgoing(made.target, made.bearer, call.deadline, made.body), Nothing)
+                return await caller.call(OutgoingCall(made.target, made.bearer, call.deadline, made.body), Nothing)
             finally:
                 self.ended[name] = time.monotonic()
 
@@ -54,7 +54,7 @@ class Chain:
 async def chain() -> AsyncGenerator[Chain]:
     realm = Realm.make()
     made = Chain(realm)
-    once = RetryPolicy(attempts=1)
+    once = RetryPolicy(max_attempts=1)
     async with contextlib.AsyncExitStack() as stack:
         url = await stack.enter_async_context(realm.replica([executing(made.last)]))
         for name in ("b", "a"):
@@ -70,10 +70,10 @@ def handlers() -> int:
 
 
 async def test_the_last_of_a_chain_sees_what_is_left_and_all_stop_with_it() -> None:
-    async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(attempts=1)) as caller:
+    async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(max_attempts=1)) as caller:
         began = time.monotonic()
         with pytest.raises(OctoError) as caught:
-            await caller.answer(outgoing(executing(None), made.realm.token(), seconds=0.2), Nothing)
+            await caller.call(outgoing(executing(None), made.realm.token(), seconds=0.2), Nothing)
         stopped = time.monotonic()
         assert caught.value.code == "deadline_exceeded"
         assert 0 < made.left[0] < 0.2
@@ -86,8 +86,8 @@ async def test_the_last_of_a_chain_sees_what_is_left_and_all_stop_with_it() -> N
 
 @pytest.mark.parametrize("how", ["cancelled", "cut"])
 async def test_a_caller_that_leaves_stops_the_last_of_a_chain(how: str) -> None:
-    async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(attempts=1)) as caller:
-        calling = asyncio.create_task(caller.answer(outgoing(executing(None), made.realm.token(), seconds=60), Nothing))
+    async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(max_attempts=1)) as caller:
+        calling = asyncio.create_task(caller.call(outgoing(executing(None), made.realm.token(), seconds=60), Nothing))
         await wait_until(lambda: bool(made.began), description="the last one works")
         if how == "cancelled":
             calling.cancel()

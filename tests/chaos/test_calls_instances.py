@@ -11,14 +11,14 @@ from call_kit import Nothing, Realm, executing, outgoing
 
 from octollm.errors import OctoError
 from octollm.resilience import RetryPolicy
-from octollm.rpc.call import Call, Operation
-from octollm.rpc.caller import Caller
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.rpc.caller import ServiceClient
 
 
-async def called(caller: Caller, realm: Realm, work: Operation, *, seconds: float = 5) -> str:
+async def called(caller: ServiceClient, realm: Realm, work: Operation, *, seconds: float = 5) -> str:
     """Make a call; return ``ok`` or the code that it failed with."""
     try:
-        await caller.answer(outgoing(work, realm.token(), seconds=seconds), Nothing)
+        await caller.call(outgoing(work, realm.token(), seconds=seconds), Nothing)
     except OctoError as error:
         return error.code
     return "ok"
@@ -29,13 +29,16 @@ async def test_a_storm_of_refusals_is_not_multiplied() -> None:
     realm = Realm.make()
     arrived = 0
 
-    async def shed(_call: Call, _body: Nothing) -> Nothing:
+    async def shed(_call: IncomingCall, _body: Nothing) -> Nothing:
         nonlocal arrived
         arrived += 1
         raise OctoError("Too much.", code="overloaded", retry_after=0)
 
     work = executing(shed)
-    async with realm.replica([work]) as url, realm.caller(url, retry=RetryPolicy(attempts=5, base=0.001)) as caller:
+    async with (
+        realm.replica([work]) as url,
+        realm.caller(url, retry=RetryPolicy(max_attempts=5, base_delay=0.001)) as caller,
+    ):
         found: list[str] = []
         for _ in range(3):
             found += await asyncio.gather(*(called(caller, realm, work) for _ in range(150)))
@@ -52,7 +55,7 @@ async def test_an_instance_that_is_far_slower_is_left_alone_and_the_whole_is_fas
     served = [0, 0, 0]
 
     def varying(number: int) -> Operation:
-        async def wait(_call: Call, _body: Nothing) -> Nothing:
+        async def wait(_call: IncomingCall, _body: Nothing) -> Nothing:
             served[number] += 1
             await asyncio.sleep(behind[number])
             return Nothing()
@@ -80,12 +83,12 @@ async def test_an_instance_that_is_far_slower_is_left_alone_and_the_whole_is_fas
         served[:] = [0, 0, 0]
         await burst(1.0)
         assert served[0] <= 2 + 0.02 * sum(served), served
-        ejected = caller._peer("coder").balancer.instances[0]
+        ejected = caller._service_state("coder").balancer.instances[0]
         assert ejected.url == urls[0]
         # It is well again, and it is called again once it has been looked at.
         behind[0] = slow
         async with asyncio.timeout(60):
-            while ejected.health.ejected:
+            while ejected.breaker.is_open:
                 await burst(0.2)
 
 
@@ -95,7 +98,7 @@ async def test_when_every_instance_fails_half_of_them_stay_in_use() -> None:
     arrived: list[int] = [0, 0, 0, 0]
 
     def failing(number: int) -> Operation:
-        async def fail(_call: Call, _body: Nothing) -> Nothing:
+        async def fail(_call: IncomingCall, _body: Nothing) -> Nothing:
             arrived[number] += 1
             raise ValueError("broken")
 
@@ -103,11 +106,11 @@ async def test_when_every_instance_fails_half_of_them_stay_in_use() -> None:
 
     async with contextlib.AsyncExitStack() as stack:
         urls = [await stack.enter_async_context(realm.replica([failing(number)])) for number in range(4)]
-        caller = await stack.enter_async_context(realm.caller(*urls, retry=RetryPolicy(attempts=1)))
+        caller = await stack.enter_async_context(realm.caller(*urls, retry=RetryPolicy(max_attempts=1)))
         work = failing(0)
         first = [await called(caller, realm, work) for _ in range(100)]
         assert set(first) == {"internal"}
-        health = [instance.health.ejected for instance in caller._peer("coder").balancer.instances]
+        health = [instance.breaker.is_open for instance in caller._service_state("coder").balancer.instances]
         assert health.count(True) == 2
         before = list(arrived)
         assert {await called(caller, realm, work) for _ in range(20)} == {"internal"}
@@ -119,7 +122,7 @@ async def test_when_every_instance_fails_half_of_them_stay_in_use() -> None:
 async def test_an_instance_that_is_gone_costs_its_callers_a_try() -> None:
     realm = Realm.make()
 
-    async def well(_call: Call, _body: Nothing) -> Nothing:
+    async def well(_call: IncomingCall, _body: Nothing) -> Nothing:
         return Nothing()
 
     work = executing(well)

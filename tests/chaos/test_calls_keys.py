@@ -20,8 +20,8 @@ from wires import CURRENT
 
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import RetryPolicy
-from octollm.rpc.call import Call, Operation, Reply
-from octollm.rpc.idempotency_sql import SqlIdempotency
+from octollm.rpc.call import IncomingCall, Operation, OperationResponse
+from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.storage import open_database
 from octollm.storage.migrations import migrate
 from octollm.testing import wait_until
@@ -50,17 +50,17 @@ class Shop:
     done: list[str] = field(default_factory=list[str])
     fail: OctoError | None = None
 
-    async def sell(self, call: Call, order: Order) -> Reply:
+    async def sell(self, call: IncomingCall, order: Order) -> OperationResponse:
         self.done.append(f"{call.tenant}:{order.item}")
         await asyncio.sleep(0.05)
         if self.fail is not None:
             raise self.fail
         number = len(self.done)
-        return Reply(Receipt(number), 201, {"Location": f"/receipts/{number}", "ETag": f'"{number}"'})
+        return OperationResponse(Receipt(number), 201, {"Location": f"/receipts/{number}", "ETag": f'"{number}"'})
 
     def operation(self, kind: Literal["idempotent", "at_most_once"] = "idempotent") -> Operation:
         return Operation(
-            "execute", "POST", "/execute", self.sell, scope="coder:execute", body=Order, answer=Receipt, kind=kind
+            "execute", "POST", "/execute", self.sell, scope="coder:execute", body=Order, response=Receipt, kind=kind
         )
 
     async def post(
@@ -80,7 +80,7 @@ async def shop(
             db = await stack.enter_async_context(open_database(url, clock=CLOCK))
             if number == 0:
                 await migrate(db, "orchestrator")
-            store = SqlIdempotency(db, f"replica {number}")
+            store = SqlIdempotencyStore(db, f"replica {number}")
             made.urls.append(
                 await stack.enter_async_context(
                     made.realm.replica([made.operation(kind)], store=store, max_concurrent=100)
@@ -123,7 +123,7 @@ async def test_what_says_nothing_of_the_operation_is_not_replayed(database: str)
     async with shop(database) as (made, client):
         made.fail = OctoError("The kitchen is on fire.", code="internal")
         assert (await made.post(0, "k1", client=client)).status_code == 500
-        made.fail = OctoError("No such item.", code="not_found")
+        made.fail = OctoError("No such item.", code="not_found_result")
         first = await made.post(1, "k1", client=client)
         made.fail = None
         again = await made.post(0, "k1", client=client)
@@ -182,23 +182,23 @@ async def test_a_caller_that_leaves_gives_its_claim_back(database: str) -> None:
     async with shop(database) as (made, client):
         began = asyncio.Event()
 
-        async def hang(_call: Call, _order: Order) -> Receipt:
+        async def hang(_call: IncomingCall, _order: Order) -> Receipt:
             began.set()
             await asyncio.Event().wait()
             raise AssertionError
 
         operation = Operation(
-            "execute", "POST", "/execute", hang, scope="coder:execute", body=Order, answer=Receipt, kind="idempotent"
+            "execute", "POST", "/execute", hang, scope="coder:execute", body=Order, response=Receipt, kind="idempotent"
         )
         async with open_database(database, clock=CLOCK) as db:
-            store = SqlIdempotency(db, "third")
+            store = SqlIdempotencyStore(db, "third")
             async with (
                 made.realm.replica([operation], store=store) as url,
-                made.realm.caller(url, retry=RetryPolicy(attempts=1)) as caller,
+                made.realm.caller(url, retry=RetryPolicy(max_attempts=1)) as caller,
             ):
                 body = b'{"item":"rope"}'
                 call = outgoing(operation, made.realm.token(), key="k1", body=body)
-                calling = asyncio.create_task(caller.answer(call, Receipt))
+                calling = asyncio.create_task(caller.call(call, Receipt))
                 await began.wait()
                 calling.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -223,12 +223,12 @@ async def test_a_key_that_is_none_is_refused(database: str, key: str) -> None:
 async def test_a_caller_sends_a_key_and_repeats_what_was_cut_off(database: str) -> None:
     async with shop(database) as (made, _client):
         made.fail = OctoError("A moment.", code="unavailable")
-        async with made.realm.caller(*made.urls, retry=RetryPolicy(attempts=1)) as caller:
+        async with made.realm.caller(*made.urls, retry=RetryPolicy(max_attempts=1)) as caller:
             call = outgoing(made.operation(), made.realm.token(), key="k1", body=b'{"item":"rope"}')
             with pytest.raises(RemoteError) as caught:
-                await caller.answer(call, Receipt)
-            assert caught.value.tried is not None
-            assert caught.value.tried.attempts == 1
+                await caller.call(call, Receipt)
+            assert caught.value.call_attempts is not None
+            assert caught.value.call_attempts.attempts == 1
             made.fail = None
-            assert (await caller.answer(call, Receipt)).number == 2
-            assert (await caller.answer(call, Receipt)).number == 2
+            assert (await caller.call(call, Receipt)).number == 2
+            assert (await caller.call(call, Receipt)).number == 2

@@ -12,7 +12,7 @@ from up_process import UpProcess
 from whole import SALES, answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Asked, Reply, scripted_model
+from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest, scripted_model
 
 pytestmark = pytest.mark.sandbox
 GOAL = "How many rows have amount > 100, and their total?"
@@ -21,9 +21,9 @@ GOAL = "How many rows have amount > 100, and their total?"
 async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
     held = True
 
-    def slow(asked: Asked) -> str | Reply:
+    def slow(asked: ScriptedRequest) -> str | ScriptedReply:
         if asked.schema is None and "SQL" in asked.system and held:
-            return Reply("SELECT ", hang=True)
+            return ScriptedReply("SELECT ", hangs=True)
         return answers(asked)
 
     async with scripted_model(slow) as model:
@@ -35,13 +35,13 @@ async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
                 task_id = (await client.post("/tasks", json=body)).json()["task_id"]
                 # The planner asks first, with a schema; the query is the step's.
                 await wait_until(
-                    lambda: model.running and model.asked[-1].schema is None,
+                    lambda: model.active and model.requests[-1].schema is None,
                     description="the model is writing the query",
                     timeout=30,
                 )
             await up.kill()
             held = False
-            await wait_until(lambda: model.running == 0, description="the model's client is gone")
+            await wait_until(lambda: model.active == 0, description="the model's client is gone")
             await up.start()
             async with httpx.AsyncClient(base_url=up.url, timeout=30) as client, asyncio.timeout(60):
                 while (task := (await client.get(f"/tasks/{task_id}")).json())["status"] not in ("completed", "failed"):

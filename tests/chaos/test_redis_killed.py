@@ -16,7 +16,7 @@ from redis_process import RedisProcess
 from whole import SALES, Door, answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Asked, Reply, ScriptedModel, scripted_model
+from octollm.testing.scripted_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 from octollm.testing.system import installation
 
 pytestmark = [pytest.mark.redis, pytest.mark.sandbox]
@@ -75,21 +75,21 @@ async def events_of(door: Door, task_id: str) -> list[str]:
 async def test_a_task_outlives_redis_and_all_events_are_in_the_log(tmp_path: Path, server: RedisProcess) -> None:
     go_on = asyncio.Event()
 
-    def slow(asked: Asked) -> str | Reply:
+    def slow(asked: ScriptedRequest) -> str | ScriptedReply:
         if asked.schema is None and "SQL" in asked.system and not go_on.is_set():
-            return Reply("SELECT ", hang=True)
+            return ScriptedReply("SELECT ", hangs=True)
         return answers(asked)
 
     async with scripted_model(slow) as model:
         settings = on_server(model, server)
         async with (
             installation(tmp_path / "home", environment=settings) as system,
-            httpx.AsyncClient(base_url=system.door, timeout=30) as client,
+            httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
             listening(server.url, "events:task:*") as heard,
         ):
             door = Door(system, client)
             task_id = await door.submit(GOAL, {"sales.csv": SALES})
-            await wait_until(lambda: model.running, description="the model is writing")
+            await wait_until(lambda: model.active, description="the model is writing")
             await wait_until(
                 lambda: "task.started" in [event["event_type"] for event in heard], description="events are heard"
             )
@@ -137,7 +137,7 @@ async def test_a_pattern_subscription_hears_the_envelope_of_the_decision_record(
         settings = on_server(model, server)
         async with (
             installation(tmp_path / "home", environment=settings) as system,
-            httpx.AsyncClient(base_url=system.door, timeout=30) as client,
+            httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
             listening(server.url, "events:task:*") as heard,
         ):
             task_id = await Door(system, client).submit(GOAL, {"sales.csv": SALES})
@@ -161,7 +161,7 @@ async def test_an_installation_starts_and_works_without_its_redis(tmp_path: Path
         settings = on_server(model, server)
         async with (
             installation(tmp_path / "home", environment=settings) as system,
-            httpx.AsyncClient(base_url=system.door, timeout=30) as client,
+            httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
         ):
             task = await Door(system, client).run(GOAL, {"sales.csv": SALES})
     assert task["status"] == "completed", task["error"]

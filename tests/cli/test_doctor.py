@@ -10,19 +10,19 @@ import stat
 import pytest
 from ports import free_port
 
-from octollm.cli.findings import Check, Finding, look_at
+from octollm.cli.findings import CheckResult, DiagnosticCheck, run_checks
 from octollm.errors import OctoError
 
 
 async def test_every_check_is_told_in_order_whatever_others_do():
     async def good():
-        return [Finding("one", "ok", "well")]
+        return [CheckResult("one", "ok", "well")]
 
     async def raising():
         raise OctoError("It is away. Start it.", code="unavailable")
 
-    found = await look_at([Check("two", raising), Check("one", good)])
-    assert found == [Finding("two", "broken", "It is away. Start it."), Finding("one", "ok", "well")]
+    found = await run_checks([DiagnosticCheck("two", raising), DiagnosticCheck("one", good)])
+    assert found == [CheckResult("two", "broken", "It is away. Start it."), CheckResult("one", "ok", "well")]
 
 
 async def test_a_check_that_hangs_is_broken_and_ends():
@@ -30,7 +30,7 @@ async def test_a_check_that_hangs_is_broken_and_ends():
         await asyncio.Event().wait()
         return []
 
-    [found] = await look_at([Check("slow", hanging)], seconds=0.05)
+    [found] = await run_checks([DiagnosticCheck("slow", hanging)], timeout=0.05)
     assert (found.check, found.level) == ("slow", "broken")
 
 
@@ -39,7 +39,7 @@ async def test_a_defect_in_a_check_is_not_swallowed():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await look_at([Check("wrong", wrong)])
+        await run_checks([DiagnosticCheck("wrong", wrong)])
 
 
 async def doctor(place) -> tuple[int, dict[str, list[dict[str, str]]]]:

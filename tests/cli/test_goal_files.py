@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from octollm.cli.exits import EXIT_USAGE, exit_code_of
-from octollm.cli.goal_files import check_goal, read_files
+from octollm.cli.exits import EXIT_USAGE, exit_code_for
+from octollm.cli.goal_files import read_goal_files, validate_goal
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES, MAX_GOAL
 from octollm.errors import OctoError
 
@@ -14,10 +14,10 @@ def refused(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(OctoError) as caught:
-        read_files([path])
+        read_goal_files([path])
     assert caught.value.code == "file_invalid"
     assert name in caught.value.detail
-    assert exit_code_of(caught.value) == EXIT_USAGE
+    assert exit_code_for(caught.value) == EXIT_USAGE
     return caught.value.detail
 
 
@@ -38,7 +38,7 @@ def refused(tmp_path, name, content):
 def test_texts_tables_and_what_an_arm_may_read_are_taken(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    [file] = read_files([path])
+    [file] = read_goal_files([path])
     assert (file.name, file.content) == (name, content)
     assert "/" in file.media_type
 
@@ -60,18 +60,18 @@ def test_other_bytes_than_the_name_says_are_refused(tmp_path, name, content):
 def test_the_limit_is_exact(tmp_path):
     path = tmp_path / "big.txt"
     path.write_bytes(b"a" * MAX_FILE_BYTES)
-    assert len(read_files([path])[0].content) == MAX_FILE_BYTES
+    assert len(read_goal_files([path])[0].content) == MAX_FILE_BYTES
     assert "20 MiB" in refused(tmp_path, "bigger.txt", b"a" * (MAX_FILE_BYTES + 1))
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(OctoError, match=r"There is no file .*gone\.txt"):
-        read_files([tmp_path / "gone.txt"])
+        read_goal_files([tmp_path / "gone.txt"])
 
 
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(OctoError, match="is a folder"):
-        read_files([tmp_path])
+        read_goal_files([tmp_path])
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
@@ -79,21 +79,21 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     for path in (tmp_path / "x.txt", tmp_path / "a" / "x.txt"):
         path.write_text("x")
     with pytest.raises(OctoError, match=r"Two files are called x\.txt"):
-        read_files([tmp_path / "x.txt", tmp_path / "a" / "x.txt"])
+        read_goal_files([tmp_path / "x.txt", tmp_path / "a" / "x.txt"])
 
 
 def test_too_many_files_are_refused(tmp_path):
     with pytest.raises(OctoError, match=str(MAX_FILES)):
-        read_files([tmp_path / str(number) for number in range(MAX_FILES + 1)])
+        read_goal_files([tmp_path / str(number) for number in range(MAX_FILES + 1)])
 
 
 def test_a_goal_is_stripped():
-    assert check_goal("  do it\n") == "do it"
+    assert validate_goal("  do it\n") == "do it"
 
 
 @pytest.mark.parametrize("goal", ["", " \n", "x" * (MAX_GOAL + 1)])
 def test_a_bad_goal_is_refused(goal):
     with pytest.raises(OctoError) as caught:
-        check_goal(goal)
+        validate_goal(goal)
     assert caught.value.code == "goal_invalid"
-    assert exit_code_of(caught.value) == EXIT_USAGE
+    assert exit_code_for(caught.value) == EXIT_USAGE

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from octollm.cli.model_file import fetch_with_bar
+from octollm.cli.model_file import fetch_with_progress
 from octollm.cli.terminal import THEME
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
-from octollm.llm.catalogue import SMALLEST
+from octollm.llm.catalogue import SMALLEST_MODEL
 from octollm.llm.fetch_options import FetchOptions
 
 GOOD = b"weights"
-ENTRY = dataclasses.replace(SMALLEST, digest=hashlib.sha256(GOOD).hexdigest(), size=len(GOOD))
+ENTRY = dataclasses.replace(SMALLEST_MODEL, digest=hashlib.sha256(GOOD).hexdigest(), size=len(GOOD))
 NOWHERE = FetchOptions(hub=False, wheels=False)
 
 
@@ -29,7 +29,7 @@ async def test_a_good_file_is_used_without_a_word(tmp_path: Path) -> None:
     cache = ModelCache(tmp_path)
     cache.path_of(ENTRY).write_bytes(GOOD)
     screen, written = console()
-    await fetch_with_bar(ENTRY, cache, screen, NOWHERE)
+    await fetch_with_progress(ENTRY, cache, screen, NOWHERE)
     assert written.getvalue() == ""
 
 
@@ -38,7 +38,7 @@ async def test_a_damaged_file_is_told_and_fetched_again(tmp_path: Path) -> None:
     cache.path_of(ENTRY).write_bytes(b"w3ights")
     screen, written = console()
     with pytest.raises(OctoError) as caught:
-        await fetch_with_bar(ENTRY, cache, screen, NOWHERE)
+        await fetch_with_progress(ENTRY, cache, screen, NOWHERE)
     assert caught.value.code == "model_download_failed"
     assert "is damaged: its SHA-256 is" in written.getvalue()
     assert "It is fetched again." in written.getvalue()

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from octollm.cli.app import app
-from octollm.cli.new_arm import write_arm
+from octollm.cli.new_arm import write_arm_package
 from octollm.errors import OctoError
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -59,23 +59,23 @@ def test_its_own_test_passes_at_once(tmp_path):
 )
 def test_a_name_that_cannot_be_is_refused(tmp_path, name, said):
     with pytest.raises(OctoError, match=said):
-        write_arm(name, tmp_path)
+        write_arm_package(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert run(name, "--dir", str(tmp_path)).exit_code == 2
 
 
 def test_what_is_there_is_left_alone(tmp_path):
     (tmp_path / "translator").mkdir()
-    assert write_arm("translator", tmp_path).is_dir()
+    assert write_arm_package("translator", tmp_path).is_dir()
     with pytest.raises(OctoError, match="not empty"):
-        write_arm("translator", tmp_path)
+        write_arm_package("translator", tmp_path)
     (tmp_path / "weather").write_text("mine")
     with pytest.raises(OctoError, match="is there already"):
-        write_arm("weather", tmp_path)
+        write_arm_package("weather", tmp_path)
     assert (tmp_path / "weather").read_text() == "mine"
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OctoError, match="cannot be written"):
-        write_arm("translator", tmp_path / "file")
+        write_arm_package("translator", tmp_path / "file")

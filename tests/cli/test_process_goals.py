@@ -11,7 +11,7 @@ import pytest
 from cli_support import CODE, GOAL, answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Reply
+from octollm.testing.scripted_model import ScriptedReply
 
 pytestmark = pytest.mark.sandbox
 
@@ -24,7 +24,7 @@ def wrong(asked):
 def hanging(asked):
     """Plan as ever, then begin to write and never end."""
     found = answers(asked)
-    return found if found.startswith("{") else Reply(found, hang=True)
+    return found if found.startswith("{") else ScriptedReply(found, hangs=True)
 
 
 async def test_the_demo_shows_every_stage_and_saves_the_result(place):

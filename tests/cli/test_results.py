@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.cli.results import folder_of, safe_name, save_outcome
-from octollm.client import TaskHandle
+from octollm.cli.results import results_folder, sanitize_path, save_outcome
+from octollm.client import AsyncTaskHandle
 from octollm.contracts.api import TaskView
 from octollm.contracts.task import Artifact, Usage
 from octollm.errors import OctoError
-from octollm.rpc.http import Answer
+from octollm.rpc.http import HttpResponse
 
 TASK = TaskView("task-" + "0" * 32, "completed", "goal", 100.0, 9, "", "", output="done", usage=Usage(3, 4, 0.0))
 
 
 @given(st.text(max_size=60) | st.sampled_from(["../../etc/passwd", "/etc/passwd", "..", ".", "", "a//b", "C:\\x\\y"]))
 def test_a_name_stays_inside(name):
-    safe = safe_name(name)
+    safe = sanitize_path(name)
     assert not safe.is_absolute()
     assert ".." not in safe.parts
     assert safe.parts
@@ -30,7 +30,7 @@ def test_a_name_stays_inside(name):
 
 
 def test_ordinary_names_stay_as_they_are():
-    assert safe_name("src/slugify.py") == PurePosixPath("src/slugify.py")
+    assert sanitize_path("src/slugify.py") == PurePosixPath("src/slugify.py")
 
 
 class FakeDoor:
@@ -41,11 +41,11 @@ class FakeDoor:
 
     async def send(self, method, path, **_how):
         assert method == "GET"
-        return Answer(200, {}, self.stored[path.rpartition("/")[2]])
+        return HttpResponse(200, {}, self.stored[path.rpartition("/")[2]])
 
 
 def made_by(door):
-    return TaskHandle(door, TASK.task_id)
+    return AsyncTaskHandle(door, TASK.task_id)
 
 
 def artifact(name, content):
@@ -84,5 +84,5 @@ async def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 
 
 def test_the_folder_is_named_after_the_task(tmp_path):
-    assert folder_of("task-1", tmp_path) == tmp_path / "octollm-results" / "task-1"
-    assert folder_of("../x", tmp_path).is_relative_to(tmp_path / "octollm-results")
+    assert results_folder("task-1", tmp_path) == tmp_path / "octollm-results" / "task-1"
+    assert results_folder("../x", tmp_path).is_relative_to(tmp_path / "octollm-results")

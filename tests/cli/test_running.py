@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from octollm.cli.exits import exit_code_of
+from octollm.cli.exits import exit_code_for
 from octollm.cli.running import run_command
-from octollm.contracts.problems import KINDS
+from octollm.contracts.problems import ERROR_KINDS
 from octollm.errors import OctoError
 
 STUBBORN = """
@@ -97,6 +97,6 @@ def test_a_fault_of_our_own_is_not_hidden():
         run_command(work)
 
 
-@pytest.mark.parametrize("code", KINDS)
+@pytest.mark.parametrize("code", ERROR_KINDS)
 def test_every_code_has_an_exit_code(code):
-    assert exit_code_of(OctoError("x", code=code)) in (1, 2)
+    assert exit_code_for(OctoError("x", code=code)) in (1, 2)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from octollm.cli.terminal import THEME
-from octollm.cli.trace_tree import LOST, rows_of, time_by_place, tree_of, used
-from octollm.cli.trace_view import BAR, bar_of, print_trace
+from octollm.cli.trace_tree import ORPHAN_NOTE, build_rows, build_tree, self_time_by_place, sum_usage
+from octollm.cli.trace_view import BAR_WIDTH, print_trace, render_bar
 from octollm.contracts.traces import SpanView, TraceView
 
 
@@ -46,7 +46,7 @@ SPANS = (
 
 
 def test_a_call_and_its_serving_are_one_line_and_bookkeeping_is_left_out() -> None:
-    rows, hidden = rows_of(tree_of(SPANS), everything=False)
+    rows, hidden = build_rows(build_tree(SPANS), show_internal=False)
     assert [(row.depth, row.service, row.name) for row in rows] == [
         (0, "orchestrator", "submit"),
         (1, "orchestrator", "task"),
@@ -58,25 +58,25 @@ def test_a_call_and_its_serving_are_one_line_and_bookkeeping_is_left_out() -> No
     assert rows[2].seconds == pytest.approx(3)
     assert rows[3].notes == ("20 + 5 tokens", "0.2500 USD", "first token after 40.5 ms")
     assert rows[4].failure == "not_accepted: It does not run."
-    rows, hidden = rows_of(tree_of(SPANS), everything=True)
+    rows, hidden = build_rows(build_tree(SPANS), show_internal=True)
     assert (len(rows), hidden) == (6, 0)
 
 
 def test_the_time_is_where_it_was_spent_and_not_where_it_was_waited_for() -> None:
-    places = time_by_place(tree_of(SPANS))
+    places = self_time_by_place(build_tree(SPANS))
     assert {place: round(seconds, 6) for place, seconds in places.items()} == {
         "model small": 2.0,
         "orchestrator": 0.1 + 0.5 + 0.5 + 0.2,
         "coder": 0.6,
         "on the way": 0.2,
     }
-    assert used(SPANS) == (25, 0.25)
+    assert sum_usage(SPANS) == (25, 0.25)
 
 
 def test_what_lost_its_caller_is_shown_below_the_first() -> None:
-    rows, _ = rows_of(tree_of([*SPANS, span("orphan", "gone", 1, 1)]), everything=False)
+    rows, _ = build_rows(build_tree([*SPANS, span("orphan", "gone", 1, 1)]), show_internal=False)
     [orphan] = [row for row in rows if row.name == "orphan"]
-    assert (orphan.depth, orphan.notes) == (1, (LOST,))
+    assert (orphan.depth, orphan.notes) == (1, (ORPHAN_NOTE,))
 
 
 ids = st.sampled_from(["a", "b", "c", "d"])
@@ -84,22 +84,22 @@ ids = st.sampled_from(["a", "b", "c", "d"])
 
 @given(st.lists(st.builds(span, ids, st.just("") | ids, st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=9))
 def test_whatever_was_sent_every_span_is_shown_once(spans: list[SpanView]) -> None:
-    roots = tree_of(spans)
-    rows, hidden = rows_of(roots, everything=True)
+    roots = build_tree(spans)
+    rows, hidden = build_rows(roots, show_internal=True)
     assert (len(rows), hidden) == (len(spans), 0)
-    assert all(seconds >= 0 for seconds in time_by_place(roots).values())
+    assert all(seconds >= 0 for seconds in self_time_by_place(roots).values())
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_a_bar_always_shows_and_fits(start: float, share: float) -> None:
-    bar = bar_of(start, share)
-    assert len(bar) == BAR
+    bar = render_bar(start, share)
+    assert len(bar) == BAR_WIDTH
     assert "█" in bar
 
 
 def printed(trace: TraceView) -> str:
     console = Console(file=io.StringIO(), theme=THEME, width=200)
-    print_trace(trace, console, everything=False)
+    print_trace(trace, console, show_internal=False)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

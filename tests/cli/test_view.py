@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from octollm.cli.story import Story
+from octollm.cli.story import TaskProgress
 from octollm.cli.terminal import THEME
-from octollm.cli.view import LiveView, PlainView, view_for
+from octollm.cli.view import LiveView, PlainView, create_view
 from octollm.client import Update
 
 TASK = "task-" + "b" * 32
@@ -96,15 +96,19 @@ def test_no_color_is_honoured(monkeypatch):
 
 
 def test_the_view_fits_the_console():
-    assert isinstance(view_for(Console(file=io.StringIO())), PlainView)
-    assert isinstance(view_for(Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "xterm"})), LiveView)
-    assert isinstance(view_for(Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})), PlainView)
+    assert isinstance(create_view(Console(file=io.StringIO())), PlainView)
+    assert isinstance(
+        create_view(Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "xterm"})), LiveView
+    )
+    assert isinstance(
+        create_view(Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})), PlainView
+    )
 
 
 def test_progress_never_falls():
-    story = Story()
-    story.tell(event(50, "task.started"))
-    story.tell(event(20, "task.progress", "progress"))
+    story = TaskProgress()
+    story.apply(event(50, "task.started"))
+    story.apply(event(20, "task.progress", "progress"))
     assert story.progress == 50
 
 

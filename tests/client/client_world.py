@@ -13,10 +13,10 @@ from typing import Any
 
 from whole import NOTES, answers
 
-from octollm.client import SyncClient, SyncTask
-from octollm.client.sync import Blocking
+from octollm.client import Client, TaskHandle
+from octollm.client.sync import SyncFacade
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Asked, Reply, ScriptedModel, scripted_model
+from octollm.testing.scripted_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 from octollm.testing.system import installation
 
 GOAL = "How often does it retry?"
@@ -31,9 +31,9 @@ class World:
     url: str = ""
     key: str = ""
     model: ScriptedModel | None = None
-    answer: Callable[[Asked], str | Reply] = field(default=answers)
+    answer: Callable[[ScriptedRequest], str | ScriptedReply] = field(default=answers)
 
-    def say(self, sentence: Reply | str) -> None:
+    def say(self, sentence: ScriptedReply | str) -> None:
         """Have the model answer questions by ``sentence``, and everything else as ever."""
         self.answer = lambda asked: sentence if asked.system.startswith("Answer the question") else answers(asked)
 
@@ -56,7 +56,7 @@ def running_world(home: Path) -> Generator[World]:
                 "OCTOLLM_ALLOWED_HOSTS": "127.0.0.1",
             }
             async with installation(home, environment=settings) as system:
-                world.url, world.key, world.model = system.door, system.local_key, model
+                world.url, world.key, world.model = system.gateway_url, system.local_key, model
                 ready.set()
                 await stop.wait()
 
@@ -87,7 +87,7 @@ def running_world(home: Path) -> Generator[World]:
 class Awaited:
     """A client for plain code behind the face of the one for asyncio, so that one suite tests both."""
 
-    def __init__(self, inner: Blocking[Any]) -> None:
+    def __init__(self, inner: SyncFacade[Any]) -> None:
         self._inner = inner
 
     def __getattr__(self, name: str) -> Any:
@@ -106,7 +106,7 @@ class Awaited:
 
     async def _waited(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found = await asyncio.to_thread(method, *args, **kwargs)
-        return Awaited(found) if isinstance(found, SyncTask) else found
+        return Awaited(found) if isinstance(found, TaskHandle) else found
 
     async def _iterated(self, items: Any) -> AsyncGenerator[Any]:
         end = object()
@@ -120,7 +120,7 @@ class Awaited:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        assert isinstance(self._inner, SyncClient)
+        assert isinstance(self._inner, Client)
         await asyncio.to_thread(self._inner.close)
 
 

@@ -16,8 +16,8 @@ from whole import NOTES
 
 import octollm
 from octollm.client import (
+    AsyncClient,
     AuthenticationError,
-    Client,
     Conflict,
     DeadlineExceeded,
     InvalidRequest,
@@ -26,11 +26,11 @@ from octollm.client import (
     TaskCancelled,
     TaskFailed,
 )
-from octollm.client.door import Door
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.client.door import GatewayTransport
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.errors import OctoError
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Reply
+from octollm.testing.scripted_model import ScriptedReply
 
 NOBODY = "task-" + "0" * 32
 
@@ -84,7 +84,7 @@ async def test_a_file_that_is_not_there_is_refused_before_anything_is_sent(octo,
 
 
 async def test_a_cancelled_task_is_told_by_type_and_cancelling_it_again_is_fine(octo, world):
-    world.say(Reply("The service ", hang=True))
+    world.say(ScriptedReply("The service ", hangs=True))
     task = await octo.submit(GOAL, files=FILES)
     with pytest.raises(DeadlineExceeded):
         await task.result(timeout=0.3)
@@ -113,7 +113,7 @@ async def test_a_misspelt_budget_is_pointed_at(octo):
     assert caught.value.request_id.startswith("req-")
     with pytest.raises(InvalidRequest) as caught:
         await octo.submit("  ")
-    assert [fault.pointer for fault in caught.value.faults] == ["/goal"]
+    assert [fault.pointer for fault in caught.value.field_errors] == ["/goal"]
 
 
 async def test_what_is_not_there_is_not_found(octo):
@@ -130,7 +130,7 @@ async def test_keys_open_what_their_scope_says(octo, world):
     made = await octo.create_key("reader", scope="tasks:read")
     assert made.secret not in repr(await octo.keys())
     async with octollm.connect(world.url, made.secret) as reader:
-        assert made.secret not in repr(reader.door)
+        assert made.secret not in repr(reader.transport)
         assert (await reader.task_page()).tasks is not None
         with pytest.raises(PermissionDenied) as caught:
             await reader.submit(GOAL)
@@ -173,7 +173,7 @@ async def test_the_installation_tells_of_itself(octo):
 
 async def test_text_and_frames_survive_cuts_in_the_middle_of_tokens(octo, world):
     words = " ".join(f"{number:05d}é" for number in range(3000))
-    world.say(Reply(f"{SENTENCE}\n\n{words}", piece=60))
+    world.say(ScriptedReply(f"{SENTENCE}\n\n{words}", chunk_size=60))
     async with cutting(world.url, least=2500, longest=6000, most=24) as proxy:
         # Submitted past the proxy: only the watching is cut.
         task = await octo.submit(GOAL, files=FILES)
@@ -194,7 +194,7 @@ async def test_text_and_frames_survive_cuts_in_the_middle_of_tokens(octo, world)
 async def test_the_log_survives_cuts(world):
     async with octollm.connect(world.url) as octo:
         for _ in range(3):
-            await (await octo.submit(GOAL, files=FILES)).ended()
+            await (await octo.submit(GOAL, files=FILES)).wait()
         whole = (await octo.event_page(limit=500)).events
         async with cutting(world.url, least=900, longest=3000, most=10) as proxy, octollm.connect(proxy.url) as through:
             seen = []
@@ -226,7 +226,7 @@ def test_no_thread_is_left_and_a_closed_client_says_so(world, caplog):
     octo.close()
 
 
-class Noting(Door):
+class Noting(GatewayTransport):
     """A door that notes what it is asked."""
 
     asked: set[tuple[str, str]]
@@ -255,9 +255,9 @@ ELSEWHERE = {
 
 async def test_every_public_endpoint_has_a_method(world):
     clock = SystemClock()
-    door = Noting([world.url], None, clock=clock, ids=Uuid7Ids(clock))
+    door = Noting([world.url], None, clock=clock, ids=Uuid7Generator(clock))
     door.asked = set()
-    async with Client(door) as octo, httpx.AsyncClient(base_url=world.url) as plain:
+    async with AsyncClient(door) as octo, httpx.AsyncClient(base_url=world.url) as plain:
         task = await octo.submit(GOAL, files=FILES)
         async for _ in task.updates():
             pass
@@ -277,9 +277,9 @@ async def test_every_public_endpoint_has_a_method(world):
         await octo.keys()
         await octo.revoke_key(made.key.id)
         await task.trace()
-        joined = await octo.create_join("translator", calls=["models:chat"])
-        assert [join.id for join in await octo.joins()] == [joined.join.id]
-        await octo.revoke_join(joined.join.id)
+        joined = await octo.create_enrolment_token("translator", calls=["models:chat"])
+        assert [join.id for join in await octo.enrolment_tokens()] == [joined.join.id]
+        await octo.revoke_enrolment_token(joined.join.id)
         with contextlib.suppress(InvalidRequest):
             await octo.remove_arm("translator")
         await octo.mint_token("judge:validate", aud="judge")
@@ -305,7 +305,7 @@ async def test_every_public_endpoint_has_a_method(world):
 
 
 async def test_leaving_cancels_nothing(world):
-    world.say(Reply("The service ", hang=True))
+    world.say(ScriptedReply("The service ", hangs=True))
     async with octollm.connect(world.url) as octo:
         task = await octo.submit(GOAL, files=FILES)
         async with contextlib.aclosing(task.updates()) as updates:

@@ -4,8 +4,8 @@ import mimetypes
 
 import pytest
 
-from octollm.contracts.goals import wants_program
-from octollm.contracts.kinds import UNKNOWN_TYPE, accepts_file, file_kind, media_type_of
+from octollm.contracts.goals import is_programming_goal
+from octollm.contracts.kinds import DEFAULT_MEDIA_TYPE, accepts_file, file_kind, media_type_of
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_files_that_an_arm_accepts(accepted: tuple[str, ...], name: str, accepts
 
 def test_what_a_name_means_does_not_depend_on_the_machine() -> None:
     mimetypes.add_type("text/x-of-this-machine", ".glossary")
-    assert media_type_of("terms.glossary") == UNKNOWN_TYPE
+    assert media_type_of("terms.glossary") == DEFAULT_MEDIA_TYPE
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_what_a_name_means_does_not_depend_on_the_machine() -> None:
     ],
 )
 def test_goals_that_want_a_program(goal: str, program: bool) -> None:
-    assert wants_program(goal) == program
+    assert is_programming_goal(goal) == program
 
 
 def test_with_files_something_must_be_made() -> None:
-    assert not wants_program("the connect function and its timeout", with_files=True)
-    assert wants_program("Write tests for this module", with_files=True)
+    assert not is_programming_goal("the connect function and its timeout", has_files=True)
+    assert is_programming_goal("Write tests for this module", has_files=True)

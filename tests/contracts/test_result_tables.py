@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from octollm.contracts.tables import format_cell, parse_table
+from octollm.contracts.tables import format_cell, parse_result_set
 from octollm.errors import OctoError
 
 
 def test_reads_what_the_executor_prints() -> None:
-    table = parse_table(
+    table = parse_result_set(
         '{"columns":["a","b"],"types":["X","Y"],"rows":[[1,null],["x",{"k":[1]}]],"row_count":7,"truncated":true}'
     )
     assert table.columns == ("a", "b")
@@ -18,7 +18,7 @@ def test_reads_what_the_executor_prints() -> None:
 @pytest.mark.parametrize("stdout", ["", "x", "{}", '{"columns":["a"],"rows":[[1,2]],"row_count":1}'])
 def test_anything_else_is_refused(stdout: str) -> None:
     with pytest.raises(OctoError) as caught:
-        parse_table(stdout)
+        parse_result_set(stdout)
     assert caught.value.code == "peer_protocol"
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.contracts.words import content_words, numbers, numbers_said, stem, stems
+from octollm.contracts.words import content_words, extract_numbers, extract_numbers_and_words, stem, stems
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_content_words_leave_out_what_says_nothing() -> None:
 
 
 def test_numbers_are_read_however_they_are_grouped() -> None:
-    assert numbers("1,200 of 3.5 and 2024-05-01, 12:30; v2") == {"1200", "3.5", "2024-05-01", "12:30"}
+    assert extract_numbers("1,200 of 3.5 and 2024-05-01, 12:30; v2") == {"1200", "3.5", "2024-05-01", "12:30"}
 
 
 @given(st.text(max_size=200))
@@ -44,4 +44,4 @@ def test_any_text_has_stems(text: str) -> None:
 
 
 def test_numbers_may_be_spelled_out() -> None:
-    assert numbers_said("four times in 1,200 years") == {"4", "1200"}
+    assert extract_numbers_and_words("four times in 1,200 years") == {"4", "1200"}

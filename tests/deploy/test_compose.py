@@ -16,9 +16,9 @@ import typer
 from compose import FILE, MissingVariableError, compose
 
 from octollm.cli.app import app
-from octollm.config import PREFIX, SPECS, read_settings, unknown_settings
+from octollm.config import PREFIX, SETTING_SPECS, read_settings, unknown_settings
 from octollm.contracts.services import BUILT_IN_ARMS, SERVICES
-from octollm.installation.services import NEED_REDIS
+from octollm.installation.services import REDIS_SERVICES
 
 VARIABLES = {"POSTGRES_PASSWORD": "pgsecret", "REDIS_PASSWORD": "redissecret"}
 CACHE = Path.home() / ".cache" / "octollm" / "test-tools"
@@ -92,7 +92,7 @@ def test_only_the_door_is_reached_from_outside_and_from_this_host_alone_unless_a
 def test_each_is_given_what_it_needs_and_no_more():
     for name, service in OURS.items():
         environment = service["environment"]
-        assert ("OCTOLLM_REDIS_URL" in environment) == (name in NEED_REDIS)
+        assert ("OCTOLLM_REDIS_URL" in environment) == (name in REDIS_SERVICES)
         assert ("OCTOLLM_DATABASE_URL" in environment) == (name in WITH_SQL)
         assert ("OCTOLLM_MODEL_API_KEY" in environment) == (name == "models")
         keys = [volume for volume in service["volumes"] if "keys" in volume]
@@ -112,6 +112,6 @@ def test_each_may_do_no_more_on_its_host_than_it_must():
 
 
 def test_a_container_is_given_longer_to_stop_than_a_service_takes_to_drain():
-    drain = float(SPECS["drain_seconds"].default)
+    drain = float(SETTING_SPECS["drain_seconds"].default)
     for service in OURS.values():
         assert float(service["stop_grace_period"].removesuffix("s")) > drain

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from redis_process import RedisProcess
 
-from octollm.installation.embedded import System
-from octollm.testing.scripted_model import Asked, scripted_model
+from octollm.installation.embedded import Installation
+from octollm.testing.scripted_model import ScriptedRequest, scripted_model
 from octollm.testing.system import installation
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "adr_clients.py"
 CODE = "def add(a: int, b: int) -> int:\n    return a + b"
 
 
-def answers(asked: Asked) -> str:
+def answers(asked: ScriptedRequest) -> str:
     if asked.schema is not None and "steps" in str(asked.schema):
         return '{"steps": [{"title": "Write add", "criteria": ["It adds."]}]}'
     if asked.system.startswith("You judge"):
@@ -34,7 +34,7 @@ async def model_url():
         yield model.url
 
 
-async def client(system: System, name: str, **settings: str) -> str:
+async def client(system: Installation, name: str, **settings: str) -> str:
     """Run one of the clients; return what it printed."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OCTOLLM_")}
     process = await asyncio.create_subprocess_exec(
@@ -43,7 +43,7 @@ async def client(system: System, name: str, **settings: str) -> str:
         name,
         env={
             **kept,
-            "OCTOLLM_URL": system.door,
+            "OCTOLLM_URL": system.gateway_url,
             "OCTOLLM_CODER_URL": system.urls["coder"],
             "OCTOLLM_JUDGE_URL": system.urls["judge"],
             **settings,

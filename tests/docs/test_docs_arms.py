@@ -19,7 +19,7 @@ from cli_support import Place
 from whole import answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Asked, Reply, scripted_model
+from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest, scripted_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "arms.md"
@@ -71,7 +71,7 @@ def test_the_story_runs_from_its_beginning_to_its_end(tmp_path):
     assert told.count("1 passed") == 2
 
 
-def speaks(asked: Asked) -> str | Reply:
+def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
     return "Der Arm winkt" if asked.last.startswith("Translate with") else answers(asked)
 
 

@@ -12,9 +12,9 @@ import typer
 
 from octollm.capability import PRESETS
 from octollm.cli.app import DEMO_GOAL, app
-from octollm.config import PREFIX, SPECS
-from octollm.contracts.events import CATALOGUE
-from octollm.contracts.problems import KINDS
+from octollm.config import PREFIX, SETTING_SPECS
+from octollm.contracts.events import EVENT_CATALOGUE
+from octollm.contracts.problems import ERROR_KINDS
 from octollm.contracts.services import SERVICES
 
 ROOT = Path(__file__).parents[2]
@@ -31,11 +31,13 @@ def headings(name: str) -> dict[str, str]:
 
 
 def test_every_setting_has_a_heading():
-    names = {PREFIX + spec.name for spec in SPECS.values()} | {f"{PREFIX}{name.upper()}_URL" for name in SERVICES}
+    names = {PREFIX + spec.name for spec in SETTING_SPECS.values()} | {
+        f"{PREFIX}{name.upper()}_URL" for name in SERVICES
+    }
     assert set(headings("settings.md")) == names
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SETTING_SPECS.values(), ids=lambda spec: spec.name)
 def test_every_default_is_told(spec):
     text = headings("settings.md")[PREFIX + spec.name]
     if spec.default:
@@ -45,10 +47,10 @@ def test_every_default_is_told(spec):
 
 
 def test_every_event_has_a_heading():
-    assert set(headings("events.md")) == set(CATALOGUE)
+    assert set(headings("events.md")) == set(EVENT_CATALOGUE)
 
 
-@pytest.mark.parametrize("kind", CATALOGUE.values(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", EVENT_CATALOGUE.values(), ids=lambda kind: kind.name)
 def test_every_event_tells_its_members(kind):
     text = headings("events.md")[kind.name]
     assert text.strip().startswith("Durable." if kind.durable else "Not durable.")
@@ -57,13 +59,13 @@ def test_every_event_tells_its_members(kind):
 
 
 def test_every_error_has_a_heading():
-    assert set(headings("errors.md")) == set(KINDS)
+    assert set(headings("errors.md")) == set(ERROR_KINDS)
 
 
-@pytest.mark.parametrize("code", KINDS)
+@pytest.mark.parametrize("code", ERROR_KINDS)
 def test_every_error_tells_its_status_and_more(code):
     text = headings("errors.md")[code].strip()
-    assert text.startswith(f"Status {KINDS[code].status}. ")
+    assert text.startswith(f"Status {ERROR_KINDS[code].status}. ")
     assert len(text) > 60
 
 

@@ -21,7 +21,7 @@ from ports import free_shift
 
 from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
-from octollm.installation.home import running_in
+from octollm.installation.home import find_running
 from octollm.llm.cache import ModelCache
 from octollm.testing import wait_until
 
@@ -87,7 +87,7 @@ def test_every_block_has_a_language_that_is_known():
 def installation(tmp_path_factory):
     """Run `octollm up` with a home of its own; yield what an example has to be given."""
     settings = read_settings(os.environ, tuple(SERVICES))
-    if not ModelCache(settings.model_cache).present():
+    if not ModelCache(settings.model_cache).available():
         if os.environ.get("CI"):
             pytest.fail("the embedded model is not in the cache: octollm models pull")
         pytest.skip("the embedded model is not in the cache: octollm models pull")
@@ -114,7 +114,7 @@ async def until_ready(process, home, url):
     async def ready():
         assert process.poll() is None, process.stdout.read().decode()
         # Another installation may have come first to these ports: it has to be this one that answers.
-        running = await running_in(home)
+        running = await find_running(home)
         if running is None or running.pid != process.pid:
             return False
         async with httpx.AsyncClient(timeout=5) as client:

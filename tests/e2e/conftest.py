@@ -7,7 +7,7 @@ import httpx
 import pytest
 from whole import Door, answers
 
-from octollm.testing.scripted_model import Asked, Reply, ScriptedModel, scripted_model
+from octollm.testing.scripted_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 from octollm.testing.system import installation
 
 
@@ -15,9 +15,9 @@ class Mind:
     """What the scripted model says; a test may put another answer in."""
 
     def __init__(self) -> None:
-        self.answer: Callable[[Asked], str | Reply] = answers
+        self.answer: Callable[[ScriptedRequest], str | ScriptedReply] = answers
 
-    def __call__(self, asked: Asked) -> str | Reply:
+    def __call__(self, asked: ScriptedRequest) -> str | ScriptedReply:
         return self.answer(asked)
 
 
@@ -43,6 +43,6 @@ async def door(tmp_path: Path, model: ScriptedModel, environment: dict[str, str]
     settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url, **environment}
     async with (
         installation(tmp_path / "home", environment=settings) as system,
-        httpx.AsyncClient(base_url=system.door, timeout=30) as client,
+        httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
     ):
         yield Door(system, client)

@@ -19,9 +19,9 @@ from attacked import Attacked, attacked
 from capability_forge import NOW, jwk_of, sha, sign
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from octollm.capability import Principal, SelfSigner, SigningKey, TaskRef, parse_may
+from octollm.capability import Principal, ServiceTokenSigner, SigningKey, TaskRef, parse_delegation_tree
 from octollm.contracts.services import SERVICES
-from octollm.services.reflex.paths import PUBLIC
+from octollm.services.reflex.paths import PUBLIC_ROUTES
 from octollm.testing import wait_until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.sandbox]
@@ -50,7 +50,7 @@ async def task(live: Attacked) -> str:
 
 
 def mint(live: Attacked, aud: str, scope: str, principal: Principal = LOCAL, **more: object) -> str:
-    return live.world.minter.access(principal, aud, scope, **more)  # type: ignore[arg-type]
+    return live.world.minter.mint_access(principal, aud, scope, **more)  # type: ignore[arg-type]
 
 
 # Authority that is good elsewhere
@@ -94,7 +94,9 @@ async def test_what_a_callee_was_sent_it_cannot_send_on(live: Attacked, service:
     """Every service replays to every other what it was sent, as it came and each part of it."""
     if service == thief:
         return
-    bearer = mint(live, thief, SCOPES[thief], may=parse_may({SCOPES[service]: {}}), holder_jkt=live.world.jkt(thief))
+    bearer = mint(
+        live, thief, SCOPES[thief], may=parse_delegation_tree({SCOPES[service]: {}}), holder_jkt=live.world.jkt(thief)
+    )
     method, path = OPENED[service]
     told = await live.send(service, method, path, bearer, {})
     assert (told.status, told.reason) == (401, "audience_wrong")
@@ -115,7 +117,7 @@ async def test_a_token_for_one_operation_opens_no_other(live: Attacked, service:
 async def test_an_arm_gets_nothing_that_it_did_not_declare(live: Attacked, name: str) -> None:
     """An arm's own key signs whatever it likes under the grant that it holds; what that does not hold is refused."""
     world = live.world
-    bearer = mint(live, name, SCOPES[name], may=parse_may({"executor:run": {}}), holder_jkt=world.jkt(name))
+    bearer = mint(live, name, SCOPES[name], may=parse_delegation_tree({"executor:run": {}}), holder_jkt=world.jkt(name))
     grant = bearer.split("~")[1]
     key = world.keys[name].private
 
@@ -147,22 +149,22 @@ async def test_an_arm_gets_nothing_that_it_did_not_declare(live: Attacked, name:
 )
 async def test_a_service_does_only_what_is_made_for_it(live: Attacked, method: str, path: str, admitted: str) -> None:
     for name in SERVICES:
-        told = await live.send("orchestrator", method, path, live.service(name).svc_token("orchestrator"), {})
+        told = await live.send("orchestrator", method, path, live.service(name).sign_token("orchestrator"), {})
         assert (told.status == 403) == (name != admitted), (name, told)
 
 
 async def test_nobody_speaks_in_anothers_name(live: Attacked) -> None:
-    imposter = SelfSigner(live.world.keys["coder"], "reflex", live.clock, live.ids)
-    stranger = SelfSigner(SigningKey.generate("mallory"), "mallory", live.clock, live.ids)
-    told = await live.send("orchestrator", "GET", "/directory", imposter.svc_token("orchestrator"))
+    imposter = ServiceTokenSigner(live.world.keys["coder"], "reflex", live.clock, live.ids)
+    stranger = ServiceTokenSigner(SigningKey.generate("mallory"), "mallory", live.clock, live.ids)
+    told = await live.send("orchestrator", "GET", "/directory", imposter.sign_token("orchestrator"))
     assert (told.status, told.reason.split("+")[0]) == (401, "key_mismatch")
-    told = await live.send("orchestrator", "GET", "/directory", stranger.svc_token("orchestrator"))
+    told = await live.send("orchestrator", "GET", "/directory", stranger.sign_token("orchestrator"))
     assert (told.status, told.reason.split("+")[0]) == (401, "service_unknown")
-    told = await live.send("orchestrator", "GET", "/directory", live.service("coder").svc_token("memory"))
+    told = await live.send("orchestrator", "GET", "/directory", live.service("coder").sign_token("memory"))
     assert (told.status, told.reason) == (401, "audience_wrong")
     capability = mint(live, "orchestrator", "tasks:read")
     assert (await live.send("orchestrator", "GET", "/directory", capability)).reason == "type_wrong"
-    own = live.service("coder").svc_token("orchestrator")
+    own = live.service("coder").sign_token("orchestrator")
     assert (await live.send("orchestrator", "GET", "/tasks", own)).reason == "type_wrong"
     assert (await live.send("orchestrator", "GET", "/directory", own)).status == 200
 
@@ -173,16 +175,16 @@ async def test_an_arm_registers_no_name_but_its_own(live: Attacked) -> None:
         "description": "x", "operations": ["validate"], "calls": ["memory:read"], "accepts": [],
         "url": "http://127.0.0.1:9", "instance": "i1",
     }  # fmt: skip
-    imposter = SelfSigner(SigningKey.generate("judge"), "judge", live.clock, live.ids)
-    told = await live.send("orchestrator", "POST", "/arms/register", imposter.svc_token("orchestrator"), registration)
+    imposter = ServiceTokenSigner(SigningKey.generate("judge"), "judge", live.clock, live.ids)
+    told = await live.send("orchestrator", "POST", "/arms/register", imposter.sign_token("orchestrator"), registration)
     assert (told.status, told.reason.split("+")[0]) == (401, "key_mismatch")
     for name in ("reflex", "models"):
         told = await live.send(
-            "orchestrator", "POST", "/arms/register", live.service(name).svc_token("orchestrator"), registration
+            "orchestrator", "POST", "/arms/register", live.service(name).sign_token("orchestrator"), registration
         )
         assert told.status in (400, 403), (name, told)
     told = await live.send(
-        "orchestrator", "POST", "/arms/keys", live.service("judge").svc_token("orchestrator"),
+        "orchestrator", "POST", "/arms/keys", live.service("judge").sign_token("orchestrator"),
         {"jwk": SigningKey.generate("judge").public.to_jwk(), "proof": "A" * 86},
     )  # fmt: skip
     assert told.status in (400, 403)
@@ -190,12 +192,12 @@ async def test_an_arm_registers_no_name_but_its_own(live: Attacked) -> None:
 
 async def test_a_stolen_join_exchange_is_worth_nothing(live: Attacked) -> None:
     """Whoever saw a join has name, nonce, key and proof: a second use, and every change, is refused."""
-    from octollm.capability.joining import JoinClaim, JoinSecret, arm_proof  # noqa: PLC0415
+    from octollm.capability.joining import EnrolmentClaim, EnrolmentToken, arm_proof  # noqa: PLC0415
 
     made = await live.door("POST", "/joins", body={"name": "translator", "calls": [], "lifetime_seconds": 3600})
-    secret, key = JoinSecret.parse(made.body["secret"]), SigningKey.generate("translator")
+    secret, key = EnrolmentToken.parse(made.body["secret"]), SigningKey.generate("translator")
     nonce = (await live.send("orchestrator", "POST", "/arms/nonce", None)).body["nonce"]
-    proof = arm_proof(secret.key, JoinClaim(nonce, "translator", key.thumbprint, ()))
+    proof = arm_proof(secret.key, EnrolmentClaim(nonce, "translator", key.thumbprint, ()))
     asked = {
         "join": secret.id, "name": "translator", "jwk": key.public.to_jwk(), "calls": [], "nonce": nonce, "proof": proof
     }  # fmt: skip
@@ -213,10 +215,10 @@ async def test_no_arm_reads_or_poisons_what_another_was_answered(live: Attacked)
     """Keys of calls belong to the service that asks for them, and to the subject of the bearer that it was shown."""
     bearer = mint(live, "judge", "judge:validate")
     claim = {"bearer": bearer, "operation": "validate", "key": "k-1", "body_digest": "0" * 64, "repeatable": True}
-    judge = live.service("judge").svc_token("orchestrator")
+    judge = live.service("judge").sign_token("orchestrator")
     told = await live.send("orchestrator", "POST", "/idempotency/claim", judge, {"claims": [claim]})
     assert told.body["answers"][0]["outcome"] == "claimed", told
-    coder = live.service("coder").svc_token("orchestrator")
+    coder = live.service("coder").sign_token("orchestrator")
     told = await live.send("orchestrator", "POST", "/idempotency/claim", coder, {"claims": [claim]})
     assert told.body["answers"][0]["outcome"] == "refused"
     assert told.body["answers"][0]["problem"]["code"] == "token_invalid"
@@ -302,7 +304,7 @@ async def test_an_old_workers_calls_are_refused_after_a_take_over(live: Attacked
         "bearer": mint(live, "judge", "judge:validate", task=TaskRef(task_id, "s1", 1, 7)),
         "operation": "validate", "key": "old", "body_digest": "0" * 64, "repeatable": True,
     }  # fmt: skip
-    judge = live.service("judge").svc_token("orchestrator")
+    judge = live.service("judge").sign_token("orchestrator")
     told = await live.send("orchestrator", "POST", "/idempotency/claim", judge, {"claims": [claim]})
     assert told.body["answers"][0]["problem"]["code"] in ("token_revoked", "fence_lost")
 
@@ -336,14 +338,14 @@ async def test_an_expired_token_is_refused_to_the_millisecond_that_is_forgiven(l
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def stranger(live: Attacked) -> str:
     """Return an access token for the orchestrator of an administrator in another tenant."""
-    from octollm.capability import preset  # noqa: PLC0415
+    from octollm.capability import preset_scopes  # noqa: PLC0415
 
-    scopes = preset("admin").owned_by("orchestrator")
-    return live.world.minter.access(Principal("eve", "key-eve", "globex"), "orchestrator", scopes, 3600)
+    scopes = preset_scopes("admin").owned_by("orchestrator")
+    return live.world.minter.mint_access(Principal("eve", "key-eve", "globex"), "orchestrator", scopes, 3600)
 
 
 @pytest.mark.parametrize(
-    "public", [each for each in PUBLIC if "{" in each.path], ids=lambda each: f"{each.method} {each.path}"
+    "public", [each for each in PUBLIC_ROUTES if "{" in each.path], ids=lambda each: f"{each.method} {each.path}"
 )
 async def test_another_tenants_things_are_not_there(live: Attacked, task: str, stranger: str, public) -> None:
     view = (await live.door("GET", f"/tasks/{task}")).body
@@ -432,8 +434,8 @@ async def test_only_who_runs_the_installation_makes_keys_for_other_tenants(live:
 
 async def test_a_session_is_its_keys_and_ends_everywhere_within_a_second(live: Attacked) -> None:
     key = await live.key("user")
-    origin = {"Origin": live.system.door}
-    async with httpx.AsyncClient(base_url=live.system.door, trust_env=False) as page:
+    origin = {"Origin": live.system.gateway_url}
+    async with httpx.AsyncClient(base_url=live.system.gateway_url, trust_env=False) as page:
         opened = await page.post("/session", json={"api_key": key}, headers=origin)
         assert (opened.status_code, opened.json()["tenant"]) == (200, "local")
         session = page.cookies["octollm_session"]
@@ -479,10 +481,10 @@ async def test_a_session_is_its_keys_and_ends_everywhere_within_a_second(live: A
     ids=lambda headers: " ".join(f"{name}: {value}" for name, value in headers.items()),
 )
 async def test_a_page_or_proxy_is_not_the_local_user(live: Attacked, headers: dict[str, str]) -> None:
-    told = await live.client.post(f"{live.system.door}/tasks", json={"goal": ""}, headers=headers)
+    told = await live.client.post(f"{live.system.gateway_url}/tasks", json={"goal": ""}, headers=headers)
     assert told.status_code in (400, 401, 403)
     assert told.json()["code"] in ("origin_refused", "token_missing", "host_refused")
-    honest = await live.client.post(f"{live.system.door}/tasks", json={"goal": ""})
+    honest = await live.client.post(f"{live.system.gateway_url}/tasks", json={"goal": ""})
     assert honest.json()["code"] == "goal_invalid"
 
 
@@ -528,7 +530,7 @@ async def test_no_log_event_trace_or_error_holds_a_secret(live: Attacked, task: 
     ],
 )
 async def test_a_path_has_one_meaning(live: Attacked, path: str) -> None:
-    host, port = urlsplit(live.system.door).hostname, urlsplit(live.system.door).port
+    host, port = urlsplit(live.system.gateway_url).hostname, urlsplit(live.system.gateway_url).port
     assert host and port
     answer = await raw(host, port, f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n")
     assert answer.split(b" ", 2)[1] in (b"400", b"404"), answer[:200]
@@ -547,10 +549,10 @@ async def test_an_arms_path_is_exact(live: Attacked, path: str) -> None:
 @pytest.mark.parametrize("name", ["X-HTTP-Method-Override", "X-Method-Override", "X-HTTP-Method"])
 async def test_no_header_changes_the_method(live: Attacked, name: str) -> None:
     key = (await live.key("user")).split("_")[1]
-    told = await live.client.get(f"{live.system.door}/keys", headers={name: "DELETE"})
+    told = await live.client.get(f"{live.system.gateway_url}/keys", headers={name: "DELETE"})
     assert told.status_code == 200
     assert [each for each in told.json()["keys"] if each["id"] == key and not each["revoked_at"]]
-    told = await live.client.post(f"{live.system.door}/keys?_method=DELETE", headers={name: "DELETE"}, json={})
+    told = await live.client.post(f"{live.system.gateway_url}/keys?_method=DELETE", headers={name: "DELETE"}, json={})
     assert told.status_code == 400
 
 
@@ -610,7 +612,7 @@ async def closed_with(url: str, **headers: str) -> int:
 
 
 async def test_a_socket_is_as_closed_as_the_rest(live: Attacked, task: str) -> None:
-    url = live.system.door.replace("http", "ws") + f"/ws/tasks/{task}"
+    url = live.system.gateway_url.replace("http", "ws") + f"/ws/tasks/{task}"
     narrow, wide = await live.key("files:read"), await live.key("user")
     assert await closed_with(url, Authorization=f"Bearer {wide}") == 1000
     assert await closed_with(url, Authorization=f"Bearer {narrow}") == 4403
@@ -618,7 +620,7 @@ async def test_a_socket_is_as_closed_as_the_rest(live: Attacked, task: str) -> N
     assert await closed_with(url, X_Forwarded_For="x", **{"X-Forwarded-For": "x"}) == 4401
     assert await closed_with(url, Origin="https://evil.example") == 403
     assert await closed_with(url + f"?token={wide}", **{"X-Forwarded-For": "x"}) == 4401
-    other = live.system.door.replace("http", "ws") + "/ws/tasks/task-" + "f" * 32
+    other = live.system.gateway_url.replace("http", "ws") + "/ws/tasks/task-" + "f" * 32
     assert await closed_with(other, Authorization=f"Bearer {wide}") == 4404
 
 
@@ -628,7 +630,7 @@ async def test_server_sent_events_are_as_closed_as_the_rest(live: Attacked, task
     for key, status in ((narrow, 403), ("octo_no_such", 401)):
         assert (await live.door("GET", path, key)).status == status
         assert (await live.door("GET", "/events", key, Accept="text/event-stream")).status == status
-    told = await live.client.get(live.system.door + path, headers={"Authorization": f"Bearer {wide}"})
+    told = await live.client.get(live.system.gateway_url + path, headers={"Authorization": f"Bearer {wide}"})
     assert told.status_code == 200
 
 
@@ -637,7 +639,7 @@ async def test_who_watches_is_cut_off_when_the_key_is_revoked(live: Attacked) ->
     key = await live.key("user")
     submitted = await live.door("POST", "/tasks", key, {"goal": "Explain why the sky is blue", "deadline": None})
     task_id = submitted.body["task_id"]
-    url = live.system.door.replace("http", "ws") + f"/ws/tasks/{task_id}"
+    url = live.system.gateway_url.replace("http", "ws") + f"/ws/tasks/{task_id}"
     async with websockets.connect(url, additional_headers={"Authorization": f"Bearer {key}"}, proxy=None) as socket:
         await asyncio.wait_for(socket.recv(), 10)
         assert (await live.door("DELETE", f"/keys/{key.split('_')[1]}")).status == 200

@@ -14,7 +14,7 @@ from cli_support import Place
 from whole import answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Asked, Reply, scripted_model
+from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest, scripted_model
 
 pytestmark = pytest.mark.sandbox
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -22,7 +22,7 @@ ARMS = {"translator": "translator", "sql_analyst": "sql-analyst", "lengths": "le
 QUERY = "SELECT city, sum(amount) AS total FROM orders GROUP BY city ORDER BY city"
 
 
-def speaks(asked: Asked) -> str | Reply:
+def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
     """Answer what the three arms ask for, and everything else as ever."""
     if "SQLite SELECT" in asked.last:
         return json.dumps({"sql": QUERY})
@@ -31,7 +31,7 @@ def speaks(asked: Asked) -> str | Reply:
     if asked.raw.get("tools") and asked.last == "1609.344":
         return "A mile is 1609.344 metres."
     if asked.raw.get("tools"):
-        return Reply(tools=(("convert", '{"amount": 1, "unit": "miles", "into": "metres"}'),))
+        return ScriptedReply(tool_calls=(("convert", '{"amount": 1, "unit": "miles", "into": "metres"}'),))
     return answers(asked)
 
 

@@ -14,11 +14,11 @@ import pytest
 from databases import Backend
 from whole import answers
 
-from octollm.capability import Principal, RootMinter, SelfSigner
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.capability import Principal, RootMinter, ServiceTokenSigner
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.services import SERVICES
-from octollm.installation.embedded import System
-from octollm.installation.keys import load_keys
+from octollm.installation.embedded import Installation
+from octollm.installation.keys import load_home_keys
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.postgres]
 
@@ -26,7 +26,7 @@ EXAMPLES = os.environ.get("OCTOLLM_TEST_FUZZ_EXAMPLES", "5")
 """Cases for each operation, besides those that follow from the schema's bounds."""
 SEED = os.environ.get("OCTOLLM_TEST_FUZZ_SEED", "1")
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
+IDS = Uuid7Generator(CLOCK)
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -65,24 +65,24 @@ def planner_writes_programs(mind) -> None:
     mind.answer = lambda asked: PROGRAMS if "programs" in str(asked.schema) else answers(asked)
 
 
-def signer(system: System, name: str) -> SelfSigner:
-    return SelfSigner(load_keys(system.home, IDS).services[name], name, CLOCK, IDS)
+def signer(system: Installation, name: str) -> ServiceTokenSigner:
+    return ServiceTokenSigner(load_home_keys(system.home, IDS).services[name], name, CLOCK, IDS)
 
 
-async def bearer(system: System, name: str, client: httpx.AsyncClient) -> str:
+async def bearer(system: Installation, name: str, client: httpx.AsyncClient) -> str:
     """Return what opens every operation of a service that a user may call."""
     if name == "monitor":
         # No user is given one: the orchestrator asks in its own way.
-        root = load_keys(system.home, IDS).root
-        return RootMinter(root, CLOCK, IDS).access(Principal("local", "local", "local"), name, "monitor:read", 600)
+        root = load_home_keys(system.home, IDS).root
+        return RootMinter(root, CLOCK, IDS).mint_access(Principal("local", "local", "local"), name, "monitor:read", 600)
     if name == "reflex":
         return system.local_key
     if name == "orchestrator":
-        own = {"Authorization": f"Bearer {signer(system, 'reflex').svc_token(name)}"}
+        own = {"Authorization": f"Bearer {signer(system, 'reflex').sign_token(name)}"}
         asked = {"subject_token": system.local_key}
         answer = await client.post(system.urls[name] + "/token", json=asked, headers=own)
     else:
-        answer = await client.post(system.door + "/token", json={"scope": SCOPES[name], "aud": name})
+        answer = await client.post(system.gateway_url + "/token", json={"scope": SCOPES[name], "aud": name})
     assert answer.status_code == 200, answer.text
     return answer.json()["access_token"]
 
@@ -137,5 +137,5 @@ async def test_what_services_ask_of_each_other_is_answered_as_described(door, na
         api = (await client.get(door.system.urls[name] + "/openapi.json")).json()
     for path, methods in part(api, of_services=True)["paths"].items():
         # A service's token lives for a minute.
-        token = signer(door.system, "models").svc_token(name)
+        token = signer(door.system, "models").sign_token(name)
         await fuzz({**api, "paths": {path: methods}}, door.system.urls[name], token, tmp_path)

@@ -16,8 +16,8 @@ from octollm.capability import BUILT_IN_CALLS
 from octollm.capability.inspecting import inspect
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.rpc.call import Operation
-from octollm.rpc.opened import Opened
-from octollm.rpc.openers import CapabilityOpener
+from octollm.rpc.opened import AuthContext
+from octollm.rpc.openers import CapabilityAuthenticator
 from octollm.testing import wait_until
 
 pytestmark = pytest.mark.sandbox
@@ -83,15 +83,15 @@ async def test_a_chain_as_it_travels_from_coder_over_judge_to_executor(
 ) -> None:
     """What the executor is really sent, drawn by the command that an operator has for it."""
     seen: list[str] = []
-    honest = CapabilityOpener.open
+    honest = CapabilityAuthenticator.authenticate
 
-    async def noting(self: CapabilityOpener, request: Request, operation: Operation) -> Opened:
+    async def noting(self: CapabilityAuthenticator, request: Request, operation: Operation) -> AuthContext:
         opened = await honest(self, request, operation)
         if operation.name == "run":
             seen.append(opened.bearer)
         return opened
 
-    monkeypatch.setattr(CapabilityOpener, "open", noting)
+    monkeypatch.setattr(CapabilityAuthenticator, "open", noting)
     task = await door.run(GOALS[0][0])
     assert task["status"] == "completed", task
     chains = [(bearer, inspect(bearer)) for bearer in seen]

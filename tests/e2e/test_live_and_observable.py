@@ -13,7 +13,7 @@ from whole import NOTES, SALES, Door, answers
 from conftest import Mind
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Reply, ScriptedModel
+from octollm.testing.scripted_model import ScriptedModel, ScriptedReply
 
 pytestmark = pytest.mark.sandbox
 GOAL = "How many rows have amount > 100, and their total?"
@@ -60,9 +60,9 @@ async def test_an_unknown_task_and_a_foreign_page_are_closed_before_any_frame(do
 
 
 async def test_cancelling_stops_the_model_all_the_way_down(door: Door, mind: Mind, model: ScriptedModel) -> None:
-    mind.answer = lambda asked: answers(asked) if asked.schema else Reply("SELECT 1, ", hang=True)
+    mind.answer = lambda asked: answers(asked) if asked.schema else ScriptedReply("SELECT 1, ", hangs=True)
     task_id = await door.submit(GOAL, {"sales.csv": SALES})
-    await wait_until(lambda: model.running == 1 and len(model.asked) > 1, description="the model is writing")
+    await wait_until(lambda: model.active == 1 and len(model.requests) > 1, description="the model is writing")
     url = door.url.replace("http", "ws", 1) + f"/ws/tasks/{task_id}"
     async with asyncio.timeout(20), websockets.connect(url) as ws:
         await ws.send('{"type": "cancel"}')
@@ -70,7 +70,7 @@ async def test_cancelling_stops_the_model_all_the_way_down(door: Door, mind: Min
             last: dict[str, Any] = msgspec.json.decode(message)
         assert ws.close_code == 1000
     assert last["data"]["status"] == "cancelled"
-    await wait_until(lambda: model.running == 0, description="generation has stopped", timeout=2)
+    await wait_until(lambda: model.active == 0, description="generation has stopped", timeout=2)
     assert (await door.task(task_id))["status"] == "cancelled"
 
 
@@ -82,10 +82,10 @@ async def test_the_budget_is_enforced(door: Door) -> None:
 
 
 async def test_the_deadline_is_enforced_and_closes_the_model(door: Door, mind: Mind, model: ScriptedModel) -> None:
-    mind.answer = lambda asked: answers(asked) if asked.schema else Reply("SELECT ", hang=True)
+    mind.answer = lambda asked: answers(asked) if asked.schema else ScriptedReply("SELECT ", hangs=True)
     task = await door.run(GOAL, {"sales.csv": SALES}, budget={"max_time_seconds": 4})
     assert (task["status"], task["error"]["code"]) == ("failed", "deadline_exceeded")
-    await wait_until(lambda: model.running == 0, description="generation has stopped", timeout=2)
+    await wait_until(lambda: model.active == 0, description="generation has stopped", timeout=2)
 
 
 async def test_one_trace_joins_every_service_and_no_secret_is_logged(door: Door, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ async def test_a_login_does_what_its_claims_grant_in_its_own_tenant(tmp_path: Pa
         }
         async with (
             installation(tmp_path / "home", environment=environment) as system,
-            httpx.AsyncClient(base_url=system.door, timeout=30, trust_env=False) as door,
+            httpx.AsyncClient(base_url=system.gateway_url, timeout=30, trust_env=False) as door,
         ):
             ada = {"Authorization": f"Bearer {await issuer.login('ada')}"}
             made = await door.post("/tasks", json={"goal": GOAL}, headers=ada)
@@ -123,7 +123,7 @@ async def test_a_login_does_what_its_claims_grant_in_its_own_tenant(tmp_path: Pa
             assert (told.status_code, told.json()["code"]) == (401, "api_key_invalid")
 
             # A session is opened for a login as for a key.
-            origin = {"Origin": system.door}
+            origin = {"Origin": system.gateway_url}
             opened = await door.post("/session", json={"api_key": await issuer.login("ada")}, headers=origin)
             assert (opened.status_code, opened.json()["tenant"]) == (200, "acme")
             assert len((await door.get("/tasks")).json()["tasks"]) == 1
@@ -158,14 +158,14 @@ async def test_the_page_logs_in_at_the_issuer_and_keeps_nothing(tmp_path: Path) 
             "OCTOLLM_LOCAL_TRUST": "off",
         }
         async with installation(tmp_path / "home", environment=environment) as system:
-            await tab.do("Page.navigate", url=system.door + "/")
+            await tab.do("Page.navigate", url=system.gateway_url + "/")
             offered = "[...document.querySelectorAll('form button')].find((b) => b.innerText.startsWith('Log in with'))"
             await tab.until(offered, "the issuer is offered")
             await tab.run(f"{offered}.click()")
             await tab.until(f"location.href.startsWith('{issuer.url}')", "the browser is at the issuer")
             sent = parse_qs(urlsplit(await tab.run("location.href")).query)
             assert sent["code_challenge_method"] == ["S256"]
-            assert sent["redirect_uri"] == [system.door + "/"]
+            assert sent["redirect_uri"] == [system.gateway_url + "/"]
             login = "const f = document.createElement('form'); f.method = 'post';"
             login += "f.innerHTML = '<input name=sub value=ada>'; document.body.append(f); f.submit()"
             await tab.run(login)
@@ -178,6 +178,6 @@ async def test_the_page_logs_in_at_the_issuer_and_keeps_nothing(tmp_path: Path) 
             who = await tab.run("fetch('/session').then((a) => a.json())")
             assert (who["tenant"], who["session"]) == ("acme", True)
             # A login that this tab did not begin is not completed.
-            await tab.do("Page.navigate", url=system.door + "/?code=stolen&state=forged")
+            await tab.do("Page.navigate", url=system.gateway_url + "/?code=stolen&state=forged")
             await tab.until("document.querySelector('.notice')?.innerText.includes('not completed')", "it is refused")
             assert await tab.run("location.search") == ""

@@ -15,7 +15,7 @@ from cli_support import Place
 from whole import answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Asked, Reply, scripted_model
+from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest, scripted_model
 
 pytestmark = pytest.mark.sandbox
 EXAMPLE = Path(__file__).parents[2] / "examples" / "translator" / "translator.py"
@@ -23,7 +23,7 @@ GOAL = "Translate 'Good morning' into French"
 PORT = 8110
 
 
-def speaks(asked: Asked) -> str | Reply:
+def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
     """Translate what the translator asks, and answer everything else as ever."""
     return "Bonjour" if asked.last.startswith("Translate with") else answers(asked)
 

@@ -6,7 +6,7 @@ import pytest
 from whole import CODE, NOTES, QUERY, SALES, Door, answers
 
 from conftest import Mind
-from octollm.testing.scripted_model import Asked, Reply
+from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest
 
 pytestmark = pytest.mark.sandbox
 
@@ -27,7 +27,7 @@ async def test_code_is_written_tested_and_saved(door: Door) -> None:
 
 
 async def test_wrong_code_is_reported_as_a_failure(door: Door, mind: Mind) -> None:
-    def wrong(asked: Asked) -> str | Reply:
+    def wrong(asked: ScriptedRequest) -> str | ScriptedReply:
         found = answers(asked)
         return found.replace("number * 2", "number + 3") if isinstance(found, str) else found
 
@@ -67,7 +67,7 @@ async def test_data_is_answered_by_a_query_and_a_changed_cell_changes_the_answer
 async def test_a_query_that_fails_is_repaired(door: Door, mind: Mind) -> None:
     seen: list[str] = []
 
-    def stumbling(asked: Asked) -> str | Reply:
+    def stumbling(asked: ScriptedRequest) -> str | ScriptedReply:
         if "SQL" in asked.system and asked.schema is None:
             seen.append(asked.last)
             if len(seen) == 1:
@@ -89,7 +89,7 @@ async def test_files_of_two_kinds_are_two_steps_side_by_side(door: Door) -> None
 
 
 async def test_without_a_model_the_error_says_how_to_get_one(door: Door, mind: Mind) -> None:
-    mind.answer = lambda _asked: Reply(fail=401)
+    mind.answer = lambda _asked: ScriptedReply(error_status=401)
     task = await door.run("Write a Python function double(number) with tests")
     assert task["status"] == "failed"
     assert task["error"]["code"] == "model_failed"

@@ -12,7 +12,7 @@ from whole import Door, answers
 
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Reply, ScriptedModel
+from octollm.testing.scripted_model import ScriptedModel, ScriptedReply
 from octollm.testing.system import installation
 
 pytestmark = pytest.mark.sandbox
@@ -90,7 +90,7 @@ async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authorit
 
 
 async def test_a_client_that_traces_is_joined_and_its_flag_honoured(door: Door, mind: Any) -> None:
-    mind.answer = lambda asked: answers(asked) if asked.schema else Reply("SELECT ", hang=True)
+    mind.answer = lambda asked: answers(asked) if asked.schema else ScriptedReply("SELECT ", hangs=True)
     trace_id, caller = "c" * 32, "d" * 16
     body = {"goal": GOAL, "budget": {"max_time_seconds": 1}}
     sampled = await door.client.post("/tasks", json=body, headers={"traceparent": f"00-{trace_id}-{caller}-01"})
@@ -113,17 +113,17 @@ async def test_a_client_that_traces_is_joined_and_its_flag_honoured(door: Door, 
 
 async def test_a_task_that_is_taken_over_goes_on_in_its_trace(tmp_path: Path, model: ScriptedModel, mind: Any) -> None:
     settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url}
-    mind.answer = lambda asked: answers(asked) if asked.schema else Reply("def ", hang=True)
+    mind.answer = lambda asked: answers(asked) if asked.schema else ScriptedReply("def ", hangs=True)
     async with (
         installation(tmp_path / "home", environment=settings) as system,
-        httpx.AsyncClient(base_url=system.door, timeout=30) as client,
+        httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
     ):
         task_id = await Door(system, client).submit(GOAL)
-        await wait_until(lambda: model.running == 1 and len(model.asked) > 1, description="the model is writing")
+        await wait_until(lambda: model.active == 1 and len(model.requests) > 1, description="the model is writing")
     mind.answer = answers
     async with (
         installation(tmp_path / "home", environment=settings) as system,
-        httpx.AsyncClient(base_url=system.door, timeout=30) as client,
+        httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
     ):
         door = Door(system, client)
         assert (await door.finished(task_id))["status"] == "completed"

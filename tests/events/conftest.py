@@ -12,9 +12,9 @@ from events_kit import CLOCK, IDS, QUICK, MakeRelay, Write
 from redis_process import RedisProcess
 
 from octollm.contracts.events import Event
-from octollm.events import EventBus, EventLog, Relay, RelayPolicy, task_subject
+from octollm.events import EventBus, EventLog, OutboxPolicy, OutboxPublisher, task_subject
 from octollm.storage import Database, open_database
-from octollm.storage.keys import Keys
+from octollm.storage.keys import RedisKeys
 from octollm.storage.migrations import migrate
 from octollm.storage.redis import RedisClient, open_redis
 
@@ -35,12 +35,12 @@ def need_redis() -> str:
 
 
 @pytest.fixture
-def keys() -> Keys:
-    return Keys(prefix=f"test-{uuid.uuid4().hex}:")
+def keys() -> RedisKeys:
+    return RedisKeys(prefix=f"test-{uuid.uuid4().hex}:")
 
 
 @pytest.fixture(params=["memory", pytest.param("server", marks=pytest.mark.redis)])
-async def redis(request: pytest.FixtureRequest, keys: Keys) -> AsyncIterator[RedisClient]:
+async def redis(request: pytest.FixtureRequest, keys: RedisKeys) -> AsyncIterator[RedisClient]:
     async with open_redis("memory://" if request.param == "memory" else need_redis()) as client:
         yield client
     if request.param == "server":
@@ -71,14 +71,14 @@ def log(db: Database) -> EventLog:
 
 
 @pytest.fixture
-def bus(redis: RedisClient, keys: Keys) -> EventBus:
+def bus(redis: RedisClient, keys: RedisKeys) -> EventBus:
     return EventBus(redis, keys, CLOCK, IDS)
 
 
 @pytest.fixture
-def make_relay(db: Database, log: EventLog, keys: Keys) -> MakeRelay:
-    def make(redis: RedisClient, *, policy: RelayPolicy = QUICK) -> Relay:
-        return Relay(db, log, redis, CLOCK, IDS, keys=keys, policy=policy)
+def make_relay(db: Database, log: EventLog, keys: RedisKeys) -> MakeRelay:
+    def make(redis: RedisClient, *, policy: OutboxPolicy = QUICK) -> OutboxPublisher:
+        return OutboxPublisher(db, log, redis, CLOCK, IDS, keys=keys, policy=policy)
 
     return make
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.events import Event
-from octollm.events import Relay, RelayPolicy
+from octollm.events import OutboxPolicy, OutboxPublisher
 from octollm.storage.redis import RedisClient
 
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
-QUICK = RelayPolicy(poll=0.05, backoff_first=0.02, backoff_most=0.1)
+IDS = Uuid7Generator(CLOCK)
+QUICK = OutboxPolicy(poll=0.05, backoff_initial=0.02, backoff_max=0.1)
 
 
 class MakeRelay(Protocol):
-    def __call__(self, redis: RedisClient, *, policy: RelayPolicy = QUICK) -> Relay: ...
+    def __call__(self, redis: RedisClient, *, policy: OutboxPolicy = QUICK) -> OutboxPublisher: ...
 
 
 class Write(Protocol):

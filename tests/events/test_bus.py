@@ -12,8 +12,8 @@ from redis_process import RedisProcess
 from octollm.contracts.events import Event, channel_of
 from octollm.errors import OctoError
 from octollm.events import EventBus, Gap
-from octollm.events.bus import Follower
-from octollm.storage.keys import Keys
+from octollm.events.bus import GapDetector
+from octollm.storage.keys import RedisKeys
 from octollm.storage.redis import RedisClient, open_redis
 from octollm.testing import wait_until
 
@@ -33,7 +33,7 @@ def event(seq: int, prev: int = 0, event_type: str = "task.progress") -> Event:
     )
 
 
-async def send(redis: RedisClient, keys: Keys, *events: Event) -> None:
+async def send(redis: RedisClient, keys: RedisKeys, *events: Event) -> None:
     await redis.publish([(keys.channel(channel_of(e.event_type)), msgspec.json.encode(e)) for e in events])
 
 
@@ -69,7 +69,9 @@ async def test_only_declared_events_that_are_not_durable_may_be_published(
     assert caught.value.code == "invalid_body"
 
 
-async def test_a_missing_predecessor_is_told_before_the_event(redis: RedisClient, keys: Keys, bus: EventBus) -> None:
+async def test_a_missing_predecessor_is_told_before_the_event(
+    redis: RedisClient, keys: RedisKeys, bus: EventBus
+) -> None:
     order: list[object] = []
     async with bus.subscribe("events:task:*", on_gap=order.append) as events:
         await send(redis, keys, event(1), event(2, 1), event(2, 1), event(9, 7), event(10, 9))
@@ -80,25 +82,25 @@ async def test_a_missing_predecessor_is_told_before_the_event(redis: RedisClient
     assert events.gaps == 1
 
 
-async def test_what_is_no_event_is_counted_and_left_out(redis: RedisClient, keys: Keys, bus: EventBus) -> None:
+async def test_what_is_no_event_is_counted_and_left_out(redis: RedisClient, keys: RedisKeys, bus: EventBus) -> None:
     channel = keys.channel("events:task:progress")
     async with bus.subscribe("events:task:*") as events:
         await redis.publish([(channel, b"no json"), (channel, b"{}"), (channel, b'{"task_id": "x"}')])
         await send(redis, keys, event(1, event_type="task.invented"), event(2))
         async with asyncio.timeout(5):
             assert (await anext(events)).seq == 2
-    assert events.refused == 4
+    assert events.malformed == 4
 
 
 async def test_a_slow_subscriber_is_told_what_it_missed_and_slows_nobody(
-    redis: RedisClient, keys: Keys, bus: EventBus
+    redis: RedisClient, keys: RedisKeys, bus: EventBus
 ) -> None:
     gaps: list[Gap] = []
     async with bus.subscribe("events:*", on_gap=gaps.append, capacity=3) as slow, bus.subscribe("events:*") as quick:
         await send(redis, keys, *(event(n, n - 1) for n in range(1, 11)))
         async with asyncio.timeout(5):
             assert [(await anext(quick)).seq for _ in range(10)] == list(range(1, 11))
-            await wait_until(lambda: slow._overflowed is not None, description="the queue is full")
+            await wait_until(lambda: slow._overflow_gap is not None, description="the queue is full")
             assert [(await anext(slow)).seq for _ in range(3)] == [1, 2, 3]
             waiting = asyncio.ensure_future(anext(slow))
             await wait_until(lambda: gaps, description="the gap is told without another event")
@@ -107,7 +109,7 @@ async def test_a_slow_subscriber_is_told_what_it_missed_and_slows_nobody(
     assert gaps == [Gap("overflow", 3)]
 
 
-async def test_a_reconnect_is_told(redis_process: RedisProcess, keys: Keys) -> None:
+async def test_a_reconnect_is_told(redis_process: RedisProcess, keys: RedisKeys) -> None:
     gaps: list[Gap] = []
     async with open_redis(redis_process.url) as redis:
         bus = EventBus(redis, keys, CLOCK, IDS)
@@ -126,7 +128,7 @@ async def test_a_reconnect_is_told(redis_process: RedisProcess, keys: Keys) -> N
                 assert (await waiting).seq == 7
 
 
-async def test_a_subscription_without_redis_is_refused(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_subscription_without_redis_is_refused(keys: RedisKeys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octollm.events.bus.READY_SECONDS", 0.2)
     async with open_redis("redis://127.0.0.1:1/0") as redis:
         with pytest.raises(OctoError, match="Redis does not answer") as caught:
@@ -152,17 +154,17 @@ def test_a_follower_sees_each_loss_behind_the_first_event_of_a_channel(types: li
         chain.append(event(seq, latest.get(event_type, 0), event_type))
         latest[event_type] = seq
     arrives = [data.draw(st.sampled_from(["once", "twice", "never"])) for _ in chain]
-    follower = Follower()
+    follower = GapDetector()
     seen: dict[str, int] = {}
     for item, how in zip(chain, arrives, strict=True):
         if how == "never":
             continue
-        new, gap = follower.see(item)
+        new, gap = follower.observe(item)
         assert new
         known = seen.get(item.event_type)
         lost = known is not None and item.prev != known
         assert gap == (Gap("missed", known or 0, channel_of(item.event_type)) if lost else None)
         seen[item.event_type] = item.seq
         if how == "twice":
-            assert follower.see(item) == (False, None)
+            assert follower.observe(item) == (False, None)
     assert follower.latest == max(seen.values(), default=0)

@@ -8,15 +8,15 @@ from events_kit import CLOCK, IDS, Write
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
 from octollm.events.catalogue import MAX_EVENT_BYTES
-from octollm.events.numbering import Numbering
+from octollm.events.numbering import Sequencer
 from octollm.storage.engine import Database
 
 
 async def number_all(db: Database) -> None:
-    numbering = Numbering(db, holder="test", lease_seconds=60)
-    claim = await numbering.claim()
+    numbering = Sequencer(db, holder="test", lease_seconds=60)
+    claim = await numbering.acquire()
     assert claim is not None
-    while (await numbering.number(claim.fence, 100))[0]:
+    while (await numbering.assign(claim.fence, 100))[0]:
         pass
     await numbering.release(claim.fence, 0)
 

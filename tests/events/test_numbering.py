@@ -12,7 +12,7 @@ from sqlalchemy import select
 from octollm.contracts.events import channel_of
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
-from octollm.events.numbering import Numbering
+from octollm.events.numbering import Sequencer
 from octollm.storage.engine import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import relay_state
@@ -33,46 +33,46 @@ async def test_one_holds_until_its_lease_ends_and_a_fence_shuts_it_out() -> None
     clock = HandClock()
     async with open_database("memory://", clock=clock) as db:
         await migrate(db, "orchestrator")
-        one = Numbering(db, holder="one", lease_seconds=5)
-        two = Numbering(db, holder="two", lease_seconds=5)
-        first = await one.claim()
+        one = Sequencer(db, holder="one", lease_seconds=5)
+        two = Sequencer(db, holder="two", lease_seconds=5)
+        first = await one.acquire()
         assert first is not None
-        assert await two.claim() is None
+        assert await two.acquire() is None
         clock.time += 4
-        await one.number(first.fence, 10)
+        await one.assign(first.fence, 10)
         clock.time += 4
-        assert await two.claim() is None, "numbering renewed the lease"
+        assert await two.acquire() is None, "numbering renewed the lease"
         clock.time += 2
-        second = await two.claim()
+        second = await two.acquire()
         assert second is not None
         assert second.fence > first.fence
-        for call in (one.number(first.fence, 10), one.mark_published(first.fence, 1)):
+        for call in (one.assign(first.fence, 10), one.mark_published(first.fence, 1)):
             with pytest.raises(OctoError) as caught:
                 await call
             assert caught.value.code == "fence_lost"
         await one.release(first.fence, 0)
-        assert await one.claim() is None, "an old holder cannot release another's lease"
+        assert await one.acquire() is None, "an old holder cannot release another's lease"
         await two.release(second.fence, 0)
-        assert await one.claim() is not None
+        assert await one.acquire() is not None
 
 
 async def test_only_one_of_many_gets_the_claim(db: Database) -> None:
-    claims = await asyncio.gather(*(Numbering(db, holder=str(n), lease_seconds=60).claim() for n in range(8)))
+    claims = await asyncio.gather(*(Sequencer(db, holder=str(n), lease_seconds=60).acquire() for n in range(8)))
     assert len([claim for claim in claims if claim is not None]) == 1
 
 
 async def test_the_cursor_never_goes_back(db: Database, write: Write) -> None:
-    numbering = Numbering(db, holder="x", lease_seconds=60)
-    claim = await numbering.claim()
+    numbering = Sequencer(db, holder="x", lease_seconds=60)
+    claim = await numbering.acquire()
     assert claim is not None
     await numbering.mark_published(claim.fence, 5)
     await numbering.mark_published(claim.fence, 3)
     async with db.read() as connection:
         assert await connection.scalar(select(relay_state.c.published)) == 5
     await numbering.release(claim.fence, 7)
-    again = await numbering.claim()
+    again = await numbering.acquire()
     assert again is not None
-    assert again.published == 7
+    assert again.last_published == 7
 
 
 TYPES = ("task.accepted", "task.progress", "task.completed", "step.started")
@@ -105,8 +105,8 @@ async def test_positions_and_versions_have_no_gap_whoever_writes(
     async with open_database("memory://", clock=clock) as db:
         await migrate(db, "orchestrator")
         log = EventLog(db, clock, IDS)
-        numbering = Numbering(db, holder="x", lease_seconds=60)
-        claim = await numbering.claim()
+        numbering = Sequencer(db, holder="x", lease_seconds=60)
+        claim = await numbering.acquire()
         assert claim is not None
 
         async def write(transactions: list[tuple[str, int, bool]]) -> int:
@@ -132,11 +132,11 @@ async def test_positions_and_versions_have_no_gap_whoever_writes(
 
         async def number(times: int) -> None:
             for _ in range(times):
-                await numbering.number(claim.fence, batch)
+                await numbering.assign(claim.fence, batch)
                 await asyncio.sleep(0)
 
         *counts, _ = await asyncio.gather(*(write(part) for part in writers), number(10))
-        while (await numbering.number(claim.fence, batch))[0]:
+        while (await numbering.assign(claim.fence, batch))[0]:
             pass
         events = await log.read(0, tenant=None)
 

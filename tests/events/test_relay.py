@@ -10,9 +10,9 @@ from redis_process import RedisProcess
 from sqlalchemy import text
 
 from octollm.contracts.events import Event
-from octollm.events import EventBus, EventLog, Gap, RelayPolicy
+from octollm.events import EventBus, EventLog, Gap, OutboxPolicy
 from octollm.storage.engine import Database
-from octollm.storage.keys import Keys
+from octollm.storage.keys import RedisKeys
 from octollm.storage.redis import PubSub, RedisClient, open_redis
 from octollm.testing import wait_until
 
@@ -37,7 +37,7 @@ async def take(pubsub: PubSub, count: int) -> list[Any]:
 
 
 async def test_each_event_goes_out_on_its_channel_its_task_and_the_log(
-    redis: RedisClient, keys: Keys, make_relay: MakeRelay, write: Write
+    redis: RedisClient, keys: RedisKeys, make_relay: MakeRelay, write: Write
 ) -> None:
     names = [keys.channel("events:task:completed"), keys.watch("task-1"), keys.log]
     listeners = [await listen(redis, name) for name in names]
@@ -68,12 +68,12 @@ async def test_everything_comes_once_and_in_order(
 
 
 async def test_batches_are_bounded_and_join_up(
-    redis: RedisClient, keys: Keys, make_relay: MakeRelay, write: Write
+    redis: RedisClient, keys: RedisKeys, make_relay: MakeRelay, write: Write
 ) -> None:
     for _ in range(30):
         await write(progress="x" * 100)
     listener = await listen(redis, keys.log)
-    async with make_relay(redis, policy=RelayPolicy(poll=0.05, batch=12, batch_bytes=1500)):
+    async with make_relay(redis, policy=OutboxPolicy(poll=0.05, batch=12, batch_bytes=1500)):
         positions: list[int] = []
         async with asyncio.timeout(10):
             while len(positions) < 30:
@@ -93,7 +93,7 @@ async def test_a_relay_goes_on_where_the_last_one_stopped(
     async with make_relay(redis) as relay:
         await write()
         assert await relay.flush(5)
-        assert relay.health.published == 1
+        assert relay.health.last_published == 1
     await write()
     async with bus.subscribe("events:task:*") as events, make_relay(redis):
         async with asyncio.timeout(5):
@@ -104,14 +104,14 @@ async def test_of_two_relays_one_works_and_the_other_takes_over(
     redis: RedisClient, bus: EventBus, make_relay: MakeRelay, write: Write
 ) -> None:
     async with bus.subscribe("events:task:*") as events, make_relay(redis) as first:
-        await wait_until(lambda: first.health.holding, description="the first one holds")
+        await wait_until(lambda: first.health.is_leader, description="the first one holds")
         async with make_relay(redis) as second:
             await write()
             assert (await anext(events)).seq == 1
-            assert not second.health.holding
+            assert not second.health.is_leader
             assert second.health.degraded is None
             await first.__aexit__(None, None, None)
-            await wait_until(lambda: second.health.holding, description="the second one takes over")
+            await wait_until(lambda: second.health.is_leader, description="the second one takes over")
             await write()
             async with asyncio.timeout(5):
                 assert (await anext(events)).seq == 2
@@ -121,11 +121,11 @@ async def test_a_relay_whose_lease_was_taken_steps_back(
     db: Database, redis: RedisClient, make_relay: MakeRelay, write: Write
 ) -> None:
     async with make_relay(redis) as relay:
-        await wait_until(lambda: relay.health.holding, description="it holds")
+        await wait_until(lambda: relay.health.is_leader, description="it holds")
         async with db.transaction() as tx:
             await tx.execute(text("UPDATE relay_state SET fence = fence + 1, lease_until = lease_until + 1000"))
         await write()
-        await wait_until(lambda: not relay.health.holding, description="it steps back")
+        await wait_until(lambda: not relay.health.is_leader, description="it steps back")
         assert relay.health.degraded is None
 
 
@@ -144,7 +144,7 @@ async def test_trouble_with_the_database_shows_and_passes(
     db: Database, redis: RedisClient, bus: EventBus, make_relay: MakeRelay, write: Write
 ) -> None:
     async with make_relay(redis) as relay:
-        await wait_until(lambda: relay.health.holding, description="it holds")
+        await wait_until(lambda: relay.health.is_leader, description="it holds")
         async with db.transaction() as tx:
             await tx.execute(text("ALTER TABLE channels RENAME TO hidden"))
         await write()
@@ -176,16 +176,16 @@ async def test_numbering_goes_on_without_redis(make_relay: MakeRelay, log: Event
     async with open_redis("redis://127.0.0.1:1/0") as nowhere, make_relay(nowhere) as relay:
         for _ in range(5):
             await write()
-        await wait_until(lambda: relay.health.numbered == 5, description="all have a number")
+        await wait_until(lambda: relay.health.last_sequenced == 5, description="all have a number")
         await wait_until(lambda: relay.health.degraded, description="it says what is wrong")
         assert "Redis does not answer" in (relay.health.degraded or "")
-        assert relay.health.published == 0
+        assert relay.health.last_published == 0
         assert not await relay.flush(0.05)
         assert len(await log.read(0, tenant="t")) == 5
 
 
 async def test_nothing_is_lost_when_redis_is_killed(
-    redis_process: RedisProcess, keys: Keys, log: EventLog, make_relay: MakeRelay, write: Write
+    redis_process: RedisProcess, keys: RedisKeys, log: EventLog, make_relay: MakeRelay, write: Write
 ) -> None:
     """A listener that reads the log at each gap has every event once and in order, over three kills."""
     total, seen = 300, []
@@ -222,8 +222,10 @@ async def test_nothing_is_lost_when_redis_is_killed(
                 redis_process.kill()
             if number in (100, 200):
                 redis_process.start()
-        await wait_until(lambda: relay.health.numbered == total, description="all have a number while Redis is down")
-        assert relay.health.published < total
+        await wait_until(
+            lambda: relay.health.last_sequenced == total, description="all have a number while Redis is down"
+        )
+        assert relay.health.last_published < total
         await wait_until(lambda: relay.health.degraded, description="it says what is wrong")
         redis_process.start()
         assert await relay.flush(20)
@@ -234,7 +236,7 @@ async def test_nothing_is_lost_when_redis_is_killed(
 
 
 async def test_the_cursor_stands_still_while_redis_is_down(
-    redis_process: RedisProcess, keys: Keys, make_relay: MakeRelay, write: Write
+    redis_process: RedisProcess, keys: RedisKeys, make_relay: MakeRelay, write: Write
 ) -> None:
     async with open_redis(redis_process.url) as redis:
         async with make_relay(redis) as relay:
@@ -243,8 +245,8 @@ async def test_the_cursor_stands_still_while_redis_is_down(
             redis_process.kill()
             for _ in range(10):
                 await write()
-            await wait_until(lambda: relay.health.numbered == 11, description="all have a number")
-            assert relay.health.published == 1
+            await wait_until(lambda: relay.health.last_sequenced == 11, description="all have a number")
+            assert relay.health.last_published == 1
         redis_process.start()
         listener = await listen(redis, keys.log)
         async with make_relay(redis):

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 with atheris.instrument_imports(include=["octollm.capability", "octollm.contracts"]):
     from capability_forge import World, dumps, jwk_of, sign, unb64
 
-    from octollm.capability import CapabilityError, verify_directory, verify_service
-    from octollm.capability.audit_chain import read_checkpoint
+    from octollm.capability import CapabilityError, verify_directory, verify_service_token
+    from octollm.capability.audit_chain import verify_checkpoint
     from octollm.capability.inspecting import inspect
 
 import json
@@ -82,7 +82,7 @@ def forged(fuzz: Any, part: str) -> str:
     return made if fuzz.ConsumeBool() else made.rpartition(".")[0] + "." + signature
 
 
-def bearer_of(fuzz: Any) -> str:
+def parse_bearer_token(fuzz: Any) -> str:
     """Return a bearer string: honest parts, changed ones, or plain text, in any order."""
     pool = [*HONEST, *PAIR]
     parts: list[str] = list(HONEST) if fuzz.ConsumeBool() else list(PAIR)
@@ -113,13 +113,13 @@ def one_input(data: bytes) -> None:
     """Try one input in everything that reads tokens."""
     fuzz = atheris.FuzzedDataProvider(data)
     kind = fuzz.ConsumeIntInRange(0, 9)
-    text = fuzz.ConsumeUnicode(2000) if kind == 0 else bearer_of(fuzz)
+    text = fuzz.ConsumeUnicode(2000) if kind == 0 else parse_bearer_token(fuzz)
     for accepts in (
         lambda: VERIFIER.verify(text),
         lambda: WORLD.verifier().verify(text),
-        lambda: verify_service(text, "executor", {}, WORLD.clock),
+        lambda: verify_service_token(text, "executor", {}, WORLD.clock),
         lambda: verify_directory(text, WORLD.roots, WORLD.clock),
-        lambda: read_checkpoint(text, WORLD.roots),
+        lambda: verify_checkpoint(text, WORLD.roots),
     ):
         try:
             accepts()

@@ -9,12 +9,19 @@ import sys
 
 import pytest
 
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.errors import OctoError, SettingError
-from octollm.installation.home import Running, open_home, open_keys, read_local_key, running_in, write_private
-from octollm.installation.keys import load_keys
+from octollm.installation.home import (
+    RunningInstallation,
+    find_running,
+    open_home,
+    open_keys,
+    read_local_key,
+    write_private,
+)
+from octollm.installation.keys import load_home_keys
 
-IDS = Uuid7Ids(SystemClock())
+IDS = Uuid7Generator(SystemClock())
 
 
 async def test_the_folders_are_the_owners_only(tmp_path):
@@ -67,12 +74,12 @@ async def test_the_lock_ends_with_the_process_that_held_it(tmp_path):
 
 
 async def test_who_runs_is_known_only_while_it_runs(tmp_path):
-    assert await running_in(tmp_path) is None
+    assert await find_running(tmp_path) is None
     async with open_home(tmp_path) as home:
         home.running_file.write_bytes(b'{"pid": 1, "url": "http://127.0.0.1:8000"}')
-        assert await running_in(tmp_path) == Running(1, "http://127.0.0.1:8000")
+        assert await find_running(tmp_path) == RunningInstallation(1, "http://127.0.0.1:8000")
     home.running_file.write_bytes(b'{"pid": 1, "url": "http://127.0.0.1:8000"}')
-    assert await running_in(tmp_path) is None
+    assert await find_running(tmp_path) is None
 
 
 async def test_a_home_that_cannot_be_made_says_so(tmp_path):
@@ -85,21 +92,21 @@ async def test_a_home_that_cannot_be_made_says_so(tmp_path):
 
 async def test_keys_are_made_once_and_stay(tmp_path):
     async with open_home(tmp_path) as home:
-        first = load_keys(home, IDS)
-        again = load_keys(home, IDS)
-    assert first.root.believed(0) == again.root.believed(0)
+        first = load_home_keys(home, IDS)
+        again = load_home_keys(home, IDS)
+    assert first.root.trusted_keys(0) == again.root.trusted_keys(0)
     assert first.local == again.local == read_local_key(tmp_path)
-    assert {name: ring.believed(0) for name, ring in first.services.items()} == {
-        name: ring.believed(0) for name, ring in again.services.items()
+    assert {name: ring.trusted_keys(0) for name, ring in first.services.items()} == {
+        name: ring.trusted_keys(0) for name, ring in again.services.items()
     }
-    assert len({name for ring in (*first.services.values(), first.root) for name in ring.believed(0)}) == 11
+    assert len({name for ring in (*first.services.values(), first.root) for name in ring.trusted_keys(0)}) == 11
     assert first.local.startswith("octo_local_")
     assert first.local not in repr(first)
 
 
 async def test_every_key_file_is_private(tmp_path):
     async with open_home(tmp_path) as home:
-        load_keys(home, IDS)
+        load_home_keys(home, IDS)
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in home.keys.iterdir()}
     assert set(modes.values()) == {0o600}
     assert not [name for name in modes if name.startswith(".")]
@@ -108,10 +115,10 @@ async def test_every_key_file_is_private(tmp_path):
 @pytest.mark.parametrize("name", ["root.jwk", "coder.jwk", "local.key"])
 async def test_a_key_that_others_may_read_is_refused(tmp_path, name):
     async with open_home(tmp_path) as home:
-        load_keys(home, IDS)
+        load_home_keys(home, IDS)
         (home.keys / name).chmod(0o644)
         with pytest.raises(SettingError, match="chmod"):
-            load_keys(home, IDS)
+            load_home_keys(home, IDS)
 
 
 async def test_a_key_folder_that_others_may_read_is_refused(tmp_path):
@@ -124,21 +131,21 @@ async def test_a_key_folder_that_others_may_read_is_refused(tmp_path):
 
 async def test_a_linked_key_is_refused(tmp_path):
     async with open_home(tmp_path) as home:
-        load_keys(home, IDS)
+        load_home_keys(home, IDS)
         key = home.keys / "root.jwk"
         key.rename(tmp_path / "elsewhere.jwk")
         key.symlink_to(tmp_path / "elsewhere.jwk")
         with pytest.raises(SettingError):
-            load_keys(home, IDS)
+            load_home_keys(home, IDS)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"kty": "OKP"}'])
 async def test_a_damaged_key_is_refused_by_name(tmp_path, content):
     async with open_home(tmp_path) as home:
-        load_keys(home, IDS)
+        load_home_keys(home, IDS)
         (home.keys / "judge.jwk").write_bytes(content)
         with pytest.raises(SettingError, match=r"judge\.jwk is not a key"):
-            load_keys(home, IDS)
+            load_home_keys(home, IDS)
 
 
 async def test_what_a_dead_writer_left_is_cleared(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from octollm.clock import SystemClock
 from octollm.errors import OctoError, SettingError
 from octollm.installation import starting
-from octollm.installation.starting import wait_for
+from octollm.installation.starting import wait_for_dependencies
 
 CLOCK = SystemClock()
 
@@ -34,13 +34,15 @@ class Coming:
 
 async def test_it_waits_for_each_and_says_for_what():
     told: list[str] = []
-    await wait_for({"redis": Coming(2), "orchestrator": Coming(0)}, clock=CLOCK, seconds=5, tell=told.append)
+    await wait_for_dependencies(
+        {"redis": Coming(2), "orchestrator": Coming(0)}, clock=CLOCK, timeout=5, on_wait=told.append
+    )
     assert told == ["redis: It is away."]
 
 
 async def test_it_gives_up_after_the_bound_naming_what_is_missing():
     with pytest.raises(OctoError, match=r"Gave up after 0\.05 s .* redis: It is away\.") as caught:
-        await wait_for({"redis": Coming(10_000)}, clock=CLOCK, seconds=0.05, tell=lambda _: None)
+        await wait_for_dependencies({"redis": Coming(10_000)}, clock=CLOCK, timeout=0.05, on_wait=lambda _: None)
     assert caught.value.code == "unavailable"
     assert "OCTOLLM_START_SECONDS" in caught.value.detail
 
@@ -48,7 +50,7 @@ async def test_it_gives_up_after_the_bound_naming_what_is_missing():
 async def test_what_waiting_cannot_mend_is_said_at_once():
     wrong = Coming(1, SettingError("The schema is newer than this version."))
     with pytest.raises(SettingError):
-        await wait_for({"database": wrong}, clock=CLOCK, seconds=60, tell=lambda _: None)
+        await wait_for_dependencies({"database": wrong}, clock=CLOCK, timeout=60, on_wait=lambda _: None)
 
 
 async def test_what_hangs_is_given_up_too():
@@ -56,4 +58,4 @@ async def test_what_hangs_is_given_up_too():
         await asyncio.Event().wait()
 
     with pytest.raises(OctoError, match="It does not answer"):
-        await wait_for({"database": hangs}, clock=CLOCK, seconds=0.05, tell=lambda _: None)
+        await wait_for_dependencies({"database": hangs}, clock=CLOCK, timeout=0.05, on_wait=lambda _: None)

@@ -9,18 +9,18 @@ import stat
 import httpx
 import pytest
 
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
-from octollm.installation.embedded import STAGES, STOP_STAGES, embedded_system
-from octollm.installation.home import running_in
+from octollm.installation.embedded import START_STAGES, STOP_STAGES, embedded_installation
+from octollm.installation.home import find_running
 from octollm.rpc.service import build_service
 from octollm.testing.scripted_model import scripted_model
 from octollm.testing.system import installation
 
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
+IDS = Uuid7Generator(CLOCK)
 FREE = dict.fromkeys(SERVICES, 0)
 
 
@@ -35,7 +35,7 @@ def settings(home, model):
 
 
 def test_every_service_starts_once_and_stops_once():
-    for stages in (STAGES, STOP_STAGES):
+    for stages in (START_STAGES, STOP_STAGES):
         assert sorted(name for stage in stages for name in stage) == sorted(SERVICES)
 
 
@@ -60,10 +60,10 @@ async def test_nothing_inside_is_open_without_a_token(tmp_path, model):
 
 async def test_the_home_says_who_runs_until_it_ends(tmp_path, model):
     async with installation(tmp_path, environment=model) as system:
-        running = await running_in(tmp_path)
+        running = await find_running(tmp_path)
         assert running is not None
-        assert running.url == system.door
-    assert await running_in(tmp_path) is None
+        assert running.url == system.gateway_url
+    assert await find_running(tmp_path) is None
     assert not (tmp_path / "running.json").exists()
 
 
@@ -80,7 +80,7 @@ async def test_keys_stay_over_a_restart_and_files_are_private(tmp_path, model):
 async def test_no_key_is_in_the_log(tmp_path, model):
     async with installation(tmp_path, environment={**model, "OCTOLLM_LOG_LEVEL": "debug"}) as system:
         async with httpx.AsyncClient() as client:
-            await client.get(system.door + "/tasks", headers={"Authorization": f"Bearer {system.local_key}"})
+            await client.get(system.gateway_url + "/tasks", headers={"Authorization": f"Bearer {system.local_key}"})
         key = system.local_key
         log = system.home.log_file
     text = log.read_text()
@@ -107,7 +107,7 @@ async def test_a_service_that_cannot_start_stops_the_others(tmp_path, model):
         yield
 
     with pytest.raises(OctoError, match="no luck"):
-        async with embedded_system(
+        async with embedded_installation(
             settings(tmp_path, model), clock=CLOCK, ids=IDS, ports=FREE, overrides={"coder": broken}
         ):
             pytest.fail("it started")
@@ -130,7 +130,7 @@ async def test_a_service_that_dies_ends_the_system_by_name(tmp_path, model):
             watch.cancel()
 
     with pytest.raises(OctoError, match="memory stopped"):
-        async with embedded_system(
+        async with embedded_installation(
             settings(tmp_path, model), clock=CLOCK, ids=IDS, ports=FREE, overrides={"memory": mortal}
         ):
             die.set()
@@ -153,7 +153,7 @@ async def test_cancelling_a_start_leaves_nothing(tmp_path, model):
         yield build_service(base, [])
 
     async def start():
-        async with embedded_system(
+        async with embedded_installation(
             settings(tmp_path, model), clock=CLOCK, ids=IDS, ports=FREE, overrides={"models": slow}
         ):
             pytest.fail("it started")
@@ -172,5 +172,5 @@ async def test_what_is_not_ready_is_named(tmp_path, model):
         urls = {**system.urls, "judge": "http://127.0.0.1:9"}
         broken = type(system)(system.home, system.settings, urls, system.local_key, system.http)
         with pytest.raises(OctoError, match="judge: 127") as caught:
-            await broken.wait_ready(seconds=0.2)
+            await broken.wait_ready(timeout=0.2)
         assert caught.value.code == "unavailable"

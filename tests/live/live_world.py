@@ -6,7 +6,7 @@ import asyncio
 import random
 from dataclasses import dataclass, field
 
-from octollm.contracts.api import SavedText, SavedTexts, TaskView
+from octollm.contracts.api import StepText, StepTexts, TaskView
 from octollm.contracts.events import Event
 from octollm.contracts.stream import Frame, TokenFrame
 from octollm.events import Hint
@@ -21,7 +21,7 @@ class World:
 
     stream: TextStream
     events: list[Event] = field(default_factory=list)
-    saved: dict[str, SavedText] = field(default_factory=dict)
+    saved: dict[str, StepText] = field(default_factory=dict)
     progress: float = 0.0
     status: str = "accepted"
     voided: bool = False
@@ -52,9 +52,9 @@ class World:
         await asyncio.sleep(0)
         return self.events[after : after + limit]
 
-    async def texts(self) -> SavedTexts:
+    async def texts(self) -> StepTexts:
         await asyncio.sleep(0)
-        return SavedTexts(tuple(self.saved.values()))
+        return StepTexts(tuple(self.saved.values()))
 
 
 class Writer:
@@ -76,7 +76,7 @@ class Writer:
         await self.write("")
 
     def save(self) -> None:
-        self.world.saved[self.step] = SavedText(self.step, self.attempt, self.run, self.text[self.base :], self.base)
+        self.world.saved[self.step] = StepText(self.step, self.attempt, self.run, self.text[self.base :], self.base)
 
 
 class Hints:

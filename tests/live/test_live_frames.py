@@ -7,11 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.contracts.api import TaskView
-from octollm.contracts.events import CATALOGUE, Event
+from octollm.contracts.events import EVENT_CATALOGUE, Event
 from octollm.errors import OctoError
-from octollm.live import FINAL_EVENTS, FrameMaker, Offset, Piece, Resume, frame_type, parse_resume
+from octollm.live import (
+    FINAL_EVENTS,
+    FrameBuilder,
+    ResumePosition,
+    TextChunk,
+    TextOffset,
+    get_frame_type,
+    parse_resume_position,
+)
 
-NAMES = sorted(name for name in CATALOGUE if name.startswith(("task.", "step.")))
+NAMES = sorted(name for name in EVENT_CATALOGUE if name.startswith(("task.", "step.")))
 
 
 def event(version: int, name: str, progress: object) -> Event:
@@ -28,26 +36,26 @@ def event(version: int, name: str, progress: object) -> Event:
     )
 )
 def test_seq_is_contiguous_and_progress_never_falls(script: list[tuple[str, object, str]]) -> None:
-    maker = FrameMaker("task-x")
+    maker = FrameBuilder("task-x")
     version, progress = 0, 0.0
     for name, value, kind in script:
         if kind == "event":
             version += 1
-            frame = maker.event(event(version, name, value))
-            assert frame.type == frame_type(name)
+            frame = maker.build_event(event(version, name, value))
+            assert frame.type == get_frame_type(name)
         elif kind == "token":
-            frame = maker.token(Piece("a", 1, 1, 0, "text", False), "now")
+            frame = maker.build_token(TextChunk("a", 1, 1, 0, "text", False), "now")
         elif kind == "present":
-            frame = maker.present(TaskView("task-x", "running", "g", progress - 1, version, "a", "b"), "now")
+            frame = maker.build_status(TaskView("task-x", "running", "g", progress - 1, version, "a", "b"), "now")
         else:
-            frame = maker.ping("now") if kind == "ping" else maker.note({"code": "x"}, "now")
+            frame = maker.build_ping("now") if kind == "ping" else maker.build_note({"code": "x"}, "now")
         assert frame.seq == version
         assert 0.0 <= progress <= frame.progress <= 100.0
         progress = frame.progress
 
 
 def test_the_types_are_those_of_the_contract() -> None:
-    assert {name: frame_type(name) for name in NAMES} == {
+    assert {name: get_frame_type(name) for name in NAMES} == {
         "task.accepted": "status",
         "task.planned": "status",
         "task.replanned": "status",
@@ -66,24 +74,24 @@ def test_the_types_are_those_of_the_contract() -> None:
 
 
 def test_an_event_that_is_new_to_this_version_is_still_a_frame() -> None:
-    assert FrameMaker("task-x").event(event(1, "task.dreamt", None)).type == "status"
+    assert FrameBuilder("task-x").build_event(event(1, "task.dreamt", None)).type == "status"
 
 
 def test_a_completed_task_is_at_a_hundred() -> None:
-    assert FrameMaker("task-x").event(event(1, "task.completed", None)).progress == 100.0
+    assert FrameBuilder("task-x").build_event(event(1, "task.completed", None)).progress == 100.0
 
 
 def test_data_says_which_event_it_was() -> None:
-    frame = FrameMaker("task-x").event(event(1, "task.planned", 5))
+    frame = FrameBuilder("task-x").build_event(event(1, "task.planned", 5))
     assert frame.data == {"event_type": "task.planned", "status": "planning", "progress": 5}
 
 
 def test_a_resume_is_read() -> None:
-    assert parse_resume(None, []) == Resume(None, {})
-    assert parse_resume("12", ["a.1.2.34", "step-2-again.10.3.0"]) == Resume(
-        12, {"a": Offset(1, 2, 34), "step-2-again": Offset(10, 3, 0)}
+    assert parse_resume_position(None, []) == ResumePosition(None, {})
+    assert parse_resume_position("12", ["a.1.2.34", "step-2-again.10.3.0"]) == ResumePosition(
+        12, {"a": TextOffset(1, 2, 34), "step-2-again": TextOffset(10, 3, 0)}
     )
-    assert parse_resume("0", ["a.b.1.2.3"]).offsets == {"a.b": Offset(1, 2, 3)}
+    assert parse_resume_position("0", ["a.b.1.2.3"]).offsets == {"a.b": TextOffset(1, 2, 3)}
 
 
 @pytest.mark.parametrize(
@@ -105,5 +113,5 @@ def test_a_resume_is_read() -> None:
 )
 def test_a_malformed_resume_is_refused(after: str | None, offsets: list[str]) -> None:
     with pytest.raises(OctoError) as caught:
-        parse_resume(after, offsets)
+        parse_resume_position(after, offsets)
     assert caught.value.code == "invalid_parameter"

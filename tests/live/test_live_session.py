@@ -13,25 +13,25 @@ from hypothesis import strategies as st
 from live_world import TASK, Hints, Seen, Watcher, World, Writer
 
 from octollm.clock import SystemClock
-from octollm.contracts.api import SavedTexts, TaskView
+from octollm.contracts.api import StepTexts, TaskView
 from octollm.contracts.stream import TokenFrame
 from octollm.errors import OctoError
 from octollm.events import Hint
-from octollm.live import Policy, Session, parse_resume
-from octollm.storage import Keys, TextStream, open_redis
+from octollm.live import LiveSession, SessionTiming, parse_resume_position
+from octollm.storage import RedisKeys, TextStream, open_redis
 
-QUICK = Policy(again=0.001, text_wait=5.0, start_wait=5.0)
+QUICK = SessionTiming(retry_interval=0.001, max_text_wait=5.0, max_start_wait=5.0)
 
 
-def session(world: Any, tokens: Any, after: int | None = None, offsets: list[str] | None = None) -> Session:
-    resume = parse_resume(None if after is None else str(after), offsets or [])
-    return Session(TASK, world, tokens, SystemClock(), resume=resume, policy=QUICK)
+def session(world: Any, tokens: Any, after: int | None = None, offsets: list[str] | None = None) -> LiveSession:
+    resume = parse_resume_position(None if after is None else str(after), offsets or [])
+    return LiveSession(TASK, world, tokens, SystemClock(), position=resume, timing=QUICK)
 
 
 async def watch(world: Any, tokens: Any, after: int | None = None, offsets: list[str] | None = None) -> Watcher:
     watcher = Watcher()
     watcher.seq = after or 0
-    for step, offset in parse_resume(None, offsets or []).offsets.items():
+    for step, offset in parse_resume_position(None, offsets or []).offsets.items():
         watcher.texts[step] = Seen(offset.attempt, offset.run, 0, "-" * offset.count)
     one = session(world, tokens, after, offsets)
     await one.open()
@@ -43,7 +43,7 @@ async def watch(world: Any, tokens: Any, after: int | None = None, offsets: list
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
     async with open_redis("memory://live") as redis:
-        yield World(TextStream(redis, Keys()))
+        yield World(TextStream(redis, RedisKeys()))
 
 
 async def tell(world: World, chance: random.Random) -> dict[str, str]:
@@ -104,7 +104,7 @@ def test_nothing_is_lost_or_doubled_over_reconnects(seed: int, mode: str, cuts: 
 
     async def play() -> None:
         async with open_redis("memory://live") as redis:
-            world = World(TextStream(redis, Keys()))
+            world = World(TextStream(redis, RedisKeys()))
             telling = asyncio.create_task(tell(world, chance))
             while not world.events:
                 await asyncio.sleep(0)
@@ -168,7 +168,7 @@ async def test_a_watcher_who_has_the_final_frame_gets_none(world: World) -> None
     assert (await watch(world, world.stream, 2)).frames == []
     one = session(world, world.stream, 2)
     await one.open()
-    assert one.nothing_left
+    assert one.is_finished
     assert (await watch(world, world.stream, 999)).frames == []
 
 
@@ -226,8 +226,13 @@ async def test_without_redis_the_saved_text_is_sent(world: World) -> None:
 async def test_without_redis_the_session_looks_by_itself(world: World) -> None:
     world.emit("task.accepted", goal="a goal", progress=0)
     world.emit("step.started", step="a", title="A", arm="coder", attempt=1, run=1)
-    one = Session(
-        TASK, world, Broken(), SystemClock(), resume=parse_resume("0", []), policy=Policy(again=0.001, blind=0.001)
+    one = LiveSession(
+        TASK,
+        world,
+        Broken(),
+        SystemClock(),
+        position=parse_resume_position("0", []),
+        timing=SessionTiming(retry_interval=0.001, poll_interval=0.001),
     )
     await one.open()
     frames = one.frames(Never())
@@ -274,13 +279,13 @@ async def test_text_that_never_comes_does_not_hold_the_step_for_ever(world: Worl
     world.emit("step.started", step="a", title="A", arm="coder", attempt=1, run=1)
     world.emit("step.completed", step="a", attempt=1, text_length=99, score=1.0)
     world.emit("task.completed", status="completed", duration_ms=1, progress=100)
-    one = Session(
+    one = LiveSession(
         TASK,
         world,
         world.stream,
         SystemClock(),
-        resume=parse_resume("0", []),
-        policy=Policy(again=0.001, text_wait=0.01),
+        position=parse_resume_position("0", []),
+        timing=SessionTiming(retry_interval=0.001, max_text_wait=0.01),
     )
     await one.open()
     assert [frame.type async for frame in one.frames(Hints(1))] == ["status", "step", "step", "result"]
@@ -288,15 +293,20 @@ async def test_text_that_never_comes_does_not_hold_the_step_for_ever(world: Worl
 
 async def test_a_quiet_task_is_pinged_and_notes_are_told(world: World) -> None:
     world.emit("task.accepted", goal="a goal", progress=3)
-    one = Session(
-        TASK, world, world.stream, SystemClock(), resume=parse_resume("0", []), policy=Policy(ping=0.01, again=0.001)
+    one = LiveSession(
+        TASK,
+        world,
+        world.stream,
+        SystemClock(),
+        position=parse_resume_position("0", []),
+        timing=SessionTiming(ping_interval=0.01, retry_interval=0.001),
     )
     await one.open()
     frames = one.frames(Never())
     assert (await anext(frames)).type == "status"
     ping = await anext(frames)
     assert (ping.type, ping.seq, ping.progress) == ("ping", 1, 3.0)
-    one.note({"code": "state_conflict"})
+    one.add_note({"code": "state_conflict"})
     note = await anext(frames)
     assert (note.type, note.seq, note.data) == ("status", 1, {"note": {"code": "state_conflict"}})
     await frames.aclose()
@@ -304,7 +314,7 @@ async def test_a_quiet_task_is_pinged_and_notes_are_told(world: World) -> None:
 
 async def test_texts_are_not_asked_for_when_nothing_runs(world: World) -> None:
     class Quiet(World):
-        async def texts(self) -> SavedTexts:
+        async def texts(self) -> StepTexts:
             raise AssertionError("nothing runs")
 
     quiet = Quiet(world.stream)

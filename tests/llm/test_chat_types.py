@@ -4,16 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.llm.types import (
-    AnswerMessage,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
+    ChatDelta,
     ChatMessage,
     ChatRequest,
     ChatUsage,
     ChunkChoice,
-    Delta,
-    bytes_bound,
+    CompletionMessage,
+    bound_prompt_tokens,
 )
 
 
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_refused(members):
 
 def test_answers_have_the_shape_that_stock_clients_read():
     usage = ChatUsage.of(3, 4)
-    whole = ChatCompletion("id", 1, "m", (ChatChoice(AnswerMessage("hi"), "stop"),), usage)
+    whole = ChatCompletion("id", 1, "m", (ChatChoice(CompletionMessage("hi"), "stop"),), usage)
     assert msgspec.to_builtins(whole) == {
         "id": "id",
         "created": 1,
@@ -88,7 +88,7 @@ def test_answers_have_the_shape_that_stock_clients_read():
         "choices": ({"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"},),
         "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
     }
-    chunk = ChatChunk("id", 1, "m", (ChunkChoice(Delta(content="h")),))
+    chunk = ChatChunk("id", 1, "m", (ChunkChoice(ChatDelta(content="h")),))
     assert msgspec.to_builtins(chunk) == {
         "id": "id",
         "created": 1,
@@ -102,8 +102,8 @@ def test_answers_have_the_shape_that_stock_clients_read():
 
 @given(st.lists(st.text(max_size=50), min_size=1))
 def test_the_bound_is_never_below_the_bytes(texts):
-    assert bytes_bound([ChatMessage("user", text) for text in texts]) > sum(len(t.encode()) for t in texts)
+    assert bound_prompt_tokens([ChatMessage("user", text) for text in texts]) > sum(len(t.encode()) for t in texts)
 
 
 def test_the_bound_stands_a_lone_surrogate():
-    assert bytes_bound([ChatMessage("user", "\ud800")]) > 0
+    assert bound_prompt_tokens([ChatMessage("user", "\ud800")]) > 0

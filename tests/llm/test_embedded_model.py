@@ -12,13 +12,13 @@ import pytest_asyncio
 
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
-from octollm.llm.catalogue import SMALLEST
+from octollm.llm.catalogue import SMALLEST_MODEL
 from octollm.llm.embedded import EmbeddedModel, EmbeddedSettings
 from octollm.llm.llama_process import LlamaProcess, LlamaSettings
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
-    Final,
+    CompletionEnd,
     Function,
     JsonSchemaFormat,
     ResponseFormat,
@@ -37,16 +37,16 @@ CONTEXT = 6144
 @pytest.fixture(scope="module")
 def path() -> Path:
     cache = ModelCache()
-    if not cache.has(SMALLEST):
+    if not cache.has(SMALLEST_MODEL):
         if os.environ.get("CI"):
-            pytest.fail(f"{SMALLEST.name} is not in the cache")
-        pytest.skip(f"{SMALLEST.name} is not in the cache: octollm models pull {SMALLEST.name}")
-    return cache.path_of(SMALLEST)
+            pytest.fail(f"{SMALLEST_MODEL.name} is not in the cache")
+        pytest.skip(f"{SMALLEST_MODEL.name} is not in the cache: octollm models pull {SMALLEST_MODEL.name}")
+    return cache.path_of(SMALLEST_MODEL)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def model(path):
-    model = EmbeddedModel(SMALLEST, path, EmbeddedSettings(context_tokens=CONTEXT - 100))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=CONTEXT - 100))
     await model.start()
     yield model
     await model.aclose()
@@ -60,7 +60,7 @@ async def answer(model, request):
     async with aclosing(model.stream(request)) as pieces:
         *deltas, final = [piece async for piece in pieces]
     assert all(isinstance(delta, TextDelta) for delta in deltas)
-    assert isinstance(final, Final)
+    assert isinstance(final, CompletionEnd)
     return "".join(delta.text for delta in deltas), final
 
 
@@ -225,7 +225,7 @@ async def test_no_port_is_opened(model):
 async def test_the_child_is_given_no_secrets(path, monkeypatch):
     monkeypatch.setenv("OCTOLLM_MODEL_KEY", "sk-secret")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    model = EmbeddedModel(SMALLEST, path)
+    model = EmbeddedModel(SMALLEST_MODEL, path)
     await model.start()
     environment = Path(f"/proc/{model.pid}/environ").read_bytes()
     await model.aclose()
@@ -234,7 +234,7 @@ async def test_the_child_is_given_no_secrets(path, monkeypatch):
 
 
 async def test_too_many_waiting_are_refused(path):
-    model = EmbeddedModel(SMALLEST, path, EmbeddedSettings(context_tokens=512, max_waiting=0))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512, max_waiting=0))
     async with aclosing(model.stream(ask(LONG))) as pieces:
         await anext(pieces)
         with pytest.raises(OctoError) as failed:
@@ -245,7 +245,7 @@ async def test_too_many_waiting_are_refused(path):
 
 
 async def test_the_wait_for_a_slot_is_bounded(path):
-    model = EmbeddedModel(SMALLEST, path, EmbeddedSettings(context_tokens=512, wait_seconds=0.05))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512, wait_seconds=0.05))
     async with aclosing(model.stream(ask(LONG))) as pieces:
         await anext(pieces)
         with pytest.raises(OctoError, match="busy") as failed:
@@ -255,7 +255,7 @@ async def test_the_wait_for_a_slot_is_bounded(path):
 
 
 async def test_two_slots_answer_side_by_side(path):
-    model = EmbeddedModel(SMALLEST, path, EmbeddedSettings(context_tokens=512, slots=2))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512, slots=2))
     async with aclosing(model.stream(ask(LONG))) as one, aclosing(model.stream(ask("Tell a story."))) as two:
         for _ in range(3):
             assert isinstance(await anext(one), TextDelta)
@@ -264,7 +264,7 @@ async def test_two_slots_answer_side_by_side(path):
 
 
 async def test_a_child_that_dies_fails_its_calls_and_is_started_again(path):
-    model = EmbeddedModel(SMALLEST, path, EmbeddedSettings(context_tokens=512))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512))
     with pytest.raises(OctoError, match="signal 9") as failed:
         async with aclosing(model.stream(ask(LONG))) as pieces:
             await anext(pieces)
@@ -279,7 +279,7 @@ async def test_a_child_that_dies_fails_its_calls_and_is_started_again(path):
 
 async def test_closing_ends_everything(path):
     threads = threading.active_count()
-    model = EmbeddedModel(SMALLEST, path, EmbeddedSettings(context_tokens=512))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512))
     task = asyncio.create_task(answer(model, ask(LONG)))
     await wait_until(lambda: model.pid, description="the child runs")
     pid = model.pid
@@ -315,7 +315,7 @@ def children():
 
 async def test_closing_while_it_loads_ends_the_child(path, folders):
     before = children()
-    model = EmbeddedModel(SMALLEST, path)
+    model = EmbeddedModel(SMALLEST_MODEL, path)
     starts = [asyncio.create_task(model.start()) for _ in range(2)]
     await wait_until(lambda: len(children()) > len(before), description="the child is there")
     await model.aclose()
@@ -327,7 +327,7 @@ async def test_closing_while_it_loads_ends_the_child(path, folders):
 
 
 async def test_a_caller_that_leaves_while_it_loads_does_not_stop_the_others(path, folders):
-    model = EmbeddedModel(SMALLEST, path, EmbeddedSettings(context_tokens=512))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512))
     leaver = asyncio.create_task(model.start())
     stayer = asyncio.create_task(model.start())
     await wait_until(lambda: list(folders.glob("octollm-llama-*")), description="the child is started")
@@ -341,7 +341,7 @@ async def test_a_caller_that_leaves_while_it_loads_does_not_stop_the_others(path
 
 async def test_without_the_package_the_way_to_it_is_said(path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    model = EmbeddedModel(SMALLEST, path)
+    model = EmbeddedModel(SMALLEST_MODEL, path)
     with pytest.raises(OctoError) as failed:
         await model.start()
     assert failed.value.code == "no_model"
@@ -350,7 +350,7 @@ async def test_without_the_package_the_way_to_it_is_said(path, monkeypatch):
 
 
 async def test_a_child_that_hangs_is_ended(path):
-    child = await LlamaProcess.start(path, LlamaSettings(1, 64, context_tokens=512, stall_seconds=0.2))
+    child = await LlamaProcess.start(path, LlamaSettings(1, 64, round_context=512, stall_seconds=0.2))
     os.kill(child.pid, signal.SIGSTOP)
     with pytest.raises(OctoError, match="sign of life"):
         await child.count([{"role": "user", "content": "x"}])
@@ -359,7 +359,7 @@ async def test_a_child_that_hangs_is_ended(path):
 
 
 async def test_a_child_that_does_not_stop_is_ended(path):
-    child = await LlamaProcess.start(path, LlamaSettings(1, 64, context_tokens=512, stop_seconds=0.1))
+    child = await LlamaProcess.start(path, LlamaSettings(1, 64, round_context=512, stop_seconds=0.1))
     ended = asyncio.Event()
     generation = child.chat({"messages": [{"role": "user", "content": LONG}], "stream": True}, ended.set)
     await generation.next(30)

@@ -7,7 +7,7 @@ from llm_support import CONTENT, small_entry
 
 import octollm.llm.cache as cache_module
 from octollm.errors import OctoError
-from octollm.llm.cache import ModelCache, in_thread
+from octollm.llm.cache import ModelCache, run_in_thread
 from octollm.testing import wait_until
 
 
@@ -51,7 +51,7 @@ async def test_a_good_file_is_hashed_once(cache, hashed):
     path = put(cache, entry)
     assert await cache.verified(entry) == path
     assert await cache.verified(entry) == path
-    assert await ModelCache(cache.root).verified(entry) == path
+    assert await ModelCache(cache.root).verify(entry) == path
     assert len(hashed) == 1
 
 
@@ -119,7 +119,7 @@ async def test_cancelling_work_in_a_thread_waits_until_it_stopped():
         stop.wait(10)
         left.set()
 
-    task = asyncio.create_task(in_thread(work))
+    task = asyncio.create_task(run_in_thread(work))
     await wait_until(began.is_set, description="the work began")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

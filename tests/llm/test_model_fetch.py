@@ -10,7 +10,7 @@ from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
 from octollm.llm.fetch import fetch_model
 from octollm.llm.fetch_options import FetchOptions
-from octollm.llm.fetch_wheels import reason_of
+from octollm.llm.fetch_wheels import parse_pip_error
 from octollm.llm.filelock import file_lock
 from octollm.testing import wait_until
 
@@ -333,7 +333,7 @@ async def test_every_source_off_says_so(cache):
     ],
 )
 def test_pips_reason_is_short_and_holds_no_credentials(errors, reason):
-    said = reason_of(errors)
+    said = parse_pip_error(errors)
     assert reason in said
     assert "hunter2" not in said
     assert len(said) <= 300

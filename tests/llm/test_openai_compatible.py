@@ -9,18 +9,18 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from octollm.contracts.problems import problem_of
+from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
 from octollm.llm.openai_compatible import OpenAICompatibleModel, ProviderTimeouts
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
     ChatUsage,
-    Final,
+    CompletionEnd,
     JsonSchemaFormat,
     ResponseFormat,
     TextDelta,
-    bytes_bound,
+    bound_prompt_tokens,
 )
 from octollm.testing import wait_until
 
@@ -91,7 +91,11 @@ async def failure(provider, **options):
 async def test_an_answer_is_streamed_with_its_usage():
     provider = Provider()
     async with model_of(provider) as model:
-        assert await answer(model) == [TextDelta("Hel"), TextDelta("lo \U0001f389"), Final("stop", ChatUsage(9, 2, 11))]
+        assert await answer(model) == [
+            TextDelta("Hel"),
+            TextDelta("lo \U0001f389"),
+            CompletionEnd("stop", ChatUsage(9, 2, 11)),
+        ]
         assert model.name == "openai:gpt-x"
         assert model.context_tokens == 128_000
     (body,) = provider.bodies
@@ -142,7 +146,7 @@ async def test_finish_reasons(theirs, ours):
 async def test_usage_that_was_not_told_is_bounded_from_above():
     async with model_of(Provider([chunk("na\u00efve"), chunk(None, "stop")])) as model:
         final = (await answer(model))[-1]
-    assert final == Final("stop", ChatUsage.of(bytes_bound(REQUEST.messages), 6), exact=False)
+    assert final == CompletionEnd("stop", ChatUsage.of(bound_prompt_tokens(REQUEST.messages), 6), exact=False)
 
 
 async def test_the_count_is_an_upper_bound():
@@ -178,7 +182,7 @@ async def test_a_refused_key_is_said_and_final(status):
     assert error.code == "model_failed"
     assert f"HTTP {status}, the key was refused" in error.detail
     assert "openai:gpt-x" in error.detail
-    assert not problem_of(error).retryable
+    assert not to_problem(error).retryable
 
 
 async def test_a_key_that_is_missing_is_said():
@@ -190,7 +194,7 @@ async def test_too_many_requests_says_when_to_come_back():
     error = await failure(Provider(answer=JSONResponse({"error": {"message": "slow"}}, 429, {"retry-after": "7"})))
     assert error.retry_after == 7.0
     assert "429" in error.detail
-    assert problem_of(error).retryable
+    assert to_problem(error).retryable
 
 
 @pytest.mark.parametrize("value", ["Wed, 21 Oct 2026 07:28:00 GMT", "", "nan"])
@@ -204,8 +208,8 @@ async def test_other_statuses_say_what_the_provider_said(status, retryable):
     provider = Provider(answer=JSONResponse({"error": {"message": f"because\n of {KEY}", "code": 3}}, status))
     error = await failure(provider)
     assert f"HTTP {status}: because of [key]" in error.detail
-    assert problem_of(error).retryable is retryable
-    assert problem_of(error).code == "model_failed"
+    assert to_problem(error).retryable is retryable
+    assert to_problem(error).code == "model_failed"
     assert len(provider.bodies) == 1  # nothing is retried here
 
 

@@ -5,12 +5,12 @@ import msgspec
 import pytest
 
 from octollm.errors import OctoError
-from octollm.llm.prompted_tools import prompted, retold, stream_with_tools, wants_tools
+from octollm.llm.prompted_tools import allows_tools, build_prompted_request, flatten_tool_messages, stream_with_tools
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
     ChatUsage,
-    Final,
+    CompletionEnd,
     Function,
     FunctionCall,
     FunctionName,
@@ -32,22 +32,24 @@ async def told(text, request=ASK, finish="stop"):
         assert not asked.tools
         for piece in (text[:7], text[7:]):
             yield TextDelta(piece)
-        yield Final(finish, USAGE)
+        yield CompletionEnd(finish, USAGE)
 
     return [piece async for piece in stream_with_tools(stream, request, "call-1")]
 
 
 async def test_a_call_is_read_as_a_call():
     [final] = await told('{"tool": "weather", "arguments": {"city": "Bonn"}}')
-    assert final == Final("tool_calls", USAGE, True, (ToolCall("call-1", FunctionCall("weather", '{"city": "Bonn"}')),))
+    assert final == CompletionEnd(
+        "tool_calls", USAGE, True, (ToolCall("call-1", FunctionCall("weather", '{"city": "Bonn"}')),)
+    )
 
 
 async def test_an_answer_is_read_as_text():
-    assert await told('{"answer": "No rain."}') == [TextDelta("No rain."), Final("stop", USAGE)]
+    assert await told('{"answer": "No rain."}') == [TextDelta("No rain."), CompletionEnd("stop", USAGE)]
 
 
 async def test_an_answer_that_was_cut_says_so():
-    assert await told('{"answer": "No ra', finish="length") == [Final("length", USAGE)]
+    assert await told('{"answer": "No ra', finish="length") == [CompletionEnd("length", USAGE)]
 
 
 @pytest.mark.parametrize("text", ["No rain.", "{}", "[]", '{"tool": 3}'])
@@ -67,7 +69,7 @@ async def test_what_is_neither_fails_as_the_models_fault(text):
     ],
 )
 def test_the_schema_allows_what_may_be_chosen(choice, good):
-    schema = prompted(msgspec.structs.replace(ASK, tool_choice=choice)).response_format.json_schema.schema
+    schema = build_prompted_request(msgspec.structs.replace(ASK, tool_choice=choice)).response_format.json_schema.schema
     jsonschema.Draft202012Validator.check_schema(schema)
     says = {
         "weather": {"tool": "weather", "arguments": {"city": "Bonn"}},
@@ -84,7 +86,7 @@ def test_the_calls_stand_behind_the_instructions_and_before_the_answer():
     given = {"city": {"type": "string", "description": "where"}, "unit": {"enum": ["C", "F"]}, "odd": 3}
     tool = Tool(Function("weather", "Tells the weather.", {"type": "object", "properties": given}))
     asked = (ChatMessage("system", "You are brief."), ChatMessage("user", "Rain in Bonn?"))
-    [system, user] = prompted(ChatRequest("default", asked, tools=(tool, CLOCK))).messages
+    [system, user] = build_prompted_request(ChatRequest("default", asked, tools=(tool, CLOCK))).messages
     assert user == asked[1]
     assert system.text.splitlines() == [
         "You are brief.",
@@ -95,19 +97,19 @@ def test_the_calls_stand_behind_the_instructions_and_before_the_answer():
         '- {"answer": "…"}  Only for small talk, and for what none of the above can do.',
     ]
     result = ChatMessage("tool", "dry", tool_call_id="c1")
-    told = prompted(ChatRequest("default", (*asked, result), tools=(CLOCK,))).messages[0].text
+    told = build_prompted_request(ChatRequest("default", (*asked, result), tools=(CLOCK,))).messages[0].text
     assert told.endswith("Tells what the tool found.")
 
 
 @pytest.mark.parametrize("parameters", [{}, {"properties": []}, {"properties": {"a": {"enum": 3}}}, {"properties": 1}])
 def test_a_schema_that_is_none_breaks_nothing(parameters):
-    shown = prompted(msgspec.structs.replace(ASK, tools=(Tool(Function("odd", None, parameters)),)))
+    shown = build_prompted_request(msgspec.structs.replace(ASK, tools=(Tool(Function("odd", None, parameters)),)))
     assert '{"tool": "odd", "arguments": {' in shown.messages[0].text
 
 
 def test_none_means_no_tools():
-    assert wants_tools(ASK)
-    assert not wants_tools(msgspec.structs.replace(ASK, tool_choice="none"))
+    assert allows_tools(ASK)
+    assert not allows_tools(msgspec.structs.replace(ASK, tool_choice="none"))
 
 
 def test_earlier_calls_are_retold():
@@ -117,7 +119,7 @@ def test_earlier_calls_are_retold():
         ChatMessage("assistant", tool_calls=(call,)),
         ChatMessage("tool", "dry", tool_call_id="c1"),
     )
-    assert retold(messages) == [
+    assert flatten_tool_messages(messages) == [
         ChatMessage("user", "Rain?"),
         ChatMessage("assistant", '{"tool": "weather", "arguments": {"city": "Bonn"}}'),
         ChatMessage("user", "Result of weather: dry"),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.resilience import Deadline, Failure, Patience, RetryBudget, RetryPolicy
+from octollm.resilience import CallFailure, Deadline, OutageRetry, RetryBudget, RetryPolicy
 from octollm.resilience.deadline import parse_timeout_ms
 
 
@@ -33,15 +33,17 @@ def test_a_retry_is_bounded_by_attempts_deadline_and_safety(
     tried: int, retryable: bool, began: bool, safely: bool, left: float, random: float, after: float | None
 ) -> None:
     policy = RetryPolicy()
-    wait = policy.wait(Failure(retryable, began, after), tried=tried, repeats_safely=safely, left=left, random=random)
+    wait = policy.next_delay(
+        CallFailure(retryable, began, after), attempt=tried, is_idempotent=safely, remaining=left, random=random
+    )
     if wait is None:
         return
     assert retryable
-    assert tried < policy.attempts
+    assert tried < policy.max_attempts
     assert safely or not began
     assert wait < left
     assert wait >= (after or 0.0)
-    assert wait <= max(after or 0.0, policy.cap)
+    assert wait <= max(after or 0.0, policy.max_delay)
 
 
 @given(
@@ -55,8 +57,11 @@ def test_a_retry_is_bounded_by_attempts_deadline_and_safety(
 def test_patience_is_bounded_by_its_time_the_deadline_and_safety(
     away: bool, began: bool, safely: bool, waited: float, left: float, seconds: float
 ) -> None:
-    wait = Patience(seconds).wait(
-        Failure(retryable=True, began=began, away=away), waited=waited, repeats_safely=safely, left=left
+    wait = OutageRetry(seconds).next_delay(
+        CallFailure(retryable=True, may_have_started=began, is_outage=away),
+        elapsed=waited,
+        is_idempotent=safely,
+        remaining=left,
     )
     if wait is None:
         return
@@ -67,13 +72,13 @@ def test_patience_is_bounded_by_its_time_the_deadline_and_safety(
 
 
 def test_nobody_is_patient_unless_asked_to_be() -> None:
-    failure = Failure(retryable=True, began=False, away=True)
-    assert Patience().wait(failure, waited=0, repeats_safely=True, left=60) is None
+    failure = CallFailure(retryable=True, may_have_started=False, is_outage=True)
+    assert OutageRetry().next_delay(failure, elapsed=0, is_idempotent=True, remaining=60) is None
 
 
 @given(st.lists(st.booleans(), max_size=200))
 def test_retries_are_a_share_of_the_calls(tries: list[bool]) -> None:
-    budget = RetryBudget(share=0.2, most=10)
+    budget = RetryBudget(ratio=0.2, capacity=10)
     calls = retries = 0
     for wants_retry in tries:
         budget.earn()
@@ -86,13 +91,13 @@ def test_retries_are_a_share_of_the_calls(tries: list[bool]) -> None:
 def test_a_deadline_counts_down_and_says_when_it_passed() -> None:
     clock = HandClock()
     deadline = Deadline.after(clock, 2)
-    assert (deadline.left(), deadline.header()) == (2, "2000")
+    assert (deadline.remaining(), deadline.to_header()) == (2, "2000")
     clock.time += 3
-    assert (deadline.left(), deadline.header()) == (0, "1")
+    assert (deadline.remaining(), deadline.to_header()) == (0, "1")
     with pytest.raises(OctoError) as caught:
-        deadline.check()
+        deadline.raise_if_passed()
     assert caught.value.code == "deadline_exceeded"
-    assert Deadline.after(clock, 1e9).left() == 3600
+    assert Deadline.after(clock, 1e9).remaining() == 3600
 
 
 @given(st.text(max_size=12))

@@ -9,39 +9,43 @@ from dataclasses import dataclass
 from wires import CURRENT
 
 from octollm.capability import SigningKey
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.resilience import Deadline, RetryPolicy
 from octollm.rpc.call import Operation
-from octollm.rpc.caller import Caller, Outgoing, Target
+from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.hosting import listen
-from octollm.rpc.http import Http
-from octollm.rpc.identity import Identity
-from octollm.rpc.service import Base, build_base, build_service
+from octollm.rpc.http import HttpClient
+from octollm.rpc.identity import ServiceIdentity
+from octollm.rpc.service import ServiceBase, build_base, build_service
 
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
+IDS = Uuid7Generator(CLOCK)
 
 
 @dataclass
 class Served:
     url: str
     port: int
-    base: Base
-    caller: Caller
+    base: ServiceBase
+    caller: ServiceClient
     stop: Callable[[], None]
 
     def out(
         self, operation: Operation, body: bytes | None = b"{}", *, seconds: float = 10, key: str | None = None
-    ) -> Outgoing:
-        target = Target("svc", operation.name, operation.method, operation.path, operation.kind)
-        return Outgoing(target, "none", Deadline.after(CLOCK, seconds), body, key)
+    ) -> OutgoingCall:
+        target = CallTarget("svc", operation.name, operation.method, operation.path, operation.kind)
+        return OutgoingCall(target, "none", Deadline.after(CLOCK, seconds), body, key)
 
 
-def base_for(http: Http, urls: dict[str, tuple[str, ...]]) -> Base:
+def base_for(http: HttpClient, urls: dict[str, tuple[str, ...]]) -> ServiceBase:
     key = SigningKey.generate("svc")
     return build_base(
-        Identity("svc", key, {}, CLOCK, IDS), http, StaticDiscovery(urls), wire=CURRENT.wire, follow_revocations=False
+        ServiceIdentity("svc", key, {}, CLOCK, IDS),
+        http,
+        StaticDiscovery(urls),
+        transport=CURRENT.wire,
+        follow_revocations=False,
     )
 
 
@@ -55,14 +59,14 @@ async def served(
     async with CURRENT.client() as http:
         base = base_for(http, {"svc": (url,)})
         service = build_service(base, operations, max_concurrent=max_concurrent)
-        caller = Caller(
+        caller = ServiceClient(
             "tester",
             http,
             base.discovery,
             clock=CLOCK,
             ids=IDS,
             metrics=base.metrics,
-            retry=retry or RetryPolicy(attempts=1),
+            retry=retry or RetryPolicy(max_attempts=1),
         )
         async with service.serve(bound):
-            yield Served(url, port, base, caller, service.kit.draining.set)
+            yield Served(url, port, base, caller, service.context.draining.set)

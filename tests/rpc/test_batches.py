@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from octollm.errors import OctoError
 from octollm.rpc import batches as module
-from octollm.rpc.batches import Batches
+from octollm.rpc.batches import GroupCommit
 
 WHO = contextvars.ContextVar("who", default="nobody")
 
@@ -32,7 +32,7 @@ class Work:
 
 async def test_what_comes_meanwhile_is_done_together_and_each_gets_its_own() -> None:
     work = Work()
-    batches: Batches[int, int] = Batches(work, name="numbers")
+    batches: GroupCommit[int, int] = GroupCommit(work, name="numbers")
     waiting = [asyncio.create_task(batches.wait(item)) for item in range(6)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -49,7 +49,7 @@ async def test_what_comes_meanwhile_is_done_together_and_each_gets_its_own() -> 
 def test_a_batch_weighs_no_more_than_it_may_and_nothing_is_lost(items: list[int]) -> None:
     async def run() -> None:
         work = Work(hold=False)
-        batches: Batches[int, int] = Batches(work, name="numbers", weigh=lambda item: item, most_weight=20)
+        batches: GroupCommit[int, int] = GroupCommit(work, name="numbers", weight_of=lambda item: item, max_weight=20)
         assert await asyncio.gather(*map(batches.wait, items)) == [item * 2 for item in items]
         assert [item for batch in work.batches for item in batch] == items
         assert all(len(batch) == 1 or sum(batch) <= 20 for batch in work.batches)
@@ -59,7 +59,7 @@ def test_a_batch_weighs_no_more_than_it_may_and_nothing_is_lost(items: list[int]
 
 async def test_who_leaves_before_is_left_out_and_who_leaves_later_takes_nobody_along() -> None:
     work = Work()
-    batches: Batches[int, int] = Batches(work, name="numbers")
+    batches: GroupCommit[int, int] = GroupCommit(work, name="numbers")
     first = asyncio.create_task(batches.wait(2))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -75,7 +75,7 @@ async def test_what_the_work_raises_everybody_gets() -> None:
     async def fail(_items: Sequence[int]) -> Sequence[int]:
         raise OctoError("away", code="unavailable")
 
-    batches: Batches[int, int] = Batches(fail, name="numbers")
+    batches: GroupCommit[int, int] = GroupCommit(fail, name="numbers")
     results = await asyncio.gather(*map(batches.wait, range(3)), return_exceptions=True)
     assert [getattr(result, "code", "") for result in results] == ["unavailable"] * 3
 
@@ -84,14 +84,14 @@ async def test_it_belongs_to_none_of_those_it_works_for() -> None:
     async def who(items: Sequence[int]) -> Sequence[str]:
         return [WHO.get()] * len(items)
 
-    batches: Batches[int, str] = Batches(who, name="names")
+    batches: GroupCommit[int, str] = GroupCommit(who, name="names")
     WHO.set("me")
     assert await batches.wait(1) == "nobody"
 
 
 async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING", 3)
-    batches: Batches[int, int] = Batches(Work(), name="numbers")
+    batches: GroupCommit[int, int] = GroupCommit(Work(), name="numbers")
     futures = [batches.put(number) for number in range(3)]
     with pytest.raises(OctoError) as caught:
         batches.put(3)

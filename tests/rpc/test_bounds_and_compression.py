@@ -14,9 +14,9 @@ from kit import IDS, base_for, served
 from starlette.responses import Response
 from wires import CURRENT
 
-from octollm.contracts.health import Dependency
-from octollm.rpc.call import Call, Operation, Reply
-from octollm.rpc.compression import accepts_gzip, compressed
+from octollm.contracts.health import DependencyStatus
+from octollm.rpc.call import IncomingCall, Operation, OperationResponse
+from octollm.rpc.compression import accepts_gzip, compress
 from octollm.rpc.hosting import listen
 from octollm.rpc.service import build_service
 
@@ -29,15 +29,15 @@ class Text(msgspec.Struct):
     text: str
 
 
-async def long(_call: Call, _body: object) -> Reply:
-    return Reply(Text(TEXT), 200, {"ETag": '"1"'})
+async def long(_call: IncomingCall, _body: object) -> OperationResponse:
+    return OperationResponse(Text(TEXT), 200, {"ETag": '"1"'})
 
 
-async def short(_call: Call, _body: object) -> Text:
+async def short(_call: IncomingCall, _body: object) -> Text:
     return Text("short")
 
 
-async def picture(_call: Call, _body: object) -> Response:
+async def picture(_call: IncomingCall, _body: object) -> Response:
     return Response(b"\x89PNG" + TEXT.encode(), media_type="image/png")
 
 
@@ -91,7 +91,7 @@ def test_any_header_is_read(header: bytes) -> None:
 
 async def test_a_large_answer_is_compressed_as_well() -> None:
     body = TEXT.encode() * 500
-    small, headers = await compressed(body, [(b"content-type", b"text/plain"), (b"content-length", b"9")], b"gzip")
+    small, headers = await compress(body, [(b"content-type", b"text/plain"), (b"content-length", b"9")], b"gzip")
     assert gzip.decompress(small) == body
     assert dict(headers)[b"content-length"] == str(len(small)).encode()
 
@@ -99,17 +99,19 @@ async def test_a_large_answer_is_compressed_as_well() -> None:
 async def test_readiness_names_each_dependency_and_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octollm.rpc.health.CHECKUP_SECONDS", 0.2)
 
-    async def well() -> Dependency:
-        return Dependency(ok=True)
+    async def well() -> DependencyStatus:
+        return DependencyStatus(ok=True)
 
-    async def hangs() -> Dependency:
+    async def hangs() -> DependencyStatus:
         await asyncio.Event().wait()
         raise AssertionError
 
     bound = listen("127.0.0.1", 0, "svc")
     url = CURRENT.url(bound.getsockname()[1])
     async with CURRENT.client() as http:
-        service = build_service(base_for(http, {"svc": (url,)}), [], checkups={"database": well, "redis": hangs})
+        service = build_service(
+            base_for(http, {"svc": (url,)}), [], readiness_checks={"database": well, "redis": hangs}
+        )
         async with service.serve(bound), CURRENT.stock(base_url=url) as client:
             answer = await client.get("/ready", headers={"X-Request-ID": IDS.hex()})
     assert answer.status_code == 503

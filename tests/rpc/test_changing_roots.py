@@ -8,13 +8,13 @@ from kit import IDS
 from wires import CURRENT
 
 from octollm.capability import Principal, RootMinter, SigningKey
-from octollm.capability.keyring import BELIEVED_SECONDS, OVERLAP_SECONDS, DatedKey, KeyRing, Roots
+from octollm.capability.keyring import OVERLAP_SECONDS, TRUST_SECONDS, DatedKey, KeyRing, TrustedRoots
 from octollm.clock import SystemClock
 from octollm.rpc import identity as identity_module
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.hosting import listen
-from octollm.rpc.identity import DirectoryAnswer, Identity
+from octollm.rpc.identity import DirectoryResponse, ServiceIdentity
 from octollm.rpc.service import build_base, build_service
 from octollm.testing.waiting import wait_until
 
@@ -33,37 +33,37 @@ async def test_roots_come_and_go_while_a_service_runs(monkeypatch):
     ring = KeyRing([DatedKey(old), DatedKey(new, clock.now())])
     minter = RootMinter(ring, clock, IDS)
     told: list[set[str]] = []
-    roots = Roots({old.thumbprint: old.public}, lambda now: told.append(set(now)))
+    roots = TrustedRoots({old.thumbprint: old.public}, lambda now: told.append(set(now)))
 
-    async def directory(_call: Call, _body: object) -> DirectoryAnswer:
-        return DirectoryAnswer(minter.directory({}))
+    async def directory(_call: IncomingCall, _body: object) -> DirectoryResponse:
+        return DirectoryResponse(minter.sign_directory({}))
 
     bound = listen("127.0.0.1", 0, "orchestrator")
     url = CURRENT.url(bound.getsockname()[1])
     async with CURRENT.client() as http:
-        own = Identity("orchestrator", SigningKey.generate("o"), {}, clock, IDS)
-        base = build_base(own, http, StaticDiscovery({}), wire=CURRENT.wire, follow_revocations=False)
+        own = ServiceIdentity("orchestrator", SigningKey.generate("o"), {}, clock, IDS)
+        base = build_base(own, http, StaticDiscovery({}), transport=CURRENT.wire, follow_revocations=False)
         operation = Operation("directory", "GET", "/directory", directory, auth="public")
-        async with build_service(base, [operation]).serve(bound, drain=0.1):
+        async with build_service(base, [operation]).serve(bound, shutdown_grace=0.1):
             service = build_base(
-                Identity("svc", SigningKey.generate("svc"), roots, clock, IDS),
+                ServiceIdentity("svc", SigningKey.generate("svc"), roots, clock, IDS),
                 http,
                 StaticDiscovery({"orchestrator": (url,)}),
-                wire=CURRENT.wire,
+                transport=CURRENT.wire,
                 follow_revocations=False,
             )
-            refreshing = asyncio.create_task(service.directory.keep_fresh())
+            refreshing = asyncio.create_task(service.directory.refresh_periodically())
             verifier = service.identity.verifier()
             alice = Principal("alice", "key-1", "acme")
-            first = minter.access(alice, "svc", "svc:work", 86_400)
+            first = minter.mint_access(alice, "svc", "svc:work", 86_400)
             assert verifier.verify(first)
             await wait_until(
                 lambda: set(roots) == {old.thumbprint, new.thumbprint}, description="the new root is known"
             )
             clock.ahead = OVERLAP_SECONDS + 1
-            assert verifier.verify(minter.access(alice, "svc", "svc:work")).links[0].iss == "orchestrator"
+            assert verifier.verify(minter.mint_access(alice, "svc", "svc:work")).links[0].iss == "orchestrator"
             assert verifier.verify(first), "nothing honest is refused in between"
-            clock.ahead = OVERLAP_SECONDS + BELIEVED_SECONDS + 1
+            clock.ahead = OVERLAP_SECONDS + TRUST_SECONDS + 1
             await wait_until(lambda: set(roots) == {new.thumbprint}, description="the old root is forgotten")
             assert told == [{old.thumbprint, new.thumbprint}, {new.thumbprint}]
             refreshing.cancel()

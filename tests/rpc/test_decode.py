@@ -28,7 +28,7 @@ def test_a_fault_has_its_place(body: bytes, code: str, pointer: str) -> None:
     with pytest.raises(OctoError) as caught:
         decode(body, TaskContract, strict=True)
     assert caught.value.code == code
-    assert caught.value.faults[0].pointer == pointer
+    assert caught.value.field_errors[0].pointer == pointer
 
 
 def test_between_services_unknown_members_are_ignored() -> None:

@@ -12,14 +12,14 @@ from kit import CLOCK, IDS, base_for
 
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.call import Call, Operation
-from octollm.rpc.caller import Caller, Outgoing, Target
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.discovery import Discovery, StaticDiscovery
-from octollm.rpc.discovery_dns import DnsNames, Found
+from octollm.rpc.discovery_dns import DnsRecords, DnsResolver
 from octollm.rpc.discovery_registry import RegistryDiscovery
 from octollm.rpc.hosting import listen
-from octollm.rpc.http import Http
-from octollm.rpc.http1 import Http1
+from octollm.rpc.http import HttpClient
+from octollm.rpc.http1 import Http1Client
 from octollm.rpc.service import build_service
 from octollm.testing import wait_until
 
@@ -49,10 +49,10 @@ async def way(request: pytest.FixtureRequest) -> AsyncIterator[Way]:
         nonlocal hosts
         hosts = now
 
-    async def lookup(_name: str) -> Found:
+    async def lookup(_name: str) -> DnsRecords:
         if not hosts:
             raise LookupError
-        return Found(hosts, 0.0)
+        return DnsRecords(hosts, 0.0)
 
     def urls() -> tuple[str, ...]:
         return tuple(f"http://{host}:{port}" for host in hosts)
@@ -63,20 +63,20 @@ async def way(request: pytest.FixtureRequest) -> AsyncIterator[Way]:
         registry = RegistryDiscovery(StaticDiscovery({}), lambda name: urls() if name == "arm" else ())
         yield Way(registry, tell, port)
     else:
-        async with DnsNames(lookup=lookup) as names:
+        async with DnsResolver(resolve=lookup) as names:
             found = StaticDiscovery({"arm": (f"http://arm.internal:{port}",)}, names)
             await wait_until(lambda: found.instances("arm") == urls(), description="DNS answered")
             yield Way(found, tell, port)
 
 
 @contextlib.asynccontextmanager
-async def instance(http: Http, host: str, port: int, *, bad: bool = False) -> AsyncIterator[None]:
-    async def where(_call: Call, _body: object) -> Where:
+async def instance(http: HttpClient, host: str, port: int, *, bad: bool = False) -> AsyncIterator[None]:
+    async def where(_call: IncomingCall, _body: object) -> Where:
         if bad:
             raise ZeroDivisionError
         return Where(host)
 
-    operation = Operation("where", "GET", "/where", where, auth="public", answer=Where)
+    operation = Operation("where", "GET", "/where", where, auth="public", response=Where)
     base = base_for(http, {"svc": (f"http://{host}:{port}",)})
     async with build_service(base, [operation]).serve(listen(host, port, "svc")):
         yield
@@ -86,15 +86,15 @@ async def instance(http: Http, host: str, port: int, *, bad: bool = False) -> As
 async def calling(way: Way, *hosts: str, bad: str = "") -> AsyncIterator[Callable[[], object]]:
     """Serve at ``hosts``, and yield what calls the arm once and returns which of them answered."""
     async with contextlib.AsyncExitStack() as stack:
-        http = await stack.enter_async_context(Http1())
+        http = await stack.enter_async_context(Http1Client())
         for host in hosts:
             await stack.enter_async_context(instance(http, host, way.port, bad=host == bad))
         metrics = base_for(http, {"svc": ("http://127.0.0.1:1",)}).metrics
-        caller = Caller("tester", http, way.discovery, clock=CLOCK, ids=IDS, metrics=metrics)
+        caller = ServiceClient("tester", http, way.discovery, clock=CLOCK, ids=IDS, metrics=metrics)
 
         async def call() -> str:
-            target = Target("arm", "where", "GET", "/where", "read_only")
-            return (await caller.answer(Outgoing(target, "none", Deadline.after(CLOCK, 10)), Where)).host
+            target = CallTarget("arm", "where", "GET", "/where", "read_only")
+            return (await caller.call(OutgoingCall(target, "none", Deadline.after(CLOCK, 10)), Where)).host
 
         yield call
 

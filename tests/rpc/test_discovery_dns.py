@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from octollm.errors import OctoError
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.discovery_dns import DnsNames, Found
+from octollm.rpc.discovery_dns import DnsRecords, DnsResolver
 from octollm.testing import wait_until
 
 NAME = "http://coder-arm:8102"
@@ -22,16 +22,16 @@ class Answers:
         self.ttl = ttl
         self.asked: list[str] = []
 
-    async def __call__(self, name: str) -> Found:
+    async def __call__(self, name: str) -> DnsRecords:
         self.asked.append(name)
         if not self.addresses:
             raise LookupError(name)
-        return Found(self.addresses, self.ttl)
+        return DnsRecords(self.addresses, self.ttl)
 
 
 async def test_a_name_becomes_its_addresses_with_its_port():
     answers = Answers("10.0.0.1", "10.0.0.2", "fd00::1", ttl=30)
-    async with DnsNames(lookup=answers) as names:
+    async with DnsResolver(resolve=answers) as names:
         discovery = StaticDiscovery({"coder": (NAME,)}, names)
         # Until DNS has answered, the operating system is asked.
         assert discovery.instances("coder") == (NAME,)
@@ -46,22 +46,22 @@ async def test_a_name_becomes_its_addresses_with_its_port():
 
 async def test_a_change_is_followed_when_the_records_have_run_out():
     answers = Answers("10.0.0.1")
-    async with DnsNames(lookup=answers) as names:
-        await wait_until(lambda: names.spread([NAME]) == ("http://10.0.0.1:8102",), description="the first answer")
+    async with DnsResolver(resolve=answers) as names:
+        await wait_until(lambda: names.expand([NAME]) == ("http://10.0.0.1:8102",), description="the first answer")
         answers.addresses = ("10.0.0.9",)
         await wait_until(
-            lambda: names.spread([NAME]) == ("http://10.0.0.9:8102",), description="the second answer", timeout=5
+            lambda: names.expand([NAME]) == ("http://10.0.0.9:8102",), description="the second answer", timeout=5
         )
 
 
 async def test_the_last_addresses_stay_when_dns_is_away():
     answers = Answers("10.0.0.1")
-    async with DnsNames(lookup=answers) as names:
-        await wait_until(lambda: names.spread([NAME]) != (NAME,), description="the first answer")
+    async with DnsResolver(resolve=answers) as names:
+        await wait_until(lambda: names.expand([NAME]) != (NAME,), description="the first answer")
         answers.addresses = ()
         asked = len(answers.asked)
         await wait_until(lambda: len(answers.asked) > asked, description="DNS was asked again", timeout=5)
-        assert names.spread([NAME]) == ("http://10.0.0.1:8102",)
+        assert names.expand([NAME]) == ("http://10.0.0.1:8102",)
 
 
 @given(
@@ -70,7 +70,7 @@ async def test_the_last_addresses_stay_when_dns_is_away():
     )
 )
 def test_addresses_certificates_and_this_machine_are_left_alone(url: str):
-    assert DnsNames().spread([url]) == (url,)
+    assert DnsResolver().expand([url]) == (url,)
 
 
 def test_a_service_without_an_address_says_which_setting_is_missing():

@@ -10,16 +10,16 @@ import pytest
 from kit import CLOCK, served
 
 from octollm.config import read_settings
-from octollm.context import Scene, Trace, current_scene, set_scene
+from octollm.context import RequestContext, TraceContext, current_context, set_context
 from octollm.errors import OctoError, SettingError
 from octollm.rpc import exporting
-from octollm.rpc.call import Call, Operation
-from octollm.rpc.exporting import Exporter
-from octollm.rpc.http1 import Http1
-from octollm.services.monitor.collector import forwarding, to_collector
-from octollm.telemetry import Buffer, Metrics, Span, Tracer
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.rpc.exporting import BatchExporter
+from octollm.rpc.http1 import Http1Client
+from octollm.services.monitor.collector import build_collector_sender, run_span_export
+from octollm.telemetry import ExportBuffer, Metrics, Span, Tracer
 from octollm.testing import wait_until
-from octollm.testing.harness import harness
+from octollm.testing.harness import start_harness
 
 
 class Taker:
@@ -36,7 +36,7 @@ class Taker:
 
     async def send(self, batch: list[int]) -> None:
         self.tries += 1
-        scene = current_scene()
+        scene = current_context()
         assert scene.trace is not None
         self.sampled.add(scene.trace.sampled)
         if self.gate is not None:
@@ -50,8 +50,8 @@ class Taker:
 
     debug = warning = info
 
-    def exporter(self, buffer: Buffer[int]) -> Exporter[int]:
-        return Exporter(buffer, self.send, name="monitor", log=self, metrics=self.metrics)  # type: ignore[arg-type]
+    def exporter(self, buffer: ExportBuffer[int]) -> BatchExporter[int]:
+        return BatchExporter(buffer, self.send, name="monitor", log=self, metrics=self.metrics)  # type: ignore[arg-type]
 
     def count(self, outcome: str) -> float:
         return self.metrics.registry.get_sample_value("octollm_spans_total", {"to": "monitor", "outcome": outcome}) or 0
@@ -65,8 +65,8 @@ def taker(monkeypatch: pytest.MonkeyPatch) -> Taker:
 
 
 async def test_what_waits_is_sent_in_order_and_leaves_no_trace_of_its_own(taker: Taker) -> None:
-    buffer: Buffer[int] = Buffer(2000)
-    async with taker.exporter(buffer).running():
+    buffer: ExportBuffer[int] = ExportBuffer(2000)
+    async with taker.exporter(buffer).run():
         for number in range(1200):
             buffer.put(number)
         await wait_until(lambda: len(taker.taken) == 1200, description="all were sent")
@@ -77,14 +77,14 @@ async def test_what_waits_is_sent_in_order_and_leaves_no_trace_of_its_own(taker:
 
 
 async def test_while_nobody_takes_it_the_newest_are_kept_and_it_is_told_once(taker: Taker) -> None:
-    buffer: Buffer[int] = Buffer(10)
+    buffer: ExportBuffer[int] = ExportBuffer(10)
     exporter = taker.exporter(buffer)
     taker.error = OctoError("monitor could not be reached.", code="connect_failed")
-    async with exporter.running():
+    async with exporter.run():
         for number in range(4):
             buffer.put(number)
         await wait_until(lambda: taker.tries > 3, description="it was tried again")
-        state = await exporter.checkup()
+        state = await exporter.check_readiness()
         assert (state.ok, state.required, state.detail) == (
             False,
             False,
@@ -101,9 +101,9 @@ async def test_while_nobody_takes_it_the_newest_are_kept_and_it_is_told_once(tak
 
 
 async def test_a_batch_that_is_refused_for_good_does_not_stop_the_next(taker: Taker) -> None:
-    buffer: Buffer[int] = Buffer(10)
+    buffer: ExportBuffer[int] = ExportBuffer(10)
     taker.error = OctoError("It does not fit.", code="invalid_body")
-    async with taker.exporter(buffer).running():
+    async with taker.exporter(buffer).run():
         buffer.put(1)
         await wait_until(lambda: taker.tries == 1, description="it was tried")
         taker.error = None
@@ -114,17 +114,17 @@ async def test_a_batch_that_is_refused_for_good_does_not_stop_the_next(taker: Ta
 
 async def test_the_last_are_sent_when_the_service_ends(taker: Taker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "EXPORT_SECONDS", 60)
-    buffer: Buffer[int] = Buffer(10)
-    async with taker.exporter(buffer).running():
+    buffer: ExportBuffer[int] = ExportBuffer(10)
+    async with taker.exporter(buffer).run():
         buffer.put(1)
     assert taker.taken == [1]
 
 
 async def test_ending_waits_for_nobody_for_long(taker: Taker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "FLUSH_SECONDS", 0.05)
-    buffer: Buffer[int] = Buffer(10)
+    buffer: ExportBuffer[int] = ExportBuffer(10)
     taker.gate = asyncio.Event()
-    async with asyncio.timeout(5), taker.exporter(buffer).running():
+    async with asyncio.timeout(5), taker.exporter(buffer).run():
         buffer.put(1)
         await wait_until(lambda: taker.tries == 1, description="it is being sent")
     assert (taker.taken, len(buffer)) == ([], 1)
@@ -132,7 +132,7 @@ async def test_ending_waits_for_nobody_for_long(taker: Taker, monkeypatch: pytes
 
 
 async def test_an_error_of_our_own_ends_the_export_and_is_told(taker: Taker) -> None:
-    buffer: Buffer[int] = Buffer(10)
+    buffer: ExportBuffer[int] = ExportBuffer(10)
     exporter = taker.exporter(buffer)
 
     async def broken(_batch: list[int]) -> None:
@@ -141,7 +141,7 @@ async def test_an_error_of_our_own_ends_the_export_and_is_told(taker: Taker) -> 
     exporter._send = broken
     exporter._log = Recorder(taker.lines)  # type: ignore[assignment]
     with contextlib.suppress(ZeroDivisionError):
-        async with exporter.running():
+        async with exporter.run():
             buffer.put(1)
             await wait_until(lambda: exporter.failure, description="it is told")
             buffer.take(1)
@@ -159,19 +159,19 @@ class Recorder:
     debug = info = warning = error
 
 
-async def nothing(_call: Call, _body: object) -> dict[str, str]:
+async def nothing(_call: IncomingCall, _body: object) -> dict[str, str]:
     return {}
 
 
 async def test_a_call_and_its_serving_are_one_trace_and_the_flag_is_honoured() -> None:
     operation = Operation("op", "POST", "/op", nothing, auth="public", body=bytes)
     async with served([operation]) as svc:
-        buffer: Buffer[Span] = Buffer()
+        buffer: ExportBuffer[Span] = ExportBuffer()
         caller = svc.caller
         caller._tracer = Tracer("tester", CLOCK, buffer)
         await caller.send(svc.out(operation))
         assert (len(buffer), len(svc.base.spans)) == (0, 0)
-        set_scene(Scene("tester", trace=Trace("a" * 32, "b" * 16)))
+        set_context(RequestContext("tester", trace=TraceContext("a" * 32, "b" * 16)))
         await caller.send(svc.out(operation))
         [client] = buffer.take(9)
         [server] = svc.base.spans.take(9)
@@ -185,7 +185,7 @@ async def test_a_call_and_its_serving_are_one_trace_and_the_flag_is_honoured() -
 
 @contextlib.asynccontextmanager
 async def collector(seen: list[Any], answers: list[int]) -> AsyncGenerator[str]:
-    async def take(call: Call, body: bytes) -> dict[str, str]:
+    async def take(call: IncomingCall, body: bytes) -> dict[str, str]:
         seen.append((call.request.headers.get("x-scope"), msgspec.json.decode(body)))
         if answers and answers.pop(0) != 200:
             raise OctoError("Not now.", code="unavailable")
@@ -199,10 +199,10 @@ async def collector(seen: list[Any], answers: list[int]) -> AsyncGenerator[str]:
 async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker) -> None:
     del taker
     seen: list[Any] = []
-    span = Span("coder", "execute", "server", Trace("a" * 32, "b" * 16), "", 1, 2)
-    async with collector(seen, [503, 200]) as url, harness() as house:
+    span = Span("coder", "execute", "server", TraceContext("a" * 32, "b" * 16), "", 1, 2)
+    async with collector(seen, [503, 200]) as url, start_harness() as house:
         environment = {"OCTOLLM_OTLP_URL": url, "OCTOLLM_OTLP_HEADERS": "X-Scope=team-1, Authorization=Basic abc="}
-        async with forwarding(house.base("monitor"), read_settings(environment, ())) as outside:
+        async with run_span_export(house.base("monitor"), read_settings(environment, ())) as outside:
             assert outside is not None
             outside.buffer.put(span)
             await wait_until(lambda: len(seen) == 2, description="it was sent again")
@@ -213,9 +213,9 @@ async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker
 
 
 async def test_a_collector_that_refuses_is_told_with_what_to_look_at() -> None:
-    async with served([]) as svc, Http1() as http:
+    async with served([]) as svc, Http1Client() as http:
         with pytest.raises(OctoError, match="answers 404; see OCTOLLM_OTLP_URL") as caught:
-            await to_collector(http, svc.url, ())([])
+            await build_collector_sender(http, svc.url, ())([])
     assert caught.value.code == "peer_protocol"
 
 

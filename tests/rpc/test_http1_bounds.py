@@ -10,14 +10,14 @@ import msgspec
 import pytest
 from kit import served
 
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import IncomingCall, Operation
 
 
 class Text(msgspec.Struct):
     text: str
 
 
-async def short(_call: Call, _body: object) -> Text:
+async def short(_call: IncomingCall, _body: object) -> Text:
     return Text("a")
 
 

@@ -19,13 +19,13 @@ from kit import base_for, served
 from starlette.responses import Response
 from wires import CURRENT, certificates, wire_named
 
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.hosting import listen
 from octollm.rpc.http import TransportError
-from octollm.rpc.http2 import Http2
+from octollm.rpc.http2 import Http2Client
 from octollm.rpc.service import build_service
 from octollm.rpc.tls import client_context
-from octollm.rpc.wire import PLAIN, Wire
+from octollm.rpc.wire import PLAINTEXT, TransportConfig
 from octollm.testing import wait_until
 
 
@@ -33,15 +33,15 @@ class Text(msgspec.Struct):
     text: str
 
 
-async def echo(_call: Call, body: Text) -> Text:
+async def echo(_call: IncomingCall, body: Text) -> Text:
     return body
 
 
-async def large(_call: Call, _body: object) -> Response:
+async def large(_call: IncomingCall, _body: object) -> Response:
     return Response(b"x" * 1_000_000, media_type="application/octet-stream")
 
 
-ECHO = Operation("echo", "POST", "/echo", echo, auth="public", body=Text, answer=Text)
+ECHO = Operation("echo", "POST", "/echo", echo, auth="public", body=Text, response=Text)
 LARGE = Operation("large", "GET", "/large", large, auth="public", max_body=0)
 
 
@@ -116,7 +116,7 @@ async def peer(port: int, tls: ssl.SSLContext | None = None, *, window: int | No
 def http2() -> object:
     CURRENT.wire = wire_named("http2")
     yield
-    CURRENT.wire = PLAIN
+    CURRENT.wire = PLAINTEXT
 
 
 async def test_bounds_of_headers_and_url_are_those_of_every_call() -> None:
@@ -164,7 +164,7 @@ async def test_a_large_body_comes_whole_and_a_larger_one_is_refused() -> None:
 async def test_many_calls_share_one_connection_and_one_that_leaves_disturbs_no_other() -> None:
     began, ended = 0, 0
 
-    async def work(_call: Call, body: Text) -> Text:
+    async def work(_call: IncomingCall, body: Text) -> Text:
         nonlocal began, ended
         if body.text != "forever":
             return body
@@ -175,7 +175,7 @@ async def test_many_calls_share_one_connection_and_one_that_leaves_disturbs_no_o
             ended += 1
         raise AssertionError
 
-    operation = Operation("work", "POST", "/work", work, auth="public", body=Text, answer=Text)
+    operation = Operation("work", "POST", "/work", work, auth="public", body=Text, response=Text)
     async with served([operation]) as svc, peer(svc.port) as client:
         streams = [client.ask("/work", method="POST", end=False) for _ in range(6)]
         for number, stream in enumerate(streams):
@@ -226,17 +226,17 @@ async def test_a_connection_that_asks_nothing_is_closed(monkeypatch: pytest.Monk
 async def test_draining_answers_what_is_under_way_and_takes_no_more() -> None:
     going = asyncio.Event()
 
-    async def work(_call: Call, body: Text) -> Text:
+    async def work(_call: IncomingCall, body: Text) -> Text:
         going.set()
         await asyncio.sleep(0.3)
         return body
 
-    operation = Operation("work", "POST", "/work", work, auth="public", body=Text, answer=Text)
+    operation = Operation("work", "POST", "/work", work, auth="public", body=Text, response=Text)
     bound = listen("127.0.0.1", 0, "svc")
     port = bound.getsockname()[1]
-    async with Http2() as http:
+    async with Http2Client() as http:
         service = build_service(base_for(http, {"svc": (CURRENT.url(port),)}), [operation])
-        serving = service.serve(bound, drain=5)
+        serving = service.serve(bound, shutdown_grace=5)
         await serving.__aenter__()
         async with peer(port) as client:
             stream = client.ask("/work", method="POST", end=False)
@@ -280,8 +280,8 @@ async def test_who_shows_no_certificate_or_one_of_another_authority_is_not_serve
     tls = certificates()
     CURRENT.wire = wire_named("tls-http2")
     async with served([ECHO]) as svc:
-        for wire in (Wire("2"), Wire("1.1")):
-            async with wire.client() as http:
+        for wire in (TransportConfig("2"), TransportConfig("1.1")):
+            async with wire.create_client() as http:
                 with pytest.raises(TransportError) as caught:
                     await http.send("GET", svc.url + "/health", {}, None, seconds=5)
                 assert caught.value.code in ("connect_failed", "connection_lost")

@@ -13,7 +13,7 @@ import pytest
 from ports import free_port
 
 from octollm.rpc.http import TransportError
-from octollm.rpc.http1 import Http1
+from octollm.rpc.http1 import Http1Client
 
 
 @dataclass
@@ -55,20 +55,20 @@ async def peer() -> AsyncGenerator[Peer]:
 @pytest.mark.parametrize("reused", [True, False], ids=["reused", "fresh"])
 @pytest.mark.parametrize("breaks", ["reset", "close"])
 async def test_a_request_that_was_sent_may_have_been_seen(breaks: str, reused: bool) -> None:
-    async with peer() as server, Http1() as http:
+    async with peer() as server, Http1Client() as http:
         if reused:
             assert (await http.send("POST", server.url, {}, b"hi", seconds=5)).status == 200
         server.breaks, before = breaks, server.seen
         with pytest.raises(TransportError) as caught:
             await http.send("POST", server.url, {}, b"hi", seconds=5)
-        assert (caught.value.code, caught.value.began) == ("connection_lost", True)
+        assert (caught.value.code, caught.value.request_sent) == ("connection_lost", True)
         # The library underneath does not repeat it in silence either.
         assert server.seen - before == 1
 
 
 async def test_a_refused_connection_was_surely_not_seen() -> None:
     url = f"http://127.0.0.1:{free_port()}/"
-    async with Http1() as http:
+    async with Http1Client() as http:
         with pytest.raises(TransportError) as caught:
             await http.send("POST", url, {}, b"hi", seconds=5)
-    assert (caught.value.code, caught.value.began) == ("connect_failed", False)
+    assert (caught.value.code, caught.value.request_sent) == ("connect_failed", False)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from octollm.errors import OctoError
 from octollm.rpc import http1, http1_connection
-from octollm.rpc.http import MAX_KEEPALIVE, Http, TransportError
-from octollm.rpc.http1 import Http1
+from octollm.rpc.http import MAX_KEEPALIVE, HttpClient, TransportError
+from octollm.rpc.http1 import Http1Client
 from octollm.testing import wait_until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -77,12 +77,12 @@ async def peer(*says: Says) -> AsyncGenerator[Peer]:
 
 
 @pytest.fixture
-async def http() -> AsyncGenerator[Http]:
-    async with Http1() as client:
+async def http() -> AsyncGenerator[HttpClient]:
+    async with Http1Client() as client:
         yield client
 
 
-def get(client: Http, url: str, method: str = "GET", seconds: float = 5) -> Awaitable[object]:
+def get(client: HttpClient, url: str, method: str = "GET", seconds: float = 5) -> Awaitable[object]:
     return client.send(method, url + "/", {}, None, seconds=seconds)
 
 
@@ -99,14 +99,16 @@ def get(client: Http, url: str, method: str = "GET", seconds: float = 5) -> Awai
         (b"HTTP/1.1 500 Oh\r\ncontent-length: 0\r\n\r\n", 500, b""),
     ],
 )
-async def test_an_answer_is_read_however_it_is_delimited(http: Http, answer: bytes, status: int, body: bytes) -> None:
+async def test_an_answer_is_read_however_it_is_delimited(
+    http: HttpClient, answer: bytes, status: int, body: bytes
+) -> None:
     async with peer(answer) as server:
         found = await http.send("GET", server.url + "/", {}, None, seconds=5)
         assert (found.status, found.body) == (status, body)
         assert "link" not in found.headers
 
 
-async def test_a_connection_is_used_again_for_as_long_as_both_sides_keep_it(http: Http) -> None:
+async def test_a_connection_is_used_again_for_as_long_as_both_sides_keep_it(http: HttpClient) -> None:
     async with peer(OK, OK, OK.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"), OK) as server:
         for _ in range(3):
             await get(http, server.url)
@@ -115,7 +117,7 @@ async def test_a_connection_is_used_again_for_as_long_as_both_sides_keep_it(http
         assert server.connections == 2
 
 
-async def test_headers_are_sent_as_given_and_read_in_lower_case(http: Http) -> None:
+async def test_headers_are_sent_as_given_and_read_in_lower_case(http: HttpClient) -> None:
     async with peer(OK.replace(b"\r\n\r\n", b'\r\nX-Odd: a\r\nETag: "b"\r\n\r\n')) as server:
         found = await http.send("POST", server.url + "/a?b=c", {"X-Request-ID": "req-1"}, b"body", seconds=5)
     head = server.heads[0].lower()
@@ -125,7 +127,7 @@ async def test_headers_are_sent_as_given_and_read_in_lower_case(http: Http) -> N
     assert (found.headers["x-odd"], found.headers["etag"]) == ("a", '"b"')
 
 
-async def test_head_has_no_body_whatever_its_headers_say(http: Http) -> None:
+async def test_head_has_no_body_whatever_its_headers_say(http: HttpClient) -> None:
     async with peer(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n", OK) as server:
         found = await http.send("HEAD", server.url + "/", {}, None, seconds=5)
         assert (found.status, found.body, found.headers["content-length"]) == (200, b"", "5")
@@ -154,11 +156,11 @@ async def _closed(writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("says", [_broken_off, _reset_mid_body, _closed])
-async def test_an_answer_that_is_not_whole_is_a_lost_connection(http: Http, says: Says) -> None:
+async def test_an_answer_that_is_not_whole_is_a_lost_connection(http: HttpClient, says: Says) -> None:
     async with peer(says) as server:
         with pytest.raises(TransportError) as caught:
             await get(http, server.url)
-    assert (caught.value.code, caught.value.began) == ("connection_lost", True)
+    assert (caught.value.code, caught.value.request_sent) == ("connection_lost", True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ async def test_an_answer_that_is_not_whole_is_a_lost_connection(http: Http, says
     ],
 )
 async def test_what_is_no_http_is_told_as_such(answer: bytes) -> None:
-    async with peer(answer) as server, Http1() as client:
+    async with peer(answer) as server, Http1Client() as client:
         with pytest.raises(OctoError) as caught:
             await get(client, server.url)
         assert caught.value.code == "peer_protocol"
@@ -190,10 +192,10 @@ def test_any_bytes_end_the_call_one_way_or_the_other(pieces: list[bytes]) -> Non
             pass
 
     async def call() -> None:
-        connection = http1_connection.Connection("peer")
+        connection = http1_connection.Http1Connection("peer")
         connection.connection_made(Pipe())
         connection.write(b"GET / HTTP/1.1\r\n\r\n", head=False)
-        reading = asyncio.create_task(connection.whole())
+        reading = asyncio.create_task(connection.read_body())
         for piece in pieces:
             connection.data_received(piece)
         connection.connection_lost(None)
@@ -206,7 +208,7 @@ def test_any_bytes_end_the_call_one_way_or_the_other(pieces: list[bytes]) -> Non
 
 
 async def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request() -> None:
-    async with peer(OK + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil", OK) as server, Http1() as client:
+    async with peer(OK + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil", OK) as server, Http1Client() as client:
         assert (await client.send("GET", server.url + "/", {}, None, seconds=5)).body == b"ok"
         assert (await client.send("GET", server.url + "/", {}, None, seconds=5)).body == b"ok"
         assert server.connections == 2
@@ -223,7 +225,7 @@ async def _hangs(writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("says", [_silent, _hangs])
-async def test_the_deadline_holds_whatever_the_peer_does(http: Http, says: Says) -> None:
+async def test_the_deadline_holds_whatever_the_peer_does(http: HttpClient, says: Says) -> None:
     async with peer(says) as server:
         with pytest.raises(OctoError) as caught:
             await get(http, server.url, seconds=0.2)
@@ -233,23 +235,23 @@ async def test_the_deadline_holds_whatever_the_peer_does(http: Http, says: Says)
 @pytest.mark.parametrize("says", [_silent, _hangs])
 async def test_a_peer_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch, says: Says) -> None:
     monkeypatch.setattr(http1_connection, "READ_SECONDS", 0.2)
-    async with peer(says) as server, Http1() as client:
+    async with peer(says) as server, Http1Client() as client:
         with pytest.raises(TransportError) as caught:
             await get(client, server.url, seconds=20)
-        assert (caught.value.code, caught.value.began) == ("read_timeout", True)
+        assert (caught.value.code, caught.value.request_sent) == ("read_timeout", True)
 
 
 async def test_a_peer_that_takes_no_bytes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http1_connection, "WRITE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/"
-        async with Http1() as client:
+        async with Http1Client() as client:
             with pytest.raises(TransportError) as caught:
                 await client.send("POST", url, {}, b"x" * 32_000_000, seconds=20)
     assert caught.value.code == "write_timeout"
 
 
-async def test_a_cancelled_call_closes_its_connection(http: Http) -> None:
+async def test_a_cancelled_call_closes_its_connection(http: HttpClient) -> None:
     async with peer(_silent) as server:
         call = asyncio.ensure_future(get(http, server.url))
         await wait_until(lambda: server.heads, description="the request is there")
@@ -260,7 +262,7 @@ async def test_a_cancelled_call_closes_its_connection(http: Http) -> None:
             await get_again(http, server)
 
 
-async def get_again(client: Http, server: Peer) -> None:
+async def get_again(client: HttpClient, server: Peer) -> None:
     server.says[:] = [OK]
     await get(client, server.url)
     assert server.connections == 2  # the first was not kept
@@ -279,7 +281,7 @@ async def test_a_stream_that_is_left_closes_its_connection() -> None:
         finally:
             gone.set()
 
-    async with peer(endless) as server, Http1() as client:
+    async with peer(endless) as server, Http1Client() as client:
         async with client.stream("GET", server.url + "/", {}, None, seconds=10) as streamed:
             async for chunk in streamed.chunks:
                 assert chunk.startswith(b"more")
@@ -301,7 +303,7 @@ async def test_a_slow_reader_slows_the_peer() -> None:
 
     async with (
         peer(much) as server,
-        Http1() as client,
+        Http1Client() as client,
         client.stream("GET", server.url + "/", {}, None, seconds=30) as streamed,
     ):
         before = -1
@@ -315,12 +317,12 @@ async def test_a_slow_reader_slows_the_peer() -> None:
 async def test_a_pool_that_is_exhausted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http1, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(http1, "POOL_SECONDS", 0.2)
-    async with peer(_silent) as server, Http1() as client:
+    async with peer(_silent) as server, Http1Client() as client:
         calls = [asyncio.ensure_future(get(client, server.url, seconds=20)) for _ in range(2)]
         await wait_until(lambda: len(server.heads) == 2, description="two calls are under way")
         with pytest.raises(TransportError) as caught:
             await get(client, server.url, seconds=20)
-        assert (caught.value.code, caught.value.began) == ("pool_timeout", False)
+        assert (caught.value.code, caught.value.request_sent) == ("pool_timeout", False)
         # A place that comes free goes to who waits for it, and one who stopped waiting takes none.
         server.says[:] = [OK]
         waiting = asyncio.ensure_future(get(client, server.url, seconds=20))
@@ -336,7 +338,7 @@ async def test_a_pool_that_is_exhausted_says_so(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_many_calls_at_once_leave_few_connections() -> None:
-    async with peer(OK) as server, Http1() as client:
+    async with peer(OK) as server, Http1Client() as client:
         await asyncio.gather(*(get(client, server.url) for _ in range(60)))
         assert server.connections == 60
         await wait_until(lambda: server.open <= MAX_KEEPALIVE, description="only so many are kept")
@@ -346,7 +348,7 @@ async def test_many_calls_at_once_leave_few_connections() -> None:
 
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nb", "a\0b", "a\rb"])
 async def test_a_header_cannot_bring_another(value: str) -> None:
-    async with peer(OK) as server, Http1() as client:
+    async with peer(OK) as server, Http1Client() as client:
         with pytest.raises(OctoError) as caught:
             await client.send("GET", server.url + "/", {"X-Odd": value}, None, seconds=5)
         assert caught.value.code == "invalid_header"
@@ -355,7 +357,7 @@ async def test_a_header_cannot_bring_another(value: str) -> None:
 
 @pytest.mark.parametrize("path", ["/a b", "/a\r\nX: 1", "/ü", "/a\tb"])
 async def test_a_path_that_is_not_encoded_is_not_sent(path: str) -> None:
-    async with peer(OK) as server, Http1() as client:
+    async with peer(OK) as server, Http1Client() as client:
         with pytest.raises(ValueError, match="percent-encoded"):
             await client.send("GET", server.url + path, {}, None, seconds=5)
         assert not server.heads

@@ -10,23 +10,23 @@ from sqlalchemy import update
 
 from octollm.clock import SystemClock
 from octollm.rpc.idempotency import (
-    KEEP_SECONDS,
     LEASE_SECONDS,
+    RETENTION_SECONDS,
+    AlreadyCompleted,
     Claimed,
-    Conflict,
+    IdempotencyKey,
     InFlight,
-    Kept,
-    KeyOf,
+    KeyConflict,
     NestedKeys,
-    Stored,
-    Unknown,
+    OutcomeUnknown,
+    StoredResponse,
 )
-from octollm.rpc.idempotency_sql import MAX_ANSWER, PRUNE_EVERY, SqlIdempotency
+from octollm.rpc.idempotency_sql import MAX_STORED_BYTES, PRUNE_EVERY, SqlIdempotencyStore
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import idempotency as table
 
-KEY = KeyOf("t1", "user", "coder", "execute", "k")
+KEY = IdempotencyKey("t1", "user", "coder", "execute", "k")
 
 
 @pytest.fixture
@@ -44,21 +44,23 @@ async def pass_time(db: Database, seconds: float) -> None:
 
 
 @pytest.fixture
-def store(db: Database) -> SqlIdempotency:
-    return SqlIdempotency(db, "holder")
+def store(db: Database) -> SqlIdempotencyStore:
+    return SqlIdempotencyStore(db, "holder")
 
 
-async def claim(store: SqlIdempotency, key: KeyOf = KEY, body: str = "b", *, repeatable: bool = True) -> object:
-    return await store.claim(key, body, repeatable=repeatable, bearer="")
+async def claim(
+    store: SqlIdempotencyStore, key: IdempotencyKey = KEY, body: str = "b", *, repeatable: bool = True
+) -> object:
+    return await store.claim(key, body, idempotent=repeatable, bearer="")
 
 
-async def test_a_key_is_claimed_once_and_its_answer_is_kept(store: SqlIdempotency) -> None:
+async def test_a_key_is_claimed_once_and_its_answer_is_kept(store: SqlIdempotencyStore) -> None:
     found = await asyncio.gather(*(claim(store) for _ in range(20)))
     assert found.count(Claimed(1)) == 1
     assert found.count(InFlight()) == 19
-    await store.complete(KEY, 1, Kept(200, b"answer", {"etag": "1"}))
-    assert await claim(store) == Stored(Kept(200, b"answer", {"etag": "1"}))
-    assert await claim(store, body="other") == Conflict()
+    await store.complete(KEY, 1, StoredResponse(200, b"answer", {"etag": "1"}))
+    assert await claim(store) == AlreadyCompleted(StoredResponse(200, b"answer", {"etag": "1"}))
+    assert await claim(store, body="other") == KeyConflict()
 
 
 @pytest.mark.postgres
@@ -67,15 +69,15 @@ async def test_one_of_many_claimers_in_two_processes_wins_each_time(postgres: Ba
     lines = (
         "import asyncio, sys",
         "from octollm.clock import SystemClock",
-        "from octollm.rpc.idempotency import Claimed, KeyOf",
-        "from octollm.rpc.idempotency_sql import SqlIdempotency",
+        "from octollm.rpc.idempotency import Claimed, IdempotencyKey",
+        "from octollm.rpc.idempotency_sql import SqlIdempotencyStore",
         "from octollm.storage import open_database",
         "async def main():",
         f"    async with open_database({url!r}, clock=SystemClock()) as db:",
-        "        store = SqlIdempotency(db, 'x')",
+        "        store = SqlIdempotencyStore(db, 'x')",
         "        print('ready', flush=True)",
         "        await asyncio.to_thread(sys.stdin.readline)",
-        "        keys = [KeyOf('t', 'u', 'coder', 'execute', str(n % 10)) for n in range(100)]",
+        "        keys = [IdempotencyKey('t', 'u', 'coder', 'execute', str(n % 10)) for n in range(100)]",
         "        found = await asyncio.gather(*(store.claim(k, 'b', repeatable=True, bearer='') for k in keys))",
         "        print(sum(isinstance(outcome, Claimed) for outcome in found))",
         "asyncio.run(main())",
@@ -98,21 +100,21 @@ async def test_one_of_many_claimers_in_two_processes_wins_each_time(postgres: Ba
 
 
 @pytest.mark.parametrize("field", ["tenant", "subject", "service", "operation", "key"])
-async def test_a_key_is_nobody_elses(store: SqlIdempotency, field: str) -> None:
+async def test_a_key_is_nobody_elses(store: SqlIdempotencyStore, field: str) -> None:
     await claim(store)
-    await store.complete(KEY, 1, Kept(200, b"mine"))
+    await store.complete(KEY, 1, StoredResponse(200, b"mine"))
     parts = {name: getattr(KEY, name) for name in ("tenant", "subject", "service", "operation", "key")}
-    assert await claim(store, KeyOf(**{**parts, field: "another"})) == Claimed(1)
+    assert await claim(store, IdempotencyKey(**{**parts, field: "another"})) == Claimed(1)
 
 
-async def test_a_released_key_may_be_claimed_again(store: SqlIdempotency) -> None:
+async def test_a_released_key_may_be_claimed_again(store: SqlIdempotencyStore) -> None:
     await claim(store)
     await store.release(KEY, 1)
     assert await claim(store) == Claimed(1)
 
 
 async def test_a_dead_holders_repeatable_call_is_done_again_and_its_answer_is_refused(
-    store: SqlIdempotency, db: Database
+    store: SqlIdempotencyStore, db: Database
 ) -> None:
     await claim(store)
     await pass_time(db, LEASE_SECONDS - 2)
@@ -122,27 +124,29 @@ async def test_a_dead_holders_repeatable_call_is_done_again_and_its_answer_is_re
     assert await claim(store) == InFlight()
     await pass_time(db, LEASE_SECONDS)
     assert await claim(store) == Claimed(2)
-    await store.complete(KEY, 1, Kept(200, b"from the dead"))
+    await store.complete(KEY, 1, StoredResponse(200, b"from the dead"))
     assert await claim(store) == InFlight()
-    await store.complete(KEY, 2, Kept(200, b"right"))
-    assert await claim(store) == Stored(Kept(200, b"right"))
+    await store.complete(KEY, 2, StoredResponse(200, b"right"))
+    assert await claim(store) == AlreadyCompleted(StoredResponse(200, b"right"))
 
 
-async def test_a_dead_holders_once_call_is_never_done_again(store: SqlIdempotency, db: Database) -> None:
+async def test_a_dead_holders_once_call_is_never_done_again(store: SqlIdempotencyStore, db: Database) -> None:
     await claim(store, repeatable=False)
     await pass_time(db, LEASE_SECONDS + 1)
-    assert await claim(store, repeatable=False) == Unknown()
-    assert await claim(store, repeatable=False) == Unknown()
+    assert await claim(store, repeatable=False) == OutcomeUnknown()
+    assert await claim(store, repeatable=False) == OutcomeUnknown()
 
 
-async def test_old_keys_are_dropped_and_huge_answers_are_not_kept(store: SqlIdempotency, db: Database) -> None:
+async def test_old_keys_are_dropped_and_huge_answers_are_not_kept(store: SqlIdempotencyStore, db: Database) -> None:
     await claim(store)
-    await store.complete(KEY, 1, Kept(200, b"x" * (MAX_ANSWER + 1)))
+    await store.complete(KEY, 1, StoredResponse(200, b"x" * (MAX_STORED_BYTES + 1)))
     assert await claim(store) == Claimed(1)
-    await store.complete(KEY, 1, Kept(200, b"x"))
-    await pass_time(db, KEEP_SECONDS + 1)
+    await store.complete(KEY, 1, StoredResponse(200, b"x"))
+    await pass_time(db, RETENTION_SECONDS + 1)
     # It is not looked for with every claim, but soon enough.
-    await asyncio.gather(*(claim(store, KeyOf("t", "s", "x", "y", f"new-{number}")) for number in range(PRUNE_EVERY)))
+    await asyncio.gather(
+        *(claim(store, IdempotencyKey("t", "s", "x", "y", f"new-{number}")) for number in range(PRUNE_EVERY))
+    )
     assert await claim(store) == Claimed(1)
 
 

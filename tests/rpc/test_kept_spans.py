@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from kit import CLOCK, served
 
-from octollm.context import Scene, new_trace, set_scene
+from octollm.context import RequestContext, set_context, start_trace
 from octollm.errors import OctoError, RemoteError
-from octollm.rpc.call import Call, Operation
-from octollm.telemetry import Buffer, Span, Tracer
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.telemetry import ExportBuffer, Span, Tracer
 from octollm.telemetry import spans as spans_module
 
 
@@ -19,25 +19,25 @@ class Nothing(msgspec.Struct):
     pass
 
 
-async def well(_call: Call, _body: Nothing) -> Nothing:
+async def well(_call: IncomingCall, _body: Nothing) -> Nothing:
     return Nothing()
 
 
-async def refused(_call: Call, _body: Nothing) -> Nothing:
+async def refused(_call: IncomingCall, _body: Nothing) -> Nothing:
     raise OctoError("No such file.", code="file_not_found")
 
 
-async def away(_call: Call, _body: Nothing) -> Nothing:
+async def away(_call: IncomingCall, _body: Nothing) -> Nothing:
     raise OctoError("The database does not answer.", code="unavailable")
 
 
-async def slow(_call: Call, _body: Nothing) -> Nothing:
+async def slow(_call: IncomingCall, _body: Nothing) -> Nothing:
     await asyncio.sleep(0.06)
     return Nothing()
 
 
 def operation(handler: object, name: str = "work") -> Operation:
-    return Operation(name, "POST", "/work", handler, auth="public", body=Nothing, answer=Nothing)  # type: ignore[arg-type]
+    return Operation(name, "POST", "/work", handler, auth="public", body=Nothing, response=Nothing)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ async def test_of_a_trace_that_is_not_sampled_failures_and_slow_calls_are_kept(m
     async with served([operation(handler)]) as svc:
         buffer = svc.base.spans
         svc.caller._tracer = Tracer("tester", CLOCK, buffer)
-        set_scene(Scene("tester", trace=new_trace(sampled=False)))
+        set_context(RequestContext("tester", trace=start_trace(sampled=False)))
         try:
-            await svc.caller.answer(svc.out(operation(handler)), Nothing)
+            await svc.caller.call(svc.out(operation(handler)), Nothing)
         except RemoteError as error:
             assert error.code in ("file_not_found", "unavailable")
         found = sorted(buffer.take(9), key=lambda span: span.kind)
@@ -70,9 +70,9 @@ async def test_of_a_trace_that_is_not_sampled_failures_and_slow_calls_are_kept(m
 async def test_what_comes_every_few_seconds_is_never_kept():
     async with served([operation(away, "traces.receive")]) as svc:
         svc.caller._tracer = Tracer("tester", CLOCK, svc.base.spans)
-        set_scene(Scene("tester", trace=new_trace(sampled=False)))
+        set_context(RequestContext("tester", trace=start_trace(sampled=False)))
         with pytest.raises(RemoteError):
-            await svc.caller.answer(svc.out(operation(away, "traces.receive")), Nothing)
+            await svc.caller.call(svc.out(operation(away, "traces.receive")), Nothing)
         assert len(svc.base.spans) == 0
 
 
@@ -81,9 +81,9 @@ async def test_what_comes_every_few_seconds_is_never_kept():
 )
 def test_a_share_of_the_calls_without_a_trace_begin_one(monkeypatch, share, chance, sampled):
     monkeypatch.setattr(spans_module.random, "random", lambda: chance)
-    tracer = Tracer("svc", CLOCK, Buffer[Span](), share=share)
+    tracer = Tracer("svc", CLOCK, ExportBuffer[Span](), sample_ratio=share)
     assert tracer.receive("work", None, sampled=False).trace.sampled is sampled
     assert not tracer.receive("health", None, sampled=False).trace.sampled
     assert tracer.receive("work", None, sampled=True).trace.sampled
-    caller = new_trace(sampled=False)
+    caller = start_trace(sampled=False)
     assert not tracer.receive("work", caller, sampled=True).trace.sampled

@@ -11,12 +11,12 @@ from kit import served
 from msgspec import UNSET, Meta, Struct, UnsetType
 from wires import CURRENT
 
-from octollm.contracts.examples import EXAMPLES
+from octollm.contracts.examples import REQUEST_EXAMPLES
 from octollm.errors import OctoError
-from octollm.rpc.call import About, Call, Operation
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.rpc.decode import decode, decode_query
-from octollm.rpc.docs_page import docs_page
-from octollm.rpc.openapi import openapi_of
+from octollm.rpc.docs_page import render_docs_page
+from octollm.rpc.openapi import build_openapi
 
 
 class Body(Struct):
@@ -33,7 +33,7 @@ class Query(Struct, frozen=True):
     state: UnsetType | str = UNSET
 
 
-async def nothing(_call: Call, _body: object) -> Answer:
+async def nothing(_call: IncomingCall, _body: object) -> Answer:
     return Answer("<script>alert(1)</script>")
 
 
@@ -42,7 +42,7 @@ def operation(**options: Any) -> Operation:
 
 
 def described(**options: Any) -> dict[str, Any]:
-    api = openapi_of("svc", [operation(**options)])
+    api = build_openapi("svc", [operation(**options)])
     return api["paths"]["/op/{name}"][options.get("method", "POST").lower()]
 
 
@@ -51,7 +51,9 @@ def names(op: dict[str, Any], where: str) -> set[str]:
 
 
 def test_what_a_call_may_carry_and_what_comes_back() -> None:
-    op = described(kind="at_most_once", body=Body, answer=Answer, status=201, about=About(codes=("not_found",)))
+    op = described(
+        kind="at_most_once", body=Body, answer=Answer, status=201, about=OperationDocs(error_codes=("not_found_result",))
+    )
     assert names(op, "path") == {"name"}
     assert names(op, "header") == {
         "X-Request-ID",
@@ -66,7 +68,7 @@ def test_what_a_call_may_carry_and_what_comes_back() -> None:
         "idempotency_conflict",
         "outcome_unknown",
     }
-    assert "not_found" in op["responses"]["404"]["content"]["application/problem+json"]["examples"]
+    assert "not_found_result" in op["responses"]["404"]["content"]["application/problem+json"]["examples"]
     assert "Retry-After" in op["responses"]["503"]["headers"]
     assert "WWW-Authenticate" in op["responses"]["401"]["headers"]
     assert "default" in op["responses"]
@@ -85,7 +87,7 @@ def test_a_safe_one_is_not_described_with_what_it_does_not_have() -> None:
 
 
 def test_every_reference_leads_somewhere() -> None:
-    api = openapi_of("svc", [operation(body=Body, answer=Answer, kind="at_most_once")])
+    api = build_openapi("svc", [operation(body=Body, answer=Answer, kind="at_most_once")])
     found = re.findall(r'"\$ref":"#/components/(\w+)/([^"]+)"', msgspec.json.encode(api).decode())
     assert len(found) > 20
     for kind, name in found:
@@ -93,13 +95,13 @@ def test_every_reference_leads_somewhere() -> None:
 
 
 def test_examples_are_bodies_that_fit() -> None:
-    for kind, example in EXAMPLES.items():
+    for kind, example in REQUEST_EXAMPLES.items():
         assert decode(msgspec.json.encode(example), kind, strict=True) == example  # type: ignore[arg-type]
 
 
 def test_the_page_runs_nothing_and_fetches_nothing() -> None:
     hostile = "<script>alert(1)</script>"
-    html, policy = docs_page(openapi_of("svc", [operation(summary=hostile, body=Body, answer=Answer)]))
+    html, policy = render_docs_page(build_openapi("svc", [operation(summary=hostile, body=Body, answer=Answer)]))
     assert hostile not in html
     assert "<script" not in html
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", html)

@@ -13,14 +13,14 @@ from octollm.errors import OctoError, RemoteError
 from octollm.llm.openai_compatible import OpenAICompatibleModel
 from octollm.llm.types import ChatMessage, ChatRequest, TextDelta
 from octollm.resilience import Deadline, EjectionPolicy, RetryPolicy
-from octollm.rpc.hosting import listen, serving
-from octollm.rpc.http import Http
-from octollm.rpc.http1 import Http1
-from octollm.rpc.http2 import Http2
-from octollm.rpc.outside import Outside, outside_http
-from octollm.rpc.tls import Tls
-from octollm.rpc.wire import PLAIN, Wire
-from octollm.telemetry import Metrics, log_for
+from octollm.rpc.hosting import listen, serve_app
+from octollm.rpc.http import HttpClient
+from octollm.rpc.http1 import Http1Client
+from octollm.rpc.http2 import Http2Client
+from octollm.rpc.outside import ExternalClient, create_external_http_client
+from octollm.rpc.tls import TlsConfig
+from octollm.rpc.wire import PLAINTEXT, TransportConfig
+from octollm.telemetry import Metrics, get_logger
 from octollm.testing.scripted_model import ScriptedModel
 
 CLOCK = SystemClock()
@@ -35,9 +35,11 @@ class HandClock(SystemClock):
         return self.at
 
 
-def outside(clock: SystemClock = CLOCK, **options: object) -> Outside:
-    quick = {"retry": RetryPolicy(base=0.0), **options}
-    return Outside("models", "them at example.org", clock=clock, metrics=Metrics("m"), log=log_for("m"), **quick)  # type: ignore[arg-type]
+def outside(clock: SystemClock = CLOCK, **options: object) -> ExternalClient:
+    quick = {"retry": RetryPolicy(base_delay=0.0), **options}
+    return ExternalClient(
+        "models", "them at example.org", clock=clock, metrics=Metrics("m"), log=get_logger("m"), **quick
+    )  # type: ignore[arg-type]
 
 
 @dataclass
@@ -62,8 +64,10 @@ def no(code: str = "model_failed") -> RemoteError:
     return RemoteError("them: the key was refused.", code=code, status=503, retryable=False)
 
 
-async def call(them: Them, way: Outside, *, seconds: float = 10, repeats: bool = True, clock: SystemClock = CLOCK):
-    return await way.call("chat", them, Deadline.after(clock, seconds), repeats=lambda: repeats)
+async def call(
+    them: Them, way: ExternalClient, *, seconds: float = 10, repeats: bool = True, clock: SystemClock = CLOCK
+):
+    return await way.call("chat", them, Deadline.after(clock, seconds), is_repeatable=lambda: repeats)
 
 
 async def test_what_may_pass_is_tried_again() -> None:
@@ -82,13 +86,13 @@ async def test_and_given_up_with_what_was_tried(failures: list[OctoError], repea
     with pytest.raises(OctoError) as caught:
         await call(them, outside(), repeats=repeats)
     assert them.called == called
-    tried = caught.value.tried
+    tried = caught.value.call_attempts
     assert tried is not None
     assert (tried.service, tried.attempts) == ("them at example.org", called)
 
 
 async def test_an_outage_is_not_multiplied() -> None:
-    way = outside(ejection=EjectionPolicy(failures=10_000))
+    way = outside(ejection=EjectionPolicy(consecutive_failures=10_000))
     them = Them([away() for _ in range(1000)])
     for _ in range(500):
         with contextlib.suppress(OctoError):
@@ -146,7 +150,7 @@ async def test_leaving_is_nobodys_failure() -> None:
     for _ in range(10):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.001):
-                await way.call("chat", hang, Deadline.after(CLOCK, 10), repeats=lambda: True)
+                await way.call("chat", hang, Deadline.after(CLOCK, 10), is_repeatable=lambda: True)
     assert await call(Them(), way) == "answer"
 
 
@@ -193,9 +197,9 @@ async def proxy(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Proxy]:
 
 
 @contextlib.asynccontextmanager
-async def provider(wire: Wire = PLAIN) -> AsyncIterator[str]:
+async def provider(wire: TransportConfig = PLAINTEXT) -> AsyncIterator[str]:
     bound = listen("127.0.0.1", 0, "provider")
-    async with serving(ScriptedModel(lambda _asked: "Hello.").app(), bound, wire=wire):
+    async with serve_app(ScriptedModel(lambda _asked: "Hello.").app(), bound, transport=wire):
         yield f"{wire.scheme}://127.0.0.1:{bound.getsockname()[1]}"
 
 
@@ -215,7 +219,7 @@ async def test_providers_are_called_through_the_proxy_of_the_environment(
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         assert await said(url) == "Hello."
         assert proxy.asked == [f"POST {url}/v1/chat/completions"]
-        async with outside_http(idle=5) as http:
+        async with create_external_http_client(read_timeout=5) as http:
             assert (await http.send("GET", url + "/v1/models", {}, None, seconds=5)).status == 200
         assert proxy.asked[1:] == [f"GET {url}/v1/models"]
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -225,7 +229,7 @@ async def test_providers_are_called_through_the_proxy_of_the_environment(
 
 async def test_and_with_the_authorities_of_the_environment(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     files = certificates()
-    wire = Wire("1.1", Tls(files.certificate, files.key))
+    wire = TransportConfig("1.1", TlsConfig(files.certificate, files.key))
     async with provider(wire) as url:
         with pytest.raises(OctoError) as caught:
             await said(url)
@@ -241,7 +245,7 @@ async def test_and_with_the_authorities_of_the_environment(proxy: Proxy, monkeyp
 async def test_calls_between_services_know_no_proxy(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for variable in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
         monkeypatch.setenv(variable, proxy.url)
-    http: Http = Http1() if name == "http1" else Http2()
-    async with provider(Wire("2")) as url, http:
+    http: HttpClient = Http1Client() if name == "http1" else Http2Client()
+    async with provider(TransportConfig("2")) as url, http:
         assert (await http.send("GET", url + "/v1/models", {}, None, seconds=5)).status == 200
     assert proxy.asked == []

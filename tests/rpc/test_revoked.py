@@ -16,15 +16,15 @@ from wires import CURRENT
 from octollm.capability import Principal, RootMinter, SigningKey
 from octollm.clock import SystemClock
 from octollm.contracts.health import Readiness
-from octollm.contracts.revocations import RevocationNews, RevocationView
+from octollm.contracts.revocations import RevocationUpdate, RevocationView
 from octollm.errors import OctoError
 from octollm.rpc import revoked as revoked_module
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.hosting import listen
-from octollm.rpc.http import Http
-from octollm.rpc.identity import Identity
-from octollm.rpc.service import Base, build_base, build_service
+from octollm.rpc.http import HttpClient
+from octollm.rpc.identity import ServiceIdentity
+from octollm.rpc.service import ServiceBase, build_base, build_service
 from octollm.testing.waiting import wait_until
 
 ALICE = Principal("alice", "key-1", "acme")
@@ -49,10 +49,10 @@ class Told:
     cut: bool = False
 
     def say(self, *views: RevocationView, whole: bool = False, floor: float | None = None) -> None:
-        self.lines.append(msgspec.json.encode(RevocationNews(views, floor, whole)) + b"\n")
+        self.lines.append(msgspec.json.encode(RevocationUpdate(views, floor, whole)) + b"\n")
         self.news.set()
 
-    async def follow(self, _call: Call, _body: object) -> StreamingResponse:
+    async def follow(self, _call: IncomingCall, _body: object) -> StreamingResponse:
         self.streams += 1
 
         async def lines() -> AsyncIterator[bytes]:
@@ -71,15 +71,15 @@ class Told:
 
 @dataclass
 class House:
-    http: Http
+    http: HttpClient
     told: Told
     clock: Late
-    base: Base
+    base: ServiceBase
     url: str
     minter: RootMinter
 
     def token(self, **claims: object) -> str:
-        return self.minter.access(ALICE, "svc", "svc:work", **claims)  # type: ignore[arg-type]
+        return self.minter.mint_access(ALICE, "svc", "svc:work", **claims)  # type: ignore[arg-type]
 
     async def call(self, path: str, token: str) -> tuple[int, str]:
         answer = await self.http.send("POST", self.url + path, {"Authorization": f"Bearer {token}"}, b"{}", seconds=10)
@@ -97,45 +97,45 @@ class House:
         await wait_until(ok, description="the revocations are known")
 
 
-async def nothing(_call: Call, _body: object) -> dict[str, str]:
+async def nothing(_call: IncomingCall, _body: object) -> dict[str, str]:
     return {}
 
 
 @contextlib.asynccontextmanager
-async def orchestrator(http: Http, told: Told, port: int = 0) -> AsyncGenerator[int]:
+async def orchestrator(http: HttpClient, told: Told, port: int = 0) -> AsyncGenerator[int]:
     key = SigningKey.generate("orchestrator")
     clock = SystemClock()
     base = build_base(
-        Identity("orchestrator", key, {}, clock, IDS),
+        ServiceIdentity("orchestrator", key, {}, clock, IDS),
         http,
         StaticDiscovery({}),
-        wire=CURRENT.wire,
+        transport=CURRENT.wire,
         follow_revocations=False,
     )
     operation = Operation(
         "revocations", "GET", "/revocations", told.follow, auth="public", raw=True, limited=False, timeout=3600
     )
     bound = listen("127.0.0.1", port, "orchestrator")
-    async with build_service(base, [operation]).serve(bound, drain=0.1):
+    async with build_service(base, [operation]).serve(bound, shutdown_grace=0.1):
         yield bound.getsockname()[1]
         told.cut = True
     told.cut = False
 
 
 @contextlib.asynccontextmanager
-async def house(told: Told, orchestrator_port: int, http: Http) -> AsyncGenerator[House]:
+async def house(told: Told, orchestrator_port: int, http: HttpClient) -> AsyncGenerator[House]:
     root, clock = SigningKey.generate("root"), Late()
     bound = listen("127.0.0.1", 0, "svc")
     url = CURRENT.url(bound.getsockname()[1])
     urls = {"orchestrator": (CURRENT.url(orchestrator_port),), "svc": (url,)}
-    identity = Identity("svc", SigningKey.generate("svc"), {root.thumbprint: root.public}, clock, IDS)
-    base = build_base(identity, http, StaticDiscovery(urls), wire=CURRENT.wire)
+    identity = ServiceIdentity("svc", SigningKey.generate("svc"), {root.thumbprint: root.public}, clock, IDS)
+    base = build_base(identity, http, StaticDiscovery(urls), transport=CURRENT.wire)
     operations = [
         Operation("look", "POST", "/look", nothing, scope="svc:work", kind="read_only"),
         Operation("work", "POST", "/work", nothing, scope="svc:work", kind="idempotent"),
         Operation("pay", "POST", "/pay", nothing, scope="svc:work", kind="at_most_once"),
     ]
-    async with build_service(base, operations).serve(bound, drain=0.1):
+    async with build_service(base, operations).serve(bound, shutdown_grace=0.1):
         yield House(http, told, clock, base, url, RootMinter(root, clock, IDS))
 
 
@@ -151,7 +151,7 @@ async def test_nothing_is_done_before_all_that_is_revoked_is_known(told: Told) -
         status, ready = await svc.ready()
         assert (status, ready.status) == (503, "not ready")
         told.say(RevocationView("sub", "mallory", 1.0, "acme"))
-        await wait_until(lambda: len(svc.base.revoked.known) == 1, description="a first line came")  # type: ignore[union-attr]
+        await wait_until(lambda: len(svc.base.revocations.revocations) == 1, description="a first line came")  # type: ignore[union-attr]
         assert await svc.call("/look", token) == (503, "revocations_unknown"), "the rest may name this one"
         told.say(whole=True)
         await svc.heard()
@@ -237,11 +237,11 @@ async def test_what_is_no_revocation_is_no_news(told: Told, line: bytes, monkeyp
 def test_a_check_tells_when_to_come_back() -> None:
     clock = Late()
     base = build_base(
-        Identity("svc", SigningKey.generate("svc"), {}, clock, IDS),
+        ServiceIdentity("svc", SigningKey.generate("svc"), {}, clock, IDS),
         None,
         StaticDiscovery({}),  # type: ignore[arg-type]
     )
-    assert base.revoked is not None
+    assert base.revocations is not None
     with pytest.raises(OctoError) as caught:
-        base.revoked.check(safe=True)
+        base.revocations.check(read_only=True)
     assert (caught.value.code, caught.value.retry_after) == ("revocations_unknown", 1)

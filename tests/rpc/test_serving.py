@@ -10,11 +10,11 @@ import pytest
 from kit import served
 from wires import CURRENT
 
-from octollm.contracts.stream import Line
+from octollm.contracts.stream import StreamEvent
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import RetryPolicy
 from octollm.rpc import stream as stream_module
-from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.call import IncomingCall, Operation, OperationResponse
 from octollm.rpc.hosting import listen
 from octollm.rpc.http import TransportError
 from octollm.testing import wait_until
@@ -31,10 +31,10 @@ class Answer(msgspec.Struct):
 
 
 def post(handler: Any, **options: Any) -> Operation:
-    return Operation("op", "POST", "/op", handler, auth="public", body=Body, answer=Answer, **options)
+    return Operation("op", "POST", "/op", handler, auth="public", body=Body, response=Answer, **options)
 
 
-async def echo(_call: Call, body: Body) -> Answer:
+async def echo(_call: IncomingCall, body: Body) -> Answer:
     return Answer(str(body.number))
 
 
@@ -61,20 +61,20 @@ async def test_what_every_service_answers() -> None:
 
 
 async def test_a_stream_has_lines_then_one_result() -> None:
-    async def work(call: Call, body: Body) -> Answer:
+    async def work(call: IncomingCall, body: Body) -> Answer:
         await call.emit.progress(50, "half")
         await call.emit.token("ab")
         await call.emit.token("cd", reset=True)
         return Answer("end")
 
-    seen: list[Line] = []
+    seen: list[StreamEvent] = []
 
-    async def on_line(line: Line) -> None:
+    async def on_line(line: StreamEvent) -> None:
         seen.append(line)
 
     operation = post(work)
     async with served([operation]) as svc:
-        found = await svc.caller.answer(svc.out(operation), Answer, on_line=on_line)
+        found = await svc.caller.call(svc.out(operation), Answer, on_event=on_line)
     assert found == Answer("end")
     assert [(line.type, line.text or line.progress, line.reset) for line in seen] == [
         ("progress", 50, False),
@@ -84,17 +84,17 @@ async def test_a_stream_has_lines_then_one_result() -> None:
 
 
 async def test_a_stream_that_fails_ends_with_the_problem() -> None:
-    async def work(call: Call, body: Body) -> Answer:
+    async def work(call: IncomingCall, body: Body) -> Answer:
         await call.emit.token("so far")
         raise OctoError("The budget is gone.", code="budget_exhausted")
 
-    async def on_line(line: Line) -> None:
+    async def on_line(line: StreamEvent) -> None:
         del line
 
     operation = post(work)
     async with served([operation]) as svc:
         with pytest.raises(RemoteError) as caught:
-            await svc.caller.answer(svc.out(operation), Answer, on_line=on_line)
+            await svc.caller.call(svc.out(operation), Answer, on_event=on_line)
     assert (caught.value.code, caught.value.status) == ("budget_exhausted", 403)
 
 
@@ -103,18 +103,18 @@ async def test_a_silent_stream_has_heartbeats(monkeypatch: pytest.MonkeyPatch) -
     seen: list[str] = []
     enough = asyncio.Event()
 
-    async def work(_call: Call, _body: Body) -> Answer:
+    async def work(_call: IncomingCall, _body: Body) -> Answer:
         await enough.wait()
         return Answer("end")
 
-    async def on_line(line: Line) -> None:
+    async def on_line(line: StreamEvent) -> None:
         seen.append(line.type)
         if len(seen) == 3:
             enough.set()
 
     operation = post(work)
     async with served([operation]) as svc:
-        await svc.caller.answer(svc.out(operation), Answer, on_line=on_line)
+        await svc.caller.call(svc.out(operation), Answer, on_event=on_line)
     assert seen[:3] == ["heartbeat"] * 3
 
 
@@ -122,7 +122,7 @@ async def test_a_silent_stream_has_heartbeats(monkeypatch: pytest.MonkeyPatch) -
 async def test_a_caller_that_goes_away_cancels_the_work(streamed: bool) -> None:
     begun, ended = asyncio.Event(), asyncio.Event()
 
-    async def work(_call: Call, _body: Body) -> Answer:
+    async def work(_call: IncomingCall, _body: Body) -> Answer:
         begun.set()
         try:
             await asyncio.Event().wait()
@@ -130,13 +130,13 @@ async def test_a_caller_that_goes_away_cancels_the_work(streamed: bool) -> None:
             ended.set()
         raise AssertionError
 
-    async def on_line(line: Line) -> None:
+    async def on_line(line: StreamEvent) -> None:
         del line
 
     operation = post(work)
     async with served([operation]) as svc:
         calling = asyncio.create_task(
-            svc.caller.answer(svc.out(operation), Answer, on_line=on_line if streamed else None)
+            svc.caller.call(svc.out(operation), Answer, on_event=on_line if streamed else None)
         )
         await begun.wait()
         calling.cancel()
@@ -150,8 +150,8 @@ async def test_the_deadline_travels_and_ends_the_work() -> None:
     left: list[float] = []
     ended = asyncio.Event()
 
-    async def work(call: Call, _body: Body) -> Answer:
-        left.append(call.deadline.left())
+    async def work(call: IncomingCall, _body: Body) -> Answer:
+        left.append(call.deadline.remaining())
         try:
             await asyncio.Event().wait()
         finally:
@@ -161,7 +161,7 @@ async def test_the_deadline_travels_and_ends_the_work() -> None:
     operation = post(work)
     async with served([operation]) as svc:
         with pytest.raises(OctoError) as caught:
-            await svc.caller.answer(svc.out(operation, seconds=0.3), Answer)
+            await svc.caller.call(svc.out(operation, seconds=0.3), Answer)
         assert caught.value.code == "deadline_exceeded"
         assert 0 < left[0] <= 0.3
         async with asyncio.timeout(5):
@@ -169,7 +169,7 @@ async def test_the_deadline_travels_and_ends_the_work() -> None:
 
 
 async def test_a_fault_of_ours_is_answered_without_a_trace_of_it() -> None:
-    async def work(_call: Call, _body: Body) -> Answer:
+    async def work(_call: IncomingCall, _body: Body) -> Answer:
         raise ValueError("secret-detail")
 
     async with served([post(work)]) as svc, CURRENT.stock() as client:
@@ -183,7 +183,7 @@ async def test_past_its_bound_a_service_sheds_and_the_caller_waits_as_told() -> 
     release = asyncio.Event()
     calls: list[int] = []
 
-    async def work(_call: Call, body: Body) -> Answer:
+    async def work(_call: IncomingCall, body: Body) -> Answer:
         calls.append(body.number)
         if len(calls) == 1:
             raise OctoError("Shed.", code="overloaded", retry_after=1)
@@ -191,22 +191,22 @@ async def test_past_its_bound_a_service_sheds_and_the_caller_waits_as_told() -> 
         return Answer("second try")
 
     operation = post(work)  # neither safe nor keyed: a shed call may be repeated all the same
-    async with served([operation], retry=RetryPolicy(base=0.01)) as svc:
-        found = await svc.caller.answer(svc.out(operation), Answer)
+    async with served([operation], retry=RetryPolicy(base_delay=0.01)) as svc:
+        found = await svc.caller.call(svc.out(operation), Answer)
     assert (found.text, len(calls)) == ("second try", 2)
 
 
 async def test_what_may_have_begun_is_not_repeated_without_a_key() -> None:
     calls: list[int] = []
 
-    async def work(_call: Call, body: Body) -> Answer:
+    async def work(_call: IncomingCall, body: Body) -> Answer:
         calls.append(body.number)
         raise OctoError("Gone.", code="connection_lost")
 
     once = post(work, kind="at_most_once")
-    async with served([once], retry=RetryPolicy(base=0.01)) as svc:
+    async with served([once], retry=RetryPolicy(base_delay=0.01)) as svc:
         with pytest.raises(OctoError):
-            await svc.caller.answer(svc.out(once), Answer)
+            await svc.caller.call(svc.out(once), Answer)
     assert len(calls) == 1
 
 
@@ -219,7 +219,7 @@ async def test_a_dead_peer_is_named_and_its_breaker_opens() -> None:
         other.caller._discovery = svc.base.discovery  # pyright: ignore[reportPrivateUsage]
         for _ in range(6):
             with pytest.raises(OctoError) as caught:
-                await other.caller.answer(other.out(operation), Answer)
+                await other.caller.call(other.out(operation), Answer)
             codes.append(caught.value.code)
             assert isinstance(caught.value, TransportError) is (caught.value.code == "connect_failed")
     assert codes == ["connect_failed"] * 5 + ["unavailable"]
@@ -246,8 +246,8 @@ async def test_a_body_over_the_limit_is_refused(length: bool) -> None:
 
 
 async def test_a_reply_may_have_a_status_and_headers() -> None:
-    async def work(_call: Call, _body: Body) -> Reply:
-        return Reply(Answer("made"), 201, {"Location": "/op/1"})
+    async def work(_call: IncomingCall, _body: Body) -> OperationResponse:
+        return OperationResponse(Answer("made"), 201, {"Location": "/op/1"})
 
     async with served([post(work)]) as svc, CURRENT.stock() as client:
         found = await client.post(svc.url + "/op", json={})
@@ -264,14 +264,14 @@ async def test_a_malformed_timeout_is_refused(value: str) -> None:
 async def test_connections_are_pooled() -> None:
     peers: set[Any] = set()
 
-    async def work(call: Call, _body: Body) -> Answer:
+    async def work(call: IncomingCall, _body: Body) -> Answer:
         peers.add(call.request.client)
         return Answer("")
 
     operation = post(work)
     async with served([operation]) as svc:
         for _ in range(20):
-            await svc.caller.answer(svc.out(operation), Answer)
+            await svc.caller.call(svc.out(operation), Answer)
     assert len(peers) < 5
 
 
@@ -280,13 +280,13 @@ async def test_proxies_of_the_environment_stay_out_of_internal_calls(monkeypatch
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     operation = post(echo)
     async with served([operation]) as svc:
-        assert (await svc.caller.answer(svc.out(operation), Answer)).text == "0"
+        assert (await svc.caller.call(svc.out(operation), Answer)).text == "0"
 
 
 async def test_many_calls_at_once_are_bounded() -> None:
     running = most = 0
 
-    async def work(_call: Call, _body: Body) -> Answer:
+    async def work(_call: IncomingCall, _body: Body) -> Answer:
         nonlocal running, most
         running += 1
         most = max(most, running)
@@ -296,7 +296,7 @@ async def test_many_calls_at_once_are_bounded() -> None:
 
     operation = post(work)
     async with served([operation], max_concurrent=4) as svc:
-        await asyncio.gather(*(svc.caller.answer(svc.out(operation), Answer) for _ in range(40)))
+        await asyncio.gather(*(svc.caller.call(svc.out(operation), Answer) for _ in range(40)))
         await wait_until(lambda: running == 0, description="all calls ended")
     assert most == 4
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from octollm.errors import OctoError
 from octollm.rpc.decode import decode
-from octollm.rpc.shapes import convert, encode, is_pydantic, schemas_of
+from octollm.rpc.shapes import convert, encode, is_pydantic, json_schemas
 
 
 class Visit(BaseModel):
@@ -40,7 +40,7 @@ def test_each_fault_of_a_model_has_its_place():
     with pytest.raises(OctoError) as caught:
         decode(b'{"visits": [{"day": "2026-11-25", "guestCount": 2}, {"day": "soon", "guestCount": 0}]}', Stay)
     assert caught.value.code == "invalid_body"
-    assert {fault.pointer for fault in caught.value.faults} == {"/visits/1/day", "/visits/1/guestCount"}
+    assert {fault.pointer for fault in caught.value.field_errors} == {"/visits/1/day", "/visits/1/guestCount"}
 
 
 def test_what_has_no_form_in_json_is_refused():
@@ -48,14 +48,14 @@ def test_what_has_no_form_in_json_is_refused():
         encode({"a": lambda: None})
     for kind in (is_pydantic, type("Odd", (), {})):
         with pytest.raises((TypeError, NotImplementedError)):
-            schemas_of([kind])
+            json_schemas([kind])
 
 
 def test_models_and_what_they_refer_to_are_components():
     class Trip(BaseModel):
         visits: list[Visit]
 
-    [schema], components = schemas_of([Trip])
+    [schema], components = json_schemas([Trip])
     assert schema["properties"]["visits"]["items"] == {"$ref": "#/components/schemas/Visit"}
     assert components["Visit"]["required"] == ["day", "guestCount"]
 

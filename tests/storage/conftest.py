@@ -10,7 +10,7 @@ from databases import Backend
 
 from octollm.clock import SystemClock
 from octollm.storage import Database, open_database
-from octollm.storage.keys import Keys
+from octollm.storage.keys import RedisKeys
 from octollm.storage.redis import RedisClient, open_redis
 
 REDIS_URL = os.environ.get("OCTOLLM_TEST_REDIS_URL", "redis://127.0.0.1:6379/0")
@@ -42,12 +42,12 @@ def redis_url() -> str:
 
 
 @pytest.fixture
-def keys() -> Keys:
-    return Keys(prefix=f"test-{uuid.uuid4().hex}:")
+def keys() -> RedisKeys:
+    return RedisKeys(prefix=f"test-{uuid.uuid4().hex}:")
 
 
 @pytest.fixture(params=["memory", pytest.param("server", marks=pytest.mark.redis)])
-async def redis(request: pytest.FixtureRequest, keys: Keys) -> AsyncIterator[RedisClient]:
+async def redis(request: pytest.FixtureRequest, keys: RedisKeys) -> AsyncIterator[RedisClient]:
     url = "memory://" if request.param == "memory" else need_redis()
     async with open_redis(url) as client:
         yield client

@@ -11,31 +11,31 @@ from databases import Backend
 
 from octollm.clock import SystemClock
 from octollm.errors import OctoError
-from octollm.storage import Direct, open_database
-from octollm.storage.direct import CONNECTIONS
+from octollm.storage import DirectPool, open_database
+from octollm.storage.direct import DIRECT_CONNECTIONS
 
 pytestmark = pytest.mark.postgres
 
 
 @pytest.fixture
-async def direct(postgres: Backend) -> AsyncIterator[Direct]:
+async def direct(postgres: Backend) -> AsyncIterator[DirectPool]:
     async with open_database(postgres.url("octollm_orchestrator"), clock=SystemClock()) as db:
-        assert db.direct is not None
-        yield db.direct
+        assert db.direct_pool is not None
+        yield db.direct_pool
 
 
-async def pid(direct: Direct) -> object:
+async def pid(direct: DirectPool) -> object:
     return (await direct.fetch("SELECT pg_backend_pid()"))[0][0]
 
 
-async def test_connections_are_used_again_and_bounded(direct: Direct) -> None:
+async def test_connections_are_used_again_and_bounded(direct: DirectPool) -> None:
     assert await pid(direct) == await pid(direct)
     many = "SELECT pg_backend_pid(), pg_sleep(0.05)"
-    found = await asyncio.gather(*(direct.fetch(many) for _ in range(3 * CONNECTIONS)))
-    assert len({rows[0][0] for rows in found}) <= CONNECTIONS
+    found = await asyncio.gather(*(direct.fetch(many) for _ in range(3 * DIRECT_CONNECTIONS)))
+    assert len({rows[0][0] for rows in found}) <= DIRECT_CONNECTIONS
 
 
-async def test_errors_are_ours_and_the_connection_stays(direct: Direct) -> None:
+async def test_errors_are_ours_and_the_connection_stays(direct: DirectPool) -> None:
     before = await pid(direct)
     with pytest.raises(OctoError) as caught:
         await direct.fetch("SELECT $1::text", "\x00")
@@ -43,7 +43,7 @@ async def test_errors_are_ours_and_the_connection_stays(direct: Direct) -> None:
     assert await pid(direct) == before
 
 
-async def test_who_leaves_in_the_middle_takes_the_connection_along(direct: Direct) -> None:
+async def test_who_leaves_in_the_middle_takes_the_connection_along(direct: DirectPool) -> None:
     before = await pid(direct)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.05):
@@ -51,14 +51,14 @@ async def test_who_leaves_in_the_middle_takes_the_connection_along(direct: Direc
     assert await pid(direct) != before
 
 
-async def test_a_connection_that_was_cut_is_replaced(direct: Direct) -> None:
+async def test_a_connection_that_was_cut_is_replaced(direct: DirectPool) -> None:
     with pytest.raises(OctoError) as caught:
         await direct.fetch("SELECT pg_terminate_backend(pg_backend_pid())")
     assert caught.value.code == "unavailable"
     assert await pid(direct)
 
 
-async def test_a_table_without_statistics_is_read_by_its_key(direct: Direct) -> None:
+async def test_a_table_without_statistics_is_read_by_its_key(direct: DirectPool) -> None:
     plan = await direct.fetch(
         "EXPLAIN UPDATE idempotency AS mine SET status = 200 FROM unnest($1::text[]) AS of(key) WHERE"
         " mine.tenant = 't' AND mine.subject = 's' AND mine.service = 'v' AND mine.operation = 'o'"

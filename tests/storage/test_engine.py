@@ -10,7 +10,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, select, text
 from octollm.clock import SystemClock
 from octollm.errors import OctoError, SettingError
 from octollm.storage import Database, open_database
-from octollm.storage.postgres import WRITERS
+from octollm.storage.postgres import POSTGRES_WRITERS
 
 ROWS = Table("rows", MetaData(), Column("a", Integer, unique=True), Column("b", Integer))
 
@@ -106,7 +106,7 @@ async def test_waiting_for_a_turn_has_an_end(rows: Database) -> None:
             pass
 
     go_on = asyncio.Event()
-    all_taken = asyncio.Barrier((1 if rows.dialect == "sqlite" else WRITERS) + 1)
+    all_taken = asyncio.Barrier((1 if rows.dialect == "sqlite" else POSTGRES_WRITERS) + 1)
 
     async def hold() -> None:
         async with rows.transaction():

@@ -16,12 +16,16 @@ from octollm.clock import SystemClock
 from octollm.config import read_settings
 from octollm.errors import OctoError
 from octollm.storage import Database, open_database
-from octollm.storage.migrations import Service, migrate, require_schema, service_database
+from octollm.storage.migrations import DatabaseService, migrate, open_service_database, require_schema
 from octollm.storage.tables import MEMORY, MONITOR, ORCHESTRATOR
 from octollm.testing import wait_until
 
 CLOCK = SystemClock()
-SERVICES: list[tuple[Service, MetaData]] = [("orchestrator", ORCHESTRATOR), ("memory", MEMORY), ("monitor", MONITOR)]
+SERVICES: list[tuple[DatabaseService, MetaData]] = [
+    ("orchestrator", ORCHESTRATOR),
+    ("memory", MEMORY),
+    ("monitor", MONITOR),
+]
 OTHERS = {"schema_version", "schema_serves", "ix_passages_words", "words"}
 
 
@@ -38,7 +42,9 @@ def differences(connection: Connection, metadata: MetaData) -> list[Any]:
 
 
 @pytest.mark.parametrize(("service", "metadata"), SERVICES)
-async def test_the_migrations_make_the_declared_tables(db: Database, service: Service, metadata: MetaData) -> None:
+async def test_the_migrations_make_the_declared_tables(
+    db: Database, service: DatabaseService, metadata: MetaData
+) -> None:
     await migrate(db, service)
     async with db.read() as connection:
         assert await connection.raw.run_sync(differences, metadata) == []
@@ -60,7 +66,7 @@ def columns(connection: Connection, metadata: MetaData) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize(("service", "metadata"), SERVICES)
 async def test_the_columns_are_the_declared_ones(
-    db: Database, backend: Backend, service: Service, metadata: MetaData
+    db: Database, backend: Backend, service: DatabaseService, metadata: MetaData
 ) -> None:
     await migrate(db, service)
     async with db.read() as connection:
@@ -74,7 +80,7 @@ async def test_the_columns_are_the_declared_ones(
 
 
 @pytest.mark.parametrize(("service", "metadata"), SERVICES)
-async def test_a_second_run_changes_nothing(db: Database, service: Service, metadata: MetaData) -> None:
+async def test_a_second_run_changes_nothing(db: Database, service: DatabaseService, metadata: MetaData) -> None:
     def seen(connection: Connection) -> object:
         return columns(connection, metadata), sorted(inspect(connection).get_table_names())
 
@@ -162,17 +168,17 @@ async def test_a_service_says_that_a_server_has_no_schema_or_an_old_one(postgres
     async with postgres_server.empty_database() as url:
         settings = read_settings({"OCTOLLM_DATABASE_URL": url}, ())
         with pytest.raises(OctoError, match="octollm migrate") as caught:
-            async with service_database(settings, "memory", clock=CLOCK):
+            async with open_service_database(settings, "memory", clock=CLOCK):
                 pass
         assert caught.value.code == "schema_mismatch"
         async with open_database(f"{url}?search_path=octollm_memory", clock=CLOCK) as db:
             await migrate(db, "memory")
-            async with service_database(settings, "memory", clock=CLOCK) as found:
+            async with open_service_database(settings, "memory", clock=CLOCK) as found:
                 await found.check()
             async with db.transaction() as tx:
                 await tx.execute(text("UPDATE schema_version SET version_num = '0001'"))
         with pytest.raises(OctoError, match=r"at revision 0001.*octollm migrate"):
-            async with service_database(settings, "memory", clock=CLOCK):
+            async with open_service_database(settings, "memory", clock=CLOCK):
                 pass
 
 

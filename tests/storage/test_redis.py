@@ -7,13 +7,13 @@ from burner_redis import BurnerRedis
 
 from octollm.errors import OctoError, SettingError
 from octollm.storage import redis_memory
-from octollm.storage.keys import Keys
-from octollm.storage.redis import MAX_BLOCK_MS, MemoryServers, Message, PubSub, RedisClient, open_redis
+from octollm.storage.keys import RedisKeys
+from octollm.storage.redis import MAX_BLOCK_MS, MemoryServers, PubSub, PubSubMessage, RedisClient, open_redis
 from octollm.testing import wait_until
 
 
-async def messages(pubsub: PubSub, count: int) -> list[Message]:
-    found: list[Message] = []
+async def messages(pubsub: PubSub, count: int) -> list[PubSubMessage]:
+    found: list[PubSubMessage] = []
     async with asyncio.timeout(5):
         while len(found) < count:
             message = await pubsub.receive(1.0)
@@ -30,7 +30,7 @@ async def test_ping(redis: RedisClient) -> None:
     await redis.ping()
 
 
-async def test_values(redis: RedisClient, keys: Keys) -> None:
+async def test_values(redis: RedisClient, keys: RedisKeys) -> None:
     key = keys.text("t")
     assert await redis.get(key) is None
     assert await redis.ttl(key) == -2
@@ -44,7 +44,7 @@ async def test_values(redis: RedisClient, keys: Keys) -> None:
     assert await redis.set(key, b"new", ttl=100, only_if_absent=True)
 
 
-async def test_a_value_expires(redis: RedisClient, keys: Keys) -> None:
+async def test_a_value_expires(redis: RedisClient, keys: RedisKeys) -> None:
     key = keys.text("t")
     await redis.set(key, b"1", ttl=1)
 
@@ -54,7 +54,7 @@ async def test_a_value_expires(redis: RedisClient, keys: Keys) -> None:
     await wait_until(gone, description="the value expired", timeout=5)
 
 
-async def test_streams(redis: RedisClient, keys: Keys) -> None:
+async def test_streams(redis: RedisClient, keys: RedisKeys) -> None:
     key = keys.text("task-1")
     assert list(await redis.stream_read(key, after="0", count=10)) == []
     ids = [await redis.stream_add(key, {"n": str(n), "é": "ü"}, maxlen=100, ttl=60) for n in range(5)]
@@ -65,7 +65,7 @@ async def test_streams(redis: RedisClient, keys: Keys) -> None:
     assert 50 < await redis.ttl(key) <= 60
 
 
-async def test_a_stream_is_bounded(redis: RedisClient, keys: Keys) -> None:
+async def test_a_stream_is_bounded(redis: RedisClient, keys: RedisKeys) -> None:
     key = keys.text("task-1")
     for number in range(500):
         await redis.stream_add(key, {"n": str(number)}, maxlen=50, ttl=60)
@@ -74,7 +74,7 @@ async def test_a_stream_is_bounded(redis: RedisClient, keys: Keys) -> None:
     assert kept[-1].fields["n"] == "499"
 
 
-async def test_reading_a_stream_waits_for_an_entry(redis: RedisClient, keys: Keys) -> None:
+async def test_reading_a_stream_waits_for_an_entry(redis: RedisClient, keys: RedisKeys) -> None:
     key = keys.text("task-1")
     reading = asyncio.ensure_future(redis.stream_read(key, after="0", count=10, block_ms=MAX_BLOCK_MS))
     await asyncio.sleep(0)
@@ -82,11 +82,11 @@ async def test_reading_a_stream_waits_for_an_entry(redis: RedisClient, keys: Key
     assert [entry.fields["n"] for entry in await reading] == ["1"]
 
 
-async def test_waiting_for_an_entry_has_an_end(redis: RedisClient, keys: Keys) -> None:
+async def test_waiting_for_an_entry_has_an_end(redis: RedisClient, keys: RedisKeys) -> None:
     assert list(await redis.stream_read(keys.text("task-1"), after="0", count=10, block_ms=20)) == []
 
 
-async def test_a_cancelled_read_leaves_the_client_usable(redis: RedisClient, keys: Keys) -> None:
+async def test_a_cancelled_read_leaves_the_client_usable(redis: RedisClient, keys: RedisKeys) -> None:
     for number in range(40):
         reading = asyncio.ensure_future(redis.stream_read(keys.text("x"), after="0", count=1, block_ms=MAX_BLOCK_MS))
         for _ in range(number % 8):
@@ -98,12 +98,12 @@ async def test_a_cancelled_read_leaves_the_client_usable(redis: RedisClient, key
         assert await redis.get(keys.text(str(number))) == str(number).encode()
 
 
-async def test_publishing_to_channels_and_patterns_in_order(redis: RedisClient, keys: Keys) -> None:
+async def test_publishing_to_channels_and_patterns_in_order(redis: RedisClient, keys: RedisKeys) -> None:
     one, two = redis.pubsub(), redis.pubsub()
     await one.subscribe(keys.channel("events:task:completed"))
     await two.psubscribe(keys.channel("events:task:*"))
-    assert await messages(one, 1) == [Message(keys.channel("events:task:completed"), b"", subscribed=True)]
-    assert await messages(two, 1) == [Message(keys.channel("events:task:*"), b"", subscribed=True)]
+    assert await messages(one, 1) == [PubSubMessage(keys.channel("events:task:completed"), b"", subscribed=True)]
+    assert await messages(two, 1) == [PubSubMessage(keys.channel("events:task:*"), b"", subscribed=True)]
     await redis.publish(
         [
             (keys.channel("events:task:failed"), b"1"),
@@ -118,7 +118,7 @@ async def test_publishing_to_channels_and_patterns_in_order(redis: RedisClient, 
     await two.close()
 
 
-async def test_unsubscribing(redis: RedisClient, keys: Keys) -> None:
+async def test_unsubscribing(redis: RedisClient, keys: RedisKeys) -> None:
     pubsub = redis.pubsub()
     await pubsub.subscribe(keys.watch("a"), keys.watch("b"))
     await messages(pubsub, 2)
@@ -129,13 +129,13 @@ async def test_unsubscribing(redis: RedisClient, keys: Keys) -> None:
         await redis.publish([(keys.watch("a"), b"a"), (keys.watch("b"), b"b")])
         first = await pubsub.receive(1.0)
         second = await pubsub.receive(0.05)
-        return (first, second) == (Message(keys.watch("b"), b"b"), None)
+        return (first, second) == (PubSubMessage(keys.watch("b"), b"b"), None)
 
     await wait_until(gone, description="nothing more comes from a")
     await pubsub.close()
 
 
-async def test_receiving_without_a_message_returns(redis: RedisClient, keys: Keys) -> None:
+async def test_receiving_without_a_message_returns(redis: RedisClient, keys: RedisKeys) -> None:
     pubsub = redis.pubsub()
     await pubsub.subscribe(keys.log)
     await messages(pubsub, 1)
@@ -143,7 +143,7 @@ async def test_receiving_without_a_message_returns(redis: RedisClient, keys: Key
     await pubsub.close()
 
 
-async def test_an_entry_may_be_announced(redis: RedisClient, keys: Keys) -> None:
+async def test_an_entry_may_be_announced(redis: RedisClient, keys: RedisKeys) -> None:
     pubsub = redis.pubsub()
     await pubsub.subscribe(keys.watch("a"))
     await messages(pubsub, 1)

@@ -13,11 +13,11 @@ import httpx
 from capability_forge import NOW, World
 from whole import answers
 
-from octollm.capability import PublicKey, SelfSigner
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.capability import PublicKey, ServiceTokenSigner
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.services import SERVICES
-from octollm.installation.embedded import System
-from octollm.installation.keys import load_keys
+from octollm.installation.embedded import Installation
+from octollm.installation.keys import load_home_keys
 from octollm.testing.scripted_model import scripted_model
 from octollm.testing.system import installation
 
@@ -48,11 +48,11 @@ class Told:
 class Attacked:
     """The installation, and what an attacker may do to it."""
 
-    system: System
+    system: Installation
     world: World
     client: httpx.AsyncClient
     clock: StandingClock
-    ids: Uuid7Ids
+    ids: Uuid7Generator
 
     async def send(
         self,
@@ -88,9 +88,9 @@ class Attacked:
         """Ask the executor for something that is refused only after the bearer was believed."""
         return await self.send("executor", "POST", "/run", bearer, {})
 
-    def service(self, name: str) -> SelfSigner:
+    def service(self, name: str) -> ServiceTokenSigner:
         """Return what signs for a service, with the key that the attacker has of it."""
-        return SelfSigner(self.world.keys[name], name, self.clock, self.ids)
+        return ServiceTokenSigner(self.world.keys[name], name, self.clock, self.ids)
 
     def door(self, method: str, path: str, key: str | None = None, body: Any = None, **headers: str) -> Any:
         """Send a request to the public door; without ``key`` with what the local user is trusted for."""
@@ -107,7 +107,7 @@ class Attacked:
 async def attacked(home: Path, **environment: str) -> AsyncGenerator[Attacked]:
     """Run every service, with a clock whose wall time stands."""
     clock = StandingClock()
-    ids = Uuid7Ids(SystemClock())
+    ids = Uuid7Generator(SystemClock())
     async with (
         scripted_model(answers) as model,
         installation(
@@ -123,11 +123,11 @@ async def attacked(home: Path, **environment: str) -> AsyncGenerator[Attacked]:
         ) as system,
         httpx.AsyncClient(timeout=60, trust_env=False) as client,
     ):
-        keys = load_keys(system.home, ids)
+        keys = load_home_keys(system.home, ids)
         world = World()
-        world.root = keys.root.signing(NOW)
-        world.keys |= {name: keys.services[name].signing(NOW) for name in SERVICES}
-        roots: dict[str, PublicKey] = keys.root.believed(NOW)
+        world.root = keys.root.signing_key(NOW)
+        world.keys |= {name: keys.services[name].signing_key(NOW) for name in SERVICES}
+        roots: dict[str, PublicKey] = keys.root.trusted_keys(NOW)
         world.roots = roots
         world.remint()
         yield Attacked(system, world, client, clock, ids)

@@ -10,19 +10,19 @@ import msgspec
 from wires import CURRENT
 
 from octollm.capability import Principal, RootMinter, SigningKey
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.resilience import Deadline, EjectionPolicy, RetryPolicy
 from octollm.rpc.call import Operation
-from octollm.rpc.caller import Caller, Outgoing, Target
+from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.hosting import listen
-from octollm.rpc.http import Http
+from octollm.rpc.http import HttpClient
 from octollm.rpc.idempotency import IdempotencyStore
-from octollm.rpc.identity import Identity
-from octollm.rpc.service import Base, build_base, build_service
+from octollm.rpc.identity import ServiceIdentity
+from octollm.rpc.service import ServiceBase, build_base, build_service
 
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
+IDS = Uuid7Generator(CLOCK)
 
 
 class Nothing(msgspec.Struct):
@@ -38,7 +38,7 @@ def executing(handler: object) -> Operation:
         handler,  # type: ignore[arg-type]
         scope="coder:execute",
         body=Nothing,
-        answer=Nothing,
+        response=Nothing,
     )
 
 
@@ -53,18 +53,20 @@ class Realm:
     def make(cls) -> Realm:
         return cls(SigningKey.generate("orchestrator"), SigningKey.generate("coder"))
 
-    def base(self, http: Http, urls: dict[str, tuple[str, ...]] | None = None) -> Base:
-        identity = Identity("coder", self.service, {self.root.thumbprint: self.root.public}, CLOCK, IDS)
+    def base(self, http: HttpClient, urls: dict[str, tuple[str, ...]] | None = None) -> ServiceBase:
+        identity = ServiceIdentity("coder", self.service, {self.root.thumbprint: self.root.public}, CLOCK, IDS)
         return build_base(
             identity,
             http,
             StaticDiscovery(urls or {"coder": ("http://coder",)}),
-            wire=CURRENT.wire,
+            transport=CURRENT.wire,
             follow_revocations=False,
         )
 
     def token(self, *, sub: str = "user-1", tenant: str = "default") -> str:
-        return RootMinter(self.root, CLOCK, IDS).access(Principal(sub, "cred-1", tenant), "coder", "coder:execute", 300)
+        return RootMinter(self.root, CLOCK, IDS).mint_access(
+            Principal(sub, "cred-1", tenant), "coder", "coder:execute", 300
+        )
 
     @contextlib.asynccontextmanager
     async def replica(
@@ -79,16 +81,16 @@ class Realm:
         bound = listen("127.0.0.1", 0, "coder")
         async with CURRENT.client() as http:
             service = build_service(self.base(http, urls), operations, idempotency=store, max_concurrent=max_concurrent)
-            async with service.serve(bound, drain=0):
+            async with service.serve(bound, shutdown_grace=0):
                 yield CURRENT.url(bound.getsockname()[1])
 
     @contextlib.asynccontextmanager
     async def caller(
         self, *urls: str, retry: RetryPolicy | None = None, ejection: EjectionPolicy | None = None
-    ) -> AsyncGenerator[Caller]:
+    ) -> AsyncGenerator[ServiceClient]:
         async with CURRENT.client() as http:
             base = self.base(http)
-            yield Caller(
+            yield ServiceClient(
                 "tester",
                 http,
                 StaticDiscovery({"coder": urls}),
@@ -102,7 +104,7 @@ class Realm:
 
 def outgoing(
     operation: Operation, token: str, *, seconds: float = 10, key: str | None = None, body: bytes = b"{}"
-) -> Outgoing:
+) -> OutgoingCall:
     """Return a call of an operation of ``coder``."""
-    target = Target("coder", operation.name, operation.method, operation.path, operation.kind)
-    return Outgoing(target, token, Deadline.after(CLOCK, seconds), body, key)
+    target = CallTarget("coder", operation.name, operation.method, operation.path, operation.kind)
+    return OutgoingCall(target, token, Deadline.after(CLOCK, seconds), body, key)

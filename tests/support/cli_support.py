@@ -15,7 +15,7 @@ import httpx
 from ports import free_shift
 
 from octollm.contracts.services import SERVICES
-from octollm.installation.home import running_in
+from octollm.installation.home import find_running
 from octollm.testing import wait_until
 
 CODE = 'def double(number: int) -> int:\n    """Return twice the number."""\n    return number * 2'
@@ -128,7 +128,7 @@ class Place:
 
         async def ready() -> bool:
             assert process.returncode is None, (await process.communicate())[1].decode()
-            running = await running_in(self.home)
+            running = await find_running(self.home)
             if running is None or running.pid != process.pid:
                 return False
             async with httpx.AsyncClient(verify=self.verify) as client:

@@ -9,7 +9,7 @@ import httpx
 from whole import FINAL, answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import Asked, Reply
+from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest
 
 
 class HoldingMind:
@@ -19,12 +19,12 @@ class HoldingMind:
         self.go = asyncio.Event()
         self.writing = asyncio.Event()
 
-    def __call__(self, asked: Asked) -> str | Reply:
+    def __call__(self, asked: ScriptedRequest) -> str | ScriptedReply:
         found = answers(asked)
         if asked.schema is None and "test cases" not in asked.system and "Python" in asked.system:
             assert isinstance(found, str)
             self.writing.set()
-            return Reply(found, until=self.go)
+            return ScriptedReply(found, release=self.go)
         return found
 
     def hold(self) -> None:

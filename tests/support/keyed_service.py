@@ -13,17 +13,17 @@ import msgspec
 from call_kit import CLOCK, Realm
 
 from octollm.capability import SigningKey
-from octollm.rpc.call import Call, Operation
-from octollm.rpc.idempotency_sql import SqlIdempotency
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.storage import open_database
-from octollm.telemetry import configure_logs
+from octollm.telemetry import configure_logging
 
 
 class Nothing(msgspec.Struct):
     pass
 
 
-async def forever(_call: Call, _body: Nothing) -> Nothing:
+async def forever(_call: IncomingCall, _body: Nothing) -> Nothing:
     print("began", flush=True)
     await asyncio.Event().wait()
     raise AssertionError
@@ -38,17 +38,17 @@ async def main(url: str, kind: str, keys: str) -> None:
         forever,
         scope="coder:execute",
         body=Nothing,
-        answer=Nothing,
+        response=Nothing,
         kind=kind,  # type: ignore[arg-type]
     )
     # Standard output is what the test reads.
-    with configure_logs(None, level="error", clock=CLOCK):
+    with configure_logging(None, level="error", clock=CLOCK):
         await serve(url, root, service, work)
 
 
 async def serve(url: str, root: SigningKey, service: SigningKey, work: Operation) -> None:
     async with open_database(url, clock=CLOCK) as db:
-        store = SqlIdempotency(db, "the one that is killed")
+        store = SqlIdempotencyStore(db, "the one that is killed")
         async with Realm(root, service).replica([work], store=store) as at:
             print(at, flush=True)
             await asyncio.Event().wait()

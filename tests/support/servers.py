@@ -13,7 +13,7 @@ from redis_process import RedisProcess
 from octollm.clock import SystemClock
 from octollm.config import read_settings
 from octollm.storage.migrations import migrate_all
-from octollm.testing.scripted_model import Script, scripted_model
+from octollm.testing.scripted_model import ModelScript, scripted_model
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Servers:
 
 
 @contextlib.asynccontextmanager
-async def own_servers(folder: Path, script: Script) -> AsyncGenerator[Servers]:
+async def own_servers(folder: Path, script: ModelScript) -> AsyncGenerator[Servers]:
     """Start both servers and the model, and end them at the end."""
     postgres = PostgresProcess()
     redis = RedisProcess(folder)

@@ -11,8 +11,8 @@ import httpx
 import msgspec
 import websockets
 
-from octollm.installation.embedded import System
-from octollm.testing.scripted_model import Asked, Reply
+from octollm.installation.embedded import Installation
+from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest
 
 FINAL = ("completed", "failed", "cancelled")
 CODE = 'def double(number: int) -> int:\n    """Return twice the number."""\n    return number * 2'
@@ -22,7 +22,7 @@ SALES = "region,amount\nnorth,150\nsouth,90\neast,250\nwest,100\n"
 NOTES = "# Notes\n\nThe service retries a failed call three times.\n\nCats sleep through most of the day.\n"
 
 
-def answers(asked: Asked) -> str | Reply:
+def answers(asked: ScriptedRequest) -> str | ScriptedReply:
     """Answer as a good model would: by what the prompt asks for."""
     if asked.schema is not None and "steps" in str(asked.schema):
         return '{"steps": [{"title": "Do the work", "criteria": ["It is done."]}]}'
@@ -41,12 +41,12 @@ def answers(asked: Asked) -> str | Reply:
 class Door:
     """A client of the public door with nothing but stock libraries."""
 
-    system: System
+    system: Installation
     client: httpx.AsyncClient
 
     @property
     def url(self) -> str:
-        return self.system.door
+        return self.system.gateway_url
 
     async def submit(self, goal: str, files: dict[str, str] | None = None, **body: Any) -> str:
         listed = [{"name": name, "text": text} for name, text in (files or {}).items()]

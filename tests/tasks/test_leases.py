@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.task import TaskContract
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.storage import Database, Transaction, open_database
 from octollm.storage.migrations import migrate
 from octollm.tasks import leases
-from octollm.tasks.claims import LEASE_SECONDS, Claims, TakenOver
-from octollm.tasks.leases import Leases
+from octollm.tasks.claims import LEASE_SECONDS, ExpiredLease, TaskLeases
+from octollm.tasks.leases import LeaseRenewer
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.testing import wait_until
 
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
+IDS = Uuid7Generator(CLOCK)
 
 
 @pytest.fixture
@@ -50,69 +50,69 @@ async def accepted(db: Database) -> str:
 
 async def test_of_two_holders_one_gets_a_task(db: Database):
     task_id = await accepted(db)
-    first, second = Claims(db, "a"), Claims(db, "b")
-    assert await first.next(besides=frozenset()) == (task_id, 1)
-    assert await second.next(besides=frozenset()) is None
+    first, second = TaskLeases(db, "a"), TaskLeases(db, "b")
+    assert await first.acquire(exclude=frozenset()) == (task_id, 1)
+    assert await second.acquire(exclude=frozenset()) is None
 
 
 async def test_a_take_over_is_told_with_what_the_last_holder_had_and_nothing_else_is(db: Database):
-    told: list[TakenOver] = []
+    told: list[ExpiredLease] = []
 
-    async def taken_over(tx: Transaction, task: TakenOver) -> None:
+    async def taken_over(tx: Transaction, task: ExpiredLease) -> None:
         assert isinstance(tx, Transaction)
         told.append(task)
 
     task_id = await accepted(db)
-    first, second = Claims(db, "a", taken_over), Claims(db, "b", taken_over)
-    assert await first.next(besides=frozenset()) == (task_id, 1)
+    first, second = TaskLeases(db, "a", taken_over), TaskLeases(db, "b", taken_over)
+    assert await first.acquire(exclude=frozenset()) == (task_id, 1)
     assert told == [], "nobody had it before"
     await first.release(task_id, 1)
-    assert await second.next(besides=frozenset()) == (task_id, 2)
+    assert await second.acquire(exclude=frozenset()) == (task_id, 2)
     assert told == [], "it was given back"
 
     async def expired() -> bool:
-        return await first.next(besides=frozenset()) == (task_id, 3)
+        return await first.acquire(exclude=frozenset()) == (task_id, 3)
 
     await wait_until(expired, description="the lease runs out", timeout=LEASE_SECONDS + 3)
-    assert told == [TakenOver(task_id, "t", 2)]
+    assert told == [ExpiredLease(task_id, "t", 2)]
 
 
 async def test_a_holder_that_says_nothing_loses_its_task(db: Database):
     task_id = await accepted(db)
-    assert await Claims(db, "a").next(besides=frozenset()) == (task_id, 1)
+    assert await TaskLeases(db, "a").acquire(exclude=frozenset()) == (task_id, 1)
     found: list[tuple[str, int] | None] = []
 
     async def taken() -> bool:
-        found.append(await Claims(db, "b").next(besides=frozenset()))
+        found.append(await TaskLeases(db, "b").acquire(exclude=frozenset()))
         return found[-1] is not None
 
     await wait_until(taken, description="the lease has run out", timeout=LEASE_SECONDS + 5)
     assert found[-1] == (task_id, 2)
     # The older run is not renewed any more.
-    assert await Claims(db, "a").renew({task_id: 1}) == frozenset()
+    assert await TaskLeases(db, "a").renew({task_id: 1}) == frozenset()
 
 
 async def test_a_busy_loop_is_no_death(db: Database, url: str):
     task_id = await accepted(db)
-    assert await Claims(db, "a").next(besides=frozenset()) == (task_id, 1)
+    assert await TaskLeases(db, "a").acquire(exclude=frozenset()) == (task_id, 1)
     lost: list[str] = []
-    held = Leases(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
-    async with held.renewing(lambda error: pytest.fail(str(error))):
-        held.hold(task_id, 1)
+    held = LeaseRenewer(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
+    async with held.run(lambda error: pytest.fail(str(error))):
+        held.add(task_id, 1)
         end = time.monotonic() + LEASE_SECONDS + 1
         while time.monotonic() < end:
             sum(range(1000))  # the loop gets no turn
-        assert await Claims(db, "b").next(besides=frozenset()) is None
+        assert await TaskLeases(db, "b").acquire(exclude=frozenset()) is None
     assert lost == []
 
 
 async def test_a_task_that_was_taken_over_or_ended_is_told(db: Database, url: str):
     task_id = await accepted(db)
-    await Claims(db, "a").next(besides=frozenset())
+    await TaskLeases(db, "a").acquire(exclude=frozenset())
     lost: list[str] = []
-    held = Leases(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
-    async with held.renewing(lambda error: pytest.fail(str(error))):
-        held.hold(task_id, 0)  # an older run than the one that holds it
+    held = LeaseRenewer(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
+    async with held.run(lambda error: pytest.fail(str(error))):
+        held.add(task_id, 0)  # an older run than the one that holds it
         await wait_until(lambda: lost == [task_id], description="the loss is told", timeout=5)
 
 
@@ -124,15 +124,15 @@ async def test_a_holder_that_cannot_renew_stops_before_its_lease_ends(monkeypatc
 
     lost: list[tuple[str, float]] = []
     began = CLOCK.monotonic()
-    held = Leases(away, "a", CLOCK, lambda task_id: lost.append((task_id, CLOCK.monotonic() - began)))
-    async with held.renewing(lambda error: pytest.fail(str(error))):
-        held.hold("task-1", 1)
+    held = LeaseRenewer(away, "a", CLOCK, lambda task_id: lost.append((task_id, CLOCK.monotonic() - began)))
+    async with held.run(lambda error: pytest.fail(str(error))):
+        held.add("task-1", 1)
         await wait_until(lambda: bool(lost), description="the task is let go", timeout=10)
         assert held.failure == "The database is away."
     ((task_id, after),) = lost
     assert task_id == "task-1"
-    assert after >= leases.STOP_AFTER_SECONDS
-    assert leases.STOP_AFTER_SECONDS + leases.RENEW_SECONDS <= LEASE_SECONDS
+    assert after >= leases.RENEW_DEADLINE_SECONDS
+    assert leases.RENEW_DEADLINE_SECONDS + leases.RENEW_SECONDS <= LEASE_SECONDS
 
 
 async def test_what_the_thread_dies_of_is_told():
@@ -142,7 +142,7 @@ async def test_what_the_thread_dies_of_is_told():
         yield
 
     failures: list[BaseException] = []
-    async with Leases(broken, "a", CLOCK, print).renewing(failures.append):
+    async with LeaseRenewer(broken, "a", CLOCK, print).run(failures.append):
         await wait_until(lambda: bool(failures), description="the failure is told")
     assert isinstance(failures[0], ZeroDivisionError)
     await asyncio.sleep(0)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.clock import SystemClock
-from octollm.context import Scene, Trace, new_trace, parse_traceparent, set_scene
-from octollm.telemetry import configure_logs, log_for, mask
+from octollm.context import RequestContext, TraceContext, parse_traceparent, set_context, start_trace
+from octollm.telemetry import configure_logging, get_logger, mask
 from octollm.telemetry.masking import mask_text
 from octollm.testing import wait_until
 
@@ -56,13 +56,13 @@ def test_anything_can_be_masked(value: object) -> None:
 
 def test_a_line_has_the_ids_of_the_work_and_no_secret(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "octollm.jsonl"
-    with configure_logs(path, level="info", clock=SystemClock()):
-        set_scene(Scene("coder", "req-1", "corr-1", Trace("a" * 32, "b" * 16), "task-1", "s1"))
-        log_for("coder").info("call.served", status=200, authorization="Bearer x")
-        log_for("coder").debug("not.written")
-        log_for("coder").error("call.crashed", error=ValueError(f"bad {JWT}"))
+    with configure_logging(path, level="info", clock=SystemClock()):
+        set_context(RequestContext("coder", "req-1", "corr-1", TraceContext("a" * 32, "b" * 16), "task-1", "s1"))
+        get_logger("coder").info("call.served", status=200, authorization="Bearer x")
+        get_logger("coder").debug("not.written")
+        get_logger("coder").error("call.crashed", error=ValueError(f"bad {JWT}"))
         logging.getLogger("some.library").warning("trouble with %s", "redis://u:pw@h")
-        set_scene(Scene())
+        set_context(RequestContext())
     lines = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
     first = lines[0]
     assert (first["service"], first["event"], first["request_id"]) == ("coder", "call.served", "req-1")
@@ -82,7 +82,7 @@ def test_a_malformed_traceparent_starts_a_new_trace(text: str) -> None:
 
 
 def test_a_trace_keeps_its_id_over_hops() -> None:
-    trace = new_trace()
+    trace = start_trace()
     again = parse_traceparent(trace.child().traceparent)
     assert again is not None
     assert again.trace_id == trace.trace_id
@@ -91,17 +91,17 @@ def test_a_trace_keeps_its_id_over_hops() -> None:
 
 async def test_lines_are_written_while_the_process_runs_on(tmp_path: Path) -> None:
     path = tmp_path / "octollm.jsonl"
-    with configure_logs(path, level="info", clock=SystemClock()):
-        log_for("coder").info("call.served")
+    with configure_logging(path, level="info", clock=SystemClock()):
+        get_logger("coder").info("call.served")
         await wait_until(lambda: path.read_bytes().count(b"\n") == 1, description="the line is written")
-        log_for("coder").warning("call.refused")
+        get_logger("coder").warning("call.refused")
         assert path.read_bytes().count(b"\n") == 2
 
 
 def test_lines_of_several_threads_are_all_written(tmp_path: Path) -> None:
     path = tmp_path / "octollm.jsonl"
-    with configure_logs(path, level="info", clock=SystemClock()):
-        log = log_for("coder")
+    with configure_logging(path, level="info", clock=SystemClock()):
+        log = get_logger("coder")
         threads = [threading.Thread(target=lambda: [log.info("line") for _ in range(400)]) for _ in range(4)]
         for thread in threads:
             thread.start()

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.clock import SystemClock
-from octollm.context import Scene, Trace, current_scene, new_trace, set_scene
+from octollm.context import RequestContext, TraceContext, current_context, set_context, start_trace
 from octollm.errors import OctoError
 from octollm.rpc.decode import decode
-from octollm.telemetry.otlp import ExportRequest, encode_spans, read_spans
-from octollm.telemetry.spans import TASK, TENANT, Buffer, Span, Tracer
+from octollm.telemetry.otlp import ExportRequest, decode_spans, encode_spans
+from octollm.telemetry.spans import TASK_ATTRIBUTE, TENANT_ATTRIBUTE, ExportBuffer, Span, Tracer
 
 hexes = st.text("0123456789abcdef", min_size=16, max_size=16).filter(lambda text: set(text) != {"0"})
-traces = st.builds(lambda one, two, span: Trace(one + two, span), hexes, hexes, hexes)
+traces = st.builds(lambda one, two, span: TraceContext(one + two, span), hexes, hexes, hexes)
 words = st.text(st.characters(codec="utf-8"), max_size=40)
 values = st.one_of(
     words,
@@ -53,12 +53,12 @@ def test_what_is_encoded_is_read_again(sent: list[Span]) -> None:
     for service in ("coder", "judge"):
         own = [span for span in sent if span.service == service]
         request = decode(encode_spans(own, "1.0"), ExportRequest)
-        assert read_spans(request, service) == own
+        assert decode_spans(request, service) == own
 
 
 def test_the_members_are_those_of_the_protocol() -> None:
     span = Span(
-        "coder", "execute", "server", Trace("a" * 32, "b" * 16), "c" * 16, 1_700_000_000_000_000_001, 2 * 10**18
+        "coder", "execute", "server", TraceContext("a" * 32, "b" * 16), "c" * 16, 1_700_000_000_000_000_001, 2 * 10**18
     )
     span.attributes |= {"text": "x", "flag": True, "count": 3, "share": 0.5, "several": ("y",)}
     span.code, span.message = "not_accepted", "The result was refused."
@@ -130,9 +130,9 @@ def test_another_sdks_request_is_read() -> None:
             }
         ]
     }
-    [span] = read_spans(decode(msgspec.json.encode(body), ExportRequest), "translator")
+    [span] = decode_spans(decode(msgspec.json.encode(body), ExportRequest), "translator")
     assert (span.service, span.kind, span.name) == ("translator", "server", "I'm a server span")
-    assert span.trace == Trace("5b8efff798038103d269b633813fc60c", "eee19b7ec3c1b174")
+    assert span.trace == TraceContext("5b8efff798038103d269b633813fc60c", "eee19b7ec3c1b174")
     assert (span.parent_id, span.end_ns - span.start_ns) == ("eee19b7ec3c1b173", 10**9)
     assert span.attributes == {"my.int": 7}
 
@@ -158,12 +158,12 @@ def test_a_malformed_span_is_refused_with_its_place(member: str, value: object) 
     with pytest.raises(OctoError) as caught:
         decode(msgspec.json.encode(body), ExportRequest)
     assert caught.value.code == "invalid_body"
-    assert re.match(rf"/resourceSpans/.+/scopeSpans/.+/spans/.+/{member}", caught.value.faults[0].pointer)
+    assert re.match(rf"/resourceSpans/.+/scopeSpans/.+/spans/.+/{member}", caught.value.field_errors[0].pointer)
 
 
 @given(st.lists(st.integers(0, 3)), st.integers(1, 5))
 def test_a_buffer_is_bounded_keeps_the_newest_in_order_and_counts_the_rest(actions: list[int], limit: int) -> None:
-    buffer: Buffer[int] = Buffer(limit)
+    buffer: ExportBuffer[int] = ExportBuffer(limit)
     expected: list[int] = []
     taken: list[int] = []
     number = dropped = 0
@@ -177,46 +177,46 @@ def test_a_buffer_is_bounded_keeps_the_newest_in_order_and_counts_the_rest(actio
             assert taken == expected[:2]
             expected = expected[2:]
         else:
-            buffer.give_back(taken)
+            buffer.requeue(taken)
             expected, taken = taken + expected, []
         if len(expected) > limit:
             dropped += len(expected) - limit
             expected = expected[len(expected) - limit :]
-        assert (len(buffer), buffer.dropped, buffer.news.is_set()) == (len(expected), dropped, bool(expected))
+        assert (len(buffer), buffer.dropped, buffer.has_items.is_set()) == (len(expected), dropped, bool(expected))
     assert buffer.take(100) == expected
 
 
 @pytest.fixture
-def buffer() -> Buffer[Span]:
-    return Buffer()
+def buffer() -> ExportBuffer[Span]:
+    return ExportBuffer()
 
 
 @pytest.fixture
-def tracer(buffer: Buffer[Span]) -> Tracer:
+def tracer(buffer: ExportBuffer[Span]) -> Tracer:
     return Tracer("coder", SystemClock(), buffer)
 
 
-async def test_spans_nest_and_know_whose_work_they_are(buffer: Buffer[Span], tracer: Tracer) -> None:
-    root = new_trace(sampled=True)
-    scene = Scene("coder", trace=root, task_id="task-1", tenant="t1")
-    set_scene(scene)
+async def test_spans_nest_and_know_whose_work_they_are(buffer: ExportBuffer[Span], tracer: Tracer) -> None:
+    root = start_trace(sampled=True)
+    scene = RequestContext("coder", trace=root, task_id="task-1", tenant="t1")
+    set_context(scene)
     with tracer.span("outer") as outer, tracer.span("inner", "client"):
         pass
-    assert current_scene() is scene
+    assert current_context() is scene
     ended_inner, ended_outer = buffer.take(9)
     assert ended_outer is outer
     assert (outer.parent_id, ended_inner.parent_id) == (root.span_id, outer.trace.span_id)
     assert {outer.trace.trace_id, ended_inner.trace.trace_id} == {root.trace_id}
-    assert outer.attributes == ended_inner.attributes == {TENANT: "t1", TASK: "task-1"}
+    assert outer.attributes == ended_inner.attributes == {TENANT_ATTRIBUTE: "t1", TASK_ATTRIBUTE: "task-1"}
     assert outer.start_ns <= ended_inner.start_ns
     assert ended_inner.end_ns - ended_inner.start_ns <= outer.end_ns - outer.start_ns
 
 
-async def test_what_is_not_sampled_leaves_nothing_but_has_its_place(buffer: Buffer[Span], tracer: Tracer) -> None:
-    set_scene(Scene("coder", trace=new_trace()))
+async def test_what_is_not_sampled_leaves_nothing_but_has_its_place(buffer: ExportBuffer[Span], tracer: Tracer) -> None:
+    set_context(RequestContext("coder", trace=start_trace()))
     with tracer.span("outer") as outer:
         assert not outer.trace.sampled
-    caller = Trace("a" * 32, "b" * 16, sampled=False)
+    caller = TraceContext("a" * 32, "b" * 16, sampled=False)
     served = tracer.receive("op", caller, sampled=True)
     tracer.end(served)
     assert (served.trace.trace_id, served.parent_id, served.trace.sampled) == ("a" * 32, "b" * 16, False)
@@ -234,9 +234,9 @@ async def test_what_is_not_sampled_leaves_nothing_but_has_its_place(buffer: Buff
     ],
 )
 async def test_a_span_says_why_it_failed_and_no_more(
-    buffer: Buffer[Span], tracer: Tracer, error: BaseException, code: str, message: str
+    buffer: ExportBuffer[Span], tracer: Tracer, error: BaseException, code: str, message: str
 ) -> None:
-    set_scene(Scene("coder", trace=new_trace(sampled=True)))
+    set_context(RequestContext("coder", trace=start_trace(sampled=True)))
     with pytest.raises(type(error)), tracer.span("work"):
         raise error
     [span] = buffer.take(1)
@@ -244,5 +244,7 @@ async def test_a_span_says_why_it_failed_and_no_more(
 
 
 def test_a_secret_in_a_message_is_masked_on_its_way_out() -> None:
-    span = Span("coder", "x", "internal", Trace("a" * 32, "b" * 16), code="internal", message="Bearer eyJabcdef.eyJx.y")
+    span = Span(
+        "coder", "x", "internal", TraceContext("a" * 32, "b" * 16), code="internal", message="Bearer eyJabcdef.eyJx.y"
+    )
     assert b"eyJ" not in encode_spans([span], "1")

@@ -7,8 +7,17 @@ services behind it except by calling them through its Context.
 from octollm.arm.arm import Arm, ArmOperation
 from octollm.arm.artifacts import Artifacts
 from octollm.arm.context import Context
-from octollm.arm.model import Endpoint, ModelClient
-from octollm.arm.reading import Completion
+from octollm.arm.model import ModelClient, ModelEndpoint
+from octollm.arm.reading import ModelCompletion
 from octollm.arm.service import build_arm
 
-__all__ = ["Arm", "ArmOperation", "Artifacts", "Completion", "Context", "Endpoint", "ModelClient", "build_arm"]
+__all__ = [
+    "Arm",
+    "ArmOperation",
+    "Artifacts",
+    "Context",
+    "ModelClient",
+    "ModelCompletion",
+    "ModelEndpoint",
+    "build_arm",
+]

@@ -19,12 +19,12 @@ from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 
 from octollm.arm.context import Context
 from octollm.arm.declaring import arm_invalid
-from octollm.arm.foreign import problem_in
-from octollm.arm.model import Endpoint
+from octollm.arm.foreign import extract_problem
+from octollm.arm.model import ModelEndpoint
 from octollm.contracts.task import TaskContract, Usage
 from octollm.errors import OctoError
 
-READ_SECONDS = 120.0
+READ_TIMEOUT = 120.0
 """The longest silence of the models service; it sends comments while a model thinks."""
 
 
@@ -39,19 +39,19 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[TaskContract, C
 
     async def execute(task: TaskContract, ctx: Context) -> object:
         """Do the task with the agent."""
-        telling = _Telling(ctx)
-        async with _client(await ctx.model.endpoint()) as client:
+        telling = _TextStreamer(ctx)
+        async with _openai_client(await ctx.model.endpoint()) as client:
             model = OpenAIChatModel("default", provider=OpenAICompatibleProvider("octollm", openai_client=client))
             try:
                 ran = await agent.run(
-                    prompt_of(task),
+                    build_prompt(task),
                     model=model,
                     deps=None if deps_type is type(None) else ctx,
                     event_stream_handler=telling.follow,
                 )
             except AgentRunError as error:
-                raise _error_of(error) from error
-        ctx.model.count(Usage(ran.usage.input_tokens, ran.usage.output_tokens))
+                raise _translate_error(error) from error
+        ctx.model.add_usage(Usage(ran.usage.input_tokens, ran.usage.output_tokens))
         output: object = ran.output
         if isinstance(output, str):
             return output
@@ -61,7 +61,7 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[TaskContract, C
     return execute
 
 
-def prompt_of(task: TaskContract) -> str:
+def build_prompt(task: TaskContract) -> str:
     """Return a task in words: its goal, what holds for it, what is known, and why an earlier answer was refused."""
     parts = [task.goal]
     for title, lines in (
@@ -78,7 +78,7 @@ def prompt_of(task: TaskContract) -> str:
     return "\n\n".join(parts)
 
 
-class _Telling:
+class _TextStreamer:
     """Streams what the agent writes; the text of a further answer takes the place of the one before."""
 
     def __init__(self, ctx: Context) -> None:
@@ -98,9 +98,9 @@ class _Telling:
                 self._written, reset = True, False
 
 
-def _client(endpoint: Endpoint) -> AsyncOpenAI:
+def _openai_client(endpoint: ModelEndpoint) -> AsyncOpenAI:
     # Proxies of the environment are for the outside; this call, and its key, stay inside.
-    timeout = Timeout(READ_SECONDS, connect=5.0)
+    timeout = Timeout(READ_TIMEOUT, connect=5.0)
     return AsyncOpenAI(
         base_url=endpoint.base_url,
         api_key=endpoint.api_key,
@@ -110,9 +110,9 @@ def _client(endpoint: Endpoint) -> AsyncOpenAI:
     )
 
 
-def _error_of(error: AgentRunError) -> OctoError:
+def _translate_error(error: AgentRunError) -> OctoError:
     """Return what ended a run: the problem that ``models`` told if there was one, else the agent's own."""
-    told = problem_in(error)
+    told = extract_problem(error)
     if told is not None:
         return told
     code = "model_failed" if isinstance(error, ModelAPIError) else "model_output_invalid"

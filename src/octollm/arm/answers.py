@@ -18,7 +18,7 @@ def answer_type(declared: ArmOperation) -> Any:
     return ExecuteResult if declared.name == EXECUTE else declared.answer
 
 
-def answer_of(declared: ArmOperation, returned: object, ctx: Context) -> object:
+def build_answer(declared: ArmOperation, returned: object, ctx: Context) -> object:
     """Return the answer for what a handler returned.
 
     What ``execute`` returns becomes the ``output``: text as it is, anything else as JSON. The files that were written
@@ -26,7 +26,7 @@ def answer_of(declared: ArmOperation, returned: object, ctx: Context) -> object:
     handler returned something else than the class that it declares.
     """
     wanted = declared.answer
-    if isinstance(wanted, type) and not is_typeddict(wanted) and not _is_a(returned, wanted):
+    if isinstance(wanted, type) and not is_typeddict(wanted) and not _is_instance(returned, wanted):
         raise TypeError(f"{declared.name} declares {wanted.__name__} and returned {type(returned).__name__}")
     if declared.name != EXECUTE:
         return returned
@@ -38,5 +38,5 @@ def answer_of(declared: ArmOperation, returned: object, ctx: Context) -> object:
     return returned
 
 
-def _is_a(value: object, wanted: type) -> bool:
+def _is_instance(value: object, wanted: type) -> bool:
     return isinstance(value, (int, float) if wanted is float else wanted)

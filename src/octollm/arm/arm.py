@@ -15,10 +15,10 @@ from octollm.arm.declaring import (
     check_name,
     check_operation,
     check_port,
-    types_of,
+    resolve_types,
 )
-from octollm.capability import Call, Declarations
-from octollm.capability.joining import OPTIONAL
+from octollm.capability import Declarations, DeclaredCall
+from octollm.capability.joining import OPTIONAL_MARK
 from octollm.contracts.services import OperationKind
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ class Arm:
         optional_calls: Sequence[str] = (),
         accepts: Sequence[str] = (),
     ) -> None:
-        self._begin(name, description, port, calls, optional_calls, accepts, built_in=False)
+        self._initialise(name, description, port, calls, optional_calls, accepts, built_in=False)
 
-    def _begin(
+    def _initialise(
         self,
         name: str,
         description: str,
@@ -84,15 +84,18 @@ class Arm:
         self.name = name
         self.description = description
         self.port = port
-        self.needed = check_calls(name, calls)
-        self.optional = check_calls(name, optional_calls)
+        self.required_scopes = check_calls(name, calls)
+        self.optional_scopes = check_calls(name, optional_calls)
         self.accepts = tuple(accepts)
         self.operations: list[ArmOperation] = []
 
     @property
-    def declared_calls(self) -> tuple[str, ...]:
+    def parse_declared_calls(self) -> tuple[str, ...]:
         """Return the calls as they are told to the orchestrator: ``?`` before one without which the arm still works."""
-        return (*(scope.text for scope in self.needed), *(OPTIONAL + scope.text for scope in self.optional))
+        return (
+            *(scope.text for scope in self.required_scopes),
+            *(OPTIONAL_MARK + scope.text for scope in self.optional_scopes),
+        )
 
     @classmethod
     def built_in(
@@ -100,7 +103,7 @@ class Arm:
     ) -> Arm:
         """Return one of OctoLLM's own arms, whose names are reserved."""
         arm = cls.__new__(cls)
-        arm._begin(name, description, port, calls, (), accepts, built_in=True)
+        arm._initialise(name, description, port, calls, (), accepts, built_in=True)
         return arm
 
     @classmethod
@@ -131,13 +134,13 @@ class Arm:
     @property
     def calls(self) -> tuple[str, ...]:
         """Return the scopes of all declared calls."""
-        return tuple(scope.text for scope in (*self.needed, *self.optional))
+        return tuple(scope.text for scope in (*self.required_scopes, *self.optional_scopes))
 
     def declarations(self) -> Declarations:
         """Return what each operation calls directly: from it follows what a caller's grant has to hold."""
         calls = (
-            *(Call(scope.text) for scope in self.needed),
-            *(Call(scope.text, optional=True) for scope in self.optional),
+            *(DeclaredCall(scope.text) for scope in self.required_scopes),
+            *(DeclaredCall(scope.text, optional=True) for scope in self.optional_scopes),
         )
         return {f"{self.name}:{declared.name}": calls for declared in self.operations}
 
@@ -161,7 +164,7 @@ class Arm:
         def declare(handler: H) -> H:
             called = name or getattr(handler, "__name__", "")
             check_operation(self.name, called, kind, (declared.name for declared in self.operations))
-            body, answer = types_of(self.name, called, handler)
+            body, answer = resolve_types(self.name, called, handler)
             summary = (inspect.getdoc(handler) or "").split("\n", 1)[0]
             self.operations.append(ArmOperation(called, handler, kind, body, answer, summary, timeout, example, codes))
             return handler

@@ -9,16 +9,16 @@ from urllib.parse import quote
 import msgspec
 
 from octollm.contracts.kinds import media_type_of
-from octollm.contracts.operations import StoredFile, artifact_of
+from octollm.contracts.operations import StoredFile, to_artifact
 from octollm.contracts.task import MAX_FILE_BYTES, Artifact, FileRef
 from octollm.errors import OctoError
-from octollm.rpc.caller import Caller, Outgoing
+from octollm.rpc.caller import OutgoingCall, ServiceClient
 
 
-class Outgoings(Protocol):
+class PrepareCall(Protocol):
     """Makes a call ready: authority, key and route."""
 
-    def __call__(self, service: str, operation: str, body: bytes | None, **path: str) -> Awaitable[Outgoing]:
+    def __call__(self, service: str, operation: str, body: bytes | None, **path: str) -> Awaitable[OutgoingCall]:
         """Return the call. ``path`` parameters become selectors."""
         ...
 
@@ -26,9 +26,9 @@ class Outgoings(Protocol):
 class Artifacts:
     """Reads the files of a task and writes new ones. The arm declares ``files:read`` and ``files:write``."""
 
-    def __init__(self, caller: Caller, outgoing: Outgoings) -> None:
+    def __init__(self, caller: ServiceClient, prepare_call: PrepareCall) -> None:
         self._caller = caller
-        self._outgoing = outgoing
+        self._prepare_call = prepare_call
         self._written: dict[str, Artifact] = {}
 
     async def read(self, file: FileRef | Artifact) -> bytes:
@@ -41,7 +41,7 @@ class Artifacts:
             return file.text.encode()
         if file.digest is None:
             raise OctoError(f"The file {file.name} has neither text nor a digest.", code="file_invalid")
-        outgoing = await self._outgoing("files", "read", None, digest=file.digest)
+        outgoing = await self._prepare_call("files", "read", None, digest=file.digest)
         return (await self._caller.send(outgoing)).body
 
     async def write(self, name: str, content: bytes | str, media_type: str | None = None) -> Artifact:
@@ -53,9 +53,9 @@ class Artifacts:
         if len(body) > MAX_FILE_BYTES:
             raise OctoError(f"The artifact {name} has more than {MAX_FILE_BYTES} bytes.", code="body_too_large")
         kind = media_type or media_type_of(name)
-        outgoing = await self._outgoing("files", "write", body)
-        stored = await self._caller.answer(_with_file(outgoing, name, kind), StoredFile)
-        self._written[name] = artifact_of(stored)
+        outgoing = await self._prepare_call("files", "write", body)
+        stored = await self._caller.call(_with_file_headers(outgoing, name, kind), StoredFile)
+        self._written[name] = to_artifact(stored)
         return self._written[name]
 
     def list(self) -> tuple[Artifact, ...]:
@@ -63,6 +63,6 @@ class Artifacts:
         return tuple(self._written.values())
 
 
-def _with_file(outgoing: Outgoing, name: str, media_type: str) -> Outgoing:
+def _with_file_headers(outgoing: OutgoingCall, name: str, media_type: str) -> OutgoingCall:
     """Return an upload that names its file: the name travels in a header, percent-encoded (RFC 8187 style)."""
     return msgspec.structs.replace(outgoing, content_type=media_type, headers={"X-File-Name": quote(name)})

@@ -14,7 +14,7 @@ from octollm.arm.arm import Arm
 CARD_PATH = "/.well-known/agent-card.json"
 BINDING = "urn:octollm:arm"
 """``protocolBinding`` is an open string; this one says: ``POST <url>/<skill>``, as ``<url>/openapi.json`` tells."""
-_JSON = ("application/json",)
+_JSON_MODES = ("application/json",)
 
 
 class AgentInterface(msgspec.Struct, frozen=True, rename="camel"):
@@ -32,8 +32,8 @@ class AgentSkill(msgspec.Struct, frozen=True, rename="camel"):
     name: str
     description: str
     tags: tuple[str, ...]
-    input_modes: tuple[str, ...] = _JSON
-    output_modes: tuple[str, ...] = (*_JSON, "application/x-ndjson")
+    input_modes: tuple[str, ...] = _JSON_MODES
+    output_modes: tuple[str, ...] = (*_JSON_MODES, "application/x-ndjson")
 
 
 class AgentCapabilities(msgspec.Struct, frozen=True, rename="camel"):
@@ -54,11 +54,11 @@ class AgentCard(msgspec.Struct, frozen=True, rename="camel"):
     security_schemes: dict[str, dict[str, dict[str, str]]]
     security_requirements: tuple[dict[str, dict[str, dict[str, list[str]]]], ...]
     capabilities: AgentCapabilities = AgentCapabilities()
-    default_input_modes: tuple[str, ...] = _JSON
-    default_output_modes: tuple[str, ...] = _JSON
+    default_input_modes: tuple[str, ...] = _JSON_MODES
+    default_output_modes: tuple[str, ...] = _JSON_MODES
 
 
-def card_of(arm: Arm, urls: tuple[str, ...]) -> AgentCard:
+def build_card(arm: Arm, urls: tuple[str, ...]) -> AgentCard:
     """Return the card of ``arm`` as it answers at ``urls``."""
     return AgentCard(
         name=arm.name,

@@ -7,38 +7,43 @@ from typing import Any, TypeVar, overload
 from urllib.parse import quote
 
 from octollm.arm.artifacts import Artifacts
-from octollm.arm.model import Endpoint, ModelClient
+from octollm.arm.model import ModelClient, ModelEndpoint
 from octollm.capability import Delegator, Scope
 from octollm.contracts.services import route_of, service_of
 from octollm.contracts.task import TaskContract
 from octollm.errors import OctoError
-from octollm.resilience import Deadline, Patience
-from octollm.rpc.call import Call
-from octollm.rpc.caller import Outgoing, Target
+from octollm.resilience import Deadline, OutageRetry
+from octollm.rpc.call import IncomingCall
+from octollm.rpc.caller import CallTarget, OutgoingCall
 from octollm.rpc.idempotency import NestedKeys
-from octollm.rpc.lines import OnLine
-from octollm.rpc.service import Base
+from octollm.rpc.lines import OnEvent
+from octollm.rpc.service import ServiceBase
 from octollm.rpc.shapes import encode
-from octollm.telemetry import Log
+from octollm.telemetry import Logger
 
 T = TypeVar("T")
 
 CALL_SECONDS = 60.0
 """The life of a token made for one call; it is checked when the call begins."""
 MIN_ENDPOINT_SECONDS = 1.0
-PATIENCE = Patience(15.0)
+OUTAGE_RETRY = OutageRetry(15.0)
 """An arm's calls wait so long for a service that is away: its work so far is worth more than the wait."""
 
 
 class Context:
     """One call of an arm's operation.
 
-    ``model`` asks the language model, ``artifacts`` reads and writes files, ``task`` is the task that the call was
+    ``check_model`` asks the language model, ``artifacts`` reads and writes files, ``task`` is the task that the call was
     given (``None`` where its body is something else).
     """
 
     def __init__(
-        self, base: Base, delegator: Delegator, call: Call, declared: tuple[Scope, ...], body: object = None
+        self,
+        base: ServiceBase,
+        delegator: Delegator,
+        call: IncomingCall,
+        declared: tuple[Scope, ...],
+        body: object = None,
     ) -> None:
         self._base = base
         self._delegator = delegator
@@ -46,8 +51,8 @@ class Context:
         self._declared = declared
         self._keys = NestedKeys(call.key or call.request_id)
         self.task = body if isinstance(body, TaskContract) else None
-        self.artifacts = Artifacts(base.caller, self.outgoing)
-        self.model = ModelClient(base.caller, lambda body: self.outgoing("models", "chat", body), self._endpoint)
+        self.artifacts = Artifacts(base.client, self.prepare_call)
+        self.model = ModelClient(base.client, lambda body: self.prepare_call("models", "chat", body), self._endpoint)
 
     @property
     def deadline(self) -> Deadline:
@@ -61,7 +66,7 @@ class Context:
         return (task.task or "") if task is not None else ""
 
     @property
-    def log(self) -> Log:
+    def log(self) -> Logger:
         """Return the arm's log; lines carry the ids of this call."""
         return self._base.log
 
@@ -73,32 +78,32 @@ class Context:
         """Tell how far the work is, from 0 to 100."""
         await self._call.emit.progress(percent, message)
 
-    def may(self, scope: str) -> bool:
+    def allows(self, scope: str) -> bool:
         """Say whether the grant of this call lets the arm call ``scope``: asked before an optional call."""
         grant = self._call.authority.grant
-        return grant is not None and grant.may.below(Scope(scope)) is not None
+        return grant is not None and grant.may.subtree(Scope(scope)) is not None
 
     @overload
-    async def call(self, service: str, operation: str, body: object, *, on_line: OnLine | None = None) -> Any: ...
+    async def call(self, service: str, operation: str, body: object, *, on_event: OnEvent | None = None) -> Any: ...
 
     @overload
     async def call(
-        self, service: str, operation: str, body: object, answer: type[T], *, on_line: OnLine | None = None
+        self, service: str, operation: str, body: object, answer: type[T], *, on_event: OnEvent | None = None
     ) -> T: ...
 
     async def call(
-        self, service: str, operation: str, body: object, answer: Any = Any, *, on_line: OnLine | None = None
+        self, service: str, operation: str, body: object, answer: Any = Any, *, on_event: OnEvent | None = None
     ) -> Any:
         """Call another service's operation with narrowed authority, this call's deadline and trace.
 
         ``body`` is anything that JSON stands for. Without ``answer``, the type of what comes back, it is decoded
-        JSON. ``on_line`` is given what the callee tells while it works. Raises ``authority_missing`` when the arm
+        JSON. ``on_event`` is given what the callee tells while it works. Raises ``authority_missing`` when the arm
         does not declare the call or the caller's authority does not cover it, and what the callee says.
         """
-        outgoing = await self.outgoing(service, operation, encode(body))
-        return await self._base.caller.answer(outgoing, answer, on_line=on_line)
+        outgoing = await self.prepare_call(service, operation, encode(body))
+        return await self._base.client.call(outgoing, answer, on_event=on_event)
 
-    async def outgoing(self, service: str, operation: str, body: bytes | None, **path: str) -> Outgoing:
+    async def prepare_call(self, service: str, operation: str, body: bytes | None, **path: str) -> OutgoingCall:
         """Return a call ready to be made: authority, key and route. ``path`` parameters become selectors.
 
         Raises ``authority_missing``.
@@ -110,24 +115,24 @@ class Context:
         if route.kind != "read_only":
             key = self._keys.next(audience, operation, body or b"")
         filled = route.path.format(**{name: quote(value, safe="") for name, value in path.items()})
-        return Outgoing(
-            Target(audience, f"{service}.{operation}", route.method, filled, route.kind),
+        return OutgoingCall(
+            CallTarget(audience, f"{service}.{operation}", route.method, filled, route.kind),
             bearer,
             self.deadline,
             body,
             key,
-            patience=PATIENCE,
+            outage_retry=OUTAGE_RETRY,
         )
 
-    async def _endpoint(self) -> Endpoint:
+    async def _endpoint(self) -> ModelEndpoint:
         """Return where any OpenAI client finds the models, with a key that lives as long as this call may."""
-        bearer = await self._bearer("models:chat", max(MIN_ENDPOINT_SECONDS, self.deadline.left()))
+        bearer = await self._bearer("models:chat", max(MIN_ENDPOINT_SECONDS, self.deadline.remaining()))
         headers = {
             "X-Correlation-ID": self._call.correlation_id,
             "traceparent": self._call.trace.traceparent,
-            "X-Timeout-Ms": self.deadline.header(),
+            "X-Timeout-Ms": self.deadline.to_header(),
         }
-        return Endpoint(self._base.discovery.instances("models")[0] + "/v1", bearer, headers)
+        return ModelEndpoint(self._base.discovery.instances("models")[0] + "/v1", bearer, headers)
 
     async def _bearer(self, scope: str, lifetime: float) -> str:
         wanted = Scope(scope)

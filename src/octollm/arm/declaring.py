@@ -12,7 +12,7 @@ from octollm.capability.problems import CapabilityError
 from octollm.contracts.services import BUILT_IN_ARMS, ORCHESTRATOR_FAMILIES, SERVICES, OperationKind
 from octollm.contracts.task import TaskContract
 from octollm.errors import OctoError
-from octollm.rpc.shapes import schemas_of
+from octollm.rpc.shapes import json_schemas
 
 EXECUTE = "execute"
 """The operation that the orchestrator calls: a step of a task goes in, its result comes out."""
@@ -20,8 +20,8 @@ MAX_DESCRIPTION = 500
 """Characters of a description: every planning prompt holds it."""
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _OPERATION = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_TAKEN_PATHS = frozenset({"health", "ready", "metrics", "docs"})
-_FORM = "async def {name}(body: Type, ctx: Context) -> Type"
+_RESERVED_PATHS = frozenset({"health", "ready", "metrics", "docs"})
+_HANDLER_FORM = "async def {name}(body: Type, ctx: Context) -> Type"
 
 
 def arm_invalid(detail: str) -> OctoError:
@@ -80,7 +80,7 @@ def check_operation(arm: str, name: str, kind: str, taken: Iterable[str]) -> Non
         raise arm_invalid(
             f"{arm} cannot have an operation {name!r}: a name is 1 to 40 of a-z, 0-9 and _, and begins with a letter."
         )
-    if name in _TAKEN_PATHS:
+    if name in _RESERVED_PATHS:
         raise arm_invalid(f"{arm} cannot have an operation {name!r}: every service answers /{name} itself.")
     if name in taken:
         raise arm_invalid(f"{arm} has an operation {name!r} already; give this one a name: @arm.operation('…').")
@@ -89,9 +89,9 @@ def check_operation(arm: str, name: str, kind: str, taken: Iterable[str]) -> Non
         raise arm_invalid(f"{arm}:{name} cannot be of kind {kind!r}; kinds are {', '.join(kinds)}.")
 
 
-def types_of(arm: str, name: str, handler: Callable[..., Any]) -> tuple[Any, Any]:
+def resolve_types(arm: str, name: str, handler: Callable[..., Any]) -> tuple[Any, Any]:
     """Return the types of a handler's body and answer; raise ``arm_invalid`` where they do not serve."""
-    form = _FORM.format(name=name)
+    form = _HANDLER_FORM.format(name=name)
     if not inspect.iscoroutinefunction(handler):
         raise arm_invalid(f"{arm}:{name} must be a coroutine: {form}.")
     try:
@@ -118,7 +118,7 @@ def _check_type(arm: str, name: str, what: str, kind: Any) -> None:
     try:
         if kind in (bytes, type(None)):
             raise TypeError(kind)
-        schemas_of([kind])
+        json_schemas([kind])
     except (TypeError, NotImplementedError, ValueError) as error:
         raise arm_invalid(
             f"The {what} of {arm}:{name} cannot be {kind!r}: use a dataclass, a msgspec Struct, a Pydantic model, "

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import msgspec
 
-from octollm.contracts.problems import KINDS, Problem
+from octollm.contracts.problems import ERROR_KINDS, Problem
 from octollm.errors import RemoteError
-from octollm.rpc.problems import error_of
+from octollm.rpc.problems import remote_error
 
-_CAUSES = 8
+_MAX_CAUSES = 8
 """How far the causes of an exception are followed."""
 
 
-def problem_in(error: BaseException | None) -> RemoteError | None:
+def extract_problem(error: BaseException | None) -> RemoteError | None:
     """Return the problem that ``models`` answered, if ``error`` comes of one: OpenAI's SDK keeps it as ``body``."""
-    for _ in range(_CAUSES):
+    for _ in range(_MAX_CAUSES):
         if error is None:
             return None
         try:
@@ -22,5 +22,5 @@ def problem_in(error: BaseException | None) -> RemoteError | None:
         except msgspec.ValidationError:
             error = error.__cause__ or error.__context__
             continue
-        return error_of(problem, "models") if problem.code in KINDS else None
+        return remote_error(problem, "models") if problem.code in ERROR_KINDS else None
     return None

@@ -10,22 +10,22 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from octollm.arm.answer_schema import answer_schema
-from octollm.arm.reading import Completion, Heard, OnText, read_completion
+from octollm.arm.answer_schema import strict_schema
+from octollm.arm.reading import ModelCompletion, OnText, TextDeduplicator, read_completion
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
-from octollm.rpc.caller import Caller, Outgoing
+from octollm.rpc.caller import OutgoingCall, ServiceClient
 from octollm.rpc.decode import decode
-from octollm.rpc.http import Streamed
+from octollm.rpc.http import StreamedResponse
 
 T = TypeVar("T")
 
-_QUEUE = 64
+_MAX_QUEUED = 64
 """Pieces that the model may be ahead of who reads them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class ModelEndpoint:
     """Where any OpenAI client finds the models. ``api_key`` is this call's narrowed authority: it ends with it.
 
     ``headers`` say which work a request belongs to, and when that ends.
@@ -46,14 +46,14 @@ class ModelClient:
 
     def __init__(
         self,
-        caller: Caller,
-        outgoing: Callable[[bytes], Awaitable[Outgoing]],
-        endpoint: Callable[[], Awaitable[Endpoint]],
+        caller: ServiceClient,
+        prepare_call: Callable[[bytes], Awaitable[OutgoingCall]],
+        endpoint: Callable[[], Awaitable[ModelEndpoint]],
     ) -> None:
         self._caller = caller
-        self._outgoing = outgoing
+        self._prepare_call = prepare_call
         self._endpoint = endpoint
-        self._running: set[asyncio.Task[Completion]] = set()
+        self._running: set[asyncio.Task[ModelCompletion]] = set()
         self.usage = Usage()
 
     async def complete(
@@ -83,7 +83,7 @@ class ModelClient:
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            schema=answer_schema(answer),
+            schema=strict_schema(answer),
         )
         try:
             return decode(completion.text.encode(), answer)
@@ -92,16 +92,16 @@ class ModelClient:
             raise OctoError(
                 f"The model's answer does not fit {getattr(answer, '__name__', answer)}.{cut}",
                 code="model_output_invalid",
-                faults=error.faults,
+                field_errors=error.field_errors,
             ) from error
 
     async def stream(
         self, prompt: str, *, system: str = "", max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> AsyncGenerator[str]:
         """Yield the model's answer to one prompt as it is written; leaving the loop stops the model."""
-        pieces: asyncio.Queue[str | None] = asyncio.Queue(_QUEUE)
+        pieces: asyncio.Queue[str | None] = asyncio.Queue(_MAX_QUEUED)
 
-        async def ask() -> Completion:
+        async def ask() -> ModelCompletion:
             try:
                 return await self.chat(
                     _messages(prompt, system),
@@ -119,11 +119,11 @@ class ModelClient:
         self._running.add(asking)
         asking.add_done_callback(self._running.discard)
         try:
-            while (piece := await _next(pieces, asking)) is not None:
+            while (piece := await _next_piece(pieces, asking)) is not None:
                 yield piece
             await asking
         finally:
-            await _end(asking)
+            await _cancel_and_wait(asking)
 
     async def chat(
         self,
@@ -134,7 +134,7 @@ class ModelClient:
         temperature: float = 0.0,
         seed: int = 0,
         on_text: OnText | None = None,
-    ) -> Completion:
+    ) -> ModelCompletion:
         """Ask the model; ``messages`` are (role, content). With ``schema`` the answer is JSON that fits it.
 
         ``on_text`` is given each piece as it is written.
@@ -154,19 +154,19 @@ class ModelClient:
                 "type": "json_schema",
                 "json_schema": {"name": "answer", "schema": schema, "strict": True},
             }
-        outgoing = await self._outgoing(msgspec.json.encode(request))
+        outgoing = await self._prepare_call(msgspec.json.encode(request))
 
-        heard = Heard(on_text)
+        heard = TextDeduplicator(on_text)
 
-        async def consume(streamed: Streamed) -> Completion:
-            heard.begin()
+        async def consume(streamed: StreamedResponse) -> ModelCompletion:
+            heard.start()
             return await read_completion(streamed, heard)
 
         completion = await self._caller.stream(outgoing, consume)
-        self.count(completion.usage)
+        self.add_usage(completion.usage)
         return completion
 
-    async def endpoint(self) -> Endpoint:
+    async def endpoint(self) -> ModelEndpoint:
         """Return ``base_url``, ``api_key`` and ``headers`` for an OpenAI client of one's own.
 
         Its calls are budgeted, journaled and cancelled like those of this client. The key lives as long as this
@@ -174,24 +174,24 @@ class ModelClient:
         """
         return await self._endpoint()
 
-    def count(self, usage: Usage) -> None:
+    def add_usage(self, usage: Usage) -> None:
         """Count what a client of one's own used, so that the result tells it. The budget knows it anyway."""
         self.usage = self.usage + usage
 
     async def aclose(self) -> None:
         """Stop what still runs: a stream that was left open does not outlive its call."""
         for task in tuple(self._running):
-            await _end(task)
+            await _cancel_and_wait(task)
 
 
-async def _next(pieces: asyncio.Queue[str | None], asking: asyncio.Task[Completion]) -> str | None:
+async def _next_piece(pieces: asyncio.Queue[str | None], task: asyncio.Task[ModelCompletion]) -> str | None:
     """Return the next piece; ``None`` once there is none left and the answer has ended."""
-    if pieces.empty() and asking.done():
+    if pieces.empty() and task.done():
         return None
     return await pieces.get()
 
 
-async def _end(task: asyncio.Task[Completion]) -> None:
+async def _cancel_and_wait(task: asyncio.Task[ModelCompletion]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError, OctoError):  # its failure was raised where it was waited for
         await task

@@ -10,15 +10,15 @@ import msgspec
 from octollm.contracts.problems import Problem
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
-from octollm.rpc.http import Streamed, TransportError
-from octollm.rpc.problems import error_of
+from octollm.rpc.http import StreamedResponse, TransportError
+from octollm.rpc.problems import remote_error
 
 OnText = Callable[[str], Awaitable[None]]
-_MAX_EVENT = 1024 * 1024
+_MAX_EVENT_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class ModelCompletion:
     """What the model wrote. ``finish_reason`` is ``length`` when it was cut at the limit."""
 
     text: str
@@ -49,40 +49,40 @@ class _Chunk(msgspec.Struct, frozen=True):
     error: Problem | None = None
 
 
-class Heard:
+class TextDeduplicator:
     """Hands text on once: a call that is made again after it broke begins with what was heard already."""
 
     def __init__(self, on_text: OnText | None) -> None:
         self._on_text = on_text
-        self._heard = 0
-        self._at = 0
+        self._delivered = 0
+        self._position = 0
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Begin an answer."""
-        self._at = 0
+        self._position = 0
 
-    async def hear(self, text: str) -> None:
+    async def write(self, text: str) -> None:
         """Take a piece of the answer, and hand on what is new of it."""
-        self._at += len(text)
-        new = self._at - self._heard
+        self._position += len(text)
+        new = self._position - self._delivered
         if self._on_text is not None and new > 0:
-            self._heard = self._at
+            self._delivered = self._position
             await self._on_text(text[-new:])
 
 
-async def read_completion(streamed: Streamed, heard: Heard) -> Completion:
+async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) -> ModelCompletion:
     """Read one streamed answer to its end; raise what ``models`` says, and ``connection_lost`` when it breaks off."""
     text: list[str] = []
     finish, usage, model = "stop", Usage(), ""
-    async for data in _events(streamed.chunks):
+    async for data in _sse_data(streamed.chunks):
         if data == b"[DONE]":
-            return Completion("".join(text), finish, usage, model)
+            return ModelCompletion("".join(text), finish, usage, model)
         try:
             chunk = msgspec.json.decode(data, type=_Chunk)
         except msgspec.DecodeError as error:
             raise OctoError("models sent a chunk that is not understood.", code="peer_protocol") from error
         if chunk.error is not None:
-            raise error_of(chunk.error, "models")
+            raise remote_error(chunk.error, "models")
         model = chunk.model or model
         if chunk.usage is not None:
             usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cost_usd)
@@ -90,16 +90,16 @@ async def read_completion(streamed: Streamed, heard: Heard) -> Completion:
             finish = choice.finish_reason or finish
             if choice.delta.content:
                 text.append(choice.delta.content)
-                await heard.hear(choice.delta.content)
-    raise TransportError("models ended its answer early.", code="connection_lost", began=True)
+                await sink.write(choice.delta.content)
+    raise TransportError("models ended its answer early.", code="connection_lost", request_sent=True)
 
 
-async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield the data of server-sent events (WHATWG HTML section 9.2), one line of data each."""
     rest = b""
     async for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > _MAX_EVENT:
+        if len(rest) > _MAX_EVENT_BYTES:
             raise OctoError("models sent a line that is too long.", code="peer_protocol")
         for line in lines:
             if line.startswith(b"data:"):

@@ -5,47 +5,56 @@ a file or a connection, waits, or keeps a key that it was not given.
 """
 
 from octollm.capability.declarations import BUILT_IN_CALLS
-from octollm.capability.keys import PublicKey, SigningKey, digest_of, jwks_of
-from octollm.capability.may import Call, Declarations, May, closure, contains, merge, narrow, parse_may
-from octollm.capability.minting import Delegator, RootMinter, SelfSigner
-from octollm.capability.principals import PRESETS, Principal, preset
+from octollm.capability.keys import PublicKey, SigningKey, digest_of, to_jwks
+from octollm.capability.may import (
+    Declarations,
+    DeclaredCall,
+    DelegationTree,
+    attenuate,
+    contains,
+    intersect,
+    parse_delegation_tree,
+    union,
+)
+from octollm.capability.minting import Delegator, RootMinter, ServiceTokenSigner
+from octollm.capability.principals import PRESETS, Principal, preset_scopes
 from octollm.capability.problems import REASONS, CapabilityError
 from octollm.capability.revocations import RevocationKind, Revocations, run_value
 from octollm.capability.scopes import Scope, ScopeSet, parse_scope
-from octollm.capability.service_tokens import Directory, DirectoryEntry, verify_directory, verify_service
+from octollm.capability.service_tokens import Directory, DirectoryEntry, verify_directory, verify_service_token
 from octollm.capability.tokens import AccessClaims, GrantClaims, TaskRef
-from octollm.capability.verifying import Verified, Verifier
+from octollm.capability.verifying import VerifiedChain, Verifier
 
 __all__ = [  # noqa: RUF022  (grouped by what they are for)
     # Scopes and trees of authority
     "Scope",
     "ScopeSet",
     "parse_scope",
-    "May",
-    "parse_may",
+    "DelegationTree",
+    "parse_delegation_tree",
     "contains",
-    "merge",
-    "narrow",
-    "closure",
-    "Call",
+    "union",
+    "intersect",
+    "attenuate",
+    "DeclaredCall",
     "Declarations",
     "BUILT_IN_CALLS",
     # Principals
     "Principal",
     "PRESETS",
-    "preset",
+    "preset_scopes",
     # Keys
     "SigningKey",
     "PublicKey",
     "digest_of",
-    "jwks_of",
+    "to_jwks",
     # Minting
     "RootMinter",
     "Delegator",
-    "SelfSigner",
+    "ServiceTokenSigner",
     # Verifying
     "Verifier",
-    "Verified",
+    "VerifiedChain",
     "Revocations",
     "RevocationKind",
     "run_value",
@@ -54,7 +63,7 @@ __all__ = [  # noqa: RUF022  (grouped by what they are for)
     "TaskRef",
     "Directory",
     "DirectoryEntry",
-    "verify_service",
+    "verify_service_token",
     "verify_directory",
     # Refusals
     "CapabilityError",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm.capability.jose import decode, encode, pinned_root
+from octollm.capability.jose import decode_jws, encode_jws, pinned_root
 from octollm.capability.keys import PublicKey, SigningKey
 from octollm.capability.problems import CapabilityError
 from octollm.capability.tokens import ROOT_ISSUER
@@ -35,7 +35,7 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, slots=True)
-class AuditFault:
+class AuditChainError:
     """What is wrong, at which row; 0 is the head."""
 
     seq: int
@@ -64,14 +64,14 @@ def row_hash(previous: str, row: AuditRow) -> str:
 def sign_checkpoint(key: SigningKey, tenant: str, seq: int, digest: str, now: float) -> str:
     """Return the root's signature over where a chain stands."""
     claims = Checkpoint(ROOT_ISSUER, tenant, seq, digest, round(now, 3))
-    return encode(msgspec.json.encode(claims), "audit+jwt", key, with_kid=True)
+    return encode_jws(msgspec.json.encode(claims), "audit+jwt", key, with_kid=True)
 
 
-def read_checkpoint(token: str, roots: Mapping[str, PublicKey]) -> Checkpoint:
+def verify_checkpoint(token: str, roots: Mapping[str, PublicKey]) -> Checkpoint:
     """Return what a root signed; raises ``CapabilityError`` for anything else."""
     if len(token) > MAX_CHECKPOINT_CHARS or not token.isascii():
         raise CapabilityError("bearer_malformed")
-    jws = decode(token, "audit+jwt")
+    jws = decode_jws(token, "audit+jwt")
     jws.check_signature(pinned_root(jws.header, roots))
     try:
         claims = msgspec.convert(jws.claims, Checkpoint)
@@ -82,7 +82,7 @@ def read_checkpoint(token: str, roots: Mapping[str, PublicKey]) -> Checkpoint:
     return claims
 
 
-class ChainCheck:
+class AuditChainVerifier:
     """Checks one tenant's rows as they are read, in order. Each fault names its row; the check goes on behind it."""
 
     def __init__(self, tenant: str, roots: Mapping[str, PublicKey]) -> None:
@@ -90,10 +90,10 @@ class ChainCheck:
         self._roots = roots
         self._last = AuditHead(tenant)
         self._signed = 0
-        self.faults: list[AuditFault] = []
+        self.faults: list[AuditChainError] = []
         self.rows = 0
 
-    def take(self, row: AuditRow) -> None:
+    def check_row(self, row: AuditRow) -> None:
         """Check the next row."""
         self.rows += 1
         expected = self._last.seq + 1
@@ -107,7 +107,7 @@ class ChainCheck:
         if row.checkpoint is not None:
             self._check_signed(row.seq, row.hash, row.checkpoint)
 
-    def end(self, head: AuditHead) -> None:
+    def check_head(self, head: AuditHead) -> None:
         """Check that the rows end where ``head`` says, and that a root signed that."""
         if head.seq != self._last.seq:
             gone = f"rows {self._last.seq + 1} to {head.seq} are gone from the end"
@@ -129,7 +129,7 @@ class ChainCheck:
     def _check_signed(self, seq: int, digest: str, token: str, *, at: int | None = None) -> None:
         place = seq if at is None else at
         try:
-            signed = read_checkpoint(token, self._roots)
+            signed = verify_checkpoint(token, self._roots)
         except CapabilityError as error:
             self._fault(seq, f"its checkpoint is not signed by a root key that is known here ({error.reason})")
             return
@@ -144,4 +144,4 @@ class ChainCheck:
 
     def _fault(self, seq: int, what: str) -> None:
         if len(self.faults) < MAX_FAULTS:
-            self.faults.append(AuditFault(seq, what))
+            self.faults.append(AuditChainError(seq, what))

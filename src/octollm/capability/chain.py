@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from octollm.capability.jose import Jws, decode, pinned_root
+from octollm.capability.jose import Jws, decode_jws, pinned_root
 from octollm.capability.keys import PublicKey, digest_of
-from octollm.capability.may import May, contains, merge
+from octollm.capability.may import DelegationTree, contains, union
 from octollm.capability.problems import CapabilityError
 from octollm.capability.tokens import (
     MAX_ACCESS_SECONDS,
@@ -23,19 +23,19 @@ from octollm.capability.tokens import (
     SEPARATOR,
     SKEW_SECONDS,
     AccessClaims,
-    Claims,
     GrantClaims,
+    TokenClaims,
     check_times,
-    read_access,
-    read_grant,
+    parse_access_claims,
+    parse_grant_claims,
 )
 from octollm.contracts.services import service_of
 
-_C_co = TypeVar("_C_co", bound=Claims, covariant=True)
+_C_co = TypeVar("_C_co", bound=TokenClaims, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Part(Generic[_C_co]):
+class ChainPart(Generic[_C_co]):
     """One token of a bearer string: its text, the SHA-256 of it, and what it says; its signature is not checked."""
 
     raw: str
@@ -52,39 +52,39 @@ class Chain:
     ``proofs`` are the grants that ``access`` was minted under, root first; ``own`` is the callee's.
     """
 
-    access: Part[AccessClaims]
-    proofs: tuple[Part[GrantClaims], ...]
-    own: Part[GrantClaims] | None
+    access: ChainPart[AccessClaims]
+    proofs: tuple[ChainPart[GrantClaims], ...]
+    callee_grant: ChainPart[GrantClaims] | None
 
     @property
-    def parent(self) -> Part[GrantClaims] | None:
+    def parent(self) -> ChainPart[GrantClaims] | None:
         """Return the grant that access token and callee's grant were minted under; ``None``: a root minted them."""
         return self.proofs[-1] if self.proofs else None
 
     @property
-    def grants(self) -> tuple[Part[GrantClaims], ...]:
+    def grants(self) -> tuple[ChainPart[GrantClaims], ...]:
         """Return the grants in the order of the bearer string."""
-        return self.proofs if self.own is None else (*self.proofs, self.own)
+        return self.proofs if self.callee_grant is None else (*self.proofs, self.callee_grant)
 
     @property
     def links(self) -> tuple[AccessClaims | GrantClaims, ...]:
         """Return the claims of every part, in the order of the bearer string."""
         return (self.access.claims, *(part.claims for part in self.grants))
 
-    def with_parents(self) -> list[tuple[Part[Claims], Part[GrantClaims] | None]]:
+    def parts_with_parents(self) -> list[tuple[ChainPart[TokenClaims], ChainPart[GrantClaims] | None]]:
         """Return every part with the one that proves its issuer, root first, the access token last."""
-        steps: list[tuple[Part[Claims], Part[GrantClaims] | None]] = []
-        parent: Part[GrantClaims] | None = None
+        steps: list[tuple[ChainPart[TokenClaims], ChainPart[GrantClaims] | None]] = []
+        parent: ChainPart[GrantClaims] | None = None
         for proof in self.proofs:
             steps.append((proof, parent))
             parent = proof
-        if self.own is not None:
-            steps.append((self.own, parent))
+        if self.callee_grant is not None:
+            steps.append((self.callee_grant, parent))
         steps.append((self.access, parent))
         return steps
 
 
-def split(bearer: str) -> list[str]:
+def split_bearer(bearer: str) -> list[str]:
     """Return the tokens of a bearer string whose size is already bounded; raises ``CapabilityError`` for too many."""
     tokens = bearer.split(SEPARATOR)
     if len(tokens) > MAX_PARTS:
@@ -92,29 +92,29 @@ def split(bearer: str) -> list[str]:
     return tokens
 
 
-def parse_access(raw: str) -> Part[AccessClaims]:
+def parse_access(raw: str) -> ChainPart[AccessClaims]:
     """Read an access token's form; raises ``CapabilityError`` with a reason among those of a malformed token."""
-    jws = decode(raw, "cap+jwt")
-    return Part(raw, digest_of(raw), jws, read_access(jws.claims), _embedded(jws))
+    jws = decode_jws(raw, "cap+jwt")
+    return ChainPart(raw, digest_of(raw), jws, parse_access_claims(jws.claims), _embedded(jws))
 
 
-def parse_grant(raw: str) -> Part[GrantClaims]:
+def parse_grant(raw: str) -> ChainPart[GrantClaims]:
     """Read a grant's form; raises ``CapabilityError`` with a reason among those of a malformed token."""
-    jws = decode(raw, "cap-grant+jwt")
-    return Part(raw, digest_of(raw), jws, read_grant(jws.claims), _embedded(jws))
+    jws = decode_jws(raw, "cap-grant+jwt")
+    return ChainPart(raw, digest_of(raw), jws, parse_grant_claims(jws.claims), _embedded(jws))
 
 
 def _embedded(jws: Jws) -> PublicKey | None:
     return None if jws.header.jwk is None else jws.embedded_key()
 
 
-def arrange(access: Part[AccessClaims], grants: Sequence[Part[GrantClaims]]) -> Chain:
+def assemble_chain(access: ChainPart[AccessClaims], grants: Sequence[ChainPart[GrantClaims]]) -> Chain:
     """Put the parts in their places by ``gnt`` and ``prf``, from the access token to the root.
 
     Raises ``CapabilityError``: ``grant_mismatch``, ``proof_mismatch``, or ``part_unused`` for one too many.
     """
     proofs = list(grants)
-    own: Part[GrantClaims] | None = None
+    own: ChainPart[GrantClaims] | None = None
     if access.claims.gnt is not None:
         if not proofs or proofs[-1].digest != access.claims.gnt:
             raise CapabilityError("grant_mismatch")
@@ -135,7 +135,7 @@ def arrange(access: Part[AccessClaims], grants: Sequence[Part[GrantClaims]]) -> 
 
 def check_chain_times(chain: Chain, now: float) -> None:
     """Check every link of ``chain`` at ``now`` as :func:`check_times` does, and each against its parent."""
-    for part, parent in chain.with_parents():
+    for part, parent in chain.parts_with_parents():
         claims = part.claims
         longest = MAX_GRANT_SECONDS if isinstance(claims, GrantClaims) else MAX_ACCESS_SECONDS
         check_times(claims.exp, claims.nbf, claims.iat, now, longest)
@@ -147,7 +147,9 @@ def check_chain_times(chain: Chain, now: float) -> None:
                 raise CapabilityError("older_than_parent")
 
 
-def key_of(part: Part[Claims], parent: Part[GrantClaims] | None, roots: Mapping[str, PublicKey]) -> PublicKey:
+def expected_key(
+    part: ChainPart[TokenClaims], parent: ChainPart[GrantClaims] | None, roots: Mapping[str, PublicKey]
+) -> PublicKey:
     """Return the only key that may have signed ``part``.
 
     That is a pinned root, named by ``kid``, or the key that the parent grant confirms, brought along as ``jwk``.
@@ -170,7 +172,7 @@ def check_authority(chain: Chain, audience: str) -> None:
     access = chain.access.claims
     if access.aud != audience:
         raise CapabilityError("audience_wrong")
-    for part, parent in chain.with_parents():
+    for part, parent in chain.parts_with_parents():
         claims = part.claims
         if claims.iss != (ROOT_ISSUER if parent is None else parent.claims.aud):
             raise CapabilityError("issuer_wrong")
@@ -180,7 +182,7 @@ def check_authority(chain: Chain, audience: str) -> None:
     for parent, child in zip(chain.proofs, chain.proofs[1:], strict=False):
         # The access token that came with an inner grant is gone: what it can have allowed bounds the grant.
         given = [below for scope, below in parent.claims.may.items() if service_of(scope.family) == child.claims.aud]
-        if not contains(_union(given), child.claims.may):
+        if not contains(_union_of(given), child.claims.may):
             raise CapabilityError("may_exceeds_parent")
     _check_access(chain)
 
@@ -189,21 +191,21 @@ def _check_access(chain: Chain) -> None:
     access = chain.access.claims
     if any(service_of(scope.family) != access.aud for scope in access.scope):
         raise CapabilityError("scope_foreign")
-    if chain.own is not None and chain.own.claims.aud != access.aud:
+    if chain.callee_grant is not None and chain.callee_grant.claims.aud != access.aud:
         raise CapabilityError("audience_wrong")
     if chain.parent is None:
         return
-    given: list[May] = []
+    given: list[DelegationTree] = []
     for scope in access.scope:
-        below = chain.parent.claims.may.below(scope)
+        below = chain.parent.claims.may.subtree(scope)
         if below is None:
             raise CapabilityError("scope_exceeds_parent")
         given.append(below)
-    if chain.own is not None and not contains(_union(given), chain.own.claims.may):
+    if chain.callee_grant is not None and not contains(_union_of(given), chain.callee_grant.claims.may):
         raise CapabilityError("may_exceeds_scope")
 
 
-def _check_same_work(claims: Claims, access: AccessClaims) -> None:
+def _check_same_work(claims: TokenClaims, access: AccessClaims) -> None:
     if (claims.sub, claims.cred, claims.tenant) != (access.sub, access.cred, access.tenant):
         raise CapabilityError("subject_differs")
     if (claims.task, claims.step, claims.attempt, claims.run) != (
@@ -215,8 +217,8 @@ def _check_same_work(claims: Claims, access: AccessClaims) -> None:
         raise CapabilityError("task_differs")
 
 
-def _union(trees: Sequence[May]) -> May:
-    whole = May()
+def _union_of(trees: Sequence[DelegationTree]) -> DelegationTree:
+    whole = DelegationTree()
     for tree in trees:
-        whole = merge(whole, tree)
+        whole = union(whole, tree)
     return whole

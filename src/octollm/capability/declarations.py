@@ -8,35 +8,35 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from octollm.capability.may import Call, Declarations
+from octollm.capability.may import Declarations, DeclaredCall
 
 
-def _needs(scope: str) -> Call:
-    return Call(scope)
+def _required(scope: str) -> DeclaredCall:
+    return DeclaredCall(scope)
 
 
-def _may_use(scope: str) -> Call:
-    return Call(scope, optional=True)
+def _optional(scope: str) -> DeclaredCall:
+    return DeclaredCall(scope, optional=True)
 
 
 BUILT_IN_CALLS: Declarations = MappingProxyType(
     {
-        "planner:plan": (_needs("models:chat"),),
-        "planner:execute": (_needs("models:chat"), _needs("executor:run")),
+        "planner:plan": (_required("models:chat"),),
+        "planner:execute": (_required("models:chat"), _required("executor:run")),
         "coder:execute": (
-            _needs("models:chat"),
-            _needs("judge:validate"),
-            _needs("executor:run"),
-            _may_use("files:read"),
-            _needs("files:write"),
+            _required("models:chat"),
+            _required("judge:validate"),
+            _required("executor:run"),
+            _optional("files:read"),
+            _required("files:write"),
         ),
-        "judge:validate": (_may_use("executor:run"),),
-        "judge:accept": (_may_use("executor:run"), _may_use("files:read"), _may_use("models:chat")),
-        "judge:execute": (_may_use("executor:run"), _may_use("files:read")),
-        "retriever:search": (_needs("memory:read"),),
-        "retriever:execute": (_needs("memory:read"), _needs("models:chat")),
-        "executor:execute": (_may_use("files:read"), _may_use("files:write")),
-        "executor:run": (_may_use("files:read"),),
+        "judge:validate": (_optional("executor:run"),),
+        "judge:accept": (_optional("executor:run"), _optional("files:read"), _optional("models:chat")),
+        "judge:execute": (_optional("executor:run"), _optional("files:read")),
+        "retriever:search": (_required("memory:read"),),
+        "retriever:execute": (_required("memory:read"), _required("models:chat")),
+        "executor:execute": (_optional("files:read"), _optional("files:write")),
+        "executor:run": (_optional("files:read"),),
         "executor:http": (),
         "memory:read": (),
         "memory:write": (),

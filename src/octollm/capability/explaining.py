@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-EXPLAINED: dict[str, str] = {
+REASON_TEXTS: dict[str, str] = {
     "bearer_missing": "There is no token.",
     "bearer_too_large": "The text is longer than any bearer string may be.",
     "bearer_malformed": "The text is not made of tokens of three parts each.",

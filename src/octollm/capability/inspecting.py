@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from octollm.capability.chain import Chain, Part, arrange, parse_access, parse_grant, split
-from octollm.capability.explaining import EXPLAINED
+from octollm.capability.chain import Chain, ChainPart, assemble_chain, parse_access, parse_grant, split_bearer
+from octollm.capability.explaining import REASON_TEXTS
 from octollm.capability.keys import PublicKey
-from octollm.capability.may import May
+from octollm.capability.may import DelegationTree
 from octollm.capability.problems import CapabilityError
 from octollm.capability.revocations import Revocations
-from octollm.capability.tokens import MAX_BEARER_CHARS, AccessClaims, Claims, GrantClaims, TaskRef
+from octollm.capability.tokens import MAX_BEARER_CHARS, AccessClaims, GrantClaims, TaskRef, TokenClaims
 from octollm.capability.verifying import Verifier
 from octollm.clock import Clock
 from octollm.contracts.services import service_of
@@ -39,7 +39,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a bearer string says, root first, the access token last. Nothing in it is proved: see :func:`refusal`."""
+    """What a bearer string says, root first, the access token last. Nothing in it is proved: see :func:`find_refusal_reason`."""
 
     subject: str
     credential: str
@@ -58,9 +58,9 @@ def inspect(bearer: str) -> Inspection:
         access.sub,
         access.cred,
         access.tenant,
-        access.work,
+        access.task_ref,
         access.aud,
-        tuple(_hop(part, parent) for part, parent in chain.with_parents()),
+        tuple(_hop(part, parent) for part, parent in chain.parts_with_parents()),
         len(bearer),
     )
 
@@ -73,11 +73,11 @@ def read_chain(bearer: str) -> Chain:
         raise CapabilityError("bearer_too_large")
     if not bearer.isascii():
         raise CapabilityError("bearer_malformed")
-    access, *grants = split(bearer)
-    return arrange(parse_access(access), [parse_grant(text) for text in grants])
+    access, *grants = split_bearer(bearer)
+    return assemble_chain(parse_access(access), [parse_grant(text) for text in grants])
 
 
-def refusal(
+def find_refusal_reason(
     bearer: str, service: str, roots: Mapping[str, PublicKey], clock: Clock, revocations: Revocations | None = None
 ) -> str | None:
     """Return the reason for which ``service`` would refuse ``bearer`` now, ``None`` when it would not.
@@ -91,21 +91,21 @@ def refusal(
     return None
 
 
-def explain(reason: str) -> str:
+def explain_reason(reason: str) -> str:
     """Return a sentence on a reason."""
-    return EXPLAINED[reason]
+    return REASON_TEXTS[reason]
 
 
-def _hop(part: Part[Claims], parent: Part[GrantClaims] | None) -> Hop:
+def _hop(part: ChainPart[TokenClaims], parent: ChainPart[GrantClaims] | None) -> Hop:
     claims = part.claims
     grant = isinstance(claims, GrantClaims)
     return Hop(
         "grant" if grant else "access",
         claims.iss,
         claims.aud,
-        _allowed(claims),
+        _allowed_paths(claims),
         () if parent is None else _dropped(parent.claims.may, claims),
-        claims.may.height if grant else 0,
+        claims.may.depth if grant else 0,
         claims.iat,
         claims.exp,
         claims.jti,
@@ -113,24 +113,24 @@ def _hop(part: Part[Claims], parent: Part[GrantClaims] | None) -> Hop:
     )
 
 
-def _dropped(may: May, claims: Claims) -> tuple[str, ...]:
+def _dropped(may: DelegationTree, claims: TokenClaims) -> tuple[str, ...]:
     """Return what the parent allows its holder to ask for that this link does not."""
     if isinstance(claims, GrantClaims):
         others = [scope.text for scope in may if service_of(scope.family) != claims.aud]
         under = [below for scope, below in may.items() if service_of(scope.family) == claims.aud]
         paths = dict.fromkeys(path for tree in under for path in _paths(tree))
         return (*others, *(path for path in paths if path not in _paths(claims.may)))
-    given = _allowed(claims)
+    given = _allowed_paths(claims)
     return tuple(scope.text for scope in may if scope.text not in given)
 
 
-def _allowed(claims: Claims) -> tuple[str, ...]:
+def _allowed_paths(claims: TokenClaims) -> tuple[str, ...]:
     if isinstance(claims, GrantClaims):
         return _paths(claims.may)
     return tuple(scope.text for scope in claims.scope) if isinstance(claims, AccessClaims) else ()
 
 
-def _paths(may: May) -> tuple[str, ...]:
+def _paths(may: DelegationTree) -> tuple[str, ...]:
     """Return every path of calls that a tree allows, ``judge:validate > executor:run``, shortest first."""
     found: list[str] = []
     for scope, under in may.items():

@@ -41,7 +41,7 @@ class Jwk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     x: Thumbprint
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class JwsHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A protected header. Which of ``kid`` and ``jwk`` must be there depends on the token."""
 
     alg: str
@@ -53,7 +53,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 class Jws(msgspec.Struct, frozen=True):
     """A token that was read, and whose signature nobody has checked yet."""
 
-    header: Header
+    header: JwsHeader
     claims: object
     signing_input: bytes
     signature: bytes
@@ -70,7 +70,7 @@ class Jws(msgspec.Struct, frozen=True):
             raise CapabilityError("signature_invalid")
 
 
-def pinned_root(header: Header, roots: Mapping[str, PublicKey]) -> PublicKey:
+def pinned_root(header: JwsHeader, roots: Mapping[str, PublicKey]) -> PublicKey:
     """Return the pinned root that ``kid`` names; a ``jwk`` beside it is refused.
 
     Raises ``CapabilityError``: ``key_unexpected``, ``key_missing`` or ``root_unknown``.
@@ -85,7 +85,7 @@ def pinned_root(header: Header, roots: Mapping[str, PublicKey]) -> PublicKey:
     return root
 
 
-def decode(token: str, typ: TokenType, *, max_brackets: int = _MAX_BRACKETS) -> Jws:
+def decode_jws(token: str, typ: TokenType, *, max_brackets: int = _MAX_BRACKETS) -> Jws:
     """Read a token whose length is already bounded; its claims are plain JSON values.
 
     Raises ``CapabilityError`` with a reason among those of a malformed token.
@@ -95,18 +95,20 @@ def decode(token: str, typ: TokenType, *, max_brackets: int = _MAX_BRACKETS) -> 
     if not dot or "." in payload_text or len(header_text) > MAX_HEADER_CHARS:
         raise CapabilityError("bearer_malformed")
     try:
-        header = msgspec.convert(_json(b64decode(header_text), max_brackets), Header)
+        header = msgspec.convert(_parse_json(b64decode(header_text), max_brackets), JwsHeader)
     except msgspec.ValidationError:
         raise CapabilityError("header_malformed") from None
     if header.alg != ALGORITHM:
         raise CapabilityError("algorithm_refused")
     if header.typ != typ:
         raise CapabilityError("type_wrong")
-    claims = _json(b64decode(payload_text), max_brackets)
+    claims = _parse_json(b64decode(payload_text), max_brackets)
     return Jws(header, claims, signing_input.encode("ascii"), b64decode(signature_text))
 
 
-def encode(payload: bytes, typ: TokenType, key: SigningKey, *, with_kid: bool = False, with_jwk: bool = False) -> str:
+def encode_jws(
+    payload: bytes, typ: TokenType, key: SigningKey, *, with_kid: bool = False, with_jwk: bool = False
+) -> str:
     """Sign ``payload`` (JSON text) with ``key``, naming it by ``kid``, bringing its public half as ``jwk``, or both."""
     headers: dict[str, object] = {"typ": typ}
     if with_kid:
@@ -124,17 +126,17 @@ def _members(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return members
 
 
-def _refuse(_: str) -> NoReturn:
+def _refuse_constant(_: str) -> NoReturn:
     raise CapabilityError("json_malformed")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_members, parse_constant=_refuse)
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_members, parse_constant=_refuse_constant)
 
 
-def _json(data: bytes, max_brackets: int) -> object:
+def _parse_json(data: bytes, max_brackets: int) -> object:
     if data.count(b"{") + data.count(b"[") > max_brackets:
         raise CapabilityError("json_malformed")
     try:
-        return _JSON.decode(data.decode("utf-8"))
+        return _JSON_DECODER.decode(data.decode("utf-8"))
     except (ValueError, RecursionError):
         raise CapabilityError("json_malformed") from None

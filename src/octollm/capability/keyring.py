@@ -15,7 +15,7 @@ from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS
 
 OVERLAP_SECONDS = 600.0
 """From its making, a key does not sign for so long: services hear of it meanwhile, and are started again."""
-BELIEVED_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
+TRUST_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
 """After another key began to sign, a key is believed for so long."""
 MAX_KEYS = 16
 
@@ -25,25 +25,25 @@ class DatedKey:
     """A key pair, and when it was made (epoch seconds; 0 for one that signs at once)."""
 
     key: SigningKey
-    made: float = 0.0
+    created_at: float = 0.0
 
 
-def signing_at(made: Sequence[float], now: float) -> int:
+def signing_index(created_at: Sequence[float], now: float) -> int:
     """Return the index of the key that signs at ``now``, of keys by the times of their making, oldest first."""
-    ready = [index for index, at in enumerate(made) if at + OVERLAP_SECONDS <= now]
+    ready = [index for index, at in enumerate(created_at) if at + OVERLAP_SECONDS <= now]
     return ready[-1] if ready else 0
 
 
-def believed_at(made: Sequence[float], now: float) -> list[int]:
+def trusted_indices(created_at: Sequence[float], now: float) -> list[int]:
     """Return the indices of the keys that are believed at ``now``: those to come, and those not long out of use."""
     return [
         index
-        for index in range(len(made))
-        if index + 1 == len(made) or now < made[index + 1] + OVERLAP_SECONDS + BELIEVED_SECONDS
+        for index in range(len(created_at))
+        if index + 1 == len(created_at) or now < created_at[index + 1] + OVERLAP_SECONDS + TRUST_SECONDS
     ]
 
 
-class PublicRing:
+class PublicKeyRing:
     """The public keys of one name, with when each was made, oldest first."""
 
     def __init__(self, keys: Iterable[tuple[PublicKey, float]]) -> None:
@@ -55,14 +55,14 @@ class PublicRing:
         self._made = [made for _, made in ordered]
 
     @classmethod
-    def of(cls, key: PublicKey | PublicRing) -> PublicRing:
+    def of(cls, key: PublicKey | PublicKeyRing) -> PublicKeyRing:
         """Return a ring of ``key``."""
-        return key if isinstance(key, PublicRing) else cls([(key, 0.0)])
+        return key if isinstance(key, PublicKeyRing) else cls([(key, 0.0)])
 
-    def believed(self, now: float) -> dict[str, PublicKey]:
+    def trusted_keys(self, now: float) -> dict[str, PublicKey]:
         """Return the keys that are believed at ``now``, by thumbprint; the one that signs is first."""
-        first = self._keys[signing_at(self._made, now)]
-        rest = (self._keys[index] for index in believed_at(self._made, now))
+        first = self._keys[signing_index(self._made, now)]
+        rest = (self._keys[index] for index in trusted_indices(self._made, now))
         return {key.thumbprint: key for key in (first, *rest)}
 
 
@@ -71,12 +71,12 @@ class KeyRing:
 
     def __init__(self, keys: Iterable[DatedKey]) -> None:
         """Raise ``CapabilityError`` (``key_malformed``) for no key, or too many."""
-        self._keys = tuple(sorted(keys, key=lambda each: each.made))
+        self._keys = tuple(sorted(keys, key=lambda each: each.created_at))
         if not 0 < len(self._keys) <= MAX_KEYS:
             raise CapabilityError("key_malformed")
-        self._made = [each.made for each in self._keys]
+        self._made = [each.created_at for each in self._keys]
         self._by_name = {each.key.thumbprint: each.key for each in self._keys}
-        self.public = PublicRing((each.key.public, each.made) for each in self._keys)
+        self.public = PublicKeyRing((each.key.public, each.created_at) for each in self._keys)
         """The public halves."""
 
     @classmethod
@@ -87,17 +87,17 @@ class KeyRing:
         keys = (key,) if isinstance(key, SigningKey) else tuple(key)
         return cls(DatedKey(each, -float(index) * OVERLAP_SECONDS) for index, each in enumerate(keys))
 
-    def signing(self, now: float) -> SigningKey:
+    def signing_key(self, now: float) -> SigningKey:
         """Return the key that signs at ``now`` (epoch seconds)."""
-        return self._keys[signing_at(self._made, now)].key
+        return self._keys[signing_index(self._made, now)].key
 
     def find(self, thumbprint: str) -> SigningKey | None:
         """Return the key of that name; one that is out of use still proves what was lent to it."""
         return self._by_name.get(thumbprint)
 
-    def believed(self, now: float) -> dict[str, PublicKey]:
+    def trusted_keys(self, now: float) -> dict[str, PublicKey]:
         """Return the public keys that are believed at ``now``, by thumbprint; the one that signs is first."""
-        return self.public.believed(now)
+        return self.public.trusted_keys(now)
 
     def __iter__(self) -> Iterator[DatedKey]:
         return iter(self._keys)
@@ -106,10 +106,10 @@ class KeyRing:
         return len(self._keys)
 
 
-class Roots(Mapping[str, PublicKey]):
+class TrustedRoots(Mapping[str, PublicKey]):
     """The root keys that a service believes, by thumbprint. They change while it runs: see :meth:`replace`."""
 
-    def __init__(self, keys: Mapping[str, PublicKey], on_change: Callable[[Roots], None] | None = None) -> None:
+    def __init__(self, keys: Mapping[str, PublicKey], on_change: Callable[[TrustedRoots], None] | None = None) -> None:
         """``on_change`` is told when others are believed than before."""
         self._keys = dict(keys)
         self._on_change = on_change

@@ -63,7 +63,7 @@ class PublicKey:
 
         Raises ``CapabilityError`` (``key_malformed``) for anything else, a private key included.
         """
-        key = cls(_raw_of(jwk))
+        key = cls(_public_bytes(jwk))
         fitting = (
             jwk.keys() <= _PUBLIC_MEMBERS
             and jwk.get("kid", key.thumbprint) == key.thumbprint
@@ -79,7 +79,7 @@ class PublicKey:
         return {"kty": "OKP", "crv": "Ed25519", "x": self._x}
 
     def verify(self, signature: bytes, message: bytes) -> bool:
-        """Return whether ``signature`` over ``message`` is this key's (RFC 8032)."""
+        """Return whether ``format_signature`` over ``message`` is this key's (RFC 8032)."""
         try:
             self._key.verify(signature, message)
         except InvalidSignature:
@@ -114,7 +114,7 @@ class SigningKey:
     @classmethod
     def from_jwk(cls, jwk: Mapping[str, object], name: str = "") -> SigningKey:
         """Read a private JWK; raises ``CapabilityError`` (``key_malformed``) unless both halves belong together."""
-        key = cls(Ed25519PrivateKey.from_private_bytes(_bytes_of(jwk, "d")), name)
+        key = cls(Ed25519PrivateKey.from_private_bytes(_member_bytes(jwk, "d")), name)
         public = PublicKey.from_jwk({member: value for member, value in jwk.items() if member != "d"})
         if public != key.public:
             raise CapabilityError("key_malformed")
@@ -143,23 +143,23 @@ class SigningKey:
         return f"SigningKey({self.name!r}, {self.thumbprint})"
 
 
-def jwks_of(keys: Mapping[str, PublicKey]) -> dict[str, list[dict[str, str]]]:
+def to_jwks(keys: Mapping[str, PublicKey]) -> dict[str, list[dict[str, str]]]:
     """Return the JWK Set (RFC 7517 section 5) of public ``keys``, each with ``kid``, ``use`` and ``alg``."""
-    return {"keys": [published_jwk(key) for key in keys.values()]}
+    return {"keys": [to_published_jwk(key) for key in keys.values()]}
 
 
-def published_jwk(key: PublicKey) -> dict[str, str]:
+def to_published_jwk(key: PublicKey) -> dict[str, str]:
     """Return a public key as a member of a JWK Set, with ``kid``, ``use`` and ``alg``."""
     return {**key.to_jwk(), "kid": key.thumbprint, "use": "sig", "alg": "EdDSA"}
 
 
-def _raw_of(jwk: Mapping[str, object]) -> bytes:
+def _public_bytes(jwk: Mapping[str, object]) -> bytes:
     if jwk.get("kty") != "OKP" or jwk.get("crv") != "Ed25519":
         raise CapabilityError("key_malformed")
-    return _bytes_of(jwk, "x")
+    return _member_bytes(jwk, "x")
 
 
-def _bytes_of(jwk: Mapping[str, object], member: str) -> bytes:
+def _member_bytes(jwk: Mapping[str, object], member: str) -> bytes:
     text = jwk.get(member)
     if not isinstance(text, str) or len(text) != THUMBPRINT_CHARS:
         raise CapabilityError("key_malformed")

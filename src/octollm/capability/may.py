@@ -3,7 +3,7 @@
 ``{"judge:validate": {"executor:run": {}}, "models:chat": {}}`` says: the judge may be asked, which may then run
 code; models may be asked; nothing else. A tree denotes a set of call paths: a path is allowed when its first
 call is allowed by an entry under which the rest of the path is allowed. Everything here is exact for that
-meaning: :func:`contains` is the subset relation, :func:`narrow` the intersection, :func:`merge` the union.
+meaning: :func:`contains` is the subset relation, :func:`intersect` the intersection, :func:`union` the union.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ DEFAULT_DEPTH = 4
 """Hops that follow an operation at most, unless a caller says otherwise."""
 
 
-class May:
+class DelegationTree:
     """An immutable tree of scopes; the empty tree, which is false, allows nothing."""
 
     __slots__ = ("_entries",)
 
-    def __init__(self, entries: Mapping[Scope, May] | None = None) -> None:
+    def __init__(self, entries: Mapping[Scope, DelegationTree] | None = None) -> None:
         self._entries = dict(entries or {})
 
-    def items(self) -> ItemsView[Scope, May]:
+    def items(self) -> ItemsView[Scope, DelegationTree]:
         """Return the top-level entries and what stands under each."""
         return self._entries.items()
 
@@ -40,30 +40,30 @@ class May:
         """Return the top-level entries."""
         return self._entries.keys()
 
-    def below(self, scope: Scope) -> May | None:
+    def subtree(self, scope: Scope) -> DelegationTree | None:
         """Return what may follow a call of ``scope``; ``None`` when ``scope`` itself is not allowed.
 
         Where several entries allow it, that is what stands under any of them.
         """
-        found: May | None = None
+        found: DelegationTree | None = None
         for entry, under in self._entries.items():
             if entry.contains(scope):
-                found = under if found is None else merge(found, under)
+                found = under if found is None else union(found, under)
         return found
 
     @property
-    def height(self) -> int:
+    def depth(self) -> int:
         """Return the number of levels: the hops left."""
-        return 1 + max(under.height for under in self._entries.values()) if self._entries else 0
+        return 1 + max(under.depth for under in self._entries.values()) if self._entries else 0
 
     @property
     def size(self) -> int:
         """Return the number of entries of all levels."""
         return sum(1 + under.size for under in self._entries.values())
 
-    def to_object(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """Return the tree as nested dictionaries of text, the form of the ``may`` claim."""
-        return {scope.text: under.to_object() for scope, under in self._entries.items()}
+        return {scope.text: under.to_dict() for scope, under in self._entries.items()}
 
     def __iter__(self) -> Iterator[Scope]:
         return iter(self._entries)
@@ -72,25 +72,25 @@ class May:
         return len(self._entries)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, May) and self._entries == other._entries
+        return isinstance(other, DelegationTree) and self._entries == other._entries
 
     def __hash__(self) -> int:
         return hash(frozenset(self._entries.items()))
 
     def __repr__(self) -> str:
-        return f"May({self.to_object()!r})"
+        return f"May({self.to_dict()!r})"
 
 
-def parse_may(value: object) -> May:
+def parse_delegation_tree(value: object) -> DelegationTree:
     """Read a tree from nested dictionaries.
 
     Raises ``CapabilityError``: ``may_malformed`` for anything but dictionaries of scopes, ``may_too_large`` past
     :data:`MAX_DEPTH` levels or :data:`MAX_NODES` entries, ``scope_malformed`` for a malformed scope.
     """
-    return _parse(value, MAX_DEPTH, _Allowance(MAX_NODES))
+    return _parse_tree(value, MAX_DEPTH, _NodeBudget(MAX_NODES))
 
 
-class _Allowance:
+class _NodeBudget:
     """Counts entries down while a tree is built, so that a large one is refused before it is whole."""
 
     def __init__(self, entries: int) -> None:
@@ -102,70 +102,70 @@ class _Allowance:
             raise CapabilityError("may_too_large")
 
 
-def _parse(value: object, levels: int, allowance: _Allowance) -> May:
+def _parse_tree(value: object, levels: int, allowance: _NodeBudget) -> DelegationTree:
     if not isinstance(value, dict):
         raise CapabilityError("may_malformed")
     members = cast("dict[object, object]", value)
     if members and levels == 0:
         raise CapabilityError("may_too_large")
-    entries: dict[Scope, May] = {}
+    entries: dict[Scope, DelegationTree] = {}
     for key, under in members.items():
         allowance.take()
         if not isinstance(key, str):
             raise CapabilityError("may_malformed")
-        entries[Scope(key)] = _parse(under, levels - 1, allowance)
-    return May(entries)
+        entries[Scope(key)] = _parse_tree(under, levels - 1, allowance)
+    return DelegationTree(entries)
 
 
-def merge(left: May, right: May) -> May:
+def union(left: DelegationTree, right: DelegationTree) -> DelegationTree:
     """Return the tree of what either allows."""
     entries = dict(left.items())
     for scope, under in right.items():
         mine = entries.get(scope)
-        entries[scope] = under if mine is None else merge(mine, under)
-    return May(entries)
+        entries[scope] = under if mine is None else union(mine, under)
+    return DelegationTree(entries)
 
 
-def contains(parent: May, child: May) -> bool:
+def contains(parent: DelegationTree, child: DelegationTree) -> bool:
     """Return whether every call path that ``child`` allows is allowed by ``parent``."""
     for scope, under in child.items():
-        allowed = parent.below(scope)
+        allowed = parent.subtree(scope)
         if allowed is None or not contains(allowed, under):
             return False
     return True
 
 
-def narrow(parent: May, wanted: May) -> May:
+def intersect(parent: DelegationTree, wanted: DelegationTree) -> DelegationTree:
     """Return the tree of what both allow."""
-    entries: dict[Scope, May] = {}
+    entries: dict[Scope, DelegationTree] = {}
     for scope, under in parent.items():
         for other, other_under in wanted.items():
-            met = scope.meet(other)
+            met = scope.intersection(other)
             if met is not None:
-                both = narrow(under, other_under)
-                entries[met] = merge(entries[met], both) if met in entries else both
-    return May(entries)
+                both = intersect(under, other_under)
+                entries[met] = union(entries[met], both) if met in entries else both
+    return DelegationTree(entries)
 
 
-class Call(msgspec.Struct, frozen=True, omit_defaults=True):
+class DeclaredCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """A declared direct call. Without an ``optional`` one the operation still works."""
 
     scope: str
     optional: bool = False
 
 
-Declarations = Mapping[str, tuple[Call, ...]]
+Declarations = Mapping[str, tuple[DeclaredCall, ...]]
 """Operation scope (``coder:execute``) → the calls that it makes itself, not those of its callees."""
 
 
-def closure(
+def attenuate(
     operation: str,
     declarations: Declarations,
     authority: ScopeSet,
     *,
-    bind: Mapping[str, tuple[str, ...]] | None = None,
+    bindings: Mapping[str, tuple[str, ...]] | None = None,
     max_depth: int = DEFAULT_DEPTH,
-) -> tuple[May, list[str]]:
+) -> tuple[DelegationTree, list[str]]:
     """Return the tree of what may follow ``operation``, and which needed authority is missing.
 
     The tree is the closure of ``operation`` over ``declarations``, cut at every level by ``authority`` and at
@@ -177,7 +177,7 @@ def closure(
     """
     if not 0 <= max_depth <= MAX_DEPTH:
         raise CapabilityError("misuse", f"max_depth is from 0 to {MAX_DEPTH}.")
-    builder = _Closure(declarations, authority, bind or {})
+    builder = _TreeBuilder(declarations, authority, bindings or {})
     root = Scope(operation)
     missing = dict.fromkeys([] if authority.allows(root) else [root.text])
     for call in builder.calls_of(root):
@@ -187,7 +187,7 @@ def closure(
     return builder.tree(root, max_depth), list(missing)
 
 
-class _Closure:
+class _TreeBuilder:
     """The inputs of one closure, parsed once, and the number of entries still to be had."""
 
     def __init__(self, declarations: Declarations, authority: ScopeSet, bind: Mapping[str, tuple[str, ...]]) -> None:
@@ -198,7 +198,7 @@ class _Closure:
             raise CapabilityError("misuse", "A binding may only narrow the scope that it replaces.")
         self._left = MAX_NODES
 
-    def calls_of(self, scope: Scope) -> Iterator[Call]:
+    def calls_of(self, scope: Scope) -> Iterator[DeclaredCall]:
         """Yield the declared calls of every operation that a call of ``scope`` can reach."""
         for operation, calls in self._declared:
             if operation.contains(scope) or scope.contains(operation):
@@ -213,11 +213,11 @@ class _Closure:
         """Return what the authority allows of ``scope``."""
         return tuple(self._authority.intersection(ScopeSet((scope,))))
 
-    def tree(self, operation: Scope, levels: int) -> May:
+    def tree(self, operation: Scope, levels: int) -> DelegationTree:
         """Return what may follow ``operation`` within ``levels`` hops."""
-        entries: dict[Scope, May] = {}
+        entries: dict[Scope, DelegationTree] = {}
         if levels == 0:
-            return May()
+            return DelegationTree()
         for call in self.calls_of(operation):
             for bound in self.bound(call.scope):
                 for scope in self.allowed(bound):
@@ -225,5 +225,5 @@ class _Closure:
                     if self._left < 0:
                         raise CapabilityError("may_too_large")
                     under = self.tree(scope, levels - 1)
-                    entries[scope] = merge(entries[scope], under) if scope in entries else under
-        return May(entries)
+                    entries[scope] = union(entries[scope], under) if scope in entries else under
+        return DelegationTree(entries)

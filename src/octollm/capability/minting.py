@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
-from octollm.capability.jose import encode
+from octollm.capability.jose import encode_jws
 from octollm.capability.keyring import KeyRing
 from octollm.capability.keys import SigningKey, digest_of
-from octollm.capability.may import May
+from octollm.capability.may import DelegationTree
 from octollm.capability.principals import Principal
 from octollm.capability.problems import CapabilityError
 from octollm.capability.scopes import Scope, ScopeSet
@@ -20,8 +20,8 @@ from octollm.capability.service_tokens import (
     DirectoryEntry,
     ServiceClaims,
     directory_to_json,
-    jwk_of,
     service_to_json,
+    to_jwk_member,
 )
 from octollm.capability.tokens import (
     MAX_ACCESS_SECONDS,
@@ -34,17 +34,17 @@ from octollm.capability.tokens import (
     Confirmation,
     GrantClaims,
     TaskRef,
-    to_json,
+    encode_claims,
 )
-from octollm.capability.verifying import Verified
-from octollm.clock import Clock, Ids
+from octollm.capability.verifying import VerifiedChain
+from octollm.clock import Clock, IdGenerator
 from octollm.contracts.services import service_of
 
-CALL_SECONDS = 60.0
+CALL_TOKEN_SECONDS = 60.0
 """The life of an access token that is made for one call."""
 
 
-class _Shared(TypedDict):
+class _ClaimMembers(TypedDict):
     """The claims that every link of a chain has."""
 
     iss: str
@@ -64,7 +64,7 @@ class _Shared(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class _Terms:
+class _CommonClaims:
     """What the tokens of one minting have in common; ``now`` in seconds since the epoch."""
 
     issuer: str
@@ -74,7 +74,7 @@ class _Terms:
     now: float
     proof: str | None
 
-    def claims(self, jti: str, expires: float) -> _Shared:
+    def claims(self, jti: str, expires: float) -> _ClaimMembers:
         """Return the claims of one of them, with times in milliseconds' steps."""
         task = self.task
         return {
@@ -98,20 +98,20 @@ class _Terms:
 class RootMinter:
     """Mints what needs no proof but the orchestrator's own key."""
 
-    def __init__(self, root_key: SigningKey | KeyRing, clock: Clock, ids: Ids) -> None:
+    def __init__(self, root_key: SigningKey | KeyRing, clock: Clock, ids: IdGenerator) -> None:
         self._ring = KeyRing.of(root_key)
         self._clock = clock
         self._ids = ids
 
-    def access(
+    def mint_access(
         self,
         principal: Principal,
         aud: str,
         scopes: ScopeSet | str,
-        lifetime: float = CALL_SECONDS,
+        lifetime: float = CALL_TOKEN_SECONDS,
         *,
         task: TaskRef | None = None,
-        may: May | None = None,
+        delegation: DelegationTree | None = None,
         holder_jkt: str | None = None,
         grant_lifetime: float = MAX_GRANT_SECONDS,
         call: str | None = None,
@@ -127,16 +127,18 @@ class RootMinter:
         _check_scopes(granted, aud)
         _check_lifetime(lifetime, MAX_ACCESS_SECONDS)
         now = self._clock.now()
-        key = self._ring.signing(now)
-        terms = _Terms(ROOT_ISSUER, aud, principal, task, now, proof=None)
+        key = self._ring.signing_key(now)
+        terms = _CommonClaims(ROOT_ISSUER, aud, principal, task, now, proof=None)
         grant: str | None = None
-        if may:
+        if delegation:
             if holder_jkt is None:
                 raise CapabilityError("holder_unknown", f"No key of {aud} is known, so it cannot be let call on.")
             _check_lifetime(grant_lifetime, MAX_GRANT_SECONDS)
             expires = now + grant_lifetime
-            grant = encode(
-                to_json(GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=may)),
+            grant = encode_jws(
+                encode_claims(
+                    GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=delegation)
+                ),
                 "cap-grant+jwt",
                 key,
                 with_kid=True,
@@ -147,10 +149,10 @@ class RootMinter:
             call=call,
             gnt=None if grant is None else digest_of(grant),
         )
-        access = encode(to_json(claims), "cap+jwt", key, with_kid=True)
-        return _join(access, () if grant is None else (grant,))
+        access = encode_jws(encode_claims(claims), "cap+jwt", key, with_kid=True)
+        return _assemble_bearer(access, () if grant is None else (grant,))
 
-    def directory(self, entries: Mapping[str, DirectoryEntry], lifetime: float = MAX_DIRECTORY_SECONDS) -> str:
+    def sign_directory(self, entries: Mapping[str, DirectoryEntry], lifetime: float = MAX_DIRECTORY_SECONDS) -> str:
         """Return the signed directory (``dir+jwt``): services' thumbprints and declared calls, and the root keys."""
         _check_lifetime(lifetime, MAX_DIRECTORY_SECONDS)
         now = self._clock.now()
@@ -160,15 +162,17 @@ class RootMinter:
             iat=_millis(now),
             jti=self._ids.hex(),
             services=dict(entries),
-            roots=tuple(jwk_of(root) for root in self._ring.believed(now).values()),
+            roots=tuple(to_jwk_member(root) for root in self._ring.trusted_keys(now).values()),
         )
-        return encode(directory_to_json(claims), "dir+jwt", self._ring.signing(now), with_kid=True)
+        return encode_jws(directory_to_json(claims), "dir+jwt", self._ring.signing_key(now), with_kid=True)
 
 
 class Delegator:
     """Mints under the grants that the service ``name`` is sent. It has one key, or several while they rotate."""
 
-    def __init__(self, key: SigningKey | KeyRing | Iterable[SigningKey], name: str, clock: Clock, ids: Ids) -> None:
+    def __init__(
+        self, key: SigningKey | KeyRing | Iterable[SigningKey], name: str, clock: Clock, ids: IdGenerator
+    ) -> None:
         self._ring = KeyRing.of(key)
         self._name = name
         self._clock = clock
@@ -176,12 +180,12 @@ class Delegator:
 
     def delegate(
         self,
-        verified: Verified,
+        verified: VerifiedChain,
         aud: str,
         scope: str,
         holder_jkt: str | None,
         *,
-        lifetime: float = CALL_SECONDS,
+        lifetime: float = CALL_TOKEN_SECONDS,
         call: str | None = None,
     ) -> str:
         """Return a bearer string for calling ``scope`` at ``aud`` on behalf of whom ``verified`` is for.
@@ -196,7 +200,7 @@ class Delegator:
         parent = verified.grant
         if parent is None:
             raise CapabilityError("grant_absent", f"{self._name} was given no authority to call {scope}.")
-        below = parent.may.below(wanted)
+        below = parent.may.subtree(wanted)
         if below is None or service_of(wanted.family) != aud or parent.aud != self._name:
             raise CapabilityError("not_in_may", f"{self._name} may not call {scope} at {aud} for this work.")
         key = self._ring.find(parent.cnf.jkt)
@@ -209,12 +213,14 @@ class Delegator:
             raise CapabilityError("expired", f"The authority to call {scope} has expired.")
         _check_lifetime(lifetime, MAX_ACCESS_SECONDS)
 
-        terms = _Terms(self._name, aud, verified.principal, verified.task, now, digest_of(verified.grants[-1]))
+        terms = _CommonClaims(self._name, aud, verified.principal, verified.task, now, digest_of(verified.grants[-1]))
         grant: str | None = None
         if below and holder_jkt is not None:
             expires = min(now + MAX_GRANT_SECONDS, parent.exp)
-            grant = encode(
-                to_json(GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=below)),
+            grant = encode_jws(
+                encode_claims(
+                    GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=below)
+                ),
                 "cap-grant+jwt",
                 key,
                 with_jwk=True,
@@ -225,20 +231,20 @@ class Delegator:
             call=call,
             gnt=None if grant is None else digest_of(grant),
         )
-        access = encode(to_json(claims), "cap+jwt", key, with_jwk=True)
-        return _join(access, verified.grants if grant is None else (*verified.grants, grant))
+        access = encode_jws(encode_claims(claims), "cap+jwt", key, with_jwk=True)
+        return _assemble_bearer(access, verified.grants if grant is None else (*verified.grants, grant))
 
 
-class SelfSigner:
+class ServiceTokenSigner:
     """Signs for the service ``name`` when it speaks for itself."""
 
-    def __init__(self, key: SigningKey | KeyRing, name: str, clock: Clock, ids: Ids) -> None:
+    def __init__(self, key: SigningKey | KeyRing, name: str, clock: Clock, ids: IdGenerator) -> None:
         self._ring = KeyRing.of(key)
         self._name = name
         self._clock = clock
         self._ids = ids
 
-    def svc_token(self, aud: str, lifetime: float = MAX_SERVICE_SECONDS) -> str:
+    def sign_token(self, aud: str, lifetime: float = MAX_SERVICE_SECONDS) -> str:
         """Return a ``svc+jwt`` for ``aud`` that lives at most a minute."""
         _check_lifetime(lifetime, MAX_SERVICE_SECONDS)
         now = self._clock.now()
@@ -250,7 +256,7 @@ class SelfSigner:
             iat=_millis(now),
             jti=self._ids.hex(),
         )
-        return encode(service_to_json(claims), "svc+jwt", self._ring.signing(now), with_kid=True, with_jwk=True)
+        return encode_jws(service_to_json(claims), "svc+jwt", self._ring.signing_key(now), with_kid=True, with_jwk=True)
 
 
 def _check_scopes(scopes: ScopeSet, aud: str) -> None:
@@ -270,7 +276,7 @@ def _millis(seconds: float) -> float:
     return round(seconds, 3)
 
 
-def _join(access: str, grants: tuple[str, ...]) -> str:
+def _assemble_bearer(access: str, grants: tuple[str, ...]) -> str:
     bearer = SEPARATOR.join((access, *grants))
     if len(bearer) > MAX_BEARER_CHARS or 1 + len(grants) > MAX_PARTS:
         raise CapabilityError("does_not_fit", "The authority to pass on does not fit in a bearer token.")

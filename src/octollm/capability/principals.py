@@ -22,10 +22,10 @@ class Principal:
     tenant: str
 
 
-_USER = ("tasks:*", "files:*", "memory:*", "models:*", "events:read")
-_ADMIN = (*_USER, "webhooks:*", "keys:*", "audit:read", "arms:*")
+_USER_SCOPES = ("tasks:*", "files:*", "memory:*", "models:*", "events:read")
+_ADMIN_SCOPES = (*_USER_SCOPES, "webhooks:*", "keys:*", "audit:read", "arms:*")
 
-PRESETS: dict[str, tuple[str, ...]] = {"user": _USER, "admin": _ADMIN}
+PRESETS: dict[str, tuple[str, ...]] = {"user": _USER_SCOPES, "admin": _ADMIN_SCOPES}
 """Scopes of each preset, besides ``<arm>:*`` for every arm that is admitted for the tenant.
 
 | scope | user | admin | lets its holder |
@@ -43,7 +43,7 @@ PRESETS: dict[str, tuple[str, ...]] = {"user": _USER, "admin": _ADMIN}
 """
 
 
-def preset(name: str, arms: Iterable[str] = BUILT_IN_ARMS) -> ScopeSet:
+def preset_scopes(name: str, arms: Iterable[str] = BUILT_IN_ARMS) -> ScopeSet:
     """Return the scopes of the preset ``name`` in a tenant that admits ``arms``.
 
     Raises ``CapabilityError``: ``misuse`` if there is no such preset, ``scope_malformed`` for a malformed arm name.

@@ -62,7 +62,7 @@ REASONS: dict[str, str] = {
 }
 """Every inner reason and the code that the caller sees."""
 
-_DETAILS = {
+_CODE_DETAILS = {
     "token_missing": "Send a capability token as a bearer token.",
     "token_malformed": "The bearer token does not have the form of a capability token.",
     "token_expired": "The bearer token has expired; ask for a new one.",
@@ -84,5 +84,5 @@ class CapabilityError(OctoError):
 
     def __init__(self, reason: str, detail: str | None = None, *, code: str | None = None) -> None:
         outer = REASONS[reason] if code is None else code
-        super().__init__(_DETAILS[outer] if detail is None else detail, code=outer)
+        super().__init__(_CODE_DETAILS[outer] if detail is None else detail, code=outer)
         self.reason = reason

@@ -6,18 +6,18 @@ from collections.abc import Iterable
 from typing import Literal, cast, get_args
 
 from octollm.capability.problems import CapabilityError
-from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS, Claims
+from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS, TokenClaims
 
 RevocationKind = Literal["jti", "task", "run", "sub", "cred", "aud"]
 """What a revocation names: a token, a task, what one holder of a task was lent (:func:`run_value`), a principal, a
 credential, or the service that was lent authority."""
-KINDS: tuple[RevocationKind, ...] = get_args(RevocationKind)
-_FOR_EVER = frozenset({"jti", "task", "run"})
+REVOCATION_KINDS: tuple[RevocationKind, ...] = get_args(RevocationKind)
+_PERMANENT_KINDS = frozenset({"jti", "task", "run"})
 """Kinds whose value never comes back, so that the clock of whoever issued a link does not matter."""
 
-EVERY_TENANT = ""
+ALL_TENANTS = ""
 """Stands in a revocation that is not one tenant's own."""
-KEPT_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
+RETENTION_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
 """After this long every token that a revocation names has expired on every clock."""
 
 
@@ -45,8 +45,8 @@ class Revocations:
 
         Raises ``CapabilityError`` (``misuse``) for an unknown kind.
         """
-        if kind not in KINDS:
-            raise CapabilityError("misuse", f"A revocation is of {', '.join(KINDS)}.")
+        if kind not in REVOCATION_KINDS:
+            raise CapabilityError("misuse", f"A revocation is of {', '.join(REVOCATION_KINDS)}.")
         key = (tenant, kind, value)
         before = self._at.get(key)
         if before is not None and before >= at:
@@ -55,7 +55,7 @@ class Revocations:
         if len(self._at) > self._max_entries:
             # The first to come is about the oldest; whichever it is, what it refused stays refused.
             gone = next(iter(self._at))
-            margin = SKEW_SECONDS if gone[1] in _FOR_EVER else 0.0
+            margin = SKEW_SECONDS if gone[1] in _PERMANENT_KINDS else 0.0
             self._floor = max(self._floor, self._at.pop(gone) + margin)
         self.version += 1
 
@@ -74,24 +74,24 @@ class Revocations:
         """Return kind, value, time and tenant of each, as :meth:`add` takes them."""
         return [(cast("RevocationKind", kind), value, at, tenant) for (tenant, kind, value), at in self._at.items()]
 
-    def refuses(self, links: Iterable[Claims]) -> bool:
+    def is_revoked(self, links: Iterable[TokenClaims]) -> bool:
         """Return whether any of ``links``, the claims of one chain, was revoked."""
         return any(self._refuses(claims) for claims in links)
 
     def prune(self, now: float) -> None:
         """Forget what concerns only tokens that have expired by ``now``."""
-        for key in [key for key, at in self._at.items() if at + KEPT_SECONDS < now]:
+        for key in [key for key, at in self._at.items() if at + RETENTION_SECONDS < now]:
             del self._at[key]
 
-    def _refuses(self, claims: Claims) -> bool:
+    def _refuses(self, claims: TokenClaims) -> bool:
         if claims.iat <= self._floor:
             return True
         if not self._at:
             return False
-        for kind, value in _named(claims):
-            for tenant in (claims.tenant, EVERY_TENANT):
+        for kind, value in _revocable_values(claims):
+            for tenant in (claims.tenant, ALL_TENANTS):
                 at = self._at.get((tenant, kind, value))
-                if at is not None and (kind in _FOR_EVER or claims.iat <= at):
+                if at is not None and (kind in _PERMANENT_KINDS or claims.iat <= at):
                     return True
         return False
 
@@ -99,7 +99,7 @@ class Revocations:
         return len(self._at)
 
 
-def _named(claims: Claims) -> list[tuple[str, str]]:
+def _revocable_values(claims: TokenClaims) -> list[tuple[str, str]]:
     """Return what of a link may be revoked."""
     named = [("jti", claims.jti), ("sub", claims.sub), ("cred", claims.cred), ("aud", claims.aud)]
     if claims.task is not None:

@@ -55,7 +55,7 @@ class Scope:
         """Return whether every request that ``other`` allows is allowed by this scope."""
         return other.text == self.text or other.text.startswith(self._prefix)
 
-    def meet(self, other: Scope) -> Scope | None:
+    def intersection(self, other: Scope) -> Scope | None:
         """Return the scope of what both allow, or ``None``; of two scopes that overlap one contains the other."""
         if self.contains(other):
             return other
@@ -100,14 +100,14 @@ class ScopeSet:
 
     def intersection(self, other: ScopeSet) -> ScopeSet:
         """Return the scopes of what both sets allow."""
-        met = (mine.meet(theirs) for mine in self._scopes for theirs in other._scopes)
+        met = (mine.intersection(theirs) for mine in self._scopes for theirs in other._scopes)
         return ScopeSet(scope for scope in met if scope is not None)
 
     def owned_by(self, service: str) -> ScopeSet:
         """Return the members that a token for ``service`` may carry: those of families that it owns."""
         return ScopeSet(scope for scope in self._scopes if service_of(scope.family) == service)
 
-    def narrower_or_equal(self, other: ScopeSet) -> bool:
+    def is_subset(self, other: ScopeSet) -> bool:
         """Return whether ``other`` allows everything that this set allows."""
         return all(other.allows(scope) for scope in self._scopes)
 

@@ -8,12 +8,12 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-from octollm.capability.jose import Jwk, Thumbprint, decode, pinned_root
+from octollm.capability.jose import Jwk, Thumbprint, decode_jws, pinned_root
 from octollm.capability.keys import PublicKey, b64decode
-from octollm.capability.may import Call
+from octollm.capability.may import DeclaredCall
 from octollm.capability.problems import CapabilityError
 from octollm.capability.scopes import MAX_SCOPE_CHARS, Scope
-from octollm.capability.tokens import ROOT_ISSUER, Name, Seconds, ServiceName, check_times
+from octollm.capability.tokens import ROOT_ISSUER, NumericDate, ServiceName, TokenName, check_times
 from octollm.clock import Clock
 
 MAX_SERVICE_SECONDS = 60.0
@@ -37,7 +37,7 @@ class DirectoryEntry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     """
 
     jkts: Annotated[tuple[Thumbprint, ...], Meta(max_length=16)]
-    calls: dict[_ScopeText, tuple[Call, ...]] = {}
+    calls: dict[_ScopeText, tuple[DeclaredCall, ...]] = {}
     urls: Annotated[tuple[_Url, ...], Meta(max_length=32)] = ()
 
 
@@ -51,18 +51,18 @@ class ServiceClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     iss: ServiceName
     sub: ServiceName
     aud: ServiceName
-    exp: Seconds
-    iat: Seconds
-    jti: Name
+    exp: NumericDate
+    iat: NumericDate
+    jti: TokenName
 
 
 class DirectoryClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``dir+jwt``: the orchestrator says which services there are."""
 
     iss: ServiceName
-    exp: Seconds
-    iat: Seconds
-    jti: Name
+    exp: NumericDate
+    iat: NumericDate
+    jti: TokenName
     services: dict[ServiceName, DirectoryEntry]
     roots: Annotated[tuple[Jwk, ...], Meta(max_length=16)] = ()
     """The root keys that are believed, the one that signs first."""
@@ -79,7 +79,7 @@ def directory_to_json(claims: DirectoryClaims) -> bytes:
     return _to_json(claims, DirectoryClaims)
 
 
-def verify_service(token: str | None, aud: str, directory: Directory, clock: Clock) -> str:
+def verify_service_token(token: str | None, aud: str, directory: Directory, clock: Clock) -> str:
     """Return the name of the service that speaks to ``aud``, by a ``svc+jwt`` that one of its known keys signed.
 
     The token brings its key as ``jwk``; that is used only if ``directory`` lists its thumbprint under the name
@@ -89,7 +89,7 @@ def verify_service(token: str | None, aud: str, directory: Directory, clock: Clo
         raise CapabilityError("bearer_missing")
     if len(token) > MAX_SERVICE_CHARS:
         raise CapabilityError("bearer_too_large")
-    jws = decode(token, "svc+jwt")
+    jws = decode_jws(token, "svc+jwt")
     claims = _read(jws.claims, ServiceClaims)
     key = jws.embedded_key()
     if claims.iss != claims.sub:
@@ -117,7 +117,7 @@ def verify_directory(
         raise CapabilityError("bearer_missing")
     if len(token) > MAX_DIRECTORY_CHARS:
         raise CapabilityError("bearer_too_large")
-    jws = decode(token, "dir+jwt", max_brackets=_MAX_DIRECTORY_BRACKETS)
+    jws = decode_jws(token, "dir+jwt", max_brackets=_MAX_DIRECTORY_BRACKETS)
     root = pinned_root(jws.header, roots)
     jws.check_signature(root)
     claims = _read(jws.claims, DirectoryClaims)
@@ -131,7 +131,7 @@ def verify_directory(
     return claims.services, _root_keys(claims.roots)
 
 
-def jwk_of(key: PublicKey) -> Jwk:
+def to_jwk_member(key: PublicKey) -> Jwk:
     """Return a key as it stands in a directory."""
     return Jwk("OKP", "Ed25519", key.to_jwk()["x"])
 

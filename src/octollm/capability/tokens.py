@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from octollm.capability.jose import Thumbprint
-from octollm.capability.may import May, parse_may
+from octollm.capability.may import DelegationTree, parse_delegation_tree
 from octollm.capability.principals import Principal
 from octollm.capability.problems import CapabilityError
 from octollm.capability.scopes import ScopeSet
@@ -39,8 +39,8 @@ ROOT_ISSUER = "orchestrator"
 Identifier = Annotated[str, Meta(pattern=r"\A[!-~]{1,255}\Z")]
 """Printable ASCII without spaces."""
 ServiceName = Annotated[str, Meta(pattern=r"\A[a-z0-9._-]{1,64}\Z")]
-Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,128}\Z")]
-Seconds = Annotated[float, Meta(ge=0, le=253_402_300_799)]
+TokenName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,128}\Z")]
+NumericDate = Annotated[float, Meta(ge=0, le=253_402_300_799)]
 """NumericDate (RFC 7519 section 2): seconds since the epoch, up to the year 9999, here with milliseconds."""
 Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
@@ -63,7 +63,7 @@ class Confirmation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jkt: Thumbprint
 
 
-class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+class TokenClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """What every link of a chain says. Times in seconds since the epoch.
 
     ``prf`` is the SHA-256 of the grant that a token was minted under, absent when the orchestrator minted it.
@@ -74,12 +74,12 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     cred: Identifier
     tenant: Identifier
     aud: ServiceName
-    exp: Seconds
-    nbf: Seconds
-    iat: Seconds
-    jti: Name
-    task: Name | None = None
-    step: Name | None = None
+    exp: NumericDate
+    nbf: NumericDate
+    iat: NumericDate
+    jti: TokenName
+    task: TokenName | None = None
+    step: TokenName | None = None
     attempt: Count | None = None
     run: Count | None = None
     prf: Thumbprint | None = None
@@ -90,12 +90,12 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         return Principal(self.sub, self.cred, self.tenant)
 
     @property
-    def work(self) -> TaskRef | None:
+    def task_ref(self) -> TaskRef | None:
         """Return which work this is for; ``None`` for a caller who stands at the door with no task yet."""
         return None if self.task is None else TaskRef(self.task, self.step, self.attempt, self.run)
 
 
-class AccessClaims(Claims, frozen=True):
+class AccessClaims(TokenClaims, frozen=True):
     """``cap+jwt``: its bearer may call ``scope`` at ``aud``.
 
     ``call`` is the digest of the call being served, for nested idempotency keys; ``gnt`` the SHA-256 of the grant
@@ -103,18 +103,18 @@ class AccessClaims(Claims, frozen=True):
     """
 
     scope: ScopeSet
-    call: Name | None = None
+    call: TokenName | None = None
     gnt: Thumbprint | None = None
 
 
-class GrantClaims(Claims, frozen=True):
+class GrantClaims(TokenClaims, frozen=True):
     """``cap-grant+jwt``: ``aud``, with the key of ``cnf``, may mint what ``may`` allows."""
 
     cnf: Confirmation
-    may: May
+    may: DelegationTree
 
 
-def read_access(claims: object) -> AccessClaims:
+def parse_access_claims(claims: object) -> AccessClaims:
     """Read the claims of an access token; raises ``CapabilityError`` (``claims_malformed``)."""
     access = _read(claims, AccessClaims)
     if not len(access.scope):
@@ -122,7 +122,7 @@ def read_access(claims: object) -> AccessClaims:
     return access
 
 
-def read_grant(claims: object) -> GrantClaims:
+def parse_grant_claims(claims: object) -> GrantClaims:
     """Read the claims of a grant; raises ``CapabilityError`` (``claims_malformed``)."""
     return _read(claims, GrantClaims)
 
@@ -142,7 +142,7 @@ def check_times(exp: float, nbf: float, iat: float, now: float, longest: float) 
         raise CapabilityError("lives_too_long")
 
 
-def to_json(claims: Claims) -> bytes:
+def encode_claims(claims: TokenClaims) -> bytes:
     """Return the payload of a token.
 
     What is minted here is first read back, so that nothing leaves that a verifier would call malformed: then
@@ -156,7 +156,7 @@ def to_json(claims: Claims) -> bytes:
     return msgspec.json.encode(plain)
 
 
-_C = TypeVar("_C", bound=Claims)
+_C = TypeVar("_C", bound=TokenClaims)
 
 
 def _read(claims: object, kind: type[_C]) -> _C:
@@ -174,14 +174,14 @@ def _read(claims: object, kind: type[_C]) -> _C:
 def _to_plain(value: Any) -> object:
     if isinstance(value, ScopeSet):
         return str(value)
-    if isinstance(value, May):
-        return value.to_object()
+    if isinstance(value, DelegationTree):
+        return value.to_dict()
     raise NotImplementedError(f"{type(value).__name__} is not a claim")
 
 
 def _from_plain(kind: type, value: Any) -> object:
     if kind is ScopeSet and isinstance(value, str):
         return ScopeSet.parse(value)
-    if kind is May:
-        return parse_may(value)
+    if kind is DelegationTree:
+        return parse_delegation_tree(value)
     raise CapabilityError("claims_malformed")

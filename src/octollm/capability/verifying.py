@@ -10,14 +10,14 @@ from typing import Generic, TypeVar
 
 from octollm.capability.chain import (
     Chain,
-    Part,
-    arrange,
+    ChainPart,
+    assemble_chain,
     check_authority,
     check_chain_times,
-    key_of,
+    expected_key,
     parse_access,
     parse_grant,
-    split,
+    split_bearer,
 )
 from octollm.capability.keys import PublicKey, digest_of
 from octollm.capability.principals import Principal
@@ -34,11 +34,11 @@ from octollm.capability.tokens import (
 from octollm.clock import Clock
 
 _V = TypeVar("_V")
-_PART = 2000
+_HASH_CHUNK = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
+class VerifiedChain:
     """What a bearer string proved. ``links`` are the claims of every part, access token first, then root first.
 
     ``grant`` is this service's own, under which it may call on; ``grants`` are then the texts to pass on: those
@@ -68,7 +68,7 @@ class Verified:
             raise CapabilityError("scope_not_allowed", f"The bearer token does not allow {scope}.")
 
 
-class _Lru(Generic[_V]):
+class _LruCache(Generic[_V]):
     """A dictionary that lets go of what was not used for longest."""
 
     def __init__(self, size: int) -> None:
@@ -95,10 +95,10 @@ class _Lru(Generic[_V]):
 
 
 @dataclass(slots=True)
-class _Entry:
+class _Verdict:
     """A verdict that was reached, with what must still hold when it is used again."""
 
-    verified: Verified
+    verified: VerifiedChain
     not_before: float
     roots: tuple[PublicKey, ...]
     revocations: int
@@ -108,7 +108,7 @@ class _Entry:
 class _KnownGrant:
     """A grant whose signature by ``key`` was found right; what else it must satisfy is checked each time."""
 
-    part: Part[GrantClaims]
+    part: ChainPart[GrantClaims]
     key: PublicKey
 
 
@@ -133,10 +133,10 @@ class Verifier:
         self.revocations = Revocations() if revocations is None else revocations
         self._roots = roots
         self._clock = clock
-        self._verdicts: _Lru[_Entry] = _Lru(cache_size)
-        self._grants: _Lru[_KnownGrant] = _Lru(cache_size)
+        self._verdicts: _LruCache[_Verdict] = _LruCache(cache_size)
+        self._grants: _LruCache[_KnownGrant] = _LruCache(cache_size)
 
-    def verify(self, bearer: str | None) -> Verified:
+    def verify(self, bearer: str | None) -> VerifiedChain:
         """Return what ``bearer``, the text after ``Bearer`` in the header, proves at this moment.
 
         Raises ``CapabilityError`` with code ``token_missing``, ``token_malformed``, ``token_expired``,
@@ -151,54 +151,54 @@ class Verifier:
         except UnicodeEncodeError:
             raise CapabilityError("bearer_malformed") from None
         entry = self._verdicts.get(key)
-        if entry is not None and self._roots_stand(entry):
+        if entry is not None and self._has_trusted_roots(entry):
             try:
-                self._check_again(entry)
+                self._recheck(entry)
             except CapabilityError:
                 self._verdicts.discard(key)
                 raise
             return entry.verified
-        entry = self._verify_afresh(bearer)
+        entry = self._verify_uncached(bearer)
         self._verdicts.put(key, entry)
         return entry.verified
 
-    def _roots_stand(self, entry: _Entry) -> bool:
+    def _has_trusted_roots(self, entry: _Verdict) -> bool:
         for root in entry.roots:  # noqa: SIM110  once a call: a generator would cost as much as the rest of it
             if self._roots.get(root.thumbprint) != root:
                 return False
         return True
 
-    def _check_again(self, entry: _Entry) -> None:
+    def _recheck(self, entry: _Verdict) -> None:
         now = self._clock.now()
         if now - SKEW_SECONDS >= entry.verified.expires:
             raise CapabilityError("expired")
         if entry.not_before - SKEW_SECONDS > now:
             raise CapabilityError("not_yet_valid")
         if entry.revocations != self.revocations.version:
-            if self.revocations.refuses(entry.verified.links):
+            if self.revocations.is_revoked(entry.verified.links):
                 raise CapabilityError("revoked")
             entry.revocations = self.revocations.version
 
-    def _verify_afresh(self, bearer: str) -> _Entry:
-        access_text, *grant_texts = split(bearer)
-        chain = arrange(parse_access(access_text), [self._read_grant(text) for text in grant_texts])
+    def _verify_uncached(self, bearer: str) -> _Verdict:
+        access_text, *grant_texts = split_bearer(bearer)
+        chain = assemble_chain(parse_access(access_text), [self._read_grant(text) for text in grant_texts])
         # Refusing on what nobody signed is always safe, and spares the signatures of what has merely expired.
         check_chain_times(chain, self._clock.now())
         keys = self._check_signatures(chain)
         check_authority(chain, self.audience)
         links = chain.links
-        if self.revocations.refuses(links):
+        if self.revocations.is_revoked(links):
             raise CapabilityError("revoked")
         for grant in chain.grants:
             self._grants.put(grant.digest, _KnownGrant(grant, keys[grant.digest]))
-        return _Entry(
-            verified=_verdict(chain),
+        return _Verdict(
+            verified=_to_verified(chain),
             not_before=max(max(link.nbf, link.iat) for link in links),
-            roots=tuple(keys[part.digest] for part, parent in chain.with_parents() if parent is None),
+            roots=tuple(keys[part.digest] for part, parent in chain.parts_with_parents() if parent is None),
             revocations=self.revocations.version,
         )
 
-    def _read_grant(self, text: str) -> Part[GrantClaims]:
+    def _read_grant(self, text: str) -> ChainPart[GrantClaims]:
         known = self._grants.get(digest_of(text))
         return parse_grant(text) if known is None else known.part
 
@@ -208,8 +208,8 @@ class Verifier:
         It goes from the root down, so that whoever has no root's signature costs one check and no more.
         """
         keys: dict[str, PublicKey] = {}
-        for part, parent in chain.with_parents():
-            key = key_of(part, parent, self._roots)
+        for part, parent in chain.parts_with_parents():
+            key = expected_key(part, parent, self._roots)
             known = self._grants.get(part.digest)
             if known is None or known.key != key:
                 part.jws.check_signature(key)
@@ -217,16 +217,16 @@ class Verifier:
         return keys
 
 
-def _verdict(chain: Chain) -> Verified:
+def _to_verified(chain: Chain) -> VerifiedChain:
     access = chain.access.claims
-    own = chain.own
-    return Verified(
+    own = chain.callee_grant
+    return VerifiedChain(
         subject=access.sub,
         cred=access.cred,
         tenant=access.tenant,
         issuer=access.iss,
         scopes=access.scope,
-        task=access.work,
+        task=access.task_ref,
         call=access.call,
         expires=min(link.exp for link in chain.links),
         links=chain.links,
@@ -241,7 +241,7 @@ def _digest(bearer: bytes) -> bytes:
     In parts, since hashlib lets other threads run while it takes 2 KiB or more, and to get the turn back takes several
     times as long as to hash a bearer.
     """
-    digest = hashlib.sha256(bearer[:_PART])
-    for start in range(_PART, len(bearer), _PART):
-        digest.update(bearer[start : start + _PART])
+    digest = hashlib.sha256(bearer[:_HASH_CHUNK])
+    for start in range(_HASH_CHUNK, len(bearer), _HASH_CHUNK):
+        digest.update(bearer[start : start + _HASH_CHUNK])
     return digest.digest()

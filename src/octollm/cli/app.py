@@ -156,7 +156,7 @@ def trace(
     """Show where the time of a task went: every call of every service, as a tree with its failures and tokens."""
     from octollm.cli.trace_view import trace_command  # noqa: PLC0415
 
-    raise typer.Exit(trace_command(task_id, everything=everything, as_json=as_json))
+    raise typer.Exit(trace_command(task_id, show_internal=everything, as_json=as_json))
 
 
 @app.command(rich_help_panel="Installation")

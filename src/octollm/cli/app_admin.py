@@ -19,7 +19,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @models_app.command("pull")
-def pull(
+def pull_model(
     name: Annotated[
         str | None,
         typer.Argument(help="A name of `octollm models list`; else the smallest.", autocompletion=complete_model),
@@ -30,17 +30,17 @@ def pull(
     ] = None,
 ) -> None:
     """Fetch an embedded model into the cache; what was fetched before an interruption is kept."""
-    from octollm.cli.model_views import pull_command  # noqa: PLC0415
+    from octollm.cli.model_views import pull_model_command  # noqa: PLC0415
 
-    raise typer.Exit(pull_command(name, source))
+    raise typer.Exit(pull_model_command(name, source))
 
 
 @models_app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """List the embedded models: which are here, and which one is used."""
-    from octollm.cli.model_views import list_command  # noqa: PLC0415
+    from octollm.cli.model_views import list_models_command  # noqa: PLC0415
 
-    raise typer.Exit(list_command(as_json=as_json))
+    raise typer.Exit(list_models_command(as_json=as_json))
 
 
 @token_app.command("create")
@@ -54,17 +54,17 @@ def create_key(
     as_json: AsJson = False,
 ) -> None:
     """Make an API key and print its secret, this once."""
-    from octollm.cli.key_views import create_command  # noqa: PLC0415
+    from octollm.cli.key_views import create_key_command  # noqa: PLC0415
 
-    raise typer.Exit(create_command(name, scope, tenant, as_json=as_json))
+    raise typer.Exit(create_key_command(name, scope, tenant, as_json=as_json))
 
 
 @keys_app.command("list")
 def list_keys(as_json: AsJson = False) -> None:
     """List API keys, without their secrets."""
-    from octollm.cli.key_views import list_command  # noqa: PLC0415
+    from octollm.cli.key_views import list_keys_command  # noqa: PLC0415
 
-    raise typer.Exit(list_command(as_json=as_json))
+    raise typer.Exit(list_keys_command(as_json=as_json))
 
 
 @keys_app.command("revoke")
@@ -72,13 +72,13 @@ def revoke_key(
     key_id: Annotated[str, typer.Argument(help="The key's id, from `octollm keys list`.")], as_json: AsJson = False
 ) -> None:
     """Revoke an API key; its tokens end with it."""
-    from octollm.cli.key_views import revoke_command  # noqa: PLC0415
+    from octollm.cli.key_views import revoke_key_command  # noqa: PLC0415
 
-    raise typer.Exit(revoke_command(key_id, as_json=as_json))
+    raise typer.Exit(revoke_key_command(key_id, as_json=as_json))
 
 
 @keys_app.command("provision")
-def provision(
+def provision_folder(
     folder: Annotated[Path, typer.Argument(help="Where to make a folder for each service.")], as_json: AsJson = False
 ) -> None:
     """Make the keys of an installation whose services run apart: a folder for each, with what that one needs.
@@ -92,7 +92,7 @@ def provision(
 
 
 @keys_app.command("rotate")
-def rotate(
+def rotate_key(
     name: Annotated[str, typer.Argument(help="A built-in service, or root.")],
     folder: Annotated[
         Path | None,
@@ -114,7 +114,7 @@ def rotate(
 
 
 @keys_app.command("join")
-def join(
+def create_enrolment_token(
     name: Annotated[str, typer.Option(help="The one name that the secret admits.")],
     calls: Annotated[
         str,
@@ -124,44 +124,45 @@ def join(
     as_json: AsJson = False,
 ) -> None:
     """Make a secret with which an arm of one's own joins, and print it, this once."""
-    from octollm.cli.join_views import join_command  # noqa: PLC0415
+    from octollm.cli.join_views import create_enrolment_token_command  # noqa: PLC0415
 
-    raise typer.Exit(join_command(name, calls, lifetime, as_json=as_json))
+    raise typer.Exit(create_enrolment_token_command(name, calls, lifetime, as_json=as_json))
 
 
 @keys_app.command("joins")
-def list_joins(as_json: AsJson = False) -> None:
+def list_enrolment_tokens(as_json: AsJson = False) -> None:
     """List join secrets, without what is secret of them."""
-    from octollm.cli.join_views import list_joins_command  # noqa: PLC0415
+    from octollm.cli.join_views import list_enrolment_tokens_command  # noqa: PLC0415
 
-    raise typer.Exit(list_joins_command(as_json=as_json))
+    raise typer.Exit(list_enrolment_tokens_command(as_json=as_json))
 
 
 @keys_app.command("revoke-join")
-def revoke_join(
-    join_id: Annotated[str, typer.Argument(help="The secret's id, from `octollm keys joins`.")], as_json: AsJson = False
+def revoke_enrolment_token(
+    token_id: Annotated[str, typer.Argument(help="The secret's id, from `octollm keys joins`.")],
+    as_json: AsJson = False,
 ) -> None:
     """Revoke a join secret; an arm that joined with it stays, see `octollm arms remove`."""
-    from octollm.cli.join_views import revoke_join_command  # noqa: PLC0415
+    from octollm.cli.join_views import revoke_enrolment_token_command  # noqa: PLC0415
 
-    raise typer.Exit(revoke_join_command(join_id, as_json=as_json))
+    raise typer.Exit(revoke_enrolment_token_command(token_id, as_json=as_json))
 
 
 @token_app.command("mint")
-def mint(
+def mint_token(
     scope: Annotated[str, typer.Option(help='Scopes, separated by spaces, e.g. "coder:execute".')],
     aud: Annotated[str, typer.Option(help="The one service that takes the token, e.g. coder.", metavar="SERVICE")],
     lifetime: Annotated[int, typer.Option(help="Seconds until it ends.", min=1, max=3600)] = 3600,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with when it ends.")] = False,
 ) -> None:
     """Print a token for direct calls to one service, and nothing else."""
-    from octollm.cli.key_views import mint_command  # noqa: PLC0415
+    from octollm.cli.key_views import mint_token_command  # noqa: PLC0415
 
-    raise typer.Exit(mint_command(scope, aud, lifetime, as_json=as_json))
+    raise typer.Exit(mint_token_command(scope, aud, lifetime, as_json=as_json))
 
 
 @token_app.command("inspect")
-def inspect(
+def inspect_token(
     token: Annotated[str, typer.Argument(help="The token, or - to read it from standard input.")],
     service: Annotated[
         list[str] | None,
@@ -176,9 +177,9 @@ def inspect(
 
     Nothing is sent anywhere. Exit code 1 when a service would refuse it.
     """
-    from octollm.cli.token_views import inspect_command  # noqa: PLC0415
+    from octollm.cli.token_views import inspect_token_command  # noqa: PLC0415
 
-    raise typer.Exit(inspect_command(token, services=tuple(service or ()), roots=roots, as_json=as_json))
+    raise typer.Exit(inspect_token_command(token, services=tuple(service or ()), roots=roots, as_json=as_json))
 
 
 @token_app.command("revoke")
@@ -196,6 +197,6 @@ def revoke_token(
 
     Every service refuses it within a second.
     """
-    from octollm.cli.token_views import revoke_command  # noqa: PLC0415
+    from octollm.cli.token_views import revoke_token_command  # noqa: PLC0415
 
-    raise typer.Exit(revoke_command(token, service=service, principal=principal, as_json=as_json))
+    raise typer.Exit(revoke_token_command(token, service=service, principal=principal, as_json=as_json))

@@ -16,7 +16,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ArmName = Annotated[str, typer.Argument(help="The arm's name.", metavar="NAME", autocompletion=complete_arm)]
 
 
-class _Arms(TyperGroup):
+class _ArmsGroup(TyperGroup):
     """A group in which a word that is no command is the name of an arm."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -30,11 +30,11 @@ class _Arms(TyperGroup):
         return [*super().shell_complete(ctx, incomplete), *arms]
 
 
-arms_app = typer.Typer(name="arms", cls=_Arms, invoke_without_command=True)
+arms_app = typer.Typer(name="arms", cls=_ArmsGroup, invoke_without_command=True)
 
 
 @arms_app.callback()
-def arms(ctx: typer.Context, as_json: AsJson = False) -> None:
+def list_arms(ctx: typer.Context, as_json: AsJson = False) -> None:
     """List the arms: what each does, what it offers and calls, and where it answers."""
     if ctx.invoked_subcommand is None:
         from octollm.cli.arm_views import arms_command  # noqa: PLC0415
@@ -43,7 +43,7 @@ def arms(ctx: typer.Context, as_json: AsJson = False) -> None:
 
 
 @arms_app.command("show")
-def show(name: ArmName, as_json: AsJson = False) -> None:
+def show_arm(name: ArmName, as_json: AsJson = False) -> None:
     """Tell all about one arm; `octollm arms NAME` does the same."""
     from octollm.cli.arm_views import arms_command  # noqa: PLC0415
 
@@ -51,7 +51,7 @@ def show(name: ArmName, as_json: AsJson = False) -> None:
 
 
 @arms_app.command("remove")
-def remove(name: ArmName, as_json: AsJson = False) -> None:
+def remove_arm(name: ArmName, as_json: AsJson = False) -> None:
     """Remove an arm of one's own: its key, its join secrets and what it was lent end, and its name is free."""
     from octollm.cli.arm_views import remove_command  # noqa: PLC0415
 

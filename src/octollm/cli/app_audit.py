@@ -9,11 +9,13 @@ import typer
 
 audit_app = typer.Typer(name="audit", help="Export the audit log, and check that nothing in it was changed.")
 
-System = Annotated[bool, typer.Option("--system", help="The rows of no tenant, such as credentials that were refused.")]
+SystemOption = Annotated[
+    bool, typer.Option("--system", help="The rows of no tenant, such as credentials that were refused.")
+]
 
 
 @audit_app.command("export")
-def export(system: System = False) -> None:
+def export_log(system: SystemOption = False) -> None:
     """Print the audit log of your tenant, a JSON object a line, and where its chain stands on the last line."""
     from octollm.cli.audit_views import export_command  # noqa: PLC0415
 
@@ -21,7 +23,7 @@ def export(system: System = False) -> None:
 
 
 @audit_app.command("verify")
-def verify(
+def verify_log(
     file: Annotated[
         Path | None, typer.Argument(help="An export; else the installation is asked.", metavar="[EXPORT]")
     ] = None,
@@ -33,7 +35,7 @@ def verify(
         Path | None,
         typer.Option(help="An earlier export that the log must begin with.", metavar="EXPORT"),
     ] = None,
-    system: System = False,
+    system: SystemOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check the chain of the audit log: every row that was changed, removed or moved is named.

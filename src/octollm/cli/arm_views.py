@@ -22,11 +22,11 @@ def arms_command(name: str | None, *, as_json: bool) -> int:
         async with open_client(command_settings()) as octo:
             arms = await octo.arms()
         if name is not None:
-            _one(_named(name, arms), as_json=as_json)
+            _print_arm(_find_arm(name, arms), as_json=as_json)
         elif as_json:
             print(msgspec.json.encode(ArmList(arms)).decode())
         else:
-            _all(arms)
+            _print_table(arms)
         return EXIT_DONE
 
     return run_command(work)
@@ -47,7 +47,7 @@ def remove_command(name: str, *, as_json: bool) -> int:
     return run_command(work)
 
 
-def _named(name: str, arms: tuple[ArmView, ...]) -> ArmView:
+def _find_arm(name: str, arms: tuple[ArmView, ...]) -> ArmView:
     for arm in arms:
         if arm.name == name:
             return arm
@@ -55,7 +55,7 @@ def _named(name: str, arms: tuple[ArmView, ...]) -> ArmView:
     raise OctoError(f"There is no arm {name}; registered: {known}.", code="arm_unknown")
 
 
-def _all(arms: tuple[ArmView, ...]) -> None:
+def _print_table(arms: tuple[ArmView, ...]) -> None:
     table = Table(box=None)
     for column in ("Arm", "State", "Operations", "Address"):
         table.add_column(column, no_wrap=True)
@@ -67,7 +67,7 @@ def _all(arms: tuple[ArmView, ...]) -> None:
     output().print(table)
 
 
-def _one(arm: ArmView, *, as_json: bool) -> None:
+def _print_arm(arm: ArmView, *, as_json: bool) -> None:
     if as_json:
         print(msgspec.json.encode(arm).decode())
         return

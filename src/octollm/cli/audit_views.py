@@ -9,33 +9,33 @@ import msgspec
 from rich.text import Text
 
 from octollm.capability import PublicKey
-from octollm.capability.audit_chain import AuditFault, ChainCheck
+from octollm.capability.audit_chain import AuditChainError, AuditChainVerifier
 from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE, EXIT_FAILED
 from octollm.cli.running import run_command
 from octollm.cli.terminal import output
-from octollm.client import Client
+from octollm.client import AsyncClient
 from octollm.contracts.audit import AuditHead, AuditRow
 from octollm.errors import OctoError
-from octollm.installation.roots import known_roots
+from octollm.installation.roots import load_trusted_roots
 
 _PAGE = 500
 
 
-class _Last(msgspec.Struct, frozen=True):
+class _ExportTrailer(msgspec.Struct, frozen=True):
     """The last line of an export."""
 
     head: AuditHead
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class AuditReport(msgspec.Struct, frozen=True):
     """What a check found."""
 
     tenant: str
     rows: int
     head: AuditHead
-    faults: tuple[AuditFault, ...]
+    faults: tuple[AuditChainError, ...]
 
 
 def export_command(*, system: bool) -> int:
@@ -43,8 +43,8 @@ def export_command(*, system: bool) -> int:
 
     async def work() -> int:
         async with open_client(command_settings()) as octo:
-            async for line in _asked(octo, system=system):
-                print(msgspec.json.encode(_Last(line) if isinstance(line, AuditHead) else line).decode())
+            async for line in _fetch_lines(octo, system=system):
+                print(msgspec.json.encode(_ExportTrailer(line) if isinstance(line, AuditHead) else line).decode())
         return EXIT_DONE
 
     return run_command(work)
@@ -55,57 +55,57 @@ def verify_command(file: Path | None, *, roots: Path | None, against: Path | Non
 
     async def work() -> int:
         settings = command_settings()
-        reading = _Reading(known_roots(settings, roots), None if against is None else _head_of(against))
+        reading = _LogVerifier(load_trusted_roots(settings, roots), None if against is None else _read_head(against))
         if file is not None:
-            for line in _read(file):
-                reading.take(line)
+            for line in _read_export(file):
+                reading.check(line)
         else:
             async with open_client(settings) as octo:
-                async for line in _asked(octo, system=system):
-                    reading.take(line)
-        verdict = reading.verdict()
+                async for line in _fetch_lines(octo, system=system):
+                    reading.check(line)
+        verdict = reading.report()
         if as_json:
             print(msgspec.json.encode(verdict).decode())
         else:
-            _show(verdict)
+            _print_report(verdict)
         return EXIT_FAILED if verdict.faults else EXIT_DONE
 
     return run_command(work)
 
 
-class _Reading:
+class _LogVerifier:
     """The check of one log while its lines are read; ``earlier`` is where an earlier export of it ended."""
 
     def __init__(self, roots: Mapping[str, PublicKey], earlier: AuditHead | None) -> None:
         self._roots = roots
         self._earlier = earlier
-        self._there = earlier is None or earlier.seq == 0
-        self._check: ChainCheck | None = None
+        self._contains_earlier = earlier is None or earlier.seq == 0
+        self._chain: AuditChainVerifier | None = None
         self._head: AuditHead | None = None
 
-    def take(self, line: AuditRow | AuditHead) -> None:
+    def check(self, line: AuditRow | AuditHead) -> None:
         """Check a line."""
-        if self._check is None:
-            self._check = ChainCheck(line.tenant, self._roots)
+        if self._chain is None:
+            self._chain = AuditChainVerifier(line.tenant, self._roots)
         if isinstance(line, AuditHead):
             self._head = line
             return
-        self._check.take(line)
+        self._chain.check_row(line)
         if self._earlier is not None and line.seq == self._earlier.seq:
-            self._there = line.hash == self._earlier.hash
+            self._contains_earlier = line.hash == self._earlier.hash
 
-    def verdict(self) -> Verdict:
+    def report(self) -> AuditReport:
         """Return what was found; raise ``file_invalid`` when there was no whole log."""
-        if self._check is None or self._head is None:
+        if self._chain is None or self._head is None:
             raise OctoError("The export has no last line that says where the log ends.", code="file_invalid")
-        self._check.end(self._head)
-        faults = list(self._check.faults)
-        if self._earlier is not None and not self._there:
-            faults.append(AuditFault(self._earlier.seq, "the earlier export ends there with another row"))
-        return Verdict(self._head.tenant, self._check.rows, self._head, tuple(faults))
+        self._chain.check_head(self._head)
+        faults = list(self._chain.faults)
+        if self._earlier is not None and not self._contains_earlier:
+            faults.append(AuditChainError(self._earlier.seq, "the earlier export ends there with another row"))
+        return AuditReport(self._head.tenant, self._chain.rows, self._head, tuple(faults))
 
 
-def _show(verdict: Verdict) -> None:
+def _print_report(verdict: AuditReport) -> None:
     console = output()
     for fault in verdict.faults:
         place = f"row {fault.seq}" if fault.seq else "the end"
@@ -117,7 +117,7 @@ def _show(verdict: Verdict) -> None:
         console.print(Text(f"✓ {rows}, as they were sealed. The chain stands at {verdict.head.hash or 'nothing'}."))
 
 
-async def _asked(octo: Client, *, system: bool) -> AsyncIterator[AuditRow | AuditHead]:
+async def _fetch_lines(octo: AsyncClient, *, system: bool) -> AsyncIterator[AuditRow | AuditHead]:
     """Yield every row up to the head of the moment, and then that."""
     first = await octo.audit(limit=_PAGE, system=system)
     page, after = first, 0
@@ -131,13 +131,13 @@ async def _asked(octo: Client, *, system: bool) -> AsyncIterator[AuditRow | Audi
     yield first.head
 
 
-def _read(file: Path) -> Iterator[AuditRow | AuditHead]:
+def _read_export(file: Path) -> Iterator[AuditRow | AuditHead]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     yield (
-                        msgspec.json.decode(line, type=_Last).head
+                        msgspec.json.decode(line, type=_ExportTrailer).head
                         if line.startswith(b'{"head"')
                         else (msgspec.json.decode(line, type=AuditRow))
                     )
@@ -147,9 +147,9 @@ def _read(file: Path) -> Iterator[AuditRow | AuditHead]:
         raise OctoError(f"{file} cannot be read: {error.strerror}.", code="file_invalid") from error
 
 
-def _head_of(file: Path) -> AuditHead:
+def _read_head(file: Path) -> AuditHead:
     head: AuditHead | None = None
-    for line in _read(file):
+    for line in _read_export(file):
         head = line if isinstance(line, AuditHead) else AuditHead(line.tenant, line.seq, line.hash)
     if head is None:
         raise OctoError(f"{file} has no line.", code="file_invalid")

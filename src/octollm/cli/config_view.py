@@ -11,12 +11,12 @@ from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
 from octollm.cli.terminal import output
-from octollm.config import PREFIX, SPECS
+from octollm.config import PREFIX, SETTING_SPECS
 from octollm.contracts.services import SERVICES
 from octollm.telemetry.masking import MASK, mask_text
 
 
-class Row(msgspec.Struct, frozen=True):
+class SettingRow(msgspec.Struct, frozen=True):
     """One setting. ``source`` is ``environment`` or ``default``."""
 
     name: str
@@ -25,21 +25,21 @@ class Row(msgspec.Struct, frozen=True):
     meaning: str
 
 
-def rows_of() -> list[Row]:
+def list_settings() -> list[SettingRow]:
     """Return every setting with its value, secrets masked."""
-    rows: list[Row] = []
-    for spec in SPECS.values():
+    rows: list[SettingRow] = []
+    for spec in SETTING_SPECS.values():
         name = PREFIX + spec.name
         given = os.environ.get(name, "")
         value = given or spec.default
         # A secret's default is none: it may be shown.
         shown = (MASK if spec.secret and given and "://" not in given else mask_text(value)) or "(none)"
-        rows.append(Row(name, shown, "environment" if given else "default", spec.meaning))
+        rows.append(SettingRow(name, shown, "environment" if given else "default", spec.meaning))
     for service in SERVICES:
         name = f"{PREFIX}{service.upper()}_URL"
         given = os.environ.get(name, "")
         if given:
-            rows.append(Row(name, mask_text(given), "environment", f"Where {service} answers."))
+            rows.append(SettingRow(name, mask_text(given), "environment", f"Where {service} answers."))
     return rows
 
 
@@ -48,7 +48,7 @@ def config_command(*, as_json: bool) -> int:
 
     async def work() -> int:
         command_settings()
-        rows = rows_of()
+        rows = list_settings()
         if as_json:
             print(msgspec.json.encode(rows).decode())
             return EXIT_DONE

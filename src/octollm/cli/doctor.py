@@ -11,26 +11,26 @@ from rich.text import Text
 from octollm.cli import check_machine, check_servers
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE, EXIT_FAILED
-from octollm.cli.findings import Check, Finding, look_at
+from octollm.cli.findings import CheckResult, DiagnosticCheck, run_checks
 from octollm.cli.running import run_command
 from octollm.cli.terminal import messages, output
 from octollm.config import Settings
 
-_SIGNS = {"ok": ("✓", "octo.good"), "warning": ("!", "octo.warn"), "broken": ("✗", "octo.bad")}
+_SYMBOLS = {"ok": ("✓", "octo.good"), "warning": ("!", "octo.warn"), "broken": ("✗", "octo.bad")}
 
 
-def checks_of(settings: Settings) -> list[Check]:
+def build_checks(settings: Settings) -> list[DiagnosticCheck]:
     """Return every check, in the order in which they are told."""
     return [
-        Check("python", check_machine.python_version),
-        Check("settings", check_machine.unread_settings),
-        Check("home", partial(check_machine.home, settings)),
-        Check("ports", partial(check_machine.ports, settings)),
-        Check("model", partial(check_machine.model, settings)),
-        Check("sandbox", partial(check_machine.sandbox, settings)),
-        Check("redis", partial(check_servers.redis, settings)),
-        Check("database", partial(check_servers.database, settings)),
-        Check("services", partial(check_servers.services, settings)),
+        DiagnosticCheck("python", check_machine.check_python),
+        DiagnosticCheck("settings", check_machine.check_settings),
+        DiagnosticCheck("home", partial(check_machine.check_home, settings)),
+        DiagnosticCheck("ports", partial(check_machine.check_ports, settings)),
+        DiagnosticCheck("model", partial(check_machine.check_model, settings)),
+        DiagnosticCheck("sandbox", partial(check_machine.check_sandbox, settings)),
+        DiagnosticCheck("redis", partial(check_servers.check_redis, settings)),
+        DiagnosticCheck("database", partial(check_servers.check_database, settings)),
+        DiagnosticCheck("services", partial(check_servers.check_services, settings)),
     ]
 
 
@@ -40,31 +40,31 @@ def doctor_command(*, as_json: bool) -> int:
     async def work() -> int:
         settings = command_settings(warn=False)
         with messages().status("Looking"):
-            found = await look_at(checks_of(settings))
+            found = await run_checks(build_checks(settings))
         if as_json:
             print(msgspec.json.encode(found).decode())
         else:
-            _show(found)
+            _print_results(found)
         return EXIT_FAILED if any(finding.level == "broken" for finding in found) else EXIT_DONE
 
     return run_command(work)
 
 
-def _show(found: list[Finding]) -> None:
+def _print_results(results: list[CheckResult]) -> None:
     table = Table.grid(padding=(0, 1))
     table.add_column()
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for finding in found:
-        sign, style = _SIGNS[finding.level]
+    for finding in results:
+        sign, style = _SYMBOLS[finding.level]
         said = Text(finding.found)
         if finding.todo:
             said.append(f"\n{finding.todo}", "octo.warn")
         table.add_row(Text(sign, style), Text(finding.check, "octo.title"), said)
     console = output()
     console.print(table)
-    broken = sum(finding.level == "broken" for finding in found)
-    warned = sum(finding.level == "warning" for finding in found)
+    broken = sum(finding.level == "broken" for finding in results)
+    warned = sum(finding.level == "warning" for finding in results)
     if broken or warned:
         console.print(Text(f"{broken} broken, {warned} to look at"))
     else:

@@ -13,7 +13,7 @@ from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
 from octollm.cli.terminal import output
-from octollm.client import Client
+from octollm.client import AsyncClient
 from octollm.contracts.events import Event
 
 _PAGE = 500
@@ -26,17 +26,17 @@ def tail_command(after: int | None, *, as_json: bool) -> int:
         console = output()
         async with open_client(command_settings()) as octo:
             # Asked first in any case: a door that is not there is told at once.
-            position = await _newest(octo) if after is None else after
+            position = await _last_position(octo) if after is None else after
             await octo.event_page(after=position, limit=1)
             async with contextlib.aclosing(octo.events(after=position)) as events:
                 async for event in events:
-                    _print(event, console, as_json=as_json)
+                    _print_event(event, console, as_json=as_json)
         return EXIT_DONE
 
     return run_command(work)
 
 
-async def _newest(octo: Client) -> int:
+async def _last_position(octo: AsyncClient) -> int:
     """Return the position of the last event that there is."""
     position = 0
     while (page := await octo.event_page(after=position, limit=_PAGE)).events:
@@ -44,7 +44,7 @@ async def _newest(octo: Client) -> int:
     return position
 
 
-def _print(event: Event, console: Console, *, as_json: bool) -> None:
+def _print_event(event: Event, console: Console, *, as_json: bool) -> None:
     if as_json:
         print(msgspec.json.encode(event).decode(), flush=True)
         return

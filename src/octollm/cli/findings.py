@@ -14,11 +14,11 @@ from octollm.telemetry import mask
 
 Level = Literal["ok", "warning", "broken"]
 
-CHECK_SECONDS = 20.0
+CHECK_TIMEOUT_SECONDS = 20.0
 """How long one check may take: compiling the WebAssembly sandbox for the first time is the longest."""
 
 
-class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
+class CheckResult(msgspec.Struct, frozen=True, omit_defaults=True):
     """One thing that was looked at. ``todo`` says what mends it; empty when nothing has to be done."""
 
     check: str
@@ -28,25 +28,25 @@ class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class DiagnosticCheck:
     """A check by its name. ``look`` may find several things, and raises ``OctoError`` for what is broken."""
 
     name: str
-    look: Callable[[], Awaitable[Sequence[Finding]]]
+    run: Callable[[], Awaitable[Sequence[CheckResult]]]
 
 
-async def look_at(checks: Sequence[Check], *, seconds: float = CHECK_SECONDS) -> list[Finding]:
+async def run_checks(checks: Sequence[DiagnosticCheck], *, timeout: float = CHECK_TIMEOUT_SECONDS) -> list[CheckResult]:
     """Run ``checks`` side by side and return what they found, in their order. None outlasts ``seconds``."""
-    found = await asyncio.gather(*(_look(check, seconds) for check in checks))
+    found = await asyncio.gather(*(_run_check(check, timeout) for check in checks))
     return [finding for findings in found for finding in findings]
 
 
-async def _look(check: Check, seconds: float) -> Sequence[Finding]:
+async def _run_check(check: DiagnosticCheck, timeout: float) -> Sequence[CheckResult]:
     try:
-        async with asyncio.timeout(seconds):
-            return await check.look()
+        async with asyncio.timeout(timeout):
+            return await check.run()
     except TimeoutError:
-        return [Finding(check.name, "broken", f"no answer within {seconds:g} s", "Look at what it waits for.")]
+        return [CheckResult(check.name, "broken", f"no answer within {timeout:g} s", "Look at what it waits for.")]
     except OctoError as error:
         # Every error says in its own words what to do.
-        return [Finding(check.name, "broken", str(mask(error.detail)))]
+        return [CheckResult(check.name, "broken", str(mask(error.detail)))]

@@ -22,7 +22,7 @@ class GoalFile:
     media_type: str
 
 
-def check_goal(goal: str) -> str:
+def validate_goal(goal: str) -> str:
     """Return the goal without the space around it. Raises ``goal_invalid``."""
     text = goal.strip()
     if not text:
@@ -36,47 +36,47 @@ def check_goal(goal: str) -> str:
     return text
 
 
-def read_files(paths: Sequence[Path]) -> list[GoalFile]:
+def read_goal_files(paths: Sequence[Path]) -> list[GoalFile]:
     """Read every file. Raises ``file_invalid`` naming the first that cannot be sent, and why."""
     if len(paths) > MAX_FILES:
-        raise _refused(f"{len(paths)} files are too many: a goal may have {MAX_FILES}.")
-    files = [_read(path) for path in paths]
+        raise _file_error(f"{len(paths)} files are too many: a goal may have {MAX_FILES}.")
+    files = [_read_file(path) for path in paths]
     names: set[str] = set()
     for file in files:
         if file.name in names:
-            raise _refused(f"Two files are called {file.name}. Rename one: the names tell them apart.")
+            raise _file_error(f"Two files are called {file.name}. Rename one: the names tell them apart.")
         names.add(file.name)
     return files
 
 
-def _read(path: Path) -> GoalFile:
+def _read_file(path: Path) -> GoalFile:
     try:
         if path.is_dir():
-            raise _refused(f"{path} is a folder. Give its files one by one: --file A --file B.")
+            raise _file_error(f"{path} is a folder. Give its files one by one: --file A --file B.")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise _refused(f"{path} has {size / 2**20:,.1f} MiB; a file may have {MAX_FILE_BYTES // 2**20} MiB.")
+            raise _file_error(f"{path} has {size / 2**20:,.1f} MiB; a file may have {MAX_FILE_BYTES // 2**20} MiB.")
         # One byte more than is allowed tells of a file that grew, or that has no size (a pipe).
         with path.open("rb") as opened:
             content = opened.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as error:
-        raise _refused(f"There is no file {path}.") from error
+        raise _file_error(f"There is no file {path}.") from error
     except OSError as error:
-        raise _refused(f"{path} cannot be read: {error.strerror}.") from error
+        raise _file_error(f"{path} cannot be read: {error.strerror}.") from error
     if len(content) > MAX_FILE_BYTES:
-        raise _refused(f"{path} has more than {MAX_FILE_BYTES // 2**20} MiB.")
-    _check_content(path, content)
+        raise _file_error(f"{path} has more than {MAX_FILE_BYTES // 2**20} MiB.")
+    _validate_content(path, content)
     return GoalFile(path.name, content, media_type_of(path.name))
 
 
-def _check_content(path: Path, content: bytes) -> None:
+def _validate_content(path: Path, content: bytes) -> None:
     if suffix_of(path.name) == ".parquet":
         if not (content.startswith(_PARQUET) and content.endswith(_PARQUET)):
-            raise _refused(f"{path} is called .parquet and is no Parquet file.")
+            raise _file_error(f"{path} is called .parquet and is no Parquet file.")
         return
     # Whether an arm reads what is neither text nor table, the installation knows.
     if file_kind(path.name, content) != "binary" and not _is_utf8(content):
-        raise _refused(
+        raise _file_error(
             f"{path} is called a text, and has other bytes than text in UTF-8. Convert it, or give it the suffix that"
             " it should have."
         )
@@ -90,5 +90,5 @@ def _is_utf8(content: bytes) -> bool:
     return b"\x00" not in content
 
 
-def _refused(detail: str) -> OctoError:
+def _file_error(detail: str) -> OctoError:
     return OctoError(detail, code="file_invalid")

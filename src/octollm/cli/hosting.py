@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.text import Text
 
 from octollm.arm import Arm
-from octollm.cli.goal import Order, carry_out
+from octollm.cli.goal import GoalRequest, run_goal
 from octollm.cli.model_file import ensure_model
-from octollm.cli.own_arms import with_join_secret
+from octollm.cli.own_arms import with_enrolment_token
 from octollm.client import connect
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import Settings
-from octollm.installation.collector import settle_collector
-from octollm.installation.embedded import System, embedded_system
-from octollm.installation.hosted import Hosted, guarded
-from octollm.installation.own_arm import own_arm
+from octollm.installation.collector import tune_garbage_collector
+from octollm.installation.embedded import Installation, embedded_installation
+from octollm.installation.hosted import ServiceHost, supervise_hosts
+from octollm.installation.own_arm import serve_arm
 from octollm.installation.ports import is_loopback
 
 ARM_DRAIN_SECONDS = 0.5
@@ -29,31 +29,33 @@ ARM_DRAIN_SECONDS = 0.5
 
 
 @contextlib.asynccontextmanager
-async def running_system(settings: Settings, console: Console) -> AsyncGenerator[System]:
+async def running_installation(settings: Settings, console: Console) -> AsyncGenerator[Installation]:
     """Bring the model, start every service and wait until all are ready, telling so."""
     clock = SystemClock()
     entry = await ensure_model(settings, console)
     console.print(Text.assemble(("Model ", "octo.title"), entry.title if entry else settings.model))
     with console.status("Starting") as status:
-        async with embedded_system(
-            settings, clock=clock, ids=Uuid7Ids(clock), on_stage=lambda what: status.update(f"Starting {what}")
+        async with embedded_installation(
+            settings, clock=clock, ids=Uuid7Generator(clock), on_stage=lambda what: status.update(f"Starting {what}")
         ) as system:
             status.update("Waiting until every service is ready")
             await system.wait_ready()
             status.stop()
-            settle_collector()
+            tune_garbage_collector()
             console.print(
-                Text.assemble(("Ready ", "octo.title"), f"{len(system.urls)} services; the public door: {system.door}")
+                Text.assemble(
+                    ("Ready ", "octo.title"), f"{len(system.urls)} services; the public door: {system.gateway_url}"
+                )
             )
-            console.print(Text.assemble(("Page  ", "octo.title"), f"{system.door}/"))
+            console.print(Text.assemble(("Page  ", "octo.title"), f"{system.gateway_url}/"))
             yield system
 
 
-async def stay_up(settings: Settings, console: Console, arms: Sequence[Arm] = ()) -> int:
+async def run_until_stopped(settings: Settings, console: Console, arms: Sequence[Arm] = ()) -> int:
     """Run an installation, with ``arms`` of one's own, until it is cancelled or one of them ends."""
     async with contextlib.AsyncExitStack() as stack:
-        system = await stack.enter_async_context(running_system(settings, console))
-        hosts = [await stack.enter_async_context(_beside(arm, system, console)) for arm in arms]
+        system = await stack.enter_async_context(running_installation(settings, console))
+        hosts = [await stack.enter_async_context(_serve_own_arm(arm, system, console)) for arm in arms]
         if not is_loopback(settings.host):
             console.print(
                 Text(f"      It listens on {settings.host}: other machines reach it, and need an API key", "octo.warn")
@@ -61,13 +63,13 @@ async def stay_up(settings: Settings, console: Console, arms: Sequence[Arm] = ()
         console.print(Text.assemble(("Home  ", "octo.title"), f"{system.home.root}"))
         console.print(Text.assemble(("Log   ", "octo.title"), f"{system.home.log_file}"))
         console.print(Text.assemble(("Next  ", "octo.title"), 'octollm run "GOAL" in another terminal; Ctrl-C stops'))
-        async with guarded(hosts):
+        async with supervise_hosts(hosts):
             await asyncio.Event().wait()
     return 0
 
 
 @contextlib.asynccontextmanager
-async def _beside(arm: Arm, system: System, console: Console) -> AsyncGenerator[Hosted]:
+async def _serve_own_arm(arm: Arm, system: Installation, console: Console) -> AsyncGenerator[ServiceHost]:
     """Serve an arm of one's own in this process. It joins and calls as it would from a process of its own."""
     settings = replace(
         system.settings,
@@ -78,21 +80,23 @@ async def _beside(arm: Arm, system: System, console: Console) -> AsyncGenerator[
         urls=(),
     )
     clock = SystemClock()
-    settings = await with_join_secret(arm, settings, console)
-    async with own_arm(arm, settings, system.http, clock=clock, ids=Uuid7Ids(clock), tell=lambda _what: None) as host:
+    settings = await with_enrolment_token(arm, settings, console)
+    async with serve_arm(
+        arm, settings, system.http, clock=clock, ids=Uuid7Generator(clock), on_wait=lambda _what: None
+    ) as host:
         console.print(Text.assemble(("Arm   ", "octo.title"), f"{host.name} on {host.address}"))
         yield host
 
 
-async def show_demo(settings: Settings, goal: str, console: Console) -> int:
+async def run_demo(settings: Settings, goal: str, console: Console) -> int:
     """Run an installation for one goal; return the exit code of the goal."""
-    return await do_one_goal(settings, Order(goal), console)
+    return await run_single_goal(settings, GoalRequest(goal), console)
 
 
-async def do_one_goal(settings: Settings, order: Order, console: Console, *, as_json: bool = False) -> int:
+async def run_single_goal(settings: Settings, request: GoalRequest, console: Console, *, as_json: bool = False) -> int:
     """Run an installation for one order; return its exit code."""
-    async with running_system(settings, console) as system:
-        key = None if settings.local_trust and is_loopback(settings.host) else system.local_key
-        page = f"{system.door}/ shows this task too, once `octollm up` runs"
-        async with connect(system.door, key) as octo:
-            return await carry_out(octo, order, console, root=Path.cwd(), page=page, as_json=as_json)
+    async with running_installation(settings, console) as system:
+        key = None if settings.trust_loopback and is_loopback(settings.host) else system.local_key
+        page = f"{system.gateway_url}/ shows this task too, once `octollm up` runs"
+        async with connect(system.gateway_url, key) as octo:
+            return await run_goal(octo, request, console, root=Path.cwd(), page_url=page, as_json=as_json)

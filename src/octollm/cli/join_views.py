@@ -11,15 +11,15 @@ from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
 from octollm.cli.running import run_command
 from octollm.cli.terminal import messages, output
-from octollm.contracts.joining import JoinList
+from octollm.contracts.joining import EnrolmentTokenList
 
 
-def join_command(name: str, calls: str, lifetime: int, *, as_json: bool) -> int:
+def create_enrolment_token_command(name: str, calls: str, lifetime: int, *, as_json: bool) -> int:
     """Make a join secret; it is all that goes to standard output, so that it can be taken from there."""
 
     async def work() -> int:
         async with open_client(command_settings()) as octo:
-            made = await octo.create_join(name, calls=calls.split(), lifetime_seconds=lifetime)
+            made = await octo.create_enrolment_token(name, calls=calls.split(), lifetime_seconds=lifetime)
         if as_json:
             print(msgspec.json.encode(made).decode(), flush=True)
             return EXIT_DONE
@@ -36,12 +36,12 @@ def join_command(name: str, calls: str, lifetime: int, *, as_json: bool) -> int:
     return run_command(work)
 
 
-def list_joins_command(*, as_json: bool) -> int:
+def list_enrolment_tokens_command(*, as_json: bool) -> int:
     """List join secrets."""
 
     async def work() -> int:
         async with open_client(command_settings()) as octo:
-            found = JoinList(await octo.joins())
+            found = EnrolmentTokenList(await octo.enrolment_tokens())
         if as_json:
             print(msgspec.json.encode(found).decode())
             return EXIT_DONE
@@ -57,16 +57,16 @@ def list_joins_command(*, as_json: bool) -> int:
     return run_command(work)
 
 
-def revoke_join_command(join_id: str, *, as_json: bool) -> int:
+def revoke_enrolment_token_command(token_id: str, *, as_json: bool) -> int:
     """Revoke a join secret."""
 
     async def work() -> int:
         async with open_client(command_settings()) as octo:
-            await octo.revoke_join(join_id)
+            await octo.revoke_enrolment_token(token_id)
         if as_json:
-            print(msgspec.json.encode({"id": join_id, "state": "revoked"}).decode())
+            print(msgspec.json.encode({"id": token_id, "state": "revoked"}).decode())
         else:
-            output().print(Text(f"Join secret {join_id} is revoked. An arm that joined with it stays."))
+            output().print(Text(f"Join secret {token_id} is revoked. An arm that joined with it stays."))
         return EXIT_DONE
 
     return run_command(work)

@@ -14,7 +14,7 @@ from octollm.cli.terminal import messages, output
 from octollm.contracts.api import KeyList
 
 
-def create_command(name: str, scope: str, tenant: str | None, *, as_json: bool) -> int:
+def create_key_command(name: str, scope: str, tenant: str | None, *, as_json: bool) -> int:
     """Make a key; its secret is all that goes to standard output, so that it can be taken from there."""
 
     async def work() -> int:
@@ -30,7 +30,7 @@ def create_command(name: str, scope: str, tenant: str | None, *, as_json: bool) 
     return run_command(work)
 
 
-def list_command(*, as_json: bool) -> int:
+def list_keys_command(*, as_json: bool) -> int:
     """List keys."""
 
     async def work() -> int:
@@ -53,7 +53,7 @@ def list_command(*, as_json: bool) -> int:
     return run_command(work)
 
 
-def revoke_command(key_id: str, *, as_json: bool) -> int:
+def revoke_key_command(key_id: str, *, as_json: bool) -> int:
     """Revoke a key."""
 
     async def work() -> int:
@@ -68,7 +68,7 @@ def revoke_command(key_id: str, *, as_json: bool) -> int:
     return run_command(work)
 
 
-def mint_command(scope: str, aud: str, lifetime: int, *, as_json: bool) -> int:
+def mint_token_command(scope: str, aud: str, lifetime: int, *, as_json: bool) -> int:
     """Print a token alone."""
 
     async def work() -> int:

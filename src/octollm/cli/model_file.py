@@ -11,20 +11,20 @@ from rich.text import Text
 from octollm.config import Settings
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
-from octollm.llm.catalogue import SMALLEST, ModelEntry, entry_named
+from octollm.llm.catalogue import SMALLEST_MODEL, ModelEntry, find_entry
 from octollm.llm.fetch import fetch_model
 from octollm.llm.fetch_options import FetchOptions
 
-_STEP = 20
+_PROGRESS_STEP = 20
 """Without a terminal, a line for every so many percent."""
 
 
-def wanted_entry(settings: Settings, cache: ModelCache) -> ModelEntry | None:
+def select_model_entry(settings: Settings, cache: ModelCache) -> ModelEntry | None:
     """Return the embedded model that the settings ask for; ``None`` when they ask for a provider's."""
     kind, _, name = settings.model.partition(":")
     if kind != "embedded":
         return None
-    return entry_named(name) if name else cache.largest() or SMALLEST
+    return find_entry(name) if name else cache.largest() or SMALLEST_MODEL
 
 
 async def ensure_model(settings: Settings, console: Console) -> ModelEntry | None:
@@ -33,7 +33,7 @@ async def ensure_model(settings: Settings, console: Console) -> ModelEntry | Non
     Raises ``no_model`` when the part that runs it is not installed, and ``model_download_failed``.
     """
     cache = ModelCache(settings.model_cache)
-    entry = wanted_entry(settings, cache)
+    entry = select_model_entry(settings, cache)
     if entry is None:
         return None
     if importlib.util.find_spec("xllamacpp") is None:
@@ -42,15 +42,15 @@ async def ensure_model(settings: Settings, console: Console) -> ModelEntry | Non
             " provider: OCTOLLM_MODEL=openai:NAME, with OCTOLLM_MODEL_URL and OCTOLLM_MODEL_API_KEY.",
             code="no_model",
         )
-    await fetch_with_bar(entry, cache, console, FetchOptions())
+    await fetch_with_progress(entry, cache, console, FetchOptions())
     return entry
 
 
-async def fetch_with_bar(entry: ModelEntry, cache: ModelCache, console: Console, options: FetchOptions) -> None:
+async def fetch_with_progress(entry: ModelEntry, cache: ModelCache, console: Console, options: FetchOptions) -> None:
     """Fetch a model unless it is there, showing how far it is. One that is damaged is told and fetched again."""
     if cache.has(entry) and options.path is None:
         try:
-            await cache.verified(entry)
+            await cache.verify(entry)
         except OctoError as error:
             if error.code != "model_damaged":
                 raise
@@ -61,7 +61,7 @@ async def fetch_with_bar(entry: ModelEntry, cache: ModelCache, console: Console,
         Text.assemble(("Model ", "octo.title"), f"{entry.title}, {entry.size / 1e6:,.0f} MB, once, into {cache.root}")
     )
     if not console.is_terminal:
-        await fetch_model(entry, cache, _Lines(console), options)
+        await fetch_model(entry, cache, _LineProgress(console), options)
     else:
         with Progress(
             TextColumn("{task.description}"),
@@ -81,7 +81,7 @@ async def fetch_with_bar(entry: ModelEntry, cache: ModelCache, console: Console,
     console.print(Text("      its SHA-256 is right", "octo.quiet"))
 
 
-class _Lines:
+class _LineProgress:
     """Progress where there is no terminal: a line now and then."""
 
     def __init__(self, console: Console) -> None:
@@ -92,5 +92,5 @@ class _Lines:
         """Print a line at every 20 percent."""
         percent = 100 * done // max(total, 1)
         if percent >= self._next:
-            self._next = percent - percent % _STEP + _STEP
+            self._next = percent - percent % _PROGRESS_STEP + _PROGRESS_STEP
             self._console.print(Text(f"      {percent:3d} % from {source}"))

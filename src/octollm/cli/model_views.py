@@ -10,35 +10,35 @@ from rich.text import Text
 
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE
-from octollm.cli.model_file import fetch_with_bar, wanted_entry
+from octollm.cli.model_file import fetch_with_progress, select_model_entry
 from octollm.cli.running import run_command
 from octollm.cli.terminal import output
 from octollm.llm.cache import ModelCache
-from octollm.llm.catalogue import CATALOGUE, SMALLEST, entry_named
+from octollm.llm.catalogue import MODEL_CATALOGUE, SMALLEST_MODEL, find_entry
 from octollm.llm.fetch_options import FetchOptions
 
 
-def pull_command(name: str | None, source: Path | None) -> int:
+def pull_model_command(name: str | None, source: Path | None) -> int:
     """Fetch a model into the cache."""
 
     async def work() -> int:
         settings, console = command_settings(), output()
         cache = ModelCache(settings.model_cache)
-        entry = entry_named(name) if name else SMALLEST
-        await fetch_with_bar(entry, cache, console, FetchOptions(path=source))
+        entry = find_entry(name) if name else SMALLEST_MODEL
+        await fetch_with_progress(entry, cache, console, FetchOptions(path=source))
         console.print(Text(f"{entry.name} is at {cache.path_of(entry)}"))
         return EXIT_DONE
 
     return run_command(work)
 
 
-def list_command(*, as_json: bool) -> int:
+def list_models_command(*, as_json: bool) -> int:
     """List the catalogue."""
 
     async def work() -> int:
         settings = command_settings()
         cache = ModelCache(settings.model_cache)
-        wanted = wanted_entry(settings, cache)
+        wanted = select_model_entry(settings, cache)
         rows = [
             {
                 "name": entry.name,
@@ -48,7 +48,7 @@ def list_command(*, as_json: bool) -> int:
                 "here": cache.has(entry),
                 "used": entry == wanted,
             }
-            for entry in CATALOGUE
+            for entry in MODEL_CATALOGUE
         ]
         if as_json:
             print(msgspec.json.encode(rows).decode())
@@ -58,7 +58,7 @@ def list_command(*, as_json: bool) -> int:
             table.add_row(
                 str(row["name"]),
                 str(row["title"]),
-                f"{entry_named(str(row['name'])).size / 1e6:,.0f} MB",
+                f"{find_entry(str(row['name'])).size / 1e6:,.0f} MB",
                 str(row["licence"]),
                 "yes" if row["here"] else "no",
                 "yes" if row["used"] else "",

@@ -18,7 +18,7 @@ from octollm.cli.running import run_command
 from octollm.cli.terminal import output
 from octollm.errors import OctoError
 
-_PLACES = {
+_TEMPLATES = {
     "pyproject.toml.in": "pyproject.toml",
     "README.md.in": "README.md",
     "package.py.in": "src/{module}/__init__.py",
@@ -26,21 +26,21 @@ _PLACES = {
     "test.py.in": "tests/test_{module}.py",
 }
 """Each template, and where it is written."""
-_TAKEN = frozenset({"octollm", "tests", "pytest"})
+_RESERVED_NAMES = frozenset({"octollm", "tests", "pytest"})
 
 
 def new_arm_command(name: str, parent: Path) -> int:
     """Make the package and say what to do next."""
 
     async def work() -> int:
-        folder = write_arm(name, parent)
+        folder = write_arm_package(name, parent)
         console = output()
         console.print(Text.assemble(("Made ", "octo.title"), str(folder)))
         for command in (
             f"cd {folder}",
             "pip install -e '.[dev]'",
             "pytest",
-            f"octollm up --arm {module_of(name)}.arm:arm",
+            f"octollm up --arm {module_name(name)}.arm:arm",
         ):
             console.print(Text(f"  {command}", "octo.quiet"))
         return EXIT_DONE
@@ -48,25 +48,25 @@ def new_arm_command(name: str, parent: Path) -> int:
     return run_command(work)
 
 
-def module_of(name: str) -> str:
+def module_name(name: str) -> str:
     """Return the Python package of the arm called ``name``."""
     return name.replace("-", "_")
 
 
-def write_arm(name: str, parent: Path) -> Path:
+def write_arm_package(name: str, parent: Path) -> Path:
     """Write the package of an arm below ``parent`` and return its folder.
 
     Raises ``arm_invalid`` for a name that no arm, or no Python package, can have, and ``invalid_parameter`` where
     something is there already, or nothing can be written.
     """
     check_name(name, built_in=False)
-    module = module_of(name)
-    if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in _TAKEN:
+    module = module_name(name)
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in _RESERVED_NAMES:
         raise arm_invalid(f"An arm called {name} would hide the Python module {module}; choose another name.")
     folder = parent / name
     rendered = {
-        folder / place.format(module=module): _rendered(template, name=name, module=module)
-        for template, place in _PLACES.items()
+        folder / place.format(module=module): _render(template, name=name, module=module)
+        for template, place in _TEMPLATES.items()
     }
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -81,6 +81,6 @@ def write_arm(name: str, parent: Path) -> Path:
     return folder
 
 
-def _rendered(template: str, *, name: str, module: str) -> str:
+def _render(template: str, *, name: str, module: str) -> str:
     text = (files("octollm.cli") / "templates" / "arm" / template).read_text(encoding="utf-8")
     return Template(text).substitute(name=name, module=module, version=__version__, port=DEFAULT_PORT)

@@ -8,13 +8,13 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from octollm.client import TaskHandle
-from octollm.contracts.api import Reason, TaskView
+from octollm.client import AsyncTaskHandle
+from octollm.contracts.api import TaskFailure, TaskView
 from octollm.contracts.task import TaskStatus, Usage
 from octollm.errors import OctoError
 
-FOLDER = "octollm-results"
-_UNSAFE = re.compile(r'[\x00-\x1f<>:"|?*\\]')
+RESULTS_FOLDER = "octollm-results"
+_UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f<>:"|?*\\]')
 
 
 class SavedArtifact(msgspec.Struct, frozen=True):
@@ -27,7 +27,7 @@ class SavedArtifact(msgspec.Struct, frozen=True):
     path: str
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class TaskOutcome(msgspec.Struct, frozen=True):
     """What `octollm run --json` prints last."""
 
     task_id: str
@@ -35,22 +35,22 @@ class Outcome(msgspec.Struct, frozen=True):
     output: str
     artifacts: tuple[SavedArtifact, ...]
     usage: Usage
-    error: Reason | None = None
+    error: TaskFailure | None = None
 
 
-def folder_of(task_id: str, root: Path) -> Path:
+def results_folder(task_id: str, root: Path) -> Path:
     """Return the folder of a task's results under ``root``."""
-    return root / FOLDER / safe_name(task_id).as_posix()
+    return root / RESULTS_FOLDER / sanitize_path(task_id).as_posix()
 
 
-def safe_name(name: str) -> PurePosixPath:
+def sanitize_path(name: str) -> PurePosixPath:
     """Return ``name`` as a relative path that stays inside its folder, with no character that a system forbids."""
-    parts = [_UNSAFE.sub("_", part) for part in name.replace("\\", "/").split("/")]
+    parts = [_UNSAFE_CHARACTERS.sub("_", part) for part in name.replace("\\", "/").split("/")]
     kept = [part[:120] for part in parts if part.strip(". ")]
     return PurePosixPath(*kept) if kept else PurePosixPath("unnamed")
 
 
-async def save_outcome(handle: TaskHandle, task: TaskView, folder: Path) -> Outcome:
+async def save_outcome(handle: AsyncTaskHandle, task: TaskView, folder: Path) -> TaskOutcome:
     """Fetch the artifacts of a finished task, check their digests, and save them with ``result.json`` in ``folder``.
 
     Raises what the door answers, ``file_invalid`` for bytes that are not what their digest says, and
@@ -59,18 +59,18 @@ async def save_outcome(handle: TaskHandle, task: TaskView, folder: Path) -> Outc
     saved: list[SavedArtifact] = []
     taken: set[PurePosixPath] = {PurePosixPath("result.json")}
     for artifact in task.artifacts:
-        name = _free_name(safe_name(artifact.name), taken)
+        name = _unique_name(sanitize_path(artifact.name), taken)
         content = await handle.artifact(artifact)
         await asyncio.to_thread(_write, folder / name, content)
         saved.append(
             SavedArtifact(artifact.name, artifact.digest, artifact.size, artifact.media_type, str(folder / name))
         )
-    outcome = Outcome(task.task_id, task.status, task.output, tuple(saved), task.usage, task.error)
+    outcome = TaskOutcome(task.task_id, task.status, task.output, tuple(saved), task.usage, task.error)
     await asyncio.to_thread(_write, folder / "result.json", msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
     return outcome
 
 
-def _free_name(name: PurePosixPath, taken: set[PurePosixPath]) -> PurePosixPath:
+def _unique_name(name: PurePosixPath, taken: set[PurePosixPath]) -> PurePosixPath:
     number, free = 1, name
     while free in taken:
         number += 1

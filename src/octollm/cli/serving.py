@@ -12,21 +12,21 @@ from rich.console import Console
 from rich.text import Text
 
 from octollm.cli.environment import command_settings
-from octollm.cli.exits import EXIT_DONE, exit_code_of
-from octollm.cli.own_arms import with_join_secret
+from octollm.cli.exits import EXIT_DONE, exit_code_for
+from octollm.cli.own_arms import with_enrolment_token
 from octollm.cli.running import run_command
 from octollm.cli.terminal import messages, output, show_error
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import Settings
 from octollm.errors import OctoError
-from octollm.installation.collector import settle_collector
-from octollm.installation.hosted import Hosted
-from octollm.installation.own_arm import load_arm, own_arm
-from octollm.installation.own_keys import provision
-from octollm.installation.wires import wire_of
-from octollm.telemetry import configure_logs
+from octollm.installation.collector import tune_garbage_collector
+from octollm.installation.hosted import ServiceHost
+from octollm.installation.own_arm import load_arm, serve_arm
+from octollm.installation.own_keys import provision_keys
+from octollm.installation.wires import transport_from_settings
+from octollm.telemetry import configure_logging
 
-SPARE_SECONDS = 10.0
+KILL_MARGIN_SECONDS = 10.0
 """What stopping may take beyond draining before the process just ends."""
 
 
@@ -37,42 +37,44 @@ def serve_command(target: str) -> int:
         settings = command_settings()
     except OctoError as error:
         show_error(error)
-        return exit_code_of(error)
+        return exit_code_for(error)
 
     def tell(what: str) -> None:
         console.print(Text(f"Waiting for {what}", "octo.quiet"))
 
     async def work() -> int:
-        serving = _arm(target, settings, console, tell) if ":" in target else _service(target, settings, tell)
+        serving = (
+            _serve_arm(target, settings, console, tell) if ":" in target else _serve_builtin(target, settings, tell)
+        )
         async with serving as host:
-            settle_collector()
+            tune_garbage_collector()
             console.print(Text.assemble(("Ready ", "octo.title"), f"{host.name} on {host.address}"))
-            await host.ended()
+            await host.wait()
         return EXIT_DONE
 
     # To be told to stop is the usual end of a service: an orchestrator of containers takes anything else for a failure.
-    return run_command(work, last_resort=settings.drain_seconds + SPARE_SECONDS, interrupted=EXIT_DONE)
+    return run_command(work, kill_after=settings.shutdown_grace + KILL_MARGIN_SECONDS, interrupted_code=EXIT_DONE)
 
 
 @contextlib.asynccontextmanager
-async def _service(name: str, settings: Settings, tell: Callable[[str], None]) -> AsyncGenerator[Hosted]:
-    from octollm.installation.single import single_service  # noqa: PLC0415  brings in every service
+async def _serve_builtin(name: str, settings: Settings, on_wait: Callable[[str], None]) -> AsyncGenerator[ServiceHost]:
+    from octollm.installation.single import serve_builtin_service  # noqa: PLC0415  brings in every service
 
     clock = SystemClock()
-    async with single_service(name, settings, clock=clock, ids=Uuid7Ids(clock), tell=tell) as host:
+    async with serve_builtin_service(name, settings, clock=clock, ids=Uuid7Generator(clock), on_wait=on_wait) as host:
         yield host
 
 
 @contextlib.asynccontextmanager
-async def _arm(
-    target: str, settings: Settings, console: Console, tell: Callable[[str], None]
-) -> AsyncGenerator[Hosted]:
+async def _serve_arm(
+    target: str, settings: Settings, console: Console, on_wait: Callable[[str], None]
+) -> AsyncGenerator[ServiceHost]:
     arm = load_arm(target)
     clock = SystemClock()
-    settings = await with_join_secret(arm, settings, console)
-    async with wire_of(settings).client() as http:
-        with configure_logs(None, level=settings.log_level, clock=clock):
-            async with own_arm(arm, settings, http, clock=clock, ids=Uuid7Ids(clock), tell=tell) as host:
+    settings = await with_enrolment_token(arm, settings, console)
+    async with transport_from_settings(settings).create_client() as http:
+        with configure_logging(None, level=settings.log_level, clock=clock):
+            async with serve_arm(arm, settings, http, clock=clock, ids=Uuid7Generator(clock), on_wait=on_wait) as host:
                 yield host
 
 
@@ -81,7 +83,7 @@ def provision_command(folder: Path, *, as_json: bool) -> int:
 
     async def work() -> int:
         clock = SystemClock()
-        written = await asyncio.to_thread(provision, folder, Uuid7Ids(clock))
+        written = await asyncio.to_thread(provision_keys, folder, Uuid7Generator(clock))
         if as_json:
             print(msgspec.json.encode({"written": [str(path) for path in written]}).decode())
             return EXIT_DONE

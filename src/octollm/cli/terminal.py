@@ -43,7 +43,7 @@ def show_error(error: OctoError, console: Console | None = None) -> None:
     line = Text.assemble(("octollm: ", "octo.bad"), str(mask(error.detail)))
     line.append(f" [{error.code}]", "octo.quiet")
     said.print(line)
-    for fault in error.faults:
+    for fault in error.field_errors:
         where = fault.pointer or "body"
         said.print(Text.assemble(("  at ", "octo.quiet"), where, ": ", fault.detail))
     if error.code == "internal":

@@ -11,20 +11,20 @@ from rich.console import Console
 from rich.text import Text
 
 from octollm.capability import CapabilityError, PublicKey
-from octollm.capability.inspecting import Hop, Inspection, explain, inspect, read_chain, refusal
+from octollm.capability.inspecting import Hop, Inspection, explain_reason, find_refusal_reason, inspect, read_chain
 from octollm.cli.door import open_client
 from octollm.cli.environment import command_settings
 from octollm.cli.exits import EXIT_DONE, EXIT_FAILED
 from octollm.cli.running import run_command
 from octollm.cli.terminal import output
-from octollm.clock import Clock, SystemClock, iso
+from octollm.clock import Clock, SystemClock, format_rfc3339
 from octollm.errors import OctoError, SettingError
-from octollm.installation.roots import known_roots
+from octollm.installation.roots import load_trusted_roots
 
-_MAX_INPUT = 65_536
+_MAX_TOKEN_CHARS = 65_536
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class TokenVerdict(msgspec.Struct, frozen=True):
     """Whether a service would take the token; ``reason`` is why not, empty when it would."""
 
     service: str
@@ -33,45 +33,46 @@ class Verdict(msgspec.Struct, frozen=True):
     why: str = ""
 
 
-class Inspected(msgspec.Struct, frozen=True):
+class TokenReport(msgspec.Struct, frozen=True):
     """What ``--json`` prints."""
 
     says: Inspection
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[TokenVerdict, ...]
 
 
-def inspect_command(token: str, *, services: tuple[str, ...], roots: Path | None, as_json: bool) -> int:
+def inspect_token_command(token: str, *, services: tuple[str, ...], roots: Path | None, as_json: bool) -> int:
     """Draw a token's chain. Nothing leaves this machine."""
 
     async def work() -> int:
-        bearer = _text_of(token)
+        bearer = _read_token(token)
         clock = SystemClock()
         try:
             says = inspect(bearer)
         except CapabilityError as error:
             raise OctoError(
-                f"That is no capability token ({error.reason}): {explain(error.reason)}", code="invalid_parameter"
+                f"That is no capability token ({error.reason}): {explain_reason(error.reason)}",
+                code="invalid_parameter",
             ) from error
-        known = _roots(roots)
+        known = _load_roots(roots)
         asked = services or (says.audience,)
-        verdicts = () if known is None else tuple(_verdict(bearer, service, known, clock) for service in asked)
+        verdicts = () if known is None else tuple(_check_service(bearer, service, known, clock) for service in asked)
         if as_json:
-            print(msgspec.json.encode(Inspected(says, verdicts)).decode())
+            print(msgspec.json.encode(TokenReport(says, verdicts)).decode())
         else:
-            _draw(says, output(), clock.now())
-            _tell(verdicts, output())
+            _print_chain(says, output(), clock.now())
+            _print_verdicts(verdicts, output())
         return EXIT_DONE if all(each.accepted for each in verdicts) else EXIT_FAILED
 
     return run_command(work)
 
 
-def revoke_command(token: str | None, *, service: str | None, principal: str | None, as_json: bool) -> int:
+def revoke_token_command(token: str | None, *, service: str | None, principal: str | None, as_json: bool) -> int:
     """Revoke a token, a service or a principal. Of a token it is every link, so that nothing under it goes on."""
 
     async def work() -> int:
         if sum(each is not None for each in (token, service, principal)) != 1:
             raise OctoError("Name one thing: a token, --service or --principal.", code="invalid_parameter")
-        text = "" if token is None else _text_of(token)
+        text = "" if token is None else _read_token(token)
         ids = [link.jti for link in read_chain(text).links] if "." in text else [text] if text else []
         async with open_client(command_settings()) as octo:
             for jti in ids:
@@ -90,27 +91,27 @@ def revoke_command(token: str | None, *, service: str | None, principal: str | N
     return run_command(work)
 
 
-def _text_of(token: str) -> str:
+def _read_token(token: str) -> str:
     """Return the token; ``-`` reads it from standard input, where no list of processes shows it."""
-    text = sys.stdin.read(_MAX_INPUT) if token == "-" else token  # noqa: S105  the usual name of standard input
+    text = sys.stdin.read(_MAX_TOKEN_CHARS) if token == "-" else token  # noqa: S105  the usual name of standard input
     return text.strip().removeprefix("Bearer ").strip()
 
 
-def _roots(file: Path | None) -> Mapping[str, PublicKey] | None:
+def _load_roots(file: Path | None) -> Mapping[str, PublicKey] | None:
     try:
-        return known_roots(command_settings(), file)
+        return load_trusted_roots(command_settings(), file)
     except SettingError:
         if file is not None:
             raise
         return None
 
 
-def _verdict(bearer: str, service: str, roots: Mapping[str, PublicKey], clock: Clock) -> Verdict:
-    reason = refusal(bearer, service, roots, clock)
-    return Verdict(service, reason is None, reason or "", "" if reason is None else explain(reason))
+def _check_service(bearer: str, service: str, roots: Mapping[str, PublicKey], clock: Clock) -> TokenVerdict:
+    reason = find_refusal_reason(bearer, service, roots, clock)
+    return TokenVerdict(service, reason is None, reason or "", "" if reason is None else explain_reason(reason))
 
 
-def _draw(says: Inspection, console: Console, now: float) -> None:
+def _print_chain(says: Inspection, console: Console, now: float) -> None:
     who = f"{says.subject} (credential {says.credential}, tenant {says.tenant})"
     console.print(Text.assemble(("For      ", "octo.title"), who))
     if says.task is not None:
@@ -121,12 +122,12 @@ def _draw(says: Inspection, console: Console, now: float) -> None:
     console.print(Text.assemble(("Size     ", "octo.title"), f"{says.chars:,} characters, {len(says.hops)} tokens"))
     console.print()
     for depth, hop in enumerate(says.hops):
-        _draw_hop(hop, console, "  " * depth, now)
+        _print_hop(hop, console, "  " * depth, now)
 
 
-def _draw_hop(hop: Hop, console: Console, indent: str, now: float) -> None:
+def _print_hop(hop: Hop, console: Console, indent: str, now: float) -> None:
     left = hop.expires - now
-    until = f"until {iso(hop.expires)[:19]}Z, {_span(left)}"
+    until = f"until {format_rfc3339(hop.expires)[:19]}Z, {_format_remaining(left)}"
     style = "octo.step" if left > 0 else "octo.bad"
     title = Text.assemble(indent, (f"{hop.issuer} → {hop.holder}", style), f"  {hop.kind}, {until}")
     console.print(title)
@@ -141,13 +142,13 @@ def _draw_hop(hop: Hop, console: Console, indent: str, now: float) -> None:
     console.print(Text(f"{indent}  jti {hop.jti}, signed by {hop.key}", "octo.quiet"))
 
 
-def _span(seconds: float) -> str:
+def _format_remaining(seconds: float) -> str:
     if seconds <= 0:
         return f"expired {-seconds:.0f} s ago"
     return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
 
-def _tell(verdicts: tuple[Verdict, ...], console: Console) -> None:
+def _print_verdicts(verdicts: tuple[TokenVerdict, ...], console: Console) -> None:
     console.print()
     if not verdicts:
         console.print(

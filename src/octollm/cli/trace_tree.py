@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 
 from octollm.contracts.traces import SpanView
 
-LOST = "its caller left no span"
+ORPHAN_NOTE = "its caller left no span"
 
 
 @dataclass(slots=True)
-class Node:
+class SpanNode:
     """A span and what was done within it, by start."""
 
     span: SpanView
-    children: list[Node] = field(default_factory=list["Node"])
-    lost: bool = False
+    children: list[SpanNode] = field(default_factory=list["SpanNode"])
+    is_orphan: bool = False
     """Its caller left no span: the process that would have told of it died, or has not told yet."""
 
     @property
@@ -27,7 +27,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TraceRow:
     """One line: ``start`` is in seconds from the first span's, ``seconds`` how long it took."""
 
     depth: int
@@ -39,33 +39,33 @@ class Row:
     failure: str = ""
 
 
-def tree_of(spans: Sequence[SpanView]) -> list[Node]:
+def build_tree(spans: Sequence[SpanView]) -> list[SpanNode]:
     """Return the roots, by start; those whose caller is missing are put below the first."""
-    nodes = [Node(span) for span in sorted(spans, key=lambda span: (span.start, -span.duration_ms))]
-    by_id: dict[str, Node] = {}
+    nodes = [SpanNode(span) for span in sorted(spans, key=lambda span: (span.start, -span.duration_ms))]
+    by_id: dict[str, SpanNode] = {}
     for node in nodes:
         by_id.setdefault(node.span.span_id, node)
-    roots: list[Node] = []
+    roots: list[SpanNode] = []
     for node in nodes:
         parent = by_id.get(node.span.parent_id)
         if parent is not None and parent is not node and not _is_below(parent, node):
             parent.children.append(node)
         else:
-            node.lost = bool(node.span.parent_id)
+            node.is_orphan = bool(node.span.parent_id)
             roots.append(node)
     first, rest = roots[:1], roots[1:]
     for node in list(rest):
-        if node.lost:
+        if node.is_orphan:
             first[0].children.append(node)
             rest.remove(node)
     return first + rest
 
 
-def _is_below(node: Node, other: Node) -> bool:
-    return any(each is node for each in _all(other))
+def _is_below(node: SpanNode, other: SpanNode) -> bool:
+    return any(each is node for each in _walk(other))
 
 
-def _all(node: Node) -> Iterator[Node]:
+def _walk(node: SpanNode) -> Iterator[SpanNode]:
     waiting = [node]
     while waiting:
         found = waiting.pop()
@@ -73,7 +73,7 @@ def _all(node: Node) -> Iterator[Node]:
         waiting += found.children
 
 
-def rows_of(roots: Sequence[Node], *, everything: bool) -> tuple[list[Row], int]:
+def build_rows(roots: Sequence[SpanNode], *, show_internal: bool) -> tuple[list[TraceRow], int]:
     """Return the lines, and how many calls of the services' own bookkeeping were left out of them.
 
     A call and its serving are one line, as long as the call. ``everything`` leaves nothing out.
@@ -81,7 +81,7 @@ def rows_of(roots: Sequence[Node], *, everything: bool) -> tuple[list[Row], int]
     if not roots:
         return [], 0
     zero = min(root.span.start for root in roots)
-    rows: list[Row] = []
+    rows: list[TraceRow] = []
     hidden = 0
     waiting = [(root, 0) for root in reversed(roots)]
     while waiting:
@@ -89,15 +89,15 @@ def rows_of(roots: Sequence[Node], *, everything: bool) -> tuple[list[Row], int]
         served = node
         if node.span.kind == "client" and len(node.children) == 1 and node.children[0].span.kind == "server":
             [served] = node.children
-        if not everything and "octollm.peer" in served.span.attributes and not served.span.code:
+        if not show_internal and "octollm.peer" in served.span.attributes and not served.span.code:
             hidden += 1
             continue
-        rows.append(_row(node, served, depth, zero))
+        rows.append(_build_row(node, served, depth, zero))
         waiting += [(child, depth + 1) for child in reversed(served.children)]
     return rows, hidden
 
 
-def _row(node: Node, served: Node, depth: int, zero: float) -> Row:
+def _build_row(node: SpanNode, served: SpanNode, depth: int, zero: float) -> TraceRow:
     span, told = node.span, served.span
     attributes = {**span.attributes, **told.attributes}
     notes: list[str] = []
@@ -118,32 +118,32 @@ def _row(node: Node, served: Node, depth: int, zero: float) -> Row:
         notes.append(f"exit code {attributes['process.exit.code']}")
     if attributes.get("octollm.limit"):
         notes.append(f"stopped by {attributes['octollm.limit']}")
-    if node.lost:
-        notes.append(LOST)
+    if node.is_orphan:
+        notes.append(ORPHAN_NOTE)
     failed = told if told.code else span
     why = f"{failed.code}: {failed.message}" if failed.message else failed.code
-    return Row(depth, told.service, told.name, span.start - zero, span.duration_ms / 1000, tuple(notes), why)
+    return TraceRow(depth, told.service, told.name, span.start - zero, span.duration_ms / 1000, tuple(notes), why)
 
 
-def time_by_place(roots: Sequence[Node]) -> dict[str, float]:
+def self_time_by_place(roots: Sequence[SpanNode]) -> dict[str, float]:
     """Return the seconds that were spent in each place itself, not in what it waited for, most first.
 
     A place is a service, a model, a sandbox, or ``on the way``: between a call and its serving.
     """
     found: dict[str, float] = defaultdict(float)
-    for node in (each for root in roots for each in _all(root)):
-        found[_place(node)] += _alone(node)
+    for node in (each for root in roots for each in _walk(root)):
+        found[_place(node)] += _self_time(node)
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _place(node: Node) -> str:
+def _place(node: SpanNode) -> str:
     span = node.span
     if span.kind == "client":
         return span.name if "gen_ai.request.model" in span.attributes else "on the way"
     return "sandbox" if "octollm.sandbox" in span.attributes else span.service
 
 
-def _alone(node: Node) -> float:
+def _self_time(node: SpanNode) -> float:
     """Return the seconds of a span in which none of its children was running."""
     seconds, reached = 0.0, node.span.start
     for child in sorted(node.children, key=lambda child: child.span.start):
@@ -152,7 +152,7 @@ def _alone(node: Node) -> float:
     return seconds + max(0.0, node.end - reached)
 
 
-def used(spans: Sequence[SpanView]) -> tuple[int, float]:
+def sum_usage(spans: Sequence[SpanView]) -> tuple[int, float]:
     """Return the tokens and US dollars of all model calls."""
     tokens, cost = 0, 0.0
     for span in spans:

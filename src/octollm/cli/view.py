@@ -10,46 +10,46 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from octollm.cli.story import Said, Story
+from octollm.cli.story import ProgressLine, TaskProgress
 from octollm.client import Update
 
-_TAIL_CHARS = 400
+_SHOWN_CHARS = 400
 """Characters of an unfinished line that are shown."""
-_BACKLOG_CHARS = 64 * 1024
+_MAX_LINE_CHARS = 64 * 1024
 """An unfinished line longer than this is broken."""
 
 
-class View(Protocol):
+class ProgressView(Protocol):
     """Shows updates; used with ``with``."""
 
-    story: Story
+    state: TaskProgress
 
     def show(self, update: Update) -> None:
         """Show one update."""
         ...
 
-    def __enter__(self) -> View: ...
+    def __enter__(self) -> ProgressView: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
 
-def view_for(console: Console) -> View:
+def create_view(console: Console) -> ProgressView:
     """Return the view that fits the console."""
     return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
 
 
-def styled(said: Said) -> Text:
+def style_line(line: ProgressLine) -> Text:
     """Return a line with its colour, which a console without colours leaves out."""
-    return Text(said.text, style="" if said.tone == "plain" else f"octo.{said.tone}")
+    return Text(line.text, style="" if line.tone == "plain" else f"octo.{line.tone}")
 
 
 class PlainView:
     """Lines as they come, and the model's text as it is written: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
-        self.story = Story()
+        self.state = TaskProgress()
         self._console = console
         self._writing = ""
         self._written: set[str] = set()
@@ -70,9 +70,9 @@ class PlainView:
             return
         if update.data.get("event_type") == "step.started":
             self._written.discard(str(update.data.get("step", "")))
-        for said in self.story.tell(update):
+        for said in self.state.apply(update):
             self._end_line()
-            self._console.print(Text(f"[{self.story.progress:3.0f}%] ").append(said.text))
+            self._console.print(Text(f"[{self.state.progress:3.0f}%] ").append(said.text))
 
     def _token(self, update: Update) -> None:
         again = update.reset and update.step in self._written
@@ -99,7 +99,7 @@ class LiveView:
     """A progress bar at the foot of the terminal, with whole lines scrolling above it."""
 
     def __init__(self, console: Console) -> None:
-        self.story = Story()
+        self.state = TaskProgress()
         self._console = console
         self._progress = Progress(
             SpinnerColumn(),
@@ -112,7 +112,7 @@ class LiveView:
         )
         self._bar = self._progress.add_task("accepted", total=100)
         self._lines: dict[str, str] = {}
-        self._live = Live(self._foot(), console=console, refresh_per_second=10, transient=True)
+        self._live = Live(self._footer(), console=console, refresh_per_second=10, transient=True)
 
     def __enter__(self) -> LiveView:
         self._live.__enter__()
@@ -130,22 +130,22 @@ class LiveView:
         if update.type == "token":
             self._token(update)
         else:
-            said = self.story.tell(update)
+            said = self.state.apply(update)
             if update.type == "step":
                 self._flush(str(update.data.get("step", "")))
             elif said:
                 self._flush("plan")
             for line in said:
-                self._console.print(styled(line))
-        self._progress.update(self._bar, completed=self.story.progress, description=_short(self.story.doing))
-        self._live.update(self._foot())
+                self._console.print(style_line(line))
+        self._progress.update(self._bar, completed=self.state.progress, description=_truncate(self.state.activity))
+        self._live.update(self._footer())
 
     def _token(self, update: Update) -> None:
         if update.reset and update.step in self._lines:
             self._flush(update.step)
             self._console.print(Text(f"  ↻ {update.step} writes anew", "octo.quiet"))
         *whole, rest = (self._lines.get(update.step, "") + update.text).split("\n")
-        if len(rest) > _BACKLOG_CHARS:
+        if len(rest) > _MAX_LINE_CHARS:
             whole, rest = [*whole, rest], ""
         for line in whole:
             self._console.print(self._token_line(update.step, line))
@@ -160,10 +160,10 @@ class LiveView:
         prefix = f"{step} │ " if len(self._lines) > 1 else "  │ "
         return Text.assemble((prefix, "octo.quiet"), (line, "octo.quiet" if step == "plan" else ""))
 
-    def _foot(self) -> Group:
-        open_lines = [self._token_line(step, rest[-_TAIL_CHARS:]) for step, rest in self._lines.items() if rest]
+    def _footer(self) -> Group:
+        open_lines = [self._token_line(step, rest[-_SHOWN_CHARS:]) for step, rest in self._lines.items() if rest]
         return Group(*open_lines[-4:], self._progress)
 
 
-def _short(text: str) -> str:
+def _truncate(text: str) -> str:
     return text if len(text) <= 48 else text[:47] + "…"

@@ -5,13 +5,13 @@ connection, and failures as types. It uses the public API and nothing else: no s
 but where the door is and the key to it.
 """
 
-from octollm.client.client import Client
+from octollm.client.client import AsyncClient
 from octollm.client.connecting import connect, connect_sync
 from octollm.client.errors import (
+    APIError,
     AuthenticationError,
     Conflict,
     DeadlineExceeded,
-    DoorError,
     InvalidRequest,
     NotFound,
     PermissionDenied,
@@ -22,24 +22,24 @@ from octollm.client.errors import (
     Unavailable,
 )
 from octollm.client.position import Update
-from octollm.client.sync import SyncClient, SyncTask
-from octollm.client.task import TaskHandle
+from octollm.client.sync import Client, TaskHandle
+from octollm.client.task import AsyncTaskHandle
 
 __all__ = [  # noqa: RUF022  grouped by what they are for
     # Connecting
+    "AsyncClient",
     "Client",
-    "SyncClient",
     "connect",
     "connect_sync",
     # Tasks
-    "SyncTask",
     "TaskHandle",
+    "AsyncTaskHandle",
     "Update",
     # Failures of a request
     "AuthenticationError",
     "Conflict",
     "DeadlineExceeded",
-    "DoorError",
+    "APIError",
     "InvalidRequest",
     "NotFound",
     "PermissionDenied",

@@ -9,15 +9,15 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from octollm.client.door import UPLOAD_SECONDS, Door
-from octollm.client.event_stream import log_events
-from octollm.client.files import Content, FileInput, check_digest, content_of, contents_of
-from octollm.client.patience import PATIENCE_SECONDS
-from octollm.client.task import TaskHandle
+from octollm.client.door import TRANSFER_TIMEOUT_SECONDS, GatewayTransport
+from octollm.client.event_stream import stream_events
+from octollm.client.files import FileContent, FileInput, load_file, load_files, verify_digest
+from octollm.client.patience import RECONNECT_TIMEOUT_SECONDS
+from octollm.client.task import AsyncTaskHandle
 from octollm.contracts.api import (
+    Acknowledgement,
     ArmList,
     ArmView,
-    Done,
     EventList,
     KeyList,
     KeyRequest,
@@ -26,34 +26,34 @@ from octollm.contracts.api import (
     TaskList,
     TaskSummary,
     TaskView,
-    TokenAnswer,
     TokenRequest,
+    TokenResponse,
 )
 from octollm.contracts.audit import AuditPage
 from octollm.contracts.events import Event
 from octollm.contracts.health import Health, Readiness
-from octollm.contracts.joining import JoinList, JoinView, NewJoin, NewJoinRequest
+from octollm.contracts.joining import EnrolmentTokenList, EnrolmentTokenRequest, EnrolmentTokenView, NewEnrolmentToken
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.revocations import RevocationRequest
-from octollm.contracts.screening import PreprocessRequest, Screening
-from octollm.contracts.session import WhoAmI
+from octollm.contracts.screening import PreprocessRequest, ScreeningResult
+from octollm.contracts.session import CurrentUser
 from octollm.contracts.task import Budget, FileRef, TaskContext, TaskContract, TaskStatus
 
 _PAGE = 200
 _READY = frozenset({503})
 
 
-class Client:
+class AsyncClient:
     """An installation, seen through its public door. Close it by ``async with`` or :meth:`aclose`.
 
-    Every method raises a :class:`DoorError` of the type that tells what is wrong. What may pass was tried again
+    Every method raises a :class:`APIError` of the type that tells what is wrong. What may pass was tried again
     within the timeout by then, if that could do nothing twice. Cancelling a call closes its connection.
     """
 
-    def __init__(self, door: Door) -> None:
-        self.door = door
+    def __init__(self, transport: GatewayTransport) -> None:
+        self.transport = transport
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> AsyncClient:
         return self
 
     async def __aexit__(
@@ -63,7 +63,7 @@ class Client:
 
     async def aclose(self) -> None:
         """Close the connections. Tasks go on."""
-        await self.door.aclose()
+        await self.transport.aclose()
 
     async def submit(
         self,
@@ -78,8 +78,8 @@ class Client:
         deadline: datetime | str | None = None,
         priority: int = 0,
         parent: str | None = None,
-        key: str | None = None,
-    ) -> TaskHandle:
+        idempotency_key: str | None = None,
+    ) -> AsyncTaskHandle:
         """Submit a task and return it as soon as it is accepted.
 
         ``criteria`` are what the result has to satisfy, ``constraints`` what the work has to keep to, ``context``
@@ -88,7 +88,7 @@ class Client:
         the task that this one belongs to. With the same ``key`` the same task is submitted once, also from another
         process; without one a repeat after a lost answer is safe all the same. Raises :class:`InvalidRequest`.
         """
-        stored = [await self._store(content) for content in await contents_of(files)]
+        stored = [await self._store(content) for content in await load_files(files)]
         contract = TaskContract(
             goal=goal,
             context=TaskContext(files=tuple(FileRef(file.name, file.digest) for file in stored), text=context),
@@ -104,12 +104,14 @@ class Client:
         if isinstance(budget, Mapping):
             # As it is: a member that is misspelt is refused by the door, not dropped here.
             body["budget"] = dict(budget)
-        task = await self.door.post("/tasks", body, TaskView, key=key or self.door.ids.hex())
+        task = await self.transport.post(
+            "/tasks", body, TaskView, idempotency_key=idempotency_key or self.transport.ids.hex()
+        )
         return self.task(task.task_id)
 
-    def task(self, task_id: str) -> TaskHandle:
+    def task(self, task_id: str) -> AsyncTaskHandle:
         """Return the task with that id. Nothing is asked: whether there is one shows when it is used."""
-        return TaskHandle(self.door, task_id)
+        return AsyncTaskHandle(self.transport, task_id)
 
     async def tasks(self, *, status: TaskStatus | None = None) -> AsyncGenerator[TaskSummary]:
         """Yield all tasks, newest first, page by page as they are taken."""
@@ -127,56 +129,62 @@ class Client:
     ) -> TaskList:
         """Return up to ``limit`` (1 to 200) tasks, newest first, behind those that ``cursor`` ends."""
         query = {"limit": limit, "cursor": cursor, "status": status}
-        return await self.door.get(f"/tasks?{_query(query)}", TaskList)
+        return await self.transport.get(f"/tasks?{_query(query)}", TaskList)
 
     async def upload(self, file: FileInput) -> StoredFile:
-        """Store a file; the same bytes are stored once. ``submit`` does this for its files."""
-        return await self._store(await content_of(file))
+        """Store a file; the same bytes are stored once. ``submit_goal`` does this for its files."""
+        return await self._store(await load_file(file))
 
     async def download(self, file: StoredFile | str) -> bytes:
         """Return the bytes of a stored file, by what :meth:`upload` returned or its digest, checked against that."""
         digest = file if isinstance(file, str) else file.digest
-        answer = await self.door.send("GET", f"/files/{quote(digest, safe='')}", seconds=UPLOAD_SECONDS)
-        return check_digest(answer.body, digest)
+        answer = await self.transport.send("GET", f"/files/{quote(digest, safe='')}", timeout=TRANSFER_TIMEOUT_SECONDS)
+        return verify_digest(answer.body, digest)
 
-    def events(self, *, after: int = 0, patience: float = PATIENCE_SECONDS) -> AsyncGenerator[Event]:
+    def events(self, *, after: int = 0, reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS) -> AsyncGenerator[Event]:
         """Yield the events of the log behind position ``after``, and go on as they happen, for ever.
 
         A broken connection is taken up again and no event comes twice; :class:`Unavailable` is raised when no door
         is back after ``patience`` seconds.
         """
-        return log_events(self.door, after=after, patience=patience)
+        return stream_events(self.transport, after=after, reconnect_timeout=reconnect_timeout)
 
     async def event_page(self, *, after: int = 0, limit: int = 200) -> EventList:
         """Return up to ``limit`` (1 to 500) events behind position ``after`` that there are already."""
-        return await self.door.get(f"/events?{_query({'after': after, 'limit': limit})}", EventList)
+        return await self.transport.get(f"/events?{_query({'after': after, 'limit': limit})}", EventList)
 
     async def arms(self) -> tuple[ArmView, ...]:
         """Return the arms that may be called."""
-        return (await self.door.get("/arms", ArmList)).arms
+        return (await self.transport.get("/arms", ArmList)).arms
 
     async def remove_arm(self, name: str) -> None:
         """Remove an arm of one's own: its key and what it was lent end, and its name is free."""
-        await self.door.send("DELETE", f"/arms/{quote(name, safe='')}", key=self.door.ids.hex())
+        await self.transport.send("DELETE", f"/arms/{quote(name, safe='')}", idempotency_key=self.transport.ids.hex())
 
-    async def joins(self) -> tuple[JoinView, ...]:
+    async def enrolment_tokens(self) -> tuple[EnrolmentTokenView, ...]:
         """Return the join secrets, without what is secret of them."""
-        return (await self.door.get("/joins", JoinList)).joins
+        return (await self.transport.get("/joins", EnrolmentTokenList)).joins
 
-    async def create_join(self, name: str, *, calls: Iterable[str] = (), lifetime_seconds: int = 86_400) -> NewJoin:
+    async def create_enrolment_token(
+        self, name: str, *, calls: Iterable[str] = (), lifetime_seconds: int = 86_400
+    ) -> NewEnrolmentToken:
         """Make a secret with which the arm ``name`` joins; it may declare at most ``calls``. It is shown this once.
 
         Not repeated when an answer is lost, as with :meth:`create_key`.
         """
-        return await self.door.post("/joins", NewJoinRequest(name, tuple(calls), lifetime_seconds), NewJoin)
+        return await self.transport.post(
+            "/joins", EnrolmentTokenRequest(name, tuple(calls), lifetime_seconds), NewEnrolmentToken
+        )
 
-    async def revoke_join(self, join_id: str) -> None:
+    async def revoke_enrolment_token(self, token_id: str) -> None:
         """Revoke a join secret, by its id; an arm that joined with it stays."""
-        await self.door.send("DELETE", f"/joins/{quote(join_id, safe='')}", key=self.door.ids.hex())
+        await self.transport.send(
+            "DELETE", f"/joins/{quote(token_id, safe='')}", idempotency_key=self.transport.ids.hex()
+        )
 
     async def keys(self) -> tuple[KeyView, ...]:
         """Return the API keys, without their secrets."""
-        return (await self.door.get("/keys", KeyList)).keys
+        return (await self.transport.get("/keys", KeyList)).keys
 
     async def create_key(self, name: str, *, scope: str = "user", tenant: str | None = None) -> NewKey:
         """Make an API key; its ``secret`` is in the answer, this once. ``scope`` has presets and scopes, with spaces.
@@ -185,19 +193,19 @@ class Client:
 
         Not repeated when an answer is lost: a key whose secret nobody got would stay behind.
         """
-        return await self.door.post("/keys", KeyRequest(name, scope, tenant), NewKey)
+        return await self.transport.post("/keys", KeyRequest(name, scope, tenant), NewKey)
 
     async def revoke_key(self, key_id: str) -> None:
         """Revoke an API key, by its id; its tokens and tasks end with it."""
-        await self.door.send("DELETE", f"/keys/{quote(key_id, safe='')}", key=self.door.ids.hex())
+        await self.transport.send("DELETE", f"/keys/{quote(key_id, safe='')}", idempotency_key=self.transport.ids.hex())
 
-    async def preprocess(self, text: str) -> Screening:
+    async def preprocess(self, text: str) -> ScreeningResult:
         """Return what the door finds in a text, and whether it would refuse it as a goal. Nothing is kept."""
-        return await self.door.post("/preprocess", PreprocessRequest(text), Screening)
+        return await self.transport.post("/preprocess", PreprocessRequest(text), ScreeningResult)
 
-    async def mint_token(self, scope: str, *, aud: str, lifetime_seconds: int = 3600) -> TokenAnswer:
+    async def mint_token(self, scope: str, *, aud: str, lifetime_seconds: int = 3600) -> TokenResponse:
         """Make a token for direct calls of the one service ``aud``, with a task and a budget of its own."""
-        return await self.door.post("/token", TokenRequest(scope, aud, lifetime_seconds), TokenAnswer)
+        return await self.transport.post("/token", TokenRequest(scope, aud, lifetime_seconds), TokenResponse)
 
     async def revoke_token(self, jti: str) -> None:
         """Revoke a token by its ``jti``; every service refuses it, and what was minted under it, within a second."""
@@ -213,32 +221,34 @@ class Client:
         ``system`` asks for what belongs to no tenant, such as credentials that were refused.
         """
         of = "&of=system" if system else ""
-        return await self.door.get(f"/audit?after={after}&limit={limit}{of}", AuditPage)
+        return await self.transport.get(f"/audit?after={after}&limit={limit}{of}", AuditPage)
 
-    async def who_am_i(self) -> WhoAmI:
+    async def who_am_i(self) -> CurrentUser:
         """Return the tenant and the scopes at the orchestrator of whoever this client is."""
-        return await self.door.get("/session", WhoAmI)
+        return await self.transport.get("/session", CurrentUser)
 
     async def health(self) -> Health:
         """Return the door's version. Raises :class:`Unavailable` when it does not answer."""
-        return await self.door.get("/health", Health)
+        return await self.transport.get("/health", Health)
 
     async def ready(self) -> Readiness:
         """Return whether the installation may be given work, and what it lacks; also when it is not ready."""
-        answer = await self.door.send("GET", "/ready", accepted=_READY)
-        return self.door.decoded(answer, Readiness)
+        answer = await self.transport.send("GET", "/ready", accepted_statuses=_READY)
+        return self.transport.decode(answer, Readiness)
 
     async def revoke_service(self, name: str) -> None:
         """Revoke what a service was lent until now: its key may have been in other hands."""
         await self._revoke(RevocationRequest("aud", name))
 
-    async def _revoke(self, wanted: RevocationRequest) -> None:
-        await self.door.post("/token/revoke", wanted, Done, key=self.door.ids.hex())
+    async def _revoke(self, request: RevocationRequest) -> None:
+        await self.transport.post("/token/revoke", request, Acknowledgement, idempotency_key=self.transport.ids.hex())
 
-    async def _store(self, content: Content) -> StoredFile:
+    async def _store(self, content: FileContent) -> StoredFile:
         headers = {"Content-Type": content.media_type, "X-File-Name": quote(content.name, safe="")}
-        answer = await self.door.send("POST", "/files", content.body, headers, UPLOAD_SECONDS, key=self.door.ids.hex())
-        return self.door.decoded(answer, StoredFile)
+        answer = await self.transport.send(
+            "POST", "/files", content.body, headers, TRANSFER_TIMEOUT_SECONDS, idempotency_key=self.transport.ids.hex()
+        )
+        return self.transport.decode(answer, StoredFile)
 
 
 def _query(parameters: Mapping[str, object]) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from octollm.client.client import Client
-from octollm.client.door import ANSWER_SECONDS, Door
+from octollm.client.client import AsyncClient
+from octollm.client.door import DEFAULT_TIMEOUT_SECONDS, GatewayTransport
 from octollm.client.portal import Portal
-from octollm.client.sync import SyncClient
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.client.sync import Client
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import read_client_settings
 from octollm.contracts.services import local_url
 from octollm.resilience import RetryPolicy
@@ -20,9 +20,9 @@ def connect(
     url: str | Sequence[str] | None = None,
     api_key: str | None = None,
     *,
-    timeout: float = ANSWER_SECONDS,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
     retry: RetryPolicy | None = None,
-) -> Client:
+) -> AsyncClient:
     """Return a client of the installation whose public door is at ``url``. Nothing is asked yet.
 
     Several addresses, in a list or with commas, are doors of the same installation: when one is gone, the next is
@@ -34,7 +34,7 @@ def connect(
     """
     settings = read_client_settings(os.environ)
     if url is None:
-        local = local_url("reflex", shift=settings.port_shift, tls=settings.tls_cert is not None)
+        local = local_url("reflex", port_offset=settings.port_offset, tls=settings.tls_cert is not None)
         urls: Sequence[str] = settings.urls or (local,)
     else:
         urls = [part.strip() for part in url.split(",") if part.strip()] if isinstance(url, str) else url
@@ -43,16 +43,18 @@ def connect(
     tls = None
     if any(url.startswith("https:") for url in urls):
         tls = client_context(settings.tls_ca, settings.tls_cert, settings.tls_key)
-    return Client(Door(urls, key, clock=clock, ids=Uuid7Ids(clock), seconds=timeout, retry=retry, tls=tls))
+    return AsyncClient(
+        GatewayTransport(urls, key, clock=clock, ids=Uuid7Generator(clock), timeout=timeout, retry=retry, tls=tls)
+    )
 
 
 def connect_sync(
     url: str | Sequence[str] | None = None,
     api_key: str | None = None,
     *,
-    timeout: float = ANSWER_SECONDS,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
     retry: RetryPolicy | None = None,
-) -> SyncClient:
+) -> Client:
     """Return a client for plain code; see :func:`connect`. It runs on a thread of its own until it is closed."""
     inner = connect(url, api_key, timeout=timeout, retry=retry)
-    return SyncClient(Portal(), inner)
+    return Client(Portal(), inner)

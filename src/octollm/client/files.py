@@ -19,7 +19,7 @@ after their place."""
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class FileContent:
     """A file that may be sent."""
 
     name: str
@@ -31,30 +31,30 @@ class Content:
         return media_type_of(self.name)
 
 
-async def contents_of(files: Iterable[FileInput]) -> list[Content]:
+async def load_files(files: Iterable[FileInput]) -> list[FileContent]:
     """Return what is in ``files``, read in a thread.
 
     Raises :class:`InvalidRequest` (``file_invalid``) naming the first that cannot be sent, before anything is.
     """
     given = list(files)
     if len(given) > MAX_FILES:
-        raise _refused(f"{len(given)} files are too many: a task may have {MAX_FILES}.")
-    return [await asyncio.to_thread(_content, file, place) for place, file in enumerate(given, 1)]
+        raise _file_error(f"{len(given)} files are too many: a task may have {MAX_FILES}.")
+    return [await asyncio.to_thread(_load, file, place) for place, file in enumerate(given, 1)]
 
 
-async def content_of(file: FileInput) -> Content:
-    """Return what is in one file; raises as :func:`contents_of`."""
-    return (await contents_of([file]))[0]
+async def load_file(file: FileInput) -> FileContent:
+    """Return what is in one file; raises as :func:`load_files`."""
+    return (await load_files([file]))[0]
 
 
-def check_digest(body: bytes, digest: str) -> bytes:
+def verify_digest(body: bytes, digest: str) -> bytes:
     """Return ``body`` when it has that SHA-256; raise :class:`ServerError` (``file_invalid``) when it does not."""
     if hashlib.sha256(body).hexdigest() != digest:
         raise ServerError(f"The file {digest[:12]}… did not arrive whole.", code="file_invalid")
     return body
 
 
-def _content(file: FileInput, place: int) -> Content:
+def _load(file: FileInput, place: int) -> FileContent:
     if isinstance(file, bytes):
         name, body = f"file{place}", file
     elif isinstance(file, tuple):
@@ -64,8 +64,8 @@ def _content(file: FileInput, place: int) -> Content:
         path = Path(file)
         name, body = path.name, _read(path)
     if len(body) > MAX_FILE_BYTES:
-        raise _refused(f"{name} has more than {MAX_FILE_BYTES // 2**20} MiB.")
-    return Content(name, body)
+        raise _file_error(f"{name} has more than {MAX_FILE_BYTES // 2**20} MiB.")
+    return FileContent(name, body)
 
 
 def _read(path: Path) -> bytes:
@@ -74,10 +74,10 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as opened:
             return opened.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as error:
-        raise _refused(f"There is no file {path}.") from error
+        raise _file_error(f"There is no file {path}.") from error
     except OSError as error:
-        raise _refused(f"{path} cannot be read: {error.strerror}.") from error
+        raise _file_error(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _refused(detail: str) -> InvalidRequest:
+def _file_error(detail: str) -> InvalidRequest:
     return InvalidRequest(detail, code="file_invalid")

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import random
 
-from octollm.client.door import Door
-from octollm.client.errors import DoorError, Unavailable
-from octollm.resilience import Failure, RetryPolicy
+from octollm.client.door import GatewayTransport
+from octollm.client.errors import APIError, Unavailable
+from octollm.resilience import CallFailure, RetryPolicy
 
-PATIENCE_SECONDS = 60.0
+RECONNECT_TIMEOUT_SECONDS = 60.0
 """How long the door may be away before a watcher gives up."""
-_SPACING = RetryPolicy(attempts=1_000_000, base=0.2, cap=2.0)
+_RECONNECT_POLICY = RetryPolicy(max_attempts=1_000_000, base_delay=0.2, max_delay=2.0)
 """The time bounds the tries, not their number."""
 
 
-class Patience:
+class ReconnectBackoff:
     """Counts from the moment when the door was lost to the one when it is back."""
 
-    def __init__(self, door: Door, seconds: float) -> None:
-        self._door = door
-        self._seconds = seconds
+    def __init__(self, transport: GatewayTransport, timeout: float) -> None:
+        self._transport = transport
+        self._timeout = timeout
         self._until: float | None = None
-        self._tried = 0
+        self._attempts = 0
 
-    def back(self) -> None:
+    def reset(self) -> None:
         """Note that the door has told something."""
         self._until = None
-        self._tried = 0
+        self._attempts = 0
 
-    def wait(self, error: DoorError, what: str) -> float:
+    def next_delay(self, error: APIError, hint: str) -> float:
         """Return the seconds until the next try.
 
         Raises ``error`` itself when trying again cannot help, and :class:`Unavailable` when the time is used up;
@@ -36,19 +36,19 @@ class Patience:
         """
         if not error.retryable:
             raise error
-        now = self._door.clock.monotonic()
+        now = self._transport.clock.monotonic()
         if self._until is None:
-            self._until = now + self._seconds
-        self._tried += 1
-        delay = _SPACING.wait(
-            Failure(True, began=False, retry_after=error.retry_after),
-            tried=self._tried,
-            repeats_safely=True,
-            left=self._until - now,
+            self._until = now + self._timeout
+        self._attempts += 1
+        delay = _RECONNECT_POLICY.next_delay(
+            CallFailure(True, may_have_started=False, retry_after=error.retry_after),
+            attempt=self._attempts,
+            is_idempotent=True,
+            remaining=self._until - now,
             random=random.random(),  # noqa: S311  jitter is no secret
         )
         if delay is None:
             raise Unavailable(
-                f"{self._door.url} has been away for {self._seconds:g} s. {what}", code="unavailable"
+                f"{self._transport.url} has been away for {self._timeout:g} s. {hint}", code="unavailable"
             ) from error
         return delay

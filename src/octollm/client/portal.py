@@ -13,7 +13,7 @@ from octollm.errors import OctoError
 
 T = TypeVar("T")
 
-_CANCEL_SECONDS = 5.0
+_CANCEL_GRACE_SECONDS = 5.0
 """How long an interrupted call is given to close what it has open."""
 _END = object()
 
@@ -23,13 +23,13 @@ class Portal:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._open: set[AsyncGenerator[Any]] = set()
+        self._generators: set[AsyncGenerator[Any]] = set()
         # A program that forgets to close is not kept from ending.
         self._thread = threading.Thread(target=self._serve, name="octollm-client", daemon=True)
         self._thread.start()
 
     @property
-    def closed(self) -> bool:
+    def is_closed(self) -> bool:
         """Say whether it was closed."""
         return not self._thread.is_alive()
 
@@ -39,23 +39,23 @@ class Portal:
         Raises ``state_conflict`` after :meth:`close`.
         """
         over = threading.Event()
-        future = self._start(_told(work, over))
+        future = self._start(_run_and_signal(work, over))
         if future is None:
             work.close()
-            raise _closed()
+            raise _closed_error()
         try:
             return future.result()
         except CancelledError:
-            raise _closed() from None
+            raise _closed_error() from None
         except BaseException:
             if not future.done():
                 future.cancel()
-                over.wait(_CANCEL_SECONDS)
+                over.wait(_CANCEL_GRACE_SECONDS)
             raise
 
     def iterate(self, items: AsyncGenerator[T]) -> Iterator[T]:
         """Yield what ``items`` yields; leaving early closes them."""
-        self._open.add(items)
+        self._generators.add(items)
         try:
             while (item := self.run(_next(items))) is not _END:
                 yield cast("T", item)
@@ -65,19 +65,19 @@ class Portal:
     def close(self) -> None:
         """Close what is being yielded, cancel what still runs, and end the thread. Calling it again does nothing."""
         if self._thread.is_alive():
-            for items in tuple(self._open):
+            for items in tuple(self._generators):
                 self._close_items(items)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
     def _close_items(self, items: AsyncGenerator[Any]) -> None:
-        if items in self._open:
-            self._open.discard(items)
+        if items in self._generators:
+            self._generators.discard(items)
             closing = self._start(_close(items))
             # The garbage collector may come here on any thread: the loop's own must not wait for itself.
             if closing is not None and threading.current_thread() is not self._thread:
                 with contextlib.suppress(CancelledError, TimeoutError):
-                    closing.result(_CANCEL_SECONDS)
+                    closing.result(_CANCEL_GRACE_SECONDS)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T] | None:
         """Hand ``work`` to the loop; ``None`` when the portal is closed."""
@@ -92,7 +92,7 @@ class Portal:
             runner.get_loop().run_forever()
 
 
-async def _told(work: Coroutine[Any, Any, T], over: threading.Event) -> T:
+async def _run_and_signal(work: Coroutine[Any, Any, T], over: threading.Event) -> T:
     try:
         return await work
     finally:
@@ -109,5 +109,5 @@ async def _close(items: AsyncGenerator[object]) -> None:
         await items.aclose()
 
 
-def _closed() -> OctoError:
+def _closed_error() -> OctoError:
     return OctoError("The client is closed.", code="state_conflict")

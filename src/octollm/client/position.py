@@ -40,39 +40,39 @@ class Update(msgspec.Struct, frozen=True):
         return str(self.data.get("text", ""))
 
 
-class MissingError(Exception):
+class StreamGapError(Exception):
     """A frame does not join on to those before it: something between was lost."""
 
 
 @dataclass(slots=True)
-class Position:
+class StreamPosition:
     """What was seen: the last ``seq``, and per step how much of the text of which attempt and run."""
 
     seq: int = 0
     texts: dict[str, tuple[int, int, int]] = field(default_factory=dict[str, tuple[int, int, int]])
 
-    def query(self) -> str:
+    def to_query(self) -> str:
         """Return the query string that goes on from here."""
         latest = list(self.texts.items())[-MAX_OFFSETS:]
         offsets = [("offset", f"{step}.{attempt}.{run}.{end}") for step, (attempt, run, end) in latest]
         return urlencode([("after", str(self.seq)), *offsets])
 
-    def take(self, update: Update) -> Update | None:
-        """Note an update; return what is new of it, ``None`` when nothing is. Raises :class:`MissingError`."""
+    def advance(self, update: Update) -> Update | None:
+        """Note an update; return what is new of it, ``None`` when nothing is. Raises :class:`StreamGapError`."""
         if update.type == "ping":
             return None
         if update.type == "token":
-            return self._text(update)
+            return self._advance_text(update)
         if update.seq <= self.seq:
             return None
         if update.seq > self.seq + 1:
-            raise MissingError
+            raise StreamGapError
         if update.type == "step" and "text_length" in update.data:
             self.texts.pop(str(update.data.get("step", "")), None)
         self.seq = update.seq
         return update
 
-    def _text(self, update: Update) -> Update | None:
+    def _advance_text(self, update: Update) -> Update | None:
         attempt, run, seen = self.texts.get(update.step, (-1, -1, 0))
         if (update.attempt, update.run) < (attempt, run):
             return None
@@ -81,7 +81,7 @@ class Position:
         start, text = update.offset, update.text
         if not update.reset:
             if start > seen:
-                raise MissingError
+                raise StreamGapError
             if start + len(text) <= seen:
                 return None
             if start < seen:

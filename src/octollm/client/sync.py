@@ -1,6 +1,6 @@
 """The client for plain code: the methods of the one for asyncio, run on the loop of a portal.
 
-Nothing is written twice. ``blocking`` and ``iterating`` make a method out of the one of the same name, with its
+Nothing is written twice. ``to_sync`` and ``to_sync_iterator`` make a method out of the one of the same name, with its
 parameters, its docstring and its types, so that a type checker sees the same signatures without ``await``.
 """
 
@@ -11,16 +11,16 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from octollm.client.client import Client
+from octollm.client.client import AsyncClient
 from octollm.client.portal import Portal
-from octollm.client.task import TaskHandle
+from octollm.client.task import AsyncTaskHandle
 
 A = TypeVar("A")
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Blocking(Generic[A]):
+class SyncFacade(Generic[A]):
     """Plain code's view of something for asyncio."""
 
     def __init__(self, portal: Portal, inner: A) -> None:
@@ -31,43 +31,43 @@ class Blocking(Generic[A]):
         return f"{type(self).__name__}({self.inner!r})"
 
 
-def blocking(
+def to_sync(
     method: Callable[Concatenate[A, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[Blocking[A], P], T]:
+) -> Callable[Concatenate[SyncFacade[A], P], T]:
     """Return ``method`` as one that waits."""
 
     @functools.wraps(method)
-    def call(self: Blocking[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(self: SyncFacade[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.portal.run(method(self.inner, *args, **kwargs))
 
     return call
 
 
-def iterating(
+def to_sync_iterator(
     method: Callable[Concatenate[A, P], AsyncGenerator[T]],
-) -> Callable[Concatenate[Blocking[A], P], Iterator[T]]:
+) -> Callable[Concatenate[SyncFacade[A], P], Iterator[T]]:
     """Return ``method`` as one that gives a plain iterator; leaving the loop closes what it has open."""
 
     @functools.wraps(method)
-    def call(self: Blocking[A], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+    def call(self: SyncFacade[A], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
         return self.portal.iterate(method(self.inner, *args, **kwargs))
 
     return call
 
 
-def submitting(
-    method: Callable[Concatenate[Client, P], Coroutine[Any, Any, TaskHandle]],
-) -> Callable[Concatenate[Blocking[Client], P], SyncTask]:
+def to_sync_task(
+    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, AsyncTaskHandle]],
+) -> Callable[Concatenate[SyncFacade[AsyncClient], P], TaskHandle]:
     """Return ``method`` as one that waits and gives the task for plain code."""
 
     @functools.wraps(method)
-    def call(self: Blocking[Client], /, *args: P.args, **kwargs: P.kwargs) -> SyncTask:
-        return SyncTask(self.portal, self.portal.run(method(self.inner, *args, **kwargs)))
+    def call(self: SyncFacade[AsyncClient], /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle:
+        return TaskHandle(self.portal, self.portal.run(method(self.inner, *args, **kwargs)))
 
     return call
 
 
-class SyncTask(Blocking[TaskHandle]):
+class TaskHandle(SyncFacade[AsyncTaskHandle]):
     """A task by its ``id``: :class:`TaskHandle` for plain code."""
 
     @property
@@ -75,24 +75,24 @@ class SyncTask(Blocking[TaskHandle]):
         """Return the task's id."""
         return self.inner.id
 
-    read = blocking(TaskHandle.read)
-    cancel = blocking(TaskHandle.cancel)
-    updates = iterating(TaskHandle.updates)
-    result = blocking(TaskHandle.result)
-    ended = blocking(TaskHandle.ended)
-    history = iterating(TaskHandle.history)
-    texts = blocking(TaskHandle.texts)
-    artifact = blocking(TaskHandle.artifact)
-    trace = blocking(TaskHandle.trace)
+    read = to_sync(AsyncTaskHandle.read)
+    cancel = to_sync(AsyncTaskHandle.cancel)
+    updates = to_sync_iterator(AsyncTaskHandle.updates)
+    result = to_sync(AsyncTaskHandle.result)
+    wait = to_sync(AsyncTaskHandle.wait)
+    history = to_sync_iterator(AsyncTaskHandle.history)
+    texts = to_sync(AsyncTaskHandle.texts)
+    artifact = to_sync(AsyncTaskHandle.artifact)
+    trace = to_sync(AsyncTaskHandle.trace)
 
 
-class SyncClient(Blocking[Client]):
+class Client(SyncFacade[AsyncClient]):
     """An installation, seen through its public door: :class:`Client` for plain code. Close it by ``with``.
 
     Ctrl-C cancels the call that is waited for. Threads may share one client.
     """
 
-    def __enter__(self) -> SyncClient:
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(
@@ -102,32 +102,32 @@ class SyncClient(Blocking[Client]):
 
     def close(self) -> None:
         """Close the connections and end the thread; calling it again does nothing. Tasks go on."""
-        if self.portal.closed:
+        if self.portal.is_closed:
             return
         try:
             self.portal.run(self.inner.aclose())
         finally:
             self.portal.close()
 
-    def task(self, task_id: str) -> SyncTask:
+    def task(self, task_id: str) -> TaskHandle:
         """Return the task with that id. Nothing is asked: whether there is one shows when it is used."""
-        return SyncTask(self.portal, self.inner.task(task_id))
+        return TaskHandle(self.portal, self.inner.task(task_id))
 
-    submit = submitting(Client.submit)
-    tasks = iterating(Client.tasks)
-    task_page = blocking(Client.task_page)
-    upload = blocking(Client.upload)
-    download = blocking(Client.download)
-    events = iterating(Client.events)
-    event_page = blocking(Client.event_page)
-    arms = blocking(Client.arms)
-    remove_arm = blocking(Client.remove_arm)
-    joins = blocking(Client.joins)
-    create_join = blocking(Client.create_join)
-    revoke_join = blocking(Client.revoke_join)
-    keys = blocking(Client.keys)
-    create_key = blocking(Client.create_key)
-    revoke_key = blocking(Client.revoke_key)
-    mint_token = blocking(Client.mint_token)
-    health = blocking(Client.health)
-    ready = blocking(Client.ready)
+    submit = to_sync_task(AsyncClient.submit)
+    tasks = to_sync_iterator(AsyncClient.tasks)
+    task_page = to_sync(AsyncClient.task_page)
+    upload = to_sync(AsyncClient.upload)
+    download = to_sync(AsyncClient.download)
+    events = to_sync_iterator(AsyncClient.events)
+    event_page = to_sync(AsyncClient.event_page)
+    arms = to_sync(AsyncClient.arms)
+    remove_arm = to_sync(AsyncClient.remove_arm)
+    enrolment_tokens = to_sync(AsyncClient.enrolment_tokens)
+    create_enrolment_token = to_sync(AsyncClient.create_enrolment_token)
+    revoke_enrolment_token = to_sync(AsyncClient.revoke_enrolment_token)
+    keys = to_sync(AsyncClient.keys)
+    create_key = to_sync(AsyncClient.create_key)
+    revoke_key = to_sync(AsyncClient.revoke_key)
+    mint_token = to_sync(AsyncClient.mint_token)
+    health = to_sync(AsyncClient.health)
+    ready = to_sync(AsyncClient.ready)

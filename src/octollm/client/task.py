@@ -7,13 +7,13 @@ import contextlib
 from collections.abc import AsyncGenerator
 from urllib.parse import quote
 
-from octollm.client.door import Door
+from octollm.client.door import GatewayTransport
 from octollm.client.errors import Conflict, DeadlineExceeded, ServerError, TaskCancelled, TaskFailed
-from octollm.client.files import check_digest
-from octollm.client.patience import PATIENCE_SECONDS
+from octollm.client.files import verify_digest
+from octollm.client.patience import RECONNECT_TIMEOUT_SECONDS
 from octollm.client.position import Update
-from octollm.client.updates import task_updates
-from octollm.contracts.api import EventList, SavedText, SavedTexts, TaskView
+from octollm.client.updates import stream_updates
+from octollm.contracts.api import EventList, StepText, StepTexts, TaskView
 from octollm.contracts.events import Event
 from octollm.contracts.task import Artifact
 from octollm.contracts.traces import TraceView
@@ -22,11 +22,11 @@ _FINAL = frozenset({"completed", "failed", "cancelled"})
 _PAGE = 500
 
 
-class TaskHandle:
+class AsyncTaskHandle:
     """A task by its ``id``. Making one asks nothing; leaving it, or the client, does not cancel the task."""
 
-    def __init__(self, door: Door, task_id: str) -> None:
-        self._door = door
+    def __init__(self, transport: GatewayTransport, task_id: str) -> None:
+        self._transport = transport
         self.id = task_id
         self._path = f"/tasks/{quote(task_id, safe='')}"
 
@@ -35,7 +35,7 @@ class TaskHandle:
 
     async def read(self) -> TaskView:
         """Return the task as it is now. Raises :class:`NotFound`."""
-        return await self._door.get(self._path, TaskView)
+        return await self._transport.get(self._path, TaskView)
 
     async def cancel(self) -> TaskView:
         """Cancel the task, and return it; one that is cancelled already stays so.
@@ -43,7 +43,9 @@ class TaskHandle:
         Raises :class:`Conflict` when it has ended otherwise.
         """
         try:
-            return await self._door.post(f"{self._path}/cancel", None, TaskView, key=self._door.ids.hex())
+            return await self._transport.post(
+                f"{self._path}/cancel", None, TaskView, idempotency_key=self._transport.ids.hex()
+            )
         except Conflict:
             # Also when the answer to a first try was lost on its way.
             task = await self.read()
@@ -51,14 +53,16 @@ class TaskHandle:
                 raise
             return task
 
-    def updates(self, *, after: int = 0, patience: float = PATIENCE_SECONDS) -> AsyncGenerator[Update]:
+    def updates(
+        self, *, after: int = 0, reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS
+    ) -> AsyncGenerator[Update]:
         """Yield what happens to the task, from its beginning or behind the update with ``seq`` ``after``, to its end.
 
         A broken connection is taken up again, at another address if there is one: nothing is lost and nothing comes
         twice, token text included. Raises :class:`NotFound`, :class:`AuthenticationError`,
         :class:`PermissionDenied`, and :class:`Unavailable` when no door is back after ``patience`` seconds.
         """
-        return task_updates(self._door, self.id, after=after, patience=patience)
+        return stream_updates(self._transport, self.id, after=after, reconnect_timeout=reconnect_timeout)
 
     async def result(self, *, timeout: float | None = None) -> TaskView:
         """Wait until the task completed and return it: ``output``, ``artifacts``, ``usage``, ``steps``.
@@ -68,7 +72,7 @@ class TaskHandle:
         """
         try:
             async with asyncio.timeout(timeout):
-                task = await self.ended()
+                task = await self.wait()
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"{self.id} did not end in {timeout:g} s; it goes on.", code="deadline_exceeded"
@@ -79,7 +83,7 @@ class TaskHandle:
             raise TaskCancelled(task)
         return task
 
-    async def ended(self) -> TaskView:
+    async def wait(self) -> TaskView:
         """Wait until the task has ended, however it did, and return it."""
         task = await self.read()
         if task.status in _FINAL:
@@ -95,23 +99,23 @@ class TaskHandle:
     async def history(self, *, after: int = 0) -> AsyncGenerator[Event]:
         """Yield the events that the task has had behind version ``after``, in order."""
         while True:
-            page = await self._door.get(f"{self._path}/history?after={after}&limit={_PAGE}", EventList)
+            page = await self._transport.get(f"{self._path}/history?after={after}&limit={_PAGE}", EventList)
             for event in page.events:
                 yield event
             if not page.events:
                 return
             after = page.events[-1].version
 
-    async def texts(self) -> tuple[SavedText, ...]:
+    async def texts(self) -> tuple[StepText, ...]:
         """Return what the task's steps have written, as last saved."""
-        return (await self._door.get(f"{self._path}/texts", SavedTexts)).texts
+        return (await self._transport.get(f"{self._path}/texts", StepTexts)).texts
 
     async def trace(self) -> TraceView:
         """Return the spans of the task: every call of it over every service, as far as they are kept."""
-        return await self._door.get(f"{self._path}/trace", TraceView)
+        return await self._transport.get(f"{self._path}/trace", TraceView)
 
     async def artifact(self, artifact: Artifact | str) -> bytes:
         """Return the bytes of a file that the task made, by its artifact or digest, checked against that."""
         digest = artifact if isinstance(artifact, str) else artifact.digest
-        answer = await self._door.send("GET", f"{self._path}/artifacts/{quote(digest, safe='')}")
-        return check_digest(answer.body, digest)
+        answer = await self._transport.send("GET", f"{self._path}/artifacts/{quote(digest, safe='')}")
+        return verify_digest(answer.body, digest)

@@ -9,23 +9,23 @@ from msgspec import Meta
 
 from octollm.contracts.events import Event
 from octollm.contracts.numbers import Count
-from octollm.contracts.problems import FieldFault, Problem
+from octollm.contracts.problems import FieldErrorView, Problem
 from octollm.contracts.task import Artifact, Budget, Evidence, FileRef, StepStatus, TaskStatus, Usage
 
 
-class Done(msgspec.Struct, frozen=True):
+class Acknowledgement(msgspec.Struct, frozen=True):
     """It was done."""
 
     status: str = "ok"
 
 
-class Reason(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a task or step ended without a result: a stable ``code`` and the reasons in words."""
+class TaskFailure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a task or step ended without a result: a stable ``solve_code_goal`` and the reasons in words."""
 
     code: str
     detail: str
     reasons: tuple[str, ...] = ()
-    errors: tuple[FieldFault, ...] = ()
+    errors: tuple[FieldErrorView, ...] = ()
 
 
 class StepView(msgspec.Struct, frozen=True, omit_defaults=False):
@@ -65,7 +65,7 @@ class TaskView(msgspec.Struct, frozen=True, omit_defaults=False):
     output: str = ""
     artifacts: tuple[Artifact, ...] = ()
     usage: Usage = Usage()
-    error: Reason | None = None
+    error: TaskFailure | None = None
     correlation_id: str = ""
     trace_id: str = ""
     model: str = ""
@@ -96,7 +96,7 @@ class EventList(msgspec.Struct, frozen=True):
     after: int
 
 
-class SavedText(msgspec.Struct, frozen=True):
+class StepText(msgspec.Struct, frozen=True):
     """The text that a step has written so far, as saved in SQL.
 
     ``base`` is the offset of its first code point in all that this attempt and run wrote: what stood before was voided.
@@ -109,10 +109,10 @@ class SavedText(msgspec.Struct, frozen=True):
     base: int = 0
 
 
-class SavedTexts(msgspec.Struct, frozen=True):
+class StepTexts(msgspec.Struct, frozen=True):
     """The texts of a task's steps."""
 
-    texts: tuple[SavedText, ...]
+    texts: tuple[StepText, ...]
 
 
 class ArmView(msgspec.Struct, frozen=True):
@@ -143,7 +143,7 @@ class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     lifetime_seconds: int = 3600
 
 
-class TokenAnswer(msgspec.Struct, frozen=True):
+class TokenResponse(msgspec.Struct, frozen=True):
     """A bearer string and when it ends (seconds). The shape of RFC 6749 section 5.1."""
 
     access_token: str
@@ -192,7 +192,7 @@ class KeyList(msgspec.Struct, frozen=True):
     keys: tuple[KeyView, ...]
 
 
-class ExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+class TokenExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """``POST orchestrator/token``: RFC 8693 token exchange, by reflex with its service token."""
 
     subject_token: str
@@ -200,7 +200,7 @@ class ExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     grant_type: str = "urn:ietf:params:oauth:grant-type:token-exchange"
 
 
-def null() -> msgspec.Raw:
+def json_null() -> msgspec.Raw:
     """Return JSON's null: a default that a schema generator need not encode."""
     return msgspec.Raw(b"null")
 
@@ -219,13 +219,13 @@ class ReserveRequest(msgspec.Struct, frozen=True):
     token_usd: float | None = None
 
 
-class ReserveAnswer(msgspec.Struct, frozen=True):
+class ReserveResponse(msgspec.Struct, frozen=True):
     """What was reserved; or, with ``journal``, the answer that this very call was given before."""
 
     reservation: str
     max_completion_tokens: int
     task: str
-    journal: msgspec.Raw = msgspec.field(default_factory=null)
+    journal: msgspec.Raw = msgspec.field(default_factory=json_null)
 
 
 class SettleRequest(msgspec.Struct, frozen=True):
@@ -233,10 +233,10 @@ class SettleRequest(msgspec.Struct, frozen=True):
 
     reservation: str
     usage: Usage
-    answer: msgspec.Raw = msgspec.field(default_factory=null)
+    answer: msgspec.Raw = msgspec.field(default_factory=json_null)
 
 
-MAX_BATCH = 1000
+MAX_CLAIM_BATCH = 1000
 """Claims, or changes of claims, that are sent together."""
 
 
@@ -250,13 +250,13 @@ class ClaimRequest(msgspec.Struct, frozen=True):
     repeatable: bool
 
 
-class Claims(msgspec.Struct, frozen=True):
+class ClaimBatch(msgspec.Struct, frozen=True):
     """The body of ``/idempotency/claim``: what came together is claimed together."""
 
-    claims: Annotated[tuple[ClaimRequest, ...], Meta(max_length=MAX_BATCH)]
+    claims: Annotated[tuple[ClaimRequest, ...], Meta(max_length=MAX_CLAIM_BATCH)]
 
 
-class ClaimAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+class ClaimResponse(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a claim ended; ``answer`` is base64 of the stored body, ``headers`` are those that were stored with it.
 
     A claim that is ``refused`` has the ``problem``: the others of its batch are none the worse for it.
@@ -270,10 +270,10 @@ class ClaimAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     problem: Problem | None = None
 
 
-class ClaimAnswers(msgspec.Struct, frozen=True):
+class ClaimResponseBatch(msgspec.Struct, frozen=True):
     """How the claims ended, in their order."""
 
-    answers: tuple[ClaimAnswer, ...]
+    answers: tuple[ClaimResponse, ...]
 
 
 class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -289,10 +289,10 @@ class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     headers: dict[str, str] = {}
 
 
-class ClaimUpdates(msgspec.Struct, frozen=True):
+class ClaimUpdateBatch(msgspec.Struct, frozen=True):
     """The body of ``/idempotency/renew``, ``…/complete`` and ``…/release``."""
 
-    updates: Annotated[tuple[ClaimUpdate, ...], Meta(max_length=MAX_BATCH)]
+    updates: Annotated[tuple[ClaimUpdate, ...], Meta(max_length=MAX_CLAIM_BATCH)]
 
 
 class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -8,14 +8,14 @@ from typing import Literal, Protocol
 import msgspec
 
 
-class Message(msgspec.Struct, frozen=True):
+class PromptMessage(msgspec.Struct, frozen=True):
     """One message of a chat (the OpenAI chat format)."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Ask(Protocol):
+class PromptFunction(Protocol):
     """Ask the model for one answer.
 
     ``max_tokens`` bounds the answer; ``schema`` is a JSON Schema that the answer has to fit (it is still text
@@ -25,7 +25,7 @@ class Ask(Protocol):
 
     async def __call__(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[PromptMessage],
         *,
         max_tokens: int,
         schema: dict[str, object] | None = None,
@@ -37,16 +37,16 @@ class Ask(Protocol):
         ...
 
 
-def system(content: str) -> Message:
+def system(content: str) -> PromptMessage:
     """Return a system message."""
-    return Message("system", content)
+    return PromptMessage("system", content)
 
 
-def user(content: str) -> Message:
+def user(content: str) -> PromptMessage:
     """Return a user message."""
-    return Message("user", content)
+    return PromptMessage("user", content)
 
 
-def assistant(content: str) -> Message:
+def assistant(content: str) -> PromptMessage:
     """Return an assistant message: what the model said before."""
-    return Message("assistant", content)
+    return PromptMessage("assistant", content)

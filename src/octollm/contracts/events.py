@@ -46,7 +46,7 @@ def channel_of(event_type: str) -> str:
     return f"events:{entity}:{action}"
 
 
-_TYPES = (
+_EVENT_TYPES = (
     EventType("task.accepted", True, "A task was stored.", ("task_id", "goal")),
     EventType("task.planned", True, "A plan was made.", ("task_id", "steps")),
     EventType("task.replanned", True, "A new plan replaced one that failed.", ("task_id", "steps", "reasons")),
@@ -81,5 +81,5 @@ _TYPES = (
     EventType("webhook.dead", True, "A webhook was given up.", ("webhook_id",)),
 )
 
-CATALOGUE: dict[str, EventType] = {kind.name: kind for kind in _TYPES}
+EVENT_CATALOGUE: dict[str, EventType] = {kind.name: kind for kind in _EVENT_TYPES}
 """Every event that may be published; an undeclared one is refused."""

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import re
 
-_ASKS = re.compile(
+_QUESTION = re.compile(
     r"^\W*(?:please\s+)?(?:explain|describe|summari[sz]e|translate|compare|what|why|who|whom|whose|which|when|where|how|is|are|"
     r"was|were|does|do|did|should|list|discuss|define|tell|rewrite|proofread|find|look up|search)\b(?!\s*\()",
     re.IGNORECASE,
 )
-_NOUNS = re.compile(
+_PROGRAMMING_NOUN = re.compile(
     r"\b(?:functions?|classe?s?|scripts?|programs?|modules?|code|methods?|algorithms?|unit\s*tests?|tests?|decorators?|"
     r"generators?|iterators?|parsers?|cli|command[- ]line|regex(?:es)?|regular expressions?|librar(?:y|ies)|snippets?|"
     r"subroutines?|routines?|python|dataclass(?:es)?|coroutines?|context managers?)\b",
     re.IGNORECASE,
 )
-_VERBS = re.compile(r"^\W*(?:please\s+)?(?:implement|code|program|refactor|debug)\b", re.IGNORECASE)
-_MAKES = re.compile(r"\b(?:write|create|build|make|add|fix|implement|generate|extend|port|develop)\b", re.IGNORECASE)
-_HEAD = re.compile(r"(?<![\w.])[a-z_][a-z0-9_]*\((?:[\w\s,=*:.'\"\[\]|]*)\)")
+_PROGRAMMING_VERB = re.compile(r"^\W*(?:please\s+)?(?:implement|code|program|refactor|debug)\b", re.IGNORECASE)
+_CREATION_VERB = re.compile(
+    r"\b(?:write|create|build|make|add|fix|implement|generate|extend|port|develop)\b", re.IGNORECASE
+)
+_CALL_SIGNATURE = re.compile(r"(?<![\w.])[a-z_][a-z0-9_]*\((?:[\w\s,=*:.'\"\[\]|]*)\)")
 
 
-def wants_program(goal: str, *, with_files: bool = False) -> bool:
+def is_programming_goal(goal: str, *, has_files: bool = False) -> bool:
     """Return whether a goal asks for code to be written.
 
     It does when it shows a call such as ``name(argument)``, begins with a verb of programming, or names a thing of
     programming without being a question or a request to explain. A goal that comes ``with_files`` must also say that
     something is to be made, since it may well speak of the code in them.
     """
-    if _ASKS.match(goal):
+    if _QUESTION.match(goal):
         return False
-    if _VERBS.match(goal):
+    if _PROGRAMMING_VERB.match(goal):
         return True
-    if with_files and not _MAKES.search(goal):
+    if has_files and not _CREATION_VERB.search(goal):
         return False
-    return bool(_HEAD.search(goal) or _NOUNS.search(goal))
+    return bool(_CALL_SIGNATURE.search(goal) or _PROGRAMMING_NOUN.search(goal))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class Dependency(msgspec.Struct, frozen=True, omit_defaults=True):
+class DependencyStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """The state of something that a service needs. A degraded one does not make the service unready."""
 
     ok: bool
@@ -20,7 +20,7 @@ class Readiness(msgspec.Struct, frozen=True):
 
     status: str
     service: str
-    dependencies: dict[str, Dependency]
+    dependencies: dict[str, DependencyStatus]
 
 
 class Health(msgspec.Struct, frozen=True):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import msgspec
 
 
-class JoinNonce(msgspec.Struct, frozen=True):
+class EnrolmentNonce(msgspec.Struct, frozen=True):
     """``POST orchestrator/arms/nonce``: what a join has to name; it can be used once, for ``expires_in`` seconds."""
 
     nonce: str
     expires_in: int
 
 
-class JoinRequest(msgspec.Struct, frozen=True):
+class EnrolmentRequest(msgspec.Struct, frozen=True):
     """``POST orchestrator/arms/join``: an arm asks to be known by its key.
 
     ``join`` is the id of its secret, ``jwk`` its public key (RFC 8037), ``calls`` the scopes that it calls directly,
@@ -27,7 +27,7 @@ class JoinRequest(msgspec.Struct, frozen=True):
     proof: str
 
 
-class JoinAnswer(msgspec.Struct, frozen=True):
+class EnrolmentResponse(msgspec.Struct, frozen=True):
     """The root keys that the arm may trust, and the proof that they come from who made its secret."""
 
     roots: tuple[dict[str, str], ...]
@@ -50,7 +50,7 @@ class InstanceRef(msgspec.Struct, frozen=True):
     instance: str
 
 
-class NewJoinRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+class EnrolmentTokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """``POST /joins``: make a join secret. Scopes that begin with ``?`` may be declared as optional calls."""
 
     name: str
@@ -58,7 +58,7 @@ class NewJoinRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     lifetime_seconds: int = 86_400
 
 
-class JoinView(msgspec.Struct, frozen=True):
+class EnrolmentTokenView(msgspec.Struct, frozen=True):
     """A join secret without what is secret. ``state``: ``good``, ``expired`` or ``revoked``."""
 
     id: str
@@ -71,14 +71,14 @@ class JoinView(msgspec.Struct, frozen=True):
     used_at: str | None = None
 
 
-class NewJoin(msgspec.Struct, frozen=True):
+class NewEnrolmentToken(msgspec.Struct, frozen=True):
     """A new join secret: ``secret`` is shown once."""
 
-    join: JoinView
+    join: EnrolmentTokenView
     secret: str
 
 
-class JoinList(msgspec.Struct, frozen=True):
+class EnrolmentTokenList(msgspec.Struct, frozen=True):
     """The join secrets of the tenant, newest first."""
 
-    joins: tuple[JoinView, ...]
+    joins: tuple[EnrolmentTokenView, ...]

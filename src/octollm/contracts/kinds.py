@@ -22,7 +22,7 @@ TEXT_SUFFIXES = frozenset(
 """Files to read and quote by line."""
 _PLAIN_NAMES = frozenset({"readme", "license", "licence", "makefile", "dockerfile", "changelog", "notice", "authors"})
 _SNIFF_BYTES = 8192
-_FURTHER_TYPES = {
+_EXTRA_MEDIA_TYPES = {
     ".sqlite": "application/vnd.sqlite3",
     ".sqlite3": "application/vnd.sqlite3",
     ".db": "application/vnd.sqlite3",
@@ -41,7 +41,7 @@ _FURTHER_TYPES = {
 }
 """What Python's own table lacks of IANA's registry of media types."""
 _TEXT_TYPES = re.compile(r"^text/|[+/](?:xml|json|yaml|toml|javascript|rtf|x-(?:c?sh|tcl|tex|texinfo|troff.*))$")
-UNKNOWN_TYPE = "application/octet-stream"
+DEFAULT_MEDIA_TYPE = "application/octet-stream"
 
 
 def suffix_of(name: str) -> str:
@@ -61,7 +61,7 @@ def file_kind(name: str, head: bytes | None = None) -> FileKind:
     if suffix in TEXT_SUFFIXES or stem in _PLAIN_NAMES:
         return "text"
     if head is None:
-        known = _types().get(suffix)
+        known = _media_types().get(suffix)
         return "text" if known is None or _TEXT_TYPES.search(known) else "binary"
     return "text" if _is_text(head[:_SNIFF_BYTES]) else "binary"
 
@@ -72,7 +72,7 @@ def media_type_of(name: str) -> str:
     The tables of the machine are left out: the same name means the same to the client, the planner and an arm,
     wherever each runs.
     """
-    return _types().get(suffix_of(name), UNKNOWN_TYPE)
+    return _media_types().get(suffix_of(name), DEFAULT_MEDIA_TYPE)
 
 
 def accepts_file(accepted: Collection[str], name: str) -> bool:
@@ -82,8 +82,8 @@ def accepts_file(accepted: Collection[str], name: str) -> bool:
 
 
 @functools.cache
-def _types() -> Mapping[str, str]:
-    return {**mimetypes.MimeTypes(()).types_map[True], **_FURTHER_TYPES}
+def _media_types() -> Mapping[str, str]:
+    return {**mimetypes.MimeTypes(()).types_map[True], **_EXTRA_MEDIA_TYPES}
 
 
 def _is_text(head: bytes) -> bool:

@@ -9,23 +9,23 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from octollm.contracts.numbers import Count
 from octollm.contracts.task import TaskStatus
 
-LAST_EVENT = "The position of the last event that a reader has: what follows is sent."
+LAST_EVENT_ID_DESCRIPTION = "The position of the last event that a reader has: what follows is sent."
 
 
-class Page(Struct, frozen=True):
+class PageQuery(Struct, frozen=True):
     """A page of a list: at most ``limit`` rows, from where the ``cursor`` of the page before points."""
 
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: str = ""
 
 
-class TaskPage(Page, frozen=True):
+class TaskQuery(PageQuery, frozen=True):
     """A page of tasks, of one status where it is named."""
 
     status: TaskStatus | UnsetType = UNSET
 
 
-class Behind(Struct, frozen=True):
+class EventQuery(Struct, frozen=True):
     """At most ``limit`` events behind the position ``after``."""
 
     after: Count = 0
@@ -43,7 +43,7 @@ class AuditQuery(Struct, frozen=True):
     of: Literal["tenant", "system"] = "tenant"
 
 
-class OfTask(Struct, frozen=True):
+class TaskIdQuery(Struct, frozen=True):
     """What belongs to one ``task``."""
 
     task: Annotated[str, Meta(min_length=1, max_length=128)]

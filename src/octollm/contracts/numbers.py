@@ -6,6 +6,6 @@ from typing import Annotated
 
 from msgspec import Meta
 
-MAX_EXACT = 2**53 - 1
+MAX_JSON_INTEGER = 2**53 - 1
 """RFC 8259 section 6: beyond it readers need not agree on an integer."""
-Count = Annotated[int, Meta(ge=0, le=MAX_EXACT)]
+Count = Annotated[int, Meta(ge=0, le=MAX_JSON_INTEGER)]

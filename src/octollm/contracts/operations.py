@@ -129,7 +129,7 @@ class DocumentOut(msgspec.Struct, frozen=True):
     lines: int
 
 
-FILE_NAME = "The file's name, percent-encoded (RFC 3986)."
+FILE_NAME_DESCRIPTION = "The file's name, percent-encoded (RFC 3986)."
 """What the header ``X-File-Name`` is for."""
 
 
@@ -142,6 +142,6 @@ class StoredFile(msgspec.Struct, frozen=True):
     media_type: str
 
 
-def artifact_of(file: StoredFile) -> Artifact:
+def to_artifact(file: StoredFile) -> Artifact:
     """Return the artifact that names a stored file."""
     return Artifact(name=file.name, digest=file.digest, size=file.size, media_type=file.media_type)

@@ -14,10 +14,10 @@ _FENCE = re.compile(r"^\s*(```|~~~)")
 
 
 @dataclass(frozen=True, slots=True)
-class Lines:
+class LineSpan:
     """A run of lines: 1-based, both included. ``text`` has them joined by newlines.
 
-    A line longer than a passage is cut into several ``Lines`` of the same number.
+    A line longer than a passage is cut into several ``LineSpan`` of the same number.
     """
 
     line_start: int
@@ -25,7 +25,7 @@ class Lines:
     text: str
 
 
-def split_passages(text: str, max_chars: int = MAX_PASSAGE_CHARS) -> list[Lines]:
+def split_passages(text: str, max_chars: int = MAX_PASSAGE_CHARS) -> list[LineSpan]:
     """Split ``text`` into passages of at most ``max_chars`` characters, in order, blank ones left out.
 
     A Markdown heading begins a passage; paragraphs are packed together while they fit; one that does not
@@ -33,8 +33,8 @@ def split_passages(text: str, max_chars: int = MAX_PASSAGE_CHARS) -> list[Lines]
     """
     if max_chars < 1:
         raise ValueError("max_chars must be at least 1")
-    passages: list[Lines] = []
-    pending: list[Lines] = []
+    passages: list[LineSpan] = []
+    pending: list[LineSpan] = []
     for block in _blocks(text):
         joined = _join([*pending, block])
         opens_section = bool(_HEADING.match(block.text)) and not _only_headings(pending)
@@ -58,14 +58,14 @@ def numbered_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").split("\n")
 
 
-def _blocks(text: str) -> Iterator[Lines]:
+def _blocks(text: str) -> Iterator[LineSpan]:
     """Paragraphs: lines between blank lines. A fenced block is one; a heading begins one."""
     start, held, fenced = 0, list[str](), False
     for number, line in enumerate(numbered_lines(text), start=1):
         fence = bool(_FENCE.match(line))
         ends = not fenced and (not line.strip() or (line.startswith("#") and bool(_HEADING.match(line))))
         if ends and held:
-            yield Lines(start, number - 1, "\n".join(held))
+            yield LineSpan(start, number - 1, "\n".join(held))
             held = []
         if fence:
             fenced = not fenced
@@ -77,23 +77,23 @@ def _blocks(text: str) -> Iterator[Lines]:
     while held and not held[-1].strip():
         held.pop()
     if held:
-        yield Lines(start, start + len(held) - 1, "\n".join(held))
+        yield LineSpan(start, start + len(held) - 1, "\n".join(held))
 
 
-def _only_headings(blocks: list[Lines]) -> bool:
+def _only_headings(blocks: list[LineSpan]) -> bool:
     return all("\n" not in block.text and _HEADING.match(block.text) for block in blocks)
 
 
-def _join(blocks: list[Lines]) -> Lines:
+def _join(blocks: list[LineSpan]) -> LineSpan:
     first, text = blocks[0], blocks[0].text
     for before, block in pairwise(blocks):
         text += "\n" * (block.line_start - before.line_end) + block.text
-    return Lines(first.line_start, blocks[-1].line_end, text)
+    return LineSpan(first.line_start, blocks[-1].line_end, text)
 
 
-def _cut(block: Lines, max_chars: int) -> list[Lines]:
+def _cut(block: LineSpan, max_chars: int) -> list[LineSpan]:
     """Cut a block between lines, and a line that is too long between words."""
-    pieces: list[Lines] = []
+    pieces: list[LineSpan] = []
     start, held = block.line_start, ""
     for number, line in enumerate(block.text.split("\n"), start=block.line_start):
         candidate = f"{held}\n{line}" if held else line
@@ -101,12 +101,12 @@ def _cut(block: Lines, max_chars: int) -> list[Lines]:
             start, held = (start, candidate) if held else (number, line)
             continue
         if held:
-            pieces.append(Lines(start, number - 1, held))
+            pieces.append(LineSpan(start, number - 1, held))
         *whole, held = _cut_line(line, max_chars)
-        pieces.extend(Lines(number, number, piece) for piece in whole)
+        pieces.extend(LineSpan(number, number, piece) for piece in whole)
         start = number
     if held or not pieces:
-        pieces.append(Lines(start, block.line_end, held))
+        pieces.append(LineSpan(start, block.line_end, held))
     return pieces
 
 

@@ -13,7 +13,7 @@ from octollm.errors import OctoError, RemoteError
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ErrorKind:
     """What a code means on the wire."""
 
     status: int
@@ -21,86 +21,86 @@ class Kind:
     retryable: bool = False
 
 
-KINDS: dict[str, Kind] = {
+ERROR_KINDS: dict[str, ErrorKind] = {
     # The request itself
-    "invalid_json": Kind(400, "The body is not valid JSON"),
-    "invalid_body": Kind(400, "The body does not fit its schema"),
-    "unknown_field": Kind(400, "The body has a field that is not known"),
-    "invalid_parameter": Kind(400, "A query or path parameter is wrong"),
-    "invalid_header": Kind(400, "A header is wrong"),
-    "goal_invalid": Kind(400, "The goal is empty or too long"),
-    "goal_refused": Kind(403, "The goal was refused by the screening"),
-    "budget_invalid": Kind(400, "The budget is wrong"),
-    "deadline_invalid": Kind(400, "The deadline is in the past or not a time"),
-    "file_invalid": Kind(400, "A file is missing, too large, or binary where text is wanted"),
-    "arm_unknown": Kind(400, "No arm has that name"),
-    "host_refused": Kind(400, "The Host header names another server"),
-    "body_too_large": Kind(413, "The body is larger than the limit"),
-    "url_too_long": Kind(414, "The URL is longer than the limit"),
-    "request_timeout": Kind(408, "The request did not arrive in time", retryable=True),
-    "header_too_large": Kind(431, "The headers are larger than the limit"),
-    "not_found": Kind(404, "There is no such resource"),
-    "task_not_found": Kind(404, "There is no such task"),
-    "file_not_found": Kind(404, "There is no such file"),
-    "method_not_allowed": Kind(405, "The resource does not have that method"),
-    "not_configured": Kind(404, "This part is not configured here"),
+    "invalid_json": ErrorKind(400, "The body is not valid JSON"),
+    "invalid_body": ErrorKind(400, "The body does not fit its schema"),
+    "unknown_field": ErrorKind(400, "The body has a field that is not known"),
+    "invalid_parameter": ErrorKind(400, "A query or path parameter is wrong"),
+    "invalid_header": ErrorKind(400, "A header is wrong"),
+    "goal_invalid": ErrorKind(400, "The goal is empty or too long"),
+    "goal_refused": ErrorKind(403, "The goal was refused by the screening"),
+    "budget_invalid": ErrorKind(400, "The budget is wrong"),
+    "deadline_invalid": ErrorKind(400, "The deadline is in the past or not a time"),
+    "file_invalid": ErrorKind(400, "A file is missing, too large, or binary where text is wanted"),
+    "arm_unknown": ErrorKind(400, "No arm has that name"),
+    "host_refused": ErrorKind(400, "The Host header names another server"),
+    "body_too_large": ErrorKind(413, "The body is larger than the limit"),
+    "url_too_long": ErrorKind(414, "The URL is longer than the limit"),
+    "request_timeout": ErrorKind(408, "The request did not arrive in time", retryable=True),
+    "header_too_large": ErrorKind(431, "The headers are larger than the limit"),
+    "not_found_result": ErrorKind(404, "There is no such resource"),
+    "task_not_found": ErrorKind(404, "There is no such task"),
+    "file_not_found": ErrorKind(404, "There is no such file"),
+    "method_not_allowed": ErrorKind(405, "The resource does not have that method"),
+    "not_configured": ErrorKind(404, "This part is not configured here"),
     # Who asks
-    "token_missing": Kind(401, "A token is needed"),
-    "token_malformed": Kind(401, "The token is malformed"),
-    "token_expired": Kind(401, "The token has expired"),
-    "token_invalid": Kind(401, "The token is not valid here"),
-    "token_revoked": Kind(401, "The token was revoked"),
-    "api_key_invalid": Kind(401, "The API key is not valid"),
-    "login_refused": Kind(403, "The login is good, and grants nothing here"),
-    "scope_missing": Kind(403, "The token does not allow this"),
-    "origin_refused": Kind(403, "Requests from that origin are refused"),
-    "authority_missing": Kind(403, "The authority for a needed call is missing"),
-    "join_refused": Kind(403, "The join was refused"),
-    "join_unproven": Kind(503, "Who answered did not prove that it knows the join secret"),
+    "token_missing": ErrorKind(401, "A token is needed"),
+    "token_malformed": ErrorKind(401, "The token is malformed"),
+    "token_expired": ErrorKind(401, "The token has expired"),
+    "token_invalid": ErrorKind(401, "The token is not valid here"),
+    "token_revoked": ErrorKind(401, "The token was revoked"),
+    "api_key_invalid": ErrorKind(401, "The API key is not valid"),
+    "login_refused": ErrorKind(403, "The login is good, and grants nothing here"),
+    "scope_missing": ErrorKind(403, "The token does not allow this"),
+    "origin_refused": ErrorKind(403, "Requests from that origin are refused"),
+    "authority_missing": ErrorKind(403, "The authority for a needed call is missing"),
+    "join_refused": ErrorKind(403, "The join was refused"),
+    "join_unproven": ErrorKind(503, "Who answered did not prove that it knows the join secret"),
     # State
-    "idempotency_conflict": Kind(409, "The idempotency key was used with another body"),
-    "outcome_unknown": Kind(409, "An earlier call with this key may have taken effect"),
-    "state_conflict": Kind(409, "The resource is not in a state that allows this"),
-    "fence_lost": Kind(409, "A newer run holds the task"),
+    "idempotency_conflict": ErrorKind(409, "The idempotency key was used with another body"),
+    "outcome_unknown": ErrorKind(409, "An earlier call with this key may have taken effect"),
+    "state_conflict": ErrorKind(409, "The resource is not in a state that allows this"),
+    "fence_lost": ErrorKind(409, "A newer run holds the task"),
     # Limits
-    "rate_limited": Kind(429, "Too many requests", retryable=True),
-    "budget_exhausted": Kind(403, "The task's budget is used up"),
-    "overloaded": Kind(503, "The service is at its limit", retryable=True),
-    "unavailable": Kind(503, "The service or something it needs is not available", retryable=True),
-    "revocations_unknown": Kind(503, "What is revoked is not known at the moment", retryable=True),
-    "draining": Kind(503, "The service is shutting down", retryable=True),
-    "connect_failed": Kind(503, "The service could not be reached", retryable=True),
-    "connect_timeout": Kind(503, "The service did not accept a connection in time", retryable=True),
-    "pool_timeout": Kind(503, "No connection came free in time", retryable=True),
-    "read_timeout": Kind(504, "The service did not answer in time", retryable=True),
-    "write_timeout": Kind(504, "The service took no bytes in time", retryable=True),
-    "connection_lost": Kind(503, "The connection broke before the answer was whole", retryable=True),
-    "deadline_exceeded": Kind(504, "The deadline has passed"),
-    "cancelled": Kind(409, "The work was cancelled"),
+    "rate_limited": ErrorKind(429, "Too many requests", retryable=True),
+    "budget_exhausted": ErrorKind(403, "The task's budget is used up"),
+    "overloaded": ErrorKind(503, "The service is at its limit", retryable=True),
+    "unavailable": ErrorKind(503, "The service or something it needs is not available", retryable=True),
+    "revocations_unknown": ErrorKind(503, "What is revoked is not known at the moment", retryable=True),
+    "draining": ErrorKind(503, "The service is shutting down", retryable=True),
+    "connect_failed": ErrorKind(503, "The service could not be reached", retryable=True),
+    "connect_timeout": ErrorKind(503, "The service did not accept a connection in time", retryable=True),
+    "pool_timeout": ErrorKind(503, "No connection came free in time", retryable=True),
+    "read_timeout": ErrorKind(504, "The service did not answer in time", retryable=True),
+    "write_timeout": ErrorKind(504, "The service took no bytes in time", retryable=True),
+    "connection_lost": ErrorKind(503, "The connection broke before the answer was whole", retryable=True),
+    "deadline_exceeded": ErrorKind(504, "The deadline has passed"),
+    "cancelled": ErrorKind(409, "The work was cancelled"),
     # Doing the work
-    "no_model": Kind(503, "No model is configured"),
-    "model_failed": Kind(503, "The model or its provider failed", retryable=True),
-    "model_output_invalid": Kind(503, "The model's answer could not be used"),
-    "context_too_long": Kind(400, "The prompt does not fit the model"),
-    "no_sandbox": Kind(503, "No sandbox is available"),
-    "sandbox_failed": Kind(503, "The sandbox could not run the code", retryable=True),
-    "plan_invalid": Kind(503, "The plan could not be used"),
-    "not_accepted": Kind(409, "The result was not accepted"),
-    "peer_protocol": Kind(503, "A service answered in a form that is not understood"),
+    "no_model": ErrorKind(503, "No model is configured"),
+    "model_failed": ErrorKind(503, "The model or its provider failed", retryable=True),
+    "model_output_invalid": ErrorKind(503, "The model's answer could not be used"),
+    "context_too_long": ErrorKind(400, "The prompt does not fit the model"),
+    "no_sandbox": ErrorKind(503, "No sandbox is available"),
+    "sandbox_failed": ErrorKind(503, "The sandbox could not run the code", retryable=True),
+    "plan_invalid": ErrorKind(503, "The plan could not be used"),
+    "not_accepted": ErrorKind(409, "The result was not accepted"),
+    "peer_protocol": ErrorKind(503, "A service answered in a form that is not understood"),
     # Start
-    "arm_invalid": Kind(500, "An arm is declared wrongly"),
-    "setting_invalid": Kind(500, "A setting is wrong"),
-    "port_taken": Kind(500, "A port is taken"),
-    "schema_mismatch": Kind(500, "The database's schema does not fit this version"),
-    "home_in_use": Kind(500, "Another process uses this home"),
-    "home_unusable": Kind(500, "The home cannot be written"),
-    "model_download_failed": Kind(500, "The model could not be fetched"),
-    "model_damaged": Kind(500, "The model's file does not have its digest"),
-    "internal": Kind(500, "Internal error"),
+    "arm_invalid": ErrorKind(500, "An arm is declared wrongly"),
+    "setting_invalid": ErrorKind(500, "A setting is wrong"),
+    "port_taken": ErrorKind(500, "A port is taken"),
+    "schema_mismatch": ErrorKind(500, "The database's schema does not fit this version"),
+    "home_in_use": ErrorKind(500, "Another process uses this home"),
+    "home_unusable": ErrorKind(500, "The home cannot be written"),
+    "model_download_failed": ErrorKind(500, "The model could not be fetched"),
+    "model_damaged": ErrorKind(500, "The model's file does not have its digest"),
+    "internal": ErrorKind(500, "Internal error"),
 }
 
 
-class FieldFault(msgspec.Struct, frozen=True):
+class FieldErrorView(msgspec.Struct, frozen=True):
     """One fault of a body: ``pointer`` is a JSON Pointer (RFC 6901)."""
 
     pointer: str
@@ -117,12 +117,12 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=False):
     retryable: bool
     request_id: str = ""
     type: str = "about:blank"
-    errors: tuple[FieldFault, ...] = ()
+    errors: tuple[FieldErrorView, ...] = ()
 
 
-def problem_of(error: OctoError, request_id: str = "") -> Problem:
+def to_problem(error: OctoError, request_id: str = "") -> Problem:
     """Describe ``error`` for the wire. A remote problem keeps its status and code."""
-    kind = KINDS.get(error.code, KINDS["internal"])
+    kind = ERROR_KINDS.get(error.code, ERROR_KINDS["internal"])
     status, retryable = kind.status, kind.retryable
     if isinstance(error, RemoteError):
         status, retryable = error.status, error.retryable
@@ -134,5 +134,5 @@ def problem_of(error: OctoError, request_id: str = "") -> Problem:
         code=error.code,
         retryable=retryable,
         request_id=request_id,
-        errors=tuple(FieldFault(f.pointer, f.detail) for f in error.faults),
+        errors=tuple(FieldErrorView(f.pointer, f.detail) for f in error.field_errors),
     )

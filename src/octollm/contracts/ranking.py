@@ -11,9 +11,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from octollm.contracts.words import stem, words
+from octollm.contracts.words import stem, tokenize
 
-K1, B = 1.2, 0.75
+BM25_K1, BM25_B = 1.2, 0.75
 
 
 def bm25(terms: Sequence[str], texts: Sequence[str], *, total: int) -> list[float]:
@@ -22,19 +22,19 @@ def bm25(terms: Sequence[str], texts: Sequence[str], *, total: int) -> list[floa
     ``texts`` are all passages that have any of ``terms``, out of ``total``.
     """
     wanted = list(dict.fromkeys(stem(term) for term in terms))
-    counted = [Counter(stem(word) for word in words(text)) for text in texts]
+    counted = [Counter(stem(word) for word in tokenize(text)) for text in texts]
     lengths = [counter.total() for counter in counted]
     mean = sum(lengths) / len(lengths) if any(lengths) else 1.0
-    weights = {term: _weight(sum(term in counter for counter in counted), max(total, len(texts))) for term in wanted}
+    weights = {term: _idf(sum(term in counter for counter in counted), max(total, len(texts))) for term in wanted}
     return [
         sum(weights[term] * _saturated(counter[term], length / mean) for term in wanted if term in counter)
         for counter, length in zip(counted, lengths, strict=True)
     ]
 
 
-def _weight(having: int, total: int) -> float:
+def _idf(having: int, total: int) -> float:
     return math.log(1 + (total - having + 0.5) / (having + 0.5))
 
 
 def _saturated(count: int, relative_length: float) -> float:
-    return count * (K1 + 1) / (count + K1 * (1 - B + B * relative_length))
+    return count * (BM25_K1 + 1) / (count + BM25_K1 * (1 - BM25_B + BM25_B * relative_length))

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-MAX_BATCH = 500
+MAX_REVOCATION_BATCH = 500
 """Revocations of one line of the stream."""
 
-_Text = Annotated[str, Meta(max_length=512)]
+_RevocationText = Annotated[str, Meta(max_length=512)]
 
 
 class RevocationView(msgspec.Struct, frozen=True):
@@ -20,9 +20,9 @@ class RevocationView(msgspec.Struct, frozen=True):
     """
 
     kind: Literal["jti", "task", "run", "sub", "cred", "aud"]
-    value: _Text
+    value: _RevocationText
     at: float
-    tenant: _Text
+    tenant: _RevocationText
 
 
 class RevocationRequest(msgspec.Struct, frozen=True):
@@ -39,12 +39,12 @@ class RevocationList(msgspec.Struct, frozen=True):
     floor: float | None = None
 
 
-class RevocationNews(msgspec.Struct, frozen=True, omit_defaults=True):
+class RevocationUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     """A line of the stream. First come all that are in force, the last of them ``whole``; then each as it is made.
 
     A line without any says that there is nothing new, and that the orchestrator itself knows what is.
     """
 
-    revocations: Annotated[tuple[RevocationView, ...], Meta(max_length=MAX_BATCH)] = ()
+    revocations: Annotated[tuple[RevocationView, ...], Meta(max_length=MAX_REVOCATION_BATCH)] = ()
     floor: float | None = None
     whole: bool = False

@@ -20,12 +20,12 @@ Risk = Literal["none", "low", "medium", "high"]
 """How much a text as a whole is to be minded, in rising order."""
 
 
-_RISING: tuple[Risk, ...] = get_args(Risk)
+_RISK_ORDER: tuple[Risk, ...] = get_args(Risk)
 
 
-def riskiest(*risks: Risk) -> Risk:
+def max_risk(*risks: Risk) -> Risk:
     """Return the highest of ``risks``; ``none`` of none."""
-    return _RISING[max((_RISING.index(risk) for risk in risks), default=0)]
+    return _RISK_ORDER[max((_RISK_ORDER.index(risk) for risk in risks), default=0)]
 
 
 class PreprocessRequest(msgspec.Struct, frozen=True):
@@ -34,7 +34,7 @@ class PreprocessRequest(msgspec.Struct, frozen=True):
     text: Annotated[str, Meta(max_length=MAX_SCREENED)]
 
 
-class Finding(msgspec.Struct, frozen=True):
+class ScreeningFinding(msgspec.Struct, frozen=True):
     """Something that was found: code points ``start`` to ``end`` of the text. What stands there is not repeated."""
 
     pattern: str
@@ -43,24 +43,24 @@ class Finding(msgspec.Struct, frozen=True):
     end: Count
 
 
-class Screening(msgspec.Struct, frozen=True):
+class ScreeningResult(msgspec.Struct, frozen=True):
     """The door's decision on a text. ``reason`` says in words why it is refused."""
 
     decision: Literal["allow", "refuse"]
     risk: Risk
     reason: str = ""
-    findings: Annotated[tuple[Finding, ...], Meta(max_length=MAX_FINDINGS)] = ()
+    findings: Annotated[tuple[ScreeningFinding, ...], Meta(max_length=MAX_FINDINGS)] = ()
 
 
-class ScreeningNote(msgspec.Struct, frozen=True):
+class ScreeningRecord(msgspec.Struct, frozen=True):
     """What is recorded of a screening: how often each pattern was found, and never what."""
 
     risk: Risk
     found: Annotated[dict[Annotated[str, Meta(max_length=64)], Count], Meta(max_length=64)] = {}
 
 
-class RefusedGoal(msgspec.Struct, frozen=True):
+class RejectedGoal(msgspec.Struct, frozen=True):
     """A goal that the door refused, for the audit log."""
 
-    note: ScreeningNote
+    note: ScreeningRecord
     reason: Annotated[str, Meta(max_length=1000)]

@@ -44,9 +44,9 @@ def service_of(family: str) -> str:
     return "orchestrator" if family in ORCHESTRATOR_FAMILIES else family
 
 
-def local_url(service: str, *, shift: int, tls: bool) -> str:
+def local_url(service: str, *, port_offset: int, tls: bool) -> str:
     """Return where a service of this machine's installation is reached."""
-    return f"{'https' if tls else 'http'}://127.0.0.1:{SERVICES[service].port + shift}"
+    return f"{'https' if tls else 'http'}://127.0.0.1:{SERVICES[service].port + port_offset}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-SESSION_PREFIX = "octosess_"
-SESSION_SECONDS = 12 * 3600
+SESSION_TOKEN_PREFIX = "octosess_"
+SESSION_LIFETIME_SECONDS = 12 * 3600
 
 
 class LoginCode(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class IssuerList(msgspec.Struct, frozen=True):
     issuers: tuple[IssuerView, ...]
 
 
-class WhoAmI(msgspec.Struct, frozen=True):
+class CurrentUser(msgspec.Struct, frozen=True):
     """``GET /session``: who the caller is at the door."""
 
     tenant: str
@@ -54,20 +54,20 @@ class WhoAmI(msgspec.Struct, frozen=True):
     """It is shown a session, which can be ended."""
 
 
-class OpenSession(msgspec.Struct, frozen=True):
+class CreateSessionRequest(msgspec.Struct, frozen=True):
     """``POST orchestrator/sessions`` by the public door: the credential that a session is opened for."""
 
     subject_token: Annotated[str, Meta(min_length=1, max_length=8192)] | None = None
     login: LoginCode | None = None
 
 
-class EndSession(msgspec.Struct, frozen=True):
+class EndSessionRequest(msgspec.Struct, frozen=True):
     """``POST orchestrator/sessions/end`` by the public door."""
 
     session: Annotated[str, Meta(min_length=1, max_length=512)]
 
 
-class SessionAnswer(msgspec.Struct, frozen=True):
+class SessionResponse(msgspec.Struct, frozen=True):
     """A session that was opened: its credential, which goes into the cookie alone, and how long it lasts (seconds)."""
 
     session: str

@@ -13,7 +13,7 @@ HEARTBEAT_SECONDS = 5.0
 """The longest silence of a stream."""
 
 
-class Line(msgspec.Struct, frozen=True, omit_defaults=True):
+class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of a stream: ``progress``, ``token`` and ``heartbeat``, then one ``result`` or ``problem``.
 
     ``text`` of a token line is what the model wrote since the last one; ``reset`` on it says that earlier text

@@ -9,7 +9,7 @@ from octollm.errors import OctoError
 Cell = str | int | float | bool | list[object] | dict[str, object] | None
 
 
-class Table(msgspec.Struct, frozen=True):
+class ResultSet(msgspec.Struct, frozen=True):
     """What a query answered. ``rows`` hold a cell per column; ``row_count`` counts those that were left out too."""
 
     columns: tuple[str, ...]
@@ -17,10 +17,10 @@ class Table(msgspec.Struct, frozen=True):
     row_count: int
 
 
-def parse_table(stdout: str) -> Table:
+def parse_result_set(stdout: str) -> ResultSet:
     """Read the executor's answer to an SQL run. Raises ``OctoError`` (``peer_protocol``) on anything else."""
     try:
-        table = msgspec.json.decode(stdout.encode(), type=Table)
+        table = msgspec.json.decode(stdout.encode(), type=ResultSet)
     except msgspec.DecodeError as exc:
         raise OctoError("The executor's rows are not in the form of a table.", code="peer_protocol") from exc
     if any(len(row) != len(table.columns) for row in table.rows):

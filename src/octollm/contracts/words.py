@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _WORD = re.compile(r"\d+(?:[.,:/-]\d+)*|[^\W\d_](?:[^\W_]|(?<=\w)['’](?=\w))*", re.UNICODE)
-_STOP_TEXT = """
+_STOP_WORD_TEXT = """
 a about above after again all also am an and any are as at be because been before being below between both
 but by can could did do does doing don't done down during each either else ever every few for from further
 get gets give given gives go goes got had has have having he her here hers him his how i if in into is isn't it
@@ -16,23 +16,37 @@ using very was we were what what's when where whether which while who whom whose
 you your yours document documents passage passages mean means mention mentioned mentions according stated
 described describe describes explain
 """
-_STOP = frozenset(_STOP_TEXT.split())
-_SPELLED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_ENDINGS = (
+_STOP_WORDS = frozenset(_STOP_WORD_TEXT.split())
+_NUMBER_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
+_SUFFIXES = (
     ("iness", "y"), ("ies", "y"), ("ied", "y"), ("ily", "y"), ("ations", "ate"), ("ation", "ate"),
     ("ings", ""), ("ing", ""),
     ("edly", ""), ("ed", ""), ("ly", ""), ("ments", ""), ("ment", ""), ("sses", "ss"), ("es", ""), ("s", ""),
 )  # fmt: skip
 
 
-def words(text: str) -> list[str]:
+def tokenize(text: str) -> list[str]:
     """Return the words and numbers of ``text`` in lower case, in order."""
     return [match.group().lower().replace("’", "'") for match in _WORD.finditer(text)]
 
 
 def content_words(text: str) -> list[str]:
     """Return the words of ``text`` that say what it is about: no stop words, none of one letter, each once."""
-    found = (word for word in words(text) if word not in _STOP and (len(word) > 1 or word.isdigit()))
+    found = (word for word in tokenize(text) if word not in _STOP_WORDS and (len(word) > 1 or word.isdigit()))
     return list(dict.fromkeys(found))
 
 
@@ -41,7 +55,7 @@ def stem(word: str) -> str:
     if len(word) <= 3 or word[0].isdigit():
         return word
     word = word.removesuffix("'s")
-    for ending, instead in _ENDINGS:
+    for ending, instead in _SUFFIXES:
         if word.endswith(ending) and len(word) - len(ending) + len(instead) >= 3:
             word = word[: -len(ending)] + instead
             break
@@ -55,13 +69,13 @@ def stems(text: str) -> frozenset[str]:
     return frozenset(stem(word) for word in content_words(text))
 
 
-def numbers(text: str) -> frozenset[str]:
+def extract_numbers(text: str) -> frozenset[str]:
     """Return the numbers of ``text`` as written, thousands separators taken out (``1,200`` is ``1200``)."""
-    found = (word for word in words(text) if word[0].isdigit())
+    found = (word for word in tokenize(text) if word[0].isdigit())
     return frozenset(re.sub(r",(?=\d{3}(?:\D|$))", "", number) for number in found)
 
 
-def numbers_said(text: str) -> frozenset[str]:
+def extract_numbers_and_words(text: str) -> frozenset[str]:
     """Return the numbers of ``text``, those that it spells out (``four``) among them, in figures."""
-    spelled = (str(_SPELLED.index(word)) for word in words(text) if word in _SPELLED)
-    return numbers(text) | frozenset(spelled)
+    spelled = (str(_NUMBER_WORDS.index(word)) for word in tokenize(text) if word in _NUMBER_WORDS)
+    return extract_numbers(text) | frozenset(spelled)

@@ -6,19 +6,19 @@ means, and what to do about it, belongs to the layers above.
 
 from octollm.events.bus import EventBus, Gap, Subscription
 from octollm.events.log import EventLog, task_subject
-from octollm.events.relay import Relay, RelayHealth, RelayPolicy
-from octollm.events.watch import Hint, TaskWatch, Watch
+from octollm.events.relay import OutboxHealth, OutboxPolicy, OutboxPublisher
+from octollm.events.watch import Hint, TaskSubscription, TaskWatchHub
 
 __all__ = [
     "EventBus",
     "EventLog",
     "Gap",
     "Hint",
-    "Relay",
-    "RelayHealth",
-    "RelayPolicy",
+    "OutboxHealth",
+    "OutboxPolicy",
+    "OutboxPublisher",
     "Subscription",
-    "TaskWatch",
-    "Watch",
+    "TaskSubscription",
+    "TaskWatchHub",
     "task_subject",
 ]

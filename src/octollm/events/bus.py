@@ -11,15 +11,15 @@ from typing import Literal
 
 import msgspec
 
-from octollm.background import Background
-from octollm.clock import Clock, Ids, iso
-from octollm.contracts.events import CATALOGUE, Event, channel_of
+from octollm.background import BackgroundTask
+from octollm.clock import Clock, IdGenerator, format_rfc3339
+from octollm.contracts.events import EVENT_CATALOGUE, Event, channel_of
 from octollm.errors import OctoError
-from octollm.events.catalogue import check_event
-from octollm.storage.keys import Keys
-from octollm.storage.redis_protocol import Message, PubSub, RedisClient
+from octollm.events.catalogue import validate_event
+from octollm.storage.keys import RedisKeys
+from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
 
-CAPACITY = 1000
+QUEUE_CAPACITY = 1000
 """Events kept for a subscriber that is busy."""
 READY_SECONDS = 5.0
 """How long a new subscription waits until Redis has confirmed it."""
@@ -40,7 +40,7 @@ class Gap:
     channel: str = ""
 
 
-class Follower:
+class GapDetector:
     """Tells, event by event, what is new, what is a repetition, and where something is missing. No I/O."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Follower:
         """The highest ``seq`` seen."""
         self._channels: dict[str, int] = {}
 
-    def see(self, event: Event) -> tuple[bool, Gap | None]:
+    def observe(self, event: Event) -> tuple[bool, Gap | None]:
         """Return whether ``event`` is new, and the gap before it, if there is one.
 
         An event that is not durable is always new. The first event of a channel cannot show a gap.
@@ -87,23 +87,23 @@ class Subscription:
         self._on_gap = on_gap
         self._capacity = capacity
         self._items: deque[Event | Gap] = deque()
-        self._overflowed: Gap | None = None
-        self._kept = 0  # the highest position that went into the queue
-        self._news = asyncio.Event()
+        self._overflow_gap: Gap | None = None
+        self._last_queued = 0  # the highest position that went into the queue
+        self._wakeup = asyncio.Event()
         self._ready = asyncio.Event()
-        self._follower = Follower()
-        self._background = Background("subscription")
+        self._gap_detector = GapDetector()
+        self._background = BackgroundTask("subscription")
         self.gaps = 0
-        self.refused = 0
+        self.malformed = 0
         self.degraded: str | None = None
 
     async def __aenter__(self) -> Subscription:
         """Start to listen; returns once Redis has confirmed it. Raises ``unavailable`` after five seconds."""
-        self._background.start(self._listen(), on_end=self._ended)
+        self._background.start(self._listen(), on_end=self._on_listener_end)
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await self._ready.wait()
-            self._background.check()
+            self._background.raise_if_failed()
         except BaseException as error:
             await self._background.stop()
             if isinstance(error, TimeoutError):
@@ -117,9 +117,9 @@ class Subscription:
         """Stop to listen."""
         await self._background.stop()
 
-    def _ended(self) -> None:
+    def _on_listener_end(self) -> None:
         self._ready.set()
-        self._news.set()
+        self._wakeup.set()
 
     def __aiter__(self) -> Subscription:
         """Return itself."""
@@ -137,23 +137,23 @@ class Subscription:
 
     async def _take(self) -> Event | Gap:
         while not self._items:
-            if self._overflowed is not None:
-                gap, self._overflowed = self._overflowed, None
+            if self._overflow_gap is not None:
+                gap, self._overflow_gap = self._overflow_gap, None
                 return gap
-            self._background.check()
-            self._news.clear()
-            await self._news.wait()
+            self._background.raise_if_failed()
+            self._wakeup.clear()
+            await self._wakeup.wait()
         return self._items.popleft()
 
     def _put(self, item: Event | Gap) -> None:
-        if self._overflowed is None and len(self._items) >= self._capacity:
-            self._overflowed = Gap("overflow", self._kept)
+        if self._overflow_gap is None and len(self._items) >= self._capacity:
+            self._overflow_gap = Gap("overflow", self._last_queued)
         # Nothing more is kept until the queue has run empty: one gap then stands for all of it.
-        if self._overflowed is None:
+        if self._overflow_gap is None:
             self._items.append(item)
             if isinstance(item, Event):
-                self._kept = max(self._kept, item.seq)
-        self._news.set()
+                self._last_queued = max(self._last_queued, item.seq)
+        self._wakeup.set()
 
     async def _listen(self) -> None:
         pause = BACKOFF_FIRST
@@ -165,7 +165,7 @@ class Subscription:
                 while True:
                     message = await pubsub.receive(IDLE_SECONDS)
                     if message is not None and not message.subscribed:
-                        self._received(message)
+                        self._on_message(message)
             except OctoError as error:
                 self.degraded = error.detail
             finally:
@@ -183,22 +183,22 @@ class Subscription:
             if message.subscribed:
                 waiting.discard(message.name)
             else:
-                self._received(message)
+                self._on_message(message)
         self.degraded = None
         if self._ready.is_set():
-            self._put(Gap("reconnected", self._follower.latest))
+            self._put(Gap("reconnected", self._gap_detector.latest))
         self._ready.set()
 
-    def _received(self, message: Message) -> None:
+    def _on_message(self, message: PubSubMessage) -> None:
         try:
             event = msgspec.json.decode(message.data, type=Event)
         except msgspec.MsgspecError:
-            self.refused += 1
+            self.malformed += 1
             return
-        if event.event_type not in CATALOGUE:
-            self.refused += 1
+        if event.event_type not in EVENT_CATALOGUE:
+            self.malformed += 1
             return
-        new, gap = self._follower.see(event)
+        new, gap = self._gap_detector.observe(event)
         if gap is not None:
             self._put(gap)
         if new:
@@ -216,14 +216,14 @@ async def _close(pubsub: PubSub) -> None:
 class EventBus:
     """Publishes events that are not kept, and subscribes to all. Passed in, never global."""
 
-    def __init__(self, redis: RedisClient, keys: Keys, clock: Clock, ids: Ids) -> None:
+    def __init__(self, redis: RedisClient, keys: RedisKeys, clock: Clock, ids: IdGenerator) -> None:
         self._redis = redis
         self._keys = keys
         self._clock = clock
         self._ids = ids
 
     def subscribe(
-        self, *patterns: str, on_gap: Callable[[Gap], None] | None = None, capacity: int = CAPACITY
+        self, *patterns: str, on_gap: Callable[[Gap], None] | None = None, capacity: int = QUEUE_CAPACITY
     ) -> Subscription:
         """Return a subscription to channels by glob pattern, e.g. ``events:task:*``. Use it in ``async with``."""
         names = tuple(self._keys.channel(pattern) for pattern in patterns)
@@ -245,11 +245,11 @@ class EventBus:
         Raises ``invalid_body`` for one that is not declared, or that is durable and so belongs in the log;
         ``unavailable`` when Redis does not answer: then nobody heard of it.
         """
-        if check_event(event_type, data).durable:
+        if validate_event(event_type, data).durable:
             raise OctoError(f"The event {event_type!r} is durable; append it to the log.", code="invalid_body")
         event = Event(
             event_type=event_type,
-            timestamp=iso(self._clock.now()),
+            timestamp=format_rfc3339(self._clock.now()),
             source=source,
             data=data,
             id=self._ids.hex(),

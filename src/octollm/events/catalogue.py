@@ -6,20 +6,20 @@ from collections.abc import Mapping
 
 import msgspec
 
-from octollm.contracts.events import CATALOGUE, EventType
-from octollm.errors import Fault, OctoError
+from octollm.contracts.events import EVENT_CATALOGUE, EventType
+from octollm.errors import FieldError, OctoError
 
 MAX_EVENT_BYTES = 256 * 1024
 """Bytes of an event's ``data`` as JSON."""
 
 
-def check_event(event_type: str, data: Mapping[str, object]) -> EventType:
+def validate_event(event_type: str, data: Mapping[str, object]) -> EventType:
     """Return the declaration of ``event_type``.
 
     Raises ``invalid_body`` when it is not declared, a required member of ``data`` is missing, or ``data`` is too large
     or no JSON.
     """
-    kind = CATALOGUE.get(event_type)
+    kind = EVENT_CATALOGUE.get(event_type)
     if kind is None:
         raise OctoError(f"The event {event_type!r} is not declared in the catalogue.", code="invalid_body")
     missing = [name for name in kind.required if name not in data]
@@ -27,7 +27,7 @@ def check_event(event_type: str, data: Mapping[str, object]) -> EventType:
         raise OctoError(
             f"The event {event_type!r} lacks {', '.join(missing)}.",
             code="invalid_body",
-            faults=[Fault(f"/data/{name}", "is missing") for name in missing],
+            field_errors=[FieldError(f"/data/{name}", "is missing") for name in missing],
         )
     try:
         size = len(msgspec.json.encode(data))

@@ -8,11 +8,11 @@ import msgspec
 from sqlalchemy import select
 from sqlalchemy.engine import RowMapping
 
-from octollm.clock import Clock, Ids, iso
+from octollm.clock import Clock, IdGenerator, format_rfc3339
 from octollm.contracts.events import Event, channel_of
 from octollm.errors import OctoError
-from octollm.events.catalogue import check_event
-from octollm.storage import Connection, Database, Transaction
+from octollm.events.catalogue import validate_event
+from octollm.storage import Database, DatabaseConnection, Transaction
 from octollm.storage.tables import events, subjects
 
 MAX_READ = 1000
@@ -28,7 +28,7 @@ def task_subject(task_id: str) -> str:
 class EventLog:
     """Writes and reads the log. Only the orchestrator has one."""
 
-    def __init__(self, db: Database, clock: Clock, ids: Ids) -> None:
+    def __init__(self, db: Database, clock: Clock, ids: IdGenerator) -> None:
         self._db = db
         self._clock = clock
         self._ids = ids
@@ -63,7 +63,7 @@ class EventLog:
         Raises ``invalid_body`` for an event that is not declared, not durable or lacks a member; ``state_conflict``
         for an id of another tenant's event.
         """
-        kind = check_event(event_type, data)
+        kind = validate_event(event_type, data)
         if not kind.durable:
             raise OctoError(f"The event {event_type!r} is not durable; publish it on the bus.", code="invalid_body")
         if event_id is not None:
@@ -71,11 +71,11 @@ class EventLog:
             await _lock_subject(tx, tenant, subject)
             stored = await tx.first(select(events).where(events.c.tenant == tenant, events.c.id == event_id))
             if stored is not None:
-                return to_event(stored)
+                return event_from_row(stored)
         version = await _next_version(tx, tenant, subject)
         event = Event(
             event_type=event_type,
-            timestamp=timestamp or iso(self._clock.now()),
+            timestamp=timestamp or format_rfc3339(self._clock.now()),
             source=source,
             data=data,
             id=event_id or self._ids.hex(),
@@ -87,10 +87,10 @@ class EventLog:
         )
         values = msgspec.structs.asdict(event) | {"seq": None, "prev": None, "channel": channel_of(event_type)}
         await tx.execute(tx.insert(events).values(values))
-        tx.after_commit(self._committed)
+        tx.after_commit(self._notify_listeners)
         return event
 
-    def _committed(self) -> None:
+    def _notify_listeners(self) -> None:
         for listener in tuple(self._listeners):
             listener()
 
@@ -102,7 +102,7 @@ class EventLog:
         tenant: str | None,
         subject: str | None = None,
         types: Sequence[str] | None = None,
-        connection: Connection | None = None,
+        connection: DatabaseConnection | None = None,
     ) -> list[Event]:
         """Return up to ``limit`` (at most 1000) events behind the position ``after``, by ``seq``.
 
@@ -118,9 +118,9 @@ class EventLog:
             query = query.where(events.c.event_type.in_(types))
         query = query.order_by(events.c.seq).limit(min(limit, MAX_READ))
         if connection is not None:
-            return [to_event(row) for row in await connection.all(query)]
+            return [event_from_row(row) for row in await connection.all(query)]
         async with self._db.read() as snapshot:
-            return [to_event(row) for row in await snapshot.all(query)]
+            return [event_from_row(row) for row in await snapshot.all(query)]
 
     async def read_subject(
         self,
@@ -129,7 +129,7 @@ class EventLog:
         limit: int = MAX_READ,
         *,
         tenant: str,
-        connection: Connection | None = None,
+        connection: DatabaseConnection | None = None,
     ) -> list[Event]:
         """Return up to ``limit`` (at most 1000) events of one subject behind a version, by ``version``.
 
@@ -142,9 +142,9 @@ class EventLog:
             .limit(min(limit, MAX_READ))
         )
         if connection is not None:
-            return [to_event(row) for row in await connection.all(query)]
+            return [event_from_row(row) for row in await connection.all(query)]
         async with self._db.read() as snapshot:
-            return [to_event(row) for row in await snapshot.all(query)]
+            return [event_from_row(row) for row in await snapshot.all(query)]
 
 
 async def _lock_subject(tx: Transaction, tenant: str, subject: str) -> None:
@@ -161,7 +161,7 @@ async def _next_version(tx: Transaction, tenant: str, subject: str) -> int:
     return int(await tx.scalar(statement.returning(subjects.c.version)))
 
 
-def to_event(row: RowMapping) -> Event:
+def event_from_row(row: RowMapping) -> Event:
     """Return the event of a row of the log."""
     return Event(
         event_type=row["event_type"],

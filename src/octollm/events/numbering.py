@@ -14,25 +14,25 @@ from sqlalchemy.engine import RowMapping
 
 from octollm.contracts.events import Event
 from octollm.errors import OctoError
-from octollm.events.log import to_event
-from octollm.storage import Connection, Database, Transaction
+from octollm.events.log import event_from_row
+from octollm.storage import Database, DatabaseConnection, Transaction
 from octollm.storage.tables import channels, events, relay_state
 
-_NAME = "events"
+_STATE_ROW = "events"
 Backlog = Literal["none", "held", "ready"]
 """Events without a number: none, or only ones that a running transaction holds up, or some that can get one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class SequencerLease:
     """A claim on the relay: its ``fence``, the last number given and the last one that Redis took."""
 
     fence: int
-    numbered: int
-    published: int
+    last_sequenced: int
+    last_published: int
 
 
-class Numbering:
+class Sequencer:
     """The statements of the relay."""
 
     def __init__(self, db: Database, *, holder: str, lease_seconds: float) -> None:
@@ -40,26 +40,26 @@ class Numbering:
         self._holder = holder
         self._lease_seconds = lease_seconds
 
-    async def claim(self) -> Claim | None:
+    async def acquire(self) -> SequencerLease | None:
         """Take the relay if nobody holds it; ``None`` while another one does."""
         async with self._db.read() as connection:
-            state = await _state(connection)
-            if state is not None and _held(state, await connection.now()):
+            state = await _load_state(connection)
+            if state is not None and _is_held(state, await connection.now()):
                 return None
         async with self._db.transaction() as tx:
-            await tx.execute(tx.insert(relay_state).values(name=_NAME, lease_until=0.0).on_conflict_do_nothing())
-            state = await _state(tx)
+            await tx.execute(tx.insert(relay_state).values(name=_STATE_ROW, lease_until=0.0).on_conflict_do_nothing())
+            state = await _load_state(tx)
             assert state is not None
             now = await tx.now()
-            if _held(state, now):
+            if _is_held(state, now):
                 return None
             fence = int(state["fence"]) + 1
             await tx.execute(
                 update(relay_state)
-                .where(relay_state.c.name == _NAME)
+                .where(relay_state.c.name == _STATE_ROW)
                 .values(holder=self._holder, fence=fence, lease_until=now + self._lease_seconds)
             )
-            return Claim(fence, int(state["numbered"]), int(state["published"]))
+            return SequencerLease(fence, int(state["numbered"]), int(state["published"]))
 
     async def backlog(self) -> Backlog:
         """Return whether the log has events without a number, and whether they can get one by now."""
@@ -68,12 +68,12 @@ class Numbering:
             if connection.dialect == "sqlite":
                 return "ready" if await connection.scalar(select(waiting)) else "none"
             row = await connection.first(
-                select(waiting.label("waiting"), waiting.where(_settled(connection)).label("ready"))
+                select(waiting.label("waiting"), waiting.where(_before_commit_horizon(connection)).label("ready"))
             )
         assert row is not None
         return "ready" if row["ready"] else "held" if row["waiting"] else "none"
 
-    async def number(self, fence: int, limit: int) -> tuple[list[Event], int]:
+    async def assign(self, fence: int, limit: int) -> tuple[list[Event], int]:
         """Give numbers to up to ``limit`` events in the order of insertion and renew the lease.
 
         On PostgreSQL transactions overlap: an event inserted earlier may be committed later. Numbered are those whose
@@ -81,10 +81,15 @@ class Numbering:
         Returns those events, and the last number given so far. Raises ``fence_lost`` when another holds the relay.
         """
         async with self._db.transaction() as tx:
-            last = await self._numbered(tx, fence)
-            query = select(events).where(events.c.seq.is_(None), _settled(tx)).order_by(events.c.row_id).limit(limit)
+            last = await self._check_fence(tx, fence)
+            query = (
+                select(events)
+                .where(events.c.seq.is_(None), _before_commit_horizon(tx))
+                .order_by(events.c.row_id)
+                .limit(limit)
+            )
             rows = await tx.all(query)
-            latest = await _latest(tx, {str(row["channel"]) for row in rows}) if rows else {}
+            latest = await _load_latest(tx, {str(row["channel"]) for row in rows}) if rows else {}
             numbers: list[dict[str, int]] = []
             for row in rows:
                 last += 1
@@ -107,21 +112,21 @@ class Numbering:
                 )
             await tx.execute(
                 update(relay_state)
-                .where(relay_state.c.name == _NAME)
+                .where(relay_state.c.name == _STATE_ROW)
                 .values(numbered=last, lease_until=await tx.now() + self._lease_seconds)
             )
         return [
-            msgspec.structs.replace(to_event(row), seq=number["next_seq"], prev=number["next_prev"])
+            msgspec.structs.replace(event_from_row(row), seq=number["next_seq"], prev=number["next_prev"])
             for row, number in zip(rows, numbers, strict=True)
         ], last
 
     async def mark_published(self, fence: int, seq: int) -> None:
         """Note that Redis took every event up to ``seq``. Raises ``fence_lost`` when another holds the relay."""
         async with self._db.transaction() as tx:
-            await self._numbered(tx, fence)
+            await self._check_fence(tx, fence)
             await tx.execute(
                 update(relay_state)
-                .where(relay_state.c.name == _NAME, relay_state.c.published < seq)
+                .where(relay_state.c.name == _STATE_ROW, relay_state.c.published < seq)
                 .values(published=seq)
             )
 
@@ -130,19 +135,19 @@ class Numbering:
         async with self._db.transaction() as tx:
             await tx.execute(
                 update(relay_state)
-                .where(relay_state.c.name == _NAME, relay_state.c.fence == fence)
+                .where(relay_state.c.name == _STATE_ROW, relay_state.c.fence == fence)
                 .values(lease_until=0.0, published=published)
             )
 
-    async def _numbered(self, tx: Transaction, fence: int) -> int:
+    async def _check_fence(self, tx: Transaction, fence: int) -> int:
         """Return the last number given, after making sure of the fence."""
-        state = await _state(tx)
+        state = await _load_state(tx)
         if state is None or state["fence"] != fence:
             raise OctoError("Another relay holds the log.", code="fence_lost")
         return int(state["numbered"])
 
 
-def _settled(connection: Connection) -> ColumnElement[bool]:
+def _before_commit_horizon(connection: DatabaseConnection) -> ColumnElement[bool]:
     """Say of an event whether every event inserted before it is committed, or never will be.
 
     https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
@@ -157,17 +162,17 @@ def _settled(connection: Connection) -> ColumnElement[bool]:
     return or_(number.is_(None), number < oldest_running, number >= next_one)
 
 
-def _held(state: RowMapping, now: float) -> bool:
+def _is_held(state: RowMapping, now: float) -> bool:
     return float(state["lease_until"]) > now
 
 
-async def _state(connection: Connection) -> RowMapping | None:
-    query = select(relay_state).where(relay_state.c.name == _NAME)
+async def _load_state(connection: DatabaseConnection) -> RowMapping | None:
+    query = select(relay_state).where(relay_state.c.name == _STATE_ROW)
     if isinstance(connection, Transaction):
         query = query.with_for_update()
     return await connection.first(query)
 
 
-async def _latest(connection: Connection, names: set[str]) -> dict[str, int]:
+async def _load_latest(connection: DatabaseConnection, names: set[str]) -> dict[str, int]:
     rows = await connection.all(select(channels).where(channels.c.channel.in_(names)))
     return {str(row["channel"]): int(row["seq"]) for row in rows}

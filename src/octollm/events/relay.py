@@ -9,22 +9,22 @@ from types import TracebackType
 
 import msgspec
 
-from octollm.background import Background, wait_for
-from octollm.clock import Clock, Ids
+from octollm.background import BackgroundTask, wait_for_event
+from octollm.clock import Clock, IdGenerator
 from octollm.contracts.events import Event, channel_of
 from octollm.errors import OctoError
 from octollm.events.log import TASK_PREFIX, EventLog
-from octollm.events.numbering import Claim, Numbering
+from octollm.events.numbering import Sequencer, SequencerLease
 from octollm.storage import Database
-from octollm.storage.keys import Keys
+from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import RedisClient
 
-MARK_EVERY = 1000
+CURSOR_INTERVAL = 1000
 """Events after which the cursor is written even under load."""
 
 
 @dataclass(frozen=True, slots=True)
-class RelayPolicy:
+class OutboxPolicy:
     """Times in seconds. ``poll`` is the fallback for a lost wake-up; ``batch`` counts events.
 
     ``held`` is the pause while a running transaction holds events up: its end wakes nobody.
@@ -35,31 +35,31 @@ class RelayPolicy:
 
     lease: float = 5.0
     poll: float = 0.2
-    held: float = 0.02
-    backoff_first: float = 0.1
-    backoff_most: float = 5.0
+    blocked_pause: float = 0.02
+    backoff_initial: float = 0.1
+    backoff_max: float = 5.0
     batch: int = 200
     batch_bytes: int = 1024 * 1024
 
     def backoff(self, failures: int) -> float:
         """Return the pause after that many failures in a row."""
-        return min(self.backoff_first * 2 ** min(failures - 1, 16), self.backoff_most)
+        return min(self.backoff_initial * 2 ** min(failures - 1, 16), self.backoff_max)
 
 
 @dataclass(frozen=True, slots=True)
-class RelayHealth:
+class OutboxHealth:
     """How the relay is. ``holding`` says whether it is this one that works; another replica's may.
 
     ``degraded`` is what does not work now, or ``None``; ``numbered`` and ``published`` are positions in the log.
     """
 
-    holding: bool = False
+    is_leader: bool = False
     degraded: str | None = None
-    numbered: int = 0
-    published: int = 0
+    last_sequenced: int = 0
+    last_published: int = 0
 
 
-class Relay:
+class OutboxPublisher:
     """Numbers and publishes the log's events while its ``async with`` lasts, if no other replica does.
 
     One task numbers, another publishes, so that numbering goes on while Redis is down. Both try again for ever what
@@ -73,31 +73,31 @@ class Relay:
         log: EventLog,
         redis: RedisClient,
         clock: Clock,
-        ids: Ids,
+        ids: IdGenerator,
         *,
-        keys: Keys,
-        policy: RelayPolicy | None = None,
+        keys: RedisKeys,
+        policy: OutboxPolicy | None = None,
     ) -> None:
         self._log = log
         self._redis = redis
         self._clock = clock
         self._keys = keys
-        self._policy = policy or RelayPolicy()
-        self._numbering = Numbering(db, holder=ids.hex(), lease_seconds=self._policy.lease)
-        self._claim: Claim | None = None
-        self._renewed = clock.monotonic()
-        self._work = asyncio.Event()
-        self._news = asyncio.Event()
-        self._moved = asyncio.Condition()
-        self._fresh: list[Event] = []  # the latest batch numbered
-        self._marked = 0  # the position of the cursor in SQL
-        self._troubles: dict[str, str] = {}
-        self._background = Background("relay")
-        self._unlisten: Callable[[], None] | None = None
+        self._policy = policy or OutboxPolicy()
+        self._sequencer = Sequencer(db, holder=ids.hex(), lease_seconds=self._policy.lease)
+        self._lease: SequencerLease | None = None
+        self._renewed_at = clock.monotonic()
+        self._sequence_wakeup = asyncio.Event()
+        self._publish_wakeup = asyncio.Event()
+        self._position_changed = asyncio.Condition()
+        self._latest_batch: list[Event] = []  # the latest batch numbered
+        self._saved_cursor = 0  # the position of the cursor in SQL
+        self._failures: dict[str, str] = {}
+        self._background = BackgroundTask("relay")
+        self._remove_listener: Callable[[], None] | None = None
 
-    async def __aenter__(self) -> Relay:
+    async def __aenter__(self) -> OutboxPublisher:
         """Start to work."""
-        self._unlisten = self._log.on_commit(self.wake)
+        self._remove_listener = self._log.on_commit(self.wake)
         self._background.start(self._run())
         return self
 
@@ -105,33 +105,33 @@ class Relay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop, and let another replica go on at once."""
-        unlisten, self._unlisten = self._unlisten, None
+        unlisten, self._remove_listener = self._remove_listener, None
         if unlisten is not None:
             unlisten()
         try:
             await self._background.stop()
         finally:
-            if self._claim is not None:
-                claim, self._claim = self._claim, None
+            if self._lease is not None:
+                claim, self._lease = self._lease, None
                 try:
-                    await self._numbering.release(claim.fence, claim.published)
+                    await self._sequencer.release(claim.fence, claim.last_published)
                 except OctoError:
                     # The lease runs out by itself; the next holder only waits for that.
-                    self._troubles["database"] = "The lease could not be released."
+                    self._failures["database"] = "The lease could not be released."
 
     def wake(self) -> None:
         """Say that there may be new events. Called by the log after each commit in this process."""
-        self._work.set()
+        self._sequence_wakeup.set()
 
     @property
-    def health(self) -> RelayHealth:
+    def health(self) -> OutboxHealth:
         """Return how it is now."""
         if (failure := self._background.failure) is not None:
-            return RelayHealth(degraded=f"The relay stopped: {type(failure).__name__}.")
-        degraded = " ".join(self._troubles[part] for part in sorted(self._troubles)) or None
-        if self._claim is None:
-            return RelayHealth(degraded=degraded)
-        return RelayHealth(True, degraded, self._claim.numbered, self._claim.published)
+            return OutboxHealth(degraded=f"The relay stopped: {type(failure).__name__}.")
+        degraded = " ".join(self._failures[part] for part in sorted(self._failures)) or None
+        if self._lease is None:
+            return OutboxHealth(degraded=degraded)
+        return OutboxHealth(True, degraded, self._lease.last_sequenced, self._lease.last_published)
 
     async def wait(self) -> None:
         """Wait until the relay ends, and raise what it died of."""
@@ -145,101 +145,101 @@ class Relay:
         self.wake()
         try:
             async with asyncio.timeout(timeout):
-                while await self._numbering.backlog() != "none" or not self._all_published():
-                    self._background.check()
-                    async with self._moved:
+                while await self._sequencer.backlog() != "none" or not self._is_all_published():
+                    self._background.raise_if_failed()
+                    async with self._position_changed:
                         try:
                             async with asyncio.timeout(self._policy.poll):
-                                await self._moved.wait()
+                                await self._position_changed.wait()
                         except TimeoutError:
                             continue
         except TimeoutError:
             return False
         return True
 
-    def _all_published(self) -> bool:
-        return self._claim is not None and self._claim.published >= self._claim.numbered
+    def _is_all_published(self) -> bool:
+        return self._lease is not None and self._lease.last_published >= self._lease.last_sequenced
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._forever("database", self._number), name="relay-number")
-            group.create_task(self._forever("redis", self._publish), name="relay-publish")
+            group.create_task(self._retry_forever("database", self._sequence_once), name="relay-number")
+            group.create_task(self._retry_forever("redis", self._publish_once), name="relay-publish")
 
-    async def _forever(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
+    async def _retry_forever(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run one round of ``work`` after another; pause longer and longer while it fails."""
         failures = 0
         while True:
             try:
                 await work()
                 failures = 0
-                self._troubles.pop(part, None)
+                self._failures.pop(part, None)
             except OctoError as error:
                 if error.code == "fence_lost":
-                    self._claim = None
+                    self._lease = None
                     continue
                 failures += 1
-                self._troubles[part] = error.detail
+                self._failures[part] = error.detail
                 await asyncio.sleep(self._policy.backoff(failures))
 
-    async def _number(self) -> None:
+    async def _sequence_once(self) -> None:
         """One round of numbering: claim or renew the lease, number what is there, else wait."""
-        if self._claim is None:
-            claim = await self._numbering.claim()
+        if self._lease is None:
+            claim = await self._sequencer.acquire()
             if claim is None:
-                await wait_for(self._work, self._policy.poll)
+                await wait_for_event(self._sequence_wakeup, self._policy.poll)
                 return
-            self._claim, self._renewed, self._marked = claim, self._clock.monotonic(), claim.published
-            self._news.set()
-        claim = self._claim
-        woken = self._work.is_set()
-        due = self._clock.monotonic() - self._renewed >= self._policy.lease / 3
-        if not woken and not due and (backlog := await self._numbering.backlog()) != "ready":
-            pause = self._policy.poll if backlog == "none" else self._policy.held
-            await wait_for(self._work, pause, clear=False)
+            self._lease, self._renewed_at, self._saved_cursor = claim, self._clock.monotonic(), claim.last_published
+            self._publish_wakeup.set()
+        claim = self._lease
+        woken = self._sequence_wakeup.is_set()
+        due = self._clock.monotonic() - self._renewed_at >= self._policy.lease / 3
+        if not woken and not due and (backlog := await self._sequencer.backlog()) != "ready":
+            pause = self._policy.poll if backlog == "none" else self._policy.blocked_pause
+            await wait_for_event(self._sequence_wakeup, pause, clear=False)
             return
-        self._work.clear()
+        self._sequence_wakeup.clear()
         started = self._clock.monotonic()
-        batch, numbered = await self._numbering.number(claim.fence, self._policy.batch)
-        self._renewed = started
-        await self._advance(claim.fence, numbered=numbered)
+        batch, numbered = await self._sequencer.assign(claim.fence, self._policy.batch)
+        self._renewed_at = started
+        await self._advance(claim.fence, sequenced=numbered)
         if batch:
-            self._fresh = batch
-            self._news.set()
+            self._latest_batch = batch
+            self._publish_wakeup.set()
         if len(batch) == self._policy.batch:
-            self._work.set()
+            self._sequence_wakeup.set()
 
-    async def _publish(self) -> None:
+    async def _publish_once(self) -> None:
         """One round of publishing: tell Redis what it has not taken yet, else wait."""
-        claim = self._claim
-        if claim is None or claim.published >= claim.numbered:
-            await wait_for(self._news, self._policy.poll)
+        claim = self._lease
+        if claim is None or claim.last_published >= claim.last_sequenced:
+            await wait_for_event(self._publish_wakeup, self._policy.poll)
             return
-        for messages, last in self._messages(await self._behind(claim.published)):
+        for messages, last in self._build_messages(await self._read_unpublished(claim.last_published)):
             await self._redis.publish(messages)
             await self._advance(claim.fence, published=last)
         # The cursor is written when there is a pause: after a crash, what Redis took since comes once more.
-        published = self._claim.published if self._claim is not None else 0
-        if self._all_published() or published - self._marked >= MARK_EVERY:
-            await self._numbering.mark_published(claim.fence, published)
-            self._marked = published
+        published = self._lease.last_published if self._lease is not None else 0
+        if self._is_all_published() or published - self._saved_cursor >= CURSOR_INTERVAL:
+            await self._sequencer.mark_published(claim.fence, published)
+            self._saved_cursor = published
 
-    async def _behind(self, published: int) -> Sequence[Event]:
+    async def _read_unpublished(self, published: int) -> Sequence[Event]:
         """Return the events behind a position: those just numbered, if they are next, else from the log."""
-        if self._fresh and self._fresh[0].seq == published + 1:
-            return self._fresh
+        if self._latest_batch and self._latest_batch[0].seq == published + 1:
+            return self._latest_batch
         return await self._log.read(published, self._policy.batch, tenant=None)
 
-    async def _advance(self, fence: int, *, numbered: int = 0, published: int = 0) -> None:
+    async def _advance(self, fence: int, *, sequenced: int = 0, published: int = 0) -> None:
         """Raise the positions, if the claim is still the same."""
-        claim = self._claim
+        claim = self._lease
         if claim is not None and claim.fence == fence:
-            self._claim = replace(
-                claim, numbered=max(claim.numbered, numbered), published=max(claim.published, published)
+            self._lease = replace(
+                claim, numbered=max(claim.last_sequenced, sequenced), published=max(claim.last_published, published)
             )
-        async with self._moved:
-            self._moved.notify_all()
+        async with self._position_changed:
+            self._position_changed.notify_all()
 
-    def _messages(self, batch: Sequence[Event]) -> Iterator[tuple[list[tuple[str, bytes]], int]]:
+    def _build_messages(self, batch: Sequence[Event]) -> Iterator[tuple[list[tuple[str, bytes]], int]]:
         """Give what to publish, in portions of bounded size, with the last ``seq`` of each."""
         if not batch:
             return
@@ -249,7 +249,7 @@ class Relay:
         for event in batch:
             payload = msgspec.json.encode(event)
             if whole and size + len(payload) > self._policy.batch_bytes:
-                yield [*messages, (self._keys.log, _array(whole))], last
+                yield [*messages, (self._keys.log, _join_json_array(whole))], last
                 messages, whole, size = [], [], 0
             messages.append((self._keys.channel(channel_of(event.event_type)), payload))
             if event.subject.startswith(TASK_PREFIX):
@@ -257,8 +257,8 @@ class Relay:
             whole.append(payload)
             size += len(payload)
             last = event.seq
-        yield [*messages, (self._keys.log, _array(whole))], last
+        yield [*messages, (self._keys.log, _join_json_array(whole))], last
 
 
-def _array(parts: Sequence[bytes]) -> bytes:
+def _join_json_array(parts: Sequence[bytes]) -> bytes:
     return b"[" + b",".join(parts) + b"]"

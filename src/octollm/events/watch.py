@@ -6,13 +6,13 @@ import asyncio
 from dataclasses import dataclass
 from types import TracebackType
 
-from octollm.background import Background
+from octollm.background import BackgroundTask
 from octollm.errors import OctoError
-from octollm.storage.keys import Keys
-from octollm.storage.redis_protocol import Message, PubSub, RedisClient
+from octollm.storage.keys import RedisKeys
+from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
 from octollm.storage.text_stream import TEXT_HINT
 
-TIMER_SECONDS = 1.0
+FALLBACK_POLL_SECONDS = 1.0
 """A watcher looks by itself as often, so a lost hint costs no more than that."""
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
 IDLE_SECONDS = 30.0
@@ -26,23 +26,23 @@ class Hint:
     text: bool
 
 
-class Watch:
+class TaskSubscription:
     """The hints on one task, while its ``async with`` lasts; an async iterator that never ends by itself.
 
     Hints that come while the watcher is busy become one. The first comes at once, so that a watcher reads what
     is there, and another when the subscription is in effect, so that nothing slips through in between.
     """
 
-    def __init__(self, hub: TaskWatch, task_id: str, timer: float) -> None:
+    def __init__(self, hub: TaskWatchHub, task_id: str, poll_seconds: float) -> None:
         self._hub = hub
         self.task_id = task_id
-        self._timer = timer
-        self._news = asyncio.Event()
+        self._poll_seconds = poll_seconds
+        self._wakeup = asyncio.Event()
         self._events = True
         self._text = True
-        self._news.set()
+        self._wakeup.set()
 
-    async def __aenter__(self) -> Watch:
+    async def __aenter__(self) -> TaskSubscription:
         """Begin to watch."""
         await self._hub.add(self)
         return self
@@ -53,13 +53,13 @@ class Watch:
         """Stop watching."""
         await self._hub.remove(self)
 
-    def hint(self, *, events: bool, text: bool) -> None:
+    def notify(self, *, events: bool, text: bool) -> None:
         """Note that there may be news."""
         self._events |= events
         self._text |= text
-        self._news.set()
+        self._wakeup.set()
 
-    def __aiter__(self) -> Watch:
+    def __aiter__(self) -> TaskSubscription:
         """Return itself."""
         return self
 
@@ -67,38 +67,38 @@ class Watch:
         """Return a hint, at the latest when the timer runs out. Raises what the hub died of."""
         self._hub.check()
         try:
-            async with asyncio.timeout(self._timer):
-                await self._news.wait()
+            async with asyncio.timeout(self._poll_seconds):
+                await self._wakeup.wait()
         except TimeoutError:
             return Hint(events=True, text=True)
         self._hub.check()
         hint = Hint(self._events, self._text)
         self._events = self._text = False
-        self._news.clear()
+        self._wakeup.clear()
         return hint
 
 
-class TaskWatch:
+class TaskWatchHub:
     """Watches any number of tasks over one connection to Redis. Used in ``async with``, one a process.
 
     Without Redis the timers go on, and :attr:`degraded` says why there is nothing else.
     """
 
-    def __init__(self, redis: RedisClient, keys: Keys, *, timer: float = TIMER_SECONDS) -> None:
+    def __init__(self, redis: RedisClient, keys: RedisKeys, *, poll_seconds: float = FALLBACK_POLL_SECONDS) -> None:
         self._redis = redis
         self._keys = keys
-        self._timer = timer
-        self._watches: dict[str, set[Watch]] = {}
+        self._poll_seconds = poll_seconds
+        self._subscriptions: dict[str, set[TaskSubscription]] = {}
         self._confirmed: set[str] = set()
         self._pubsub: PubSub | None = None
-        self._sending = asyncio.Lock()
-        self._background = Background("task-watch")
-        self._base = keys.watch("-")  # no task's: a connection that listens to nothing cannot be read
+        self._send_lock = asyncio.Lock()
+        self._background = BackgroundTask("task-watch")
+        self._idle_channel = keys.watch("-")  # no task's: a connection that listens to nothing cannot be read
         self.degraded: str | None = None
 
-    async def __aenter__(self) -> TaskWatch:
+    async def __aenter__(self) -> TaskWatchHub:
         """Start to listen. Redis need not be there yet."""
-        self._background.start(self._listen(), on_end=self._hint_all)
+        self._background.start(self._listen(), on_end=self._notify_all)
         return self
 
     async def __aexit__(
@@ -107,42 +107,42 @@ class TaskWatch:
         """Stop to listen."""
         await self._background.stop()
 
-    def watch(self, task_id: str) -> Watch:
+    def subscribe(self, task_id: str) -> TaskSubscription:
         """Return the hints on one task: ``async with hub.watch(id) as hints: async for hint in hints: …``."""
-        return Watch(self, task_id, self._timer)
+        return TaskSubscription(self, task_id, self._poll_seconds)
 
-    def listening(self, task_id: str) -> bool:
+    def is_listening(self, task_id: str) -> bool:
         """Return whether Redis has confirmed that hints on the task come, and the connection still stands."""
         return self._keys.watch(task_id) in self._confirmed
 
     def check(self) -> None:
         """Raise what the listener died of."""
-        self._background.check()
+        self._background.raise_if_failed()
 
-    async def add(self, watch: Watch) -> None:
+    async def add(self, subscription: TaskSubscription) -> None:
         """Begin to listen for ``watch``. For :class:`Watch` alone."""
-        channel = self._keys.watch(watch.task_id)
-        first = channel not in self._watches
-        self._watches.setdefault(channel, set()).add(watch)
+        channel = self._keys.watch(subscription.task_id)
+        first = channel not in self._subscriptions
+        self._subscriptions.setdefault(channel, set()).add(subscription)
         if first:
-            await self._send(channel, listen=True)
+            await self._update_channel(channel, subscribe=True)
 
-    async def remove(self, watch: Watch) -> None:
+    async def remove(self, subscription: TaskSubscription) -> None:
         """Stop listening for ``watch``. For :class:`Watch` alone."""
-        channel = self._keys.watch(watch.task_id)
-        watches = self._watches.get(channel, set())
-        watches.discard(watch)
-        if not watches and self._watches.pop(channel, None) is not None:
+        channel = self._keys.watch(subscription.task_id)
+        watches = self._subscriptions.get(channel, set())
+        watches.discard(subscription)
+        if not watches and self._subscriptions.pop(channel, None) is not None:
             self._confirmed.discard(channel)
-            await self._send(channel, listen=False)
+            await self._update_channel(channel, subscribe=False)
 
-    async def _send(self, channel: str, *, listen: bool) -> None:
-        async with self._sending:
+    async def _update_channel(self, channel: str, *, subscribe: bool) -> None:
+        async with self._send_lock:
             # Others may have come or gone while this one waited; what counts is what is wanted now.
-            if self._pubsub is None or (channel in self._watches) is not listen:
+            if self._pubsub is None or (channel in self._subscriptions) is not subscribe:
                 return
             try:
-                if listen:
+                if subscribe:
                     await self._pubsub.subscribe(channel)
                 else:
                     await self._pubsub.unsubscribe(channel)
@@ -155,14 +155,14 @@ class TaskWatch:
         while True:
             pubsub = self._redis.pubsub()
             try:
-                async with self._sending:
-                    await pubsub.subscribe(self._base, *self._watches)
+                async with self._send_lock:
+                    await pubsub.subscribe(self._idle_channel, *self._subscriptions)
                     self._pubsub = pubsub
                 while True:
                     message = await pubsub.receive(IDLE_SECONDS)
                     self.degraded, pause = None, BACKOFF_FIRST
                     if message is not None:
-                        self._received(message)
+                        self._on_message(message)
             except OctoError as error:
                 self.degraded = error.detail
             finally:
@@ -172,18 +172,18 @@ class TaskWatch:
             await asyncio.sleep(pause)
             pause = min(pause * 2, BACKOFF_MOST)
 
-    def _received(self, message: Message) -> None:
-        if message.subscribed and message.name in self._watches:
+    def _on_message(self, message: PubSubMessage) -> None:
+        if message.subscribed and message.name in self._subscriptions:
             self._confirmed.add(message.name)
         text = message.subscribed or message.data == TEXT_HINT
         events = message.subscribed or not text
-        for watch in self._watches.get(message.name, ()):
-            watch.hint(events=events, text=text)
+        for watch in self._subscriptions.get(message.name, ()):
+            watch.notify(events=events, text=text)
 
-    def _hint_all(self) -> None:
-        for watches in self._watches.values():
+    def _notify_all(self) -> None:
+        for watches in self._subscriptions.values():
             for watch in watches:
-                watch.hint(events=True, text=True)
+                watch.notify(events=True, text=True)
 
 
 async def _close(pubsub: PubSub) -> None:

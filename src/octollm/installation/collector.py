@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 
-YOUNG = 10_000
+GC_THRESHOLD = 10_000
 """Objects that are made, beyond those that are gone, before the collector looks at the new ones; Python has 700."""
 
 
-def settle_collector() -> None:
+def tune_garbage_collector() -> None:
     """Tell the collector that what a started process consists of stays.
 
     Modules, classes and caches are some hundred thousand objects, which a full collection looks at one by one, during a
@@ -16,4 +16,4 @@ def settle_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG, 20, 20)
+    gc.set_threshold(GC_THRESHOLD, 20, 20)

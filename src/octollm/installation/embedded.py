@@ -11,24 +11,24 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm.clock import Clock, Ids
+from octollm.clock import Clock, IdGenerator
 from octollm.config import Settings
 from octollm.errors import OctoError
-from octollm.installation.home import Home, Running, open_home, open_keys, write_private
-from octollm.installation.hosted import Hosted, guarded
-from octollm.installation.keys import HomeKeys, load_keys
+from octollm.installation.home import Home, RunningInstallation, open_home, open_keys, write_private
+from octollm.installation.hosted import ServiceHost, supervise_hosts
+from octollm.installation.keys import HomeKeys, load_home_keys
 from octollm.installation.own_keys import RootKeys
 from octollm.installation.ports import bind_all, is_loopback
-from octollm.installation.services import ServiceFactory, Supplies, service_opener
-from octollm.installation.wires import served, wire_of
+from octollm.installation.services import ServiceFactory, ServiceResources, bind_service_factory
+from octollm.installation.wires import server_transport, transport_from_settings
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.health import Readiness
-from octollm.rpc.http import Http, TransportError
-from octollm.rpc.identity import Identity
-from octollm.rpc.service import Base, build_base
-from octollm.rpc.wire import Wire
+from octollm.rpc.http import HttpClient, TransportError
+from octollm.rpc.identity import ServiceIdentity
+from octollm.rpc.service import ServiceBase, build_base
+from octollm.rpc.wire import TransportConfig
 from octollm.storage import MemoryServers, open_redis
-from octollm.telemetry import configure_logs, log_for
+from octollm.telemetry import configure_logging, get_logger
 
 STOP_SECONDS = 2.4
 """How long stopping may take before what is left is cancelled."""
@@ -37,7 +37,7 @@ DRAIN_SECONDS = 2.0
 READY_SECONDS = 150.0
 """How long the services may take to become ready; loading a model is most of it."""
 
-STAGES: Sequence[tuple[str, ...]] = (
+START_STAGES: Sequence[tuple[str, ...]] = (
     ("orchestrator",),
     ("memory", "monitor", "models"),
     ("judge", "executor", "retriever", "coder", "planner"),
@@ -58,35 +58,35 @@ The monitor is last: the others hand their last spans to it."""
 OnStage = Callable[[str], None]
 
 
-def _quiet(_name: str) -> None:
+def _ignore_stage(_name: str) -> None:
     """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
-class System:
+class Installation:
     """A running installation. ``urls`` are the services' addresses as this machine reaches them."""
 
     home: Home
     settings: Settings
     urls: Mapping[str, str]
     local_key: str
-    http: Http
+    http: HttpClient
 
     @property
-    def door(self) -> str:
+    def gateway_url(self) -> str:
         """Return the URL of the public door."""
         return self.urls["reflex"]
 
-    async def wait_ready(self, *, seconds: float = READY_SECONDS, on_ready: OnStage = _quiet) -> None:
+    async def wait_ready(self, *, timeout: float = READY_SECONDS, on_ready: OnStage = _ignore_stage) -> None:
         """Wait until every service is ready, calling ``on_ready`` with the name of each that is.
 
         Raises ``unavailable`` after ``seconds``, naming what is not ready and why.
         """
-        end = time.monotonic() + seconds
+        end = time.monotonic() + timeout
         waiting = dict.fromkeys(self.urls, "it does not answer")
         while waiting:
             for name in list(waiting):
-                reason = await self._unready(name)
+                reason = await self._unready_reason(name)
                 if reason is None:
                     del waiting[name]
                     on_ready(name)
@@ -94,11 +94,11 @@ class System:
                     waiting[name] = reason
             if waiting and time.monotonic() > end:
                 what = "; ".join(f"{name}: {reason}" for name, reason in waiting.items())
-                raise OctoError(f"Not ready after {seconds:.0f} s: {what}.", code="unavailable")
+                raise OctoError(f"Not ready after {timeout:.0f} s: {what}.", code="unavailable")
             if waiting:
                 await asyncio.sleep(0.05)
 
-    async def _unready(self, name: str) -> str | None:
+    async def _unready_reason(self, name: str) -> str | None:
         """Return why a service is not ready, or ``None``."""
         try:
             answer = await self.http.send("GET", self.urls[name] + "/ready", {}, None, seconds=10)
@@ -115,74 +115,76 @@ class System:
 
 
 @contextlib.asynccontextmanager
-async def embedded_system(
+async def embedded_installation(
     settings: Settings,
     *,
     clock: Clock,
-    ids: Ids,
+    ids: IdGenerator,
     ports: Mapping[str, int] | None = None,
     overrides: Mapping[str, ServiceFactory] | None = None,
-    on_stage: OnStage = _quiet,
-) -> AsyncGenerator[System]:
+    on_stage: OnStage = _ignore_stage,
+) -> AsyncGenerator[Installation]:
     """Run every service in this process for as long as the context is open.
 
-    The sockets come first, so that a taken port is said before anything starts. ``ports`` overrides single ports
+    The sockets come first, so that a taken port is said before anything starts. ``check_ports`` overrides single ports
     (0: any free one); ``overrides`` puts other factories in place of services. ``on_stage`` is called with what
     starts next. When a service dies, the body is cancelled and the reason raised. Leaving stops all in under 3 s.
     Raises ``home_in_use``, ``port_taken``, ``setting_invalid`` and what the services raise at their start.
     """
     async with contextlib.AsyncExitStack() as stack:
         home = await stack.enter_async_context(open_home(settings.home))
-        wire = wire_of(settings)
-        bound = stack.enter_context(bind_all(settings.host, settings.port_shift, ports, scheme=wire.scheme))
+        wire = transport_from_settings(settings)
+        bound = stack.enter_context(bind_all(settings.host, settings.port_offset, ports, scheme=wire.scheme))
         async with open_keys(settings.home):
-            keys = await asyncio.to_thread(load_keys, home, ids)
-        stack.enter_context(configure_logs(home.log_file, level=settings.log_level, clock=clock))
-        http = await stack.enter_async_context(wire.client())
+            keys = await asyncio.to_thread(load_home_keys, home, ids)
+        stack.enter_context(configure_logging(home.log_file, level=settings.log_level, clock=clock))
+        http = await stack.enter_async_context(wire.create_client())
         redis = await stack.enter_async_context(open_redis(settings.redis_url, servers=MemoryServers()))
-        system = System(home, settings, bound.urls, keys.local, http)
-        supplies = Supplies(
+        system = Installation(home, settings, bound.urls, keys.local, http)
+        supplies = ServiceResources(
             settings, redis, RootKeys(keys.root, keys.public, keys.local), keys.local, is_loopback(settings.host)
         )
         hosts = {
-            name: Hosted(
+            name: ServiceHost(
                 name,
-                service_opener(name, base, supplies, override=(overrides or {}).get(name)),
+                bind_service_factory(name, base, supplies, override=(overrides or {}).get(name)),
                 bound.sockets[name],
                 drain=DRAIN_SECONDS,
             )
-            for name, base in _bases(system, keys, wire, clock, ids).items()
+            for name, base in _build_bases(system, keys, wire, clock, ids).items()
         }
         try:
-            for stage in STAGES:
+            for stage in START_STAGES:
                 on_stage(", ".join(stage))
                 await asyncio.gather(*(hosts[name].start() for name in stage))
-            running = msgspec.json.encode(Running(os.getpid(), system.door))
+            running = msgspec.json.encode(RunningInstallation(os.getpid(), system.gateway_url))
             await asyncio.to_thread(write_private, home.running_file, running, ids)
-            async with guarded(hosts.values()):
+            async with supervise_hosts(hosts.values()):
                 yield system
         finally:
-            await _stop(hosts)
+            await _stop_hosts(hosts)
 
 
-def _bases(system: System, keys: HomeKeys, wire: Wire, clock: Clock, ids: Ids) -> dict[str, Base]:
+def _build_bases(
+    system: Installation, keys: HomeKeys, wire: TransportConfig, clock: Clock, ids: IdGenerator
+) -> dict[str, ServiceBase]:
     own = {name: (url,) for name, url in system.urls.items()}
     discovery = StaticDiscovery({**own, **system.settings.service_urls})
-    share = system.settings.trace_share
+    share = system.settings.trace_sample_ratio
     return {
         name: build_base(
-            Identity(name, key, keys.roots(clock.now()), clock, ids),
+            ServiceIdentity(name, key, keys.roots(clock.now()), clock, ids),
             system.http,
             discovery,
-            trace_share=share,
-            wire=served(wire, name),
+            trace_sample_ratio=share,
+            transport=server_transport(wire, name),
             follow_revocations=name != "orchestrator",
         )
         for name, key in keys.services.items()
     }
 
 
-async def _stop(hosts: Mapping[str, Hosted]) -> None:
+async def _stop_hosts(hosts: Mapping[str, ServiceHost]) -> None:
     """Stop the stages in their order; every service is told, whatever others raise."""
     end = time.monotonic() + STOP_SECONDS
     failures: list[BaseException] = []
@@ -190,6 +192,6 @@ async def _stop(hosts: Mapping[str, Hosted]) -> None:
         left = max(0.1, end - time.monotonic())
         ended = await asyncio.gather(*(hosts[name].close(left) for name in stage), return_exceptions=True)
         failures += [failure for failure in ended if isinstance(failure, Exception)]
-    log = log_for("embedded")
+    log = get_logger("embedded")
     for failure in failures:
         log.error("service.failed", error=failure)

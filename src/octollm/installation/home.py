@@ -12,17 +12,17 @@ from pathlib import Path
 
 import msgspec
 
-from octollm.clock import Ids
+from octollm.clock import IdGenerator
 from octollm.errors import OctoError, SettingError
 from octollm.llm.filelock import LockTimeout, file_lock
 
-KEYS_SECONDS = 20.0
+KEYS_LOCK_SECONDS = 20.0
 """How long a start waits for another process that makes the keys."""
-LOCK_SECONDS = 1.0
+HOME_LOCK_SECONDS = 1.0
 """How long a start waits for the home: longer than somebody takes who only looks whether it is in use."""
 
 
-class Running(msgspec.Struct, frozen=True):
+class RunningInstallation(msgspec.Struct, frozen=True):
     """Who uses a home: its process and the address of its public door."""
 
     pid: int
@@ -71,7 +71,7 @@ class Home:
         return self.root / "running.json"
 
 
-def write_private(path: Path, content: bytes, ids: Ids) -> None:
+def write_private(path: Path, content: bytes, ids: IdGenerator) -> None:
     """Write ``content`` to ``path`` whole or not at all, readable by its owner only.
 
     Raises ``home_unusable`` when it cannot be written.
@@ -152,7 +152,7 @@ async def open_keys(root: Path) -> AsyncGenerator[Home]:
     home = Home(root)
     await asyncio.to_thread(_make_folders, home)
     try:
-        async with file_lock(home.keys_lock_file, KEYS_SECONDS):
+        async with file_lock(home.keys_lock_file, KEYS_LOCK_SECONDS):
             await asyncio.to_thread(_clean_keys, home)
             yield home
     except LockTimeout as error:
@@ -170,14 +170,14 @@ async def open_home(root: Path) -> AsyncGenerator[Home]:
     await asyncio.to_thread(_make_folders, home)
     async with contextlib.AsyncExitStack() as stack:
         try:
-            await stack.enter_async_context(file_lock(home.lock_file, LOCK_SECONDS))
+            await stack.enter_async_context(file_lock(home.lock_file, HOME_LOCK_SECONDS))
         except LockTimeout as error:
-            raise OctoError(_in_use(home), code="home_in_use") from error
+            raise OctoError(_in_use_message(home), code="home_in_use") from error
         stack.callback(home.running_file.unlink, missing_ok=True)
         yield home
 
 
-def _in_use(home: Home) -> str:
+def _in_use_message(home: Home) -> str:
     running = _read_running(home)
     who = f"process {running.pid} uses it, at {running.url}" if running else "another process uses it"
     return (
@@ -186,14 +186,14 @@ def _in_use(home: Home) -> str:
     )
 
 
-def _read_running(home: Home) -> Running | None:
+def _read_running(home: Home) -> RunningInstallation | None:
     try:
-        return msgspec.json.decode(home.running_file.read_bytes(), type=Running)
+        return msgspec.json.decode(home.running_file.read_bytes(), type=RunningInstallation)
     except (OSError, msgspec.DecodeError):
         return None
 
 
-async def running_in(root: Path) -> Running | None:
+async def find_running(root: Path) -> RunningInstallation | None:
     """Return who uses the home at ``root`` now, or ``None``."""
     home = Home(root)
     if not await asyncio.to_thread(home.lock_file.exists):

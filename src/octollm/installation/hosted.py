@@ -12,22 +12,22 @@ from octollm.errors import OctoError
 from octollm.rpc.hosting import listen
 from octollm.rpc.service import Service
 
-Opener = Callable[[], AbstractAsyncContextManager[Service]]
+ServiceContextFactory = Callable[[], AbstractAsyncContextManager[Service]]
 
 KILL_SECONDS = 0.4
 """How long a cancelled service may take to clean up before it is left alone."""
 
 
-class Hosted:
+class ServiceHost:
     """A service that is opened and served until it is told to stop; then calls in flight get ``drain`` seconds."""
 
-    def __init__(self, name: str, opener: Opener, bound: socket.socket, *, drain: float) -> None:
+    def __init__(self, name: str, open_service: ServiceContextFactory, bound: socket.socket, *, drain: float) -> None:
         self.name = name
-        self._opener = opener
+        self._open_service = open_service
         self._bound = bound
         self._drain = drain
         self._stop = asyncio.Event()
-        self._up = asyncio.Event()
+        self._is_up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -37,14 +37,14 @@ class Hosted:
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def _run(self) -> None:
-        async with self._opener() as service, service.serve(self._bound, drain=self._drain):
-            self._up.set()
+        async with self._open_service() as service, service.serve(self._bound, shutdown_grace=self._drain):
+            self._is_up.set()
             await self._stop.wait()
 
     async def start(self) -> None:
         """Open the service and serve it. Raises what its opening raises."""
         self._task = asyncio.create_task(self._run(), name=f"service {self.name}")
-        up = asyncio.create_task(self._up.wait())
+        up = asyncio.create_task(self._is_up.wait())
         try:
             await asyncio.wait({self._task, up}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -52,7 +52,7 @@ class Hosted:
         if self._task.done():
             self._task.result()
 
-    async def ended(self) -> None:
+    async def wait(self) -> None:
         """Wait until the service ends by itself, which it should not, and raise why."""
         if self._task is None:
             raise AssertionError(f"{self.name} was not started")
@@ -63,15 +63,15 @@ class Hosted:
             None if self._task.cancelled() else self._task.exception()
         )
 
-    async def close(self, seconds: float) -> None:
+    async def close(self, timeout: float) -> None:
         """Drain and close the service, cancelling what is left of it after ``seconds``."""
         if self._task is None:
             return
         self._stop.set()
-        if not self._up.is_set():
+        if not self._is_up.is_set():
             # It is still opening: there is nothing to drain.
             self._task.cancel()
-        await asyncio.wait({self._task}, timeout=seconds)
+        await asyncio.wait({self._task}, timeout=timeout)
         if not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task}, timeout=KILL_SECONDS)
@@ -80,13 +80,15 @@ class Hosted:
                 self._task.result()
 
 
-async def start_hosted(name: str, opener: Opener, host: str, port: int, *, drain: float) -> Hosted:
+async def start_service_host(
+    name: str, open_service: ServiceContextFactory, host: str, port: int, *, drain: float
+) -> ServiceHost:
     """Bind a socket, open the service and serve it there; on a failure nothing of it stays.
 
     Raises ``port_taken`` and what the opening raises.
     """
     bound = listen(host, port, name)
-    hosted = Hosted(name, opener, bound, drain=drain)
+    hosted = ServiceHost(name, open_service, bound, drain=drain)
     try:
         await hosted.start()
     except BaseException:
@@ -97,11 +99,11 @@ async def start_hosted(name: str, opener: Opener, host: str, port: int, *, drain
 
 
 @contextlib.asynccontextmanager
-async def guarded(hosts: Iterable[Hosted]) -> AsyncGenerator[None]:
+async def supervise_hosts(hosts: Iterable[ServiceHost]) -> AsyncGenerator[None]:
     """Cancel the body when a service ends by itself, and raise why."""
     try:
         async with asyncio.TaskGroup() as group:
-            guards = [group.create_task(host.ended()) for host in hosts]
+            guards = [group.create_task(host.wait()) for host in hosts]
             try:
                 yield
             finally:

@@ -13,25 +13,25 @@ import msgspec
 
 from octollm.arm import Arm, build_arm
 from octollm.capability import PublicKey, SigningKey
-from octollm.capability.keyring import Roots
-from octollm.capability.keys import jwks_of
-from octollm.clock import Clock, Ids
+from octollm.capability.keyring import TrustedRoots
+from octollm.capability.keys import to_jwks
+from octollm.clock import Clock, IdGenerator
 from octollm.config import Settings
 from octollm.errors import OctoError, SettingError
-from octollm.installation.addresses import addresses, advertised
+from octollm.installation.addresses import advertised_url, resolve_addresses
 from octollm.installation.home import Home, open_keys, write_private
-from octollm.installation.hosted import Hosted, start_hosted
+from octollm.installation.hosted import ServiceHost, start_service_host
 from octollm.installation.own_keys import read_key_ring, read_roots
-from octollm.installation.starting import wait_for
-from octollm.installation.wires import wire_of
+from octollm.installation.starting import wait_for_dependencies
+from octollm.installation.wires import transport_from_settings
 from octollm.rpc.discovery import Discovery, StaticDiscovery
-from octollm.rpc.discovery_dns import DnsNames
-from octollm.rpc.http import Http
-from octollm.rpc.identity import Identity
-from octollm.rpc.joining import join
+from octollm.rpc.discovery_dns import DnsResolver
+from octollm.rpc.http import HttpClient
+from octollm.rpc.identity import ServiceIdentity
+from octollm.rpc.joining import enrol
 from octollm.rpc.service import Service, build_base
 
-NOT_KNOWN = frozenset({"token_invalid", "token_revoked", "token_malformed"})
+UNKNOWN_KEY_CODES = frozenset({"token_invalid", "token_revoked", "token_malformed"})
 """What an arm is told whose key the installation does not know, or knows no more."""
 
 
@@ -60,21 +60,21 @@ def load_arm(target: str) -> Arm:
     return found
 
 
-class ArmKeys:
+class ArmKeyStore:
     """The key of an arm and the roots that it pinned when it joined, in the home or in ``OCTOLLM_KEYS``."""
 
-    def __init__(self, folder: Path, name: str, ids: Ids) -> None:
+    def __init__(self, folder: Path, name: str, ids: IdGenerator) -> None:
         self._key_file = folder / f"{name}.jwk"
         self._roots_file = folder / f"{name}.roots.jwks"
         self._name = name
         self._ids = ids
 
     @property
-    def joined(self) -> bool:
+    def is_enrolled(self) -> bool:
         """Say whether the arm has joined an installation."""
         return self._roots_file.exists()
 
-    def key(self) -> SigningKey:
+    def load_key(self) -> SigningKey:
         """Return the arm's newest key, made if it is not there; raise ``setting_invalid`` for a damaged one."""
         if not self._key_file.exists():
             text = msgspec.json.encode(SigningKey.generate(self._name).to_jwk(private=True))
@@ -82,83 +82,83 @@ class ArmKeys:
         *_, newest = read_key_ring(self._key_file, self._name)
         return newest.key
 
-    def roots(self) -> Mapping[str, PublicKey]:
+    def load_roots(self) -> Mapping[str, PublicKey]:
         """Return the pinned roots; raise ``setting_invalid`` when there are none."""
         return {key.thumbprint: key for key, _made in read_roots(self._roots_file)}
 
-    def pin(self, roots: Mapping[str, PublicKey]) -> None:
+    def pin_roots(self, roots: Mapping[str, PublicKey]) -> None:
         """Keep the roots for the next start."""
-        write_private(self._roots_file, msgspec.json.encode(jwks_of(roots)), self._ids)
+        write_private(self._roots_file, msgspec.json.encode(to_jwks(roots)), self._ids)
 
 
-async def arm_keys(settings: Settings, name: str, ids: Ids) -> ArmKeys:
+async def open_arm_keys(settings: Settings, name: str, ids: IdGenerator) -> ArmKeyStore:
     """Return where the keys of the arm ``name`` are, with the folder made."""
     if settings.keys is not None:
-        return ArmKeys(settings.keys, name, ids)
+        return ArmKeyStore(settings.keys, name, ids)
     async with open_keys(settings.home) as home:
-        return ArmKeys(Home(home.root).keys, name, ids)
+        return ArmKeyStore(Home(home.root).keys, name, ids)
 
 
 @contextlib.asynccontextmanager
-async def own_arm(
-    arm: Arm, settings: Settings, http: Http, *, clock: Clock, ids: Ids, tell: Callable[[str], None]
-) -> AsyncGenerator[Hosted]:
+async def serve_arm(
+    arm: Arm, settings: Settings, http: HttpClient, *, clock: Clock, ids: IdGenerator, on_wait: Callable[[str], None]
+) -> AsyncGenerator[ServiceHost]:
     """Serve ``arm`` for as long as the context is open; leaving drains and deregisters.
 
     The first time it joins with ``OCTOLLM_JOIN_SECRET``, and pins the root keys that it is told; later starts need
     no secret. Raises ``setting_invalid`` without either, what :func:`octollm.rpc.joining.join` raises,
     ``port_taken``, and ``unavailable`` when the orchestrator does not come in time.
     """
-    keys = await arm_keys(settings, arm.name, ids)
-    port = settings.port or arm.port + settings.port_shift
+    keys = await open_arm_keys(settings, arm.name, ids)
+    port = settings.port or arm.port + settings.port_offset
     async with contextlib.AsyncExitStack() as stack:
-        names = await stack.enter_async_context(DnsNames())
-        discovery = StaticDiscovery(addresses(settings), names)
-        own = await asyncio.to_thread(keys.key)
-        if not keys.joined:
-            await _join(arm, own, keys, settings, http, discovery, clock, ids)
+        names = await stack.enter_async_context(DnsResolver())
+        discovery = StaticDiscovery(resolve_addresses(settings), names)
+        own = await asyncio.to_thread(keys.load_key)
+        if not keys.is_enrolled:
+            await _enrol(arm, own, keys, settings, http, discovery, clock, ids)
 
-        async def started() -> Hosted:
-            roots = Roots(keys.roots(), keys.pin)
-            identity = Identity(arm.name, own, roots, clock, ids)
+        async def started() -> ServiceHost:
+            roots = TrustedRoots(keys.load_roots(), keys.pin_roots)
+            identity = ServiceIdentity(arm.name, own, roots, clock, ids)
             base = build_base(
                 identity,
                 http,
                 discovery,
-                url=advertised(settings, port),
-                trace_share=settings.trace_share,
-                wire=wire_of(settings),
+                advertised_url=advertised_url(settings, port),
+                trace_sample_ratio=settings.trace_sample_ratio,
+                transport=transport_from_settings(settings),
             )
 
             @contextlib.asynccontextmanager
             async def opener() -> AsyncGenerator[Service]:
                 yield build_arm(arm, base)
 
-            return await _serving(arm, opener, (settings.host, port), settings, clock, tell)
+            return await _start_host(arm, opener, (settings.host, port), settings, clock, on_wait)
 
         try:
             host = await started()
         except OctoError as error:
-            if error.code not in NOT_KNOWN or settings.join_secret is None:
+            if error.code not in UNKNOWN_KEY_CODES or settings.enrolment_token is None:
                 raise
             # It was removed, or this is another installation than the one that it joined.
-            await _join(arm, own, keys, settings, http, discovery, clock, ids)
+            await _enrol(arm, own, keys, settings, http, discovery, clock, ids)
             host = await started()
-        stack.push_async_callback(host.close, settings.drain_seconds + 2)
+        stack.push_async_callback(host.close, settings.shutdown_grace + 2)
         yield host
 
 
-async def _join(
+async def _enrol(
     arm: Arm,
     own: SigningKey,
-    keys: ArmKeys,
+    keys: ArmKeyStore,
     settings: Settings,
-    http: Http,
+    http: HttpClient,
     discovery: Discovery,
     clock: Clock,
-    ids: Ids,
+    ids: IdGenerator,
 ) -> None:
-    if settings.join_secret is None:
+    if settings.enrolment_token is None:
         listed = " ".join(arm.declared_calls)
         calls = f' --calls "{listed}"' if listed else ""
         raise SettingError(
@@ -166,32 +166,34 @@ async def _join(
             f" {arm.name}{calls}` and start it once with OCTOLLM_JOIN_SECRET set to"
             " what that prints."
         )
-    roots = await join(
+    roots = await enrol(
         http,
         discovery,
         clock,
         ids,
         name=arm.name,
         key=own,
-        secret=settings.join_secret,
+        enrolment_token=settings.enrolment_token,
         calls=arm.declared_calls,
-        seconds=settings.start_seconds,
+        max_wait=settings.startup_timeout,
     )
-    await asyncio.to_thread(keys.pin, roots)
+    await asyncio.to_thread(keys.pin_roots, roots)
 
 
-async def _serving(
+async def _start_host(
     arm: Arm,
-    opener: Callable[[], contextlib.AbstractAsyncContextManager[Service]],
+    open_service: Callable[[], contextlib.AbstractAsyncContextManager[Service]],
     address: tuple[str, int],
     settings: Settings,
     clock: Clock,
-    tell: Callable[[str], None],
-) -> Hosted:
-    hosts: list[Hosted] = []
+    on_wait: Callable[[str], None],
+) -> ServiceHost:
+    hosts: list[ServiceHost] = []
 
     async def opened() -> None:
-        hosts.append(await start_hosted(arm.name, opener, *address, drain=settings.drain_seconds))
+        hosts.append(await start_service_host(arm.name, open_service, *address, drain=settings.shutdown_grace))
 
-    await wait_for({"orchestrator": opened}, clock=clock, seconds=settings.start_seconds, tell=tell)
+    await wait_for_dependencies(
+        {"orchestrator": opened}, clock=clock, timeout=settings.startup_timeout, on_wait=on_wait
+    )
     return hosts[0]

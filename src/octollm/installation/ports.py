@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from octollm.contracts.services import SERVICES
 from octollm.rpc.hosting import listen
 
-_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  compared with, not bound to
+_WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  compared with, not bound to
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class BoundSockets:
     """The bound socket of each service, and the URL by which this machine reaches it."""
 
     sockets: Mapping[str, socket.socket]
@@ -33,10 +33,12 @@ def is_loopback(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def bind_all(host: str, shift: int, ports: Mapping[str, int] | None, *, scheme: str = "http") -> Generator[Bound]:
+def bind_all(
+    host: str, shift: int, ports: Mapping[str, int] | None, *, scheme: str = "http"
+) -> Generator[BoundSockets]:
     """Bind a socket for each service; close those that nobody took over.
 
-    ``ports`` overrides single ports; 0 is any free one. Raises ``port_taken`` naming the first that is taken.
+    ``check_ports`` overrides single ports; 0 is any free one. Raises ``port_taken`` naming the first that is taken.
     """
     own = ports or {}
     with contextlib.ExitStack() as stack:
@@ -47,9 +49,9 @@ def bind_all(host: str, shift: int, ports: Mapping[str, int] | None, *, scheme: 
             stack.callback(bound.close)
             sockets[name] = bound
             urls[name] = _url(scheme, host, bound.getsockname()[1])
-        yield Bound(sockets, urls)
+        yield BoundSockets(sockets, urls)
 
 
 def _url(scheme: str, host: str, port: int) -> str:
-    reached = _ANY.get(host, host)
+    reached = _WILDCARD_HOSTS.get(host, host)
     return f"{scheme}://[{reached}]:{port}" if ":" in reached else f"{scheme}://{reached}:{port}"

@@ -9,9 +9,9 @@ from functools import partial
 
 from octollm.config import Settings
 from octollm.errors import SettingError
-from octollm.installation.hosted import Opener
+from octollm.installation.hosted import ServiceContextFactory
 from octollm.installation.own_keys import RootKeys
-from octollm.rpc.service import Base, Service
+from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.coder.service import coder_service
 from octollm.services.arms.executor.service import executor_service
 from octollm.services.arms.judge.service import judge_service
@@ -24,13 +24,13 @@ from octollm.services.orchestrator.service import orchestrator_service
 from octollm.services.reflex.service import reflex_service
 from octollm.storage import RedisClient
 
-ServiceFactory = Callable[[Base, Settings], AbstractAsyncContextManager[Service]]
+ServiceFactory = Callable[[ServiceBase, Settings], AbstractAsyncContextManager[Service]]
 """Opens a service that needs nothing but what every service has."""
 
-NEED_REDIS = frozenset({"orchestrator", "monitor", "reflex"})
+REDIS_SERVICES = frozenset({"orchestrator", "monitor", "reflex"})
 """The services that are given Redis."""
 
-_PLAIN: Mapping[str, ServiceFactory] = {
+_SIMPLE_SERVICES: Mapping[str, ServiceFactory] = {
     "memory": memory_service,
     "models": models_service,
     "planner": planner_service,
@@ -42,7 +42,7 @@ _PLAIN: Mapping[str, ServiceFactory] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Supplies:
+class ServiceResources:
     """What the services of a process are given besides what every service has.
 
     ``root`` is for the orchestrator alone. ``local_key`` is the credential that the door uses for a local peer where
@@ -56,19 +56,21 @@ class Supplies:
     loopback_only: bool = False
 
 
-def service_opener(name: str, base: Base, supplies: Supplies, *, override: ServiceFactory | None = None) -> Opener:
+def bind_service_factory(
+    name: str, base: ServiceBase, resources: ServiceResources, *, override: ServiceFactory | None = None
+) -> ServiceContextFactory:
     """Return what opens the built-in service ``name``; ``override`` stands in place of one that needs nothing special.
 
     Raises ``setting_invalid`` when something that it needs is not supplied.
     """
-    settings = supplies.settings
-    if name in _PLAIN:
-        return partial(override or _PLAIN[name], base, settings)
-    redis = supplies.redis
+    settings = resources.settings
+    if name in _SIMPLE_SERVICES:
+        return partial(override or _SIMPLE_SERVICES[name], base, settings)
+    redis = resources.redis
     if redis is None:
         raise SettingError(f"{name} needs a Redis server: set OCTOLLM_REDIS_URL, e.g. redis://localhost:6379/0.")
     if name == "orchestrator":
-        root = supplies.root
+        root = resources.root
         if root is None:
             raise SettingError("The orchestrator needs the root key: see `octollm keys provision --help`.")
         return partial(
@@ -82,5 +84,7 @@ def service_opener(name: str, base: Base, supplies: Supplies, *, override: Servi
         )
     if name == "monitor":
         return partial(monitor_service, base, settings, redis=redis)
-    trusted = supplies.local_key if settings.local_trust and supplies.loopback_only else None
-    return partial(reflex_service, base, settings, redis=redis, local_key=trusted, loopback_only=supplies.loopback_only)
+    trusted = resources.local_key if settings.trust_loopback and resources.loopback_only else None
+    return partial(
+        reflex_service, base, settings, redis=redis, local_key=trusted, loopback_only=resources.loopback_only
+    )

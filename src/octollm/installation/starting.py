@@ -7,24 +7,26 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
-from octollm.rpc.outcomes import AWAY
+from octollm.rpc.outcomes import OUTAGE_CODES
 
-PAUSE_SECONDS = 0.5
-TELL_SECONDS = 5.0
+POLL_SECONDS = 0.5
+REPORT_SECONDS = 5.0
 """What is waited for is told again after so long."""
 
-Need = Callable[[], Awaitable[None]]
+DependencyCheck = Callable[[], Awaitable[None]]
 """Returns when something is there; raises an ``OctoError`` that says what is wrong with it."""
 
 
-async def wait_for(needs: Mapping[str, Need], *, clock: Clock, seconds: float, tell: Callable[[str], None]) -> None:
+async def wait_for_dependencies(
+    checks: Mapping[str, DependencyCheck], *, clock: Clock, timeout: float, on_wait: Callable[[str], None]
+) -> None:
     """Wait until every one of ``needs`` is there, at most ``seconds``; ``tell`` is given what is waited for.
 
     Raises ``unavailable`` naming what did not come, and at once what waiting cannot mend.
     """
-    end = clock.monotonic() + seconds
-    told, told_at = "", -TELL_SECONDS
-    waiting = dict(needs)
+    end = clock.monotonic() + timeout
+    told, told_at = "", -REPORT_SECONDS
+    waiting = dict(checks)
     while True:
         reasons: dict[str, str] = {}
         for name, need in tuple(waiting.items()):
@@ -35,7 +37,7 @@ async def wait_for(needs: Mapping[str, Need], *, clock: Clock, seconds: float, t
             except TimeoutError:
                 reasons[name] = "It does not answer."
             except OctoError as error:
-                if error.code not in AWAY:
+                if error.code not in OUTAGE_CODES:
                     raise
                 reasons[name] = error.detail
         if not waiting:
@@ -44,11 +46,11 @@ async def wait_for(needs: Mapping[str, Need], *, clock: Clock, seconds: float, t
         now = clock.monotonic()
         if now >= end:
             raise OctoError(
-                f"Gave up after {seconds:g} s of waiting for {sentence} Start what is missing, or set"
+                f"Gave up after {timeout:g} s of waiting for {sentence} Start what is missing, or set"
                 " OCTOLLM_START_SECONDS to wait longer.",
                 code="unavailable",
             )
-        if sentence != told or now - told_at >= TELL_SECONDS:
+        if sentence != told or now - told_at >= REPORT_SECONDS:
             told, told_at = sentence, now
-            tell(sentence)
-        await asyncio.sleep(PAUSE_SECONDS)
+            on_wait(sentence)
+        await asyncio.sleep(POLL_SECONDS)

@@ -4,24 +4,24 @@ What a watcher is sent, and from where it goes on, is decided here, whatever car
 Nothing here knows of HTTP, of tokens or of the tasks' rules: events and text come in, frames go out.
 """
 
-from octollm.live.frames import FINAL_EVENTS, FrameMaker, LiveFrame, frame_type
-from octollm.live.resume import Offset, Resume, parse_resume
-from octollm.live.session import Policy, Session, TaskSource, TokenSource
-from octollm.live.texts import Piece, TextBook, Verdict
+from octollm.live.frames import FINAL_EVENTS, FrameBuilder, LiveFrame, get_frame_type
+from octollm.live.resume import ResumePosition, TextOffset, parse_resume_position
+from octollm.live.session import LiveSession, SessionTiming, TaskSource, TextSource
+from octollm.live.texts import EntryResult, StepTextTracker, TextChunk
 
 __all__ = [
     "FINAL_EVENTS",
-    "FrameMaker",
+    "EntryResult",
+    "FrameBuilder",
     "LiveFrame",
-    "Offset",
-    "Piece",
-    "Policy",
-    "Resume",
-    "Session",
+    "LiveSession",
+    "ResumePosition",
+    "SessionTiming",
+    "StepTextTracker",
     "TaskSource",
-    "TextBook",
-    "TokenSource",
-    "Verdict",
-    "frame_type",
-    "parse_resume",
+    "TextChunk",
+    "TextOffset",
+    "TextSource",
+    "get_frame_type",
+    "parse_resume_position",
 ]

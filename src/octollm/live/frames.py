@@ -7,7 +7,7 @@ import msgspec
 from octollm.contracts.api import TaskView
 from octollm.contracts.events import Event
 from octollm.contracts.stream import Frame, FrameType, TokenFrame
-from octollm.live.texts import Piece
+from octollm.live.texts import TextChunk
 
 LiveFrame = Frame | TokenFrame
 
@@ -16,7 +16,7 @@ FINAL_EVENTS = frozenset({"task.completed", "task.failed", "task.cancelled"})
 
 FINAL_STATUSES = frozenset({"completed", "failed", "cancelled"})
 
-_TYPES: dict[str, FrameType] = {
+_FRAME_TYPES: dict[str, FrameType] = {
     "task.accepted": "status",
     "task.planned": "status",
     "task.replanned": "status",
@@ -32,7 +32,7 @@ _TYPES: dict[str, FrameType] = {
     "task.failed": "error",
 }
 
-_STATUS = {
+_TASK_STATUS = {
     "task.accepted": "accepted",
     "task.planned": "planning",
     "task.replanned": "planning",
@@ -45,12 +45,12 @@ _STATUS = {
 }
 
 
-def frame_type(event_type: str) -> FrameType:
+def get_frame_type(event_type: str) -> FrameType:
     """Return the type of an event's frame. An event that is new to this version is a ``status``: seq has no gaps."""
-    return _TYPES.get(event_type, "status")
+    return _FRAME_TYPES.get(event_type, "status")
 
 
-class FrameMaker:
+class FrameBuilder:
     """Makes the frames that one watcher is sent, in order.
 
     It keeps the two things that a frame inherits from those before it: ``seq``, the version of the last event,
@@ -65,52 +65,52 @@ class FrameMaker:
     def skip(self, event: Event) -> None:
         """Take an event that the watcher has had already: the next frames go on from it."""
         self.seq = max(self.seq, event.version)
-        self._rise(event.data.get("progress"))
+        self._raise_progress(event.data.get("progress"))
         if event.event_type == "task.completed":
-            self._rise(100.0)
+            self._raise_progress(100.0)
 
-    def event(self, event: Event) -> Frame:
+    def build_event(self, event: Event) -> Frame:
         """Return the frame of an event. ``data`` is the event's, with its ``event_type`` and the task's ``status``."""
         self.skip(event)
         data: dict[str, object] = {"event_type": event.event_type}
-        status = _STATUS.get(event.event_type)
+        status = _TASK_STATUS.get(event.event_type)
         if status is not None:
             data["status"] = status
-        return self._frame(frame_type(event.event_type), event.timestamp, {**data, **event.data})
+        return self._build(get_frame_type(event.event_type), event.timestamp, {**data, **event.data})
 
-    def present(self, view: TaskView, timestamp: str) -> Frame:
+    def build_status(self, view: TaskView, timestamp: str) -> Frame:
         """Return the ``status`` frame of the present state: ``data`` is the task as ``GET /tasks/{id}`` shows it."""
         self.seq = max(self.seq, view.version)
-        self._rise(view.progress)
-        return self._frame("status", timestamp, msgspec.to_builtins(view))
+        self._raise_progress(view.progress)
+        return self._build("status", timestamp, msgspec.to_builtins(view))
 
-    def note(self, data: dict[str, object], timestamp: str) -> Frame:
+    def build_note(self, data: dict[str, object], timestamp: str) -> Frame:
         """Return a ``status`` frame that changes nothing and tells the watcher something (``data.note``)."""
-        return self._frame("status", timestamp, {"note": data})
+        return self._build("status", timestamp, {"note": data})
 
-    def ping(self, timestamp: str) -> Frame:
+    def build_ping(self, timestamp: str) -> Frame:
         """Return a ``ping``: nothing happened for a while."""
-        return self._frame("ping", timestamp, {})
+        return self._build("ping", timestamp, {})
 
-    def token(self, piece: Piece, timestamp: str) -> TokenFrame:
+    def build_token(self, chunk: TextChunk, timestamp: str) -> TokenFrame:
         """Return the frame of a piece of text; ``data.text`` begins at ``offset``."""
         return TokenFrame(
             task_id=self.task_id,
             seq=self.seq,
             timestamp=timestamp,
             progress=self.progress,
-            data={"text": piece.text},
-            step=piece.step,
-            attempt=piece.attempt,
-            run=piece.run,
-            offset=piece.offset,
-            reset=piece.reset,
+            data={"text": chunk.text},
+            step=chunk.step,
+            attempt=chunk.attempt,
+            run=chunk.run,
+            offset=chunk.offset,
+            reset=chunk.reset,
         )
 
-    def _frame(self, kind: FrameType, timestamp: str, data: dict[str, object]) -> Frame:
+    def _build(self, kind: FrameType, timestamp: str, data: dict[str, object]) -> Frame:
         return Frame(self.task_id, kind, self.seq, timestamp, self.progress, data)
 
-    def _rise(self, progress: object) -> None:
+    def _raise_progress(self, progress: object) -> None:
         if isinstance(progress, int | float) and not isinstance(progress, bool):
             # max() with a NaN first would keep it; this order drops it.
             self.progress = max(self.progress, min(float(progress), 100.0))

@@ -10,12 +10,12 @@ from octollm.errors import OctoError
 
 MAX_OFFSETS = 64
 """Running steps that one watcher may name."""
-_NUMBER = re.compile(r"[0-9]{1,15}")
+_SEQ = re.compile(r"[0-9]{1,15}")
 _OFFSET = re.compile(r"([A-Za-z0-9._-]{1,64})\.([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
-class Offset:
+class TextOffset:
     """The text of one step that a watcher has: up to ``count`` code points of this attempt and run."""
 
     attempt: int
@@ -24,21 +24,21 @@ class Offset:
 
 
 @dataclass(frozen=True, slots=True)
-class Resume:
+class ResumePosition:
     """``after`` is the last ``seq`` that the watcher has; ``None`` asks for the present state, 0 for everything."""
 
     after: int | None = None
-    offsets: Mapping[str, Offset] = field(default_factory=dict[str, Offset])
+    offsets: Mapping[str, TextOffset] = field(default_factory=dict[str, TextOffset])
 
 
-def parse_resume(after: str | None, offsets: Iterable[str]) -> Resume:
+def parse_resume_position(after: str | None, offsets: Iterable[str]) -> ResumePosition:
     """Read the parameters; an offset is ``<step>.<attempt>.<run>.<n>``.
 
     Raises ``invalid_parameter`` for anything else, for a step named twice and for more than 64 of them.
     """
-    if after is not None and not _NUMBER.fullmatch(after):
+    if after is not None and not _SEQ.fullmatch(after):
         raise OctoError("`after` must be the seq of a frame: a whole number.", code="invalid_parameter")
-    found: dict[str, Offset] = {}
+    found: dict[str, TextOffset] = {}
     for text in offsets:
         match = _OFFSET.fullmatch(text)
         if match is None:
@@ -47,5 +47,5 @@ def parse_resume(after: str | None, offsets: Iterable[str]) -> Resume:
             raise OctoError(
                 f"`offset` may be given once per running step, {MAX_OFFSETS} times at most.", code="invalid_parameter"
             )
-        found[match[1]] = Offset(int(match[2]), int(match[3]), int(match[4]))
-    return Resume(None if after is None else int(after), found)
+        found[match[1]] = TextOffset(int(match[2]), int(match[3]), int(match[4]))
+    return ResumePosition(None if after is None else int(after), found)

@@ -18,7 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from octollm.errors import OctoError
-from octollm.llm.catalogue import CATALOGUE, ModelEntry
+from octollm.llm.catalogue import MODEL_CATALOGUE, ModelEntry
 
 _BLOCK = 4 * 1024 * 1024
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def _hash(path: Path, stop: threading.Event) -> str:
     return digest.hexdigest()
 
 
-async def in_thread(work: Callable[[threading.Event], T]) -> T:
+async def run_in_thread(work: Callable[[threading.Event], T]) -> T:
     """Run ``work`` beside the event loop; a cancelled caller sets its event and waits until it has stopped."""
     stop = threading.Event()
     task = asyncio.ensure_future(asyncio.to_thread(work, stop))
@@ -59,7 +59,7 @@ async def in_thread(work: Callable[[threading.Event], T]) -> T:
 
 async def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file in lower-case hex without blocking the event loop. Raises ``OSError``."""
-    return await in_thread(lambda stop: _hash(path, stop))
+    return await run_in_thread(lambda stop: _hash(path, stop))
 
 
 class ModelCache:
@@ -80,15 +80,15 @@ class ModelCache:
         """Tell whether there is a file for ``entry``; it may still be damaged."""
         return self.path_of(entry).is_file()
 
-    def present(self, catalogue: tuple[ModelEntry, ...] = CATALOGUE) -> tuple[ModelEntry, ...]:
+    def available(self, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -> tuple[ModelEntry, ...]:
         """Return the entries with a file, in the catalogue's order."""
         return tuple(entry for entry in catalogue if self.has(entry))
 
-    def largest(self, catalogue: tuple[ModelEntry, ...] = CATALOGUE) -> ModelEntry | None:
+    def largest(self, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -> ModelEntry | None:
         """Return the largest entry with a file, or ``None`` when there is no file at all."""
-        return max(self.present(catalogue), key=lambda entry: entry.size, default=None)
+        return max(self.available(catalogue), key=lambda entry: entry.size, default=None)
 
-    async def verified(self, entry: ModelEntry) -> Path:
+    async def verify(self, entry: ModelEntry) -> Path:
         """Return the path of the file of ``entry`` once its digest is known to be right.
 
         Raises ``no_model`` when there is no file and ``model_damaged`` when it is not what its name says.
@@ -102,17 +102,17 @@ class ModelCache:
                 code="no_model",
             ) from exc
         except OSError as exc:
-            raise _unreadable(path, exc) from exc
+            raise _unreadable_error(path, exc) from exc
         if state.size == entry.size and self._stamped(entry) == state:
             return path
         if state.size != entry.size:
-            raise damaged(path, entry, f"it has {state.size:,} bytes instead of {entry.size:,}")
+            raise damaged_error(path, entry, f"it has {state.size:,} bytes instead of {entry.size:,}")
         try:
             digest = await sha256_of(path)
         except OSError as exc:
-            raise _unreadable(path, exc) from exc
+            raise _unreadable_error(path, exc) from exc
         if digest != entry.digest:
-            raise damaged(path, entry, f"its SHA-256 is {digest}")
+            raise damaged_error(path, entry, f"its SHA-256 is {digest}")
         await asyncio.to_thread(self._stamp, entry, state)
         return path
 
@@ -140,7 +140,7 @@ class ModelCache:
             fresh.replace(path)
 
 
-def damaged(path: Path, entry: ModelEntry, why: str) -> OctoError:
+def damaged_error(path: Path, entry: ModelEntry, why: str) -> OctoError:
     """Return the error for a file that is not what its name says."""
     return OctoError(
         f"The model file {path} is damaged: {why}. Delete it and run `octollm models pull {entry.name}`.",
@@ -148,5 +148,5 @@ def damaged(path: Path, entry: ModelEntry, why: str) -> OctoError:
     )
 
 
-def _unreadable(path: Path, exc: OSError) -> OctoError:
+def _unreadable_error(path: Path, exc: OSError) -> OctoError:
     return OctoError(f"The model file {path} cannot be read: {exc.strerror}.", code="model_damaged")

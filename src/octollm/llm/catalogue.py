@@ -86,7 +86,7 @@ _QWEN_SPECIAL = (
     "<|file_sep|>",
 )
 
-CATALOGUE: tuple[ModelEntry, ...] = (
+MODEL_CATALOGUE: tuple[ModelEntry, ...] = (
     ModelEntry(
         name="qwen2.5-coder-0.5b",
         title="Qwen2.5-Coder 0.5B Instruct, Q4_K_M",
@@ -110,10 +110,10 @@ CATALOGUE: tuple[ModelEntry, ...] = (
 )
 """Every embedded model, smallest first."""
 
-SMALLEST = CATALOGUE[0]
+SMALLEST_MODEL = MODEL_CATALOGUE[0]
 
 
-def entry_named(name: str, catalogue: tuple[ModelEntry, ...] = CATALOGUE) -> ModelEntry:
+def find_entry(name: str, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -> ModelEntry:
     """Return the entry called ``name``. Raises ``setting_invalid`` when there is none, with the names that are."""
     for entry in catalogue:
         if entry.name == name:

@@ -14,17 +14,17 @@ from pathlib import Path
 
 from octollm.errors import OctoError
 from octollm.llm.catalogue import ModelEntry
-from octollm.llm.llama_process import Event, Generation, LlamaProcess, LlamaSettings
-from octollm.llm.prompted_tools import retold, stream_with_tools, wants_tools
+from octollm.llm.llama_process import Generation, LlamaEvent, LlamaProcess, LlamaSettings
+from octollm.llm.prompted_tools import allows_tools, flatten_tool_messages, stream_with_tools
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
     ChatUsage,
-    Final,
+    CompletionEnd,
     FinishReason,
-    Piece,
+    ModelStreamChunk,
     TextDelta,
-    bytes_bound,
+    bound_prompt_tokens,
 )
 
 DEFAULT_SEED = 42
@@ -46,7 +46,7 @@ class EmbeddedSettings:
     """
 
     threads: int | None = None
-    context_tokens: int = 8192
+    round_context: int = 8192
     slots: int = 1
     max_waiting: int = 32
     wait_seconds: float = 600.0
@@ -64,9 +64,9 @@ class EmbeddedModel:
         self._entry = entry
         self._path = path
         self._settings = EmbeddedSettings() if settings is None else settings
-        self._context = context_tokens(self._settings.context_tokens, entry.max_context_tokens)
+        self._context = round_context(self._settings.context_tokens, entry.max_context_tokens)
         self._loading: asyncio.Task[LlamaProcess] | None = None
-        self._slots = _Slots(self._settings)
+        self._slots = _SlotQueue(self._settings)
         self._closed = False
 
     @property
@@ -75,7 +75,7 @@ class EmbeddedModel:
         return self._entry.name
 
     @property
-    def context_tokens(self) -> int:
+    def round_context(self) -> int:
         """Return how many tokens prompt and answer may have together."""
         return self._context
 
@@ -87,31 +87,31 @@ class EmbeddedModel:
 
     async def start(self) -> None:
         """Load the model now. Raises ``no_model`` without llama.cpp's package, ``model_failed`` if it does not load."""
-        await self._running()
+        await self._get_process()
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
         """Count the prompt of ``messages`` exactly, with the model's own template and tokenizer."""
         plain = self._plain(messages)
-        process = await self._running()
+        process = await self._get_process()
         return await process.count(plain)
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         """Answer ``request``; see :class:`octollm.llm.types.ChatModel`. Tools are described in its prompt."""
         stream = self._stream(request)
-        if wants_tools(request):
+        if allows_tools(request):
             stream = stream_with_tools(self._stream, request, f"call-{secrets.token_hex(8)}")
         async with contextlib.aclosing(stream) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def _stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
+    async def _stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         body = self._body(request)
-        await self._slots.take()
+        await self._slots.acquire()
         try:
-            process = await self._running()
-            generation = process.chat(body, self._slots.give_back)
+            process = await self._get_process()
+            generation = process.chat(body, self._slots.release)
         except BaseException:
-            self._slots.give_back()
+            self._slots.release()
             raise
         try:
             async for piece in self._pieces(generation):
@@ -139,7 +139,7 @@ class EmbeddedModel:
             return None
         return loading.result()
 
-    async def _running(self) -> LlamaProcess:
+    async def _get_process(self) -> LlamaProcess:
         """Return the child, started when it is not there. Callers share one start, which outlives those who leave."""
         if self._closed:
             raise OctoError("The embedded model is closed.", code="model_failed")
@@ -165,7 +165,7 @@ class EmbeddedModel:
             )
         return await LlamaProcess.start(self._path, self._llama_settings())
 
-    async def _pieces(self, generation: Generation) -> AsyncGenerator[Piece]:
+    async def _pieces(self, generation: Generation) -> AsyncGenerator[ModelStreamChunk]:
         stall = self._llama_settings().stall_seconds
         while True:
             event = await generation.next(stall)
@@ -173,12 +173,12 @@ class EmbeddedModel:
                 yield TextDelta(event.text)
             elif event.event == "end":
                 finish: FinishReason = "length" if event.finish == "length" else "stop"
-                yield Final(finish, ChatUsage.of(event.prompt, event.completion))
+                yield CompletionEnd(finish, ChatUsage.of(event.prompt, event.completion))
                 return
             elif event.event != "progress":
                 raise self._error(event)
 
-    def _error(self, event: Event) -> OctoError:
+    def _error(self, event: LlamaEvent) -> OctoError:
         if event.kind == "exceed_context_size_error":
             return self._too_long(f"{event.prompt:,} tokens", event.prompt - self.context_tokens + 1)
         if event.status == 400:
@@ -194,15 +194,18 @@ class EmbeddedModel:
 
     def _plain(self, messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
         """Return ``messages`` as the template wants them, with no text in them that it would take for its own."""
-        size = bytes_bound(messages)
+        size = bound_prompt_tokens(messages)
         if size > _MAX_PROMPT_BYTES:
             raise self._too_long(f"{size:,} bytes", 1)
         return [
-            {"role": "system" if message.role == "developer" else message.role, "content": self._defused(message.text)}
-            for message in retold(messages)
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": self._escape_control_tokens(message.text),
+            }
+            for message in flatten_tool_messages(messages)
         ]
 
-    def _defused(self, text: str) -> str:
+    def _escape_control_tokens(self, text: str) -> str:
         """Break control tokens in ``text``: a document that holds one must not open a turn of its own.
 
         A zero-width space inside one leaves it as readable as before and makes it ordinary text.
@@ -240,13 +243,13 @@ class EmbeddedModel:
         return LlamaSettings(
             threads=threads,
             batch_tokens=batch_tokens(self._entry.size, threads),
-            context_tokens=self._context,
+            round_context=self._context,
             slots=self._settings.slots,
             prompt_cache_mib=self._settings.prompt_cache_mib,
         )
 
 
-class _Slots:
+class _SlotQueue:
     """Who may generate now: first come, first served, with a bounded queue."""
 
     def __init__(self, settings: EmbeddedSettings) -> None:
@@ -254,7 +257,7 @@ class _Slots:
         self._settings = settings
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def take(self) -> None:
+    async def acquire(self) -> None:
         """Wait for a slot. Raises ``overloaded`` when too many wait or the wait is too long."""
         if self._free and not self._waiting:
             self._free -= 1
@@ -268,7 +271,7 @@ class _Slots:
                 await turn
         except BaseException as exc:
             if turn.done() and not turn.cancelled():
-                self.give_back()  # the slot came at the moment that the caller left
+                self.release()  # the slot came at the moment that the caller left
             elif turn in self._waiting:
                 self._waiting.remove(turn)
             if isinstance(exc, TimeoutError):
@@ -279,7 +282,7 @@ class _Slots:
                 ) from exc
             raise
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Give the slot to whoever has waited longest."""
         while self._waiting:
             turn = self._waiting.popleft()
@@ -295,7 +298,7 @@ def default_threads() -> int:
     return max(1, cores - 1)
 
 
-def context_tokens(wanted: int, most: int) -> int:
+def round_context(wanted: int, most: int) -> int:
     """Return the context that llama.cpp gives when ``wanted`` tokens are asked for: it rounds up to blocks."""
     return min(-(-wanted // _CONTEXT_BLOCK) * _CONTEXT_BLOCK, most)
 

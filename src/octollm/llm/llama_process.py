@@ -22,8 +22,8 @@ _LINE_BYTES = 4 * 1024 * 1024
 _STDERR_LINES = 20
 _LEAVE_SECONDS = 5.0
 """How long a child that has closed its output may take to end."""
-_PASSED_ON = ("PATH", "HOME", "TMPDIR", "TEMP", "TMP", "LANG", "VIRTUAL_ENV", "SYSTEMROOT", "USERPROFILE")
-_PASSED_ON_PREFIXES = ("LC_", "LD_", "DYLD_", "PYTHON", "GGML_", "OMP_")
+_ENVIRONMENT_NAMES = ("PATH", "HOME", "TMPDIR", "TEMP", "TMP", "LANG", "VIRTUAL_ENV", "SYSTEMROOT", "USERPROFILE")
+_ENVIRONMENT_PREFIXES = ("LC_", "LD_", "DYLD_", "PYTHON", "GGML_", "OMP_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class LlamaSettings:
 
     threads: int
     batch_tokens: int
-    context_tokens: int = 8192
+    round_context: int = 8192
     slots: int = 1
     prompt_cache_mib: int = 256
     load_seconds: float = 120.0
@@ -44,7 +44,7 @@ class LlamaSettings:
     stop_seconds: float = 15.0
 
 
-class Event(msgspec.Struct, frozen=True):
+class LlamaEvent(msgspec.Struct, frozen=True):
     """One line of the child. See ``llama_worker`` for which event has which members."""
 
     event: Literal["ready", "failed", "progress", "text", "end", "stopped", "counted", "error"]
@@ -60,7 +60,7 @@ class Event(msgspec.Struct, frozen=True):
     context: int = 0
 
 
-_LAST = frozenset({"end", "stopped", "counted", "error"})
+_FINAL_EVENTS = frozenset({"end", "stopped", "counted", "error"})
 
 
 class Generation:
@@ -71,12 +71,12 @@ class Generation:
         self._process = process
         self._on_end = on_end
         # Bounded by the context: a generation has at most one event a token and one a batch of the prompt.
-        self._events: deque[Event] = deque()
+        self._events: deque[LlamaEvent] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
         self._cancelled: asyncio.TimerHandle | None = None
 
-    async def next(self, seconds: float) -> Event:
+    async def next(self, seconds: float) -> LlamaEvent:
         """Return the next event. Raises ``model_failed`` when the child is silent for ``seconds`` or ends."""
         while not self._events:
             if self._ended:
@@ -95,12 +95,12 @@ class Generation:
         if not self._ended and self._cancelled is None:
             self._cancelled = self._process.send_cancel(self._number)
 
-    def take(self, event: Event) -> None:
+    def add_event(self, event: LlamaEvent) -> None:
         """Take an event from the reader."""
         if self._cancelled is None:
             self._events.append(event)
         self._arrived.set()
-        if event.event in _LAST:
+        if event.event in _FINAL_EVENTS:
             self.end()
 
     def end(self) -> None:
@@ -169,14 +169,14 @@ class LlamaProcess:
 
     async def count(self, messages: Sequence[Mapping[str, str]]) -> int:
         """Count the prompt of ``messages`` with the model's template and tokenizer. Raises ``model_failed``."""
-        event = await self._order("count", {"messages": messages}).next(self._settings.stall_seconds)
+        event = await self._send_request("count", {"messages": messages}).next(self._settings.stall_seconds)
         if event.event != "counted":
             raise OctoError(f"The embedded model could not count tokens: {event.message}", code="model_failed")
         return event.tokens
 
     def chat(self, body: Mapping[str, object], on_end: Callable[[], None]) -> Generation:
         """Begin a generation; ``body`` is a llama.cpp chat completions request. Raises ``model_failed``."""
-        return self._order("chat", body, on_end)
+        return self._send_request("chat", body, on_end)
 
     def send_cancel(self, number: int) -> asyncio.TimerHandle:
         """Ask the child to stop an order; kill it if it does not within the time set."""
@@ -205,7 +205,9 @@ class LlamaProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)  # they read up to the end that kill() made
         await asyncio.to_thread(shutil.rmtree, self._folder, True)
 
-    def _order(self, op: str, body: Mapping[str, object], on_end: Callable[[], None] = lambda: None) -> Generation:
+    def _send_request(
+        self, op: str, body: Mapping[str, object], on_end: Callable[[], None] = lambda: None
+    ) -> Generation:
         if not self._alive:
             raise self.failure()
         self._numbers += 1
@@ -235,7 +237,7 @@ class LlamaProcess:
             self._end(f"it was not loaded after {self._settings.load_seconds:.0f} s")
             raise self.failure() from exc
         if event is None or event.event != "ready":
-            self._end(event.message if event is not None and event.message else await self._how_it_ended())
+            self._end(event.message if event is not None and event.message else await self._exit_reason())
             raise self.failure()
         self._tasks.append(asyncio.create_task(self._read_events(stdout)))
 
@@ -244,8 +246,8 @@ class LlamaProcess:
         try:
             while (event := await _read(stdout)) is not None:
                 if (order := self._orders.get(event.id)) is not None:
-                    order.take(event)
-            why = await self._how_it_ended()
+                    order.add_event(event)
+            why = await self._exit_reason()
         finally:
             self._end(why)
 
@@ -255,7 +257,7 @@ class LlamaProcess:
                 if text := line.decode(errors="replace").strip():
                     self._errors.append(text[:500])
 
-    async def _how_it_ended(self) -> str:
+    async def _exit_reason(self) -> str:
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 code = await self._process.wait()
@@ -274,11 +276,11 @@ class LlamaProcess:
             order.end()
 
 
-async def _read(stdout: asyncio.StreamReader) -> Event | None:
+async def _read(stdout: asyncio.StreamReader) -> LlamaEvent | None:
     """Return the next event, or ``None`` when the child has closed its end."""
     try:
         line = await stdout.readline()
-        return msgspec.json.decode(line, type=Event) if line.endswith(b"\n") else None
+        return msgspec.json.decode(line, type=LlamaEvent) if line.endswith(b"\n") else None
     except (ValueError, msgspec.DecodeError):
         return None
 
@@ -289,7 +291,7 @@ def _worker_settings(path: Path, folder: Path, settings: LlamaSettings) -> dict[
         "path": str(path),
         "folder": str(folder),
         "host": str(folder / "llama.sock") if unix else "127.0.0.1",
-        "context_tokens": settings.context_tokens,
+        "round_context": settings.context_tokens,
         "slots": settings.slots,
         "batch_tokens": settings.batch_tokens,
         "threads": settings.threads,
@@ -299,4 +301,4 @@ def _worker_settings(path: Path, folder: Path, settings: LlamaSettings) -> dict[
 
 def _environment(full: Mapping[str, str]) -> dict[str, str]:
     """Return what native code needs of the environment; keys and settings of the parent are none of it."""
-    return {name: full[name] for name in full if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)}
+    return {name: full[name] for name in full if name in _ENVIRONMENT_NAMES or name.startswith(_ENVIRONMENT_PREFIXES)}

@@ -24,18 +24,27 @@ from pyqwest import (
 )
 
 from octollm.errors import OctoError, RemoteError, SettingError
-from octollm.llm.openai_wire import Calls, ErrorBody, ModelNames, SaidChunk, SaidError, SaidUsage, body_of, finish_of
-from octollm.llm.sse import event_data
+from octollm.llm.openai_wire import (
+    OpenAIChunk,
+    OpenAIError,
+    OpenAIErrorBody,
+    OpenAIModelList,
+    OpenAIUsage,
+    ToolCallAccumulator,
+    build_request,
+    parse_finish_reason,
+)
+from octollm.llm.sse import iter_sse_data
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
     ChatUsage,
-    Final,
+    CompletionEnd,
     FinishReason,
-    Piece,
+    ModelStreamChunk,
     TextDelta,
-    bytes_bound,
-    tools_bound,
+    bound_prompt_tokens,
+    bound_tool_tokens,
 )
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -65,13 +74,13 @@ class OpenAICompatibleModel:
         *,
         base_url: str = OPENAI_URL,
         api_key: str | None = None,
-        context_tokens: int = 128_000,
+        round_context: int = 128_000,
         timeouts: ProviderTimeouts | None = None,
     ) -> None:
         self._model = model
         self._base_url = _checked_url(base_url)
         self._key = _checked_key(api_key)
-        self._context_tokens = context_tokens
+        self._context_tokens = round_context
         chosen = ProviderTimeouts() if timeouts is None else timeouts
         self._idle = chosen.idle
         self._transport = HTTPTransport(
@@ -89,20 +98,20 @@ class OpenAICompatibleModel:
         return f"openai:{self._model}"
 
     @property
-    def context_tokens(self) -> int:
+    def round_context(self) -> int:
         """Return how many tokens prompt and answer may have together, as far as the settings know."""
         return self._context_tokens
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
         """Bound the prompt from above by its UTF-8 bytes: the provider's tokenizer is not at hand."""
-        return bytes_bound(messages)
+        return bound_prompt_tokens(messages)
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         """Answer ``request``; see :class:`octollm.llm.types.ChatModel`. Closing it closes the connection."""
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
-        content = msgspec.json.encode(body_of(self._model, request))
+        content = msgspec.json.encode(build_request(self._model, request))
         try:
             async with self._client.stream("POST", f"{self._base_url}/chat/completions", headers, content) as response:
                 if response.status != 200:
@@ -113,7 +122,7 @@ class OpenAICompatibleModel:
         except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
             raise self._broken(exc) from exc
 
-    async def served(self) -> frozenset[str] | None:
+    async def list_models(self) -> frozenset[str] | None:
         """Return the names in the server's list of models, which costs nothing; ``None`` where it keeps no list.
 
         Raises ``model_failed`` when the server is away or refuses the key.
@@ -125,7 +134,7 @@ class OpenAICompatibleModel:
                     raise await self._refused(response)
                 if response.status != 200:
                     return None
-                listed = msgspec.json.decode(await _read(response, _LIST_BYTES), type=ModelNames)
+                listed = msgspec.json.decode(await _read_limited(response, _LIST_BYTES), type=OpenAIModelList)
         except msgspec.DecodeError:
             return None
         except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
@@ -136,22 +145,22 @@ class OpenAICompatibleModel:
         """Close the connections."""
         await self._transport.aclose()
 
-    async def _pieces(self, response: Response, request: ChatRequest) -> AsyncGenerator[Piece]:
+    async def _pieces(self, response: Response, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         finish: FinishReason | None = None
-        usage: SaidUsage | None = None
-        called = Calls()
+        usage: OpenAIUsage | None = None
+        called = ToolCallAccumulator()
         written = 0
         try:
-            async with aclosing(event_data(response.content)) as events:
+            async with aclosing(iter_sse_data(response.content)) as events:
                 async for data in events:
                     if data == _DONE:
                         break
-                    chunk = msgspec.json.decode(data, type=SaidChunk)
+                    chunk = msgspec.json.decode(data, type=OpenAIChunk)
                     if chunk.error is not None:
                         raise self._failed(f"it broke off: {self._shown(chunk.error.message)}")
                     usage = chunk.usage or usage
                     for choice in chunk.choices:
-                        finish = finish_of(choice.finish_reason) or finish
+                        finish = parse_finish_reason(choice.finish_reason) or finish
                         if choice.delta.content:
                             written += len(choice.delta.content.encode("utf-8", "surrogatepass"))
                             yield TextDelta(choice.delta.content)
@@ -162,11 +171,11 @@ class OpenAICompatibleModel:
         if finish is None:
             raise self._failed("the connection broke before the answer was whole")
         if usage is None:
-            bound = ChatUsage.of(bytes_bound(request.messages) + tools_bound(request), written)
-            yield Final(finish, bound, exact=False, tool_calls=called.calls())
+            bound = ChatUsage.of(bound_prompt_tokens(request.messages) + bound_tool_tokens(request), written)
+            yield CompletionEnd(finish, bound, exact=False, tool_calls=called.calls())
         else:
             counted = ChatUsage.of(usage.prompt_tokens, usage.completion_tokens)
-            yield Final(finish, counted, tool_calls=called.calls())
+            yield CompletionEnd(finish, counted, tool_calls=called.calls())
 
     async def _refused(self, response: Response) -> OctoError:
         """Return the error for an answer that is not 200."""
@@ -210,15 +219,15 @@ class OpenAICompatibleModel:
         return " ".join(text.split())[:_DETAIL_CHARACTERS].rstrip(".")
 
 
-async def _error_of(response: Response) -> SaidError:
+async def _error_of(response: Response) -> OpenAIError:
     """Return what an error answer says, as far as it can be understood."""
     try:
-        return msgspec.json.decode(await _read(response, _ERROR_BYTES), type=ErrorBody).error
+        return msgspec.json.decode(await _read_limited(response, _ERROR_BYTES), type=OpenAIErrorBody).error
     except msgspec.DecodeError:
-        return SaidError()
+        return OpenAIError()
 
 
-async def _read(response: Response, most: int) -> bytes:
+async def _read_limited(response: Response, most: int) -> bytes:
     """Return the beginning of an answer: what came until there were more than ``most`` bytes."""
     raw = bytearray()
     async for chunk in response.content:

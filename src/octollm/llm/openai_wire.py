@@ -20,10 +20,10 @@ from octollm.llm.types import (
     ToolChoice,
 )
 
-_MOST_CALLS = 128
+_MAX_TOOL_CALLS = 128
 
 
-class SentMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+class OpenAIMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """A message as it is sent."""
 
     role: str
@@ -32,11 +32,11 @@ class SentMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_call_id: str | None = None
 
 
-class SentBody(msgspec.Struct, frozen=True, omit_defaults=True):
+class OpenAIRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of a request; what is absent is left to the provider."""
 
     model: str
-    messages: tuple[SentMessage, ...]
+    messages: tuple[OpenAIMessage, ...]
     stream: Literal[True] | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -51,84 +51,84 @@ class SentBody(msgspec.Struct, frozen=True, omit_defaults=True):
     parallel_tool_calls: bool | None = None
 
 
-class SaidUsage(msgspec.Struct, frozen=True):
+class OpenAIUsage(msgspec.Struct, frozen=True):
     """What the provider counted."""
 
     prompt_tokens: int
     completion_tokens: int = 0
 
 
-class FunctionPiece(msgspec.Struct, frozen=True):
+class OpenAIFunctionDelta(msgspec.Struct, frozen=True):
     """A piece of the call of a function."""
 
     name: str | None = None
     arguments: str | None = None
 
 
-class ToolPiece(msgspec.Struct, frozen=True):
+class OpenAIToolCallDelta(msgspec.Struct, frozen=True):
     """A piece of one call; ``index`` says of which."""
 
     index: int = 0
     id: str | None = None
-    function: FunctionPiece = FunctionPiece()
+    function: OpenAIFunctionDelta = OpenAIFunctionDelta()
 
 
-class DeltaPiece(msgspec.Struct, frozen=True):
+class OpenAIDelta(msgspec.Struct, frozen=True):
     """What a chunk adds."""
 
     content: str | None = None
-    tool_calls: tuple[ToolPiece, ...] | None = None
+    tool_calls: tuple[OpenAIToolCallDelta, ...] | None = None
 
 
-class SaidChoice(msgspec.Struct, frozen=True):
+class OpenAIChunkChoice(msgspec.Struct, frozen=True):
     """The one choice of a chunk."""
 
-    delta: DeltaPiece = DeltaPiece()
+    delta: OpenAIDelta = OpenAIDelta()
     finish_reason: str | None = None
 
 
-class SaidError(msgspec.Struct, frozen=True):
+class OpenAIError(msgspec.Struct, frozen=True):
     """The provider's own words for a failure."""
 
     message: str = ""
     code: str | int | None = None
 
 
-class SaidChunk(msgspec.Struct, frozen=True):
+class OpenAIChunk(msgspec.Struct, frozen=True):
     """One server-sent event."""
 
-    choices: tuple[SaidChoice, ...] = ()
-    usage: SaidUsage | None = None
-    error: SaidError | None = None
+    choices: tuple[OpenAIChunkChoice, ...] = ()
+    usage: OpenAIUsage | None = None
+    error: OpenAIError | None = None
 
 
-class ListedModel(msgspec.Struct, frozen=True):
+class OpenAIModelEntry(msgspec.Struct, frozen=True):
     """An entry of the provider's list of models."""
 
     id: str
 
 
-class ModelNames(msgspec.Struct, frozen=True):
+class OpenAIModelList(msgspec.Struct, frozen=True):
     """``GET /models``."""
 
-    data: tuple[ListedModel, ...]
+    data: tuple[OpenAIModelEntry, ...]
 
 
-class ErrorBody(msgspec.Struct, frozen=True):
+class OpenAIErrorBody(msgspec.Struct, frozen=True):
     """The body of a refusal."""
 
-    error: SaidError
+    error: OpenAIError
 
 
-class Calls:
+class ToolCallAccumulator:
     """The calls that an answer asks for, put together from the pieces that they come in."""
 
     def __init__(self) -> None:
         self._parts: dict[int, list[str]] = {}
 
-    def add(self, delta: ToolPiece) -> int:
+    def add(self, delta: OpenAIToolCallDelta) -> int:
         """Add a piece; return how many bytes it has. Raises ``ValueError`` past the bound of calls."""
-        if delta.index not in self._parts and len(self._parts) >= _MOST_CALLS:
+        if delta.index not in self._parts and len(self._parts) >= _MAX_TOOL_CALLS:
             raise ValueError("too many calls")
         part = self._parts.setdefault(delta.index, ["", "", ""])
         pieces = (delta.id or "", delta.function.name or "", delta.function.arguments or "")
@@ -144,12 +144,12 @@ class Calls:
         )
 
 
-def body_of(model: str, request: ChatRequest) -> SentBody:
-    """Return the body that asks ``model`` for what ``request`` asks, as a stream with its usage."""
-    return SentBody(
+def build_request(model: str, request: ChatRequest) -> OpenAIRequest:
+    """Return the body that asks ``check_model`` for what ``request`` asks, as a stream with its usage."""
+    return OpenAIRequest(
         model=model,
         messages=tuple(
-            SentMessage(message.role, message.text, message.tool_calls, message.tool_call_id)
+            OpenAIMessage(message.role, message.text, message.tool_calls, message.tool_call_id)
             for message in request.messages
         ),
         stream=True,
@@ -167,7 +167,7 @@ def body_of(model: str, request: ChatRequest) -> SentBody:
     )
 
 
-def finish_of(reason: str | None) -> FinishReason | None:
+def parse_finish_reason(reason: str | None) -> FinishReason | None:
     """Return our word for a provider's reason; one that we do not know is an ordinary end."""
     if reason is None or reason == "":
         return None

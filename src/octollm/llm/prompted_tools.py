@@ -3,7 +3,7 @@
 A small model that is shown tools writes prose about them. Held to a JSON schema, it calls them if the calls stand in
 front of the answer and behind what else it was told: in trials the smallest embedded model then called the right tool
 in 10 requests of 10, but also an idle one in 3 of 4 that wanted none. With the answer in front, or the tools before
-the instructions, it called in 0 to 4 of the 10. The request is put in other words (:func:`retold` its messages), and
+the instructions, it called in 0 to 4 of the 10. The request is put in other words (:func:`flatten_tool_messages` its messages), and
 the answer read back as what a model with tools would have said.
 """
 
@@ -19,11 +19,11 @@ from octollm.errors import OctoError
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
-    Final,
+    CompletionEnd,
     Function,
     FunctionCall,
     JsonSchemaFormat,
-    Piece,
+    ModelStreamChunk,
     ResponseFormat,
     TextDelta,
     Tool,
@@ -31,28 +31,30 @@ from octollm.llm.types import (
     ToolChoice,
 )
 
-Stream = Callable[[ChatRequest], AsyncGenerator[Piece]]
+StreamFunction = Callable[[ChatRequest], AsyncGenerator[ModelStreamChunk]]
 
 
-class _Said(msgspec.Struct, frozen=True):
+class _Reply(msgspec.Struct, frozen=True):
     tool: str = ""
     arguments: msgspec.Raw = msgspec.Raw(b"{}")
     answer: str = ""
 
 
-def wants_tools(request: ChatRequest) -> bool:
+def allows_tools(request: ChatRequest) -> bool:
     """Say whether the model may call a tool to answer ``request``."""
     return bool(request.tools) and request.tool_choice != "none"
 
 
-async def stream_with_tools(stream: Stream, request: ChatRequest, call_id: str) -> AsyncGenerator[Piece]:
+async def stream_with_tools(
+    stream: StreamFunction, request: ChatRequest, call_id: str
+) -> AsyncGenerator[ModelStreamChunk]:
     """Answer ``request`` by ``stream``, which knows nothing of tools; see :class:`octollm.llm.types.ChatModel`.
 
     ``call_id`` names the call, if it comes to one. Raises ``model_failed`` where the answer fits no tool, as when it
     was cut.
     """
     text = ""
-    async with aclosing(stream(prompted(request))) as pieces:
+    async with aclosing(stream(build_prompted_request(request))) as pieces:
         async for piece in pieces:
             if isinstance(piece, TextDelta):
                 text += piece.text
@@ -64,18 +66,18 @@ async def stream_with_tools(stream: Stream, request: ChatRequest, call_id: str) 
                 raise OctoError("The model's answer calls no tool and says nothing.", code="model_failed")
             elif said.tool:
                 call = ToolCall(call_id, FunctionCall(said.tool, bytes(said.arguments).decode()))
-                yield Final("tool_calls", piece.usage, piece.exact, (call,))
+                yield CompletionEnd("tool_calls", piece.usage, piece.exact, (call,))
             else:
                 yield TextDelta(said.answer)
                 yield piece
 
 
-def prompted(request: ChatRequest) -> ChatRequest:
+def build_prompted_request(request: ChatRequest) -> ChatRequest:
     """Return a request without tools whose answer is one JSON object: a call, or the answer itself."""
-    tools = _choice(request)
+    tools = _allowed_tools(request)
     last = not isinstance(request.tool_choice, ToolChoice) and request.tool_choice != "required"
     schema = _schema(tools, answer=last)
-    rules = ["Answer with one JSON object, one of these:", *(_shown(tool.function) for tool in tools)]
+    rules = ["Answer with one JSON object, one of these:", *(_describe_function(tool.function) for tool in tools)]
     if last:
         told = request.messages[-1].role == "tool"
         when = "Tells what the tool found." if told else "Only for small talk, and for what none of the above can do."
@@ -97,7 +99,7 @@ def _with_rules(messages: tuple[ChatMessage, ...], rules: str) -> tuple[ChatMess
     return (ChatMessage("system", f"{first.text}\n\n{rules}"), *rest)
 
 
-def _shown(function: Function) -> str:
+def _describe_function(function: Function) -> str:
     """Return a call of ``function`` as it is to be written, and what it does."""
     properties = _mapping(_mapping(function.parameters).get("properties"))
     given = ", ".join(f'"{name}": {_value(_mapping(declared))}' for name, declared in properties.items())
@@ -117,7 +119,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
-def _choice(request: ChatRequest) -> tuple[Tool, ...]:
+def _allowed_tools(request: ChatRequest) -> tuple[Tool, ...]:
     choice = request.tool_choice
     if isinstance(choice, ToolChoice):
         return tuple(tool for tool in request.tools if tool.function.name == choice.function.name)
@@ -144,7 +146,7 @@ def _object(members: Mapping[str, object]) -> dict[str, object]:
     return {"type": "object", "properties": members, "required": list(members), "additionalProperties": False}
 
 
-def retold(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+def flatten_tool_messages(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return messages that speak of tools as a model without them understands them."""
     told: list[ChatMessage] = []
     names: dict[str | None, str] = {}
@@ -161,9 +163,9 @@ def retold(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     return told
 
 
-def _read(text: str) -> _Said | None:
+def _read(text: str) -> _Reply | None:
     try:
-        said = msgspec.json.decode(text, type=_Said)
+        said = msgspec.json.decode(text, type=_Reply)
     except msgspec.DecodeError:
         return None
     return said if said.tool or said.answer else None

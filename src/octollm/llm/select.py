@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from octollm.errors import OctoError, SettingError
 from octollm.llm.cache import ModelCache
-from octollm.llm.catalogue import CATALOGUE, ModelEntry, entry_named
+from octollm.llm.catalogue import MODEL_CATALOGUE, ModelEntry, find_entry
 from octollm.llm.embedded import EmbeddedModel, EmbeddedSettings
 from octollm.llm.openai_compatible import OPENAI_URL, OpenAICompatibleModel
 from octollm.llm.types import ChatModel
@@ -32,7 +32,7 @@ def resolve_model(
     cache: ModelCache,
     *,
     embedded: EmbeddedSettings | None = None,
-    catalogue: tuple[ModelEntry, ...] = CATALOGUE,
+    catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE,
 ) -> ModelChoice:
     """Return what ``setting`` names: ``embedded``, ``embedded:NAME`` or ``openai:NAME``.
 
@@ -42,12 +42,12 @@ def resolve_model(
     kind, _, name = setting.partition(":")
     if kind == "openai" and name:
         model = OpenAICompatibleModel(name, base_url=url or OPENAI_URL, api_key=api_key)
-        return ModelChoice(model.name, None, lambda: _ready(model))
+        return ModelChoice(model.name, None, lambda: _open_provider(model))
     if kind != "embedded" or (":" in setting and not name):
         raise SettingError(
             f"OCTOLLM_MODEL is {setting!r}; it should be `embedded`, `embedded:{catalogue[0].name}` or `openai:NAME`."
         )
-    entry = entry_named(name, catalogue) if name else cache.largest(catalogue)
+    entry = find_entry(name, catalogue) if name else cache.largest(catalogue)
     if entry is None or not cache.has(entry):
         wanted = catalogue[0] if entry is None else entry
         raise OctoError(
@@ -55,15 +55,15 @@ def resolve_model(
             f"({wanted.size / 1e6:,.0f} MB), or use a provider: OCTOLLM_MODEL=openai:NAME with OCTOLLM_MODEL_URL.",
             code="no_model",
         )
-    return ModelChoice(entry.name, entry, lambda: _load(entry, cache, embedded))
+    return ModelChoice(entry.name, entry, lambda: _open_embedded(entry, cache, embedded))
 
 
-async def _ready(model: ChatModel) -> ChatModel:
+async def _open_provider(model: ChatModel) -> ChatModel:
     return model
 
 
-async def _load(entry: ModelEntry, cache: ModelCache, settings: EmbeddedSettings | None) -> ChatModel:
-    model = EmbeddedModel(entry, await cache.verified(entry), settings)
+async def _open_embedded(entry: ModelEntry, cache: ModelCache, settings: EmbeddedSettings | None) -> ChatModel:
+    model = EmbeddedModel(entry, await cache.verify(entry), settings)
     try:
         await model.start()
     except BaseException:

@@ -7,13 +7,13 @@ from collections.abc import AsyncGenerator, AsyncIterator
 MAX_EVENT_BYTES = 1024 * 1024
 
 
-async def event_data(
+async def iter_sse_data(
     chunks: AsyncIterator[bytes | memoryview | bytearray], max_event_bytes: int = MAX_EVENT_BYTES
 ) -> AsyncGenerator[bytes]:
     """Yield the data of each event; comments and other fields are passed over. Raises ``ValueError`` past the bound."""
     data: list[bytes] = []
     size = 0
-    async for line in _lines(chunks, max_event_bytes):
+    async for line in _iter_lines(chunks, max_event_bytes):
         if not line:
             if data:
                 yield b"\n".join(data)
@@ -28,7 +28,7 @@ async def event_data(
         yield b"\n".join(data)
 
 
-async def _lines(chunks: AsyncIterator[bytes | memoryview | bytearray], limit: int) -> AsyncGenerator[bytes]:
+async def _iter_lines(chunks: AsyncIterator[bytes | memoryview | bytearray], limit: int) -> AsyncGenerator[bytes]:
     """Yield lines without their ends. A lone CR, which no server of chat completions sends, does not end one."""
     buffer = bytearray()
     async for chunk in chunks:

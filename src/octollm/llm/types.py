@@ -159,7 +159,7 @@ class ChatUsage(msgspec.Struct, frozen=True):
         return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
 
 
-class AnswerMessage(msgspec.Struct, frozen=True):
+class CompletionMessage(msgspec.Struct, frozen=True):
     """The message of an answer."""
 
     content: str
@@ -170,7 +170,7 @@ class AnswerMessage(msgspec.Struct, frozen=True):
 class ChatChoice(msgspec.Struct, frozen=True):
     """The one choice of an answer."""
 
-    message: AnswerMessage
+    message: CompletionMessage
     finish_reason: FinishReason
     index: int = 0
 
@@ -195,7 +195,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True):
     type: Literal["function"] = "function"
 
 
-class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a chunk adds."""
 
     role: Literal["assistant"] | None = None
@@ -206,7 +206,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
 class ChunkChoice(msgspec.Struct, frozen=True):
     """The one choice of a chunk; ``finish_reason`` is on the last one that has a choice."""
 
-    delta: Delta
+    delta: ChatDelta
     finish_reason: FinishReason | None = None
     index: int = 0
 
@@ -230,7 +230,7 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class Final:
+class CompletionEnd:
     """The end of an answer, with the calls that it asks for.
 
     ``exact`` is false where ``usage`` is an upper bound, not the provider's own count.
@@ -242,7 +242,7 @@ class Final:
     tool_calls: tuple[ToolCall, ...] = ()
 
 
-Piece = TextDelta | Final
+ModelStreamChunk = TextDelta | CompletionEnd
 
 
 class ChatModel(Protocol):
@@ -254,7 +254,7 @@ class ChatModel(Protocol):
         ...
 
     @property
-    def context_tokens(self) -> int:
+    def round_context(self) -> int:
         """Return how many tokens prompt and answer may have together."""
         ...
 
@@ -262,8 +262,8 @@ class ChatModel(Protocol):
         """Count the prompt with its template: exactly where the tokenizer is at hand, else an upper bound."""
         ...
 
-    def stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
-        """Answer ``request``: text deltas, then one :class:`Final`.
+    def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
+        """Answer ``request``: text deltas, then one :class:`CompletionEnd`.
 
         Closing the generator, or cancelling the task that waits on it, stops the generation; use it inside
         ``contextlib.aclosing``. Raises :class:`octollm.errors.OctoError`: ``context_too_long``, ``overloaded``,
@@ -276,7 +276,7 @@ class ChatModel(Protocol):
         ...
 
 
-def bytes_bound(messages: Sequence[ChatMessage]) -> int:
+def bound_prompt_tokens(messages: Sequence[ChatMessage]) -> int:
     """Bound the tokens of ``messages`` from above: no tokenizer makes more tokens than there are UTF-8 bytes.
 
     Sixteen tokens a message and sixteen more stand for what a template puts around them.
@@ -289,6 +289,6 @@ def bytes_bound(messages: Sequence[ChatMessage]) -> int:
     )
 
 
-def tools_bound(request: ChatRequest) -> int:
+def bound_tool_tokens(request: ChatRequest) -> int:
     """Bound the tokens that the description of a request's tools takes in the prompt: its bytes as JSON."""
     return len(msgspec.json.encode(request.tools)) if request.tools else 0

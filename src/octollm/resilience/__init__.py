@@ -3,20 +3,20 @@
 Values go in, a decision comes out; whoever calls does the waiting and the I/O. Nothing here imports asyncio.
 """
 
-from octollm.resilience.balance import Balancer, Ejected, Instance
+from octollm.resilience.balance import Balancer, Ejection, Instance
 from octollm.resilience.deadline import Deadline
-from octollm.resilience.ejection import EjectionPolicy, Outcome
-from octollm.resilience.retry import Failure, Patience, RetryBudget, RetryPolicy
+from octollm.resilience.ejection import CallOutcome, EjectionPolicy
+from octollm.resilience.retry import CallFailure, OutageRetry, RetryBudget, RetryPolicy
 
 __all__ = [
     "Balancer",
+    "CallFailure",
+    "CallOutcome",
     "Deadline",
-    "Ejected",
+    "Ejection",
     "EjectionPolicy",
-    "Failure",
     "Instance",
-    "Outcome",
-    "Patience",
+    "OutageRetry",
     "RetryBudget",
     "RetryPolicy",
 ]

@@ -10,20 +10,20 @@ import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
-from octollm.resilience.ejection import EjectionPolicy, Health, Outcome
+from octollm.resilience.ejection import CallOutcome, CircuitBreaker, EjectionPolicy
 
 DECAY_SECONDS = 10.0
 """How long a slow call is remembered: latency rises at once and falls with this time constant (peak EWMA)."""
-LEAST_SAMPLES = 3
+MIN_SAMPLES = 3
 MAX_OPERATIONS = 64
-_UNKNOWN = 0.001
-_WELL_SECONDS = 60.0
+_DEFAULT_LATENCY = 0.001
+_RECOVERY_SECONDS = 60.0
 
 
 @dataclass(slots=True)
 class _Latency:
     seconds: float
-    at: float
+    updated_at: float
     samples: int
 
 
@@ -35,7 +35,7 @@ class Instance:
         self.in_flight = 0
         self.busy_until = 0.0
         """Until when the instance asked not to be called."""
-        self.health = Health()
+        self.breaker = CircuitBreaker()
         self.latencies: dict[str, _Latency] = {}
         self.forgiven_at = now
 
@@ -46,11 +46,11 @@ class Instance:
         """
         latency = self.latencies.get(operation)
         if latency is None:
-            return (self.in_flight + 1) * _UNKNOWN
-        faded = latency.seconds * math.exp(-max(0.0, now - latency.at) / DECAY_SECONDS)
-        return (self.in_flight + 1) * max(faded, _UNKNOWN)
+            return (self.in_flight + 1) * _DEFAULT_LATENCY
+        faded = latency.seconds * math.exp(-max(0.0, now - latency.updated_at) / DECAY_SECONDS)
+        return (self.in_flight + 1) * max(faded, _DEFAULT_LATENCY)
 
-    def took(self, operation: str, seconds: float, now: float) -> None:
+    def record_latency(self, operation: str, seconds: float, now: float) -> None:
         """Note how long a call took."""
         latency = self.latencies.get(operation)
         if latency is None:
@@ -60,15 +60,15 @@ class Instance:
         if seconds >= latency.seconds:
             latency.seconds = seconds
         else:
-            share = math.exp(-max(0.0, now - latency.at) / DECAY_SECONDS)
+            share = math.exp(-max(0.0, now - latency.updated_at) / DECAY_SECONDS)
             # At least a tenth, so that many calls in a moment count as well.
             latency.seconds += (seconds - latency.seconds) * max(0.1, 1.0 - share)
-        latency.at = now
+        latency.updated_at = now
         latency.samples += 1
 
 
 @dataclass(frozen=True, slots=True)
-class Ejected:
+class Ejection:
     """An instance was taken out of use for ``seconds``."""
 
     url: str
@@ -90,7 +90,7 @@ class Balancer:
         """Return what is known, in the order of the addresses."""
         return self._instances
 
-    def follow(self, urls: Sequence[str], now: float) -> None:
+    def update_instances(self, urls: Sequence[str], now: float) -> None:
         """Take over which instances there are; what is known of those that are gone is forgotten."""
         if urls is self._urls or urls == self._urls:
             return
@@ -106,63 +106,65 @@ class Balancer:
         instances = self._instances
         if len(instances) == 1:
             chosen = instances[0]
-            if not chosen.health.allows(now):
+            if not chosen.breaker.allows_call(now):
                 return None
         else:
-            allowed = [instance for instance in instances if instance.health.allows(now)]
+            allowed = [instance for instance in instances if instance.breaker.allows_call(now)]
             if not allowed:
                 return None
             fresh = [each for each in allowed if each.url not in failed and each.busy_until <= now]
-            probes = [each for each in fresh if each.health.ejected]
+            probes = [each for each in fresh if each.breaker.is_open]
             # One that may be well again is asked first: without calls it would never be back.
             chosen = probes[0] if probes else self._less_loaded(fresh or allowed, operation, now)
-        chosen.health.probing(now, self._policy)
+        chosen.breaker.begin_probe(now, self._policy)
         chosen.in_flight += 1
         return chosen
 
-    def wait(self, now: float) -> float:
+    def seconds_until_available(self, now: float) -> float:
         """Return the seconds until an instance may be called."""
-        return min((instance.health.wait(now) for instance in self._instances), default=0.0)
+        return min((instance.breaker.seconds_until_allowed(now) for instance in self._instances), default=0.0)
 
-    def ended(self, instance: Instance, operation: str, outcome: Outcome, seconds: float, now: float) -> Ejected | None:
+    def record_outcome(
+        self, instance: Instance, operation: str, outcome: CallOutcome, seconds: float, now: float
+    ) -> Ejection | None:
         """Count a call that :meth:`pick` sent to ``instance``; return what became of the instance by it."""
         instance.in_flight -= 1
         if outcome == "answered":
-            instance.took(operation, seconds, now)
-        health, alone = instance.health, len(self._instances) == 1
-        if health.ejected and now - seconds < health.since:
+            instance.record_latency(operation, seconds, now)
+        health, alone = instance.breaker, len(self._instances) == 1
+        if health.is_open and now - seconds < health.opened_at:
             return None  # it began before: the ejection was the answer to it and its like
         if outcome == "erred" and alone:
             outcome = "answered"  # what one operation cannot do must not close the others
         slow = outcome in ("answered", "late") and self._is_slow(instance, operation, seconds)
-        health.count("unknown" if outcome == "late" and not slow else outcome, slow=slow)
-        if not health.due(self._policy):
-            if not health.ejected and now - max(instance.forgiven_at, health.since) > _WELL_SECONDS:
+        health.record("unknown" if outcome == "late" and not slow else outcome, slow=slow)
+        if not health.should_open(self._policy):
+            if not health.is_open and now - max(instance.forgiven_at, health.opened_at) > _RECOVERY_SECONDS:
                 health.forgive()
                 instance.forgiven_at = now
             return None
-        if not health.ejected and not self._may_eject(instance):
+        if not health.is_open and not self._may_eject(instance):
             return None
         reason = "slow" if health.slow else "failing"
-        return Ejected(instance.url, reason, health.eject(now, self._policy))
+        return Ejection(instance.url, reason, health.open(now, self._policy))
 
     def _may_eject(self, instance: Instance) -> bool:
         """Say whether one more may go: at most half of them, but a lone one that fails is not called for a while."""
         if len(self._instances) == 1:
-            return instance.health.failures >= self._policy.failures
-        return sum(each.health.ejected for each in self._instances) < len(self._instances) // 2
+            return instance.breaker.failures >= self._policy.consecutive_failures
+        return sum(each.breaker.is_open for each in self._instances) < len(self._instances) // 2
 
     def _is_slow(self, instance: Instance, operation: str, seconds: float) -> bool:
-        if seconds < self._policy.floor or len(self._instances) == 1:
+        if seconds < self._policy.min_slow_seconds or len(self._instances) == 1:
             return False
         others = sorted(
             latency.seconds
             for each in self._instances
             if each is not instance
             and (latency := each.latencies.get(operation)) is not None
-            and latency.samples >= LEAST_SAMPLES
+            and latency.samples >= MIN_SAMPLES
         )
-        return bool(others) and seconds > self._policy.factor * others[len(others) // 2]
+        return bool(others) and seconds > self._policy.slow_factor * others[len(others) // 2]
 
     def _less_loaded(self, instances: Sequence[Instance], operation: str, now: float) -> Instance:
         count = len(instances)

@@ -7,7 +7,7 @@ import msgspec
 from octollm.clock import Clock
 from octollm.errors import OctoError
 
-MAX_SECONDS = 3600.0
+MAX_DEADLINE_SECONDS = 3600.0
 """The longest life of a step, and so of a call."""
 
 
@@ -15,25 +15,25 @@ class Deadline(msgspec.Struct, frozen=True):
     """A moment on this process's monotonic clock."""
 
     clock: Clock
-    at: float
+    expires_at: float
 
     @classmethod
     def after(cls, clock: Clock, seconds: float) -> Deadline:
         """Return the deadline ``seconds`` from now, at most an hour."""
-        return cls(clock, clock.monotonic() + min(max(seconds, 0.0), MAX_SECONDS))
+        return cls(clock, clock.monotonic() + min(max(seconds, 0.0), MAX_DEADLINE_SECONDS))
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Return the seconds left; 0 when it has passed."""
-        return max(0.0, self.at - self.clock.monotonic())
+        return max(0.0, self.expires_at - self.clock.monotonic())
 
-    def check(self) -> None:
+    def raise_if_passed(self) -> None:
         """Raise ``deadline_exceeded`` when it has passed."""
-        if self.left() <= 0:
+        if self.remaining() <= 0:
             raise OctoError("The time for this work is used up.", code="deadline_exceeded")
 
-    def header(self) -> str:
+    def to_header(self) -> str:
         """Return the ``X-Timeout-Ms`` header: milliseconds left, relative so that clocks need not agree."""
-        return str(max(1, int(self.left() * 1000)))
+        return str(max(1, int(self.remaining() * 1000)))
 
 
 def parse_timeout_ms(text: str | None) -> float | None:

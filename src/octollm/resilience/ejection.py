@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["answered", "erred", "failed", "late", "unknown"]
+CallOutcome = Literal["answered", "erred", "failed", "late", "unknown"]
 """How a call ended for the instance.
 
 It answered; it answered that it could not (500); it did not answer; it did not within the caller's deadline; or that
@@ -26,45 +26,45 @@ class EjectionPolicy:
     long, up to ``most``. Then one call probes.
     """
 
-    failures: int = 5
-    slow: int = 3
-    factor: float = 10.0
-    floor: float = 0.05
-    seconds: float = 5.0
-    most: float = 60.0
+    consecutive_failures: int = 5
+    consecutive_slow: int = 3
+    slow_factor: float = 10.0
+    min_slow_seconds: float = 0.05
+    base_ejection_seconds: float = 5.0
+    max_ejection_seconds: float = 60.0
 
 
-class Health:
+class CircuitBreaker:
     """What is known of one instance: whether it may be called, and why not."""
 
     def __init__(self) -> None:
         self.failures = 0
         self.slow = 0
-        self.since = -math.inf
+        self.opened_at = -math.inf
         """When it was ejected last."""
         self._times = 0
         self._until: float | None = None
         self._probe_until = 0.0
 
     @property
-    def ejected(self) -> bool:
+    def is_open(self) -> bool:
         """Say whether the instance is out of use, or in it again for a probe only."""
         return self._until is not None
 
-    def allows(self, now: float) -> bool:
+    def allows_call(self, now: float) -> bool:
         """Say whether a call may go to the instance now: half-open, it is the one that probes."""
         return self._until is None or (now >= self._until and now >= self._probe_until)
 
-    def probing(self, now: float, policy: EjectionPolicy) -> None:
+    def begin_probe(self, now: float, policy: EjectionPolicy) -> None:
         """Note that a call goes out; the next has to wait for its end where it is a probe."""
         if self._until is not None:
-            self._probe_until = now + policy.seconds
+            self._probe_until = now + policy.base_ejection_seconds
 
-    def wait(self, now: float) -> float:
+    def seconds_until_allowed(self, now: float) -> float:
         """Return the seconds until the instance may be called."""
         return 0.0 if self._until is None else max(0.0, self._until - now, self._probe_until - now)
 
-    def count(self, outcome: Outcome, *, slow: bool) -> None:
+    def record(self, outcome: CallOutcome, *, slow: bool) -> None:
         """Count how a call ended; a probe that went well brings the instance back."""
         self._probe_until = 0.0
         if outcome == "unknown":
@@ -77,17 +77,17 @@ class Health:
             if not slow:
                 self._until = None
 
-    def due(self, policy: EjectionPolicy) -> bool:
+    def should_open(self, policy: EjectionPolicy) -> bool:
         """Say whether the instance is to be ejected, or for longer when its probe went no better."""
-        bad = self.failures >= policy.failures or self.slow >= policy.slow
-        return bad or (self.ejected and (self.failures > 0 or self.slow > 0))
+        bad = self.failures >= policy.consecutive_failures or self.slow >= policy.consecutive_slow
+        return bad or (self.is_open and (self.failures > 0 or self.slow > 0))
 
-    def eject(self, now: float, policy: EjectionPolicy) -> float:
+    def open(self, now: float, policy: EjectionPolicy) -> float:
         """Take the instance out of use; return for how many seconds."""
-        seconds = min(policy.most, policy.seconds * 2.0**self._times)
+        seconds = min(policy.max_ejection_seconds, policy.base_ejection_seconds * 2.0**self._times)
         self._times = min(self._times + 1, 16)
         self._until = now + seconds
-        self.since = now
+        self.opened_at = now
         self.failures = self.slow = 0
         return seconds
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class CallFailure:
     """How a try failed.
 
     ``began`` is false when the request surely never reached the handler (no connection, or shed with 503).
@@ -15,53 +15,57 @@ class Failure:
     """
 
     retryable: bool
-    began: bool
+    may_have_started: bool
     retry_after: float | None = None
-    away: bool = False
+    is_outage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Exponential backoff with full jitter; ``base`` and ``cap`` in seconds."""
 
-    attempts: int = 3
-    base: float = 0.1
-    cap: float = 5.0
+    max_attempts: int = 3
+    base_delay: float = 0.1
+    max_delay: float = 5.0
 
-    def wait(self, failure: Failure, *, tried: int, repeats_safely: bool, left: float, random: float) -> float | None:
+    def next_delay(
+        self, failure: CallFailure, *, attempt: int, is_idempotent: bool, remaining: float, random: float
+    ) -> float | None:
         """Return the seconds to wait before the next try, or ``None`` to stop.
 
         ``tried`` counts the tries so far; ``repeats_safely`` says that the operation is safe or carries a key;
         ``left`` is the deadline in seconds; ``random`` is uniform in [0, 1).
         """
-        if tried >= self.attempts or not failure.retryable:
+        if attempt >= self.max_attempts or not failure.retryable:
             return None
-        if failure.began and not repeats_safely:
+        if failure.may_have_started and not is_idempotent:
             return None
-        delay = random * min(self.cap, self.base * 2.0 ** (tried - 1))
+        delay = random * min(self.max_delay, self.base_delay * 2.0 ** (attempt - 1))
         if failure.retry_after is not None:
             delay = max(delay, failure.retry_after)
-        return delay if delay < left else None
+        return delay if delay < remaining else None
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class OutageRetry:
     """How long to go on trying while a service is away, ``pause`` seconds apart: it restarts, or another takes over.
 
     It comes after :class:`RetryPolicy` and outside its budget: one try a second of one call multiplies no outage.
     """
 
-    seconds: float = 0.0
-    pause: float = 1.0
+    max_seconds: float = 0.0
+    interval: float = 1.0
 
-    def wait(self, failure: Failure, *, waited: float, repeats_safely: bool, left: float) -> float | None:
+    def next_delay(
+        self, failure: CallFailure, *, elapsed: float, is_idempotent: bool, remaining: float
+    ) -> float | None:
         """Return the seconds to wait before the next try, or ``None`` to stop.
 
         ``waited`` is how long the call has been failing; the other parameters are those of :meth:`RetryPolicy.wait`.
         """
-        if not failure.away or (failure.began and not repeats_safely):
+        if not failure.is_outage or (failure.may_have_started and not is_idempotent):
             return None
-        return self.pause if waited + self.pause <= self.seconds and self.pause < left else None
+        return self.interval if elapsed + self.interval <= self.max_seconds and self.interval < remaining else None
 
 
 class RetryBudget:
@@ -70,18 +74,18 @@ class RetryBudget:
     Each call earns ``share`` of a retry; unspent ones are kept up to ``most``.
     """
 
-    def __init__(self, share: float = 0.2, most: float = 10.0) -> None:
-        self._share = share
-        self._most = most
-        self._saved = most
+    def __init__(self, ratio: float = 0.2, capacity: float = 10.0) -> None:
+        self._ratio = ratio
+        self._capacity = capacity
+        self._balance = capacity
 
     def earn(self) -> None:
         """Count one first try."""
-        self._saved = min(self._most, self._saved + self._share)
+        self._balance = min(self._capacity, self._balance + self._ratio)
 
     def spend(self) -> bool:
         """Take one retry; false when none is left."""
-        if self._saved < 1.0:
+        if self._balance < 1.0:
             return False
-        self._saved -= 1.0
+        self._balance -= 1.0
         return True

@@ -13,13 +13,13 @@ from octollm.errors import OctoError
 I = TypeVar("I")  # noqa: E741  an item
 R = TypeVar("R")
 
-MOST = 200
+MAX_BATCH_ITEMS = 200
 """Items that are done together."""
 MAX_WAITING = 10_000
 """Items that wait for the batch under way; past that an item is refused."""
 
 
-class Batches(Generic[I, R]):
+class GroupCommit(Generic[I, R]):
     """Runs one batch at a time; what is asked for meanwhile makes the next. An item alone does not wait.
 
     ``work`` returns a result for each item, in their order, or what its caller is to be raised. What it raises
@@ -31,13 +31,13 @@ class Batches(Generic[I, R]):
         work: Callable[[Sequence[I]], Awaitable[Sequence[R | OctoError]]],
         *,
         name: str,
-        weigh: Callable[[I], int] | None = None,
-        most_weight: int = 0,
+        weight_of: Callable[[I], int] | None = None,
+        max_weight: int = 0,
     ) -> None:
         self._work = work
         self._name = name
-        self._weigh = weigh
-        self._most_weight = most_weight
+        self._weight_of = weight_of
+        self._max_weight = max_weight
         self._waiting: deque[tuple[I, asyncio.Future[R]]] = deque()
         self._running: asyncio.Task[None] | None = None
 
@@ -62,29 +62,29 @@ class Batches(Generic[I, R]):
     async def _run(self) -> None:
         try:
             while self._waiting:
-                batch = self._next()
+                batch = self._next_batch()
                 if batch:
-                    await self._do(batch)
+                    await self._run_batch(batch)
         finally:
             self._running = None
             # Whoever stops the loop stops those that wait as well.
             for _, future in self._waiting:
                 future.cancel()
 
-    def _next(self) -> list[tuple[I, asyncio.Future[R]]]:
+    def _next_batch(self) -> list[tuple[I, asyncio.Future[R]]]:
         batch: list[tuple[I, asyncio.Future[R]]] = []
         weight = 0
-        while self._waiting and len(batch) < MOST:
+        while self._waiting and len(batch) < MAX_BATCH_ITEMS:
             item, future = self._waiting[0]
             if not future.done():
-                weight += 0 if self._weigh is None else self._weigh(item)
-                if batch and weight > self._most_weight and self._weigh is not None:
+                weight += 0 if self._weight_of is None else self._weight_of(item)
+                if batch and weight > self._max_weight and self._weight_of is not None:
                     break
                 batch.append((item, future))
             self._waiting.popleft()
         return batch
 
-    async def _do(self, batch: list[tuple[I, asyncio.Future[R]]]) -> None:
+    async def _run_batch(self, batch: list[tuple[I, asyncio.Future[R]]]) -> None:
         try:
             results = await self._work([item for item, _ in batch])
         except asyncio.CancelledError:

@@ -9,13 +9,13 @@ from typing import Any, Literal, Protocol
 import msgspec
 from starlette.requests import Request
 
-from octollm.capability import Verified
-from octollm.context import Trace
+from octollm.capability import VerifiedChain
+from octollm.context import TraceContext
 from octollm.contracts.services import OperationKind
 from octollm.resilience import Deadline
 from octollm.telemetry import Span
 
-Auth = Literal["capability", "service", "public", "door"]
+AuthKind = Literal["capability", "service", "public", "door"]
 JSON = "application/json"
 
 
@@ -31,7 +31,7 @@ class Emitter(Protocol):
         ...
 
 
-class Silent:
+class NullEmitter:
     """The emitter of a call that asked for one answer: nothing is sent before it."""
 
     async def token(self, text: str, *, reset: bool = False) -> None:
@@ -41,7 +41,7 @@ class Silent:
         """Send nothing."""
 
 
-class Call(msgspec.Struct, frozen=True):
+class IncomingCall(msgspec.Struct, frozen=True):
     """One incoming call."""
 
     service: str
@@ -52,7 +52,7 @@ class Call(msgspec.Struct, frozen=True):
     span: Span
     """The span of this call; a handler may add to its attributes."""
     deadline: Deadline
-    verified: Verified | None = None
+    verified: VerifiedChain | None = None
     """The capability that was shown; ``None`` where the operation is not opened by one."""
     peer: str = ""
     """The service that speaks for itself, where the operation is opened by a service token."""
@@ -62,10 +62,10 @@ class Call(msgspec.Struct, frozen=True):
     body: bytes = b""
     query: Any = None
     """The query of the URL, in the type that the operation names for it."""
-    emit: Emitter = msgspec.field(default_factory=Silent)
+    emit: Emitter = msgspec.field(default_factory=NullEmitter)
 
     @property
-    def trace(self) -> Trace:
+    def trace(self) -> TraceContext:
         """Return where this call is in its trace."""
         return self.span.trace
 
@@ -75,7 +75,7 @@ class Call(msgspec.Struct, frozen=True):
         return self.request.path_params
 
     @property
-    def authority(self) -> Verified:
+    def authority(self) -> VerifiedChain:
         """Return the capability; the kit has made sure that there is one."""
         if self.verified is None:
             raise AssertionError(f"{self.service}:{self.operation} is not opened by a capability")
@@ -87,22 +87,22 @@ class Call(msgspec.Struct, frozen=True):
         return self.authority.tenant
 
 
-Handler = Callable[[Call, Any], Awaitable[Any]]
+Handler = Callable[[IncomingCall, Any], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class OperationDocs:
     """What the description of an operation says besides its types."""
 
-    media: str = JSON
+    media_type: str = JSON
     """The media type of the answer."""
-    stream: str = ""
+    stream_media_type: str = ""
     """The media type of the answer where it is asked for as it comes, if that is another."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """Headers that it reads, besides those of every call: what each is for."""
-    codes: Sequence[str] = ()
+    error_codes: Sequence[str] = ()
     """Error codes of its own, besides those that follow from how it is opened and what it takes."""
-    also: Sequence[int] = ()
+    other_statuses: Sequence[int] = ()
     """Further statuses that come with the same type of answer."""
     example: object = None
     """A body that can be sent."""
@@ -123,11 +123,11 @@ class Operation:
     handler: Handler
     scope: str = ""
     kind: OperationKind = "read_only"
-    auth: Auth = "capability"
+    auth: AuthKind = "capability"
     query: Any = None
     """A Struct of what the query may hold."""
     body: Any = None
-    answer: Any = None
+    response: Any = None
     status: int = 200
     raw: bool = False
     """The body is handed over as it came; ``body`` only describes it."""
@@ -142,16 +142,16 @@ class Operation:
     timeout: float = 300.0
     """Seconds for a call that names no deadline."""
     summary: str = ""
-    about: About = field(default_factory=About)
+    docs: OperationDocs = field(default_factory=OperationDocs)
 
     @property
     def streams(self) -> bool:
         """Say whether it answers in lines where the caller wants them: what is handed on, or is no JSON, does not."""
-        return self.answer is not None and not self.raw and self.about.media == JSON
+        return self.response is not None and not self.raw and self.docs.media_type == JSON
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class OperationResponse:
     """A value with a status and headers of its own."""
 
     value: object

@@ -8,8 +8,8 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from octollm.errors import Fault, OctoError
-from octollm.rpc.shapes import escape, faults_of, model_of
+from octollm.errors import FieldError, OctoError
+from octollm.rpc.shapes import decode_model, escape_pointer, pydantic_faults
 
 T = TypeVar("T")
 
@@ -27,24 +27,26 @@ def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
     versions can run together.
     """
     try:
-        value = msgspec.json.decode(data, type=kind, dec_hook=model_of)
+        value = msgspec.json.decode(data, type=kind, dec_hook=decode_model)
     except msgspec.ValidationError as error:
         text = str(error)
         at = _pointer(text)
         raise OctoError(
             "The body does not fit its schema.",
             code="invalid_body",
-            faults=faults_of(error.__cause__, at) or (Fault(at, _detail(text)),),
+            field_errors=pydantic_faults(error.__cause__, at) or (FieldError(at, _fault_text(text)),),
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise OctoError("The body is not valid JSON.", code="invalid_json", faults=(Fault("", str(error)),)) from error
+        raise OctoError(
+            "The body is not valid JSON.", code="invalid_json", field_errors=(FieldError("", str(error)),)
+        ) from error
     if strict:
-        unknown = list(_unknown(msgspec.json.decode(data), kind, "", 0))
+        unknown = list(_unknown_fields(msgspec.json.decode(data), kind, "", 0))
         if unknown:
             raise OctoError(
                 "The body has a field that is not known here.",
                 code="unknown_field",
-                faults=tuple(Fault(pointer, "unknown field") for pointer in unknown[:20]),
+                field_errors=tuple(FieldError(pointer, "unknown field") for pointer in unknown[:20]),
             )
     return value
 
@@ -63,10 +65,10 @@ def decode_query(text: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         name = _pointer(str(error)).removeprefix("/")
         where = f"The query parameter {name} is wrong" if name else "The query is wrong"
-        raise OctoError(f"{where}: {_detail(str(error))}.", code="invalid_parameter") from error
+        raise OctoError(f"{where}: {_fault_text(str(error))}.", code="invalid_parameter") from error
 
 
-def _detail(text: str) -> str:
+def _fault_text(text: str) -> str:
     return _PATH.sub("", text)
 
 
@@ -75,10 +77,10 @@ def _pointer(text: str) -> str:
     if match is None:
         return ""
     parts = [name or index for name, index in _PART.findall(match[1])]
-    return "".join("/" + escape(part) for part in parts)
+    return "".join("/" + escape_pointer(part) for part in parts)
 
 
-def _unknown(raw: Any, kind: Any, at: str, depth: int) -> Any:
+def _unknown_fields(raw: Any, kind: Any, at: str, depth: int) -> Any:
     """Yield a pointer for each member of ``raw`` that the Structs in ``kind`` do not have."""
     if depth > _DEPTH:
         return
@@ -87,17 +89,17 @@ def _unknown(raw: Any, kind: Any, at: str, depth: int) -> Any:
         known = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
         members = cast("dict[str, Any]", raw)
         for name, item in members.items():
-            pointer = f"{at}/{escape(str(name))}"
+            pointer = f"{at}/{escape_pointer(str(name))}"
             if name not in known:
                 yield pointer
             else:
-                yield from _unknown(item, known[name], pointer, depth + 1)
+                yield from _unknown_fields(item, known[name], pointer, depth + 1)
     elif isinstance(raw, list):
         origin = get_origin(kind)
         if origin in (tuple, list) and get_args(kind):
             items = cast("list[Any]", raw)
             for index, item in enumerate(items):
-                yield from _unknown(item, get_args(kind)[0], f"{at}/{index}", depth + 1)
+                yield from _unknown_fields(item, get_args(kind)[0], f"{at}/{index}", depth + 1)
 
 
 def _struct_in(kind: Any) -> Any:

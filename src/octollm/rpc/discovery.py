@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from octollm.errors import OctoError
-from octollm.rpc.discovery_dns import DnsNames
+from octollm.rpc.discovery_dns import DnsResolver
 
 
 class Discovery(Protocol):
@@ -20,9 +20,9 @@ class Discovery(Protocol):
 class StaticDiscovery:
     """Addresses that were set at start; with ``names``, a host name stands for every address that it has."""
 
-    def __init__(self, urls: Mapping[str, tuple[str, ...]], names: DnsNames | None = None) -> None:
+    def __init__(self, urls: Mapping[str, tuple[str, ...]], resolver: DnsResolver | None = None) -> None:
         self._urls = dict(urls)
-        self._names = names
+        self._names = resolver
 
     def instances(self, service: str) -> tuple[str, ...]:
         """Return base URLs without a trailing slash; raise ``unavailable`` when none is known."""
@@ -31,4 +31,4 @@ class StaticDiscovery:
             raise OctoError(
                 f"No address is known for {service}; set OCTOLLM_{service.upper()}_URL.", code="unavailable"
             )
-        return urls if self._names is None else self._names.spread(urls)
+        return urls if self._names is None else self._names.expand(urls)

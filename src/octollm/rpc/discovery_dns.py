@@ -13,39 +13,39 @@ import dns.asyncresolver
 import dns.exception
 import dns.resolver
 
-LEAST_TTL = 1.0
-MOST_TTL = 30.0
+MIN_TTL = 1.0
+MAX_TTL = 30.0
 """Seconds: what a name's records say is kept within these, so that a change is seen within half a minute."""
 FAILED_TTL = 2.0
 """Seconds until a name is asked for again that was not answered; its last addresses stay."""
-ANSWER_SECONDS = 3.0
+LOOKUP_SECONDS = 3.0
 MAX_ADDRESSES = 64
 MAX_NAMES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class DnsRecords:
     """The addresses of a name, and for how long they hold, in seconds."""
 
     addresses: tuple[str, ...]
     ttl: float
 
 
-Lookup = Callable[[str], Awaitable[Found]]
+ResolveAddresses = Callable[[str], Awaitable[DnsRecords]]
 
 
-async def lookup(name: str) -> Found:
+async def resolve_addresses(name: str) -> DnsRecords:
     """Ask DNS for the A and AAAA records (RFC 1035, RFC 3596) of ``name``, by the machine's ``resolv.conf``.
 
     Raises ``LookupError`` when there is no answer.
     """
     resolver = dns.asyncresolver.Resolver()
-    resolver.lifetime = ANSWER_SECONDS
+    resolver.lifetime = LOOKUP_SECONDS
     answers = await asyncio.gather(
         *(resolver.resolve(name, kind, search=True) for kind in ("A", "AAAA")), return_exceptions=True
     )
     addresses: list[str] = []
-    ttl = MOST_TTL
+    ttl = MAX_TTL
     for answer in answers:
         if isinstance(answer, dns.resolver.Answer) and answer.rrset is not None:
             addresses += [str(record) for record in answer.rrset]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
@@ -54,10 +54,10 @@ async def lookup(name: str) -> Found:
             raise answer
     if not addresses:
         raise LookupError(name)
-    return Found(tuple(sorted(set(addresses))[:MAX_ADDRESSES]), ttl)
+    return DnsRecords(tuple(sorted(set(addresses))[:MAX_ADDRESSES]), ttl)
 
 
-class _Name:
+class _HostRecord:
     """One name: its addresses as last known, and the task that follows them."""
 
     def __init__(self) -> None:
@@ -65,15 +65,15 @@ class _Name:
         self.task: asyncio.Task[None] | None = None
 
 
-class DnsNames:
+class DnsResolver:
     """Follows names for as long as its ``async with`` lasts. Names that are not used are not asked for."""
 
-    def __init__(self, *, lookup: Lookup = lookup) -> None:
-        self._lookup = lookup
-        self._names: dict[str, _Name] = {}
+    def __init__(self, *, resolve: ResolveAddresses = resolve_addresses) -> None:
+        self._resolve = resolve
+        self._names: dict[str, _HostRecord] = {}
         self._open = False
 
-    async def __aenter__(self) -> DnsNames:
+    async def __aenter__(self) -> DnsResolver:
         self._open = True
         return self
 
@@ -86,16 +86,16 @@ class DnsNames:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def spread(self, urls: Sequence[str]) -> tuple[str, ...]:
+    def expand(self, urls: Sequence[str]) -> tuple[str, ...]:
         """Return ``urls`` with one for each address that its host name has now.
 
         A URL whose host is an address stays; so does one whose name has not been answered yet, for the operating
         system to resolve, which also knows names that are in no DNS. ``https`` stays too: its name is in the
         certificate.
         """
-        return tuple(url for given in urls for url in self._spread(given))
+        return tuple(url for given in urls for url in self._expand(given))
 
-    def _spread(self, url: str) -> tuple[str, ...]:
+    def _expand(self, url: str) -> tuple[str, ...]:
         parts = urlsplit(url)
         host = parts.hostname or ""
         if parts.scheme != "http" or host == "localhost" or _is_address(host):
@@ -107,27 +107,27 @@ class DnsNames:
             for address in addresses
         ) or (url,)
 
-    def _follow(self, host: str) -> _Name:
+    def _follow(self, host: str) -> _HostRecord:
         name = self._names.get(host)
         if name is None:
-            name = _Name()
+            name = _HostRecord()
             if len(self._names) >= MAX_NAMES:
                 return name
             self._names[host] = name
         if self._open and (name.task is None or name.task.done()):
-            name.task = asyncio.create_task(self._keep(host, name), name=f"dns {host}")
+            name.task = asyncio.create_task(self._refresh(host, name), name=f"dns {host}")
         return name
 
-    async def _keep(self, host: str, name: _Name) -> None:
+    async def _refresh(self, host: str, name: _HostRecord) -> None:
         """Ask again whenever the records have run out."""
         while True:
             try:
-                found = await self._lookup(host)
+                found = await self._resolve(host)
             except LookupError:
                 await asyncio.sleep(FAILED_TTL)
                 continue
             name.addresses = found.addresses
-            await asyncio.sleep(min(max(found.ttl, LEAST_TTL), MOST_TTL))
+            await asyncio.sleep(min(max(found.ttl, MIN_TTL), MAX_TTL))
 
 
 def _is_address(host: str) -> bool:

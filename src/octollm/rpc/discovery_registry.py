@@ -7,15 +7,15 @@ from collections.abc import Callable
 from octollm.errors import OctoError
 from octollm.rpc.discovery import Discovery
 
-Addresses = Callable[[str], tuple[str, ...]]
+RegisteredAddresses = Callable[[str], tuple[str, ...]]
 """Finds the registered base URLs of a service; none for one that has not registered, or is silent."""
 
 
 class RegistryDiscovery:
     """Asks ``first`` (settings, DNS), then what arms registered. So no arm can take a built-in service's place."""
 
-    def __init__(self, first: Discovery, addresses: Addresses) -> None:
-        self._first = first
+    def __init__(self, static: Discovery, addresses: RegisteredAddresses) -> None:
+        self._first = static
         self._addresses = addresses
 
     def instances(self, service: str) -> tuple[str, ...]:

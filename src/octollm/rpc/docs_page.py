@@ -35,27 +35,27 @@ table { width: 100%; border-collapse: collapse; font-size: .9rem; } td { padding
   border-top: 1px solid var(--line); } td:first-child { white-space: nowrap; width: 1%; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 6px; }
 """
-_DEPTH = 6
+_MAX_OUTLINE_DEPTH = 6
 
 
-def docs_page(api: dict[str, Any]) -> tuple[str, str]:
+def render_docs_page(api: dict[str, Any]) -> tuple[str, str]:
     """Return the page of a description, and the Content-Security-Policy that it goes with."""
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    return "".join(_page(api)), f"{policy}; frame-ancestors 'none'"
+    return "".join(_page_html(api)), f"{policy}; frame-ancestors 'none'"
 
 
-def _page(api: dict[str, Any]) -> Iterator[str]:
+def _page_html(api: dict[str, Any]) -> Iterator[str]:
     info = api["info"]
     title = escape(info["title"])
     by_tag: dict[str, list[str]] = {}
     for path, methods in api["paths"].items():
         for method, op in methods.items():
-            by_tag.setdefault(op["tags"][0], []).append("".join(_operation(path, method, op, api)))
+            by_tag.setdefault(op["tags"][0], []).append("".join(_operation_html(path, method, op, api)))
     yield f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body><header><h1>{title}</h1>'
-    yield f'<p class="soft">Version {escape(info["version"])}. {_words(info["description"])}</p>'
+    yield f'<p class="soft">Version {escape(info["version"])}. {_text_html(info["description"])}</p>'
     yield '<p>The same for programs: <a href="openapi.json">openapi.json</a> (OpenAPI 3.1).</p><nav>'
     for tag in by_tag:
         yield f'<a href="#{escape(tag)}">{escape(tag)}</a>'
@@ -66,36 +66,44 @@ def _page(api: dict[str, Any]) -> Iterator[str]:
     yield "</main></body></html>"
 
 
-def _operation(path: str, method: str, op: dict[str, Any], api: dict[str, Any]) -> Iterator[str]:
+def _operation_html(path: str, method: str, op: dict[str, Any], api: dict[str, Any]) -> Iterator[str]:
     yield f'<details class="op" id="{escape(op["operationId"])}"><summary>'
     yield f'<span class="method {method}">{method.upper()}</span><code>{escape(path)}</code>'
     yield f'<span class="soft">{escape(op["summary"])}</span></summary><div>'
     opened = "anybody" if op["security"] == [{}] else "a bearer token"
     scope = f", with the scope <code>{escape(op['x-scope'])}</code>" if "x-scope" in op else ""
     yield f"<p>Opened by {opened}{scope}.</p><h3>Call</h3><pre>{escape(_curl(path, method, op))}</pre>"
-    yield from _table("Parameters", (_parameter(one) for one in op["parameters"]))
+    yield from _table_html("Parameters", (_parameter_html(one) for one in op["parameters"]))
     for kind, content in op.get("requestBody", {}).get("content", {}).items():
-        yield f"<h3>Body <code>{escape(kind)}</code></h3>{_shape(content.get('schema', {}), api)}"
+        yield f"<h3>Body <code>{escape(kind)}</code></h3>{_schema_html(content.get('schema', {}), api)}"
     for status, response in op["responses"].items():
         for kind, content in response.get("content", {}).items():
             schema = content.get("schema")
             if status.startswith("2") and "problem" not in kind and schema:
-                told = f"<p>{_words(schema['description'])}</p>" if "description" in schema else _shape(schema, api)
+                told = (
+                    f"<p>{_text_html(schema['description'])}</p>"
+                    if "description" in schema
+                    else _schema_html(schema, api)
+                )
                 yield f"<h3>{status} <code>{escape(kind)}</code></h3>{told}"
-    yield from _table("Statuses", ((status, _words(one["description"])) for status, one in op["responses"].items()))
+    yield from _table_html(
+        "Statuses", ((status, _text_html(one["description"])) for status, one in op["responses"].items())
+    )
     yield "</div></details>"
 
 
-def _table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+def _table_html(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
     yield f"<h3>{title}</h3><table>"
     for name, text in rows:
         yield f"<tr><td><code>{escape(name)}</code></td><td>{text}</td></tr>"
     yield "</table>"
 
 
-def _parameter(parameter: dict[str, Any]) -> tuple[str, str]:
+def _parameter_html(parameter: dict[str, Any]) -> tuple[str, str]:
     needed = "needed" if parameter["required"] else "optional"
-    text = f'<span class="soft">{escape(parameter["in"])}, {needed}</span> {_words(parameter.get("description", ""))}'
+    text = (
+        f'<span class="soft">{escape(parameter["in"])}, {needed}</span> {_text_html(parameter.get("description", ""))}'
+    )
     bounds = {name: value for name, value in parameter["schema"].items() if name not in ("type", "title")}
     return parameter["name"], text + (f" <code>{escape(json.dumps(bounds))}</code>" if bounds else "")
 
@@ -114,28 +122,28 @@ def _curl(path: str, method: str, op: dict[str, Any]) -> str:
     return " \\\n  ".join(lines)
 
 
-def _shape(schema: dict[str, Any], api: dict[str, Any]) -> str:
-    return f"<pre>{escape(json.dumps(_told(schema, api, 0), indent=2, ensure_ascii=False))}</pre>"
+def _schema_html(schema: dict[str, Any], api: dict[str, Any]) -> str:
+    return f"<pre>{escape(json.dumps(_outline(schema, api, 0), indent=2, ensure_ascii=False))}</pre>"
 
 
-def _told(schema: dict[str, Any], api: dict[str, Any], depth: int) -> object:
+def _outline(schema: dict[str, Any], api: dict[str, Any], depth: int) -> object:
     """Return a schema as a picture of its value: members by name, each with the word for what it is."""
     if "$ref" in schema:
         name: str = schema["$ref"].rpartition("/")[2]
         found = api["components"]["schemas"].get(name, {})
-        return name if depth >= _DEPTH else _told(found, api, depth + 1)
+        return name if depth >= _MAX_OUTLINE_DEPTH else _outline(found, api, depth + 1)
     if "properties" in schema:
         needed = schema.get("required", ())
         return {
-            name + ("" if name in needed else "?"): _told(member, api, depth + 1)
+            name + ("" if name in needed else "?"): _outline(member, api, depth + 1)
             for name, member in schema["properties"].items()
         }
     if "anyOf" in schema:
-        kinds = [_told(kind, api, depth + 1) for kind in schema["anyOf"]]
+        kinds = [_outline(kind, api, depth + 1) for kind in schema["anyOf"]]
         words = [kind for kind in kinds if isinstance(kind, str)]
         return " | ".join(words) if len(words) == len(kinds) else next(k for k in kinds if not isinstance(k, str))
     if schema.get("type") == "array" and isinstance(schema.get("items"), dict):
-        return [_told(schema["items"], api, depth + 1)]
+        return [_outline(schema["items"], api, depth + 1)]
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))
     if "const" in schema:
@@ -143,7 +151,7 @@ def _told(schema: dict[str, Any], api: dict[str, Any], depth: int) -> object:
     return str(schema.get("type", "any"))
 
 
-def _words(text: str) -> str:
+def _text_html(text: str) -> str:
     """Return a text with what stands between backquotes as code."""
     parts = escape(text).split("`")
     return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))

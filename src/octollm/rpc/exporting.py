@@ -8,19 +8,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Generic, TypeVar
 
 from octollm import __version__
-from octollm.capability import SelfSigner
+from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
-from octollm.context import Scene, current_scene, new_trace, set_scene
-from octollm.contracts.problems import problem_of
+from octollm.context import RequestContext, current_context, set_context, start_trace
+from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.caller import Caller, Outgoing, Target
-from octollm.rpc.health import Dependency
-from octollm.telemetry import Buffer, Log, Metrics, Span
+from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
+from octollm.rpc.health import DependencyStatus
+from octollm.telemetry import ExportBuffer, Logger, Metrics, Span
 from octollm.telemetry.otlp import encode_spans
 
 T = TypeVar("T")
-Send = Callable[[list[T]], Awaitable[None]]
+SendBatch = Callable[[list[T]], Awaitable[None]]
 """Hands a batch over. Raises an ``OctoError``; a batch that it says may be sent again is kept."""
 
 EXPORT_SECONDS = 0.5
@@ -33,28 +33,30 @@ FLUSH_SECONDS = 0.5
 """How long the last batch may take when the service ends."""
 
 
-class Exporter(Generic[T]):
+class BatchExporter(Generic[T]):
     """Sends what is put into a buffer. It never holds up the work that is told of.
 
     While nobody takes it, the buffer keeps the newest, ``/ready`` says so, and the log says so once.
     """
 
-    def __init__(self, buffer: Buffer[T], send: Send[T], *, name: str, log: Log, metrics: Metrics) -> None:
+    def __init__(
+        self, buffer: ExportBuffer[T], send: SendBatch[T], *, name: str, log: Logger, metrics: Metrics
+    ) -> None:
         """``name`` is who takes it, in words for the log and ``/ready``."""
         self._buffer = buffer
         self._send = send
         self._name = name
         self._log = log
         self._metrics = metrics
-        self._told = 0
+        self._dropped_counted = 0
         self.failure = ""
         """Why nothing can be exported just now; empty when it can."""
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncGenerator[None]:
+    async def run(self) -> AsyncGenerator[None]:
         """Export for as long as the context is open; on leaving, what still waits is sent, or given up in time."""
-        exporting = asyncio.create_task(self._run(), name=f"export to {self._name}")
-        exporting.add_done_callback(self._ended)
+        exporting = asyncio.create_task(self._export_forever(), name=f"export to {self._name}")
+        exporting.add_done_callback(self._on_task_done)
         try:
             yield
         finally:
@@ -67,30 +69,30 @@ class Exporter(Generic[T]):
         with contextlib.suppress(TimeoutError):
             # In a task, so that the scene of whoever closes the service stays as it is.
             async with asyncio.timeout(FLUSH_SECONDS):
-                await asyncio.create_task(self._last())
+                await asyncio.create_task(self._export_rest())
         self._count_dropped()
         if len(self._buffer):
             self._log.warning("spans.lost", to=self._name, count=len(self._buffer))
 
-    async def checkup(self) -> Dependency:
+    async def check_readiness(self) -> DependencyStatus:
         """Say for ``/ready`` whether what waits is taken; without that the work goes on all the same."""
-        return Dependency(ok=not self.failure, detail=self.failure, required=False)
+        return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failure = f"The export to {self._name} has ended; the log says why."
             self._log.error("spans.crashed", to=self._name, error=error)
 
-    async def _run(self) -> None:
-        _leave_no_trace()
+    async def _export_forever(self) -> None:
+        _disable_tracing()
         pause = EXPORT_SECONDS
         while True:
-            await self._buffer.news.wait()
+            await self._buffer.has_items.wait()
             await asyncio.sleep(pause)
             pause = EXPORT_SECONDS if await self._export() else min(2 * pause, LONGEST_PAUSE)
 
-    async def _last(self) -> None:
-        _leave_no_trace()
+    async def _export_rest(self) -> None:
+        _disable_tracing()
         await self._export()
 
     async def _export(self) -> bool:
@@ -99,10 +101,10 @@ class Exporter(Generic[T]):
             try:
                 await self._send(batch)
             except OctoError as error:
-                self._refused(batch, error)
+                self._on_error(batch, error)
                 return False
             except BaseException:
-                self._buffer.give_back(batch)
+                self._buffer.requeue(batch)
                 raise
             self._metrics.spans.labels(self._name, "exported").inc(len(batch))
             if self.failure:
@@ -111,9 +113,9 @@ class Exporter(Generic[T]):
         self._count_dropped()
         return True
 
-    def _refused(self, batch: list[T], error: OctoError) -> None:
-        if problem_of(error).retryable or error.code == "deadline_exceeded":
-            self._buffer.give_back(batch)
+    def _on_error(self, batch: list[T], error: OctoError) -> None:
+        if to_problem(error).retryable or error.code == "deadline_exceeded":
+            self._buffer.requeue(batch)
         else:
             # The same batch again would be refused again.
             self._buffer.dropped += len(batch)
@@ -123,24 +125,24 @@ class Exporter(Generic[T]):
         self.failure = f"Spans are not taken by {self._name}: {error.detail}"
 
     def _count_dropped(self) -> None:
-        fresh, self._told = self._buffer.dropped - self._told, self._buffer.dropped
+        fresh, self._dropped_counted = self._buffer.dropped - self._dropped_counted, self._buffer.dropped
         if fresh:
             self._metrics.spans.labels(self._name, "dropped").inc(fresh)
 
 
-def to_monitor(caller: Caller, signer: SelfSigner, clock: Clock) -> Send[Span]:
+def create_monitor_sender(client: ServiceClient, signer: ServiceTokenSigner, clock: Clock) -> SendBatch[Span]:
     """Return what hands spans to the monitor, in the name of the service itself."""
     # The monitor takes a span once, so a batch may be sent again.
-    target = Target("monitor", "traces.receive", "POST", "/v1/traces", "read_only")
+    target = CallTarget("monitor", "traces.receive", "POST", "/v1/traces", "read_only")
 
     async def send(spans: list[Span]) -> None:
         body = encode_spans(spans, __version__)
-        call = Outgoing(target, signer.svc_token("monitor"), Deadline.after(clock, SEND_SECONDS), body)
-        await caller.send(call)
+        call = OutgoingCall(target, signer.sign_token("monitor"), Deadline.after(clock, SEND_SECONDS), body)
+        await client.send(call)
 
     return send
 
 
-def _leave_no_trace() -> None:
+def _disable_tracing() -> None:
     """Set a scene whose calls leave no spans: the export of spans would never come to an end."""
-    set_scene(Scene(current_scene().service, trace=new_trace()))
+    set_context(RequestContext(current_context().service, trace=start_trace()))

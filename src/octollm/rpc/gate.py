@@ -8,15 +8,15 @@ from types import TracebackType
 
 from octollm.errors import OctoError
 
-WAIT_SECONDS = 10.0
+MAX_QUEUE_SECONDS = 10.0
 
 
-class Gate:
+class ConcurrencyLimiter:
     """Bounded concurrency with a bounded queue: whoever comes past both is told to come back."""
 
-    def __init__(self, concurrent: int, queued: int) -> None:
-        self._free = concurrent
-        self._queued = queued
+    def __init__(self, max_concurrent: int, max_queued: int) -> None:
+        self._free = max_concurrent
+        self._queued = max_queued
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def __aenter__(self) -> None:
@@ -28,25 +28,25 @@ class Gate:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            async with asyncio.timeout(WAIT_SECONDS):
+            async with asyncio.timeout(MAX_QUEUE_SECONDS):
                 await turn  # whoever leaves hands the place over
         except BaseException as error:
             if turn.done() and not turn.cancelled():
-                self._leave()
+                self._release()
             elif turn in self._waiting:
                 self._waiting.remove(turn)
             if isinstance(error, TimeoutError):
                 raise OctoError(
-                    f"No place came free in {WAIT_SECONDS:g} s.", code="overloaded", retry_after=2
+                    f"No place came free in {MAX_QUEUE_SECONDS:g} s.", code="overloaded", retry_after=2
                 ) from None
             raise
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._leave()
+        self._release()
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():

@@ -11,18 +11,18 @@ import msgspec
 from starlette.responses import Response
 
 from octollm import __version__
-from octollm.capability import PublicKey, jwks_of
+from octollm.capability import PublicKey, to_jwks
 from octollm.clock import Clock
-from octollm.contracts.health import Dependency, Health, Readiness
-from octollm.rpc.call import About, Call, Operation, Reply
-from octollm.rpc.docs_page import docs_page
-from octollm.rpc.openapi import openapi_of
+from octollm.contracts.health import DependencyStatus, Health, Readiness
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
+from octollm.rpc.docs_page import render_docs_page
+from octollm.rpc.openapi import build_openapi
 from octollm.telemetry import Metrics
 
-CHECKUP_SECONDS = 10.0
+READINESS_CHECK_SECONDS = 10.0
 HTML = "text/html; charset=utf-8"
 _CACHEABLE = ("jwks", "openapi", "docs")
-CheckUp = Callable[[], Awaitable[Dependency]]
+ReadinessCheck = Callable[[], Awaitable[DependencyStatus]]
 
 
 class JwkSet(msgspec.Struct, frozen=True):
@@ -36,45 +36,45 @@ def health_operations(
     metrics: Metrics,
     operations: Sequence[Operation],
     keys: Callable[[], Mapping[str, PublicKey]],
-    checkups: Mapping[str, CheckUp],
+    readiness_checks: Mapping[str, ReadinessCheck],
     clock: Clock,
 ) -> list[Operation]:
     """Return the operations that are the same for every service. ``checkups`` are run at each ``/ready``, together."""
 
-    async def health(_call: Call, _body: object) -> Health:
+    async def health(_call: IncomingCall, _body: object) -> Health:
         return Health(service, __version__)
 
-    async def ready(call: Call, _body: object) -> Reply:
-        states = await asyncio.gather(*(_checked(checkup, clock) for checkup in checkups.values()))
-        found = dict(zip(checkups, states, strict=True))
+    async def ready(call: IncomingCall, _body: object) -> OperationResponse:
+        states = await asyncio.gather(*(_run_check(checkup, clock) for checkup in readiness_checks.values()))
+        found = dict(zip(readiness_checks, states, strict=True))
         ok = all(state.ok or not state.required for state in found.values())
         degraded = ok and not all(state.ok for state in found.values())
         word = "degraded" if degraded else "ready" if ok else "not ready"
         del call
-        return Reply(Readiness(word, service, found), 200 if ok else 503)
+        return OperationResponse(Readiness(word, service, found), 200 if ok else 503)
 
-    async def metrics_text(_call: Call, _body: object) -> Response:
+    async def metrics_text(_call: IncomingCall, _body: object) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def jwks(_call: Call, _body: object) -> JwkSet:
-        return JwkSet(jwks_of(keys())["keys"])
+    async def jwks(_call: IncomingCall, _body: object) -> JwkSet:
+        return JwkSet(to_jwks(keys())["keys"])
 
-    described = functools.cache(lambda: openapi_of(service, [*operations, *own]))
-    page = functools.cache(lambda: docs_page(described()))
+    described = functools.cache(lambda: build_openapi(service, [*operations, *own]))
+    page = functools.cache(lambda: render_docs_page(described()))
 
-    async def openapi(_call: Call, _body: object) -> dict[str, Any]:
+    async def openapi(_call: IncomingCall, _body: object) -> dict[str, Any]:
         return described()
 
-    async def docs(_call: Call, _body: object) -> Response:
+    async def docs(_call: IncomingCall, _body: object) -> Response:
         html, policy = page()
         return Response(html, media_type=HTML, headers={"Content-Security-Policy": policy})
 
     def get(
         path: str,
-        handler: Callable[[Call, object], Awaitable[object]],
+        handler: Callable[[IncomingCall, object], Awaitable[object]],
         summary: str,
         answer: object = None,
-        about: About | None = None,
+        about: OperationDocs | None = None,
     ) -> Operation:
         name = path.rpartition("/")[2].partition(".")[0]
         return Operation(
@@ -86,28 +86,39 @@ def health_operations(
             limited=False,
             max_body=0,
             summary=summary,
-            answer=answer,
+            response=answer,
             cacheable=name in _CACHEABLE,
-            about=about or About(),
+            docs=about or OperationDocs(),
         )
 
     own = [
         get("/health", health, "The process answers.", Health),
-        get("/ready", ready, "What the service needs, and whether to send it calls.", Readiness, About(also=(503,))),
-        get("/metrics", metrics_text, "Counters and timings for Prometheus.", about=About(media="text/plain")),
+        get(
+            "/ready",
+            ready,
+            "What the service needs, and whether to send it calls.",
+            Readiness,
+            OperationDocs(other_statuses=(503,)),
+        ),
+        get(
+            "/metrics",
+            metrics_text,
+            "Counters and timings for Prometheus.",
+            about=OperationDocs(media_type="text/plain"),
+        ),
         get("/.well-known/jwks.json", jwks, "The service's public keys.", JwkSet),
         get("/openapi.json", openapi, "This description.", dict[str, Any]),
-        get("/docs", docs, "This description as a page.", about=About(media="text/html")),
+        get("/docs", docs, "This description as a page.", about=OperationDocs(media_type="text/html")),
     ]
     return own
 
 
-async def _checked(checkup: CheckUp, clock: Clock) -> Dependency:
+async def _run_check(check: ReadinessCheck, clock: Clock) -> DependencyStatus:
     """Return what a check-up finds, and how long that took."""
     began = clock.monotonic()
     try:
-        async with asyncio.timeout(CHECKUP_SECONDS):
-            found = await checkup()
+        async with asyncio.timeout(READINESS_CHECK_SECONDS):
+            found = await check()
     except TimeoutError:
-        found = Dependency(ok=False, detail=f"There was no answer in {CHECKUP_SECONDS:g} s.")
+        found = DependencyStatus(ok=False, detail=f"There was no answer in {READINESS_CHECK_SECONDS:g} s.")
     return msgspec.structs.replace(found, latency_ms=round((clock.monotonic() - began) * 1000, 1))

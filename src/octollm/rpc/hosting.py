@@ -13,9 +13,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from octollm.errors import OctoError, SettingError
-from octollm.rpc.negotiation import EitherProtocol
-from octollm.rpc.protocol import BoundedProtocol
-from octollm.rpc.wire import PLAIN, Wire
+from octollm.rpc.negotiation import NegotiatingProtocol
+from octollm.rpc.protocol import Http1ServerProtocol
+from octollm.rpc.wire import PLAINTEXT, TransportConfig
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than a client keeps an idle connection, so that it is the client who closes it."""
@@ -57,8 +57,8 @@ def listen(host: str, port: int, service: str) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def serving(
-    app: ASGIApp, bound: socket.socket, *, drain: float = 2.0, wire: Wire = PLAIN
+async def serve_app(
+    app: ASGIApp, bound: socket.socket, *, shutdown_grace: float = 2.0, transport: TransportConfig = PLAINTEXT
 ) -> AsyncGenerator[None]:
     """Serve ``app`` on a bound socket for as long as the context is open; leaving drains and closes it.
 
@@ -66,10 +66,10 @@ async def serving(
     ``wire`` is how it talks; HTTP/1.1 is understood in any case. Raises ``unavailable`` when the server does not start
     in 10 s, and ``setting_invalid`` for the files of TLS.
     """
-    tls = wire.server()
+    tls = transport.server_tls()
     config = uvicorn.Config(
         app,
-        http=EitherProtocol if wire.http == "2" else BoundedProtocol,
+        http=NegotiatingProtocol if transport.http_version == "2" else Http1ServerProtocol,
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         ws="websockets-sansio",
         ws_per_message_deflate=False,
@@ -83,7 +83,7 @@ async def serving(
         date_header=True,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=math.ceil(drain),
+        timeout_graceful_shutdown=math.ceil(shutdown_grace),
     )
     server = _Server(config)
     running = asyncio.create_task(server.serve(sockets=[bound]))
@@ -98,7 +98,7 @@ async def serving(
     finally:
         server.should_exit = True
         try:
-            async with asyncio.timeout(math.ceil(drain) + 1):
+            async with asyncio.timeout(math.ceil(shutdown_grace) + 1):
                 await asyncio.shield(running)
         except TimeoutError:
             server.force_exit = True

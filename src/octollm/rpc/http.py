@@ -20,18 +20,18 @@ MAX_CONNECTIONS = 100
 MAX_KEEPALIVE = 20
 IDLE_SECONDS = 60.0
 """How long a connection is kept that nothing uses."""
-MAX_ANSWER = 32 * 1024 * 1024
+MAX_RESPONSE_BYTES = 32 * 1024 * 1024
 
 
 class TransportError(OctoError):
     """A call that got no whole answer. ``began`` is false when the request surely never reached the handler."""
 
-    def __init__(self, detail: str, *, code: str, began: bool) -> None:
+    def __init__(self, detail: str, *, code: str, request_sent: bool) -> None:
         super().__init__(detail, code=code)
-        self.began = began
+        self.request_sent = request_sent
 
 
-class Answer(msgspec.Struct, frozen=True):
+class HttpResponse(msgspec.Struct, frozen=True):
     """A whole answer; header names in lower case."""
 
     status: int
@@ -39,7 +39,7 @@ class Answer(msgspec.Struct, frozen=True):
     body: bytes
 
 
-class Streamed(msgspec.Struct, frozen=True):
+class StreamedResponse(msgspec.Struct, frozen=True):
     """An answer whose body is still coming."""
 
     status: int
@@ -47,7 +47,7 @@ class Streamed(msgspec.Struct, frozen=True):
     chunks: AsyncIterator[bytes]
 
 
-class Http(abc.ABC):
+class HttpClient(abc.ABC):
     """One pool of connections for one process. Redirects, cookies and proxies are off: calls stay inside."""
 
     async def __aenter__(self) -> Self:
@@ -65,7 +65,7 @@ class Http(abc.ABC):
     @abc.abstractmethod
     def stream(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
-    ) -> AbstractAsyncContextManager[Streamed]:
+    ) -> AbstractAsyncContextManager[StreamedResponse]:
         """Send a request and hand over its answer as it comes; leaving closes the connection if it is not whole.
 
         Raises :class:`TransportError`, ``deadline_exceeded`` and ``peer_protocol``, also while the answer is read.
@@ -73,17 +73,17 @@ class Http(abc.ABC):
 
     async def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
-    ) -> Answer:
+    ) -> HttpResponse:
         """Send a request and read the whole answer, at most 32 MiB. Raises what :meth:`stream` does."""
         async with self.stream(method, url, headers, body, seconds=seconds) as streamed:
             parts: list[bytes] = []
             size = 0
             async for chunk in streamed.chunks:
                 size += len(chunk)
-                if size > MAX_ANSWER:
-                    raise too_long(host_of(url))
+                if size > MAX_RESPONSE_BYTES:
+                    raise response_too_large(host_of(url))
                 parts.append(chunk)
-            return Answer(streamed.status, streamed.headers, b"".join(parts))
+            return HttpResponse(streamed.status, streamed.headers, b"".join(parts))
 
 
 def host_of(url: str) -> str:
@@ -91,11 +91,11 @@ def host_of(url: str) -> str:
     return url.split("/", 3)[2]
 
 
-def too_long(host: str) -> OctoError:
+def response_too_large(host: str) -> OctoError:
     """Return the error of an answer with too many bytes."""
-    return OctoError(f"{host} answered with more than {MAX_ANSWER} bytes.", code="peer_protocol")
+    return OctoError(f"{host} answered with more than {MAX_RESPONSE_BYTES} bytes.", code="peer_protocol")
 
 
-def too_late(host: str, seconds: float) -> OctoError:
+def deadline_exceeded(host: str, seconds: float) -> OctoError:
     """Return the error of an answer that was not there in time."""
     return OctoError(f"{host} did not answer in the {seconds:.1f} s that were left.", code="deadline_exceeded")

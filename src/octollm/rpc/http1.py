@@ -23,13 +23,13 @@ from octollm.rpc.http import (
     MAX_CONNECTIONS,
     MAX_KEEPALIVE,
     POOL_SECONDS,
-    Answer,
-    Http,
-    Streamed,
+    HttpClient,
+    HttpResponse,
+    StreamedResponse,
     TransportError,
-    too_late,
+    deadline_exceeded,
 )
-from octollm.rpc.http1_connection import Connection
+from octollm.rpc.http1_connection import Http1Connection
 
 _TARGET = re.compile(r"/[!-~]*")
 MAX_ORIGINS = 1024
@@ -45,16 +45,16 @@ class _Origin:
     secure: bool
     busy: int = 0
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque[asyncio.Future[None]])
-    idle: deque[tuple[Connection, float]] = field(default_factory=deque[tuple[Connection, float]])
+    idle: deque[tuple[Http1Connection, float]] = field(default_factory=deque[tuple[Http1Connection, float]])
 
 
-class Http1(Http):
+class Http1Client(HttpClient):
     """One pool for one process. ``tls`` is what ``https`` addresses are called with."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self._tls = tls
         self._origins: dict[str, _Origin] = {}
-        self._connections: set[Connection] = set()
+        self._connections: set[Http1Connection] = set()
         self._sweep: asyncio.TimerHandle | None = None
 
     async def aclose(self) -> None:
@@ -68,39 +68,39 @@ class Http1(Http):
 
     async def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
-    ) -> Answer:
+    ) -> HttpResponse:
         """Send a request and read the whole answer, without what a stream of it would cost."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         origin, request = self._prepare(method, url, headers, body)
-        connection = await self._take(origin, until)
+        connection = await self._acquire(origin, until)
         # No timeout that cancels: the timer fails the connection, and with it whoever waits for it.
-        timer = loop.call_at(until, _fail_late, connection, origin.host, seconds)
+        timer = loop.call_at(until, _fail_timed_out, connection, origin.host, seconds)
         try:
             connection.write(request, head=method == "HEAD")
-            whole = await connection.whole()
-            return Answer(connection.status, connection.headers, whole)
+            whole = await connection.read_body()
+            return HttpResponse(connection.status, connection.headers, whole)
         finally:
             timer.cancel()
-            self._give(origin, connection)
+            self._release(origin, connection)
 
     @contextlib.asynccontextmanager
     async def stream(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
-    ) -> AsyncGenerator[Streamed]:
+    ) -> AsyncGenerator[StreamedResponse]:
         """Send a request and hand over its answer as it comes."""
         origin, request = self._prepare(method, url, headers, body)
         try:
             async with asyncio.timeout(seconds):
-                connection = await self._take(origin, math.inf)
+                connection = await self._acquire(origin, math.inf)
                 try:
                     connection.write(request, head=method == "HEAD")
-                    await connection.headed()
-                    yield Streamed(connection.status, connection.headers, _chunks(connection))
+                    await connection.read_headers()
+                    yield StreamedResponse(connection.status, connection.headers, _chunks(connection))
                 finally:
-                    self._give(origin, connection)
+                    self._release(origin, connection)
         except TimeoutError as error:
-            raise too_late(origin.host, seconds) from error
+            raise deadline_exceeded(origin.host, seconds) from error
 
     def _prepare(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> tuple[_Origin, bytes]:
         scheme, _, rest = url.partition("://")
@@ -134,21 +134,21 @@ class Http1(Http):
         secure = parts.scheme == "https"
         return _Origin(host, parts.hostname, parts.port or (443 if secure else 80), secure)
 
-    async def _take(self, origin: _Origin, until: float) -> Connection:
+    async def _acquire(self, origin: _Origin, until: float) -> Http1Connection:
         """Return a connection, within what is left of the time of the loop; :meth:`_give` gives it back."""
-        await self._place(origin, until)
+        await self._acquire_slot(origin, until)
         try:
             while origin.idle:
                 connection, _ = origin.idle.pop()
-                if connection.idle:
+                if connection.is_idle:
                     return connection
                 self._connections.discard(connection)
             return await self._connect(origin, until)
         except BaseException:
-            self._free(origin)
+            self._release_slot(origin)
             raise
 
-    async def _place(self, origin: _Origin, until: float) -> None:
+    async def _acquire_slot(self, origin: _Origin, until: float) -> None:
         if origin.busy < MAX_CONNECTIONS:
             origin.busy += 1
             return
@@ -160,16 +160,18 @@ class Http1(Http):
                 await waiter  # whoever ends a request hands its place over
         except BaseException as error:
             if waiter.done() and not waiter.cancelled():
-                self._free(origin)
+                self._release_slot(origin)
             if not isinstance(error, TimeoutError):
                 raise
             if loop.time() >= until:
-                raise too_late(origin.host, POOL_SECONDS) from error
+                raise deadline_exceeded(origin.host, POOL_SECONDS) from error
             raise TransportError(
-                f"No connection to {origin.host} came free in {POOL_SECONDS:g} s.", code="pool_timeout", began=False
+                f"No connection to {origin.host} came free in {POOL_SECONDS:g} s.",
+                code="pool_timeout",
+                request_sent=False,
             ) from error
 
-    def _free(self, origin: _Origin) -> None:
+    def _release_slot(self, origin: _Origin) -> None:
         while origin.waiting:
             waiter = origin.waiting.popleft()
             if not waiter.done():
@@ -177,41 +179,43 @@ class Http1(Http):
                 return
         origin.busy -= 1
 
-    async def _connect(self, origin: _Origin, until: float) -> Connection:
+    async def _connect(self, origin: _Origin, until: float) -> Http1Connection:
         loop = asyncio.get_running_loop()
         tls = (self._tls or ssl.create_default_context()) if origin.secure else None
         began = loop.time()
         try:
             async with asyncio.timeout_at(min(until, began + CONNECT_SECONDS)):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(origin.host), origin.name, origin.port, ssl=tls
+                    lambda: Http1Connection(origin.host), origin.name, origin.port, ssl=tls
                 )
         except TimeoutError as error:
             if loop.time() >= until:
-                raise too_late(origin.host, until - began) from error
+                raise deadline_exceeded(origin.host, until - began) from error
             raise TransportError(
                 f"{origin.host} did not accept a connection in {CONNECT_SECONDS:g} s.",
                 code="connect_timeout",
-                began=False,
+                request_sent=False,
             ) from error
         except OSError as error:
-            raise TransportError(f"{origin.host} could not be reached.", code="connect_failed", began=False) from error
+            raise TransportError(
+                f"{origin.host} could not be reached.", code="connect_failed", request_sent=False
+            ) from error
         self._connections.add(connection)
         return connection
 
-    def _give(self, origin: _Origin, connection: Connection) -> None:
+    def _release(self, origin: _Origin, connection: Http1Connection) -> None:
         reusable = connection.release()
         if reusable:
             origin.idle.append((connection, asyncio.get_running_loop().time()))
         else:
             self._connections.discard(connection)
-        self._free(origin)
+        self._release_slot(origin)
         if len(origin.idle) > MAX_KEEPALIVE:
-            self._drop(origin)
+            self._close_oldest_idle(origin)
         if reusable and self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._sweep_idle)
 
-    def _drop(self, origin: _Origin) -> None:
+    def _close_oldest_idle(self, origin: _Origin) -> None:
         connection, _ = origin.idle.popleft()
         connection.close()
         self._connections.discard(connection)
@@ -221,15 +225,15 @@ class Http1(Http):
         before = loop.time() - IDLE_SECONDS
         for origin in self._origins.values():
             while origin.idle and origin.idle[0][1] <= before:
-                self._drop(origin)
+                self._close_oldest_idle(origin)
         waiting = any(origin.idle for origin in self._origins.values())
         self._sweep = loop.call_later(IDLE_SECONDS / 4, self._sweep_idle) if waiting else None
 
 
-def _fail_late(connection: Connection, host: str, seconds: float) -> None:
-    connection.fail(too_late(host, seconds))
+def _fail_timed_out(connection: Http1Connection, host: str, seconds: float) -> None:
+    connection.fail(deadline_exceeded(host, seconds))
 
 
-async def _chunks(connection: Connection) -> AsyncIterator[bytes]:
-    while (chunk := await connection.chunk()) is not None:
+async def _chunks(connection: Http1Connection) -> AsyncIterator[bytes]:
+    while (chunk := await connection.read_chunk()) is not None:
         yield chunk

@@ -13,14 +13,14 @@ from typing import cast
 import httptools
 
 from octollm.errors import OctoError
-from octollm.rpc.http import MAX_ANSWER, READ_SECONDS, WRITE_SECONDS, TransportError, too_long
+from octollm.rpc.http import MAX_RESPONSE_BYTES, READ_SECONDS, WRITE_SECONDS, TransportError, response_too_large
 
 MAX_HEAD_BYTES = 64 * 1024
 HIGH_WATER = 256 * 1024
 """Bytes of an answer that wait for a slow reader before no more are taken from the socket."""
 
 
-class Connection(asyncio.Protocol):
+class Http1Connection(asyncio.Protocol):
     """A connection to ``host``. ``idle`` says whether it may be used for another request."""
 
     def __init__(self, host: str) -> None:
@@ -33,7 +33,7 @@ class Connection(asyncio.Protocol):
         self._reusable = True
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._heard = 0.0
+        self._last_read_at = 0.0
         self._reset(head=False)
 
     def _reset(self, *, head: bool) -> None:
@@ -44,14 +44,14 @@ class Connection(asyncio.Protocol):
         self._chunks: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._paused = False
-        self._headed = False
+        self._has_headers = False
         self._done = False
         self._until_close = False
         self._fault: OctoError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Return whether the connection stands and nothing is under way on it."""
         return self._open and not self._busy and self._reusable
 
@@ -62,37 +62,37 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         self._reset(head=head)
         self._busy = True
-        self._heard = self._loop.time()
+        self._last_read_at = self._loop.time()
         if self._read_timer is None:
-            self._read_timer = self._loop.call_later(READ_SECONDS, self._check_read)
+            self._read_timer = self._loop.call_later(READ_SECONDS, self._check_read_timeout)
         self._transport.write(request)
 
-    async def headed(self) -> None:
+    async def read_headers(self) -> None:
         """Wait for status and headers. Raises :class:`TransportError`."""
-        while not self._headed:
-            await self._news()
+        while not self._has_headers:
+            await self._wait_for_data()
 
-    async def whole(self) -> bytes:
+    async def read_body(self) -> bytes:
         """Return the whole body, at most 32 MiB. Raises :class:`TransportError` and ``peer_protocol``."""
         size = 0
         parts: list[bytes] = []
         while not self._done or self._chunks:
             while self._chunks:
-                parts.append(self._taken())
+                parts.append(self._pop_chunk())
                 size += len(parts[-1])
-            if size > MAX_ANSWER:
-                raise too_long(self._host)
+            if size > MAX_RESPONSE_BYTES:
+                raise response_too_large(self._host)
             if not self._done:
-                await self._news()
+                await self._wait_for_data()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def chunk(self) -> bytes | None:
+    async def read_chunk(self) -> bytes | None:
         """Return the next bytes of the body, ``None`` after the last. Raises :class:`TransportError`."""
         while not self._chunks:
             if self._done:
                 return None
-            await self._news()
-        return self._taken()
+            await self._wait_for_data()
+        return self._pop_chunk()
 
     def release(self) -> bool:
         """End the request; return whether the connection may be used again. If its answer is not whole it is closed."""
@@ -120,13 +120,13 @@ class Connection(asyncio.Protocol):
         """End what is under way: an answer that is delimited by the end of the connection is whole by it."""
         self._open = False
         self._stop_timers()
-        if not self._busy or self._over:
+        if not self._busy or self._is_over:
             return
         if self._until_close and exc is None:
             self._done = True
             self._wake()
         else:
-            self.fail(_broke(self._host))
+            self.fail(_connection_lost(self._host))
 
     def eof_received(self) -> None:
         """Let the transport close."""
@@ -137,17 +137,17 @@ class Connection(asyncio.Protocol):
             # Nothing was asked: an answer now would be taken for that of the next request.
             self.close()
             return
-        self._heard = self._loop.time()
+        self._last_read_at = self._loop.time()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._fault_of("switched to another protocol")
+            self._fail_protocol("switched to another protocol")
         except httptools.HttpParserError as error:
-            self._fault_of(f"answered in no valid HTTP ({error})")
+            self._fail_protocol(f"answered in no valid HTTP ({error})")
 
     def pause_writing(self) -> None:
         """Begin to wait for a peer that does not read."""
-        self._write_timer = self._loop.call_later(WRITE_SECONDS, self._write_late)
+        self._write_timer = self._loop.call_later(WRITE_SECONDS, self._on_write_timeout)
 
     def resume_writing(self) -> None:
         """Stop waiting."""
@@ -158,21 +158,21 @@ class Connection(asyncio.Protocol):
     # What the parser says.
 
     @property
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         return self._done or self._fault is not None
 
     def on_message_begin(self) -> None:
         """Refuse a second answer to one request: it would be taken for that of the next."""
-        if self._over:
+        if self._is_over:
             self._reusable = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header; names in lower case, values of one name joined (RFC 9110 section 5.3)."""
-        if self._over:
+        if self._is_over:
             return
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > MAX_HEAD_BYTES:
-            self._fault_of(f"sent more than {MAX_HEAD_BYTES} bytes of headers")
+            self._fail_protocol(f"sent more than {MAX_HEAD_BYTES} bytes of headers")
             return
         key = name.decode("latin-1").lower()
         text = value.decode("latin-1")
@@ -181,14 +181,14 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """Hand the head over, but for an interim answer (RFC 9110 section 15.2), which another follows."""
-        if self._over:
+        if self._is_over:
             return
         status = self._parser.get_status_code()
         if 100 <= status < 200:
             self.headers = {}
             return
         self.status = status
-        self._headed = True
+        self._has_headers = True
         self._reusable = self._parser.should_keep_alive()
         if self._no_body:
             # The parser would wait for the body that the headers speak of.
@@ -200,7 +200,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Keep a part of the body; a reader that is slow slows the peer."""
-        if self._over:
+        if self._is_over:
             return
         self._chunks.append(body)
         self._waiting_bytes += len(body)
@@ -211,17 +211,17 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """End the answer."""
-        if self._headed and not self._over:
+        if self._has_headers and not self._is_over:
             self._done = True
             self._wake()
 
     # Inside.
 
-    async def _news(self) -> None:
+    async def _wait_for_data(self) -> None:
         if self._fault is not None:
             raise self._fault
         if not self._open:
-            raise _broke(self._host)
+            raise _connection_lost(self._host)
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -234,16 +234,16 @@ class Connection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _taken(self) -> bytes:
+    def _pop_chunk(self) -> bytes:
         taken = self._chunks.popleft()
         self._waiting_bytes -= len(taken)
         if self._paused and self._waiting_bytes <= HIGH_WATER // 2 and self._transport is not None:
             self._paused = False
-            self._heard = self._loop.time()
+            self._last_read_at = self._loop.time()
             self._transport.resume_reading()
         return taken
 
-    def _fault_of(self, what: str) -> None:
+    def _fail_protocol(self, what: str) -> None:
         self.fail(OctoError(f"{self._host} {what}.", code="peer_protocol"))
 
     def fail(self, fault: OctoError) -> None:
@@ -253,23 +253,27 @@ class Connection(asyncio.Protocol):
         self.close()
         self._wake()
 
-    def _check_read(self) -> None:
+    def _check_read_timeout(self) -> None:
         """Look whether anything was heard in time. One timer looks after many requests: most are answered at once."""
         self._read_timer = None
         if not self._busy:
             return
-        late = self._loop.time() - self._heard
+        late = self._loop.time() - self._last_read_at
         if late >= READ_SECONDS and not self._paused:
             self.fail(
-                TransportError(f"{self._host} sent nothing for {READ_SECONDS:g} s.", code="read_timeout", began=True)
+                TransportError(
+                    f"{self._host} sent nothing for {READ_SECONDS:g} s.", code="read_timeout", request_sent=True
+                )
             )
         else:
-            self._read_timer = self._loop.call_later(max(0.01, READ_SECONDS - late), self._check_read)
+            self._read_timer = self._loop.call_later(max(0.01, READ_SECONDS - late), self._check_read_timeout)
 
-    def _write_late(self) -> None:
+    def _on_write_timeout(self) -> None:
         self._write_timer = None
         self.fail(
-            TransportError(f"{self._host} took no bytes for {WRITE_SECONDS:g} s.", code="write_timeout", began=True)
+            TransportError(
+                f"{self._host} took no bytes for {WRITE_SECONDS:g} s.", code="write_timeout", request_sent=True
+            )
         )
 
     def _stop_timers(self) -> None:
@@ -279,7 +283,7 @@ class Connection(asyncio.Protocol):
         self._read_timer = self._write_timer = None
 
 
-def _broke(host: str) -> TransportError:
+def _connection_lost(host: str) -> TransportError:
     return TransportError(
-        f"The connection to {host} broke before its answer was whole.", code="connection_lost", began=True
+        f"The connection to {host} broke before its answer was whole.", code="connection_lost", request_sent=True
     )

@@ -27,20 +27,20 @@ from octollm.rpc.http import (
     MAX_KEEPALIVE,
     POOL_SECONDS,
     READ_SECONDS,
-    Http,
-    Streamed,
+    HttpClient,
+    StreamedResponse,
     TransportError,
+    deadline_exceeded,
     host_of,
-    too_late,
 )
-from octollm.rpc.tls import Tls
+from octollm.rpc.tls import TlsConfig
 
 
-def _inside(tls: Tls | None) -> HTTPTransport:
+def _internal_transport(tls: TlsConfig | None) -> HTTPTransport:
     return HTTPTransport(
         # In plain text both sides have to know (RFC 9113 section 3.3); in TLS they agree.
         http_version=pyqwest.HTTPVersion.HTTP2 if tls is None else None,
-        **_shown(tls),
+        **_tls_options(tls),
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
         pool_idle_timeout=IDLE_SECONDS,
@@ -56,37 +56,37 @@ def _inside(tls: Tls | None) -> HTTPTransport:
     )
 
 
-class _Files(TypedDict, total=False):
+class _TlsFiles(TypedDict, total=False):
     tls_cert: bytes
     tls_key: bytes
     tls_ca_cert: bytes
     tls_include_system_certs: bool
 
 
-class Http2(Http):
+class Http2Client(HttpClient):
     """One pool for one process; ``tls`` is what ``https`` addresses are called with.
 
     Redirects, cookies and proxies from the environment are off: calls stay inside. Only who calls outside brings a
     ``transport`` of its own.
     """
 
-    def __init__(self, tls: Tls | None = None, *, transport: HTTPTransport | None = None) -> None:
-        self._transport = transport or _inside(tls)
+    def __init__(self, tls: TlsConfig | None = None, *, transport: HTTPTransport | None = None) -> None:
+        self._transport = transport or _internal_transport(tls)
         self._slots: dict[str, asyncio.Semaphore] = {}
-        self._under_way: set[asyncio.Timeout] = set()
+        self._active_timeouts: set[asyncio.Timeout] = set()
         self._closed = False
 
     async def aclose(self) -> None:
         """Close every connection; what is under way is lost."""
         self._closed = True
-        for timer in self._under_way:
+        for timer in self._active_timeouts:
             timer.reschedule(0)
         await self._transport.aclose()
 
     @contextlib.asynccontextmanager
     async def stream(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
-    ) -> AsyncGenerator[Streamed]:
+    ) -> AsyncGenerator[StreamedResponse]:
         """Send a request and hand over its answer as it comes; leaving closes the connection if it is not whole."""
         host = host_of(url)
         began = False
@@ -96,28 +96,30 @@ class Http2(Http):
                 began = True
                 async with response:
                     names = {name.lower(): value for name, value in response.headers.items()}
-                    yield Streamed(response.status, names, _chunks(response))
+                    yield StreamedResponse(response.status, names, _chunks(response))
         except ConnectTimeout as error:
             raise TransportError(
-                f"{host} did not accept a connection in {CONNECT_SECONDS:g} s.", code="connect_timeout", began=False
+                f"{host} did not accept a connection in {CONNECT_SECONDS:g} s.",
+                code="connect_timeout",
+                request_sent=False,
             ) from error
         except TimeoutError as error:
             if self._closed:
-                raise _broke(host) from error
-            raise _timed_out(host, error, seconds) from error
+                raise _connection_lost(host) from error
+            raise _timeout_error(host, error, seconds) from error
         except ConnectionError as error:
-            raise TransportError(f"{host} could not be reached.", code="connect_failed", began=began) from error
+            raise TransportError(f"{host} could not be reached.", code="connect_failed", request_sent=began) from error
         except (ReadError, WriteError, RemoteProtocolError, pyqwest.StreamError) as error:
-            raise _broke(host) from error
+            raise _connection_lost(host) from error
 
     @contextlib.asynccontextmanager
     async def _in_time(self, seconds: float) -> AsyncGenerator[None]:
         async with asyncio.timeout(seconds) as timer:
-            self._under_way.add(timer)
+            self._active_timeouts.add(timer)
             try:
                 yield
             finally:
-                self._under_way.discard(timer)
+                self._active_timeouts.discard(timer)
 
     @contextlib.asynccontextmanager
     async def _slot(self, host: str) -> AsyncGenerator[None]:
@@ -127,7 +129,7 @@ class Http2(Http):
                 await slots.acquire()
         except TimeoutError:
             raise TransportError(
-                f"No connection to {host} came free in {POOL_SECONDS:g} s.", code="pool_timeout", began=False
+                f"No connection to {host} came free in {POOL_SECONDS:g} s.", code="pool_timeout", request_sent=False
             ) from None
         try:
             yield
@@ -135,27 +137,27 @@ class Http2(Http):
             slots.release()
 
 
-def _shown(tls: Tls | None) -> _Files:
+def _tls_options(tls: TlsConfig | None) -> _TlsFiles:
     if tls is None:
         return {}
-    tls.client()  # says what is wrong with the files
-    shown: _Files = {"tls_cert": tls.certificate.read_bytes(), "tls_key": tls.key.read_bytes()}
+    tls.client_context()  # says what is wrong with the files
+    shown: _TlsFiles = {"tls_cert": tls.certificate.read_bytes(), "tls_key": tls.key.read_bytes()}
     if tls.ca is None:
         return {**shown, "tls_include_system_certs": True}
     return {**shown, "tls_ca_cert": tls.ca.read_bytes()}
 
 
-def _broke(host: str) -> TransportError:
+def _connection_lost(host: str) -> TransportError:
     return TransportError(
-        f"The connection to {host} broke before its answer was whole.", code="connection_lost", began=True
+        f"The connection to {host} broke before its answer was whole.", code="connection_lost", request_sent=True
     )
 
 
-def _timed_out(host: str, error: TimeoutError, seconds: float) -> OctoError:
+def _timeout_error(host: str, error: TimeoutError, seconds: float) -> OctoError:
     # asyncio's own timeout has no text; the transport's read timeout says what it waited for.
     if str(error):
-        return TransportError(f"{host} sent nothing for {READ_SECONDS:g} s.", code="read_timeout", began=True)
-    return too_late(host, seconds)
+        return TransportError(f"{host} sent nothing for {READ_SECONDS:g} s.", code="read_timeout", request_sent=True)
+    return deadline_exceeded(host, seconds)
 
 
 async def _chunks(response: Response) -> AsyncIterator[bytes]:

@@ -33,10 +33,10 @@ from uvicorn.config import Config
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from octollm.contracts.problems import problem_of
+from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
-from octollm.rpc.exchange import EXCHANGE
-from octollm.rpc.http2_stream import Headers, Stream
+from octollm.rpc.exchange import EXTENSION
+from octollm.rpc.http2_stream import Headers, Http2Stream
 from octollm.rpc.protocol import HEADER_SECONDS, MAX_HEADER_BYTES, MAX_URL_BYTES
 
 MAX_STREAMS = 128
@@ -45,11 +45,11 @@ CONNECTION_WINDOW = 1024 * 1024
 """Bytes of bodies that a peer may send before they are read, of one request and of all."""
 MAX_RESETS = 500
 """Requests that a peer may give up beyond those that were answered before it counts as an attack (CVE-2023-44487)."""
-UNWANTED_BYTES = 16 * 1024 * 1024
-UNWANTED_SECONDS = 10.0
+MAX_DISCARDED_BYTES = 16 * 1024 * 1024
+MAX_DISCARD_SECONDS = 10.0
 """How much of a body is taken, and for how long, after its request was answered: many clients read only then."""
 _DEFAULT_WINDOW = 65_535
-_BOUNDS = {
+_SETTINGS = {
     SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
     SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
     # Twice what is allowed, so that headers which are too large get their answer.
@@ -57,7 +57,7 @@ _BOUNDS = {
 }
 
 
-class Http2Protocol(asyncio.Protocol):
+class Http2ServerProtocol(asyncio.Protocol):
     """One connection. It is closed when 10 s bring no first request, and when nothing is asked for 75 s."""
 
     def __init__(
@@ -73,13 +73,13 @@ class Http2Protocol(asyncio.Protocol):
         self._app_state = app_state
         self._loop = _loop or asyncio.get_running_loop()
         self._h2 = H2Connection(H2Configuration(client_side=False, header_encoding=None))
-        self._h2.local_settings = Settings(client=False, initial_values=_BOUNDS)
-        self._streams: dict[int, Stream] = {}
+        self._h2.local_settings = Settings(client=False, initial_values=_SETTINGS)
+        self._streams: dict[int, Http2Stream] = {}
         self._transport: asyncio.Transport | None = None
-        self._unwanted: dict[int, int] = {}
-        self._room = asyncio.Event()
+        self._discarding: dict[int, int] = {}
+        self._window_open = asyncio.Event()
         self._writable = True
-        self._leaving = False
+        self._is_shutting_down = False
         self._resets = 0
         self._timer: asyncio.TimerHandle | None = None
         self._scope: dict[str, Any] = {}
@@ -102,13 +102,13 @@ class Http2Protocol(asyncio.Protocol):
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(CONNECTION_WINDOW - _DEFAULT_WINDOW)
         self._flush()
-        self._wait_at_most(HEADER_SECONDS)
+        self._start_timer(HEADER_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Take frames; a peer that breaks the protocol is told so and left."""
         try:
             for event in self._h2.receive_data(data):
-                self._on(event)
+                self._handle_event(event)
         except H2Error:
             self._flush()
             self._close()
@@ -120,10 +120,10 @@ class Http2Protocol(asyncio.Protocol):
         del exc
         self._state.connections.discard(cast("Any", self))
         self._stop_timer()
-        self._unwanted.clear()
+        self._discarding.clear()
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
-            stream.leave()
+            stream.disconnect()
         self._wake()
 
     def eof_received(self) -> None:
@@ -146,7 +146,7 @@ class Http2Protocol(asyncio.Protocol):
         """Take no further request (RFC 9113 section 6.8); close once those under way are answered."""
         if self._transport is None or self._transport.is_closing():
             return
-        self._leaving = True
+        self._is_shutting_down = True
         # The library would send nothing more after a GOAWAY of its own.
         frame = GoAwayFrame(0, last_stream_id=self._h2.highest_inbound_stream_id, error_code=ErrorCodes.NO_ERROR)
         self._transport.write(frame.serialize())
@@ -155,18 +155,18 @@ class Http2Protocol(asyncio.Protocol):
 
     # What frames say.
 
-    def _on(self, event: Event) -> None:
+    def _handle_event(self, event: Event) -> None:
         match event:
             case RequestReceived():
-                self._begin(event.stream_id, cast("Headers", event.headers))
+                self._on_request(event.stream_id, cast("Headers", event.headers))
             case DataReceived():
-                self._fed(event)
+                self._on_data(event)
             case StreamEnded():
-                self._unwanted.pop(event.stream_id, None)
+                self._discarding.pop(event.stream_id, None)
                 if (stream := self._streams.get(event.stream_id)) is not None:
                     stream.end()
             case StreamReset():
-                self._left(event.stream_id)
+                self._on_reset(event.stream_id)
             case WindowUpdated() | RemoteSettingsChanged():
                 self._wake()
             case ConnectionTerminated():
@@ -174,35 +174,35 @@ class Http2Protocol(asyncio.Protocol):
             case _:
                 pass
 
-    def _fed(self, event: DataReceived) -> None:
+    def _on_data(self, event: DataReceived) -> None:
         stream = self._streams.get(event.stream_id)
         size = event.flow_controlled_length or 0
         if stream is not None:
             stream.feed(event.data or b"", size)
             return
-        left = self._unwanted.get(event.stream_id, 0) - size
+        left = self._discarding.get(event.stream_id, 0) - size
         if left > 0:
-            self._unwanted[event.stream_id] = left
+            self._discarding[event.stream_id] = left
         self._h2.acknowledge_received_data(size, event.stream_id)
         if left <= 0:
-            self._refuse_rest(event.stream_id)
+            self._reset_discarded(event.stream_id)
 
-    def _left(self, stream_id: int) -> None:
+    def _on_reset(self, stream_id: int) -> None:
         self._resets += 1
         if self._resets > MAX_RESETS:
             self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
             self._flush()
             self._close()
-        self._drop(stream_id)
+        self._drop_stream(stream_id)
 
-    def _begin(self, stream_id: int, given: Headers) -> None:
+    def _on_request(self, stream_id: int, given: Headers) -> None:
         pseudo = {name: value for name, value in given if name.startswith(b":")}
         method = pseudo.get(b":method", b"").decode("latin-1")
-        if self._leaving:
+        if self._is_shutting_down:
             # Surely not begun: the peer may send it elsewhere.
             self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
             return
-        stream = self._streams[stream_id] = Stream(self, stream_id, method)
+        stream = self._streams[stream_id] = Http2Stream(self, stream_id, method)
         self._stop_timer()
         path, _, query = pseudo.get(b":path", b"").partition(b"?")
         if sum(len(name) + len(value) + 4 for name, value in given) > MAX_HEADER_BYTES:
@@ -220,31 +220,31 @@ class Http2Protocol(asyncio.Protocol):
             "query_string": query,
             "headers": _headers(given, pseudo.get(b":authority")),
             "state": dict(self._app_state),
-            "extensions": {EXCHANGE: stream},
+            "extensions": {EXTENSION: stream},
         }
         task = self._loop.create_task(stream.run(self._app, scope))
         self._state.total_requests += 1
         self._state.tasks.add(task)
         task.add_done_callback(self._state.tasks.discard)
 
-    def _refuse(self, stream: Stream, code: str, detail: str) -> None:
-        problem = problem_of(OctoError(detail, code=code))
+    def _refuse(self, stream: Http2Stream, code: str, detail: str) -> None:
+        problem = to_problem(OctoError(detail, code=code))
         body = msgspec.json.encode(problem)
         headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
-        stream.answer(problem.status, headers, body)
+        stream.respond(problem.status, headers, body)
 
     # What streams ask.
 
-    def head(self, stream: Stream, headers: Headers, *, last: bool) -> None:
+    def send_head(self, stream: Http2Stream, headers: Headers, *, last: bool) -> None:
         """Send the head of an answer; ``last`` says that no body follows."""
-        with self._of(stream):
+        with self._sending(stream):
             self._h2.send_headers(stream.id, [headers[0], *self._state.default_headers, *headers[1:]], end_stream=last)
             if last:
-                self._over(stream)
+                self._finish_stream(stream)
 
-    def room(self, stream: Stream) -> int:
+    def send_window(self, stream: Http2Stream) -> int:
         """Return how many bytes of a body the peer takes now, in one frame."""
-        if stream.gone or not self._writable:
+        if stream.disconnected or not self._writable:
             return 0
         try:
             window = self._h2.local_flow_control_window(stream.id)
@@ -252,31 +252,31 @@ class Http2Protocol(asyncio.Protocol):
             return 0
         return max(0, min(window, self._h2.max_outbound_frame_size))
 
-    def data(self, stream: Stream, body: bytes, *, last: bool) -> None:
+    def send_data(self, stream: Http2Stream, body: bytes, *, last: bool) -> None:
         """Send bytes for which there is room."""
-        with self._of(stream):
+        with self._sending(stream):
             self._h2.send_data(stream.id, body, end_stream=last)
             if last:
-                self._over(stream)
+                self._finish_stream(stream)
 
-    async def wait_for_room(self) -> None:
+    async def wait_for_window(self) -> None:
         """Wait until there may be more room, or the stream is over."""
-        self._room.clear()
-        await self._room.wait()
+        self._window_open.clear()
+        await self._window_open.wait()
 
-    def taken(self, stream: Stream, size: int) -> None:
+    def acknowledge(self, stream: Http2Stream, size: int) -> None:
         """Let the peer send as many bytes of a body again."""
-        with self._of(stream):
+        with self._sending(stream):
             self._h2.acknowledge_received_data(size, stream.id)
 
-    def abort(self, stream: Stream) -> None:
+    def abort(self, stream: Http2Stream) -> None:
         """End a request whose answer cannot be whole."""
         with contextlib.suppress(H2Error):
             self._h2.reset_stream(stream.id, ErrorCodes.INTERNAL_ERROR)
-        self._drop(stream.id)
+        self._drop_stream(stream.id)
 
     @contextlib.contextmanager
-    def _of(self, stream: Stream) -> Generator[None]:
+    def _sending(self, stream: Http2Stream) -> Generator[None]:
         """Do something for a stream, and send it; the peer may have ended the stream meanwhile."""
         try:
             yield
@@ -286,42 +286,42 @@ class Http2Protocol(asyncio.Protocol):
 
     # Inside.
 
-    def _over(self, stream: Stream) -> None:
+    def _finish_stream(self, stream: Http2Stream) -> None:
         """Forget a stream that is answered."""
         self._streams.pop(stream.id, None)
         self._resets = max(0, self._resets - 1)
         if not stream.ended:
-            self._unwanted[stream.id] = UNWANTED_BYTES
-            self._loop.call_later(UNWANTED_SECONDS, self._refuse_rest, stream.id)
-        self._rest()
+            self._discarding[stream.id] = MAX_DISCARDED_BYTES
+            self._loop.call_later(MAX_DISCARD_SECONDS, self._reset_discarded, stream.id)
+        self._start_idle_timer()
 
-    def _refuse_rest(self, stream_id: int) -> None:
+    def _reset_discarded(self, stream_id: int) -> None:
         """Have the peer stop sending what nobody wants (RFC 9113 section 8.1)."""
-        if self._unwanted.pop(stream_id, None) is not None:
+        if self._discarding.pop(stream_id, None) is not None:
             with contextlib.suppress(H2Error):
                 self._h2.reset_stream(stream_id, ErrorCodes.NO_ERROR)
             self._flush()
 
-    def _drop(self, stream_id: int) -> None:
+    def _drop_stream(self, stream_id: int) -> None:
         """Forget a stream that will have no answer."""
-        self._unwanted.pop(stream_id, None)
+        self._discarding.pop(stream_id, None)
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
-            stream.leave()
+            stream.disconnect()
         self._wake()
-        self._rest()
+        self._start_idle_timer()
 
-    def _rest(self) -> None:
+    def _start_idle_timer(self) -> None:
         """Wait for the next request, for a while, when none is under way."""
         if self._streams:
             return
-        if self._leaving:
+        if self._is_shutting_down:
             self._flush()
             self._close()
         else:
-            self._wait_at_most(self._idle_seconds)
+            self._start_timer(self._idle_seconds)
 
-    def _wait_at_most(self, seconds: float) -> None:
+    def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
         self._timer = self._loop.call_later(seconds, self.shutdown)
 
@@ -331,7 +331,7 @@ class Http2Protocol(asyncio.Protocol):
             self._timer = None
 
     def _wake(self) -> None:
-        self._room.set()
+        self._window_open.set()
 
     def _flush(self) -> None:
         data = self._h2.data_to_send()

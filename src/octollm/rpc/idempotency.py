@@ -16,12 +16,12 @@ from octollm.errors import OctoError
 
 LEASE_SECONDS = 5.0
 MAX_KEY = 200
-KEEP_SECONDS = 24 * 3600.0
+RETENTION_SECONDS = 24 * 3600.0
 NEVER_STORED = frozenset({401, 403, 408, 413, 429})
 """Statuses that say nothing of the operation itself; nor do those of 500 and more."""
 
 
-class KeyOf(msgspec.Struct, frozen=True, order=True):
+class IdempotencyKey(msgspec.Struct, frozen=True, order=True):
     """What a key is unique within."""
 
     tenant: str
@@ -35,22 +35,22 @@ class KeyOf(msgspec.Struct, frozen=True, order=True):
 class Claimed:
     """The call is the caller's to do. ``run`` fences its completion."""
 
-    run: int
+    epoch: int
 
 
-class Kept(msgspec.Struct, frozen=True):
+class StoredResponse(msgspec.Struct, frozen=True):
     """The answer of a call: its status, its body, and those of its headers that belong to the body."""
 
     status: int
-    answer: bytes
+    body: bytes
     headers: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class AlreadyCompleted:
     """The call was done: this is its answer."""
 
-    kept: Kept
+    response: StoredResponse
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,51 +59,51 @@ class InFlight:
 
 
 @dataclass(frozen=True, slots=True)
-class Conflict:
+class KeyConflict:
     """The key was used with another body."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class OutcomeUnknown:
     """A ``once`` call whose holder vanished: it may have taken effect."""
 
 
 class NewClaim(msgspec.Struct, frozen=True):
     """A claim to be made, for work on a task where there is one."""
 
-    key: KeyOf
+    key: IdempotencyKey
     body_digest: str
-    repeatable: bool
+    idempotent: bool
     task_id: str | None
 
 
-class Completion(msgspec.Struct, frozen=True):
+class ClaimCompletion(msgspec.Struct, frozen=True):
     """The answer of a claimed call, to be stored."""
 
-    key: KeyOf
-    run: int
-    kept: Kept
+    key: IdempotencyKey
+    epoch: int
+    response: StoredResponse
 
 
-Outcome = Claimed | Stored | InFlight | Conflict | Unknown
+ClaimOutcome = Claimed | AlreadyCompleted | InFlight | KeyConflict | OutcomeUnknown
 
 
 class IdempotencyStore(Protocol):
     """Where keys are kept."""
 
-    async def claim(self, key: KeyOf, body_digest: str, *, repeatable: bool, bearer: str) -> Outcome:
+    async def claim(self, key: IdempotencyKey, body_digest: str, *, idempotent: bool, bearer: str) -> ClaimOutcome:
         """Take the key, or say what stands in the way. ``bearer`` is the caller's authority."""
         ...
 
-    async def renew(self, claims: Sequence[tuple[KeyOf, int]]) -> None:
+    async def renew(self, claims: Sequence[tuple[IdempotencyKey, int]]) -> None:
         """Prolong the leases, of 5 seconds, of claims by key and run."""
         ...
 
-    async def complete(self, key: KeyOf, run: int, kept: Kept) -> None:
+    async def complete(self, key: IdempotencyKey, epoch: int, response: StoredResponse) -> None:
         """Store the answer of a claimed call."""
         ...
 
-    async def release(self, key: KeyOf, run: int) -> None:
+    async def release(self, key: IdempotencyKey, epoch: int) -> None:
         """Give a claim back: the call was not done."""
         ...
 

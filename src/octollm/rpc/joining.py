@@ -9,25 +9,25 @@ import msgspec
 
 from octollm.capability import CapabilityError, PublicKey, SigningKey
 from octollm.capability.joining import (
-    JoinClaim,
-    JoinSecret,
+    EnrolmentClaim,
+    EnrolmentToken,
     arm_proof,
     check_arm_name,
-    declared_calls,
+    parse_declared_calls,
+    proofs_match,
     root_proof,
     rotation_message,
-    same,
     scopes_of,
 )
 from octollm.capability.keys import b64encode
-from octollm.clock import Clock, Ids
-from octollm.contracts.joining import JoinAnswer, JoinNonce, JoinRequest, KeyRotation
+from octollm.clock import Clock, IdGenerator
+from octollm.contracts.joining import EnrolmentNonce, EnrolmentRequest, EnrolmentResponse, KeyRotation
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline
-from octollm.rpc.caller import Caller, Outgoing, Target
+from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.discovery import Discovery
-from octollm.rpc.http import Http, TransportError
-from octollm.rpc.identity import Identity
+from octollm.rpc.http import HttpClient, TransportError
+from octollm.rpc.identity import ServiceIdentity
 from octollm.telemetry import Metrics
 
 MAX_ROOTS = 16
@@ -35,17 +35,17 @@ _CALL_SECONDS = 10.0
 _PAUSE_SECONDS = 0.5
 
 
-async def join(
-    http: Http,
+async def enrol(
+    http: HttpClient,
     discovery: Discovery,
     clock: Clock,
-    ids: Ids,
+    ids: IdGenerator,
     *,
     name: str,
     key: SigningKey,
-    secret: str,
+    enrolment_token: str,
     calls: Sequence[str],
-    seconds: float = 60.0,
+    max_wait: float = 60.0,
 ) -> Mapping[str, PublicKey]:
     """Join as ``name`` with ``key``, and return the root keys to pin, by thumbprint.
 
@@ -54,38 +54,45 @@ async def join(
     know the secret, and so may be anybody; ``invalid_body`` for a name or calls that cannot be; ``rate_limited``.
     """
     check_arm_name(name)
-    own = JoinSecret.parse(secret.strip())
-    scopes = scopes_of(declared_calls(calls))
-    caller = Caller(name, http, discovery, clock=clock, ids=ids, metrics=Metrics(name))
-    end = Deadline.after(clock, seconds)
+    own = EnrolmentToken.parse(enrolment_token.strip())
+    scopes = scopes_of(parse_declared_calls(calls))
+    caller = ServiceClient(name, http, discovery, clock=clock, ids=ids, metrics=Metrics(name))
+    end = Deadline.after(clock, max_wait)
     while True:
         try:
-            return await _join(caller, clock, name, key, own, scopes)
+            return await _enrol_once(caller, clock, name, key, own, scopes)
         except OctoError as error:
-            if not _may_pass(error) or end.left() <= _PAUSE_SECONDS:
+            if not _is_transient(error) or end.remaining() <= _PAUSE_SECONDS:
                 raise
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
-async def bring_key(caller: Caller, identity: Identity, fresh: SigningKey) -> None:
+async def rotate_key(client: ServiceClient, identity: ServiceIdentity, new_key: SigningKey) -> None:
     """Bring a new key of the service ``identity``, whose present key signs the request.
 
     The present key is good for an hour more. Raises ``scope_missing`` for a service that did not join.
     """
-    message = rotation_message(identity.name, fresh.thumbprint)
-    body = KeyRotation(fresh.public.to_jwk(), b64encode(fresh.sign(message)))
-    await caller.send(_call(identity.clock, "keys", body, identity.signer().svc_token("orchestrator")))
+    message = rotation_message(identity.name, new_key.thumbprint)
+    body = KeyRotation(new_key.public.to_jwk(), b64encode(new_key.sign(message)))
+    await client.send(_create_call(identity.clock, "keys", body, identity.signer().sign_token("orchestrator")))
 
 
-async def _join(
-    caller: Caller, clock: Clock, name: str, key: SigningKey, secret: JoinSecret, calls: tuple[str, ...]
+async def _enrol_once(
+    client: ServiceClient,
+    clock: Clock,
+    name: str,
+    key: SigningKey,
+    enrolment_token: EnrolmentToken,
+    calls: tuple[str, ...],
 ) -> Mapping[str, PublicKey]:
-    nonce = (await caller.answer(_call(clock, "nonce", None), JoinNonce)).nonce
-    claim = JoinClaim(nonce, name, key.thumbprint, calls)
-    request = JoinRequest(secret.id, name, key.public.to_jwk(), calls, nonce, arm_proof(secret.key, claim))
-    answer = await caller.answer(_call(clock, "join", request), JoinAnswer)
-    roots = _roots(answer)
-    if not same(root_proof(secret.key, claim, roots), answer.proof):
+    nonce = (await client.call(_create_call(clock, "nonce", None), EnrolmentNonce)).nonce
+    claim = EnrolmentClaim(nonce, name, key.thumbprint, calls)
+    request = EnrolmentRequest(
+        enrolment_token.id, name, key.public.to_jwk(), calls, nonce, arm_proof(enrolment_token.key, claim)
+    )
+    answer = await client.call(_create_call(clock, "join", request), EnrolmentResponse)
+    roots = _parse_roots(answer)
+    if not proofs_match(root_proof(enrolment_token.key, claim, roots), answer.proof):
         raise OctoError(
             "What answered does not know the join secret, so its root keys are not trusted. Check that"
             " OCTOLLM_ORCHESTRATOR_URL is the installation that made the secret.",
@@ -94,7 +101,7 @@ async def _join(
     return roots
 
 
-def _roots(answer: JoinAnswer) -> dict[str, PublicKey]:
+def _parse_roots(answer: EnrolmentResponse) -> dict[str, PublicKey]:
     try:
         if not 0 < len(answer.roots) <= MAX_ROOTS:
             raise CapabilityError("key_malformed")
@@ -104,18 +111,18 @@ def _roots(answer: JoinAnswer) -> dict[str, PublicKey]:
     return {key.thumbprint: key for key in keys}
 
 
-def _call(clock: Clock, action: str, body: object, bearer: str = "none") -> Outgoing:
+def _create_call(clock: Clock, action: str, body: object, bearer: str = "none") -> OutgoingCall:
     # A nonce is spent by the first try that arrives, so only what surely did not arrive is tried again.
     kind = "at_most_once" if action == "join" else "read_only"
-    return Outgoing(
-        Target("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", kind),
+    return OutgoingCall(
+        CallTarget("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", kind),
         bearer,
         Deadline.after(clock, _CALL_SECONDS),
         None if body is None else msgspec.json.encode(body),
     )
 
 
-def _may_pass(error: OctoError) -> bool:
+def _is_transient(error: OctoError) -> bool:
     """Say whether trying again with another nonce may help: nobody answered, or it was at its limit for a moment."""
     if isinstance(error, RemoteError):
         return error.retryable and error.code != "rate_limited"

@@ -9,77 +9,79 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from starlette.responses import Response
 
-from octollm.contracts.problems import problem_of
+from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.idempotency import (
     LEASE_SECONDS,
     NEVER_STORED,
+    AlreadyCompleted,
     Claimed,
-    Conflict,
+    IdempotencyKey,
     IdempotencyStore,
-    Kept,
-    KeyOf,
-    Stored,
-    Unknown,
+    KeyConflict,
+    OutcomeUnknown,
+    StoredResponse,
 )
-from octollm.rpc.outlet import Whole
+from octollm.rpc.outlet import BufferedResponse
 from octollm.rpc.problems import PROBLEM_JSON
 
 REPLAYED = "Idempotent-Replayed"
-LONGEST_POLL = 0.5
+MAX_POLL_SECONDS = 0.5
 """Seconds between two looks at a key that another process holds; the first comes after a tenth of it."""
-KEPT_HEADERS = (b"content-type", b"location", b"etag", b"cache-control")
+STORED_HEADERS = (b"content-type", b"location", b"etag", b"cache-control")
 """Headers that are stored with the body they describe."""
-NOT_BEGUN = frozenset({"overloaded", "draining", "rate_limited", "connect_failed", "connect_timeout", "pool_timeout"})
+NOT_STARTED_CODES = frozenset(
+    {"overloaded", "draining", "rate_limited", "connect_failed", "connect_timeout", "pool_timeout"}
+)
 """Failures after which even a ``once`` call has surely had no effect."""
 
-Work = Callable[[], Awaitable[Whole | Response]]
+Work = Callable[[], Awaitable[BufferedResponse | Response]]
 
 
-class Keyed(msgspec.Struct, frozen=True):
+class KeyedCall(msgspec.Struct, frozen=True):
     """A call and its key. ``digest`` tells whether two calls with one key are the same call."""
 
-    key: KeyOf
+    key: IdempotencyKey
     digest: str
-    repeatable: bool
+    idempotent: bool
     bearer: str
     request_id: str
 
 
-class Once:
+class IdempotentHandler:
     """The calls that one service does behind their keys."""
 
     def __init__(self, store: IdempotencyStore) -> None:
         self._store = store
-        self._held: dict[KeyOf, tuple[int, asyncio.Future[None]]] = {}
+        self._held: dict[IdempotencyKey, tuple[int, asyncio.Future[None]]] = {}
         """What is being done here: the run of its claim, and what ends with it."""
         self._timer: asyncio.TimerHandle | None = None
         self._renewing: asyncio.Task[None] | None = None
 
-    async def run(self, call: Keyed, work: Work, deadline: Deadline) -> Whole | Response:
+    async def run(self, call: KeyedCall, work: Work, deadline: Deadline) -> BufferedResponse | Response:
         """Do ``work`` once, or answer what it answered before.
 
         Raises ``idempotency_conflict``, ``outcome_unknown``, ``deadline_exceeded``, and what ``work`` raises.
         """
-        pause = LONGEST_POLL / 10
+        pause = MAX_POLL_SECONDS / 10
         while True:
-            outcome = await self._store.claim(call.key, call.digest, repeatable=call.repeatable, bearer=call.bearer)
+            outcome = await self._store.claim(call.key, call.digest, idempotent=call.idempotent, bearer=call.bearer)
             if isinstance(outcome, Claimed):
-                return await self._do(call, outcome.run, work)
-            if isinstance(outcome, Stored):
-                return _replayed(outcome.kept)
-            if isinstance(outcome, Conflict):
+                return await self._run_claimed(call, outcome.epoch, work)
+            if isinstance(outcome, AlreadyCompleted):
+                return _replay(outcome.response)
+            if isinstance(outcome, KeyConflict):
                 raise OctoError("This key was used with another body.", code="idempotency_conflict")
-            if isinstance(outcome, Unknown):
+            if isinstance(outcome, OutcomeUnknown):
                 raise OctoError(
                     "An earlier call with this key was cut off and may have taken effect.", code="outcome_unknown"
                 )
-            deadline.check()
-            await self._wait(call.key, min(pause, deadline.left()))
-            pause = min(2 * pause, LONGEST_POLL)
+            deadline.raise_if_passed()
+            await self._wait(call.key, min(pause, deadline.remaining()))
+            pause = min(2 * pause, MAX_POLL_SECONDS)
 
-    async def _wait(self, key: KeyOf, seconds: float) -> None:
+    async def _wait(self, key: IdempotencyKey, seconds: float) -> None:
         """Wait until a call that is being done may have ended: told here, by looking again where another does it."""
         held = self._held.get(key)
         if held is None:
@@ -87,26 +89,26 @@ class Once:
         else:
             await asyncio.wait({held[1]}, timeout=seconds * 10)
 
-    async def _do(self, call: Keyed, run: int, work: Work) -> Whole | Response:
+    async def _run_claimed(self, call: KeyedCall, epoch: int, work: Work) -> BufferedResponse | Response:
         key = call.key
-        mine = self._hold(key, run)
+        mine = self._hold(key, epoch)
         try:
             answer = await work()
         except OctoError as error:
-            problem = problem_of(error, call.request_id)
+            problem = to_problem(error, call.request_id)
             if 400 <= problem.status < 500 and problem.status not in NEVER_STORED:
-                kept = Kept(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
-                await self._store.complete(key, run, kept)
-            elif call.repeatable or error.code in NOT_BEGUN:
-                await self._release(key, run)
+                kept = StoredResponse(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
+                await self._store.complete(key, epoch, kept)
+            elif call.idempotent or error.code in NOT_STARTED_CODES:
+                await self._release(key, epoch)
             raise
         except BaseException:
             # What was cut off may have had its effect. The claim of a ``once`` call stays, and ends as unknown.
-            if call.repeatable:
-                await self._release(key, run)
+            if call.idempotent:
+                await self._release(key, epoch)
             raise
         else:
-            await self._store.complete(key, run, _kept(answer))
+            await self._store.complete(key, epoch, _stored_response(answer))
             return answer
         finally:
             # Another may hold it by now: one whose lease has ended is done again.
@@ -114,14 +116,14 @@ class Once:
                 del self._held[key]
             mine[1].set_result(None)
 
-    async def _release(self, key: KeyOf, run: int) -> None:
+    async def _release(self, key: IdempotencyKey, epoch: int) -> None:
         # A claim that cannot be given back ends with its lease.
         with contextlib.suppress(OctoError):
-            await asyncio.shield(self._store.release(key, run))
+            await asyncio.shield(self._store.release(key, epoch))
 
-    def _hold(self, key: KeyOf, run: int) -> tuple[int, asyncio.Future[None]]:
+    def _hold(self, key: IdempotencyKey, epoch: int) -> tuple[int, asyncio.Future[None]]:
         loop = asyncio.get_running_loop()
-        mine = self._held[key] = (run, loop.create_future())
+        mine = self._held[key] = (epoch, loop.create_future())
         if self._timer is None:
             self._timer = loop.call_later(LEASE_SECONDS / 3, self._renew_soon)
         return mine
@@ -141,18 +143,20 @@ class Once:
             await self._store.renew([(key, run) for key, (run, _) in self._held.items()])
 
 
-def _kept(answer: Whole | Response) -> Kept:
+def _stored_response(response: BufferedResponse | Response) -> StoredResponse:
     headers = {
-        name.decode("latin-1"): value.decode("latin-1") for name, value in answer.raw_headers if name in KEPT_HEADERS
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in response.raw_headers
+        if name in STORED_HEADERS
     }
-    return Kept(answer.status_code, bytes(answer.body), headers)
+    return StoredResponse(response.status_code, bytes(response.body), headers)
 
 
-def _replayed(kept: Kept) -> Whole:
-    default = "application/json" if kept.status < 400 else PROBLEM_JSON
-    headers = {"content-type": default, "content-length": str(len(kept.answer)), **kept.headers, REPLAYED: "true"}
-    return Whole(
-        kept.status,
-        kept.answer,
+def _replay(stored: StoredResponse) -> BufferedResponse:
+    default = "application/json" if stored.status < 400 else PROBLEM_JSON
+    headers = {"content-type": default, "content-length": str(len(stored.body)), **stored.headers, REPLAYED: "true"}
+    return BufferedResponse(
+        stored.status,
+        stored.body,
         [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
     )

@@ -6,19 +6,19 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.requests import Request
 
-from octollm.capability import CapabilityError, DirectoryEntry, Scope, Verifier, verify_service
+from octollm.capability import CapabilityError, DirectoryEntry, Scope, Verifier, verify_service_token
 from octollm.clock import Clock
 from octollm.errors import OctoError
 from octollm.rpc.call import Operation
-from octollm.rpc.identity import Directory
-from octollm.rpc.opened import Opened
-from octollm.rpc.revoked import Revoked
+from octollm.rpc.identity import ServiceDirectory
+from octollm.rpc.opened import AuthContext
+from octollm.rpc.revoked import RevocationSubscriber
 
-_MAY_BE_NEW = frozenset({"service_unknown", "key_mismatch"})
+_STALE_DIRECTORY_REASONS = frozenset({"service_unknown", "key_mismatch"})
 """Refusals of a service that another replica may have let in a moment ago."""
 
 
-def bearer_of(request: Request) -> str:
+def parse_bearer_token(request: Request) -> str:
     """Return the one bearer string of a request (RFC 6750 section 2.1); raise ``token_missing`` without one."""
     values = [value for name, value in request.scope["headers"] if name == b"authorization"]
     if not values:
@@ -40,36 +40,36 @@ def required_scope(request: Request, operation: Operation) -> str:
     return scope
 
 
-class CapabilityOpener:
+class CapabilityAuthenticator:
     """Opened by an access token for this service that allows the operation's scope."""
 
-    def __init__(self, verifier: Verifier, revoked: Revoked | None = None) -> None:
+    def __init__(self, verifier: Verifier, revocations: RevocationSubscriber | None = None) -> None:
         """``revoked`` is what keeps the verifier's revocations up to date; ``None`` where nothing has to."""
         self._verifier = verifier
-        self._revoked = revoked
-        self._fixed: dict[str, Scope] = {}
+        self._revocations = revocations
+        self._parsed_scopes: dict[str, Scope] = {}
         """Scopes of operations without parameters; there are as many as a service has operations."""
 
-    async def open(self, request: Request, operation: Operation) -> Opened:
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return the capability; raise a ``token_*`` code, ``scope_missing`` or ``revocations_unknown``."""
-        bearer = bearer_of(request)
+        bearer = parse_bearer_token(request)
         verified = self._verifier.verify(bearer)
-        if self._revoked is not None:
-            self._revoked.check(safe=operation.kind == "read_only")
-        scope = self._fixed.get(operation.scope)
+        if self._revocations is not None:
+            self._revocations.check(read_only=operation.kind == "read_only")
+        scope = self._parsed_scopes.get(operation.scope)
         if scope is None:
             text = required_scope(request, operation)
             if not text:
                 raise OctoError("No scope opens this operation.", code="scope_missing")
             scope = Scope(text)
             if text == operation.scope:
-                self._fixed[text] = scope
+                self._parsed_scopes[text] = scope
         if not verified.scopes.allows(scope):
             raise OctoError(f"The token does not allow {scope}.", code="scope_missing")
-        return Opened(verified=verified, bearer=bearer)
+        return AuthContext(verified=verified, bearer=bearer)
 
 
-class ServiceOpener:
+class ServiceAuthenticator:
     """Opened by a service's own token, for the services that an operation names.
 
     ``directory`` returns those that are known now; ``hurry`` looks again, for one that is not among them.
@@ -80,55 +80,55 @@ class ServiceOpener:
         audience: str,
         directory: Callable[[], Mapping[str, DirectoryEntry]],
         clock: Clock,
-        hurry: Callable[[], Awaitable[None]] | None = None,
+        refresh_directory: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._audience = audience
         self._directory = directory
         self._clock = clock
-        self._hurry = hurry
+        self._refresh_directory = refresh_directory
 
-    async def open(self, request: Request, operation: Operation) -> Opened:
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return the service's name. ``operation.scope`` lists the services admitted; ``*`` is any registered."""
-        bearer = bearer_of(request)
+        bearer = parse_bearer_token(request)
         try:
-            peer = verify_service(bearer, self._audience, self._directory(), self._clock)
+            peer = verify_service_token(bearer, self._audience, self._directory(), self._clock)
         except CapabilityError as error:
-            if self._hurry is None or error.reason not in _MAY_BE_NEW:
+            if self._refresh_directory is None or error.reason not in _STALE_DIRECTORY_REASONS:
                 raise
-            await self._hurry()
-            peer = verify_service(bearer, self._audience, self._directory(), self._clock)
+            await self._refresh_directory()
+            peer = verify_service_token(bearer, self._audience, self._directory(), self._clock)
         admitted = operation.scope.split()
         if "*" not in admitted and peer not in admitted:
             raise OctoError(f"{peer} may not do this.", code="scope_missing")
-        return Opened(peer=peer, bearer=bearer)
+        return AuthContext(peer=peer, bearer=bearer)
 
 
-class RegisteredOpener:
+class RegisteredServiceAuthenticator:
     """Opened by the own token of any service that the orchestrator's directory lists, at a service without the list."""
 
-    def __init__(self, audience: str, directory: Directory, clock: Clock) -> None:
+    def __init__(self, audience: str, directory: ServiceDirectory, clock: Clock) -> None:
         self._audience = audience
         self._directory = directory
         self._clock = clock
 
-    async def open(self, request: Request, operation: Operation) -> Opened:
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return the service's name. Raises a ``token_*`` code, or what keeps the directory from being read."""
         del operation
-        bearer = bearer_of(request)
+        bearer = parse_bearer_token(request)
         try:
-            peer = verify_service(bearer, self._audience, await self._directory.entries(), self._clock)
+            peer = verify_service_token(bearer, self._audience, await self._directory.entries(), self._clock)
         except CapabilityError as error:
             if error.reason not in ("service_unknown", "key_mismatch"):
                 raise
             # It may have been registered, or have a new key, since the directory was read.
-            peer = verify_service(bearer, self._audience, await self._directory.entries(fresh=True), self._clock)
-        return Opened(peer=peer, bearer=bearer)
+            peer = verify_service_token(bearer, self._audience, await self._directory.entries(fresh=True), self._clock)
+        return AuthContext(peer=peer, bearer=bearer)
 
 
-class PublicOpener:
+class PublicAuthenticator:
     """Opened by nothing: health, readiness, keys."""
 
-    async def open(self, request: Request, operation: Operation) -> Opened:
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return nobody."""
         del request, operation
-        return Opened()
+        return AuthContext()

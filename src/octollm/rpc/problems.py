@@ -7,15 +7,15 @@ import math
 import msgspec
 from starlette.responses import Response
 
-from octollm.contracts.problems import Problem, problem_of
-from octollm.errors import Fault, OctoError, RemoteError
+from octollm.contracts.problems import Problem, to_problem
+from octollm.errors import FieldError, OctoError, RemoteError
 
 PROBLEM_JSON = "application/problem+json"
 
 
 def problem_response(error: OctoError, request_id: str) -> Response:
     """Return ``error`` as a response, with ``Retry-After`` or ``WWW-Authenticate`` where they belong."""
-    problem = problem_of(error, request_id)
+    problem = to_problem(error, request_id)
     headers: dict[str, str] = {"Cache-Control": "no-store"}
     if problem.status in (429, 503) and problem.retryable:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
@@ -25,24 +25,24 @@ def problem_response(error: OctoError, request_id: str) -> Response:
     return Response(msgspec.json.encode(problem), status_code=problem.status, headers=headers, media_type=PROBLEM_JSON)
 
 
-def error_of(problem: Problem, service: str, retry_after: float | None = None) -> RemoteError:
+def remote_error(problem: Problem, service: str, retry_after: float | None = None) -> RemoteError:
     """Return a peer's problem as an exception that keeps its words."""
     return RemoteError(
         problem.detail or problem.title,
         code=problem.code,
         status=problem.status,
         retryable=problem.retryable,
-        faults=tuple(Fault(fault.pointer, fault.detail) for fault in problem.errors),
+        field_errors=tuple(FieldError(fault.pointer, fault.detail) for fault in problem.errors),
         retry_after=retry_after,
         service=service,
     )
 
 
-def error_from_response(service: str, status: int, body: bytes, retry_after: str | None) -> RemoteError:
+def parse_problem(service: str, status: int, body: bytes, retry_after: str | None) -> RemoteError:
     """Read a peer's answer of status 400 or more, also one that is no problem document."""
     after = float(retry_after) if retry_after and retry_after.isdigit() else None
     try:
-        return error_of(msgspec.json.decode(body, type=Problem), service, after)
+        return remote_error(msgspec.json.decode(body, type=Problem), service, after)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return RemoteError(
             f"{service} answered {status} without saying why.",

@@ -11,9 +11,9 @@ import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from octollm.contracts.problems import problem_of
+from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
-from octollm.rpc.exchange import EXCHANGE
+from octollm.rpc.exchange import EXTENSION
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_URL_BYTES = 8 * 1024
@@ -24,7 +24,7 @@ HEADER_SECONDS = 10.0
 class _Cycle(RequestResponseCycle):
     """One request and its answer: uvicorn's, and an :class:`octollm.rpc.exchange.Exchange`."""
 
-    protocol: BoundedProtocol
+    protocol: Http1ServerProtocol
 
     def whole_body(self) -> bytes | None:
         """Return the body if all of it is here."""
@@ -32,7 +32,7 @@ class _Cycle(RequestResponseCycle):
             return None
         return bytes(self.body)
 
-    def answer(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
+    def respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
         """Send head and body in one write."""
         if self.response_started or self.flow.write_paused or self.disconnected or self.scope["method"] == "HEAD":
             return False
@@ -54,16 +54,16 @@ class _Cycle(RequestResponseCycle):
         self.on_response()
         return True
 
-    def tell_when_gone(self, callback: Callable[[], None] | None) -> None:
+    def set_disconnect_callback(self, callback: Callable[[], None] | None) -> None:
         """Have ``callback`` called once the connection is lost."""
-        self.protocol.tell_when_gone(callback)
+        self.protocol.set_disconnect_callback(callback)
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class Http1ServerProtocol(HttpToolsProtocol):
     """Refuses headers over 32 KiB (431), URLs over 8 KiB (414), and headers that take over 10 s (408)."""
 
-    _when_gone: Callable[[], None] | None = None
-    _lost = False
+    _disconnect_callback: Callable[[], None] | None = None
+    _is_lost = False
 
     _header_bytes = 0
     _header_timer: asyncio.TimerHandle | None = None
@@ -78,9 +78,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Stop the clock, and tell whoever works for this caller."""
         self._stop_timer()
         super().connection_lost(exc)
-        self._lost = True
-        if self._when_gone is not None:
-            self._when_gone()
+        self._is_lost = True
+        if self._disconnect_callback is not None:
+            self._disconnect_callback()
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of headers before the parser keeps them."""
@@ -142,7 +142,7 @@ class BoundedProtocol(HttpToolsProtocol):
             on_response=self.on_response_complete,
         )
         cycle.protocol = self
-        scope["extensions"] = {EXCHANGE: cycle}
+        scope["extensions"] = {EXTENSION: cycle}
         self.cycle = cycle
         if not before or before.response_complete:
             self._start_asgi_task(cycle, app)
@@ -151,11 +151,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self.pipeline.appendleft((cycle, app))
 
-    def tell_when_gone(self, callback: Callable[[], None] | None) -> None:
+    def set_disconnect_callback(self, callback: Callable[[], None] | None) -> None:
         """Have ``callback`` called once the connection is lost."""
         # Requests of one connection are served one after the other: there is one to tell at most.
-        self._when_gone = callback
-        if self._lost and callback is not None:
+        self._disconnect_callback = callback
+        if self._is_lost and callback is not None:
             callback()
 
     def on_body(self, body: bytes) -> None:
@@ -170,14 +170,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         self._stop_timer()
-        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._give_up)
+        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._on_header_timeout)
 
     def _stop_timer(self) -> None:
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
 
-    def _give_up(self) -> None:
+    def _on_header_timeout(self) -> None:
         self._header_timer = None
         if self._in_headers:
             self._refuse("request_timeout", f"The headers did not arrive in {HEADER_SECONDS:g} s.")
@@ -192,7 +192,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_headers = False
         if self.transport.is_closing():
             return
-        problem = problem_of(OctoError(detail, code=code))
+        problem = to_problem(OctoError(detail, code=code))
         body = msgspec.json.encode(problem)
         head = b"content-type: application/problem+json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[problem.status] + head + body)

@@ -8,17 +8,17 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 
 import msgspec
 
-from octollm.capability import Revocations, SelfSigner
+from octollm.capability import Revocations, ServiceTokenSigner
 from octollm.clock import Clock
-from octollm.context import Scene, current_scene, new_trace, set_scene
-from octollm.contracts.health import Dependency
-from octollm.contracts.revocations import RevocationNews
+from octollm.context import RequestContext, current_context, set_context, start_trace
+from octollm.contracts.health import DependencyStatus
+from octollm.contracts.revocations import RevocationUpdate
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.caller import Caller, Outgoing, Target
-from octollm.rpc.http import Streamed
-from octollm.telemetry import Log
+from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
+from octollm.rpc.http import StreamedResponse
+from octollm.telemetry import Logger
 
 STALE_SECONDS = 60.0
 """Without news for so long, what is not safe is refused."""
@@ -31,53 +31,57 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 MAX_LINE = 1024 * 1024
 PRUNE_SECONDS = 600.0
-_TARGET = Target("orchestrator", "revocations", "GET", "/revocations", "read_only")
+_TARGET = CallTarget("orchestrator", "revocations", "GET", "/revocations", "read_only")
 
 
-class Revoked:
+class RevocationSubscriber:
     """Follows the orchestrator's revocations into ``known``, which this service's verifiers use."""
 
-    def __init__(self, caller: Caller, signer: SelfSigner, clock: Clock, log: Log) -> None:
-        self.known = Revocations()
-        self._caller = caller
+    def __init__(self, client: ServiceClient, signer: ServiceTokenSigner, clock: Clock, log: Logger) -> None:
+        self.revocations = Revocations()
+        self._client = client
         self._signer = signer
         self._clock = clock
         self._log = log
-        self._heard: float | None = None
+        self._last_news_at: float | None = None
         self._pruned = clock.monotonic()
         self._failing_since = 0.0
-        self._told_log = False
+        self._outage_logged = False
         self.failure = ""
 
-    def check(self, *, safe: bool) -> None:
+    def check(self, *, read_only: bool) -> None:
         """Raise ``revocations_unknown`` when a token may have been revoked without this service having heard of it.
 
         Before everything was read once, that is so for every call; later, without news for a minute, for those that
         are not ``safe``.
         """
-        heard = self._heard
+        heard = self._last_news_at
         if heard is None:
-            raise _unknown("What is revoked is not known here yet.")
-        if not safe and self._clock.monotonic() - heard > STALE_SECONDS:
-            raise _unknown("What is revoked has not been heard of for too long, so only what changes nothing is done.")
+            raise _revocations_unknown("What is revoked is not known here yet.")
+        if not read_only and self._clock.monotonic() - heard > STALE_SECONDS:
+            raise _revocations_unknown(
+                "What is revoked has not been heard of for too long, so only what changes nothing is done."
+            )
 
-    async def checkup(self) -> Dependency:
+    async def check_readiness(self) -> DependencyStatus:
         """Say for ``/ready`` whether news come; not ready before all that is in force was read once."""
-        if self._heard is None:
-            return Dependency(ok=False, detail=self.failure or "The orchestrator has not told yet what is revoked.")
-        age = self._clock.monotonic() - self._heard
+        if self._last_news_at is None:
+            return DependencyStatus(
+                ok=False, detail=self.failure or "The orchestrator has not told yet what is revoked."
+            )
+        age = self._clock.monotonic() - self._last_news_at
         if age <= LATE_SECONDS:
-            return Dependency(ok=True, required=False)
+            return DependencyStatus(ok=True, required=False)
         refused = "; what is not safe is refused" if age > STALE_SECONDS else ""
         why = f": {self.failure}" if self.failure else ""
-        return Dependency(ok=False, detail=f"Nothing was heard for {age:.0f} s{refused}{why}", required=False)
+        return DependencyStatus(ok=False, detail=f"Nothing was heard for {age:.0f} s{refused}{why}", required=False)
 
     @contextlib.asynccontextmanager
-    async def following(self, *also: Callable[[], Coroutine[object, object, None]]) -> AsyncGenerator[None]:
+    async def run(self, *also: Callable[[], Coroutine[object, object, None]]) -> AsyncGenerator[None]:
         """Follow for as long as the context is open, and do what else has to be heard of for as long."""
         tasks = {asyncio.create_task(work(), name="revocations") for work in (self._follow, *also)}
         for task in tasks:
-            task.add_done_callback(self._ended)
+            task.add_done_callback(self._on_task_done)
         try:
             yield
         finally:
@@ -85,45 +89,45 @@ class Revoked:
                 task.cancel()
             await asyncio.wait(tasks)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.failure = "What follows the revocations has ended; the log says why."
             self._log.error("revocations.crashed", error=error)
 
     async def _follow(self) -> None:
         # It goes on for ever and belongs to no call: it leaves no trace.
-        set_scene(Scene(current_scene().service, trace=new_trace()))
+        set_context(RequestContext(current_context().service, trace=start_trace()))
         pause = FIRST_PAUSE
         while True:
             began = self._clock.monotonic()
             try:
                 await self._read()
             except OctoError as error:
-                self._failed(error)
-            if self._heard is not None and self._heard > began:
+                self._on_failure(error)
+            if self._last_news_at is not None and self._last_news_at > began:
                 pause = FIRST_PAUSE
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _failed(self, error: OctoError) -> None:
+    def _on_failure(self, error: OctoError) -> None:
         """Note why nothing is heard; it is logged when that lasts, since a service stops and starts now and then."""
         now = self._clock.monotonic()
         self._failing_since = self._failing_since or now
         self.failure = error.detail
-        if not self._told_log and now - self._failing_since > QUIET_SECONDS:
-            self._told_log = True
+        if not self._outage_logged and now - self._failing_since > QUIET_SECONDS:
+            self._outage_logged = True
             self._log.warning("revocations.not_heard", error=error)
 
     async def _read(self) -> None:
-        call = Outgoing(
+        call = OutgoingCall(
             _TARGET,
-            self._signer.svc_token("orchestrator"),
+            self._signer.sign_token("orchestrator"),
             Deadline.after(self._clock, STREAM_SECONDS),
             headers={"Accept": NDJSON},
         )
-        await self._caller.stream(call, self._consume)
+        await self._client.stream(call, self._consume)
 
-    async def _consume(self, streamed: Streamed) -> None:
+    async def _consume(self, streamed: StreamedResponse) -> None:
         rest = b""
         async for chunk in streamed.chunks:
             *lines, rest = (rest + chunk).split(b"\n")
@@ -131,31 +135,31 @@ class Revoked:
                 raise OctoError("The orchestrator sent a line that is too long.", code="peer_protocol")
             for line in lines:
                 try:
-                    news = msgspec.json.decode(line, type=RevocationNews)
+                    news = msgspec.json.decode(line, type=RevocationUpdate)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise OctoError(
                         "The orchestrator sent a line that is no revocation.", code="peer_protocol"
                     ) from error
-                self._told(news)
+                self._apply(news)
 
-    def _told(self, news: RevocationNews) -> None:
+    def _apply(self, news: RevocationUpdate) -> None:
         for each in news.revocations:
-            self.known.add(each.kind, each.value, each.at, each.tenant)
+            self.revocations.add(each.kind, each.value, each.at, each.tenant)
         if news.floor is not None:
-            self.known.raise_floor(news.floor)
+            self.revocations.raise_floor(news.floor)
         now = self._clock.monotonic()
         if now - self._pruned > PRUNE_SECONDS:
             self._pruned = now
-            self.known.prune(self._clock.now())
+            self.revocations.prune(self._clock.now())
         # In the middle of what is in force, nothing is known for certain yet.
-        if news.whole or (self._heard is not None and not news.revocations):
-            self._heard = now
+        if news.whole or (self._last_news_at is not None and not news.revocations):
+            self._last_news_at = now
             self.failure = ""
             self._failing_since = 0.0
-            if self._told_log:
-                self._told_log = False
+            if self._outage_logged:
+                self._outage_logged = False
                 self._log.info("revocations.heard_again")
 
 
-def _unknown(detail: str) -> OctoError:
+def _revocations_unknown(detail: str) -> OctoError:
     return OctoError(detail, code="revocations_unknown", retry_after=1)

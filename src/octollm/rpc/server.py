@@ -15,53 +15,53 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from octollm.capability import CapabilityError
-from octollm.clock import Clock, Ids
-from octollm.context import Scene, parse_traceparent, set_scene
-from octollm.contracts.problems import problem_of
+from octollm.clock import Clock, IdGenerator
+from octollm.context import RequestContext, parse_traceparent, set_context
+from octollm.contracts.problems import to_problem
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.resilience.deadline import parse_timeout_ms
-from octollm.rpc.arriving import id_or_new, read_body, text_of, too_large
-from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.arriving import body_too_large, header_text, id_or_new, read_body
+from octollm.rpc.call import IncomingCall, Operation, OperationResponse
 from octollm.rpc.decode import decode, decode_query
-from octollm.rpc.departure import Departure
-from octollm.rpc.exchange import take_exchange
-from octollm.rpc.gate import Gate
-from octollm.rpc.idempotency import IdempotencyStore, KeyOf, body_digest, check_key
-from octollm.rpc.limit import Limit
-from octollm.rpc.once import Keyed, Once
-from octollm.rpc.opened import Opened, who_calls
-from octollm.rpc.outlet import Outlet, Whole
+from octollm.rpc.departure import DisconnectScope
+from octollm.rpc.exchange import take_extension
+from octollm.rpc.gate import ConcurrencyLimiter
+from octollm.rpc.idempotency import IdempotencyKey, IdempotencyStore, body_digest, check_key
+from octollm.rpc.limit import DeadlineScope
+from octollm.rpc.once import IdempotentHandler, KeyedCall
+from octollm.rpc.opened import AuthContext, auth_span_attributes
+from octollm.rpc.outlet import BufferedResponse, ResponseWriter
 from octollm.rpc.problems import problem_response
 from octollm.rpc.shapes import encode
-from octollm.rpc.stream import LineStream
-from octollm.rpc.validators import validated
-from octollm.telemetry import Log, Metrics, ServedLog, Span, Tracer
-from octollm.telemetry.spans import QUIET, SLOW_SECONDS
+from octollm.rpc.stream import NdjsonEmitter
+from octollm.rpc.validators import apply_etag
+from octollm.telemetry import AccessLog, Logger, Metrics, Span, Tracer
+from octollm.telemetry.spans import SLOW_SECONDS, UNSAMPLED_OPERATIONS
 
 _NDJSON = NDJSON.encode()
 
 
-class Opener(Protocol):
+class Authenticator(Protocol):
     """Decides whether a request may use an operation, and in whose name."""
 
-    async def open(self, request: Request, operation: Operation) -> Opened:
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return in whose name the request is; raise an ``OctoError`` to refuse it."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Kit:
+class ServerContext:
     """What every endpoint of one service shares."""
 
     service: str
     clock: Clock
-    ids: Ids
-    log: Log
+    ids: IdGenerator
+    log: Logger
     metrics: Metrics
     tracer: Tracer
-    openers: Mapping[str, Opener]
+    authenticators: Mapping[str, Authenticator]
     """By ``Operation.auth``."""
     idempotency: IdempotencyStore | None = None
     max_concurrent: int = 64
@@ -70,7 +70,7 @@ class Kit:
     """Set when the service shuts down: new calls are refused with ``draining``."""
 
 
-class _Arrived(msgspec.Struct, frozen=True):
+class _ReceivedRequest(msgspec.Struct, frozen=True):
     """A request before it is let in. ``headers`` has the last of each name, in lower case."""
 
     request: Request
@@ -80,76 +80,84 @@ class _Arrived(msgspec.Struct, frozen=True):
     span: Span
 
 
-class Endpoint:
+class OperationEndpoint:
     """One operation as an ASGI application."""
 
-    def __init__(self, kit: Kit, operation: Operation, gate: Gate, once: Once | None) -> None:
-        self._kit = kit
-        self._once = once
+    def __init__(
+        self,
+        context: ServerContext,
+        operation: Operation,
+        limiter: ConcurrencyLimiter,
+        idempotent: IdempotentHandler | None,
+    ) -> None:
+        self._context = context
+        self._idempotent = idempotent
         self._operation = operation
         self._streams = operation.streams
-        self._gate = gate
-        self._log = ServedLog(kit.service)
-        self._tally = kit.metrics.served.operation(operation.name)
+        self._limiter = limiter
+        self._log = AccessLog(context.service)
+        self._request_metrics = context.metrics.requests.operation(operation.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call."""
-        kit, operation = self._kit, self._operation
+        kit, operation = self._context, self._operation
         started = time.perf_counter()
         headers: dict[bytes, bytes] = dict(scope["headers"])
         request_id = id_or_new(headers.get(b"x-request-id"), kit.ids, "req-")
         correlation_id = id_or_new(headers.get(b"x-correlation-id"), kit.ids, "corr-")
-        caller = parse_traceparent(text_of(headers.get(b"traceparent")))
+        caller = parse_traceparent(header_text(headers.get(b"traceparent")))
         span = kit.tracer.receive(operation.name, caller, sampled=operation.traced)
-        set_scene(Scene(kit.service, request_id, correlation_id, span.trace))
-        outlet = Outlet(send, take_exchange(scope), request_id, correlation_id, headers.get(b"accept-encoding"))
-        kit.metrics.served.in_flight += 1
-        arrived = _Arrived(Request(scope, receive), headers, request_id, correlation_id, span)
+        set_context(RequestContext(kit.service, request_id, correlation_id, span.trace))
+        outlet = ResponseWriter(
+            send, take_extension(scope), request_id, correlation_id, headers.get(b"accept-encoding")
+        )
+        kit.metrics.requests.in_flight += 1
+        arrived = _ReceivedRequest(Request(scope, receive), headers, request_id, correlation_id, span)
         try:
             try:
                 if operation.limited:
-                    async with self._gate:
+                    async with self._limiter:
                         await self._serve(arrived, scope, receive, outlet)
                 else:
                     await self._serve(arrived, scope, receive, outlet)
             except OctoError as error:
-                span.failed(error)
+                span.record_error(error)
                 if isinstance(error, CapabilityError):
                     # The caller is told the code alone; which rule it broke is for the operator.
-                    kit.metrics.refused.labels(kit.service, error.reason).inc()
+                    kit.metrics.rejected_tokens.labels(kit.service, error.reason).inc()
                     kit.log.warning("token.refused", operation=operation.name, reason=error.reason)
                 if outlet.status:
                     raise
-                await outlet.whole(problem_response(error, request_id), scope)
+                await outlet.send_response(problem_response(error, request_id), scope)
                 if error.code in ("internal", "overloaded"):
                     kit.log.warning("call.refused", operation=operation.name, error=error)
         except asyncio.CancelledError as error:
-            span.failed(error)
+            span.record_error(error)
             raise
         except ClientDisconnect:
             span.code, span.message = "cancelled", "The caller went away."
         except Exception as error:  # the outermost boundary of a call: it is logged and answered
-            span.failed(error)
-            kit.log.error("call.crashed", operation=operation.name, error=error, where=_where(error))
+            span.record_error(error)
+            kit.log.error("call.crashed", operation=operation.name, error=error, where=_innermost_line(error))
             if not outlet.status:
                 hidden = OctoError("The service failed; its log has the reason under this request id.")
-                await outlet.whole(problem_response(hidden, request_id), scope)
+                await outlet.send_response(problem_response(hidden, request_id), scope)
         finally:
-            self._told(span, outlet.opened, request_id, outlet.status or 499, time.perf_counter() - started)
+            self._record(span, outlet.auth, request_id, outlet.status or 499, time.perf_counter() - started)
 
-    def _told(self, span: Span, opened: Opened | None, request_id: str, status: int, seconds: float) -> None:
+    def _record(self, span: Span, auth: AuthContext | None, request_id: str, status: int, seconds: float) -> None:
         """Count a call, log it and end its span."""
-        kit, name = self._kit, self._operation.name
-        kit.metrics.served.in_flight -= 1
-        self._tally.add(status, seconds)
-        quiet = name in QUIET
-        self._log.served(name, status, seconds, quiet=quiet)
+        kit, name = self._context, self._operation.name
+        kit.metrics.requests.in_flight -= 1
+        self._request_metrics.observe(status, seconds)
+        quiet = name in UNSAMPLED_OPERATIONS
+        self._log.log_call(name, status, seconds, quiet=quiet)
         # How long a stream lasts is its reader's business.
         slow = seconds >= SLOW_SECONDS and self._operation.limited
         keep = (slow or status >= 500) and not quiet
         if keep or span.trace.sampled:
-            if opened is not None:
-                span.attributes |= who_calls(opened)
+            if auth is not None:
+                span.attributes |= auth_span_attributes(auth)
             span.attributes |= {
                 "http.request.method": self._operation.method,
                 "http.route": self._operation.path,
@@ -158,37 +166,37 @@ class Endpoint:
             }
         kit.tracer.end(span, keep=keep)
 
-    async def _serve(self, arrived: _Arrived, scope: Scope, receive: Receive, outlet: Outlet) -> None:
-        kit, operation, headers = self._kit, self._operation, arrived.headers
+    async def _serve(self, received: _ReceivedRequest, scope: Scope, receive: Receive, writer: ResponseWriter) -> None:
+        kit, operation, headers = self._context, self._operation, received.headers
         if kit.draining.is_set():
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)
-        seconds = parse_timeout_ms(text_of(headers.get(b"x-timeout-ms")))
+        seconds = parse_timeout_ms(header_text(headers.get(b"x-timeout-ms")))
         deadline = Deadline.after(kit.clock, operation.timeout if seconds is None else min(seconds, 3600.0))
-        opened = outlet.opened = await kit.openers[operation.auth].open(arrived.request, operation)
-        exchange = outlet.exchange
+        opened = writer.auth = await kit.authenticators[operation.auth].authenticate(received.request, operation)
+        exchange = writer.extension
         body = None if exchange is None else exchange.whole_body()
         if body is None:
             body = await read_body(scope, headers, receive, operation.max_body)
         elif len(body) > operation.max_body:
-            raise too_large(operation.max_body)
-        call = Call(
+            raise body_too_large(operation.max_body)
+        call = IncomingCall(
             service=kit.service,
             operation=operation.name,
-            request=arrived.request,
-            request_id=arrived.request_id,
-            correlation_id=arrived.correlation_id,
-            span=arrived.span,
+            request=received.request,
+            request_id=received.request_id,
+            correlation_id=received.correlation_id,
+            span=received.span,
             deadline=deadline,
             verified=opened.verified,
             peer=opened.peer,
             bearer=opened.bearer,
-            key=check_key(text_of(headers.get(b"idempotency-key"))),
+            key=check_key(header_text(headers.get(b"idempotency-key"))),
             body=body,
             query=None if operation.query is None else decode_query(scope["query_string"], operation.query),
         )
         task = None if opened.verified is None else opened.verified.task
-        set_scene(
-            Scene(
+        set_context(
+            RequestContext(
                 kit.service,
                 call.request_id,
                 call.correlation_id,
@@ -202,67 +210,69 @@ class Endpoint:
         if operation.body is not None and operation.body is not bytes and not operation.raw:
             value = decode(body, operation.body, strict=operation.strict)
         if self._streams and _NDJSON in headers.get(b"accept", b""):
-            await self._stream(call, value, scope, receive, outlet)
+            await self._stream(call, value, scope, receive, writer)
             return
-        async with Departure(exchange, receive):
-            answer = await self._work(call, value)
+        async with DisconnectScope(exchange, receive):
+            answer = await self._run_idempotent(call, value)
             if operation.cacheable:
-                answer = validated(answer, headers.get(b"if-none-match"))
-            await outlet.whole(answer, scope)
+                answer = apply_etag(answer, headers.get(b"if-none-match"))
+            await writer.send_response(answer, scope)
 
-    async def _stream(self, call: Call, value: Any, scope: Scope, receive: Receive, send: Send) -> None:
-        lines = LineStream()
+    async def _stream(self, call: IncomingCall, value: Any, scope: Scope, receive: Receive, send: Send) -> None:
+        lines = NdjsonEmitter()
         call = msgspec.structs.replace(call, emit=lines)
 
         async def work() -> None:
             try:
-                response = await self._work(call, value)
+                response = await self._run_idempotent(call, value)
                 await lines.result(bytes(response.body))
             except OctoError as error:
-                call.span.failed(error)
-                await lines.problem(problem_of(error, call.request_id))
+                call.span.record_error(error)
+                await lines.problem(to_problem(error, call.request_id))
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # the outermost boundary of a streamed call
-                call.span.failed(error)
-                self._kit.log.error("call.crashed", operation=call.operation, error=error, where=_where(error))
+                call.span.record_error(error)
+                self._context.log.error(
+                    "call.crashed", operation=call.operation, error=error, where=_innermost_line(error)
+                )
                 hidden = OctoError("The service failed; its log has the reason under this request id.")
-                await lines.problem(problem_of(hidden, call.request_id))
+                await lines.problem(to_problem(hidden, call.request_id))
 
         working = asyncio.create_task(work())
         try:
-            await StreamingResponse(lines.lines(), media_type=NDJSON, headers={"Cache-Control": "no-store"})(
+            await StreamingResponse(lines.iter_lines(), media_type=NDJSON, headers={"Cache-Control": "no-store"})(
                 scope, receive, send
             )
         finally:
-            await _end(working)
+            await _cancel_tasks(working)
 
-    async def _work(self, call: Call, value: Any) -> Whole | Response:
+    async def _run_idempotent(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
         """Run the handler within the deadline, behind the idempotency key where there is one."""
-        operation, once, verified = self._operation, self._once, call.verified
+        operation, once, verified = self._operation, self._idempotent, call.verified
         if operation.kind == "read_only" or call.key is None or once is None or verified is None:
-            return await self._run(call, value)
+            return await self._run_handler(call, value)
         scope = call.request.scope
-        keyed = Keyed(
-            KeyOf(verified.tenant, verified.subject, call.service, call.operation, call.key),
+        keyed = KeyedCall(
+            IdempotencyKey(verified.tenant, verified.subject, call.service, call.operation, call.key),
             body_digest(operation.method, scope["path"], scope["query_string"].decode("latin-1"), call.body),
             operation.kind == "idempotent",
             call.bearer,
             call.request_id,
         )
-        return await once.run(keyed, lambda: self._run(call, value), call.deadline)
+        return await once.run(keyed, lambda: self._run_handler(call, value), call.deadline)
 
-    async def _run(self, call: Call, value: Any) -> Whole | Response:
-        with Limit(call.deadline):
+    async def _run_handler(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
+        with DeadlineScope(call.deadline):
             answer = await self._operation.handler(call, value)
         if isinstance(answer, Response):
             return answer
-        if isinstance(answer, Reply):
-            return Whole.of(answer.status, encode(answer.value), answer.headers)
-        return Whole.of(self._operation.status, encode(answer))
+        if isinstance(answer, OperationResponse):
+            return BufferedResponse.from_json(answer.status, encode(answer.value), answer.headers)
+        return BufferedResponse.from_json(self._operation.status, encode(answer))
 
 
-async def _end(*tasks: asyncio.Task[Any]) -> None:
+async def _cancel_tasks(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     for task in tasks:
@@ -270,7 +280,7 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
             await task
 
 
-def _where(error: BaseException) -> str:
+def _innermost_line(error: BaseException) -> str:
     """Return the innermost line of code of an error, for the log only."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard, cast
 
 import msgspec
 
-from octollm.errors import Fault
+from octollm.errors import FieldError
 
 
 def is_pydantic(kind: object) -> TypeGuard[type[Any]]:
@@ -20,15 +20,15 @@ def is_pydantic(kind: object) -> TypeGuard[type[Any]]:
 
 def encode(value: object) -> bytes:
     """Return ``value`` as JSON. Raises ``TypeError`` for what no JSON stands for."""
-    return msgspec.json.encode(value, enc_hook=_builtins_of)
+    return msgspec.json.encode(value, enc_hook=_encode_model)
 
 
-def convert(value: object, kind: Any) -> Any:
+def convert(value: object, type_: Any) -> Any:
     """Make a ``kind`` of JSON's builtins. Raises ``msgspec.ValidationError``."""
-    return msgspec.convert(value, kind, dec_hook=model_of)
+    return msgspec.convert(value, type_, dec_hook=decode_model)
 
 
-def model_of(kind: type[Any], value: object) -> Any:
+def decode_model(kind: type[Any], value: object) -> Any:
     """Make a Pydantic model of JSON's builtins: msgspec's ``dec_hook``."""
     if is_pydantic(kind):
         # From JSON, where a text may stand for a date even in a strict model.
@@ -38,13 +38,13 @@ def model_of(kind: type[Any], value: object) -> Any:
     raise NotImplementedError(kind)
 
 
-def _builtins_of(value: Any) -> object:
+def _encode_model(value: Any) -> object:
     if not is_pydantic(cast("object", type(value))):
         raise TypeError(f"{type(value).__name__} has no form in JSON")
     return value.model_dump(mode="json", by_alias=True)
 
 
-def schemas_of(kinds: Iterable[object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def json_schemas(kinds: Iterable[object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return a JSON schema for each of ``kinds``, and the components that they refer to (OpenAPI 3.1).
 
     Raises ``TypeError`` for a type that has none.
@@ -66,17 +66,17 @@ def schemas_of(kinds: Iterable[object]) -> tuple[list[dict[str, Any]], dict[str,
     return list(schemas), {**found, **components}
 
 
-def faults_of(error: BaseException | None, at: str) -> tuple[Fault, ...]:
+def pydantic_faults(error: BaseException | None, at: str) -> tuple[FieldError, ...]:
     """Return the faults that a Pydantic model found in a value at the pointer ``at``; none for another error."""
     found: Any = error
     if not (hasattr(found, "errors") and hasattr(found, "error_count")):
         return ()
     return tuple(
-        Fault(at + "".join("/" + escape(str(part)) for part in fault["loc"]), fault["msg"])
+        FieldError(at + "".join("/" + escape_pointer(str(part)) for part in fault["loc"]), fault["msg"])
         for fault in found.errors(include_url=False, include_context=False, include_input=False)[:20]
     )
 
 
-def escape(part: str) -> str:
+def escape_pointer(part: str) -> str:
     """Return one part of a JSON Pointer (RFC 6901 section 3)."""
     return part.replace("~", "~0").replace("/", "~1")

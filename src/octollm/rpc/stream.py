@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from octollm.contracts.problems import Problem
-from octollm.contracts.stream import HEARTBEAT_SECONDS, Line
+from octollm.contracts.stream import HEARTBEAT_SECONDS, StreamEvent
 
 _QUEUE = 256
-_HEARTBEAT = msgspec.json.encode(Line(type="heartbeat")) + b"\n"
+_HEARTBEAT = msgspec.json.encode(StreamEvent(type="heartbeat")) + b"\n"
 
 
-class LineStream:
+class NdjsonEmitter:
     """An emitter whose lines are read on the other side by the response. A slow reader slows the writer."""
 
     def __init__(self) -> None:
@@ -22,26 +22,26 @@ class LineStream:
 
     async def token(self, text: str, *, reset: bool = False) -> None:
         """Send text that was written since the last one."""
-        await self._put(Line(type="token", text=text, reset=reset))
+        await self._put(StreamEvent(type="token", text=text, reset=reset))
 
     async def progress(self, percent: float, message: str = "") -> None:
         """Send how far the work is."""
-        await self._put(Line(type="progress", progress=percent, message=message))
+        await self._put(StreamEvent(type="progress", progress=percent, message=message))
 
     async def result(self, encoded: bytes) -> None:
         """Send the answer, the last line."""
-        await self._put(Line(type="result", result=msgspec.Raw(encoded)))
+        await self._put(StreamEvent(type="result", result=msgspec.Raw(encoded)))
         await self._queue.put(None)
 
     async def problem(self, problem: Problem) -> None:
         """Send why there is no answer, the last line."""
-        await self._put(Line(type="problem", problem=problem))
+        await self._put(StreamEvent(type="problem", problem=problem))
         await self._queue.put(None)
 
-    async def _put(self, line: Line) -> None:
+    async def _put(self, line: StreamEvent) -> None:
         await self._queue.put(msgspec.json.encode(line) + b"\n")
 
-    async def lines(self) -> AsyncIterator[bytes]:
+    async def iter_lines(self) -> AsyncIterator[bytes]:
         """Yield encoded lines until the last; a heartbeat when nothing was said for a while."""
         while True:
             try:

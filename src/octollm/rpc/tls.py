@@ -10,7 +10,7 @@ import msgspec
 from octollm.errors import SettingError
 
 
-class Tls(msgspec.Struct, frozen=True):
+class TlsConfig(msgspec.Struct, frozen=True):
     """Files in PEM: what this process shows, and by whose word it believes others.
 
     ``ca`` is ``None`` for the system's authorities. With ``mutual`` a client has to show a certificate of one of
@@ -22,18 +22,18 @@ class Tls(msgspec.Struct, frozen=True):
     ca: Path | None = None
     mutual: bool = False
 
-    def server(self, alpn: list[str]) -> ssl.SSLContext:
+    def server_context(self, alpn: list[str]) -> ssl.SSLContext:
         """Return the context of who is called. Raises ``setting_invalid`` for a file that is none."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        _show(context, self.certificate, self.key)
+        _load_certificate(context, self.certificate, self.key)
         context.set_alpn_protocols(alpn)
         if self.mutual:
-            _believe(context, self.ca)
+            _load_authorities(context, self.ca)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    def client(self) -> ssl.SSLContext:
+    def client_context(self) -> ssl.SSLContext:
         """Return the context of who calls; it shows its certificate to who asks for one."""
         return client_context(self.ca, self.certificate, self.key)
 
@@ -46,23 +46,23 @@ def client_context(ca: Path | None, certificate: Path | None = None, key: Path |
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    _believe(context, ca)
+    _load_authorities(context, ca)
     if certificate is not None and key is not None:
-        _show(context, certificate, key)
+        _load_certificate(context, certificate, key)
     return context
 
 
-def _show(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     try:
-        context.load_cert_chain(certificate, key, password=_no_password)
+        context.load_cert_chain(certificate, key, password=_refuse_password)
     except (OSError, ValueError) as error:
         raise SettingError(
             f"OCTOLLM_TLS_CERT ({certificate}) and OCTOLLM_TLS_KEY ({key}) must be a certificate with its chain and its"
-            f" key, without a password, in PEM: {_reason(error)}."
+            f" key, without a password, in PEM: {_error_text(error)}."
         ) from error
 
 
-def _believe(context: ssl.SSLContext, ca: Path | None) -> None:
+def _load_authorities(context: ssl.SSLContext, ca: Path | None) -> None:
     if ca is None:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
         return
@@ -70,14 +70,14 @@ def _believe(context: ssl.SSLContext, ca: Path | None) -> None:
         context.load_verify_locations(ca)
     except OSError as error:
         raise SettingError(
-            f"OCTOLLM_TLS_CA ({ca}) must be one or several certificates in PEM: {_reason(error)}."
+            f"OCTOLLM_TLS_CA ({ca}) must be one or several certificates in PEM: {_error_text(error)}."
         ) from error
 
 
-def _no_password() -> str:
+def _refuse_password() -> str:
     # Else the library would ask for one on the terminal.
     raise ValueError("it has a password")
 
 
-def _reason(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return getattr(error, "strerror", None) or getattr(error, "reason", None) or str(error)

@@ -7,36 +7,36 @@ from typing import Literal
 
 import msgspec
 
-from octollm.rpc.http import Http
-from octollm.rpc.http1 import Http1
-from octollm.rpc.http2 import Http2
-from octollm.rpc.tls import Tls
+from octollm.rpc.http import HttpClient
+from octollm.rpc.http1 import Http1Client
+from octollm.rpc.http2 import Http2Client
+from octollm.rpc.tls import TlsConfig
 
 HttpVersion = Literal["1.1", "2"]
 
 
-class Wire(msgspec.Struct, frozen=True):
+class TransportConfig(msgspec.Struct, frozen=True):
     """How services of an installation talk; the same for all of them."""
 
-    http: HttpVersion = "1.1"
-    tls: Tls | None = None
+    http_version: HttpVersion = "1.1"
+    tls: TlsConfig | None = None
 
     @property
     def scheme(self) -> str:
         """Return what their addresses begin with."""
         return "http" if self.tls is None else "https"
 
-    def client(self) -> Http:
+    def create_client(self) -> HttpClient:
         """Return a client for calls among them."""
-        if self.http == "2":
-            return Http2(self.tls)
-        return Http1(None if self.tls is None else self.tls.client())
+        if self.http_version == "2":
+            return Http2Client(self.tls)
+        return Http1Client(None if self.tls is None else self.tls.client_context())
 
-    def server(self) -> ssl.SSLContext | None:
+    def server_tls(self) -> ssl.SSLContext | None:
         """Return what a server of theirs shows, ``None`` in plain text."""
         if self.tls is None:
             return None
-        return self.tls.server(["h2", "http/1.1"] if self.http == "2" else ["http/1.1"])
+        return self.tls.server_context(["h2", "http/1.1"] if self.http_version == "2" else ["http/1.1"])
 
 
-PLAIN = Wire()
+PLAINTEXT = TransportConfig()

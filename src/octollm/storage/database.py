@@ -26,8 +26,8 @@ from sqlalchemy.sql.schema import Table
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
-from octollm.storage.direct import Direct
-from octollm.storage.failures import translated
+from octollm.storage.direct import DirectPool
+from octollm.storage.failures import translate_errors
 
 WAIT_SECONDS = 10.0
 """How long a caller waits for its turn before it is told ``overloaded``."""
@@ -35,12 +35,12 @@ WAIT_SECONDS = 10.0
 Parameters = Mapping[str, object] | Sequence[Mapping[str, object]]
 
 
-def plain(row: RowMapping) -> dict[str, Any]:
+def row_to_dict(row: RowMapping) -> dict[str, Any]:
     """Return a row as a dictionary by column name."""
     return {str(name): value for name, value in row.items()}
 
 
-class Connection:
+class DatabaseConnection:
     """A snapshot of the database to read from. Used inside ``async with`` only."""
 
     def __init__(self, raw: AsyncConnection, clock: Clock) -> None:
@@ -84,7 +84,7 @@ class Connection:
         return (await self.execute(statement)).mappings().all()
 
 
-class Transaction(Connection):
+class Transaction(DatabaseConnection):
     """A write transaction: everything in it happens, or nothing."""
 
     def __init__(self, raw: AsyncConnection, clock: Clock) -> None:
@@ -105,7 +105,7 @@ class Transaction(Connection):
         if callback not in self._callbacks:
             self._callbacks.append(callback)
 
-    def committed(self) -> None:
+    def run_callbacks(self) -> None:
         """Run the callbacks. For the database alone."""
         for callback in self._callbacks:
             callback()
@@ -120,18 +120,18 @@ class Database:
         reader: AsyncEngine,
         clock: Clock,
         *,
-        place: str,
+        location: str,
         writers: int = 1,
-        direct: Direct | None = None,
+        direct_pool: DirectPool | None = None,
     ) -> None:
         self._writer = writer
         self._reader = reader
         self._clock = clock
         self._turns = asyncio.Semaphore(writers)
         self._writing: set[asyncio.Task[Any] | None] = set()
-        self.place = place
+        self.location = location
         """Where the data lies, in words for error messages; holds no secret."""
-        self.direct = direct
+        self.direct_pool = direct_pool
         """Runs single statements on PostgreSQL; ``None`` on SQLite."""
 
     @property
@@ -171,7 +171,7 @@ class Database:
             ) from error
         self._writing.add(task)
         try:
-            with translated():
+            with translate_errors():
                 if single and self.dialect == "postgresql":
                     async with self._writer.connect() as raw:
                         await raw.execution_options(isolation_level="AUTOCOMMIT")
@@ -184,22 +184,22 @@ class Database:
         finally:
             self._writing.discard(task)
             self._turns.release()
-        tx.committed()
+        tx.run_callbacks()
 
     @asynccontextmanager
-    async def read(self) -> AsyncGenerator[Connection]:
+    async def read(self) -> AsyncGenerator[DatabaseConnection]:
         """Hold a consistent snapshot for reading; a write in it is refused.
 
         Raises ``overloaded`` when no connection comes free in 10 seconds, ``unavailable`` when the database
         cannot be used.
         """
-        with translated():
+        with translate_errors():
             async with self._reader.connect() as raw:
-                yield Connection(raw, self._clock)
+                yield DatabaseConnection(raw, self._clock)
 
     async def check(self) -> None:
         """Make sure that the database answers. Raises ``unavailable`` when it does not."""
-        with translated():
+        with translate_errors():
             async with self._reader.connect() as raw:
                 await raw.exec_driver_sql("SELECT 1")
 

@@ -13,20 +13,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from octollm.errors import OctoError
-from octollm.storage.failures import is_lost, translate, unreachable
+from octollm.storage.failures import is_connection_lost, to_octo_error, unreachable_error
 
-CONNECTIONS = 4
+DIRECT_CONNECTIONS = 4
 """Statements of one process at a time; a further one waits for its turn."""
-WAIT_SECONDS = 10.0
+DIRECT_WAIT_SECONDS = 10.0
 Rows = Sequence[Sequence[object]]
 
 
-class Direct:
+class DirectPool:
     """A few connections for single statements that look rows up by their key, and for nothing else."""
 
     def __init__(self, connect: Callable[[], Awaitable[Any]]) -> None:
         self._connect = connect
-        self._turns = asyncio.Semaphore(CONNECTIONS)
+        self._turns = asyncio.Semaphore(DIRECT_CONNECTIONS)
         self._idle: deque[Any] = deque()
         self._closed = False
 
@@ -37,11 +37,11 @@ class Direct:
         cut off may have taken effect).
         """
         try:
-            async with asyncio.timeout(WAIT_SECONDS):
+            async with asyncio.timeout(DIRECT_WAIT_SECONDS):
                 await self._turns.acquire()
         except TimeoutError as error:
             raise OctoError(
-                f"No turn at the database within {WAIT_SECONDS:g} s.", code="overloaded", retry_after=1.0
+                f"No turn at the database within {DIRECT_WAIT_SECONDS:g} s.", code="overloaded", retry_after=1.0
             ) from error
         try:
             return await self._run(await self._take(), statement, parameters)
@@ -62,10 +62,10 @@ class Direct:
             good = True
             return rows
         except OSError as error:  # with TimeoutError, when no answer came
-            raise unreachable(error) from error
+            raise unreachable_error(error) from error
         except Exception as error:
-            good = not is_lost(error)
-            raise translate(error) from error
+            good = not is_connection_lost(error)
+            raise to_octo_error(error) from error
         finally:
             # Whoever is cancelled in the middle leaves a connection that still waits for its answer.
             if good and not self._closed and not connection.is_closed():

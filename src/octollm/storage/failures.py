@@ -23,8 +23,8 @@ _SQLITE = {
     sqlite3.SQLITE_READONLY: "The database file is read-only. Check its permissions and its file system.",
     sqlite3.SQLITE_PERM: "The database file may not be used. Check its permissions.",
 }
-_LOST = "The connection to the database server was lost. Try again."
-_REFUSED = "The database server refused the user or its password. Check OCTOLLM_DATABASE_URL and pg_hba.conf."
+_CONNECTION_LOST = "The connection to the database server was lost. Try again."
+_LOGIN_REFUSED = "The database server refused the user or its password. Check OCTOLLM_DATABASE_URL and pg_hba.conf."
 _POSTGRES = {
     # https://www.postgresql.org/docs/current/errcodes-appendix.html: a code, or the class of its first two letters.
     "40001": ("overloaded", "Two changes stood in each other's way, and this one was undone. Try again."),
@@ -40,7 +40,7 @@ _POSTGRES = {
     "53": ("unavailable", "The database server lacks something that it needs. See its log."),
     "25006": ("unavailable", "The database is read-only here: a standby, or a connection for reading."),
     "25P03": ("unavailable", "A transaction said nothing for too long, and the database server ended it. Try again."),
-    "28": ("unavailable", _REFUSED),
+    "28": ("unavailable", _LOGIN_REFUSED),
     "3D000": (
         "unavailable",
         "The database server has no database of that name. Make it (createdb), or check OCTOLLM_DATABASE_URL.",
@@ -51,7 +51,7 @@ _POSTGRES = {
     ),
     "57P03": ("unavailable", "The database server is starting or in recovery. It is tried again."),
     "57P": ("unavailable", "The database server is shutting down. It is tried again."),
-    "08": ("unavailable", _LOST),
+    "08": ("unavailable", _CONNECTION_LOST),
     "58": ("unavailable", "The disk of the database server failed. See its log."),
     "XX001": ("unavailable", "A page of the database is damaged. Restore it from a backup."),
     "XX002": ("unavailable", "An index of the database is damaged. Rebuild it (REINDEX)."),
@@ -62,7 +62,7 @@ _POSTGRES = {
 }
 
 
-def unreachable(error: OSError) -> OctoError:
+def unreachable_error(error: OSError) -> OctoError:
     """Return what a database server that cannot be reached, or stays silent, is to the caller."""
     if isinstance(error, TimeoutError):
         detail = "The database server did not answer in time."
@@ -71,13 +71,13 @@ def unreachable(error: OSError) -> OctoError:
     return OctoError(f"{detail} Check that it runs and OCTOLLM_DATABASE_URL.", code="unavailable", retry_after=1.0)
 
 
-def is_lost(error: BaseException) -> bool:
+def is_connection_lost(error: BaseException) -> bool:
     """Say whether the connection to a PostgreSQL server is of no use after ``error``."""
     state = _sqlstate(error) or ""
     return state.startswith(("08", "57P")) or state == "25P03"
 
 
-def translate(error: Exception) -> OctoError:
+def to_octo_error(error: Exception) -> OctoError:
     """Return the ``OctoError`` that ``error`` stands for.
 
     Codes: ``unavailable`` (busy, full, damaged or unreachable), ``overloaded`` (no connection came free, or two
@@ -100,19 +100,19 @@ def translate(error: Exception) -> OctoError:
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return OctoError("The connection to the database was lost.", code="unavailable", retry_after=1.0)
     if isinstance(error, exc.DisconnectionError | exc.InvalidatePoolError):
-        return OctoError(_LOST, code="unavailable", retry_after=1.0)
+        return OctoError(_CONNECTION_LOST, code="unavailable", retry_after=1.0)
     return OctoError(f"A database statement failed ({type(error).__name__}).", code="internal")
 
 
 @contextmanager
-def translated() -> Generator[None]:
+def translate_errors() -> Generator[None]:
     """Raise what a database call raises as an ``OctoError``; the caller's own exceptions pass unchanged."""
     try:
         yield
     except Exception as error:
         # The driver's own errors come bare from what SQLAlchemy does with a new connection. It may not be installed.
         if isinstance(error, exc.SQLAlchemyError | sqlite3.Error) or type(error).__module__.startswith("asyncpg."):
-            raise translate(error) from error
+            raise to_octo_error(error) from error
         raise
 
 

@@ -24,7 +24,7 @@ class KeyInfo:
     ttl: str
 
 
-KEYS: tuple[KeyInfo, ...] = (
+REDIS_KEYS: tuple[KeyInfo, ...] = (
     KeyInfo("events:{entity}:{action}", "channel", "One event as JSON: the ADR's envelope.", "none"),
     KeyInfo("octollm:log", "channel", "A batch of events, in order of seq, as a JSON array.", "none"),
     KeyInfo("octollm:watch:{task_id}", "channel", "A hint: the event of a task as JSON, or 'text'.", "none"),
@@ -39,7 +39,7 @@ KEYS: tuple[KeyInfo, ...] = (
 """The register of all names, for the documentation and for those who look into a running Redis."""
 
 
-class Keys:
+class RedisKeys:
     """The names, with a ``prefix`` in front of each, which is empty except in tests.
 
     ``octollm:`` names belong to this project; ``events:*`` channels are the ADR's and so are public.

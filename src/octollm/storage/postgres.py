@@ -16,12 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from octollm.clock import Clock
 from octollm.errors import SettingError
 from octollm.storage.database import WAIT_SECONDS, Database, encode_json
-from octollm.storage.direct import Direct
-from octollm.storage.failures import is_lost, translate, unreachable
+from octollm.storage.direct import DirectPool
+from octollm.storage.failures import is_connection_lost, to_octo_error, unreachable_error
 
-WRITERS = 5
+POSTGRES_WRITERS = 5
 """Transactions of one process at a time; a further one waits for its turn."""
-READERS = 5
+POSTGRES_READERS = 5
 """Snapshots of one process at a time."""
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
@@ -30,14 +30,14 @@ LOCK_SECONDS = 5.0
 """How long a statement waits for a row that another transaction has locked."""
 IDLE_SECONDS = 30.0
 """How long the server keeps a transaction, and its locks, whose holder says nothing."""
-GRACE_SECONDS = 5.0
+RESPONSE_GRACE_SECONDS = 5.0
 """How much longer than the server may work this process waits for its answer, in case the server is gone."""
 RECYCLE_SECONDS = 1800.0
 """The age at which a connection is replaced, so that one through a proxy or a fail-over does not live for ever."""
 
 
 _READONLY = {"default_transaction_read_only": "on", "default_transaction_isolation": "repeatable read"}
-_BY_KEY = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
+_KEY_LOOKUP = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 """A table that grows has no statistics yet, and without them the server reads all of it for a few keys."""
 
 
@@ -57,11 +57,13 @@ async def open_postgres(url: str, clock: Clock, statement_seconds: float) -> Asy
     """
     if importlib.util.find_spec("asyncpg") is None:
         raise SettingError("PostgreSQL needs the driver asyncpg; install it with: pip install 'octollm[postgres]'")
-    writer = _engine(_connecting(url, statement_seconds), WRITERS)
-    reader = _engine(_connecting(url, statement_seconds, _READONLY), READERS)
-    direct = Direct(_connecting(url, statement_seconds, _BY_KEY))
+    writer = _postgres_engine(_connector(url, statement_seconds), POSTGRES_WRITERS)
+    reader = _postgres_engine(_connector(url, statement_seconds, _READONLY), POSTGRES_READERS)
+    direct = DirectPool(_connector(url, statement_seconds, _KEY_LOOKUP))
     try:
-        database = Database(writer, reader, clock, place=_place(url), writers=WRITERS, direct=direct)
+        database = Database(
+            writer, reader, clock, location=_postgres_location(url), writers=POSTGRES_WRITERS, direct_pool=direct
+        )
         await database.check()
         yield database
     finally:
@@ -70,7 +72,7 @@ async def open_postgres(url: str, clock: Clock, statement_seconds: float) -> Asy
         await writer.dispose()
 
 
-def _place(url: str) -> str:
+def _postgres_location(url: str) -> str:
     parts = urlsplit(url)
     schema = schema_of(url)
     return (
@@ -79,7 +81,7 @@ def _place(url: str) -> str:
     )
 
 
-def _connecting(
+def _connector(
     url: str, statement_seconds: float, further: Mapping[str, str] | None = None
 ) -> Callable[[], Awaitable[Any]]:
     """Return what opens a connection, with ``further`` settings of the server's."""
@@ -101,13 +103,13 @@ def _connecting(
             return await asyncpg.connect(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
                 url,
                 timeout=CONNECT_SECONDS,  # pyright: ignore[reportArgumentType]  it takes parts of a second too
-                command_timeout=statement_seconds + GRACE_SECONDS,
+                command_timeout=statement_seconds + RESPONSE_GRACE_SECONDS,
                 server_settings=settings,
             )
         except OSError as error:
-            raise unreachable(error) from error
+            raise unreachable_error(error) from error
         except asyncpg.PostgresError as error:
-            raise translate(error) from error
+            raise to_octo_error(error) from error
         except (asyncpg.InterfaceError, ValueError) as error:
             # The driver's words may repeat parts of the URL.
             raise SettingError(
@@ -118,7 +120,7 @@ def _connecting(
     return connect
 
 
-def _engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncEngine:
+def _postgres_engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=connect,
@@ -142,8 +144,8 @@ def _engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncEngine:
         error = context.original_exception
         if isinstance(error, OSError):  # with TimeoutError, when no answer came
             context.is_disconnect = True  # pyright: ignore[reportAttributeAccessIssue]
-            return unreachable(error)
-        if is_lost(error):
+            return unreachable_error(error)
+        if is_connection_lost(error):
             context.is_disconnect = True  # pyright: ignore[reportAttributeAccessIssue]
         return None
 

@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 
 from octollm.errors import SettingError
 from octollm.storage.redis_memory import MemoryServers
-from octollm.storage.redis_protocol import MAX_BLOCK_MS, Message, PubSub, RedisClient, StreamEntry
+from octollm.storage.redis_protocol import MAX_BLOCK_MS, PubSub, PubSubMessage, RedisClient, StreamEntry
 from octollm.storage.redis_server import ServerRedis
 
 __all__ = [
     "MAX_BLOCK_MS",
     "MemoryServers",
-    "Message",
     "PubSub",
+    "PubSubMessage",
     "RedisClient",
     "StreamEntry",
     "open_redis",

@@ -16,7 +16,7 @@ from typing import Any
 from burner_redis import BurnerRedis  # pyright: ignore[reportUnknownVariableType]
 
 from octollm.errors import OctoError
-from octollm.storage.redis_protocol import MAX_BLOCK_MS, Message, PubSub, StreamEntry
+from octollm.storage.redis_protocol import MAX_BLOCK_MS, PubSub, PubSubMessage, StreamEntry
 
 MAX_PENDING = 10_000
 """Messages kept for a subscription that does not read; past it, it is closed, as a server would."""
@@ -26,7 +26,7 @@ COMMANDS = ("delete", "expire", "get", "set", "ttl", "xadd", "xread", "xtrim", "
 
 
 @contextmanager
-def _translated() -> Generator[None]:
+def _translate_memory_errors() -> Generator[None]:
     try:
         yield
     except OctoError:
@@ -42,7 +42,7 @@ class MemoryPubSub:
         self._server = server
         self._channels: set[str] = set()
         self._patterns: set[str] = set()
-        self._pending: deque[Message] = deque()
+        self._pending: deque[PubSubMessage] = deque()
         self._news = asyncio.Event()
         self._lost = False
         self._closed = False
@@ -51,9 +51,9 @@ class MemoryPubSub:
         """Take a published message, if it is for this subscription; once for each name that matches."""
         times = (channel in self._channels) + sum(fnmatchcase(channel, pattern) for pattern in self._patterns)
         for _ in range(times):
-            self._put(Message(channel, payload))
+            self._put(PubSubMessage(channel, payload))
 
-    def _put(self, message: Message) -> None:
+    def _put(self, message: PubSubMessage) -> None:
         if len(self._pending) >= MAX_PENDING:
             self._lost = True
             self._pending.clear()
@@ -75,13 +75,13 @@ class MemoryPubSub:
         self._server.listeners.add(self)
         for name in new:
             names.add(name)
-            self._put(Message(name, b"", subscribed=True))
+            self._put(PubSubMessage(name, b"", subscribed=True))
 
     async def unsubscribe(self, *channels: str) -> None:
         """Stop listening to channels."""
         self._channels.difference_update(channels)
 
-    async def receive(self, timeout: float) -> Message | None:
+    async def receive(self, timeout: float) -> PubSubMessage | None:
         """Return the next message, or ``None`` after ``timeout`` seconds without one."""
         if not self._pending and not self._lost and not self._closed:
             self._news.clear()
@@ -188,7 +188,7 @@ class MemoryRedis:
         return MemoryPubSub(self._server)
 
     async def _call(self, call: Awaitable[Any]) -> Any:
-        with _translated():
+        with _translate_memory_errors():
             return await call
 
 

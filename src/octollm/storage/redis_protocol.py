@@ -11,7 +11,7 @@ MAX_BLOCK_MS = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class PubSubMessage:
     """What a subscription hands over.
 
     ``subscribed`` is true for the confirmation that ``name`` (a channel or pattern) is in effect from here on;
@@ -46,7 +46,7 @@ class PubSub(Protocol):
         """Stop listening to channels."""
         ...
 
-    async def receive(self, timeout: float) -> Message | None:
+    async def receive(self, timeout: float) -> PubSubMessage | None:
         """Return the next message, or ``None`` after ``timeout`` seconds without one.
 
         Raises ``unavailable`` when the connection is lost or messages had to be dropped: what was published

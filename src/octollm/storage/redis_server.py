@@ -14,10 +14,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from octollm.errors import OctoError, SettingError
-from octollm.storage.redis_protocol import MAX_BLOCK_MS, Message, PubSub, StreamEntry
+from octollm.storage.redis_protocol import MAX_BLOCK_MS, PubSub, PubSubMessage, StreamEntry
 
 CONNECT_SECONDS = 5.0
-ANSWER_SECONDS = 5.0
+RESPONSE_SECONDS = 5.0
 """The longest wait for an answer; more than ``MAX_BLOCK_MS``."""
 LISTEN_SECONDS = 2.0
 """One wait for a message; less than ``ANSWER_SECONDS``."""
@@ -25,18 +25,18 @@ MAX_CONNECTIONS = 32
 """Connections for commands; a command waits up to ``CONNECT_SECONDS`` for one."""
 MAX_LISTENERS = 256
 """Connections for subscriptions."""
-SILENCE_SECONDS = 10.0
+IDLE_PROBE_SECONDS = 10.0
 """A subscription that hears nothing for so long asks whether the server is there, and gives it as long again."""
 
 
 @asynccontextmanager
-async def _bounded() -> AsyncGenerator[None]:
+async def _translate_redis_errors() -> AsyncGenerator[None]:
     """End a command after ``ANSWER_SECONDS``, and raise redis-py's errors as ours.
 
     Its texts name host and port at most, never the password.
     """
     try:
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(RESPONSE_SECONDS):
             yield
     except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
         raise OctoError("Redis refused the user or its password.", code="unavailable") from error
@@ -59,30 +59,30 @@ class ServerPubSub:
 
     async def subscribe(self, *channels: str) -> None:
         """Listen to channels."""
-        async with _bounded():
+        async with _translate_redis_errors():
             await self._pubsub.subscribe(*channels)
 
     async def psubscribe(self, *patterns: str) -> None:
         """Listen to glob patterns."""
-        async with _bounded():
+        async with _translate_redis_errors():
             await self._pubsub.psubscribe(*patterns)
 
     async def unsubscribe(self, *channels: str) -> None:
         """Stop listening to channels."""
-        async with _bounded():
+        async with _translate_redis_errors():
             await self._pubsub.unsubscribe(*channels)
 
-    async def receive(self, timeout: float) -> Message | None:
+    async def receive(self, timeout: float) -> PubSubMessage | None:
         """Return the next message, or ``None`` after ``timeout`` seconds without one."""
         end = self._monotonic() + timeout
         while True:
             left = max(end - self._monotonic(), 0.0)
-            async with _bounded():
+            async with _translate_redis_errors():
                 await self._probe()
                 raw = await self._pubsub.get_message(timeout=min(left, LISTEN_SECONDS))
             if raw is not None:
                 self._heard, self._asked = self._monotonic(), False
-                message = _message(raw)
+                message = _parse_message(raw)
                 if message is not None:
                     return message
             if self._monotonic() >= end:
@@ -94,24 +94,24 @@ class ServerPubSub:
             # redis-py would connect again here, and hide what was missed.
             raise exceptions.ConnectionError("the connection is gone")
         silent = self._monotonic() - self._heard
-        if silent > 2 * SILENCE_SECONDS and self._asked:
+        if silent > 2 * IDLE_PROBE_SECONDS and self._asked:
             raise exceptions.TimeoutError("no answer to a ping")
-        if silent > SILENCE_SECONDS and not self._asked:
+        if silent > IDLE_PROBE_SECONDS and not self._asked:
             await self._pubsub.ping()
             self._asked = True
 
     async def close(self) -> None:
         """Give the connection back."""
-        async with _bounded():
+        async with _translate_redis_errors():
             await self._pubsub.aclose()
 
 
-def _message(raw: Mapping[str, Any]) -> Message | None:
+def _parse_message(raw: Mapping[str, Any]) -> PubSubMessage | None:
     kind = raw["type"]
     if kind in ("message", "pmessage"):
-        return Message(raw["channel"].decode(), raw["data"])
+        return PubSubMessage(raw["channel"].decode(), raw["data"])
     if kind in ("subscribe", "psubscribe"):
-        return Message(raw["channel"].decode(), b"", subscribed=True)
+        return PubSubMessage(raw["channel"].decode(), b"", subscribed=True)
     return None
 
 
@@ -148,40 +148,40 @@ class ServerRedis:
 
     async def close(self) -> None:
         """Close every connection."""
-        async with _bounded():
+        async with _translate_redis_errors():
             await self._commands.aclose()
             await self._listeners.aclose()
 
     async def ping(self) -> None:
         """Make sure that Redis answers."""
-        async with _bounded():
+        async with _translate_redis_errors():
             await self._commands.execute_command("PING")
 
     async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
         """Publish each in order, in one round trip."""
-        async with _bounded(), self._commands.pipeline(transaction=False) as pipeline:
+        async with _translate_redis_errors(), self._commands.pipeline(transaction=False) as pipeline:
             for channel, payload in messages:
                 pipeline.publish(channel, payload)
             await pipeline.execute()
 
     async def get(self, key: str) -> bytes | None:
         """Return the value, or ``None``."""
-        async with _bounded():
+        async with _translate_redis_errors():
             return cast("bytes | None", await self._commands.get(key))
 
     async def set(self, key: str, value: bytes, *, ttl: int, only_if_absent: bool = False) -> bool:
         """Return whether the value was set."""
-        async with _bounded():
+        async with _translate_redis_errors():
             return bool(await self._commands.set(key, value, ex=ttl, nx=only_if_absent))
 
     async def delete(self, *keys: str) -> int:
         """Return how many there were."""
-        async with _bounded():
+        async with _translate_redis_errors():
             return int(await self._commands.delete(*keys)) if keys else 0
 
     async def ttl(self, key: str) -> int:
         """Return the seconds left, -1 without an end, -2 without a key."""
-        async with _bounded():
+        async with _translate_redis_errors():
             return int(await self._commands.ttl(key))
 
     async def stream_add(
@@ -194,7 +194,7 @@ class ServerRedis:
         announce: tuple[str, bytes] | None = None,
     ) -> str:
         """Append, renew the life, announce, in one round trip."""
-        async with _bounded(), self._commands.pipeline(transaction=False) as pipeline:
+        async with _translate_redis_errors(), self._commands.pipeline(transaction=False) as pipeline:
             pipeline.xadd(key, dict(fields), maxlen=maxlen, approximate=True)
             pipeline.expire(key, ttl)
             if announce is not None:
@@ -205,7 +205,7 @@ class ServerRedis:
     async def stream_read(self, key: str, *, after: str, count: int, block_ms: int = 0) -> Sequence[StreamEntry]:
         """Return entries behind ``after``, waiting for one if asked to."""
         block = min(block_ms, MAX_BLOCK_MS) or None
-        async with _bounded():
+        async with _translate_redis_errors():
             found: Any = await self._commands.xread({key: after}, count=count, block=block)
         return tuple(
             StreamEntry(entry.decode(), {name.decode(): value.decode() for name, value in fields.items()})

@@ -17,18 +17,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from octollm.clock import Clock
 from octollm.errors import OctoError
 from octollm.storage.database import WAIT_SECONDS, Database, encode_json
-from octollm.storage.failures import translated
+from octollm.storage.failures import translate_errors
 
 BUSY_SECONDS = 5.0
 """How long SQLite itself waits for another process's write lock."""
-READERS = 4
+SQLITE_READERS = 4
 """Connections for reading; SQLite in WAL mode lets them go on beside the writer."""
 
 
 def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
     engine = create_async_engine(
         f"sqlite+aiosqlite:///{path}",
-        pool_size=1 if writer else READERS,
+        pool_size=1 if writer else SQLITE_READERS,
         max_overflow=0,
         pool_timeout=WAIT_SECONDS,
         json_serializer=encode_json,
@@ -69,9 +69,9 @@ def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
     return engine
 
 
-async def _check_file(engine: AsyncEngine, place: str) -> None:
+async def _check_sqlite_file(engine: AsyncEngine, place: str) -> None:
     """Read the file's header and schema, which finds a damaged one, and make sure of write-ahead logging."""
-    with translated():
+    with translate_errors():
         async with engine.begin() as raw:
             mode = (await raw.exec_driver_sql("PRAGMA journal_mode")).scalar()
             await raw.exec_driver_sql("SELECT count(*) FROM sqlite_master")
@@ -101,10 +101,10 @@ async def open_sqlite(path: Path, clock: Clock, *, durable: bool) -> AsyncGenera
     reader = _sqlite_engine(path, writer=False, durable=durable)
     try:
         try:
-            await _check_file(writer, place)
+            await _check_sqlite_file(writer, place)
         except OctoError as error:
             raise OctoError(f"Cannot use {place}. {error.detail}", code=error.code) from error
-        yield Database(writer, reader, clock, place=place)
+        yield Database(writer, reader, clock, location=place)
     finally:
         # The writer last: closing the last connection folds the write-ahead log into the file.
         await reader.dispose()

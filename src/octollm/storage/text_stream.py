@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octollm.errors import OctoError
-from octollm.storage.keys import TEXT_MAX_ENTRIES, TEXT_TTL_SECONDS, Keys
+from octollm.storage.keys import TEXT_MAX_ENTRIES, TEXT_TTL_SECONDS, RedisKeys
 from octollm.storage.redis_protocol import RedisClient, StreamEntry
 
 MAX_TEXT = 64 * 1024
@@ -44,7 +44,7 @@ class TextStream:
     def __init__(
         self,
         redis: RedisClient,
-        keys: Keys,
+        keys: RedisKeys,
         *,
         max_entries: int = TEXT_MAX_ENTRIES,
         ttl: int = TEXT_TTL_SECONDS,
@@ -96,14 +96,14 @@ class TextStream:
         found = await self._redis.stream_read(
             self._keys.text(task_id), after=last_id, count=READ_COUNT, block_ms=block_ms
         )
-        return tuple(_entry(entry) for entry in found)
+        return tuple(_parse_entry(entry) for entry in found)
 
     async def delete(self, task_id: str) -> None:
         """Drop a task's stream."""
         await self._redis.delete(self._keys.text(task_id))
 
 
-def _entry(entry: StreamEntry) -> TextEntry:
+def _parse_entry(entry: StreamEntry) -> TextEntry:
     fields = entry.fields
     try:
         return TextEntry(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from octollm.capability import Declarations, Principal, RootMinter, ScopeSet, TaskRef, closure
+from octollm.capability import Declarations, Principal, RootMinter, ScopeSet, TaskRef, attenuate
 from octollm.contracts.services import service_of
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.tasks.records import TaskRecord
 
 
-class TaskAuthority:
+class TaskTokenMinter:
     """Mints for tasks. ``thumbprint`` finds a service's key."""
 
     def __init__(
@@ -24,7 +24,7 @@ class TaskAuthority:
         self._declarations = declarations
         self._thumbprint = thumbprint
 
-    def bearer(
+    def mint(
         self,
         task: TaskRecord,
         scope: str,
@@ -42,18 +42,18 @@ class TaskAuthority:
         """
         service = service_of(scope.split(":", 1)[0])
         bind: Mapping[str, tuple[str, ...]] = {"files:read": tuple(f"files:read:{digest}" for digest in files)}
-        may, missing = closure(scope, self._declarations(), authority, bind=bind)
+        may, missing = attenuate(scope, self._declarations(), authority, bindings=bind)
         if missing:
             raise OctoError(f"The task lacks the authority for {', '.join(missing)}.", code="authority_missing")
-        ref = TaskRef(task.task_id, step, attempt, task.run)
-        left = max(1.0, deadline.left())
-        return self._minter.access(
+        ref = TaskRef(task.task_id, step, attempt, task.epoch)
+        left = max(1.0, deadline.remaining())
+        return self._minter.mint_access(
             Principal(task.sub, task.cred, task.tenant),
             service,
             scope,
             60.0,
             task=ref,
-            may=may,
+            delegation=may,
             holder_jkt=self._thumbprint(service),
             grant_lifetime=min(left, 3600.0),
         )

@@ -11,32 +11,34 @@ from octollm.capability import ScopeSet
 from octollm.contracts.operations import AcceptRequest, AcceptResult, DocumentIn, DocumentOut
 from octollm.contracts.services import route_of, service_of
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, TaskContract
-from octollm.resilience import Deadline, Patience
-from octollm.rpc.caller import Caller, OnLine, Outgoing, Target
-from octollm.tasks.authority import TaskAuthority
+from octollm.resilience import Deadline, OutageRetry
+from octollm.rpc.caller import CallTarget, OnEvent, OutgoingCall, ServiceClient
+from octollm.tasks.authority import TaskTokenMinter
 from octollm.tasks.records import TaskRecord
 
 T = TypeVar("T")
 
-PATIENCE = Patience(20.0)
+OUTAGE_RETRY = OutageRetry(20.0)
 """A task waits so long for a service that is away: longer than a process takes to start again."""
 
 
 class TaskCalls:
     """Calls made in the name of one task, each with just the authority that it needs."""
 
-    def __init__(self, caller: Caller, authority: TaskAuthority, task: TaskRecord, allowed: ScopeSet) -> None:
-        self._caller = caller
-        self._authority = authority
+    def __init__(
+        self, client: ServiceClient, token_minter: TaskTokenMinter, task: TaskRecord, allowed_scopes: ScopeSet
+    ) -> None:
+        self._client = client
+        self._token_minter = token_minter
         self._task = task
-        self._allowed = allowed
+        self._allowed_scopes = allowed_scopes
 
-    async def plan(self, request: PlanRequest, deadline: Deadline, on_line: OnLine) -> Plan:
+    async def plan(self, request: PlanRequest, deadline: Deadline, on_event: OnEvent) -> Plan:
         """Ask the planner for a plan."""
-        return await self._call("planner:plan", request, Plan, deadline, step="plan", on_line=on_line)
+        return await self._call("planner:plan", request, Plan, deadline, step="plan", on_event=on_event)
 
     async def execute(
-        self, arm: str, contract: TaskContract, deadline: Deadline, *, step: str, attempt: int, on_line: OnLine
+        self, arm: str, contract: TaskContract, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
     ) -> ExecuteResult:
         """Have an arm do a step. The key names task, step and attempt, so that a repeat is answered alike."""
         files = tuple(file.digest for file in contract.context.files if file.digest is not None)
@@ -49,11 +51,11 @@ class TaskCalls:
             attempt=attempt,
             files=files,
             key=f"{self._task.task_id}:{step}:{attempt}",
-            on_line=on_line,
+            on_event=on_event,
         )
 
     async def accept(
-        self, request: AcceptRequest, deadline: Deadline, *, step: str, attempt: int, on_line: OnLine
+        self, request: AcceptRequest, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
     ) -> AcceptResult:
         """Ask the judge about a step's result. It may read the task's files and what the step made."""
         files = {file.digest for file in request.files if file.digest is not None}
@@ -66,10 +68,10 @@ class TaskCalls:
             step=step,
             attempt=attempt,
             files=tuple(sorted(files)),
-            on_line=on_line,
+            on_event=on_event,
         )
 
-    async def remember(self, document: DocumentIn, deadline: Deadline) -> DocumentOut:
+    async def store_document(self, document: DocumentIn, deadline: Deadline) -> DocumentOut:
         """Put a document that came with the task into memory."""
         key = hashlib.sha256(f"{self._task.task_id}:{document.name}:{document.digest}".encode()).hexdigest()
         return await self._call("memory:write", document, DocumentOut, deadline, key=key)
@@ -85,19 +87,19 @@ class TaskCalls:
         attempt: int | None = None,
         files: tuple[str, ...] = (),
         key: str | None = None,
-        on_line: OnLine | None = None,
+        on_event: OnEvent | None = None,
     ) -> T:
         family, operation = scope.split(":", 1)
         route = route_of(family, operation)
-        bearer = self._authority.bearer(
-            self._task, scope, self._allowed, deadline, step=step, attempt=attempt, files=files
+        bearer = self._token_minter.mint(
+            self._task, scope, self._allowed_scopes, deadline, step=step, attempt=attempt, files=files
         )
-        outgoing = Outgoing(
-            Target(service_of(family), f"{family}.{operation}", route.method, route.path, route.kind),
+        outgoing = OutgoingCall(
+            CallTarget(service_of(family), f"{family}.{operation}", route.method, route.path, route.kind),
             bearer,
             deadline,
             msgspec.json.encode(body),
             key,
-            patience=PATIENCE,
+            outage_retry=OUTAGE_RETRY,
         )
-        return await self._caller.answer(outgoing, answer, on_line=on_line)
+        return await self._client.call(outgoing, answer, on_event=on_event)

@@ -12,31 +12,31 @@ from octollm.storage.tables import tasks
 
 LEASE_SECONDS = 2.0
 """How long a task stays with a holder that says nothing."""
-_OPEN = ("accepted", "planning", "running")
-_HELD = (*_OPEN, "waiting")
+_CLAIMABLE = ("accepted", "planning", "running")
+_RENEWABLE = (*_CLAIMABLE, "waiting")
 
 
-class TakenOver(NamedTuple):
+class ExpiredLease(NamedTuple):
     """A task whose holder did not renew its lease, and the ``run`` that it held it in."""
 
     task_id: str
     tenant: str
-    run: int
+    epoch: int
 
 
-OnTakeOver = Callable[[Transaction, TakenOver], Awaitable[None]]
+OnTakeover = Callable[[Transaction, ExpiredLease], Awaitable[None]]
 
 
-class Claims:
+class TaskLeases:
     """Leases of tasks for one holder, on the database's clock."""
 
-    def __init__(self, db: Database, holder: str, on_take_over: OnTakeOver | None = None) -> None:
+    def __init__(self, db: Database, holder: str, on_takeover: OnTakeover | None = None) -> None:
         """``on_take_over`` is called in the transaction that takes a task from a holder that may still be at work."""
         self._db = db
         self._holder = holder
-        self._on_take_over = on_take_over
+        self._on_takeover = on_takeover
 
-    async def next(self, *, besides: frozenset[str]) -> tuple[str, int] | None:
+    async def acquire(self, *, exclude: frozenset[str]) -> tuple[str, int] | None:
         """Claim the task that has waited longest among the most urgent; return its id and run.
 
         ``besides`` are those that this process works on already: a slow renewal is no reason to begin again.
@@ -47,9 +47,9 @@ class Claims:
                 select(tasks.c.task_id, tasks.c.tenant, tasks.c.run, tasks.c.lease_until)
                 .where(
                     tasks.c.kind == "task",
-                    tasks.c.status.in_(_OPEN),
+                    tasks.c.status.in_(_CLAIMABLE),
                     or_(tasks.c.lease_until.is_(None), tasks.c.lease_until < now),
-                    tasks.c.task_id.not_in(besides),
+                    tasks.c.task_id.not_in(exclude),
                 )
                 .order_by(tasks.c.priority.desc(), tasks.c.created_at)
                 .limit(1)
@@ -64,8 +64,8 @@ class Claims:
                 .where(tasks.c.task_id == row["task_id"])
                 .values(run=run, lease_holder=self._holder, lease_until=now + LEASE_SECONDS)
             )
-            if row["lease_until"] is not None and self._on_take_over is not None:
-                await self._on_take_over(tx, TakenOver(str(row["task_id"]), str(row["tenant"]), run - 1))
+            if row["lease_until"] is not None and self._on_takeover is not None:
+                await self._on_takeover(tx, ExpiredLease(str(row["task_id"]), str(row["tenant"]), run - 1))
             return str(row["task_id"]), run
 
     async def renew(self, held: Mapping[str, int]) -> frozenset[str]:
@@ -78,17 +78,17 @@ class Claims:
             ours = or_(*(and_(tasks.c.task_id == task_id, tasks.c.run == run) for task_id, run in held.items()))
             kept = await tx.all(
                 update(tasks)
-                .where(ours, tasks.c.status.in_(_HELD))
+                .where(ours, tasks.c.status.in_(_RENEWABLE))
                 .values(lease_until=until)
                 .returning(tasks.c.task_id)
             )
             return frozenset(str(row["task_id"]) for row in kept)
 
-    async def release(self, task_id: str, run: int) -> None:
+    async def release(self, task_id: str, epoch: int) -> None:
         """Give a lease back, so that another holder takes the task at once."""
         async with self._db.transaction() as tx:
             await tx.execute(
                 update(tasks)
-                .where(tasks.c.task_id == task_id, tasks.c.run == run)
+                .where(tasks.c.task_id == task_id, tasks.c.run == epoch)
                 .values(lease_holder=None, lease_until=None)
             )

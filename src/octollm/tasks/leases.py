@@ -13,17 +13,17 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from octollm.clock import Clock
 from octollm.errors import OctoError
 from octollm.storage import Database
-from octollm.tasks.claims import Claims
+from octollm.tasks.claims import TaskLeases
 
 RENEW_SECONDS = 0.5
-STOP_AFTER_SECONDS = 1.5
+RENEW_DEADLINE_SECONDS = 1.5
 """A holder that could not renew for so long stops its calls by itself, before another takes the task over."""
-JOIN_SECONDS = 5.0
+THREAD_JOIN_SECONDS = 5.0
 
 Connect = Callable[[], AbstractAsyncContextManager[Database]]
 
 
-class Leases:
+class LeaseRenewer:
     """The leases of one holder. ``on_lost`` is called in the event loop with the id of each task that was lost."""
 
     def __init__(self, connect: Connect, holder: str, clock: Clock, on_lost: Callable[[str], None]) -> None:
@@ -37,19 +37,19 @@ class Leases:
         self.failure = ""
         """Why leases are not renewed just now; empty when they are."""
 
-    def hold(self, task_id: str, run: int) -> None:
+    def add(self, task_id: str, epoch: int) -> None:
         """Renew the lease of a task that was claimed just now."""
         with self._lock:
-            self._held[task_id] = (run, self._clock.monotonic())
+            self._held[task_id] = (epoch, self._clock.monotonic())
 
-    def drop(self, task_id: str, run: int) -> None:
+    def remove(self, task_id: str, epoch: int) -> None:
         """Renew it no more."""
         with self._lock:
-            if self._held.get(task_id, (run, 0.0))[0] == run:
+            if self._held.get(task_id, (epoch, 0.0))[0] == epoch:
                 self._held.pop(task_id, None)
 
     @asynccontextmanager
-    async def renewing(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
+    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
         """Renew for as long as the context is open; ``on_failure`` is given what the thread died of, in the loop."""
         loop = asyncio.get_running_loop()
         stopped = threading.Event()
@@ -74,7 +74,7 @@ class Leases:
         finally:
             stopped.set()
             with suppress(TimeoutError):  # it is a daemon: it holds nothing that outlives the process
-                async with asyncio.timeout(JOIN_SECONDS):
+                async with asyncio.timeout(THREAD_JOIN_SECONDS):
                     await ended.wait()
 
     async def _renew_until(self, stopped: threading.Event, report: Callable[[Callable[[], None]], None]) -> None:
@@ -82,15 +82,15 @@ class Leases:
         while not stopped.is_set():
             try:
                 async with self._connect() as db:
-                    claims = Claims(db, self._holder)
+                    claims = TaskLeases(db, self._holder)
                     while not stopped.is_set():
                         await self._renew(claims, report)
                         await asyncio.sleep(RENEW_SECONDS)
             except OctoError as error:
-                self._failed(error.detail, report)
+                self._record_failure(error.detail, report)
                 await asyncio.sleep(RENEW_SECONDS)
 
-    async def _renew(self, claims: Claims, report: Callable[[Callable[[], None]], None]) -> None:
+    async def _renew(self, leases: TaskLeases, report: Callable[[Callable[[], None]], None]) -> None:
         with self._lock:
             held = {task_id: run for task_id, (run, _since) in self._held.items()}
         if not held:
@@ -98,13 +98,13 @@ class Leases:
             return
         began = self._clock.monotonic()
         try:
-            async with asyncio.timeout(STOP_AFTER_SECONDS - RENEW_SECONDS):
-                kept = await claims.renew(held)
+            async with asyncio.timeout(RENEW_DEADLINE_SECONDS - RENEW_SECONDS):
+                kept = await leases.renew(held)
         except TimeoutError:
-            self._failed("The database did not answer in time.", report)
+            self._record_failure("The database did not answer in time.", report)
             return
         except OctoError as error:
-            self._failed(error.detail, report)
+            self._record_failure(error.detail, report)
             return
         self.failure = ""
         with self._lock:
@@ -112,20 +112,20 @@ class Leases:
                 if task_id in self._held and self._held[task_id][0] == held[task_id]:
                     self._held[task_id] = (held[task_id], began)
         for task_id in held.keys() - kept:
-            self._lose(task_id, held[task_id], report)
+            self._report_lost(task_id, held[task_id], report)
 
-    def _failed(self, why: str, report: Callable[[Callable[[], None]], None]) -> None:
+    def _record_failure(self, why: str, report: Callable[[Callable[[], None]], None]) -> None:
         """Stop the work on every task that has not been known to be ours for too long."""
         self.failure = why
         now = self._clock.monotonic()
         with self._lock:
-            late = [(task_id, run) for task_id, (run, at) in self._held.items() if now - at >= STOP_AFTER_SECONDS]
+            late = [(task_id, run) for task_id, (run, at) in self._held.items() if now - at >= RENEW_DEADLINE_SECONDS]
         for task_id, run in late:
-            self._lose(task_id, run, report)
+            self._report_lost(task_id, run, report)
 
-    def _lose(self, task_id: str, run: int, report: Callable[[Callable[[], None]], None]) -> None:
+    def _report_lost(self, task_id: str, epoch: int, report: Callable[[Callable[[], None]], None]) -> None:
         with self._lock:
-            ours = self._held.get(task_id, (None, 0.0))[0] == run
+            ours = self._held.get(task_id, (None, 0.0))[0] == epoch
             if ours:
                 del self._held[task_id]
         if ours:

@@ -12,19 +12,19 @@ from typing import Any
 import msgspec
 from sqlalchemy import func, select, update
 
-from octollm.clock import Clock, Ids
+from octollm.clock import Clock, IdGenerator
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
-from octollm.storage import Database, Transaction, plain
+from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import budgets, model_journal, reservations, steps, tasks
 from octollm.tasks.state import is_final
 
-LEAST_COMPLETION = 16
+MIN_COMPLETION_TOKENS = 16
 """A call that could not write even so many tokens is refused rather than cut to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ReservationRequest:
     """What a model call wants: tokens of its prompt (exact, or a bound) and at most so many of its completion.
 
     ``token_usd`` is the most that a token costs, ``None`` when that is not known.
@@ -34,7 +34,7 @@ class Wanted:
     task_id: str
     step: str
     attempt: int
-    run: int | None
+    epoch: int | None
     key: str
     model: str
     prompt_tokens: int
@@ -43,7 +43,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Reserved:
+class Reservation:
     """A reservation; with ``journal`` the call was answered before and reserves nothing."""
 
     id: str
@@ -51,58 +51,60 @@ class Reserved:
     journal: bytes | None = None
 
 
-def grant_completion(*, left: int, open_steps: int, prompt: int, wanted: int | None) -> int | None:
+def allocate_completion(*, remaining: int, open_steps: int, prompt: int, requested: int | None) -> int | None:
     """Return how many completion tokens a call gets, or ``None`` when its prompt does not fit.
 
     A step may spend (what is left ÷ open steps); a missing limit is what is left of that.
     """
-    share = left // max(1, open_steps)
+    share = remaining // max(1, open_steps)
     room = share - prompt
-    if room < LEAST_COMPLETION:
+    if room < MIN_COMPLETION_TOKENS:
         return None
-    return room if wanted is None else min(room, wanted)
+    return room if requested is None else min(room, requested)
 
 
-class Ledger:
+class BudgetLedger:
     """The budgets of all tasks."""
 
-    def __init__(self, db: Database, clock: Clock, ids: Ids) -> None:
+    def __init__(self, db: Database, clock: Clock, ids: IdGenerator) -> None:
         self._db = db
         self._clock = clock
         self._ids = ids
 
-    async def reserve(self, wanted: Wanted) -> Reserved:
+    async def reserve(self, request: ReservationRequest) -> Reservation:
         """Reserve tokens for a call.
 
         Raises ``budget_exhausted`` with the numbers, ``task_not_found``, ``state_conflict`` for a task that has
         ended, ``fence_lost`` for an older run.
         """
         async with self._db.transaction() as tx:
-            task = await tx.first(select(tasks).where(tasks.c.task_id == wanted.task_id))
-            if task is None or task["tenant"] != wanted.tenant:
+            task = await tx.first(select(tasks).where(tasks.c.task_id == request.task_id))
+            if task is None or task["tenant"] != request.tenant:
                 raise OctoError("There is no task of that id.", code="task_not_found")
             if is_final(task["status"]):
                 raise OctoError(f"The task is {task['status']}.", code="state_conflict")
-            if wanted.run is not None and task["kind"] == "task" and wanted.run != task["run"]:
+            if request.epoch is not None and task["kind"] == "task" and request.epoch != task["run"]:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
             # One call after another from here on, whoever serves them: nothing is granted twice.
-            budget = await _locked(tx, wanted.task_id)
+            budget = await _lock_budget(tx, request.task_id)
             if budget is None:
                 raise OctoError("The task has no budget.", code="budget_exhausted")
             stored = await tx.first(
-                select(model_journal).where(model_journal.c.tenant == wanted.tenant, model_journal.c.key == wanted.key)
+                select(model_journal).where(
+                    model_journal.c.tenant == request.tenant, model_journal.c.key == request.key
+                )
             )
             if stored is not None:
-                return Reserved("", stored["completion_tokens"], stored["answer"])
-            if await self._settle_cut_off(tx, wanted):
-                budget = await _locked(tx, wanted.task_id) or budget
-            return await self._take(tx, wanted, budget)
+                return Reservation("", stored["completion_tokens"], stored["answer"])
+            if await self._settle_abandoned(tx, request):
+                budget = await _lock_budget(tx, request.task_id) or budget
+            return await self._reserve_tokens(tx, request, budget)
 
-    async def _settle_cut_off(self, tx: Transaction, wanted: Wanted) -> bool:
+    async def _settle_abandoned(self, tx: Transaction, request: ReservationRequest) -> bool:
         """Settle, at its upper bound, a reservation that an earlier try of this very call left open, if any."""
         query = select(reservations).where(
-            reservations.c.task_id == wanted.task_id,
-            reservations.c.key == wanted.key,
+            reservations.c.task_id == request.task_id,
+            reservations.c.key == request.key,
             reservations.c.state == "open",
         )
         found = await tx.all(query)
@@ -115,7 +117,7 @@ class Ledger:
             )
             await tx.execute(
                 update(budgets)
-                .where(budgets.c.task_id == wanted.task_id)
+                .where(budgets.c.task_id == request.task_id)
                 .values(
                     reserved_tokens=budgets.c.reserved_tokens - tokens,
                     used_tokens=budgets.c.used_tokens + tokens,
@@ -125,40 +127,42 @@ class Ledger:
             )
         return bool(found)
 
-    async def _take(self, tx: Transaction, wanted: Wanted, budget: Mapping[str, Any]) -> Reserved:
+    async def _reserve_tokens(
+        self, tx: Transaction, request: ReservationRequest, budget: Mapping[str, Any]
+    ) -> Reservation:
         limit = budget["max_tokens"]
         taken = budget["used_tokens"] + budget["reserved_tokens"]
         left = limit - taken
         open_steps = await tx.scalar(
             select(func.count())
             .select_from(steps)
-            .where(steps.c.task_id == wanted.task_id, steps.c.status.in_(("pending", "running")))
+            .where(steps.c.task_id == request.task_id, steps.c.status.in_(("pending", "running")))
         )
-        completion = grant_completion(
-            left=left,
+        completion = allocate_completion(
+            remaining=left,
             open_steps=int(open_steps or 0),
-            prompt=wanted.prompt_tokens,
-            wanted=wanted.max_completion_tokens,
+            prompt=request.prompt_tokens,
+            requested=request.max_completion_tokens,
         )
         if completion is None:
             raise OctoError(
                 f"The task may use {limit} tokens; {budget['used_tokens']} are used, {budget['reserved_tokens']} are"
-                f" reserved and {int(open_steps or 0)} steps are open, so this call's prompt of {wanted.prompt_tokens}"
+                f" reserved and {int(open_steps or 0)} steps are open, so this call's prompt of {request.prompt_tokens}"
                 " does not fit. Submit it with a larger budget.max_tokens.",
                 code="budget_exhausted",
             )
-        tokens = wanted.prompt_tokens + completion
-        cost = _cost_of(wanted, tokens, budget)
+        tokens = request.prompt_tokens + completion
+        cost = _bound_cost(request, tokens, budget)
         reservation = self._ids.hex()
         await tx.execute(
             tx.insert(reservations).values(
                 id=reservation,
-                task_id=wanted.task_id,
-                step=wanted.step,
-                attempt=wanted.attempt,
-                run=wanted.run or 0,
-                key=wanted.key,
-                model=wanted.model,
+                task_id=request.task_id,
+                step=request.step,
+                attempt=request.attempt,
+                run=request.epoch or 0,
+                key=request.key,
+                model=request.model,
                 tokens=tokens,
                 cost_usd=cost,
                 created_at=self._clock.now(),
@@ -166,13 +170,13 @@ class Ledger:
         )
         await tx.execute(
             update(budgets)
-            .where(budgets.c.task_id == wanted.task_id)
+            .where(budgets.c.task_id == request.task_id)
             .values(
                 reserved_tokens=budgets.c.reserved_tokens + tokens,
                 reserved_cost_usd=budgets.c.reserved_cost_usd + cost,
             )
         )
-        return Reserved(reservation, completion)
+        return Reservation(reservation, completion)
 
     async def settle(self, reservation: str, usage: Usage, answer: bytes | None) -> None:
         """Settle a reservation with what was used; keep ``answer`` for repeats. A second settling changes nothing."""
@@ -180,10 +184,10 @@ class Ledger:
             query = select(reservations).where(reservations.c.id == reservation)
             row = await tx.first(query)
             if row is not None:
-                await _locked(tx, row["task_id"])
+                await _lock_budget(tx, row["task_id"])
                 row = await tx.first(query)
             if row is None:
-                raise OctoError("There is no reservation of that id.", code="not_found")
+                raise OctoError("There is no reservation of that id.", code="not_found_result")
             if row["state"] != "open":
                 return
             now = self._clock.now()
@@ -238,24 +242,24 @@ class Ledger:
         return Usage(row["prompt_tokens"], row["completion_tokens"], row["used_cost_usd"])
 
 
-async def _locked(tx: Transaction, task_id: str) -> Mapping[str, Any] | None:
+async def _lock_budget(tx: Transaction, task_id: str) -> Mapping[str, Any] | None:
     """Return a task's budget, which nobody else changes before the commit."""
     row = await tx.first(select(budgets).where(budgets.c.task_id == task_id).with_for_update())
-    return None if row is None else plain(row)
+    return None if row is None else row_to_dict(row)
 
 
-def _cost_of(wanted: Wanted, tokens: int, budget: Mapping[str, Any]) -> float:
+def _bound_cost(request: ReservationRequest, tokens: int, budget: Mapping[str, Any]) -> float:
     """Return the most that a call costs; raise ``budget_exhausted`` when the task's money does not bear it."""
     limit = budget["max_cost_usd"]
     if limit is None:
-        return tokens * (wanted.token_usd or 0.0)
-    if wanted.token_usd is None:
+        return tokens * (request.token_usd or 0.0)
+    if request.token_usd is None:
         raise OctoError(
-            f"The price of {wanted.model} is not known, so budget.max_cost_usd cannot be kept. Leave it out and bound"
+            f"The price of {request.model} is not known, so budget.max_cost_usd cannot be kept. Leave it out and bound"
             " the tokens instead.",
             code="budget_exhausted",
         )
-    cost = tokens * wanted.token_usd
+    cost = tokens * request.token_usd
     taken = budget["used_cost_usd"] + budget["reserved_cost_usd"]
     if taken + cost > limit:
         raise OctoError(
@@ -265,7 +269,7 @@ def _cost_of(wanted: Wanted, tokens: int, budget: Mapping[str, Any]) -> float:
     return cost
 
 
-def encode_answer(answer: msgspec.Raw) -> bytes | None:
+def encode_journal_entry(answer: msgspec.Raw) -> bytes | None:
     """Return a journal entry of an answer; ``None`` for JSON's null."""
     data = bytes(answer)
     return None if data in (b"", b"null") else data

@@ -9,7 +9,7 @@ from types import TracebackType
 from octollm.errors import OctoError
 from octollm.storage.text_stream import MAX_TEXT, TextStream
 from octollm.tasks.store import TaskStore
-from octollm.telemetry import Log
+from octollm.telemetry import Logger
 
 FLUSH_SECONDS = 0.04
 SAVE_SECONDS = 1.0
@@ -21,7 +21,7 @@ class LiveText:
     """One attempt's text. ``async with`` it around the call that writes."""
 
     def __init__(
-        self, store: TaskStore, stream: TextStream, log: Log, *, task_id: str, step: str, attempt: int, run: int
+        self, store: TaskStore, stream: TextStream, log: Logger, *, task_id: str, step: str, attempt: int, epoch: int
     ) -> None:
         self._store = store
         self._stream = stream
@@ -29,7 +29,7 @@ class LiveText:
         self._task_id = task_id
         self._step = step
         self._attempt = attempt
-        self._run = run
+        self._epoch = epoch
         self._parts: list[str] = []
         # Offsets count all that this attempt and run wrote, so that one never means two places: a reset moves
         # the base and takes nothing back.
@@ -39,11 +39,11 @@ class LiveText:
         self._pending: list[str] = []
         self._reset = True
         self._dirty = False
-        self._news = asyncio.Event()
+        self._wakeup = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> LiveText:
-        self._task = asyncio.create_task(self._work())
+        self._task = asyncio.create_task(self._flush_loop())
         return self
 
     async def __aexit__(
@@ -73,15 +73,15 @@ class LiveText:
             self._pending.append(text)
             self._length += len(text)
             self._dirty = True
-            self._news.set()
+            self._wakeup.set()
 
-    async def _work(self) -> None:
+    async def _flush_loop(self) -> None:
         loop = asyncio.get_running_loop()
         saved = loop.time()
         while True:
-            await self._news.wait()
+            await self._wakeup.wait()
             await asyncio.sleep(FLUSH_SECONDS)
-            self._news.clear()
+            self._wakeup.clear()
             await self._flush()
             if loop.time() - saved >= SAVE_SECONDS:
                 saved = loop.time()
@@ -101,7 +101,7 @@ class LiveText:
                     self._task_id,
                     step=self._step,
                     attempt=self._attempt,
-                    run=self._run,
+                    run=self._epoch,
                     offset=offset,
                     text=piece,
                     reset=reset,
@@ -116,7 +116,7 @@ class LiveText:
                 self._task_id,
                 self._step,
                 attempt=self._attempt,
-                run=self._run,
+                epoch=self._epoch,
                 base=self._base,
                 text="".join(self._parts),
             )

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from octollm.clock import iso
-from octollm.contracts.api import Reason, StepView, TaskSummary, TaskView
+from octollm.clock import format_rfc3339
+from octollm.contracts.api import StepView, TaskFailure, TaskSummary, TaskView
 from octollm.contracts.task import ExecuteResult, Plan, PlanStep, StepStatus, TaskContract, TaskStatus, Usage
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class TaskRecord:
     status: TaskStatus
     progress: float
     version: int
-    run: int
+    epoch: int
     plan: Plan | None
     correlation_id: str
     traceparent: str
@@ -48,14 +48,14 @@ class StepRecord:
     title: str
     status: StepStatus
     attempt: int
-    run: int
+    epoch: int
     spec: PlanStep
     result: ExecuteResult | None
     reasons: tuple[str, ...]
     text: str
 
 
-def task_of(row: Row) -> TaskRecord:
+def task_from_row(row: Row) -> TaskRecord:
     """Read a row of ``tasks``."""
     return TaskRecord(
         task_id=row["task_id"],
@@ -68,8 +68,8 @@ def task_of(row: Row) -> TaskRecord:
         status=row["status"],
         progress=row["progress"],
         version=row["version"],
-        run=row["run"],
-        plan=_maybe(row["plan"], Plan),
+        epoch=row["run"],
+        plan=_convert_optional(row["plan"], Plan),
         correlation_id=row["correlation_id"],
         traceparent=row["traceparent"],
         created_at=row["created_at"],
@@ -78,7 +78,7 @@ def task_of(row: Row) -> TaskRecord:
     )
 
 
-def step_of(row: Row) -> StepRecord:
+def step_from_row(row: Row) -> StepRecord:
     """Read a row of ``steps``."""
     return StepRecord(
         step=row["step"],
@@ -86,16 +86,16 @@ def step_of(row: Row) -> StepRecord:
         title=row["title"],
         status=row["status"],
         attempt=row["attempt"],
-        run=row["run"],
+        epoch=row["run"],
         spec=msgspec.convert(row["spec"], PlanStep),
-        result=_maybe(row["result"], ExecuteResult),
+        result=_convert_optional(row["result"], ExecuteResult),
         reasons=tuple(row["reasons"] or ()),
         text=row["text"],
     )
 
 
-def view_of(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskView:
-    """Return a task as its owner sees it; ``model`` is the one that it used last."""
+def build_task_view(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskView:
+    """Return a task as its owner sees it; ``check_model`` is the one that it used last."""
     contract = msgspec.convert(row["contract"], TaskContract)
     result: dict[str, Any] = row["result"] or {}
     traceparent = cast("str", row["traceparent"])
@@ -106,18 +106,18 @@ def view_of(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskVie
             "goal": row["goal"],
             "progress": row["progress"],
             "version": row["version"],
-            "created_at": iso(row["created_at"]),
-            "updated_at": iso(row["updated_at"]),
-            "started_at": _time(row["started_at"]),
-            "finished_at": _time(row["finished_at"]),
-            "deadline": _time(row["deadline_at"]),
+            "created_at": format_rfc3339(row["created_at"]),
+            "updated_at": format_rfc3339(row["updated_at"]),
+            "started_at": _format_optional_time(row["started_at"]),
+            "finished_at": _format_optional_time(row["finished_at"]),
+            "deadline": _format_optional_time(row["deadline_at"]),
             "budget": msgspec.to_builtins(contract.budget),
             "files": msgspec.to_builtins(contract.context.files),
-            "steps": [msgspec.to_builtins(_step_view(step)) for step in steps],
+            "steps": [msgspec.to_builtins(_build_step_view(step)) for step in steps],
             "output": row["output"] or "",
             "artifacts": result.get("artifacts", []),
             "usage": msgspec.to_builtins(usage),
-            "error": msgspec.to_builtins(_maybe(row["error"], Reason)),
+            "error": msgspec.to_builtins(_convert_optional(row["error"], TaskFailure)),
             "correlation_id": row["correlation_id"],
             "trace_id": traceparent.split("-")[1] if traceparent else "",
             "model": model,
@@ -126,20 +126,20 @@ def view_of(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskVie
     )
 
 
-def summary_of(row: Row) -> TaskSummary:
+def build_task_summary(row: Row) -> TaskSummary:
     """Return a task as it stands in a list."""
     return TaskSummary(
         row["task_id"],
         row["status"],
         row["goal"][:300],
         row["progress"],
-        iso(row["created_at"]),
-        iso(row["updated_at"]),
+        format_rfc3339(row["created_at"]),
+        format_rfc3339(row["updated_at"]),
     )
 
 
-def _step_view(row: Row) -> StepView:
-    step = step_of(row)
+def _build_step_view(row: Row) -> StepView:
+    step = step_from_row(row)
     result = step.result or ExecuteResult(output="")
     return StepView(
         step=step.step,
@@ -153,14 +153,14 @@ def _step_view(row: Row) -> StepView:
         evidence=result.evidence,
         usage=result.usage,
         reasons=step.reasons,
-        started_at=_time(row["started_at"]),
-        finished_at=_time(row["finished_at"]),
+        started_at=_format_optional_time(row["started_at"]),
+        finished_at=_format_optional_time(row["finished_at"]),
     )
 
 
-def _maybe(value: object, kind: type[T]) -> T | None:
+def _convert_optional(value: object, kind: type[T]) -> T | None:
     return None if value is None else msgspec.convert(value, kind)
 
 
-def _time(seconds: float | None) -> str | None:
-    return None if seconds is None else iso(seconds)
+def _format_optional_time(seconds: float | None) -> str | None:
+    return None if seconds is None else format_rfc3339(seconds)

@@ -10,73 +10,73 @@ import msgspec
 
 from octollm.capability import ScopeSet
 from octollm.clock import Clock
-from octollm.contracts.api import Reason
+from octollm.contracts.api import TaskFailure
 from octollm.contracts.operations import DocumentIn
-from octollm.contracts.problems import FieldFault
-from octollm.contracts.stream import Line
+from octollm.contracts.problems import FieldErrorView
+from octollm.contracts.stream import StreamEvent
 from octollm.contracts.task import ArmInfo, ExecuteResult, Plan, PlanRequest, PlanStep
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.caller import Caller
+from octollm.rpc.caller import ServiceClient
 from octollm.storage.text_stream import TextStream
-from octollm.tasks.authority import TaskAuthority
+from octollm.tasks.authority import TaskTokenMinter
 from octollm.tasks.calls import TaskCalls
-from octollm.tasks.ledger import Ledger
+from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import TaskRecord
-from octollm.tasks.schedule import PLANNED_PROGRESS, progress_of, ready_steps, result_of
-from octollm.tasks.step import StepError, StepTools, run_step
+from octollm.tasks.schedule import PLANNED_PROGRESS, assemble_result, compute_progress, find_ready_steps
+from octollm.tasks.step import StepDependencies, StepError, run_step
 from octollm.tasks.store import TaskStore
-from octollm.telemetry import Log, Metrics, Span, Tracer
+from octollm.telemetry import Logger, Metrics, Span, Tracer
 
 MAX_PARALLEL = 4
 MAX_OUTPUT_IN_EVENT = 4000
-PROGRESS_STEP = 4.0
+MIN_PROGRESS_DELTA = 4.0
 """Progress is told when it rose by so much."""
 
 
 @dataclass(frozen=True, slots=True)
-class RunnerTools:
+class RunnerDependencies:
     """What a runner needs. ``allowed`` is what a task's authority and its principal's of today have in common."""
 
     store: TaskStore
-    ledger: Ledger
+    ledger: BudgetLedger
     stream: TextStream
-    caller: Caller
-    authority: TaskAuthority
+    client: ServiceClient
+    token_minter: TaskTokenMinter
     clock: Clock
-    log: Log
+    log: Logger
     metrics: Metrics
     tracer: Tracer
-    allowed: Callable[[TaskRecord], Awaitable[ScopeSet]]
-    arms: Callable[[str], Awaitable[tuple[ArmInfo, ...]]]
+    load_allowed_scopes: Callable[[TaskRecord], Awaitable[ScopeSet]]
+    list_arms: Callable[[str], Awaitable[tuple[ArmInfo, ...]]]
     """What the planner is told of the arms of a tenant."""
-    documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
+    load_documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
     """The texts among a task's files, which are put into memory before planning."""
 
 
 class TaskRunner:
     """One run of one task. Cancelling :meth:`run` closes its calls, and so cancels the work all the way down."""
 
-    def __init__(self, tools: RunnerTools, task: TaskRecord) -> None:
-        self._tools = tools
+    def __init__(self, deps: RunnerDependencies, task: TaskRecord) -> None:
+        self._deps = deps
         self._task = task
-        self._within: dict[str, float] = {}
+        self._step_progress: dict[str, float] = {}
         self._done: set[str] = set()
-        self._told = task.progress
+        self._reported_progress = task.progress
         self._span: Span | None = None
 
     async def run(self) -> None:
         """Run the task to its end and record that. Only ``fence_lost`` and cancellation leave it open."""
-        with self._tools.tracer.span("task") as self._span:
-            self._span.attributes["octollm.run"] = self._task.run
+        with self._deps.tracer.span("task") as self._span:
+            self._span.attributes["octollm.run"] = self._task.epoch
             await self._run_to_end()
 
     async def _run_to_end(self) -> None:
-        tools = self._tools
+        tools = self._deps
         deadline = Deadline.after(tools.clock, self._seconds_left())
         try:
-            async with asyncio.timeout(deadline.left()):
+            async with asyncio.timeout(deadline.remaining()):
                 await self._run(deadline)
         except TimeoutError:
             await self.fail(OctoError("The task's time is used up.", code="deadline_exceeded"))
@@ -88,23 +88,23 @@ class TaskRunner:
             await self.fail(error)
 
     async def _run(self, deadline: Deadline) -> None:
-        tools, task = self._tools, self._task
-        calls = TaskCalls(tools.caller, tools.authority, task, await tools.allowed(task))
+        tools, task = self._deps, self._task
+        calls = TaskCalls(tools.client, tools.token_minter, task, await tools.load_allowed_scopes(task))
         if task.plan is None:
-            await tools.store.begin_planning(task.task_id, task.run)
-            for document in await tools.documents(task):
-                await calls.remember(document, deadline)
+            await tools.store.begin_planning(task.task_id, task.epoch)
+            for document in await tools.load_documents(task):
+                await calls.store_document(document, deadline)
             plan = await self._plan(calls, deadline, ())
-            await tools.store.set_plan(task.task_id, plan, task.run, replan=False, reasons=())
+            await tools.store.set_plan(task.task_id, plan, task.epoch, replan=False, reasons=())
         else:
             plan = task.plan
         try:
-            results = await self._steps(plan, calls, deadline)
+            results = await self._run_steps(plan, calls, deadline)
         except StepError as failed:
             if failed.code != "not_accepted":
                 raise
             plan = await self._replan(plan, calls, deadline, failed)
-            results = await self._steps(plan, calls, deadline)
+            results = await self._run_steps(plan, calls, deadline)
         await self._complete(plan, results)
 
     async def _plan(self, calls: TaskCalls, deadline: Deadline, reasons: tuple[str, ...]) -> Plan:
@@ -122,29 +122,33 @@ class TaskRunner:
             )
             return Plan((step,))
         request = PlanRequest(
-            contract.goal, contract.context, await self._tools.arms(task.tenant), contract.acceptance_criteria, reasons
+            contract.goal,
+            contract.context,
+            await self._deps.list_arms(task.tenant),
+            contract.acceptance_criteria,
+            reasons,
         )
         text = LiveText(
-            self._tools.store,
-            self._tools.stream,
-            self._tools.log,
+            self._deps.store,
+            self._deps.stream,
+            self._deps.log,
             task_id=task.task_id,
             step="plan",
             attempt=2 if reasons else 1,
-            run=task.run,
+            epoch=task.epoch,
         )
 
-        async def on_line(line: Line) -> None:
+        async def on_line(line: StreamEvent) -> None:
             if line.type == "token":
                 text.add(line.text, reset=line.reset)
 
-        with self._tools.tracer.span("plan"):
+        with self._deps.tracer.span("plan"):
             async with text:
                 return await calls.plan(request, deadline, on_line)
 
     async def _replan(self, plan: Plan, calls: TaskCalls, deadline: Deadline, failed: StepError) -> Plan:
         """Return a plan for the rest, once; raise ``failed`` when there is none but the same again."""
-        tools, task = self._tools, self._task
+        tools, task = self._deps, self._task
         if task.contract.assigned_arm is not None or await tools.store.was_replanned(task.task_id):
             raise failed
         fresh = await self._plan(calls, deadline, failed.reasons)
@@ -153,25 +157,25 @@ class TaskRunner:
         if all((step.arm, step.goal, step.files) in before for step in rest):
             raise failed
         kept = [step for step in plan.steps if step.id in self._done]
-        merged = Plan((*kept, *_renamed(rest, self._done)), fresh.usage)
-        await tools.store.begin_planning(task.task_id, task.run)
-        await tools.store.set_plan(task.task_id, merged, task.run, replan=True, reasons=failed.reasons)
+        merged = Plan((*kept, *_rename_steps(rest, self._done)), fresh.usage)
+        await tools.store.begin_planning(task.task_id, task.epoch)
+        await tools.store.set_plan(task.task_id, merged, task.epoch, replan=True, reasons=failed.reasons)
         return merged
 
-    async def _steps(self, plan: Plan, calls: TaskCalls, deadline: Deadline) -> dict[str, ExecuteResult]:
+    async def _run_steps(self, plan: Plan, calls: TaskCalls, deadline: Deadline) -> dict[str, ExecuteResult]:
         """Run the plan's steps; the first that fails cancels those beside it."""
-        tools, task = self._tools, self._task
+        tools, task = self._deps, self._task
         records = {record.step: record for record in await tools.store.steps(task.task_id)}
         results = {name: record.result for name, record in records.items() if record.result is not None}
         self._done = {name for name in results if records[name].status == "completed"}
-        step_tools = StepTools(
-            tools.store, tools.stream, calls, tools.clock, tools.log, tools.tracer, self._progress(plan)
+        step_tools = StepDependencies(
+            tools.store, tools.stream, calls, tools.clock, tools.log, tools.tracer, self._progress_reporter(plan)
         )
         running: dict[asyncio.Task[ExecuteResult], PlanStep] = {}
         begun: set[str] = set()
         try:
             while len(self._done) < len(plan.steps):
-                for step in ready_steps(plan.steps, self._done, begun):
+                for step in find_ready_steps(plan.steps, self._done, begun):
                     if len(running) >= MAX_PARALLEL:
                         break
                     begun.add(step.id)
@@ -191,23 +195,23 @@ class TaskRunner:
             await asyncio.gather(*running, return_exceptions=True)
         return results
 
-    def _progress(self, plan: Plan) -> Callable[[str, float], Awaitable[None]]:
-        self._told = max(self._told, PLANNED_PROGRESS)
+    def _progress_reporter(self, plan: Plan) -> Callable[[str, float], Awaitable[None]]:
+        self._reported_progress = max(self._reported_progress, PLANNED_PROGRESS)
 
         async def tell(step: str, percent: float) -> None:
-            self._within[step] = max(self._within.get(step, 0.0), percent)
-            progress = progress_of(plan.steps, self._done, self._within)
-            if progress - self._told >= PROGRESS_STEP:
-                self._told = progress
-                await self._tools.store.change(
-                    self._task.task_id, "task.progress", {"step": step}, run=self._task.run, progress=progress
+            self._step_progress[step] = max(self._step_progress.get(step, 0.0), percent)
+            progress = compute_progress(plan.steps, self._done, self._step_progress)
+            if progress - self._reported_progress >= MIN_PROGRESS_DELTA:
+                self._reported_progress = progress
+                await self._deps.store.change(
+                    self._task.task_id, "task.progress", {"step": step}, epoch=self._task.epoch, progress=progress
                 )
 
         return tell
 
     async def _complete(self, plan: Plan, results: Mapping[str, ExecuteResult]) -> None:
-        tools, task = self._tools, self._task
-        output, artifacts = result_of(plan.steps, results)
+        tools, task = self._deps, self._task
+        output, artifacts = assemble_result(plan.steps, results)
         usage = await tools.ledger.usage(task.task_id)
         listed = msgspec.to_builtins(artifacts)
         await tools.store.change(
@@ -220,8 +224,8 @@ class TaskRunner:
                 "artifacts": listed,
                 "usage": msgspec.to_builtins(usage),
             },
-            to="completed",
-            run=task.run,
+            new_status="completed",
+            epoch=task.epoch,
             progress=100.0,
             output=output,
             result={"artifacts": listed},
@@ -232,12 +236,12 @@ class TaskRunner:
 
     async def fail(self, error: OctoError) -> None:
         """Record that the task failed, and why."""
-        tools, task = self._tools, self._task
+        tools, task = self._deps, self._task
         if self._span is not None:
-            self._span.failed(error)
+            self._span.record_error(error)
         reasons = error.reasons if isinstance(error, StepError) else ()
-        faults = tuple(FieldFault(fault.pointer, fault.detail) for fault in error.faults)
-        reason = Reason(error.code, error.detail, reasons, faults)
+        faults = tuple(FieldErrorView(fault.pointer, fault.detail) for fault in error.field_errors)
+        reason = TaskFailure(error.code, error.detail, reasons, faults)
         await tools.store.change(
             task.task_id,
             "task.failed",
@@ -248,8 +252,8 @@ class TaskRunner:
                 "reasons": list(reasons),
                 "duration_ms": self._duration_ms(),
             },
-            to="failed",
-            run=task.run,
+            new_status="failed",
+            epoch=task.epoch,
             error=reason,
             finished_at=tools.clock.now(),
         )
@@ -257,17 +261,17 @@ class TaskRunner:
         tools.log.warning("task.failed", error=error, reasons=list(reasons))
 
     async def _has_ended(self) -> bool:
-        return (await self._tools.store.get(self._task.task_id)).status in ("completed", "failed", "cancelled")
+        return (await self._deps.store.get(self._task.task_id)).status in ("completed", "failed", "cancelled")
 
     def _seconds_left(self) -> float:
         at = self._task.deadline_at
-        return 3600.0 if at is None else max(0.0, at - self._tools.clock.now())
+        return 3600.0 if at is None else max(0.0, at - self._deps.clock.now())
 
     def _duration_ms(self) -> int:
-        return int((self._tools.clock.now() - self._task.created_at) * 1000)
+        return int((self._deps.clock.now() - self._task.created_at) * 1000)
 
 
-def _renamed(steps: list[PlanStep], taken: set[str]) -> list[PlanStep]:
+def _rename_steps(steps: list[PlanStep], taken: set[str]) -> list[PlanStep]:
     """Return new steps under ids of their own, so that they never meet those of the first plan."""
     names = {step.id: f"{step.id}-again" for step in steps}
     return [

@@ -8,39 +8,43 @@ import msgspec
 
 from octollm.contracts.task import Artifact, ExecuteResult, PlanStep
 
-TYPICAL_CHARACTERS = 1500
+TYPICAL_STEP_CHARACTERS = 1500
 """What a step writes, about; at so many characters it is counted as half done."""
 PLANNED_PROGRESS = 10.0
 """Progress of a task whose plan is made; its steps share the rest evenly."""
 
 
-def ready_steps(steps: Sequence[PlanStep], done: Collection[str], begun: Collection[str]) -> list[PlanStep]:
+def find_ready_steps(steps: Sequence[PlanStep], done: Collection[str], started: Collection[str]) -> list[PlanStep]:
     """Return the steps whose dependencies are done and that have not begun, in the plan's order."""
     return [
         step
         for step in steps
-        if step.id not in begun and step.id not in done and all(need in done for need in step.depends_on)
+        if step.id not in started and step.id not in done and all(need in done for need in step.depends_on)
     ]
 
 
-def progress_of(steps: Sequence[PlanStep], done: Collection[str], within: Mapping[str, float]) -> float:
+def compute_progress(steps: Sequence[PlanStep], done: Collection[str], step_progress: Mapping[str, float]) -> float:
     """Return a task's progress from 10 to 99; ``within`` is how far running steps are, from 0 to 100."""
     if not steps:
         return PLANNED_PROGRESS
     share = (99.0 - PLANNED_PROGRESS) / len(steps)
-    parts = sum(share if step.id in done else share * min(99.0, within.get(step.id, 0.0)) / 100 for step in steps)
+    parts = sum(
+        share if step.id in done else share * min(99.0, step_progress.get(step.id, 0.0)) / 100 for step in steps
+    )
     return round(PLANNED_PROGRESS + parts, 1)
 
 
-def estimate_within(characters: int) -> float:
+def estimate_step_progress(characters: int) -> float:
     """Return how far a step is that has written so many characters and says nothing better, from 0 to under 95.
 
     Nobody knows how much a model will write; so it rises with what is written and slows as it does.
     """
-    return 95.0 * characters / (characters + TYPICAL_CHARACTERS)
+    return 95.0 * characters / (characters + TYPICAL_STEP_CHARACTERS)
 
 
-def result_of(steps: Sequence[PlanStep], results: Mapping[str, ExecuteResult]) -> tuple[str, tuple[Artifact, ...]]:
+def assemble_result(
+    steps: Sequence[PlanStep], results: Mapping[str, ExecuteResult]
+) -> tuple[str, tuple[Artifact, ...]]:
     """Return a task's output and artifacts: those of the steps that no other step builds on.
 
     One such step's output stands alone; several stand under their titles.

@@ -9,7 +9,7 @@ import msgspec
 
 from octollm.clock import Clock
 from octollm.contracts.operations import AcceptRequest, AcceptResult
-from octollm.contracts.stream import Line
+from octollm.contracts.stream import StreamEvent
 from octollm.contracts.task import ExecuteResult, PlanStep, TaskContext, TaskContract
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline
@@ -17,13 +17,13 @@ from octollm.storage.text_stream import TextStream
 from octollm.tasks.calls import TaskCalls
 from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import StepRecord, TaskRecord
-from octollm.tasks.schedule import estimate_within
+from octollm.tasks.schedule import estimate_step_progress
 from octollm.tasks.store import TaskStore
-from octollm.telemetry import Log, Tracer
+from octollm.telemetry import Logger, Tracer
 
 DEFAULT_RETRIES = 1
 MAX_OUTPUT_IN_EVENT = 2000
-FINAL_CODES = frozenset(
+NON_RETRYABLE_CODES = frozenset(
     {
         "authority_missing",
         "budget_exhausted",
@@ -55,20 +55,20 @@ class StepError(OctoError):
 
 
 @dataclass(frozen=True, slots=True)
-class StepTools:
+class StepDependencies:
     """What running a step needs."""
 
     store: TaskStore
     stream: TextStream
     calls: TaskCalls
     clock: Clock
-    log: Log
+    log: Logger
     tracer: Tracer
     on_progress: Callable[[str, float], Awaitable[None]]
 
 
 async def run_step(
-    tools: StepTools,
+    deps: StepDependencies,
     task: TaskRecord,
     spec: PlanStep,
     record: StepRecord,
@@ -79,13 +79,13 @@ async def run_step(
 
     A step that was begun by an earlier run goes on with the attempt that it was at.
     """
-    with tools.tracer.span(f"step {spec.id}") as span:
+    with deps.tracer.span(f"step {spec.id}") as span:
         span.attributes |= {"octollm.arm": spec.arm, "octollm.title": spec.title}
-        return await _run_attempts(tools, task, spec, record, inputs, deadline)
+        return await _run_attempts(deps, task, spec, record, inputs, deadline)
 
 
 async def _run_attempts(
-    tools: StepTools,
+    deps: StepDependencies,
     task: TaskRecord,
     spec: PlanStep,
     record: StepRecord,
@@ -97,28 +97,28 @@ async def _run_attempts(
     attempt = max(1, record.attempt)
     reasons = record.reasons
     while True:
-        contract = _contract(task, spec, inputs, reasons)
-        await _begin(tools, task, spec, attempt)
+        contract = _build_contract(task, spec, inputs, reasons)
+        await _start_attempt(deps, task, spec, attempt)
         code = "not_accepted"
         try:
-            with tools.tracer.span(f"attempt {attempt}") as span:
-                result, length = await _execute(tools, task, spec, contract, attempt, deadline)
-                verdict = await _judge(tools, spec, contract, result, attempt, deadline)
+            with deps.tracer.span(f"attempt {attempt}") as span:
+                result, length = await _execute(deps, task, spec, contract, attempt, deadline)
+                verdict = await _judge(deps, spec, contract, result, attempt, deadline)
                 if verdict.accepted:
-                    await _complete(tools, task, spec, result, verdict, attempt, length)
+                    await _complete_step(deps, task, spec, result, verdict, attempt, length)
                     return result
                 reasons = verdict.reasons or ("The judge did not accept the result and gave no reason.",)
                 span.code, span.message = code, reasons[0]
         except OctoError as error:
             if error.code in ("fence_lost", "cancelled"):
                 raise
-            code, reasons = error.code, _reasons(error)
-        final = attempt >= last or code in FINAL_CODES
-        await tools.store.change(
+            code, reasons = error.code, _failure_reasons(error)
+        final = attempt >= last or code in NON_RETRYABLE_CODES
+        await deps.store.change(
             task.task_id,
             "step.failed",
             {"step": spec.id, "attempt": attempt, "reasons": list(reasons), "code": code, "final": final},
-            run=task.run,
+            epoch=task.epoch,
             step=(spec.id, {"reasons": list(reasons), **({"status": "failed"} if final else {"attempt": attempt + 1})}),
         )
         if final:
@@ -126,56 +126,56 @@ async def _run_attempts(
         attempt += 1
 
 
-async def _begin(tools: StepTools, task: TaskRecord, spec: PlanStep, attempt: int) -> None:
-    now = tools.clock.now()
-    await tools.store.change(
+async def _start_attempt(deps: StepDependencies, task: TaskRecord, spec: PlanStep, attempt: int) -> None:
+    now = deps.clock.now()
+    await deps.store.change(
         task.task_id,
         "step.started",
-        {"step": spec.id, "title": spec.title, "arm": spec.arm, "attempt": attempt, "run": task.run},
-        run=task.run,
-        step=(spec.id, {"status": "running", "attempt": attempt, "run": task.run, "text": "", "started_at": now}),
+        {"step": spec.id, "title": spec.title, "arm": spec.arm, "attempt": attempt, "run": task.epoch},
+        epoch=task.epoch,
+        step=(spec.id, {"status": "running", "attempt": attempt, "run": task.epoch, "text": "", "started_at": now}),
     )
 
 
 async def _execute(
-    tools: StepTools, task: TaskRecord, spec: PlanStep, contract: TaskContract, attempt: int, deadline: Deadline
+    deps: StepDependencies, task: TaskRecord, spec: PlanStep, contract: TaskContract, attempt: int, deadline: Deadline
 ) -> tuple[ExecuteResult, int]:
     text = LiveText(
-        tools.store, tools.stream, tools.log, task_id=task.task_id, step=spec.id, attempt=attempt, run=task.run
+        deps.store, deps.stream, deps.log, task_id=task.task_id, step=spec.id, attempt=attempt, epoch=task.epoch
     )
 
-    async def on_line(line: Line) -> None:
+    async def on_line(line: StreamEvent) -> None:
         if line.type == "token":
             text.add(line.text, reset=line.reset)
-            await tools.on_progress(spec.id, estimate_within(text.length))
+            await deps.on_progress(spec.id, estimate_step_progress(text.length))
         elif line.type == "progress":
-            await tools.on_progress(spec.id, line.progress)
+            await deps.on_progress(spec.id, line.progress)
 
     async with text:
-        result = await tools.calls.execute(spec.arm, contract, deadline, step=spec.id, attempt=attempt, on_line=on_line)
+        result = await deps.calls.execute(spec.arm, contract, deadline, step=spec.id, attempt=attempt, on_event=on_line)
     return result, text.length
 
 
 async def _judge(
-    tools: StepTools,
+    deps: StepDependencies,
     spec: PlanStep,
     contract: TaskContract,
     result: ExecuteResult,
     attempt: int,
     deadline: Deadline,
 ) -> AcceptResult:
-    async def ignore(_line: Line) -> None:
+    async def ignore(_line: StreamEvent) -> None:
         """Ignore a line: a verdict is told whole, the stream only keeps the connection alive."""
 
     request = AcceptRequest(spec.goal, result, spec.acceptance_criteria, contract.context.files)
-    with tools.tracer.span("accept") as span:
-        verdict = await tools.calls.accept(request, deadline, step=spec.id, attempt=attempt, on_line=ignore)
+    with deps.tracer.span("accept") as span:
+        verdict = await deps.calls.accept(request, deadline, step=spec.id, attempt=attempt, on_event=ignore)
         span.attributes |= {"octollm.accepted": verdict.accepted, "octollm.score": verdict.score}
         return verdict
 
 
-async def _complete(
-    tools: StepTools,
+async def _complete_step(
+    deps: StepDependencies,
     task: TaskRecord,
     spec: PlanStep,
     result: ExecuteResult,
@@ -183,7 +183,7 @@ async def _complete(
     attempt: int,
     length: int,
 ) -> None:
-    await tools.store.change(
+    await deps.store.change(
         task.task_id,
         "step.completed",
         {
@@ -196,15 +196,17 @@ async def _complete(
             "reasons": list(verdict.reasons),
             "text_length": length,
         },
-        run=task.run,
+        epoch=task.epoch,
         step=(
             spec.id,
-            {"status": "completed", "result": result, "reasons": None, "finished_at": tools.clock.now()},
+            {"status": "completed", "result": result, "reasons": None, "finished_at": deps.clock.now()},
         ),
     )
 
 
-def _contract(task: TaskRecord, spec: PlanStep, inputs: Mapping[str, str], reasons: tuple[str, ...]) -> TaskContract:
+def _build_contract(
+    task: TaskRecord, spec: PlanStep, inputs: Mapping[str, str], reasons: tuple[str, ...]
+) -> TaskContract:
     context = task.contract.context
     files = tuple(file for file in context.files if file.name in spec.files)
     return msgspec.structs.replace(
@@ -217,7 +219,7 @@ def _contract(task: TaskRecord, spec: PlanStep, inputs: Mapping[str, str], reaso
     )
 
 
-def _reasons(error: OctoError) -> tuple[str, ...]:
-    details = tuple(fault.detail for fault in error.faults)
+def _failure_reasons(error: OctoError) -> tuple[str, ...]:
+    details = tuple(fault.detail for fault in error.field_errors)
     service = f"{error.service}: " if isinstance(error, RemoteError) and error.code == "internal" else ""
     return details or (service + error.detail,)

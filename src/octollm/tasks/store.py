@@ -13,17 +13,24 @@ import msgspec
 from sqlalchemy import and_, or_, select, update
 
 from octollm.clock import Clock
-from octollm.contracts.api import EventList, SavedText, SavedTexts, TaskList, TaskView
+from octollm.contracts.api import EventList, StepText, StepTexts, TaskList, TaskView
 from octollm.contracts.task import Plan, TaskContract, TaskStatus, Usage
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
-from octollm.storage import Connection, Database, Transaction, plain
+from octollm.storage import Database, DatabaseConnection, Transaction, row_to_dict
 from octollm.storage.tables import budgets, reservations, steps, task_files, tasks
-from octollm.tasks.records import StepRecord, TaskRecord, step_of, summary_of, task_of, view_of
-from octollm.tasks.state import OPEN, check_move, is_final
+from octollm.tasks.records import (
+    StepRecord,
+    TaskRecord,
+    build_task_summary,
+    build_task_view,
+    step_from_row,
+    task_from_row,
+)
+from octollm.tasks.state import OPEN_STATES, check_transition, is_final
 
-SOURCE = "orchestrator"
-Also = Callable[[Transaction], Awaitable[None]]
+EVENT_SOURCE = "orchestrator"
+TransactionHook = Callable[[Transaction], Awaitable[None]]
 """Writes something of the caller's in the same transaction."""
 
 
@@ -55,7 +62,7 @@ class TaskStore:
         """Begin a transaction of the store's database."""
         return self._db.transaction()
 
-    async def create(self, new: NewTask, also: Also | None = None) -> None:
+    async def create(self, new: NewTask, hook: TransactionHook | None = None) -> None:
         """Store a task with its budget, its files and ``task.accepted``; one of kind ``adhoc`` has no events.
 
         What ``also`` writes is part of the same transaction.
@@ -96,10 +103,12 @@ class TaskStore:
                         .values(task_id=new.task_id, role="input", name=file.name, digest=file.digest, created_at=now)
                         .on_conflict_do_nothing()
                     )
-            if also is not None:
-                await also(tx)
+            if hook is not None:
+                await hook(tx)
             if new.kind == "task":
-                await self._event(tx, new.task_id, "task.accepted", {"goal": new.contract.goal[:2000], "progress": 0.0})
+                await self._append_event(
+                    tx, new.task_id, "task.accepted", {"goal": new.contract.goal[:2000], "progress": 0.0}
+                )
 
     async def change(
         self,
@@ -107,11 +116,11 @@ class TaskStore:
         event: str,
         data: Mapping[str, object],
         *,
-        to: TaskStatus | None = None,
-        run: int | None = None,
+        new_status: TaskStatus | None = None,
+        epoch: int | None = None,
         progress: float | None = None,
         step: tuple[str, Mapping[str, object]] | None = None,
-        also: Also | None = None,
+        hook: TransactionHook | None = None,
         **columns: object,
     ) -> float:
         """Change a task (and one step), record ``event``, and return the task's progress.
@@ -120,14 +129,14 @@ class TaskStore:
         an illegal move and for any change of a task that has ended.
         """
         async with self._db.transaction() as tx:
-            row = await self._row(tx, task_id)
-            if run is not None and row["run"] != run:
+            row = await self._load_row(tx, task_id)
+            if epoch is not None and row["run"] != epoch:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
             if is_final(row["status"]):
                 raise OctoError(f"The task is {row['status']} already.", code="state_conflict")
-            if to is not None:
-                check_move(row["status"], to)
-                columns["status"] = to
+            if new_status is not None:
+                check_transition(row["status"], new_status)
+                columns["status"] = new_status
             risen = max(row["progress"], progress or 0.0)
             columns["progress"] = risen
             columns["updated_at"] = self._clock.now()
@@ -139,24 +148,24 @@ class TaskStore:
                     .where(steps.c.task_id == task_id, steps.c.step == name)
                     .values(**values, updated_at=self._clock.now())
                 )
-            if to is not None and is_final(to) and to != "completed":
+            if new_status is not None and is_final(new_status) and new_status != "completed":
                 await tx.execute(
                     update(steps)
                     .where(steps.c.task_id == task_id, steps.c.status.in_(("pending", "running")))
                     .values(status="cancelled", finished_at=self._clock.now())
                 )
-            if also is not None:
-                await also(tx)
-            await self._event(tx, task_id, event, {**data, "progress": risen})
+            if hook is not None:
+                await hook(tx)
+            await self._append_event(tx, task_id, event, {**data, "progress": risen})
             return float(risen)
 
-    async def set_plan(self, task_id: str, plan: Plan, run: int, *, replan: bool, reasons: Sequence[str]) -> None:
+    async def set_plan(self, task_id: str, plan: Plan, epoch: int, *, replan: bool, reasons: Sequence[str]) -> None:
         """Store a plan and its steps: the task runs from here on. A replan drops the steps that did not complete."""
         async with self._db.transaction() as tx:
-            row = await self._row(tx, task_id)
-            if row["run"] != run:
+            row = await self._load_row(tx, task_id)
+            if row["run"] != epoch:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
-            check_move(row["status"], "running")
+            check_transition(row["status"], "running")
             now = self._clock.now()
             if replan:
                 await tx.execute(steps.delete().where(steps.c.task_id == task_id, steps.c.status != "completed"))
@@ -194,18 +203,18 @@ class TaskStore:
             data: dict[str, object] = {"steps": listed, "progress": risen}
             if replan:
                 data["reasons"] = list(reasons)
-            await self._event(tx, task_id, "task.replanned" if replan else "task.planned", data)
+            await self._append_event(tx, task_id, "task.replanned" if replan else "task.planned", data)
             if not replan:
-                await self._event(tx, task_id, "task.started", {"progress": risen})
+                await self._append_event(tx, task_id, "task.started", {"progress": risen})
 
-    async def begin_planning(self, task_id: str, run: int) -> None:
+    async def begin_planning(self, task_id: str, epoch: int) -> None:
         """Move a task to ``planning``; it has no event of its own. Does nothing when it is there already."""
         async with self._db.transaction() as tx:
-            row = await self._row(tx, task_id)
-            if row["run"] != run:
+            row = await self._load_row(tx, task_id)
+            if row["run"] != epoch:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
             if row["status"] != "planning":
-                check_move(row["status"], "planning")
+                check_transition(row["status"], "planning")
                 values = {"status": "planning", "updated_at": self._clock.now()}
                 await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(**values))
 
@@ -218,9 +227,9 @@ class TaskStore:
     async def get(self, task_id: str) -> TaskRecord:
         """Return a task; raise ``task_not_found``."""
         async with self._db.read() as conn:
-            return task_of(await self._row(conn, task_id))
+            return task_from_row(await self._load_row(conn, task_id))
 
-    async def runs(self, task_ids: Set[str]) -> dict[str, int]:
+    async def epochs(self, task_ids: Set[str]) -> dict[str, int]:
         """Return the run that holds each task; one that is not stored has none."""
         if not task_ids:
             return {}
@@ -228,12 +237,12 @@ class TaskStore:
             rows = await conn.all(select(tasks.c.task_id, tasks.c.run).where(tasks.c.task_id.in_(task_ids)))
         return {row["task_id"]: int(row["run"]) for row in rows}
 
-    async def open_of(
+    async def list_open(
         self, tenant: str, *, sub: str | None = None, cred: str | None = None, limit: int = 100
     ) -> list[str]:
         """Return ids of tasks of a principal or credential that have not ended, oldest first."""
         query = select(tasks.c.task_id).where(
-            tasks.c.tenant == tenant, tasks.c.kind == "task", tasks.c.status.in_(OPEN)
+            tasks.c.tenant == tenant, tasks.c.kind == "task", tasks.c.status.in_(OPEN_STATES)
         )
         if sub is not None:
             query = query.where(tasks.c.sub == sub)
@@ -246,12 +255,12 @@ class TaskStore:
     async def steps(self, task_id: str) -> list[StepRecord]:
         """Return a task's steps in the plan's order."""
         async with self._db.read() as conn:
-            return [step_of(row) for row in await _steps(conn, task_id)]
+            return [step_from_row(row) for row in await _load_steps(conn, task_id)]
 
     async def view(self, task_id: str, tenant: str) -> TaskView:
         """Return a task as its owner sees it; another tenant's is ``task_not_found``."""
         async with self._db.read() as conn:
-            row = await self._row(conn, task_id, tenant)
+            row = await self._load_row(conn, task_id, tenant)
             budget = await conn.first(select(budgets).where(budgets.c.task_id == task_id))
             usage = Usage()
             if budget is not None:
@@ -262,7 +271,7 @@ class TaskStore:
                 .order_by(reservations.c.created_at.desc())
                 .limit(1)
             )
-            return view_of(row, await _steps(conn, task_id), usage, str(await conn.scalar(latest) or ""))
+            return build_task_view(row, await _load_steps(conn, task_id), usage, str(await conn.scalar(latest) or ""))
 
     async def list(self, tenant: str, *, limit: int, cursor: str, status: str | None) -> TaskList:
         """Return a page of tasks, newest first; raise ``invalid_parameter`` for a cursor that is not ours."""
@@ -270,7 +279,7 @@ class TaskStore:
         if status is not None:
             wanted.append(tasks.c.status == status)
         if cursor:
-            at, last = _read_cursor(cursor)
+            at, last = _decode_cursor(cursor)
             wanted.append(or_(tasks.c.created_at < at, and_(tasks.c.created_at == at, tasks.c.task_id < last)))
         query = (
             select(tasks).where(*wanted).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit + 1)
@@ -279,30 +288,30 @@ class TaskStore:
             rows = await conn.all(query)
         more = len(rows) > limit
         page = rows[:limit]
-        following = _cursor(page[-1]["created_at"], page[-1]["task_id"]) if more else None
-        return TaskList(tuple(summary_of(plain(row)) for row in page), following)
+        following = _encode_cursor(page[-1]["created_at"], page[-1]["task_id"]) if more else None
+        return TaskList(tuple(build_task_summary(row_to_dict(row)) for row in page), following)
 
     async def history(self, task_id: str, tenant: str, after: int, limit: int) -> EventList:
         """Return a page of a task's events after the version ``after``."""
         async with self._db.read() as conn:
-            await self._row(conn, task_id, tenant)
+            await self._load_row(conn, task_id, tenant)
         events = await self._log.read_subject(task_subject(task_id), after, limit, tenant=tenant)
         return EventList(tuple(events), events[-1].version if events else after)
 
-    async def texts(self, task_id: str, tenant: str) -> SavedTexts:
+    async def texts(self, task_id: str, tenant: str) -> StepTexts:
         """Return the text of each step as it was last saved."""
         async with self._db.read() as conn:
-            await self._row(conn, task_id, tenant)
-            rows = await _steps(conn, task_id)
-        return SavedTexts(
+            await self._load_row(conn, task_id, tenant)
+            rows = await _load_steps(conn, task_id)
+        return StepTexts(
             tuple(
-                SavedText(row["step"], row["attempt"], row["run"], row["text"], row["text_base"])
+                StepText(row["step"], row["attempt"], row["run"], row["text"], row["text_base"])
                 for row in rows
                 if row["text"]
             )
         )
 
-    async def save_text(self, task_id: str, step: str, *, attempt: int, run: int, base: int, text: str) -> None:
+    async def save_text(self, task_id: str, step: str, *, attempt: int, epoch: int, base: int, text: str) -> None:
         """Save the text that stands of a running step, which begins at offset ``base``.
 
         No event: its frames come from the stream.
@@ -311,24 +320,24 @@ class TaskStore:
             await tx.execute(
                 update(steps)
                 .where(steps.c.task_id == task_id, steps.c.step == step, steps.c.attempt == attempt)
-                .values(text=text, text_base=base, run=run)
+                .values(text=text, text_base=base, run=epoch)
             )
 
-    async def _event(self, tx: Transaction, task_id: str, event: str, data: Mapping[str, object]) -> None:
-        row = await self._row(tx, task_id)
+    async def _append_event(self, tx: Transaction, task_id: str, event: str, data: Mapping[str, object]) -> None:
+        row = await self._load_row(tx, task_id)
         appended = await self._log.append(
             tx,
             event,
             subject=task_subject(task_id),
             tenant=row["tenant"],
-            source=SOURCE,
+            source=EVENT_SOURCE,
             data={"task_id": task_id, **data},
             correlation_id=row["correlation_id"],
             traceparent=row["traceparent"],
         )
         await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(version=appended.version))
 
-    async def _row(self, conn: Connection, task_id: str, tenant: str | None = None) -> Mapping[str, Any]:
+    async def _load_row(self, conn: DatabaseConnection, task_id: str, tenant: str | None = None) -> Mapping[str, Any]:
         query = select(tasks).where(tasks.c.task_id == task_id)
         if isinstance(conn, Transaction):
             # What is decided from the row holds until the commit. Rows that refer to it may come beside (key share).
@@ -336,19 +345,19 @@ class TaskStore:
         row = await conn.first(query)
         if row is None or (tenant is not None and (row["tenant"] != tenant or row["kind"] != "task")):
             raise OctoError("There is no task of that id.", code="task_not_found")
-        return plain(row)
+        return row_to_dict(row)
 
 
-async def _steps(conn: Connection, task_id: str) -> Sequence[Mapping[str, Any]]:
+async def _load_steps(conn: DatabaseConnection, task_id: str) -> Sequence[Mapping[str, Any]]:
     query = select(steps).where(steps.c.task_id == task_id).order_by(steps.c.plan_number, steps.c.position).limit(200)
-    return [plain(row) for row in await conn.all(query)]
+    return [row_to_dict(row) for row in await conn.all(query)]
 
 
-def _cursor(at: float, task_id: str) -> str:
+def _encode_cursor(at: float, task_id: str) -> str:
     return base64.urlsafe_b64encode(msgspec.json.encode([at, task_id])).decode().rstrip("=")
 
 
-def _read_cursor(cursor: str) -> tuple[float, str]:
+def _decode_cursor(cursor: str) -> tuple[float, str]:
     try:
         padded = cursor + "=" * (-len(cursor) % 4)
         return msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])

@@ -4,9 +4,19 @@ Every instrument is declared in ``metrics.py``; secrets are masked in ``masking.
 Nothing here decides where logs and spans go: the process that hosts the services does.
 """
 
-from octollm.telemetry.logs import Log, ServedLog, configure_logs, log_for
+from octollm.telemetry.logs import AccessLog, Logger, configure_logging, get_logger
 from octollm.telemetry.masking import mask
 from octollm.telemetry.metrics import Metrics
-from octollm.telemetry.spans import Buffer, Span, Tracer
+from octollm.telemetry.spans import ExportBuffer, Span, Tracer
 
-__all__ = ["Buffer", "Log", "Metrics", "ServedLog", "Span", "Tracer", "configure_logs", "log_for", "mask"]
+__all__ = [
+    "AccessLog",
+    "ExportBuffer",
+    "Logger",
+    "Metrics",
+    "Span",
+    "Tracer",
+    "configure_logging",
+    "get_logger",
+    "mask",
+]

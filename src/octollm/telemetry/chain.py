@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from octollm.capability.tokens import AccessClaims, Claims, GrantClaims
+from octollm.capability.tokens import AccessClaims, GrantClaims, TokenClaims
 
-CHAIN = "octollm.chain"
+CHAIN_ATTRIBUTE = "octollm.chain"
 
 
-class Link(msgspec.Struct, frozen=True):
+class ChainLink(msgspec.Struct, frozen=True):
     """One link: ``iss`` let ``aud`` do ``scope``. A grant's scope is its tree of what may follow, as JSON."""
 
     iss: str
@@ -23,18 +23,18 @@ class Link(msgspec.Struct, frozen=True):
     jti: str
 
 
-def chain_of(links: Sequence[Claims]) -> tuple[str, ...]:
+def encode_chain(links: Sequence[TokenClaims]) -> tuple[str, ...]:
     """Return every link as JSON, the root's first and the access token last.
 
     ``links`` are in the order of a bearer string: the access token, then the grants.
     """
     ordered = (*links[1:], links[0])
     return tuple(
-        [msgspec.json.encode(Link(link.iss, link.aud, _scope_of(link), link.jti)).decode() for link in ordered]
+        [msgspec.json.encode(ChainLink(link.iss, link.aud, _link_scope(link), link.jti)).decode() for link in ordered]
     )
 
 
-def _scope_of(link: Claims) -> str:
+def _link_scope(link: TokenClaims) -> str:
     if isinstance(link, GrantClaims):
-        return msgspec.json.encode(link.may.to_object()).decode()
+        return msgspec.json.encode(link.may.to_dict()).decode()
     return str(link.scope) if isinstance(link, AccessClaims) else ""

@@ -13,8 +13,8 @@ from typing import IO, Protocol, cast
 import msgspec
 import structlog
 
-from octollm.clock import Clock, iso
-from octollm.context import current_scene
+from octollm.clock import Clock, format_rfc3339
+from octollm.context import current_context
 from octollm.telemetry.masking import mask
 
 FLUSH_SECONDS = 0.1
@@ -23,7 +23,7 @@ _MAX_LINES = 1024
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
-class Log(Protocol):
+class Logger(Protocol):
     """What a service writes its log with. Keyword arguments become members of the line."""
 
     def debug(self, event: str, **members: object) -> None:
@@ -43,7 +43,7 @@ class Log(Protocol):
         ...
 
 
-class _Served(msgspec.Struct, omit_defaults=True):
+class _AccessLogLine(msgspec.Struct, omit_defaults=True):
     """The line of a call that was served, in the order in which lines have their members."""
 
     timestamp: str
@@ -61,14 +61,14 @@ class _Served(msgspec.Struct, omit_defaults=True):
     step: str = ""
 
 
-type_of_line = MutableMapping[str, object]
+LogLine = MutableMapping[str, object]
 
 
-def _line_maker(clock: Clock) -> Callable[[object, str, type_of_line], type_of_line]:
-    def make(_logger: object, level: str, line: type_of_line) -> type_of_line:
-        scene = current_scene()
+def _line_processor(clock: Clock) -> Callable[[object, str, LogLine], LogLine]:
+    def make(_logger: object, level: str, line: LogLine) -> LogLine:
+        scene = current_context()
         out: dict[str, object] = {
-            "timestamp": iso(clock.now()),
+            "timestamp": format_rfc3339(clock.now()),
             "level": level,
             "service": line.pop("service", "") or scene.service,
             "event": line.pop("event", ""),
@@ -92,11 +92,11 @@ def _line_maker(clock: Clock) -> Callable[[object, str, type_of_line], type_of_l
     return make
 
 
-def _render(_logger: object, _level: str, line: type_of_line) -> str:
+def _render(_logger: object, _level: str, line: LogLine) -> str:
     return msgspec.json.encode(dict(line), enc_hook=str).decode()
 
 
-class _Stream:
+class _BufferedWriter:
     """A logger that writes lines to one stream; a full disk must not stop the work.
 
     A line per call must not cost a write per call: a line after a silence is written at once, those that follow it
@@ -125,12 +125,12 @@ class _Stream:
 
     debug = info = msg
 
-    def now(self, line: str) -> None:
+    def write_now(self, line: str) -> None:
         with self._adding:
             self._lines.append(line)
         self.flush()
 
-    warning = error = critical = now
+    warning = error = critical = write_now
 
     def flush(self) -> None:
         """Write what there is."""
@@ -161,10 +161,10 @@ class _Stream:
             self._closed.wait(FLUSH_SECONDS)
 
 
-class _Library(logging.Handler):
+class _LibraryHandler(logging.Handler):
     """Warnings of the libraries that we use, as lines of our own log."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Logger) -> None:
         super().__init__(logging.WARNING)
         self._log = log
 
@@ -176,7 +176,7 @@ class _Library(logging.Handler):
 class _Sink:
     """Where lines go while logs are configured."""
 
-    def __init__(self, lines: _Stream, level: int, clock: Clock) -> None:
+    def __init__(self, lines: _BufferedWriter, level: int, clock: Clock) -> None:
         self.lines = lines
         self.level = level
         self._clock = clock
@@ -188,14 +188,14 @@ class _Sink:
         now = self._clock.now()
         second = int(now)
         if second != self._second:
-            self._second, self._start = second, iso(second)[:-4]
+            self._second, self._start = second, format_rfc3339(second)[:-4]
         return f"{self._start}{int((now - second) * 1000):03d}Z"
 
-    def __call__(self, *_args: object) -> _Stream:
+    def __call__(self, *_args: object) -> _BufferedWriter:
         return self.lines
 
 
-class ServedLog:
+class AccessLog:
     """The log of the calls that a service served: a line for each, at a tenth of what other lines cost.
 
     Nothing in it is free text, so that nothing has to be masked.
@@ -205,14 +205,14 @@ class ServedLog:
         self._service = service
         self._encode = msgspec.json.Encoder().encode
 
-    def served(self, operation: str, status: int, seconds: float, *, quiet: bool = False) -> None:
+    def log_call(self, operation: str, status: int, seconds: float, *, quiet: bool = False) -> None:
         """Write that a call was served; one that is ``quiet`` is for a developer only."""
         sink = structlog.get_config()["logger_factory"]
         if not isinstance(sink, _Sink) or sink.level > (10 if quiet else 20):
             return
-        scene = current_scene()
+        scene = current_context()
         trace = scene.trace
-        line = _Served(
+        line = _AccessLogLine(
             sink.time(),
             "debug" if quiet else "info",
             self._service,
@@ -232,15 +232,15 @@ class ServedLog:
 
 @contextmanager
 def _logs_to(stream: IO[str], level: str, clock: Clock) -> Generator[None]:
-    lines = _Stream(stream)
+    lines = _BufferedWriter(stream)
     structlog.configure(
-        processors=[_line_maker(clock), _render],
+        processors=[_line_processor(clock), _render],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         logger_factory=_Sink(lines, _LEVELS[level], clock),
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
-    handler = _Library(log_for("library"))
+    handler = _LibraryHandler(get_logger("library"))
     root.addHandler(handler)
     try:
         yield
@@ -260,7 +260,7 @@ def _open(path: Path | None) -> Generator[IO[str]]:
         yield stream
 
 
-def configure_logs(path: Path | None, *, level: str, clock: Clock) -> AbstractContextManager[None]:
+def configure_logging(path: Path | None, *, level: str, clock: Clock) -> AbstractContextManager[None]:
     """Send this process's logs to ``path`` (appended), or to standard error when it is ``None``.
 
     The process that hosts services calls it once and leaves the context when it ends.
@@ -274,6 +274,6 @@ def configure_logs(path: Path | None, *, level: str, clock: Clock) -> AbstractCo
     return configured()
 
 
-def log_for(service: str) -> Log:
+def get_logger(service: str) -> Logger:
     """Return the log of ``service``."""
-    return cast("Log", structlog.get_logger(service=service))
+    return cast("Logger", structlog.get_logger(service=service))

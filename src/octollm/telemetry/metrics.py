@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import generate_latest
 
-from octollm.telemetry.tally import Tally
+from octollm.telemetry.tally import RequestMetrics
 
 
 class Metrics:
@@ -15,7 +15,7 @@ class Metrics:
         self.service = service
         self.registry = CollectorRegistry(auto_describe=False)
         registry = self.registry
-        self.served = Tally(service, registry)
+        self.requests = RequestMetrics(service, registry)
         self.calls = Counter(
             "octollm_calls_total",
             "Calls to other services, by how they ended (a status or an error code).",
@@ -43,20 +43,20 @@ class Metrics:
             registry=registry,
         )
         self.events = Counter("octollm_events_total", "Events that were published.", ["event_type"], registry=registry)
-        self.watchers = Gauge("octollm_watchers", "Open live connections.", ["kind"], registry=registry)
-        self.screened = Counter(
+        self.live_connections = Gauge("octollm_watchers", "Open live connections.", ["kind"], registry=registry)
+        self.rejected_requests = Counter(
             "octollm_door_refused_total",
             "Requests that the public door refused, by error code.",
             ["code"],
             registry=registry,
         )
-        self.findings = Counter(
+        self.screening_findings = Counter(
             "octollm_screening_findings_total",
             "Submissions in which a pattern was found.",
             ["pattern"],
             registry=registry,
         )
-        self.refused = Counter(
+        self.rejected_tokens = Counter(
             "octollm_tokens_refused_total",
             "Capability tokens that were refused, by the rule that they broke.",
             ["service", "reason"],

@@ -12,7 +12,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from octollm.context import Trace
+from octollm.context import TraceContext
 from octollm.telemetry.masking import mask_text
 from octollm.telemetry.spans import Span, SpanKind, SpanValue
 
@@ -38,11 +38,11 @@ _Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 _Name = Annotated[str, Meta(max_length=MAX_NAME)]
 
 
-class _Wire(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel", gc=False):
+class _OtlpStruct(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel", gc=False):
     """None of them can be part of a cycle, so the garbage collector need not look at their many."""
 
 
-class AnyValue(_Wire, frozen=True):
+class AnyValue(_OtlpStruct, frozen=True):
     """One value; the member that is there says of which type."""
 
     string_value: _Text | None = None
@@ -52,13 +52,13 @@ class AnyValue(_Wire, frozen=True):
     array_value: ArrayValue | None = None
 
 
-class ArrayValue(_Wire, frozen=True):
+class ArrayValue(_OtlpStruct, frozen=True):
     """Several values."""
 
     values: Annotated[tuple[AnyValue, ...], Meta(max_length=64)] = ()
 
 
-class KeyValue(_Wire, frozen=True):
+class KeyValue(_OtlpStruct, frozen=True):
     """An attribute."""
 
     key: _Name
@@ -68,14 +68,14 @@ class KeyValue(_Wire, frozen=True):
 _Attributes = Annotated[tuple[KeyValue, ...], Meta(max_length=128)]
 
 
-class Status(_Wire, frozen=True):
-    """How a span ended; ``code`` 2 is an error."""
+class OtlpStatus(_OtlpStruct, frozen=True):
+    """How a span ended; ``solve_code_goal`` 2 is an error."""
 
     message: _Text = ""
     code: int = 0
 
 
-class WireSpan(_Wire, frozen=True):
+class OtlpSpan(_OtlpStruct, frozen=True):
     """A span. Its events and links are passed over."""
 
     trace_id: _TraceId
@@ -86,53 +86,53 @@ class WireSpan(_Wire, frozen=True):
     parent_span_id: _Parent = ""
     kind: Annotated[int, Meta(ge=0, le=5)] = 0
     attributes: _Attributes = ()
-    status: Status = Status()
+    status: OtlpStatus = OtlpStatus()
     flags: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
 
 
-class Scope(_Wire, frozen=True):
+class InstrumentationScope(_OtlpStruct, frozen=True):
     """The library that made the spans."""
 
     name: _Name = ""
     version: _Name = ""
 
 
-class ScopeSpans(_Wire, frozen=True):
+class ScopeSpans(_OtlpStruct, frozen=True):
     """Spans of one library."""
 
-    spans: Annotated[tuple[WireSpan, ...], Meta(max_length=MAX_SPANS)] = ()
-    scope: Scope = Scope()
+    spans: Annotated[tuple[OtlpSpan, ...], Meta(max_length=MAX_SPANS)] = ()
+    scope: InstrumentationScope = InstrumentationScope()
 
 
-class Resource(_Wire, frozen=True):
+class Resource(_OtlpStruct, frozen=True):
     """The process that the spans are of."""
 
     attributes: _Attributes = ()
 
 
-class ResourceSpans(_Wire, frozen=True):
+class ResourceSpans(_OtlpStruct, frozen=True):
     """Spans of one process."""
 
     scope_spans: Annotated[tuple[ScopeSpans, ...], Meta(max_length=64)] = ()
     resource: Resource = Resource()
 
 
-class ExportRequest(_Wire, frozen=True):
+class ExportRequest(_OtlpStruct, frozen=True):
     """``POST /v1/traces``."""
 
     resource_spans: Annotated[tuple[ResourceSpans, ...], Meta(max_length=64)] = ()
 
 
-class ExportAnswer(_Wire, frozen=True):
+class ExportResponse(_OtlpStruct, frozen=True):
     """Everything was taken."""
 
 
 def encode_spans(spans: Iterable[Span], version: str) -> bytes:
     """Return the request that hands ``spans`` over. ``version`` is that of the program."""
-    by_service: dict[str, list[WireSpan]] = {}
+    by_service: dict[str, list[OtlpSpan]] = {}
     for span in spans:
-        by_service.setdefault(span.service, []).append(_wire(span))
-    scope = Scope("octollm", version)
+        by_service.setdefault(span.service, []).append(_to_otlp(span))
+    scope = InstrumentationScope("octollm", version)
     return msgspec.json.encode(
         ExportRequest(
             tuple(
@@ -146,23 +146,23 @@ def encode_spans(spans: Iterable[Span], version: str) -> bytes:
     )
 
 
-def read_spans(request: ExportRequest, service: str) -> list[Span]:
+def decode_spans(request: ExportRequest, service: str) -> list[Span]:
     """Return the spans of a request as those of ``service``, whatever process it names."""
     return [
-        _span(span, service)
+        _from_otlp(span, service)
         for resource in request.resource_spans
         for scope in resource.scope_spans
         for span in scope.spans
     ]
 
 
-def _wire(span: Span) -> WireSpan:
-    attributes = tuple([KeyValue(name[:MAX_NAME], _value(value)) for name, value in span.attributes.items()])
-    status = Status()
+def _to_otlp(span: Span) -> OtlpSpan:
+    attributes = tuple([KeyValue(name[:MAX_NAME], _to_any_value(value)) for name, value in span.attributes.items()])
+    status = OtlpStatus()
     if span.code:
         attributes += (KeyValue(_ERROR_TYPE, AnyValue(string_value=span.code)),)
-        status = Status(mask_text(span.message)[:MAX_TEXT], _ERROR)
-    return WireSpan(
+        status = OtlpStatus(mask_text(span.message)[:MAX_TEXT], _ERROR)
+    return OtlpSpan(
         span.trace.trace_id,
         span.trace.span_id,
         span.name[:MAX_NAME],
@@ -176,7 +176,7 @@ def _wire(span: Span) -> WireSpan:
     )
 
 
-def _value(value: SpanValue) -> AnyValue:
+def _to_any_value(value: SpanValue) -> AnyValue:
     if isinstance(value, str):
         return AnyValue(value[:MAX_TEXT])
     if isinstance(value, bool):
@@ -188,8 +188,8 @@ def _value(value: SpanValue) -> AnyValue:
     return AnyValue(array_value=ArrayValue(tuple([AnyValue(item[:MAX_TEXT]) for item in value])))
 
 
-def _span(wire: WireSpan, service: str) -> Span:
-    attributes = {each.key: value for each in wire.attributes if (value := _plain(each.value)) is not None}
+def _from_otlp(wire: OtlpSpan, service: str) -> Span:
+    attributes = {each.key: value for each in wire.attributes if (value := _from_any_value(each.value)) is not None}
     code = ""
     if wire.status.code == _ERROR:
         code = str(attributes.pop(_ERROR_TYPE, "error"))[:MAX_NAME]
@@ -198,7 +198,7 @@ def _span(wire: WireSpan, service: str) -> Span:
         service,
         wire.name,
         _KINDS[wire.kind],
-        Trace(wire.trace_id.lower(), wire.span_id.lower()),
+        TraceContext(wire.trace_id.lower(), wire.span_id.lower()),
         wire.parent_span_id.lower(),
         start,
         max(start, int(wire.end_time_unix_nano)),
@@ -208,7 +208,7 @@ def _span(wire: WireSpan, service: str) -> Span:
     )
 
 
-def _plain(value: AnyValue) -> SpanValue | None:
+def _from_any_value(value: AnyValue) -> SpanValue | None:
     """Return a value of ours; ``None`` for what we do not keep (bytes, maps, nothing)."""
     if value.string_value is not None:
         return value.string_value
@@ -219,5 +219,5 @@ def _plain(value: AnyValue) -> SpanValue | None:
     if value.double_value is not None:
         return value.double_value
     if value.array_value is not None:
-        return tuple([str(item) for each in value.array_value.values if (item := _plain(each)) is not None])
+        return tuple([str(item) for each in value.array_value.values if (item := _from_any_value(each)) is not None])
     return None

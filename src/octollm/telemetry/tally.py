@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 """Upper bounds of the buckets."""
 
 
-class OperationTally:
+class OperationMetrics:
     """The calls of one operation."""
 
     __slots__ = ("buckets", "name", "statuses", "sum")
@@ -24,28 +24,28 @@ class OperationTally:
     def __init__(self, name: str) -> None:
         self.name = name
         self.statuses: dict[int, int] = {}
-        self.buckets = [0] * (len(SECONDS) + 1)
+        self.buckets = [0] * (len(LATENCY_BUCKETS) + 1)
         self.sum = 0.0
 
-    def add(self, status: int, seconds: float) -> None:
+    def observe(self, status: int, seconds: float) -> None:
         """Count a call that was answered."""
         self.statuses[status] = self.statuses.get(status, 0) + 1
-        self.buckets[bisect_left(SECONDS, seconds)] += 1
+        self.buckets[bisect_left(LATENCY_BUCKETS, seconds)] += 1
         self.sum += seconds
 
 
-class Tally:
+class RequestMetrics:
     """All operations of one service."""
 
     def __init__(self, service: str, registry: CollectorRegistry) -> None:
         self.in_flight = 0
         self._service = service
-        self._operations: dict[str, OperationTally] = {}
+        self._operations: dict[str, OperationMetrics] = {}
         registry.register(self)
 
-    def operation(self, name: str) -> OperationTally:
+    def operation(self, name: str) -> OperationMetrics:
         """Return the tally of an operation."""
-        return self._operations.setdefault(name, OperationTally(name))
+        return self._operations.setdefault(name, OperationMetrics(name))
 
     def collect(self) -> Iterator[Metric]:
         """Yield the families (what a registry asks its collectors for)."""
@@ -58,7 +58,7 @@ class Tally:
             for status, count in operation.statuses.items():
                 requests.add_metric([self._service, operation.name, str(status)], count)
             total, buckets = 0, list[tuple[str, float]]()
-            for bound, count in zip((*map(float, SECONDS), "+Inf"), operation.buckets, strict=True):
+            for bound, count in zip((*map(float, LATENCY_BUCKETS), "+Inf"), operation.buckets, strict=True):
                 total += count
                 buckets.append((str(bound), total))
             if total:

@@ -13,7 +13,7 @@ from octollm.arm import Arm, build_arm
 from octollm.config import read_settings
 from octollm.llm.select import ModelChoice
 from octollm.llm.types import ChatModel
-from octollm.rpc.hosting import listen, serving
+from octollm.rpc.hosting import listen, serve_app
 from octollm.rpc.service import Service
 from octollm.services.models.service import models_service
 from octollm.testing.fake_model import FakeModel
@@ -22,11 +22,11 @@ from octollm.testing.in_memory import InMemoryHttp
 
 
 @contextlib.asynccontextmanager
-async def together(openings: Sequence[AbstractAsyncContextManager[None]]) -> AsyncGenerator[None]:
+async def enter_all(contexts: Sequence[AbstractAsyncContextManager[None]]) -> AsyncGenerator[None]:
     """Open contexts one after the other, and close them side by side: a server takes a moment to end."""
-    stacks = [contextlib.AsyncExitStack() for _ in openings]
+    stacks = [contextlib.AsyncExitStack() for _ in contexts]
     try:
-        for stack, opening in zip(stacks, openings, strict=True):
+        for stack, opening in zip(stacks, contexts, strict=True):
             await stack.enter_async_context(opening)
         yield
     finally:
@@ -34,13 +34,13 @@ async def together(openings: Sequence[AbstractAsyncContextManager[None]]) -> Asy
 
 
 @contextlib.asynccontextmanager
-async def served_arm(house: Harness, arm: Arm) -> AsyncGenerator[Service]:
+async def arm_service(harness: Harness, arm: Arm) -> AsyncGenerator[Service]:
     """Yield ``arm`` as a service."""
-    yield build_arm(arm, house.base(arm.name))
+    yield build_arm(arm, harness.base(arm.name))
 
 
 @contextlib.asynccontextmanager
-async def fake_models(house: Harness, model: FakeModel) -> AsyncGenerator[Service]:
+async def fake_models_service(harness: Harness, model: FakeModel) -> AsyncGenerator[Service]:
     """Yield the real models service over a fake model."""
 
     async def ready() -> ChatModel:
@@ -49,35 +49,35 @@ async def fake_models(house: Harness, model: FakeModel) -> AsyncGenerator[Servic
     with TemporaryDirectory() as home:
         settings = read_settings({"OCTOLLM_HOME": home, "OCTOLLM_MODEL": "openai:fake"}, ())
         choice = ModelChoice(model.name, None, ready)
-        async with models_service(house.base("models"), settings, choose=lambda: choice) as service:
+        async with models_service(harness.base("models"), settings, choose=lambda: choice) as service:
             yield service
 
 
 @contextlib.asynccontextmanager
-async def hosted(
-    house: Harness, opening: AbstractAsyncContextManager[Service], *, lazily: bool = False
+async def host_service(
+    harness: Harness, service_context: AbstractAsyncContextManager[Service], *, lazy: bool = False
 ) -> AsyncGenerator[None]:
     """Host a service in memory, or on a socket where the bench has them.
 
     ``lazily`` also opens a socket, served once somebody connects: a client of the arm's own knows nothing of ours.
     """
-    if not isinstance(house.http, InMemoryHttp):
-        async with house.serve(opening):
+    if not isinstance(harness.http, InMemoryHttp):
+        async with harness.serve(service_context):
             yield
         return
-    async with opening as service, contextlib.AsyncExitStack() as stack:
+    async with service_context as service, contextlib.AsyncExitStack() as stack:
         url = f"http://{service.base.name}"
-        if lazily:
+        if lazy:
             bound = listen(LOCAL, 0, service.base.name)
             url = f"http://{LOCAL}:{bound.getsockname()[1]}"
-            await stack.enter_async_context(_served_when_wanted(service, bound))
-        house.http.apps[url] = service.app
-        house.urls[service.base.name] = url
+            await stack.enter_async_context(_serve_on_first_connection(service, bound))
+        harness.http.apps[url] = service.app
+        harness.urls[service.base.name] = url
         yield
 
 
 @contextlib.asynccontextmanager
-async def _served_when_wanted(service: Service, bound: socket.socket) -> AsyncGenerator[None]:
+async def _serve_on_first_connection(service: Service, bound: socket.socket) -> AsyncGenerator[None]:
     loop = asyncio.get_running_loop()
     wanted = asyncio.Event()
 
@@ -87,7 +87,7 @@ async def _served_when_wanted(service: Service, bound: socket.socket) -> AsyncGe
 
     async def serve() -> None:
         await wanted.wait()
-        async with serving(service.app, bound):
+        async with serve_app(service.app, bound):
             await asyncio.Event().wait()
 
     loop.add_reader(bound, connected)

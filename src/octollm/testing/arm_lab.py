@@ -15,33 +15,39 @@ import msgspec
 
 from octollm.arm import Arm
 from octollm.arm.answers import answer_type
-from octollm.capability import BUILT_IN_CALLS, Principal, Scope, ScopeSet, SigningKey, TaskRef, closure, preset
+from octollm.capability import BUILT_IN_CALLS, Principal, Scope, ScopeSet, SigningKey, TaskRef, attenuate, preset_scopes
 from octollm.contracts.problems import Problem
 from octollm.contracts.services import BUILT_IN_ARMS
-from octollm.contracts.stream import NDJSON, Line
+from octollm.contracts.stream import NDJSON, StreamEvent
 from octollm.contracts.task import FileRef
 from octollm.errors import OctoError
 from octollm.rpc.decode import decode
-from octollm.rpc.http1 import Http1
-from octollm.rpc.problems import error_from_response, error_of
+from octollm.rpc.http1 import Http1Client
+from octollm.rpc.problems import parse_problem, remote_error
 from octollm.rpc.shapes import encode
-from octollm.testing.arm_hosting import fake_models, hosted, served_arm, together
+from octollm.testing.arm_hosting import arm_service, enter_all, fake_models_service, host_service
 from octollm.testing.fake_model import FakeAnswers, FakeModel
-from octollm.testing.harness import Harness, orchestrator_of
+from octollm.testing.harness import Harness, fake_orchestrator
 from octollm.testing.in_memory import InMemoryHttp
-from octollm.testing.scripted_service import Answer, Called, Script, scripted_scopes, scripted_service
+from octollm.testing.scripted_service import (
+    RecordedCall,
+    ScriptedAnswer,
+    ServiceScript,
+    scripted_scopes,
+    scripted_service,
+)
 
 CALL_SECONDS = 60.0
 _TASK = "task-" + "0" * 32
 
 
-class Lab:
+class ArmHarness:
     """What a test of an arm sees. Made by :func:`arm_test`; what was recorded stays readable after it is closed."""
 
-    def __init__(self, arm: Arm, house: Harness, model: FakeModel, script: Script) -> None:
+    def __init__(self, arm: Arm, harness: Harness, model: FakeModel, script: ServiceScript) -> None:
         self.arm = arm
         self.model = model
-        self._house = house
+        self._harness = harness
         self._script = script
         self._attempt = 0
         self.emitted: list[str] = []
@@ -49,20 +55,20 @@ class Lab:
         self.progress: list[tuple[float, str]] = []
 
     @property
-    def calls(self) -> list[Called]:
+    def calls(self) -> list[RecordedCall]:
         """Return the calls that the arm made to other services, models and files apart."""
         return self._script.calls
 
     @property
     def files(self) -> dict[str, bytes]:
         """Return the bytes of every file by digest: those given, and the artifacts."""
-        return self._house.books.files
+        return self._harness.records.files
 
     def put_file(self, name: str, content: bytes | str) -> FileRef:
         """Store a file as a client would have; return what a task names it by."""
         body = content.encode() if isinstance(content, str) else content
         digest = hashlib.sha256(body).hexdigest()
-        self._house.books.files[digest] = body
+        self._harness.records.files[digest] = body
         return FileRef(name, digest)
 
     async def call(
@@ -95,11 +101,13 @@ class Lab:
 
     async def card(self) -> dict[str, Any]:
         """Return the arm's card."""
-        return msgspec.json.decode((await self._house.send(self.arm.name, "GET", "/.well-known/agent-card.json")).body)
+        return msgspec.json.decode(
+            (await self._harness.send(self.arm.name, "GET", "/.well-known/agent-card.json")).body
+        )
 
     async def openapi(self) -> dict[str, Any]:
         """Return the arm's OpenAPI description."""
-        return msgspec.json.decode((await self._house.send(self.arm.name, "GET", "/openapi.json")).body)
+        return msgspec.json.decode((await self._harness.send(self.arm.name, "GET", "/openapi.json")).body)
 
     async def _send(self, operation: str, body: bytes, without: Sequence[str]) -> bytes:
         self._attempt += 1
@@ -109,8 +117,8 @@ class Lab:
             "Content-Type": "application/json",
             "Idempotency-Key": f"{_TASK}:s1:{self._attempt}",
         }
-        url = f"{self._house.urls[self.arm.name]}/{operation}"
-        async with self._house.http.stream("POST", url, headers, body, seconds=CALL_SECONDS) as streamed:
+        url = f"{self._harness.urls[self.arm.name]}/{operation}"
+        async with self._harness.http.stream("POST", url, headers, body, seconds=CALL_SECONDS) as streamed:
             rest, lines = b"", list[bytes]()
             async for chunk in streamed.chunks:
                 *lines, rest = (rest + chunk).split(b"\n")
@@ -118,15 +126,15 @@ class Lab:
                     rest = b"\n".join((*lines, rest))
                     continue
                 for text in lines:
-                    line = msgspec.json.decode(text, type=Line)
+                    line = msgspec.json.decode(text, type=StreamEvent)
                     if line.type == "result":
                         return bytes(line.result)
-                    self._note(line)
-            raise error_from_response(self.arm.name, streamed.status, rest, None)
+                    self._record(line)
+            raise parse_problem(self.arm.name, streamed.status, rest, None)
 
-    def _note(self, line: Line) -> None:
+    def _record(self, line: StreamEvent) -> None:
         if line.type == "problem":
-            raise error_of(line.problem or Problem("", 500, "", "peer_protocol", False), self.arm.name)
+            raise remote_error(line.problem or Problem("", 500, "", "peer_protocol", False), self.arm.name)
         if line.type == "token":
             self.emitted.append(line.text)
             self.text = line.text if line.reset else self.text + line.text
@@ -135,23 +143,23 @@ class Lab:
 
     def _token(self, operation: str, without: Sequence[str]) -> str:
         """Return what the orchestrator would send: a token, and a grant of the closure of the arm's declarations."""
-        house, arm = self._house, self.arm
+        house, arm = self._harness, self.arm
         scope = f"{arm.name}:{operation}"
         denied = ScopeSet(Scope(text) for text in without)
         asked = {call.scope: Scope(call.scope) for calls in house.declarations.values() for call in calls}
         lent = ScopeSet(wanted for wanted in asked.values() if not denied.allows(wanted))
-        authority = preset("user", (*BUILT_IN_ARMS, arm.name)).intersection(ScopeSet((Scope(scope), *lent)))
-        files = tuple(f"files:read:{digest}" for digest in house.books.files)
-        may, missing = closure(scope, house.declarations, authority, bind={"files:read": files})
+        authority = preset_scopes("user", (*BUILT_IN_ARMS, arm.name)).intersection(ScopeSet((Scope(scope), *lent)))
+        files = tuple(f"files:read:{digest}" for digest in house.records.files)
+        may, missing = attenuate(scope, house.declarations, authority, bindings={"files:read": files})
         if missing:
             raise OctoError(f"The task lacks the authority for {', '.join(missing)}.", code="authority_missing")
-        return house.minter.access(
+        return house.minter.mint_access(
             Principal("user-1", "cred-1", "default"),
             arm.name,
             scope,
             CALL_SECONDS,
             task=TaskRef(_TASK, "s1", self._attempt, 1),
-            may=may,
+            delegation=may,
             holder_jkt=house.keys[arm.name].thumbprint,
         )
 
@@ -167,33 +175,36 @@ async def arm_test(
     arm: Arm,
     *,
     model: FakeModel | FakeAnswers = (),
-    answers: Mapping[str, Answer] | None = None,
+    answers: Mapping[str, ScriptedAnswer] | None = None,
     max_tokens: int = 100_000,
     sockets: bool = False,
-) -> AsyncGenerator[Lab]:
+) -> AsyncGenerator[ArmHarness]:
     """Open a bench for ``arm``.
 
-    ``model`` is what the model answers, in order, or a function of the request. ``answers`` is what other services
+    ``check_model`` is what the model answers, in order, or a function of the request. ``answers`` is what other services
     answer, by scope: ``{"retriever:search": {"passages": []}}``; an ``OctoError`` is raised there, a function is
     given the decoded body. ``max_tokens`` is the task's budget, a word being a token. ``sockets`` serves everything
     on real sockets of this machine, slower and otherwise alike.
     """
     fake = model if isinstance(model, FakeModel) else FakeModel(model)
-    script = Script(dict(answers or {}))
+    script = ServiceScript(dict(answers or {}))
     scopes = scripted_scopes(arm.calls, script.answers)
     async with contextlib.AsyncExitStack() as stack:
-        http = await stack.enter_async_context(Http1() if sockets else InMemoryHttp())
+        http = await stack.enter_async_context(Http1Client() if sockets else InMemoryHttp())
         house = Harness(http)
-        house.books.tokens = max_tokens
+        house.records.tokens = max_tokens
         house.declarations = {**BUILT_IN_CALLS, **arm.declarations()}
         callees = sorted({scope.partition(":")[0] for scope in scopes} - {arm.name})
         for name in (arm.name, *callees):
             house.keys.setdefault(name, SigningKey.generate(name))
-        await stack.enter_async_context(hosted(house, orchestrator_of(house)))
+        await stack.enter_async_context(host_service(house, fake_orchestrator(house)))
         others = [scripted_service(house.base(name), script, scopes) for name in callees]
-        callables = [hosted(house, fake_models(house, fake), lazily=True), *(hosted(house, other) for other in others)]
-        await stack.enter_async_context(together([*callables, hosted(house, served_arm(house, arm))]))
-        yield Lab(arm, house, fake, script)
+        callables = [
+            host_service(house, fake_models_service(house, fake), lazy=True),
+            *(host_service(house, other) for other in others),
+        ]
+        await stack.enter_async_context(enter_all([*callables, host_service(house, arm_service(house, arm))]))
+        yield ArmHarness(arm, house, fake, script)
 
 
 def run_arm(
@@ -202,14 +213,14 @@ def run_arm(
     body: object,
     *,
     model: FakeModel | FakeAnswers = (),
-    answers: Mapping[str, Answer] | None = None,
+    answers: Mapping[str, ScriptedAnswer] | None = None,
     files: Mapping[str, bytes | str] | None = None,
     without: Sequence[str] = (),
     max_tokens: int = 100_000,
-) -> tuple[Any, Lab]:
+) -> tuple[Any, ArmHarness]:
     """Call one operation on a bench of its own, without an event loop; return its answer and the bench."""
 
-    async def run() -> tuple[Any, Lab]:
+    async def run() -> tuple[Any, ArmHarness]:
         async with arm_test(arm, model=model, answers=answers, max_tokens=max_tokens) as lab:
             return await lab.call(operation, body, files=files, without=without), lab
 

@@ -10,21 +10,21 @@ from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
     ChatUsage,
-    Final,
+    CompletionEnd,
     FunctionCall,
-    Piece,
+    ModelStreamChunk,
     TextDelta,
     ToolCall,
-    tools_bound,
+    bound_tool_tokens,
 )
 from octollm.rpc.shapes import encode
 
-_PIECE = 8
+_CHUNK_CHARS = 8
 """Characters of one piece."""
 
 
 @dataclass(frozen=True, slots=True)
-class UseTool:
+class ToolUse:
     """The model wants a tool called."""
 
     name: str
@@ -32,7 +32,7 @@ class UseTool:
 
 
 FakeAnswer = object
-"""Text; :class:`UseTool`; an ``OctoError``, which is raised; anything else is written as JSON."""
+"""Text; :class:`ToolUse`; an ``OctoError``, which is raised; anything else is written as JSON."""
 FakeAnswers = Iterable[FakeAnswer] | Callable[[ChatRequest], FakeAnswer]
 """Answers in order, or a function from what is asked to its answer."""
 
@@ -41,33 +41,33 @@ class FakeModel:
     """Answers as it is told; counts a word as a token. ``asked`` has every request. One text is one answer."""
 
     name = "fake"
-    context_tokens = 100_000
+    round_context = 100_000
 
     def __init__(self, answers: FakeAnswers = ()) -> None:
         self._answers: Callable[[ChatRequest], FakeAnswer] | Iterator[FakeAnswer]
         self._answers = answers if callable(answers) else iter([answers] if isinstance(answers, str) else answers)
-        self.asked: list[ChatRequest] = []
+        self.requests: list[ChatRequest] = []
 
     @property
     def prompts(self) -> list[str]:
         """Return the last message of each request."""
-        return [request.messages[-1].text for request in self.asked]
+        return [request.messages[-1].text for request in self.requests]
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
         """Count words."""
         return sum(len(message.text.split()) for message in messages)
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         """Write the next answer in pieces; see :class:`octollm.llm.types.ChatModel`."""
-        self.asked.append(request)
+        self.requests.append(request)
         answer = self._next(request)
         if isinstance(answer, OctoError):
             raise answer
-        prompt = await self.count_tokens(request.messages) + tools_bound(request)
-        if isinstance(answer, UseTool):
+        prompt = await self.count_tokens(request.messages) + bound_tool_tokens(request)
+        if isinstance(answer, ToolUse):
             call = FunctionCall(answer.name, encode(dict(answer.arguments)).decode())
-            calls = (ToolCall(f"call-{len(self.asked)}", call),)
-            yield Final("tool_calls", ChatUsage.of(prompt, len(call.arguments.split())), tool_calls=calls)
+            calls = (ToolCall(f"call-{len(self.requests)}", call),)
+            yield CompletionEnd("tool_calls", ChatUsage.of(prompt, len(call.arguments.split())), tool_calls=calls)
             return
         text = answer if isinstance(answer, str) else encode(answer).decode()
         words = text.split()
@@ -75,9 +75,9 @@ class FakeModel:
         if cut:
             words = words[: request.completion_limit]
             text = " ".join(words)
-        for start in range(0, len(text), _PIECE):
-            yield TextDelta(text[start : start + _PIECE])
-        yield Final("length" if cut else "stop", ChatUsage.of(prompt, len(words)))
+        for start in range(0, len(text), _CHUNK_CHARS):
+            yield TextDelta(text[start : start + _CHUNK_CHARS])
+        yield CompletionEnd("length" if cut else "stop", ChatUsage.of(prompt, len(words)))
 
     async def aclose(self) -> None:
         """Free nothing."""

@@ -26,56 +26,56 @@ from octollm.capability import (
     ScopeSet,
     SigningKey,
     TaskRef,
-    closure,
-    preset,
+    attenuate,
+    preset_scopes,
 )
 from octollm.capability.verifying import Verifier
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.api import (
     ArmRegistration,
-    ClaimAnswer,
-    ClaimAnswers,
+    ClaimBatch,
     ClaimRequest,
-    Claims,
-    ClaimUpdates,
-    ReserveAnswer,
+    ClaimResponse,
+    ClaimResponseBatch,
+    ClaimUpdateBatch,
     ReserveRequest,
+    ReserveResponse,
     SettleRequest,
 )
 from octollm.contracts.joining import InstanceRef
 from octollm.contracts.operations import StoredFile
-from octollm.contracts.problems import problem_of
+from octollm.contracts.problems import to_problem
 from octollm.contracts.services import SERVICES, service_of
 from octollm.contracts.task import MAX_FILE_BYTES, Usage
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation, Reply
+from octollm.rpc.call import IncomingCall, Operation, OperationResponse
 from octollm.rpc.hosting import listen
-from octollm.rpc.http import Answer, Http
-from octollm.rpc.http1 import Http1
-from octollm.rpc.identity import DirectoryAnswer, Identity
-from octollm.rpc.openers import ServiceOpener
-from octollm.rpc.service import Base, Service, build_base, build_service
+from octollm.rpc.http import HttpClient, HttpResponse
+from octollm.rpc.http1 import Http1Client
+from octollm.rpc.identity import DirectoryResponse, ServiceIdentity
+from octollm.rpc.openers import ServiceAuthenticator
+from octollm.rpc.service import Service, ServiceBase, build_base, build_service
 
 LOCAL = "127.0.0.1"
 
 
 @dataclass(slots=True)
-class Books:
-    """What the orchestrator of a test was asked for. ``tokens`` is the budget; ``refusal`` makes reserving fail.
+class OrchestratorRecords:
+    """What the orchestrator of a test was asked for. ``tokens`` is the budget; ``find_refusal_reason`` makes reserving fail.
 
     A reservation is made at once but answered only when ``gate`` is set, if there is one.
     """
 
     tokens: int = 100_000
-    refusal: OctoError | None = None
-    gate: asyncio.Event | None = None
+    reserve_error: OctoError | None = None
+    reserve_event: asyncio.Event | None = None
     reserved: list[ReserveRequest] = field(default_factory=list[ReserveRequest])
     settled: list[SettleRequest] = field(default_factory=list[SettleRequest])
     journal: dict[str, bytes] = field(default_factory=dict[str, bytes])
     files: dict[str, bytes] = field(default_factory=dict[str, bytes])
     arms: dict[str, ArmRegistration] = field(default_factory=dict[str, ArmRegistration])
-    claims: dict[tuple[str, str, str], tuple[str, ClaimAnswer]] = field(
-        default_factory=dict[tuple[str, str, str], tuple[str, ClaimAnswer]]
+    claims: dict[tuple[str, str, str], tuple[str, ClaimResponse]] = field(
+        default_factory=dict[tuple[str, str, str], tuple[str, ClaimResponse]]
     )
 
     @property
@@ -87,7 +87,7 @@ class Books:
         return total
 
 
-class _Known:
+class _StaticDiscovery:
     """Discovery of what the test serves."""
 
     def __init__(self, urls: Mapping[str, str]) -> None:
@@ -101,30 +101,30 @@ class _Known:
 
 
 class Harness:
-    """One test's services. Made by :func:`harness`."""
+    """One test's services. Made by :func:`start_harness`."""
 
-    def __init__(self, http: Http) -> None:
+    def __init__(self, http: HttpClient) -> None:
         self.http = http
         self.clock = SystemClock()
-        self.ids = Uuid7Ids(self.clock)
+        self.ids = Uuid7Generator(self.clock)
         self.keys = {name: SigningKey.generate(name) for name in SERVICES}
         self.root = SigningKey.generate("orchestrator")
         self.roots = {self.root.thumbprint: self.root.public}
         self.minter = RootMinter(self.root, self.clock, self.ids)
-        self.books = Books()
+        self.records = OrchestratorRecords()
         self.urls: dict[str, str] = {}
-        self.discovery = _Known(self.urls)
+        self.discovery = _StaticDiscovery(self.urls)
         self.declarations: Declarations = BUILT_IN_CALLS
 
-    def base(self, name: str) -> Base:
+    def base(self, name: str) -> ServiceBase:
         """Return what the service ``name`` is built on."""
-        identity = Identity(name, self.keys[name], self.roots, self.clock, self.ids)
+        identity = ServiceIdentity(name, self.keys[name], self.roots, self.clock, self.ids)
         return build_base(identity, self.http, self.discovery, follow_revocations=False)
 
     @contextlib.asynccontextmanager
-    async def serve(self, opening: AbstractAsyncContextManager[Service]) -> AsyncGenerator[Service]:
+    async def serve(self, service_context: AbstractAsyncContextManager[Service]) -> AsyncGenerator[Service]:
         """Open a service and serve it on a free port of this machine."""
-        async with opening as service:
+        async with service_context as service:
             bound = listen(LOCAL, 0, service.base.name)
             self.urls[service.base.name] = f"http://{LOCAL}:{bound.getsockname()[1]}"
             async with service.serve(bound):
@@ -148,14 +148,14 @@ class Harness:
         """
         audience = aud or service_of(scope.partition(":")[0])
         first = scope.split(" ", 1)[0]
-        may, _missing = closure(first, self.declarations, authority or preset("user"))
-        return self.minter.access(
+        may, _missing = attenuate(first, self.declarations, authority or preset_scopes("user"))
+        return self.minter.mint_access(
             Principal(sub, "cred-1", tenant),
             audience,
             scope,
             lifetime,
             task=None if task is None else TaskRef(task, "s1", 1, 1),
-            may=may,
+            delegation=may,
             holder_jkt=self.keys[audience].thumbprint,
             call=call,
         )
@@ -170,7 +170,7 @@ class Harness:
         body: object = None,
         headers: Mapping[str, str] | None = None,
         seconds: float = 60.0,
-    ) -> Answer:
+    ) -> HttpResponse:
         """Make a plain HTTP call, as any client would."""
         sent = dict(headers or {})
         if token is not None:
@@ -182,30 +182,30 @@ class Harness:
 
 
 @contextlib.asynccontextmanager
-async def harness(*arms: str) -> AsyncGenerator[Harness]:
+async def start_harness(*arms: str) -> AsyncGenerator[Harness]:
     """Yield a harness with its orchestrator served; ``arms`` are known to it besides the built-in services."""
-    async with Http1() as http:
+    async with Http1Client() as http:
         house = Harness(http)
         house.keys |= {name: SigningKey.generate(name) for name in arms}
-        async with house.serve(orchestrator_of(house)):
+        async with house.serve(fake_orchestrator(house)):
             yield house
 
 
 @contextlib.asynccontextmanager
-async def orchestrator_of(house: Harness) -> AsyncGenerator[Service]:
+async def fake_orchestrator(harness: Harness) -> AsyncGenerator[Service]:
     """Yield the test's orchestrator: it knows the services whose keys ``house`` has at this moment."""
-    directory = {name: DirectoryEntry((key.thumbprint,)) for name, key in house.keys.items()}
-    keeper = _Keeper(house, house.minter.directory(directory))
-    base = house.base("orchestrator")
-    service = ServiceOpener("orchestrator", lambda: directory, house.clock)
-    yield build_service(base, keeper.operations(), openers={"service": service})
+    directory = {name: DirectoryEntry((key.thumbprint,)) for name, key in harness.keys.items()}
+    keeper = _FakeOrchestrator(harness, harness.minter.sign_directory(directory))
+    base = harness.base("orchestrator")
+    service = ServiceAuthenticator("orchestrator", lambda: directory, harness.clock)
+    yield build_service(base, keeper.operations(), authenticators={"service": service})
 
 
-class _Keeper:
+class _FakeOrchestrator:
     """The operations of the test's orchestrator."""
 
-    def __init__(self, house: Harness, directory: str) -> None:
-        self._house = house
+    def __init__(self, harness: Harness, directory: str) -> None:
+        self._harness = harness
         self._directory = directory
         self._verifiers: dict[str, Verifier] = {}
 
@@ -220,89 +220,89 @@ class _Keeper:
             service("POST", "/arms/register", self.register, ArmRegistration),
             service("POST", "/arms/heartbeat", self.nothing, InstanceRef),
             service("POST", "/arms/leave", self.nothing, InstanceRef),
-            service("POST", "/idempotency/claim", self.claim, Claims),
-            service("POST", "/idempotency/renew", self.nothing, ClaimUpdates),
-            service("POST", "/idempotency/complete", self.complete, ClaimUpdates),
-            service("POST", "/idempotency/release", self.release, ClaimUpdates),
+            service("POST", "/idempotency/claim", self.claim, ClaimBatch),
+            service("POST", "/idempotency/renew", self.nothing, ClaimUpdateBatch),
+            service("POST", "/idempotency/complete", self.complete, ClaimUpdateBatch),
+            service("POST", "/idempotency/release", self.release, ClaimUpdateBatch),
             Operation(
                 "files.write", "POST", "/files", self.write, scope="files:write", body=bytes, max_body=MAX_FILE_BYTES
             ),
             Operation("files.read", "GET", "/files/{digest}", self.read, scope="files:read:{digest}"),
         ]
 
-    async def directory(self, _call: Call, _body: object) -> DirectoryAnswer:
-        return DirectoryAnswer(self._directory)
+    async def directory(self, _call: IncomingCall, _body: object) -> DirectoryResponse:
+        return DirectoryResponse(self._directory)
 
-    async def reserve(self, call: Call, wanted: ReserveRequest) -> ReserveAnswer:
-        books = self._house.books
+    async def reserve(self, call: IncomingCall, wanted: ReserveRequest) -> ReserveResponse:
+        books = self._harness.records
         verified = self._verifier(call.peer).verify(wanted.bearer)
         books.reserved.append(wanted)
-        if books.refusal is not None:
-            raise books.refusal
+        if books.reserve_error is not None:
+            raise books.reserve_error
         task = verified.task.task if verified.task is not None else ""
         if wanted.key in books.journal:
-            return ReserveAnswer("", 0, task, msgspec.Raw(books.journal[wanted.key]))
+            return ReserveResponse("", 0, task, msgspec.Raw(books.journal[wanted.key]))
         left = books.tokens - books.used.total_tokens - wanted.prompt_tokens
         if left < 1:
             raise OctoError("The task's tokens are used up.", code="budget_exhausted")
         granted = left if wanted.max_completion_tokens is None else min(left, wanted.max_completion_tokens)
         number = len(books.reserved)
-        if books.gate is not None:
-            await books.gate.wait()
-        return ReserveAnswer(f"{number}:{wanted.key}", granted, task)
+        if books.reserve_event is not None:
+            await books.reserve_event.wait()
+        return ReserveResponse(f"{number}:{wanted.key}", granted, task)
 
-    async def settle(self, _call: Call, settled: SettleRequest) -> dict[str, object]:
-        books = self._house.books
+    async def settle(self, _call: IncomingCall, settled: SettleRequest) -> dict[str, object]:
+        books = self._harness.records
         books.settled.append(settled)
         if bytes(settled.answer) != b"null":
             books.journal[settled.reservation.partition(":")[2]] = bytes(settled.answer)
         return {}
 
-    async def register(self, call: Call, arm: ArmRegistration) -> dict[str, object]:
-        self._house.books.arms[call.peer] = arm
+    async def register(self, call: IncomingCall, arm: ArmRegistration) -> dict[str, object]:
+        self._harness.records.arms[call.peer] = arm
         return {}
 
-    async def claim(self, call: Call, wanted: Claims) -> ClaimAnswers:
-        return ClaimAnswers(tuple(self._claimed(call.peer, claim) for claim in wanted.claims))
+    async def claim(self, call: IncomingCall, wanted: ClaimBatch) -> ClaimResponseBatch:
+        return ClaimResponseBatch(tuple(self._claimed(call.peer, claim) for claim in wanted.claims))
 
-    def _claimed(self, peer: str, wanted: ClaimRequest) -> ClaimAnswer:
+    def _claimed(self, peer: str, wanted: ClaimRequest) -> ClaimResponse:
         try:
             self._verifier(peer).verify(wanted.bearer)
         except OctoError as error:
-            return ClaimAnswer("refused", problem=problem_of(error))
+            return ClaimResponse("refused", problem=to_problem(error))
         place = (peer, wanted.operation, wanted.key)
-        claims = self._house.books.claims
+        claims = self._harness.records.claims
         if place not in claims:
-            claims[place] = (wanted.body_digest, ClaimAnswer("in_flight"))
-            return ClaimAnswer("claimed", run=1)
+            claims[place] = (wanted.body_digest, ClaimResponse("in_flight"))
+            return ClaimResponse("claimed", run=1)
         digest, answer = claims[place]
-        return answer if digest == wanted.body_digest else ClaimAnswer("conflict")
+        return answer if digest == wanted.body_digest else ClaimResponse("conflict")
 
-    async def complete(self, call: Call, body: ClaimUpdates) -> dict[str, object]:
+    async def complete(self, call: IncomingCall, body: ClaimUpdateBatch) -> dict[str, object]:
         for update in body.updates:
             place = (call.peer, update.operation, update.key)
-            digest, _ = self._house.books.claims[place]
-            stored = ClaimAnswer("stored", update.run, update.status, update.answer, update.headers)
-            self._house.books.claims[place] = (digest, stored)
+            digest, _ = self._harness.records.claims[place]
+            stored = ClaimResponse("stored", update.run, update.status, update.answer, update.headers)
+            self._harness.records.claims[place] = (digest, stored)
         return {}
 
-    async def release(self, call: Call, body: ClaimUpdates) -> dict[str, object]:
+    async def release(self, call: IncomingCall, body: ClaimUpdateBatch) -> dict[str, object]:
         for update in body.updates:
-            self._house.books.claims.pop((call.peer, update.operation, update.key), None)
+            self._harness.records.claims.pop((call.peer, update.operation, update.key), None)
         return {}
 
-    async def nothing(self, _call: Call, _body: object) -> dict[str, object]:
+    async def nothing(self, _call: IncomingCall, _body: object) -> dict[str, object]:
         return {}
 
-    async def write(self, call: Call, body: bytes) -> Reply:
+    async def write(self, call: IncomingCall, body: bytes) -> OperationResponse:
         digest = hashlib.sha256(body).hexdigest()
-        self._house.books.files[digest] = body
+        self._harness.records.files[digest] = body
         name = unquote(call.request.headers.get("x-file-name", "file"))
         kind = call.request.headers.get("content-type", "application/octet-stream")
-        return Reply(StoredFile(name, digest, len(body), kind), 201, {"Location": f"/files/{digest}"})
+        return OperationResponse(StoredFile(name, digest, len(body), kind), 201, {"Location": f"/files/{digest}"})
 
-    async def read(self, call: Call, _body: object) -> Response:
-        body = self._house.books.files.get(call.path["digest"])
+    async def read(self, call: IncomingCall, _body: object) -> Response:
+        body = self._harness.records.files.get(call.path["digest"])
         if body is None:
             raise OctoError("There is no file of that digest.", code="file_not_found")
         return Response(body, media_type="application/octet-stream")
@@ -310,5 +310,5 @@ class _Keeper:
     def _verifier(self, audience: str) -> Verifier:
         verifier = self._verifiers.get(audience)
         if verifier is None:
-            verifier = self._verifiers[audience] = Verifier(audience, self._house.roots, self._house.clock)
+            verifier = self._verifiers[audience] = Verifier(audience, self._harness.roots, self._harness.clock)
         return verifier

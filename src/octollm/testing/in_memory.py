@@ -11,13 +11,13 @@ from urllib.parse import unquote, urlsplit
 from starlette.types import ASGIApp
 
 from octollm.errors import OctoError
-from octollm.rpc.http import Http, Streamed, TransportError
+from octollm.rpc.http import HttpClient, StreamedResponse, TransportError
 
-_LEAVE_SECONDS = 2.0
+_DISCONNECT_SECONDS = 2.0
 """How long an application has to end once its client has left."""
 
 
-class InMemoryHttp(Http):
+class InMemoryHttp(HttpClient):
     """In the place of a pool of connections: ``apps`` by their URL, without a trailing slash."""
 
     def __init__(self) -> None:
@@ -29,13 +29,13 @@ class InMemoryHttp(Http):
     @contextlib.asynccontextmanager
     async def stream(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
-    ) -> AsyncGenerator[Streamed]:
+    ) -> AsyncGenerator[StreamedResponse]:
         """Call an application and hand over its answer as it comes; leaving tells it that the client has left."""
         parts = urlsplit(url)
         app = self.apps.get(f"{parts.scheme}://{parts.netloc}")
         if app is None:
-            raise TransportError(f"{parts.netloc} is not there.", code="connect_failed", began=False)
-        exchange = _Exchange(body or b"")
+            raise TransportError(f"{parts.netloc} is not there.", code="connect_failed", request_sent=False)
+        exchange = _ASGIExchange(body or b"")
         sent = headers if body is None else {**headers, "content-length": str(len(body))}
         scope: dict[str, Any] = {
             "type": "http",
@@ -54,25 +54,25 @@ class InMemoryHttp(Http):
         serving = asyncio.create_task(exchange.run(app, scope))
         try:
             async with asyncio.timeout(seconds):
-                status, names = await exchange.begun()
-                yield Streamed(status, names, exchange.chunks())
+                status, names = await exchange.wait_for_start()
+                yield StreamedResponse(status, names, exchange.chunks())
         except TimeoutError as error:
             raise OctoError(f"{parts.netloc} did not answer in time.", code="deadline_exceeded") from error
         finally:
-            exchange.left.set()
-            await asyncio.wait({serving}, timeout=_LEAVE_SECONDS)
+            exchange.disconnected.set()
+            await asyncio.wait({serving}, timeout=_DISCONNECT_SECONDS)
             serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
 
 
-class _Exchange:
+class _ASGIExchange:
     """One request and its answer."""
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body
         self._sent: asyncio.Queue[MutableMapping[str, Any] | None] = asyncio.Queue(64)
-        self.left = asyncio.Event()
+        self.disconnected = asyncio.Event()
 
     async def run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
         try:
@@ -83,17 +83,17 @@ class _Exchange:
             with contextlib.suppress(asyncio.QueueFull):
                 self._sent.put_nowait(None)
 
-    async def begun(self) -> tuple[int, dict[str, str]]:
+    async def wait_for_start(self) -> tuple[int, dict[str, str]]:
         first = await self._sent.get()
         if first is None:
-            raise TransportError("The service ended without an answer.", code="connection_lost", began=True)
+            raise TransportError("The service ended without an answer.", code="connection_lost", request_sent=True)
         return first["status"], {name.decode(): value.decode() for name, value in first["headers"]}
 
     async def chunks(self) -> AsyncIterator[bytes]:
         while True:
             message = await self._sent.get()
             if message is None:
-                raise TransportError("The answer broke off.", code="connection_lost", began=True)
+                raise TransportError("The answer broke off.", code="connection_lost", request_sent=True)
             if message.get("body"):
                 yield message["body"]
             if not message.get("more_body", False):
@@ -103,9 +103,9 @@ class _Exchange:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        await self.left.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: MutableMapping[str, Any]) -> None:
-        if not self.left.is_set():
+        if not self.disconnected.is_set():
             await self._sent.put(message)

@@ -17,14 +17,14 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from octollm.rpc.hosting import listen, serving
+from octollm.rpc.hosting import listen, serve_app
 
-LOCAL = "127.0.0.1"
-_USUAL_PIECE = 8
+_LOOPBACK = "127.0.0.1"
+_DEFAULT_CHUNK = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ScriptedRequest:
     """What the model was asked; ``raw`` is the whole body."""
 
     messages: tuple[tuple[str, str], ...]
@@ -49,7 +49,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ScriptedReply:
     """An answer. ``hang`` writes ``text`` and then nothing more until the client leaves.
 
     ``until`` holds all but the first piece of the text back until the event is set.
@@ -59,17 +59,17 @@ class Reply:
     """
 
     text: str = ""
-    hang: bool = False
-    until: asyncio.Event | None = None
-    fail: int = 0
-    finish: str = "stop"
-    piece: int = _USUAL_PIECE
-    silent: bool = False
+    hangs: bool = False
+    release: asyncio.Event | None = None
+    error_status: int = 0
+    finish_reason: str = "stop"
+    chunk_size: int = _DEFAULT_CHUNK
+    omits_usage: bool = False
     retry_after: int | None = None
-    tools: tuple[tuple[str, str], ...] = ()
+    tool_calls: tuple[tuple[str, str], ...] = ()
 
 
-Script = Iterable[str | Reply] | Callable[[Asked], str | Reply]
+ModelScript = Iterable[str | ScriptedReply] | Callable[[ScriptedRequest], str | ScriptedReply]
 """Answers in order, or a function from what is asked to its answer."""
 
 
@@ -77,12 +77,12 @@ Script = Iterable[str | Reply] | Callable[[Asked], str | Reply]
 class ScriptedModel:
     """The model. ``asked`` has every question; ``left`` counts the clients that left before the end."""
 
-    script: Script
+    script: ModelScript
     url: str = ""
-    asked: list[Asked] = field(default_factory=list[Asked])
-    left: int = 0
-    running: int = 0
-    _answers: Iterator[str | Reply] | None = None
+    requests: list[ScriptedRequest] = field(default_factory=list[ScriptedRequest])
+    disconnects: int = 0
+    active: int = 0
+    _answers: Iterator[str | ScriptedReply] | None = None
 
     def app(self) -> Starlette:
         """Return the application: ``POST /v1/chat/completions`` and ``GET /v1/models``, open to all."""
@@ -93,57 +93,61 @@ class ScriptedModel:
             ]
         )
 
-    def _next(self, asked: Asked) -> Reply:
+    def _next(self, asked: ScriptedRequest) -> ScriptedReply:
         if callable(self.script):
             answer = self.script(asked)
         else:
             if self._answers is None:
                 self._answers = iter(self.script)
-            answer = next(self._answers, Reply(fail=418))
-        return Reply(answer) if isinstance(answer, str) else answer
+            answer = next(self._answers, ScriptedReply(error_status=418))
+        return ScriptedReply(answer) if isinstance(answer, str) else answer
 
     async def _models(self, _request: Request) -> Response:
-        return _json({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
+        return _json_response({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
 
     async def _chat(self, request: Request) -> Response:
         raw: dict[str, Any] = msgspec.json.decode(await request.body())
-        asked = Asked(tuple((message["role"], _text_of(message)) for message in raw["messages"]), raw)
-        self.asked.append(asked)
+        asked = ScriptedRequest(tuple((message["role"], _text_of(message)) for message in raw["messages"]), raw)
+        self.requests.append(asked)
         reply = self._next(asked)
-        if reply.fail and not reply.text:
+        if reply.error_status and not reply.text:
             headers = {} if reply.retry_after is None else {"Retry-After": str(reply.retry_after)}
-            return _json({"error": {"message": f"scripted failure {reply.fail}"}}, reply.fail, headers)
+            return _json_response(
+                {"error": {"message": f"scripted failure {reply.error_status}"}}, reply.error_status, headers
+            )
         if not raw.get("stream"):
-            return _json(_whole(asked, reply))
+            return _json_response(_completion(asked, reply))
         return StreamingResponse(self._events(asked, reply), media_type="text/event-stream")
 
-    async def _events(self, asked: Asked, reply: Reply) -> AsyncIterator[bytes]:
-        self.running += 1
+    async def _events(self, asked: ScriptedRequest, reply: ScriptedReply) -> AsyncIterator[bytes]:
+        self.active += 1
         whole = False
         try:
-            for start in range(0, len(reply.text), reply.piece):
-                yield _event({"choices": [{"index": 0, "delta": {"content": reply.text[start : start + reply.piece]}}]})
-                await (reply.until.wait() if reply.until is not None else asyncio.sleep(0))
+            for start in range(0, len(reply.text), reply.chunk_size):
+                yield _chunk_event(
+                    {"choices": [{"index": 0, "delta": {"content": reply.text[start : start + reply.chunk_size]}}]}
+                )
+                await (reply.release.wait() if reply.release is not None else asyncio.sleep(0))
             for delta in _tool_deltas(reply):
-                yield _event({"choices": [{"index": 0, "delta": {"tool_calls": [delta]}}]})
-            if reply.hang:
+                yield _chunk_event({"choices": [{"index": 0, "delta": {"tool_calls": [delta]}}]})
+            if reply.hangs:
                 await asyncio.Event().wait()
-            if reply.fail:
+            if reply.error_status:
                 whole = True
                 return
-            yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": reply.finish}]})
-            if not reply.silent:
-                yield _event({"choices": [], "usage": _usage(asked, reply)})
+            yield _chunk_event({"choices": [{"index": 0, "delta": {}, "finish_reason": reply.finish_reason}]})
+            if not reply.omits_usage:
+                yield _chunk_event({"choices": [], "usage": _usage(asked, reply)})
             yield b"data: [DONE]\n\n"
             whole = True
         finally:
-            self.running -= 1
-            self.left += not whole
+            self.active -= 1
+            self.disconnects += not whole
 
 
-def _tool_deltas(reply: Reply) -> Iterator[dict[str, Any]]:
+def _tool_deltas(reply: ScriptedReply) -> Iterator[dict[str, Any]]:
     """Yield the pieces of the calls: first the name, then the arguments in two halves, as providers do."""
-    for index, (name, arguments) in enumerate(reply.tools):
+    for index, (name, arguments) in enumerate(reply.tool_calls):
         half = len(arguments) // 2
         yield {"index": index, "id": f"call-{index}", "type": "function", "function": {"name": name, "arguments": ""}}
         for piece in (arguments[:half], arguments[half:]):
@@ -155,16 +159,16 @@ def _text_of(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def _usage(asked: Asked, reply: Reply) -> dict[str, int]:
+def _usage(asked: ScriptedRequest, reply: ScriptedReply) -> dict[str, int]:
     """Count words as tokens: a test can do that too."""
     prompt = sum(len(text.split()) for _role, text in asked.messages)
     completion = len(reply.text.split())
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _whole(asked: Asked, reply: Reply) -> dict[str, Any]:
+def _completion(asked: ScriptedRequest, reply: ScriptedReply) -> dict[str, Any]:
     message = {"role": "assistant", "content": reply.text}
-    choice = {"index": 0, "message": message, "finish_reason": reply.finish}
+    choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
     return {
         "id": "scripted",
         "object": "chat.completion",
@@ -174,20 +178,20 @@ def _whole(asked: Asked, reply: Reply) -> dict[str, Any]:
     }
 
 
-def _event(data: dict[str, Any]) -> bytes:
+def _chunk_event(data: dict[str, Any]) -> bytes:
     chunk = {"id": "scripted", "object": "chat.completion.chunk", "created": 0, "model": "scripted", **data}
     return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
 
-def _json(data: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _json_response(data: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(data), status, media_type="application/json", headers=headers)
 
 
 @contextlib.asynccontextmanager
-async def scripted_model(script: Script) -> AsyncGenerator[ScriptedModel]:
+async def scripted_model(script: ModelScript) -> AsyncGenerator[ScriptedModel]:
     """Serve a scripted model on a free port for as long as the context is open."""
     model = ScriptedModel(script)
-    bound = listen(LOCAL, 0, "scripted model")
-    model.url = f"http://{LOCAL}:{bound.getsockname()[1]}/v1"
-    async with serving(model.app(), bound):
+    bound = listen(_LOOPBACK, 0, "scripted model")
+    model.url = f"http://{_LOOPBACK}:{bound.getsockname()[1]}/v1"
+    async with serve_app(model.app(), bound):
         yield model

@@ -23,15 +23,15 @@ from octollm.contracts.operations import (
 from octollm.contracts.services import ROUTES, route_of, service_of
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, TaskContract
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.decode import decode
-from octollm.rpc.service import Base, Service, build_service
+from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.rpc.shapes import convert, encode
 
-Answer = object
+ScriptedAnswer = object
 """What a call is answered: anything that JSON stands for, an ``OctoError``, or a function of the decoded body."""
 
-_SHAPES: Mapping[str, tuple[type, type]] = {
+_OPERATION_TYPES: Mapping[str, tuple[type, type]] = {
     "planner:plan": (PlanRequest, Plan),
     "executor:run": (RunRequest, RunResult),
     "judge:validate": (ValidateRequest, ValidateResult),
@@ -42,7 +42,7 @@ _SHAPES: Mapping[str, tuple[type, type]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Called:
+class RecordedCall:
     """A call that the arm made: its scope, e.g. ``retriever:search``, and its body as decoded JSON."""
 
     scope: str
@@ -50,11 +50,11 @@ class Called:
 
 
 @dataclass(slots=True)
-class Script:
+class ServiceScript:
     """What the arm's calls are answered, and what it called. ``faults`` are the test's own."""
 
-    answers: Mapping[str, Answer]
-    calls: list[Called] = field(default_factory=list[Called])
+    answers: Mapping[str, ScriptedAnswer]
+    calls: list[RecordedCall] = field(default_factory=list[RecordedCall])
     faults: list[str] = field(default_factory=list[str])
 
     def operation(self, scope: str) -> Operation:
@@ -62,7 +62,7 @@ class Script:
         service, _, name = scope.partition(":")
         route = route_of(service, name)
 
-        async def handle(call: Call, _body: object) -> object:
+        async def handle(call: IncomingCall, _body: object) -> object:
             return await self._answer(scope, call.body)
 
         return Operation(
@@ -70,10 +70,10 @@ class Script:
         )
 
     async def _answer(self, scope: str, body: bytes) -> object:
-        wanted, given = _shape(scope)
+        wanted, given = _operation_types(scope)
         decode(body, wanted)  # raises what the real service would answer
         value: Any = msgspec.json.decode(body)
-        self.calls.append(Called(scope, value))
+        self.calls.append(RecordedCall(scope, value))
         if scope not in self.answers:
             raise self._fault(f"The arm called {scope}, and the test has no answer for it: answers={{{scope!r}: …}}.")
         answer = self.answers[scope]
@@ -94,13 +94,13 @@ class Script:
         return OctoError(text, code="peer_protocol")
 
 
-def _shape(scope: str) -> tuple[Any, Any]:
+def _operation_types(scope: str) -> tuple[Any, Any]:
     if scope.endswith(":execute"):
         return TaskContract, ExecuteResult
-    return _SHAPES.get(scope, (Any, Any))
+    return _OPERATION_TYPES.get(scope, (Any, Any))
 
 
-def scripted_scopes(declared: Iterable[str], answers: Mapping[str, Answer]) -> set[str]:
+def scripted_scopes(declared: Iterable[str], answers: Mapping[str, ScriptedAnswer]) -> set[str]:
     """Return the operations to be served: those that the arm declares, and those that have an answer."""
     found = {":".join(scope.split(":", 2)[:2]) for scope in (*declared, *answers)}
     for scope in [scope for scope in found if scope.endswith(":*")]:
@@ -110,7 +110,7 @@ def scripted_scopes(declared: Iterable[str], answers: Mapping[str, Answer]) -> s
 
 
 @contextlib.asynccontextmanager
-async def scripted_service(base: Base, script: Script, scopes: set[str]) -> AsyncGenerator[Service]:
+async def scripted_service(base: ServiceBase, script: ServiceScript, scopes: set[str]) -> AsyncGenerator[Service]:
     """Yield the service ``base.name`` with its operations among ``scopes``."""
     mine = sorted(scope for scope in scopes if scope.partition(":")[0] == base.name)
     yield build_service(base, [script.operation(scope) for scope in mine])

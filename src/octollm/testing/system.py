@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from pathlib import Path
 
-from octollm.clock import Clock, Ids, SystemClock, Uuid7Ids
+from octollm.clock import Clock, IdGenerator, SystemClock, Uuid7Generator
 from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
-from octollm.installation.embedded import System, embedded_system
+from octollm.installation.embedded import Installation, embedded_installation
 from octollm.installation.services import ServiceFactory
 from octollm.llm.select import ModelChoice
 from octollm.llm.types import ChatModel
@@ -24,11 +24,11 @@ async def installation(
     model: ChatModel | None = None,
     environment: Mapping[str, str] | None = None,
     clock: Clock | None = None,
-    ids: Ids | None = None,
-) -> AsyncGenerator[System]:
+    ids: IdGenerator | None = None,
+) -> AsyncGenerator[Installation]:
     """Run every service in this process on free ports, and yield once all are ready.
 
-    ``model`` stands in for the one that the settings choose and stays the caller's to close; ``environment`` holds
+    ``check_model`` stands in for the one that the settings choose and stays the caller's to close; ``environment`` holds
     further settings (``OCTOLLM_…``). Nothing is read from the process's own environment.
     """
     time = clock or SystemClock()
@@ -40,8 +40,8 @@ async def installation(
             return model
 
         overrides["models"] = partial(models_service, choose=lambda: ModelChoice(model.name, None, ready))
-    async with embedded_system(
-        settings, clock=time, ids=ids or Uuid7Ids(time), ports=dict.fromkeys(SERVICES, 0), overrides=overrides
+    async with embedded_installation(
+        settings, clock=time, ids=ids or Uuid7Generator(time), ports=dict.fromkeys(SERVICES, 0), overrides=overrides
     ) as system:
         await system.wait_ready()
         yield system

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from octollm.arm import Completion
+from octollm.arm import ModelCompletion
 from octollm.config import read_settings
 from octollm.contracts.asking import user
 from octollm.contracts.task import TaskContext, TaskContract, Usage
-from octollm.services.arms.calling import MAX_NOTES, ModelAsk, capable, goal_of, notes_of
+from octollm.services.arms.calling import MAX_NOTES, ModelAsk, collect_notes, goal_with_constraints, is_capable_model
 
 
 @dataclass
@@ -17,13 +17,13 @@ class Model:
     answers: list[str]
     asked: list[dict[str, Any]] = field(default_factory=list)
 
-    async def chat(self, messages, *, on_text=None, **options) -> Completion:
+    async def chat(self, messages, *, on_text=None, **options) -> ModelCompletion:
         self.asked.append({"messages": messages, **options})
         text = self.answers.pop(0)
         for piece in text:
             if on_text is not None:
                 await on_text(piece)
-        return Completion(text, "stop", Usage(), "scripted")
+        return ModelCompletion(text, "stop", Usage(), "scripted")
 
 
 @dataclass
@@ -53,16 +53,19 @@ async def test_a_question_is_passed_on_as_it_is() -> None:
 
 
 def test_constraints_stand_below_the_goal() -> None:
-    assert goal_of(TaskContract(goal=" Do it. ")) == "Do it."
-    assert goal_of(TaskContract(goal="Do it.", constraints=("quickly", "well"))) == "Do it.\n- quickly\n- well"
+    assert goal_with_constraints(TaskContract(goal=" Do it. ")) == "Do it."
+    assert (
+        goal_with_constraints(TaskContract(goal="Do it.", constraints=("quickly", "well")))
+        == "Do it.\n- quickly\n- well"
+    )
 
 
 def test_notes_are_what_came_with_the_goal_and_what_was_found() -> None:
     task = TaskContract(goal="x", context=TaskContext(text="Known. ", inputs={"s1": "Found.", "s2": " "}))
-    assert notes_of(task) == "Known.\n\nFound."
-    assert len(notes_of(TaskContract(goal="x", context=TaskContext(text="y" * 100_000)))) == MAX_NOTES
+    assert collect_notes(task) == "Known.\n\nFound."
+    assert len(collect_notes(TaskContract(goal="x", context=TaskContext(text="y" * 100_000)))) == MAX_NOTES
 
 
 @pytest.mark.parametrize(("model", "can"), [("embedded", False), ("embedded:x", False), ("openai:gpt-9", True)])
 def test_a_providers_model_is_held_to_be_capable(model: str, can: bool) -> None:
-    assert capable(read_settings({"OCTOLLM_MODEL": model}, ())) is can
+    assert is_capable_model(read_settings({"OCTOLLM_MODEL": model}, ())) is can

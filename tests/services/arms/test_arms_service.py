@@ -15,13 +15,13 @@ from octollm.config import read_settings
 from octollm.contracts.operations import AcceptResult, RunResult, SearchResult, ValidateResult
 from octollm.contracts.problems import Problem
 from octollm.contracts.services import SERVICES
-from octollm.contracts.stream import NDJSON, Line
+from octollm.contracts.stream import NDJSON, StreamEvent
 from octollm.contracts.task import ExecuteResult, Plan
 from octollm.errors import OctoError
-from octollm.rpc.http import Answer
+from octollm.rpc.http import HttpResponse
 from octollm.services.arms.coder.service import coder_service
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
-from octollm.services.arms.executor.probe import probe
+from octollm.services.arms.executor.probe import probe_sandbox
 from octollm.services.arms.executor.sandbox import Sandbox
 from octollm.services.arms.executor.service import executor_service
 from octollm.services.arms.judge.service import judge_service
@@ -30,8 +30,8 @@ from octollm.services.arms.retriever.service import retriever_service
 from octollm.services.memory.service import memory_service
 from octollm.services.models.service import models_service
 from octollm.testing import wait_until
-from octollm.testing.harness import Harness, harness
-from octollm.testing.scripted_model import Asked, Reply, ScriptedModel, scripted_model
+from octollm.testing.harness import Harness, start_harness
+from octollm.testing.scripted_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 
 SALES = "month,amount\n2024-01,10.5\n2024-02,20.25\n2024-03,30\n"
 GUIDE = "# Billing\n\nThe billing service exports invoices every night at 02:00.\n"
@@ -39,7 +39,7 @@ DOUBLE = "```python\ndef double(x: int) -> int:\n    '''Return twice x.'''\n    
 DOUBLE_TOO = "```python\ndef double(x: int) -> int:\n    '''Return twice x.'''\n    return 2 * x\n```"
 EXAMPLES = "\n".join(f"assert double({n}) == {2 * n}" for n in (1, 2, 3, 10, -4, 0))
 
-Answers = Callable[[Asked], str | Reply]
+Answers = Callable[[ScriptedRequest], str | ScriptedReply]
 
 
 class House:
@@ -49,7 +49,7 @@ class House:
         self.house = house
         self.model = model
 
-    async def post(self, service: str, operation: str, body: object, **more: Any) -> Answer:
+    async def post(self, service: str, operation: str, body: object, **more: Any) -> HttpResponse:
         token = more.pop("token", None) or self.house.token(f"{service}:{operation}", **more.pop("claims", {}))
         return await self.house.send(service, "POST", f"/{operation}", token=token, body=body, **more)
 
@@ -58,7 +58,7 @@ class House:
 async def open_arms(tmp_path, answers: Answers, *only: str, sandbox: Sandbox | None = None) -> AsyncIterator[House]:
     async with contextlib.AsyncExitStack() as stack:
         model = await stack.enter_async_context(scripted_model(answers))
-        house = await stack.enter_async_context(harness())
+        house = await stack.enter_async_context(start_harness())
         environment = {
             "OCTOLLM_HOME": str(tmp_path),
             "OCTOLLM_MODEL": "openai:scripted",
@@ -75,7 +75,7 @@ async def open_arms(tmp_path, answers: Answers, *only: str, sandbox: Sandbox | N
             "memory": memory_service,
             "models": models_service,
             "planner": planner_service,
-            "executor": lambda base, settings: executor_service(base, settings, choose=given),
+            "executor": lambda base, settings: executor_service(base, settings, select=given),
             "coder": coder_service,
             "judge": judge_service,
             "retriever": retriever_service,
@@ -90,7 +90,7 @@ async def open_arms(tmp_path, answers: Answers, *only: str, sandbox: Sandbox | N
 def bubblewrap() -> Sandbox:
     try:
         sandbox = Bubblewrap.open()
-        asyncio.run(probe(sandbox))
+        asyncio.run(probe_sandbox(sandbox))
     except OctoError as error:
         if os.environ.get("CI"):
             pytest.fail(f"bubblewrap is needed in CI: {error.detail}")
@@ -98,28 +98,28 @@ def bubblewrap() -> Sandbox:
     return sandbox
 
 
-def unasked(asked: Asked) -> str:
+def unasked(asked: ScriptedRequest) -> str:
     raise AssertionError(f"nobody should ask the model: {asked.last}")
 
 
-def said(answer: Answer, kind: Any) -> Any:
+def said(answer: HttpResponse, kind: Any) -> Any:
     assert answer.status == 200, answer.body
     return msgspec.json.decode(answer.body, type=kind)
 
 
-def problem(answer: Answer) -> Problem:
+def problem(answer: HttpResponse) -> Problem:
     return msgspec.json.decode(answer.body, type=Problem)
 
 
-def lines(body: bytes) -> list[Line]:
-    return [msgspec.json.decode(line, type=Line) for line in body.splitlines()]
+def lines(body: bytes) -> list[StreamEvent]:
+    return [msgspec.json.decode(line, type=StreamEvent) for line in body.splitlines()]
 
 
 def text_file(name: str, text: str) -> dict[str, str]:
     return {"name": name, "text": text}
 
 
-def coding(asked: Asked) -> str:
+def coding(asked: ScriptedRequest) -> str:
     if "test cases" in asked.system:
         return EXAMPLES
     return DOUBLE if asked.raw["seed"] == 0 else DOUBLE_TOO
@@ -146,7 +146,7 @@ async def test_the_adrs_call_of_the_coder_works(tmp_path, bubblewrap) -> None:
         assert result.evidence.kind == "code"
         assert {"syntax", "lint", "tests"} <= {check.name for check in result.evidence.checks if check.passed}
         assert result.usage.total_tokens > 0
-        stored = arms.house.books.files
+        stored = arms.house.records.files
         assert b"def double" in stored[result.artifacts[0].digest]
         assert all(hashlib.sha256(body).hexdigest() == digest for digest, body in stored.items())
 
@@ -179,11 +179,11 @@ async def test_the_coders_stream_tells_the_code_as_it_is_written(tmp_path, bubbl
 
 
 async def test_a_question_over_tables_is_answered_by_a_query(tmp_path, bubblewrap) -> None:
-    def answers(asked: Asked) -> str:
+    def answers(asked: ScriptedRequest) -> str:
         return "SELECT sum(amount) AS total FROM sales"
 
     async with open_arms(tmp_path, answers, sandbox=bubblewrap) as arms:
-        arms.house.books.files[hashlib.sha256(SALES.encode()).hexdigest()] = SALES.encode()
+        arms.house.records.files[hashlib.sha256(SALES.encode()).hexdigest()] = SALES.encode()
         files = [{"name": "sales.csv", "digest": hashlib.sha256(SALES.encode()).hexdigest()}]
         answer = await arms.post("coder", "execute", {"goal": "What is the total amount?", "context": {"files": files}})
         result = said(answer, ExecuteResult)
@@ -224,29 +224,29 @@ async def test_a_repeat_with_a_key_does_the_work_once(tmp_path) -> None:
         again = await arms.post("coder", "execute", body, headers=key)
         assert again.body == first.body
         assert again.headers["idempotent-replayed"] == "true"
-        assert len(arms.model.asked) == 1
+        assert len(arms.model.requests) == 1
         conflict = await arms.post("coder", "execute", {"goal": "Explain waves."}, headers=key)
         assert problem(conflict).code == "idempotency_conflict"
 
 
 async def test_closing_the_connection_stops_the_model_over_two_hops(tmp_path) -> None:
-    async with open_arms(tmp_path, lambda _: Reply("Once upon", hang=True), "models", "coder") as arms:
+    async with open_arms(tmp_path, lambda _: ScriptedReply("Once upon", hangs=True), "models", "coder") as arms:
         asking = asyncio.create_task(arms.post("coder", "execute", {"goal": "Explain tides."}))
-        await wait_until(lambda: arms.model.running, description="the model writes")
+        await wait_until(lambda: arms.model.active, description="the model writes")
         asking.cancel()
-        await wait_until(lambda: arms.model.left == 1, description="the provider sees its client leave")
-        await wait_until(lambda: arms.house.books.settled, description="the call is settled")
+        await wait_until(lambda: arms.model.disconnects == 1, description="the provider sees its client leave")
+        await wait_until(lambda: arms.house.records.settled, description="the call is settled")
 
 
 async def test_a_failure_of_the_model_is_told_as_it_is(tmp_path) -> None:
-    async with open_arms(tmp_path, lambda _: Reply(fail=401), "models", "coder") as arms:
+    async with open_arms(tmp_path, lambda _: ScriptedReply(error_status=401), "models", "coder") as arms:
         answer = await arms.post("coder", "execute", {"goal": "Explain tides."})
         assert (answer.status, problem(answer).code, problem(answer).retryable) == (503, "model_failed", False)
 
 
 async def test_an_exhausted_budget_is_told_as_it_is(tmp_path) -> None:
     async with open_arms(tmp_path, unasked, "models", "coder") as arms:
-        arms.house.books.tokens = 5
+        arms.house.records.tokens = 5
         answer = await arms.post("coder", "execute", {"goal": "Explain tides."})
         assert (answer.status, problem(answer).code) == (403, "budget_exhausted")
 
@@ -308,7 +308,7 @@ async def test_a_program_is_run_and_what_it_made_is_stored(tmp_path, bubblewrap)
         result = said(await arms.post("executor", "execute", {"goal": "run", "context": context}), ExecuteResult)
         assert result.output == "hello"
         assert [a.name for a in result.artifacts] == ["made.txt"]
-        assert arms.house.books.files[result.artifacts[0].digest] == b"made"
+        assert arms.house.records.files[result.artifacts[0].digest] == b"made"
         ready = msgspec.json.decode((await arms.house.send("executor", "GET", "/ready")).body)
         assert ready["dependencies"]["sandbox"].pop("latency_ms") >= 0
         assert ready["dependencies"]["sandbox"] == {"ok": True, "detail": "bubblewrap", "required": False}
@@ -343,7 +343,7 @@ async def test_it_must_be_plain_what_to_run(tmp_path, names: list[str]) -> None:
 async def test_a_run_reads_only_files_that_its_caller_may_read(tmp_path, bubblewrap) -> None:
     async with open_arms(tmp_path, unasked, "executor", sandbox=bubblewrap) as arms:
         secret = hashlib.sha256(b"secret").hexdigest()
-        arms.house.books.files[secret] = b"secret"
+        arms.house.records.files[secret] = b"secret"
         body = {
             "language": "python",
             "command": ["-c", "print(open('s.txt').read())"],
@@ -444,7 +444,7 @@ async def test_what_is_not_there_is_not_found(tmp_path) -> None:
 
 async def test_arms_register_with_what_they_do(tmp_path, bubblewrap) -> None:
     async with open_arms(tmp_path, unasked, sandbox=bubblewrap) as arms:
-        books = arms.house.books
+        books = arms.house.records
         await wait_until(lambda: len(books.arms) == 5, description="all five arms are registered")
         assert books.arms["judge"].operations == ("validate", "accept", "execute")
         assert books.arms["coder"].accepts == ("files:tabular", "files:text", "files:none")
@@ -484,7 +484,7 @@ async def test_no_arm_works_for_the_wrong_token(tmp_path) -> None:
                 answer = await house.send(service, "POST", f"/{operation}", token=token, body={})
                 found = (answer.status, problem(answer).code)
                 assert found == (status, code) or (status, found[1]) == (401, "token_malformed"), (service, operation)
-        assert arms.model.asked == []
+        assert arms.model.requests == []
 
 
 async def test_a_stolen_bearer_of_a_nested_call_opens_nothing_else(tmp_path) -> None:
@@ -492,7 +492,7 @@ async def test_a_stolen_bearer_of_a_nested_call_opens_nothing_else(tmp_path) -> 
 
     async with open_arms(tmp_path, lambda _: "An answer.", "models", "coder", "judge") as arms:
         said(await arms.post("coder", "execute", {"goal": "Explain tides."}), ExecuteResult)
-        stolen += [reserved.bearer for reserved in arms.house.books.reserved]
+        stolen += [reserved.bearer for reserved in arms.house.records.reserved]
         assert stolen
         for service, path in (("coder", "/execute"), ("judge", "/validate"), ("orchestrator", "/files")):
             answer = await arms.house.send(service, "POST", path, token=stolen[0], body={})

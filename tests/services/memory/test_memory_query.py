@@ -3,12 +3,12 @@ import sqlite3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.services.memory.query import MAX_TERMS, match_expression, search_terms
+from octollm.services.memory.query import MAX_TERMS, build_fts5_expression, extract_search_terms
 
 
 def expression_of(query: str) -> str:
-    terms = search_terms(query)
-    return match_expression(terms) if terms else ""
+    terms = extract_search_terms(query)
+    return build_fts5_expression(terms) if terms else ""
 
 
 def test_words_become_quoted_terms() -> None:
@@ -24,7 +24,7 @@ def test_stop_words_count_when_there_are_no_others() -> None:
 
 
 def test_no_words_is_no_query() -> None:
-    assert search_terms(' -- "" * () ') == []
+    assert extract_search_terms(' -- "" * () ') == []
 
 
 def test_the_number_of_terms_is_bounded() -> None:

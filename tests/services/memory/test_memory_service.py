@@ -9,10 +9,10 @@ from octollm.config import read_settings
 from octollm.contracts.operations import DocumentOut, SearchResult
 from octollm.contracts.problems import Problem
 from octollm.errors import RemoteError
-from octollm.rpc.http import Answer
+from octollm.rpc.http import HttpResponse
 from octollm.services.memory.service import memory_service
 from octollm.services.memory.shapes import DocumentList, Fact
-from octollm.testing.harness import Harness, harness
+from octollm.testing.harness import Harness, start_harness
 
 GUIDE = """# Billing
 
@@ -27,7 +27,7 @@ Only members of the finance group may read invoices.
 @pytest.fixture
 async def house(tmp_path, backend: Backend) -> AsyncIterator[Harness]:
     settings = read_settings({"OCTOLLM_HOME": str(tmp_path), **backend.environment}, ())
-    async with harness() as house, house.serve(memory_service(house.base("memory"), settings)):
+    async with start_harness() as house, house.serve(memory_service(house.base("memory"), settings)):
         yield house
 
 
@@ -39,7 +39,7 @@ def document(text: str = GUIDE, name: str = "guide.md") -> dict[str, str]:
     return {"name": name, "text": text, "digest": digest(text)}
 
 
-async def write(house: Harness, body: object, **token: str) -> Answer:
+async def write(house: Harness, body: object, **token: str) -> HttpResponse:
     return await house.send("memory", "POST", "/documents", token=house.token("memory:write", **token), body=body)
 
 
@@ -50,7 +50,7 @@ async def search(house: Harness, query: str, *, tenant: str = "default", **more:
     return msgspec.json.decode(answer.body, type=SearchResult)
 
 
-def problem(answer: Answer) -> Problem:
+def problem(answer: HttpResponse) -> Problem:
     return msgspec.json.decode(answer.body, type=Problem)
 
 
@@ -197,7 +197,7 @@ async def test_a_wrong_search_is_refused(house: Harness, body: object) -> None:
 async def test_facts_are_set_read_and_forgotten(house: Harness) -> None:
     reader, writer = house.token("memory:read"), house.token("memory:write")
 
-    async def put(value: object, **headers: str) -> Answer:
+    async def put(value: object, **headers: str) -> HttpResponse:
         return await house.send(
             "memory", "PUT", "/facts/rate", token=writer, body={"value": value, "source": "law"}, headers=headers
         )
@@ -263,7 +263,7 @@ async def test_it_describes_itself(house: Harness) -> None:
 
 async def test_what_was_remembered_outlives_the_service(tmp_path) -> None:
     settings = read_settings({"OCTOLLM_HOME": str(tmp_path)}, ())
-    async with harness() as house:
+    async with start_harness() as house:
         async with house.serve(memory_service(house.base("memory"), settings)):
             await write(house, document())
         async with house.serve(memory_service(house.base("memory"), settings)):
@@ -274,7 +274,7 @@ async def test_a_damaged_database_is_refused_at_the_start(tmp_path) -> None:
     settings = read_settings({"OCTOLLM_HOME": str(tmp_path)}, ())
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "memory.db").write_bytes(b"no database" * 1000)
-    async with harness() as house:
+    async with start_harness() as house:
         with pytest.raises(Exception, match="damaged") as caught:
             async with house.serve(memory_service(house.base("memory"), settings)):
                 pass

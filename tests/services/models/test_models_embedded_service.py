@@ -9,10 +9,10 @@ import pytest
 
 from octollm.config import read_settings
 from octollm.llm.cache import ModelCache
-from octollm.llm.catalogue import SMALLEST
+from octollm.llm.catalogue import SMALLEST_MODEL
 from octollm.services.models.service import models_service
 from octollm.testing import wait_until
-from octollm.testing.harness import harness
+from octollm.testing.harness import start_harness
 
 CACHE = Path(os.environ.get("OCTOLLM_MODEL_CACHE") or Path.home() / ".cache" / "octollm" / "models")
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -20,21 +20,21 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
 @pytest.fixture
 def settings(tmp_path):
-    if not ModelCache(CACHE).has(SMALLEST):
+    if not ModelCache(CACHE).has(SMALLEST_MODEL):
         if os.environ.get("CI"):
             pytest.fail(f"the embedded model is needed in CI: {CACHE}")
         pytest.skip(f"no embedded model in {CACHE}")
     environment = {
         "OCTOLLM_HOME": str(tmp_path),
         "OCTOLLM_MODEL_CACHE": str(CACHE),
-        "OCTOLLM_MODEL": f"embedded:{SMALLEST.name}",
+        "OCTOLLM_MODEL": f"embedded:{SMALLEST_MODEL.name}",
         "OCTOLLM_MODEL_CONTEXT": "2048",
     }
     return read_settings(environment, ())
 
 
 async def test_it_answers_is_cancelled_and_answers_again(settings) -> None:
-    async with harness() as house, house.serve(models_service(house.base("models"), settings)):
+    async with start_harness() as house, house.serve(models_service(house.base("models"), settings)):
         ask = {"model": "default", "messages": [{"role": "user", "content": "Say the word: octopus"}]}
         token = house.token("models:chat")
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
@@ -51,7 +51,7 @@ async def test_it_answers_is_cancelled_and_answers_again(settings) -> None:
         usage = first["usage"]
         assert isinstance(usage, dict)
         assert 0 < usage["completion_tokens"] <= 8
-        assert usage["prompt_tokens"] == house.books.reserved[0].prompt_tokens  # counted exactly
+        assert usage["prompt_tokens"] == house.records.reserved[0].prompt_tokens  # counted exactly
         assert usage["cost_usd"] == 0.0
 
         long = {**ask, "stream": True, "max_tokens": 1500}
@@ -62,19 +62,19 @@ async def test_it_answers_is_cancelled_and_answers_again(settings) -> None:
                 seen += chunk
                 if seen.count(b"data:") > 5:
                     break
-        await wait_until(lambda: len(house.books.settled) == 2, description="the cut call is settled", timeout=20)
-        cut = house.books.settled[1].usage
+        await wait_until(lambda: len(house.records.settled) == 2, description="the cut call is settled", timeout=20)
+        cut = house.records.settled[1].usage
         assert 0 < cut.completion_tokens < 500  # stopped at once: nowhere near the limit
         # The one place is free again.
         async with asyncio.timeout(60):
             await whole(4)
         ready = msgspec.json.decode((await house.send("models", "GET", "/ready")).body)
         assert ready["dependencies"]["model"].pop("latency_ms") >= 0
-        assert ready["dependencies"]["model"] == {"ok": True, "detail": SMALLEST.name, "required": False}
+        assert ready["dependencies"]["model"] == {"ok": True, "detail": SMALLEST_MODEL.name, "required": False}
 
 
 async def test_a_prompt_that_does_not_fit_is_refused_and_costs_nothing(settings) -> None:
-    async with harness() as house, house.serve(models_service(house.base("models"), settings)):
+    async with start_harness() as house, house.serve(models_service(house.base("models"), settings)):
         body = {"model": "default", "messages": [{"role": "user", "content": "octopus " * 4000}]}
         for stream in (False, True):
             answer = await house.send(
@@ -87,5 +87,5 @@ async def test_a_prompt_that_does_not_fit_is_refused_and_costs_nothing(settings)
             )
             assert answer.status == 400
             assert msgspec.json.decode(answer.body)["code"] == "context_too_long"
-        await wait_until(lambda: len(house.books.settled) == 2, description="both are settled")
-        assert house.books.used.total_tokens == 0
+        await wait_until(lambda: len(house.records.settled) == 2, description="both are settled")
+        assert house.records.used.total_tokens == 0

@@ -10,16 +10,16 @@ from openai import AsyncOpenAI, NotFoundError, PermissionDeniedError
 
 from octollm.config import Settings, read_settings
 from octollm.contracts.problems import Problem
-from octollm.contracts.stream import NDJSON, Line
+from octollm.contracts.stream import NDJSON, StreamEvent
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.llm.select import ModelChoice
-from octollm.llm.types import ChatMessage, ChatRequest, ChatUsage, Final, Piece, TextDelta
-from octollm.rpc.http import Answer, Streamed
+from octollm.llm.types import ChatMessage, ChatRequest, ChatUsage, CompletionEnd, ModelStreamChunk, TextDelta
+from octollm.rpc.http import HttpResponse, StreamedResponse
 from octollm.services.models.service import models_service
 from octollm.testing import wait_until
-from octollm.testing.harness import Harness, harness
-from octollm.testing.scripted_model import Reply, Script, ScriptedModel, scripted_model
+from octollm.testing.harness import Harness, start_harness
+from octollm.testing.scripted_model import ModelScript, ScriptedModel, ScriptedReply, scripted_model
 
 ASK = {"model": "default", "messages": [{"role": "user", "content": "say hello"}]}
 
@@ -42,12 +42,12 @@ class Written:
     requests: list[ChatRequest] = field(default_factory=list)
     closed: bool = False
     name: str = "qwen2.5-coder-0.5b"
-    context_tokens: int = 1000
+    round_context: int = 1000
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
         return sum(len(message.text.split()) for message in messages)
 
-    async def stream(self, request: ChatRequest) -> AsyncGenerator[Piece]:
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         self.requests.append(request)
         self.running += 1
         self.most = max(self.most, self.running)
@@ -58,7 +58,7 @@ class Written:
                 yield TextDelta(piece)
             if self.error is not None:
                 raise self.error
-            yield Final("stop", ChatUsage.of(await self.count_tokens(request.messages), len(self.pieces)))
+            yield CompletionEnd("stop", ChatUsage.of(await self.count_tokens(request.messages), len(self.pieces)))
         except (asyncio.CancelledError, GeneratorExit):
             self.stopped += 1
             raise
@@ -75,15 +75,15 @@ async def models_with(model: Written, tmp_path) -> AsyncIterator[Harness]:
         return model
 
     choice = ModelChoice(model.name, None, opened)
-    async with harness() as house:
+    async with start_harness() as house:
         opening = models_service(house.base("models"), settings_of(tmp_path), choose=lambda: choice)
         async with house.serve(opening):
             yield house
 
 
 @contextlib.asynccontextmanager
-async def models_over(script: Script, tmp_path) -> AsyncIterator[tuple[Harness, ScriptedModel]]:
-    async with scripted_model(script) as provider, harness() as house:
+async def models_over(script: ModelScript, tmp_path) -> AsyncIterator[tuple[Harness, ScriptedModel]]:
+    async with scripted_model(script) as provider, start_harness() as house:
         settings = settings_of(tmp_path, OCTOLLM_MODEL="openai:scripted", OCTOLLM_MODEL_URL=provider.url)
         async with house.serve(models_service(house.base("models"), settings)):
             yield house, provider
@@ -91,7 +91,7 @@ async def models_over(script: Script, tmp_path) -> AsyncIterator[tuple[Harness, 
 
 async def chat(
     house: Harness, *, token: str | None = None, headers: dict[str, str] | None = None, **more: Any
-) -> Answer:
+) -> HttpResponse:
     token = house.token("models:chat") if token is None else token
     return await house.send(
         "models", "POST", "/v1/chat/completions", token=token, body={**ASK, **more}, headers=headers
@@ -99,7 +99,7 @@ async def chat(
 
 
 @contextlib.asynccontextmanager
-async def streamed(house: Harness, **more: Any) -> AsyncIterator[Streamed]:
+async def streamed(house: Harness, **more: Any) -> AsyncIterator[StreamedResponse]:
     headers = {"Authorization": "Bearer " + house.token("models:chat"), "Content-Type": "application/json"}
     body = msgspec.json.encode({**ASK, "stream": True, **more})
     url = house.urls["models"] + "/v1/chat/completions"
@@ -107,7 +107,7 @@ async def streamed(house: Harness, **more: Any) -> AsyncIterator[Streamed]:
         yield answer
 
 
-def problem(answer: Answer) -> Problem:
+def problem(answer: HttpResponse) -> Problem:
     return msgspec.json.decode(answer.body, type=Problem)
 
 
@@ -131,9 +131,9 @@ async def test_an_answer_in_one_piece(tmp_path) -> None:
         ]
         assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4, "cost_usd": 0.0}
         assert body["model"] == "openai:scripted"
-        assert provider.asked[0].raw["max_tokens"] == 50
-        assert [r.max_completion_tokens for r in house.books.reserved] == [50]
-        assert house.books.used == Usage(2, 2, 0.0)
+        assert provider.requests[0].raw["max_tokens"] == 50
+        assert [r.max_completion_tokens for r in house.records.reserved] == [50]
+        assert house.records.used == Usage(2, 2, 0.0)
 
 
 async def test_a_streamed_answer(tmp_path) -> None:
@@ -155,7 +155,7 @@ async def test_a_streamed_answer(tmp_path) -> None:
 async def test_lines_in_place_of_events_for_our_own_callers(tmp_path) -> None:
     async with models_over(["The quick brown fox"], tmp_path) as (house, _):
         answer = await chat(house, headers={"Accept": NDJSON}, stream=True)
-        found = [msgspec.json.decode(line, type=Line) for line in answer.body.splitlines()]
+        found = [msgspec.json.decode(line, type=StreamEvent) for line in answer.body.splitlines()]
         assert "".join(line.text for line in found) == "The quick brown fox"
         assert msgspec.json.decode(found[-1].result)["usage"]["completion_tokens"] == 4
 
@@ -190,23 +190,23 @@ async def test_usage_comes_only_when_asked_for(tmp_path) -> None:
 
 async def test_what_was_granted_caps_the_answer(tmp_path) -> None:
     async with models_over(["Hi", "Ho"], tmp_path) as (house, provider):
-        house.books.tokens = 100
+        house.records.tokens = 100
         await chat(house, max_completion_tokens=4000)
         await chat(house)
-        capped, unlimited = (asked.raw["max_completion_tokens"] for asked in provider.asked)
+        capped, unlimited = (asked.raw["max_completion_tokens"] for asked in provider.requests)
         # The provider's tokenizer is not at hand: the prompt is bounded by its bytes.
-        assert capped == 100 - house.books.reserved[0].prompt_tokens
+        assert capped == 100 - house.records.reserved[0].prompt_tokens
         assert 0 < unlimited < capped
 
 
 async def test_an_exhausted_budget_refuses_before_the_model_is_asked(tmp_path) -> None:
     async with models_over(["Hi"], tmp_path) as (house, provider):
-        house.books.tokens = 10
+        house.records.tokens = 10
         for stream in (False, True):
             answer = await chat(house, stream=stream)
             assert (answer.status, problem(answer).code) == (403, "budget_exhausted")
-        assert provider.asked == []
-        assert house.books.settled == []
+        assert provider.requests == []
+        assert house.records.settled == []
 
 
 async def test_a_repeat_is_answered_from_the_journal_and_costs_nothing(tmp_path) -> None:
@@ -220,8 +220,8 @@ async def test_a_repeat_is_answered_from_the_journal_and_costs_nothing(tmp_path)
         assert text_of(events(flowing.body)) == "first"
         assert events(flowing.body)[-2]["usage"] == msgspec.json.decode(first.body)["usage"]
         assert msgspec.json.decode(other.body)["choices"][0]["message"]["content"] == "second"
-        assert len(provider.asked) == 2
-        assert len(house.books.settled) == 2
+        assert len(provider.requests) == 2
+        assert len(house.records.settled) == 2
 
 
 async def test_a_stock_clients_call_gets_its_key_from_the_call_that_is_served(tmp_path) -> None:
@@ -229,13 +229,13 @@ async def test_a_stock_clients_call_gets_its_key_from_the_call_that_is_served(tm
         served = [house.token("models:chat", call="a" * 64), house.token("models:chat", call="a" * 64)]
         for token in served:
             await chat(house, token=token)
-        assert len(provider.asked) == 1
+        assert len(provider.requests) == 1
         await chat(house, token=served[0], seed=7)
-        assert len(provider.asked) == 2
+        assert len(provider.requests) == 2
         for _ in range(2):  # a token made by hand serves no call: each of its calls is its own
             await chat(house)
-        assert len(provider.asked) == 4
-        assert len({r.key for r in house.books.reserved}) == 4
+        assert len(provider.requests) == 4
+        assert len({r.key for r in house.records.reserved}) == 4
 
 
 async def test_closing_the_connection_stops_the_model_and_settles(tmp_path) -> None:
@@ -246,11 +246,11 @@ async def test_closing_the_connection_stops_the_model_and_settles(tmp_path) -> N
                 if b"Hello" in chunk:
                     break
         await wait_until(lambda: model.stopped == 1, description="the generation is stopped")
-        await wait_until(lambda: house.books.settled, description="the call is settled")
+        await wait_until(lambda: house.records.settled, description="the call is settled")
         assert model.running == 0
-        assert house.books.journal == {}
-        assert house.books.used.prompt_tokens == 2
-        assert house.books.used.completion_tokens >= 1
+        assert house.records.journal == {}
+        assert house.records.used.prompt_tokens == 2
+        assert house.records.used.completion_tokens >= 1
 
 
 async def test_closing_the_connection_of_a_whole_answer_stops_the_model_too(tmp_path) -> None:
@@ -260,19 +260,19 @@ async def test_closing_the_connection_of_a_whole_answer_stops_the_model_too(tmp_
         await wait_until(lambda: model.running, description="the model writes")
         asking.cancel()
         await wait_until(lambda: model.stopped == 1, description="the generation is stopped")
-        await wait_until(lambda: house.books.settled, description="the call is settled")
+        await wait_until(lambda: house.records.settled, description="the call is settled")
 
 
 async def test_closing_the_connection_reaches_the_provider(tmp_path) -> None:
-    async with models_over([Reply("Once upon a time", hang=True)], tmp_path) as (house, provider):
+    async with models_over([ScriptedReply("Once upon a time", hangs=True)], tmp_path) as (house, provider):
         async with streamed(house, max_tokens=40) as answer:
             async for chunk in answer.chunks:
                 if b"upon" in chunk or b"Once" in chunk:
                     break
-        await wait_until(lambda: provider.left == 1, description="the provider sees its client leave")
-        await wait_until(lambda: house.books.settled, description="the call is settled")
+        await wait_until(lambda: provider.disconnects == 1, description="the provider sees its client leave")
+        await wait_until(lambda: house.records.settled, description="the call is settled")
         # A provider may have gone on to the limit: settled at the upper bound.
-        assert house.books.used.completion_tokens == 40
+        assert house.records.used.completion_tokens == 40
 
 
 async def test_a_call_that_is_cut_off_in_the_queue_costs_nothing(tmp_path) -> None:
@@ -286,21 +286,21 @@ async def test_a_call_that_is_cut_off_in_the_queue_costs_nothing(tmp_path) -> No
         model.gate.set()
         assert (await first).status == (await third).status == 200
         assert model.most == 1
-        assert len(house.books.reserved) == len(house.books.settled) == 2
+        assert len(house.records.reserved) == len(house.records.settled) == 2
 
 
 async def test_a_call_that_is_cut_off_while_it_reserves_gives_back(tmp_path) -> None:
     async with models_over(["Hi"], tmp_path) as (house, provider):
-        house.books.gate = asyncio.Event()
+        house.records.reserve_event = asyncio.Event()
         asking = asyncio.create_task(chat(house))
-        await wait_until(lambda: house.books.reserved, description="tokens are reserved")
+        await wait_until(lambda: house.records.reserved, description="tokens are reserved")
         asking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asking
-        house.books.gate.set()
-        await wait_until(lambda: house.books.settled, description="they are given back")
-        assert house.books.used == Usage()
-        assert provider.asked == []
+        house.records.reserve_event.set()
+        await wait_until(lambda: house.records.settled, description="they are given back")
+        assert house.records.used == Usage()
+        assert provider.requests == []
 
 
 async def test_the_deadline_ends_an_answer(tmp_path) -> None:
@@ -311,37 +311,40 @@ async def test_the_deadline_ends_an_answer(tmp_path) -> None:
         cut = await chat(house, headers={"X-Timeout-Ms": "300"}, stream=True)
         assert cut.status == 200
         assert events(cut.body)[-1]["error"]["code"] == "deadline_exceeded"
-        await wait_until(lambda: len(house.books.settled) == 2, description="both are settled")
+        await wait_until(lambda: len(house.records.settled) == 2, description="both are settled")
         assert model.running == 0
 
 
 async def test_a_failure_before_the_first_word_has_its_own_status_and_costs_nothing(tmp_path) -> None:
-    async with models_over([Reply(fail=500)] * 2, tmp_path) as (house, _):
+    async with models_over([ScriptedReply(error_status=500)] * 2, tmp_path) as (house, _):
         for stream in (False, True):
             answer = await chat(house, stream=stream)
             assert (answer.status, problem(answer).code) == (503, "model_failed")
-        await wait_until(lambda: len(house.books.settled) == 2, description="both are settled")
-        assert house.books.used == Usage()
+        await wait_until(lambda: len(house.records.settled) == 2, description="both are settled")
+        assert house.records.used == Usage()
 
 
 async def test_a_provider_that_fails_for_a_moment_is_asked_again(tmp_path) -> None:
-    async with models_over([Reply(fail=500), Reply(fail=503), "Hi"], tmp_path) as (house, provider):
+    async with models_over([ScriptedReply(error_status=500), ScriptedReply(error_status=503), "Hi"], tmp_path) as (
+        house,
+        provider,
+    ):
         answer = await chat(house)
         assert answer.status == 200
-        assert len(provider.asked) == 3
-        await wait_until(lambda: house.books.settled, description="it is settled")
+        assert len(provider.requests) == 3
+        await wait_until(lambda: house.records.settled, description="it is settled")
 
 
 async def test_a_provider_that_is_down_is_left_alone_for_a_while(tmp_path) -> None:
-    async with models_over(lambda _asked: Reply(fail=500), tmp_path) as (house, provider):
+    async with models_over(lambda _asked: ScriptedReply(error_status=500), tmp_path) as (house, provider):
         found = [problem(await chat(house)) for _ in range(6)]
         assert [failed.code for failed in found] == ["model_failed"] * 2 + ["unavailable"] * 4
-        assert len(provider.asked) == 5
+        assert len(provider.requests) == 5
         assert all("openai:scripted" in failed.detail and provider.url in failed.detail for failed in found)
 
 
 async def test_a_failure_in_mid_stream_is_the_last_event(tmp_path) -> None:
-    async with models_over([Reply("Once upon a time", fail=500)], tmp_path) as (house, _):
+    async with models_over([ScriptedReply("Once upon a time", error_status=500)], tmp_path) as (house, _):
         answer = await chat(house, stream=True, max_tokens=40)
         assert answer.status == 200
         *before, last = events(answer.body)
@@ -350,9 +353,9 @@ async def test_a_failure_in_mid_stream_is_the_last_event(tmp_path) -> None:
         failed = msgspec.convert(last["error"], Problem)
         assert (failed.code, failed.status, failed.retryable) == ("model_failed", 503, True)
         assert failed.request_id == answer.headers["x-request-id"]
-        await wait_until(lambda: house.books.settled, description="it is settled")
-        assert house.books.used.completion_tokens == 40
-        assert house.books.journal == {}
+        await wait_until(lambda: house.records.settled, description="it is settled")
+        assert house.records.used.completion_tokens == 40
+        assert house.records.journal == {}
 
 
 async def test_a_crash_in_mid_stream_is_hidden(tmp_path) -> None:
@@ -371,7 +374,7 @@ async def test_an_orchestrator_that_is_away_refuses_the_call(tmp_path) -> None:
         del house.urls["orchestrator"]
         answer = await chat(house)
         assert (answer.status, problem(answer).code) == (503, "unavailable")
-        assert provider.asked == []
+        assert provider.requests == []
 
 
 async def test_settling_goes_on_when_the_orchestrator_comes_back(tmp_path) -> None:
@@ -382,15 +385,15 @@ async def test_settling_goes_on_when_the_orchestrator_comes_back(tmp_path) -> No
         url = house.urls.pop("orchestrator")
         model.gate.set()
         await wait_until(lambda: not model.running, description="the model has ended")
-        assert house.books.settled == []
+        assert house.records.settled == []
         house.urls["orchestrator"] = url
         assert (await asking).status == 200
-        await wait_until(lambda: house.books.settled, description="the call is settled")
-        assert len(house.books.journal) == 1
+        await wait_until(lambda: house.records.settled, description="the call is settled")
+        assert len(house.records.journal) == 1
 
 
 async def test_without_a_model_the_service_says_how_to_get_one(tmp_path) -> None:
-    async with harness() as house, house.serve(models_service(house.base("models"), settings_of(tmp_path))):
+    async with start_harness() as house, house.serve(models_service(house.base("models"), settings_of(tmp_path))):
         ready = msgspec.json.decode((await house.send("models", "GET", "/ready")).body)
         state = ready["dependencies"]["model"]
         assert (ready["status"], state["ok"], state["required"]) == ("degraded", False, False)
@@ -401,7 +404,7 @@ async def test_without_a_model_the_service_says_how_to_get_one(tmp_path) -> None
             assert "octollm models pull" in problem(answer).detail
         listed = await house.send("models", "GET", "/v1/models", token=house.token("models:chat"))
         assert msgspec.json.decode(listed.body) == {"object": "list", "data": []}
-        assert house.books.reserved == []
+        assert house.records.reserved == []
 
 
 async def test_the_first_call_waits_for_the_load_and_a_failed_load_is_told(tmp_path) -> None:
@@ -415,7 +418,7 @@ async def test_the_first_call_waits_for_the_load_and_a_failed_load_is_told(tmp_p
         return model
 
     choice = ModelChoice("slow", None, opened)
-    async with harness() as house:
+    async with start_harness() as house:
         opening = models_service(house.base("models"), settings_of(tmp_path), choose=lambda: choice)
         async with house.serve(opening):
             ready = msgspec.json.decode((await house.send("models", "GET", "/ready")).body)
@@ -443,7 +446,7 @@ async def test_models_are_listed_and_others_are_refused(tmp_path) -> None:
         assert [m["id"] for m in msgspec.json.decode(listed.body)["data"]] == ["default", "openai:scripted"]
         assert (await chat(house, model="openai:scripted")).status == 200
         answer = await chat(house, model="gpt-9")
-        assert (answer.status, problem(answer).code) == (404, "not_found")
+        assert (answer.status, problem(answer).code) == (404, "not_found_result")
 
 
 async def test_embeddings_are_not_configured(tmp_path) -> None:
@@ -479,7 +482,7 @@ async def test_the_wrong_token_is_refused(tmp_path) -> None:
         ):
             answer = await chat(house, token=token)
             assert (answer.status, problem(answer).code) == (status, code)
-        assert house.books.reserved == []
+        assert house.records.reserved == []
 
 
 async def test_a_bearer_is_of_no_use_elsewhere(tmp_path) -> None:

@@ -6,7 +6,7 @@ import msgspec
 from openai import AsyncOpenAI
 from test_models_service import models_over
 
-from octollm.testing.scripted_model import Asked, Reply
+from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest
 
 WEATHER = {
     "type": "function",
@@ -16,10 +16,12 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-CALLED = Reply(tools=(("weather", '{"city": "Bonn"}'), ("weather", '{"city": "Kiel"}')), finish="tool_calls")
+CALLED = ScriptedReply(
+    tool_calls=(("weather", '{"city": "Bonn"}'), ("weather", '{"city": "Kiel"}')), finish_reason="tool_calls"
+)
 
 
-def two_turns(asked: Asked) -> Reply | str:
+def two_turns(asked: ScriptedRequest) -> ScriptedReply | str:
     return "Rain in both." if asked.messages[-1][0] == "tool" else CALLED
 
 
@@ -37,7 +39,7 @@ async def test_tools_pass_through_both_ways(tmp_path):
         assert choice.finish_reason == "tool_calls"
         calls = [(call.id, call.function.name, call.function.arguments) for call in choice.message.tool_calls]
         assert calls == [("call-0", "weather", '{"city": "Bonn"}'), ("call-1", "weather", '{"city": "Kiel"}')]
-        raw = provider.asked[0].raw
+        raw = provider.requests[0].raw
         assert (raw["tools"], raw["tool_choice"], raw["parallel_tool_calls"]) == ([WEATHER], "auto", True)
 
         messages.append(choice.message.model_dump(exclude_none=True))
@@ -45,7 +47,7 @@ async def test_tools_pass_through_both_ways(tmp_path):
         answer = await client.chat.completions.create(model="default", messages=messages, tools=[WEATHER])
         assert answer.choices[0].message.content == "Rain in both."
         assert answer.choices[0].message.tool_calls is None
-        sent = provider.asked[1].raw["messages"]
+        sent = provider.requests[1].raw["messages"]
         assert [message.get("tool_call_id") for message in sent[2:]] == ["call-0", "call-1"]
         assert [call["id"] for call in sent[1]["tool_calls"]] == ["call-0", "call-1"]
 
@@ -76,7 +78,7 @@ async def test_a_repeat_is_answered_with_the_same_calls(tmp_path):
             for _ in range(2)
         ]
         assert again["choices"] == first["choices"]
-        assert len(provider.asked) == 1
+        assert len(provider.requests) == 1
 
 
 async def test_the_tools_count_in_the_prompt(tmp_path):
@@ -84,5 +86,5 @@ async def test_the_tools_count_in_the_prompt(tmp_path):
         messages = [{"role": "user", "content": "Rain?"}]
         for more in ({}, {"tools": [WEATHER]}):
             await client.chat.completions.create(model="default", messages=messages, **more)
-        plain, with_tools = [wanted.prompt_tokens for wanted in house.books.reserved]
+        plain, with_tools = [wanted.prompt_tokens for wanted in house.records.reserved]
         assert with_tools >= plain + len(json.dumps(WEATHER, separators=(",", ":")))

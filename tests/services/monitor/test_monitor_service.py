@@ -7,9 +7,9 @@ from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
 from octollm.events import EventBus
 from octollm.services.monitor.service import monitor_service
-from octollm.storage import Keys, open_redis
+from octollm.storage import RedisKeys, open_redis
 from octollm.testing import wait_until
-from octollm.testing.harness import Harness, harness
+from octollm.testing.harness import Harness, start_harness
 
 
 @pytest.fixture
@@ -17,11 +17,11 @@ async def watched(tmp_path, monkeypatch):
     monkeypatch.setattr("octollm.services.monitor.watching.POLL_SECONDS", 0.05)
     settings = read_settings({"OCTOLLM_HOME": str(tmp_path)}, ())
     async with (
-        harness() as house,
+        start_harness() as house,
         open_redis("memory://") as redis,
         house.serve(monitor_service(house.base("monitor"), settings, redis=redis)),
     ):
-        yield house, EventBus(redis, Keys(), house.clock, house.ids)
+        yield house, EventBus(redis, RedisKeys(), house.clock, house.ids)
 
 
 async def states(house: Harness) -> dict[str, Any]:

@@ -5,29 +5,29 @@ from typing import Any
 import msgspec
 import pytest
 
-from octollm.capability import SelfSigner, SigningKey
+from octollm.capability import ServiceTokenSigner, SigningKey
 from octollm.clock import SystemClock
 from octollm.config import read_settings
-from octollm.context import Trace
+from octollm.context import TraceContext
 from octollm.services.monitor.service import monitor_service
 from octollm.services.monitor.store import SpanStore
 from octollm.storage import open_database, open_redis
 from octollm.storage.migrations import migrate
 from octollm.telemetry.otlp import encode_spans
-from octollm.telemetry.spans import TASK, TENANT, Span
-from octollm.testing.harness import Harness, harness
+from octollm.telemetry.spans import TASK_ATTRIBUTE, TENANT_ATTRIBUTE, Span
+from octollm.testing.harness import Harness, start_harness
 
 TRACE = "a" * 32
 
 
 def span(span_id: str, service: str = "coder", parent: str = "", **attributes: Any) -> Span:
-    named = {TENANT: attributes.pop("tenant", "default"), TASK: attributes.pop("task", "task-1")}
+    named = {TENANT_ATTRIBUTE: attributes.pop("tenant", "default"), TASK_ATTRIBUTE: attributes.pop("task", "task-1")}
     start = 1_700_000_000_000_000_000
     return Span(
         service,
         "execute",
         "server",
-        Trace(TRACE, span_id * 16),
+        TraceContext(TRACE, span_id * 16),
         parent * 16,
         start,
         start + 5_000_000,
@@ -39,7 +39,7 @@ def span(span_id: str, service: str = "coder", parent: str = "", **attributes: A
 async def house(tmp_path):
     settings = read_settings({"OCTOLLM_HOME": str(tmp_path)}, ())
     async with (
-        harness() as house,
+        start_harness() as house,
         open_redis("memory://") as redis,
         house.serve(monitor_service(house.base("monitor"), settings, redis=redis)),
     ):
@@ -47,7 +47,7 @@ async def house(tmp_path):
 
 
 async def send(house: Harness, spans: list[Span], peer: str = "coder", token: str | None = None):
-    signed = token or house.base(peer).identity.signer().svc_token("monitor")
+    signed = token or house.base(peer).identity.signer().sign_token("monitor")
     return await house.send("monitor", "POST", "/v1/traces", token=signed, body=encode_spans(spans, "1"))
 
 
@@ -81,13 +81,13 @@ async def test_a_service_writes_under_its_own_name_alone(house: Harness) -> None
 
 
 async def test_only_registered_services_may_write(house: Harness) -> None:
-    stranger = SelfSigner(SigningKey.generate("stranger"), "stranger", house.clock, house.ids)
-    imposter = SelfSigner(SigningKey.generate("coder"), "coder", house.clock, house.ids)
+    stranger = ServiceTokenSigner(SigningKey.generate("stranger"), "stranger", house.clock, house.ids)
+    imposter = ServiceTokenSigner(SigningKey.generate("coder"), "coder", house.clock, house.ids)
     own = house.base("coder").identity.signer()
     for token in (
-        stranger.svc_token("monitor"),
-        imposter.svc_token("monitor"),
-        own.svc_token("orchestrator"),
+        stranger.sign_token("monitor"),
+        imposter.sign_token("monitor"),
+        own.sign_token("orchestrator"),
         house.token("monitor:read"),
         house.token("monitor:write"),
         "nonsense",
@@ -127,7 +127,7 @@ async def test_a_token_for_a_task_opens_that_task_alone(house: Harness) -> None:
 
 
 async def test_malformed_and_too_large_requests_are_refused_with_the_place(house: Harness) -> None:
-    signed = house.base("coder").identity.signer().svc_token("monitor")
+    signed = house.base("coder").identity.signer().sign_token("monitor")
     wrong = encode_spans([span("1")], "1").replace(TRACE.encode(), b"xyz")
     answer = await house.send("monitor", "POST", "/v1/traces", token=signed, body=wrong)
     problem = msgspec.json.decode(answer.body)
@@ -147,7 +147,7 @@ async def db():
 async def test_an_arm_of_somebody_elses_is_found_below_the_calls_that_it_served_only(db) -> None:
     store = SpanStore(db)
     await store.add([span("1"), span("2", service="translator", parent="1"), span("3", service="translator")])
-    found = await store.of_task("default", "task-1")
+    found = await store.read_task("default", "task-1")
     assert [each.span_id for each in found.spans] == ["1" * 16, "2" * 16]
 
 
@@ -155,16 +155,16 @@ async def test_secrets_of_a_careless_arm_are_masked(db) -> None:
     store = SpanStore(db)
     careless = span("2", service="translator", parent="1", authorization="Bearer x", note="eyJabcdef.eyJabc.sig")
     await store.add([span("1"), careless])
-    found = await store.of_task("default", "task-1")
+    found = await store.read_task("default", "task-1")
     assert found.spans[1].attributes == {"authorization": "***", "note": "***"}
 
 
 async def test_old_spans_and_too_many_are_forgotten(db) -> None:
-    store = SpanStore(db, max_kept=2)
+    store = SpanStore(db, max_spans=2)
     await store.add([span(str(number)) for number in range(1, 6)])
     assert await store.prune() == 3
     assert await store.prune() == 0
-    found = await store.of_task("default", "task-1")
+    found = await store.read_task("default", "task-1")
     assert [each.span_id[0] for each in found.spans] == ["4", "5"]
     assert await SpanStore(db, max_age=-1).prune() == 2
-    assert (await store.of_task("default", "task-1")).spans == ()
+    assert (await store.read_task("default", "task-1")).spans == ()

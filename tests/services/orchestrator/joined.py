@@ -12,44 +12,47 @@ from orchestra import Orchestra
 
 from octollm.arm import Arm, build_arm
 from octollm.capability import SigningKey
-from octollm.contracts.joining import NewJoin
+from octollm.contracts.joining import NewEnrolmentToken
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.hosting import listen
-from octollm.rpc.identity import Identity
-from octollm.rpc.joining import join
-from octollm.rpc.service import Base, Service, build_base
+from octollm.rpc.identity import ServiceIdentity
+from octollm.rpc.joining import enrol
+from octollm.rpc.service import Service, ServiceBase, build_base
 
 
 @dataclass
 class Joined:
     """An arm that joined, and serves."""
 
-    base: Base
+    base: ServiceBase
     service: Service
     url: str
     key: SigningKey
 
 
-async def make_secret(orch: Orchestra, name: str, *calls: str, seconds: int = 3600) -> NewJoin:
+async def make_secret(orch: Orchestra, name: str, *calls: str, seconds: int = 3600) -> NewEnrolmentToken:
     body = {"name": name, "calls": list(calls), "lifetime_seconds": seconds}
     answer = await orch.send("POST", "/joins", body)
     assert answer.status == 201, answer.body
-    return msgspec.json.decode(answer.body, type=NewJoin)
+    return msgspec.json.decode(answer.body, type=NewEnrolmentToken)
 
 
 async def join_as(orch: Orchestra, name: str, secret: str, *, key: SigningKey, calls: Any = (), **more: Any) -> Any:
     house = orch.house
     discovery = more.pop("discovery", None) or StaticDiscovery({"orchestrator": (house.urls["orchestrator"],)})
-    return await join(
-        house.http, discovery, house.clock, house.ids, name=name, key=key, secret=secret, calls=calls, **more
+    return await enrol(
+        house.http, discovery, house.clock, house.ids, name=name, key=key, enrolment_token=secret, calls=calls, **more
     )
 
 
-def base_of(orch: Orchestra, name: str, key: SigningKey, roots: Any, url: str = "http://127.0.0.1:9") -> Base:
+def base_of(orch: Orchestra, name: str, key: SigningKey, roots: Any, url: str = "http://127.0.0.1:9") -> ServiceBase:
     house = orch.house
     known = {service: (place,) for service, place in house.urls.items()} | {name: (url,)}
     return build_base(
-        Identity(name, key, roots, house.clock, house.ids), house.http, StaticDiscovery(known), follow_revocations=False
+        ServiceIdentity(name, key, roots, house.clock, house.ids),
+        house.http,
+        StaticDiscovery(known),
+        follow_revocations=False,
     )
 
 
@@ -69,7 +72,7 @@ async def joined(orch: Orchestra, arm: Arm) -> AsyncGenerator[Joined]:
 
 
 def svc(orch: Orchestra, name: str, key: SigningKey) -> str:
-    return Identity(name, key, {}, orch.house.clock, orch.house.ids).signer().svc_token("orchestrator")
+    return ServiceIdentity(name, key, {}, orch.house.clock, orch.house.ids).signer().sign_token("orchestrator")
 
 
 async def as_service(orch: Orchestra, name: str, key: SigningKey, method: str, path: str, body: Any = None) -> Any:

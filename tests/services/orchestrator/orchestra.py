@@ -14,13 +14,13 @@ from starlette.applications import Starlette
 
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import read_settings
-from octollm.contracts.api import TaskView, TokenAnswer
+from octollm.contracts.api import TaskView, TokenResponse
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, TaskContract
-from octollm.rpc.http import Answer
-from octollm.rpc.http1 import Http1
-from octollm.rpc.service import Base, Service
+from octollm.rpc.http import HttpResponse
+from octollm.rpc.http1 import Http1Client
+from octollm.rpc.service import Service, ServiceBase
 from octollm.services.memory.service import memory_service
 from octollm.services.orchestrator.service import orchestrator_service
 from octollm.storage import MemoryServers, open_redis
@@ -98,13 +98,13 @@ class Orchestra:
             "orchestrator",
             "POST",
             "/token",
-            token=signer.svc_token("orchestrator"),
+            token=signer.sign_token("orchestrator"),
             body={"subject_token": credential},
         )
         assert answer.status == 200, answer.body
-        return msgspec.json.decode(answer.body, type=TokenAnswer).access_token
+        return msgspec.json.decode(answer.body, type=TokenResponse).access_token
 
-    async def send(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
+    async def send(self, method: str, path: str, body: object = None, **headers: str) -> HttpResponse:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return await self.house.send("orchestrator", method, path, token=self.bearer, body=body, headers=named)
 
@@ -132,13 +132,13 @@ class Orchestra:
         return msgspec.json.decode(answer.body)["events"]
 
 
-def problem(answer: Answer) -> dict[str, Any]:
+def problem(answer: HttpResponse) -> dict[str, Any]:
     assert answer.headers["content-type"].startswith("application/problem+json"), answer
     return msgspec.json.decode(answer.body)
 
 
 @contextlib.asynccontextmanager
-async def opened_arm(arm: Arm, base: Base, app: Starlette | None = None) -> AsyncGenerator[Service]:
+async def opened_arm(arm: Arm, base: ServiceBase, app: Starlette | None = None) -> AsyncGenerator[Service]:
     """Open an arm; with ``app`` something else answers in its place, under its name and key."""
     service = build_arm(arm, base)
     yield service if app is None else replace(service, app=app)
@@ -150,7 +150,7 @@ async def orchestra(
 ) -> AsyncGenerator[Orchestra]:
     settings = read_settings({"OCTOLLM_HOME": str(home), **environment}, tuple(SERVICES))
     async with contextlib.AsyncExitStack() as stack:
-        http = await stack.enter_async_context(Http1())
+        http = await stack.enter_async_context(Http1Client())
         redis = await stack.enter_async_context(open_redis(settings.redis_url, servers=MemoryServers()))
         house = Harness(http)
         service = orchestrator_service(

@@ -10,27 +10,27 @@ import pytest
 from sqlalchemy import select, update
 
 from octollm.capability import Principal, ScopeSet, SigningKey
-from octollm.capability.joining import JoinClaim, JoinRoot, JoinSecret, arm_proof
-from octollm.clock import Uuid7Ids
+from octollm.capability.joining import EnrolmentClaim, EnrolmentToken, EnrolmentTokenIssuer, arm_proof
+from octollm.clock import Uuid7Generator
 from octollm.contracts.api import ArmRegistration
-from octollm.contracts.joining import JoinRequest, NewJoinRequest
+from octollm.contracts.joining import EnrolmentRequest, EnrolmentTokenRequest
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.services.orchestrator.accounts import Accounts, expand
-from octollm.services.orchestrator.attempts import MAX_REFUSALS, WINDOW_SECONDS, Attempts
+from octollm.services.orchestrator.accounts import Accounts, expand_scopes
+from octollm.services.orchestrator.attempts import MAX_FAILURES, THROTTLE_WINDOW_SECONDS, FailedEnrolmentThrottle
 from octollm.services.orchestrator.audit import Actor
-from octollm.services.orchestrator.joining import Asker, Joining
-from octollm.services.orchestrator.joins import Joins
-from octollm.services.orchestrator.presence import SILENT_SECONDS, Presence
-from octollm.services.orchestrator.registry import Registry
-from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.joining import EnrolmentAuthority, Requester
+from octollm.services.orchestrator.joins import EnrolmentTokens
+from octollm.services.orchestrator.presence import HEARTBEAT_TIMEOUT_SECONDS, InstanceRegistry
+from octollm.services.orchestrator.registry import ServiceRegistry
+from octollm.services.orchestrator.revoking import RevocationStore
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import arm_keys, events, joins
 
 ROOT = SigningKey.generate("root")
 ACTOR = Actor(Principal("admin", "key-1", "acme"))
-ASKER = Asker("192.0.2.1")
+ASKER = Requester("192.0.2.1")
 
 
 class HandClock:
@@ -49,26 +49,26 @@ class Replica:
 
     def __init__(self, db: Database, clock: HandClock) -> None:
         self.db, self.clock = db, clock
-        ids = Uuid7Ids(clock)
+        ids = Uuid7Generator(clock)
         log = EventLog(db, clock, ids)
-        root = JoinRoot(ROOT)
-        self.registry = Registry(db, clock, {"coder": SigningKey.generate("coder").public})
-        self.presence = Presence(db, log, self.registry)
-        self.joins = Joins(db, root, clock, ids)
-        self.revoking = Revoking(db, clock)
+        root = EnrolmentTokenIssuer(ROOT)
+        self.registry = ServiceRegistry(db, clock, {"coder": SigningKey.generate("coder").public})
+        self.presence = InstanceRegistry(db, log, self.registry)
+        self.joins = EnrolmentTokens(db, root, clock, ids)
+        self.revoking = RevocationStore(db, clock)
         roots = {ROOT.thumbprint: ROOT.public}
-        self.joining = Joining(db, log, root, roots, self.registry, self.revoking, clock, ids)
-        self.accounts = Accounts(db, clock, ids, self.registry.admitted)
+        self.joining = EnrolmentAuthority(db, log, root, roots, self.registry, self.revoking, clock, ids)
+        self.accounts = Accounts(db, clock, ids, self.registry.admitted_arms)
 
     async def admit(self, name: str, key: SigningKey, *calls: str, actor: Actor = ACTOR) -> None:
-        secret = JoinSecret.parse((await self.joins.create(NewJoinRequest(name, calls), actor)).secret)
+        secret = EnrolmentToken.parse((await self.joins.create(EnrolmentTokenRequest(name, calls), actor)).secret)
         await self.join(secret, name, key, calls)
 
-    async def join(self, secret: JoinSecret, name: str, key: SigningKey, calls: tuple[str, ...] = ()) -> None:
-        claim = JoinClaim(self.joining.nonce().nonce, name, key.thumbprint, calls)
+    async def join(self, secret: EnrolmentToken, name: str, key: SigningKey, calls: tuple[str, ...] = ()) -> None:
+        claim = EnrolmentClaim(self.joining.issue_nonce().nonce, name, key.thumbprint, calls)
         proof = arm_proof(secret.key, claim)
-        await self.joining.join(
-            JoinRequest(secret.id, name, key.public.to_jwk(), calls, claim.nonce, proof), ASKER
+        await self.joining.enrol(
+            EnrolmentRequest(secret.id, name, key.public.to_jwk(), calls, claim.nonce, proof), ASKER
         )  # fmt: skip
 
     async def told(self) -> list[tuple[str, str]]:
@@ -107,41 +107,41 @@ async def test_what_one_replica_learns_the_other_knows(tmp_path: Path) -> None:
             assert each.addresses("translator") == ("http://a:1", "http://b:1")
             calls = each.declarations()["translator:detect"]
             assert [(call.scope, call.optional) for call in calls] == [("models:chat", True)]
-            assert "translator" in each.admitted("acme")
-            assert "translator" not in each.admitted("other")
-            [told] = [arm for arm in await each.arms("acme") if arm.name == "translator"]
+            assert "translator" in each.admitted_arms("acme")
+            assert "translator" not in each.admitted_arms("other")
+            [told] = [arm for arm in await each.list_arms("acme") if arm.name == "translator"]
             assert told.description == "Translates text. Names it."
-            assert not await each.arms("other")
-            assert not (await each.views("other")).arms
+            assert not await each.list_arms("other")
+            assert not (await each.list_arm_views("other")).arms
         # A nonce of one is good at the other, once.
-        secret = JoinSecret.parse((await two.joins.create(NewJoinRequest("weather"), ACTOR)).secret)
-        claim = JoinClaim(one.joining.nonce().nonce, "weather", key.thumbprint, ())
+        secret = EnrolmentToken.parse((await two.joins.create(EnrolmentTokenRequest("weather"), ACTOR)).secret)
+        claim = EnrolmentClaim(one.joining.issue_nonce().nonce, "weather", key.thumbprint, ())
         fresh = SigningKey.generate()
-        claim = JoinClaim(claim.nonce, "weather", fresh.thumbprint, ())
-        asked = JoinRequest(
+        claim = EnrolmentClaim(claim.nonce, "weather", fresh.thumbprint, ())
+        asked = EnrolmentRequest(
             secret.id, "weather", fresh.public.to_jwk(), (), claim.nonce, arm_proof(secret.key, claim)
         )  # fmt: skip
-        await two.joining.join(asked, ASKER)
+        await two.joining.enrol(asked, ASKER)
         with pytest.raises(OctoError, match="nonce was used"):
-            await one.joining.join(asked, ASKER)
+            await one.joining.enrol(asked, ASKER)
 
 
 async def test_users_have_the_operations_of_their_tenants_arms(tmp_path: Path) -> None:
     async with replicas(tmp_path, 1) as [one]:
-        await one.accounts.set_local("octo_local_x")
+        await one.accounts.set_local_key("octo_local_x")
         await one.admit("translator", SigningKey.generate(), actor=Actor(Principal("a", "local", "local")))
         await one.admit("weather", SigningKey.generate(), actor=Actor(Principal("a", "b", "other")))
-        scopes = await one.accounts.scopes_now("local")
+        scopes = await one.accounts.current_scopes("local")
         assert scopes.allows("translator:execute")
         assert scopes.allows("coder:execute")
         assert not scopes.allows("weather:execute")
-        assert not expand("tasks:create", ("translator",)).allows("translator:execute")
+        assert not expand_scopes("tasks:create", ("translator",)).allows("translator:execute")
 
 
 async def test_a_database_that_was_read_or_changed_admits_nobody(tmp_path: Path) -> None:
     async with replicas(tmp_path, 1) as [one]:
-        made = await one.joins.create(NewJoinRequest("translator", ("models:chat",)), ACTOR)
-        secret = JoinSecret.parse(made.secret)
+        made = await one.joins.create(EnrolmentTokenRequest("translator", ("models:chat",)), ACTOR)
+        secret = EnrolmentToken.parse(made.secret)
         everything = (tmp_path / "o.db").read_bytes() + (tmp_path / "o.db-wal").read_bytes()
         assert made.secret.rsplit("_", 1)[1].encode() not in everything
         assert secret.key not in everything
@@ -156,21 +156,21 @@ async def test_silent_processes_are_dropped_and_each_change_is_told_once(tmp_pat
         await one.admit("translator", SigningKey.generate())
         await one.presence.register("translator", registration("i1", "http://a:1"))
         await one.presence.register("translator", registration("i2", "http://b:1"))
-        one.clock.time += SILENT_SECONDS - 1
+        one.clock.time += HEARTBEAT_TIMEOUT_SECONDS - 1
         await two.presence.heartbeat("translator", "i2")
         one.clock.time += 2
         assert (await one.presence.sweep(), await two.presence.sweep()) == (1, 0)
         await one.registry.refresh()
         assert one.registry.addresses("translator") == ("http://b:1",)
         assert [name for name, _ in await one.told()] == ["arm.registered", "arm.registered"]
-        one.clock.time += SILENT_SECONDS
+        one.clock.time += HEARTBEAT_TIMEOUT_SECONDS
         assert (await two.presence.sweep(), await one.presence.sweep()) == (1, 0)
         await one.registry.refresh()
         assert one.registry.addresses("translator") == ()
-        assert not await one.registry.arms("acme")
+        assert not await one.registry.list_arms("acme")
         with pytest.raises(OctoError) as caught:
             await one.presence.heartbeat("translator", "i1")
-        assert caught.value.code == "not_found"
+        assert caught.value.code == "not_found_result"
         await one.presence.register("translator", registration("i1", "http://a:1"))
         assert await one.told() == [
             ("arm.registered", "acme"),
@@ -188,10 +188,10 @@ async def test_a_process_that_starts_again_takes_its_address_over(tmp_path: Path
         await one.presence.register("translator", registration("i2", "http://a:1"))
         await one.presence.register("translator", registration("i2", "http://a:2"))
         assert one.registry.addresses("translator") == ("http://a:2",)
-        await one.presence.leave("translator", "i1")
-        assert (await one.registry.views("acme")).arms[0].state == "healthy"
-        await one.presence.leave("translator", "i2")
-        assert (await one.registry.views("acme")).arms[0].state == "unhealthy"
+        await one.presence.deregister("translator", "i1")
+        assert (await one.registry.list_arm_views("acme")).arms[0].state == "healthy"
+        await one.presence.deregister("translator", "i2")
+        assert (await one.registry.list_arm_views("acme")).arms[0].state == "unhealthy"
         assert [name for name, _ in await one.told()].count("arm.unhealthy") == 1
 
 
@@ -222,7 +222,7 @@ async def test_what_a_removed_arm_was_lent_is_revoked(tmp_path: Path) -> None:
         await two.registry.refresh()
         await two.revoking.load()
         assert "translator" not in two.registry.directory()
-        assert [(kind, value, tenant) for kind, value, _at, tenant in two.revoking.known.entries()] == [
+        assert [(kind, value, tenant) for kind, value, _at, tenant in two.revoking.revocations.entries()] == [
             ("aud", "translator", "acme")
         ]
         assert (await one.told())[-1] == ("arm.removed", "acme")
@@ -253,21 +253,21 @@ async def test_declared_calls_that_are_no_longer_admitted_are_not_lent(tmp_path:
 
 def test_refusals_are_counted_by_address_and_forgotten() -> None:
     clock = HandClock()
-    attempts = Attempts(clock)
-    for _ in range(MAX_REFUSALS):
+    attempts = FailedEnrolmentThrottle(clock)
+    for _ in range(MAX_FAILURES):
         attempts.check("a")
-        attempts.refused("a")
+        attempts.record_failure("a")
     with pytest.raises(OctoError) as caught:
         attempts.check("a")
     assert caught.value.code == "rate_limited"
-    assert caught.value.retry_after == WINDOW_SECONDS
+    assert caught.value.retry_after == THROTTLE_WINDOW_SECONDS
     attempts.check("b")
-    clock.time += WINDOW_SECONDS
+    clock.time += THROTTLE_WINDOW_SECONDS
     attempts.check("a")
-    attempts.refused("a")
+    attempts.record_failure("a")
     attempts.check("a")
 
 
 def test_a_scope_set_holds_all_arms_that_there_may_be() -> None:
     names = tuple(f"arm{number}" for number in range(100))
-    assert ScopeSet.parse(str(expand("admin", names))).allows("arm99:execute")
+    assert ScopeSet.parse(str(expand_scopes("admin", names))).allows("arm99:execute")

@@ -15,15 +15,15 @@ from orchestra import Orchestra, problem
 
 from octollm.arm import Arm, Context
 from octollm.capability import SigningKey
-from octollm.capability.joining import JoinClaim, JoinSecret, arm_proof
+from octollm.capability.joining import EnrolmentClaim, EnrolmentToken, arm_proof
 from octollm.capability.keys import b64encode
-from octollm.contracts.joining import JoinAnswer, JoinNonce, JoinRequest
+from octollm.contracts.joining import EnrolmentNonce, EnrolmentRequest, EnrolmentResponse
 from octollm.contracts.task import ExecuteResult, TaskContract
 from octollm.errors import OctoError
-from octollm.rpc.call import Call, Operation
+from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.hosting import listen
-from octollm.rpc.joining import bring_key
+from octollm.rpc.joining import rotate_key
 from octollm.rpc.service import build_service
 from octollm.testing import wait_until
 
@@ -141,19 +141,19 @@ class Bench:
 
     def __init__(self, orch: Orchestra, secret: str, name: str = "translator") -> None:
         self.orch = orch
-        self.secret = JoinSecret.parse(secret)
+        self.secret = EnrolmentToken.parse(secret)
         self.name = name
         self.key = SigningKey.generate(name)
 
     async def nonce(self) -> str:
         answer = await self.orch.house.send("orchestrator", "POST", "/arms/nonce")
-        return msgspec.json.decode(answer.body, type=JoinNonce).nonce
+        return msgspec.json.decode(answer.body, type=EnrolmentNonce).nonce
 
-    async def request(self, calls: tuple[str, ...] = ("models:chat",), nonce: str | None = None) -> JoinRequest:
+    async def request(self, calls: tuple[str, ...] = ("models:chat",), nonce: str | None = None) -> EnrolmentRequest:
         nonce = nonce or await self.nonce()
-        claim = JoinClaim(nonce, self.name, self.key.thumbprint, calls)
+        claim = EnrolmentClaim(nonce, self.name, self.key.thumbprint, calls)
         proof = arm_proof(self.secret.key, claim)
-        return JoinRequest(self.secret.id, self.name, self.key.public.to_jwk(), calls, nonce, proof)
+        return EnrolmentRequest(self.secret.id, self.name, self.key.public.to_jwk(), calls, nonce, proof)
 
     async def send(self, request: object) -> Any:
         return await self.orch.house.send("orchestrator", "POST", "/arms/join", body=request)
@@ -192,7 +192,7 @@ async def test_a_nonce_is_used_once(orch: Orchestra) -> None:
     request = await bench.request()
     first = await bench.send(request)
     assert first.status == 200, first.body
-    assert len(msgspec.json.decode(first.body, type=JoinAnswer).roots) == 1
+    assert len(msgspec.json.decode(first.body, type=EnrolmentResponse).roots) == 1
     again = await bench.send(request)
     assert problem(again)["code"] == "join_refused"
     assert "nonce" in problem(again)["detail"]
@@ -300,17 +300,17 @@ async def test_only_an_administrator_makes_secrets_and_removes_arms(orch: Orches
 async def between(orch: Orchestra, change: Any) -> AsyncGenerator[str]:
     """Serve somebody who passes everything on to the orchestrator, and changes the answer of a join."""
 
-    async def nonce(_call: Call, _body: object) -> Any:
+    async def nonce(_call: IncomingCall, _body: object) -> Any:
         return msgspec.json.decode((await orch.house.send("orchestrator", "POST", "/arms/nonce")).body)
 
-    async def answer(_call: Call, body: JoinRequest) -> Any:
+    async def answer(_call: IncomingCall, body: EnrolmentRequest) -> Any:
         sent = await orch.house.send("orchestrator", "POST", "/arms/join", body=body)
         assert sent.status == 200, sent.body
-        return change(msgspec.json.decode(sent.body, type=JoinAnswer))
+        return change(msgspec.json.decode(sent.body, type=EnrolmentResponse))
 
     operations = [
         Operation("nonce", "POST", "/arms/nonce", nonce, auth="public"),
-        Operation("join", "POST", "/arms/join", answer, auth="public", body=JoinRequest),
+        Operation("join", "POST", "/arms/join", answer, auth="public", body=EnrolmentRequest),
     ]
     bound = listen("127.0.0.1", 0, "impostor")
     async with build_service(base_of(orch, "impostor", SigningKey.generate(), {}), operations).serve(bound):
@@ -453,7 +453,7 @@ async def test_a_new_key_comes_signed_by_an_old_one(orch: Orchestra) -> None:
     old, new, other = (SigningKey.generate("translator") for _ in range(3))
     roots = await join_as(orch, "translator", (await make_secret(orch, "translator")).secret, key=old)
     base = base_of(orch, "translator", old, roots)
-    await bring_key(base.caller, base.identity, new)
+    await rotate_key(base.client, base.identity, new)
     for key in (old, new):
         assert (await as_service(orch, "translator", key, "GET", "/directory")).status == 200
     assert (await as_service(orch, "translator", other, "GET", "/directory")).status == 401
@@ -465,7 +465,7 @@ async def test_a_new_key_comes_signed_by_an_old_one(orch: Orchestra) -> None:
     assert problem(answer)["code"] == "invalid_body"
     coder = orch.house.base("coder")
     with pytest.raises(OctoError) as caught:
-        await bring_key(coder.caller, coder.identity, other)
+        await rotate_key(coder.client, coder.identity, other)
     assert caught.value.code == "scope_missing"
     assert "key.rotated" in {row["action"] for row in await audited(orch)}
 

@@ -8,18 +8,26 @@ import pytest
 from orchestra import Orchestra
 
 from octollm.errors import OctoError
-from octollm.rpc.idempotency import Claimed, Conflict, InFlight, Kept, KeyOf, Outcome, Stored
-from octollm.rpc.idempotency_remote import RemoteIdempotency
+from octollm.rpc.idempotency import (
+    AlreadyCompleted,
+    Claimed,
+    ClaimOutcome,
+    IdempotencyKey,
+    InFlight,
+    KeyConflict,
+    StoredResponse,
+)
+from octollm.rpc.idempotency_remote import RemoteIdempotencyStore
 
 MANY = 50
 
 
-def key(name: str) -> KeyOf:
-    return KeyOf("default", "user-1", "coder", "execute", name)
+def key(name: str) -> IdempotencyKey:
+    return IdempotencyKey("default", "user-1", "coder", "execute", name)
 
 
-def remote(orch: Orchestra) -> RemoteIdempotency:
-    return orch.house.base("coder").remote_idempotency()
+def remote(orch: Orchestra) -> RemoteIdempotencyStore:
+    return orch.house.base("coder").remote_idempotency_store()
 
 
 async def served(orch: Orchestra, operation: str) -> float:
@@ -32,20 +40,22 @@ async def served(orch: Orchestra, operation: str) -> float:
 async def test_what_comes_together_is_claimed_and_completed_together(orch: Orchestra) -> None:
     keys, bearer = remote(orch), orch.house.token("coder:execute")
 
-    async def claim(name: str, digest: str = "d") -> Outcome:
-        return await keys.claim(key(name), digest, repeatable=True, bearer=bearer)
+    async def claim(name: str, digest: str = "d") -> ClaimOutcome:
+        return await keys.claim(key(name), digest, idempotent=True, bearer=bearer)
 
     found = await asyncio.gather(*(claim(f"k{number % MANY}") for number in range(2 * MANY)))
     assert [type(outcome) for outcome in found] == [Claimed] * MANY + [InFlight] * MANY
     await asyncio.gather(
         *(
-            keys.complete(key(f"k{number}"), 1, Kept(200, f"{number}".encode(), {"etag": '"1"'}))
+            keys.complete(key(f"k{number}"), 1, StoredResponse(200, f"{number}".encode(), {"etag": '"1"'}))
             for number in range(MANY)
         )
     )
     again = await asyncio.gather(*(claim(f"k{number}") for number in range(MANY)), claim("k1", "another"))
-    assert again[:-1] == [Stored(Kept(200, f"{number}".encode(), {"etag": '"1"'})) for number in range(MANY)]
-    assert again[-1] == Conflict()
+    assert again[:-1] == [
+        AlreadyCompleted(StoredResponse(200, f"{number}".encode(), {"etag": '"1"'})) for number in range(MANY)
+    ]
+    assert again[-1] == KeyConflict()
     # 151 claims and 50 completions.
     assert 1 <= await served(orch, "idempotency.claim") <= 8
     assert 1 <= await served(orch, "idempotency.complete") <= 4
@@ -54,9 +64,9 @@ async def test_what_comes_together_is_claimed_and_completed_together(orch: Orche
 async def test_one_that_is_refused_takes_no_other_along(orch: Orchestra) -> None:
     keys, bearer = remote(orch), orch.house.token("coder:execute")
     good, forged, wrong = await asyncio.gather(
-        keys.claim(key("a"), "d", repeatable=True, bearer=bearer),
-        keys.claim(key("b"), "d", repeatable=True, bearer=bearer[:-4] + "AAAA"),
-        keys.claim(key(""), "d", repeatable=True, bearer=bearer),
+        keys.claim(key("a"), "d", idempotent=True, bearer=bearer),
+        keys.claim(key("b"), "d", idempotent=True, bearer=bearer[:-4] + "AAAA"),
+        keys.claim(key(""), "d", idempotent=True, bearer=bearer),
         return_exceptions=True,
     )
     assert good == Claimed(1)
@@ -67,12 +77,12 @@ async def test_one_that_is_refused_takes_no_other_along(orch: Orchestra) -> None
 
 async def test_who_leaves_gives_its_key_back(orch: Orchestra) -> None:
     keys, bearer = remote(orch), orch.house.token("coder:execute")
-    leaving = asyncio.create_task(keys.claim(key("k"), "d", repeatable=True, bearer=bearer))
+    leaving = asyncio.create_task(keys.claim(key("k"), "d", idempotent=True, bearer=bearer))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
     async with asyncio.timeout(4):  # a lease is longer
-        while not isinstance(await keys.claim(key("k"), "d", repeatable=True, bearer=bearer), Claimed):
+        while not isinstance(await keys.claim(key("k"), "d", idempotent=True, bearer=bearer), Claimed):
             await asyncio.sleep(0.05)

@@ -26,20 +26,20 @@ from starlette.routing import Route
 from octollm.clock import SystemClock
 from octollm.contracts.session import LoginCode
 from octollm.errors import OctoError, SettingError
-from octollm.rpc.hosting import listen, serving
-from octollm.rpc.outside import Outside, outside_http
+from octollm.rpc.hosting import listen, serve_app
+from octollm.rpc.outside import ExternalClient, create_external_http_client
 from octollm.services.orchestrator import oidc as oidc_module
 from octollm.services.orchestrator.issuers import (
     GrantRule,
     Issuer,
-    name_of,
-    principal_of,
-    read_issuers,
-    read_secret,
-    scopes_of,
+    load_client_secret,
+    load_issuers,
+    map_claims_to_name,
+    map_claims_to_principal,
+    map_claims_to_scopes,
 )
-from octollm.services.orchestrator.oidc import Oidc
-from octollm.telemetry import Metrics, log_for
+from octollm.services.orchestrator.oidc import OidcClient
+from octollm.telemetry import Metrics, get_logger
 
 RSA = rsa.generate_private_key(65537, 2048)
 OTHER = rsa.generate_private_key(65537, 2048)
@@ -114,7 +114,7 @@ class Provider:
 @dataclass
 class World:
     provider: Provider
-    oidc: Oidc
+    oidc: OidcClient
     issuer: Issuer
     clock: HandClock
 
@@ -148,9 +148,9 @@ async def world_of(**changes: Any) -> AsyncGenerator[World]:
     bound = listen("127.0.0.1", 0, "issuer")
     provider.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     issuer = Issuer(provider.url, "octollm", (GrantRule("groups", "staff", "user"),), tenant="acme", **changes)
-    outside = Outside("orchestrator", provider.url, clock=clock, metrics=Metrics("t"), log=log_for("t"))
-    async with serving(app, bound), outside_http(idle=5) as http:
-        yield World(provider, Oidc([issuer], http, {provider.url: outside}, clock), issuer, clock)
+    outside = ExternalClient("orchestrator", provider.url, clock=clock, metrics=Metrics("t"), log=get_logger("t"))
+    async with serve_app(app, bound), create_external_http_client(read_timeout=5) as http:
+        yield World(provider, OidcClient([issuer], http, {provider.url: outside}, clock), issuer, clock)
 
 
 @pytest.fixture
@@ -253,11 +253,11 @@ async def test_keys_are_asked_for_once_and_again_for_a_new_one(world: World) -> 
     fresh = world.token(OTHER, header={"kid": "new"})
     assert await refused(world, fresh), "not for every unknown name at once"
     assert world.provider.asked == 1
-    world.clock.ahead += oidc_module.AGAIN_SECONDS + 1
+    world.clock.ahead += oidc_module.JWKS_REFRESH_INTERVAL + 1
     assert await world.oidc.verify(fresh)
     assert world.provider.asked == 2
     world.provider.keys = [jwk(OTHER, "new", alg="RS256")]
-    world.clock.ahead += oidc_module.KEYS_SECONDS + 1
+    world.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
     assert await world.oidc.verify(fresh)
     assert await refused(world, world.token()), "a key that is gone is believed no more"
 
@@ -295,7 +295,7 @@ async def test_without_a_name_there_must_be_one_key_for_the_algorithm(world: Wor
     assert await world.oidc.verify(nameless)
     assert await refused(world, jwt.encode(world.claims(), OTHER, algorithm="RS256"))
     world.provider.keys.append(jwk(OTHER, "second", alg="RS256"))
-    world.clock.ahead += oidc_module.KEYS_SECONDS + 1
+    world.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
     assert await refused(world, nameless)
     assert await world.oidc.verify(world.token())
 
@@ -322,7 +322,7 @@ def began(world: World, code: str = "code-1", **claims: Any) -> LoginCode:
 
 async def test_a_code_is_redeemed_once_by_whoever_began_the_login(world: World) -> None:
     login = began(world)
-    issuer, claims = await world.oidc.redeem(login)
+    issuer, claims = await world.oidc.exchange_code(login)
     assert (issuer, claims["sub"]) == (world.issuer, "ada")
     assert world.provider.redeemed == [
         {
@@ -334,7 +334,7 @@ async def test_a_code_is_redeemed_once_by_whoever_began_the_login(world: World) 
         }
     ]
     with pytest.raises(OctoError) as caught:
-        await world.oidc.redeem(login)
+        await world.oidc.exchange_code(login)
     assert caught.value.code == "api_key_invalid"
 
 
@@ -358,40 +358,40 @@ async def test_a_login_that_somebody_else_began_is_refused(
 ) -> None:
     login = began(world, **claims)
     with pytest.raises(OctoError) as caught:
-        await world.oidc.redeem(replace(login, **change))
+        await world.oidc.exchange_code(replace(login, **change))
     assert caught.value.code == "api_key_invalid"
-    assert await world.oidc.redeem(began(world, "code-9"))
+    assert await world.oidc.exchange_code(began(world, "code-9"))
 
 
 async def test_our_secret_is_shown_to_the_issuer_that_gave_it(world: World, tmp_path: Path) -> None:
-    assert await world.oidc.redeem(began(world))
+    assert await world.oidc.exchange_code(began(world))
     assert world.provider.authorized == [""]
     (tmp_path / "secret").write_text("s:cret %\n")
     (tmp_path / "secret").chmod(0o600)
-    secret = read_secret(replace(world.issuer, client_secret_file=str(tmp_path / "secret")))
+    secret = load_client_secret(replace(world.issuer, client_secret_file=str(tmp_path / "secret")))
     assert secret == "s:cret %"
     world.oidc._secrets[world.issuer.url] = secret  # pyright: ignore[reportPrivateUsage]
-    assert await world.oidc.redeem(began(world))
+    assert await world.oidc.exchange_code(began(world))
     shown = base64.b64decode(world.provider.authorized[-1].removeprefix("Basic ")).decode()
     assert shown == "octollm:s%3Acret%20%25"
     (tmp_path / "secret").chmod(0o604)
     with pytest.raises(SettingError, match="every user may read it"):
-        read_secret(replace(world.issuer, client_secret_file=str(tmp_path / "secret")))
+        load_client_secret(replace(world.issuer, client_secret_file=str(tmp_path / "secret")))
     with pytest.raises(SettingError, match="cannot be read"):
-        read_secret(replace(world.issuer, client_secret_file=str(tmp_path / "none")))
-    assert read_secret(world.issuer) is None
+        load_client_secret(replace(world.issuer, client_secret_file=str(tmp_path / "none")))
+    assert load_client_secret(world.issuer) is None
 
 
 async def test_where_one_can_log_in_is_told_while_the_issuer_answers(world: World) -> None:
-    [view] = await world.oidc.views()
+    [view] = await world.oidc.list_issuers()
     assert (view.url, view.client_id, view.authorization_endpoint) == (
         world.provider.url,
         "octollm",
         f"{world.provider.url}/authorize",
     )
     world.provider.status = 500
-    world.clock.ahead += oidc_module.KEYS_SECONDS + 1
-    assert await world.oidc.views() == ()
+    world.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
+    assert await world.oidc.list_issuers() == ()
 
 
 # What a login grants
@@ -422,13 +422,13 @@ ISSUER = Issuer(
     ],
 )
 def test_claims_grant_by_rules_and_nothing_else(claims: dict[str, Any], scopes: str) -> None:
-    assert scopes_of(ISSUER, claims) == scopes
+    assert map_claims_to_scopes(ISSUER, claims) == scopes
 
 
 def test_users_of_two_issuers_or_tenants_are_never_one() -> None:
     other = replace(ISSUER, url="https://other.example")
     people = {
-        principal_of(issuer, {"sub": sub, "org": org}).sub
+        map_claims_to_principal(issuer, {"sub": sub, "org": org}).sub
         for issuer in (ISSUER, other)
         for sub in ("ada", "bob")
         for org in ("acme", "globex")
@@ -440,13 +440,13 @@ def test_users_of_two_issuers_or_tenants_are_never_one() -> None:
 @pytest.mark.parametrize("org", [None, "", "local", "system", "Acme", "a b", ["acme"], "x" * 64, 7])
 def test_a_claim_names_no_tenant_but_its_own(org: object) -> None:
     with pytest.raises(OctoError) as caught:
-        principal_of(ISSUER, {"sub": "ada", "org": org})
+        map_claims_to_principal(ISSUER, {"sub": "ada", "org": org})
     assert caught.value.code == "login_refused"
 
 
 def test_a_user_has_a_name_for_lists() -> None:
-    assert name_of({"email": "ada@example.org", "name": "Ada"}) == "ada@example.org"
-    assert name_of({"name": "Ada\n"}) == "OpenID Connect"
+    assert map_claims_to_name({"email": "ada@example.org", "name": "Ada"}) == "ada@example.org"
+    assert map_claims_to_name({"name": "Ada\n"}) == "OpenID Connect"
 
 
 GOOD = """
@@ -463,7 +463,7 @@ scope = "user"
 
 def test_the_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "oidc.toml").write_text(GOOD)
-    [issuer] = read_issuers(tmp_path / "oidc.toml")
+    [issuer] = load_issuers(tmp_path / "oidc.toml")
     assert (issuer.url, issuer.tenant, issuer.grant[0].scope) == ("https://login.example", "acme", "user")
 
 
@@ -484,14 +484,14 @@ def test_the_file_is_read(tmp_path: Path) -> None:
 def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "oidc.toml").write_text(text)
     with pytest.raises(SettingError, match="OCTOLLM_OIDC") as caught:
-        read_issuers(tmp_path / "oidc.toml")
+        load_issuers(tmp_path / "oidc.toml")
     assert told in caught.value.detail
     with pytest.raises(SettingError, match="cannot be read"):
-        read_issuers(tmp_path / "none.toml")
+        load_issuers(tmp_path / "none.toml")
 
 
 def test_the_example_of_the_documentation_is_one(tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
     (tmp_path / "oidc.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
-    [issuer] = read_issuers(tmp_path / "oidc.toml")
-    assert scopes_of(issuer, {"groups": ["engineers"]}) == "user"
+    [issuer] = load_issuers(tmp_path / "oidc.toml")
+    assert map_claims_to_scopes(issuer, {"groups": ["engineers"]}) == "user"

@@ -13,10 +13,10 @@ from databases import Backend
 from sqlalchemy import select, update
 
 from octollm.clock import SystemClock
-from octollm.contracts.revocations import RevocationNews
+from octollm.contracts.revocations import RevocationUpdate
 from octollm.errors import OctoError
 from octollm.services.orchestrator import revoking as revoking_module
-from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.revoking import RevocationStore
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import revocations
@@ -28,8 +28,8 @@ CLOCK = SystemClock()
 @dataclass
 class Pair:
     db: Database
-    one: Revoking
-    two: Revoking
+    one: RevocationStore
+    two: RevocationStore
 
     async def revoke(self, value: str, kind: str = "task", tenant: str = "acme") -> None:
         async with self.db.transaction() as tx:
@@ -40,25 +40,25 @@ class Pair:
 async def pair(backend: Backend) -> AsyncGenerator[Pair]:
     async with open_database(backend.url("octollm_orchestrator"), clock=CLOCK) as db:
         await migrate(db, "orchestrator")
-        one, two = Revoking(db, CLOCK), Revoking(db, CLOCK)
+        one, two = RevocationStore(db, CLOCK), RevocationStore(db, CLOCK)
         await one.load()
         await two.load()
         yield Pair(db, one, two)
 
 
 class Listener:
-    """A service that follows; ``told`` is what it was told in all."""
+    """A service that follows; ``summarise_run`` is what it was told in all."""
 
     def __init__(self, stream: AsyncIterator[bytes]) -> None:
         self.told: list[tuple[str, str, str]] = []
-        self.lines: list[RevocationNews] = []
+        self.lines: list[RevocationUpdate] = []
         self.ended = False
         self._stream = stream
         self._task = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
         async for line in self._stream:
-            news = msgspec.json.decode(line, type=RevocationNews)
+            news = msgspec.json.decode(line, type=RevocationUpdate)
             self.lines.append(news)
             self.told += [(view.tenant, view.kind, view.value) for view in news.revocations]
         self.ended = True
@@ -69,8 +69,8 @@ class Listener:
 
 
 @contextlib.asynccontextmanager
-async def listening(revoking: Revoking, draining: asyncio.Event | None = None) -> AsyncGenerator[Listener]:
-    listener = Listener(revoking.follow(draining or asyncio.Event()))
+async def listening(revoking: RevocationStore, draining: asyncio.Event | None = None) -> AsyncGenerator[Listener]:
+    listener = Listener(revoking.stream(draining or asyncio.Event()))
     try:
         yield listener
     finally:
@@ -83,7 +83,7 @@ def surely(error: BaseException) -> None:
 
 async def test_a_listener_is_told_what_is_in_force_and_then_each(pair: Pair) -> None:
     for number in range(1200):
-        pair.one.known.add("task", f"t{number}", CLOCK.now(), "acme")
+        pair.one.revocations.add("task", f"t{number}", CLOCK.now(), "acme")
     async with listening(pair.one) as listener:
         await wait_until(lambda: listener.lines and listener.lines[-1].whole, description="all are told")
         assert [len(line.revocations) for line in listener.lines] == [500, 500, 200, 0]
@@ -94,22 +94,22 @@ async def test_a_listener_is_told_what_is_in_force_and_then_each(pair: Pair) -> 
 
 
 async def test_another_replica_knows_within_a_moment(pair: Pair) -> None:
-    async with pair.two.watching(surely), listening(pair.two) as listener:
+    async with pair.two.run(surely), listening(pair.two) as listener:
         await pair.revoke("t1")
         await wait_until(lambda: ("acme", "task", "t1") in listener.told, description="it is told", timeout=1)
-        assert len(pair.two.known) == 1
+        assert len(pair.two.revocations) == 1
 
 
 async def test_a_transaction_that_commits_late_is_not_overlooked(pair: Pair, backend: Backend) -> None:
     if backend.base is None:
         return  # SQLite has one writer at a time
-    async with pair.two.watching(surely):
+    async with pair.two.run(surely):
         async with pair.db.transaction() as late:
             await pair.one.add(late, "task", "late", "acme")
             other = asyncio.create_task(pair.revoke("soon"))
             await other
-            await wait_until(lambda: len(pair.two.known) == 1, description="what was committed first is known")
-        await wait_until(lambda: len(pair.two.known) == 2, description="the one with the lower position is, too")
+            await wait_until(lambda: len(pair.two.revocations) == 1, description="what was committed first is known")
+        await wait_until(lambda: len(pair.two.revocations) == 2, description="the one with the lower position is, too")
 
 
 async def test_what_is_rolled_back_is_not_revoked(pair: Pair) -> None:
@@ -117,7 +117,7 @@ async def test_what_is_rolled_back_is_not_revoked(pair: Pair) -> None:
         async with pair.db.transaction() as tx:
             await pair.one.add(tx, "task", "t1", "acme")
             raise RuntimeError("something else failed")
-    assert len(pair.one.known) == 0
+    assert len(pair.one.revocations) == 0
 
 
 async def test_a_restart_reads_all_that_still_matters(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +126,11 @@ async def test_a_restart_reads_all_that_still_matters(pair: Pair, monkeypatch: p
         await pair.revoke(f"t{number}")
     async with pair.db.transaction() as tx:
         await tx.execute(update(revocations).where(revocations.c.value == "t0").values(until=1.0))
-    fresh = Revoking(pair.db, CLOCK)
+    fresh = RevocationStore(pair.db, CLOCK)
     await fresh.load()
-    assert sorted(value for _kind, value, _at, _tenant in fresh.known.entries()) == [f"t{n}" for n in range(1, 10)]
+    assert sorted(value for _kind, value, _at, _tenant in fresh.revocations.entries()) == [
+        f"t{n}" for n in range(1, 10)
+    ]
     assert len(fresh.list().revocations) == 9
     # What has run out goes with the next one.
     await pair.revoke("last")
@@ -140,8 +142,8 @@ async def test_a_slow_listener_is_cut_off_and_begins_again_with_all(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(revoking_module, "MAX_WAITING", 3)
-    stream = pair.one.follow(asyncio.Event())
-    assert msgspec.json.decode(await anext(stream), type=RevocationNews).whole
+    stream = pair.one.stream(asyncio.Event())
+    assert msgspec.json.decode(await anext(stream), type=RevocationUpdate).whole
     for number in range(5):
         await pair.revoke(f"t{number}")
     assert [line async for line in stream] == [], "the stream ends"
@@ -163,7 +165,7 @@ async def test_while_the_database_cannot_be_read_nobody_is_told_that_nothing_is_
     monkeypatch.setattr(revoking_module, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(revoking_module, "LATE_SECONDS", 0.3)
     monkeypatch.setattr(revoking_module, "POLL_SECONDS", 0.05)
-    async with pair.one.watching(surely), listening(pair.one) as listener:
+    async with pair.one.run(surely), listening(pair.one) as listener:
         await wait_until(lambda: len(listener.lines) > 5, description="it is told that nothing is new")
 
         @contextlib.asynccontextmanager
@@ -173,7 +175,7 @@ async def test_while_the_database_cannot_be_read_nobody_is_told_that_nothing_is_
 
         monkeypatch.setattr(pair.db, "read", lost)
         await wait_until(lambda: pair.one.failure, description="the loss is noticed")
-        assert not (await pair.one.checkup()).ok
+        assert not (await pair.one.check_health()).ok
 
         async def silent() -> bool:
             before = len(listener.lines)

@@ -10,11 +10,11 @@ from databases import Backend
 from sqlalchemy import delete, insert, select, update
 
 from octollm.capability import Principal, SigningKey
-from octollm.capability.audit_chain import ChainCheck
+from octollm.capability.audit_chain import AuditChainVerifier
 from octollm.clock import SystemClock
 from octollm.services.orchestrator import sealing as sealing_module
-from octollm.services.orchestrator.audit import Actor, record
-from octollm.services.orchestrator.sealing import Sealing, read_page
+from octollm.services.orchestrator.audit import Actor, record_audit
+from octollm.services.orchestrator.sealing import AuditSealer, read_audit_page
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import audit, audit_heads
@@ -37,37 +37,37 @@ async def db(backend: Backend) -> AsyncGenerator[Database]:
 async def write(db: Database, actor: Actor, count: int, name: str = "task") -> None:
     for number in range(count):
         async with db.transaction() as tx:
-            await record(
+            await record_audit(
                 tx, actor, "task.created", f"{name}-{number}", CLOCK.now(), {"n": number, "x": 1.5, "ü": [None]}
             )
 
 
 async def checked(db: Database, tenant: str) -> tuple[int, list[str]]:
-    check = ChainCheck(tenant, ROOTS)
+    check = AuditChainVerifier(tenant, ROOTS)
     after = 0
     while True:
-        page = await read_page(db, tenant, after, 3)
+        page = await read_audit_page(db, tenant, after, 3)
         for row in page.rows:
-            check.take(row)
+            check.check_row(row)
         if not page.rows:
-            check.end(page.head)
+            check.check_head(page.head)
             return check.rows, [f"{fault.seq}: {fault.what}" for fault in check.faults]
         after = page.rows[-1].seq
 
 
 async def test_each_tenant_has_a_chain_of_its_own(db: Database) -> None:
-    sealing = Sealing(db, ROOT, CLOCK)
+    sealing = AuditSealer(db, ROOT, CLOCK)
     assert await sealing.seal() == 0
     await write(db, ALICE, 4)
     await write(db, BOB, 2)
-    assert (await read_page(db, "acme", 0, 10)).rows == (), "what is not sealed is not told"
+    assert (await read_audit_page(db, "acme", 0, 10)).rows == (), "what is not sealed is not told"
     assert await sealing.seal() == 6
     await write(db, ALICE, 1)
     assert await sealing.seal() == 1
     assert await checked(db, "acme") == (5, [])
     assert await checked(db, "globex") == (2, [])
     assert await checked(db, "nobody") == (0, [])
-    page = await read_page(db, "acme", 3, 10)
+    page = await read_audit_page(db, "acme", 3, 10)
     assert [row.seq for row in page.rows] == [4, 5]
     assert [row.checkpoint is not None for row in page.rows] == [True, True]
     assert page.rows[0].detail == {"n": 3, "x": 1.5, "ü": [None]}
@@ -78,10 +78,10 @@ async def test_writers_and_sealers_at_the_same_time_make_one_chain(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sealing_module, "BATCH", 5)
-    sealers = [Sealing(db, ROOT, CLOCK), Sealing(db, ROOT, CLOCK)]
+    sealers = [AuditSealer(db, ROOT, CLOCK), AuditSealer(db, ROOT, CLOCK)]
     done = asyncio.Event()
 
-    async def seal(one: Sealing) -> None:
+    async def seal(one: AuditSealer) -> None:
         while not done.is_set():
             await one.seal()
             await asyncio.sleep(0)
@@ -98,7 +98,7 @@ async def test_writers_and_sealers_at_the_same_time_make_one_chain(
 
 async def test_what_is_done_to_rows_is_named(db: Database) -> None:
     await write(db, ALICE, 6)
-    await Sealing(db, ROOT, CLOCK).seal()
+    await AuditSealer(db, ROOT, CLOCK).seal()
 
     async with db.transaction() as tx:
         await tx.execute(update(audit).where(audit.c.seq == 2).values(sub="mallory"))
@@ -116,7 +116,7 @@ async def test_what_is_done_to_rows_is_named(db: Database) -> None:
 
 async def test_a_row_cannot_be_put_in_between(db: Database) -> None:
     await write(db, ALICE, 3)
-    await Sealing(db, ROOT, CLOCK).seal()
+    await AuditSealer(db, ROOT, CLOCK).seal()
     async with db.transaction() as tx:
         await tx.execute(update(audit).where(audit.c.seq == 3).values(seq=4))
         forged = {"tenant": "acme", "at": 1.0, "action": "task.created", "seq": 3, "hash": "0" * 64}
@@ -130,12 +130,12 @@ async def test_sealing_goes_on_by_itself_and_once_more_at_the_end(
 ) -> None:
     monkeypatch.setattr(sealing_module, "SEAL_SECONDS", 0.01)
     failures: list[BaseException] = []
-    sealing = Sealing(db, ROOT, CLOCK)
-    async with sealing.running(failures.append):
+    sealing = AuditSealer(db, ROOT, CLOCK)
+    async with sealing.run(failures.append):
         await write(db, ALICE, 2)
 
         async def sealed() -> bool:
-            return (await read_page(db, "acme", 0, 10)).head.seq == 2
+            return (await read_audit_page(db, "acme", 0, 10)).head.seq == 2
 
         await wait_until(sealed, description="the rows are sealed")
         monkeypatch.setattr(sealing_module, "SEAL_SECONDS", 60)
@@ -143,12 +143,12 @@ async def test_sealing_goes_on_by_itself_and_once_more_at_the_end(
         await write(db, ALICE, 1)
     assert await checked(db, "acme") == (3, [])
     assert failures == []
-    assert (await sealing.checkup()).ok
+    assert (await sealing.check_health()).ok
 
 
 async def test_a_rolled_back_sealing_leaves_no_gap(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     await write(db, ALICE, 3)
-    sealing = Sealing(db, ROOT, CLOCK)
+    sealing = AuditSealer(db, ROOT, CLOCK)
 
     def broken(*_args: object) -> str:
         raise RuntimeError("the signer broke")

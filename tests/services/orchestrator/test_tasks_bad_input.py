@@ -8,7 +8,14 @@ import pytest
 from orchestra import Orchestra, Script, problem
 
 from octollm.arm import Context
-from octollm.contracts.api import ClaimAnswers, ClaimRequest, Claims, ReserveAnswer, ReserveRequest, SettleRequest
+from octollm.contracts.api import (
+    ClaimBatch,
+    ClaimRequest,
+    ClaimResponseBatch,
+    ReserveRequest,
+    ReserveResponse,
+    SettleRequest,
+)
 from octollm.contracts.task import ExecuteResult, TaskContract, Usage
 from octollm.testing import wait_until
 
@@ -76,7 +83,7 @@ async def test_unknown_tasks_and_files_are_not_found(orch: Orchestra) -> None:
         ("POST", f"/tasks/task-{'0' * 32}/cancel", "task_not_found"),
         ("GET", f"/tasks/task-{'0' * 32}/history", "task_not_found"),
         ("GET", f"/files/{'0' * 64}", "file_not_found"),
-        ("GET", "/nowhere", "not_found"),
+        ("GET", "/nowhere", "not_found_result"),
         ("GET", "/webhooks", "not_configured"),
     ):
         answer = await orch.send(method, path)
@@ -111,7 +118,7 @@ async def test_tokens_are_needed_and_must_fit(orch: Orchestra) -> None:
     assert await refused(house.token("coder:execute")) == (401, "token_invalid")
     assert await refused(house.token("tasks:create", task=None)) == (403, "scope_missing")
     # A service's own token opens only what services may do.
-    assert (await refused(house.base("coder").identity.signer().svc_token("orchestrator")))[0] == 401
+    assert (await refused(house.base("coder").identity.signer().sign_token("orchestrator")))[0] == 401
 
 
 async def test_only_reflex_may_exchange_and_only_models_may_reserve(orch: Orchestra) -> None:
@@ -119,7 +126,7 @@ async def test_only_reflex_may_exchange_and_only_models_may_reserve(orch: Orches
         ("coder", "/token", {"subject_token": "octo_local_test-secret"}),
         ("coder", "/budget/settle", {"reservation": "x", "usage": {}}),
     ):
-        token = orch.house.base(service).identity.signer().svc_token("orchestrator")
+        token = orch.house.base(service).identity.signer().sign_token("orchestrator")
         answer = await orch.house.send("orchestrator", "POST", path, token=token, body=body)
         assert (answer.status, problem(answer)["code"]) == (403, "scope_missing")
 
@@ -130,7 +137,7 @@ async def test_only_reflex_may_exchange_and_only_models_may_reserve(orch: Orches
 async def test_a_wrong_key_is_refused_without_saying_why(orch: Orchestra, secret: str) -> None:
     signer = orch.house.base("reflex").identity.signer()
     answer = await orch.house.send(
-        "orchestrator", "POST", "/token", token=signer.svc_token("orchestrator"), body={"subject_token": secret}
+        "orchestrator", "POST", "/token", token=signer.sign_token("orchestrator"), body={"subject_token": secret}
     )
     assert (answer.status, problem(answer)["code"]) == (401, "api_key_invalid")
     assert "local_test-secret" not in answer.body.decode()
@@ -155,17 +162,17 @@ async def test_keys_are_made_used_and_revoked_and_tenants_do_not_meet(orch: Orch
     assert (revoked.status, problem(revoked)["code"]) == (401, "token_revoked")
 
 
-async def _reserve(orch: Orchestra, bearer: str, key: str, prompt: int, most: int | None) -> ReserveAnswer | str:
-    token = orch.house.base("models").identity.signer().svc_token("orchestrator")
+async def _reserve(orch: Orchestra, bearer: str, key: str, prompt: int, most: int | None) -> ReserveResponse | str:
+    token = orch.house.base("models").identity.signer().sign_token("orchestrator")
     body = ReserveRequest(bearer, key, prompt, most, "m")
     answer = await orch.house.send("orchestrator", "POST", "/budget/reserve", token=token, body=body)
     if answer.status >= 400:
         return str(problem(answer)["code"])
-    return msgspec.json.decode(answer.body, type=ReserveAnswer)
+    return msgspec.json.decode(answer.body, type=ReserveResponse)
 
 
 async def _settle(orch: Orchestra, reservation: str, usage: Usage, answer: bytes = b"null") -> None:
-    token = orch.house.base("models").identity.signer().svc_token("orchestrator")
+    token = orch.house.base("models").identity.signer().sign_token("orchestrator")
     body = SettleRequest(reservation, usage, msgspec.Raw(answer))
     done = await orch.house.send("orchestrator", "POST", "/budget/settle", token=token, body=body)
     assert done.status == 200
@@ -177,20 +184,20 @@ async def test_a_budget_is_never_exceeded_and_repeats_are_answered_from_the_jour
     found: list[object] = []
 
     async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
-        outgoing = await ctx.outgoing("models", "chat", b"{}")
+        outgoing = await ctx.prepare_call("models", "chat", b"{}")
         bearer = outgoing.bearer
         first = await _reserve(orch, bearer, "k1", 100, 300)
-        assert isinstance(first, ReserveAnswer)
+        assert isinstance(first, ReserveResponse)
         found.append(first.max_completion_tokens)
         # While 400 of 1000 tokens are reserved, a call that wants everything gets what is left.
         second = await _reserve(orch, bearer, "k2", 100, None)
-        assert isinstance(second, ReserveAnswer)
+        assert isinstance(second, ReserveResponse)
         found.append(second.max_completion_tokens)
         found.append(await _reserve(orch, bearer, "k3", 10, None))
         await _settle(orch, first.reservation, Usage(100, 50), b'{"text":"kept"}')
         await _settle(orch, second.reservation, Usage(100, 500))
         again = await _reserve(orch, bearer, "k1", 100, 300)
-        assert isinstance(again, ReserveAnswer)
+        assert isinstance(again, ReserveResponse)
         found.append((again.reservation, bytes(again.journal)))
         found.append(await _reserve(orch, bearer, "k4", 300, 10))
         return ExecuteResult(output="ok")
@@ -211,9 +218,9 @@ async def test_money_is_bounded_and_an_unknown_price_is_no_price(
     seen: list[str] = []
 
     async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
-        bearer = (await ctx.outgoing("models", "chat", b"{}")).bearer
+        bearer = (await ctx.prepare_call("models", "chat", b"{}")).bearer
         for key in ("k1", "k2"):
-            token = orch.house.base("models").identity.signer().svc_token("orchestrator")
+            token = orch.house.base("models").identity.signer().sign_token("orchestrator")
             body = ReserveRequest(bearer, key, 100, 100, "m", price)
             answer = await orch.house.send("orchestrator", "POST", "/budget/reserve", token=token, body=body)
             seen.append("ok" if answer.status == 200 else problem(answer)["code"])
@@ -231,7 +238,7 @@ async def test_a_token_made_by_hand_opens_an_arm_and_what_it_declares(orch: Orch
     seen: list[bool] = []
 
     async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
-        seen.extend((ctx.may("judge:validate"), ctx.may("models:chat"), ctx.may("keys:write")))
+        seen.extend((ctx.allows("judge:validate"), ctx.allows("models:chat"), ctx.allows("keys:write")))
         return ExecuteResult(output=contract.goal)
 
     script.execute = execute
@@ -267,7 +274,7 @@ async def test_calls_of_an_older_run_are_refused(orch: Orchestra, script: Script
     found: list[str] = []
 
     async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
-        bearer = (await ctx.outgoing("models", "chat", b"{}")).bearer
+        bearer = (await ctx.prepare_call("models", "chat", b"{}")).bearer
         assert await _claim(orch, bearer, "before") == "claimed"
         # Another orchestrator takes the task over.
         with sqlite3.connect(orch.home / "data" / "orchestrator.db") as db:
@@ -285,8 +292,8 @@ async def test_calls_of_an_older_run_are_refused(orch: Orchestra, script: Script
 
 
 async def _claim(orch: Orchestra, bearer: str, key: str) -> str:
-    token = orch.house.base("models").identity.signer().svc_token("orchestrator")
-    body = Claims((ClaimRequest(bearer, "chat", key, "0" * 64, repeatable=True),))
+    token = orch.house.base("models").identity.signer().sign_token("orchestrator")
+    body = ClaimBatch((ClaimRequest(bearer, "chat", key, "0" * 64, repeatable=True),))
     answer = await orch.house.send("orchestrator", "POST", "/idempotency/claim", token=token, body=body)
-    found = msgspec.json.decode(answer.body, type=ClaimAnswers).answers[0]
+    found = msgspec.json.decode(answer.body, type=ClaimResponseBatch).answers[0]
     return found.outcome if found.problem is None else found.problem.code

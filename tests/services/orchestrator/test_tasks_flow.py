@@ -11,7 +11,7 @@ from orchestra import Orchestra, Script, problem
 from octollm.arm import Context
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, TaskContract
-from octollm.errors import Fault, OctoError
+from octollm.errors import FieldError, OctoError
 from octollm.testing import wait_until
 
 
@@ -107,7 +107,7 @@ async def test_after_a_failed_step_a_different_plan_is_tried_once(orch: Orchestr
 
 async def test_an_arms_failure_is_the_tasks_failure(orch: Orchestra, script: Script) -> None:
     async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
-        raise OctoError("No model is there.", code="no_model", faults=[Fault("", "Pull one.")])
+        raise OctoError("No model is there.", code="no_model", field_errors=[FieldError("", "Pull one.")])
 
     script.execute = execute
     view = await orch.run({"goal": "think"})

@@ -16,23 +16,23 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from websockets.asyncio.client import ClientConnection, connect
 
-from octollm.capability import DirectoryEntry, SigningKey, verify_service
-from octollm.clock import SystemClock, Uuid7Ids
+from octollm.capability import DirectoryEntry, SigningKey, verify_service_token
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import Settings, read_settings
-from octollm.contracts.api import EventList, ExchangeRequest, SavedText, SavedTexts, TaskView, TokenAnswer
+from octollm.contracts.api import EventList, StepText, StepTexts, TaskView, TokenExchangeRequest, TokenResponse
 from octollm.contracts.events import Event
 from octollm.errors import OctoError
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.hosting import listen, serving
-from octollm.rpc.http1 import Http1
-from octollm.rpc.identity import Identity
+from octollm.rpc.hosting import listen, serve_app
+from octollm.rpc.http1 import Http1Client
+from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.problems import problem_response
 from octollm.rpc.service import Service, build_base
 from octollm.services.reflex import reflex_service
-from octollm.storage import Keys, RedisClient, TextStream, open_redis
+from octollm.storage import RedisClient, RedisKeys, TextStream, open_redis
 
 CLOCK = SystemClock()
-IDS = Uuid7Ids(CLOCK)
+IDS = Uuid7Generator(CLOCK)
 TASK = "task-" + "0" * 31 + "1"
 OTHER = "task-" + "0" * 31 + "2"
 LOCAL_KEY = "octo_local_user_key"
@@ -63,7 +63,7 @@ class Script:
     seen: list[Seen] = field(default_factory=list)
     answers: dict[tuple[str, str], Callable[[Request], Response]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    texts: list[SavedText] = field(default_factory=list)
+    texts: list[StepText] = field(default_factory=list)
     status: str = "accepted"
     progress: float = 0.0
     redis: RedisClient | None = None
@@ -74,7 +74,7 @@ class Script:
     @property
     def stream(self) -> TextStream:
         assert self.redis is not None
-        return TextStream(self.redis, Keys())
+        return TextStream(self.redis, RedisKeys())
 
     async def emit(self, event_type: str, **data: object) -> None:
         """Write an event of the task and hint at it."""
@@ -86,14 +86,14 @@ class Script:
         self.events.append(event)
         if event_type in ("task.completed", "task.failed", "task.cancelled"):
             self.status = event_type.partition(".")[2]
-        await self.redis.publish([(Keys().watch(TASK), msgspec.json.encode(event))])
+        await self.redis.publish([(RedisKeys().watch(TASK), msgspec.json.encode(event))])
 
     def view(self) -> TaskView:
         return TaskView(TASK, self.status, "a goal", self.progress, len(self.events), "then", "now")  # type: ignore[arg-type]
 
     async def token(self, request: Request) -> Response:
         self._by_the_door(request)
-        secret = msgspec.json.decode(await request.body(), type=ExchangeRequest).subject_token
+        secret = msgspec.json.decode(await request.body(), type=TokenExchangeRequest).subject_token
         self.exchanges.append(secret)
         if self.refusing is not None:
             return problem_response(self.refusing, "req-x")
@@ -101,13 +101,13 @@ class Script:
             return problem_response(OctoError("The API key is not valid.", code="api_key_invalid"), "req-x")
         token = f"access-{len(self.exchanges)}"
         self.tokens[token] = secret
-        answer = TokenAnswer(token, self.expires_in, self.keys[secret])
+        answer = TokenResponse(token, self.expires_in, self.keys[secret])
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
     def _by_the_door(self, request: Request) -> None:
         bearer = request.headers["authorization"].removeprefix("Bearer ")
         directory = {"reflex": DirectoryEntry((self.service_key.thumbprint,))}
-        assert verify_service(bearer, "orchestrator", directory, CLOCK) == "reflex"
+        assert verify_service_token(bearer, "orchestrator", directory, CLOCK) == "reflex"
 
     async def anything(self, request: Request) -> Response:
         self.seen.append(
@@ -144,7 +144,7 @@ class Script:
             after, limit = int(request.query_params["after"]), int(request.query_params["limit"])
             value = EventList(tuple(self.events[after : after + limit]), after)
         elif path.endswith("/texts"):
-            value = SavedTexts(tuple(self.texts))
+            value = StepTexts(tuple(self.texts))
         elif path.endswith("/cancel"):
             if self.keys[secret] == "reader":
                 raise OctoError("The token does not allow tasks:cancel.", code="scope_missing")
@@ -206,11 +206,11 @@ async def doorway(
     behind = listen("127.0.0.1", 0, "orchestrator")
     bound = listen("127.0.0.1", 0, "reflex")
     port = bound.getsockname()[1]
-    async with Http1() as http, open_redis("memory://door") as redis, serving(app, behind):
+    async with Http1Client() as http, open_redis("memory://door") as redis, serve_app(app, behind):
         script.redis = redis
         urls = {"orchestrator": (f"http://127.0.0.1:{behind.getsockname()[1]}",)}
         base = build_base(
-            Identity("reflex", key, {}, CLOCK, IDS), http, StaticDiscovery(urls), follow_revocations=False
+            ServiceIdentity("reflex", key, {}, CLOCK, IDS), http, StaticDiscovery(urls), follow_revocations=False
         )
         async with (
             reflex_service(
@@ -219,7 +219,7 @@ async def doorway(
                 redis=redis,
                 local_key=LOCAL_KEY,
                 loopback_only=loopback_only,
-                patience=patience,
+                send_timeout=patience,
             ) as service,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
             service.serve(bound),

@@ -8,7 +8,7 @@ import pytest
 from door_kit import KEY, TASK, Doorway, json_answer, stream_answer
 from starlette.responses import Response
 
-from octollm.errors import Fault, OctoError
+from octollm.errors import FieldError, OctoError
 from octollm.rpc.problems import problem_response
 
 CLIENT = {
@@ -44,7 +44,7 @@ async def test_a_problem_passes_as_it_was_told(door: Doorway) -> None:
         error = OctoError(
             "The body has a field that is not known here.",
             code="unknown_field",
-            faults=(Fault("/gaol", "unknown field"),),
+            field_errors=(FieldError("/gaol", "unknown field"),),
         )
         return problem_response(error, request.headers["x-request-id"])  # type: ignore[attr-defined]
 

@@ -13,20 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from octollm.contracts.api import TokenAnswer
-from octollm.contracts.problems import KINDS
+from octollm.contracts.api import TokenResponse
+from octollm.contracts.problems import ERROR_KINDS
 from octollm.errors import OctoError, RemoteError
-from octollm.resilience import Failure
-from octollm.services.reflex.addresses import OurNames, check_path, is_loopback
-from octollm.services.reflex.exchange import MAX_HELD, Exchange
-from octollm.services.reflex.page import policy_of
-from octollm.services.reflex.racing import first_of
-from octollm.services.reflex.rate import address_bucket
-from octollm.services.reflex.sockets import close_code
-from octollm.services.reflex.trust import check_local
-from octollm.services.reflex.upstream import DoorRetry
+from octollm.resilience import CallFailure
+from octollm.services.reflex.addresses import AllowedHosts, check_path, is_loopback
+from octollm.services.reflex.exchange import MAX_CACHED_TOKENS, TokenExchangeClient
+from octollm.services.reflex.page import build_csp
+from octollm.services.reflex.racing import run_until_first
+from octollm.services.reflex.rate import get_address_bucket
+from octollm.services.reflex.sockets import get_close_code
+from octollm.services.reflex.trust import check_local_user
+from octollm.services.reflex.upstream import GatewayRetryPolicy
 
-OURS = OurNames(("octo.example", "named.example:8443"))
+OURS = AllowedHosts(("octo.example", "named.example:8443"))
 PATHS = st.text(st.sampled_from("/.%25eEfFcCaA0\\x? \x00é"), max_size=20).map(lambda text: "/" + text)
 
 
@@ -54,7 +54,7 @@ def test_ordinary_paths_are_accepted() -> None:
 @given(st.text(max_size=40), st.integers(1, 65535))
 def test_no_text_but_our_names_is_ours(host: str, port: int) -> None:
     name = host.lower().rpartition(":")[0] or host.lower()
-    if OURS.has(host, port):
+    if OURS.is_allowed_host(host, port):
         assert host.lower() in {"octo.example", "named.example"} or name in {
             "127.0.0.1",
             "localhost",
@@ -65,42 +65,42 @@ def test_no_text_but_our_names_is_ours(host: str, port: int) -> None:
 
 
 def test_a_name_with_a_port_is_ours_at_that_port_only() -> None:
-    assert OURS.has("octo.example", 8000)
-    assert OURS.has("octo.example:1", 8000)
-    assert OURS.has("named.example:8443", 8000)
-    assert not OURS.has("named.example", 8000)
-    assert not OURS.has("localhost:8001", 8000)
-    assert OURS.has("localhost", 80)
-    assert OURS.has_origin("https://named.example:8443", 8000)
-    assert OURS.has_origin("https://octo.example", 8000)
-    assert not OURS.has_origin("ftp://octo.example", 8000)
-    assert not OURS.has_origin("octo.example", 8000)
-    assert not OURS.has_origin("http://user@octo.example", 8000)
+    assert OURS.is_allowed_host("octo.example", 8000)
+    assert OURS.is_allowed_host("octo.example:1", 8000)
+    assert OURS.is_allowed_host("named.example:8443", 8000)
+    assert not OURS.is_allowed_host("named.example", 8000)
+    assert not OURS.is_allowed_host("localhost:8001", 8000)
+    assert OURS.is_allowed_host("localhost", 80)
+    assert OURS.is_own_origin("https://named.example:8443", 8000)
+    assert OURS.is_own_origin("https://octo.example", 8000)
+    assert not OURS.is_own_origin("ftp://octo.example", 8000)
+    assert not OURS.is_own_origin("octo.example", 8000)
+    assert not OURS.is_own_origin("http://user@octo.example", 8000)
 
 
 @pytest.mark.parametrize("peer", ["10.0.0.1", "", "192.168.1.2", "::2", "1127.0.0.1", "::ffff:10.0.0.1", "localhost"])
 def test_a_peer_elsewhere_is_not_local(peer: str) -> None:
     assert not is_loopback(peer)
     with pytest.raises(OctoError) as caught:
-        check_local(Headers({"host": "localhost:8000"}), peer, 8000, OURS)
+        check_local_user(Headers({"host": "localhost:8000"}), peer, 8000, OURS)
     assert caught.value.code == "token_missing"
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"])
 def test_a_peer_here_is_local(peer: str) -> None:
-    check_local(Headers({"host": "localhost:8000", "sec-fetch-site": "none"}), peer, 8000, OURS)
+    check_local_user(Headers({"host": "localhost:8000", "sec-fetch-site": "none"}), peer, 8000, OURS)
 
 
 def test_an_address_is_counted_as_what_one_client_can_have() -> None:
-    assert address_bucket("10.0.0.1") != address_bucket("10.0.0.2")
-    assert address_bucket("2001:db8::1") == address_bucket("2001:db8::ffff")
-    assert address_bucket("2001:db8::1") != address_bucket("2001:db8:0:1::1")
-    assert address_bucket("::ffff:10.0.0.1") == address_bucket("10.0.0.1")
-    assert address_bucket("") == address_bucket("nonsense")
+    assert get_address_bucket("10.0.0.1") != get_address_bucket("10.0.0.2")
+    assert get_address_bucket("2001:db8::1") == get_address_bucket("2001:db8::ffff")
+    assert get_address_bucket("2001:db8::1") != get_address_bucket("2001:db8:0:1::1")
+    assert get_address_bucket("::ffff:10.0.0.1") == get_address_bucket("10.0.0.1")
+    assert get_address_bucket("") == get_address_bucket("nonsense")
 
 
 def test_every_error_has_a_close_code() -> None:
-    codes = {code: close_code(OctoError("x", code=code)) for code in KINDS}
+    codes = {code: get_close_code(OctoError("x", code=code)) for code in ERROR_KINDS}
     assert (codes["api_key_invalid"], codes["scope_missing"], codes["task_not_found"]) == (4401, 4403, 4404)
     assert (codes["rate_limited"], codes["unavailable"], codes["draining"]) == (1013, 1013, 1012)
     assert (codes["invalid_parameter"], codes["internal"]) == (1008, 1011)
@@ -109,8 +109,8 @@ def test_every_error_has_a_close_code() -> None:
 
 def test_long_waits_are_left_to_the_client() -> None:
     def wait(retry_after: float | None) -> float | None:
-        failure = Failure(retryable=True, began=False, retry_after=retry_after)
-        return DoorRetry().wait(failure, tried=1, repeats_safely=False, left=60, random=0.5)
+        failure = CallFailure(retryable=True, may_have_started=False, retry_after=retry_after)
+        return GatewayRetryPolicy().wait(failure, tried=1, repeats_safely=False, left=60, random=0.5)
 
     assert wait(None) is not None
     assert wait(1.0) == 1.0
@@ -119,10 +119,10 @@ def test_long_waits_are_left_to_the_client() -> None:
 
 def test_the_policy_names_what_the_page_holds_and_nothing_else() -> None:
     script = "alert(1)\n"
-    policy = policy_of(f"<style>a</style><script>{script}</script>")
+    policy = build_csp(f"<style>a</style><script>{script}</script>")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"script-src 'sha256-{digest}';" in policy
-    assert "script-src 'none'" in policy_of("<p>")
+    assert "script-src 'none'" in build_csp("<p>")
     assert "unsafe" not in policy
 
 
@@ -147,12 +147,12 @@ class FakeCaller:
         self.gate.set()
         self.error: RemoteError | None = None
 
-    async def answer(self, _call: object, _kind: object) -> TokenAnswer:
+    async def answer(self, _call: object, _kind: object) -> TokenResponse:
         self.calls += 1
         await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return TokenAnswer(f"token-{self.calls}", self.expires_in, "user")
+        return TokenResponse(f"token-{self.calls}", self.expires_in, "user")
 
 
 class FakeSigner:
@@ -160,39 +160,39 @@ class FakeSigner:
         return "svc"
 
 
-def exchange() -> tuple[Exchange, Any, FakeClock]:
+def exchange() -> tuple[TokenExchangeClient, Any, FakeClock]:
     caller: Any = FakeCaller()
     signer: Any = FakeSigner()
     clock = FakeClock()
-    return Exchange(caller, signer, clock), caller, clock
+    return TokenExchangeClient(caller, signer, clock), caller, clock
 
 
 @pytest.mark.parametrize(("expires_in", "held"), [(300, 270), (40, 20), (100_000, 270)])
 async def test_a_token_is_dropped_before_it_ends_and_after_five_minutes_at_most(expires_in: int, held: int) -> None:
     tokens, caller, clock = exchange()
     caller.expires_in = expires_in
-    assert await tokens.token("key") == "token-1"
+    assert await tokens.get_token("key") == "token-1"
     clock.time += held - 1
-    assert await tokens.token("key") == "token-1"
+    assert await tokens.get_token("key") == "token-1"
     clock.time += 2
-    assert await tokens.token("key") == "token-2"
+    assert await tokens.get_token("key") == "token-2"
 
 
 async def test_no_more_tokens_are_held_than_the_bound() -> None:
     tokens, caller, _clock = exchange()
-    for number in range(MAX_HELD + 1):
-        await tokens.token(f"key-{number}")
-    await tokens.token(f"key-{MAX_HELD}")
-    assert caller.calls == MAX_HELD + 1
-    await tokens.token("key-0")
-    assert caller.calls == MAX_HELD + 2
+    for number in range(MAX_CACHED_TOKENS + 1):
+        await tokens.get_token(f"key-{number}")
+    await tokens.get_token(f"key-{MAX_CACHED_TOKENS}")
+    assert caller.calls == MAX_CACHED_TOKENS + 1
+    await tokens.get_token("key-0")
+    assert caller.calls == MAX_CACHED_TOKENS + 2
 
 
 async def test_one_who_goes_away_does_not_take_the_others_answer() -> None:
     tokens, caller, _clock = exchange()
     caller.gate.clear()
-    first = asyncio.create_task(tokens.token("key"))
-    second = asyncio.create_task(tokens.token("key"))
+    first = asyncio.create_task(tokens.get_token("key"))
+    second = asyncio.create_task(tokens.get_token("key"))
     while not caller.calls:
         await asyncio.sleep(0)
     first.cancel()
@@ -206,15 +206,15 @@ async def test_a_refusal_is_asked_for_again() -> None:
     caller.error = RemoteError("no", code="api_key_invalid", status=401, retryable=False)
     for _ in range(2):
         with pytest.raises(RemoteError):
-            await tokens.token("key")
+            await tokens.get_token("key")
     caller.error = None
-    assert await tokens.token("key") == "token-3"
+    assert await tokens.get_token("key") == "token-3"
 
 
 async def test_closing_ends_what_is_under_way() -> None:
     tokens, caller, _clock = exchange()
     caller.gate.clear()
-    asking = asyncio.create_task(tokens.token("key"))
+    asking = asyncio.create_task(tokens.get_token("key"))
     while not caller.calls:
         await asyncio.sleep(0)
     await tokens.close()
@@ -234,7 +234,7 @@ async def test_of_several_works_the_first_to_end_ends_the_others() -> None:
     async def soon() -> None:
         await asyncio.sleep(0)
 
-    assert await first_of(never("a"), soon(), never("b")) == 1
+    assert await run_until_first(never("a"), soon(), never("b")) == 1
     assert sorted(ended) == ["a", "b"]
 
     async def fails() -> None:
@@ -242,5 +242,5 @@ async def test_of_several_works_the_first_to_end_ends_the_others() -> None:
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        await first_of(never("c"), fails())
+        await run_until_first(never("c"), fails())
     assert ended[-1] == "c"

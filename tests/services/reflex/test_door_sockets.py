@@ -12,7 +12,7 @@ from door_kit import KEY, OTHER, READER, TASK, Doorway, doorway
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from octollm.contracts.api import SavedText
+from octollm.contracts.api import StepText
 from octollm.errors import OctoError
 from octollm.testing import wait_until
 
@@ -91,7 +91,7 @@ async def test_a_watcher_goes_on_from_where_it_was(door: Doorway) -> None:
 async def test_the_text_is_there_without_redis(door: Doorway) -> None:
     await begin(door)
     await door.script.emit("step.started", step="a", title="A", arm="coder", attempt=1, run=1)
-    door.script.texts = [SavedText("a", 1, 1, "saved")]
+    door.script.texts = [StepText("a", 1, 1, "saved")]
     async with door.ws() as socket:
         await frame(socket)
         assert (await frame(socket))["data"]["text"] == "saved"
@@ -250,7 +250,7 @@ async def test_a_drain_asks_the_watcher_to_connect_again(door: Doorway) -> None:
     await begin(door)
     async with door.ws() as socket:
         await frame(socket)
-        door.service.kit.draining.set()
+        door.service.context.draining.set()
         assert await rest(socket) == ([], 1012)
     async with door.ws() as socket:
         assert await rest(socket) == ([], 1012)
@@ -325,5 +325,5 @@ async def test_a_drain_ends_a_stream(door: Doorway) -> None:
         lines = answer.aiter_lines()
         while not (await anext(lines)).startswith("data"):
             pass
-        door.service.kit.draining.set()
+        door.service.context.draining.set()
         assert [line async for line in lines if line] == []

@@ -99,11 +99,11 @@ async def test_the_page_goes_on_where_it_was_cut_off(door: Doorway, tab: Tab) ->
     await write(door, "one 🐙 ", 0, reset=True)
     await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))
     await tab.until("document.querySelector('.live')?.innerText.includes('one')", "the text is there")
-    door.service.kit.draining.set()
+    door.service.context.draining.set()
     await tab.until("document.querySelector('main').innerText.includes('reconnecting')", "the socket is closed")
     await write(door, "two ", 6)
     await door.script.emit("task.progress", progress=50)
-    door.service.kit.draining.clear()
+    door.service.context.draining.clear()
     await write(door, "three", 10)
     await tab.until("document.querySelector('.live').innerText === 'one 🐙 two three'", "nothing lost or doubled")
     await tab.until(

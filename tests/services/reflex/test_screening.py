@@ -11,9 +11,9 @@ from door_kit import TASK, Doorway, doorway, json_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octollm.contracts.screening import MAX_FINDINGS, RefusedGoal, ScreeningNote, riskiest
+from octollm.contracts.screening import MAX_FINDINGS, RejectedGoal, ScreeningRecord, max_risk
 from octollm.services.reflex.patterns import PATTERNS
-from octollm.services.reflex.screening import Screener, note_of
+from octollm.services.reflex.screening import Screener, summarize_screening
 
 SCREENER = Screener()
 
@@ -91,7 +91,7 @@ def test_personal_data_and_secrets_are_found_where_they_stand(text: str, pattern
     if what is not None:
         assert text[finding.start : finding.end] == what
     assert what is None or what not in msgspec.json.encode(screening).decode()
-    assert note_of(screening).found == {pattern: 1}
+    assert summarize_screening(screening).found == {pattern: 1}
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_findings_are_bounded_and_the_decision_is_not() -> None:
 
 
 def test_the_riskiest() -> None:
-    assert riskiest() == "none"
-    assert riskiest("low", "high", "medium") == "high"
+    assert max_risk() == "none"
+    assert max_risk("low", "high", "medium") == "high"
 
 
 # At the door
@@ -176,7 +176,7 @@ async def test_a_goal_of_high_risk_is_refused_before_it_is_a_task_and_recorded(d
         assert "/preprocess" in answer.json()["detail"]
         recorded = door.script.seen[-1]
         assert (recorded.method, recorded.path) == ("POST", "/screenings")
-        assert msgspec.json.decode(recorded.body, type=RefusedGoal).note.risk == "high"
+        assert msgspec.json.decode(recorded.body, type=RejectedGoal).note.risk == "high"
     assert not [each for each in door.script.seen if each.path == "/tasks"]
 
 
@@ -192,7 +192,7 @@ async def test_what_is_found_is_recorded_and_nothing_is_changed(door: Doorway) -
     assert answer.status_code == 201
     seen = door.script.seen[-1]
     assert seen.body == body
-    note = msgspec.json.decode(seen.headers["x-screening"], type=ScreeningNote)
+    note = msgspec.json.decode(seen.headers["x-screening"], type=ScreeningRecord)
     assert note.found == {"pii.email": 2, "injection.override": 1, "injection.reveal": 1}
     assert note.risk == "medium", "a file gives no orders"
     await door.client.post("/tasks", content=b'{"goal": "x"}')

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from octollm.arm import Context
 from octollm.config import Settings
-from octollm.contracts.asking import Message
+from octollm.contracts.asking import PromptMessage
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest, ValidateResult
-from octollm.contracts.stream import Line
+from octollm.contracts.stream import StreamEvent
 from octollm.contracts.task import FileRef, TaskContract
 
 MAX_NOTES = 20_000
@@ -18,7 +18,7 @@ MAX_NOTES = 20_000
 class ModelAsk:
     """Asks the model in the name of one call, and streams what it writes to whoever watches.
 
-    Use the object itself as ``Ask`` and :meth:`write` as its ``on_text``: a further answer voids the text before it.
+    Use the object itself as ``PromptFunction`` and :meth:`write` as its ``on_text``: a further answer voids the text before it.
     """
 
     def __init__(self, ctx: Context) -> None:
@@ -28,7 +28,7 @@ class ModelAsk:
 
     async def __call__(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[PromptMessage],
         *,
         max_tokens: int,
         schema: dict[str, object] | None = None,
@@ -55,39 +55,39 @@ class ModelAsk:
         self._written, self._reset = True, False
 
 
-async def unheard(_line: Line) -> None:
+async def discard_event(_line: StreamEvent) -> None:
     """Pass over a line: asking for a stream keeps the connection alive while the callee works."""
 
 
-def running(ctx: Context) -> Callable[[RunRequest], Awaitable[RunResult]]:
+def bind_run(ctx: Context) -> Callable[[RunRequest], Awaitable[RunResult]]:
     """Return the executor's ``run``, called for this call."""
 
     async def run(request: RunRequest) -> RunResult:
-        return await ctx.call("executor", "run", request, RunResult, on_line=unheard)
+        return await ctx.call("executor", "run", request, RunResult, on_event=discard_event)
 
     return run
 
 
-def validating(ctx: Context) -> Callable[[ValidateRequest], Awaitable[ValidateResult]]:
+def bind_validate(ctx: Context) -> Callable[[ValidateRequest], Awaitable[ValidateResult]]:
     """Return the judge's ``validate``, called for this call."""
 
     async def validate(request: ValidateRequest) -> ValidateResult:
-        return await ctx.call("judge", "validate", request, ValidateResult, on_line=unheard)
+        return await ctx.call("judge", "validate", request, ValidateResult, on_event=discard_event)
 
     return validate
 
 
-async def file_text(ctx: Context, file: FileRef) -> str:
+async def read_file_text(ctx: Context, file: FileRef) -> str:
     """Return a file's text; bytes that are no UTF-8 are marked. Raises what reading it raises."""
     return (await ctx.artifacts.read(file)).decode("utf-8-sig", errors="replace")
 
 
-def capable(settings: Settings) -> bool:
+def is_capable_model(settings: Settings) -> bool:
     """Say whether the model can design and judge: a provider's can, the small embedded ones cannot."""
     return settings.model.startswith("openai:")
 
 
-def goal_of(task: TaskContract) -> str:
+def goal_with_constraints(task: TaskContract) -> str:
     """Return the goal with the constraints that it came with."""
     goal = task.goal.strip()
     if not task.constraints:
@@ -95,7 +95,7 @@ def goal_of(task: TaskContract) -> str:
     return goal + "\n" + "\n".join(f"- {constraint}" for constraint in task.constraints)
 
 
-def notes_of(task: TaskContract) -> str:
+def collect_notes(task: TaskContract) -> str:
     """Return what is known besides the goal: the notes that came with it, and what earlier steps put out."""
     parts = [task.context.text, *task.context.inputs.values()]
     return "\n\n".join(part.strip() for part in parts if part.strip())[:MAX_NOTES]

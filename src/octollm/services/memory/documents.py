@@ -11,23 +11,23 @@ from sqlalchemy import and_, delete, func, insert, or_, select
 
 from octollm.clock import Clock
 from octollm.contracts.operations import DocumentIn, DocumentOut, Passage, SearchRequest, SearchResult
-from octollm.contracts.passages import Lines, numbered_lines, split_passages
+from octollm.contracts.passages import LineSpan, numbered_lines, split_passages
 from octollm.contracts.ranking import bm25
 from octollm.errors import OctoError
-from octollm.services.memory.matching import MAX_CANDIDATES, matches
-from octollm.services.memory.paging import cursor_of, read_cursor
-from octollm.services.memory.query import search_terms
+from octollm.services.memory.matching import MAX_CANDIDATES, build_match_query
+from octollm.services.memory.paging import decode_cursor, encode_cursor
+from octollm.services.memory.query import extract_search_terms
 from octollm.services.memory.shapes import DocumentList
 from octollm.storage import Database
 from octollm.storage.tables import documents, passages
 
 MAX_PASSAGES = 60_000
 """Passages of one document."""
-_BATCH = 500
+_INSERT_BATCH = 500
 _DECIMALS = 4
 
 
-class Documents:
+class DocumentStore:
     """The documents of all tenants; every question names the tenant that it is asked for."""
 
     def __init__(self, db: Database, clock: Clock) -> None:
@@ -40,14 +40,14 @@ class Documents:
         What was remembered under that digest before is replaced, unless it is the same. Raises ``body_too_large``
         for a text of too many passages.
         """
-        split, lines = await asyncio.to_thread(_split, document.text)
+        split, lines = await asyncio.to_thread(_split_text, document.text)
         out = DocumentOut(document.name, document.digest, len(split), lines)
         # Found without the lock, the common repeat writes nothing.
-        if await self._same(tenant, out, split):
+        if await self._is_unchanged(tenant, out, split):
             return out, False
         async with self._db.transaction() as tx:
             # Its row is locked from here on, whether it was there or not; its passages follow it.
-            created = await tx.first(_one(tenant, out.digest).with_for_update()) is None
+            created = await tx.first(_select_document(tenant, out.digest).with_for_update()) is None
             values = {
                 "name": out.name,
                 "lines": out.lines,
@@ -60,7 +60,7 @@ class Documents:
                 .on_conflict_do_update(index_elements=[documents.c.tenant, documents.c.digest], set_=values)
             )
             await tx.execute(delete(passages).where(passages.c.tenant == tenant, passages.c.digest == out.digest))
-            for start in range(0, len(split), _BATCH):
+            for start in range(0, len(split), _INSERT_BATCH):
                 rows = [
                     {
                         "tenant": tenant,
@@ -70,15 +70,15 @@ class Documents:
                         "line_end": passage.line_end,
                         "text": passage.text,
                     }
-                    for index, passage in enumerate(split[start : start + _BATCH])
+                    for index, passage in enumerate(split[start : start + _INSERT_BATCH])
                 ]
                 await tx.execute(insert(passages), rows)
         return out, created
 
-    async def _same(self, tenant: str, out: DocumentOut, split: Sequence[Lines]) -> bool:
+    async def _is_unchanged(self, tenant: str, out: DocumentOut, split: Sequence[LineSpan]) -> bool:
         async with self._db.read() as conn:
-            row = await conn.first(_one(tenant, out.digest))
-            if row is None or _document(row) != out:
+            row = await conn.first(_select_document(tenant, out.digest))
+            if row is None or _build_document(row) != out:
                 return False
             query = (
                 select(passages.c.line_start, passages.c.line_end, passages.c.text)
@@ -92,26 +92,26 @@ class Documents:
         ]
 
     async def get(self, tenant: str, digest: str) -> DocumentOut:
-        """Return a document; raise ``not_found``."""
+        """Return a document; raise ``not_found_result``."""
         async with self._db.read() as conn:
-            row = await conn.first(_one(tenant, digest))
+            row = await conn.first(_select_document(tenant, digest))
         if row is None:
-            raise _absent()
-        return _document(row)
+            raise _document_not_found()
+        return _build_document(row)
 
     async def delete(self, tenant: str, digest: str) -> None:
-        """Forget a document; raise ``not_found``."""
+        """Forget a document; raise ``not_found_result``."""
         async with self._db.transaction() as tx:
             # Its passages go with it, and out of the index.
             where = (documents.c.tenant == tenant, documents.c.digest == digest)
             if (await tx.execute(delete(documents).where(*where))).rowcount == 0:
-                raise _absent()
+                raise _document_not_found()
 
     async def list(self, tenant: str, *, limit: int, cursor: str) -> DocumentList:
         """Return a page of documents, newest first; raise ``invalid_parameter`` for a cursor that is not ours."""
         wanted = [documents.c.tenant == tenant]
         if cursor:
-            at, last = read_cursor(cursor)
+            at, last = decode_cursor(cursor)
             wanted.append(
                 or_(documents.c.created_at < at, and_(documents.c.created_at == at, documents.c.digest < last))
             )
@@ -124,21 +124,21 @@ class Documents:
         async with self._db.read() as conn:
             rows = await conn.all(query)
         page = rows[:limit]
-        following = cursor_of(page[-1]["created_at"], page[-1]["digest"]) if len(rows) > limit else None
-        return DocumentList(tuple(_document(row) for row in page), following)
+        following = encode_cursor(page[-1]["created_at"], page[-1]["digest"]) if len(rows) > limit else None
+        return DocumentList(tuple(_build_document(row) for row in page), following)
 
     async def search(self, tenant: str, request: SearchRequest) -> SearchResult:
         """Return the passages that match best by BM25, best first; none for a query without words."""
-        terms = search_terms(request.query)
+        terms = extract_search_terms(request.query)
         if not terms:
             return SearchResult(())
         mine = [passages.c.tenant == tenant]
         if request.filters.digests:
             mine.append(passages.c.digest.in_(request.filters.digests))
         async with self._db.read() as conn:
-            rows = await conn.all(matches(conn.dialect, terms, mine))
+            rows = await conn.all(build_match_query(conn.dialect, terms, mine))
             total = await conn.scalar(select(func.count()).select_from(passages).where(*mine))
-        found = [_passage(row) for row in rows]
+        found = [_build_passage(row) for row in rows]
         if len(found) < MAX_CANDIDATES:
             # These are all that match, so that they can be weighed among their own.
             scores = await asyncio.to_thread(bm25, terms, [passage.text for passage in found], total=int(total))
@@ -150,25 +150,25 @@ class Documents:
         return SearchResult(tuple(found[: request.limit]))
 
 
-def _split(body: str) -> tuple[list[Lines], int]:
+def _split_text(body: str) -> tuple[list[LineSpan], int]:
     split = split_passages(body)
     if len(split) > MAX_PASSAGES:
         raise OctoError(f"The text has more than {MAX_PASSAGES} passages.", code="body_too_large")
     return split, len(numbered_lines(body.removesuffix("\n"))) if body else 0
 
 
-def _one(tenant: str, digest: str) -> Any:
+def _select_document(tenant: str, digest: str) -> Any:
     return select(documents).where(documents.c.tenant == tenant, documents.c.digest == digest)
 
 
-def _document(row: Mapping[Any, Any]) -> DocumentOut:
+def _build_document(row: Mapping[Any, Any]) -> DocumentOut:
     return DocumentOut(row["name"], row["digest"], row["passages"], row["lines"])
 
 
-def _passage(row: Mapping[Any, Any]) -> Passage:
+def _build_passage(row: Mapping[Any, Any]) -> Passage:
     score = round(float(row["score"]), _DECIMALS)
     return Passage(row["name"], row["digest"], row["line_start"], row["line_end"], row["text"], score)
 
 
-def _absent() -> OctoError:
-    return OctoError("There is no document of that digest.", code="not_found")
+def _document_not_found() -> OctoError:
+    return OctoError("There is no document of that digest.", code="not_found_result")

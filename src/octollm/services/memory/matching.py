@@ -12,29 +12,29 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Double, and_, bindparam, func, literal_column, select, text
 
-from octollm.services.memory.query import match_expression
+from octollm.services.memory.query import build_fts5_expression
 from octollm.storage.tables import documents, passages, passages_fts
 
 MAX_CANDIDATES = 200
 """Passages that are weighed; where more match, the index's own order decides."""
-_BY_LENGTH = 1
+_NORMALIZE_BY_LENGTH = 1
 """Divide a rank by 1 + the logarithm of the passage's length."""
 
 
-def matches(dialect: str, terms: Sequence[str], mine: Sequence[ColumnElement[bool]]) -> Any:
+def build_match_query(dialect: str, terms: Sequence[str], filters: Sequence[ColumnElement[bool]]) -> Any:
     """Return the query for the best candidates among the passages ``mine``, with a ``score``: higher is better."""
-    return _in_postgres(terms, mine) if dialect == "postgresql" else _in_sqlite(terms, mine)
+    return _build_postgres_query(terms, filters) if dialect == "postgresql" else _build_sqlite_query(terms, filters)
 
 
-def _in_sqlite(terms: Sequence[str], mine: Sequence[ColumnElement[bool]]) -> Any:
+def _build_sqlite_query(terms: Sequence[str], filters: Sequence[ColumnElement[bool]]) -> Any:
     # https://www.sqlite.org/fts5.html#the_bm25_function: the lower the better.
     rank: ColumnElement[float] = literal_column("bm25(passages_fts)", Double[float]())
     joined = passages_fts.join(passages, passages.c.id == passages_fts.c.rowid)
-    found = text("passages_fts MATCH :match").bindparams(match=match_expression(terms))
-    return _best(joined, -rank, [found, *mine])
+    found = text("passages_fts MATCH :match").bindparams(match=build_fts5_expression(terms))
+    return _select_best(joined, -rank, [found, *filters])
 
 
-def _in_postgres(terms: Sequence[str], mine: Sequence[ColumnElement[bool]]) -> Any:
+def _build_postgres_query(terms: Sequence[str], filters: Sequence[ColumnElement[bool]]) -> Any:
     # Each term goes through the index's own parser alone, so nothing that a person types is an operator.
     # https://www.postgresql.org/docs/current/textsearch-controls.html
     phrases: list[ColumnElement[Any]] = [
@@ -43,10 +43,10 @@ def _in_postgres(terms: Sequence[str], mine: Sequence[ColumnElement[bool]]) -> A
     ]
     query = reduce(lambda one, other: one.op("||")(other), phrases)
     words: ColumnElement[Any] = literal_column("passages.words")
-    return _best(passages, func.ts_rank(words, query, _BY_LENGTH), [words.op("@@")(query), *mine])
+    return _select_best(passages, func.ts_rank(words, query, _NORMALIZE_BY_LENGTH), [words.op("@@")(query), *filters])
 
 
-def _best(source: Any, score: ColumnElement[float], wanted: Sequence[Any]) -> Any:
+def _select_best(source: Any, score: ColumnElement[float], conditions: Sequence[Any]) -> Any:
     return (
         select(documents.c.name, passages, score.label("score"))
         .select_from(
@@ -54,7 +54,7 @@ def _best(source: Any, score: ColumnElement[float], wanted: Sequence[Any]) -> An
                 documents, and_(documents.c.tenant == passages.c.tenant, documents.c.digest == passages.c.digest)
             )
         )
-        .where(*wanted)
+        .where(*conditions)
         .order_by(score.desc(), passages.c.id)
         .limit(MAX_CANDIDATES)
     )

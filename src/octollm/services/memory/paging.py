@@ -12,13 +12,13 @@ from octollm.errors import OctoError
 _MAX_CURSOR = 400
 
 
-def cursor_of(at: float, last: str) -> str:
+def encode_cursor(created_at: float, last: str) -> str:
     """Return the cursor after the row ``last``, made at ``at`` (epoch seconds)."""
-    return base64.urlsafe_b64encode(msgspec.json.encode([at, last])).decode().rstrip("=")
+    return base64.urlsafe_b64encode(msgspec.json.encode([created_at, last])).decode().rstrip("=")
 
 
-def read_cursor(cursor: str) -> tuple[float, str]:
-    """Return what :func:`cursor_of` was given; raise ``invalid_parameter`` for any other text."""
+def decode_cursor(cursor: str) -> tuple[float, str]:
+    """Return what :func:`encode_cursor` was given; raise ``invalid_parameter`` for any other text."""
     refused = OctoError("The cursor is not one that a list gave.", code="invalid_parameter")
     if len(cursor) > _MAX_CURSOR:
         raise refused

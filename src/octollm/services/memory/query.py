@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octollm.contracts.words import content_words, words
+from octollm.contracts.words import content_words, tokenize
 
 MAX_TERMS = 32
 """Terms of a query; those after them add little and cost time."""
 
 
-def search_terms(query: str) -> list[str]:
+def extract_search_terms(query: str) -> list[str]:
     """Return the words to look for: those that say nothing are left out unless there are no others."""
-    return (content_words(query) or list(dict.fromkeys(words(query))))[:MAX_TERMS]
+    return (content_words(query) or list(dict.fromkeys(tokenize(query))))[:MAX_TERMS]
 
 
-def match_expression(terms: Sequence[str]) -> str:
+def build_fts5_expression(terms: Sequence[str]) -> str:
     """Return an FTS5 expression that matches any of ``terms``, of which there is at least one.
 
     Each is a quoted string, so nothing that a person types is an operator or a syntax error. Inflections are the

@@ -10,18 +10,18 @@ from urllib.parse import quote
 from starlette.responses import Response
 
 from octollm.config import Settings
-from octollm.contracts.listing import Page
+from octollm.contracts.listing import PageQuery
 from octollm.contracts.operations import DocumentIn, DocumentOut, SearchRequest, SearchResult
 from octollm.contracts.task import MAX_FILE_BYTES
-from octollm.errors import Fault, OctoError
-from octollm.rpc.call import About, Call, Operation, Reply
-from octollm.rpc.health import Dependency
-from octollm.rpc.service import Base, Service, build_service
-from octollm.services.memory.documents import Documents
-from octollm.services.memory.facts import Facts
+from octollm.errors import FieldError, OctoError
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
+from octollm.rpc.health import DependencyStatus
+from octollm.rpc.service import Service, ServiceBase, build_service
+from octollm.services.memory.documents import DocumentStore
+from octollm.services.memory.facts import FactStore
 from octollm.services.memory.shapes import MAX_NAME, DocumentList, Fact, FactIn
 from octollm.storage import Database
-from octollm.storage.migrations import service_database
+from octollm.storage.migrations import open_service_database
 
 MAX_QUERY = 4000
 """Characters of a query."""
@@ -34,33 +34,33 @@ _ETAG_VERSION = re.compile(r'"(\d{1,18})"')
 
 
 @contextlib.asynccontextmanager
-async def memory_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+async def memory_service(base: ServiceBase, settings: Settings) -> AsyncGenerator[Service]:
     """Open the memory's database and yield the service; close it on leaving.
 
     Raises ``unavailable`` when the database cannot be used, ``schema_mismatch`` when its schema does not fit.
     """
-    async with service_database(settings, "memory", clock=base.clock) as db:
+    async with open_service_database(settings, "memory", clock=base.clock) as db:
         yield build_memory(base, db)
 
 
-def build_memory(base: Base, db: Database) -> Service:
+def build_memory(base: ServiceBase, db: Database) -> Service:
     """Return the service over an open database with its schema."""
-    handlers = _Handlers(Documents(db, base.clock), Facts(db, base.clock))
+    handlers = _MemoryHandlers(DocumentStore(db, base.clock), FactStore(db, base.clock))
 
-    async def database() -> Dependency:
+    async def database() -> DependencyStatus:
         try:
             await db.check()
         except OctoError as error:
-            return Dependency(ok=False, detail=error.detail)
-        return Dependency(ok=True)
+            return DependencyStatus(ok=False, detail=error.detail)
+        return DependencyStatus(ok=True)
 
-    return build_service(base, handlers.operations(), checkups={"database": database})
+    return build_service(base, handlers.operations(), readiness_checks={"database": database})
 
 
-class _Handlers:
+class _MemoryHandlers:
     """The operations. Each acts within the tenant of the token that it was shown, and no other."""
 
-    def __init__(self, documents: Documents, facts: Facts) -> None:
+    def __init__(self, documents: DocumentStore, facts: FactStore) -> None:
         self._documents = documents
         self._facts = facts
 
@@ -69,7 +69,7 @@ class _Handlers:
 
         Everything here may be repeated: documents go by digest and facts by name, so no key is needed for it.
         """
-        absent = About(codes=("invalid_parameter", "not_found"))
+        absent = OperationDocs(error_codes=("invalid_parameter", "not_found_result"))
         return [
             Operation(
                 "write",
@@ -79,12 +79,12 @@ class _Handlers:
                 scope="memory:write",
                 kind="idempotent",
                 body=DocumentIn,
-                answer=DocumentOut,
+                response=DocumentOut,
                 status=201,
                 # JSON may take two characters for one of the text.
                 max_body=2 * MAX_FILE_BYTES,
                 summary="Remember a text, in passages.",
-                about=About(codes=("file_invalid",), also=(200,)),
+                docs=OperationDocs(error_codes=("file_invalid",), other_statuses=(200,)),
             ),
             Operation(
                 "list",
@@ -92,8 +92,8 @@ class _Handlers:
                 "/documents",
                 self.list_documents,
                 scope="memory:read",
-                query=Page,
-                answer=DocumentList,
+                query=PageQuery,
+                response=DocumentList,
                 cacheable=True,
                 summary="List documents, newest first.",
             ),
@@ -103,10 +103,10 @@ class _Handlers:
                 "/documents/{digest}",
                 self.get_document,
                 scope="memory:read:{digest}",
-                answer=DocumentOut,
+                response=DocumentOut,
                 cacheable=True,
                 summary="Describe a document.",
-                about=absent,
+                docs=absent,
             ),
             Operation(
                 "delete_document",
@@ -117,7 +117,7 @@ class _Handlers:
                 kind="idempotent",
                 status=204,
                 summary="Forget a document.",
-                about=absent,
+                docs=absent,
             ),
             Operation(
                 "search",
@@ -126,7 +126,7 @@ class _Handlers:
                 self.search,
                 scope="memory:read",
                 body=SearchRequest,
-                answer=SearchResult,
+                response=SearchResult,
                 summary="Find passages by their words.",
             ),
             Operation(
@@ -137,13 +137,13 @@ class _Handlers:
                 scope="memory:write",
                 kind="idempotent",
                 body=FactIn,
-                answer=Fact,
+                response=Fact,
                 max_body=MAX_FACT_BYTES,
                 summary="Set a fact.",
-                about=About(
+                docs=OperationDocs(
                     headers={"If-Match": "The ETag of the version that is replaced."},
-                    codes=("invalid_parameter", "state_conflict"),
-                    also=(201,),
+                    error_codes=("invalid_parameter", "state_conflict"),
+                    other_statuses=(201,),
                     example={"value": {"closes": "18:00"}, "source": "notes.txt"},
                 ),
             ),
@@ -153,10 +153,10 @@ class _Handlers:
                 "/facts/{name}",
                 self.get_fact,
                 scope="memory:read",
-                answer=Fact,
+                response=Fact,
                 cacheable=True,
                 summary="Get a fact.",
-                about=absent,
+                docs=absent,
             ),
             Operation(
                 "delete_fact",
@@ -167,67 +167,67 @@ class _Handlers:
                 kind="idempotent",
                 status=204,
                 summary="Forget a fact.",
-                about=absent,
+                docs=absent,
             ),
         ]
 
-    async def put_document(self, call: Call, document: DocumentIn) -> Reply:
+    async def put_document(self, call: IncomingCall, document: DocumentIn) -> OperationResponse:
         """Remember a document: 201 when it is new, 200 when its digest was known."""
         _check_digest(document.digest, "/digest")
         if not document.name or len(document.name) > MAX_NAME or "\x00" in document.name:
-            raise _invalid("/name", f"1 to {MAX_NAME} characters")
+            raise _invalid_body("/name", f"1 to {MAX_NAME} characters")
         if "\x00" in document.text:
             raise OctoError("The text has NUL characters: it is no text.", code="file_invalid")
         out, created = await self._documents.put(call.tenant, document)
-        return Reply(out, 201 if created else 200, {"Location": f"/documents/{out.digest}"})
+        return OperationResponse(out, 201 if created else 200, {"Location": f"/documents/{out.digest}"})
 
-    async def list_documents(self, call: Call, _body: object) -> DocumentList:
+    async def list_documents(self, call: IncomingCall, _body: object) -> DocumentList:
         """Return a page of documents."""
-        page: Page = call.query
+        page: PageQuery = call.query
         return await self._documents.list(call.tenant, limit=page.limit, cursor=page.cursor)
 
-    async def get_document(self, call: Call, _body: object) -> DocumentOut:
+    async def get_document(self, call: IncomingCall, _body: object) -> DocumentOut:
         """Describe a document."""
         _check_digest(call.path["digest"], "")
         return await self._documents.get(call.tenant, call.path["digest"])
 
-    async def delete_document(self, call: Call, _body: object) -> Response:
+    async def delete_document(self, call: IncomingCall, _body: object) -> Response:
         """Forget a document."""
         _check_digest(call.path["digest"], "")
         await self._documents.delete(call.tenant, call.path["digest"])
         return Response(status_code=204)
 
-    async def search(self, call: Call, request: SearchRequest) -> SearchResult:
+    async def search(self, call: IncomingCall, request: SearchRequest) -> SearchResult:
         """Find passages."""
         if len(request.query) > MAX_QUERY:
-            raise _invalid("/query", f"at most {MAX_QUERY} characters")
+            raise _invalid_body("/query", f"at most {MAX_QUERY} characters")
         if not 1 <= request.limit <= MAX_SEARCH:
-            raise _invalid("/limit", f"a whole number from 1 to {MAX_SEARCH}")
+            raise _invalid_body("/limit", f"a whole number from 1 to {MAX_SEARCH}")
         if len(request.filters.digests) > MAX_FILTERS:
-            raise _invalid("/filters/digests", f"at most {MAX_FILTERS} digests")
+            raise _invalid_body("/filters/digests", f"at most {MAX_FILTERS} digests")
         return await self._documents.search(call.tenant, request)
 
-    async def put_fact(self, call: Call, fact: FactIn) -> Reply:
+    async def put_fact(self, call: IncomingCall, fact: FactIn) -> OperationResponse:
         """Set a fact: 201 when it is new. ``If-Match`` may name the version that it replaces."""
-        name = _fact_name(call)
-        stored, created = await self._facts.put(call.tenant, name, fact, expected=_expected(call))
+        name = _read_fact_name(call)
+        stored, created = await self._facts.put(call.tenant, name, fact, expected_version=_read_if_match(call))
         headers = {"ETag": f'"{stored.version}"'}
         if created:
             headers["Location"] = f"/facts/{quote(name)}"
-        return Reply(stored, 201 if created else 200, headers)
+        return OperationResponse(stored, 201 if created else 200, headers)
 
-    async def get_fact(self, call: Call, _body: object) -> Reply:
+    async def get_fact(self, call: IncomingCall, _body: object) -> OperationResponse:
         """Return a fact, with its version as ETag."""
-        fact = await self._facts.get(call.tenant, _fact_name(call))
-        return Reply(fact, headers={"ETag": f'"{fact.version}"'})
+        fact = await self._facts.get(call.tenant, _read_fact_name(call))
+        return OperationResponse(fact, headers={"ETag": f'"{fact.version}"'})
 
-    async def delete_fact(self, call: Call, _body: object) -> Response:
+    async def delete_fact(self, call: IncomingCall, _body: object) -> Response:
         """Forget a fact."""
-        await self._facts.delete(call.tenant, _fact_name(call))
+        await self._facts.delete(call.tenant, _read_fact_name(call))
         return Response(status_code=204)
 
 
-def _expected(call: Call) -> int | None:
+def _read_if_match(call: IncomingCall) -> int | None:
     text = call.request.headers.get("if-match")
     if text is None:
         return None
@@ -237,7 +237,7 @@ def _expected(call: Call) -> int | None:
     return int(match[1])
 
 
-def _fact_name(call: Call) -> str:
+def _read_fact_name(call: IncomingCall) -> str:
     name = call.path["name"]
     if not _FACT_NAME.fullmatch(name):
         raise OctoError(f"A fact's name has 1 to {MAX_NAME} of a-z, 0-9, `.`, `_`, `-`.", code="invalid_parameter")
@@ -247,11 +247,13 @@ def _fact_name(call: Call) -> str:
 def _check_digest(digest: str, pointer: str) -> None:
     if not _DIGEST.fullmatch(digest):
         if pointer:
-            raise _invalid(pointer, "a SHA-256 in 64 lower-case hex digits")
+            raise _invalid_body(pointer, "a SHA-256 in 64 lower-case hex digits")
         raise OctoError("A digest has 64 lower-case hex digits.", code="invalid_parameter")
 
 
-def _invalid(pointer: str, wanted: str) -> OctoError:
+def _invalid_body(pointer: str, wanted: str) -> OctoError:
     return OctoError(
-        "The body does not fit its schema.", code="invalid_body", faults=(Fault(pointer, f"Expected {wanted}."),)
+        "The body does not fit its schema.",
+        code="invalid_body",
+        field_errors=(FieldError(pointer, f"Expected {wanted}."),),
     )

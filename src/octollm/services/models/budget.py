@@ -8,16 +8,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from octollm.capability import SelfSigner
+from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
-from octollm.contracts.api import ReserveAnswer, ReserveRequest, SettleRequest
-from octollm.contracts.problems import problem_of
+from octollm.contracts.api import ReserveRequest, ReserveResponse, SettleRequest
+from octollm.contracts.problems import to_problem
 from octollm.contracts.services import OperationKind
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.caller import Caller, Outgoing, Target
-from octollm.telemetry import Log
+from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
+from octollm.telemetry import Logger
 
 T = TypeVar("T")
 
@@ -25,34 +25,34 @@ RESERVE_SECONDS = 10.0
 SETTLE_SECONDS = 30.0
 """How long settling is tried; after that the reservation stands until the orchestrator ends it itself."""
 CLOSE_SECONDS = 1.0
-_PAUSE = 0.5
+_RETRY_SECONDS = 0.5
 _NULL = msgspec.Raw(b"null")
 
 
-class Budget:
+class BudgetClient:
     """Reserves and settles in the name of the models service."""
 
-    def __init__(self, caller: Caller, signer: SelfSigner, *, clock: Clock, log: Log) -> None:
+    def __init__(self, caller: ServiceClient, signer: ServiceTokenSigner, *, clock: Clock, log: Logger) -> None:
         self._caller = caller
         self._signer = signer
         self._clock = clock
         self._log = log
         self._running: set[asyncio.Task[Any]] = set()
 
-    async def reserve(self, wanted: ReserveRequest, deadline: Deadline) -> ReserveAnswer:
+    async def reserve(self, request: ReserveRequest, deadline: Deadline) -> ReserveResponse:
         """Reserve tokens for a call; or learn what it was answered before.
 
         A caller that leaves meanwhile leaves no reservation behind. Raises ``budget_exhausted``, ``fence_lost``,
         ``state_conflict`` and the transport's failures.
         """
-        within = Deadline.after(self._clock, min(RESERVE_SECONDS, deadline.left()))
+        within = Deadline.after(self._clock, min(RESERVE_SECONDS, deadline.remaining()))
         # Repeated only when it surely did not arrive: a second reservation would hold what nobody uses.
-        call = self._call("reserve", "at_most_once", wanted, within)
-        reserving = self._track(self._caller.answer(call, ReserveAnswer), "reserve")
+        call = self._build_call("reserve", "at_most_once", request, within)
+        reserving = self._track(self._caller.call(call, ReserveResponse), "reserve")
         try:
             return await asyncio.shield(reserving)
         except asyncio.CancelledError:
-            self._track(self._give_back(reserving), "give back")
+            self._track(self._release(reserving), "give back")
             raise
 
     def settle(self, reservation: str, usage: Usage, answer: msgspec.Raw = _NULL) -> asyncio.Task[None]:
@@ -62,8 +62,8 @@ class Budget:
     async def aclose(self) -> None:
         """Wait a moment for what is still being settled; a closing installation has no more time than that."""
         deadline = Deadline.after(self._clock, CLOSE_SECONDS)
-        while self._running and deadline.left() > 0:
-            await asyncio.wait(set(self._running), timeout=deadline.left())
+        while self._running and deadline.remaining() > 0:
+            await asyncio.wait(set(self._running), timeout=deadline.remaining())
         for task in self._running:
             task.cancel()
 
@@ -73,7 +73,7 @@ class Budget:
         task.add_done_callback(self._running.discard)
         return task
 
-    async def _give_back(self, reserving: asyncio.Task[ReserveAnswer]) -> None:
+    async def _release(self, reserving: asyncio.Task[ReserveResponse]) -> None:
         try:
             reserved = await reserving
         except OctoError:
@@ -86,14 +86,14 @@ class Budget:
         while True:
             try:
                 # The orchestrator settles a reservation once, so this may be said again.
-                await self._caller.send(self._call("settle", "read_only", settled, deadline))
+                await self._caller.send(self._build_call("settle", "read_only", settled, deadline))
                 return
             except OctoError as error:
-                if not problem_of(error).retryable or deadline.left() <= _PAUSE:
+                if not to_problem(error).retryable or deadline.remaining() <= _RETRY_SECONDS:
                     self._log.error("budget.not_settled", reservation=settled.reservation, error=error)
                     return
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(_RETRY_SECONDS)
 
-    def _call(self, action: str, kind: OperationKind, body: object, deadline: Deadline) -> Outgoing:
-        target = Target("orchestrator", f"budget.{action}", "POST", f"/budget/{action}", kind)
-        return Outgoing(target, self._signer.svc_token("orchestrator"), deadline, msgspec.json.encode(body))
+    def _build_call(self, action: str, kind: OperationKind, body: object, deadline: Deadline) -> OutgoingCall:
+        target = CallTarget("orchestrator", f"budget.{action}", "POST", f"/budget/{action}", kind)
+        return OutgoingCall(target, self._signer.sign_token("orchestrator"), deadline, msgspec.json.encode(body))

@@ -9,17 +9,17 @@ from octollm.clock import Clock
 from octollm.errors import OctoError
 from octollm.llm.select import ModelChoice
 from octollm.llm.types import ChatModel
-from octollm.rpc.health import Dependency
-from octollm.telemetry import Log
+from octollm.rpc.health import DependencyStatus
+from octollm.telemetry import Logger
 
 RETRY_SECONDS = 10.0
 """How long a failed load is believed before a call tries again; a missing model is looked for at every call."""
 
 
-class ModelHolder:
+class ModelLoader:
     """Chooses and opens the model. ``choose`` says which one; it raises ``no_model`` while there is none."""
 
-    def __init__(self, choose: Callable[[], ModelChoice], *, clock: Clock, log: Log) -> None:
+    def __init__(self, choose: Callable[[], ModelChoice], *, clock: Clock, log: Logger) -> None:
         self._choose = choose
         self._clock = clock
         self._log = log
@@ -30,58 +30,58 @@ class ModelHolder:
         self._closed = False
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         """Say whether the model runs on this machine, so that closing its stream stops it at once."""
         return self._choice is not None and self._choice.entry is not None
 
-    def begin(self) -> None:
+    def start_loading(self) -> None:
         """Choose the model and start to load it. Raises ``setting_invalid``; a missing model is no error yet."""
         try:
-            self._start()
+            self._ensure_loading()
         except OctoError as error:
             if error.code != "no_model":
                 raise
             self._log.warning("model.missing", error=error)
 
-    def names(self) -> tuple[str, ...]:
+    def list_names(self) -> tuple[str, ...]:
         """Return what a request may call the model: none while there is none."""
         try:
-            return ("default", self._chosen().name)
+            return ("default", self._get_choice().name)
         except OctoError:
             return ()
 
     async def get(self, name: str) -> ChatModel:
         """Return the model once it is loaded.
 
-        Raises ``no_model`` with how to get one, ``not_found`` when ``name`` is another, and what its loading raised.
+        Raises ``no_model`` with how to get one, ``not_found_result`` when ``name`` is another, and what its loading raised.
         """
-        chosen = self._chosen()
+        chosen = self._get_choice()
         if name not in ("default", chosen.name):
             raise OctoError(
-                f"There is no model {name[:80]!r} here; there is `default`, {chosen.name}.", code="not_found"
+                f"There is no model {name[:80]!r} here; there is `default`, {chosen.name}.", code="not_found_result"
             )
         failure = self._failure
         if failure is not None and self._clock.monotonic() - self._failed_at < RETRY_SECONDS:
             raise OctoError(failure.detail, code=failure.code, retry_after=failure.retry_after) from failure
-        loading = self._start()
+        loading = self._ensure_loading()
         try:
             # Whoever leaves early must not stop the load that others wait for.
             return await asyncio.shield(loading)
         except asyncio.CancelledError:
             if loading.cancelled():  # the service closed, which is not the caller's own cancellation
-                raise _closing() from None
+                raise _shutting_down() from None
             raise
 
-    async def checkup(self) -> Dependency:
+    async def checkup(self) -> DependencyStatus:
         """Say for ``/ready`` whether there is a model. The service is of use without one: it says how to get one."""
         try:
-            chosen = self._chosen()
+            chosen = self._get_choice()
         except OctoError as error:
-            return Dependency(ok=False, detail=error.detail, required=False)
+            return DependencyStatus(ok=False, detail=error.detail, required=False)
         if self._failure is not None:
-            return Dependency(ok=False, detail=self._failure.detail, required=False)
+            return DependencyStatus(ok=False, detail=self._failure.detail, required=False)
         loaded = self._loading is not None and self._loading.done()
-        return Dependency(ok=True, detail=chosen.name if loaded else f"{chosen.name} is loading", required=False)
+        return DependencyStatus(ok=True, detail=chosen.name if loaded else f"{chosen.name} is loading", required=False)
 
     async def aclose(self) -> None:
         """Stop loading, or free the model."""
@@ -94,22 +94,22 @@ class ModelHolder:
         if not loading.cancelled() and loading.exception() is None:
             await loading.result().aclose()
 
-    def _chosen(self) -> ModelChoice:
+    def _get_choice(self) -> ModelChoice:
         if self._choice is None:
             self._choice = self._choose()
         return self._choice
 
-    def _start(self) -> asyncio.Future[ChatModel]:
-        chosen = self._chosen()
+    def _ensure_loading(self) -> asyncio.Future[ChatModel]:
+        chosen = self._get_choice()
         if self._closed:
-            raise _closing()
+            raise _shutting_down()
         if self._loading is None:
             self._failure = None
             self._loading = asyncio.ensure_future(chosen.open())
-            self._loading.add_done_callback(self._loaded)
+            self._loading.add_done_callback(self._record_outcome)
         return self._loading
 
-    def _loaded(self, loading: asyncio.Future[ChatModel]) -> None:
+    def _record_outcome(self, loading: asyncio.Future[ChatModel]) -> None:
         error = None if loading.cancelled() else loading.exception()
         if error is None:
             return
@@ -121,5 +121,5 @@ class ModelHolder:
         self._log.error("model.load_failed", error=error)
 
 
-def _closing() -> OctoError:
+def _shutting_down() -> OctoError:
     return OctoError("The service is shutting down.", code="draining", retry_after=1)

@@ -10,29 +10,29 @@ from octollm.contracts.problems import Problem
 from octollm.llm.types import (
     ChatChoice,
     ChatChunk,
+    ChatDelta,
     ChatUsage,
     ChunkChoice,
-    Delta,
     FinishReason,
     ToolCall,
     ToolCallDelta,
 )
 
 
-class Spent(ChatUsage, frozen=True):
+class PricedUsage(ChatUsage, frozen=True):
     """Tokens of one call and their price in US dollars."""
 
     cost_usd: float = 0.0
 
 
-class Answer(msgspec.Struct, frozen=True):
+class PricedChatCompletion(msgspec.Struct, frozen=True):
     """An answer in one piece, also the form in which it is journaled. ``created`` is in epoch seconds."""
 
     id: str
     created: int
     model: str
     choices: tuple[ChatChoice, ...]
-    usage: Spent
+    usage: PricedUsage
     object: Literal["chat.completion"] = "chat.completion"
 
     @property
@@ -73,12 +73,12 @@ class _ErrorChunk(msgspec.Struct, frozen=True):
     error: Problem
 
 
-DONE = b"data: [DONE]\n\n"
-COMMENT = b": still working\n\n"
+DONE_EVENT = b"data: [DONE]\n\n"
+KEEPALIVE_COMMENT = b": still working\n\n"
 """Keeps a connection alive; clients pass over comments (WHATWG HTML section 9.2.6)."""
 
 
-class Chunks:
+class ChunkEncoder:
     """The events of one streamed answer, encoded."""
 
     def __init__(self, answer_id: str, created: int, model: str) -> None:
@@ -86,26 +86,28 @@ class Chunks:
         self._created = created
         self._model = model
 
-    def begin(self) -> bytes:
+    def encode_start(self) -> bytes:
         """Return the first event: who speaks."""
-        return self._event(ChunkChoice(Delta(role="assistant", content="")))
+        return self._encode_choice(ChunkChoice(ChatDelta(role="assistant", content="")))
 
-    def text(self, text: str) -> bytes:
+    def encode_text(self, text: str) -> bytes:
         """Return an event with text that was written since the last one."""
-        return self._event(ChunkChoice(Delta(content=text)))
+        return self._encode_choice(ChunkChoice(ChatDelta(content=text)))
 
-    def end(self, answer: Answer, *, with_usage: bool) -> bytes:
+    def encode_end(self, completion: PricedChatCompletion, *, with_usage: bool) -> bytes:
         """Return the last events: why it ended, what it cost if that was asked for, and the mark of the end."""
-        events = self._calls(answer) + self._event(ChunkChoice(Delta(), answer.finish_reason))
+        events = self._encode_tool_calls(completion) + self._encode_choice(
+            ChunkChoice(ChatDelta(), completion.finish_reason)
+        )
         if with_usage:
-            events += encode_event(ChatChunk(self._id, self._created, self._model, (), answer.usage))
-        return events + DONE
+            events += encode_event(ChatChunk(self._id, self._created, self._model, (), completion.usage))
+        return events + DONE_EVENT
 
-    def _calls(self, answer: Answer) -> bytes:
-        deltas = tuple(ToolCallDelta(index, call.id, call.function) for index, call in enumerate(answer.tool_calls))
-        return self._event(ChunkChoice(Delta(tool_calls=deltas))) if deltas else b""
+    def _encode_tool_calls(self, completion: PricedChatCompletion) -> bytes:
+        deltas = tuple(ToolCallDelta(index, call.id, call.function) for index, call in enumerate(completion.tool_calls))
+        return self._encode_choice(ChunkChoice(ChatDelta(tool_calls=deltas))) if deltas else b""
 
-    def _event(self, choice: ChunkChoice) -> bytes:
+    def _encode_choice(self, choice: ChunkChoice) -> bytes:
         return encode_event(ChatChunk(self._id, self._created, self._model, (choice,)))
 
 
@@ -114,6 +116,6 @@ def encode_event(data: object) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def error_event(problem: Problem) -> bytes:
+def encode_error_event(problem: Problem) -> bytes:
     """Return the event that ends a stream which cannot go on."""
     return encode_event(_ErrorChunk(problem))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class SpanOwnership:
     """Where one span is: ``tenant`` and ``task`` are empty where no built-in service named them."""
 
     span_id: str
@@ -21,7 +21,7 @@ class Placed:
     task: str = ""
 
 
-def of_task(spans: Sequence[Placed], tenant: str, task: str) -> list[int]:
+def select_task_spans(candidates: Sequence[SpanOwnership], tenant: str, task: str) -> list[int]:
     """Return the indexes of the spans of one trace that belong to ``task`` of ``tenant``, in their order.
 
     They are those that name both; the spans above one, as far as they are the tenant's own and no other task's (how
@@ -29,19 +29,21 @@ def of_task(spans: Sequence[Placed], tenant: str, task: str) -> list[int]:
     """
     by_id: dict[str, list[int]] = defaultdict(list)
     below: dict[str, list[int]] = defaultdict(list)
-    for index, span in enumerate(spans):
+    for index, span in enumerate(candidates):
         by_id[span.span_id].append(index)
         below[span.parent_id].append(index)
 
     def above(index: int) -> Iterable[int]:
-        found = by_id[spans[index].parent_id] if spans[index].parent_id else []
-        return [each for each in found if spans[each].tenant == tenant and spans[each].task in ("", task)]
+        found = by_id[candidates[index].parent_id] if candidates[index].parent_id else []
+        return [each for each in found if candidates[each].tenant == tenant and candidates[each].task in ("", task)]
 
     def under(index: int) -> Iterable[int]:
-        found = below[spans[index].span_id]
-        return [each for each in found if spans[each].tenant in ("", tenant) and spans[each].task in ("", task)]
+        found = below[candidates[index].span_id]
+        return [
+            each for each in found if candidates[each].tenant in ("", tenant) and candidates[each].task in ("", task)
+        ]
 
-    kept = {index for index, span in enumerate(spans) if span.tenant == tenant and span.task == task}
+    kept = {index for index, span in enumerate(candidates) if span.tenant == tenant and span.task == task}
     lineage = set(kept)
     waiting = list(kept)
     while waiting:

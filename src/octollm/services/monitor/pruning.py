@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 
 from octollm.errors import OctoError
-from octollm.rpc.health import Dependency
+from octollm.rpc.health import DependencyStatus
 from octollm.services.monitor.store import SpanStore
-from octollm.telemetry import Log
+from octollm.telemetry import Logger
 
 PRUNE_SECONDS = 60.0
 
 
-class Pruning:
+class SpanPruner:
     """Keeps the store within its bounds. When it cannot, ``/ready`` says why."""
 
-    def __init__(self, store: SpanStore, log: Log) -> None:
+    def __init__(self, store: SpanStore, log: Logger) -> None:
         self._store = store
         self._log = log
         self._task: asyncio.Task[None] | None = None
         self._failure = ""
 
-    async def __aenter__(self) -> Pruning:
+    async def __aenter__(self) -> SpanPruner:
         self._task = asyncio.create_task(self._run(), name="monitor prune")
         self._task.add_done_callback(self._ended)
         return self
@@ -31,9 +31,9 @@ class Pruning:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    async def checkup(self) -> Dependency:
+    async def checkup(self) -> DependencyStatus:
         """Say whether old spans are forgotten."""
-        return Dependency(ok=not self._failure, detail=self._failure, required=False)
+        return DependencyStatus(ok=not self._failure, detail=self._failure, required=False)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

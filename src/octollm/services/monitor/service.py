@@ -6,54 +6,57 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from octollm.config import Settings
-from octollm.contracts.listing import OfTask
+from octollm.contracts.listing import TaskIdQuery
 from octollm.contracts.services import SERVICES
 from octollm.contracts.traces import TraceView
 from octollm.errors import OctoError
 from octollm.events import EventBus
-from octollm.rpc.call import About, Call, Operation
-from octollm.rpc.health import CheckUp
-from octollm.rpc.openers import RegisteredOpener
-from octollm.rpc.service import Base, Service, build_service
-from octollm.services.monitor.collector import forwarding
-from octollm.services.monitor.history import History, ServiceStates
-from octollm.services.monitor.pruning import Pruning
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.health import ReadinessCheck
+from octollm.rpc.openers import RegisteredServiceAuthenticator
+from octollm.rpc.service import Service, ServiceBase, build_service
+from octollm.services.monitor.collector import run_span_export
+from octollm.services.monitor.history import HealthHistory, ServiceStates
+from octollm.services.monitor.pruning import SpanPruner
 from octollm.services.monitor.store import SpanStore
-from octollm.services.monitor.watching import Watching
-from octollm.storage import Keys, RedisClient
-from octollm.storage.migrations import service_database
-from octollm.telemetry import Buffer, Span
-from octollm.telemetry.otlp import ExportAnswer, ExportRequest, read_spans
+from octollm.services.monitor.watching import HealthMonitor
+from octollm.storage import RedisClient, RedisKeys
+from octollm.storage.migrations import open_service_database
+from octollm.telemetry import ExportBuffer, Span
+from octollm.telemetry.otlp import ExportRequest, ExportResponse, decode_spans
 
 
 @contextlib.asynccontextmanager
 async def monitor_service(
-    base: Base, settings: Settings, *, redis: RedisClient, keys: Keys | None = None
+    base: ServiceBase, settings: Settings, *, redis: RedisClient, keys: RedisKeys | None = None
 ) -> AsyncGenerator[Service]:
     """Yield the monitor while it watches, takes spans and forgets old ones; it stops on leaving."""
-    history = History(SERVICES)
-    bus = EventBus(redis, keys or Keys(), base.clock, base.ids)
+    history = HealthHistory(SERVICES)
+    bus = EventBus(redis, keys or RedisKeys(), base.clock, base.ids)
     async with contextlib.AsyncExitStack() as stack:
-        db = await stack.enter_async_context(service_database(settings, "monitor", clock=base.clock))
+        db = await stack.enter_async_context(open_service_database(settings, "monitor", clock=base.clock))
         store = SpanStore(db)
-        pruning = await stack.enter_async_context(Pruning(store, base.log))
-        watching = await stack.enter_async_context(Watching(base, bus, SERVICES, history))
-        checkups: dict[str, CheckUp] = {
+        pruning = await stack.enter_async_context(SpanPruner(store, base.log))
+        watching = await stack.enter_async_context(HealthMonitor(base, bus, SERVICES, history))
+        checkups: dict[str, ReadinessCheck] = {
             "events": watching.events_checkup,
             "polling": watching.polling_checkup,
             "spans": pruning.checkup,
         }
-        outside = await stack.enter_async_context(forwarding(base, settings))
+        outside = await stack.enter_async_context(run_span_export(base, settings))
         if outside is not None:
             checkups["collector"] = outside.checkup
-        operations = [*_health(history), *Traces(store, None if outside is None else outside.buffer).operations()]
-        opener = RegisteredOpener(base.name, base.directory, base.clock)
-        yield build_service(base, operations, openers={"service": opener}, checkups=checkups)
+        operations = [
+            *_build_health_operations(history),
+            *TraceHandlers(store, None if outside is None else outside.buffer).operations(),
+        ]
+        opener = RegisteredServiceAuthenticator(base.name, base.directory, base.clock)
+        yield build_service(base, operations, authenticators={"service": opener}, readiness_checks=checkups)
 
 
-def _health(history: History) -> list[Operation]:
-    async def services(_call: Call, _body: object) -> ServiceStates:
-        return history.states()
+def _build_health_operations(history: HealthHistory) -> list[Operation]:
+    async def services(_call: IncomingCall, _body: object) -> ServiceStates:
+        return history.get_states()
 
     return [
         Operation(
@@ -62,36 +65,36 @@ def _health(history: History) -> list[Operation]:
             "/services",
             services,
             scope="monitor:read",
-            answer=ServiceStates,
+            response=ServiceStates,
             summary="The latest state of every service.",
         ),
     ]
 
 
-class Traces:
+class TraceHandlers:
     """The operations on spans. ``outside`` takes those that are forwarded to a collector, where there is one."""
 
-    def __init__(self, store: SpanStore, outside: Buffer[Span] | None) -> None:
+    def __init__(self, store: SpanStore, export_buffer: ExportBuffer[Span] | None) -> None:
         self._store = store
-        self._outside = outside
+        self._export_buffer = export_buffer
 
-    async def receive(self, call: Call, request: ExportRequest) -> ExportAnswer:
+    async def receive(self, call: IncomingCall, request: ExportRequest) -> ExportResponse:
         """Take spans in the name of whoever sends them, whatever service they name."""
-        spans = read_spans(request, call.peer)
+        spans = decode_spans(request, call.peer)
         await self._store.add(spans)
-        if self._outside is not None:
+        if self._export_buffer is not None:
             for span in spans:
-                self._outside.put(span)
-        return ExportAnswer()
+                self._export_buffer.put(span)
+        return ExportResponse()
 
-    async def read(self, call: Call, _body: object) -> TraceView:
+    async def read(self, call: IncomingCall, _body: object) -> TraceView:
         """Return a task's spans. A token that stands for a task opens that one alone."""
-        asked: OfTask = call.query
+        asked: TaskIdQuery = call.query
         task_id = asked.task
         work = call.authority.task
         if work is not None and work.task != task_id:
             raise OctoError("There is no such task.", code="task_not_found")
-        return await self._store.of_task(call.tenant, task_id)
+        return await self._store.read_task(call.tenant, task_id)
 
     def operations(self) -> list[Operation]:
         """Return the operations."""
@@ -102,10 +105,10 @@ class Traces:
                 "/traces",
                 self.read,
                 scope="monitor:read",
-                query=OfTask,
-                answer=TraceView,
+                query=TaskIdQuery,
+                response=TraceView,
                 summary="The spans of a task.",
-                about=About(codes=("task_not_found",)),
+                docs=OperationDocs(error_codes=("task_not_found",)),
             ),
             Operation(
                 "traces.receive",
@@ -115,7 +118,7 @@ class Traces:
                 auth="service",
                 scope="*",
                 body=ExportRequest,
-                answer=ExportAnswer,
+                response=ExportResponse,
                 summary="Take spans (OTLP over HTTP, in JSON).",
             ),
         ]

@@ -10,31 +10,31 @@ from sqlalchemy import delete, func, select
 
 from octollm.contracts.services import SERVICES
 from octollm.contracts.traces import SpanView, TraceView
-from octollm.services.monitor.belonging import Placed, of_task
-from octollm.storage import Database, plain
+from octollm.services.monitor.belonging import SpanOwnership, select_task_spans
+from octollm.storage import Database, row_to_dict
 from octollm.storage.tables import spans
 from octollm.telemetry import Span, mask
-from octollm.telemetry.spans import TASK, TENANT
+from octollm.telemetry.spans import TASK_ATTRIBUTE, TENANT_ATTRIBUTE
 
 MAX_AGE_SECONDS = 7 * 86_400.0
-MAX_KEPT = 500_000
+MAX_STORED_SPANS = 500_000
 """Spans that are kept; a goal makes about a hundred."""
-MAX_READ = 5_000
+MAX_READ_SPANS = 5_000
 """Spans of one answer."""
 MAX_TRACES = 16
 """Traces of one task that are read: it has one, unless its token was used by hand in several."""
-_PRUNED_AT_ONCE = 5_000
-_MAX_NAMED = 64
+_PRUNE_BATCH = 5_000
+_MAX_NAME = 64
 """Characters of a tenant or a task in the database."""
 
 
 class SpanStore:
     """The spans of every tenant. A reader is given those of one task of its own."""
 
-    def __init__(self, db: Database, *, max_kept: int = MAX_KEPT, max_age: float = MAX_AGE_SECONDS) -> None:
+    def __init__(self, db: Database, *, max_spans: int = MAX_STORED_SPANS, max_age: float = MAX_AGE_SECONDS) -> None:
         """``max_age`` is in seconds."""
         self._db = db
-        self._max_kept = max_kept
+        self._max_spans = max_spans
         self._max_age = max_age
 
     async def add(self, sent: Sequence[Span]) -> None:
@@ -47,9 +47,9 @@ class SpanStore:
             return
         async with self._db.transaction() as tx:
             now = await tx.now()
-            await tx.execute(tx.insert(spans).on_conflict_do_nothing(), [_row(span, now) for span in sent])
+            await tx.execute(tx.insert(spans).on_conflict_do_nothing(), [_build_row(span, now) for span in sent])
 
-    async def of_task(self, tenant: str, task_id: str) -> TraceView:
+    async def read_task(self, tenant: str, task_id: str) -> TraceView:
         """Return the spans of a task."""
         async with self._db.read() as conn:
             traces = await conn.all(
@@ -66,10 +66,10 @@ class SpanStore:
                     spans.c.tenant.in_((tenant, "")),
                 )
                 .order_by(spans.c.started_at, spans.c.id)
-                .limit(MAX_READ + 1)
+                .limit(MAX_READ_SPANS + 1)
             )
-        found = _belonging([plain(row) for row in rows[:MAX_READ]], tenant, task_id)
-        return TraceView(task_id, tuple(_view(row) for row in found), complete=len(rows) <= MAX_READ)
+        found = _filter_task_rows([row_to_dict(row) for row in rows[:MAX_READ_SPANS]], tenant, task_id)
+        return TraceView(task_id, tuple(_build_view(row) for row in found), complete=len(rows) <= MAX_READ_SPANS)
 
     async def prune(self) -> int:
         """Forget some of the spans that are too old or too many; return how many. At 0 none is left to forget."""
@@ -78,21 +78,21 @@ class SpanStore:
             newest = await tx.scalar(select(func.max(spans.c.id))) or 0
             doomed = (
                 select(spans.c.id)
-                .where((spans.c.received_at < now - self._max_age) | (spans.c.id <= newest - self._max_kept))
+                .where((spans.c.received_at < now - self._max_age) | (spans.c.id <= newest - self._max_spans))
                 .order_by(spans.c.id)
-                .limit(_PRUNED_AT_ONCE)
+                .limit(_PRUNE_BATCH)
             )
             return (await tx.execute(delete(spans).where(spans.c.id.in_(doomed)))).rowcount
 
 
-def _row(span: Span, now: float) -> dict[str, object]:
+def _build_row(span: Span, now: float) -> dict[str, object]:
     # Our services put no secret into a span, and say truly whom it is for; an arm of somebody else's may be careless.
     ours = span.service in SERVICES
     attributes = dict(span.attributes)
-    tenant, task = attributes.pop(TENANT, ""), attributes.pop(TASK, "")
+    tenant, task = attributes.pop(TENANT_ATTRIBUTE, ""), attributes.pop(TASK_ATTRIBUTE, "")
     return {
-        "tenant": _named(tenant) if ours else "",
-        "task_id": _named(task) if ours else "",
+        "tenant": _bounded_name(tenant) if ours else "",
+        "task_id": _bounded_name(task) if ours else "",
         "trace_id": span.trace.trace_id,
         "span_id": span.trace.span_id,
         "parent_id": span.parent_id,
@@ -108,11 +108,11 @@ def _row(span: Span, now: float) -> dict[str, object]:
     }
 
 
-def _named(value: object) -> str:
-    return value if isinstance(value, str) and len(value) <= _MAX_NAMED else ""
+def _bounded_name(value: object) -> str:
+    return value if isinstance(value, str) and len(value) <= _MAX_NAME else ""
 
 
-def _belonging(rows: Sequence[Mapping[str, Any]], tenant: str, task_id: str) -> list[Mapping[str, Any]]:
+def _filter_task_rows(rows: Sequence[Mapping[str, Any]], tenant: str, task_id: str) -> list[Mapping[str, Any]]:
     """Return the rows of the task, trace by trace, in the order of the rows."""
     by_trace: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -120,13 +120,13 @@ def _belonging(rows: Sequence[Mapping[str, Any]], tenant: str, task_id: str) -> 
     kept: list[int] = []
     for indexes in by_trace.values():
         placed = [
-            Placed(row["span_id"], row["parent_id"], row["tenant"], row["task_id"])
+            SpanOwnership(row["span_id"], row["parent_id"], row["tenant"], row["task_id"])
             for row in (rows[index] for index in indexes)
         ]
-        kept += [indexes[each] for each in of_task(placed, tenant, task_id)]
+        kept += [indexes[each] for each in select_task_spans(placed, tenant, task_id)]
     return [rows[index] for index in sorted(kept)]
 
 
-def _view(row: Mapping[str, Any]) -> SpanView:
+def _build_view(row: Mapping[str, Any]) -> SpanView:
     names = ("trace_id", "span_id", "parent_id", "service", "name", "kind", "code", "message", "attributes")
     return SpanView(start=row["started_at"], duration_ms=row["duration_ms"], **{name: row[name] for name in names})

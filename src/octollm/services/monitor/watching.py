@@ -8,35 +8,35 @@ from collections.abc import Iterable
 
 from octollm.errors import OctoError
 from octollm.events import EventBus
-from octollm.rpc.health import Dependency
-from octollm.rpc.service import Base
-from octollm.services.monitor.history import MAX_INSTANCES, History, judge
+from octollm.rpc.health import DependencyStatus
+from octollm.rpc.service import ServiceBase
+from octollm.services.monitor.history import MAX_INSTANCES, HealthHistory, combine_probes
 
 POLL_SECONDS = 5.0
-ANSWER_SECONDS = 2.0
+PROBE_SECONDS = 2.0
 """How long an instance may take to answer ``/health``."""
-RETRY_SECONDS = 1.0
+RESUBSCRIBE_SECONDS = 1.0
 ALL_EVENTS = "events:*"
 
 
-class Watching:
+class HealthMonitor:
     """The two background tasks of the monitor. Neither ends by itself; one that does is told in ``/ready``."""
 
-    def __init__(self, base: Base, bus: EventBus, services: Iterable[str], history: History) -> None:
+    def __init__(self, base: ServiceBase, bus: EventBus, services: Iterable[str], history: HealthHistory) -> None:
         self._base = base
         self._bus = bus
         self._services = tuple(services)
         self._history = history
-        self._deaf = "The first subscription is not there yet."
+        self._subscription_error = "The first subscription is not there yet."
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def __aenter__(self) -> Watching:
+    async def __aenter__(self) -> HealthMonitor:
         self._tasks = [
             asyncio.create_task(self._poll(), name="monitor poll"),
-            asyncio.create_task(self._listen(), name="monitor events"),
+            asyncio.create_task(self._follow_events(), name="monitor events"),
         ]
         for task in self._tasks:
-            task.add_done_callback(self._ended)
+            task.add_done_callback(self._log_crash)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -44,16 +44,16 @@ class Watching:
             task.cancel()
         await asyncio.wait(self._tasks)
 
-    async def events_checkup(self) -> Dependency:
+    async def events_checkup(self) -> DependencyStatus:
         """Say whether events are heard; without them health is still polled."""
-        return Dependency(ok=not self._deaf, detail=self._deaf, required=False)
+        return DependencyStatus(ok=not self._subscription_error, detail=self._subscription_error, required=False)
 
-    async def polling_checkup(self) -> Dependency:
+    async def polling_checkup(self) -> DependencyStatus:
         """Say whether the services are looked at."""
         ended = self._tasks[0].done() if self._tasks else True
-        return Dependency(ok=not ended, detail="Polling has ended; the log says why." if ended else "")
+        return DependencyStatus(ok=not ended, detail="Polling has ended; the log says why." if ended else "")
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _log_crash(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._base.log.error("monitor.crashed", task=task.get_name(), error=error)
 
@@ -61,35 +61,35 @@ class Watching:
         while True:
             async with asyncio.TaskGroup() as looks:
                 for service in self._services:
-                    looks.create_task(self._look(service))
+                    looks.create_task(self._probe_service(service))
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _look(self, service: str) -> None:
+    async def _probe_service(self, service: str) -> None:
         urls: tuple[str, ...] = ()
         with contextlib.suppress(OctoError):  # no address is known: that is what is told
             urls = self._base.discovery.instances(service)[:MAX_INSTANCES]
-        answers = await asyncio.gather(*(self._ask(url) for url in urls))
-        self._history.looked(service, judge(answers), self._base.clock.now())
+        answers = await asyncio.gather(*(self._probe_instance(url) for url in urls))
+        self._history.record_probe(service, combine_probes(answers), self._base.clock.now())
 
-    async def _ask(self, url: str) -> tuple[bool, float, str]:
+    async def _probe_instance(self, url: str) -> tuple[bool, float, str]:
         started = self._base.clock.monotonic()
         try:
-            answer = await self._base.http.send("GET", f"{url}/health", {}, None, seconds=ANSWER_SECONDS)
+            answer = await self._base.http.send("GET", f"{url}/health", {}, None, seconds=PROBE_SECONDS)
         except OctoError as error:
             return False, 0.0, error.detail
         seconds = self._base.clock.monotonic() - started
         return answer.status == 200, seconds, "" if answer.status == 200 else f"/health answers {answer.status}."
 
-    async def _listen(self) -> None:
+    async def _follow_events(self) -> None:
         while True:
             try:
                 async with self._bus.subscribe(ALL_EVENTS) as events:
-                    self._deaf = ""
+                    self._subscription_error = ""
                     async for event in events:
-                        self._deaf = ""
-                        self._history.heard(event)
+                        self._subscription_error = ""
+                        self._history.record_event(event)
                         self._base.metrics.events.labels(event.event_type).inc()
             except OctoError as error:
-                self._deaf = error.detail
+                self._subscription_error = error.detail
                 self._base.log.warning("monitor.deaf", error=error)
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(RESUBSCRIBE_SECONDS)

@@ -11,21 +11,26 @@ from typing import Any
 
 from sqlalchemy import select, update
 
-from octollm.capability import PRESETS, Principal, ScopeSet, preset
-from octollm.clock import Clock, Ids, iso
+from octollm.capability import PRESETS, Principal, ScopeSet, preset_scopes
+from octollm.clock import Clock, IdGenerator, format_rfc3339
 from octollm.contracts.api import KeyList, KeyView, NewKey
 from octollm.contracts.session import IssuerView, LoginCode
 from octollm.errors import OctoError
-from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record
-from octollm.services.orchestrator.issuers import Issuer, name_of, principal_of, scopes_of
-from octollm.services.orchestrator.oidc import Oidc
-from octollm.storage import Database, Transaction, plain
+from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record_audit
+from octollm.services.orchestrator.issuers import (
+    Issuer,
+    map_claims_to_name,
+    map_claims_to_principal,
+    map_claims_to_scopes,
+)
+from octollm.services.orchestrator.oidc import OidcClient
+from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import api_keys
 
 KEY_PREFIX = "octo_"
 LOCAL_KEY_ID = "local"
 LOCAL_TENANT = "local"
-TOUCH_SECONDS = 60.0
+LAST_USED_INTERVAL = 60.0
 """``last_used`` is written at most so often for one key."""
 
 
@@ -44,9 +49,9 @@ class Accounts:
         self,
         db: Database,
         clock: Clock,
-        ids: Ids,
+        ids: IdGenerator,
         arms: Callable[[str], Iterable[str]],
-        oidc: Oidc | None = None,
+        oidc: OidcClient | None = None,
     ) -> None:
         """``arms`` names those whose operations a user of a tenant has; ``oidc`` believes logins of other issuers."""
         self._oidc = oidc
@@ -55,10 +60,10 @@ class Accounts:
         self._clock = clock
         self._ids = ids
 
-    async def set_local(self, secret: str) -> None:
+    async def set_local_key(self, secret: str) -> None:
         """Let ``secret`` be the local user's credential: the one that reflex shows for a trusted local peer."""
         async with self._db.transaction() as tx:
-            values = {"hash": hash_of(secret), "revoked_at": None}
+            values = {"hash": hash_credential(secret), "revoked_at": None}
             await tx.execute(
                 tx.insert(api_keys)
                 .values(
@@ -76,7 +81,7 @@ class Accounts:
     async def authenticate(self, credential: str) -> Account:
         """Return whose credential this is; raise ``api_key_invalid`` for any that is not good, without saying why."""
         if self._oidc is not None and credential.startswith("eyJ"):
-            return await self._by_login(*await self._oidc.verify(credential))
+            return await self._upsert_login(*await self._oidc.verify(credential))
         refused = OctoError(
             "The API key is not known or was revoked. `octollm keys create` makes one.", code="api_key_invalid"
         )
@@ -84,38 +89,38 @@ class Accounts:
         key_id, _, _secret = rest.partition("_")
         if prefix + "_" != KEY_PREFIX or not key_id or len(credential) > 200:
             raise refused
-        row = await self._row(key_id)
-        stored = row["hash"] if row is not None else hash_of("")
-        good = hmac.compare_digest(stored, hash_of(credential))
+        row = await self._load_row(key_id)
+        stored = row["hash"] if row is not None else hash_credential("")
+        good = hmac.compare_digest(stored, hash_credential(credential))
         if row is None or not good or row["revoked_at"] is not None:
             raise refused
-        if self._clock.now() - (row["last_used_at"] or 0.0) > TOUCH_SECONDS:
+        if self._clock.now() - (row["last_used_at"] or 0.0) > LAST_USED_INTERVAL:
             async with self._db.transaction() as tx:
                 await tx.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=self._clock.now()))
-        return self._account(row)
+        return self._account_from_row(row)
 
-    async def by_code(self, login: LoginCode) -> Account:
+    async def authenticate_code(self, login: LoginCode) -> Account:
         """Return whom a login at an issuer stands for, by its code; raise ``api_key_invalid`` or ``login_refused``."""
         if self._oidc is None:
             raise OctoError("No OpenID Connect issuer is configured: see OCTOLLM_OIDC.", code="api_key_invalid")
-        return await self._by_login(*await self._oidc.redeem(login))
+        return await self._upsert_login(*await self._oidc.exchange_code(login))
 
-    async def issuers(self) -> tuple[IssuerView, ...]:
+    async def list_issuers(self) -> tuple[IssuerView, ...]:
         """Return the issuers at which a browser can log in."""
-        return () if self._oidc is None else await self._oidc.views()
+        return () if self._oidc is None else await self._oidc.list_issuers()
 
-    async def _by_login(self, issuer: Issuer, claims: Mapping[str, Any]) -> Account:
+    async def _upsert_login(self, issuer: Issuer, claims: Mapping[str, Any]) -> Account:
         """Return the account of a login, as its claims have it now; it is listed, and can be revoked, as a key is."""
-        principal, scopes = principal_of(issuer, claims), scopes_of(issuer, claims)
+        principal, scopes = map_claims_to_principal(issuer, claims), map_claims_to_scopes(issuer, claims)
         if not scopes:
             raise OctoError("The login is good, and no rule of OCTOLLM_OIDC grants it anything.", code="login_refused")
         now = self._clock.now()
-        changing = {"scopes": scopes, "name": name_of(claims), "last_used_at": now}
+        changing = {"scopes": scopes, "name": map_claims_to_name(claims), "last_used_at": now}
         async with self._db.transaction() as tx:
             held = await tx.first(select(api_keys).where(api_keys.c.id == principal.cred).with_for_update())
             if held is not None and held["revoked_at"] is not None:
                 raise OctoError("The login was revoked here.", code="api_key_invalid")
-            if held is None or held["scopes"] != scopes or now - (held["last_used_at"] or 0.0) > TOUCH_SECONDS:
+            if held is None or held["scopes"] != scopes or now - (held["last_used_at"] or 0.0) > LAST_USED_INTERVAL:
                 fixed = {"id": principal.cred, "hash": f"oidc:{principal.cred}", "tenant": principal.tenant}
                 await tx.execute(
                     tx.insert(api_keys)
@@ -124,22 +129,22 @@ class Accounts:
                 )
             if held is None or held["scopes"] != scopes:
                 detail = {"issuer": issuer.url, "scope": scopes}
-                await record(tx, Actor(principal), "login.granted", principal.cred, now, detail)
-        return Account(principal, expand(scopes, self._arms(principal.tenant)))
+                await record_audit(tx, Actor(principal), "login.granted", principal.cred, now, detail)
+        return Account(principal, expand_scopes(scopes, self._arms(principal.tenant)))
 
-    async def of_credential(self, cred: str) -> Account:
+    async def find_by_credential(self, cred: str) -> Account:
         """Return whom a credential stands for; raise ``api_key_invalid`` when it was revoked."""
-        row = await self._row(cred)
+        row = await self._load_row(cred)
         if row is None or row["revoked_at"] is not None:
             raise OctoError("The API key was revoked.", code="api_key_invalid")
-        return self._account(row)
+        return self._account_from_row(row)
 
-    async def scopes_now(self, cred: str) -> ScopeSet:
+    async def current_scopes(self, cred: str) -> ScopeSet:
         """Return what a credential may do today; raise ``authority_missing`` when it was revoked."""
-        return self._account(await self._good(cred)).scopes
+        return self._account_from_row(await self._load_active_row(cred)).scopes
 
-    async def _good(self, cred: str) -> Mapping[str, Any]:
-        row = await self._row(cred)
+    async def _load_active_row(self, cred: str) -> Mapping[str, Any]:
+        row = await self._load_row(cred)
         if row is None or row["revoked_at"] is not None:
             raise OctoError("The credential that the task was submitted with was revoked.", code="authority_missing")
         return row
@@ -154,9 +159,9 @@ class Accounts:
         tenant = tenant or own
         if tenant != own and (own != LOCAL_TENANT or tenant == SYSTEM_TENANT):
             raise OctoError("A key is made in one's own tenant.", code="scope_missing")
-        wanted = expand(scope, self._arms(tenant))
-        row = await self._good(actor.principal.cred)
-        if not wanted.narrower_or_equal(expand(row["scopes"], self._arms(tenant))):
+        wanted = expand_scopes(scope, self._arms(tenant))
+        row = await self._load_active_row(actor.principal.cred)
+        if not wanted.is_subset(expand_scopes(row["scopes"], self._arms(tenant))):
             raise OctoError("A key may not have more scopes than who makes it.", code="scope_missing")
         key_id = self._ids.hex()
         secret = f"{KEY_PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
@@ -165,7 +170,7 @@ class Accounts:
             await tx.execute(
                 tx.insert(api_keys).values(
                     id=key_id,
-                    hash=hash_of(secret),
+                    hash=hash_credential(secret),
                     tenant=tenant,
                     sub=f"key-{key_id}",
                     name=name,
@@ -174,11 +179,11 @@ class Accounts:
                 )
             )
             detail = {"name": name, "scope": scope, "tenant": tenant}
-            await record(tx, actor, "key.added", key_id, now, detail)
+            await record_audit(tx, actor, "key.added", key_id, now, detail)
             if tenant != own:
                 theirs = replace(actor, principal=replace(actor.principal, tenant=tenant))
-                await record(tx, theirs, "key.added", key_id, now, detail)
-        view = KeyView(key_id, name, tenant, scope, iso(now))
+                await record_audit(tx, theirs, "key.added", key_id, now, detail)
+        view = KeyView(key_id, name, tenant, scope, format_rfc3339(now))
         return NewKey(view, secret)
 
     async def list(self, tenant: str) -> KeyList:
@@ -186,10 +191,10 @@ class Accounts:
         query = select(api_keys).where(api_keys.c.tenant == tenant).order_by(api_keys.c.created_at).limit(200)
         async with self._db.read() as conn:
             rows = await conn.all(query)
-        return KeyList(tuple(_view(plain(row)) for row in rows))
+        return KeyList(tuple(_key_view_from_row(row_to_dict(row)) for row in rows))
 
     async def revoke(self, key_id: str, actor: Actor, tx: Transaction) -> None:
-        """Revoke a key of the actor's tenant in ``tx``; raise ``not_found`` for another's."""
+        """Revoke a key of the actor's tenant in ``tx``; raise ``not_found_result`` for another's."""
         now = self._clock.now()
         done = await tx.execute(
             update(api_keys)
@@ -201,48 +206,50 @@ class Accounts:
             .values(revoked_at=now)
         )
         if done.rowcount != 1:
-            raise OctoError("There is no such key, or it was revoked already.", code="not_found")
-        await record(tx, actor, "key.revoked", key_id, now)
+            raise OctoError("There is no such key, or it was revoked already.", code="not_found_result")
+        await record_audit(tx, actor, "key.revoked", key_id, now)
 
-    def _account(self, row: Mapping[str, Any]) -> Account:
-        scopes = expand(row["scopes"], self._arms(row["tenant"]))
+    def _account_from_row(self, row: Mapping[str, Any]) -> Account:
+        scopes = expand_scopes(row["scopes"], self._arms(row["tenant"]))
         return Account(Principal(row["sub"], row["id"], row["tenant"]), scopes)
 
-    async def _row(self, key_id: str) -> Mapping[str, Any] | None:
+    async def _load_row(self, key_id: str) -> Mapping[str, Any] | None:
         async with self._db.read() as conn:
             row = await conn.first(select(api_keys).where(api_keys.c.id == key_id))
-        return None if row is None else plain(row)
+        return None if row is None else row_to_dict(row)
 
 
-def expand(text: str, arms: Iterable[str]) -> ScopeSet:
+def expand_scopes(text: str, arms: Iterable[str]) -> ScopeSet:
     """Return the scopes of a text of presets and scopes; raise ``invalid_parameter`` for an empty or malformed one.
 
     ``arms`` are those whose operations a preset includes.
     """
     admitted = tuple(arms)
-    plain = [str(part) for word in text.split() for part in (preset(word, admitted) if word in PRESETS else (word,))]
+    plain = [
+        str(part) for word in text.split() for part in (preset_scopes(word, admitted) if word in PRESETS else (word,))
+    ]
     scopes = ScopeSet.parse(" ".join(plain))
     if not len(scopes):
         raise OctoError("A key needs at least one scope, or the preset `user`.", code="invalid_parameter")
     return scopes
 
 
-def _view(row: Mapping[str, Any]) -> KeyView:
+def _key_view_from_row(row: Mapping[str, Any]) -> KeyView:
     def time(name: str) -> str | None:
-        return None if row[name] is None else iso(row[name])
+        return None if row[name] is None else format_rfc3339(row[name])
 
     return KeyView(
         row["id"],
         row["name"],
         row["tenant"],
         row["scopes"],
-        iso(row["created_at"]),
+        format_rfc3339(row["created_at"]),
         time("revoked_at"),
         time("last_used_at"),
     )
 
 
-def hash_of(credential: str) -> str:
+def hash_credential(credential: str) -> str:
     """Return what is stored of a credential that we made."""
     # A key has 256 random bits, so a plain digest cannot be guessed backwards.
     return hashlib.sha256(credential.encode()).hexdigest()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from octollm.clock import Clock
-from octollm.contracts.api import Done, KeyList, KeyRequest, NewKey
+from octollm.contracts.api import Acknowledgement, KeyList, KeyRequest, NewKey
 from octollm.contracts.revocations import RevocationRequest
 from octollm.errors import OctoError
-from octollm.rpc.call import About, Call, Operation
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.services.orchestrator.accounts import Accounts
-from octollm.services.orchestrator.audit import actor_of, record
-from octollm.services.orchestrator.cancelling import Cancelling
-from octollm.services.orchestrator.revoking import Revoking
+from octollm.services.orchestrator.audit import actor_from_call, record_audit
+from octollm.services.orchestrator.cancelling import TaskCanceller
+from octollm.services.orchestrator.revoking import RevocationStore
 from octollm.storage import Database
 
 NOT_CONFIGURED = (
@@ -29,43 +29,45 @@ class AdminApi:
 
     db: Database
     accounts: Accounts
-    revoking: Revoking
-    cancelling: Cancelling
+    revocation_store: RevocationStore
+    canceller: TaskCanceller
     clock: Clock
 
-    async def keys(self, call: Call, _body: object) -> KeyList:
+    async def list_keys(self, call: IncomingCall, _body: object) -> KeyList:
         """Return the tenant's keys."""
         return await self.accounts.list(call.tenant)
 
-    async def create_key(self, call: Call, body: KeyRequest) -> NewKey:
+    async def create_key(self, call: IncomingCall, body: KeyRequest) -> NewKey:
         """Make a key."""
         if not 0 < len(body.name) <= 100:
             raise OctoError("A key needs a name of 1 to 100 characters.", code="invalid_body")
-        return await self.accounts.create(body.name, body.scope, actor_of(call), body.tenant)
+        return await self.accounts.create(body.name, body.scope, actor_from_call(call), body.tenant)
 
-    async def revoke_key(self, call: Call, _body: object) -> Done:
+    async def revoke_key(self, call: IncomingCall, _body: object) -> Acknowledgement:
         """Revoke a key and what was issued for it, and cancel the tasks that were submitted with it."""
-        key_id, actor = call.path["key_id"], actor_of(call)
+        key_id, actor = call.path["key_id"], actor_from_call(call)
         async with self.db.transaction() as tx:
             await self.accounts.revoke(key_id, actor, tx)
-            await self.revoking.add(tx, "cred", key_id, call.tenant)
-        await self.cancelling.cancel_of(actor, "The API key that it was submitted with was revoked.", cred=key_id)
-        return Done()
+            await self.revocation_store.add(tx, "cred", key_id, call.tenant)
+        await self.canceller.cancel_all(actor, "The API key that it was submitted with was revoked.", cred=key_id)
+        return Acknowledgement()
 
-    async def revoke(self, call: Call, body: RevocationRequest) -> Done:
+    async def revoke(self, call: IncomingCall, body: RevocationRequest) -> Acknowledgement:
         """Revoke a token, or what a principal (whose tasks end) or a service was lent; each may be lent anew."""
-        actor = actor_of(call)
+        actor = actor_from_call(call)
         async with self.db.transaction() as tx:
-            await self.revoking.add(tx, body.kind, body.value, call.tenant)
-            await record(tx, actor, "token.revoked", body.value, self.clock.now(), {"kind": body.kind})
+            await self.revocation_store.add(tx, body.kind, body.value, call.tenant)
+            await record_audit(tx, actor, "token.revoked", body.value, self.clock.now(), {"kind": body.kind})
         if body.kind == "sub":
-            await self.cancelling.cancel_of(actor, "Its principal was revoked.", sub=body.value)
-        return Done()
+            await self.canceller.cancel_all(actor, "Its principal was revoked.", sub=body.value)
+        return Acknowledgement()
 
     def operations(self) -> list[Operation]:
         """Return these operations."""
         return [
-            Operation("keys.list", "GET", "/keys", self.keys, scope="keys:read", answer=KeyList, summary="API keys."),
+            Operation(
+                "keys.list", "GET", "/keys", self.list_keys, scope="keys:read", response=KeyList, summary="API keys."
+            ),
             Operation(
                 "keys.create",
                 "POST",
@@ -73,11 +75,11 @@ class AdminApi:
                 self.create_key,
                 scope="keys:write",
                 body=KeyRequest,
-                answer=NewKey,
+                response=NewKey,
                 status=201,
                 strict=True,
                 summary="Make an API key; its secret is shown once.",
-                about=About(codes=("invalid_parameter", "authority_missing")),
+                docs=OperationDocs(error_codes=("invalid_parameter", "authority_missing")),
             ),
             Operation(
                 "keys.revoke",
@@ -85,9 +87,9 @@ class AdminApi:
                 "/keys/{key_id}",
                 self.revoke_key,
                 scope="keys:write",
-                answer=Done,
+                response=Acknowledgement,
                 summary="Revoke an API key.",
-                about=About(codes=("not_found",)),
+                docs=OperationDocs(error_codes=("not_found_result",)),
             ),
             Operation(
                 "revocations.create",
@@ -96,19 +98,19 @@ class AdminApi:
                 self.revoke,
                 scope="keys:write",
                 body=RevocationRequest,
-                answer=Done,
+                response=Acknowledgement,
                 strict=True,
                 summary="Revoke a token, or what a principal or a service was lent.",
             ),
-            *(_not_configured(*row) for row in NOT_CONFIGURED),
+            *(_unconfigured_operation(*row) for row in NOT_CONFIGURED),
         ]
 
 
-def _not_configured(method: str, path: str, scope: str, what: str) -> Operation:
-    async def refuse(_call: Call, _body: object) -> object:
+def _unconfigured_operation(method: str, path: str, scope: str, what: str) -> Operation:
+    async def refuse(_call: IncomingCall, _body: object) -> object:
         raise OctoError(f"{what}: not configured here.", code="not_configured")
 
     name = path.strip("/").replace("/", ".").replace("{", "").replace("}", "")
-    about = About(codes=("not_configured",))
+    about = OperationDocs(error_codes=("not_configured",))
     summary = f"{what} (not configured)."
-    return Operation(f"{name}.{method.lower()}", method, path, refuse, scope=scope, summary=summary, about=about)
+    return Operation(f"{name}.{method.lower()}", method, path, refuse, scope=scope, summary=summary, docs=about)

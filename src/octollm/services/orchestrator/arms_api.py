@@ -6,25 +6,25 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from octollm.contracts.api import ArmList, ArmRegistration, Done
+from octollm.contracts.api import Acknowledgement, ArmList, ArmRegistration
 from octollm.contracts.joining import (
+    EnrolmentNonce,
+    EnrolmentRequest,
+    EnrolmentResponse,
+    EnrolmentTokenList,
+    EnrolmentTokenRequest,
     InstanceRef,
-    JoinAnswer,
-    JoinList,
-    JoinNonce,
-    JoinRequest,
     KeyRotation,
-    NewJoin,
-    NewJoinRequest,
+    NewEnrolmentToken,
 )
-from octollm.rpc.call import About, Call, Operation
-from octollm.services.orchestrator.audit import actor_of
-from octollm.services.orchestrator.joining import Asker, Joining
-from octollm.services.orchestrator.joins import Joins
-from octollm.services.orchestrator.presence import Presence
-from octollm.services.orchestrator.registry import Registry
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.services.orchestrator.audit import actor_from_call
+from octollm.services.orchestrator.joining import EnrolmentAuthority, Requester
+from octollm.services.orchestrator.joins import EnrolmentTokens
+from octollm.services.orchestrator.presence import InstanceRegistry
+from octollm.services.orchestrator.registry import ServiceRegistry
 
-MAX_JOIN_BODY = 16 * 1024
+MAX_ENROLMENT_BODY = 16 * 1024
 """Bytes of what is sent by somebody who is not known yet."""
 MAX_ARM_BODY = 128 * 1024
 
@@ -33,74 +33,74 @@ MAX_ARM_BODY = 128 * 1024
 class ArmsApi:
     """What these operations work with."""
 
-    registry: Registry
-    presence: Presence
-    joins: Joins
-    joining: Joining
+    registry: ServiceRegistry
+    instances: InstanceRegistry
+    enrolment_tokens: EnrolmentTokens
+    enrolment: EnrolmentAuthority
 
-    async def arms(self, call: Call, _body: object) -> ArmList:
+    async def list_arms(self, call: IncomingCall, _body: object) -> ArmList:
         """Return the arms."""
-        return await self.registry.views(call.tenant)
+        return await self.registry.list_arm_views(call.tenant)
 
-    async def remove(self, call: Call, _body: object) -> Done:
+    async def remove(self, call: IncomingCall, _body: object) -> Acknowledgement:
         """Remove an arm of one's own."""
-        await self.joining.remove(call.path["name"], actor_of(call))
-        return Done()
+        await self.enrolment.remove(call.path["name"], actor_from_call(call))
+        return Acknowledgement()
 
-    async def create_join(self, call: Call, body: NewJoinRequest) -> NewJoin:
+    async def create_enrolment_token(self, call: IncomingCall, body: EnrolmentTokenRequest) -> NewEnrolmentToken:
         """Make a join secret."""
-        return await self.joins.create(body, actor_of(call))
+        return await self.enrolment_tokens.create(body, actor_from_call(call))
 
-    async def list_joins(self, call: Call, _body: object) -> JoinList:
+    async def list_enrolment_tokens(self, call: IncomingCall, _body: object) -> EnrolmentTokenList:
         """Return the join secrets, without what is secret of them."""
-        return await self.joins.list(call.tenant)
+        return await self.enrolment_tokens.list(call.tenant)
 
-    async def revoke_join(self, call: Call, _body: object) -> Done:
+    async def revoke_enrolment_token(self, call: IncomingCall, _body: object) -> Acknowledgement:
         """Revoke a join secret."""
-        await self.joins.revoke(call.path["join_id"], actor_of(call))
-        return Done()
+        await self.enrolment_tokens.revoke(call.path["join_id"], actor_from_call(call))
+        return Acknowledgement()
 
-    async def nonce(self, _call: Call, _body: object) -> JoinNonce:
+    async def issue_nonce(self, _call: IncomingCall, _body: object) -> EnrolmentNonce:
         """Return what a join has to name."""
-        return self.joining.nonce()
+        return self.enrolment.issue_nonce()
 
-    async def join(self, call: Call, body: JoinRequest) -> JoinAnswer:
+    async def enrol(self, call: IncomingCall, body: EnrolmentRequest) -> EnrolmentResponse:
         """Admit an arm by its proof."""
-        return await self.joining.join(body, _asker(call))
+        return await self.enrolment.enrol(body, _requester_from_call(call))
 
-    async def rotate(self, call: Call, body: KeyRotation) -> Done:
+    async def rotate_key(self, call: IncomingCall, body: KeyRotation) -> Acknowledgement:
         """Add a key of the arm that asks."""
-        await self.joining.rotate(call.peer, body, _asker(call))
-        return Done()
+        await self.enrolment.rotate_key(call.peer, body, _requester_from_call(call))
+        return Acknowledgement()
 
-    async def register(self, call: Call, body: ArmRegistration) -> Done:
+    async def register(self, call: IncomingCall, body: ArmRegistration) -> Acknowledgement:
         """Note that a process of an arm is up."""
-        await self.presence.register(call.peer, body)
-        return Done()
+        await self.instances.register(call.peer, body)
+        return Acknowledgement()
 
-    async def heartbeat(self, call: Call, body: InstanceRef) -> Done:
+    async def heartbeat(self, call: IncomingCall, body: InstanceRef) -> Acknowledgement:
         """Note that a process of an arm is still there."""
-        await self.presence.heartbeat(call.peer, body.instance)
-        return Done()
+        await self.instances.heartbeat(call.peer, body.instance)
+        return Acknowledgement()
 
-    async def leave(self, call: Call, body: InstanceRef) -> Done:
+    async def deregister(self, call: IncomingCall, body: InstanceRef) -> Acknowledgement:
         """Forget a process of an arm."""
-        await self.presence.leave(call.peer, body.instance)
-        return Done()
+        await self.instances.deregister(call.peer, body.instance)
+        return Acknowledgement()
 
     def operations(self) -> list[Operation]:
         """Return these operations."""
-        return [*self._for_users(), *self._for_arms()]
+        return [*self._user_operations(), *self._arm_operations()]
 
-    def _for_users(self) -> list[Operation]:
+    def _user_operations(self) -> list[Operation]:
         return [
             Operation(
                 "arms.list",
                 "GET",
                 "/arms",
-                self.arms,
+                self.list_arms,
                 scope="arms:read",
-                answer=ArmList,
+                response=ArmList,
                 cacheable=True,
                 summary="The arms.",
             ),
@@ -110,49 +110,53 @@ class ArmsApi:
                 "/arms/{name}",
                 self.remove,
                 scope="arms:write",
-                answer=Done,
+                response=Acknowledgement,
                 summary="Remove an arm of one's own, and free its name.",
-                about=About(codes=("arm_unknown",)),
+                docs=OperationDocs(error_codes=("arm_unknown",)),
             ),
             Operation(
                 "joins.list",
                 "GET",
                 "/joins",
-                self.list_joins,
+                self.list_enrolment_tokens,
                 scope="keys:read",
-                answer=JoinList,
+                response=EnrolmentTokenList,
                 summary="Join secrets.",
             ),
             Operation(
                 "joins.create",
                 "POST",
                 "/joins",
-                self.create_join,
+                self.create_enrolment_token,
                 scope="keys:write",
-                body=NewJoinRequest,
-                answer=NewJoin,
+                body=EnrolmentTokenRequest,
+                response=NewEnrolmentToken,
                 status=201,
                 strict=True,
                 summary="Make a join secret; it is shown once.",
-                about=About(codes=("authority_missing", "invalid_parameter", "state_conflict")),
+                docs=OperationDocs(error_codes=("authority_missing", "invalid_parameter", "state_conflict")),
             ),
             Operation(
                 "joins.revoke",
                 "DELETE",
                 "/joins/{join_id}",
-                self.revoke_join,
+                self.revoke_enrolment_token,
                 scope="keys:write",
-                answer=Done,
+                response=Acknowledgement,
                 summary="Revoke a join secret.",
-                about=About(codes=("not_found",)),
+                docs=OperationDocs(error_codes=("not_found_result",)),
             ),
         ]
 
-    def _for_arms(self) -> list[Operation]:
+    def _arm_operations(self) -> list[Operation]:
         refused = ("authority_missing", "state_conflict")
 
         def post(
-            path: str, handler: Callable[[Call, Any], Awaitable[object]], body: object, summary: str, *codes: str
+            path: str,
+            handler: Callable[[IncomingCall, Any], Awaitable[object]],
+            body: object,
+            summary: str,
+            *codes: str,
         ) -> Operation:
             # A repeat of any of these changes nothing more.
             name = path.removeprefix("/").replace("/", ".")
@@ -164,10 +168,10 @@ class ArmsApi:
                 auth="service",
                 scope="*",
                 body=body,
-                answer=Done,
+                response=Acknowledgement,
                 max_body=MAX_ARM_BODY,
                 summary=summary,
-                about=About(codes=codes),
+                docs=OperationDocs(error_codes=codes),
             )
 
         return [
@@ -175,9 +179,9 @@ class ArmsApi:
                 "arms.nonce",
                 "POST",
                 "/arms/nonce",
-                self.nonce,
+                self.issue_nonce,
                 auth="public",
-                answer=JoinNonce,
+                response=EnrolmentNonce,
                 max_body=0,
                 summary="A nonce to join with.",
             ),
@@ -185,22 +189,22 @@ class ArmsApi:
                 "arms.join",
                 "POST",
                 "/arms/join",
-                self.join,
+                self.enrol,
                 auth="public",
-                body=JoinRequest,
-                answer=JoinAnswer,
-                max_body=MAX_JOIN_BODY,
+                body=EnrolmentRequest,
+                response=EnrolmentResponse,
+                max_body=MAX_ENROLMENT_BODY,
                 timeout=20.0,
                 summary="Join by the proof of a join secret.",
-                about=About(codes=("join_refused", "rate_limited", "state_conflict")),
+                docs=OperationDocs(error_codes=("join_refused", "rate_limited", "state_conflict")),
             ),
-            post("/arms/keys", self.rotate, KeyRotation, "Bring a new key, in the name of an old one.", *refused),
+            post("/arms/keys", self.rotate_key, KeyRotation, "Bring a new key, in the name of an old one.", *refused),
             post("/arms/register", self.register, ArmRegistration, "Register a process of an arm.", *refused),
-            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Say that a process is still there.", "not_found"),
-            post("/arms/leave", self.leave, InstanceRef, "Say that a process of an arm ends."),
+            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Say that a process is still there.", "not_found_result"),
+            post("/arms/leave", self.deregister, InstanceRef, "Say that a process of an arm ends."),
         ]
 
 
-def _asker(call: Call) -> Asker:
+def _requester_from_call(call: IncomingCall) -> Requester:
     client = call.request.client
-    return Asker(client.host if client is not None else "", call.request_id, call.correlation_id)
+    return Requester(client.host if client is not None else "", call.request_id, call.correlation_id)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from octollm.capability import Principal
-from octollm.rpc.call import Call
+from octollm.rpc.call import IncomingCall
 from octollm.storage import Transaction
 from octollm.storage.tables import audit
 
@@ -24,12 +24,12 @@ class Actor:
     service: str = ""
 
 
-def actor_of(call: Call) -> Actor:
+def actor_from_call(call: IncomingCall) -> Actor:
     """Return who makes a call."""
     return Actor(call.authority.principal, call.request_id, call.correlation_id)
 
 
-async def record(
+async def record_audit(
     tx: Transaction,
     actor: Actor,
     action: str,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from octollm.contracts.audit import AuditPage
 from octollm.contracts.listing import AuditQuery
 from octollm.errors import OctoError
-from octollm.rpc.call import About, Call, Operation
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.services.orchestrator.accounts import LOCAL_TENANT
 from octollm.services.orchestrator.audit import SYSTEM_TENANT
-from octollm.services.orchestrator.sealing import read_page
+from octollm.services.orchestrator.sealing import read_audit_page
 from octollm.storage import Database
 
 
@@ -20,7 +20,7 @@ class AuditApi:
 
     db: Database
 
-    async def read(self, call: Call, _body: object) -> AuditPage:
+    async def read(self, call: IncomingCall, _body: object) -> AuditPage:
         """Return a page of the log, with where its chain stands."""
         asked: AuditQuery = call.query
         tenant = call.tenant
@@ -28,7 +28,7 @@ class AuditApi:
             if tenant != LOCAL_TENANT:
                 raise OctoError("The system's audit log is not this tenant's to read.", code="scope_missing")
             tenant = SYSTEM_TENANT
-        return await read_page(self.db, tenant, asked.after, asked.limit)
+        return await read_audit_page(self.db, tenant, asked.after, asked.limit)
 
     def operations(self) -> list[Operation]:
         """Return the operation."""
@@ -40,8 +40,8 @@ class AuditApi:
                 self.read,
                 scope="audit:read",
                 query=AuditQuery,
-                answer=AuditPage,
+                response=AuditPage,
                 summary="The audit log behind a row.",
-                about=About(codes=("scope_missing",)),
+                docs=OperationDocs(error_codes=("scope_missing",)),
             )
         ]

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 import msgspec
 from starlette.responses import StreamingResponse
 
-from octollm.contracts.api import Done, EventList
-from octollm.contracts.events import CATALOGUE, Event
-from octollm.contracts.listing import LAST_EVENT, Behind
+from octollm.contracts.api import Acknowledgement, EventList
+from octollm.contracts.events import EVENT_CATALOGUE, Event
+from octollm.contracts.listing import LAST_EVENT_ID_DESCRIPTION, EventQuery
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.rpc.call import About, Call, Operation
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.storage import Database
 
 POLL_SECONDS = 1.0
 PING_SECONDS = 15.0
-PAGE = 200
-FAMILIES = frozenset({"system", "arm", "breaker", "cache"})
+PAGE_SIZE = 200
+POSTABLE_FAMILIES = frozenset({"system", "arm", "breaker", "cache"})
 """What services other than the orchestrator may tell; tasks, tokens and audit are its own."""
 
 
@@ -34,33 +34,33 @@ class EventsApi:
     log: EventLog
     draining: asyncio.Event
 
-    async def read(self, call: Call, _body: object) -> object:
+    async def read(self, call: IncomingCall, _body: object) -> object:
         """Return the tenant's events after a position: a page, or a stream for ``Accept: text/event-stream``."""
-        behind: Behind = call.query
+        behind: EventQuery = call.query
         after = behind.after
         last = call.request.headers.get("last-event-id")
         if last is not None and last.isdigit():
             after = int(last)
         if "text/event-stream" in call.request.headers.get("accept", ""):
             return StreamingResponse(
-                self._follow(call.tenant, after),
+                self._stream(call.tenant, after),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
             )
         found = await self.log.read(after, behind.limit, tenant=call.tenant)
         return EventList(tuple(found), found[-1].seq if found else after)
 
-    async def _follow(self, tenant: str, after: int) -> AsyncIterator[bytes]:
+    async def _stream(self, tenant: str, after: int) -> AsyncIterator[bytes]:
         news = asyncio.Event()
         stop = self.log.on_commit(news.set)
         quiet = 0.0
         try:
             yield b": following\n\n"
             while not self.draining.is_set():
-                found = await self.log.read(after, PAGE, tenant=tenant)
+                found = await self.log.read(after, PAGE_SIZE, tenant=tenant)
                 for event in found:
                     after = event.seq
-                    yield _sse(event)
+                    yield _encode_sse(event)
                 if found:
                     quiet = 0.0
                     continue
@@ -79,11 +79,11 @@ class EventsApi:
         finally:
             stop()
 
-    async def post(self, call: Call, body: Event) -> Done:
+    async def post(self, call: IncomingCall, body: Event) -> Acknowledgement:
         """Take an event from a built-in service; an id that is there already is not written again."""
-        if call.peer not in SERVICES or body.event_type.partition(".")[0] not in FAMILIES:
+        if call.peer not in SERVICES or body.event_type.partition(".")[0] not in POSTABLE_FAMILIES:
             raise OctoError(f"{call.peer} may not tell {body.event_type}.", code="scope_missing")
-        if body.event_type not in CATALOGUE:
+        if body.event_type not in EVENT_CATALOGUE:
             raise OctoError(f"The event {body.event_type} is not declared.", code="invalid_body")
         async with self.db.transaction() as tx:
             await self.log.append(
@@ -98,7 +98,7 @@ class EventsApi:
                 event_id=body.id,
                 timestamp=body.timestamp,
             )
-        return Done()
+        return Acknowledgement()
 
     def operations(self) -> list[Operation]:
         """Return the operations on events."""
@@ -109,12 +109,14 @@ class EventsApi:
                 "/events",
                 self.read,
                 scope="events:read",
-                query=Behind,
-                answer=EventList,
+                query=EventQuery,
+                response=EventList,
                 limited=False,
                 timeout=3600.0,
                 summary="The tenant's events after a position.",
-                about=About(stream="text/event-stream", headers={"Last-Event-ID": LAST_EVENT}),
+                docs=OperationDocs(
+                    stream_media_type="text/event-stream", headers={"Last-Event-ID": LAST_EVENT_ID_DESCRIPTION}
+                ),
             ),
             Operation(
                 "events.post",
@@ -124,12 +126,12 @@ class EventsApi:
                 auth="service",
                 scope="*",
                 body=Event,
-                answer=Done,
+                response=Acknowledgement,
                 summary="Tell an event.",
-                about=About(codes=("scope_missing", "invalid_body")),
+                docs=OperationDocs(error_codes=("scope_missing", "invalid_body")),
             ),
         ]
 
 
-def _sse(event: Event) -> bytes:
+def _encode_sse(event: Event) -> bytes:
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.event_type.encode(), msgspec.json.encode(event))

@@ -9,14 +9,14 @@ from sqlalchemy import select
 from starlette.responses import Response
 
 from octollm.clock import Clock
-from octollm.contracts.operations import FILE_NAME, StoredFile
+from octollm.contracts.operations import FILE_NAME_DESCRIPTION, StoredFile
 from octollm.contracts.task import MAX_FILE_BYTES
 from octollm.errors import OctoError
-from octollm.rpc.call import About, Call, Operation
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.storage import Database
 from octollm.storage.tables import files
 
-MAX_NAME = 200
+MAX_NAME_LENGTH = 200
 
 
 class FileStore:
@@ -28,7 +28,7 @@ class FileStore:
 
     async def put(self, tenant: str, name: str, media_type: str, body: bytes) -> StoredFile:
         """Store bytes; the same bytes are stored once. Raises ``file_invalid`` for a bad name."""
-        check_name(name)
+        validate_file_name(name)
         digest = hashlib.sha256(body).hexdigest()
         async with self._db.transaction() as tx:
             await tx.execute(
@@ -54,7 +54,7 @@ class FileStore:
             raise OctoError("There is no file of that digest.", code="file_not_found")
         return StoredFile(row["name"], row["digest"], row["size"], row["media_type"]), row["body"]
 
-    async def missing(self, tenant: str, digests: list[str]) -> set[str]:
+    async def find_missing(self, tenant: str, digests: list[str]) -> set[str]:
         """Return those digests that are not stored."""
         async with self._db.read() as conn:
             query = select(files.c.digest).where(files.c.tenant == tenant, files.c.digest.in_(digests))
@@ -62,13 +62,13 @@ class FileStore:
         return set(digests) - found
 
 
-def check_name(name: str) -> None:
+def validate_file_name(name: str) -> None:
     """Raise ``file_invalid`` unless ``name`` is a plain file name: no folder, no control character, 1 to 200 long."""
-    if not 0 < len(name) <= MAX_NAME or not name.isprintable() or name in (".", "..") or set(name) & {"/", "\\"}:
+    if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable() or name in (".", "..") or set(name) & {"/", "\\"}:
         raise OctoError("A file's name must be 1 to 200 printable characters without slashes.", code="file_invalid")
 
 
-def file_response(file: StoredFile, body: bytes) -> Response:
+def build_file_response(file: StoredFile, body: bytes) -> Response:
     """Return a file's bytes; the digest is its ETag. Browsers are told to save it, not to show it."""
     headers = {
         "ETag": f'"{file.digest}"',
@@ -82,14 +82,14 @@ def file_response(file: StoredFile, body: bytes) -> Response:
 def file_operations(store: FileStore) -> list[Operation]:
     """Return ``POST /files`` and ``GET /files/{digest}``."""
 
-    async def put(call: Call, body: bytes) -> StoredFile:
+    async def put(call: IncomingCall, body: bytes) -> StoredFile:
         name = unquote(call.request.headers.get("x-file-name", ""))
         media_type = call.request.headers.get("content-type", "application/octet-stream")[:100]
         return await store.put(call.tenant, name, media_type, body)
 
-    async def get(call: Call, _body: object) -> Response:
+    async def get(call: IncomingCall, _body: object) -> Response:
         file, body = await store.get(call.tenant, call.path["digest"])
-        return file_response(file, body)
+        return build_file_response(file, body)
 
     return [
         Operation(
@@ -100,11 +100,11 @@ def file_operations(store: FileStore) -> list[Operation]:
             scope="files:write",
             kind="idempotent",
             body=bytes,
-            answer=StoredFile,
+            response=StoredFile,
             status=201,
             max_body=MAX_FILE_BYTES,
             summary="Store a file.",
-            about=About(headers={"X-File-Name": FILE_NAME}, codes=("file_invalid",)),
+            docs=OperationDocs(headers={"X-File-Name": FILE_NAME_DESCRIPTION}, error_codes=("file_invalid",)),
         ),
         Operation(
             "files.get",
@@ -114,6 +114,6 @@ def file_operations(store: FileStore) -> list[Operation]:
             scope="files:read:{digest}",
             cacheable=True,
             summary="A file's bytes.",
-            about=About(media="*/*", codes=("file_not_found",)),
+            docs=OperationDocs(media_type="*/*", error_codes=("file_not_found",)),
         ),
     ]

@@ -49,14 +49,14 @@ class Issuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     algorithms: tuple[Algorithm, ...] = ("RS256", "PS256", "ES256", "EdDSA")
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _IssuersFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     issuer: Annotated[tuple[Issuer, ...], Meta(min_length=1, max_length=MAX_ISSUERS)]
 
 
-def read_issuers(path: Path) -> tuple[Issuer, ...]:
+def load_issuers(path: Path) -> tuple[Issuer, ...]:
     """Return the issuers of a file; raise ``setting_invalid`` with the place of a fault."""
     try:
-        found = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File).issuer
+        found = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _IssuersFile).issuer
     except OSError as error:
         raise SettingError(f"OCTOLLM_OIDC: {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
@@ -64,14 +64,14 @@ def read_issuers(path: Path) -> tuple[Issuer, ...]:
     for issuer in found:
         if (issuer.tenant is None) == (issuer.tenant_claim is None):
             raise SettingError(f"OCTOLLM_OIDC: {path}: {issuer.url} needs either tenant or tenant_claim.")
-        if issuer.url.startswith("http://") and not _is_local(issuer.url):
+        if issuer.url.startswith("http://") and not _is_loopback_url(issuer.url):
             raise SettingError(f"OCTOLLM_OIDC: {path}: {issuer.url} must be reached by https.")
     if len({issuer.url for issuer in found}) != len(found):
         raise SettingError(f"OCTOLLM_OIDC: {path}: an issuer is there twice.")
     return found
 
 
-def read_secret(issuer: Issuer) -> str | None:
+def load_client_secret(issuer: Issuer) -> str | None:
     """Return our secret at an issuer, ``None`` where there is none; raise ``setting_invalid`` for a wrong file."""
     if issuer.client_secret_file is None:
         return None
@@ -87,13 +87,13 @@ def read_secret(issuer: Issuer) -> str | None:
     return secret
 
 
-def scopes_of(issuer: Issuer, claims: Mapping[str, Any]) -> str:
+def map_claims_to_scopes(issuer: Issuer, claims: Mapping[str, Any]) -> str:
     """Return what the claims of a user grant, presets and scopes; empty for nothing."""
-    granted = [rule.scope for rule in issuer.grant if _has(claims.get(rule.claim), rule.value)]
+    granted = [rule.scope for rule in issuer.grant if _claim_has(claims.get(rule.claim), rule.value)]
     return " ".join(dict.fromkeys(" ".join(granted).split()))
 
 
-def principal_of(issuer: Issuer, claims: Mapping[str, Any]) -> Principal:
+def map_claims_to_principal(issuer: Issuer, claims: Mapping[str, Any]) -> Principal:
     """Return whom the claims stand for. Raises ``login_refused`` where they name no tenant of theirs."""
     tenant = issuer.tenant
     if tenant is None:
@@ -107,7 +107,7 @@ def principal_of(issuer: Issuer, claims: Mapping[str, Any]) -> Principal:
     return Principal(name, name, tenant)
 
 
-def name_of(claims: Mapping[str, Any]) -> str:
+def map_claims_to_name(claims: Mapping[str, Any]) -> str:
     """Return how a user is called in lists."""
     for claim in ("email", "preferred_username", "name"):
         told = claims.get(claim)
@@ -116,9 +116,9 @@ def name_of(claims: Mapping[str, Any]) -> str:
     return "OpenID Connect"
 
 
-def _has(told: object, value: str) -> bool:
+def _claim_has(told: object, value: str) -> bool:
     return told == value or (isinstance(told, list) and value in told)
 
 
-def _is_local(url: str) -> bool:
+def _is_loopback_url(url: str) -> bool:
     return re.fullmatch(r"http://(?:127\.0\.0\.1|localhost|\[::1\])(?::[0-9]+)?(?:/.*)?", url) is not None

@@ -11,41 +11,41 @@ from sqlalchemy import delete, func, select, update
 from octollm.capability import CapabilityError, Principal, PublicKey
 from octollm.capability.joining import (
     NONCE_SECONDS,
-    JoinClaim,
-    JoinRoot,
-    JoinTerms,
+    EnrolmentClaim,
+    EnrolmentTerms,
+    EnrolmentTokenIssuer,
     arm_proof,
-    is_join_id,
+    is_enrolment_id,
+    proofs_match,
     root_proof,
     rotation_message,
-    same,
 )
 from octollm.capability.keys import b64decode
 from octollm.capability.tokens import MAX_GRANT_SECONDS
-from octollm.clock import Clock, Ids
-from octollm.contracts.joining import JoinAnswer, JoinNonce, JoinRequest, KeyRotation
+from octollm.clock import Clock, IdGenerator
+from octollm.contracts.joining import EnrolmentNonce, EnrolmentRequest, EnrolmentResponse, KeyRotation
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.services.orchestrator.attempts import Attempts
-from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record
-from octollm.services.orchestrator.joins import terms_of
-from octollm.services.orchestrator.registry import MAX_JOINED, Registry
-from octollm.services.orchestrator.revoking import Revoking
-from octollm.storage import Database, Transaction, plain
+from octollm.services.orchestrator.attempts import FailedEnrolmentThrottle
+from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record_audit
+from octollm.services.orchestrator.joins import terms_from_row
+from octollm.services.orchestrator.registry import MAX_ENROLLED_ARMS, ServiceRegistry
+from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import admissions, arm_keys, arms, join_nonces, joins
 
-MAX_KEYS = 8
+MAX_ARM_KEYS = 8
 """Keys of one arm that are good at the same time."""
 
-_NO_PROOF = (
+_INVALID_PROOF = (
     "The join was refused: the secret does not fit this name, key and nonce. Check that all of the secret was copied,"
     " that it was made for this name here, and that no other root key took the place of the one that made it."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class Requester:
     """Who asks to join: an address, in a request."""
 
     address: str
@@ -57,60 +57,60 @@ class Asker:
         return Actor(Principal("unknown", "unknown", tenant), self.request_id, self.correlation_id, name[:64])
 
 
-class Joining:
+class EnrolmentAuthority:
     """The orchestrator's half of joining."""
 
     def __init__(
         self,
         db: Database,
         log: EventLog,
-        root: JoinRoot,
+        root: EnrolmentTokenIssuer,
         roots: Mapping[str, PublicKey],
-        registry: Registry,
-        revoking: Revoking,
+        registry: ServiceRegistry,
+        revocation_store: RevocationStore,
         clock: Clock,
-        ids: Ids,
+        ids: IdGenerator,
     ) -> None:
         self._db = db
         self._log = log
         self._root = root
         self._roots = roots
         self._registry = registry
-        self._revoking = revoking
+        self._revocation_store = revocation_store
         self._clock = clock
         self._ids = ids
-        self._attempts = Attempts(clock)
+        self._throttle = FailedEnrolmentThrottle(clock)
 
-    def nonce(self) -> JoinNonce:
+    def issue_nonce(self) -> EnrolmentNonce:
         """Return a nonce. Nothing is kept of it before it is used, so that asking for many costs nothing."""
-        return JoinNonce(self._root.nonce(self._ids.hex(), self._clock.now()), int(NONCE_SECONDS))
+        return EnrolmentNonce(self._root.create_nonce(self._ids.hex(), self._clock.now()), int(NONCE_SECONDS))
 
-    async def join(self, asked: JoinRequest, asker: Asker) -> JoinAnswer:
+    async def enrol(self, request: EnrolmentRequest, requester: Requester) -> EnrolmentResponse:
         """Admit an arm by its proof, and prove the root keys to it.
 
         Raises ``join_refused``, with the reason only for who proved the secret, and ``rate_limited`` for an address
         that was refused too often. Each refusal is audited.
         """
-        self._attempts.check(asker.address)
-        row, key, secret = await self._proved(asked, asker)
-        claim = _claim(asked, key)
+        self._throttle.check(requester.address)
+        row, key, secret = await self._verify_proof(request, requester)
+        claim = _build_claim(request, key)
         now = self._clock.now()
-        fault = _fault(row, asked.calls, now)
+        fault = _find_fault(row, request.calls, now)
         if fault is None:
-            fault = await self._admitted(row, key.thumbprint, asked, asker)
+            fault = await self._admit_and_audit(row, key.thumbprint, request, requester)
         if fault is not None:
-            await self._refuse(asker, asked, *fault, tenant=row["tenant"])
+            await self._refuse(requester, request, *fault, tenant=row["tenant"])
         await self._registry.refresh()
         jwks = tuple(root.to_jwk() for root in self._roots.values())
-        return JoinAnswer(jwks, root_proof(secret, claim, self._roots))
+        return EnrolmentResponse(jwks, root_proof(secret, claim, self._roots))
 
-    async def rotate(self, name: str, asked: KeyRotation, asker: Asker) -> None:
+    async def rotate_key(self, name: str, request: KeyRotation, requester: Requester) -> None:
         """Add a key of an arm, asked for in its own name; those that it had are good for an hour more.
 
         Raises ``scope_missing`` for a service that did not join, ``invalid_body`` for a key that is not proved.
         """
-        key = _public_key(asked.jwk)
-        if key is None or not key.verify(_signature(asked.proof), rotation_message(name, key.thumbprint)):
+        key = _parse_public_key(request.jwk)
+        if key is None or not key.verify(_decode_signature(request.proof), rotation_message(name, key.thumbprint)):
             raise OctoError("The new key must sign the arm's name and its own thumbprint.", code="invalid_body")
         if key.thumbprint in self._roots:
             raise OctoError("That key belongs to the installation itself.", code="invalid_body")
@@ -126,15 +126,17 @@ class Joining:
                 .values(until=now + MAX_GRANT_SECONDS)
             )
             held = await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.name == name))
-            if held >= MAX_KEYS:
-                raise OctoError(f"{name} changed its key {MAX_KEYS} times within an hour.", code="state_conflict")
+            if held >= MAX_ARM_KEYS:
+                raise OctoError(f"{name} changed its key {MAX_ARM_KEYS} times within an hour.", code="state_conflict")
             fresh = {"added_at": now, "until": None}
             await tx.execute(
                 tx.insert(arm_keys)
                 .values(name=name, jkt=key.thumbprint, **fresh)
                 .on_conflict_do_update(index_elements=[arm_keys.c.name, arm_keys.c.jkt], set_=fresh)
             )
-            await record(tx, asker.actor(name, row["tenant"]), "key.rotated", name, now, {"jkt": key.thumbprint})
+            await record_audit(
+                tx, requester.actor(name, row["tenant"]), "key.rotated", name, now, {"jkt": key.thumbprint}
+            )
         await self._registry.refresh()
 
     async def remove(self, name: str, actor: Actor) -> None:
@@ -154,43 +156,47 @@ class Joining:
             await tx.execute(
                 update(joins).where(joins.c.name == name, joins.c.revoked_at.is_(None)).values(revoked_at=now)
             )
-            await self._revoking.add(tx, "aud", name, tenant)
+            await self._revocation_store.add(tx, "aud", name, tenant)
             await self._log.append(
                 tx, "arm.removed", subject=f"arm/{name}", tenant=tenant, source="orchestrator", data={"arm": name}
             )
-            await record(tx, actor, "arm.removed", name, now)
+            await record_audit(tx, actor, "arm.removed", name, now)
         await self._registry.refresh()
 
-    async def _proved(self, asked: JoinRequest, asker: Asker) -> tuple[dict[str, Any], PublicKey, bytes]:
+    async def _verify_proof(
+        self, request: EnrolmentRequest, requester: Requester
+    ) -> tuple[dict[str, Any], PublicKey, bytes]:
         """Return the row of the secret that was proved, the arm's key, and the secret's; refuse without saying why."""
         row: dict[str, Any] | None = None
-        if is_join_id(asked.join):
+        if is_enrolment_id(request.join):
             async with self._db.read() as conn:
-                found = await conn.first(select(joins).where(joins.c.id == asked.join))
-            row = None if found is None else plain(found)
+                found = await conn.first(select(joins).where(joins.c.id == request.join))
+            row = None if found is None else row_to_dict(found)
         # A secret that is not known is looked into as long as one that is.
-        terms = terms_of(row) if row is not None else JoinTerms(asked.join, asked.name, (), 0)
-        key = _public_key(asked.jwk)
+        terms = terms_from_row(row) if row is not None else EnrolmentTerms(request.join, request.name, (), 0)
+        key = _parse_public_key(request.jwk)
         now = self._clock.now()
         secret: bytes | None = None
-        for tried in self._root.keys(terms, now):
-            if key is not None and same(arm_proof(tried, _claim(asked, key)), asked.proof):
+        for tried in self._root.derive_keys(terms, now):
+            if key is not None and proofs_match(arm_proof(tried, _build_claim(request, key)), request.proof):
                 secret = tried
-        good = secret is not None and self._root.accepts(asked.nonce, now)
-        if row is None or key is None or secret is None or not good or row["name"] != asked.name:
-            await self._refuse(asker, asked, "proof", _NO_PROOF)
+        good = secret is not None and self._root.is_valid_nonce(request.nonce, now)
+        if row is None or key is None or secret is None or not good or row["name"] != request.name:
+            await self._refuse(requester, request, "proof", _INVALID_PROOF)
         return row, key, secret
 
-    async def _admitted(
-        self, row: Mapping[str, Any], jkt: str, asked: JoinRequest, asker: Asker
+    async def _admit_and_audit(
+        self, row: Mapping[str, Any], jkt: str, request: EnrolmentRequest, requester: Requester
     ) -> tuple[str, str] | None:
         """Admit an arm and write it to the audit trail; return why not, for the audit and in words."""
         async with self._db.transaction() as tx:
             now = await tx.now()
-            fault = await self._admit(tx, row, jkt, asked.nonce, now)
+            fault = await self._admit(tx, row, jkt, request.nonce, now)
             if fault is None:
                 detail = {"join": row["id"], "jkt": jkt, "calls": row["calls"]}
-                await record(tx, asker.actor(asked.name, row["tenant"]), "arm.admitted", asked.name, now, detail)
+                await record_audit(
+                    tx, requester.actor(request.name, row["tenant"]), "arm.admitted", request.name, now, detail
+                )
         return fault
 
     async def _admit(
@@ -205,8 +211,8 @@ class Joining:
         fresh = {"calls": list(row["calls"]), "join_id": row["id"]}
         held = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
         if held is None:
-            if await tx.scalar(select(func.count()).select_from(admissions)) >= MAX_JOINED:
-                return "full", f"{MAX_JOINED} arms have joined already, the most there may be; remove one."
+            if await tx.scalar(select(func.count()).select_from(admissions)) >= MAX_ENROLLED_ARMS:
+                return "full", f"{MAX_ENROLLED_ARMS} arms have joined already, the most there may be; remove one."
             if await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.jkt == jkt)):
                 return "key", "The key is another arm's already; each arm has keys of its own."
             await tx.execute(tx.insert(admissions).values(name=name, tenant=row["tenant"], admitted_at=now, **fresh))
@@ -227,16 +233,18 @@ class Joining:
         return None
 
     async def _refuse(
-        self, asker: Asker, asked: JoinRequest, reason: str, detail: str, tenant: str = SYSTEM_TENANT
+        self, requester: Requester, request: EnrolmentRequest, reason: str, detail: str, tenant: str = SYSTEM_TENANT
     ) -> NoReturn:
-        self._attempts.refused(asker.address)
+        self._throttle.record_failure(requester.address)
         async with self._db.transaction() as tx:
-            about = {"reason": reason, "join": asked.join[:64], "address": asker.address}
-            await record(tx, asker.actor(asked.name, tenant), "arm.refused", asked.name[:64], self._clock.now(), about)
+            about = {"reason": reason, "join": request.join[:64], "address": requester.address}
+            await record_audit(
+                tx, requester.actor(request.name, tenant), "arm.refused", request.name[:64], self._clock.now(), about
+            )
         raise OctoError(detail, code="join_refused")
 
 
-def _fault(row: Mapping[str, Any], calls: Sequence[str], now: float) -> tuple[str, str] | None:
+def _find_fault(row: Mapping[str, Any], calls: Sequence[str], now: float) -> tuple[str, str] | None:
     """Return what is wrong with a secret that was proved, or with what is asked for with it."""
     if row["revoked_at"] is not None:
         return "revoked", "The join secret was revoked; `octollm keys join` makes another."
@@ -249,18 +257,18 @@ def _fault(row: Mapping[str, Any], calls: Sequence[str], now: float) -> tuple[st
     return None
 
 
-def _claim(asked: JoinRequest, key: PublicKey) -> JoinClaim:
-    return JoinClaim(asked.nonce, asked.name, key.thumbprint, asked.calls)
+def _build_claim(request: EnrolmentRequest, key: PublicKey) -> EnrolmentClaim:
+    return EnrolmentClaim(request.nonce, request.name, key.thumbprint, request.calls)
 
 
-def _public_key(jwk: Mapping[str, str]) -> PublicKey | None:
+def _parse_public_key(jwk: Mapping[str, str]) -> PublicKey | None:
     try:
         return PublicKey.from_jwk(jwk)
     except CapabilityError:
         return None
 
 
-def _signature(text: str) -> bytes:
+def _decode_signature(text: str) -> bytes:
     try:
         return b64decode(text)
     except CapabilityError:

@@ -12,18 +12,18 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import delete, exists, func, select, update
 
-from octollm.background import kept_going
-from octollm.capability.joining import check_operation_name, declared_calls, scopes_of
+from octollm.background import run_in_background
+from octollm.capability.joining import check_operation_name, parse_declared_calls, scopes_of
 from octollm.contracts.api import ArmRegistration
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.services.orchestrator.audit import SYSTEM_TENANT
-from octollm.services.orchestrator.registry import MAX_INSTANCES, Registry
+from octollm.services.orchestrator.registry import MAX_INSTANCES, ServiceRegistry
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import admissions, arm_instances, arms
 
-SILENT_SECONDS = 20.0
+HEARTBEAT_TIMEOUT_SECONDS = 20.0
 """An instance that says nothing for so long is dropped: three heartbeats, and time for a slow one."""
 SWEEP_SECONDS = 5.0
 MAX_TEXT = 1000
@@ -32,13 +32,13 @@ MAX_OPERATIONS = 32
 MAX_ACCEPTS = 32
 _MAX_INSTANCE = 64
 _MAX_URL = 255
-_PLAIN = re.compile(r"[!-~]+")
+_PRINTABLE_ASCII = re.compile(r"[!-~]+")
 
 
-class Presence:
+class InstanceRegistry:
     """Writes who is there. Every replica may: what each does is the same, and done once."""
 
-    def __init__(self, db: Database, log: EventLog, registry: Registry) -> None:
+    def __init__(self, db: Database, log: EventLog, registry: ServiceRegistry) -> None:
         self._db = db
         self._log = log
         self._registry = registry
@@ -49,9 +49,9 @@ class Presence:
         Raises ``scope_missing`` for a service that is no arm, ``authority_missing`` for calls that the arm's join
         secret did not admit, and ``invalid_body`` for a registration that is wrong.
         """
-        _check(arm)
+        _validate_registration(arm)
         async with self._db.transaction() as tx:
-            tenant = await self._tenant(tx, name, arm)
+            tenant = await self._authorize_registration(tx, name, arm)
             now = await tx.now()
             before = await tx.first(select(arms.c.state).where(arms.c.name == name).with_for_update())
             values = {
@@ -71,65 +71,67 @@ class Presence:
                 .values(name=name, **values)
                 .on_conflict_do_update(index_elements=[arms.c.name], set_=values)
             )
-            fresh = await _place(tx, name, arm, now)
+            fresh = await _upsert_instance(tx, name, arm, now)
             if fresh:
                 data = {"operations": list(arm.operations), "url": arm.url, "instance": arm.instance}
-                await self._tell(tx, "arm.registered", name, tenant, data)
+                await self._append_event(tx, "arm.registered", name, tenant, data)
             if before is not None and before["state"] != "healthy":
-                await self._tell(tx, "arm.healthy", name, tenant)
+                await self._append_event(tx, "arm.healthy", name, tenant)
         await self._registry.refresh()
 
     async def heartbeat(self, name: str, instance: str) -> None:
-        """Note that a process is still there; raise ``not_found`` when it has to register again."""
+        """Note that a process is still there; raise ``not_found_result`` when it has to register again."""
         async with self._db.transaction() as tx:
-            done = await tx.execute(update(arm_instances).where(_is(name, instance)).values(seen_at=await tx.now()))
+            done = await tx.execute(
+                update(arm_instances).where(_match_instance(name, instance)).values(seen_at=await tx.now())
+            )
         if done.rowcount != 1:
-            raise OctoError(f"This instance of {name} is not registered; register it again.", code="not_found")
+            raise OctoError(f"This instance of {name} is not registered; register it again.", code="not_found_result")
 
-    async def leave(self, name: str, instance: str) -> None:
+    async def deregister(self, name: str, instance: str) -> None:
         """Forget a process that ends in order; one that is not known is forgotten already."""
         async with self._db.transaction() as tx:
-            await tx.execute(delete(arm_instances).where(_is(name, instance)))
-            await self._mark_silent(tx)
+            await tx.execute(delete(arm_instances).where(_match_instance(name, instance)))
+            await self._mark_unhealthy(tx)
         await self._registry.refresh()
 
     async def sweep(self) -> int:
         """Drop processes that fell silent, and tell of arms that have none left; return how many were dropped."""
         async with self._db.read() as conn:
             oldest = await conn.scalar(select(func.min(arm_instances.c.seen_at)))
-            if oldest is None or oldest >= await conn.now() - SILENT_SECONDS:
+            if oldest is None or oldest >= await conn.now() - HEARTBEAT_TIMEOUT_SECONDS:
                 return 0
         async with self._db.transaction() as tx:
-            silent = arm_instances.c.seen_at < await tx.now() - SILENT_SECONDS
+            silent = arm_instances.c.seen_at < await tx.now() - HEARTBEAT_TIMEOUT_SECONDS
             dropped = await tx.execute(delete(arm_instances).where(silent))
-            await self._mark_silent(tx)
+            await self._mark_unhealthy(tx)
         await self._registry.refresh()
         return dropped.rowcount
 
     @contextlib.asynccontextmanager
-    async def sweeping(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
+    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
         """Sweep for as long as the context is open.
 
         Not before arms had the time to be heard: while no orchestrator ran, nobody could send a heartbeat.
         """
-        async with kept_going("arms", self._keep_sweeping(), on_failure):
+        async with run_in_background("arms", self._sweep_loop(), on_failure):
             yield
 
-    async def _keep_sweeping(self) -> None:
-        await asyncio.sleep(SILENT_SECONDS)
+    async def _sweep_loop(self) -> None:
+        await asyncio.sleep(HEARTBEAT_TIMEOUT_SECONDS)
         while True:
             with contextlib.suppress(OctoError):  # without a database, which /ready says, there is a next time
                 await self.sweep()
             await asyncio.sleep(SWEEP_SECONDS)
 
-    async def _tenant(self, tx: Transaction, name: str, arm: ArmRegistration) -> str:
+    async def _authorize_registration(self, tx: Transaction, name: str, arm: ArmRegistration) -> str:
         """Return whose arm it is; refuse what may not register, and calls that were not admitted."""
         if name in BUILT_IN_ARMS:
             return SYSTEM_TENANT
         row = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
         if row is None:
             raise OctoError(f"{name} is not an arm that may register here.", code="scope_missing")
-        too_much = sorted(set(scopes_of(declared_calls(arm.calls))) - set(row["calls"]))
+        too_much = sorted(set(scopes_of(parse_declared_calls(arm.calls))) - set(row["calls"]))
         if too_much:
             raise OctoError(
                 f"{name} declares {', '.join(too_much)}, which its join secret did not admit. Declare less, or have it"
@@ -138,16 +140,16 @@ class Presence:
             )
         return str(row["tenant"])
 
-    async def _mark_silent(self, tx: Transaction) -> None:
+    async def _mark_unhealthy(self, tx: Transaction) -> None:
         """Mark arms without a process as unhealthy, and tell of each once."""
         gone = arms.c.state == "healthy", ~exists().where(arm_instances.c.name == arms.c.name)
         owner = select(admissions.c.tenant).where(admissions.c.name == arms.c.name).scalar_subquery()
         for row in await tx.all(select(arms.c.name, owner.label("tenant")).where(*gone).limit(200)):
             done = await tx.execute(update(arms).where(arms.c.name == row["name"], *gone).values(state="unhealthy"))
             if done.rowcount == 1:
-                await self._tell(tx, "arm.unhealthy", row["name"], row["tenant"] or SYSTEM_TENANT)
+                await self._append_event(tx, "arm.unhealthy", row["name"], row["tenant"] or SYSTEM_TENANT)
 
-    async def _tell(
+    async def _append_event(
         self, tx: Transaction, event: str, name: str, tenant: str, more: Mapping[str, object] | None = None
     ) -> None:
         await self._log.append(
@@ -155,7 +157,7 @@ class Presence:
         )
 
 
-async def _place(tx: Transaction, name: str, arm: ArmRegistration, now: float) -> bool:
+async def _upsert_instance(tx: Transaction, name: str, arm: ArmRegistration, now: float) -> bool:
     """Note where a process answers; return whether it was not known. An address belongs to whoever is there now."""
     await tx.execute(
         delete(arm_instances).where(
@@ -164,9 +166,11 @@ async def _place(tx: Transaction, name: str, arm: ArmRegistration, now: float) -
             arm_instances.c.instance != arm.instance,
         )
     )
-    known = await tx.scalar(select(func.count()).where(_is(name, arm.instance)).select_from(arm_instances))
+    known = await tx.scalar(select(func.count()).where(_match_instance(name, arm.instance)).select_from(arm_instances))
     if known:
-        await tx.execute(update(arm_instances).where(_is(name, arm.instance)).values(url=arm.url, seen_at=now))
+        await tx.execute(
+            update(arm_instances).where(_match_instance(name, arm.instance)).values(url=arm.url, seen_at=now)
+        )
         return False
     placed = await tx.scalar(select(func.count()).select_from(arm_instances).where(arm_instances.c.name == name))
     if placed >= MAX_INSTANCES:
@@ -177,11 +181,11 @@ async def _place(tx: Transaction, name: str, arm: ArmRegistration, now: float) -
     return True
 
 
-def _is(name: str, instance: str) -> Any:
+def _match_instance(name: str, instance: str) -> Any:
     return (arm_instances.c.name == name) & (arm_instances.c.instance == instance)
 
 
-def _check(arm: ArmRegistration) -> None:
+def _validate_registration(arm: ArmRegistration) -> None:
     texts = (arm.description, *arm.about.values(), *arm.accepts)
     if any(len(text) > MAX_TEXT for text in texts):
         raise OctoError(f"A description has at most {MAX_TEXT} characters.", code="invalid_body")
@@ -194,19 +198,19 @@ def _check(arm: ArmRegistration) -> None:
         raise OctoError("`about` tells of operations that the arm does not have.", code="invalid_body")
     for operation in arm.operations:
         check_operation_name(operation)
-    declared_calls(arm.calls)
+    parse_declared_calls(arm.calls)
     if len(arm.instance) > _MAX_INSTANCE:
         raise OctoError(f"An instance is named by at most {_MAX_INSTANCE} characters.", code="invalid_body")
-    _check_url(arm.url)
+    _validate_url(arm.url)
 
 
-def _check_url(url: str) -> None:
+def _validate_url(url: str) -> None:
     """Return when ``url`` is the address of a service: scheme, host and port, nothing else."""
     wrong = OctoError(
         "An arm's url is http:// or https://, a host and a port, as others reach it: set OCTOLLM_ADVERTISE_URL.",
         code="invalid_body",
     )
-    if len(url) > _MAX_URL or not _PLAIN.fullmatch(url):
+    if len(url) > _MAX_URL or not _PRINTABLE_ASCII.fullmatch(url):
         raise wrong
     try:
         parts = urlsplit(url)

@@ -15,11 +15,11 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.engine import RowMapping
 
-from octollm.background import kept_going
-from octollm.capability import BUILT_IN_CALLS, Call, Declarations, DirectoryEntry, PublicKey
-from octollm.capability.joining import declared_calls
-from octollm.capability.keyring import PublicRing
-from octollm.clock import Clock, iso
+from octollm.background import run_in_background
+from octollm.capability import BUILT_IN_CALLS, Declarations, DeclaredCall, DirectoryEntry, PublicKey
+from octollm.capability.joining import parse_declared_calls
+from octollm.capability.keyring import PublicKeyRing
+from octollm.clock import Clock, format_rfc3339
 from octollm.contracts.api import ArmList, ArmView
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
@@ -29,9 +29,9 @@ from octollm.storage.tables import admissions, arm_instances, arm_keys, arms
 
 REFRESH_SECONDS = 2.0
 """How long another replica's change may go unseen."""
-HURRIED_SECONDS = 0.25
+MISS_REFRESH_INTERVAL = 0.25
 """A refresh that somebody unknown asks for comes at most so often."""
-MAX_JOINED = 100
+MAX_ENROLLED_ARMS = 100
 """Arms of one's own in one installation."""
 MAX_INSTANCES = 32
 """Processes of one arm."""
@@ -39,7 +39,7 @@ _MAX_KEYS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Picture:
+class _Snapshot:
     """What the database said."""
 
     directory: Mapping[str, DirectoryEntry]
@@ -47,15 +47,15 @@ class _Picture:
     """The tenant of each arm of one's own."""
 
 
-class Registry:
+class ServiceRegistry:
     """Built-in services by the keys given at start; arms of one's own by their admission and registration."""
 
-    def __init__(self, db: Database, clock: Clock, keys: Mapping[str, PublicKey | PublicRing]) -> None:
+    def __init__(self, db: Database, clock: Clock, keys: Mapping[str, PublicKey | PublicKeyRing]) -> None:
         self._db = db
         self._clock = clock
-        self._keys = {name: PublicRing.of(key) for name, key in keys.items()}
-        self._picture = _Picture(self._built_in(clock.now()))
-        self._taken_at = float("-inf")
+        self._keys = {name: PublicKeyRing.of(key) for name, key in keys.items()}
+        self._snapshot = _Snapshot(self._built_in(clock.now()))
+        self._refreshed_at = float("-inf")
         self._lock = asyncio.Lock()
         self.failure: str = ""
         """Why the picture may be old; empty while it is not."""
@@ -63,13 +63,13 @@ class Registry:
     def _built_in(self, now: float) -> dict[str, DirectoryEntry]:
         """Return the built-in services, with the keys that are believed now."""
         return {
-            name: DirectoryEntry(jkts=tuple(ring.believed(now)), calls=_calls_of(name))
+            name: DirectoryEntry(jkts=tuple(ring.trusted_keys(now)), calls=_built_in_calls(name))
             for name, ring in self._keys.items()
         }
 
     def directory(self) -> Mapping[str, DirectoryEntry]:
         """Return every service that may speak for itself or hold a grant."""
-        return self._picture.directory
+        return self._snapshot.directory
 
     def declarations(self) -> Declarations:
         """Return the declared calls of every operation."""
@@ -85,37 +85,39 @@ class Registry:
         entry = self.directory().get(service)
         return entry.urls if entry is not None else ()
 
-    def admitted(self, tenant: str) -> tuple[str, ...]:
+    def admitted_arms(self, tenant: str) -> tuple[str, ...]:
         """Return the names of the arms whose operations a user of ``tenant`` has."""
-        own = (name for name, owner in self._picture.tenants.items() if owner == tenant)
+        own = (name for name, owner in self._snapshot.tenants.items() if owner == tenant)
         return (*BUILT_IN_ARMS, *own)
 
     async def refresh(self) -> None:
         """Take the picture again."""
         async with self._lock:
             async with self._db.read() as conn:
-                admitted = await conn.all(select(admissions).order_by(admissions.c.name).limit(MAX_JOINED))
-                keys = await conn.all(select(arm_keys).order_by(arm_keys.c.added_at.desc()).limit(10 * MAX_JOINED))
-                rows = await conn.all(select(arms).limit(MAX_JOINED + len(BUILT_IN_ARMS)))
-                placed = await conn.all(_instances())
+                admitted = await conn.all(select(admissions).order_by(admissions.c.name).limit(MAX_ENROLLED_ARMS))
+                keys = await conn.all(
+                    select(arm_keys).order_by(arm_keys.c.added_at.desc()).limit(10 * MAX_ENROLLED_ARMS)
+                )
+                rows = await conn.all(select(arms).limit(MAX_ENROLLED_ARMS + len(BUILT_IN_ARMS)))
+                placed = await conn.all(_instances_query())
             now = self._clock.now()
-            self._picture = _picture(self._built_in(now), admitted, keys, rows, placed, now)
-            self._taken_at = self._clock.monotonic()
+            self._snapshot = _build_snapshot(self._built_in(now), admitted, keys, rows, placed, now)
+            self._refreshed_at = self._clock.monotonic()
             self.failure = ""
 
-    async def hurry(self) -> None:
+    async def refresh_on_miss(self) -> None:
         """Take the picture again for somebody who is not in it: another replica may know them."""
-        if self._clock.monotonic() - self._taken_at >= HURRIED_SECONDS:
+        if self._clock.monotonic() - self._refreshed_at >= MISS_REFRESH_INTERVAL:
             await self.refresh()
 
     @contextlib.asynccontextmanager
-    async def refreshing(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
+    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
         """Keep the picture fresh for as long as the context is open."""
         await self.refresh()
-        async with kept_going("registry", self._keep_fresh(), on_failure):
+        async with run_in_background("registry", self._refresh_loop(), on_failure):
             yield
 
-    async def _keep_fresh(self) -> None:
+    async def _refresh_loop(self) -> None:
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
@@ -123,19 +125,19 @@ class Registry:
             except OctoError as error:
                 self.failure = error.detail
 
-    async def arms(self, tenant: str) -> tuple[ArmInfo, ...]:
+    async def list_arms(self, tenant: str) -> tuple[ArmInfo, ...]:
         """Return what the planner is told of the arms: the built-in ones, and the tenant's own that answer."""
         return tuple(
-            ArmInfo(row["name"], _described(row), tuple(row["accepts"]), tuple(row["operations"]))
-            for row in await self._rows(tenant)
+            ArmInfo(row["name"], _describe(row), tuple(row["accepts"]), tuple(row["operations"]))
+            for row in await self._load_rows(tenant)
             if row["name"] in BUILT_IN_ARMS or row["state"] == "healthy"
         )
 
-    async def views(self, tenant: str) -> ArmList:
+    async def list_arm_views(self, tenant: str) -> ArmList:
         """Return the arms as the users of ``tenant`` see them."""
         async with self._db.read() as conn:
-            placed = await conn.all(_instances())
-        urls = _urls(placed)
+            placed = await conn.all(_instances_query())
+        urls = _group_urls(placed)
         return ArmList(
             tuple(
                 ArmView(
@@ -144,44 +146,44 @@ class Registry:
                     tuple(row["operations"]),
                     tuple(row["calls"]),
                     row["url"],
-                    iso(row["registered_at"]),
+                    format_rfc3339(row["registered_at"]),
                     row["state"],
                     urls.get(row["name"], ()),
                 )
-                for row in await self._rows(tenant)
+                for row in await self._load_rows(tenant)
             )
         )
 
-    async def _rows(self, tenant: str) -> Sequence[RowMapping]:
+    async def _load_rows(self, tenant: str) -> Sequence[RowMapping]:
         owned = select(admissions.c.name).where(admissions.c.tenant == tenant)
         query = (
             select(arms)
             .where(arms.c.name.in_(BUILT_IN_ARMS) | arms.c.name.in_(owned))
             .order_by(arms.c.name)
-            .limit(MAX_JOINED + len(BUILT_IN_ARMS))
+            .limit(MAX_ENROLLED_ARMS + len(BUILT_IN_ARMS))
         )
         async with self._db.read() as conn:
             return await conn.all(query)
 
 
-def _instances() -> Any:
+def _instances_query() -> Any:
     return (
         select(arm_instances.c.name, arm_instances.c.url)
         .order_by(arm_instances.c.name, arm_instances.c.registered_at)
-        .limit((MAX_JOINED + len(BUILT_IN_ARMS)) * MAX_INSTANCES)
+        .limit((MAX_ENROLLED_ARMS + len(BUILT_IN_ARMS)) * MAX_INSTANCES)
     )
 
 
-def _picture(
+def _build_snapshot(
     built_in: Mapping[str, DirectoryEntry],
     admitted: Sequence[RowMapping],
     keys: Sequence[RowMapping],
     rows: Sequence[RowMapping],
     placed: Sequence[RowMapping],
     now: float,
-) -> _Picture:
+) -> _Snapshot:
     registered = {row["name"]: row for row in rows}
-    urls = _urls(placed)
+    urls = _group_urls(placed)
     prints: dict[str, list[str]] = {}
     for key in keys:
         if key["until"] is None or key["until"] > now:
@@ -191,30 +193,30 @@ def _picture(
         name = row["name"]
         if name in built_in or name not in prints:
             continue
-        calls = _declared(name, registered[name], frozenset(row["calls"])) if name in registered else {}
+        calls = _admitted_calls(name, registered[name], frozenset(row["calls"])) if name in registered else {}
         directory[name] = DirectoryEntry(tuple(prints[name][:_MAX_KEYS]), calls, urls.get(name, ()))
-    return _Picture(directory, {row["name"]: row["tenant"] for row in admitted if row["name"] in directory})
+    return _Snapshot(directory, {row["name"]: row["tenant"] for row in admitted if row["name"] in directory})
 
 
-def _declared(name: str, row: RowMapping, admitted: frozenset[str]) -> dict[str, tuple[Call, ...]]:
+def _admitted_calls(name: str, row: RowMapping, admitted: frozenset[str]) -> dict[str, tuple[DeclaredCall, ...]]:
     """Return the calls of each operation; a call that is no longer admitted is left out."""
-    calls = tuple(call for call in declared_calls(row["calls"]) if call.scope in admitted)
+    calls = tuple(call for call in parse_declared_calls(row["calls"]) if call.scope in admitted)
     return {f"{name}:{operation}": calls for operation in row["operations"]}
 
 
-def _urls(placed: Sequence[RowMapping]) -> dict[str, tuple[str, ...]]:
+def _group_urls(placed: Sequence[RowMapping]) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for row in placed:
         found[row["name"]] = tuple(dict.fromkeys((*found.get(row["name"], ()), row["url"])))
     return found
 
 
-def _described(row: RowMapping) -> str:
+def _describe(row: RowMapping) -> str:
     """Return what an arm does, with what its operations do where it is not the same."""
     sentences: dict[str, str] = row["about"] or {}
     about = " ".join(text for text in sentences.values() if text not in row["description"])
     return f"{row['description']} {about}".strip()[:1000]
 
 
-def _calls_of(service: str) -> dict[str, tuple[Call, ...]]:
+def _built_in_calls(service: str) -> dict[str, tuple[DeclaredCall, ...]]:
     return {scope: calls for scope, calls in BUILT_IN_CALLS.items() if scope.split(":", 1)[0] == service}

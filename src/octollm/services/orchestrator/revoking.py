@@ -11,187 +11,187 @@ from typing import Any
 import msgspec
 from sqlalchemy import delete, select
 
-from octollm.background import kept_going
+from octollm.background import run_in_background
 from octollm.capability import RevocationKind, Revocations
-from octollm.capability.revocations import KEPT_SECONDS
+from octollm.capability.revocations import RETENTION_SECONDS
 from octollm.clock import Clock
-from octollm.contracts.revocations import MAX_BATCH, RevocationList, RevocationNews, RevocationView
+from octollm.contracts.revocations import MAX_REVOCATION_BATCH, RevocationList, RevocationUpdate, RevocationView
 from octollm.contracts.stream import HEARTBEAT_SECONDS
 from octollm.errors import OctoError
-from octollm.rpc.health import Dependency
+from octollm.rpc.health import DependencyStatus
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import revocations
 
-PRUNE = 200
+PRUNE_BATCH = 200
 """Rows that have run out and are dropped with each new one."""
-PAGE = 1000
+PAGE_SIZE = 1000
 POLL_SECONDS = 0.4
 """How soon what another replica revoked is known here; the listeners are told at once."""
 PRUNE_SECONDS = 600.0
 """How often what has run out is let go of."""
-SETTLED_SECONDS = 60.0
+COMMIT_LAG_SECONDS = 60.0
 """A row may be committed later than one with a higher position; after so long none is."""
 STREAM_SECONDS = 3000.0
 """How long a listener is told before it has to ask again."""
-LATE_SECONDS = 5.0
+STALE_SECONDS = 5.0
 """Without a look at the database for so long, this replica does not say that there is nothing new."""
-MAX_WAITING = 5000
+MAX_QUEUED = 5000
 """Revocations that wait for one slow listener; past it the stream ends, and the next begins with all."""
 
 
-class Revoking:
+class RevocationStore:
     """Writes revocations, keeps ``known`` true to those of every replica, and tells them to listeners."""
 
     def __init__(self, db: Database, clock: Clock) -> None:
         self._db = db
         self._clock = clock
-        self.known = Revocations()
-        self._settled = 0
+        self.revocations = Revocations()
+        self._watermark = 0
         self._seen: OrderedDict[int, float] = OrderedDict()
-        self._read_at = clock.monotonic()
-        self._listeners: set[_Listener] = set()
+        self._polled_at = clock.monotonic()
+        self._subscribers: set[_Subscriber] = set()
         self.failure = ""
         """Why the database could not be read at the last look; empty when it could."""
 
     async def load(self) -> None:
         """Read what is still in force."""
-        await self._read(self._clock.now())
+        await self._poll(self._clock.now())
 
     async def add(self, tx: Transaction, kind: RevocationKind, value: str, tenant: str) -> None:
         """Revoke in ``tenant`` from now on, once ``tx`` is committed."""
         at = self._clock.now()
-        old = select(revocations.c.position).where(revocations.c.until < at).limit(PRUNE)
+        old = select(revocations.c.position).where(revocations.c.until < at).limit(PRUNE_BATCH)
         await tx.execute(delete(revocations).where(revocations.c.position.in_(old.with_for_update(skip_locked=True))))
-        row = {"kind": kind, "value": value, "at": at, "until": at + KEPT_SECONDS, "tenant": tenant}
+        row = {"kind": kind, "value": value, "at": at, "until": at + RETENTION_SECONDS, "tenant": tenant}
         await tx.execute(tx.insert(revocations).values(row))
-        tx.after_commit(lambda: self._learn([RevocationView(kind, value, at, tenant)]))
+        tx.after_commit(lambda: self._apply([RevocationView(kind, value, at, tenant)]))
 
     def list(self) -> RevocationList:
         """Return the revocations in force."""
-        return RevocationList(tuple(self._views()), self.known.floor)
+        return RevocationList(tuple(self._views()), self.revocations.floor)
 
     @contextlib.asynccontextmanager
-    async def watching(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
+    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
         """Look for what other replicas revoke for as long as the context is open."""
 
         def crashed(failure: BaseException) -> None:
             self.failure = f"What looks for revocations stopped: {type(failure).__name__}."
             on_failure(failure)
 
-        async with kept_going("revocations", self._watch(), crashed):
+        async with run_in_background("revocations", self._poll_loop(), crashed):
             yield
 
-    async def checkup(self) -> Dependency:
+    async def check_health(self) -> DependencyStatus:
         """Say for ``/ready`` whether what other replicas revoke is known here."""
-        return Dependency(ok=not self.failure, detail=self.failure, required=False)
+        return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
 
-    async def follow(self, draining: asyncio.Event) -> AsyncIterator[bytes]:
-        """Yield lines of :class:`RevocationNews` until the service shuts down, or the listener is too slow."""
-        listener = _Listener()
-        self._listeners.add(listener)
+    async def stream(self, draining: asyncio.Event) -> AsyncIterator[bytes]:
+        """Yield lines of :class:`RevocationUpdate` until the service shuts down, or the listener is too slow."""
+        listener = _Subscriber()
+        self._subscribers.add(listener)
         end = self._clock.monotonic() + STREAM_SECONDS
         stopped = asyncio.create_task(draining.wait())
         try:
             views = list(self._views())
-            for start in range(0, len(views), MAX_BATCH):
-                yield _line(RevocationNews(tuple(views[start : start + MAX_BATCH])))
-            yield _line(RevocationNews(floor=self.known.floor, whole=True))
-            while not stopped.done() and not listener.lost and self._clock.monotonic() < end:
-                news = asyncio.create_task(listener.news.wait())
+            for start in range(0, len(views), MAX_REVOCATION_BATCH):
+                yield _encode_line(RevocationUpdate(tuple(views[start : start + MAX_REVOCATION_BATCH])))
+            yield _encode_line(RevocationUpdate(floor=self.revocations.floor, whole=True))
+            while not stopped.done() and not listener.has_overflowed and self._clock.monotonic() < end:
+                news = asyncio.create_task(listener.wakeup.wait())
                 try:
                     await asyncio.wait({stopped, news}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    await _ended(news)
-                if told := listener.take(MAX_BATCH):
-                    yield _line(RevocationNews(tuple(told), self.known.floor))
-                elif not stopped.done() and self._clock.monotonic() - self._read_at < LATE_SECONDS:
-                    yield _line(RevocationNews())
+                    await _cancel_and_wait(news)
+                if told := listener.take(MAX_REVOCATION_BATCH):
+                    yield _encode_line(RevocationUpdate(tuple(told), self.revocations.floor))
+                elif not stopped.done() and self._clock.monotonic() - self._polled_at < STALE_SECONDS:
+                    yield _encode_line(RevocationUpdate())
         finally:
-            self._listeners.discard(listener)
-            await _ended(stopped)
+            self._subscribers.discard(listener)
+            await _cancel_and_wait(stopped)
 
-    async def _watch(self) -> None:
+    async def _poll_loop(self) -> None:
         pruned = self._clock.monotonic()
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
                 now = self._clock.now()
-                await self._read(now)
+                await self._poll(now)
                 self.failure = ""
                 if self._clock.monotonic() - pruned > PRUNE_SECONDS:
                     pruned = self._clock.monotonic()
-                    self.known.prune(now)
+                    self.revocations.prune(now)
             except OctoError as error:
                 self.failure = error.detail
 
-    async def _read(self, now: float) -> None:
+    async def _poll(self, now: float) -> None:
         """Learn of every row that may have been written since the last look."""
         began = self._clock.monotonic()
-        after = self._settled
+        after = self._watermark
         while True:
             query = (
                 select(revocations)
                 .where(revocations.c.position > after, revocations.c.until >= now)
                 .order_by(revocations.c.position)
-                .limit(PAGE)
+                .limit(PAGE_SIZE)
             )
             async with self._db.read() as conn:
                 rows = await conn.all(query)
             fresh = [row for row in rows if row["position"] not in self._seen]
-            self._learn(RevocationView(row["kind"], row["value"], row["at"], row["tenant"]) for row in fresh)
+            self._apply(RevocationView(row["kind"], row["value"], row["at"], row["tenant"]) for row in fresh)
             for row in fresh:
                 position = int(row["position"])
-                if row["at"] < now - 2 * SETTLED_SECONDS:
+                if row["at"] < now - 2 * COMMIT_LAG_SECONDS:
                     # What was written so long ago, and all that was written before it, is committed or never will be.
-                    self._settled = max(self._settled, position)
+                    self._watermark = max(self._watermark, position)
                 else:
                     self._seen[position] = began
-            if len(rows) < PAGE:
+            if len(rows) < PAGE_SIZE:
                 break
             after = int(rows[-1]["position"])
-        self._read_at = self._clock.monotonic()
-        while self._seen and began - next(iter(self._seen.values())) > SETTLED_SECONDS:
+        self._polled_at = self._clock.monotonic()
+        while self._seen and began - next(iter(self._seen.values())) > COMMIT_LAG_SECONDS:
             position, _ = self._seen.popitem(last=False)
-            self._settled = max(self._settled, position)
+            self._watermark = max(self._watermark, position)
 
-    def _learn(self, views: Iterable[RevocationView]) -> None:
+    def _apply(self, views: Iterable[RevocationView]) -> None:
         for view in views:
-            before = self.known.version
-            self.known.add(view.kind, view.value, view.at, view.tenant)
-            if self.known.version != before:
-                for listener in self._listeners:
-                    listener.tell(view)
+            before = self.revocations.version
+            self.revocations.add(view.kind, view.value, view.at, view.tenant)
+            if self.revocations.version != before:
+                for listener in self._subscribers:
+                    listener.push(view)
 
     def _views(self) -> Iterable[RevocationView]:
-        return (RevocationView(*entry) for entry in self.known.entries())
+        return (RevocationView(*entry) for entry in self.revocations.entries())
 
 
-class _Listener:
+class _Subscriber:
     """What one listener is yet to be told."""
 
     def __init__(self) -> None:
-        self.news = asyncio.Event()
-        self.lost = False
-        self._waiting: list[RevocationView] = []
+        self.wakeup = asyncio.Event()
+        self.has_overflowed = False
+        self._queue: list[RevocationView] = []
 
-    def tell(self, view: RevocationView) -> None:
-        if len(self._waiting) >= MAX_WAITING:
-            self.lost = True
+    def push(self, view: RevocationView) -> None:
+        if len(self._queue) >= MAX_QUEUED:
+            self.has_overflowed = True
         else:
-            self._waiting.append(view)
-        self.news.set()
+            self._queue.append(view)
+        self.wakeup.set()
 
-    def take(self, most: int) -> list[RevocationView]:
-        told, self._waiting = self._waiting[:most], self._waiting[most:]
-        if not self._waiting:
-            self.news.clear()
+    def take(self, limit: int) -> list[RevocationView]:
+        told, self._queue = self._queue[:limit], self._queue[limit:]
+        if not self._queue:
+            self.wakeup.clear()
         return told
 
 
-async def _ended(task: asyncio.Task[Any]) -> None:
+async def _cancel_and_wait(task: asyncio.Task[Any]) -> None:
     task.cancel()
     await asyncio.wait({task})
 
 
-def _line(news: RevocationNews) -> bytes:
+def _encode_line(news: RevocationUpdate) -> bytes:
     return msgspec.json.encode(news) + b"\n"

@@ -9,25 +9,25 @@ from typing import Any
 
 from sqlalchemy import select, update
 
-from octollm.background import kept_going
+from octollm.background import run_in_background
 from octollm.capability import SigningKey
 from octollm.capability.audit_chain import row_hash, sign_checkpoint
 from octollm.capability.keyring import KeyRing
 from octollm.clock import Clock
 from octollm.contracts.audit import AuditHead, AuditPage, AuditRow
 from octollm.errors import OctoError
-from octollm.rpc.health import Dependency
-from octollm.storage import Database, Transaction, plain
+from octollm.rpc.health import DependencyStatus
+from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import audit, audit_heads
 
 SEAL_SECONDS = 1.0
-BATCH = 500
+SEAL_BATCH = 500
 """Rows that are sealed in one transaction."""
-TURN = ""
+SEAL_LOCK_ROW = ""
 """The row of ``audit_heads`` that whoever seals has locked: no tenant has that name."""
 
 
-class Sealing:
+class AuditSealer:
     """Seals rows in the order of their writing. Replicas take turns: one seals, the others find nothing to do."""
 
     def __init__(self, db: Database, root: SigningKey | KeyRing, clock: Clock) -> None:
@@ -38,7 +38,7 @@ class Sealing:
         """Why rows cannot be sealed just now; empty when they can."""
 
     @contextlib.asynccontextmanager
-    async def running(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
+    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
         """Seal for as long as the context is open, and once more on leaving."""
 
         def crashed(failure: BaseException) -> None:
@@ -46,45 +46,47 @@ class Sealing:
             on_failure(failure)
 
         try:
-            async with kept_going("audit sealing", self._run(), crashed):
+            async with run_in_background("audit sealing", self._seal_loop(), crashed):
                 yield
         finally:
             with contextlib.suppress(OctoError):
                 await self.seal()
 
-    async def checkup(self) -> Dependency:
+    async def check_health(self) -> DependencyStatus:
         """Say for ``/ready`` whether rows are sealed; until they are, they are kept all the same."""
-        return Dependency(ok=not self.failure, detail=self.failure, required=False)
+        return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
 
     async def seal(self) -> int:
-        """Seal what is written, at most :data:`BATCH` rows; return how many."""
+        """Seal what is written, at most :data:`SEAL_BATCH` rows; return how many."""
         async with self._db.read() as conn:
             if await conn.scalar(select(audit.c.position).where(audit.c.seq.is_(None)).limit(1)) is None:
                 return 0
         async with self._db.transaction() as tx:
-            turn = select(audit_heads.c.tenant).where(audit_heads.c.tenant == TURN)
+            turn = select(audit_heads.c.tenant).where(audit_heads.c.tenant == SEAL_LOCK_ROW)
             if await tx.scalar(turn) is None:
-                await tx.execute(tx.insert(audit_heads).values(tenant=TURN, seq=0, hash="").on_conflict_do_nothing())
+                await tx.execute(
+                    tx.insert(audit_heads).values(tenant=SEAL_LOCK_ROW, seq=0, hash="").on_conflict_do_nothing()
+                )
             if await tx.scalar(turn.with_for_update(skip_locked=True)) is None:
                 return 0
-            waiting = select(audit).where(audit.c.seq.is_(None)).order_by(audit.c.position).limit(BATCH)
-            rows = [plain(row) for row in await tx.all(waiting)]
+            waiting = select(audit).where(audit.c.seq.is_(None)).order_by(audit.c.position).limit(SEAL_BATCH)
+            rows = [row_to_dict(row) for row in await tx.all(waiting)]
             by_tenant: dict[str, list[dict[str, Any]]] = {}
             for row in rows:
                 by_tenant.setdefault(row["tenant"], []).append(row)
             for tenant, own in by_tenant.items():
-                await self._extend(tx, tenant, own)
+                await self._extend_chain(tx, tenant, own)
             return len(rows)
 
-    async def _extend(self, tx: Transaction, tenant: str, rows: list[dict[str, Any]]) -> None:
+    async def _extend_chain(self, tx: Transaction, tenant: str, rows: list[dict[str, Any]]) -> None:
         held = await tx.first(select(audit_heads).where(audit_heads.c.tenant == tenant))
         seq, digest = (0, "") if held is None else (int(held["seq"]), str(held["hash"]))
         for row in rows:
             seq += 1
-            digest = row_hash(digest, row_of(row, seq=seq, digest=""))
+            digest = row_hash(digest, audit_row_from(row, seq=seq, digest=""))
             last = row is rows[-1]
             now = self._clock.now()
-            signed = sign_checkpoint(self._ring.signing(now), tenant, seq, digest, now) if last else None
+            signed = sign_checkpoint(self._ring.signing_key(now), tenant, seq, digest, now) if last else None
             await tx.execute(
                 update(audit).where(audit.c.position == row["position"]).values(seq=seq, hash=digest, checkpoint=signed)
             )
@@ -96,29 +98,29 @@ class Sealing:
                     .on_conflict_do_update(index_elements=[audit_heads.c.tenant], set_=end)
                 )
 
-    async def _run(self) -> None:
+    async def _seal_loop(self) -> None:
         while True:
             await asyncio.sleep(SEAL_SECONDS)
             try:
-                while await self.seal() == BATCH:
+                while await self.seal() == SEAL_BATCH:
                     pass
                 self.failure = ""
             except OctoError as error:
                 self.failure = error.detail
 
 
-async def read_page(db: Database, tenant: str, after: int, limit: int) -> AuditPage:
+async def read_audit_page(db: Database, tenant: str, after: int, limit: int) -> AuditPage:
     """Return sealed rows of a tenant behind the row ``after``, and the head as it was at the same moment."""
     query = select(audit).where(audit.c.tenant == tenant, audit.c.seq > after).order_by(audit.c.seq).limit(limit)
     async with db.read() as conn:
         head = await conn.first(select(audit_heads).where(audit_heads.c.tenant == tenant))
-        found = [row_of(plain(row)) for row in await conn.all(query)]
+        found = [audit_row_from(row_to_dict(row)) for row in await conn.all(query)]
     if head is None:
         return AuditPage(tuple(found), AuditHead(tenant))
     return AuditPage(tuple(found), AuditHead(tenant, int(head["seq"]), str(head["hash"]), str(head["checkpoint"])))
 
 
-def row_of(row: Mapping[str, Any], *, seq: int | None = None, digest: str | None = None) -> AuditRow:
+def audit_row_from(row: Mapping[str, Any], *, seq: int | None = None, digest: str | None = None) -> AuditRow:
     """Return a row of the table as it is told and sealed."""
     return AuditRow(
         seq=row["seq"] if seq is None else seq,

@@ -8,37 +8,46 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from octollm.capability import PublicKey, TaskRef, Verified, Verifier
+from octollm.capability import PublicKey, TaskRef, VerifiedChain, Verifier
 from octollm.clock import Clock
 from octollm.contracts.api import (
-    ClaimAnswer,
-    ClaimAnswers,
+    Acknowledgement,
+    ClaimBatch,
     ClaimRequest,
-    Claims,
+    ClaimResponse,
+    ClaimResponseBatch,
     ClaimUpdate,
-    ClaimUpdates,
-    Done,
-    ReserveAnswer,
+    ClaimUpdateBatch,
     ReserveRequest,
+    ReserveResponse,
     SettleRequest,
 )
-from octollm.contracts.problems import problem_of
+from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
-from octollm.rpc.call import About, Call, Operation
-from octollm.rpc.idempotency import Claimed, Conflict, InFlight, Kept, KeyOf, Stored, Unknown, check_key
-from octollm.rpc.idempotency_sql import SqlIdempotency
-from octollm.services.orchestrator.revoking import Revoking
-from octollm.tasks.ledger import Ledger, Wanted, encode_answer
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.idempotency import (
+    AlreadyCompleted,
+    Claimed,
+    IdempotencyKey,
+    InFlight,
+    KeyConflict,
+    OutcomeUnknown,
+    StoredResponse,
+    check_key,
+)
+from octollm.rpc.idempotency_sql import SqlIdempotencyStore
+from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.tasks.ledger import BudgetLedger, ReservationRequest, encode_journal_entry
 from octollm.tasks.store import TaskStore
 
 MAX_CLAIMS_BODY = 8 * 1024 * 1024
 """Bytes of what comes together; one answer that is kept has 1 MiB, a third more as base64."""
 
 
-class _Read(msgspec.Struct, frozen=True):
+class _VerifiedClaim(msgspec.Struct, frozen=True):
     """A claim that may be made: its key, and the work that it is for."""
 
-    key: KeyOf
+    key: IdempotencyKey
     task: TaskRef | None
 
 
@@ -46,25 +55,25 @@ class _Read(msgspec.Struct, frozen=True):
 class ServicesApi:
     """What these operations work with."""
 
-    ledger: Ledger
+    ledger: BudgetLedger
     store: TaskStore
-    keys: SqlIdempotency
-    revoking: Revoking
+    idempotency: SqlIdempotencyStore
+    revocation_store: RevocationStore
     roots: Mapping[str, PublicKey]
     clock: Clock
     verifiers: dict[str, Verifier] = field(default_factory=dict[str, Verifier])
 
-    def _authority(self, peer: str, bearer: str) -> Verified:
+    def _verify_bearer(self, peer: str, bearer: str) -> VerifiedChain:
         """Return the authority that ``peer`` was shown: tenant, subject and task come from it, never from the peer."""
         verifier = self.verifiers.get(peer)
         if verifier is None:
-            verifier = Verifier(peer, self.roots, self.clock, revocations=self.revoking.known)
+            verifier = Verifier(peer, self.roots, self.clock, revocations=self.revocation_store.revocations)
             self.verifiers[peer] = verifier
         return verifier.verify(bearer)
 
-    async def reserve(self, call: Call, body: ReserveRequest) -> ReserveAnswer:
+    async def reserve(self, call: IncomingCall, body: ReserveRequest) -> ReserveResponse:
         """Reserve tokens of a task for a model call."""
-        verified = self._authority(call.peer, body.bearer)
+        verified = self._verify_bearer(call.peer, body.bearer)
         verified.require("models:chat")
         task = verified.task
         if task is None:
@@ -73,12 +82,12 @@ class ServicesApi:
         if key is None:
             raise OctoError("A reservation needs a key.", code="invalid_body")
         reserved = await self.ledger.reserve(
-            Wanted(
+            ReservationRequest(
                 tenant=verified.tenant,
                 task_id=task.task,
                 step=task.step or "",
                 attempt=task.attempt or 0,
-                run=task.run,
+                epoch=task.run,
                 key=f"{task.task}:{key}",
                 model=body.model,
                 prompt_tokens=body.prompt_tokens,
@@ -87,78 +96,84 @@ class ServicesApi:
             )
         )
         journal = msgspec.Raw(reserved.journal or b"null")
-        return ReserveAnswer(reserved.id, reserved.max_completion_tokens, task.task, journal)
+        return ReserveResponse(reserved.id, reserved.max_completion_tokens, task.task, journal)
 
-    async def settle(self, _call: Call, body: SettleRequest) -> Done:
+    async def settle(self, _call: IncomingCall, body: SettleRequest) -> Acknowledgement:
         """Settle a reservation."""
-        await self.ledger.settle(body.reservation, body.usage, encode_answer(body.answer))
-        return Done()
+        await self.ledger.settle(body.reservation, body.usage, encode_journal_entry(body.answer))
+        return Acknowledgement()
 
-    async def claim(self, call: Call, body: Claims) -> ClaimAnswers:
+    async def claim(self, call: IncomingCall, body: ClaimBatch) -> ClaimResponseBatch:
         """Claim idempotency keys for calls that the peer serves; one of an older run is refused with ``fence_lost``."""
-        found = [self._read(call.peer, each) for each in body.claims]
-        runs = await self.store.runs({read.task.task for read in found if isinstance(read, _Read) and read.task})
+        found = [self._verify_claim(call.peer, each) for each in body.claims]
+        runs = await self.store.epochs(
+            {read.task.task for read in found if isinstance(read, _VerifiedClaim) and read.task}
+        )
         answers = await asyncio.gather(
             *(self._claim(claim, read, runs, call.request_id) for claim, read in zip(body.claims, found, strict=True))
         )
-        return ClaimAnswers(tuple(answers))
+        return ClaimResponseBatch(tuple(answers))
 
-    def _read(self, peer: str, claim: ClaimRequest) -> _Read | OctoError:
+    def _verify_claim(self, peer: str, claim: ClaimRequest) -> _VerifiedClaim | OctoError:
         try:
-            verified = self._authority(peer, claim.bearer)
+            verified = self._verify_bearer(peer, claim.bearer)
             check_key(claim.key)
         except OctoError as error:
             return error
-        key = KeyOf(verified.tenant, verified.subject, peer, claim.operation, claim.key)
-        return _Read(key, verified.task)
+        key = IdempotencyKey(verified.tenant, verified.subject, peer, claim.operation, claim.key)
+        return _VerifiedClaim(key, verified.task)
 
     async def _claim(
-        self, claim: ClaimRequest, read: _Read | OctoError, runs: Mapping[str, int], request_id: str
-    ) -> ClaimAnswer:
-        if isinstance(read, OctoError):
-            return ClaimAnswer("refused", problem=problem_of(read, request_id))
-        task = read.task
-        if task is not None and task.run is not None and task.run < runs.get(task.task, 0):
+        self, claim: ClaimRequest, verified: _VerifiedClaim | OctoError, epochs: Mapping[str, int], request_id: str
+    ) -> ClaimResponse:
+        if isinstance(verified, OctoError):
+            return ClaimResponse("refused", problem=to_problem(verified, request_id))
+        task = verified.task
+        if task is not None and task.run is not None and task.run < epochs.get(task.task, 0):
             lost = OctoError("A newer run holds the task.", code="fence_lost")
-            return ClaimAnswer("refused", problem=problem_of(lost, request_id))
+            return ClaimResponse("refused", problem=to_problem(lost, request_id))
         task_id = None if task is None else task.task
         try:
-            outcome = await self.keys.claim_for(
-                read.key, claim.body_digest, repeatable=claim.repeatable, task_id=task_id
+            outcome = await self.idempotency.claim_for_task(
+                verified.key, claim.body_digest, idempotent=claim.repeatable, task_id=task_id
             )
         except OctoError as error:
-            return ClaimAnswer("refused", problem=problem_of(error, request_id))
+            return ClaimResponse("refused", problem=to_problem(error, request_id))
         match outcome:
             case Claimed(run):
-                return ClaimAnswer("claimed", run)
-            case Stored(kept):
-                return ClaimAnswer("stored", 0, kept.status, kept.answer, dict(kept.headers))
+                return ClaimResponse("claimed", run)
+            case AlreadyCompleted(kept):
+                return ClaimResponse("stored", 0, kept.status, kept.body, dict(kept.headers))
             case InFlight():
-                return ClaimAnswer("in_flight")
-            case Conflict():
-                return ClaimAnswer("conflict")
-            case Unknown():
-                return ClaimAnswer("unknown")
+                return ClaimResponse("in_flight")
+            case KeyConflict():
+                return ClaimResponse("conflict")
+            case OutcomeUnknown():
+                return ClaimResponse("unknown")
 
-    async def renew(self, call: Call, body: ClaimUpdates) -> Done:
+    async def renew(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
         """Prolong claims."""
-        await self.keys.renew([(_key(call, each), each.run) for each in body.updates])
-        return Done()
+        await self.idempotency.renew([(_idempotency_key(call, each), each.run) for each in body.updates])
+        return Acknowledgement()
 
-    async def complete(self, call: Call, body: ClaimUpdates) -> Done:
+    async def complete(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
         """Store the answers of claimed calls."""
         await asyncio.gather(
             *(
-                self.keys.complete(_key(call, each), each.run, Kept(each.status, each.answer, each.headers))
+                self.idempotency.complete(
+                    _idempotency_key(call, each), each.run, StoredResponse(each.status, each.answer, each.headers)
+                )
                 for each in body.updates
             )
         )
-        return Done()
+        return Acknowledgement()
 
-    async def release(self, call: Call, body: ClaimUpdates) -> Done:
+    async def release(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
         """Give claims back."""
-        await asyncio.gather(*(self.keys.release(_key(call, each), each.run) for each in body.updates))
-        return Done()
+        await asyncio.gather(
+            *(self.idempotency.release(_idempotency_key(call, each), each.run) for each in body.updates)
+        )
+        return Acknowledgement()
 
     def operations(self) -> list[Operation]:
         """Return the operations that services call in their own name."""
@@ -174,10 +189,10 @@ class ServicesApi:
                 auth="service",
                 scope=who,
                 body=body,
-                answer=answer,
+                response=answer,
                 max_body=MAX_CLAIMS_BODY,
                 summary=summary,
-                about=About(codes=codes),
+                docs=OperationDocs(error_codes=codes),
             )
 
         return [
@@ -186,7 +201,7 @@ class ServicesApi:
                 "/budget/reserve",
                 self.reserve,
                 ReserveRequest,
-                ReserveAnswer,
+                ReserveResponse,
                 "models",
                 "Reserve.",
                 "authority_missing",
@@ -195,21 +210,48 @@ class ServicesApi:
                 "state_conflict",
                 "task_not_found",
             ),
-            post("budget.settle", "/budget/settle", self.settle, SettleRequest, Done, "models", "Settle.", "not_found"),
+            post(
+                "budget.settle",
+                "/budget/settle",
+                self.settle,
+                SettleRequest,
+                Acknowledgement,
+                "models",
+                "Settle.",
+                "not_found_result",
+            ),
             post(
                 "idempotency.claim",
                 "/idempotency/claim",
                 self.claim,
-                Claims,
-                ClaimAnswers,
+                ClaimBatch,
+                ClaimResponseBatch,
                 "*",
                 "Claim keys.",
             ),
-            post("idempotency.renew", "/idempotency/renew", self.renew, ClaimUpdates, Done, "*", "Renew."),
-            post("idempotency.complete", "/idempotency/complete", self.complete, ClaimUpdates, Done, "*", "Complete."),
-            post("idempotency.release", "/idempotency/release", self.release, ClaimUpdates, Done, "*", "Release."),
+            post(
+                "idempotency.renew", "/idempotency/renew", self.renew, ClaimUpdateBatch, Acknowledgement, "*", "Renew."
+            ),
+            post(
+                "idempotency.complete",
+                "/idempotency/complete",
+                self.complete,
+                ClaimUpdateBatch,
+                Acknowledgement,
+                "*",
+                "Complete.",
+            ),
+            post(
+                "idempotency.release",
+                "/idempotency/release",
+                self.release,
+                ClaimUpdateBatch,
+                Acknowledgement,
+                "*",
+                "Release.",
+            ),
         ]
 
 
-def _key(call: Call, body: ClaimUpdate) -> KeyOf:
-    return KeyOf(body.tenant, body.subject, call.peer, body.operation, body.key)
+def _idempotency_key(call: IncomingCall, body: ClaimUpdate) -> IdempotencyKey:
+    return IdempotencyKey(body.tenant, body.subject, call.peer, body.operation, body.key)

@@ -8,27 +8,32 @@ import msgspec
 from msgspec import UNSET
 from starlette.responses import Response
 
-from octollm.clock import Clock, Ids
-from octollm.contracts.api import Done, EventList, SavedTexts, TaskList, TaskView
-from octollm.contracts.listing import Behind, TaskPage
-from octollm.contracts.screening import SCREENING_HEADER, RefusedGoal, ScreeningNote
+from octollm.clock import Clock, IdGenerator
+from octollm.contracts.api import Acknowledgement, EventList, StepTexts, TaskList, TaskView
+from octollm.contracts.listing import EventQuery, TaskQuery
+from octollm.contracts.screening import SCREENING_HEADER, RejectedGoal, ScreeningRecord
 from octollm.contracts.task import SUBMIT_CODES, TaskContract
 from octollm.contracts.traces import TraceView
 from octollm.errors import OctoError
-from octollm.rpc.call import About, Call, Operation, Reply
-from octollm.rpc.idempotency import KeyOf
-from octollm.rpc.idempotency_sql import SqlIdempotency
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
+from octollm.rpc.idempotency import IdempotencyKey
+from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.services.orchestrator.accounts import Accounts
-from octollm.services.orchestrator.audit import actor_of, record
-from octollm.services.orchestrator.cancelling import Cancelling
-from octollm.services.orchestrator.files import FileStore, file_response
-from octollm.services.orchestrator.intake import Defaults, check_contract, check_kinds, store_inline_files
-from octollm.services.orchestrator.registry import Registry
-from octollm.services.orchestrator.traces import Traces
+from octollm.services.orchestrator.audit import actor_from_call, record_audit
+from octollm.services.orchestrator.cancelling import TaskCanceller
+from octollm.services.orchestrator.files import FileStore, build_file_response
+from octollm.services.orchestrator.intake import (
+    BudgetDefaults,
+    store_inline_files,
+    validate_contract,
+    validate_file_kinds,
+)
+from octollm.services.orchestrator.registry import ServiceRegistry
+from octollm.services.orchestrator.traces import TraceClient
 from octollm.storage import Transaction
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.tasks.worker import Worker
-from octollm.telemetry.spans import TASK
+from octollm.telemetry.spans import TASK_ATTRIBUTE
 
 MAX_TASK_BODY = 1024 * 1024
 """Bytes of a submission. Short texts of files may be given in place; larger files are stored first."""
@@ -39,34 +44,38 @@ class TasksApi:
     """What the operations on tasks work with."""
 
     store: TaskStore
-    idempotency: SqlIdempotency
+    idempotency: SqlIdempotencyStore
     files: FileStore
     accounts: Accounts
-    registry: Registry
-    cancelling: Cancelling
+    registry: ServiceRegistry
+    canceller: TaskCanceller
     worker: Worker
-    defaults: Defaults
+    defaults: BudgetDefaults
     clock: Clock
-    ids: Ids
-    traces: Traces
+    ids: IdGenerator
+    traces: TraceClient
 
-    async def submit(self, call: Call, contract: TaskContract) -> Reply:
+    async def submit(self, call: IncomingCall, contract: TaskContract) -> OperationResponse:
         """Check a task, store it and wake the worker. A key whose task was stored already leads to that task."""
         principal = call.authority.principal
-        key = call.key and KeyOf(principal.tenant, principal.sub, call.service, call.operation, call.key)
-        if key and (stored := await self.idempotency.noted(key)):
-            return Reply(await self.store.view(stored, principal.tenant), 201, {"Location": f"/tasks/{stored}"})
-        arms = frozenset(arm.name for arm in (await self.registry.views(principal.tenant)).arms)
-        checked = check_contract(contract, self.defaults, arms, self.clock)
+        key = call.key and IdempotencyKey(principal.tenant, principal.sub, call.service, call.operation, call.key)
+        if key and (stored := await self.idempotency.find_effect(key)):
+            return OperationResponse(
+                await self.store.view(stored, principal.tenant), 201, {"Location": f"/tasks/{stored}"}
+            )
+        arms = frozenset(arm.name for arm in (await self.registry.list_arm_views(principal.tenant)).arms)
+        checked = validate_contract(contract, self.defaults, arms, self.clock)
         contract = await store_inline_files(checked.contract, call.tenant, self.files)
-        await check_kinds(contract, call.tenant, self.files, await self.registry.arms(principal.tenant))
-        scopes = await self.accounts.scopes_now(principal.cred)
+        await validate_file_kinds(contract, call.tenant, self.files, await self.registry.list_arms(principal.tenant))
+        scopes = await self.accounts.current_scopes(principal.cred)
         task_id = f"task-{self.ids.hex()}"
 
         async def also(tx: Transaction) -> None:
-            await record(tx, actor_of(call), "task.created", task_id, self.clock.now(), _screened(call))
+            await record_audit(
+                tx, actor_from_call(call), "task.created", task_id, self.clock.now(), _screening_detail(call)
+            )
             if key:
-                await self.idempotency.note(tx, key, task_id)
+                await self.idempotency.record_effect(tx, key, task_id)
 
         await self.store.create(
             NewTask(
@@ -82,51 +91,51 @@ class TasksApi:
             ),
             also,
         )
-        call.span.attributes[TASK] = task_id
+        call.span.attributes[TASK_ATTRIBUTE] = task_id
         self.worker.wake()
         view = await self.store.view(task_id, principal.tenant)
-        return Reply(view, 201, {"Location": f"/tasks/{task_id}"})
+        return OperationResponse(view, 201, {"Location": f"/tasks/{task_id}"})
 
-    async def refused(self, call: Call, body: RefusedGoal) -> Done:
+    async def record_refusal(self, call: IncomingCall, body: RejectedGoal) -> Acknowledgement:
         """Record that the public door refused a goal."""
         async with self.store.transaction() as tx:
             detail = {"reason": body.reason, **msgspec.to_builtins(body.note)}
-            await record(tx, actor_of(call), "goal.refused", "", self.clock.now(), detail)
-        return Done()
+            await record_audit(tx, actor_from_call(call), "goal.refused", "", self.clock.now(), detail)
+        return Acknowledgement()
 
-    async def list(self, call: Call, _body: object) -> TaskList:
+    async def list(self, call: IncomingCall, _body: object) -> TaskList:
         """Return a page of the tenant's tasks."""
-        page: TaskPage = call.query
+        page: TaskQuery = call.query
         status = None if page.status is UNSET else page.status
         return await self.store.list(call.tenant, limit=page.limit, cursor=page.cursor, status=status)
 
-    async def read(self, call: Call, _body: object) -> TaskView:
+    async def read(self, call: IncomingCall, _body: object) -> TaskView:
         """Return one task."""
         return await self.store.view(call.path["task_id"], call.tenant)
 
-    async def cancel(self, call: Call, _body: object) -> TaskView:
+    async def cancel(self, call: IncomingCall, _body: object) -> TaskView:
         """Cancel a task: its tokens are revoked and its work is stopped all the way down."""
         task_id = call.path["task_id"]
         await self.store.view(task_id, call.tenant)
-        await self.cancelling.cancel(task_id, actor_of(call))
+        await self.canceller.cancel(task_id, actor_from_call(call))
         return await self.store.view(task_id, call.tenant)
 
-    async def history(self, call: Call, _body: object) -> EventList:
+    async def history(self, call: IncomingCall, _body: object) -> EventList:
         """Return a page of a task's events by version."""
-        behind: Behind = call.query
+        behind: EventQuery = call.query
         return await self.store.history(call.path["task_id"], call.tenant, behind.after, behind.limit)
 
-    async def texts(self, call: Call, _body: object) -> SavedTexts:
+    async def texts(self, call: IncomingCall, _body: object) -> StepTexts:
         """Return what the steps have written, as last saved."""
         return await self.store.texts(call.path["task_id"], call.tenant)
 
-    async def trace(self, call: Call, _body: object) -> TraceView:
+    async def trace(self, call: IncomingCall, _body: object) -> TraceView:
         """Return the spans of a task, as the monitor has them."""
         task_id = call.path["task_id"]
         await self.store.view(task_id, call.tenant)
-        return await self.traces.of_task(call.authority.principal, task_id, call.deadline)
+        return await self.traces.fetch_task_trace(call.authority.principal, task_id, call.deadline)
 
-    async def artifact(self, call: Call, _body: object) -> Response:
+    async def artifact(self, call: IncomingCall, _body: object) -> Response:
         """Return the bytes of a file that the task made."""
         view = await self.store.view(call.path["task_id"], call.tenant)
         made = {artifact.digest: artifact.name for artifact in view.artifacts}
@@ -135,12 +144,12 @@ class TasksApi:
         if digest not in made:
             raise OctoError("The task made no file of that digest.", code="file_not_found")
         file, body = await self.files.get(call.tenant, digest)
-        return file_response(file, body)
+        return build_file_response(file, body)
 
     def operations(self) -> list[Operation]:
         """Return the operations on tasks."""
         read = "tasks:read"
-        absent = About(codes=("task_not_found",))
+        absent = OperationDocs(error_codes=("task_not_found",))
         return [
             Operation(
                 "tasks.submit",
@@ -150,22 +159,22 @@ class TasksApi:
                 scope="tasks:create",
                 kind="idempotent",
                 body=TaskContract,
-                answer=TaskView,
+                response=TaskView,
                 status=201,
                 strict=True,
                 max_body=MAX_TASK_BODY,
                 traced=True,
                 summary="Submit a task.",
-                about=About(codes=SUBMIT_CODES),
+                docs=OperationDocs(error_codes=SUBMIT_CODES),
             ),
             Operation(
                 "screenings.record",
                 "POST",
                 "/screenings",
-                self.refused,
+                self.record_refusal,
                 scope="tasks:create",
-                body=RefusedGoal,
-                answer=Done,
+                body=RejectedGoal,
+                response=Acknowledgement,
                 strict=True,
                 summary="Record a goal that the public door refused.",
             ),
@@ -175,8 +184,8 @@ class TasksApi:
                 "/tasks",
                 self.list,
                 scope=read,
-                query=TaskPage,
-                answer=TaskList,
+                query=TaskQuery,
+                response=TaskList,
                 cacheable=True,
                 summary="List tasks.",
             ),
@@ -186,10 +195,10 @@ class TasksApi:
                 "/tasks/{task_id}",
                 self.read,
                 scope=read,
-                answer=TaskView,
+                response=TaskView,
                 cacheable=True,
                 summary="One task.",
-                about=absent,
+                docs=absent,
             ),
             Operation(
                 "tasks.cancel",
@@ -197,9 +206,9 @@ class TasksApi:
                 "/tasks/{task_id}/cancel",
                 self.cancel,
                 scope="tasks:cancel",
-                answer=TaskView,
+                response=TaskView,
                 summary="Cancel a task.",
-                about=About(codes=("task_not_found", "state_conflict")),
+                docs=OperationDocs(error_codes=("task_not_found", "state_conflict")),
             ),
             Operation(
                 "tasks.history",
@@ -207,10 +216,10 @@ class TasksApi:
                 "/tasks/{task_id}/history",
                 self.history,
                 scope=read,
-                query=Behind,
-                answer=EventList,
+                query=EventQuery,
+                response=EventList,
                 summary="A task's events by version.",
-                about=absent,
+                docs=absent,
             ),
             Operation(
                 "tasks.texts",
@@ -218,9 +227,9 @@ class TasksApi:
                 "/tasks/{task_id}/texts",
                 self.texts,
                 scope=read,
-                answer=SavedTexts,
+                response=StepTexts,
                 summary="What the steps have written.",
-                about=absent,
+                docs=absent,
             ),
             Operation(
                 "tasks.trace",
@@ -228,9 +237,9 @@ class TasksApi:
                 "/tasks/{task_id}/trace",
                 self.trace,
                 scope=read,
-                answer=TraceView,
+                response=TraceView,
                 summary="The spans of every service that worked on the task.",
-                about=absent,
+                docs=absent,
             ),
             Operation(
                 "tasks.artifact",
@@ -240,18 +249,18 @@ class TasksApi:
                 scope=read,
                 cacheable=True,
                 summary="A file that the task made.",
-                about=About(media="*/*", codes=("task_not_found", "file_not_found")),
+                docs=OperationDocs(media_type="*/*", error_codes=("task_not_found", "file_not_found")),
             ),
         ]
 
 
-def _screened(call: Call) -> dict[str, object] | None:
+def _screening_detail(call: IncomingCall) -> dict[str, object] | None:
     """Return what the public door found in a submission, as it is recorded."""
     told = call.request.headers.get(SCREENING_HEADER)
     if told is None:
         return None
     try:
-        note = msgspec.json.decode(told, type=ScreeningNote)
+        note = msgspec.json.decode(told, type=ScreeningRecord)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None  # it did not come from the door
     return {"screening": msgspec.to_builtins(note)}

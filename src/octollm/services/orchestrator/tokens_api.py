@@ -7,41 +7,41 @@ from dataclasses import dataclass
 
 from starlette.responses import StreamingResponse
 
-from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, closure, merge, parse_may
+from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, attenuate, parse_delegation_tree, union
 from octollm.capability.inspecting import read_chain
-from octollm.capability.keyring import KeyRing, Roots
-from octollm.clock import Clock, Ids
+from octollm.capability.keyring import KeyRing, TrustedRoots
+from octollm.clock import Clock, IdGenerator
 from octollm.contracts.api import (
-    Done,
-    ExchangeRequest,
-    TokenAnswer,
+    Acknowledgement,
+    TokenExchangeRequest,
     TokenRequest,
+    TokenResponse,
 )
 from octollm.contracts.revocations import RevocationList
 from octollm.contracts.services import service_of
 from octollm.contracts.session import (
-    SESSION_PREFIX,
-    SESSION_SECONDS,
-    EndSession,
+    SESSION_LIFETIME_SECONDS,
+    SESSION_TOKEN_PREFIX,
+    CreateSessionRequest,
+    EndSessionRequest,
     IssuerList,
-    OpenSession,
-    SessionAnswer,
+    SessionResponse,
 )
 from octollm.contracts.stream import NDJSON
 from octollm.contracts.task import Budget, TaskContract
-from octollm.errors import Fault, OctoError
-from octollm.rpc.call import About, Call, Operation
-from octollm.rpc.identity import DirectoryAnswer
+from octollm.errors import FieldError, OctoError
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.identity import DirectoryResponse
 from octollm.services.orchestrator.accounts import Account, Accounts
-from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, actor_of, record
-from octollm.services.orchestrator.registry import Registry
-from octollm.services.orchestrator.revoking import Revoking
-from octollm.services.orchestrator.sessions import Sessions
+from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, actor_from_call, record_audit
+from octollm.services.orchestrator.registry import ServiceRegistry
+from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.services.orchestrator.sessions import SessionStore
 from octollm.storage import Database, Transaction
 from octollm.tasks.store import NewTask, TaskStore
 
-DOOR_SECONDS = 300
-MAX_HAND_SECONDS = 3600
+ACCESS_TOKEN_SECONDS = 300
+MAX_DIRECT_TOKEN_SECONDS = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,89 +50,91 @@ class TokensApi:
 
     db: Database
     accounts: Accounts
-    sessions: Sessions
-    registry: Registry
-    revoking: Revoking
+    sessions: SessionStore
+    registry: ServiceRegistry
+    revocation_store: RevocationStore
     minter: RootMinter
     store: TaskStore
     max_tokens: int
     clock: Clock
-    ids: Ids
+    ids: IdGenerator
     draining: asyncio.Event
     ring: KeyRing
-    roots: Roots
+    roots: TrustedRoots
 
-    async def exchange(self, call: Call, body: ExchangeRequest) -> TokenAnswer:
+    async def exchange(self, call: IncomingCall, body: TokenExchangeRequest) -> TokenResponse:
         """Exchange an API key for an access token at this service (RFC 8693)."""
         session_id = ""
         try:
-            if body.subject_token.startswith(SESSION_PREFIX):
-                session_id, cred = await self.sessions.credential(body.subject_token)
-                account = await self.accounts.of_credential(cred)
+            if body.subject_token.startswith(SESSION_TOKEN_PREFIX):
+                session_id, cred = await self.sessions.find_credential(body.subject_token)
+                account = await self.accounts.find_by_credential(cred)
             else:
                 account = await self.accounts.authenticate(body.subject_token)
         except OctoError:
-            await self._refused(call)
+            await self._audit_refusal(call)
             raise
-        scopes = door_scopes(account)
-        token = self.minter.access(account.principal, "orchestrator", scopes, DOOR_SECONDS)
+        scopes = orchestrator_scopes(account)
+        token = self.minter.mint_access(account.principal, "orchestrator", scopes, ACCESS_TOKEN_SECONDS)
         if session_id:
-            await self.sessions.note(session_id, read_chain(token).access.claims.jti)
-        return TokenAnswer(token, DOOR_SECONDS, str(scopes), tenant=account.principal.tenant)
+            await self.sessions.add_token(session_id, read_chain(token).access.claims.jti)
+        return TokenResponse(token, ACCESS_TOKEN_SECONDS, str(scopes), tenant=account.principal.tenant)
 
-    async def open_session(self, call: Call, body: OpenSession) -> SessionAnswer:
+    async def open_session(self, call: IncomingCall, body: CreateSessionRequest) -> SessionResponse:
         """Open a session for a credential that is good."""
         try:
             if body.login is not None:
-                account = await self.accounts.by_code(body.login)
+                account = await self.accounts.authenticate_code(body.login)
             else:
                 account = await self.accounts.authenticate(body.subject_token or "")
         except OctoError:
-            await self._refused(call)
+            await self._audit_refusal(call)
             raise
         session = await self.sessions.open(account.principal)
-        return SessionAnswer(session, SESSION_SECONDS, account.principal.tenant, str(door_scopes(account)))
+        return SessionResponse(
+            session, SESSION_LIFETIME_SECONDS, account.principal.tenant, str(orchestrator_scopes(account))
+        )
 
-    async def issuers(self, _call: Call, _body: object) -> IssuerList:
+    async def list_issuers(self, _call: IncomingCall, _body: object) -> IssuerList:
         """Return the issuers at which a browser can log in."""
-        return IssuerList(await self.accounts.issuers())
+        return IssuerList(await self.accounts.list_issuers())
 
-    async def end_session(self, _call: Call, body: EndSession) -> Done:
+    async def end_session(self, _call: IncomingCall, body: EndSessionRequest) -> Acknowledgement:
         """End a session, and revoke what it was given."""
         await self.sessions.end(body.session)
-        return Done()
+        return Acknowledgement()
 
-    async def _refused(self, call: Call) -> None:
+    async def _audit_refusal(self, call: IncomingCall) -> None:
         actor = Actor(Principal("unknown", "unknown", SYSTEM_TENANT), call.request_id, call.correlation_id, call.peer)
         async with self.db.transaction() as tx:
-            await record(tx, actor, "token.refused", "door", self.clock.now())
+            await record_audit(tx, actor, "token.refused", "door", self.clock.now())
 
-    async def by_hand(self, call: Call, body: TokenRequest) -> TokenAnswer:
+    async def issue_direct_token(self, call: IncomingCall, body: TokenRequest) -> TokenResponse:
         """Make a token for direct calls: it stands for a task of its own with a budget, which ends with it."""
-        if not 1 <= body.lifetime_seconds <= MAX_HAND_SECONDS:
-            detail = f"From 1 to {MAX_HAND_SECONDS} seconds."
-            raise OctoError(detail, code="invalid_body", faults=(Fault("/lifetime_seconds", detail),))
+        if not 1 <= body.lifetime_seconds <= MAX_DIRECT_TOKEN_SECONDS:
+            detail = f"From 1 to {MAX_DIRECT_TOKEN_SECONDS} seconds."
+            raise OctoError(detail, code="invalid_body", field_errors=(FieldError("/lifetime_seconds", detail),))
         scopes = ScopeSet.parse(body.scope)
         if not len(scopes) or any(service_of(scope.family) != body.aud for scope in scopes):
             detail = f"Name scopes of {body.aud}, e.g. {body.aud}:execute."
-            raise OctoError(detail, code="invalid_body", faults=(Fault("/scope", detail),))
+            raise OctoError(detail, code="invalid_body", field_errors=(FieldError("/scope", detail),))
         principal = call.authority.principal
-        allowed = await self.accounts.scopes_now(principal.cred)
-        if not scopes.narrower_or_equal(allowed):
+        allowed = await self.accounts.current_scopes(principal.cred)
+        if not scopes.is_subset(allowed):
             raise OctoError(f"You may not make a token for {body.scope}.", code="scope_missing")
-        may = parse_may({})
+        may = parse_delegation_tree({})
         declarations = self.registry.declarations()
         for scope in scopes:
-            tree, missing = closure(str(scope), declarations, allowed)
+            tree, missing = attenuate(str(scope), declarations, allowed)
             if missing:
                 raise OctoError(f"The authority for {', '.join(missing)} is missing.", code="authority_missing")
-            may = merge(may, tree)
+            may = union(may, tree)
         task_id = f"task-{self.ids.hex()}"
         now = self.clock.now()
 
         async def also(tx: Transaction) -> None:
             detail = {"scope": body.scope, "aud": body.aud}
-            await record(tx, actor_of(call), "token.issued", task_id, now, detail)
+            await record_audit(tx, actor_from_call(call), "token.issued", task_id, now, detail)
 
         await self.store.create(
             NewTask(
@@ -149,29 +151,29 @@ class TokensApi:
             ),
             also,
         )
-        token = self.minter.access(
+        token = self.minter.mint_access(
             principal,
             body.aud,
             scopes,
             body.lifetime_seconds,
             task=TaskRef(task_id),
-            may=may,
+            delegation=may,
             holder_jkt=self.registry.thumbprint(body.aud),
             grant_lifetime=body.lifetime_seconds,
         )
-        return TokenAnswer(token, body.lifetime_seconds, str(scopes), task_id)
+        return TokenResponse(token, body.lifetime_seconds, str(scopes), task_id)
 
-    async def directory(self, _call: Call, _body: object) -> DirectoryAnswer:
+    async def directory(self, _call: IncomingCall, _body: object) -> DirectoryResponse:
         """Return the services and their keys, and the roots that are believed now, signed."""
-        self.roots.replace(self.ring.believed(self.clock.now()))
-        return DirectoryAnswer(self.minter.directory(self.registry.directory()))
+        self.roots.replace(self.ring.trusted_keys(self.clock.now()))
+        return DirectoryResponse(self.minter.sign_directory(self.registry.directory()))
 
-    async def revocations(self, call: Call, _body: object) -> object:
+    async def revocations(self, call: IncomingCall, _body: object) -> object:
         """Return what is revoked; as NDJSON, all of it and then each revocation as it is made."""
         if NDJSON in call.request.headers.get("accept", ""):
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(self.revoking.follow(self.draining), media_type=NDJSON, headers=headers)
-        return self.revoking.list()
+            return StreamingResponse(self.revocation_store.stream(self.draining), media_type=NDJSON, headers=headers)
+        return self.revocation_store.list()
 
     def operations(self) -> list[Operation]:
         """Return the operations on tokens."""
@@ -183,10 +185,10 @@ class TokensApi:
                 self.exchange,
                 auth="service",
                 scope="reflex",
-                body=ExchangeRequest,
-                answer=TokenAnswer,
+                body=TokenExchangeRequest,
+                response=TokenResponse,
                 summary="Exchange a caller's credential for an access token.",
-                about=About(codes=("api_key_invalid", "login_refused")),
+                docs=OperationDocs(error_codes=("api_key_invalid", "login_refused")),
             ),
             Operation(
                 "sessions.open",
@@ -195,19 +197,19 @@ class TokensApi:
                 self.open_session,
                 auth="service",
                 scope="reflex",
-                body=OpenSession,
-                answer=SessionAnswer,
+                body=CreateSessionRequest,
+                response=SessionResponse,
                 summary="Open a session of the page.",
-                about=About(codes=("api_key_invalid", "login_refused")),
+                docs=OperationDocs(error_codes=("api_key_invalid", "login_refused")),
             ),
             Operation(
                 "sessions.issuers",
                 "GET",
                 "/sessions/issuers",
-                self.issuers,
+                self.list_issuers,
                 auth="service",
                 scope="reflex",
-                answer=IssuerList,
+                response=IssuerList,
                 summary="Where a browser can log in.",
             ),
             Operation(
@@ -217,21 +219,21 @@ class TokensApi:
                 self.end_session,
                 auth="service",
                 scope="reflex",
-                body=EndSession,
-                answer=Done,
+                body=EndSessionRequest,
+                response=Acknowledgement,
                 summary="End a session of the page.",
             ),
             Operation(
                 "token.by_hand",
                 "POST",
                 "/tokens",
-                self.by_hand,
+                self.issue_direct_token,
                 scope="tasks:create",
                 body=TokenRequest,
-                answer=TokenAnswer,
+                response=TokenResponse,
                 strict=True,
                 summary="Make a token for direct calls.",
-                about=About(codes=("authority_missing", "invalid_parameter")),
+                docs=OperationDocs(error_codes=("authority_missing", "invalid_parameter")),
             ),
             Operation(
                 "directory",
@@ -240,7 +242,7 @@ class TokensApi:
                 self.directory,
                 auth="service",
                 scope="*",
-                answer=DirectoryAnswer,
+                response=DirectoryResponse,
                 cacheable=True,
                 summary="The services and their keys, signed by the root.",
             ),
@@ -251,17 +253,17 @@ class TokensApi:
                 self.revocations,
                 auth="service",
                 scope="*",
-                answer=RevocationList,
+                response=RevocationList,
                 # Its lines are not those of an answer that takes its time.
                 raw=True,
                 limited=False,
                 timeout=3600.0,
                 summary="What is revoked.",
-                about=About(stream=NDJSON),
+                docs=OperationDocs(stream_media_type=NDJSON),
             ),
         ]
 
 
-def door_scopes(account: Account) -> ScopeSet:
+def orchestrator_scopes(account: Account) -> ScopeSet:
     """Return what an account may do at the orchestrator itself."""
     return account.scopes.owned_by("orchestrator")

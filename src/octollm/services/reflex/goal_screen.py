@@ -12,33 +12,33 @@ from octollm.contracts.screening import (
     MAX_SCREENED,
     SCREENING_HEADER,
     PreprocessRequest,
-    RefusedGoal,
+    RejectedGoal,
     Risk,
-    Screening,
-    ScreeningNote,
-    riskiest,
+    ScreeningRecord,
+    ScreeningResult,
+    max_risk,
 )
 from octollm.contracts.task import TaskContract
-from octollm.errors import Fault, OctoError
-from octollm.rpc.call import Call, Operation
-from octollm.services.reflex.screening import Screener, note_of
-from octollm.services.reflex.upstream import Asked, Upstream
+from octollm.errors import FieldError, OctoError
+from octollm.rpc.call import IncomingCall, Operation
+from octollm.services.reflex.screening import Screener, summarize_screening
+from octollm.services.reflex.upstream import Upstream, UpstreamRequest
 from octollm.telemetry import Metrics
 
-Mode = Literal["refuse", "record", "off"]
+GuardrailMode = Literal["refuse", "record", "off"]
 
 
-class GoalScreen:
+class InputGuardrail:
     """Screens submissions before they are passed on, as they came. It never changes a goal or a file."""
 
-    def __init__(self, screener: Screener, mode: Mode, upstream: Upstream, metrics: Metrics) -> None:
+    def __init__(self, screener: Screener, mode: GuardrailMode, upstream: Upstream, metrics: Metrics) -> None:
         """``mode`` says what becomes of a goal of high risk; with ``off`` nothing is looked at."""
         self._screener = screener
         self._mode = mode
         self._upstream = upstream
         self._metrics = metrics
 
-    async def check(self, call: Call) -> dict[str, str]:
+    async def check(self, call: IncomingCall) -> dict[str, str]:
         """Return the headers with which a submission is passed on; raise ``goal_refused`` and have that recorded."""
         if self._mode == "off":
             return {}
@@ -48,37 +48,37 @@ class GoalScreen:
             return {}  # the orchestrator says what is wrong with it
         found: Counter[str] = Counter()
         worst: Risk = "none"
-        for pointer, text, orders in _texts(contract):
+        for pointer, text, orders in _iter_texts(contract):
             screening = self._screener.screen(text[:MAX_SCREENED])
-            note = note_of(screening)
+            note = summarize_screening(screening)
             found.update(note.found)
             # A file is what the work is about: what stands in it is no order to anybody, and is recorded only.
             risk: Risk = screening.risk if orders or screening.risk != "high" else "medium"
-            worst = riskiest(worst, risk)
+            worst = max_risk(worst, risk)
             if orders and screening.decision == "refuse" and self._mode == "refuse":
                 await self._refuse(call, pointer, screening)
         for pattern in found:
-            self._metrics.findings.labels(pattern).inc()
+            self._metrics.screening_findings.labels(pattern).inc()
         if not found:
             return {}
-        return {SCREENING_HEADER: msgspec.json.encode(ScreeningNote(worst, dict(found))).decode()}
+        return {SCREENING_HEADER: msgspec.json.encode(ScreeningRecord(worst, dict(found))).decode()}
 
-    async def _refuse(self, call: Call, pointer: str, screening: Screening) -> None:
-        self._metrics.screened.labels("goal_refused").inc()
-        asked = Asked(
+    async def _refuse(self, call: IncomingCall, pointer: str, screening: ScreeningResult) -> None:
+        self._metrics.rejected_requests.labels("goal_refused").inc()
+        asked = UpstreamRequest(
             "screenings.record",
             "POST",
             "/screenings",
-            body=msgspec.json.encode(RefusedGoal(note_of(screening), screening.reason)),
+            body=msgspec.json.encode(RejectedGoal(summarize_screening(screening), screening.reason)),
         )
         await self._upstream.send(call.bearer, asked, call.deadline)
         raise OctoError(
             f"{screening.reason} `POST /preprocess` shows where; OCTOLLM_SCREENING says what is refused.",
             code="goal_refused",
-            faults=(Fault(pointer, screening.reason),),
+            field_errors=(FieldError(pointer, screening.reason),),
         )
 
-    async def preprocess(self, _call: Call, body: PreprocessRequest) -> Screening:
+    async def preprocess(self, _call: IncomingCall, body: PreprocessRequest) -> ScreeningResult:
         """Return the decision on a text alone. Nothing is kept, and nothing is done."""
         return self._screener.screen(body.text)
 
@@ -92,7 +92,7 @@ class GoalScreen:
                 self.preprocess,
                 auth="door",
                 body=PreprocessRequest,
-                answer=Screening,
+                response=ScreeningResult,
                 strict=True,
                 max_body=4 * MAX_SCREENED,
                 summary="Show what the door finds in a text, and whether it would refuse it as a goal.",
@@ -100,7 +100,7 @@ class GoalScreen:
         ]
 
 
-def _texts(contract: TaskContract) -> Iterator[tuple[str, str, bool]]:
+def _iter_texts(contract: TaskContract) -> Iterator[tuple[str, str, bool]]:
     """Yield each text of a submission: its place, and whether it gives orders."""
     yield "/goal", contract.goal, True
     for name in ("constraints", "acceptance_criteria"):

@@ -19,31 +19,31 @@ MAX_KEYS = 4096
 """Keys that are remembered; the one not tried for longest goes first."""
 
 
-class _Tries:
-    __slots__ = ("at", "waiting", "wrong")
+class _FailedAttempts:
+    __slots__ = ("failures", "last_failed_at", "waiting")
 
     def __init__(self) -> None:
-        self.wrong = 0
+        self.failures = 0
         self.waiting = 0
-        self.at = 0.0
+        self.last_failed_at = 0.0
 
 
-class Guessing:
+class FailedLoginThrottle:
     """Wrong tries by key. A right one is never refused for the wrong ones of others, only slowed."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._tries: OrderedDict[str, _Tries] = OrderedDict()
+        self._attempts: OrderedDict[str, _FailedAttempts] = OrderedDict()
 
-    def delay(self, name: str) -> float:
+    def delay(self, key_id: str) -> float:
         """Return how long the next try on the key ``name`` has to wait, in seconds."""
-        tries = self._tries.get(name)
-        if tries is None or tries.wrong == 0 or self._clock.monotonic() - tries.at > FORGET_SECONDS:
+        tries = self._attempts.get(key_id)
+        if tries is None or tries.failures == 0 or self._clock.monotonic() - tries.last_failed_at > FORGET_SECONDS:
             return 0.0
-        return min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(tries.wrong - 1, 16))
+        return min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(tries.failures - 1, 16))
 
     @contextlib.asynccontextmanager
-    async def trying(self, credential: str) -> AsyncGenerator[None]:
+    async def attempt(self, credential: str) -> AsyncGenerator[None]:
         """Try a credential in the body: it waits its turn, and counts when the body raises ``api_key_invalid``.
 
         A login by another issuer is signed: there is nothing to guess.
@@ -57,15 +57,15 @@ class Guessing:
             yield
         except OctoError as error:
             if error.code == "api_key_invalid":
-                self.wrong(name)
+                self.record_failure(name)
             raise
 
-    async def wait(self, name: str) -> None:
+    async def wait(self, key_id: str) -> None:
         """Wait as long as the wrong tries so far ask for; raise ``rate_limited`` when many wait already."""
-        seconds = self.delay(name)
+        seconds = self.delay(key_id)
         if not seconds:
             return
-        tries = self._tries[name]
+        tries = self._attempts[key_id]
         if tries.waiting >= MAX_WAITING:
             raise OctoError("Too many tries on that key.", code="rate_limited", retry_after=LONGEST_SECONDS)
         tries.waiting += 1
@@ -74,12 +74,12 @@ class Guessing:
         finally:
             tries.waiting -= 1
 
-    def wrong(self, name: str) -> None:
+    def record_failure(self, key_id: str) -> None:
         """Note a wrong try."""
-        tries = self._tries.setdefault(name, _Tries())
-        self._tries.move_to_end(name)
+        tries = self._attempts.setdefault(key_id, _FailedAttempts())
+        self._attempts.move_to_end(key_id)
         now = self._clock.monotonic()
-        tries.wrong = 1 if now - tries.at > FORGET_SECONDS else tries.wrong + 1
-        tries.at = now
-        if len(self._tries) > MAX_KEYS:
-            self._tries.popitem(last=False)
+        tries.failures = 1 if now - tries.last_failed_at > FORGET_SECONDS else tries.failures + 1
+        tries.last_failed_at = now
+        if len(self._attempts) > MAX_KEYS:
+            self._attempts.popitem(last=False)

@@ -11,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-_INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL)
+_INLINE_ELEMENT = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL)
 
 
-def policy_of(html: str) -> str:
+def build_csp(html: str) -> str:
     """Return a Content-Security-Policy (CSP level 3) that allows the inline scripts and styles of ``html`` only."""
     hashes: dict[str, list[str]] = {"script": [], "style": []}
-    for kind, text in _INLINE.findall(html):
+    for kind, text in _INLINE_ELEMENT.findall(html):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         hashes[kind].append(f"'sha256-{digest}'")
     nothing = "'none'"
@@ -36,11 +36,11 @@ def policy_of(html: str) -> str:
     )
 
 
-def page_route() -> Route:
+def build_page_route() -> Route:
     """Return the route of the page. The file is read once, here."""
     html = resources.files("octollm.services.reflex").joinpath("page", "index.html").read_text("utf-8")
     headers = {
-        "Content-Security-Policy": policy_of(html),
+        "Content-Security-Policy": build_csp(html),
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cache-Control": "no-cache",
     }

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from octollm.contracts.api import (
+    Acknowledgement,
     ArmList,
-    Done,
     EventList,
     KeyList,
     KeyRequest,
     NewKey,
-    SavedTexts,
+    StepTexts,
     TaskList,
     TaskView,
-    TokenAnswer,
     TokenRequest,
+    TokenResponse,
 )
 from octollm.contracts.audit import AuditPage
-from octollm.contracts.joining import JoinList, NewJoin, NewJoinRequest
-from octollm.contracts.listing import AuditQuery, Behind, Page, TaskPage
+from octollm.contracts.joining import EnrolmentTokenList, EnrolmentTokenRequest, NewEnrolmentToken
+from octollm.contracts.listing import AuditQuery, EventQuery, PageQuery, TaskQuery
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.revocations import RevocationRequest
 from octollm.contracts.services import OperationKind
@@ -29,7 +29,7 @@ from octollm.contracts.traces import TraceView
 
 
 @dataclass(frozen=True, slots=True)
-class PublicPath:
+class PublicRoute:
     """One public path. ``query`` has the parameters that are passed on; all others are dropped, tokens first.
 
     ``body`` and ``answer`` describe what travels; both are handed on as they came, and checked by the orchestrator.
@@ -47,23 +47,23 @@ class PublicPath:
     cacheable: bool = False
     codes: tuple[str, ...] = ()
     """What the orchestrator may answer, besides what any call may be answered."""
-    to: str = ""
+    upstream_path: str = ""
     """The orchestrator's path, where it is another one."""
     traced: bool = False
     """What comes without a trace begins one: every task has its trace."""
-    file: bool = False
+    is_file: bool = False
     """The body is a file's bytes, or the answer is."""
 
-    def passes_on(self, parameter: str) -> bool:
+    def forwards_parameter(self, parameter: str) -> bool:
         """Say whether the orchestrator is told of a parameter in the query."""
         return self.query is not None and parameter in self.query.__struct_fields__
 
 
-_ABSENT = ("not_configured",)
-_TASK = ("task_not_found",)
+_NOT_CONFIGURED = ("not_configured",)
+_TASK_NOT_FOUND = ("task_not_found",)
 
-PUBLIC: tuple[PublicPath, ...] = (
-    PublicPath(
+PUBLIC_ROUTES: tuple[PublicRoute, ...] = (
+    PublicRoute(
         "tasks.submit",
         "POST",
         "/tasks",
@@ -75,48 +75,57 @@ PUBLIC: tuple[PublicPath, ...] = (
         codes=SUBMIT_CODES,
         traced=True,
     ),
-    PublicPath("tasks.list", "GET", "/tasks", "List tasks.", query=TaskPage, answer=TaskList, cacheable=True),
-    PublicPath("tasks.read", "GET", "/tasks/{task_id}", "One task.", answer=TaskView, cacheable=True, codes=_TASK),
-    PublicPath(
+    PublicRoute("tasks.list", "GET", "/tasks", "List tasks.", query=TaskQuery, answer=TaskList, cacheable=True),
+    PublicRoute(
+        "tasks.read", "GET", "/tasks/{task_id}", "One task.", answer=TaskView, cacheable=True, codes=_TASK_NOT_FOUND
+    ),
+    PublicRoute(
         "tasks.cancel",
         "POST",
         "/tasks/{task_id}/cancel",
         "Cancel a task.",
         "idempotent",
         answer=TaskView,
-        codes=(*_TASK, "state_conflict"),
+        codes=(*_TASK_NOT_FOUND, "state_conflict"),
     ),
-    PublicPath(
+    PublicRoute(
         "tasks.approve",
         "POST",
         "/tasks/{task_id}/approval",
         "Let a waiting task go on (not configured).",
         "idempotent",
-        codes=_ABSENT,
+        codes=_NOT_CONFIGURED,
     ),
-    PublicPath(
+    PublicRoute(
         "tasks.history",
         "GET",
         "/tasks/{task_id}/history",
         "A task's events.",
-        query=Behind,
+        query=EventQuery,
         answer=EventList,
-        codes=_TASK,
+        codes=_TASK_NOT_FOUND,
     ),
-    PublicPath(
-        "tasks.texts", "GET", "/tasks/{task_id}/texts", "What the steps have written.", answer=SavedTexts, codes=_TASK
+    PublicRoute(
+        "tasks.texts",
+        "GET",
+        "/tasks/{task_id}/texts",
+        "What the steps have written.",
+        answer=StepTexts,
+        codes=_TASK_NOT_FOUND,
     ),
-    PublicPath("tasks.trace", "GET", "/tasks/{task_id}/trace", "A task's spans.", answer=TraceView, codes=_TASK),
-    PublicPath(
+    PublicRoute(
+        "tasks.trace", "GET", "/tasks/{task_id}/trace", "A task's spans.", answer=TraceView, codes=_TASK_NOT_FOUND
+    ),
+    PublicRoute(
         "tasks.artifact",
         "GET",
         "/tasks/{task_id}/artifacts/{digest}",
         "A file that a task made.",
         cacheable=True,
-        codes=(*_TASK, "file_not_found"),
-        file=True,
+        codes=(*_TASK_NOT_FOUND, "file_not_found"),
+        is_file=True,
     ),
-    PublicPath(
+    PublicRoute(
         "files.store",
         "POST",
         "/files",
@@ -126,45 +135,51 @@ PUBLIC: tuple[PublicPath, ...] = (
         answer=StoredFile,
         status=201,
         codes=("file_invalid",),
-        file=True,
+        is_file=True,
     ),
-    PublicPath(
-        "files.read", "GET", "/files/{digest}", "A stored file.", cacheable=True, codes=("file_not_found",), file=True
+    PublicRoute(
+        "files.read",
+        "GET",
+        "/files/{digest}",
+        "A stored file.",
+        cacheable=True,
+        codes=("file_not_found",),
+        is_file=True,
     ),
-    PublicPath("events.read", "GET", "/events", "The tenant's events.", query=Behind, answer=EventList),
-    PublicPath("arms.list", "GET", "/arms", "The arms that may be called.", answer=ArmList, cacheable=True),
-    PublicPath(
+    PublicRoute("events.read", "GET", "/events", "The tenant's events.", query=EventQuery, answer=EventList),
+    PublicRoute("arms.list", "GET", "/arms", "The arms that may be called.", answer=ArmList, cacheable=True),
+    PublicRoute(
         "arms.remove",
         "DELETE",
         "/arms/{name}",
         "Remove an arm of one's own.",
         "idempotent",
-        answer=Done,
+        answer=Acknowledgement,
         codes=("arm_unknown",),
     ),
-    PublicPath("joins.list", "GET", "/joins", "Join secrets.", answer=JoinList),
-    PublicPath(
+    PublicRoute("joins.list", "GET", "/joins", "Join secrets.", answer=EnrolmentTokenList),
+    PublicRoute(
         "joins.create",
         "POST",
         "/joins",
         "Make a join secret.",
         "idempotent",
-        body=NewJoinRequest,
-        answer=NewJoin,
+        body=EnrolmentTokenRequest,
+        answer=NewEnrolmentToken,
         status=201,
         codes=("authority_missing", "invalid_parameter", "state_conflict"),
     ),
-    PublicPath(
+    PublicRoute(
         "joins.revoke",
         "DELETE",
         "/joins/{join_id}",
         "Revoke a join secret.",
         "idempotent",
-        answer=Done,
-        codes=("not_found",),
+        answer=Acknowledgement,
+        codes=("not_found_result",),
     ),
-    PublicPath("keys.list", "GET", "/keys", "API keys.", answer=KeyList),
-    PublicPath(
+    PublicRoute("keys.list", "GET", "/keys", "API keys.", answer=KeyList),
+    PublicRoute(
         "keys.create",
         "POST",
         "/keys",
@@ -175,37 +190,37 @@ PUBLIC: tuple[PublicPath, ...] = (
         status=201,
         codes=("authority_missing", "invalid_parameter"),
     ),
-    PublicPath(
+    PublicRoute(
         "keys.revoke",
         "DELETE",
         "/keys/{key_id}",
         "Revoke an API key.",
         "idempotent",
-        answer=Done,
-        codes=("not_found",),
+        answer=Acknowledgement,
+        codes=("not_found_result",),
     ),
-    PublicPath(
+    PublicRoute(
         "tokens.make",
         "POST",
         "/token",
         "Make a token for direct calls.",
         "idempotent",
         body=TokenRequest,
-        answer=TokenAnswer,
+        answer=TokenResponse,
         codes=("authority_missing", "invalid_parameter"),
-        to="/tokens",
+        upstream_path="/tokens",
     ),
-    PublicPath(
+    PublicRoute(
         "revocations.create",
         "POST",
         "/token/revoke",
         "Revoke a token, or what a principal or a service was lent.",
         "idempotent",
         body=RevocationRequest,
-        answer=Done,
-        to="/revocations",
+        answer=Acknowledgement,
+        upstream_path="/revocations",
     ),
-    PublicPath(
+    PublicRoute(
         "audit.read",
         "GET",
         "/audit",
@@ -214,14 +229,18 @@ PUBLIC: tuple[PublicPath, ...] = (
         answer=AuditPage,
         codes=("scope_missing",),
     ),
-    PublicPath("webhooks.list", "GET", "/webhooks", "Webhooks (not configured).", query=Page, codes=_ABSENT),
-    PublicPath("webhooks.create", "POST", "/webhooks", "Add a webhook (not configured).", "idempotent", codes=_ABSENT),
-    PublicPath(
+    PublicRoute(
+        "webhooks.list", "GET", "/webhooks", "Webhooks (not configured).", query=PageQuery, codes=_NOT_CONFIGURED
+    ),
+    PublicRoute(
+        "webhooks.create", "POST", "/webhooks", "Add a webhook (not configured).", "idempotent", codes=_NOT_CONFIGURED
+    ),
+    PublicRoute(
         "dead_letters.list",
         "GET",
         "/dead-letters",
         "Events that were given up (not configured).",
-        query=Page,
-        codes=_ABSENT,
+        query=PageQuery,
+        codes=_NOT_CONFIGURED,
     ),
 )

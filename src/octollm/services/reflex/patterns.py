@@ -21,7 +21,7 @@ class Pattern:
     name: str
     risk: PatternRisk
     expression: str
-    tells: str
+    description: str
     check: Callable[[str], bool] | None = None
 
     @property
@@ -30,7 +30,7 @@ class Pattern:
         return self.name.partition(".")[0]
 
 
-def _luhn(text: str) -> bool:
+def _is_luhn_valid(text: str) -> bool:
     """Say whether digits have the check digit of a payment card (ISO/IEC 7812-1, annex B)."""
     digits = [int(char) for char in text if char.isdigit()]
     if not 13 <= len(digits) <= 19 or len(set(digits)) == 1:
@@ -39,7 +39,7 @@ def _luhn(text: str) -> bool:
     return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
 
 
-def _iban(text: str) -> bool:
+def _is_iban_valid(text: str) -> bool:
     """Say whether a text has the check digits of an IBAN (ISO 13616, ISO/IEC 7064 MOD 97-10)."""
     plain = text.replace(" ", "").upper()
     turned = plain[4:] + plain[:4]
@@ -48,7 +48,7 @@ def _iban(text: str) -> bool:
     return int("".join(str(int(char, 36)) for char in turned)) % 97 == 1
 
 
-def _phone(text: str) -> bool:
+def _is_phone_number(text: str) -> bool:
     return 8 <= sum(char.isdigit() for char in text) <= 15
 
 
@@ -89,15 +89,17 @@ PATTERNS: tuple[Pattern, ...] = (
         "low",
         r"(?<![\w.+/-])(?:\+[1-9][0-9 ()./-]{7,20}[0-9]|\([0-9]{3}\) ?[0-9]{3}-[0-9]{4})(?![\w])",
         "a phone number",
-        _phone,
+        _is_phone_number,
     ),
-    Pattern("pii.card", "medium", r"(?<![\w-])[0-9](?:[ -]?[0-9]){12,18}(?![\w-])", "a payment card number", _luhn),
+    Pattern(
+        "pii.card", "medium", r"(?<![\w-])[0-9](?:[ -]?[0-9]){12,18}(?![\w-])", "a payment card number", _is_luhn_valid
+    ),
     Pattern(
         "pii.iban",
         "medium",
         r"(?<![\w])[a-z]{2}[0-9]{2}(?: ?[a-z0-9]{4}){2,7}(?: ?[a-z0-9]{1,3})?(?![\w])",
         "an IBAN",
-        _iban,
+        _is_iban_valid,
     ),
     Pattern(
         "pii.us_ssn", "medium", r"(?<![\w-])[0-8][0-9]{2}-[0-9]{2}-[0-9]{4}(?![\w-])", "a US social security number"

@@ -7,12 +7,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 
-async def first_of(*works: Coroutine[Any, Any, object]) -> int:
+async def run_until_first(*coroutines: Coroutine[Any, Any, object]) -> int:
     """Run all until one ends; cancel the others and return which it was, the first of several.
 
     Raises what it raised.
     """
-    tasks = [asyncio.ensure_future(work) for work in works]
+    tasks = [asyncio.ensure_future(work) for work in coroutines]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         ended = next(index for index, task in enumerate(tasks) if task.done())

@@ -12,7 +12,7 @@ from octollm.clock import Clock
 from octollm.errors import OctoError
 
 
-def address_bucket(address: str) -> str:
+def get_address_bucket(address: str) -> str:
     """Return what an address is counted as: itself, or its /64 network, which one IPv6 client can roam."""
     try:
         parsed = ipaddress.ip_address(address)
@@ -24,7 +24,7 @@ def address_bucket(address: str) -> str:
     return f"address:{parsed}"
 
 
-class Rate:
+class RateLimiter:
     """Sliding windows of ``limit`` (``COUNT/second|minute|hour``), one per bucket, in this process."""
 
     def __init__(self, limit: str, clock: Clock) -> None:

@@ -9,24 +9,24 @@ from starlette.types import Receive, Scope, Send
 
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.http import Streamed
-from octollm.services.reflex.racing import first_of
-from octollm.services.reflex.upstream import Asked, Upstream
+from octollm.rpc.http import StreamedResponse
+from octollm.services.reflex.racing import run_until_first
+from octollm.services.reflex.upstream import Upstream, UpstreamRequest
 
-_DRAINED = 2
+_DRAIN_INDEX = 2
 """The place of the drain among what ends a relay."""
 
 
-class Relay(Response):
+class StreamProxyResponse(Response):
     """Opens the call when it is sent, so that a refusal is still answered as one."""
 
     def __init__(
-        self, upstream: Upstream, credential: str, asked: Asked, deadline: Deadline, draining: asyncio.Event
+        self, upstream: Upstream, credential: str, request: UpstreamRequest, deadline: Deadline, draining: asyncio.Event
     ) -> None:
         super().__init__()
         self._upstream = upstream
         self._credential = credential
-        self._asked = asked
+        self._request = request
         self._deadline = deadline
         self._draining = draining
 
@@ -35,7 +35,7 @@ class Relay(Response):
         del scope
         begun = False
 
-        async def consume(streamed: Streamed) -> None:
+        async def consume(streamed: StreamedResponse) -> None:
             nonlocal begun
             begun = True
             kind = streamed.headers.get("content-type", "application/octet-stream")
@@ -49,7 +49,7 @@ class Relay(Response):
 
         async def relay() -> None:
             try:
-                await self._upstream.stream(self._credential, self._asked, self._deadline, consume)
+                await self._upstream.stream(self._credential, self._request, self._deadline, consume)
             except OctoError:
                 if not begun:
                     raise
@@ -58,8 +58,8 @@ class Relay(Response):
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        ended = await first_of(relay(), gone(), self._draining.wait())
+        ended = await run_until_first(relay(), gone(), self._draining.wait())
         if begun:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        elif ended == _DRAINED:
+        elif ended == _DRAIN_INDEX:
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from octollm.contracts.screening import MAX_FINDINGS, Finding, Risk, Screening, ScreeningNote, riskiest
+from octollm.contracts.screening import MAX_FINDINGS, Risk, ScreeningFinding, ScreeningRecord, ScreeningResult, max_risk
 from octollm.services.reflex.patterns import PATTERNS, Pattern
 
 _BOUNDS = re.compile(r"\{([0-9]+),[0-9]+\}")
-TOGETHER = 2
+INJECTION_KINDS_REFUSED = 2
 """So many kinds of injection in one text are no accident."""
 
 
@@ -25,28 +25,28 @@ class Screener:
     def __init__(self, patterns: Iterable[Pattern] = PATTERNS) -> None:
         self._patterns = tuple(patterns)
         self._exact = [re.compile(each.expression, re.IGNORECASE | re.ASCII) for each in self._patterns]
-        self._database = _database([_roughly(each.expression) for each in self._patterns])
+        self._database = _compile_database([_drop_upper_bounds(each.expression) for each in self._patterns])
 
-    def screen(self, text: str) -> Screening:
+    def screen(self, text: str) -> ScreeningResult:
         """Return what is in ``text`` and whether work on it is refused.
 
         Refused is what a single pattern of high risk was found in, or several kinds of injection.
         """
-        plain, places = _plain(text)
-        findings: list[Finding] = []
+        plain, places = _normalize(text)
+        findings: list[ScreeningFinding] = []
         kinds: set[str] = set()
-        for number in self._maybe(plain):
+        for number in self._prefilter(plain):
             pattern = self._patterns[number]
             for match in self._exact[number].finditer(plain):
                 if pattern.check is not None and not pattern.check(match[0]):
                     continue
                 kinds.add(pattern.name)
                 if len(findings) < MAX_FINDINGS:
-                    findings.append(_finding(pattern, match, places))
+                    findings.append(_build_finding(pattern, match, places))
         findings.sort(key=lambda each: (each.start, each.end))
         return self._decide(findings, kinds)
 
-    def _maybe(self, plain: str) -> list[int]:
+    def _prefilter(self, plain: str) -> list[int]:
         """Return the patterns that may be found, in their order."""
         if self._database is None:
             return list(range(len(self._patterns)))
@@ -58,25 +58,25 @@ class Screener:
         self._database.scan(plain.encode(), match_event_handler=seen)
         return sorted(found)
 
-    def _decide(self, findings: list[Finding], kinds: set[str]) -> Screening:
+    def _decide(self, findings: list[ScreeningFinding], kinds: set[str]) -> ScreeningResult:
         found = [each for each in self._patterns if each.name in kinds]
         injections = [each for each in found if each.kind == "injection"]
         high = [each for each in found if each.risk == "high"]
-        refused = high or (injections if len(injections) >= TOGETHER else [])
+        refused = high or (injections if len(injections) >= INJECTION_KINDS_REFUSED else [])
         risks: list[Risk] = [each.risk for each in found]
-        risk = riskiest("high" if refused else "none", *risks)
+        risk = max_risk("high" if refused else "none", *risks)
         if not refused:
-            return Screening("allow", risk, findings=tuple(findings))
-        reason = f"The text has {' and '.join(each.tells for each in refused)}."
-        return Screening("refuse", risk, reason, tuple(findings))
+            return ScreeningResult("allow", risk, findings=tuple(findings))
+        reason = f"The text has {' and '.join(each.description for each in refused)}."
+        return ScreeningResult("refuse", risk, reason, tuple(findings))
 
 
-def note_of(screening: Screening) -> ScreeningNote:
+def summarize_screening(screening: ScreeningResult) -> ScreeningRecord:
     """Return what is recorded of a screening."""
-    return ScreeningNote(screening.risk, dict(Counter(each.pattern for each in screening.findings)))
+    return ScreeningRecord(screening.risk, dict(Counter(each.pattern for each in screening.findings)))
 
 
-def _database(expressions: list[bytes]) -> Any:
+def _compile_database(expressions: list[bytes]) -> Any:
     """Return all expressions compiled for one pass, or ``None`` where hyperscan is not."""
     try:
         import hyperscan  # noqa: PLC0415  it is not there on every machine
@@ -88,19 +88,19 @@ def _database(expressions: list[bytes]) -> Any:
     return database
 
 
-def _roughly(expression: str) -> bytes:
+def _drop_upper_bounds(expression: str) -> bytes:
     """Return an expression without upper bounds of repeats: it matches no less, and is compiled in no time."""
     return _BOUNDS.sub(lambda bounds: "*" if bounds[1] == "0" else "+", expression).encode()
 
 
-def _finding(pattern: Pattern, match: re.Match[str], places: list[int] | None) -> Finding:
+def _build_finding(pattern: Pattern, match: re.Match[str], places: list[int] | None) -> ScreeningFinding:
     start, end = match.span()
     if places is not None:
         start, end = places[start], places[end - 1] + 1
-    return Finding(pattern.name, pattern.risk, start, end)
+    return ScreeningFinding(pattern.name, pattern.risk, start, end)
 
 
-def _plain(text: str) -> tuple[str, list[int] | None]:
+def _normalize(text: str) -> tuple[str, list[int] | None]:
     """Return ``text`` as it reads, and where each character of that stands in ``text``.
 
     Compatibility forms are unified (NFKC) and what is not seen is left out, so that neither hides a word.

@@ -11,43 +11,43 @@ from starlette.middleware.cors import CORSMiddleware
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
-from octollm.events import TaskWatch
-from octollm.rpc.caller import Caller
-from octollm.rpc.health import CheckUp, Dependency
-from octollm.rpc.service import Base, Service, build_service
-from octollm.services.reflex.addresses import OurNames
-from octollm.services.reflex.auth import Door, DoorOpener
-from octollm.services.reflex.doorstep import Doorstep
-from octollm.services.reflex.exchange import Exchange
-from octollm.services.reflex.forward import Forward
-from octollm.services.reflex.goal_screen import GoalScreen
-from octollm.services.reflex.guessing import Guessing
-from octollm.services.reflex.neighbours import Neighbours
-from octollm.services.reflex.page import page_route
-from octollm.services.reflex.rate import Rate
+from octollm.events import TaskWatchHub
+from octollm.rpc.caller import ServiceClient
+from octollm.rpc.health import DependencyStatus, ReadinessCheck
+from octollm.rpc.service import Service, ServiceBase, build_service
+from octollm.services.reflex.addresses import AllowedHosts
+from octollm.services.reflex.auth import CredentialAuthenticator, GatewayAuthenticator
+from octollm.services.reflex.doorstep import RequestGuardMiddleware
+from octollm.services.reflex.exchange import TokenExchangeClient
+from octollm.services.reflex.forward import RequestForwarder
+from octollm.services.reflex.goal_screen import InputGuardrail
+from octollm.services.reflex.guessing import FailedLoginThrottle
+from octollm.services.reflex.neighbours import DependencyReadiness
+from octollm.services.reflex.page import build_page_route
+from octollm.services.reflex.rate import RateLimiter
 from octollm.services.reflex.screening import Screener
-from octollm.services.reflex.session import PageSessions
-from octollm.services.reflex.sockets import Sockets
-from octollm.services.reflex.sse import sse_operation
-from octollm.services.reflex.upstream import DoorRetry, Upstream
-from octollm.services.reflex.watching import PATIENCE_SECONDS, Watching
-from octollm.storage import Keys, RedisClient, TextStream
+from octollm.services.reflex.session import SessionHandlers
+from octollm.services.reflex.sockets import TaskWebSockets
+from octollm.services.reflex.sse import build_sse_operation
+from octollm.services.reflex.upstream import GatewayRetryPolicy, Upstream
+from octollm.services.reflex.watching import SEND_TIMEOUT_SECONDS, LiveConnections
+from octollm.storage import RedisClient, RedisKeys, TextStream
 
 CORS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "X-File-Name")
 CORS_EXPOSED = ("ETag", "Location", "Retry-After", "X-Request-ID", "X-Correlation-ID", "Content-Disposition")
-HINT_SECONDS = 5.0
+POLL_FALLBACK_SECONDS = 5.0
 """A watcher looks by itself as often, should a hint be lost."""
 
 
 @contextlib.asynccontextmanager
 async def reflex_service(
-    base: Base,
+    base: ServiceBase,
     settings: Settings,
     *,
     redis: RedisClient,
     local_key: str | None,
     loopback_only: bool,
-    patience: float = PATIENCE_SECONDS,
+    send_timeout: float = SEND_TIMEOUT_SECONDS,
 ) -> AsyncGenerator[Service]:
     """Open the public door.
 
@@ -55,10 +55,10 @@ async def reflex_service(
     else can connect and the settings do not switch that trust off. ``patience`` is in seconds.
     """
     draining = asyncio.Event()
-    keys = Keys()
-    ours = OurNames(settings.allowed_hosts, settings.cors_origins)
-    trusted = local_key if loopback_only and settings.local_trust else None
-    caller = Caller(
+    keys = RedisKeys()
+    ours = AllowedHosts(settings.allowed_hosts, settings.cors_origins)
+    trusted = local_key if loopback_only and settings.trust_loopback else None
+    caller = ServiceClient(
         base.name,
         base.http,
         base.discovery,
@@ -66,19 +66,19 @@ async def reflex_service(
         ids=base.ids,
         metrics=base.metrics,
         tracer=base.tracer,
-        retry=DoorRetry(),
+        retry=GatewayRetryPolicy(),
     )
-    exchange = Exchange(caller, base.identity.signer(), base.clock)
-    rate = Rate(settings.rate_limit, base.clock)
-    guessing = Guessing(base.clock)
-    door = Door(exchange, rate, ours, base.metrics, guessing=guessing, local_key=trusted)
-    page = PageSessions(caller, base.identity.signer(), exchange, ours, rate, guessing, base.clock)
+    exchange = TokenExchangeClient(caller, base.identity.signer(), base.clock)
+    rate = RateLimiter(settings.rate_limit, base.clock)
+    guessing = FailedLoginThrottle(base.clock)
+    door = CredentialAuthenticator(exchange, rate, ours, base.metrics, throttle=guessing, local_key=trusted)
+    page = SessionHandlers(caller, base.identity.signer(), exchange, ours, rate, guessing, base.clock)
     upstream = Upstream(caller, exchange, base.clock)
-    screen = GoalScreen(await asyncio.to_thread(Screener), settings.screening, upstream, base.metrics)
+    screen = InputGuardrail(await asyncio.to_thread(Screener), settings.input_guardrail, upstream, base.metrics)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(exchange.close)
-        hub = await stack.enter_async_context(TaskWatch(redis, keys, timer=HINT_SECONDS))
-        watching = Watching(
+        hub = await stack.enter_async_context(TaskWatchHub(redis, keys, poll_seconds=POLL_FALLBACK_SECONDS))
+        watching = LiveConnections(
             door,
             upstream,
             TextStream(redis, keys),
@@ -86,27 +86,27 @@ async def reflex_service(
             base.clock,
             base.metrics,
             draining,
-            patience=patience,
+            send_timeout=send_timeout,
         )
         # Off loopback anybody may ask /ready, who is told of nothing but what the door itself cannot do without.
         names = tuple(name for name in SERVICES if name != base.name) if loopback_only else ("orchestrator",)
-        checkups: dict[str, CheckUp] = {
-            **Neighbours(base.http, base.discovery, base.clock, names).checkups(),
-            "redis": _redis_checkup(redis.ping, hub),
+        checkups: dict[str, ReadinessCheck] = {
+            **DependencyReadiness(base.http, base.discovery, base.clock, names).checkups(),
+            "redis": _build_redis_checkup(redis.ping, hub),
         }
         service = build_service(
             base,
             [
-                *Forward(upstream, screen, draining).operations(),
+                *RequestForwarder(upstream, screen, draining).operations(),
                 *screen.operations(),
                 *page.operations(),
-                sse_operation(watching),
+                build_sse_operation(watching),
             ],
-            openers={"door": DoorOpener(door)},
-            checkups=checkups,
-            extra=[page_route(), *Sockets(watching, base.ids, base.log).routes()],
+            authenticators={"door": GatewayAuthenticator(door)},
+            readiness_checks=checkups,
+            extra_routes=[build_page_route(), *TaskWebSockets(watching, base.ids, base.log).routes()],
             draining=draining,
-            tells_export=loopback_only,
+            reports_export=loopback_only,
         )
         if settings.cors_origins:
             # Without credentials: a page elsewhere shows a key of its own, and never the browser's session.
@@ -119,17 +119,21 @@ async def reflex_service(
                 max_age=600,
             )
         service.app.add_middleware(
-            Doorstep, ours=ours, ids=base.ids, metrics=base.metrics, probes_by_address=not loopback_only
+            RequestGuardMiddleware,
+            allowed_hosts=ours,
+            ids=base.ids,
+            metrics=base.metrics,
+            exempts_probes=not loopback_only,
         )
         yield service
 
 
-def _redis_checkup(ping: Callable[[], Awaitable[None]], hub: TaskWatch) -> CheckUp:
-    async def checkup() -> Dependency:
+def _build_redis_checkup(ping: Callable[[], Awaitable[None]], hub: TaskWatchHub) -> ReadinessCheck:
+    async def checkup() -> DependencyStatus:
         try:
             await ping()
         except OctoError as error:
-            return Dependency(ok=False, detail=f"live updates are slower: {error.detail}", required=False)
-        return Dependency(ok=hub.degraded is None, detail=hub.degraded or "", required=False)
+            return DependencyStatus(ok=False, detail=f"live updates are slower: {error.detail}", required=False)
+        return DependencyStatus(ok=hub.degraded is None, detail=hub.degraded or "", required=False)
 
     return checkup

@@ -9,27 +9,27 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
-from octollm.capability import SelfSigner
+from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
-from octollm.contracts.api import Done
+from octollm.contracts.api import Acknowledgement
 from octollm.contracts.session import (
-    SESSION_PREFIX,
-    EndSession,
+    SESSION_TOKEN_PREFIX,
+    CreateSessionRequest,
+    CurrentUser,
+    EndSessionRequest,
     IssuerList,
-    OpenSession,
-    SessionAnswer,
     SessionRequest,
-    WhoAmI,
+    SessionResponse,
 )
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.call import About, Call, Operation
-from octollm.rpc.caller import Caller, Outgoing, Target
-from octollm.services.reflex.addresses import OurNames
-from octollm.services.reflex.doorstep import SAFE_METHODS, port_of
-from octollm.services.reflex.exchange import Exchange
-from octollm.services.reflex.guessing import Guessing
-from octollm.services.reflex.rate import Rate, address_bucket
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
+from octollm.services.reflex.addresses import AllowedHosts
+from octollm.services.reflex.doorstep import SAFE_METHODS, get_server_port
+from octollm.services.reflex.exchange import TokenExchangeClient
+from octollm.services.reflex.guessing import FailedLoginThrottle
+from octollm.services.reflex.rate import RateLimiter, get_address_bucket
 
 T = TypeVar("T")
 
@@ -39,96 +39,96 @@ SECURE_COOKIE = "__Host-octollm_session"
 CALL_SECONDS = 10.0
 
 
-def shown_session(connection: HTTPConnection, ours: OurNames) -> str | None:
+def read_session_cookie(connection: HTTPConnection, allowed_hosts: AllowedHosts) -> str | None:
     """Return the session that a request shows in its cookie, ``None`` where it shows none.
 
     A browser sends a cookie by itself, so what changes something has to come from a page of ours. Raises
     ``origin_refused``.
     """
     session = connection.cookies.get(SECURE_COOKIE) or connection.cookies.get(COOKIE)
-    if session is None or not session.startswith(SESSION_PREFIX):
+    if session is None or not session.startswith(SESSION_TOKEN_PREFIX):
         return None
-    headers, port = connection.headers, port_of(connection.scope)
+    headers, port = connection.headers, get_server_port(connection.scope)
     origins = headers.getlist("origin")
     changes = connection.scope["type"] == "websocket" or connection.scope["method"] not in SAFE_METHODS
-    if not ours.are_origins(origins, port) or (changes and len(origins) != 1):
+    if not allowed_hosts.are_own_origins(origins, port) or (changes and len(origins) != 1):
         raise OctoError("A session is for pages of this server alone.", code="origin_refused")
-    if _from_elsewhere(headers):
+    if _is_cross_site(headers):
         raise OctoError("A session is for pages of this server alone.", code="origin_refused")
     return session
 
 
-def _from_elsewhere(headers: Headers) -> bool:
+def _is_cross_site(headers: Headers) -> bool:
     return any(value.strip().lower() in ("cross-site", "same-site") for value in headers.getlist("sec-fetch-site"))
 
 
-class PageSessions:
+class SessionHandlers:
     """Opens and ends sessions with the orchestrator, in the name of the door."""
 
     def __init__(
         self,
-        caller: Caller,
-        signer: SelfSigner,
-        exchange: Exchange,
-        ours: OurNames,
-        rate: Rate,
-        guessing: Guessing,
+        caller: ServiceClient,
+        signer: ServiceTokenSigner,
+        exchange: TokenExchangeClient,
+        allowed_hosts: AllowedHosts,
+        rate_limiter: RateLimiter,
+        throttle: FailedLoginThrottle,
         clock: Clock,
     ) -> None:
         self._caller = caller
         self._signer = signer
         self._exchange = exchange
-        self._ours = ours
-        self._rate = rate
-        self._guessing = guessing
+        self._allowed_hosts = allowed_hosts
+        self._rate_limiter = rate_limiter
+        self._throttle = throttle
         self._clock = clock
 
-    async def open(self, call: Call, body: SessionRequest) -> Response:
+    async def open(self, call: IncomingCall, body: SessionRequest) -> Response:
         """Open a session for an API key and set its cookie."""
         request = call.request
-        if not self._ours.are_origins(request.headers.getlist("origin"), port_of(request.scope)):
+        if not self._allowed_hosts.are_own_origins(request.headers.getlist("origin"), get_server_port(request.scope)):
             raise OctoError("A session is for pages of this server alone.", code="origin_refused")
-        await self._rate.hit(address_bucket(request.client.host if request.client is not None else ""))
+        await self._rate_limiter.hit(get_address_bucket(request.client.host if request.client is not None else ""))
         if (body.api_key is None) == (body.login is None):
             raise OctoError("A session is opened by an API key or by a login, one of the two.", code="invalid_body")
-        wanted = OpenSession(body.api_key, body.login)
-        async with self._guessing.trying(body.api_key or ""):
-            answer = await self._ask("sessions.open", "/sessions", wanted, SessionAnswer)
+        wanted = CreateSessionRequest(body.api_key, body.login)
+        async with self._throttle.attempt(body.api_key or ""):
+            answer = await self._request("sessions.open", "/sessions", wanted, SessionResponse)
         told = Response(
-            msgspec.json.encode(WhoAmI(answer.tenant, answer.scope, session=True)), media_type="application/json"
+            msgspec.json.encode(CurrentUser(answer.tenant, answer.scope, session=True)), media_type="application/json"
         )
         _set_cookie(told, call, answer.session, answer.expires_in)
         return told
 
-    async def issuers(self, call: Call, _body: object) -> IssuerList:
+    async def list_issuers(self, call: IncomingCall, _body: object) -> IssuerList:
         """Return where a browser can log in."""
         request = call.request
-        await self._rate.hit(address_bucket(request.client.host if request.client is not None else ""))
-        return await self._ask("sessions.issuers", "/sessions/issuers", None, IssuerList)
+        await self._rate_limiter.hit(get_address_bucket(request.client.host if request.client is not None else ""))
+        return await self._request("sessions.issuers", "/sessions/issuers", None, IssuerList)
 
-    async def who(self, call: Call, _body: object) -> WhoAmI:
+    async def read(self, call: IncomingCall, _body: object) -> CurrentUser:
         """Return who the caller is."""
-        held = self._exchange.held(call.bearer)
-        return WhoAmI(held.tenant, held.scope, session=call.bearer.startswith(SESSION_PREFIX))
+        held = self._exchange.get_cached(call.bearer)
+        return CurrentUser(held.tenant, held.scope, session=call.bearer.startswith(SESSION_TOKEN_PREFIX))
 
-    async def end(self, call: Call, _body: object) -> Response:
+    async def end(self, call: IncomingCall, _body: object) -> Response:
         """End the session that is shown, if one is, and take its cookie away."""
-        session = shown_session(call.request, self._ours)
+        session = read_session_cookie(call.request, self._allowed_hosts)
         if session is not None:
-            await self._ask("sessions.end", "/sessions/end", EndSession(session), Done)
-            self._exchange.drop(session)
-        told = Response(msgspec.json.encode(Done()), media_type="application/json")
+            await self._request("sessions.end", "/sessions/end", EndSessionRequest(session), Acknowledgement)
+            self._exchange.invalidate(session)
+        told = Response(msgspec.json.encode(Acknowledgement()), media_type="application/json")
         _set_cookie(told, call, "", 0)
         return told
 
-    async def _ask(self, name: str, path: str, body: object, kind: type[T]) -> T:
-        call = Outgoing(
-            Target("orchestrator", name, "GET" if body is None else "POST", path, "read_only"),
-            self._signer.svc_token("orchestrator"),
+    async def _request(self, name: str, path: str, body: object, response_type: type[T]) -> T:
+        call = OutgoingCall(
+            CallTarget("orchestrator", name, "GET" if body is None else "POST", path, "read_only"),
+            self._signer.sign_token("orchestrator"),
             Deadline.after(self._clock, CALL_SECONDS),
             None if body is None else msgspec.json.encode(body),
         )
-        return await self._caller.answer(call, kind)
+        return await self._caller.call(call, response_type)
 
     def operations(self) -> list[Operation]:
         """Return the operations on ``/session``."""
@@ -140,30 +140,30 @@ class PageSessions:
                 self.open,
                 auth="public",
                 body=SessionRequest,
-                answer=WhoAmI,
+                response=CurrentUser,
                 strict=True,
                 max_body=16_384,
                 summary="Open a session for an API key or a login: a cookie that scripts cannot read.",
-                about=About(codes=("api_key_invalid", "login_refused", "origin_refused", "rate_limited")),
+                docs=OperationDocs(error_codes=("api_key_invalid", "login_refused", "origin_refused", "rate_limited")),
             ),
             Operation(
                 "session.read",
                 "GET",
                 "/session",
-                self.who,
+                self.read,
                 auth="door",
-                answer=WhoAmI,
+                response=CurrentUser,
                 summary="Who the caller is.",
             ),
             Operation(
                 "session.issuers",
                 "GET",
                 "/session/issuers",
-                self.issuers,
+                self.list_issuers,
                 auth="public",
-                answer=IssuerList,
+                response=IssuerList,
                 summary="Where a browser can log in.",
-                about=About(codes=("rate_limited",)),
+                docs=OperationDocs(error_codes=("rate_limited",)),
             ),
             Operation(
                 "session.end",
@@ -171,14 +171,14 @@ class PageSessions:
                 "/session",
                 self.end,
                 auth="public",
-                answer=Done,
+                response=Acknowledgement,
                 summary="End the session.",
-                about=About(codes=("origin_refused",)),
+                docs=OperationDocs(error_codes=("origin_refused",)),
             ),
         ]
 
 
-def _set_cookie(response: Response, call: Call, session: str, seconds: int) -> None:
+def _set_cookie(response: Response, call: IncomingCall, session: str, seconds: int) -> None:
     secure = call.request.url.scheme == "https"
     response.set_cookie(
         SECURE_COOKIE if secure else COOKIE,

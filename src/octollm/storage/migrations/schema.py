@@ -15,13 +15,13 @@ from sqlalchemy import Connection as SyncConnection
 
 from octollm.errors import OctoError
 from octollm.storage.database import Database
-from octollm.storage.failures import translated
+from octollm.storage.failures import translate_errors
 
-Service = Literal["orchestrator", "memory", "monitor"]
+DatabaseService = Literal["orchestrator", "memory", "monitor"]
 """A service that has SQL."""
 
 VERSION_TABLE = "schema_version"
-serving = Table("schema_serves", MetaData(), Column("oldest", String(32), nullable=False))
+compatibility_table = Table("schema_serves", MetaData(), Column("oldest", String(32), nullable=False))
 """One row beside the version: the oldest revision whose code can work with the schema."""
 
 
@@ -39,7 +39,7 @@ class Revisions:
         return self.names[-1]
 
 
-def revisions_of(service: Service) -> Revisions:
+def load_revisions(service: DatabaseService) -> Revisions:
     """Read the revisions of a service from the package."""
     folder = str(Path(__file__).parent / service)
     scripts = ScriptDirectory(folder, version_locations=[folder])
@@ -52,20 +52,20 @@ def revisions_of(service: Service) -> Revisions:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SchemaVersion:
     """What a database says of its schema: its revision, and the oldest that it serves; ``None`` for nothing."""
 
     revision: str | None
     serves: str | None
 
 
-def read_schema(connection: SyncConnection) -> Found:
+def read_schema(connection: SyncConnection) -> SchemaVersion:
     """Return what the database says."""
     heads = migration_context(connection).get_current_heads()
     serves = None
-    if inspect(connection).has_table(serving.name):
-        serves = connection.execute(select(serving.c.oldest)).scalar()
-    return Found(heads[0] if heads else None, serves)
+    if inspect(connection).has_table(compatibility_table.name):
+        serves = connection.execute(select(compatibility_table.c.oldest)).scalar()
+    return SchemaVersion(heads[0] if heads else None, serves)
 
 
 def migration_context(connection: SyncConnection, **options: Any) -> MigrationContext:
@@ -73,7 +73,7 @@ def migration_context(connection: SyncConnection, **options: Any) -> MigrationCo
     return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, **options})
 
 
-def check_schema(found: Found, known: Iterable[str], head: str, place: str) -> None:
+def check_schema(found: SchemaVersion, known: Iterable[str], head: str, place: str) -> None:
     """Raise ``schema_mismatch`` unless code of the revision ``head`` can work with the schema ``found``.
 
     A newer schema is accepted when it says that it still serves a revision of the ``known`` ones.
@@ -98,11 +98,11 @@ def _mismatch(detail: str) -> OctoError:
     return OctoError(detail, code="schema_mismatch")
 
 
-async def require_schema(db: Database, service: Service) -> str:
+async def require_schema(db: Database, service: DatabaseService) -> str:
     """Return the revision of a database whose schema this version can work with; raise ``schema_mismatch``."""
-    known = await asyncio.to_thread(revisions_of, service)
+    known = await asyncio.to_thread(load_revisions, service)
     async with db.read() as connection:
-        with translated():
+        with translate_errors():
             found = await connection.raw.run_sync(read_schema)
-    check_schema(found, known.names, known.head, db.place)
+    check_schema(found, known.names, known.head, db.location)
     return found.revision or known.head

@@ -10,14 +10,14 @@ from octollm.clock import Clock
 from octollm.config import Settings
 from octollm.storage.database import Database
 from octollm.storage.engine import open_database
-from octollm.storage.migrations.runner import Migrated, migrate
-from octollm.storage.migrations.schema import Service, require_schema
+from octollm.storage.migrations.runner import MigrationResult, migrate
+from octollm.storage.migrations.schema import DatabaseService, require_schema
 
-STATEMENT_SECONDS = 3600.0
+MIGRATION_STATEMENT_SECONDS = 3600.0
 """How long one statement of a migration may take on a server: an index over a large table takes its time."""
 
 
-def database_url(settings: Settings, service: Service) -> str:
+def database_url(settings: Settings, service: DatabaseService) -> str:
     """Return where a service's tables are: a schema of its own on the server, else a file of its own in the home."""
     url = settings.database_url
     if url is None:
@@ -26,7 +26,9 @@ def database_url(settings: Settings, service: Service) -> str:
 
 
 @asynccontextmanager
-async def service_database(settings: Settings, service: Service, *, clock: Clock) -> AsyncGenerator[Database]:
+async def open_service_database(
+    settings: Settings, service: DatabaseService, *, clock: Clock
+) -> AsyncGenerator[Database]:
     """Open a service's database with a schema that this version can work with.
 
     A file is brought to it here: nobody else uses it. A server's schema is only looked at, for other processes work
@@ -40,14 +42,14 @@ async def service_database(settings: Settings, service: Service, *, clock: Clock
         yield db
 
 
-async def migrate_all(settings: Settings, clock: Clock) -> Sequence[Migrated]:
+async def migrate_all(settings: Settings, clock: Clock) -> Sequence[MigrationResult]:
     """Bring the schema of every service to this version, one after the other, and return what was done.
 
     Raises as :func:`migrate` does; the services before the one that failed have their new schema then.
     """
-    done: list[Migrated] = []
-    for service in get_args(Service):
+    done: list[MigrationResult] = []
+    for service in get_args(DatabaseService):
         url = database_url(settings, service)
-        async with open_database(url, clock=clock, statement_seconds=STATEMENT_SECONDS) as db:
+        async with open_database(url, clock=clock, statement_seconds=MIGRATION_STATEMENT_SECONDS) as db:
             done.append(await migrate(db, service))
     return done

@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from octollm.contracts.asking import Message
+from octollm.contracts.asking import PromptMessage
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest, ValidateResult
 from octollm.services.arms.executor import runner_sql
 from octollm.services.arms.judge.validate import validate as judge_validate
@@ -20,11 +20,11 @@ class Scripted:
 
     def __init__(self, *answers: str) -> None:
         self.answers = list(answers)
-        self.asked: list[list[Message]] = []
+        self.asked: list[list[PromptMessage]] = []
 
     async def __call__(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[PromptMessage],
         *,
         max_tokens: int,
         schema: dict[str, object] | None = None,

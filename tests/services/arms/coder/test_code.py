@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from octollm.contracts.asking import Message
+from octollm.contracts.asking import PromptMessage
 from octollm.errors import OctoError
-from octollm.services.arms.coder.code import alike, write_code
-from octollm.services.arms.coder.code_prompt import named_in_goal, other_language, without_tests
+from octollm.services.arms.coder.code import solutions_agree, write_code
+from octollm.services.arms.coder.code_prompt import detect_other_language, find_name_in_goal, strip_test_request
 from octollm.services.arms.coder.examples import Example
-from octollm.services.arms.coder.probe import Outcome
-from octollm.services.arms.coder.solution import memorises, module_name
+from octollm.services.arms.coder.probe import SolutionProbe
+from octollm.services.arms.coder.solution import hardcodes_answers, module_name
 
 GOAL = "Write a Python function double(n) with tests"
 GOOD = "```python\ndef double(n: int) -> int:\n    return n * 2\n```"
@@ -106,7 +106,7 @@ async def test_other_languages_are_refused_before_anything_is_asked(scripted, va
 async def test_reasons_and_files_reach_the_model(scripted, validate, run) -> None:
     ask = scripted(GOOD, EXAMPLES, OTHER_GOOD)
     await write_code(GOAL, ask, validate, run, texts=[("old.py", "OLD = 1")], reasons=["too slow"])
-    first: list[Message] = ask.asked[0]
+    first: list[PromptMessage] = ask.asked[0]
     assert "old.py" in first[-1].content
     assert "too slow" in first[-1].content
 
@@ -179,8 +179,8 @@ async def test_a_class_with_tests_that_test_nothing_fails(scripted, validate, ru
 
 def test_answers_learnt_by_heart_are_seen() -> None:
     examples = [Example("f('hello')", "1"), Example("f('world')", "2"), Example("f('')", "0")]
-    assert memorises("def f(s):\n    return {'hello': 1, 'world': 2}.get(s, 0)", examples)
-    assert not memorises("def f(s):\n    return len(s)", examples)
+    assert hardcodes_answers("def f(s):\n    return {'hello': 1, 'world': 2}.get(s, 0)", examples)
+    assert not hardcodes_answers("def f(s):\n    return len(s)", examples)
 
 
 async def test_a_program_is_asked_for_as_a_function(scripted, validate, run) -> None:
@@ -199,13 +199,13 @@ def test_module_names() -> None:
 
 
 def test_alike_needs_the_same_for_examples_and_most_of_the_rest() -> None:
-    def outcome(*gave: str) -> Outcome:
-        return Outcome((True,) * len(gave), gave)
+    def outcome(*gave: str) -> SolutionProbe:
+        return SolutionProbe((True,) * len(gave), gave)
 
-    assert alike(outcome("1", "2", "3", "4", "5", "6"), outcome("1", "2", "3", "4", "5", "x"), 1)
-    assert not alike(outcome("1", "2", "3"), outcome("9", "2", "3"), 1)
-    assert not alike(outcome("1", "2", "3"), outcome("1", "x", "y"), 1)
-    assert not alike(outcome("raises E", "raises E"), outcome("raises E", "raises E"), 1)
+    assert solutions_agree(outcome("1", "2", "3", "4", "5", "6"), outcome("1", "2", "3", "4", "5", "x"), 1)
+    assert not solutions_agree(outcome("1", "2", "3"), outcome("9", "2", "3"), 1)
+    assert not solutions_agree(outcome("1", "2", "3"), outcome("1", "x", "y"), 1)
+    assert not solutions_agree(outcome("raises E", "raises E"), outcome("raises E", "raises E"), 1)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_alike_needs_the_same_for_examples_and_most_of_the_rest() -> None:
     ],
 )
 def test_the_wish_for_tests_is_left_to_the_tests(goal: str, left: str) -> None:
-    assert without_tests(goal) == left
+    assert strip_test_request(goal) == left
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_the_wish_for_tests_is_left_to_the_tests(goal: str, left: str) -> None:
     ],
 )
 def test_names_in_goals(goal: str, name: str | None) -> None:
-    assert named_in_goal(goal) == name
+    assert find_name_in_goal(goal) == name
 
 
 @pytest.mark.parametrize(
@@ -248,4 +248,4 @@ def test_names_in_goals(goal: str, name: str | None) -> None:
     ],
 )
 def test_other_languages(goal: str, language: str | None) -> None:
-    assert other_language(goal) == language
+    assert detect_other_language(goal) == language

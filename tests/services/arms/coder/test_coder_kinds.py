@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from octollm.errors import OctoError
-from octollm.services.arms.coder.kinds import work_kind
+from octollm.services.arms.coder.kinds import classify_goal
 from octollm.services.arms.coder.text import write_text
 
 
@@ -17,7 +17,7 @@ from octollm.services.arms.coder.text import write_text
     ],
 )
 def test_the_way_a_goal_goes(goal: str, files: tuple[str, ...], kind: str) -> None:
-    assert work_kind(goal, files) == kind
+    assert classify_goal(goal, files) == kind
 
 
 async def test_a_text_is_marked_as_not_checked(scripted) -> None:

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.contracts.operations import RunResult
-from octollm.contracts.tables import Table
+from octollm.contracts.tables import ResultSet
 from octollm.errors import OctoError
-from octollm.services.arms.coder.data import agree, answer_data, render
-from octollm.services.arms.coder.describe import describe_tables, schema_text
-from octollm.services.arms.coder.sql_doubts import doubts as find_doubts
-from octollm.services.arms.coder.sql_doubts import unknown_values
+from octollm.services.arms.coder.data import answer_data, render_answer, results_agree
+from octollm.services.arms.coder.describe import describe_tables, format_schema
+from octollm.services.arms.coder.sql_doubts import find_query_issues as find_doubts
+from octollm.services.arms.coder.sql_doubts import find_unknown_values
 from octollm.services.arms.coder.sql_text import extract_query, missing_column_hint
-from octollm.services.arms.coder.sql_wanted import hint
+from octollm.services.arms.coder.sql_wanted import required_functions_hint
 
 SALES = (
     "CREATE TABLE sales AS SELECT * FROM "
@@ -117,7 +117,7 @@ async def test_tables_that_belong_together_are_said_so(sql) -> None:
             "CREATE TABLE pay AS SELECT 1 AS pid, 2.5 AS sum",
         )
     )
-    text = schema_text(tables)
+    text = format_schema(tables)
     assert "\"Full Name\" VARCHAR: 'A'" in text
     assert "Rows belong together where pay.pid = people.pid" in text
     hint = missing_column_hint('Binder Error: Referenced column "Full Name" not found in FROM clause!', tables)
@@ -127,7 +127,7 @@ async def test_tables_that_belong_together_are_said_so(sql) -> None:
 
 async def test_reserved_names_are_shown_in_quotes(sql) -> None:
     tables = await describe_tables(sql('CREATE TABLE visits AS SELECT 1 AS "user", 2 AS "order", 3 AS page'))
-    text = schema_text(tables)
+    text = format_schema(tables)
     assert '"user" INTEGER' in text
     assert '"order" INTEGER' in text
     assert "  page INTEGER" in text
@@ -167,9 +167,9 @@ def test_any_answer_is_read(answer: str) -> None:
     assert query is None or query.strip() == query
 
 
-def _table(*rows: tuple[object, ...]) -> Table:
+def _table(*rows: tuple[object, ...]) -> ResultSet:
     width = len(rows[0]) if rows else 1
-    return Table(tuple(f"c{n}" for n in range(width)), rows, len(rows))  # type: ignore[arg-type]
+    return ResultSet(tuple(f"c{n}" for n in range(width)), rows, len(rows))  # type: ignore[arg-type]
 
 
 def doubts(*arguments) -> list[str]:
@@ -191,31 +191,31 @@ def test_doubts_are_general_rules(sql) -> None:
 
 
 def test_what_is_wanted_is_named_when_it_is_more_than_one_thing() -> None:
-    assert hint(GOAL, ()) == "The query needs COUNT(*) and SUM(…)."
-    assert hint("How many are there?", ()) == ""
-    assert hint("Orders per month", ()) == "The query needs DATE_TRUNC(…) and GROUP BY."
-    assert hint("the mean score for each subject", ()) == "The query needs AVG(…) and GROUP BY."
+    assert required_functions_hint(GOAL, ()) == "The query needs COUNT(*) and SUM(…)."
+    assert required_functions_hint("How many are there?", ()) == ""
+    assert required_functions_hint("Orders per month", ()) == "The query needs DATE_TRUNC(…) and GROUP BY."
+    assert required_functions_hint("the mean score for each subject", ()) == "The query needs AVG(…) and GROUP BY."
 
 
 async def test_asked_which_one_needs_a_name(sql) -> None:
     tables = await describe_tables(sql(SALES))
     assert "no name" in doubts("Which region sold most?", "SELECT max(amount) FROM sales", _table((3,)), tables)[0]
     assert doubts("Which region sold most?", "SELECT region FROM sales", _table(("North",)), tables) == []
-    assert unknown_values("SELECT 1 FROM sales WHERE region IN ('North', 'West')", tables)[0].text.startswith(
+    assert find_unknown_values("SELECT 1 FROM sales WHERE region IN ('North', 'West')", tables)[0].text.startswith(
         "Column region never is 'West'"
     )
-    assert unknown_values("SELECT 1 FROM sales WHERE region = 'South'", tables) == []
+    assert find_unknown_values("SELECT 1 FROM sales WHERE region = 'South'", tables) == []
 
 
 def test_results_agree_whatever_order_and_types() -> None:
-    assert agree(_table(("a", 1), ("b", 2.0)), _table((2, "b"), (1.0, "a")))
-    assert agree(_table(("a",)), _table(("a", 10.5)))
-    assert not agree(_table(("a",)), _table(("b", 10.5)))
-    assert not agree(_table(("a",)), _table(("a",), ("b",)))
-    assert agree(_table(), _table())
-    assert not agree(_table(), _table(("a",)))
+    assert results_agree(_table(("a", 1), ("b", 2.0)), _table((2, "b"), (1.0, "a")))
+    assert results_agree(_table(("a",)), _table(("a", 10.5)))
+    assert not results_agree(_table(("a",)), _table(("b", 10.5)))
+    assert not results_agree(_table(("a",)), _table(("a",), ("b",)))
+    assert results_agree(_table(), _table())
+    assert not results_agree(_table(), _table(("a",)))
     months = [(1, 10.5), (2, 20.25), (3, 30.125)]
-    assert agree(_table(*months), _table(*((f"2024-0{month}-01", value) for month, value in months)))
+    assert results_agree(_table(*months), _table(*((f"2024-0{month}-01", value) for month, value in months)))
 
 
 cells = st.one_of(st.integers(-99, 99), st.text(max_size=3), st.none())
@@ -225,12 +225,12 @@ cells = st.one_of(st.integers(-99, 99), st.text(max_size=3), st.none())
 def test_agreement_does_not_see_the_order_of_rows(rows: list[tuple[object, object]], random) -> None:
     mixed = list(rows)
     random.shuffle(mixed)
-    assert agree(_table(*rows), _table(*mixed))
+    assert results_agree(_table(*rows), _table(*mixed))
 
 
 def test_long_results_are_cut_and_say_so() -> None:
     rows = tuple((n, f"x{n}") for n in range(60))
-    text = render(Table(("n", "x"), rows, 70), "SELECT 1")
+    text = render_answer(ResultSet(("n", "x"), rows, 70), "SELECT 1")
     assert "49 | x49" in text
     assert "50 | x50" not in text
     assert "… 20 more rows" in text

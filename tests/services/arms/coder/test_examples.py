@@ -6,10 +6,10 @@ import pytest
 
 from octollm.services.arms.coder.examples import (
     Example,
-    goal_examples,
+    are_sufficient,
     parse_examples,
+    parse_goal_examples,
     render_tests,
-    strong,
 )
 
 
@@ -69,20 +69,20 @@ def test_keeps_one_example_a_call() -> None:
     ],
 )
 def test_reads_the_examples_of_a_goal(goal: str, found: list[str]) -> None:
-    examples = goal_examples(goal, "f", 1)
+    examples = parse_goal_examples(goal, "f", 1)
     assert [example.text() for example in examples] == found
-    assert all(example.given for example in examples)
+    assert all(example.is_from_goal for example in examples)
 
 
 def test_bare_values_are_examples_of_one_parameter_only() -> None:
-    assert goal_examples("'aab' becomes 'a2b1'", "f", 2) == []
+    assert parse_goal_examples("'aab' becomes 'a2b1'", "f", 2) == []
 
 
 def test_few_or_equal_examples_prove_little() -> None:
     same = [Example(f"f({n})", "True") for n in range(5)]
-    assert not strong(same)
-    assert not strong([Example("f(1)", "1"), Example("f(2)", "2")])
-    assert strong([*same, Example("f(9)", "False")])
+    assert not are_sufficient(same)
+    assert not are_sufficient([Example("f(1)", "1"), Example("f(2)", "2")])
+    assert are_sufficient([*same, Example("f(9)", "False")])
 
 
 def test_renders_tests_that_run() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.services.arms.coder.examples import Example
-from octollm.services.arms.coder.inputs import MAX_CALLS, more_calls
+from octollm.services.arms.coder.inputs import MAX_CALLS, generate_calls
 
 
 def _examples(*calls: str) -> list[Example]:
@@ -14,7 +14,7 @@ def _examples(*calls: str) -> list[Example]:
 
 
 def test_numbers_between_and_beyond() -> None:
-    calls = more_calls(_examples("f(1)", "f(5)"), "f")
+    calls = generate_calls(_examples("f(1)", "f(5)"), "f")
     assert "f(3)" in calls
     assert "f(15)" in calls
     assert "f(-1)" not in calls
@@ -22,12 +22,12 @@ def test_numbers_between_and_beyond() -> None:
 
 
 def test_texts_put_together_and_cut() -> None:
-    calls = more_calls(_examples("f('ab')", "f('cdef')"), "f")
+    calls = generate_calls(_examples("f('ab')", "f('cdef')"), "f")
     assert {"f('abcdef')", "f('ba')", "f('cd')"} <= set(calls)
 
 
 def test_sorted_lists_stay_sorted() -> None:
-    calls = more_calls(_examples("f([1, 4], [2])", "f([3], [])"), "f")
+    calls = generate_calls(_examples("f([1, 4], [2])", "f([3], [])"), "f")
     assert calls
     for call in calls:
         for argument in ast.parse(call, mode="eval").body.args:  # type: ignore[attr-defined]
@@ -36,8 +36,8 @@ def test_sorted_lists_stay_sorted() -> None:
 
 
 def test_nothing_from_calls_that_cannot_be_read() -> None:
-    assert more_calls(_examples("f(x=1)", "f()", "f(range(3))", "g(1)"), "f") == []
-    assert more_calls([], "f") == []
+    assert generate_calls(_examples("f(x=1)", "f()", "f(range(3))", "g(1)"), "f") == []
+    assert generate_calls([], "f") == []
 
 
 values = st.one_of(
@@ -47,7 +47,7 @@ values = st.one_of(
 
 @given(st.lists(st.tuples(values, values), max_size=5))
 def test_calls_are_python_and_bounded(rows: list[tuple[object, object]]) -> None:
-    calls = more_calls(_examples(*(f"f({one!r}, {other!r})" for one, other in rows)), "f")
+    calls = generate_calls(_examples(*(f"f({one!r}, {other!r})" for one, other in rows)), "f")
     assert len(calls) <= MAX_CALLS
     for call in calls:
         ast.parse(call, mode="eval")

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.services.arms.coder.parse import (
-    definition,
     extract_code,
-    main_definition,
-    only_definitions,
-    parses,
-    signature,
+    find_definition,
+    find_main_definition,
+    format_signature,
+    keep_definitions,
+    try_parse,
 )
 
 CODE = "def double(n):\n    return n * 2"
@@ -56,11 +56,11 @@ def test_gives_nothing_where_there_is_no_code(answer: str) -> None:
 @given(st.text(max_size=300))
 def test_any_answer_gives_python_or_nothing(answer: str) -> None:
     code = extract_code(answer)
-    assert not code or parses(code) is not None
+    assert not code or try_parse(code) is not None
 
 
 def test_leaves_out_examples_and_tests() -> None:
-    code = only_definitions(
+    code = keep_definitions(
         "import re\nimport unittest\nLIMIT = 3  # at most\nunused = 1\n\n"
         "# doubles\ndef double(n):\n    # twice\n    return min(n * 2, LIMIT) if re else n\n\n"
         "# Example\nprint(double(2))\nassert double(1) == 2\n"
@@ -79,20 +79,22 @@ def test_keeps_decorators_docstring_and_future() -> None:
         '"""Doc."""\nfrom __future__ import annotations\nfrom functools import cache\n\n'
         "@cache\ndef f(n):\n    return n\n"
     )
-    assert only_definitions(text) == text
+    assert keep_definitions(text) == text
 
 
 def test_finds_what_the_code_is_for() -> None:
-    assert main_definition("def _help():\n    pass\ndef a():\n    pass\ndef b():\n    pass").name == "b"  # type: ignore[union-attr]
-    assert isinstance(main_definition("class Box:\n    pass\ndef make():\n    return Box()"), ast.ClassDef)
-    assert main_definition("x = 1") is None
-    assert definition(CODE, "half") is None
+    assert find_main_definition("def _help():\n    pass\ndef a():\n    pass\ndef b():\n    pass").name == "b"  # type: ignore[union-attr]
+    assert isinstance(find_main_definition("class Box:\n    pass\ndef make():\n    return Box()"), ast.ClassDef)
+    assert find_main_definition("x = 1") is None
+    assert find_definition(CODE, "half") is None
 
 
 def test_writes_signatures() -> None:
-    function = definition("def f(a: int, *, b='x') -> list[int]:\n    pass", "f")
+    function = find_definition("def f(a: int, *, b='x') -> list[int]:\n    pass", "f")
     assert function is not None
-    assert signature(function) == "def f(a: int, *, b='x') -> list[int]"
-    box = definition("class Box:\n    def __init__(self, n): ...\n    def get(self): ...\n    def _x(self): ...", "Box")
+    assert format_signature(function) == "def f(a: int, *, b='x') -> list[int]"
+    box = find_definition(
+        "class Box:\n    def __init__(self, n): ...\n    def get(self): ...\n    def _x(self): ...", "Box"
+    )
     assert box is not None
-    assert signature(box) == "class Box: def __init__(self, n); def get(self)"
+    assert format_signature(box) == "class Box: def __init__(self, n); def get(self)"

@@ -11,7 +11,7 @@ import pytest
 
 from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
-from octollm.services.arms.executor.probe import probe
+from octollm.services.arms.executor.probe import probe_sandbox
 from octollm.services.arms.executor.sandbox import Sandbox
 from octollm.services.arms.executor.wasi import Wasi
 
@@ -20,7 +20,7 @@ from octollm.services.arms.executor.wasi import Wasi
 def bubblewrap() -> Bubblewrap:
     try:
         sandbox = Bubblewrap.open()
-        asyncio.run(probe(sandbox))
+        asyncio.run(probe_sandbox(sandbox))
     except OctoError as error:
         if os.environ.get("CI"):
             pytest.fail(f"bubblewrap is needed in CI: {error.detail}")

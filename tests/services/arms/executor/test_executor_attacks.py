@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
-from octollm.services.arms.executor.sandbox import MIB, Job, Limits, Outcome, Sandbox
+from octollm.services.arms.executor.sandbox import MIB, Job, Limits, Sandbox, SandboxResult
 
 pytestmark = pytest.mark.sandbox
 
@@ -56,7 +56,7 @@ DENIED_CALLS = {
 }
 
 
-async def attack(sandbox: Sandbox, text: str, **limits: float) -> Outcome:
+async def attack(sandbox: Sandbox, text: str, **limits: float) -> SandboxResult:
     bounds = Limits(**({"wall_seconds": 20, "cpu_seconds": 20} | limits))  # type: ignore[arg-type]
     outcome = await sandbox.run(Job(("main.py",), {"main.py": text.encode()}, bounds))
     assert "BREACH" not in outcome.stdout

@@ -6,15 +6,15 @@ import io
 import os
 from pathlib import Path
 
-from octollm.services.arms.executor.inside import collect, full, unpack
+from octollm.services.arms.executor.inside import collect_files, exceeds_entry_limit, unpack_files
 
 
 def made(root: Path, before: dict[str, bytes] | None = None, most: int = 16) -> dict[str, bytes]:
-    return dict(collect(str(root), before or {}, most, 1024))
+    return dict(collect_files(str(root), before or {}, most, 1024))
 
 
 def test_unpack_and_collect(tmp_path: Path) -> None:
-    before = unpack(io.BytesIO(b"onetwo"), [("a.txt", 3), ("pkg/b.txt", 3)], str(tmp_path), 1024)
+    before = unpack_files(io.BytesIO(b"onetwo"), [("a.txt", 3), ("pkg/b.txt", 3)], str(tmp_path), 1024)
     assert before == {"a.txt": b"one", "pkg/b.txt": b"two"}
     assert made(tmp_path, before) == {}
     (tmp_path / "a.txt").write_text("changed")
@@ -24,7 +24,7 @@ def test_unpack_and_collect(tmp_path: Path) -> None:
 
 
 def test_large_inputs_are_not_kept(tmp_path: Path) -> None:
-    assert unpack(io.BytesIO(bytes(2000)), [("a", 2000)], str(tmp_path), 1024) == {}
+    assert unpack_files(io.BytesIO(bytes(2000)), [("a", 2000)], str(tmp_path), 1024) == {}
 
 
 def test_links_and_special_files_are_passed_over(tmp_path: Path) -> None:
@@ -64,5 +64,5 @@ def test_a_folder_that_vanishes(tmp_path: Path) -> None:
 
 
 def test_full(tmp_path: Path) -> None:
-    assert full([str(tmp_path)], -1)
-    assert not full([str(tmp_path)], 2**62)
+    assert exceeds_entry_limit([str(tmp_path)], -1)
+    assert not exceeds_entry_limit([str(tmp_path)], 2**62)

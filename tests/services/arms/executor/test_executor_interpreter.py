@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from octollm.errors import OctoError
-from octollm.services.arms.executor.interpreter import copy_once, find_duckdb, find_interpreter, reaches
-from octollm.services.arms.executor.process import Identity
+from octollm.services.arms.executor.interpreter import can_read, copy_once, find_duckdb, find_interpreter
+from octollm.services.arms.executor.process import SandboxUser
 
-STRANGER = Identity(61717, 61717)
+STRANGER = SandboxUser(61717, 61717)
 
 
 @pytest.fixture
@@ -29,15 +29,15 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_reaches(tmp_path: Path) -> None:
-    assert reaches(STRANGER, Path("/usr"), Path("/usr/bin"))
-    assert reaches(None, Path("/usr"))
+    assert can_read(STRANGER, Path("/usr"), Path("/usr/bin"))
+    assert can_read(None, Path("/usr"))
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o700)
     (folder / "file").write_text("x")
     (folder / "file").chmod(0o644)
-    assert not reaches(STRANGER, folder)
-    assert not reaches(STRANGER, folder / "file")
-    assert not reaches(Identity(os.getuid() + 1, os.getgid() + 1), folder / "file")
+    assert not can_read(STRANGER, folder)
+    assert not can_read(STRANGER, folder / "file")
+    assert not can_read(SandboxUser(os.getuid() + 1, os.getgid() + 1), folder / "file")
 
 
 def test_a_copy_can_be_read_by_all(tree: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_link_is_not_a_cache(tree: Path, tmp_path: Path) -> None:
 def test_this_interpreter(tmp_path: Path) -> None:
     found = find_interpreter(STRANGER, (tmp_path / "cache",))
     assert found.executable.endswith(f"python{sys.version_info.major}.{sys.version_info.minor}")
-    for source, inside in found.binds:
+    for source, inside in found.bind_mounts:
         assert (source / Path(found.executable).relative_to(inside)).is_file()
 
 

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.services.arms.executor.names import MAX_JOB_FILES, check_names, name_fault
+from octollm.services.arms.executor.names import MAX_JOB_FILES, check_names, find_name_fault
 
 
 @pytest.mark.parametrize("name", ["main.py", "pkg/__init__.py", "a b.csv", "ünïcode.csv", ".hidden", "-x", "a..b"])
 def test_good_names(name: str) -> None:
-    assert name_fault(name) == ""
+    assert find_name_fault(name) == ""
 
 
 @pytest.mark.parametrize(
@@ -35,16 +35,16 @@ def test_good_names(name: str) -> None:
     ],
 )
 def test_bad_names(name: str) -> None:
-    assert name_fault(name)
+    assert find_name_fault(name)
 
 
 def test_a_name_is_unicode() -> None:
-    assert name_fault("\ud800")
+    assert find_name_fault("\ud800")
 
 
 @given(st.text(max_size=60))
 def test_a_good_name_stays_inside(name: str) -> None:
-    if not name_fault(name):
+    if not find_name_fault(name):
         path = PurePosixPath("/work") / name
         assert path.is_relative_to("/work")
         assert ".." not in path.parts

@@ -11,27 +11,27 @@ import pytest
 
 from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
-from octollm.services.arms.executor.probe import choose_sandbox, probe
-from octollm.services.arms.executor.sandbox import Job, Outcome
+from octollm.services.arms.executor.probe import probe_sandbox, select_sandbox
+from octollm.services.arms.executor.sandbox import Job, SandboxResult
 from octollm.services.arms.executor.wasi import Wasi
 
 
 class Broken:
     name = "broken"
 
-    async def run(self, job: Job) -> Outcome:
-        return Outcome(0, "not the sum", "")
+    async def run(self, job: Job) -> SandboxResult:
+        return SandboxResult(0, "not the sum", "")
 
 
 async def test_a_wrong_answer_is_refused() -> None:
     with pytest.raises(OctoError) as caught:
-        await probe(Broken())
+        await probe_sandbox(Broken())
     assert caught.value.code == "sandbox_failed"
 
 
 @pytest.mark.sandbox
 async def test_bubblewrap_first(bubblewrap: Bubblewrap, tmp_path: Path) -> None:
-    assert (await choose_sandbox(cache_dir=tmp_path, fetch=False)).name == "bubblewrap"
+    assert (await select_sandbox(cache_dir=tmp_path, fetch=False)).name == "bubblewrap"
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class TestRefused:
     async def test_the_reason_and_the_remedy(self, tmp_path: Path) -> None:
         with pytest.raises(OctoError) as caught:
-            await choose_sandbox(cache_dir=tmp_path / "cache", fetch=False)
+            await select_sandbox(cache_dir=tmp_path / "cache", fetch=False)
         assert caught.value.code == "no_sandbox"
         assert "No permissions to create new namespace" in caught.value.detail
         assert "apt-get install bubblewrap" in caught.value.detail
@@ -59,20 +59,20 @@ class TestRefused:
 
     async def test_a_preference_has_no_fallback(self, tmp_path: Path) -> None:
         with pytest.raises(OctoError, match="bubblewrap:") as caught:
-            await choose_sandbox("bubblewrap", cache_dir=tmp_path / "cache", fetch=False)
+            await select_sandbox("bubblewrap", cache_dir=tmp_path / "cache", fetch=False)
         assert "wasi:" not in caught.value.detail
 
     @pytest.mark.sandbox
     async def test_wasi_second(self, wasi: Wasi, tool_cache: Path) -> None:
-        assert (await choose_sandbox(cache_dir=tool_cache, fetch=False)).name == wasi.name
+        assert (await select_sandbox(cache_dir=tool_cache, fetch=False)).name == wasi.name
 
 
 async def test_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OctoError, match=r"bwrap\) is not installed"):
-        await choose_sandbox(cache_dir=tmp_path, fetch=False)
+        await select_sandbox(cache_dir=tmp_path, fetch=False)
 
 
 @pytest.mark.sandbox
 async def test_wasi_preferred(wasi: Wasi) -> None:
-    await probe(wasi)
+    await probe_sandbox(wasi)

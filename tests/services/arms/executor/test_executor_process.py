@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 
 from octollm.clock import SystemClock
 from octollm.errors import OctoError
-from octollm.services.arms.executor.process import Report, parse_result, reason_of, run_bounded, unnamed_file
-from octollm.services.arms.executor.sandbox import MAXIMA, Limits, MadeFile, Outcome, Reason
+from octollm.services.arms.executor.process import (
+    SandboxReport,
+    create_anonymous_file,
+    infer_limit_reason,
+    parse_result,
+    run_bounded,
+)
+from octollm.services.arms.executor.sandbox import MAX_LIMITS, LimitReason, Limits, OutputFile, SandboxResult
 from octollm.testing import wait_until
 
 LIMITS = Limits(wall_seconds=5, result_files=2, result_file_bytes=10, output_bytes=1000)
@@ -26,8 +32,8 @@ def report(*files: tuple[object, object], **changes: object) -> bytes:
     return json.dumps(fields).encode() + b"\n"
 
 
-async def shell(script: str, limits: Limits = LIMITS) -> Outcome:
-    with unnamed_file([b"input"]) as job:
+async def shell(script: str, limits: Limits = LIMITS) -> SandboxResult:
+    with create_anonymous_file([b"input"]) as job:
         return await run_bounded(
             lambda result, life: ["/bin/sh", "-c", script, "sh", f"/dev/fd/{result}", f"/dev/fd/{life}"],
             job=job,
@@ -44,7 +50,7 @@ class TestResult:
     def test_whole(self) -> None:
         parsed = parse_result(report(("a", 2), ("b", 1)) + b"xxy", LIMITS)
         assert parsed is not None
-        assert parsed[1] == (MadeFile("a", "xx"), MadeFile("b", "y"))
+        assert parsed[1] == (OutputFile("a", "xx"), OutputFile("b", "y"))
 
     @pytest.mark.parametrize(
         "data",
@@ -87,13 +93,13 @@ class TestResult:
         (-11, 0, 0.0, "", "killed"),
     ],
 )
-def test_reasons(code: int, peak: int, cpu: float, stderr: str, reason: Reason) -> None:
-    assert reason_of(Report(code, "", peak, cpu, ()), stderr, Limits()) == reason
+def test_reasons(code: int, peak: int, cpu: float, stderr: str, reason: LimitReason) -> None:
+    assert infer_limit_reason(SandboxReport(code, "", peak, cpu, ()), stderr, Limits()) == reason
 
 
 def test_limits_are_cut() -> None:
-    assert Limits(wall_seconds=1000, memory_bytes=2**40).within(MAXIMA).wall_seconds == 60
-    assert Limits().within(MAXIMA) == Limits()
+    assert Limits(wall_seconds=1000, memory_bytes=2**40).clamp(MAX_LIMITS).wall_seconds == 60
+    assert Limits().clamp(MAX_LIMITS) == Limits()
 
 
 class TestRun:
@@ -101,7 +107,7 @@ class TestRun:
         line = report(("a.txt", 2)).decode().strip()
         outcome = await shell(f"cat; echo err >&2; echo '{line}' >$1; printf hi >$1")
         assert (outcome.exit_code, outcome.stdout, outcome.stderr) == (0, "input", "err\n")
-        assert outcome.files == (MadeFile("a.txt", "hi"),)
+        assert outcome.files == (OutputFile("a.txt", "hi"),)
 
     async def test_no_report_is_a_failure_of_the_sandbox(self) -> None:
         with pytest.raises(OctoError, match="no user namespace") as caught:
@@ -109,7 +115,7 @@ class TestRun:
         assert caught.value.code == "sandbox_failed"
 
     async def test_a_missing_program(self) -> None:
-        with pytest.raises(OctoError) as caught, unnamed_file([]) as job:
+        with pytest.raises(OctoError) as caught, create_anonymous_file([]) as job:
             await run_bounded(lambda *_: ["/nowhere/bwrap"], job=job, limits=LIMITS, clock=SystemClock())
         assert caught.value.code == "sandbox_failed"
 

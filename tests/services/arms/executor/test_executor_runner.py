@@ -13,8 +13,8 @@ from octollm.contracts.operations import RunLimits, RunRequest
 from octollm.contracts.task import FileRef
 from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
-from octollm.services.arms.executor.runner import Runner, limits_of
-from octollm.services.arms.executor.sandbox import MAXIMA, MIB, Job, Limits, MadeFile, Outcome, Sandbox
+from octollm.services.arms.executor.runner import Runner, resolve_limits
+from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, OutputFile, Sandbox, SandboxResult
 from octollm.testing import wait_until
 
 HELLO = RunRequest("python", ("-c", "print('hello')"))
@@ -30,21 +30,21 @@ class Gate:
         self.inside = 0
         self.open = asyncio.Event()
 
-    async def run(self, job: Job) -> Outcome:
+    async def run(self, job: Job) -> SandboxResult:
         self.jobs.append(job)
         self.inside += 1
         try:
             await self.open.wait()
         finally:
             self.inside -= 1
-        return Outcome(0, "out", "", (MadeFile("a", "b"),))
+        return SandboxResult(0, "out", "", (OutputFile("a", "b"),))
 
 
 class TestLimits:
     def test_defaults(self) -> None:
-        limits = limits_of(RunLimits(), Limits(), MAXIMA)
+        limits = resolve_limits(RunLimits(), Limits(), MAX_LIMITS)
         assert (limits.wall_seconds, limits.cpu_seconds, limits.memory_bytes) == (10, 20, 512 * MIB)
-        assert limits_of(RunLimits(), Limits(), MAXIMA, memory=MIB).memory_bytes == MIB
+        assert resolve_limits(RunLimits(), Limits(), MAX_LIMITS, memory=MIB).memory_bytes == MIB
 
     @given(
         st.none() | st.floats(0.01, 1e9),
@@ -52,8 +52,8 @@ class TestLimits:
         st.none() | st.integers(1, 2**50),
     )
     def test_never_past_the_maxima(self, wall: float | None, memory: int | None, output: int | None) -> None:
-        limits = limits_of(RunLimits(wall, memory, output), Limits(), MAXIMA)
-        assert limits == limits.within(MAXIMA)
+        limits = resolve_limits(RunLimits(wall, memory, output), Limits(), MAX_LIMITS)
+        assert limits == limits.clamp(MAX_LIMITS)
         assert limits.cpu_seconds >= 1
 
     @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ class TestLimits:
     )
     def test_nonsense(self, asked: RunLimits) -> None:
         with pytest.raises(OctoError) as caught:
-            limits_of(asked, Limits(), MAXIMA)
+            resolve_limits(asked, Limits(), MAX_LIMITS)
         assert caught.value.code == "invalid_body"
 
 
@@ -88,30 +88,30 @@ async def test_refused_before_it_runs(request_: RunRequest, files: dict[str, byt
 
 async def test_concurrency_and_queue() -> None:
     gate = Gate()
-    runner = Runner(gate, concurrency=2, queue=1)
+    runner = Runner(gate, concurrency=2, max_waiting=1)
     runs = [asyncio.create_task(runner.run(HELLO, {})) for _ in range(3)]
-    await wait_until(lambda: gate.inside == 2 and runner.busy == 3, description="two run, one waits")
+    await wait_until(lambda: gate.inside == 2 and runner.active == 3, description="two run, one waits")
     with pytest.raises(OctoError) as caught:
         await runner.run(HELLO, {})
     assert caught.value.code == "overloaded"
     assert caught.value.retry_after
     gate.open.set()
     assert [run.stdout for run in await asyncio.gather(*runs)] == ["out"] * 3
-    assert runner.busy == 0
+    assert runner.active == 0
 
 
 async def test_a_cancelled_wait_gives_its_place_back() -> None:
     gate = Gate()
-    runner = Runner(gate, concurrency=1, queue=1)
+    runner = Runner(gate, concurrency=1, max_waiting=1)
     first, second = (asyncio.create_task(runner.run(HELLO, {})) for _ in range(2))
-    await wait_until(lambda: runner.busy == 2, description="one runs, one waits")
+    await wait_until(lambda: runner.active == 2, description="one runs, one waits")
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert (runner.busy, gate.inside) == (0, 0)
+    assert (runner.active, gate.inside) == (0, 0)
 
 
 async def test_the_command_of_a_job() -> None:

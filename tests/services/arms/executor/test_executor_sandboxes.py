@@ -12,7 +12,7 @@ import pytest
 
 from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
-from octollm.services.arms.executor.sandbox import MIB, Job, Limits, MadeFile, Sandbox
+from octollm.services.arms.executor.sandbox import MIB, Job, Limits, OutputFile, Sandbox
 from octollm.services.arms.executor.wasi import Wasi
 from octollm.testing import wait_until
 
@@ -58,7 +58,7 @@ Path("out/binary").write_bytes(bytes(range(256)))
     }
     outcome = await sandbox.run(Job(("main.py",), files))
     assert outcome.stderr == ""
-    assert set(outcome.files) == {MadeFile("changed.txt", "after"), MadeFile("out/deep/new.txt", "42")}
+    assert set(outcome.files) == {OutputFile("changed.txt", "after"), OutputFile("out/deep/new.txt", "42")}
 
 
 async def test_unittest(sandbox: Sandbox) -> None:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.runner_sql import RefusedError, check
-from octollm.services.arms.executor.sandbox import MIB, Limits, Outcome
-from octollm.services.arms.executor.sql import DESCRIBE, MAX_QUERY, is_tabular, sql_job, tables_of
+from octollm.services.arms.executor.sandbox import MIB, Limits, SandboxResult
+from octollm.services.arms.executor.sql import DESCRIBE, MAX_QUERY, build_sql_job, derive_tables, is_tabular
 
 LIMITS = Limits(wall_seconds=30, cpu_seconds=60, memory_bytes=1024 * MIB)
 
@@ -33,19 +33,19 @@ class TestTables:
         ],
     )
     def test_names(self, name: str, table: str) -> None:
-        assert [found.table for found in tables_of([name])] == [table]
+        assert [found.table for found in derive_tables([name])] == [table]
 
     def test_equal_stems(self) -> None:
-        assert [t.table for t in tables_of(["a.csv", "a.json", "A.tsv"])] == ["a", "a_2", "a_3"]
+        assert [t.table for t in derive_tables(["a.csv", "a.json", "A.tsv"])] == ["a", "a_2", "a_3"]
 
     def test_others_are_left_out(self) -> None:
-        assert tables_of(["notes.md", "x", "csv"]) == ()
+        assert derive_tables(["notes.md", "x", "csv"]) == ()
         assert is_tabular("X.CSV")
         assert not is_tabular("x.txt")
 
     @given(st.lists(st.text(min_size=1, max_size=10).map(lambda stem: stem + ".csv"), max_size=8))
     def test_tables_are_distinct_identifiers(self, names: list[str]) -> None:
-        tables = [found.table for found in tables_of(names)]
+        tables = [found.table for found in derive_tables(names)]
         assert len(set(tables)) == len(tables)
         assert all(table.isidentifier() or table[0] in "_t" or table[0].isalnum() for table in tables)
 
@@ -53,7 +53,7 @@ class TestTables:
 @pytest.mark.parametrize("query", ["", "  ", "x" * (MAX_QUERY + 1)])
 def test_queries_are_bounded(query: str) -> None:
     with pytest.raises(OctoError) as caught:
-        sql_job(query, {}, LIMITS)
+        build_sql_job(query, {}, LIMITS)
     assert caught.value.code == "invalid_body"
 
 
@@ -85,9 +85,9 @@ def test_only_one_statement(query: str) -> None:
         check(query)
 
 
-async def ask(sandbox: Bubblewrap, query: str, **files: str | bytes) -> Outcome:
+async def ask(sandbox: Bubblewrap, query: str, **files: str | bytes) -> SandboxResult:
     named = {name.replace("__", "."): data.encode() if isinstance(data, str) else data for name, data in files.items()}
-    return await sandbox.run(sql_job(query, named, LIMITS))
+    return await sandbox.run(build_sql_job(query, named, LIMITS))
 
 
 async def answer(sandbox: Bubblewrap, query: str, **files: str | bytes) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class TestStrangeFiles:
 
     async def test_a_hostile_file_name(self, bubblewrap: Bubblewrap) -> None:
         name = "x'; DROP TABLE a; --\".csv"
-        outcome = await bubblewrap.run(sql_job("FROM data", {name: b"a\n1\n"}, LIMITS))
+        outcome = await bubblewrap.run(build_sql_job("FROM data", {name: b"a\n1\n"}, LIMITS))
         assert json.loads(outcome.stdout)["rows"] == [[1]]
 
     async def test_twenty_megabytes(self, bubblewrap: Bubblewrap) -> None:
@@ -245,12 +245,12 @@ class TestRefusals:
 
     async def test_memory(self, bubblewrap: Bubblewrap) -> None:
         limits = Limits(wall_seconds=30, cpu_seconds=60, memory_bytes=400 * MIB)
-        job = sql_job("SELECT list(a.range || 'xxxxxxxx') FROM range(30000000) a", {}, limits)
+        job = build_sql_job("SELECT list(a.range || 'xxxxxxxx') FROM range(30000000) a", {}, limits)
         outcome = await bubblewrap.run(job)
         assert (outcome.exit_code, outcome.reason) == (1, "memory")
 
     async def test_time(self, bubblewrap: Bubblewrap) -> None:
-        job = sql_job("SELECT count(*) FROM range(10000000) a, range(10000000) b", {}, Limits(wall_seconds=2))
+        job = build_sql_job("SELECT count(*) FROM range(10000000) a, range(10000000) b", {}, Limits(wall_seconds=2))
         assert (await bubblewrap.run(job)).reason == "timeout"
 
 

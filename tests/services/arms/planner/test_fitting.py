@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.contracts.task import ArmInfo
-from octollm.services.arms.planner.choose import choose_parts
-from octollm.services.arms.planner.fitting import fit, fitting_arm
+from octollm.services.arms.planner.choose import assign_arms
+from octollm.services.arms.planner.fitting import find_matching_arm, score_arm
 
 
 def arm(name: str, description: str) -> ArmInfo:
@@ -64,7 +64,7 @@ GOALS = [
 
 @pytest.mark.parametrize(("goal", "wanted"), GOALS)
 def test_a_goal_goes_to_the_arm_that_is_for_it(goal: str, wanted: str | None) -> None:
-    found = fitting_arm(goal, OWN, with_files=False)
+    found = find_matching_arm(goal, OWN, with_files=False)
     assert (found.name if found else None) == wanted
 
 
@@ -72,27 +72,30 @@ def test_a_goal_goes_to_the_arm_that_is_for_it(goal: str, wanted: str | None) ->
     ("goal", "files"), [("How often does it retry?", ["notes.md"]), ("What is the total?", ["s.csv"])]
 )
 def test_files_of_the_built_in_kinds_stay_with_the_built_in_arms(goal: str, files: list[str]) -> None:
-    assert {part.arm for part in choose_parts(goal, files, OWN, program=False)} <= {"retriever", "coder"}
+    assert {part.arm for part in assign_arms(goal, files, OWN, wants_code=False)} <= {"retriever", "coder"}
 
 
 def test_an_arm_takes_the_goal_with_its_files() -> None:
-    (part,) = choose_parts("Translate the letter", ["letter.txt"], OWN, program=False)
+    (part,) = assign_arms("Translate the letter", ["letter.txt"], OWN, wants_code=False)
     assert (part.arm, part.files) == ("translator", ("letter.txt",))
 
 
 def test_a_file_that_an_arm_accepts_comes_before_words() -> None:
     reader = ArmInfo("reader", "Reads pictures", ("image/*",), ("execute",))
-    (part,) = choose_parts("Translate the sign in the picture", ["sign.png"], [*OWN, reader], program=False)
+    (part,) = assign_arms("Translate the sign in the picture", ["sign.png"], [*OWN, reader], wants_code=False)
     assert part.arm == "reader"
 
 
 @given(goal=st.text(max_size=200))
 def test_whoever_comes_first_in_the_list_is_no_better(goal: str) -> None:
-    forward, backward = fitting_arm(goal, OWN, with_files=False), fitting_arm(goal, OWN[::-1], with_files=False)
+    forward, backward = (
+        find_matching_arm(goal, OWN, with_files=False),
+        find_matching_arm(goal, OWN[::-1], with_files=False),
+    )
     assert forward == backward
 
 
 @given(goal=st.text(max_size=200), more=st.text(max_size=100))
 def test_a_description_without_meaning_fits_nothing(goal: str, more: str) -> None:
-    assert fit(goal, arm("x", "the of and")) <= 1
-    assert fitting_arm(goal + more, [], with_files=False) is None
+    assert score_arm(goal, arm("x", "the of and")) <= 1
+    assert find_matching_arm(goal + more, [], with_files=False) is None

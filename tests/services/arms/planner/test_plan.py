@@ -101,7 +101,7 @@ def _step(name: str, arm: str, *needs: str, files: tuple[str, ...] = ()) -> dict
 async def test_a_capable_model_designs_the_plan() -> None:
     arms = (ArmInfo("translator", "Translates text"),)
     ask = Asked({"steps": [_step("a", "retriever", files=("a.md",)), _step("b", "translator", "a")]})
-    plan = await make_plan(_request("Translate the summary", "a.md", arms=arms), ask, capable=True)
+    plan = await make_plan(_request("Translate the summary", "a.md", arms=arms), ask, is_capable=True)
     assert [(step.arm, step.depends_on) for step in plan.steps] == [("retriever", ()), ("translator", ("a",))]
     assert "translator: Translates text" in ask.prompts[0]
     assert "judge" not in ask.prompts[0]
@@ -111,15 +111,15 @@ async def test_a_designed_plan_is_mended_once_then_code_chooses() -> None:
     bad = {"steps": [_step("a", "coder", "b"), _step("b", "coder", "a")]}
     good = {"steps": [_step("a", "coder")]}
     ask = Asked(bad, good)
-    assert len((await make_plan(_request("Explain x"), ask, capable=True)).steps) == 1
+    assert len((await make_plan(_request("Explain x"), ask, is_capable=True)).steps) == 1
     assert "in a circle" in ask.prompts[1]
     ask = Asked(bad, "prose", _worded("Explain it"))
-    assert (await make_plan(_request("Explain x"), ask, capable=True)).steps[0].title == "Explain it"
+    assert (await make_plan(_request("Explain x"), ask, is_capable=True)).steps[0].title == "Explain it"
 
 
 async def test_why_an_earlier_plan_failed_is_told() -> None:
     ask = Asked({"steps": [_step("a", "coder")]})
-    await make_plan(PlanRequest("Explain x", reasons=("it was too long",)), ask, capable=True)
+    await make_plan(PlanRequest("Explain x", reasons=("it was too long",)), ask, is_capable=True)
     assert "it was too long" in ask.prompts[0]
 
 

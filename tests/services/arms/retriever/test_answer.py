@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from octollm.contracts.operations import Passage
 from octollm.contracts.passages import numbered_lines, split_passages
-from octollm.services.arms.retriever.answer import answer_question, denies, tidy
-from octollm.services.arms.retriever.cite import support
-from octollm.services.arms.retriever.focus import narrowed, split
+from octollm.services.arms.retriever.answer import answer_question, first_paragraph, is_denial
+from octollm.services.arms.retriever.cite import measure_support
+from octollm.services.arms.retriever.focus import narrow_passages, split_sentences
 
 TEXT = """# Pump P3
 
@@ -111,26 +111,31 @@ async def test_reasons_reach_the_model() -> None:
 
 
 def test_two_lines_that_carry_parts_are_both_cited() -> None:
-    held = support("What about filter and oil?", "6 months; grade B oil", _passages())
+    held = measure_support("What about filter and oil?", "6 months; grade B oil", _passages())
     assert [(c.line_start, c.line_end) for c in held.citations] == [(6, 8)] or len(held.citations) == 2
-    assert held.answered == 1.0
+    assert held.answer_coverage == 1.0
 
 
 @given(st.text(max_size=400), st.text(max_size=60), st.text(max_size=60))
 def test_every_citation_reads_as_in_the_text(text: str, question: str, answer: str) -> None:
     lines = numbered_lines(text)
-    for citation in support(question, answer, _passages(text, 80)).citations:
+    for citation in measure_support(question, answer, _passages(text, 80)).citations:
         there = "\n".join(lines[citation.line_start - 1 : citation.line_end])
         assert " ".join(citation.text.split()) in " ".join(there.split())
         assert citation.line_end - citation.line_start < 3
 
 
 def test_sentences_join_wrapped_lines_and_keep_items_apart() -> None:
-    assert split("One is\nwrapped. Two.\n- item a\n- item b") == ["One is wrapped.", "Two.", "- item a", "- item b"]
+    assert split_sentences("One is\nwrapped. Two.\n- item a\n- item b") == [
+        "One is wrapped.",
+        "Two.",
+        "- item a",
+        "- item b",
+    ]
 
 
 def test_narrowed_passages_are_shorter() -> None:
-    cut = narrowed("Who changes the seal?", _passages())
+    cut = narrow_passages("Who changes the seal?", _passages())
     assert "Rosa Lind" in "".join(passage.text for passage in cut)
     assert sum(len(p.text) for p in cut) < len(TEXT)
 
@@ -149,8 +154,8 @@ def test_narrowed_passages_are_shorter() -> None:
     ],
 )
 def test_denials(answer: str, denial: bool) -> None:
-    assert denies(answer) == denial
+    assert is_denial(answer) == denial
 
 
 def test_tidy_takes_the_first_paragraph() -> None:
-    assert tidy("Answer: It is\n six.\n\nBecause of that.") == "It is six."
+    assert first_paragraph("Answer: It is\n six.\n\nBecause of that.") == "It is six."

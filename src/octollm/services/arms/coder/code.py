@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from octollm.contracts.asking import Ask
+from octollm.contracts.asking import PromptFunction
 from octollm.contracts.operations import ValidateRequest, ValidateResult
 from octollm.contracts.task import Check
 from octollm.errors import OctoError
@@ -14,43 +14,50 @@ from octollm.services.arms.coder import code_prompt
 from octollm.services.arms.coder.class_code import write_class
 from octollm.services.arms.coder.examples import (
     Example,
-    goal_examples,
+    are_sufficient,
+    deduplicate,
     parse_examples,
+    parse_goal_examples,
     render_tests,
-    strong,
-    unique,
 )
-from octollm.services.arms.coder.inputs import more_calls
-from octollm.services.arms.coder.parse import definition, main_definition, signature
-from octollm.services.arms.coder.probe import Outcome, Run, probe
-from octollm.services.arms.coder.solution import OnText, Validate, Written, clean, memorises, module_name
+from octollm.services.arms.coder.inputs import generate_calls
+from octollm.services.arms.coder.parse import find_definition, find_main_definition, format_signature
+from octollm.services.arms.coder.probe import Run, SolutionProbe, probe_solutions
+from octollm.services.arms.coder.solution import (
+    CodeSolution,
+    OnText,
+    Validate,
+    extract_module,
+    hardcodes_answers,
+    module_name,
+)
 
 ATTEMPTS = 4
 """Solutions at most: the first, then in turn a fresh one and a mended one."""
 MAX_CODE_TOKENS = 600
 MAX_EXAMPLE_TOKENS = 220
-MIN_ALIKE = 0.8
+MIN_AGREEMENT = 0.8
 """Share of the further inputs on which two solutions must do the same."""
-_RENEWED_SEED = 91
+_NEW_EXAMPLES_SEED = 91
 _TEMPERATURES = (0.0, 0.7, 0.3, 0.9)
 
 
 @dataclass(slots=True)
-class _Work:
+class _CandidatePool:
     """What a goal has come to so far."""
 
     goal: str
     name: str
     examples: list[Example]
-    fresh: list[str] = field(default_factory=list[str])
+    independent: list[str] = field(default_factory=list[str])
     """Solutions that were written from the goal alone."""
     passing: list[tuple[str, ValidateResult]] = field(default_factory=list[tuple[str, ValidateResult]])
     """Solutions that pass every example, with the judge's verdict."""
 
-    tests_failed: bool = False
+    has_failing_tests: bool = False
     """Whether the tests have failed a solution that was otherwise sound."""
 
-    renewed: bool = False
+    has_new_examples: bool = False
     """Whether the model's examples have been asked for anew."""
 
     @property
@@ -60,14 +67,14 @@ class _Work:
 
 async def write_code(
     goal: str,
-    ask: Ask,
+    ask: PromptFunction,
     validate: Validate,
     run: Run,
     *,
     texts: Sequence[tuple[str, str]] = (),
     reasons: Sequence[str] = (),
     on_text: OnText | None = None,
-) -> Written:
+) -> CodeSolution:
     """Write what ``goal`` asks for, with tests that pass.
 
     The tests come from the goal alone, so code and tests are two opinions; a second solution is a third. Accepted is
@@ -82,11 +89,11 @@ async def write_code(
     ``OctoError``: ``not_accepted`` with the judge's reasons when nothing is accepted, and what ``ask``, ``validate``
     and ``run`` raise.
     """
-    language = code_prompt.other_language(goal)
+    language = code_prompt.detect_other_language(goal)
     if language:
         raise OctoError(f"Only Python can be run and checked here, not {language}.", code="not_accepted")
     base = code_prompt.code_messages(goal, texts, reasons)
-    work: _Work | None = None
+    work: _CandidatePool | None = None
     last, why = "", list[str]()
     for attempt in range(ATTEMPTS):
         mends = attempt > 0 and attempt % 2 == 0 and bool(last) and bool(why)
@@ -94,27 +101,27 @@ async def write_code(
         answer = await ask(
             messages, max_tokens=MAX_CODE_TOKENS, temperature=_TEMPERATURES[attempt], seed=attempt, on_text=on_text
         )
-        code = clean(answer)
+        code = extract_module(answer)
         if work is None:
-            node = _wanted(goal, code)
+            node = _target_definition(goal, code)
             if node is None:
                 why = ["There is no function or class in the answer."]
-                base = code_prompt.code_messages(f"{goal}\n{code_prompt.AS_FUNCTION}", texts, reasons)
+                base = code_prompt.code_messages(f"{goal}\n{code_prompt.FUNCTION_INSTRUCTION}", texts, reasons)
                 continue
             if isinstance(node, ast.ClassDef):
                 return await write_class(goal, node, code, base, ask, validate, on_text)
-            work = _Work(goal, node.name, await _examples(goal, node, ask))
-        fault = await _unusable(code, work, ask, seed=attempt + 1)
+            work = _CandidatePool(goal, node.name, await _collect_examples(goal, node, ask))
+        fault = await _find_solution_fault(code, work, ask, seed=attempt + 1)
         if fault:
             last, why = "", [fault]
             continue
-        accepted, why = await _consider(code, work, ask, validate, run, fresh=not mends)
+        accepted, why = await _evaluate(code, work, ask, validate, run, is_independent=not mends)
         last = code
-        if not accepted and work.tests_failed:
-            accepted = _only_passing(work)
+        if not accepted and work.has_failing_tests:
+            accepted = _sole_passing_solution(work)
         if accepted:
             return accepted
-    accepted = _only_passing(work) if work else None
+    accepted = _sole_passing_solution(work) if work else None
     if accepted:
         return accepted
     if work and work.passing:
@@ -122,117 +129,125 @@ async def write_code(
     raise OctoError(f"No solution was accepted: {' '.join(why)[:900]}", code="not_accepted")
 
 
-async def _unusable(code: str, work: _Work, ask: Ask, seed: int) -> str:
+async def _find_solution_fault(code: str, work: _CandidatePool, ask: PromptFunction, seed: int) -> str:
     """Say why a solution cannot be tried; weak examples are asked for again first."""
-    node = definition(code, work.name)
+    node = find_definition(code, work.name)
     if not isinstance(node, ast.FunctionDef):
         return f"There is no function {work.name} in the answer."
-    if not strong(work.examples):
-        work.examples = unique([*work.examples, *await _examples(work.goal, node, ask, seed)])
-    return "" if strong(work.examples) else "The tests are too few to tell right from wrong."
+    if not are_sufficient(work.examples):
+        work.examples = deduplicate([*work.examples, *await _collect_examples(work.goal, node, ask, seed)])
+    return "" if are_sufficient(work.examples) else "The tests are too few to tell right from wrong."
 
 
-def _only_passing(work: _Work) -> Written | None:
+def _sole_passing_solution(work: _CandidatePool) -> CodeSolution | None:
     """Return the solution that passes every example, if there is just one."""
     if len(work.passing) != 1:
         return None
     code, verdict = work.passing[0]
-    return _written(code, work.examples, work, verdict, "the tests were written without sight of the code")
+    return _build_solution(code, work.examples, work, verdict, "the tests were written without sight of the code")
 
 
-async def _consider(
-    code: str, work: _Work, ask: Ask, validate: Validate, run: Run, *, fresh: bool
-) -> tuple[Written | None, list[str]]:
+async def _evaluate(
+    code: str, work: _CandidatePool, ask: PromptFunction, validate: Validate, run: Run, *, is_independent: bool
+) -> tuple[CodeSolution | None, list[str]]:
     """Judge one more solution beside those before it: what is accepted, or the reasons against this one."""
-    verdict = await _judged(code, work.examples, work, validate)
+    verdict = await _validate_examples(code, work.examples, work, validate)
     before = [each for each, _ in work.passing]
-    rivals = [*before, *(each for each in work.fresh if each not in before)]
-    if fresh:
-        work.fresh.append(code)
-    if verdict.is_valid and memorises(code, work.examples):
+    rivals = [*before, *(each for each in work.independent if each not in before)]
+    if is_independent:
+        work.independent.append(code)
+    if verdict.is_valid and hardcodes_answers(code, work.examples):
         return None, ["The code holds the answers of the tests instead of computing them."]
     if verdict.is_valid:
         work.passing.append((code, verdict))
     elif any(check.name == "tests" for check in verdict.checks):
-        work.tests_failed = True
+        work.has_failing_tests = True
     else:
         return None, list(verdict.reasons)
     if not rivals:
         return None, list(verdict.reasons)
-    return await _compared(code, rivals, work, ask, validate, run, fresh=fresh), list(verdict.reasons)
+    return await _find_agreement(code, rivals, work, ask, validate, run, is_independent=is_independent), list(
+        verdict.reasons
+    )
 
 
-async def _compared(
+async def _find_agreement(
     code: str,
     rivals: Sequence[str],
-    work: _Work,
-    ask: Ask,
+    work: _CandidatePool,
+    ask: PromptFunction,
     validate: Validate,
     run: Run,
     *,
-    fresh: bool,
-) -> Written | None:
+    is_independent: bool,
+) -> CodeSolution | None:
     """Return what is accepted because a solution and one of its rivals do the same, if that is so."""
-    calls = [*work.examples, *(Example(call, "None") for call in more_calls(work.examples, work.name))]
-    mine, *others = await probe([code, *rivals], calls, work.name, run)
+    calls = [*work.examples, *(Example(call, "None") for call in generate_calls(work.examples, work.name))]
+    mine, *others = await probe_solutions([code, *rivals], calls, work.name, run)
     passed = dict(work.passing)
     for rival, other in zip(rivals, others, strict=True):
-        if mine is None or other is None or not alike(mine, other, len(work.examples)):
+        if mine is None or other is None or not solutions_agree(mine, other, len(work.examples)):
             continue
         for each in (code, rival):
             if each in passed:
-                return _written(each, work.examples, work, passed[each], "two solutions do the same on more inputs")
-        if fresh and rival in work.fresh:
-            return await _outvoted(code, mine, work, ask, validate)
+                return _build_solution(
+                    each, work.examples, work, passed[each], "two solutions do the same on more inputs"
+                )
+        if is_independent and rival in work.independent:
+            return await _override_examples(code, mine, work, ask, validate)
     return None
 
 
-async def _outvoted(code: str, mine: Outcome, work: _Work, ask: Ask, validate: Validate) -> Written | None:
+async def _override_examples(
+    code: str, mine: SolutionProbe, work: _CandidatePool, ask: PromptFunction, validate: Validate
+) -> CodeSolution | None:
     """Return a solution that breaks examples although another one bears it out, if the examples are to blame.
 
     Few broken ones are dropped; where they are many, others are asked for, once.
     """
-    if any(example.given and not passed for example, passed in zip(work.examples, mine.passed, strict=False)):
+    if any(example.is_from_goal and not passed for example, passed in zip(work.examples, mine.passed, strict=False)):
         return None
-    kept, number = _kept(work.examples, mine), len(work.examples)
+    kept, number = _passing_examples(work.examples, mine), len(work.examples)
     note = f"two solutions agree; {number - len(kept)} of the model's {number} examples were dropped"
-    if not kept and not work.renewed:
-        work.renewed = True
-        node = definition(code, work.name)
+    if not kept and not work.has_new_examples:
+        work.has_new_examples = True
+        node = find_definition(code, work.name)
         assert isinstance(node, ast.FunctionDef)
-        kept = await _examples(work.goal, node, ask, seed=_RENEWED_SEED)
+        kept = await _collect_examples(work.goal, node, ask, seed=_NEW_EXAMPLES_SEED)
         note = f"two solutions agree; the model's first {number} examples were replaced"
-    if not strong(kept) or memorises(code, kept):
+    if not are_sufficient(kept) or hardcodes_answers(code, kept):
         return None
-    verdict = await _judged(code, kept, work, validate)
-    return _written(code, kept, work, verdict, note) if verdict.is_valid else None
+    verdict = await _validate_examples(code, kept, work, validate)
+    return _build_solution(code, kept, work, verdict, note) if verdict.is_valid else None
 
 
-def alike(one: Outcome, other: Outcome, examples: int) -> bool:
+def solutions_agree(one: SolutionProbe, other: SolutionProbe, examples: int) -> bool:
     """Return whether two solutions gave the same for every example and for most of the calls after them."""
-    if one.gave[:examples] != other.gave[:examples] or all(gave.startswith("raises ") for gave in one.gave):
+    if one.outputs[:examples] != other.outputs[:examples] or all(gave.startswith("raises ") for gave in one.outputs):
         return False
-    more = list(zip(one.gave[examples:], other.gave[examples:], strict=True))
-    return sum(a == b for a, b in more) >= MIN_ALIKE * len(more)
+    more = list(zip(one.outputs[examples:], other.outputs[examples:], strict=True))
+    return sum(a == b for a, b in more) >= MIN_AGREEMENT * len(more)
 
 
-def _wanted(goal: str, code: str) -> ast.FunctionDef | ast.ClassDef | None:
-    named = code_prompt.named_in_goal(goal)
-    return (definition(code, named) if named else None) or main_definition(code)
+def _target_definition(goal: str, code: str) -> ast.FunctionDef | ast.ClassDef | None:
+    named = code_prompt.find_name_in_goal(goal)
+    return (find_definition(code, named) if named else None) or find_main_definition(code)
 
 
-async def _examples(goal: str, node: ast.FunctionDef, ask: Ask, seed: int = 0) -> list[Example]:
-    given = goal_examples(goal, node.name, len(node.args.args))
+async def _collect_examples(goal: str, node: ast.FunctionDef, ask: PromptFunction, seed: int = 0) -> list[Example]:
+    given = parse_goal_examples(goal, node.name, len(node.args.args))
     answer = await ask(
-        code_prompt.example_messages(goal, signature(node)),
+        code_prompt.example_messages(goal, format_signature(node)),
         max_tokens=MAX_EXAMPLE_TOKENS,
         temperature=0.0 if seed == 0 else 0.7,
         seed=seed,
     )
-    return unique([*given, *parse_examples(answer, node.name)])
+    return deduplicate([*given, *parse_examples(answer, node.name)])
 
 
-async def _judged(code: str, examples: list[Example], work: _Work, validate: Validate) -> ValidateResult:
+async def _validate_examples(
+    code: str, examples: list[Example], work: _CandidatePool, validate: Validate
+) -> ValidateResult:
     return await validate(
         ValidateRequest(
             code=code,
@@ -243,15 +258,17 @@ async def _judged(code: str, examples: list[Example], work: _Work, validate: Val
     )
 
 
-def _kept(examples: list[Example], outcome: Outcome) -> list[Example]:
+def _passing_examples(examples: list[Example], outcome: SolutionProbe) -> list[Example]:
     """Return the examples that hold, if they are most of them and tell right from wrong."""
     kept = [example for example, passed in zip(examples, outcome.passed, strict=False) if passed]
-    return kept if strong(kept) and len(kept) * 3 >= len(examples) * 2 else []
+    return kept if are_sufficient(kept) and len(kept) * 3 >= len(examples) * 2 else []
 
 
-def _written(code: str, examples: list[Example], work: _Work, verdict: ValidateResult, note: str) -> Written:
+def _build_solution(
+    code: str, examples: list[Example], work: _CandidatePool, verdict: ValidateResult, note: str
+) -> CodeSolution:
     checks = [*verdict.checks, Check("independent", True, note)]
-    return Written(
+    return CodeSolution(
         filename=f"{work.module}.py",
         code=code,
         tests_filename=f"test_{work.module}.py",

@@ -5,31 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from octollm.contracts.asking import Message, assistant, system, user
+from octollm.contracts.asking import PromptMessage, assistant, system, user
 
-_CODE = (
+_CODE_PROMPT = (
     "You write correct Python 3 with the standard library only. Reply with one code block that has only what is asked "
     "for, with type hints and a short docstring: no tests, no examples, no explanation."
 )
-_EXAMPLES = (
+_EXAMPLES_PROMPT = (
     "You write test cases for Python functions that you cannot see. Reply with six lines, each one assert, such as: "
     "assert f(2) == 4. Use short inputs whose result follows surely from the task: usual ones first, then edge cases. "
     "No comments, no code block."
 )
-_TESTS = (
+_TESTS_PROMPT = (
     "You write unittest test cases for Python classes that you cannot see. Reply with one code block: a class with "
     "three to five short test methods that use only what the task says. Each checks results with assertEqual."
 )
-AS_FUNCTION = "Put the work into a function that returns its result."
+FUNCTION_INSTRUCTION = "Put the work into a function that returns its result."
 """Added to a goal whose first answer defines nothing that could be tested."""
-_CALLED = re.compile(r"\b(?:called|named|name it|call it)\s+[`'\"]?([A-Za-z_]\w*)")
-_HEAD = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\(")
-_AFTER_WORD = re.compile(r"\b(?:function|method|class|def)\s+[`'\"]?([A-Za-z_]\w*)")
+_NAME_AFTER_CALLED = re.compile(r"\b(?:called|named|name it|call it)\s+[`'\"]?([A-Za-z_]\w*)")
+_NAME_BEFORE_PAREN = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\(")
+_NAME_AFTER_KEYWORD = re.compile(r"\b(?:function|method|class|def)\s+[`'\"]?([A-Za-z_]\w*)")
 _LANGUAGES = re.compile(
     r"\b(?:in|a|an|using|with)\s+(JavaScript|TypeScript|Java|Kotlin|Rust|Go|Golang|Ruby|PHP|Swift|Scala|Haskell|Perl|Lua|"
     r"Elixir|Erlang|Clojure|Bash|PowerShell|C|C\+\+|C#)(?![\w+#])",
 )
-_WITH_TESTS = re.compile(
+_TEST_REQUEST = re.compile(
     r"[,;]?\s+(?:and|with|plus|including)\s+(?:(?:some|its|their|a few|good)\s+)?(?:unit\s*)?tests\b"
     r"(?:\s+for\s+(?:it|them))?",
     re.IGNORECASE,
@@ -37,22 +37,22 @@ _WITH_TESTS = re.compile(
 MAX_FILE_CHARS = 4000
 
 
-def named_in_goal(goal: str) -> str | None:
+def find_name_in_goal(goal: str) -> str | None:
     """Return the name that a goal gives to what is to be written: ``name(…)``, "called name", "function some_name"."""
-    for pattern in (_CALLED, _HEAD, _AFTER_WORD):
+    for pattern in (_NAME_AFTER_CALLED, _NAME_BEFORE_PAREN, _NAME_AFTER_KEYWORD):
         for found in pattern.findall(goal):
-            plain_word = pattern is _AFTER_WORD and "_" not in found and found[:1].islower()
-            if found.isidentifier() and not plain_word and found not in _NO_NAMES:
+            plain_word = pattern is _NAME_AFTER_KEYWORD and "_" not in found and found[:1].islower()
+            if found.isidentifier() and not plain_word and found not in _IGNORED_NAMES:
                 return found
     return None
 
 
-_NO_NAMES = frozenset(
+_IGNORED_NAMES = frozenset(
     {"print", "len", "list", "dict", "str", "int", "float", "set", "tuple", "range", "sum", "O", "g", "e"}
 )
 
 
-def other_language(goal: str) -> str | None:
+def detect_other_language(goal: str) -> str | None:
     """Return the programming language that a goal asks for, if it is not Python."""
     if re.search(r"\bpython\b", goal, re.IGNORECASE):
         return None
@@ -60,19 +60,19 @@ def other_language(goal: str) -> str | None:
     return found[1] if found else None
 
 
-def without_tests(goal: str) -> str:
+def strip_test_request(goal: str) -> str:
     """Return a goal without its wish for tests, which are written apart: a model asked for both writes them twice."""
-    return _WITH_TESTS.sub("", goal).strip() or goal
+    return _TEST_REQUEST.sub("", goal).strip() or goal
 
 
-def code_messages(goal: str, texts: Sequence[tuple[str, str]], reasons: Sequence[str]) -> list[Message]:
+def code_messages(goal: str, texts: Sequence[tuple[str, str]], reasons: Sequence[str]) -> list[PromptMessage]:
     """Ask for the code. ``texts`` are (name, text) of files that the goal comes with."""
     shown = "".join(f"File {name}:\n{text[:MAX_FILE_CHARS]}\n\n" for name, text in texts)
     refused = f"\n\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
-    return [system(_CODE), user(f"{shown}{without_tests(goal)}{refused}")]
+    return [system(_CODE_PROMPT), user(f"{shown}{strip_test_request(goal)}{refused}")]
 
 
-def repair_messages(base: Sequence[Message], code: str, reasons: Sequence[str]) -> list[Message]:
+def repair_messages(base: Sequence[PromptMessage], code: str, reasons: Sequence[str]) -> list[PromptMessage]:
     """Ask for better code, with the reasons why the last was not valid."""
     listed = "\n".join(f"- {reason}" for reason in reasons[:4])
     return [
@@ -82,11 +82,11 @@ def repair_messages(base: Sequence[Message], code: str, reasons: Sequence[str]) 
     ]
 
 
-def example_messages(goal: str, head: str) -> list[Message]:
+def example_messages(goal: str, head: str) -> list[PromptMessage]:
     """Ask for examples, from the goal and the head of the function only: the code is not shown."""
-    return [system(_EXAMPLES), user(f"Task: {goal}\nThe function: {head}")]
+    return [system(_EXAMPLES_PROMPT), user(f"Task: {goal}\nThe function: {head}")]
 
 
-def test_messages(goal: str, head: str, module: str) -> list[Message]:
+def class_test_messages(goal: str, head: str, module: str) -> list[PromptMessage]:
     """Ask for test cases of a class, from the goal and its head only."""
-    return [system(_TESTS), user(f"Task: {goal}\nThe class, in module {module}: {head}")]
+    return [system(_TESTS_PROMPT), user(f"Task: {goal}\nThe class, in module {module}: {head}")]

@@ -5,34 +5,34 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from octollm.contracts.asking import Ask, Message, assistant, system, user
-from octollm.contracts.tables import Cell, Table, format_cell, parse_table
+from octollm.contracts.asking import PromptFunction, PromptMessage, assistant, system, user
+from octollm.contracts.tables import Cell, ResultSet, format_cell, parse_result_set
 from octollm.contracts.task import Check, Evidence, ExecuteResult
 from octollm.errors import OctoError
-from octollm.services.arms.coder.describe import RunSql, TableInfo, describe_tables, schema_text
-from octollm.services.arms.coder.sql_doubts import Doubt, doubts
+from octollm.services.arms.coder.describe import RunSql, TableSchema, describe_tables, format_schema
+from octollm.services.arms.coder.sql_doubts import QueryIssue, find_query_issues
 from octollm.services.arms.coder.sql_text import extract_query, missing_column_hint, quote_names
-from octollm.services.arms.coder.sql_wanted import hint
+from octollm.services.arms.coder.sql_wanted import required_functions_hint
 
 OnText = Callable[[str], Awaitable[None]]
 
 MAX_QUERY_TOKENS = 220
 """Tokens of one answer of the model."""
-REPAIRS = 2
+MAX_REPAIRS = 2
 """How often one draft is mended."""
-DRAFTS = 3
+MAX_DRAFTS = 3
 """Drafts at most; two that agree are enough."""
 MAX_NOTES = 2000
-SHOWN_ROWS = 50
+MAX_SHOWN_ROWS = 50
 """Rows of the answer that are shown."""
-NO_ROWS = "No rows match."
+NO_ROWS_TEXT = "No rows match."
 """What is said of an empty result."""
 _TEMPERATURES = (0.0, 0.6, 0.9)
-_SYSTEM = (
+_SQL_PROMPT = (
     "You write DuckDB SQL. Answer every part of the question with one query over the tables: a column for each value "
     "that is asked for. Reply with the SQL only."
 )
-_VARIANTS = (
+_PROMPT_VARIANTS = (
     "",
     "Reply with exactly one SELECT statement that computes what is asked, and selects only that.",
     "Think about which rows count, then reply with one DuckDB query.",
@@ -41,22 +41,22 @@ _VARIANTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class QueryDraft:
     """A query that ran, its rows, and what is doubtful about it."""
 
     query: str
-    table: Table
-    doubts: tuple[Doubt, ...]
+    table: ResultSet
+    issues: tuple[QueryIssue, ...]
 
     @property
-    def sound(self) -> bool:
+    def is_sound(self) -> bool:
         """Return whether nothing speaks against the query for certain."""
-        return not any(doubt.hard for doubt in self.doubts)
+        return not any(doubt.is_fatal for doubt in self.issues)
 
 
 async def answer_data(
     goal: str,
-    ask: Ask,
+    ask: PromptFunction,
     run_sql: RunSql,
     *,
     notes: str = "",
@@ -70,23 +70,26 @@ async def answer_data(
     ``ask`` and ``run_sql`` raise.
     """
     tables = await describe_tables(run_sql)
-    schema, wanted = schema_text(tables), hint(goal, tables)
-    drafts: list[Draft] = []
+    schema, wanted = format_schema(tables), required_functions_hint(goal, tables)
+    drafts: list[QueryDraft] = []
     failures: list[str] = []
-    for number in range(DRAFTS):
-        messages = [system(_SYSTEM), user(_question(schema, goal, notes, reasons, [wanted, _VARIANTS[number]]))]
-        draft = await _draft(goal, tables, messages, ask, run_sql, number, failures, on_text)
+    for number in range(MAX_DRAFTS):
+        messages = [
+            system(_SQL_PROMPT),
+            user(_question_prompt(schema, goal, notes, reasons, [wanted, _PROMPT_VARIANTS[number]])),
+        ]
+        draft = await _write_draft(goal, tables, messages, ask, run_sql, number, failures, on_text)
         if draft is None:
             continue
         for other in drafts:
-            best = min(other, draft, key=lambda one: (not one.sound, len(one.doubts), -len(one.table.columns)))
-            if best.sound and agree(other.table, draft.table):
-                return _result(best, f"{len(drafts) + 1} drafts were compared, two agree")
+            best = min(other, draft, key=lambda one: (not one.is_sound, len(one.issues), -len(one.table.columns)))
+            if best.is_sound and results_agree(other.table, draft.table):
+                return _build_result(best, f"{len(drafts) + 1} drafts were compared, two agree")
         drafts.append(draft)
-    raise OctoError(_failure(drafts, failures), code="not_accepted")
+    raise OctoError(_failure_message(drafts, failures), code="not_accepted")
 
 
-def agree(one: Table, other: Table) -> bool:
+def results_agree(one: ResultSet, other: ResultSet) -> bool:
     """Return whether two results say the same: as many rows, each holding the other's cells or a part of them.
 
     The order of rows and columns, and the names of the columns, do not matter; nor does, in three rows or more with
@@ -94,48 +97,48 @@ def agree(one: Table, other: Table) -> bool:
     """
     if one.row_count != other.row_count or len(one.rows) != len(other.rows):
         return False
-    if len(one.rows) >= 3 and _measures(one) & _measures(other):
+    if len(one.rows) >= 3 and _distinct_measures(one) & _distinct_measures(other):
         return True
     few, many = (one, other) if len(one.columns) <= len(other.columns) else (other, one)
-    left = [[_normal(cell) for cell in row] for row in many.rows]
+    left = [[_normalise_cell(cell) for cell in row] for row in many.rows]
     for row in few.rows:
-        cells = [_normal(cell) for cell in row]
-        at = next((i for i, candidate in enumerate(left) if _holds(candidate, cells)), None)
+        cells = [_normalise_cell(cell) for cell in row]
+        at = next((i for i, candidate in enumerate(left) if _contains_cells(candidate, cells)), None)
         if at is None:
             return False
         del left[at]
     return True
 
 
-def render(table: Table, query: str) -> str:
+def render_answer(table: ResultSet, query: str) -> str:
     """Write the answer: each value beside its column's name, then the query."""
     columns = table.columns
     if not table.rows:
-        body = NO_ROWS
+        body = NO_ROWS_TEXT
     elif len(table.rows) == 1:
         body = "\n".join(f"{name}: {format_cell(cell)}" for name, cell in zip(columns, table.rows[0], strict=True))
     else:
         lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-        lines.extend(" | ".join(format_cell(cell) for cell in row) for row in table.rows[:SHOWN_ROWS])
-        if table.row_count > SHOWN_ROWS:
-            lines.append(f"… {table.row_count - SHOWN_ROWS} more rows")
+        lines.extend(" | ".join(format_cell(cell) for cell in row) for row in table.rows[:MAX_SHOWN_ROWS])
+        if table.row_count > MAX_SHOWN_ROWS:
+            lines.append(f"… {table.row_count - MAX_SHOWN_ROWS} more rows")
         body = "\n".join(lines)
     return f"{body}\n\nQuery:\n```sql\n{query}\n```"
 
 
-async def _draft(
+async def _write_draft(
     goal: str,
-    tables: tuple[TableInfo, ...],
-    messages: list[Message],
-    ask: Ask,
+    tables: tuple[TableSchema, ...],
+    messages: list[PromptMessage],
+    ask: PromptFunction,
     run_sql: RunSql,
     number: int,
     failures: list[str],
     on_text: OnText | None,
-) -> Draft | None:
+) -> QueryDraft | None:
     """Write a query and mend it until it runs without a doubt; the last that ran otherwise."""
-    best: Draft | None = None
-    for attempt in range(1 + REPAIRS):
+    best: QueryDraft | None = None
+    for attempt in range(1 + MAX_REPAIRS):
         answer = await ask(
             messages,
             max_tokens=MAX_QUERY_TOKENS,
@@ -150,10 +153,10 @@ async def _draft(
         else:
             ran = await run_sql(query)
             if ran.exit_code == 0:
-                table = parse_table(ran.stdout)
-                found = doubts(goal, query, table, tables)
-                draft = Draft(query, table, tuple(found))
-                if best is None or (not draft.sound, len(found)) < (not best.sound, len(best.doubts)):
+                table = parse_result_set(ran.stdout)
+                found = find_query_issues(goal, query, table, tables)
+                draft = QueryDraft(query, table, tuple(found))
+                if best is None or (not draft.is_sound, len(found)) < (not best.is_sound, len(best.issues)):
                     best = draft
                 if not found:
                     return draft
@@ -166,30 +169,30 @@ async def _draft(
     return best
 
 
-def _failure(drafts: Sequence[Draft], failures: Sequence[str]) -> str:
+def _failure_message(drafts: Sequence[QueryDraft], failures: Sequence[str]) -> str:
     """Say why there is no answer: what the drafts gave, or what kept them from giving anything."""
-    against = list(dict.fromkeys(doubt.text for one in drafts for doubt in one.doubts if doubt.hard))
-    shown = "; ".join(f"[{one.query}] gave {_short(one.table)}" for one in drafts)
+    against = list(dict.fromkeys(doubt.text for one in drafts for doubt in one.issues if doubt.is_fatal))
+    shown = "; ".join(f"[{one.query}] gave {_summarise_table(one.table)}" for one in drafts)
     if not drafts:
         return f"No query could be run: {'; '.join(failures[-3:])}"
-    if not any(one.sound for one in drafts):
+    if not any(one.is_sound for one in drafts):
         return f"No query does what is asked. {' '.join(against)} Tried: {shown}"
     if len(drafts) == 1:
         return f"Only one query could be run, and no other bears it out: {shown}"
     return f"The queries do not agree, so none is given as the answer: {shown}"
 
 
-def _question(schema: str, goal: str, notes: str, reasons: Sequence[str], said: Sequence[str]) -> str:
+def _question_prompt(schema: str, goal: str, notes: str, reasons: Sequence[str], said: Sequence[str]) -> str:
     known = f"Known so far: {notes[:MAX_NOTES]}\n" if notes else ""
     refused = f"\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
     return "\n".join([schema, "", f"{known}Question: {goal}{refused}", *filter(None, said)])
 
 
-def _result(draft: Draft, why: str) -> ExecuteResult:
+def _build_result(draft: QueryDraft, why: str) -> ExecuteResult:
     checks = [Check("agreement", True, why)]
-    checks.extend(Check("doubt", False, doubt.text) for doubt in draft.doubts)
+    checks.extend(Check("doubt", False, doubt.text) for doubt in draft.issues)
     return ExecuteResult(
-        output=render(draft.table, draft.query),
+        output=render_answer(draft.table, draft.query),
         evidence=Evidence(
             kind="data",
             query=draft.query,
@@ -200,16 +203,16 @@ def _result(draft: Draft, why: str) -> ExecuteResult:
     )
 
 
-def _measures(table: Table) -> set[tuple[str, ...]]:
+def _distinct_measures(table: ResultSet) -> set[tuple[str, ...]]:
     """Return the columns of fractional numbers that tell rows apart, each sorted."""
     found: set[tuple[str, ...]] = set()
     for cells in zip(*table.rows, strict=True):
         if all(isinstance(cell, float) for cell in cells) and len(set(cells)) * 2 > len(cells):
-            found.add(tuple(sorted(_normal(cell) for cell in cells)))
+            found.add(tuple(sorted(_normalise_cell(cell) for cell in cells)))
     return found
 
 
-def _holds(many: list[str], few: list[str]) -> bool:
+def _contains_cells(many: list[str], few: list[str]) -> bool:
     rest = list(many)
     for cell in few:
         if cell not in rest:
@@ -218,7 +221,7 @@ def _holds(many: list[str], few: list[str]) -> bool:
     return True
 
 
-def _normal(cell: Cell) -> str:
+def _normalise_cell(cell: Cell) -> str:
     """Return a cell for comparing: numbers to nine digits, however they are typed."""
     if isinstance(cell, str):
         try:
@@ -230,7 +233,7 @@ def _normal(cell: Cell) -> str:
     return format_cell(cell)
 
 
-def _short(table: Table) -> str:
+def _summarise_table(table: ResultSet) -> str:
     rows = [", ".join(format_cell(cell) for cell in row) for row in table.rows[:3]]
     more = f" and {table.row_count - 3} rows more" if table.row_count > 3 else ""
     return (" / ".join(rows) or "no rows")[:200] + more

@@ -19,7 +19,7 @@ MAX_JOINS = 6
 MAX_COLUMNS = 60
 """Columns that a prompt shows, over all tables."""
 _SHOWN_CHARS = 40
-_RESERVED = frozenset(
+_RESERVED_WORDS = frozenset(
     {"ALL", "AND", "ANY", "ARRAY", "AS", "ASC", "BOTH", "CASE", "CAST", "CHECK", "COLUMN", "DEFAULT", "DESC",
      "DISTINCT", "DO", "ELSE", "END", "EXCEPT", "FETCH", "FOR", "FROM", "GROUP", "HAVING", "IN", "INTO", "LIMIT",
      "NOT", "NULL", "OFFSET", "ON", "ONLY", "OR", "ORDER", "PRIMARY", "REFERENCES", "SELECT", "SHOW", "SOME", "TABLE",
@@ -28,7 +28,7 @@ _RESERVED = frozenset(
 """Words that SQL wants in quotes when they are names; USER is one that DuckDB would read as a function."""
 
 
-class Column(msgspec.Struct, frozen=True):
+class TableColumn(msgspec.Struct, frozen=True):
     """A column; ``values`` are all of its text values when they are few, ``min`` and ``max`` the range of others."""
 
     name: str
@@ -43,26 +43,26 @@ class Column(msgspec.Struct, frozen=True):
         return self.type.upper().startswith(("VARCHAR", "ENUM"))
 
 
-class TableInfo(msgspec.Struct, frozen=True):
+class TableSchema(msgspec.Struct, frozen=True):
     """A table under the executor's name for it; ``sample`` has its first rows."""
 
     table: str
-    columns: tuple[Column, ...]
+    columns: tuple[TableColumn, ...]
     row_count: int = 0
     sample: tuple[tuple[Cell, ...], ...] = ()
 
 
 class _Description(msgspec.Struct, frozen=True):
-    tables: tuple[TableInfo, ...]
+    tables: tuple[TableSchema, ...]
     faults: tuple[str, ...] = ()
 
 
-def quoted(name: str) -> str:
+def quote_identifier(name: str) -> str:
     """Return ``name`` as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
-async def describe_tables(run_sql: RunSql) -> tuple[TableInfo, ...]:
+async def describe_tables(run_sql: RunSql) -> tuple[TableSchema, ...]:
     """Ask the executor what the tables hold.
 
     Raises ``OctoError``: ``file_invalid`` when no file could be read as a table, ``peer_protocol``.
@@ -81,43 +81,44 @@ async def describe_tables(run_sql: RunSql) -> tuple[TableInfo, ...]:
     return found.tables
 
 
-def schema_text(tables: tuple[TableInfo, ...]) -> str:
+def format_schema(tables: tuple[TableSchema, ...]) -> str:
     """Describe tables to a model, a line per column, and how they belong together."""
     lines: list[str] = []
     for table in tables:
-        lines.append(f"Table {_name(table.table)} ({table.row_count} rows):")
+        lines.append(f"Table {_identifier(table.table)} ({table.row_count} rows):")
         for number, column in enumerate(table.columns):
             first = next((row[number] for row in table.sample if number < len(row) and row[number] is not None), None)
-            lines.append(f"  {_name(column.name)} {column.type}{_content(column, first)}")
+            lines.append(f"  {_identifier(column.name)} {column.type}{_describe_content(column, first)}")
     lines = lines[: MAX_COLUMNS + len(tables)]
-    lines.extend(f"Rows belong together where {join}." for join in shared_columns(tables))
+    lines.extend(f"Rows belong together where {join}." for join in find_join_conditions(tables))
     return "\n".join(lines)
 
 
-def shared_columns(tables: tuple[TableInfo, ...]) -> list[str]:
+def find_join_conditions(tables: tuple[TableSchema, ...]) -> list[str]:
     """Return how tables can be joined: the columns that bear the same name in two of them."""
     found: list[str] = []
     for number, one in enumerate(tables):
         for other in tables[number + 1 :]:
             same = {column.name for column in one.columns} & {column.name for column in other.columns}
             found.extend(
-                f"{_name(one.table)}.{_name(name)} = {_name(other.table)}.{_name(name)}" for name in sorted(same)
+                f"{_identifier(one.table)}.{_identifier(name)} = {_identifier(other.table)}.{_identifier(name)}"
+                for name in sorted(same)
             )
     return found[:MAX_JOINS]
 
 
-def _name(name: str) -> str:
-    plain = name.isidentifier() and name.isascii() and name.upper() not in _RESERVED
-    return name if plain else quoted(name)
+def _identifier(name: str) -> str:
+    plain = name.isidentifier() and name.isascii() and name.upper() not in _RESERVED_WORDS
+    return name if plain else quote_identifier(name)
 
 
-def _content(column: Column, first: Cell) -> str:
+def _describe_content(column: TableColumn, first: Cell) -> str:
     if column.values:
-        return ": " + ", ".join(_literal(value[:_SHOWN_CHARS]) for value in column.values)
+        return ": " + ", ".join(_quote_literal(value[:_SHOWN_CHARS]) for value in column.values)
     if column.min is not None:
         return f" from {format_cell(column.min)[:_SHOWN_CHARS]} to {format_cell(column.max)[:_SHOWN_CHARS]}"
-    return f", e.g. {_literal(format_cell(first)[:_SHOWN_CHARS])}" if first is not None else ""
+    return f", e.g. {_quote_literal(format_cell(first)[:_SHOWN_CHARS])}" if first is not None else ""
 
 
-def _literal(text: str) -> str:
+def _quote_literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from octollm.services.arms.coder.parse import parses
+from octollm.services.arms.coder.parse import try_parse
 
 MAX_EXAMPLES = 8
 MIN_EXAMPLES = 3
@@ -31,7 +31,7 @@ class Example:
 
     call: str
     expected: str
-    given: bool = False
+    is_from_goal: bool = False
     """Whether the goal itself says so; then it is never given up."""
     kind: Literal["equal", "raises"] = "equal"
 
@@ -45,33 +45,33 @@ def parse_examples(answer: str, name: str) -> list[Example]:
     found: list[Example] = []
     for raw in answer.replace("```python", "").replace("```", "").split("\n"):
         line = re.sub(r"^\s*(?:\d+[.)]|[-*])\s+", "", raw).strip()
-        example = _raising(line, name) or _asserted(line, name)
+        example = _parse_raising(line, name) or _parse_assertion(line, name)
         if example and len(line) <= _MAX_CHARS:
             found.append(example)
-    return unique(found)[:MAX_EXAMPLES]
+    return deduplicate(found)[:MAX_EXAMPLES]
 
 
-def goal_examples(goal: str, name: str, parameters: int) -> list[Example]:
+def parse_goal_examples(goal: str, name: str, parameters: int) -> list[Example]:
     """Read the examples that a goal gives: ``f(2) == 4``; with one parameter also ``'a' becomes 'b'``."""
     found: list[Example] = []
     for match in re.finditer(rf"\b{re.escape(name)}\(", goal):
-        call = _prefix(goal[match.start() :], lambda node: _calls(node, name))
+        call = _expression_prefix(goal[match.start() :], lambda node: _is_call_of(node, name))
         if call:
-            found.extend(_with_value(call, goal[match.start() + len(call) :]))
+            found.extend(_parse_expected(call, goal[match.start() + len(call) :]))
     if parameters == 1 and not found:
         for match in re.finditer(r"(?<![\w'\"])(?=['\"\[\d-])", goal):
-            literal = _prefix(goal[match.start() :], _is_value)
+            literal = _expression_prefix(goal[match.start() :], _is_value)
             if literal and not literal.isdigit():
-                found.extend(_with_value(f"{name}({literal})", goal[match.start() + len(literal) :]))
-    return unique(found)[:MAX_EXAMPLES]
+                found.extend(_parse_expected(f"{name}({literal})", goal[match.start() + len(literal) :]))
+    return deduplicate(found)[:MAX_EXAMPLES]
 
 
-def unique(examples: list[Example]) -> list[Example]:
+def deduplicate(examples: list[Example]) -> list[Example]:
     """Return the first example of each call: two that contradict each other are not both kept."""
     return list({example.call: example for example in reversed(examples)}.values())[::-1]
 
 
-def strong(examples: list[Example]) -> bool:
+def are_sufficient(examples: list[Example]) -> bool:
     """Return whether examples are enough to tell right from wrong: several, and not all with the same result."""
     return len(examples) >= MIN_EXAMPLES and len({example.expected for example in examples}) > 1
 
@@ -84,7 +84,7 @@ def render_tests(examples: list[Example], module: str, name: str) -> str:
         f"from {module} import {name}",
         "",
         "",
-        f"class {_camel(name)}Test(unittest.TestCase):",
+        f"class {_to_camel_case(name)}Test(unittest.TestCase):",
     ]
     for number, example in enumerate(examples, start=1):
         lines.append(f"    def test_{number}(self):")
@@ -98,8 +98,8 @@ def render_tests(examples: list[Example], module: str, name: str) -> str:
     return "\n".join([*lines, "", 'if __name__ == "__main__":', "    unittest.main()", ""])
 
 
-def _asserted(line: str, name: str) -> Example | None:
-    tree = parses(line.split("  #", maxsplit=1)[0].strip())
+def _parse_assertion(line: str, name: str) -> Example | None:
+    tree = try_parse(line.split("  #", maxsplit=1)[0].strip())
     if tree is None or len(tree.body) != 1:
         return None
     statement = tree.body[0]
@@ -107,67 +107,67 @@ def _asserted(line: str, name: str) -> Example | None:
     test = statement.value if isinstance(statement, ast.Expr) else test
     if test is None:
         return None
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) and _calls(test.operand, name):
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not) and _is_call_of(test.operand, name):
         return Example(ast.unparse(test.operand), "False")
-    if _calls(test, name):
+    if _is_call_of(test, name):
         return Example(ast.unparse(test), "True") if isinstance(statement, ast.Assert) else None
     if not isinstance(test, ast.Compare) or len(test.ops) != 1 or not isinstance(test.ops[0], ast.Eq | ast.Is):
         return None
     left, right = test.left, test.comparators[0]
-    if _mentions(right, name) and not _mentions(left, name):
+    if _uses_name(right, name) and not _uses_name(left, name):
         left, right = right, left
-    if not _calls(left, name) or not _is_value(right):
+    if not _is_call_of(left, name) or not _is_value(right):
         return None
     return Example(ast.unparse(left), ast.unparse(right))
 
 
-def _raising(line: str, name: str) -> Example | None:
+def _parse_raising(line: str, name: str) -> Example | None:
     found = _RAISES.match(line)
     if found is None or found["error"] not in _BUILTIN_ERRORS:
         return None
-    tree = parses(found["call"])
+    tree = try_parse(found["call"])
     if tree is None or len(tree.body) != 1 or not isinstance(tree.body[0], ast.Expr):
         return None
     call = tree.body[0].value
-    return Example(ast.unparse(call), found["error"], kind="raises") if _calls(call, name) else None
+    return Example(ast.unparse(call), found["error"], kind="raises") if _is_call_of(call, name) else None
 
 
-def _with_value(call: str, rest: str) -> list[Example]:
+def _parse_expected(call: str, rest: str) -> list[Example]:
     call = ast.unparse(ast.parse(call, mode="eval"))
     raising = re.match(r"\s*(?:raises|should raise|must raise)\s+(?:an?\s+)?([A-Z]\w+)", rest)
     if raising and raising[1] in _BUILTIN_ERRORS:
-        return [Example(call, raising[1], given=True, kind="raises")]
+        return [Example(call, raising[1], is_from_goal=True, kind="raises")]
     arrow = _ARROW.match(rest)
-    value = _prefix(rest[arrow.end() :], _is_value) if arrow else ""
-    return [Example(call, ast.unparse(ast.parse(value, mode="eval")), given=True)] if value else []
+    value = _expression_prefix(rest[arrow.end() :], _is_value) if arrow else ""
+    return [Example(call, ast.unparse(ast.parse(value, mode="eval")), is_from_goal=True)] if value else []
 
 
-def _prefix(text: str, fits: Callable[[ast.expr], bool]) -> str:
+def _expression_prefix(text: str, fits: Callable[[ast.expr], bool]) -> str:
     """Return the shortest beginning of ``text``, up to a closing mark, that is an expression which ``fits``."""
     number = re.match(r"-?\d+(?:\.\d+)?|True|False|None", text)
     ends = [number.end()] if number else [m.end() for m in re.finditer(r"['\")\]}]", text[:_MAX_CHARS])]
     for end in ends:
-        tree = parses(text[:end])
+        tree = try_parse(text[:end])
         if tree and len(tree.body) == 1 and isinstance(tree.body[0], ast.Expr) and fits(tree.body[0].value):
             return text[:end]
     return ""
 
 
-def _calls(node: ast.AST, name: str) -> bool:
+def _is_call_of(node: ast.AST, name: str) -> bool:
     """Return whether ``node`` is a call of ``name`` with plain values, or a call of a method or item of one."""
     if isinstance(node, ast.Attribute | ast.Subscript):
-        return _calls(node.value, name)
+        return _is_call_of(node.value, name)
     if not isinstance(node, ast.Call):
         return False
     if isinstance(node.func, ast.Attribute):
-        return _calls(node.func.value, name)
+        return _is_call_of(node.func.value, name)
     wraps = {"list", "sorted", "dict", "set", "tuple", "len", "round", "next", "isinstance", "str"}
     if isinstance(node.func, ast.Name) and node.func.id in wraps and node.args:
-        return _calls(node.args[0], name)
+        return _is_call_of(node.args[0], name)
     return isinstance(node.func, ast.Name) and node.func.id == name
 
 
-def _mentions(node: ast.AST, name: str) -> bool:
+def _uses_name(node: ast.AST, name: str) -> bool:
     return any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node))
 
 
@@ -186,5 +186,5 @@ def _is_float(expected: str) -> bool:
         return False
 
 
-def _camel(name: str) -> str:
+def _to_camel_case(name: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in name.split("_")) or "Code"

@@ -6,9 +6,9 @@ import ast
 import builtins
 import sys
 
-from octollm.services.arms.coder.parse import parses
+from octollm.services.arms.coder.parse import try_parse
 
-_HOMES: dict[str, str] = {
+_MODULE_OF_NAME: dict[str, str] = {
     name: module
     for module, names in {
         "typing": "Any Callable Dict Generic Iterable Iterator List Optional Sequence Set Tuple TypeVar Union",
@@ -28,30 +28,30 @@ _HOMES: dict[str, str] = {
 
 
 def add_imports(code: str) -> str:
-    """Return ``code`` with an import for each name that it reads, does not define, and the library is known for."""
-    tree = parses(code)
+    """Return ``solve_code_goal`` with an import for each name that it reads, does not define, and the library is known for."""
+    tree = try_parse(code)
     if tree is None:
         return code
-    missing = _read(tree) - _bound(tree) - set(dir(builtins))
+    missing = _read_names(tree) - _bound_names(tree) - set(dir(builtins))
     dotted = {n.value.id for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
     added: list[str] = []
     for name in missing:
-        if name in _HOMES:
-            added.append(f"from {_HOMES[name]} import {name}")
+        if name in _MODULE_OF_NAME:
+            added.append(f"from {_MODULE_OF_NAME[name]} import {name}")
         elif name in sys.stdlib_module_names and name in dotted:
             added.append(f"import {name}")
     if not added:
         return code
     lines = code.split("\n")
-    at = _after_header(tree)
-    return "\n".join([*lines[:at], *sorted(added), *([] if _imports_at(tree, at) else [""]), *lines[at:]])
+    at = _header_end(tree)
+    return "\n".join([*lines[:at], *sorted(added), *([] if _has_import_after(tree, at) else [""]), *lines[at:]])
 
 
-def _read(tree: ast.Module) -> set[str]:
+def _read_names(tree: ast.Module) -> set[str]:
     return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
-def _bound(tree: ast.Module) -> set[str]:
+def _bound_names(tree: ast.Module) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -67,7 +67,7 @@ def _bound(tree: ast.Module) -> set[str]:
     return names
 
 
-def _after_header(tree: ast.Module) -> int:
+def _header_end(tree: ast.Module) -> int:
     """Return the number of lines of the docstring and ``__future__`` imports."""
     at = 0
     for node in tree.body:
@@ -79,6 +79,6 @@ def _after_header(tree: ast.Module) -> int:
     return at
 
 
-def _imports_at(tree: ast.Module, line: int) -> bool:
+def _has_import_after(tree: ast.Module, line: int) -> bool:
     after = [node for node in tree.body if node.lineno > line]
     return bool(after) and isinstance(after[0], ast.Import | ast.ImportFrom)

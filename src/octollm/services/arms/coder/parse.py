@@ -19,15 +19,15 @@ def extract_code(answer: str) -> str:
     A fence may be left open, a block may end in the middle of a statement, and prose may stand around bare code.
     """
     blocks = [body for language, body in _FENCE.findall(answer.replace("\r\n", "\n")) if language.lower() in _PYTHON]
-    blocks = [block for block in (_whole(block) for block in blocks) if block]
+    blocks = [block for block in (_longest_valid_prefix(block) for block in blocks) if block]
     if not blocks:
-        return _bare(answer)
+        return _extract_unfenced(answer)
     joined = "\n\n".join(block.strip("\n") for block in blocks)
-    return joined if parses(joined) is not None and not _redefines(blocks) else max(blocks, key=len)
+    return joined if try_parse(joined) is not None and not _has_redefinition(blocks) else max(blocks, key=len)
 
 
-def parses(code: str) -> ast.Module | None:
-    """Return the tree of ``code``, or ``None`` when it is not Python."""
+def try_parse(code: str) -> ast.Module | None:
+    """Return the tree of ``solve_code_goal``, or ``None`` when it is not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -36,18 +36,18 @@ def parses(code: str) -> ast.Module | None:
         return None
 
 
-def only_definitions(code: str) -> str:
-    """Return ``code`` without what a module need not do when imported: calls, prints, asserts and tests.
+def keep_definitions(code: str) -> str:
+    """Return ``solve_code_goal`` without what a module need not do when imported: calls, prints, asserts and tests.
 
     Imports, definitions, and assignments that a definition reads stay as they were written, comments included.
     """
-    tree = parses(code)
+    tree = try_parse(code)
     if tree is None:
         return code
     read = {
         node.id
         for part in tree.body
-        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and _stays(part, set())
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and _is_kept(part, set())
         for node in ast.walk(part)
         if isinstance(node, ast.Name)
     }
@@ -56,7 +56,7 @@ def only_definitions(code: str) -> str:
     at = 0
     for part in tree.body:
         start, end = _first_line(part) - 1, part.end_lineno or part.lineno
-        if _stays(part, read):
+        if _is_kept(part, read):
             keep.extend(lines[at:end])
         else:
             keep.extend(_without_comments(lines[at:start]))
@@ -64,9 +64,9 @@ def only_definitions(code: str) -> str:
     return "\n".join(keep).strip("\n") + "\n"
 
 
-def main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
-    """Return the first public class, else the last public function, of ``code``: what it was written for."""
-    tree = parses(code)
+def find_main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
+    """Return the first public class, else the last public function, of ``solve_code_goal``: what it was written for."""
+    tree = try_parse(code)
     if tree is None:
         return None
     public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
@@ -74,53 +74,53 @@ def main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
     return (classes[0] if classes else public[-1]) if public else None
 
 
-def definition(code: str, name: str) -> ast.FunctionDef | ast.ClassDef | None:
-    """Return the definition of ``name`` at the top of ``code``."""
-    tree = parses(code)
+def find_definition(code: str, name: str) -> ast.FunctionDef | ast.ClassDef | None:
+    """Return the definition of ``name`` at the top of ``solve_code_goal``."""
+    tree = try_parse(code)
     found = (n for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name)
     return next(found, None)
 
 
-def signature(node: ast.FunctionDef | ast.ClassDef) -> str:
+def format_signature(node: ast.FunctionDef | ast.ClassDef) -> str:
     """Return the head of a definition as one line; for a class, with those of its public methods."""
     if isinstance(node, ast.FunctionDef):
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         return f"def {node.name}({ast.unparse(node.args)}){returns}"
     methods = [
-        signature(part)
+        format_signature(part)
         for part in node.body
         if isinstance(part, ast.FunctionDef) and (part.name == "__init__" or not part.name.startswith("_"))
     ]
     return f"class {node.name}: " + "; ".join(methods)
 
 
-def _whole(block: str) -> str:
+def _longest_valid_prefix(block: str) -> str:
     """Return ``block``, or, when its end is cut off, the part before that which parses."""
     lines = block.rstrip().split("\n")[:_MAX_LINES]
     while lines:
         text = "\n".join(lines)
-        if parses(text) is not None:
+        if try_parse(text) is not None:
             return text if text.strip() else ""
         lines.pop()
     return ""
 
 
-def _bare(answer: str) -> str:
+def _extract_unfenced(answer: str) -> str:
     """Return the longest run of lines that is code and defines something."""
     lines = re.sub(r"^[ \t]*(?:```|~~~).*$", "", answer, flags=re.MULTILINE).split("\n")[:_MAX_LINES]
     starts = [i for i, line in enumerate(lines) if re.match(r"(def|class|async def|import|from|@)\b|@", line)]
     for start in starts:
-        text = _whole("\n".join(lines[start:]))
-        tree = parses(text)
+        text = _longest_valid_prefix("\n".join(lines[start:]))
+        tree = try_parse(text)
         if tree and any(isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) for n in tree.body):
             return text
     return ""
 
 
-def _redefines(blocks: list[str]) -> bool:
+def _has_redefinition(blocks: list[str]) -> bool:
     seen: set[str] = set()
     for block in blocks:
-        tree = parses(block)
+        tree = try_parse(block)
         names = {n.name for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         if names & seen:
             return True
@@ -134,7 +134,7 @@ def _first_line(node: ast.stmt) -> int:
     return node.lineno
 
 
-def _stays(node: ast.stmt, read: set[str]) -> bool:
+def _is_kept(node: ast.stmt, read: set[str]) -> bool:
     if isinstance(node, ast.Import | ast.ImportFrom):
         names = {alias.asname or alias.name.split(".")[0] for alias in node.names}
         module = node.module if isinstance(node, ast.ImportFrom) else ""

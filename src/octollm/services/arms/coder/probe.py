@@ -17,18 +17,20 @@ Run = Callable[[RunRequest], Awaitable[RunResult]]
 """The executor's ``run``."""
 
 _PROGRAM = "octollm_probe_program.py"
-_SECONDS = 10.0
+_PROBE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SolutionProbe:
     """What one solution made of the examples, in their order."""
 
     passed: tuple[bool, ...]
-    gave: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
-async def probe(solutions: Sequence[str], examples: Sequence[Example], name: str, run: Run) -> list[Outcome | None]:
+async def probe_solutions(
+    solutions: Sequence[str], examples: Sequence[Example], name: str, run: Run
+) -> list[SolutionProbe | None]:
     """Return the outcome of each solution; ``None`` for one that ended the program or took too long.
 
     Each runs apart from the others, so that one without an end spoils only itself. Raises what ``run`` raises.
@@ -36,7 +38,7 @@ async def probe(solutions: Sequence[str], examples: Sequence[Example], name: str
     return [await _probe_one(solution, examples, name, run) for solution in solutions]
 
 
-async def _probe_one(solution: str, examples: Sequence[Example], name: str, run: Run) -> Outcome | None:
+async def _probe_one(solution: str, examples: Sequence[Example], name: str, run: Run) -> SolutionProbe | None:
     asked = [[example.call, example.expected, example.kind] for example in examples]
     result = await run(
         RunRequest(
@@ -47,7 +49,7 @@ async def _probe_one(solution: str, examples: Sequence[Example], name: str, run:
                 FileRef("examples.json", text=msgspec.json.encode(asked).decode()),
                 FileRef(_PROGRAM, text=files(__package__ or "").joinpath("probe_program.py").read_text("utf-8")),
             ),
-            limits=RunLimits(wall_seconds=_SECONDS),
+            limits=RunLimits(wall_seconds=_PROBE_SECONDS),
         )
     )
     lines = [line for line in result.stdout.split("\n") if line.startswith(MARKER)]
@@ -60,4 +62,4 @@ async def _probe_one(solution: str, examples: Sequence[Example], name: str, run:
     rows = found.get("candidate", [])
     if len(rows) != len(examples):
         return None
-    return Outcome(tuple(row[0] for row in rows), tuple(row[1] for row in rows))
+    return SolutionProbe(tuple(row[0] for row in rows), tuple(row[1] for row in rows))

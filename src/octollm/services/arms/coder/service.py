@@ -11,13 +11,20 @@ from octollm.contracts.kinds import file_kind
 from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import MAX_GOAL, Evidence, ExecuteResult, TaskContract
-from octollm.errors import Fault, OctoError
-from octollm.rpc.service import Base, Service
-from octollm.services.arms.calling import ModelAsk, file_text, goal_of, notes_of, running, validating
+from octollm.errors import FieldError, OctoError
+from octollm.rpc.service import Service, ServiceBase
+from octollm.services.arms.calling import (
+    ModelAsk,
+    bind_run,
+    bind_validate,
+    collect_notes,
+    goal_with_constraints,
+    read_file_text,
+)
 from octollm.services.arms.coder.code import write_code
 from octollm.services.arms.coder.data import answer_data
-from octollm.services.arms.coder.kinds import work_kind
-from octollm.services.arms.coder.solution import Written
+from octollm.services.arms.coder.kinds import classify_goal
+from octollm.services.arms.coder.solution import CodeSolution
 from octollm.services.arms.coder.text import write_text
 
 PYTHON_MEDIA_TYPE = "text/x-python"
@@ -36,47 +43,49 @@ def coder_arm() -> Arm:
     @arm.operation("execute")
     async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
         """Write what the goal asks for."""
-        goal = goal_of(task)
+        goal = goal_with_constraints(task)
         if not goal or len(goal) > MAX_GOAL:
-            fault = Fault("/goal", f"Expected 1 to {MAX_GOAL} characters.")
-            raise OctoError(f"A goal has from 1 to {MAX_GOAL} characters.", code="goal_invalid", faults=(fault,))
-        kind = work_kind(goal, [file.name for file in task.context.files])
+            fault = FieldError("/goal", f"Expected 1 to {MAX_GOAL} characters.")
+            raise OctoError(f"A goal has from 1 to {MAX_GOAL} characters.", code="goal_invalid", field_errors=(fault,))
+        kind = classify_goal(goal, [file.name for file in task.context.files])
         if kind == "data":
-            return await from_tables(task, goal, ctx)
+            return await solve_data_goal(task, goal, ctx)
         if kind == "code":
-            return await code(task, goal, ctx)
+            return await solve_code_goal(task, goal, ctx)
         ask = ModelAsk(ctx)
-        shown = [f"File {name}:\n{text}" for name, text in await _texts(task, ctx)]
-        notes = "\n\n".join(filter(None, (notes_of(task), *shown)))
+        shown = [f"File {name}:\n{text}" for name, text in await _read_texts(task, ctx)]
+        notes = "\n\n".join(filter(None, (collect_notes(task), *shown)))
         return await write_text(goal, ask, notes=notes, reasons=task.context.reasons, on_text=ask.write)
 
     del execute
     return arm
 
 
-async def from_tables(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
+async def solve_data_goal(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
     """Answer a question over the tables among the task's files. Raises what the thinking and the executor raise."""
     tables = tuple(file for file in task.context.files if file_kind(file.name) == "table")
-    run = running(ctx)
+    run = bind_run(ctx)
 
     async def run_sql(query: str) -> RunResult:
         return await run(RunRequest("sql", (query,), tables))
 
     ask = ModelAsk(ctx)
-    return await answer_data(goal, ask, run_sql, notes=notes_of(task), reasons=task.context.reasons, on_text=ask.write)
+    return await answer_data(
+        goal, ask, run_sql, notes=collect_notes(task), reasons=task.context.reasons, on_text=ask.write
+    )
 
 
-async def code(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
+async def solve_code_goal(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
     """Write code and its tests, and store both. Raises what the thinking, the judge and the executor raise."""
     ask = ModelAsk(ctx)
-    texts = await _texts(task, ctx)
-    if notes := notes_of(task):
+    texts = await _read_texts(task, ctx)
+    if notes := collect_notes(task):
         texts.append(("notes.txt", notes))
     written = await write_code(
         goal,
         ask,
-        validating(ctx),
-        running(ctx),
+        bind_validate(ctx),
+        bind_run(ctx),
         texts=texts,
         reasons=task.context.reasons,
         on_text=ask.write,
@@ -86,25 +95,25 @@ async def code(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
         await ctx.artifacts.write(written.tests_filename, written.tests.encode(), PYTHON_MEDIA_TYPE),
     )
     return ExecuteResult(
-        output=_shown_code(written), artifacts=artifacts, evidence=Evidence(kind="code", checks=written.checks)
+        output=_format_solution(written), artifacts=artifacts, evidence=Evidence(kind="code", checks=written.checks)
     )
 
 
-def _shown_code(written: Written) -> str:
+def _format_solution(written: CodeSolution) -> str:
     return (
         f"{written.filename}:\n```python\n{written.code.strip()}\n```\n\n"
         f"{written.tests_filename}:\n```python\n{written.tests.strip()}\n```"
     )
 
 
-async def _texts(task: TaskContract, ctx: Context) -> list[tuple[str, str]]:
+async def _read_texts(task: TaskContract, ctx: Context) -> list[tuple[str, str]]:
     """Return (name, text) of the texts among the task's files; others cannot be shown to a model."""
     texts = [file for file in task.context.files if file_kind(file.name) == "text"]
-    return [(file.name, await file_text(ctx, file)) for file in texts]
+    return [(file.name, await read_file_text(ctx, file)) for file in texts]
 
 
 @contextlib.asynccontextmanager
-async def coder_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+async def coder_service(base: ServiceBase, settings: Settings) -> AsyncGenerator[Service]:
     """Yield the coder as a service. It holds nothing: what it makes is stored with the orchestrator."""
     del settings
     yield build_arm(coder_arm(), base)

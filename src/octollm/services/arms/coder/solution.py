@@ -11,7 +11,7 @@ from octollm.contracts.operations import ValidateRequest, ValidateResult
 from octollm.contracts.task import Check
 from octollm.services.arms.coder.examples import Example
 from octollm.services.arms.coder.imports import add_imports
-from octollm.services.arms.coder.parse import extract_code, only_definitions, parses
+from octollm.services.arms.coder.parse import extract_code, keep_definitions, try_parse
 
 Validate = Callable[[ValidateRequest], Awaitable[ValidateResult]]
 """The judge's ``validate``."""
@@ -19,7 +19,7 @@ OnText = Callable[[str], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class CodeSolution:
     """Code that the judge found valid, its tests, and the checks that were done."""
 
     filename: str
@@ -29,9 +29,9 @@ class Written:
     checks: tuple[Check, ...]
 
 
-def clean(answer: str) -> str:
+def extract_module(answer: str) -> str:
     """Return the module in a model's answer: definitions only, imports complete."""
-    return add_imports(only_definitions(extract_code(answer)))
+    return add_imports(keep_definitions(extract_code(answer)))
 
 
 def module_name(name: str) -> str:
@@ -41,9 +41,9 @@ def module_name(name: str) -> str:
     return f"{module}_solution" if module in sys.stdlib_module_names else module
 
 
-def memorises(code: str, examples: Sequence[Example]) -> bool:
+def hardcodes_answers(code: str, examples: Sequence[Example]) -> bool:
     """Return whether code holds the inputs of most examples: an answer learnt by heart, not computed."""
-    tree = parses(code)
+    tree = try_parse(code)
     held: set[str] = set()
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

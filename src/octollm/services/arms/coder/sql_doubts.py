@@ -5,70 +5,70 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from octollm.contracts.tables import Table
-from octollm.contracts.words import numbers
-from octollm.services.arms.coder.describe import TableInfo
-from octollm.services.arms.coder.sql_wanted import wanted_in
+from octollm.contracts.tables import ResultSet
+from octollm.contracts.words import extract_numbers
+from octollm.services.arms.coder.describe import TableSchema
+from octollm.services.arms.coder.sql_wanted import find_required_functions
 
-_COMPARED = re.compile(
+_COMPARISON = re.compile(
     r"\"?([\w ]+?)\"?\s*\)?\s*(?:=|<>|!=)\s*'((?:[^']|'')*)'|\"?([\w ]+?)\"?\s+(?:not\s+)?in\s*\(([^()]*)\)",
     re.IGNORECASE,
 )
 _STRING = re.compile(r"'((?:[^']|'')*)'")
 _PLAIN_VALUE = re.compile(r"-?\d+(?:\.\d+)?|\d{4}-\d\d-\d\d(?:[ T][\d:.]+)?")
-_ON_ONE_DAY = re.compile(r"(?<![<>])=\s*(?:DATE\s*)?'\d{4}-\d\d-\d\d'", re.IGNORECASE)
+_DATE_EQUALITY = re.compile(r"(?<![<>])=\s*(?:DATE\s*)?'\d{4}-\d\d-\d\d'", re.IGNORECASE)
 _DIGITS = re.compile(r"\d+(?:\.\d+)?")
 _AFTER_YEAR = re.compile(r"\bafter ((?:19|20)\d\d)\b(?!-)", re.IGNORECASE)
-_NAMING = re.compile(r"\W*(?:which|who|whose)\b", re.IGNORECASE)
+_ASKS_FOR_NAME = re.compile(r"\W*(?:which|who|whose)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Doubt:
+class QueryIssue:
     """A reason to mistrust a query, in words that help to mend it. A query with a ``hard`` one is no answer."""
 
     text: str
-    hard: bool = False
+    is_fatal: bool = False
 
 
-def doubts(goal: str, query: str, table: Table, tables: tuple[TableInfo, ...]) -> list[Doubt]:
+def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[TableSchema, ...]) -> list[QueryIssue]:
     """Say what makes a query or its rows doubtful. None found is no proof."""
-    found = unknown_values(query, tables)
+    found = find_unknown_values(query, tables)
     cells = [cell for row in table.rows for cell in row]
-    if not found and not _only_known_values(query, tables):
+    if not found and not _has_only_known_values(query, tables):
         # With values that are surely there, an empty result may well be the answer.
         if not cells:
-            found.append(Doubt("The query gives no rows. Check its conditions.", hard=True))
+            found.append(QueryIssue("The query gives no rows. Check its conditions.", is_fatal=True))
         elif all(cell is None for cell in cells):
-            found.append(Doubt("The query gives only NULL. Check its conditions and columns.", hard=True))
+            found.append(QueryIssue("The query gives only NULL. Check its conditions and columns.", is_fatal=True))
         elif all(cell is None or cell == 0 for cell in cells):
-            found.append(Doubt("The query gives only 0. Check its conditions.", hard=True))
-    missing = sorted(numbers(goal) - numbers(query) - set(_DIGITS.findall(query)))
+            found.append(QueryIssue("The query gives only 0. Check its conditions.", is_fatal=True))
+    missing = sorted(extract_numbers(goal) - extract_numbers(query) - set(_DIGITS.findall(query)))
     if missing:
-        found.append(Doubt(f"The question names {', '.join(missing)}, but the query does not."))
+        found.append(QueryIssue(f"The question names {', '.join(missing)}, but the query does not."))
     found.extend(
-        Doubt(f"After {year} begins with {int(year) + 1}-01-01.", hard=True)
+        QueryIssue(f"After {year} begins with {int(year) + 1}-01-01.", is_fatal=True)
         for year in _AFTER_YEAR.findall(goal)
         if re.search(rf">=?\s*(?:DATE\s*)?'{year}-01-01'", query, re.IGNORECASE)
     )
     found.extend(
-        Doubt(f"The query needs {wanted.sql} as well.", hard=True)
-        for wanted in wanted_in(goal, tables)
-        if wanted.done_by and not re.search(wanted.done_by, query, re.IGNORECASE)
+        QueryIssue(f"The query needs {wanted.sql} as well.", is_fatal=True)
+        for wanted in find_required_functions(goal, tables)
+        if wanted.satisfied_by and not re.search(wanted.satisfied_by, query, re.IGNORECASE)
     )
     named = any(isinstance(cell, str) for cell in cells)
-    if cells and not named and _NAMING.match(goal) and any(c.is_text for t in tables for c in t.columns):
+    if cells and not named and _ASKS_FOR_NAME.match(goal) and any(c.is_text for t in tables for c in t.columns):
         found.append(
-            Doubt("The question asks which one, but the query gives no name. Select the column that names it.")
+            QueryIssue("The question asks which one, but the query gives no name. Select the column that names it.")
         )
     return list(dict.fromkeys(found))
 
 
-def _only_known_values(query: str, tables: tuple[TableInfo, ...]) -> bool:
+def _has_only_known_values(query: str, tables: tuple[TableSchema, ...]) -> bool:
     """Return whether a query compares with something, and each text in it is a column's value, a number or a date.
 
     A date that a column must equal is not enough: it may stand for a month or for a year.
     """
-    if _ON_ONE_DAY.search(query):
+    if _DATE_EQUALITY.search(query):
         return False
     known = {value for table in tables for column in table.columns for value in column.values}
     literals = [literal.replace("''", "'") for literal in _STRING.findall(query)]
@@ -76,19 +76,19 @@ def _only_known_values(query: str, tables: tuple[TableInfo, ...]) -> bool:
     return compares and all(literal in known or _PLAIN_VALUE.fullmatch(literal) for literal in literals)
 
 
-def unknown_values(query: str, tables: tuple[TableInfo, ...]) -> list[Doubt]:
+def find_unknown_values(query: str, tables: tuple[TableSchema, ...]) -> list[QueryIssue]:
     """Say which text values a query compares a column with although the column never holds them."""
     known: dict[str, set[str]] = {}
     for table in tables:
         for column in table.columns:
             if column.values:
                 known.setdefault(column.name.lower(), set()).update(column.values)
-    found: list[Doubt] = []
-    for one, value, several, values in _COMPARED.findall(query):
+    found: list[QueryIssue] = []
+    for one, value, several, values in _COMPARISON.findall(query):
         name = (one or several).split()[-1].lower() if (one or several).split() else ""
         name = name if name in known else (one or several).strip().lower()
         for literal in [value] if one else _STRING.findall(values):
             if name in known and literal.replace("''", "'") not in known[name] and literal:
                 listed = ", ".join(f"'{each}'" for each in sorted(known[name])[:12])
-                found.append(Doubt(f"Column {name} never is '{literal}'; it is one of {listed}.", hard=True))
+                found.append(QueryIssue(f"Column {name} never is '{literal}'; it is one of {listed}.", is_fatal=True))
     return found

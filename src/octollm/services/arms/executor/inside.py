@@ -34,7 +34,7 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
     return json.loads(stream.read(size))
 
 
-def unpack(stream: BinaryIO, files: Sequence[tuple[str, int]], root: str, keep: int) -> dict[str, bytes]:
+def unpack_files(stream: BinaryIO, files: Sequence[tuple[str, int]], root: str, keep: int) -> dict[str, bytes]:
     """Write the files under ``root`` and return those of at most ``keep`` bytes, to tell later what was changed."""
     kept: dict[str, bytes] = {}
     for name, size in files:
@@ -48,7 +48,7 @@ def unpack(stream: BinaryIO, files: Sequence[tuple[str, int]], root: str, keep: 
     return kept
 
 
-def collect(root: str, before: Mapping[str, bytes], most: int, most_bytes: int) -> list[tuple[str, bytes]]:
+def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes: int) -> list[tuple[str, bytes]]:
     """Return the small UTF-8 text files under ``root`` that are new or changed, by name.
 
     Links, devices, pipes and caches of byte code are passed over; nothing is followed.
@@ -73,13 +73,13 @@ def collect(root: str, before: Mapping[str, bytes], most: int, most_bytes: int) 
                 if name != "__pycache__" and path.count("/") < _MAX_DEPTH - 1:
                     folders.append(path)
                 continue
-            data = _text_of(os.path.join(root, path), most_bytes)  # noqa: PTH118
+            data = _read_text_file(os.path.join(root, path), most_bytes)  # noqa: PTH118
             if data is not None and before.get(path) != data and len(found) < most:
                 found.append((path, data))
     return found
 
 
-def _text_of(path: str, most_bytes: int) -> bytes | None:
+def _read_text_file(path: str, most_bytes: int) -> bytes | None:
     try:
         path.encode()
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -98,7 +98,7 @@ def _text_of(path: str, most_bytes: int) -> bytes | None:
     return data
 
 
-def send(descriptor: int, report: dict[str, Any], files: Sequence[tuple[str, bytes]]) -> None:
+def send_report(descriptor: int, report: dict[str, Any], files: Sequence[tuple[str, bytes]]) -> None:
     """Write the report and the files to the result descriptor."""
     report["files"] = [[name, len(data)] for name, data in files]
     with open(descriptor, "wb") as out:
@@ -107,7 +107,7 @@ def send(descriptor: int, report: dict[str, Any], files: Sequence[tuple[str, byt
             out.write(data)
 
 
-def full(folders: Sequence[str], most: int) -> bool:
+def exceeds_entry_limit(folders: Sequence[str], most: int) -> bool:
     """Say whether one of ``folders``, each a file system of its own, holds more than ``most`` entries."""
     for folder in folders:
         room = os.statvfs(folder)
@@ -122,7 +122,7 @@ class _FilterProgram(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
 
 
-def _become(header: dict[str, Any], libc: ctypes.CDLL) -> None:
+def _exec_program(header: dict[str, Any], libc: ctypes.CDLL) -> None:
     """Turn this child into the program."""
     limits = header["limits"]
     os.chdir(header["root"])
@@ -150,7 +150,7 @@ def _become(header: dict[str, Any], libc: ctypes.CDLL) -> None:
     os.execve(header["command"][0], header["command"], header["env"])  # noqa: S606
 
 
-def _watch(child: int, life: int, header: dict[str, Any]) -> str:
+def _supervise(child: int, life: int, header: dict[str, Any]) -> str:
     """Wait for the child to end; end it when the work folder overflows, and everything when the parent is gone."""
     ended = os.pidfd_open(child)
     poll = select.poll()
@@ -163,7 +163,7 @@ def _watch(child: int, life: int, header: dict[str, Any]) -> str:
             os._exit(1)
         if ended in ready:
             return reason
-        if not reason and full(header["folders"], header["limits"]["disk_entries"]):
+        if not reason and exceeds_entry_limit(header["folders"], header["limits"]["disk_entries"]):
             reason = "killed"
             os.kill(child, signal.SIGKILL)
             os.write(2, b"\nended: too many files\n")
@@ -174,26 +174,26 @@ def main(result: int, life: int) -> None:
     stream = open(0, "rb", closefd=False)  # noqa: SIM115
     header = read_header(stream)
     limits = header["limits"]
-    before = unpack(stream, header["files"], header["root"], limits["result_file_bytes"])
+    before = unpack_files(stream, header["files"], header["root"], limits["result_file_bytes"])
     libc = ctypes.CDLL(None, use_errno=True)
     child = os.fork()
     if child == 0:
         try:
-            _become(header, libc)
+            _exec_program(header, libc)
         except BaseException as error:  # this child must not go on as its parent
             os.write(2, f"the program could not be started: {error}\n".encode())
         os._exit(127)
     os.close(0)
-    reason = _watch(child, life, header)
+    reason = _supervise(child, life, header)
     _, status, usage = os.wait4(child, 0)
-    made = collect(header["root"], before, limits["result_files"], limits["result_file_bytes"])
+    made = collect_files(header["root"], before, limits["result_files"], limits["result_file_bytes"])
     report = {
         "exit_code": os.waitstatus_to_exitcode(status),
         "reason": reason,
         "peak_bytes": usage.ru_maxrss * 1024,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
     }
-    send(result, report, made)
+    send_report(result, report, made)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octollm.errors import OctoError
-from octollm.services.arms.executor.process import Identity
+from octollm.services.arms.executor.process import SandboxUser
 
 PYTHON_HOME = "/opt/python"
 """Where an interpreter that is not under /usr stands in the sandbox."""
@@ -28,11 +28,11 @@ DUCKDB_HOME = "/opt/duckdb"
 ROOT_CACHES = (Path("/var/cache/octollm"), Path("/tmp/octollm-sandbox"))  # noqa: S108 - its owner is checked
 """Where a service that runs as root keeps the copies; the first one that can be written."""
 
-Binds = tuple[tuple[Path, str], ...]
+BindMounts = tuple[tuple[Path, str], ...]
 """Host path → path inside, read-only."""
 
 _VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
-_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "idlelib", "ensurepip", "turtledemo"})
+_EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "idlelib", "ensurepip", "turtledemo"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Interpreter:
     """What the sandbox binds (host path → path inside, read-only) to have Python, and how it is called there."""
 
     executable: str
-    binds: Binds
-    masked: tuple[str, ...]
+    bind_mounts: BindMounts
+    masked_folders: tuple[str, ...]
     """Folders of third-party packages, hidden so that a program finds the standard library alone."""
     env: tuple[tuple[str, str], ...]
 
 
-def find_interpreter(identity: Identity | None, caches: tuple[Path, ...] = ROOT_CACHES) -> Interpreter:
+def find_interpreter(user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_CACHES) -> Interpreter:
     """Find the interpreter that runs this process, without its virtual environment.
 
     ``identity`` is the user that the sandbox runs as, ``None`` for this process's own.
@@ -58,21 +58,21 @@ def find_interpreter(identity: Identity | None, caches: tuple[Path, ...] = ROOT_
         home, binds = str(prefix), ()
     else:
         source = prefix
-        if not reaches(identity, prefix, prefix / binary, prefix / "lib" / _VERSION / "os.py"):
-            source = copy_once(prefix, [f"bin/{_VERSION}", *_libraries(prefix), f"lib/{_VERSION}"], caches)
+        if not can_read(user, prefix, prefix / binary, prefix / "lib" / _VERSION / "os.py"):
+            source = copy_once(prefix, [f"bin/{_VERSION}", *_shared_libraries(prefix), f"lib/{_VERSION}"], caches)
         home, binds = PYTHON_HOME, ((source, PYTHON_HOME),)
     masked = [f"{home}/lib/{_VERSION}/site-packages", f"/usr/local/lib/{_VERSION}/dist-packages"]
     masked.append("/usr/lib/python3/dist-packages")
     shown = {inside: source for source, inside in binds}
     return Interpreter(
         executable=f"{home}/{binary}",
-        binds=binds,
-        masked=tuple(m for m in masked if _on_host(m, shown).is_dir()),
+        bind_mounts=binds,
+        masked_folders=tuple(m for m in masked if _host_path(m, shown).is_dir()),
         env=() if home == "/usr" else (("LD_LIBRARY_PATH", f"{home}/lib"),),
     )
 
 
-def find_duckdb(identity: Identity | None, caches: tuple[Path, ...] = ROOT_CACHES) -> Binds | None:
+def find_duckdb(user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_CACHES) -> BindMounts | None:
     """Return the binds that make DuckDB importable from :data:`DUCKDB_HOME`; ``None`` when it is not installed.
 
     Raises ``OctoError`` (``no_sandbox``) when it can be neither bound nor copied.
@@ -86,38 +86,38 @@ def find_duckdb(identity: Identity | None, caches: tuple[Path, ...] = ROOT_CACHE
         names.append(origin.parent if spec.submodule_search_locations else origin)
     folder = names[0].parent
     names += folder.glob("duckdb-*.dist-info")  # the package asks for its own version
-    if not reaches(identity, *names, names[0] / "__init__.py"):
+    if not can_read(user, *names, names[0] / "__init__.py"):
         folder = copy_once(folder, [name.name for name in names], caches)
     return tuple((folder / name.name, f"{DUCKDB_HOME}/{name.name}") for name in names)
 
 
-def _libraries(prefix: Path) -> list[str]:
+def _shared_libraries(prefix: Path) -> list[str]:
     return [f"lib/{file.name}" for file in sorted((prefix / "lib").glob("*.so*"))]
 
 
-def _on_host(inside: str, shown: dict[str, Path]) -> Path:
+def _host_path(inside: str, shown: dict[str, Path]) -> Path:
     for home, source in shown.items():
         if Path(inside).is_relative_to(home):
             return source / Path(inside).relative_to(home)
     return Path(inside)
 
 
-def reaches(identity: Identity | None, *paths: Path) -> bool:
+def can_read(user: SandboxUser | None, *paths: Path) -> bool:
     """Say whether the identity can walk to ``paths`` and read them, by their permission bits."""
-    if identity is None:
+    if user is None:
         return all(os.access(path, os.R_OK) for path in paths)
     for path in paths:
         whole = path.resolve()
-        if not all(_allows(identity, part, 0o1) for part in whole.parents):
+        if not all(_has_permission(user, part, 0o1) for part in whole.parents):
             return False
-        if not _allows(identity, whole, 0o5 if whole.is_dir() else 0o4):
+        if not _has_permission(user, whole, 0o5 if whole.is_dir() else 0o4):
             return False
     return True
 
 
-def _allows(identity: Identity, path: Path, wanted: int) -> bool:
+def _has_permission(user: SandboxUser, path: Path, wanted: int) -> bool:
     found = path.stat()
-    shift = 6 if found.st_uid == identity.uid else 3 if found.st_gid == identity.gid else 0
+    shift = 6 if found.st_uid == user.uid else 3 if found.st_gid == user.gid else 0
     return (found.st_mode >> shift) & wanted == wanted
 
 
@@ -127,7 +127,7 @@ def copy_once(source: Path, names: list[str], caches: tuple[Path, ...]) -> Path:
     for name in names:
         found = (source / name).stat()
         state.update(f"\n{name} {found.st_ino} {found.st_size} {found.st_mtime_ns}".encode())
-    cache = _first_usable(caches)
+    cache = _first_writable(caches)
     target = cache / state.hexdigest()[:32]
     if target.is_dir():
         return target
@@ -148,7 +148,7 @@ def copy_once(source: Path, names: list[str], caches: tuple[Path, ...]) -> Path:
     return target
 
 
-def _first_usable(caches: tuple[Path, ...]) -> Path:
+def _first_writable(caches: tuple[Path, ...]) -> Path:
     for cache in caches:
         try:
             cache.mkdir(mode=0o755, exist_ok=True)
@@ -171,13 +171,13 @@ def _copy_tree(source: Path, target: Path) -> None:
     if not source.is_dir():
         _link_or_copy(str(source), str(target))
         return
-    shutil.copytree(source, target, ignore=_ignore, copy_function=_link_or_copy)
+    shutil.copytree(source, target, ignore=_ignored_names, copy_function=_link_or_copy)
     for folder, _, _ in os.walk(target):
         Path(folder).chmod(0o755)
 
 
-def _ignore(_: str, names: list[str]) -> set[str]:
-    return {name for name in names if name in _LEFT_OUT or name.startswith("config-")}
+def _ignored_names(_: str, names: list[str]) -> set[str]:
+    return {name for name in names if name in _EXCLUDED_FOLDERS or name.startswith("config-")}
 
 
 def _link_or_copy(source: str, target: str) -> str:

@@ -18,7 +18,7 @@ MAX_JOB_BYTES = 128 * 1024 * 1024
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
-def name_fault(name: str) -> str:
+def find_name_fault(name: str) -> str:
     """Say what is wrong with a relative file name, or return the empty string."""
     if not name:
         return "a file needs a name"
@@ -47,7 +47,7 @@ def check_names(files: Mapping[str, bytes]) -> None:
     if sum(map(len, files.values())) > MAX_JOB_BYTES:
         raise OctoError(f"a run takes at most {MAX_JOB_BYTES} bytes of files", code="file_invalid")
     for name in files:
-        fault = name_fault(name)
+        fault = find_name_fault(name)
         if fault:
             raise OctoError(f"file {name[:MAX_NAME]!r}: {fault}", code="file_invalid")
     for name in files:

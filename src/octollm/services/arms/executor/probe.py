@@ -13,17 +13,17 @@ from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.sandbox import Job, Limits, Sandbox
 from octollm.services.arms.executor.wasi import Wasi
 
-Preference = Literal["auto", "bubblewrap", "wasi"]
+SandboxPreference = Literal["auto", "bubblewrap", "wasi"]
 
-_PROBE = Job(
+_PROBE_JOB = Job(
     command=("-c", "import json; print(json.dumps({'sum': 1 + 1}))"),
     limits=Limits(wall_seconds=20.0),
 )
-_PROBED = '{"sum": 2}\n'
+_PROBE_OUTPUT = '{"sum": 2}\n'
 
 
-async def choose_sandbox(
-    preference: Preference = "auto",
+async def select_sandbox(
+    preference: SandboxPreference = "auto",
     *,
     cache_dir: Path,
     fetch: bool = True,
@@ -44,7 +44,7 @@ async def choose_sandbox(
                 if kind == "bubblewrap"
                 else await Wasi.open(cache_dir, fetch=fetch, clock=clock)
             )
-            await probe(sandbox)
+            await probe_sandbox(sandbox)
         except OctoError as error:
             refusals.append(f"{kind}: {error.detail}")
             if on_refused is not None:
@@ -59,9 +59,9 @@ async def choose_sandbox(
     )
 
 
-async def probe(sandbox: Sandbox) -> None:
+async def probe_sandbox(sandbox: Sandbox) -> None:
     """Run a small program. Raises ``OctoError`` (``sandbox_failed``) unless it does what it should."""
-    outcome = await sandbox.run(_PROBE)
-    if outcome.exit_code != 0 or outcome.stdout != _PROBED:
+    outcome = await sandbox.run(_PROBE_JOB)
+    if outcome.exit_code != 0 or outcome.stdout != _PROBE_OUTPUT:
         said = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.exit_code}"])[-1]
         raise OctoError(f"a trial run failed: {said[:300]}", code="sandbox_failed")

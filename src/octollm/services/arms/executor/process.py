@@ -20,8 +20,8 @@ import msgspec
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
-from octollm.services.arms.executor.names import name_fault
-from octollm.services.arms.executor.sandbox import Job, Limits, MadeFile, Outcome, Reason
+from octollm.services.arms.executor.names import find_name_fault
+from octollm.services.arms.executor.sandbox import Job, LimitReason, Limits, OutputFile, SandboxResult
 
 _CHUNK = 64 * 1024
 _REAP_SECONDS = 5.0
@@ -31,34 +31,34 @@ _OUT_OF_MEMORY = re.compile(r"^(MemoryError\b|.*\bOut of Memory Error:)", re.MUL
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class SandboxUser:
     """The user and group that a sandbox's process runs as, where the parent may choose."""
 
     uid: int
     gid: int
 
 
-class Report(msgspec.Struct, frozen=True):
+class SandboxReport(msgspec.Struct, frozen=True):
     """The first line of the result channel: how the program ended, and the files that follow with their sizes."""
 
     exit_code: int
-    reason: Reason
+    reason: LimitReason
     peak_bytes: int
     cpu_seconds: float
     files: tuple[tuple[str, int], ...]
 
 
-def job_file(job: Job, header: dict[str, Any]) -> FileIO:
+def create_job_file(job: Job, header: dict[str, Any]) -> FileIO:
     """Return an unnamed file with the job, as the first process inside reads it."""
     whole = header | {
         "files": [[name, len(data)] for name, data in job.files.items()],
         "limits": asdict(job.limits),
     }
     head = json.dumps(whole).encode()
-    return unnamed_file([len(head).to_bytes(4, "big"), head, *job.files.values()])
+    return create_anonymous_file([len(head).to_bytes(4, "big"), head, *job.files.values()])
 
 
-def unnamed_file(parts: Sequence[bytes]) -> FileIO:
+def create_anonymous_file(parts: Sequence[bytes]) -> FileIO:
     """Return a file, at its start, that has no name and holds ``parts``."""
     if hasattr(os, "memfd_create"):
         file = FileIO(os.memfd_create("octollm"), "r+")
@@ -83,10 +83,10 @@ async def run_bounded(
     job: FileIO,
     limits: Limits,
     clock: Clock,
-    identity: Identity | None = None,
+    user: SandboxUser | None = None,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
-) -> Outcome:
+) -> SandboxResult:
     """Run one sandbox process to its end and return the outcome.
 
     ``command`` is told the descriptors of the result channel and of the lifeline (whose other end closes when this
@@ -95,15 +95,15 @@ async def run_bounded(
     Raises ``OctoError`` (``sandbox_failed``) when the sandbox did not come up.
     """
     started = clock.monotonic()
-    setpriv = shutil.which("setpriv") if identity else None
-    forking = identity if setpriv is None else None
+    setpriv = shutil.which("setpriv") if user else None
+    forking = user if setpriv is None else None
     with contextlib.ExitStack() as stack:
-        result_in, result_out = _pipe(stack)
-        life_in, life_out = _pipe(stack)
+        result_in, result_out = _open_pipe(stack)
+        life_in, life_out = _open_pipe(stack)
         try:
             # In this thread: bubblewrap is told to die with the *thread* that started it, and the loop's lasts.
             process = subprocess.Popen(  # noqa: ASYNC220, S603
-                [*_drop(setpriv, identity), *command(result_out.fileno(), life_in.fileno())],
+                [*_setpriv_prefix(setpriv, user), *command(result_out.fileno(), life_in.fileno())],
                 stdin=job,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -119,17 +119,17 @@ async def run_bounded(
             raise OctoError(f"the sandbox could not be started: {exc}", code="sandbox_failed") from exc
         result_out.close()
         life_in.close()
-        watcher = _Watcher(process, limits)
+        watcher = _ProcessMonitor(process, limits)
         try:
-            await watcher.watch(result_in)
+            await watcher.run(result_in)
         finally:
             watcher.kill()
             life_out.close()
             await _reap(process)
-    return _outcome(watcher, process.returncode, limits, int((clock.monotonic() - started) * 1000))
+    return _build_result(watcher, process.returncode, limits, int((clock.monotonic() - started) * 1000))
 
 
-def _drop(setpriv: str | None, identity: Identity | None) -> list[str]:
+def _setpriv_prefix(setpriv: str | None, identity: SandboxUser | None) -> list[str]:
     """Return what changes the user before the command.
 
     It costs a millisecond. Without it Python forks to do so itself, which for a large process takes a tenth of a
@@ -140,7 +140,7 @@ def _drop(setpriv: str | None, identity: Identity | None) -> list[str]:
     return [setpriv, f"--reuid={identity.uid}", f"--regid={identity.gid}", "--clear-groups", "--"]
 
 
-def _pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
+def _open_pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
     reader, writer = os.pipe()
     return stack.enter_context(FileIO(reader, "r")), stack.enter_context(FileIO(writer, "w"))
 
@@ -151,24 +151,24 @@ async def _reap(process: subprocess.Popen[bytes]) -> None:
         await asyncio.to_thread(process.wait, _REAP_SECONDS)
 
 
-class _Watcher:
+class _ProcessMonitor:
     """Reads the three channels of one process up to their bounds."""
 
     def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
         self._process = process
         self._limits = limits
         self.stdout, self.stderr, self.result = bytearray(), bytearray(), bytearray()
-        self.reason: Reason = ""
+        self.reason: LimitReason = ""
 
-    async def watch(self, result: FileIO) -> None:
+    async def run(self, result: FileIO) -> None:
         """Read until all channels are closed, a bound is exceeded, or the wall time is over."""
         most = _HEADER_BYTES + self._limits.result_files * self._limits.result_file_bytes
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         try:
             async with asyncio.timeout(self._limits.wall_seconds), asyncio.TaskGroup() as group:
-                group.create_task(self._read(self._process.stdout, self.stdout, self._output_room))
-                group.create_task(self._read(self._process.stderr, self.stderr, self._output_room))
+                group.create_task(self._read(self._process.stdout, self.stdout, self._remaining_output))
+                group.create_task(self._read(self._process.stderr, self.stderr, self._remaining_output))
                 group.create_task(self._read(result, self.result, lambda: most - len(self.result)))
         except TimeoutError:
             self.reason = "timeout"
@@ -179,7 +179,7 @@ class _Watcher:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _output_room(self) -> int:
+    def _remaining_output(self) -> int:
         return self._limits.output_bytes - len(self.stdout) - len(self.stderr)
 
     async def _read(self, file: IO[bytes] | FileIO, into: bytearray, room: Callable[[], int]) -> None:
@@ -198,44 +198,44 @@ class _Watcher:
             transport.close()
 
 
-def parse_result(data: bytes, limits: Limits) -> tuple[Report, tuple[MadeFile, ...]] | None:
+def parse_result(data: bytes, limits: Limits) -> tuple[SandboxReport, tuple[OutputFile, ...]] | None:
     """Return what the result channel says, or ``None`` when it does not say it whole and within the bounds."""
     line, _, rest = data.partition(b"\n")
     try:
-        report = msgspec.json.decode(line, type=Report)
+        report = msgspec.json.decode(line, type=SandboxReport)
     except msgspec.DecodeError:
         return None
-    made: list[MadeFile] = []
+    made: list[OutputFile] = []
     if len(report.files) > limits.result_files:
         return None
     for name, size in report.files:
         if not 0 <= size <= min(len(rest), limits.result_file_bytes):
             return None
         content, rest = rest[:size], rest[size:]
-        if name_fault(name):
+        if find_name_fault(name):
             continue
         try:
-            made.append(MadeFile(name, content.decode()))
+            made.append(OutputFile(name, content.decode()))
         except UnicodeDecodeError:
             continue
     return report, tuple(made)
 
 
-def _outcome(watcher: _Watcher, returncode: int | None, limits: Limits, duration_ms: int) -> Outcome:
+def _build_result(watcher: _ProcessMonitor, returncode: int | None, limits: Limits, duration_ms: int) -> SandboxResult:
     stdout, stderr = (bytes(b).decode("utf-8", "replace") for b in (watcher.stdout, watcher.stderr))
     if watcher.reason:
-        return Outcome(-signal.SIGKILL, stdout, stderr, (), watcher.reason, duration_ms)
+        return SandboxResult(-signal.SIGKILL, stdout, stderr, (), watcher.reason, duration_ms)
     parsed = parse_result(bytes(watcher.result), limits)
     if parsed is None:
         said = stderr.strip().splitlines()
         detail = said[-1][:300] if said else f"it ended with {returncode}"
         raise OctoError(f"the sandbox did not finish its run: {detail}", code="sandbox_failed")
     report, files = parsed
-    reason = report.reason or reason_of(report, stderr, limits)
-    return Outcome(report.exit_code, stdout, stderr, files, reason, duration_ms)
+    reason = report.reason or infer_limit_reason(report, stderr, limits)
+    return SandboxResult(report.exit_code, stdout, stderr, files, reason, duration_ms)
 
 
-def reason_of(report: Report, stderr: str, limits: Limits) -> Reason:
+def infer_limit_reason(report: SandboxReport, stderr: str, limits: Limits) -> LimitReason:
     """Say which limit ended a program, from its exit code, its use and the last thing that it said."""
     code = report.exit_code
     if code == 0:

@@ -11,8 +11,8 @@ from octollm.contracts.operations import RunLimits, RunRequest, RunResult
 from octollm.contracts.task import FileRef
 from octollm.errors import OctoError
 from octollm.services.arms.executor.names import check_names
-from octollm.services.arms.executor.sandbox import MAXIMA, MIB, Job, Limits, Outcome, Sandbox
-from octollm.services.arms.executor.sql import sql_job
+from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, Sandbox, SandboxResult
+from octollm.services.arms.executor.sql import build_sql_job
 
 MAX_ARGUMENTS = 64
 MAX_ARGUMENT_BYTES = 64 * 1024
@@ -23,24 +23,24 @@ _RETRY_SECONDS = 1.0
 
 
 class Runner:
-    """Runs requests in ``sandbox``: at most ``concurrency`` at once, at most ``queue`` waiting."""
+    """Runs requests in ``check_sandbox``: at most ``concurrency`` at once, at most ``queue`` waiting."""
 
     def __init__(
         self,
         sandbox: Sandbox,
         *,
         concurrency: int = 2,
-        queue: int = 16,
+        max_waiting: int = 16,
         defaults: Limits | None = None,
-        maxima: Limits = MAXIMA,
+        maxima: Limits = MAX_LIMITS,
     ) -> None:
         self._sandbox = sandbox
         self._concurrency = concurrency
-        self._queue = queue
+        self._queue = max_waiting
         self._defaults = defaults or Limits()
         self._maxima = maxima
         self._slots = asyncio.Semaphore(concurrency)
-        self._inside = 0
+        self._active = 0
 
     @property
     def sandbox(self) -> str:
@@ -48,9 +48,9 @@ class Runner:
         return self._sandbox.name
 
     @property
-    def busy(self) -> int:
+    def active(self) -> int:
         """Return how many runs there are, waiting ones included."""
-        return self._inside
+        return self._active
 
     async def run(self, request: RunRequest, files: Mapping[str, bytes]) -> RunResult:
         """Run ``request`` over ``files``, the bytes of its files by name.
@@ -61,15 +61,15 @@ class Runner:
         job = self._job(request, files)
         async with self._slot():
             outcome = await self._sandbox.run(job)
-        return _result(outcome, self._sandbox.name, with_files=request.language == "python")
+        return _to_run_result(outcome, self._sandbox.name, with_files=request.language == "python")
 
     def _job(self, request: RunRequest, files: Mapping[str, bytes]) -> Job:
         check_names(files)
         if request.language == "sql":
             if len(request.command) != 1:
                 raise OctoError("the command of an SQL run is one query", code="invalid_body")
-            limits = limits_of(request.limits, self._defaults, self._maxima, memory=_SQL_MEMORY)
-            return sql_job(request.command[0], files, limits)
+            limits = resolve_limits(request.limits, self._defaults, self._maxima, memory=_SQL_MEMORY)
+            return build_sql_job(request.command[0], files, limits)
         if not request.command or len(request.command) > MAX_ARGUMENTS:
             raise OctoError(
                 f"the command of a Python run has from 1 to {MAX_ARGUMENTS} arguments, e.g. ['main.py']",
@@ -78,21 +78,21 @@ class Runner:
         for argument in request.command:
             if "\0" in argument or len(argument.encode("utf-8", "replace")) > MAX_ARGUMENT_BYTES:
                 raise OctoError(f"an argument has no NUL and at most {MAX_ARGUMENT_BYTES} bytes", code="invalid_body")
-        return Job(request.command, dict(files), limits_of(request.limits, self._defaults, self._maxima))
+        return Job(request.command, dict(files), resolve_limits(request.limits, self._defaults, self._maxima))
 
     @asynccontextmanager
     async def _slot(self) -> AsyncGenerator[None]:
-        if self._inside >= self._concurrency + self._queue:
+        if self._active >= self._concurrency + self._queue:
             raise OctoError("too many runs are waiting", code="overloaded", retry_after=_RETRY_SECONDS)
-        self._inside += 1
+        self._active += 1
         try:
             async with self._slots:
                 yield
         finally:
-            self._inside -= 1
+            self._active -= 1
 
 
-def limits_of(asked: RunLimits, defaults: Limits, maxima: Limits, *, memory: int | None = None) -> Limits:
+def resolve_limits(asked: RunLimits, defaults: Limits, maxima: Limits, *, memory: int | None = None) -> Limits:
     """Return the limits of a run: what is asked, or the default, and never more than the maximum.
 
     ``memory`` replaces the default of memory. Processor time is twice the wall time, for programs with threads.
@@ -116,10 +116,10 @@ def limits_of(asked: RunLimits, defaults: Limits, maxima: Limits, *, memory: int
         result_files=defaults.result_files,
         result_file_bytes=defaults.result_file_bytes,
     )
-    return limits.within(maxima)
+    return limits.clamp(maxima)
 
 
-def _result(outcome: Outcome, sandbox: str, *, with_files: bool) -> RunResult:
+def _to_run_result(outcome: SandboxResult, sandbox: str, *, with_files: bool) -> RunResult:
     made = outcome.files if with_files else ()
     return RunResult(
         exit_code=outcome.exit_code,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
-Reason = Literal["", "timeout", "output", "memory", "killed"]
+LimitReason = Literal["", "timeout", "output", "memory", "killed"]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -35,12 +35,12 @@ class Limits:
     result_file_bytes: int = 64 * KIB
     """One file that comes back; a larger one stays behind."""
 
-    def within(self, most: Limits) -> Limits:
+    def clamp(self, maxima: Limits) -> Limits:
         """Return these limits, each cut to that of ``most``."""
-        return Limits(**{f.name: min(getattr(self, f.name), getattr(most, f.name)) for f in fields(self)})
+        return Limits(**{f.name: min(getattr(self, f.name), getattr(maxima, f.name)) for f in fields(self)})
 
 
-MAXIMA = Limits(
+MAX_LIMITS = Limits(
     wall_seconds=60.0,
     cpu_seconds=120,
     memory_bytes=2048 * MIB,
@@ -70,7 +70,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class MadeFile:
+class OutputFile:
     """A small text file that the program made or changed."""
 
     name: str
@@ -78,14 +78,14 @@ class MadeFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SandboxResult:
     """How a run ended. ``exit_code`` is negative for a signal; ``reason`` says which limit ended it, if one did."""
 
     exit_code: int
     stdout: str
     stderr: str
-    files: tuple[MadeFile, ...] = ()
-    reason: Reason = ""
+    files: tuple[OutputFile, ...] = ()
+    reason: LimitReason = ""
     duration_ms: int = 0
 
 
@@ -97,7 +97,7 @@ class Sandbox(Protocol):
         """Return which kind it is, e.g. ``bubblewrap``."""
         ...
 
-    async def run(self, job: Job) -> Outcome:
+    async def run(self, job: Job) -> SandboxResult:
         """Run ``job`` within its limits and return how it ended.
 
         Whatever the program does is an outcome. ``OctoError`` is raised only where the sandbox could not do its

@@ -29,7 +29,7 @@ _NEWEST = 462
 """The last system call that was looked at (mseal, Linux 6.10). Numbers are shared by the machines from 424 on."""
 
 # name: (x86_64, aarch64); None where the machine has no such call.
-_CALLS: dict[str, tuple[int | None, int | None]] = {
+_DENIED_CALLS: dict[str, tuple[int | None, int | None]] = {
     # namespaces, roots and mounts
     "unshare": (272, 97),
     "setns": (308, 268),
@@ -113,13 +113,13 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "accept": (43, 202),
     "accept4": (288, 242),
 }
-_PROCESSES: dict[str, tuple[int | None, int | None]] = {"fork": (57, None), "vfork": (58, None)}
+_PROCESS_CALLS: dict[str, tuple[int | None, int | None]] = {"fork": (57, None), "vfork": (58, None)}
 _CLONE, _CLONE3 = (56, 220), 435
 _IOCTL, _SOCKETPAIR = (16, 29), (53, 199)
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Architecture:
     """A processor architecture: its AUDIT_ARCH_* number (linux/audit.h) and its column in the tables."""
 
     name: str
@@ -127,24 +127,24 @@ class Machine:
     column: int
 
 
-X86_64 = Machine("x86_64", 0xC000003E, 0)
-AARCH64 = Machine("aarch64", 0xC00000B7, 1)
+X86_64 = Architecture("x86_64", 0xC000003E, 0)
+AARCH64 = Architecture("aarch64", 0xC00000B7, 1)
 
 
-def machine_of(name: str | None = None) -> Machine | None:
+def detect_architecture(name: str | None = None) -> Architecture | None:
     """Return the machine called ``name`` (by default this one), or ``None`` when no filter is known for it."""
     name = name or platform.machine()
     return {"x86_64": X86_64, "amd64": X86_64, "aarch64": AARCH64, "arm64": AARCH64}.get(name.lower())
 
 
-def denied(machine: Machine, *, processes: bool) -> dict[str, int]:
+def denied_calls(architecture: Architecture, *, allow_processes: bool) -> dict[str, int]:
     """Return the calls that are always denied, by name with their number; ``processes`` are allowed or not."""
-    table = _CALLS if processes else _CALLS | _PROCESSES
-    numbers = {name: columns[machine.column] for name, columns in table.items()}
+    table = _DENIED_CALLS if allow_processes else _DENIED_CALLS | _PROCESS_CALLS
+    numbers = {name: columns[architecture.column] for name, columns in table.items()}
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def build_filter(machine: Machine, *, processes: bool) -> bytes:
+def build_filter(architecture: Architecture, *, allow_processes: bool) -> bytes:
     """Return the filter as an array of ``struct sock_filter``.
 
     Without ``processes`` the filter denies fork too, and leaves clone for threads alone. A call of another
@@ -153,24 +153,24 @@ def build_filter(machine: Machine, *, processes: bool) -> bytes:
     a filter cannot read them).
     """
     refuse, unknown = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS
-    column = machine.column
-    program = [_op(_LD_ABS, _ARCH), _op(_JEQ, machine.audit, 1, 0), _op(_RET, KILL_PROCESS), _op(_LD_ABS, _NR)]
-    if machine is X86_64:
+    column = architecture.column
+    program = [_op(_LD_ABS, _ARCH), _op(_JEQ, architecture.audit, 1, 0), _op(_RET, KILL_PROCESS), _op(_LD_ABS, _NR)]
+    if architecture is X86_64:
         program += [_op(_JGE, _X32_BIT, 0, 1), _op(_RET, KILL_PROCESS)]
     program += [_op(_JGT, _NEWEST, 0, 1), _op(_RET, unknown)]
-    for number in sorted(denied(machine, processes=processes).values()):
+    for number in sorted(denied_calls(architecture, allow_processes=allow_processes).values()):
         program += [_op(_JEQ, number, 0, 1), _op(_RET, refuse)]
     program += [_op(_JEQ, _CLONE3, 0, 1), _op(_RET, unknown)]
     clone = [_op(_LD_ABS, _ARG0), _op(_JSET, _CLONE_NEW, 0, 1), _op(_RET, refuse)]
-    if not processes:
+    if not allow_processes:
         clone += [_op(_JSET, _CLONE_THREAD, 1, 0), _op(_RET, refuse)]
-    program += _when(_CLONE[column], clone)
+    program += _for_call(_CLONE[column], clone)
     # A pair of connected local sockets reaches nobody, and every asyncio event loop wants one.
-    program += _when(_SOCKETPAIR[column], [_op(_LD_ABS, _ARG0), _op(_JEQ, _AF_UNIX, 1, 0), _op(_RET, refuse)])
+    program += _for_call(_SOCKETPAIR[column], [_op(_LD_ABS, _ARG0), _op(_JEQ, _AF_UNIX, 1, 0), _op(_RET, refuse)])
     typing = [_op(_LD_ABS, _ARG1)]  # pushing characters into a terminal's input
     for request in (_TIOCSTI, _TIOCLINUX):
         typing += [_op(_JEQ, request, 0, 1), _op(_RET, refuse)]
-    program += _when(_IOCTL[column], typing)
+    program += _for_call(_IOCTL[column], typing)
     return b"".join([*program, _op(_RET, ALLOW)])
 
 
@@ -178,6 +178,6 @@ def _op(code: int, value: int, when_true: int = 0, when_false: int = 0) -> bytes
     return struct.pack("<HBBI", code, when_true, when_false, value)
 
 
-def _when(number: int, body: list[bytes]) -> list[bytes]:
+def _for_call(number: int, body: list[bytes]) -> list[bytes]:
     """Do ``body`` for the call ``number`` alone; falling out of it allows the call."""
     return [_op(_JEQ, number, 0, len(body) + 1), *body, _op(_RET, ALLOW)]

@@ -13,12 +13,12 @@ from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import Artifact, ExecuteResult, TaskContract
 from octollm.errors import OctoError
-from octollm.rpc.service import Base, Service
-from octollm.services.arms.calling import file_text
-from octollm.services.arms.executor.opening import RunnerHolder
-from octollm.services.arms.executor.probe import choose_sandbox
+from octollm.rpc.service import Service, ServiceBase
+from octollm.services.arms.calling import read_file_text
+from octollm.services.arms.executor.opening import RunnerProvider
+from octollm.services.arms.executor.probe import select_sandbox
 from octollm.services.arms.executor.sandbox import Sandbox
-from octollm.services.arms.executor.work import run_of, sql_file, told
+from octollm.services.arms.executor.work import build_run_request, find_sql_file, summarise_run
 from octollm.telemetry import Metrics, Tracer
 
 MAX_FILES = 64
@@ -42,7 +42,7 @@ class HttpAnswer(msgspec.Struct, frozen=True):
     body: str
 
 
-def executor_arm(holder: RunnerHolder, metrics: Metrics, tracer: Tracer) -> Arm:
+def executor_arm(runner_provider: RunnerProvider, metrics: Metrics, tracer: Tracer) -> Arm:
     """Return the executor over its sandbox."""
     arm = Arm.built_in(
         "executor",
@@ -55,18 +55,18 @@ def executor_arm(holder: RunnerHolder, metrics: Metrics, tracer: Tracer) -> Arm:
     @arm.operation("run")
     async def run(request: RunRequest, ctx: Context) -> RunResult:
         """Run a program or a query."""
-        return await run_in_sandbox(request, ctx, holder, metrics, tracer)
+        return await run_in_sandbox(request, ctx, runner_provider, metrics, tracer)
 
     @arm.operation("execute")
     async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
         """Run the program or the query among a task's files."""
         files = task.context.files
-        query = sql_file(files)
-        request = run_of(files, None if query is None else await file_text(ctx, query))
-        result = await run_in_sandbox(request, ctx, holder, metrics, tracer)
-        output, evidence = told(request, result)
+        query = find_sql_file(files)
+        request = build_run_request(files, None if query is None else await read_file_text(ctx, query))
+        result = await run_in_sandbox(request, ctx, runner_provider, metrics, tracer)
+        output, evidence = summarise_run(request, result)
         await ctx.emit(output)
-        return ExecuteResult(output=output, artifacts=await _artifacts(result, ctx), evidence=evidence)
+        return ExecuteResult(output=output, artifacts=await _store_artifacts(result, ctx), evidence=evidence)
 
     @arm.operation(
         "http", kind="at_most_once", example=HttpRequest("GET", "https://example.org/"), codes=["not_configured"]
@@ -81,7 +81,7 @@ def executor_arm(holder: RunnerHolder, metrics: Metrics, tracer: Tracer) -> Arm:
 
 
 async def run_in_sandbox(
-    request: RunRequest, ctx: Context, holder: RunnerHolder, metrics: Metrics, tracer: Tracer
+    request: RunRequest, ctx: Context, runner_provider: RunnerProvider, metrics: Metrics, tracer: Tracer
 ) -> RunResult:
     """Fetch the files of a run and run it. Raises ``no_sandbox``, what reading a file and what the runner raise."""
     if len(request.files) > MAX_FILES:
@@ -89,7 +89,7 @@ async def run_in_sandbox(
     names = [file.name for file in request.files]
     if len(set(names)) != len(names):
         raise OctoError("Two files of a run have the same name.", code="file_invalid")
-    runner = await holder.get()
+    runner = await runner_provider.get()
     files = {file.name: await ctx.artifacts.read(file) for file in request.files}
     outcome = "failed"
     try:
@@ -106,16 +106,16 @@ async def run_in_sandbox(
         metrics.sandbox_runs.labels(request.language, outcome).inc()
 
 
-async def _artifacts(result: RunResult, ctx: Context) -> tuple[Artifact, ...]:
+async def _store_artifacts(result: RunResult, ctx: Context) -> tuple[Artifact, ...]:
     """Store what a program made, where the authority of the call allows it."""
-    if not ctx.may("files:write"):
+    if not ctx.allows("files:write"):
         return ()
     return tuple([await ctx.artifacts.write(file.name, (file.text or "").encode()) for file in result.files])
 
 
 @contextlib.asynccontextmanager
 async def executor_service(
-    base: Base, settings: Settings, *, choose: Callable[[], Awaitable[Sandbox]] | None = None
+    base: ServiceBase, settings: Settings, *, select: Callable[[], Awaitable[Sandbox]] | None = None
 ) -> AsyncGenerator[Service]:
     """Yield the executor as a service; its sandbox is chosen in the background.
 
@@ -125,15 +125,15 @@ async def executor_service(
 
     async def by_settings() -> Sandbox:
         tools = settings.model_cache.parent / "tools"
-        return await choose_sandbox(
+        return await select_sandbox(
             settings.sandbox,
             cache_dir=tools,
             clock=base.clock,
             on_refused=lambda why: base.log.warning("sandbox.refused", reason=why),
         )
 
-    holder = RunnerHolder(choose or by_settings, clock=base.clock, log=base.log)
-    holder.begin()
+    holder = RunnerProvider(select or by_settings, clock=base.clock, log=base.log)
+    holder.start()
     try:
         yield build_arm(executor_arm(holder, base.metrics, base.tracer), base, checkups={"sandbox": holder.checkup})
     finally:

@@ -17,7 +17,7 @@ MAX_ROWS = 1000
 MAX_QUERY = 20_000
 """Characters of a query."""
 
-_KINDS = {
+_TABLE_FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".tab": "tsv",
@@ -31,7 +31,7 @@ _OUTPUT_SHARE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class DataTable:
     """A data file and the table that it becomes."""
 
     file: str
@@ -41,20 +41,20 @@ class Table:
 
 def is_tabular(name: str) -> bool:
     """Say whether a file of that name can be a table."""
-    return PurePosixPath(name).suffix.lower() in _KINDS
+    return PurePosixPath(name).suffix.lower() in _TABLE_FORMATS
 
 
-def tables_of(names: Iterable[str]) -> tuple[Table, ...]:
+def derive_tables(names: Iterable[str]) -> tuple[DataTable, ...]:
     """Return the tables that files of these names become, in their order.
 
     A table is called like its file's stem, in lower case, with ``_`` for all that is no letter, digit or ``_``; a
     second one of a name gets ``_2``. Files that are not tabular are left out.
     """
-    tables: list[Table] = []
+    tables: list[DataTable] = []
     taken: set[str] = set()
     for name in names:
         path = PurePosixPath(name)
-        kind = _KINDS.get(path.suffix.lower())
+        kind = _TABLE_FORMATS.get(path.suffix.lower())
         if kind is None:
             continue
         stem = re.sub(r"\W+", "_", path.stem.lower()).strip("_") or "data"
@@ -65,11 +65,11 @@ def tables_of(names: Iterable[str]) -> tuple[Table, ...]:
             number += 1
             table = f"{stem}_{number}"
         taken.add(table)
-        tables.append(Table(name, table, kind))
+        tables.append(DataTable(name, table, kind))
     return tuple(tables)
 
 
-def sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job:
+def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job:
     """Return the job that answers ``query`` (or :data:`DESCRIBE`) over the tabular ones of ``files``.
 
     It prints one JSON object: ``columns``, ``types``, ``rows`` (at most 1000), ``row_count``, ``truncated``; or for
@@ -79,7 +79,7 @@ def sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job:
     """
     if not query.strip() or len(query) > MAX_QUERY:
         raise OctoError(f"a query has from 1 to {MAX_QUERY} characters", code="invalid_body")
-    tables = tables_of(files)
+    tables = derive_tables(files)
     placed = {
         table.file: f"data/{number}{PurePosixPath(table.file).suffix.lower()}" for number, table in enumerate(tables)
     }

@@ -17,7 +17,7 @@ from typing import Any
 
 import wasmtime
 
-from octollm.services.arms.executor.inside import collect, read_header, send, unpack
+from octollm.services.arms.executor.inside import collect_files, read_header, send_report, unpack_files
 from octollm.services.arms.executor.wasi_python import new_engine
 
 _TICK_MS = 50
@@ -26,14 +26,14 @@ _CPU_GRACE = 5
 _PAGE = 64 * 1024
 
 
-def become(identity: tuple[int, int]) -> None:
+def drop_privileges(user: tuple[int, int]) -> None:
     """Become the sandbox's user."""
     os.setgroups([])
-    os.setgid(identity[1])
-    os.setuid(identity[0])
+    os.setgid(user[1])
+    os.setuid(user[0])
 
 
-def take_limits(limits: dict[str, Any]) -> None:
+def apply_rlimits(limits: dict[str, Any]) -> None:
     """Take on the kernel's limits, as a second line behind the engine's."""
     cpu = limits["cpu_seconds"] + _CPU_GRACE
     for kind, value in (
@@ -47,7 +47,7 @@ def take_limits(limits: dict[str, Any]) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def used(folders: tuple[str, ...], most_entries: int) -> tuple[int, int]:
+def measure_usage(folders: tuple[str, ...], most_entries: int) -> tuple[int, int]:
     """Return the bytes and entries under ``folders``, counting on no further than ``most_entries``."""
     size = entries = 0
     waiting = list(folders)
@@ -67,7 +67,7 @@ def used(folders: tuple[str, ...], most_entries: int) -> tuple[int, int]:
     return size, entries
 
 
-class Watch(threading.Thread):
+class ResourceMonitor(threading.Thread):
     """Interrupts the program when it fills the disk, uses up its processor time, or the parent is gone."""
 
     def __init__(self, engine: wasmtime.Engine, life: int, limits: dict[str, Any], most_bytes: int) -> None:
@@ -85,7 +85,7 @@ class Watch(threading.Thread):
         while not self.reason:
             if poll.poll(_TICK_MS):
                 os._exit(1)
-            size, entries = used(("work", "tmp"), self._limits["disk_entries"])
+            size, entries = measure_usage(("work", "tmp"), self._limits["disk_entries"])
             if size > self._most_bytes or entries > self._limits["disk_entries"]:
                 self.reason = "killed"
                 os.write(2, b"\nended: the work folder is full\n")
@@ -135,22 +135,22 @@ def main(result: int, life: int) -> None:
     module = wasmtime.Module.deserialize_file(engine, header["module"])
     os.chdir(header["folder"])
     if header["identity"]:
-        become(header["identity"])
-    before = unpack(stream, header["files"], "work", limits["result_file_bytes"])
+        drop_privileges(header["identity"])
+    before = unpack_files(stream, header["files"], "work", limits["result_file_bytes"])
     os.close(0)
-    take_limits(limits)
-    size, _ = used(("work",), limits["disk_entries"])
-    watch = Watch(engine, life, limits, size + limits["disk_bytes"])
+    apply_rlimits(limits)
+    size, _ = measure_usage(("work",), limits["disk_entries"])
+    watch = ResourceMonitor(engine, life, limits, size + limits["disk_bytes"])
     watch.start()
     code, peak, interrupted = run_program(engine, module, header)
-    made = collect("work", before, limits["result_files"], limits["result_file_bytes"])
+    made = collect_files("work", before, limits["result_files"], limits["result_file_bytes"])
     report = {
         "exit_code": code,
         "reason": watch.reason if interrupted else "",
         "peak_bytes": peak,
         "cpu_seconds": time.process_time(),
     }
-    send(result, report, made)
+    send_report(result, report, made)
 
 
 if __name__ == "__main__":

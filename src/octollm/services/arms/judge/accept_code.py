@@ -24,7 +24,7 @@ async def check_code(texts: dict[str, str], run: Run) -> tuple[list[str], int]:
     checks = 0
     for name in modules:
         own = next((test for test in tests if name.removesuffix(".py") in test), tests[0])
-        fault = weak_tests(texts[own], name.removesuffix(".py"))
+        fault = find_test_weakness(texts[own], name.removesuffix(".py"))
         checks += 2
         if fault:
             reasons.append(fault)
@@ -35,16 +35,16 @@ async def check_code(texts: dict[str, str], run: Run) -> tuple[list[str], int]:
     return reasons, checks
 
 
-def weak_tests(tests: str, module: str) -> str:
+def find_test_weakness(tests: str, module: str) -> str:
     """Say why tests prove nothing of ``module``; empty when they import it and compare several of its results."""
     tree, fault = parse_python(tests, "the tests")
     if tree is None:
         return fault
-    names = _imported(tree, module)
+    names = _imported_names(tree, module)
     if not names:
         return f"The tests do not import {module}."
-    made = _assigned_from(tree, names)
-    held = {ast.unparse(node) for node in ast.walk(tree) if _is_assertion(node) and _reads(node, names | made)}
+    made = _derived_names(tree, names)
+    held = {ast.unparse(node) for node in ast.walk(tree) if _is_assertion(node) and _reads_any(node, names | made)}
     if len(held) < MIN_ASSERTIONS:
         return f"The tests assert less than {MIN_ASSERTIONS} things of {module}."
     if any(isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in names for n in ast.walk(tree)):
@@ -52,7 +52,7 @@ def weak_tests(tests: str, module: str) -> str:
     return ""
 
 
-def _imported(tree: ast.Module, module: str) -> set[str]:
+def _imported_names(tree: ast.Module, module: str) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == module:
@@ -62,13 +62,13 @@ def _imported(tree: ast.Module, module: str) -> set[str]:
     return names
 
 
-def _assigned_from(tree: ast.Module, names: set[str]) -> set[str]:
+def _derived_names(tree: ast.Module, names: set[str]) -> set[str]:
     """Return the variables and attributes that hold something made with ``names``, by what is read of them."""
     made: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and _reads(node.value, names | made):
+        if isinstance(node, ast.Assign) and _reads_any(node.value, names | made):
             made.update(ast.unparse(target) for target in node.targets)
-        elif isinstance(node, ast.withitem) and node.optional_vars and _reads(node.context_expr, names):
+        elif isinstance(node, ast.withitem) and node.optional_vars and _reads_any(node.context_expr, names):
             made.add(ast.unparse(node.optional_vars))
     return made
 
@@ -81,7 +81,7 @@ def _is_assertion(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("assert")
 
 
-def _reads(node: ast.AST, names: set[str]) -> bool:
+def _reads_any(node: ast.AST, names: set[str]) -> bool:
     return any(
         (isinstance(n, ast.Name) and n.id in names) or (isinstance(n, ast.Attribute) and ast.unparse(n) in names)
         for n in ast.walk(node)

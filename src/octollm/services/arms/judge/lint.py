@@ -6,8 +6,8 @@ import ast
 
 from pyflakes import checker, messages
 
-MAX_REASONS = 5
-_ERRORS = (
+MAX_LINT_REASONS = 5
+_LINT_ERRORS = (
     messages.UndefinedName,
     messages.UndefinedLocal,
     messages.UndefinedExport,
@@ -28,7 +28,9 @@ _ERRORS = (
 
 def lint(tree: ast.Module, filename: str) -> list[str]:
     """Return the real errors that pyflakes sees, in the order of their lines, at most a few."""
-    found = [message for message in checker.Checker(tree, filename=filename).messages if isinstance(message, _ERRORS)]
+    found = [
+        message for message in checker.Checker(tree, filename=filename).messages if isinstance(message, _LINT_ERRORS)
+    ]
     found.sort(key=lambda message: message.lineno)
     texts = [f"Line {m.lineno} of {filename}: {m.message % m.message_args}" for m in found]
-    return list(dict.fromkeys(texts))[:MAX_REASONS]
+    return list(dict.fromkeys(texts))[:MAX_LINT_REASONS]

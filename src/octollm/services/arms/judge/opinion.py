@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import msgspec
 
-from octollm.contracts.asking import Ask, Message, system, user
+from octollm.contracts.asking import PromptFunction, PromptMessage, system, user
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.errors import OctoError
 
 MAX_SHOWN_CHARS = 6000
-MAX_TOKENS = 200
-_SYSTEM = (
+MAX_OPINION_TOKENS = 200
+_OPINION_PROMPT = (
     "You judge whether a result does what was asked and meets every criterion. Be strict about what is missing or "
     "wrong, not about style. Reply with JSON; give a short reason when it does not."
 )
-_SCHEMA: dict[str, object] = {
+_OPINION_SCHEMA: dict[str, object] = {
     "type": "object",
     "properties": {
         "reason": {"type": "string", "maxLength": 300},
@@ -30,9 +30,9 @@ class _Opinion(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-async def opinion(request: AcceptRequest, ask: Ask) -> AcceptResult:
+async def ask_opinion(request: AcceptRequest, ask: PromptFunction) -> AcceptResult:
     """Return what the model thinks of the result. Raises ``OctoError`` (``model_output_invalid``) if it is not JSON."""
-    answer = await ask(_messages(request), max_tokens=MAX_TOKENS, schema=_SCHEMA)
+    answer = await ask(_opinion_messages(request), max_tokens=MAX_OPINION_TOKENS, schema=_OPINION_SCHEMA)
     try:
         said = msgspec.json.decode(answer.encode(), type=_Opinion)
     except msgspec.DecodeError as exc:
@@ -41,9 +41,9 @@ async def opinion(request: AcceptRequest, ask: Ask) -> AcceptResult:
     return AcceptResult(accepted=said.accepted, reasons=reasons, score=1.0 if said.accepted else 0.0)
 
 
-def _messages(request: AcceptRequest) -> list[Message]:
+def _opinion_messages(request: AcceptRequest) -> list[PromptMessage]:
     criteria = "".join(f"\n- {criterion}" for criterion in request.criteria[:10])
     listed = f"\n\nCriteria:{criteria}" if criteria else ""
     shown = request.result.output[:MAX_SHOWN_CHARS]
     # The result may hold text that speaks to the judge; the marks say where it begins and ends.
-    return [system(_SYSTEM), user(f"Asked:\n{request.goal}{listed}\n\n<result>\n{shown}\n</result>")]
+    return [system(_OPINION_PROMPT), user(f"Asked:\n{request.goal}{listed}\n\n<result>\n{shown}\n</result>")]

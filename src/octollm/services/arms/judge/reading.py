@@ -10,7 +10,7 @@ ReadFile = Callable[[str], Awaitable[bytes]]
 """Read a stored file by its digest."""
 
 
-async def text_of(file: FileRef, read_file: ReadFile) -> str:
+async def read_text(file: FileRef, read_file: ReadFile) -> str:
     """Return a file's text: what stands in place, else what is stored. Bytes that are no UTF-8 are marked."""
     if file.text is not None:
         return file.text

@@ -11,8 +11,8 @@ from octollm.contracts.operations import AcceptRequest, AcceptResult, ValidateRe
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, TaskContract
 from octollm.errors import OctoError
-from octollm.rpc.service import Base, Service
-from octollm.services.arms.calling import ModelAsk, capable, file_text, running
+from octollm.rpc.service import Service, ServiceBase
+from octollm.services.arms.calling import ModelAsk, bind_run, is_capable_model, read_file_text
 from octollm.services.arms.judge.accept import accept as accept_result
 from octollm.services.arms.judge.validate import validate as validate_code
 
@@ -33,7 +33,7 @@ def judge_arm(settings: Settings) -> Arm:
     @arm.operation("validate", kind="read_only")
     async def validate(request: ValidateRequest, ctx: Context) -> ValidateResult:
         """Say whether code is valid, and passes its tests where there are any."""
-        return await validate_code(request, running(ctx))
+        return await validate_code(request, bind_run(ctx))
 
     @arm.operation("accept", kind="read_only")
     async def accept(request: AcceptRequest, ctx: Context) -> AcceptResult:
@@ -42,8 +42,8 @@ def judge_arm(settings: Settings) -> Arm:
         async def read_file(digest: str) -> bytes:
             return await ctx.artifacts.read(FileRef(digest[:12], digest=digest))
 
-        asked = ModelAsk(ctx) if capable(settings) and ctx.may("models:chat") else None
-        return await accept_result(request, running(ctx), asked, read_file)
+        asked = ModelAsk(ctx) if is_capable_model(settings) and ctx.allows("models:chat") else None
+        return await accept_result(request, bind_run(ctx), asked, read_file)
 
     @arm.operation("execute")
     async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
@@ -63,7 +63,7 @@ async def validate_files(task: TaskContract, ctx: Context) -> ExecuteResult:
     names = [file for file in task.context.files if file.name.endswith(".py")]
     if len(names) > MAX_CODE_FILES:
         raise OctoError(f"The judge checks at most {MAX_CODE_FILES} files at a time.", code="file_invalid")
-    texts = {file.name: await file_text(ctx, file) for file in names}
+    texts = {file.name: await read_file_text(ctx, file) for file in names}
     tests = {name: text for name, text in texts.items() if name.startswith("test")}
     modules = {name: text for name, text in texts.items() if name not in tests}
     if not modules:
@@ -74,7 +74,7 @@ async def validate_files(task: TaskContract, ctx: Context) -> ExecuteResult:
         await ctx.progress(100 * number / len(modules), name)
         own = next((test for test in tests if name.removesuffix(".py") in test), "")
         request = ValidateRequest(code, "python", name, tests.get(own, ""), own or "test_solution.py")
-        verdict = await validate_code(request, running(ctx))
+        verdict = await validate_code(request, bind_run(ctx))
         checks.extend(verdict.checks)
         said = "valid" if verdict.is_valid else "not valid"
         verdicts.append("\n".join((f"{name}: {said}", *(f"- {reason}" for reason in verdict.reasons))))
@@ -82,6 +82,6 @@ async def validate_files(task: TaskContract, ctx: Context) -> ExecuteResult:
 
 
 @contextlib.asynccontextmanager
-async def judge_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+async def judge_service(base: ServiceBase, settings: Settings) -> AsyncGenerator[Service]:
     """Yield the judge as a service. It holds nothing."""
     yield build_arm(judge_arm(settings), base)

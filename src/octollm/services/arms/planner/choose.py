@@ -10,13 +10,13 @@ from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
 from octollm.contracts.words import stem, stems
 from octollm.errors import OctoError
-from octollm.services.arms.planner.fitting import fitting_arm
+from octollm.services.arms.planner.fitting import find_matching_arm
 
-_KIND = "kind:"
+_KIND_PREFIX = "kind:"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Assignment:
     """A part of a goal: the arm that does it, the files it is given, and a plain title."""
 
     arm: str
@@ -24,7 +24,7 @@ class Part:
     title: str
 
 
-def choose_parts(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, program: bool) -> list[Part]:
+def assign_arms(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, wants_code: bool) -> list[Assignment]:
     """Split a goal into parts that need nothing of each other.
 
     An arm of somebody's own comes first: it takes the goal if it accepts ``kind:<word>`` and the goal has that word,
@@ -35,18 +35,22 @@ def choose_parts(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, pr
     own = [arm for arm in arms if arm.name not in BUILT_IN_ARMS]
     said = stems(goal)
     for arm in own:
-        if any(stem(word.removeprefix(_KIND).lower()) in said for word in arm.accepts if word.startswith(_KIND)):
-            return [Part(arm.name, tuple(files), f"Ask {arm.name}")]
+        if any(
+            stem(word.removeprefix(_KIND_PREFIX).lower()) in said
+            for word in arm.accepts
+            if word.startswith(_KIND_PREFIX)
+        ):
+            return [Assignment(arm.name, tuple(files), f"Ask {arm.name}")]
     accepting = any(accepts_file(arm.accepts, name) for arm in own for name in files)
-    fitting = None if accepting else fitting_arm(goal, own, with_files=bool(files))
+    fitting = None if accepting else find_matching_arm(goal, own, with_files=bool(files))
     if fitting is not None:
-        return [Part(fitting.name, tuple(files), f"Ask {fitting.name}")]
+        return [Assignment(fitting.name, tuple(files), f"Ask {fitting.name}")]
     groups: dict[str, list[str]] = {}
     for name in files:
-        groups.setdefault(_arm_for(name, own, program), []).append(name)
+        groups.setdefault(_arm_for(name, own, wants_code), []).append(name)
     if not groups:
-        return [Part("coder", (), "Write the code" if program else "Write the answer")]
-    return [Part(arm.split("/")[0], tuple(names), _title(arm, names)) for arm, names in groups.items()]
+        return [Assignment("coder", (), "Write the code" if wants_code else "Write the answer")]
+    return [Assignment(arm.split("/")[0], tuple(names), _title(arm, names)) for arm, names in groups.items()]
 
 
 def _arm_for(name: str, own: Sequence[ArmInfo], program: bool) -> str:

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 import msgspec
 
-from octollm.contracts.asking import Ask, Message, assistant, system, user
+from octollm.contracts.asking import PromptFunction, PromptMessage, assistant, system, user
 from octollm.contracts.task import ArmInfo, Plan, PlanRequest, PlanStep
-from octollm.services.arms.planner.plan_validate import plan_faults
+from octollm.services.arms.planner.plan_validate import find_plan_faults
 
 MAX_DESIGNED_STEPS = 8
-MAX_TOKENS = 1500
-ATTEMPTS = 2
-_SYSTEM = (
+MAX_PLAN_TOKENS = 1500
+MAX_DESIGN_ATTEMPTS = 2
+_PLAN_PROMPT = (
     "You plan work for a team of arms. Use as few steps as the goal needs: one where one arm can do all of it. Give "
     "each step the arm that fits, a goal that stands on its own, the files it needs, and the ids of the steps whose "
     "output it needs. Steps that need nothing of each other run at the same time. Reply with JSON."
 )
-_BUILT_IN = (
+_BUILT_IN_ARMS = (
     ArmInfo(
         "coder",
         "Writes tested Python code; answers questions over tables (CSV, TSV, JSON, Parquet) with SQL; writes texts",
@@ -28,24 +28,24 @@ _BUILT_IN = (
 )
 
 
-class _Answer(msgspec.Struct, frozen=True):
+class _PlanAnswer(msgspec.Struct, frozen=True):
     steps: tuple[PlanStep, ...]
 
 
-async def design_plan(request: PlanRequest, ask: Ask) -> Plan | None:
+async def design_plan(request: PlanRequest, ask: PromptFunction) -> Plan | None:
     """Return a plan of the model's, or ``None`` when it gave none that can be run. Raises what ``ask`` raises."""
-    arms = offered(request.arms)
+    arms = available_arms(request.arms)
     names = [arm.name for arm in arms]
     files = [file.name for file in request.context.files]
-    messages = _messages(request, arms)
-    for attempt in range(ATTEMPTS):
-        answer = await ask(messages, max_tokens=MAX_TOKENS, schema=_schema(names, files), seed=attempt)
+    messages = _plan_messages(request, arms)
+    for attempt in range(MAX_DESIGN_ATTEMPTS):
+        answer = await ask(messages, max_tokens=MAX_PLAN_TOKENS, schema=_plan_schema(names, files), seed=attempt)
         try:
-            plan = Plan(msgspec.json.decode(answer.encode(), type=_Answer).steps)
+            plan = Plan(msgspec.json.decode(answer.encode(), type=_PlanAnswer).steps)
         except msgspec.DecodeError:
             fault = "the answer is not the JSON that was asked for"
         else:
-            faults = plan_faults(plan, names, files)
+            faults = find_plan_faults(plan, names, files)
             if not faults:
                 return plan
             fault = "; ".join(faults[:5])
@@ -53,13 +53,13 @@ async def design_plan(request: PlanRequest, ask: Ask) -> Plan | None:
     return None
 
 
-def offered(arms: Sequence[ArmInfo]) -> list[ArmInfo]:
+def available_arms(arms: Sequence[ArmInfo]) -> list[ArmInfo]:
     """Return the built-in arms that do steps, then those that others registered."""
-    known = {arm.name for arm in _BUILT_IN} | {"executor", "judge"}
-    return [*_BUILT_IN, *(arm for arm in arms if arm.name not in known)]
+    known = {arm.name for arm in _BUILT_IN_ARMS} | {"executor", "judge"}
+    return [*_BUILT_IN_ARMS, *(arm for arm in arms if arm.name not in known)]
 
 
-def _messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[Message]:
+def _plan_messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[PromptMessage]:
     listed = "\n".join(f"- {arm.name}: {arm.description[:300]}" for arm in arms)
     parts = [f"Arms:\n{listed}", f"Goal: {request.goal}"]
     if request.context.files:
@@ -70,10 +70,10 @@ def _messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[Message]:
         parts.append("The result must meet:\n" + "\n".join(f"- {each}" for each in request.acceptance_criteria[:10]))
     if request.reasons:
         parts.append("An earlier plan failed:\n" + "\n".join(f"- {reason}" for reason in request.reasons[:10]))
-    return [system(_SYSTEM), user("\n\n".join(parts))]
+    return [system(_PLAN_PROMPT), user("\n\n".join(parts))]
 
 
-def _schema(arms: Sequence[str], files: Sequence[str]) -> dict[str, object]:
+def _plan_schema(arms: Sequence[str], files: Sequence[str]) -> dict[str, object]:
     text = {"type": "string", "minLength": 3, "maxLength": 2000}
     names = {"type": "array", "maxItems": MAX_DESIGNED_STEPS, "items": {"type": "string", "maxLength": 20}}
     file = {"type": "string", "enum": list(files)} if files else {"type": "string", "maxLength": 100}

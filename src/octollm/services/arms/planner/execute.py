@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from octollm.contracts.asking import Ask, Message, system, user
+from octollm.contracts.asking import PromptFunction, PromptMessage, system, user
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
 from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef
 from octollm.errors import OctoError
@@ -17,31 +17,31 @@ OnText = Callable[[str], Awaitable[None]]
 
 MAX_PROGRAMS = 4
 MAX_PROGRAM_CHARS = 1200
-MAX_TOKENS = 900
+MAX_PROGRAMS_TOKENS = 900
 PROGRAM_SECONDS = 20.0
 MAX_SHOWN_CHARS = 4000
 """Characters of one program's output that the transcript shows."""
 MAX_FILES = 32
-_SYSTEM = (
+_PROGRAMS_PROMPT = (
     "You reach a goal with short Python programs that run one after the other in one folder, with the standard "
     "library, no network and no input. Use as few as possible. Each prints its result. Reply with JSON."
 )
 
 
-class Program(msgspec.Struct, frozen=True):
+class PlannedProgram(msgspec.Struct, frozen=True):
     """One program and what it is for."""
 
     title: str
     program: str
 
 
-class _Answer(msgspec.Struct, frozen=True):
-    programs: tuple[Program, ...]
+class _ProgramsAnswer(msgspec.Struct, frozen=True):
+    programs: tuple[PlannedProgram, ...]
 
 
 async def plan_and_execute(
     goal: str,
-    ask: Ask,
+    ask: PromptFunction,
     run: Run,
     *,
     files: Sequence[FileRef] = (),
@@ -54,9 +54,14 @@ async def plan_and_execute(
     ``OctoError``: ``model_output_invalid`` when there is no program, ``not_accepted`` with the reason at the first
     program that fails or prints nothing at all, and what ``ask`` and ``run`` raise.
     """
-    answer = await ask(_messages(goal, files, reasons), max_tokens=MAX_TOKENS, schema=_schema(), on_text=on_text)
+    answer = await ask(
+        _program_messages(goal, files, reasons),
+        max_tokens=MAX_PROGRAMS_TOKENS,
+        schema=_programs_schema(),
+        on_text=on_text,
+    )
     try:
-        programs = msgspec.json.decode(answer.encode(), type=_Answer).programs[:MAX_PROGRAMS]
+        programs = msgspec.json.decode(answer.encode(), type=_ProgramsAnswer).programs[:MAX_PROGRAMS]
     except msgspec.DecodeError as exc:
         raise OctoError("The model's programs could not be read.", code="model_output_invalid") from exc
     if not any(program.program.strip() for program in programs):
@@ -69,7 +74,7 @@ async def plan_and_execute(
         limits = RunLimits(wall_seconds=PROGRAM_SECONDS)
         result = await run(RunRequest(language="python", command=(name,), files=sent, limits=limits))
         if result.exit_code != 0 or result.reason:
-            raise OctoError(f"{program.title} failed: {_reason(result)}", code="not_accepted")
+            raise OctoError(f"{program.title} failed: {_failure_reason(result)}", code="not_accepted")
         transcript.append(f"{number}. {program.title}\n{result.stdout.strip()[:MAX_SHOWN_CHARS]}".rstrip())
         for file in result.files[: MAX_FILES - len(folder)]:
             folder[file.name] = file
@@ -81,20 +86,20 @@ async def plan_and_execute(
     )
 
 
-def _reason(result: RunResult) -> str:
+def _failure_reason(result: RunResult) -> str:
     if result.reason:
         return f"it was stopped by a limit ({result.reason})"
     lines = result.stderr.strip().split("\n")
     return lines[-1][:300] or f"it ended with {result.exit_code}"
 
 
-def _messages(goal: str, files: Sequence[FileRef], reasons: Sequence[str]) -> list[Message]:
+def _program_messages(goal: str, files: Sequence[FileRef], reasons: Sequence[str]) -> list[PromptMessage]:
     listed = f"\nFiles in the folder: {', '.join(file.name for file in files)}" if files else ""
     refused = f"\nAn earlier result was refused: {' '.join(reasons)[:600]}" if reasons else ""
-    return [system(_SYSTEM), user(f"Goal: {goal}{listed}{refused}")]
+    return [system(_PROGRAMS_PROMPT), user(f"Goal: {goal}{listed}{refused}")]
 
 
-def _schema() -> dict[str, object]:
+def _programs_schema() -> dict[str, object]:
     program = {
         "type": "object",
         "properties": {

@@ -20,13 +20,13 @@ def validate_plan(plan: Plan, arms: Collection[str], files: Collection[str]) -> 
     Raises ``OctoError`` (``plan_invalid``) with every fault found: no or too many steps, ids that repeat, arms, files
     or dependencies that are not known, a circle of dependencies, a goal that is empty or too long.
     """
-    faults = plan_faults(plan, {*arms, *BUILT_IN_ARMS}, set(files))
+    faults = find_plan_faults(plan, {*arms, *BUILT_IN_ARMS}, set(files))
     if faults:
         raise OctoError("The plan cannot be used: " + "; ".join(faults[:8]) + ".", code="plan_invalid")
     return plan
 
 
-def plan_faults(plan: Plan, arms: Collection[str], files: Collection[str]) -> list[str]:
+def find_plan_faults(plan: Plan, arms: Collection[str], files: Collection[str]) -> list[str]:
     """Return what is wrong with ``plan``, in words; nothing when it can be run."""
     steps = plan.steps
     if not 1 <= len(steps) <= MAX_STEPS:
@@ -34,7 +34,7 @@ def plan_faults(plan: Plan, arms: Collection[str], files: Collection[str]) -> li
     ids = [step.id for step in steps]
     faults = [f"the id {name!r} is used twice" for name in sorted({name for name in ids if ids.count(name) > 1})]
     for step in steps:
-        faults.extend(f"step {step.id!r}: {fault}" for fault in _step_faults(step, set(ids), arms, files))
+        faults.extend(f"step {step.id!r}: {fault}" for fault in _find_step_faults(step, set(ids), arms, files))
     if not faults and not is_acyclic(steps):
         faults.append("the steps depend on each other in a circle")
     return faults
@@ -52,7 +52,7 @@ def is_acyclic(steps: Collection[PlanStep]) -> bool:
     return True
 
 
-def _step_faults(step: PlanStep, ids: set[str], arms: Collection[str], files: Collection[str]) -> list[str]:
+def _find_step_faults(step: PlanStep, ids: set[str], arms: Collection[str], files: Collection[str]) -> list[str]:
     faults: list[str] = []
     if not step.id or len(step.id) > 64:
         faults.append("its id must have from 1 to 64 characters")

@@ -11,8 +11,8 @@ from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, TaskContract
-from octollm.rpc.service import Base, Service
-from octollm.services.arms.calling import ModelAsk, capable, goal_of, running
+from octollm.rpc.service import Service, ServiceBase
+from octollm.services.arms.calling import ModelAsk, bind_run, goal_with_constraints, is_capable_model
 from octollm.services.arms.planner.execute import plan_and_execute
 from octollm.services.arms.planner.plan import make_plan
 
@@ -31,7 +31,7 @@ def planner_arm(settings: Settings) -> Arm:
     async def plan(request: PlanRequest, ctx: Context) -> Plan:
         """Plan a goal."""
         ask = ModelAsk(ctx)
-        made = await make_plan(request, ask, capable=capable(settings), on_text=ask.write)
+        made = await make_plan(request, ask, is_capable=is_capable_model(settings), on_text=ask.write)
         return msgspec.structs.replace(made, usage=ctx.model.usage)
 
     @arm.operation("execute")
@@ -39,9 +39,9 @@ def planner_arm(settings: Settings) -> Arm:
         """Reach a goal with a few programs that the executor runs."""
         ask = ModelAsk(ctx)
         return await plan_and_execute(
-            goal_of(task),
+            goal_with_constraints(task),
             ask,
-            running(ctx),
+            bind_run(ctx),
             files=task.context.files,
             reasons=task.context.reasons,
             on_text=ask.write,
@@ -52,6 +52,6 @@ def planner_arm(settings: Settings) -> Arm:
 
 
 @contextlib.asynccontextmanager
-async def planner_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+async def planner_service(base: ServiceBase, settings: Settings) -> AsyncGenerator[Service]:
     """Yield the planner as a service. It holds nothing."""
     yield build_arm(planner_arm(settings), base)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm.contracts.asking import Ask, Message, system, user
-from octollm.services.arms.planner.choose import Part
+from octollm.contracts.asking import PromptFunction, PromptMessage, system, user
+from octollm.services.arms.planner.choose import Assignment
 
 OnText = Callable[[str], Awaitable[None]]
 
@@ -17,56 +17,58 @@ MAX_GOAL_CHARS = 1500
 _TOKENS_PER_STEP = 80
 _MAX_TITLE, _MAX_CRITERION = 70, 120
 """Characters; a criterion of that length was cut by the schema and is left out."""
-_SYSTEM = (
+_WORDING_PROMPT = (
     "You plan work. Write for each step a short title, and one criterion that its result must meet, in at most twelve "
     "words. Reply with JSON."
 )
 
 
-class _Worded(msgspec.Struct, frozen=True):
+class _WordedStep(msgspec.Struct, frozen=True):
     title: str
     criteria: tuple[str, ...] = ()
 
 
-class _Answer(msgspec.Struct, frozen=True):
-    steps: tuple[_Worded, ...]
+class _WordingAnswer(msgspec.Struct, frozen=True):
+    steps: tuple[_WordedStep, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
+class StepWording:
     """How a step is worded; ``by_model`` is false where the model's words could not be used."""
 
     title: str
     criteria: tuple[str, ...]
-    by_model: bool
+    is_by_model: bool
 
 
-async def word_parts(goal: str, parts: Sequence[Part], ask: Ask, *, on_text: OnText | None = None) -> list[Wording]:
+async def word_steps(
+    goal: str, assignments: Sequence[Assignment], ask: PromptFunction, *, on_text: OnText | None = None
+) -> list[StepWording]:
     """Return a wording for each part, in order; plain titles for all of them when the model's answer does not parse.
 
     Raises what ``ask`` raises.
     """
     answer = await ask(
-        _messages(goal, parts),
-        max_tokens=_TOKENS_PER_STEP * len(parts) + 20,
-        schema=_schema(len(parts)),
+        _wording_messages(goal, assignments),
+        max_tokens=_TOKENS_PER_STEP * len(assignments) + 20,
+        schema=_wording_schema(len(assignments)),
         on_text=on_text,
     )
     try:
-        said = msgspec.json.decode(answer.encode(), type=_Answer).steps
+        said = msgspec.json.decode(answer.encode(), type=_WordingAnswer).steps
     except msgspec.DecodeError:
         said = ()
-    if len(said) != len(parts) or not all(step.title.strip() for step in said):
-        return [Wording(part.title, (), by_model=False) for part in parts]
-    return [Wording(_line(step.title), _whole(step.criteria), by_model=True) for step in said]
+    if len(said) != len(assignments) or not all(step.title.strip() for step in said):
+        return [StepWording(part.title, (), is_by_model=False) for part in assignments]
+    return [StepWording(_single_line(step.title), _complete_criteria(step.criteria), is_by_model=True) for step in said]
 
 
-def _messages(goal: str, parts: Sequence[Part]) -> list[Message]:
+def _wording_messages(goal: str, parts: Sequence[Assignment]) -> list[PromptMessage]:
     listed = "\n".join(f"{number}. {part.title}" for number, part in enumerate(parts, start=1))
-    return [system(_SYSTEM), user(f"Goal: {goal[:MAX_GOAL_CHARS]}\nSteps:\n{listed}")]
+    return [system(_WORDING_PROMPT), user(f"Goal: {goal[:MAX_GOAL_CHARS]}\nSteps:\n{listed}")]
 
 
-def _schema(steps: int) -> dict[str, object]:
+def _wording_schema(steps: int) -> dict[str, object]:
     step = {
         "type": "object",
         "properties": {
@@ -89,9 +91,9 @@ def _schema(steps: int) -> dict[str, object]:
     }
 
 
-def _whole(criteria: Sequence[str]) -> tuple[str, ...]:
-    return tuple(filter(None, (_line(each) for each in criteria if len(each) < _MAX_CRITERION)))
+def _complete_criteria(criteria: Sequence[str]) -> tuple[str, ...]:
+    return tuple(filter(None, (_single_line(each) for each in criteria if len(each) < _MAX_CRITERION)))
 
 
-def _line(text: str) -> str:
+def _single_line(text: str) -> str:
     return " ".join(text.split())

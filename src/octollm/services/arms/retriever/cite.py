@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from octollm.contracts.operations import Passage
 from octollm.contracts.task import Citation
-from octollm.contracts.words import numbers, numbers_said, stems
+from octollm.contracts.words import extract_numbers, extract_numbers_and_words, stems
 
-MAX_LINES = 3
+MAX_CITATION_LINES = 3
 """Lines of one citation."""
 MAX_CITATIONS = 2
 _ANSWER_WEIGHT = 3
@@ -21,7 +21,7 @@ _YES_NO = re.compile(r"\W*(?:yes|no)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Support:
+class CitationSupport:
     """How far passages carry an answer.
 
     ``answered`` is the share of the answer's own words that the cited lines hold; ``asked`` the share of the
@@ -30,16 +30,16 @@ class Support:
     """
 
     citations: tuple[Citation, ...]
-    answered: float
-    asked: float
-    numbers_missing: frozenset[str]
-    echo: bool
+    answer_coverage: float
+    question_coverage: float
+    missing_numbers: frozenset[str]
+    is_echo: bool
 
 
-def support(question: str, answer: str, passages: Sequence[Passage]) -> Support:
+def measure_support(question: str, answer: str, passages: Sequence[Passage]) -> CitationSupport:
     """Choose the few lines that share most with ``answer``, and measure how far they carry it."""
     asked = stems(question)
-    said = _keys(answer)
+    said = _match_keys(answer)
     own = (said - asked) or said
     citations: list[Citation] = []
     missing, used = set(own), list[Passage]()
@@ -50,22 +50,22 @@ def support(question: str, answer: str, passages: Sequence[Passage]) -> Support:
         citation, passage = best
         citations.append(citation)
         used.append(passage)
-        missing -= _keys(citation.text)
+        missing -= _match_keys(citation.text)
         if not missing or len(own) - len(missing) == 0:
             break
     held = stems("\n".join(passage.text + " " + passage.source for passage in used))
-    cited = numbers_said("\n".join(citation.text for citation in citations))
-    return Support(
+    cited = extract_numbers_and_words("\n".join(citation.text for citation in citations))
+    return CitationSupport(
         citations=tuple(citations),
-        answered=1 - len(missing) / len(own) if own else 0.0,
-        asked=len(asked & held) / len(asked) if asked else 1.0,
-        numbers_missing=numbers(answer) - cited - numbers(question),
-        echo=not (said - asked) and not _YES_NO.match(answer),
+        answer_coverage=1 - len(missing) / len(own) if own else 0.0,
+        question_coverage=len(asked & held) / len(asked) if asked else 1.0,
+        missing_numbers=extract_numbers(answer) - cited - extract_numbers(question),
+        is_echo=not (said - asked) and not _YES_NO.match(answer),
     )
 
 
-def _keys(text: str) -> set[str]:
-    return set(stems(text)) | {_NUMBER_PREFIX + number for number in numbers(text)}
+def _match_keys(text: str) -> set[str]:
+    return set(stems(text)) | {_NUMBER_PREFIX + number for number in extract_numbers(text)}
 
 
 def _best_window(own: set[str], asked: frozenset[str], passages: Sequence[Passage]) -> tuple[Citation, Passage] | None:
@@ -74,11 +74,11 @@ def _best_window(own: set[str], asked: frozenset[str], passages: Sequence[Passag
     for rank, passage in enumerate(passages):
         lines = passage.text.split("\n")
         for start in range(len(lines)):
-            for length in range(1, min(MAX_LINES, len(lines) - start) + 1):
+            for length in range(1, min(MAX_CITATION_LINES, len(lines) - start) + 1):
                 text = "\n".join(lines[start : start + length])
                 if not lines[start].strip() or not lines[start + length - 1].strip():
                     continue
-                held = _keys(text)
+                held = _match_keys(text)
                 hits = len(own & held)
                 if not hits:
                     continue

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from octollm.contracts.operations import Passage
 from octollm.contracts.passages import split_passages
 from octollm.contracts.ranking import bm25
-from octollm.contracts.words import content_words, words
+from octollm.contracts.words import content_words, tokenize
 
 MAX_PASSAGES = 2000
 """Passages of all texts together that are looked through."""
@@ -21,7 +21,7 @@ def search_texts(texts: Mapping[str, str], question: str, limit: int) -> list[Pa
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         for lines in split_passages(text)[: MAX_PASSAGES - len(found)]:
             found.append(Passage(name, digest, lines.line_start, lines.line_end, lines.text, 0.0))  # noqa: PERF401
-    terms = content_words(question) or words(question)
+    terms = content_words(question) or tokenize(question)
     scores = bm25(terms, [passage.text for passage in found], total=len(found))
     ranked = sorted(zip(scores, range(len(found)), strict=True), key=lambda pair: (-pair[0], pair[1]))
     return [

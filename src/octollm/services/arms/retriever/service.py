@@ -12,8 +12,8 @@ from octollm.config import Settings
 from octollm.contracts.operations import Passage, SearchFilters, SearchRequest, SearchResult
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import ExecuteResult, FileRef, TaskContract
-from octollm.rpc.service import Base, Service
-from octollm.services.arms.calling import ModelAsk, goal_of
+from octollm.rpc.service import Service, ServiceBase
+from octollm.services.arms.calling import ModelAsk, goal_with_constraints
 from octollm.services.arms.retriever.answer import answer_question
 from octollm.services.arms.retriever.given import search_texts
 
@@ -41,7 +41,9 @@ def retriever_arm() -> Arm:
         async def find(question: str, limit: int) -> Sequence[Passage]:
             return await find_passages(ctx, task.context.files, question, limit)
 
-        return await answer_question(goal_of(task), ask, find, reasons=task.context.reasons, on_text=ask.write)
+        return await answer_question(
+            goal_with_constraints(task), ask, find, reasons=task.context.reasons, on_text=ask.write
+        )
 
     del search, execute
     return arm
@@ -68,7 +70,7 @@ async def find_passages(ctx: Context, files: Sequence[FileRef], question: str, l
 
 
 @contextlib.asynccontextmanager
-async def retriever_service(base: Base, settings: Settings) -> AsyncGenerator[Service]:
+async def retriever_service(base: ServiceBase, settings: Settings) -> AsyncGenerator[Service]:
     """Yield the retriever as a service. It holds nothing: what is remembered is the memory's."""
     del settings
     yield build_arm(retriever_arm(), base)
