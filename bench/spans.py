@@ -21,13 +21,13 @@ from pathlib import Path
 from octollm.clock import SystemClock
 from octollm.context import RequestContext, set_context, start_trace
 from octollm.resilience import Deadline
+from octollm.rpc.auth import RegisteredServiceAuthenticator
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.caller import CallTarget, OutgoingCall
-from octollm.rpc.exporting import BatchExporter, create_monitor_sender
-from octollm.rpc.openers import RegisteredServiceAuthenticator
+from octollm.rpc.client import CallTarget, OutgoingCall
+from octollm.rpc.exporter import BatchExporter, create_monitor_sender
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.monitor.service import TraceHandlers
-from octollm.services.monitor.store import SpanStore
+from octollm.services.monitor.span_store import SpanStore
 from octollm.storage import open_database
 from octollm.storage.migrations import migrate
 from octollm.telemetry import Span, Tracer, configure_logging

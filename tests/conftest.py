@@ -8,7 +8,7 @@ from databases import BACKENDS, SERVER_URL, Backend, PostgresServer
 from hypothesis import HealthCheck, settings
 from wires import CURRENT, NAMES, wire_named
 
-from octollm.rpc.wire import PLAINTEXT
+from octollm.rpc.transport import PLAINTEXT
 
 # How fast a busy machine makes examples, and runs them, says nothing of what is tested.
 settings.register_profile("octollm", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -30,20 +30,20 @@ from octollm.capability import (
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.context import RequestContext, set_context, start_trace
 from octollm.events import EventLog
-from octollm.installation.collector import tune_garbage_collector
+from octollm.installation.service_host import tune_garbage_collector
 from octollm.resilience import Deadline
+from octollm.rpc.auth import ServiceAuthenticator
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.caller import CallTarget, OutgoingCall
+from octollm.rpc.client import CallTarget, OutgoingCall
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.exporting import BatchExporter
-from octollm.rpc.hosting import listen, serve_app
-from octollm.rpc.http1 import Http1Client
+from octollm.rpc.exporter import BatchExporter
+from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.idempotency import IdempotencyStore
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.rpc.identity import ServiceIdentity
-from octollm.rpc.openers import ServiceAuthenticator
 from octollm.rpc.service import ServiceBase, build_base, build_service
-from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.rpc.transport import listen, serve_app
+from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.storage import open_database
 from octollm.storage.migrations import migrate

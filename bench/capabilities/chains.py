@@ -16,7 +16,7 @@ from octollm.capability import (
     Verifier,
     parse_delegation_tree,
 )
-from octollm.capability.inspecting import read_chain
+from octollm.capability.inspection import read_chain
 from octollm.clock import SystemClock, Uuid7Generator
 
 CLOCK = SystemClock()

@@ -17,7 +17,7 @@ from reading import Rows, answer, schema_of
 from octollm import Arm, Artifact, Context, ExecuteResult, FileRef, OctoError, Task
 
 SUFFIXES = (".sqlite", ".sqlite3", ".db")
-MAX_SHOWN_ROWS = 20
+SHOWN_ROWS = 20
 
 arm = Arm(
     "sql-analyst",
@@ -73,8 +73,8 @@ async def find(question: str, path: Path, ctx: Context) -> tuple[str, Rows]:
 def in_words(query: str, rows: Rows, table: Artifact) -> str:
     """Return the result as a table in Markdown, with the query that it stands on."""
     lines = ["| " + " | ".join(rows.columns) + " |", "|" + " --- |" * len(rows.columns)]
-    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows.rows[:MAX_SHOWN_ROWS]]
-    more = len(rows.rows) - MAX_SHOWN_ROWS
+    lines += ["| " + " | ".join(str(value) for value in row) + " |" for row in rows.rows[:SHOWN_ROWS]]
+    more = len(rows.rows) - SHOWN_ROWS
     if more > 0:
         lines.append(f"\n{more} more in {table.name}")
     if rows.cut:

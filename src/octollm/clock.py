@@ -1,4 +1,4 @@
-"""Time and identifiers, injected so that nothing that depends on them needs waiting to be tested."""
+"""Clock and id generator as injectable protocols, with the system clock and UUIDv7, so that time-based code is tested without waiting."""
 
 from __future__ import annotations
 

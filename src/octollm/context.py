@@ -1,4 +1,4 @@
-"""The identifiers of the work at hand, carried by a context variable so that every log line has them."""
+"""Request context in a context variable: request and correlation id, W3C trace context, tenant, task and step. Every log line and span carries them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The one error tree.
-
-Every failure that may reach a caller is an ``OctoError`` with a stable code
-from :mod:`octollm.contracts.problems`, which says its HTTP status and whether
-repeating the call can help. Nothing here does I/O.
-"""
+"""The error tree: every failure that may reach a caller is an OctoError with a stable code. The codes, their HTTP status and whether a retry can help are in octollm.contracts.problems."""
 
 from __future__ import annotations
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from octollm.arm.answer_schema import strict_schema
-from octollm.rpc.decode import decode
-from octollm.rpc.shapes import encode
+from octollm.arm.model import strict_schema
+from octollm.rpc.codec import decode, encode
 
 
 class Leaf(msgspec.Struct):

@@ -163,8 +163,8 @@ async def test_the_budget_is_real(bench):
 
 async def test_failures_keep_their_code_and_hide_what_they_should(bench):
     async with bench(arm_samples.translator, model=[OctoError("too much", code="context_too_long")]) as lab:
-        error = await refused(lab.call("fail", "not_found_result"))
-        assert (error.code, error.detail) == ("not_found_result", "There is no such language.")
+        error = await refused(lab.call("fail", "not_found"))
+        assert (error.code, error.detail) == ("not_found", "There is no such language.")
         for mistake in ("crash", "wrong"):
             error = await refused(lab.call("fail", mistake))
             assert error.code == "internal"

@@ -16,8 +16,8 @@ from octollm.arm import build_arm
 from octollm.config import read_settings
 from octollm.services.models.service import models_service
 from octollm.testing import ToolUse, arm_test, wait_until
+from octollm.testing.fake_model import ScriptedReply, scripted_model
 from octollm.testing.harness import start_harness
-from octollm.testing.scripted_model import ScriptedReply, scripted_model
 
 plain = Arm("plain", description="Asks with the OpenAI SDK", calls=["models:chat"])
 beyond = Arm("beyond", description="Uses its key for more than it is for", calls=["models:chat"])

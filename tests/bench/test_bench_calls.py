@@ -18,7 +18,7 @@ from octollm.testing import wait_until
 def bench_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
     # The collector of the tests' own process stays as it is.
-    monkeypatch.setattr("octollm.installation.collector.settle_collector", lambda: None)
+    monkeypatch.setattr("octollm.installation.service_host.tune_garbage_collector", lambda: None)
     yield
     for name in [name for name in sys.modules if name == "calls" or name.startswith("calls.")]:
         del sys.modules[name]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from octollm.capability import CapabilityError, Principal, RootMinter, SigningKey
 from octollm.capability.audit_chain import AuditChainVerifier, row_hash, sign_checkpoint, verify_checkpoint
 from octollm.clock import SystemClock, Uuid7Generator
-from octollm.contracts.audit import AuditHead, AuditRow
+from octollm.contracts.observability import AuditHead, AuditRow
 
 ROOT = SigningKey.generate("root")
 OTHER = SigningKey.generate("root")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.capability import CapabilityError, PublicKey, SigningKey, to_jwks
-from octollm.capability.keys import b64decode, b64encode
+from octollm.capability.jose import b64decode, b64encode
 
 # RFC 8037 appendix A.
 RFC_X = "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"

@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 
 import octollm.capability
-from octollm.capability import (
-    BUILT_IN_CALLS,
-    PRESETS,
-    REASONS,
-    ScopeSet,
-    attenuate,
-    parse_scope,
-    preset_scopes,
-    principals,
-)
-from octollm.capability.problems import CapabilityError
+from octollm.capability import BUILT_IN_CALLS, PRESETS, REASONS, ScopeSet, attenuate, parse_scope, preset_scopes
+from octollm.capability import scopes as principals
+from octollm.capability.errors import CapabilityError
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.contracts.services import BUILT_IN_ARMS, SERVICES, service_of
 

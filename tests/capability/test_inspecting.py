@@ -6,8 +6,8 @@ import pytest
 from capability_forge import NOW, World
 
 from octollm.capability import REASONS, CapabilityError, Revocations
-from octollm.capability.explaining import REASON_TEXTS
-from octollm.capability.inspecting import explain_reason, find_refusal_reason, inspect
+from octollm.capability.errors import REASON_TEXTS
+from octollm.capability.inspection import explain_reason, find_refusal_reason, inspect
 
 
 def test_every_reason_has_a_sentence() -> None:

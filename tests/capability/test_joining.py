@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from octollm.capability import SigningKey
-from octollm.capability.joining import (
+from octollm.capability.enrolment import (
     MAX_CALLS,
     NONCE_SECONDS,
     EnrolmentClaim,
@@ -26,7 +26,7 @@ from octollm.capability.joining import (
     rotation_message,
     scopes_of,
 )
-from octollm.capability.keys import b64decode, b64encode
+from octollm.capability.jose import b64decode, b64encode
 from octollm.contracts.services import ORCHESTRATOR_FAMILIES, SERVICES
 from octollm.errors import OctoError
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.capability import CapabilityError, Delegator, RootMinter, SigningKey, Verifier, parse_delegation_tree
-from octollm.capability.joining import EnrolmentTerms, EnrolmentTokenIssuer
+from octollm.capability.enrolment import EnrolmentTerms, EnrolmentTokenIssuer
 from octollm.capability.keyring import (
     MAX_KEYS,
     OVERLAP_SECONDS,

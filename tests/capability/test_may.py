@@ -21,7 +21,7 @@ from octollm.capability import (
     parse_scope,
     union,
 )
-from octollm.capability.may import MAX_DEPTH, MAX_NODES
+from octollm.capability.grants import MAX_DEPTH, MAX_NODES
 
 # The model: a tree is the set of call paths that it allows, over requests of the letters a and z, where z stands
 # for every name that no scope has.

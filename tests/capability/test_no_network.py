@@ -8,7 +8,7 @@ import socket
 import pytest
 from capability_forge import World
 
-from octollm.capability.inspecting import inspect
+from octollm.capability.inspection import inspect
 
 
 def test_a_chain_is_verified_and_delegated_without_a_socket_or_a_file(

@@ -14,7 +14,7 @@ from call_kit import Nothing, Realm, executing, outgoing
 from octollm.errors import OctoError
 from octollm.resilience import RetryPolicy
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.caller import OutgoingCall, ServiceClient
+from octollm.rpc.client import OutgoingCall, ServiceClient
 from octollm.testing import wait_until
 
 pytestmark = pytest.mark.usefixtures("every_wire")

@@ -27,7 +27,7 @@ async def test_five_thousand_idle_connections_keep_nobody_from_being_served(
     many_files: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del many_files
-    monkeypatch.setattr("octollm.rpc.protocol.HEADER_SECONDS", 3.0)
+    monkeypatch.setattr("octollm.rpc.http1_server.HEADER_SECONDS", 3.0)
     realm = Realm.make()
     idle: list[socket.socket] = []
     loop = asyncio.get_running_loop()

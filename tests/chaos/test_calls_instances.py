@@ -12,7 +12,7 @@ from call_kit import Nothing, Realm, executing, outgoing
 from octollm.errors import OctoError
 from octollm.resilience import RetryPolicy
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.caller import ServiceClient
+from octollm.rpc.client import ServiceClient
 
 
 async def called(caller: ServiceClient, realm: Realm, work: Operation, *, seconds: float = 5) -> str:

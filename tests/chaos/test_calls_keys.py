@@ -123,7 +123,7 @@ async def test_what_says_nothing_of_the_operation_is_not_replayed(database: str)
     async with shop(database) as (made, client):
         made.fail = OctoError("The kitchen is on fire.", code="internal")
         assert (await made.post(0, "k1", client=client)).status_code == 500
-        made.fail = OctoError("No such item.", code="not_found_result")
+        made.fail = OctoError("No such item.", code="not_found")
         first = await made.post(1, "k1", client=client)
         made.fail = None
         again = await made.post(0, "k1", client=client)

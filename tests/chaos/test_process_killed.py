@@ -12,7 +12,7 @@ from up_process import UpProcess
 from whole import SALES, answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest, scripted_model
+from octollm.testing.fake_model import ScriptedReply, ScriptedRequest, scripted_model
 
 pytestmark = pytest.mark.sandbox
 GOAL = "How many rows have amount > 100, and their total?"

@@ -16,7 +16,7 @@ from redis_process import RedisProcess
 from whole import SALES, Door, answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
+from octollm.testing.fake_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 from octollm.testing.system import installation
 
 pytestmark = [pytest.mark.redis, pytest.mark.sandbox]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from cli_support import Place, answers
 
-from octollm.testing.scripted_model import scripted_model
+from octollm.testing.fake_model import scripted_model
 
 
 class Mind:

@@ -10,7 +10,7 @@ import stat
 import pytest
 from ports import free_port
 
-from octollm.cli.findings import CheckResult, DiagnosticCheck, run_checks
+from octollm.cli.doctor import CheckResult, DiagnosticCheck, run_checks
 from octollm.errors import OctoError
 
 

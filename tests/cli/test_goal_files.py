@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from octollm.cli.exits import EXIT_USAGE, exit_code_for
-from octollm.cli.goal_files import read_goal_files, validate_goal
+from octollm.cli.goals import read_goal_files, validate_goal
+from octollm.cli.runtime import EXIT_USAGE, exit_code_for
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES, MAX_GOAL
 from octollm.errors import OctoError
 

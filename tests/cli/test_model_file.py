@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from octollm.cli.model_file import fetch_with_progress
-from octollm.cli.terminal import THEME
+from octollm.cli.models import fetch_with_progress
+from octollm.cli.output import THEME
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
 from octollm.llm.catalogue import SMALLEST_MODEL
-from octollm.llm.fetch_options import FetchOptions
+from octollm.llm.sources import FetchOptions
 
 GOOD = b"weights"
 ENTRY = dataclasses.replace(SMALLEST_MODEL, digest=hashlib.sha256(GOOD).hexdigest(), size=len(GOOD))

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from octollm.cli.app import app
-from octollm.cli.new_arm import write_arm_package
+from octollm.cli.new import write_arm_package
 from octollm.errors import OctoError
 
 SOURCE = Path(__file__).parents[2] / "src"

@@ -11,7 +11,7 @@ import pytest
 from cli_support import CODE, GOAL, answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedReply
+from octollm.testing.fake_model import ScriptedReply
 
 pytestmark = pytest.mark.sandbox
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.cli.results import results_folder, sanitize_path, save_outcome
+from octollm.cli.goals import results_folder, sanitize_path, save_outcome
 from octollm.client import AsyncTaskHandle
 from octollm.contracts.api import TaskView
 from octollm.contracts.task import Artifact, Usage
 from octollm.errors import OctoError
-from octollm.rpc.http import HttpResponse
+from octollm.rpc.http_client import HttpResponse
 
 TASK = TaskView("task-" + "0" * 32, "completed", "goal", 100.0, 9, "", "", output="done", usage=Usage(3, 4, 0.0))
 

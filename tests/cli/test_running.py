@@ -10,14 +10,13 @@ import threading
 
 import pytest
 
-from octollm.cli.exits import exit_code_for
-from octollm.cli.running import run_command
+from octollm.cli.runtime import exit_code_for, run_command
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.errors import OctoError
 
 STUBBORN = """
 import asyncio, sys, time
-from octollm.cli.running import run_command
+from octollm.cli.runtime import run_command
 
 async def work():
     print("began", flush=True)

@@ -8,10 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from octollm.cli.terminal import THEME
-from octollm.cli.trace_tree import ORPHAN_NOTE, build_rows, build_tree, self_time_by_place, sum_usage
-from octollm.cli.trace_view import BAR_WIDTH, print_trace, render_bar
-from octollm.contracts.traces import SpanView, TraceView
+from octollm.cli.output import THEME
+from octollm.cli.traces import (
+    BAR_WIDTH,
+    ORPHAN_NOTE,
+    build_rows,
+    build_tree,
+    print_trace,
+    render_bar,
+    self_time_by_place,
+    sum_usage,
+)
+from octollm.contracts.observability import SpanView, TraceView
 
 
 def span(name: str, parent: str, start: float, seconds: float, kind: str = "internal", **more: Any) -> SpanView:

@@ -7,9 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from octollm.cli.story import TaskProgress
-from octollm.cli.terminal import THEME
-from octollm.cli.view import LiveView, PlainView, create_view
+from octollm.cli.output import THEME
+from octollm.cli.progress import LiveView, PlainView, TaskProgress, create_view
 from octollm.client import Update
 
 TASK = "task-" + "b" * 32

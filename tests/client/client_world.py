@@ -14,9 +14,9 @@ from typing import Any
 from whole import NOTES, answers
 
 from octollm.client import Client, TaskHandle
-from octollm.client.sync import SyncFacade
+from octollm.client.sync_client import SyncFacade
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
+from octollm.testing.fake_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 from octollm.testing.system import installation
 
 GOAL = "How often does it retry?"

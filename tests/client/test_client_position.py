@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.client import Update
-from octollm.client.position import MAX_OFFSETS, StreamGapError, StreamPosition
+from octollm.client.streams import MAX_OFFSETS, StreamGapError, StreamPosition
 
 TASK = "task-" + "a" * 32
 

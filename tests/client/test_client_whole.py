@@ -26,11 +26,11 @@ from octollm.client import (
     TaskCancelled,
     TaskFailed,
 )
-from octollm.client.door import GatewayTransport
+from octollm.client._transport import GatewayTransport
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.errors import OctoError
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedReply
+from octollm.testing.fake_model import ScriptedReply
 
 NOBODY = "task-" + "0" * 32
 

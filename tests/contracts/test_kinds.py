@@ -4,8 +4,8 @@ import mimetypes
 
 import pytest
 
-from octollm.contracts.goals import is_programming_goal
-from octollm.contracts.kinds import DEFAULT_MEDIA_TYPE, accepts_file, file_kind, media_type_of
+from octollm.contracts.media_types import DEFAULT_MEDIA_TYPE, accepts_file, file_kind, media_type_of
+from octollm.text.intent import is_programming_goal
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.contracts.passages import numbered_lines, split_passages
+from octollm.text.passages import numbered_lines, split_passages
 
 lines_of_text = st.lists(
     st.one_of(st.text(max_size=60), st.sampled_from(["", "# Head", "```", "| a | b |", "x " * 200])), max_size=30

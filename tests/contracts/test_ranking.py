@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.contracts.ranking import bm25
+from octollm.text.lexical import bm25
 
 WORDS = st.sampled_from(["reactor", "core", "weather", "the", "alarm"])
 TEXTS = st.lists(st.lists(WORDS, max_size=12).map(" ".join), max_size=6)

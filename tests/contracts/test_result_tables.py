@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from octollm.contracts.tables import format_cell, parse_result_set
+from octollm.contracts.operations import format_cell, parse_result_set
 from octollm.errors import OctoError
 
 

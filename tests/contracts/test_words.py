@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.contracts.words import content_words, extract_numbers, extract_numbers_and_words, stem, stems
+from octollm.text.lexical import content_words, extract_numbers, extract_numbers_and_words, stem, stems
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def build_context(folder: Path) -> Path:
     return folder
 
 
-def run_goal(stage: Stage, root: CleanRoot, context: Path, made: dict[str, CleanRoot]) -> None:
+def carry_out(stage: Stage, root: CleanRoot, context: Path, made: dict[str, CleanRoot]) -> None:
     """Carry out a stage's steps as a builder would."""
     environment = {"PATH": PATH, "HOME": "/root", "DEBIAN_FRONTEND": "noninteractive"}
     folder, user = "/", "0"
@@ -72,7 +72,7 @@ def image(tmp_path_factory):
     for stage in stages:
         (folder / stage.name).mkdir()
         made[stage.name] = CleanRoot(folder / stage.name)
-        run_goal(stage, made[stage.name], context, made)
+        carry_out(stage, made[stage.name], context, made)
     yield made[stages[-1].name], stages[-1]
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -11,7 +11,7 @@ import pytest
 from redis_process import RedisProcess
 
 from octollm.installation.embedded import Installation
-from octollm.testing.scripted_model import ScriptedRequest, scripted_model
+from octollm.testing.fake_model import ScriptedRequest, scripted_model
 from octollm.testing.system import installation
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "adr_clients.py"

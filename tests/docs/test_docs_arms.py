@@ -19,7 +19,7 @@ from cli_support import Place
 from whole import answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest, scripted_model
+from octollm.testing.fake_model import ScriptedReply, ScriptedRequest, scripted_model
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "arms.md"

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from whole import Door, answers
 
-from octollm.testing.scripted_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
+from octollm.testing.fake_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 from octollm.testing.system import installation
 
 

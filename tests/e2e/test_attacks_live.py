@@ -21,7 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from octollm.capability import Principal, ServiceTokenSigner, SigningKey, TaskRef, parse_delegation_tree
 from octollm.contracts.services import SERVICES
-from octollm.services.reflex.paths import PUBLIC_ROUTES
+from octollm.services.reflex.public_routes import PUBLIC_ROUTES
 from octollm.testing import wait_until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.sandbox]
@@ -192,7 +192,7 @@ async def test_an_arm_registers_no_name_but_its_own(live: Attacked) -> None:
 
 async def test_a_stolen_join_exchange_is_worth_nothing(live: Attacked) -> None:
     """Whoever saw a join has name, nonce, key and proof: a second use, and every change, is refused."""
-    from octollm.capability.joining import EnrolmentClaim, EnrolmentToken, arm_proof  # noqa: PLC0415
+    from octollm.capability.enrolment import EnrolmentClaim, EnrolmentToken, arm_proof  # noqa: PLC0415
 
     made = await live.door("POST", "/joins", body={"name": "translator", "calls": [], "lifetime_seconds": 3600})
     secret, key = EnrolmentToken.parse(made.body["secret"]), SigningKey.generate("translator")

@@ -14,7 +14,7 @@ from whole import answers
 
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import scripted_model
+from octollm.testing.fake_model import scripted_model
 
 pytestmark = [pytest.mark.sandbox, pytest.mark.redis, pytest.mark.timeout(300)]
 

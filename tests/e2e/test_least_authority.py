@@ -13,11 +13,10 @@ from starlette.requests import Request
 from whole import NOTES, SALES, Door
 
 from octollm.capability import BUILT_IN_CALLS
-from octollm.capability.inspecting import inspect
+from octollm.capability.inspection import inspect
 from octollm.contracts.services import BUILT_IN_ARMS
+from octollm.rpc.auth import AuthContext, CapabilityAuthenticator
 from octollm.rpc.call import Operation
-from octollm.rpc.opened import AuthContext
-from octollm.rpc.openers import CapabilityAuthenticator
 from octollm.testing import wait_until
 
 pytestmark = pytest.mark.sandbox
@@ -91,7 +90,7 @@ async def test_a_chain_as_it_travels_from_coder_over_judge_to_executor(
             seen.append(opened.bearer)
         return opened
 
-    monkeypatch.setattr(CapabilityAuthenticator, "open", noting)
+    monkeypatch.setattr(CapabilityAuthenticator, "authenticate", noting)
     task = await door.run(GOALS[0][0])
     assert task["status"] == "completed", task
     chains = [(bearer, inspect(bearer)) for bearer in seen]

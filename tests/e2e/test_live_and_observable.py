@@ -13,7 +13,7 @@ from whole import NOTES, SALES, Door, answers
 from conftest import Mind
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedModel, ScriptedReply
+from octollm.testing.fake_model import ScriptedModel, ScriptedReply
 
 pytestmark = pytest.mark.sandbox
 GOAL = "How many rows have amount > 100, and their total?"

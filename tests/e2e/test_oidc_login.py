@@ -18,7 +18,7 @@ from ports import free_port
 from whole import answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import scripted_model
+from octollm.testing.fake_model import scripted_model
 from octollm.testing.system import installation
 
 pytestmark = pytest.mark.sandbox

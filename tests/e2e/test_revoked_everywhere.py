@@ -11,7 +11,7 @@ from servers import own_servers
 from spread import spread_out
 from whole import answers
 
-from octollm.capability.inspecting import read_chain
+from octollm.capability.inspection import read_chain
 from octollm.testing import wait_until
 
 pytestmark = [pytest.mark.redis, pytest.mark.postgres, pytest.mark.sandbox]

@@ -6,7 +6,7 @@ import pytest
 from whole import CODE, NOTES, QUERY, SALES, Door, answers
 
 from conftest import Mind
-from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest
+from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
 
 pytestmark = pytest.mark.sandbox
 

@@ -12,7 +12,7 @@ from whole import Door, answers
 
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedModel, ScriptedReply
+from octollm.testing.fake_model import ScriptedModel, ScriptedReply
 from octollm.testing.system import installation
 
 pytestmark = pytest.mark.sandbox

@@ -7,9 +7,9 @@ from events_kit import CLOCK, IDS, Write
 
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
-from octollm.events.catalogue import MAX_EVENT_BYTES
-from octollm.events.numbering import Sequencer
-from octollm.storage.engine import Database
+from octollm.events.log import MAX_EVENT_BYTES
+from octollm.events.sequencer import Sequencer
+from octollm.storage.engines import Database
 
 
 async def number_all(db: Database) -> None:

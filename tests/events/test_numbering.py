@@ -12,8 +12,8 @@ from sqlalchemy import select
 from octollm.contracts.events import channel_of
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
-from octollm.events.numbering import Sequencer
-from octollm.storage.engine import Database, open_database
+from octollm.events.sequencer import Sequencer
+from octollm.storage.engines import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import relay_state
 

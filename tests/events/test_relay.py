@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from octollm.contracts.events import Event
 from octollm.events import EventBus, EventLog, Gap, OutboxPolicy
-from octollm.storage.engine import Database
+from octollm.storage.engines import Database
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis import PubSub, RedisClient, open_redis
 from octollm.testing import wait_until

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["octollm.capability", "octollm.contract
 
     from octollm.capability import CapabilityError, verify_directory, verify_service_token
     from octollm.capability.audit_chain import verify_checkpoint
-    from octollm.capability.inspecting import inspect
+    from octollm.capability.inspection import inspect
 
 import json
 
@@ -82,7 +82,7 @@ def forged(fuzz: Any, part: str) -> str:
     return made if fuzz.ConsumeBool() else made.rpartition(".")[0] + "." + signature
 
 
-def parse_bearer_token(fuzz: Any) -> str:
+def bearer_of(fuzz: Any) -> str:
     """Return a bearer string: honest parts, changed ones, or plain text, in any order."""
     pool = [*HONEST, *PAIR]
     parts: list[str] = list(HONEST) if fuzz.ConsumeBool() else list(PAIR)
@@ -113,7 +113,7 @@ def one_input(data: bytes) -> None:
     """Try one input in everything that reads tokens."""
     fuzz = atheris.FuzzedDataProvider(data)
     kind = fuzz.ConsumeIntInRange(0, 9)
-    text = fuzz.ConsumeUnicode(2000) if kind == 0 else parse_bearer_token(fuzz)
+    text = fuzz.ConsumeUnicode(2000) if kind == 0 else bearer_of(fuzz)
     for accepts in (
         lambda: VERIFIER.verify(text),
         lambda: WORLD.verifier().verify(text),

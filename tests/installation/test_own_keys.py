@@ -13,7 +13,7 @@ from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import Settings, read_settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import SettingError
-from octollm.installation.own_keys import load_provisioned_keys, load_service_keys, provision_keys
+from octollm.installation.provisioning import load_provisioned_keys, load_service_keys, provision_keys
 
 IDS = Uuid7Generator(SystemClock())
 NOW = 1_800_000_000.0

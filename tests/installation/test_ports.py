@@ -8,7 +8,7 @@ import pytest
 
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
-from octollm.installation.ports import bind_all, is_loopback
+from octollm.installation.network import bind_all, is_loopback
 
 FREE = dict.fromkeys(SERVICES, 0)
 

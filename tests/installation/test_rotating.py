@@ -13,12 +13,15 @@ from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
-from octollm.installation import rotating
+from octollm.installation import provisioning as rotating
 from octollm.installation.home import open_home
 from octollm.installation.keys import load_home_keys
-from octollm.installation.own_keys import load_provisioned_keys, provision_keys
-from octollm.installation.roots import load_trusted_roots
-from octollm.installation.rotating import rotate_signing_key
+from octollm.installation.provisioning import (
+    load_provisioned_keys,
+    load_trusted_roots,
+    provision_keys,
+    rotate_signing_key,
+)
 
 IDS = Uuid7Generator(SystemClock())
 NOW = 1_800_000_000.0

@@ -8,15 +8,15 @@ import pytest
 
 from octollm.clock import SystemClock
 from octollm.errors import OctoError, SettingError
-from octollm.installation import starting
-from octollm.installation.starting import wait_for_dependencies
+from octollm.installation import service_host as starting
+from octollm.installation.service_host import wait_for_dependencies
 
 CLOCK = SystemClock()
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starting, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(starting, "POLL_SECONDS", 0.01)
 
 
 class Coming:

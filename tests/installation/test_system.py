@@ -16,7 +16,7 @@ from octollm.errors import OctoError
 from octollm.installation.embedded import START_STAGES, STOP_STAGES, embedded_installation
 from octollm.installation.home import find_running
 from octollm.rpc.service import build_service
-from octollm.testing.scripted_model import scripted_model
+from octollm.testing.fake_model import scripted_model
 from octollm.testing.system import installation
 
 CLOCK = SystemClock()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from octollm.contracts.api import StepText
 from octollm.live import EntryResult, StepTextTracker, TextChunk, TextOffset
-from octollm.live.texts import MAX_CHUNK
+from octollm.live.step_text import MAX_CHUNK
 from octollm.storage import TextEntry
 
 

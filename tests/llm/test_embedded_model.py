@@ -46,7 +46,7 @@ def path() -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def model(path):
-    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=CONTEXT - 100))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(context_tokens=CONTEXT - 100))
     await model.start()
     yield model
     await model.aclose()
@@ -234,7 +234,7 @@ async def test_the_child_is_given_no_secrets(path, monkeypatch):
 
 
 async def test_too_many_waiting_are_refused(path):
-    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512, max_waiting=0))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(context_tokens=512, max_waiting=0))
     async with aclosing(model.stream(ask(LONG))) as pieces:
         await anext(pieces)
         with pytest.raises(OctoError) as failed:
@@ -245,7 +245,7 @@ async def test_too_many_waiting_are_refused(path):
 
 
 async def test_the_wait_for_a_slot_is_bounded(path):
-    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512, wait_seconds=0.05))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(context_tokens=512, wait_seconds=0.05))
     async with aclosing(model.stream(ask(LONG))) as pieces:
         await anext(pieces)
         with pytest.raises(OctoError, match="busy") as failed:
@@ -255,7 +255,7 @@ async def test_the_wait_for_a_slot_is_bounded(path):
 
 
 async def test_two_slots_answer_side_by_side(path):
-    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512, slots=2))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(context_tokens=512, slots=2))
     async with aclosing(model.stream(ask(LONG))) as one, aclosing(model.stream(ask("Tell a story."))) as two:
         for _ in range(3):
             assert isinstance(await anext(one), TextDelta)
@@ -264,7 +264,7 @@ async def test_two_slots_answer_side_by_side(path):
 
 
 async def test_a_child_that_dies_fails_its_calls_and_is_started_again(path):
-    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(context_tokens=512))
     with pytest.raises(OctoError, match="signal 9") as failed:
         async with aclosing(model.stream(ask(LONG))) as pieces:
             await anext(pieces)
@@ -279,7 +279,7 @@ async def test_a_child_that_dies_fails_its_calls_and_is_started_again(path):
 
 async def test_closing_ends_everything(path):
     threads = threading.active_count()
-    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(context_tokens=512))
     task = asyncio.create_task(answer(model, ask(LONG)))
     await wait_until(lambda: model.pid, description="the child runs")
     pid = model.pid
@@ -327,7 +327,7 @@ async def test_closing_while_it_loads_ends_the_child(path, folders):
 
 
 async def test_a_caller_that_leaves_while_it_loads_does_not_stop_the_others(path, folders):
-    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(round_context=512))
+    model = EmbeddedModel(SMALLEST_MODEL, path, EmbeddedSettings(context_tokens=512))
     leaver = asyncio.create_task(model.start())
     stayer = asyncio.create_task(model.start())
     await wait_until(lambda: list(folders.glob("octollm-llama-*")), description="the child is started")
@@ -350,7 +350,7 @@ async def test_without_the_package_the_way_to_it_is_said(path, monkeypatch):
 
 
 async def test_a_child_that_hangs_is_ended(path):
-    child = await LlamaProcess.start(path, LlamaSettings(1, 64, round_context=512, stall_seconds=0.2))
+    child = await LlamaProcess.start(path, LlamaSettings(1, 64, context_tokens=512, stall_seconds=0.2))
     os.kill(child.pid, signal.SIGSTOP)
     with pytest.raises(OctoError, match="sign of life"):
         await child.count([{"role": "user", "content": "x"}])
@@ -359,7 +359,7 @@ async def test_a_child_that_hangs_is_ended(path):
 
 
 async def test_a_child_that_does_not_stop_is_ended(path):
-    child = await LlamaProcess.start(path, LlamaSettings(1, 64, round_context=512, stop_seconds=0.1))
+    child = await LlamaProcess.start(path, LlamaSettings(1, 64, context_tokens=512, stop_seconds=0.1))
     ended = asyncio.Event()
     generation = child.chat({"messages": [{"role": "user", "content": LONG}], "stream": True}, ended.set)
     await generation.next(30)

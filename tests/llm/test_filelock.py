@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from octollm.llm.filelock import LockTimeout, file_lock
+from octollm.concurrency import LockTimeout, file_lock
 
 
 async def test_one_holder_at_a_time(tmp_path):

@@ -6,12 +6,11 @@ from starlette.applications import Starlette
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from octollm.concurrency import file_lock
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
 from octollm.llm.fetch import fetch_model
-from octollm.llm.fetch_options import FetchOptions
-from octollm.llm.fetch_wheels import parse_pip_error
-from octollm.llm.filelock import file_lock
+from octollm.llm.sources import FetchOptions, parse_pip_error
 from octollm.testing import wait_until
 
 ENTRY = small_entry()

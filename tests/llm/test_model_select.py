@@ -2,9 +2,9 @@ import pytest
 from llm_support import CONTENT, small_entry
 
 from octollm.errors import OctoError
+from octollm.llm.catalogue import cost_usd
 from octollm.llm.openai_compatible import OpenAICompatibleModel
-from octollm.llm.prices import cost_usd
-from octollm.llm.select import resolve_model
+from octollm.llm.selection import resolve_model
 from octollm.llm.types import ChatUsage
 
 SMALL, LARGE = small_entry("small"), small_entry("large", CONTENT * 2)

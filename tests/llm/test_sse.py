@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.llm.sse import iter_sse_data
+from octollm.llm.openai_protocol import iter_sse_data
 
 STREAM = 'data: {"a": 1}\n\n: ping\n\nevent: x\r\ndata:two\r\ndata: lines\r\n\r\ndata: \U0001f389\n\ndata: [DONE]'
 EVENTS = [b'{"a": 1}', b"two\nlines", "\U0001f389".encode(), b"[DONE]"]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from octollm.errors import OctoError
 from octollm.resilience import CallFailure, Deadline, OutageRetry, RetryBudget, RetryPolicy
-from octollm.resilience.deadline import parse_timeout_ms
+from octollm.resilience.retry import parse_timeout_ms
 
 
 class HandClock:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.rpc import batches as module
-from octollm.rpc.batches import GroupCommit
+from octollm.rpc import group_commit as module
+from octollm.rpc.group_commit import GroupCommit
 
 WHO = contextvars.ContextVar("who", default="nobody")
 

@@ -14,11 +14,11 @@ from kit import IDS, base_for, served
 from starlette.responses import Response
 from wires import CURRENT
 
-from octollm.contracts.health import DependencyStatus
+from octollm.contracts.observability import DependencyStatus
 from octollm.rpc.call import IncomingCall, Operation, OperationResponse
-from octollm.rpc.compression import accepts_gzip, compress
-from octollm.rpc.hosting import listen
+from octollm.rpc.responses import accepts_gzip, compress
 from octollm.rpc.service import build_service
+from octollm.rpc.transport import listen
 
 pytestmark = pytest.mark.usefixtures("every_wire")
 
@@ -97,7 +97,7 @@ async def test_a_large_answer_is_compressed_as_well() -> None:
 
 
 async def test_readiness_names_each_dependency_and_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octollm.rpc.health.CHECKUP_SECONDS", 0.2)
+    monkeypatch.setattr("octollm.rpc.health.READINESS_CHECK_SECONDS", 0.2)
 
     async def well() -> DependencyStatus:
         return DependencyStatus(ok=True)

@@ -16,10 +16,10 @@ from octollm.contracts.stream import StreamEvent
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry, RetryPolicy
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
-from octollm.rpc.hosting import listen
-from octollm.rpc.http import HttpClient, TransportError
+from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
+from octollm.rpc.http_client import HttpClient, TransportError
 from octollm.rpc.service import build_service
+from octollm.rpc.transport import listen
 
 NONE = OutageRetry()
 FAST = RetryPolicy(max_attempts=3, base_delay=0.001)

@@ -13,10 +13,10 @@ from octollm.clock import SystemClock
 from octollm.rpc import identity as identity_module
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.hosting import listen
 from octollm.rpc.identity import DirectoryResponse, ServiceIdentity
 from octollm.rpc.service import build_base, build_service
-from octollm.testing.waiting import wait_until
+from octollm.rpc.transport import listen
+from octollm.testing.polling import wait_until
 
 
 class Moved(SystemClock):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from octollm.contracts.task import TaskContract
 from octollm.errors import OctoError
-from octollm.rpc.decode import decode
+from octollm.rpc.codec import decode
 
 
 @pytest.mark.parametrize(

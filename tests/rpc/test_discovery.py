@@ -13,14 +13,12 @@ from kit import CLOCK, IDS, base_for
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
-from octollm.rpc.discovery import Discovery, StaticDiscovery
-from octollm.rpc.discovery_dns import DnsRecords, DnsResolver
-from octollm.rpc.discovery_registry import RegistryDiscovery
-from octollm.rpc.hosting import listen
-from octollm.rpc.http import HttpClient
-from octollm.rpc.http1 import Http1Client
+from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
+from octollm.rpc.discovery import Discovery, DnsRecords, DnsResolver, RegistryDiscovery, StaticDiscovery
+from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http_client import HttpClient
 from octollm.rpc.service import build_service
+from octollm.rpc.transport import listen
 from octollm.testing import wait_until
 
 PORT_HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")

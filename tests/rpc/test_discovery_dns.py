@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.discovery_dns import DnsRecords, DnsResolver
+from octollm.rpc.discovery import DnsRecords, DnsResolver, StaticDiscovery
 from octollm.testing import wait_until
 
 NAME = "http://coder-arm:8102"

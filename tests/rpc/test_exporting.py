@@ -12,11 +12,11 @@ from kit import CLOCK, served
 from octollm.config import read_settings
 from octollm.context import RequestContext, TraceContext, current_context, set_context
 from octollm.errors import OctoError, SettingError
-from octollm.rpc import exporting
+from octollm.rpc import exporter as exporting
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.exporting import BatchExporter
-from octollm.rpc.http1 import Http1Client
-from octollm.services.monitor.collector import build_collector_sender, run_span_export
+from octollm.rpc.exporter import BatchExporter
+from octollm.rpc.http1_client import Http1Client
+from octollm.services.monitor.service import build_collector_sender, run_span_export
 from octollm.telemetry import ExportBuffer, Metrics, Span, Tracer
 from octollm.testing import wait_until
 from octollm.testing.harness import start_harness

@@ -44,8 +44,8 @@ async def test_a_url_over_the_limit_is_refused() -> None:
 
 
 async def test_headers_and_bodies_that_come_too_slowly_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octollm.rpc.protocol.HEADER_SECONDS", 0.2)
-    monkeypatch.setattr("octollm.rpc.arriving.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("octollm.rpc.http1_server.HEADER_SECONDS", 0.2)
+    monkeypatch.setattr("octollm.rpc.codec.BODY_SECONDS", 0.2)
     operation = Operation("take", "POST", "/take", short, auth="public", body=Text)
     async with served([operation]) as svc:
         head, body = await raw(svc.port, b"POST /take HTTP/1.1\r\nHost: a\r\nX-Slow")

@@ -20,12 +20,11 @@ from starlette.responses import Response
 from wires import CURRENT, certificates, wire_named
 
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.hosting import listen
-from octollm.rpc.http import TransportError
-from octollm.rpc.http2 import Http2Client
+from octollm.rpc.http2_client import Http2Client
+from octollm.rpc.http_client import TransportError
 from octollm.rpc.service import build_service
 from octollm.rpc.tls import client_context
-from octollm.rpc.wire import PLAINTEXT, TransportConfig
+from octollm.rpc.transport import PLAINTEXT, TransportConfig, listen
 from octollm.testing import wait_until
 
 
@@ -195,7 +194,7 @@ async def test_many_calls_share_one_connection_and_one_that_leaves_disturbs_no_o
 
 
 async def test_who_asks_and_leaves_without_end_is_told_to_calm_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octollm.rpc.http2_protocol.MAX_RESETS", 20)
+    monkeypatch.setattr("octollm.rpc.http2_server.MAX_RESETS", 20)
     async with served([ECHO]) as svc, peer(svc.port) as client:
         for _ in range(40):
             client.h2.reset_stream(client.ask("/echo", method="POST", end=False))

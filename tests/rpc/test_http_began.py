@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import pytest
 from ports import free_port
 
-from octollm.rpc.http import TransportError
-from octollm.rpc.http1 import Http1Client
+from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http_client import TransportError
 
 
 @dataclass

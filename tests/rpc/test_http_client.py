@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.rpc import http1, http1_connection
-from octollm.rpc.http import MAX_KEEPALIVE, HttpClient, TransportError
-from octollm.rpc.http1 import Http1Client
+from octollm.rpc import http1_client as http1
+from octollm.rpc import http1_connection
+from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http_client import MAX_KEEPALIVE, HttpClient, TransportError
 from octollm.testing import wait_until
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"

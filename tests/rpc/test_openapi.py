@@ -11,12 +11,10 @@ from kit import served
 from msgspec import UNSET, Meta, Struct, UnsetType
 from wires import CURRENT
 
-from octollm.contracts.examples import REQUEST_EXAMPLES
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs
-from octollm.rpc.decode import decode, decode_query
-from octollm.rpc.docs_page import render_docs_page
-from octollm.rpc.openapi import build_openapi
+from octollm.rpc.codec import decode, decode_query
+from octollm.rpc.openapi import REQUEST_EXAMPLES, build_openapi, render_docs_page
 
 
 class Body(Struct):
@@ -52,7 +50,11 @@ def names(op: dict[str, Any], where: str) -> set[str]:
 
 def test_what_a_call_may_carry_and_what_comes_back() -> None:
     op = described(
-        kind="at_most_once", body=Body, answer=Answer, status=201, about=OperationDocs(error_codes=("not_found_result",))
+        kind="at_most_once",
+        body=Body,
+        answer=Answer,
+        status=201,
+        about=OperationDocs(error_codes=("not_found",)),
     )
     assert names(op, "path") == {"name"}
     assert names(op, "header") == {
@@ -68,7 +70,7 @@ def test_what_a_call_may_carry_and_what_comes_back() -> None:
         "idempotency_conflict",
         "outcome_unknown",
     }
-    assert "not_found_result" in op["responses"]["404"]["content"]["application/problem+json"]["examples"]
+    assert "not_found" in op["responses"]["404"]["content"]["application/problem+json"]["examples"]
     assert "Retry-After" in op["responses"]["503"]["headers"]
     assert "WWW-Authenticate" in op["responses"]["401"]["headers"]
     assert "default" in op["responses"]

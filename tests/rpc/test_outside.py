@@ -13,15 +13,14 @@ from octollm.errors import OctoError, RemoteError
 from octollm.llm.openai_compatible import OpenAICompatibleModel
 from octollm.llm.types import ChatMessage, ChatRequest, TextDelta
 from octollm.resilience import Deadline, EjectionPolicy, RetryPolicy
-from octollm.rpc.hosting import listen, serve_app
-from octollm.rpc.http import HttpClient
-from octollm.rpc.http1 import Http1Client
-from octollm.rpc.http2 import Http2Client
-from octollm.rpc.outside import ExternalClient, create_external_http_client
+from octollm.rpc.external import ExternalClient, create_external_http_client
+from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http2_client import Http2Client
+from octollm.rpc.http_client import HttpClient
 from octollm.rpc.tls import TlsConfig
-from octollm.rpc.wire import PLAINTEXT, TransportConfig
+from octollm.rpc.transport import PLAINTEXT, TransportConfig, listen, serve_app
 from octollm.telemetry import Metrics, get_logger
-from octollm.testing.scripted_model import ScriptedModel
+from octollm.testing.fake_model import ScriptedModel
 
 CLOCK = SystemClock()
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy")

@@ -15,17 +15,17 @@ from wires import CURRENT
 
 from octollm.capability import Principal, RootMinter, SigningKey
 from octollm.clock import SystemClock
-from octollm.contracts.health import Readiness
-from octollm.contracts.revocations import RevocationUpdate, RevocationView
+from octollm.contracts.auth import RevocationUpdate, RevocationView
+from octollm.contracts.observability import Readiness
 from octollm.errors import OctoError
-from octollm.rpc import revoked as revoked_module
+from octollm.rpc import revocations as revoked_module
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.hosting import listen
-from octollm.rpc.http import HttpClient
+from octollm.rpc.http_client import HttpClient
 from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.service import ServiceBase, build_base, build_service
-from octollm.testing.waiting import wait_until
+from octollm.rpc.transport import listen
+from octollm.testing.polling import wait_until
 
 ALICE = Principal("alice", "key-1", "acme")
 

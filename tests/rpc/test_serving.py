@@ -13,10 +13,10 @@ from wires import CURRENT
 from octollm.contracts.stream import StreamEvent
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import RetryPolicy
-from octollm.rpc import stream as stream_module
+from octollm.rpc import ndjson as stream_module
 from octollm.rpc.call import IncomingCall, Operation, OperationResponse
-from octollm.rpc.hosting import listen
-from octollm.rpc.http import TransportError
+from octollm.rpc.http_client import TransportError
+from octollm.rpc.transport import listen
 from octollm.testing import wait_until
 
 pytestmark = pytest.mark.usefixtures("every_wire")

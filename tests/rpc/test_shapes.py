@@ -10,8 +10,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from octollm.errors import OctoError
-from octollm.rpc.decode import decode
-from octollm.rpc.shapes import convert, encode, is_pydantic, json_schemas
+from octollm.rpc.codec import convert, decode, encode, is_pydantic, json_schemas
 
 
 class Visit(BaseModel):

@@ -8,10 +8,8 @@ from kit import served
 from wires import CURRENT
 
 from octollm.rpc.call import IncomingCall, Operation, OperationResponse
-from octollm.rpc.http import HttpResponse
-from octollm.rpc.kept import ETagCache, cache_key
-from octollm.rpc.outlet import BufferedResponse
-from octollm.rpc.validators import apply_etag
+from octollm.rpc.http_client import ETagCache, HttpResponse, cache_key
+from octollm.rpc.responses import BufferedResponse, apply_etag
 
 
 class State(msgspec.Struct):

@@ -12,7 +12,7 @@ from databases import Backend
 from octollm.clock import SystemClock
 from octollm.errors import OctoError
 from octollm.storage import DirectPool, open_database
-from octollm.storage.direct import DIRECT_CONNECTIONS
+from octollm.storage.database import DIRECT_CONNECTIONS
 
 pytestmark = pytest.mark.postgres
 

@@ -10,7 +10,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, select, text
 from octollm.clock import SystemClock
 from octollm.errors import OctoError, SettingError
 from octollm.storage import Database, open_database
-from octollm.storage.postgres import POSTGRES_WRITERS
+from octollm.storage.engines import POSTGRES_WRITERS
 
 ROWS = Table("rows", MetaData(), Column("a", Integer, unique=True), Column("b", Integer))
 
@@ -233,7 +233,7 @@ async def test_the_file_is_private_and_outlives_the_database(tmp_path: Path) -> 
 async def test_another_process_that_holds_the_lock_is_waited_for_then_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octollm.storage.sqlite.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("octollm.storage.engines.BUSY_SECONDS", 0.05)
     path = tmp_path / "a.db"
     async with open_database(f"sqlite:///{path}", clock=SystemClock()) as db:
         other = sqlite3.connect(path, isolation_level=None)

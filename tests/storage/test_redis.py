@@ -199,7 +199,7 @@ async def test_a_server_that_is_not_there() -> None:
 
 
 async def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octollm.storage.redis_server.ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr("octollm.storage.redis.RESPONSE_SECONDS", 0.05)
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

@@ -18,7 +18,7 @@ from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.services import SERVICES
 from octollm.installation.embedded import Installation
 from octollm.installation.keys import load_home_keys
-from octollm.testing.scripted_model import scripted_model
+from octollm.testing.fake_model import scripted_model
 from octollm.testing.system import installation
 
 _REFUSED = re.compile(r'octollm_tokens_refused_total\{reason="([a-z0-9_]+)",service="[a-z]+"\} ([0-9.e+]+)')

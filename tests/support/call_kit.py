@@ -13,13 +13,13 @@ from octollm.capability import Principal, RootMinter, SigningKey
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.resilience import Deadline, EjectionPolicy, RetryPolicy
 from octollm.rpc.call import Operation
-from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
+from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.hosting import listen
-from octollm.rpc.http import HttpClient
+from octollm.rpc.http_client import HttpClient
 from octollm.rpc.idempotency import IdempotencyStore
 from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.service import ServiceBase, build_base, build_service
+from octollm.rpc.transport import listen
 
 CLOCK = SystemClock()
 IDS = Uuid7Generator(CLOCK)

@@ -9,7 +9,7 @@ import httpx
 from whole import FINAL, answers
 
 from octollm.testing import wait_until
-from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest
+from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
 
 
 class HoldingMind:

@@ -13,7 +13,7 @@ from redis_process import RedisProcess
 from octollm.clock import SystemClock
 from octollm.config import read_settings
 from octollm.storage.migrations import migrate_all
-from octollm.testing.scripted_model import ModelScript, scripted_model
+from octollm.testing.fake_model import ModelScript, scripted_model
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import msgspec
 import websockets
 
 from octollm.installation.embedded import Installation
-from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest
+from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
 
 FINAL = ("completed", "failed", "cancelled")
 CODE = 'def double(number: int) -> int:\n    """Return twice the number."""\n    return number * 2'

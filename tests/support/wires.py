@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import trustme
 
-from octollm.rpc.http import HttpClient
+from octollm.rpc.http_client import HttpClient
 from octollm.rpc.tls import TlsConfig, client_context
-from octollm.rpc.wire import PLAINTEXT, TransportConfig
+from octollm.rpc.transport import PLAINTEXT, TransportConfig
 
 NAMES = ("http1", "http2", "tls", "tls-http2")
 

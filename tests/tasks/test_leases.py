@@ -18,8 +18,7 @@ from octollm.events import EventLog
 from octollm.storage import Database, Transaction, open_database
 from octollm.storage.migrations import migrate
 from octollm.tasks import leases
-from octollm.tasks.claims import LEASE_SECONDS, ExpiredLease, TaskLeases
-from octollm.tasks.leases import LeaseRenewer
+from octollm.tasks.leases import LEASE_SECONDS, ExpiredLease, LeaseRenewer, TaskLeases
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.testing import wait_until
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from octollm.contracts.task import Artifact, ExecuteResult, PlanStep
 from octollm.tasks.ledger import MIN_COMPLETION_TOKENS, allocate_completion
-from octollm.tasks.schedule import assemble_result, compute_progress, estimate_step_progress, find_ready_steps
+from octollm.tasks.state import assemble_result, compute_progress, estimate_step_progress, find_ready_steps
 
 
 @st.composite

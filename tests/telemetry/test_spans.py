@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from octollm.clock import SystemClock
 from octollm.context import RequestContext, TraceContext, current_context, set_context, start_trace
 from octollm.errors import OctoError
-from octollm.rpc.decode import decode
+from octollm.rpc.codec import decode
 from octollm.telemetry.otlp import ExportRequest, decode_spans, encode_spans
 from octollm.telemetry.spans import TASK_ATTRIBUTE, TENANT_ATTRIBUTE, ExportBuffer, Span, Tracer
 

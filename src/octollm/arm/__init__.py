@@ -5,10 +5,9 @@ services behind it except by calling them through its Context.
 """
 
 from octollm.arm.arm import Arm, ArmOperation
-from octollm.arm.artifacts import Artifacts
-from octollm.arm.context import Context
+from octollm.arm.completion import ModelCompletion
+from octollm.arm.context import Artifacts, Context
 from octollm.arm.model import ModelClient, ModelEndpoint
-from octollm.arm.reading import ModelCompletion
 from octollm.arm.service import build_arm
 
 __all__ = [

@@ -17,10 +17,10 @@ from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextP
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 
+from octollm.arm.completion import extract_problem
 from octollm.arm.context import Context
-from octollm.arm.declaring import arm_invalid
-from octollm.arm.foreign import extract_problem
 from octollm.arm.model import ModelEndpoint
+from octollm.arm.validation import arm_invalid
 from octollm.contracts.task import TaskContract, Usage
 from octollm.errors import OctoError
 

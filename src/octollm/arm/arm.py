@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from octollm.arm.context import Context
-from octollm.arm.declaring import (
+from octollm.arm.validation import (
     arm_invalid,
     check_calls,
     check_description,
@@ -18,7 +18,7 @@ from octollm.arm.declaring import (
     resolve_types,
 )
 from octollm.capability import Declarations, DeclaredCall
-from octollm.capability.joining import OPTIONAL_MARK
+from octollm.capability.enrolment import OPTIONAL_MARK
 from octollm.contracts.services import OperationKind
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Arm:
         self.operations: list[ArmOperation] = []
 
     @property
-    def parse_declared_calls(self) -> tuple[str, ...]:
+    def declared_calls(self) -> tuple[str, ...]:
         """Return the calls as they are told to the orchestrator: ``?`` before one without which the arm still works."""
         return (
             *(scope.text for scope in self.required_scopes),

@@ -1,20 +1,122 @@
-"""From an arm to a service: its operations over HTTP, each with a context of its own."""
+"""An arm as a service: its operations with a Context each, the answers they give, and its agent card (A2A 1.0)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, is_typeddict
 
-from octollm.arm.answers import answer_type, build_answer
+import msgspec
+
+from octollm import __version__
 from octollm.arm.arm import Arm, ArmOperation
-from octollm.arm.card import CARD_PATH, AgentCard, build_card
+from octollm.arm.completion import extract_problem
 from octollm.arm.context import Context
-from octollm.arm.foreign import extract_problem
-from octollm.arm.presence import ArmRegistrar
+from octollm.arm.registration import ArmRegistrar
+from octollm.arm.validation import EXECUTE
+from octollm.contracts.task import ExecuteResult
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.codec import encode
 from octollm.rpc.health import ReadinessCheck
 from octollm.rpc.service import Service, ServiceBase, build_service
+
+
+def answer_type(declared: ArmOperation) -> Any:
+    """Return the type that an operation answers: ``execute`` always an ``ExecuteResult``, others what they declare."""
+    return ExecuteResult if declared.name == EXECUTE else declared.answer
+
+
+def build_answer(declared: ArmOperation, returned: object, ctx: Context) -> object:
+    """Return the answer for what a handler returned.
+
+    What ``execute`` returns becomes the ``output``: text as it is, anything else as JSON. The files that were written
+    and what the model used are told with it, unless the handler says so itself. Raises ``TypeError`` where the
+    handler returned something else than the class that it declares.
+    """
+    wanted = declared.answer
+    if isinstance(wanted, type) and not is_typeddict(wanted) and not _is_instance(returned, wanted):
+        raise TypeError(f"{declared.name} declares {wanted.__name__} and returned {type(returned).__name__}")
+    if declared.name != EXECUTE:
+        return returned
+    if not isinstance(returned, ExecuteResult):
+        output = returned if isinstance(returned, str) else encode(returned).decode()
+        returned = ExecuteResult(output, artifacts=ctx.artifacts.list())
+    if returned.usage.total_tokens == 0:
+        returned = msgspec.structs.replace(returned, usage=ctx.model.usage)
+    return returned
+
+
+def _is_instance(value: object, wanted: type) -> bool:
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+CARD_PATH = "/.well-known/agent-card.json"
+BINDING = "urn:octollm:arm"
+"""``protocolBinding`` is an open string; this one says: ``POST <url>/<skill>``, as ``<url>/openapi.json`` tells."""
+_JSON_MODES = ("application/json",)
+
+
+class AgentInterface(msgspec.Struct, frozen=True, rename="camel"):
+    """Where an arm answers, and how it is spoken to."""
+
+    url: str
+    protocol_binding: str = BINDING
+    protocol_version: str = "1.0"
+
+
+class AgentSkill(msgspec.Struct, frozen=True, rename="camel"):
+    """One operation. ``id`` is its name; the scope that opens it is among the tags."""
+
+    id: str
+    name: str
+    description: str
+    tags: tuple[str, ...]
+    input_modes: tuple[str, ...] = _JSON_MODES
+    output_modes: tuple[str, ...] = (*_JSON_MODES, "application/x-ndjson")
+
+
+class AgentCapabilities(msgspec.Struct, frozen=True, rename="camel"):
+    """``streaming``: every operation also answers line by line while it works."""
+
+    streaming: bool = True
+    push_notifications: bool = False
+
+
+class AgentCard(msgspec.Struct, frozen=True, rename="camel"):
+    """``GET /.well-known/agent-card.json``."""
+
+    name: str
+    description: str
+    version: str
+    supported_interfaces: tuple[AgentInterface, ...]
+    skills: tuple[AgentSkill, ...]
+    security_schemes: dict[str, dict[str, dict[str, str]]]
+    security_requirements: tuple[dict[str, dict[str, dict[str, list[str]]]], ...]
+    capabilities: AgentCapabilities = AgentCapabilities()
+    default_input_modes: tuple[str, ...] = _JSON_MODES
+    default_output_modes: tuple[str, ...] = _JSON_MODES
+
+
+def build_card(arm: Arm, urls: tuple[str, ...]) -> AgentCard:
+    """Return the card of ``arm`` as it answers at ``urls``."""
+    return AgentCard(
+        name=arm.name,
+        description=arm.description,
+        version=__version__,
+        supported_interfaces=tuple(AgentInterface(url) for url in urls),
+        skills=tuple(
+            AgentSkill(
+                declared.name,
+                declared.name,
+                declared.summary or arm.description,
+                (f"{arm.name}:{declared.name}", declared.kind, *arm.accepts),
+            )
+            for declared in arm.operations
+        ),
+        security_schemes={"bearer": {"httpAuthSecurityScheme": {"scheme": "Bearer", "bearerFormat": "JWT chain"}}},
+        security_requirements=({"schemes": {"bearer": {"list": []}}},),
+    )
+
 
 _PASSED_ON_CODES = ("authority_missing", "budget_exhausted", "model_failed", "model_output_invalid", "no_model")
 """What an arm may pass on of what it calls."""

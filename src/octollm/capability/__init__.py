@@ -4,9 +4,9 @@ Everything is decided from values that are passed in: keys, tokens, a clock, a s
 a file or a connection, waits, or keeps a key that it was not given.
 """
 
-from octollm.capability.declarations import BUILT_IN_CALLS
-from octollm.capability.keys import PublicKey, SigningKey, digest_of, to_jwks
-from octollm.capability.may import (
+from octollm.capability.errors import REASONS, CapabilityError
+from octollm.capability.grants import (
+    BUILT_IN_CALLS,
     Declarations,
     DeclaredCall,
     DelegationTree,
@@ -16,14 +16,13 @@ from octollm.capability.may import (
     parse_delegation_tree,
     union,
 )
+from octollm.capability.jose import PublicKey, SigningKey, digest_of, to_jwks
 from octollm.capability.minting import Delegator, RootMinter, ServiceTokenSigner
-from octollm.capability.principals import PRESETS, Principal, preset_scopes
-from octollm.capability.problems import REASONS, CapabilityError
 from octollm.capability.revocations import RevocationKind, Revocations, run_value
-from octollm.capability.scopes import Scope, ScopeSet, parse_scope
+from octollm.capability.scopes import PRESETS, Principal, Scope, ScopeSet, parse_scope, preset_scopes
 from octollm.capability.service_tokens import Directory, DirectoryEntry, verify_directory, verify_service_token
 from octollm.capability.tokens import AccessClaims, GrantClaims, TaskRef
-from octollm.capability.verifying import VerifiedChain, Verifier
+from octollm.capability.verification import VerifiedChain, Verifier
 
 __all__ = [  # noqa: RUF022  (grouped by what they are for)
     # Scopes and trees of authority

@@ -1,9 +1,4 @@
-"""The chain that the audit log is sealed into, and how it is checked. No I/O.
-
-Each row's hash covers the row and the hash before it, and the root key signs where the chain stands. Whoever can
-write to the database but has no root key cannot change, remove or reorder a row unnoticed. What they can do is to
-cut the chain's end off and put an older head in its place; an earlier export shows that.
-"""
+"""The audit log's hash chain: row hashes, root-signed checkpoints, and the check of both."""
 
 from __future__ import annotations
 
@@ -13,11 +8,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm.capability.jose import decode_jws, encode_jws, pinned_root
-from octollm.capability.keys import PublicKey, SigningKey
-from octollm.capability.problems import CapabilityError
+from octollm.capability.errors import CapabilityError
+from octollm.capability.jose import PublicKey, SigningKey, decode_jws, encode_jws, pinned_root
 from octollm.capability.tokens import ROOT_ISSUER
-from octollm.contracts.audit import AuditHead, AuditRow
+from octollm.contracts.observability import AuditHead, AuditRow
 
 MAX_CHECKPOINT_CHARS = 1_024
 MAX_FAULTS = 100

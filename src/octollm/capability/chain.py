@@ -1,9 +1,4 @@
-"""The rules by which the tokens of one bearer string prove each other. Pure: no key is used, no clock is read.
-
-A bearer string is the access token, then the grants that prove an issuer other than the orchestrator, root first,
-then the grant for the callee, if there is one. Links, order and length are fixed: hashes tie each part to the
-next, and a part that nothing ties is refused.
-"""
+"""Rules by which the tokens of one bearer string prove each other: order, hashes, times, keys, attenuation. Pure: no clock is read."""
 
 from __future__ import annotations
 
@@ -11,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from octollm.capability.jose import Jws, decode_jws, pinned_root
-from octollm.capability.keys import PublicKey, digest_of
-from octollm.capability.may import DelegationTree, contains, union
-from octollm.capability.problems import CapabilityError
+from octollm.capability.errors import CapabilityError
+from octollm.capability.grants import DelegationTree, contains, union
+from octollm.capability.jose import Jws, PublicKey, decode_jws, digest_of, pinned_root
 from octollm.capability.tokens import (
     MAX_ACCESS_SECONDS,
     MAX_GRANT_SECONDS,

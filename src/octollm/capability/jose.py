@@ -1,22 +1,178 @@
-"""Strict compact JWS (RFC 7515), the little of it that is used here.
-
-Nothing in a token chooses an algorithm or fetches a key. The header has exactly the members that its place asks
-for: ``crit``, ``jku``, ``x5c``, ``b64`` and whatever else there may be are refused, as are duplicate members, null,
-base64url that is not canonical, and text that is not UTF-8. Sizes are bounded by the caller before anything is read.
-"""
+"""JOSE, the strict part that is used here: Ed25519 keys as JWKs named by their thumbprint (RFC 8037, 7638), and compact JWS (RFC 7515) with nothing in a token choosing algorithm or key."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Literal, NoReturn
 
 import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from jwt.api_jws import PyJWS
 from msgspec import Meta
 
-from octollm.capability.keys import THUMBPRINT_CHARS, PublicKey, SigningKey, b64decode
-from octollm.capability.problems import CapabilityError
+from octollm.capability.errors import CapabilityError
+
+THUMBPRINT_CHARS = 43
+"""Characters of a SHA-256 digest in base64url."""
+_PUBLIC_MEMBERS = frozenset({"kty", "crv", "x", "kid", "use", "alg"})
+
+
+def b64encode(data: bytes) -> str:
+    """Return base64url without padding (RFC 7515 section 2)."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def b64decode(text: str) -> bytes:
+    """Read canonical base64url: no padding, no other characters, no bits left over.
+
+    Raises ``CapabilityError`` (``base64_malformed``). Each byte string has exactly one text that is accepted.
+    """
+    try:
+        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    except (binascii.Error, ValueError):
+        raise CapabilityError("base64_malformed") from None
+    # The standard library skips what is not of the alphabet; encoding again finds that and stray bits.
+    if b64encode(data) != text:
+        raise CapabilityError("base64_malformed")
+    return data
+
+
+def digest_of(text: str) -> str:
+    """Return the SHA-256 of ASCII ``text`` in base64url, the form of the claims ``prf`` and ``gnt``."""
+    return b64encode(hashlib.sha256(text.encode("ascii")).digest())
+
+
+class PublicKey:
+    """An Ed25519 public key; ``thumbprint`` is its RFC 7638 name."""
+
+    __slots__ = ("_key", "_x", "thumbprint")
+
+    def __init__(self, raw: bytes) -> None:
+        try:
+            self._key = Ed25519PublicKey.from_public_bytes(raw)
+        except ValueError as exc:
+            raise CapabilityError("key_malformed") from exc
+        self._x = b64encode(raw)
+        # RFC 8037 appendix A.3: the required members in lexicographic order, without white space.
+        canonical = f'{{"crv":"Ed25519","kty":"OKP","x":"{self._x}"}}'
+        self.thumbprint = digest_of(canonical)
+
+    @classmethod
+    def from_jwk(cls, jwk: Mapping[str, object]) -> PublicKey:
+        """Read a public JWK: OKP and Ed25519, with ``kid``, ``use`` and ``alg`` fitting it if they are there.
+
+        Raises ``CapabilityError`` (``key_malformed``) for anything else, a private key included.
+        """
+        key = cls(_public_bytes(jwk))
+        fitting = (
+            jwk.keys() <= _PUBLIC_MEMBERS
+            and jwk.get("kid", key.thumbprint) == key.thumbprint
+            and jwk.get("use", "sig") == "sig"
+            and jwk.get("alg", "EdDSA") == "EdDSA"
+        )
+        if not fitting:
+            raise CapabilityError("key_malformed")
+        return key
+
+    def to_jwk(self) -> dict[str, str]:
+        """Return the JWK with the three required members alone, the form of the ``jwk`` header."""
+        return {"kty": "OKP", "crv": "Ed25519", "x": self._x}
+
+    def verify(self, signature: bytes, message: bytes) -> bool:
+        """Return whether ``format_signature`` over ``message`` is this key's (RFC 8032)."""
+        try:
+            self._key.verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PublicKey) and self._x == other._x
+
+    def __hash__(self) -> int:
+        return hash(self._x)
+
+    def __repr__(self) -> str:
+        return f"PublicKey({self.thumbprint})"
+
+
+class SigningKey:
+    """An Ed25519 key pair of the service ``name``. Neither its text nor its repr shows the private half."""
+
+    __slots__ = ("_key", "name", "public")
+
+    def __init__(self, key: Ed25519PrivateKey, name: str = "") -> None:
+        self._key = key
+        self.name = name
+        self.public = PublicKey(key.public_key().public_bytes_raw())
+
+    @classmethod
+    def generate(cls, name: str = "") -> SigningKey:
+        """Make a new key from the operating system's randomness."""
+        return cls(Ed25519PrivateKey.generate(), name)
+
+    @classmethod
+    def from_jwk(cls, jwk: Mapping[str, object], name: str = "") -> SigningKey:
+        """Read a private JWK; raises ``CapabilityError`` (``key_malformed``) unless both halves belong together."""
+        key = cls(Ed25519PrivateKey.from_private_bytes(_member_bytes(jwk, "d")), name)
+        public = PublicKey.from_jwk({member: value for member, value in jwk.items() if member != "d"})
+        if public != key.public:
+            raise CapabilityError("key_malformed")
+        return key
+
+    @property
+    def thumbprint(self) -> str:
+        """Return the RFC 7638 thumbprint of the public half."""
+        return self.public.thumbprint
+
+    @property
+    def private(self) -> Ed25519PrivateKey:
+        """Return the private key for the library that signs."""
+        return self._key
+
+    def sign(self, message: bytes) -> bytes:
+        """Return the 64-byte signature over ``message`` (RFC 8032)."""
+        return self._key.sign(message)
+
+    def to_jwk(self, *, private: bool) -> dict[str, str]:
+        """Return the JWK with its ``kid``; with ``private`` it holds the secret ``d``."""
+        jwk = {**self.public.to_jwk(), "kid": self.thumbprint}
+        return {**jwk, "d": b64encode(self._key.private_bytes_raw())} if private else jwk
+
+    def __repr__(self) -> str:
+        return f"SigningKey({self.name!r}, {self.thumbprint})"
+
+
+def to_jwks(keys: Mapping[str, PublicKey]) -> dict[str, list[dict[str, str]]]:
+    """Return the JWK Set (RFC 7517 section 5) of public ``keys``, each with ``kid``, ``use`` and ``alg``."""
+    return {"keys": [to_published_jwk(key) for key in keys.values()]}
+
+
+def to_published_jwk(key: PublicKey) -> dict[str, str]:
+    """Return a public key as a member of a JWK Set, with ``kid``, ``use`` and ``alg``."""
+    return {**key.to_jwk(), "kid": key.thumbprint, "use": "sig", "alg": "EdDSA"}
+
+
+def _public_bytes(jwk: Mapping[str, object]) -> bytes:
+    if jwk.get("kty") != "OKP" or jwk.get("crv") != "Ed25519":
+        raise CapabilityError("key_malformed")
+    return _member_bytes(jwk, "x")
+
+
+def _member_bytes(jwk: Mapping[str, object], member: str) -> bytes:
+    text = jwk.get(member)
+    if not isinstance(text, str) or len(text) != THUMBPRINT_CHARS:
+        raise CapabilityError("key_malformed")
+    try:
+        return b64decode(text)  # 43 canonical characters are 32 bytes
+    except CapabilityError:
+        raise CapabilityError("key_malformed") from None
+
 
 TokenType = Literal["cap+jwt", "cap-grant+jwt", "svc+jwt", "dir+jwt", "audit+jwt"]
 """The ``typ`` header (RFC 8725 section 3.11): what a token is, so that none is taken for another."""

@@ -1,16 +1,12 @@
-"""Keys that change while everything runs: which one signs now, and which ones are still believed. No I/O.
-
-A new key signs only when everybody has had the time to hear of it, and the one before it is believed until the last
-token that it may have signed has expired.
-"""
+"""Key rotation: which key signs now and which are still trusted. A new key signs only after an overlap; the old one is trusted until its last token has expired."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from octollm.capability.keys import PublicKey, SigningKey
-from octollm.capability.problems import CapabilityError
+from octollm.capability.errors import CapabilityError
+from octollm.capability.jose import PublicKey, SigningKey
 from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS
 
 OVERLAP_SECONDS = 600.0

@@ -1,4 +1,4 @@
-"""Making tokens: at the root, and narrower ones under a grant."""
+"""Token minting: root tokens by the orchestrator, attenuated tokens by a delegate under its grant, service tokens for oneself."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
-from octollm.capability.jose import encode_jws
+from octollm.capability.errors import CapabilityError
+from octollm.capability.grants import DelegationTree
+from octollm.capability.jose import SigningKey, digest_of, encode_jws
 from octollm.capability.keyring import KeyRing
-from octollm.capability.keys import SigningKey, digest_of
-from octollm.capability.may import DelegationTree
-from octollm.capability.principals import Principal
-from octollm.capability.problems import CapabilityError
-from octollm.capability.scopes import Scope, ScopeSet
+from octollm.capability.scopes import Principal, Scope, ScopeSet
 from octollm.capability.service_tokens import (
     MAX_DIRECTORY_SECONDS,
     MAX_SERVICE_SECONDS,
@@ -36,7 +34,7 @@ from octollm.capability.tokens import (
     TaskRef,
     encode_claims,
 )
-from octollm.capability.verifying import VerifiedChain
+from octollm.capability.verification import VerifiedChain
 from octollm.clock import Clock, IdGenerator
 from octollm.contracts.services import service_of
 

@@ -1,11 +1,11 @@
-"""What was revoked, and since when."""
+"""A bounded set of revocations; when full it refuses too much, never too little."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Literal, cast, get_args
 
-from octollm.capability.problems import CapabilityError
+from octollm.capability.errors import CapabilityError
 from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS, TokenClaims
 
 RevocationKind = Literal["jti", "task", "run", "sub", "cred", "aud"]

@@ -1,4 +1,4 @@
-"""Services that speak for themselves, and the signed directory in which their keys are found."""
+"""Service tokens, by which a service speaks for itself, and the signed service directory in which their keys are found."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-from octollm.capability.jose import Jwk, Thumbprint, decode_jws, pinned_root
-from octollm.capability.keys import PublicKey, b64decode
-from octollm.capability.may import DeclaredCall
-from octollm.capability.problems import CapabilityError
+from octollm.capability.errors import CapabilityError
+from octollm.capability.grants import DeclaredCall
+from octollm.capability.jose import Jwk, PublicKey, Thumbprint, b64decode, decode_jws, pinned_root
 from octollm.capability.scopes import MAX_SCOPE_CHARS, Scope
 from octollm.capability.tokens import ROOT_ISSUER, NumericDate, ServiceName, TokenName, check_times
 from octollm.clock import Clock

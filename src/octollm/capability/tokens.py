@@ -1,8 +1,4 @@
-"""The claims of access tokens and grants, and their form on the wire.
-
-An access token lets its bearer call one service and can never be passed on. A grant lets one named service, which
-must prove its key, mint narrower access tokens and grants; without that key it is worth nothing.
-"""
+"""Claims of access tokens and grants, and their form on the wire."""
 
 from __future__ import annotations
 
@@ -11,11 +7,10 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from octollm.capability.errors import CapabilityError
+from octollm.capability.grants import DelegationTree, parse_delegation_tree
 from octollm.capability.jose import Thumbprint
-from octollm.capability.may import DelegationTree, parse_delegation_tree
-from octollm.capability.principals import Principal
-from octollm.capability.problems import CapabilityError
-from octollm.capability.scopes import ScopeSet
+from octollm.capability.scopes import Principal, ScopeSet
 
 MAX_BEARER_CHARS = 16_384
 """Characters of a whole bearer string; checked before anything else is done with it."""

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from octollm import __version__
-from octollm.cli.app_admin import keys_app, models_app, token_app
-from octollm.cli.app_arms import arms_app
-from octollm.cli.app_audit import audit_app
-from octollm.cli.app_new import new_app
-from octollm.cli.app_tasks import TaskId, events_app, task_app
-from octollm.cli.completing import complete_service
+from octollm.cli.arms import arms_app
+from octollm.cli.audit import audit_app
+from octollm.cli.completion import complete_service
+from octollm.cli.keys import keys_app, models_app, token_app
+from octollm.cli.new import new_app
+from octollm.cli.tasks import TaskId, events_app, task_app
 
 DEMO_GOAL = "Write a Python function is_palindrome(text) with tests"
 """What `octollm demo` asks for when it is given nothing else."""
@@ -60,7 +60,7 @@ def demo(
     goal: Annotated[str, typer.Argument(help="What the team is to do.")] = DEMO_GOAL,
 ) -> None:
     """Start everything in this process, do one goal live, save the result, and stop."""
-    from octollm.cli.commands import demo_command  # noqa: PLC0415
+    from octollm.cli.tasks import demo_command  # noqa: PLC0415
 
     raise typer.Exit(demo_command(goal))
 
@@ -75,7 +75,7 @@ def up(
     ] = None,
 ) -> None:
     """Run every service on this machine until Ctrl-C."""
-    from octollm.cli.commands import up_command  # noqa: PLC0415
+    from octollm.cli.tasks import up_command  # noqa: PLC0415
 
     raise typer.Exit(up_command(arm or []))
 
@@ -106,7 +106,7 @@ def run(
     Where none runs, one is started in this process for the goal, and stopped after it; never with OCTOLLM_URL set.
     Ctrl-C cancels the task. The exit code is 0 only when the task completed.
     """
-    from octollm.cli.commands import run_goal_command  # noqa: PLC0415
+    from octollm.cli.tasks import run_goal_command  # noqa: PLC0415
     from octollm.contracts.task import Budget  # noqa: PLC0415
 
     budget = Budget(max_tokens=max_tokens, max_cost_usd=max_cost, max_time_seconds=max_seconds)
@@ -129,7 +129,7 @@ def serve(
     writes its log as JSON lines to standard error. An arm of your own joins the first time, with OCTOLLM_JOIN_SECRET
     (`octollm keys join`); beside an installation of your own on this machine it needs none.
     """
-    from octollm.cli.serving import serve_command  # noqa: PLC0415
+    from octollm.cli.serve import serve_command  # noqa: PLC0415
 
     raise typer.Exit(serve_command(service))
 
@@ -140,7 +140,7 @@ def watch(
     as_json: Annotated[bool, typer.Option("--json", help="Print each frame as one line of JSON.")] = False,
 ) -> None:
     """Follow a task live, from its beginning, and save its result; Ctrl-C leaves it running."""
-    from octollm.cli.commands import watch_command  # noqa: PLC0415
+    from octollm.cli.tasks import watch_command  # noqa: PLC0415
 
     raise typer.Exit(watch_command(task_id, as_json=as_json))
 
@@ -154,7 +154,7 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="Print the spans as JSON.")] = False,
 ) -> None:
     """Show where the time of a task went: every call of every service, as a tree with its failures and tokens."""
-    from octollm.cli.trace_view import trace_command  # noqa: PLC0415
+    from octollm.cli.traces import trace_command  # noqa: PLC0415
 
     raise typer.Exit(trace_command(task_id, show_internal=everything, as_json=as_json))
 
@@ -168,7 +168,7 @@ def migrate(
     Run it once before services of a new version start; those of the version before go on working meanwhile. Each
     service's schema changes whole or not at all. Services on SQLite do it by themselves.
     """
-    from octollm.cli.migrate import migrate_command  # noqa: PLC0415
+    from octollm.cli.serve import migrate_command  # noqa: PLC0415
 
     raise typer.Exit(migrate_command(as_json=as_json))
 
@@ -192,6 +192,6 @@ def config(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show every setting: its value (secrets masked), and where it comes from."""
-    from octollm.cli.config_view import config_command  # noqa: PLC0415
+    from octollm.cli.config import config_command  # noqa: PLC0415
 
     raise typer.Exit(config_command(as_json=as_json))

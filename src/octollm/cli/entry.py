@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from octollm.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED
+from octollm.cli.runtime import EXIT_FAILED, EXIT_INTERRUPTED
 
 
 def main() -> None:

@@ -5,8 +5,7 @@ connection, and failures as types. It uses the public API and nothing else: no s
 but where the door is and the key to it.
 """
 
-from octollm.client.client import AsyncClient
-from octollm.client.connecting import connect, connect_sync
+from octollm.client.async_client import AsyncClient
 from octollm.client.errors import (
     APIError,
     AuthenticationError,
@@ -21,8 +20,8 @@ from octollm.client.errors import (
     TaskFailed,
     Unavailable,
 )
-from octollm.client.position import Update
-from octollm.client.sync import Client, TaskHandle
+from octollm.client.streams import Update
+from octollm.client.sync_client import Client, TaskHandle, connect, connect_sync
 from octollm.client.task import AsyncTaskHandle
 
 __all__ = [  # noqa: RUF022  grouped by what they are for

@@ -1,4 +1,4 @@
-"""What a client may have to catch, as types: each says by itself whether the same call may succeed later."""
+"""The errors of the client as types; each says whether the same call may succeed later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 from octollm.contracts.api import TaskView
 from octollm.contracts.problems import ERROR_KINDS, Problem
 from octollm.errors import FieldError, OctoError
-from octollm.rpc.http import HttpResponse, TransportError
+from octollm.rpc.http_client import HttpResponse, TransportError
 
 
 class APIError(OctoError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octollm.client.errors import InvalidRequest, ServerError
-from octollm.contracts.kinds import media_type_of
+from octollm.contracts.media_types import media_type_of
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES
 
 FileInput = str | os.PathLike[str] | bytes | tuple[str, bytes] | tuple[str, str]

@@ -1,4 +1,4 @@
-"""One task: watching it, waiting for its result, cancelling it, and what it left."""
+"""AsyncTaskHandle: watch a task, wait for its result, cancel it, read its history and artifacts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import contextlib
 from collections.abc import AsyncGenerator
 from urllib.parse import quote
 
-from octollm.client.door import GatewayTransport
+from octollm.client._transport import GatewayTransport
 from octollm.client.errors import Conflict, DeadlineExceeded, ServerError, TaskCancelled, TaskFailed
 from octollm.client.files import verify_digest
-from octollm.client.patience import RECONNECT_TIMEOUT_SECONDS
-from octollm.client.position import Update
-from octollm.client.updates import stream_updates
+from octollm.client.streams import RECONNECT_TIMEOUT_SECONDS, Update, stream_updates
 from octollm.contracts.api import EventList, StepText, StepTexts, TaskView
 from octollm.contracts.events import Event
+from octollm.contracts.observability import TraceView
 from octollm.contracts.task import Artifact
-from octollm.contracts.traces import TraceView
 
 _FINAL = frozenset({"completed", "failed", "cancelled"})
 _PAGE = 500

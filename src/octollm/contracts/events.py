@@ -1,4 +1,4 @@
-"""The ADR's event envelope with what makes it reliable, and the catalogue of families."""
+"""The event envelope (the ADR's, with what makes it reliable) and the catalogue of event types."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm.contracts.numbers import Count
+from octollm.contracts.task import Count
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=False):

@@ -39,7 +39,7 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "url_too_long": ErrorKind(414, "The URL is longer than the limit"),
     "request_timeout": ErrorKind(408, "The request did not arrive in time", retryable=True),
     "header_too_large": ErrorKind(431, "The headers are larger than the limit"),
-    "not_found_result": ErrorKind(404, "There is no such resource"),
+    "not_found": ErrorKind(404, "There is no such resource"),
     "task_not_found": ErrorKind(404, "There is no such task"),
     "file_not_found": ErrorKind(404, "There is no such file"),
     "method_not_allowed": ErrorKind(405, "The resource does not have that method"),

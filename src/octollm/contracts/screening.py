@@ -1,4 +1,4 @@
-"""What the public door finds in a text, and what it decides."""
+"""The input guardrail's contract: what is found in a text, and the decision on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from octollm.contracts.numbers import Count
+from octollm.contracts.task import Count
 
 MAX_SCREENED = 262_144
 """Characters of a text that is sent to be screened alone."""

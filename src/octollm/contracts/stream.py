@@ -1,4 +1,4 @@
-"""The lines of an NDJSON answer and the frames of a WebSocket."""
+"""NDJSON stream events of a call, and the frames of a WebSocket."""
 
 from __future__ import annotations
 

@@ -1,12 +1,16 @@
-"""Tasks, plans, steps and their results as they travel between client, orchestrator and arms."""
+"""Tasks, plans, steps, budgets and their results as they travel between client, orchestrator and arms."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
-from octollm.contracts.numbers import Count
+MAX_JSON_INTEGER = 2**53 - 1
+"""RFC 8259 section 6: beyond it readers need not agree on an integer."""
+Count = Annotated[int, Meta(ge=0, le=MAX_JSON_INTEGER)]
+
 
 MAX_GOAL = 32_000
 """Characters of a goal."""

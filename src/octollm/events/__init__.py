@@ -6,7 +6,7 @@ means, and what to do about it, belongs to the layers above.
 
 from octollm.events.bus import EventBus, Gap, Subscription
 from octollm.events.log import EventLog, task_subject
-from octollm.events.relay import OutboxHealth, OutboxPolicy, OutboxPublisher
+from octollm.events.outbox import OutboxHealth, OutboxPolicy, OutboxPublisher
 from octollm.events.watch import Hint, TaskSubscription, TaskWatchHub
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Listening to events while they are published, and publishing those that are not kept."""
+"""Live subscriptions to published events, with gap detection, and publishing of events that are not durable."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Literal
 
 import msgspec
 
-from octollm.background import BackgroundTask
 from octollm.clock import Clock, IdGenerator, format_rfc3339
+from octollm.concurrency import BackgroundTask
 from octollm.contracts.events import EVENT_CATALOGUE, Event, channel_of
 from octollm.errors import OctoError
-from octollm.events.catalogue import validate_event
+from octollm.events.log import validate_event
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
 

@@ -1,19 +1,50 @@
-"""The durable log: events are written in the transaction of the change that they tell of."""
+"""The durable event log: events are validated against the catalogue and written in the transaction of the change that they describe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from sqlalchemy import select
 from sqlalchemy.engine import RowMapping
 
 from octollm.clock import Clock, IdGenerator, format_rfc3339
-from octollm.contracts.events import Event, channel_of
-from octollm.errors import OctoError
-from octollm.events.catalogue import validate_event
+from octollm.contracts.events import EVENT_CATALOGUE, Event, EventType, channel_of
+from octollm.errors import FieldError, OctoError
 from octollm.storage import Database, DatabaseConnection, Transaction
 from octollm.storage.tables import events, subjects
+
+MAX_EVENT_BYTES = 256 * 1024
+"""Bytes of an event's ``data`` as JSON."""
+
+
+def validate_event(event_type: str, data: Mapping[str, object]) -> EventType:
+    """Return the declaration of ``event_type``.
+
+    Raises ``invalid_body`` when it is not declared, a required member of ``data`` is missing, or ``data`` is too large
+    or no JSON.
+    """
+    kind = EVENT_CATALOGUE.get(event_type)
+    if kind is None:
+        raise OctoError(f"The event {event_type!r} is not declared in the catalogue.", code="invalid_body")
+    missing = [name for name in kind.required if name not in data]
+    if missing:
+        raise OctoError(
+            f"The event {event_type!r} lacks {', '.join(missing)}.",
+            code="invalid_body",
+            field_errors=[FieldError(f"/data/{name}", "is missing") for name in missing],
+        )
+    try:
+        size = len(msgspec.json.encode(data))
+    except (TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise OctoError(f"The data of the event {event_type!r} is no JSON.", code="invalid_body") from error
+    if size > MAX_EVENT_BYTES:
+        raise OctoError(
+            f"The data of the event {event_type!r} has {size} bytes; {MAX_EVENT_BYTES} are allowed.",
+            code="invalid_body",
+        )
+    return kind
+
 
 MAX_READ = 1000
 """Events of one read."""

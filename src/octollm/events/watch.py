@@ -1,4 +1,4 @@
-"""Hints that a task has news. A hint says where to look; what there is to see is in SQL and the token stream."""
+"""Change hints for one task. A hint says where to look; the data itself is in SQL and in the token stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from types import TracebackType
 
-from octollm.background import BackgroundTask
+from octollm.concurrency import BackgroundTask
 from octollm.errors import OctoError
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient

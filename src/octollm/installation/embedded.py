@@ -15,18 +15,17 @@ from octollm.clock import Clock, IdGenerator
 from octollm.config import Settings
 from octollm.errors import OctoError
 from octollm.installation.home import Home, RunningInstallation, open_home, open_keys, write_private
-from octollm.installation.hosted import ServiceHost, supervise_hosts
 from octollm.installation.keys import HomeKeys, load_home_keys
-from octollm.installation.own_keys import RootKeys
-from octollm.installation.ports import bind_all, is_loopback
+from octollm.installation.network import bind_all, is_loopback, server_transport, transport_from_settings
+from octollm.installation.provisioning import RootKeys
+from octollm.installation.service_host import ServiceHost, supervise_hosts
 from octollm.installation.services import ServiceFactory, ServiceResources, bind_service_factory
-from octollm.installation.wires import server_transport, transport_from_settings
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.health import Readiness
-from octollm.rpc.http import HttpClient, TransportError
+from octollm.rpc.http_client import HttpClient, TransportError
 from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.service import ServiceBase, build_base
-from octollm.rpc.wire import TransportConfig
+from octollm.rpc.transport import TransportConfig
 from octollm.storage import MemoryServers, open_redis
 from octollm.telemetry import configure_logging, get_logger
 

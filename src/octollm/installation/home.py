@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from octollm.clock import IdGenerator
+from octollm.concurrency import LockTimeout, file_lock
 from octollm.errors import OctoError, SettingError
-from octollm.llm.filelock import LockTimeout, file_lock
 
 KEYS_LOCK_SECONDS = 20.0
 """How long a start waits for another process that makes the keys."""

@@ -5,9 +5,15 @@ Nothing here knows of HTTP, of tokens or of the tasks' rules: events and text co
 """
 
 from octollm.live.frames import FINAL_EVENTS, FrameBuilder, LiveFrame, get_frame_type
-from octollm.live.resume import ResumePosition, TextOffset, parse_resume_position
 from octollm.live.session import LiveSession, SessionTiming, TaskSource, TextSource
-from octollm.live.texts import EntryResult, StepTextTracker, TextChunk
+from octollm.live.step_text import (
+    EntryResult,
+    ResumePosition,
+    StepTextTracker,
+    TextChunk,
+    TextOffset,
+    parse_resume_position,
+)
 
 __all__ = [
     "FINAL_EVENTS",

@@ -7,7 +7,7 @@ import msgspec
 from octollm.contracts.api import TaskView
 from octollm.contracts.events import Event
 from octollm.contracts.stream import Frame, FrameType, TokenFrame
-from octollm.live.texts import TextChunk
+from octollm.live.step_text import TextChunk
 
 LiveFrame = Frame | TokenFrame
 

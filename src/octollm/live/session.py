@@ -1,8 +1,4 @@
-"""The session of one watcher: what it is sent, in order, until the task's final frame.
-
-Frames are made when the one who carries them asks for the next, so a slow watcher costs no memory here: the events
-wait in the log, and the text that came meanwhile is joined to one frame.
-"""
+"""The session of one client: which frames it is sent, in order, until the task's final frame. Frames are built on demand, so a slow client costs no memory here."""
 
 from __future__ import annotations
 
@@ -20,8 +16,7 @@ from octollm.contracts.problems import ERROR_KINDS
 from octollm.errors import OctoError, RemoteError
 from octollm.events import Hint
 from octollm.live.frames import FINAL_EVENTS, FINAL_STATUSES, FrameBuilder, LiveFrame
-from octollm.live.resume import ResumePosition
-from octollm.live.texts import EntryResult, StepTextTracker
+from octollm.live.step_text import EntryResult, ResumePosition, StepTextTracker
 from octollm.storage import TextEntry
 from octollm.storage.text_stream import READ_COUNT
 

@@ -1,8 +1,4 @@
-"""Where model files live on this machine, and whether they are what their name says.
-
-A file is hashed once; a stamp beside it (size, modification time, inode) spares the next start the gigabyte. The
-stamp guards against damage, not against someone who may write to the folder.
-"""
+"""The model cache: files named by their SHA-256, verified once, with a stamp that spares the next start the hashing."""
 
 from __future__ import annotations
 

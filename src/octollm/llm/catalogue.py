@@ -1,10 +1,11 @@
-"""The embedded models that are known: pure data. A file is named by its digest, whatever brings it."""
+"""The catalogue of embedded models (name, digest, size, sources), and what a call costs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from octollm.errors import OctoError
+from octollm.llm.types import ChatUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +121,15 @@ def find_entry(name: str, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -
             return entry
     known = ", ".join(entry.name for entry in catalogue)
     raise OctoError(f"There is no embedded model called {name!r}; there are: {known}.", code="setting_invalid")
+
+
+_FREE_MODELS = frozenset(entry.name for entry in MODEL_CATALOGUE)
+
+
+def cost_usd(model: str, usage: ChatUsage) -> float | None:
+    """Return the price of ``usage`` in US dollars, or ``None`` when the price of ``check_model`` is not known.
+
+    The embedded models cost nothing, whatever the usage.
+    """
+    del usage
+    return 0.0 if model in _FREE_MODELS else None

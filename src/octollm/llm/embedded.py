@@ -46,7 +46,7 @@ class EmbeddedSettings:
     """
 
     threads: int | None = None
-    round_context: int = 8192
+    context_tokens: int = 8192
     slots: int = 1
     max_waiting: int = 32
     wait_seconds: float = 600.0
@@ -75,7 +75,7 @@ class EmbeddedModel:
         return self._entry.name
 
     @property
-    def round_context(self) -> int:
+    def context_tokens(self) -> int:
         """Return how many tokens prompt and answer may have together."""
         return self._context
 
@@ -243,7 +243,7 @@ class EmbeddedModel:
         return LlamaSettings(
             threads=threads,
             batch_tokens=batch_tokens(self._entry.size, threads),
-            round_context=self._context,
+            context_tokens=self._context,
             slots=self._settings.slots,
             prompt_cache_mib=self._settings.prompt_cache_mib,
         )

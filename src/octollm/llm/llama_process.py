@@ -1,4 +1,4 @@
-"""The parent's end of the llama.cpp child process: starting, asking, cancelling, ending it."""
+"""The parent's end of the llama.cpp child process: start, request, cancel, stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LlamaSettings:
 
     threads: int
     batch_tokens: int
-    round_context: int = 8192
+    context_tokens: int = 8192
     slots: int = 1
     prompt_cache_mib: int = 256
     load_seconds: float = 120.0
@@ -291,7 +291,7 @@ def _worker_settings(path: Path, folder: Path, settings: LlamaSettings) -> dict[
         "path": str(path),
         "folder": str(folder),
         "host": str(folder / "llama.sock") if unix else "127.0.0.1",
-        "round_context": settings.context_tokens,
+        "context_tokens": settings.context_tokens,
         "slots": settings.slots,
         "batch_tokens": settings.batch_tokens,
         "threads": settings.threads,

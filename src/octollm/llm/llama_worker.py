@@ -154,7 +154,7 @@ def load(settings: dict[str, Any], key: str) -> Any:
     llama: Any = importlib.import_module("xllamacpp")
     params: Any = llama.CommonParams()
     params.model.path = settings["path"]
-    params.n_ctx = settings["round_context"] * settings["slots"]
+    params.n_ctx = settings["context_tokens"] * settings["slots"]
     params.n_parallel = settings["slots"]
     params.n_batch = params.n_ubatch = settings["batch_tokens"]
     for cpu in (params.cpuparams, params.cpuparams_batch):

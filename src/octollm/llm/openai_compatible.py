@@ -1,7 +1,4 @@
-"""A model behind any server that speaks OpenAI's chat completions, with a key that is never shown.
-
-Nothing is retried here: whether a call may be repeated is for the policies above to say.
-"""
+"""A model behind any OpenAI-compatible server. Nothing is retried here: retries are the caller's policy."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from pyqwest import (
 )
 
 from octollm.errors import OctoError, RemoteError, SettingError
-from octollm.llm.openai_wire import (
+from octollm.llm.openai_protocol import (
     OpenAIChunk,
     OpenAIError,
     OpenAIErrorBody,
@@ -32,9 +29,9 @@ from octollm.llm.openai_wire import (
     OpenAIUsage,
     ToolCallAccumulator,
     build_request,
+    iter_sse_data,
     parse_finish_reason,
 )
-from octollm.llm.sse import iter_sse_data
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
@@ -74,13 +71,13 @@ class OpenAICompatibleModel:
         *,
         base_url: str = OPENAI_URL,
         api_key: str | None = None,
-        round_context: int = 128_000,
+        context_tokens: int = 128_000,
         timeouts: ProviderTimeouts | None = None,
     ) -> None:
         self._model = model
         self._base_url = _checked_url(base_url)
         self._key = _checked_key(api_key)
-        self._context_tokens = round_context
+        self._context_tokens = context_tokens
         chosen = ProviderTimeouts() if timeouts is None else timeouts
         self._idle = chosen.idle
         self._transport = HTTPTransport(
@@ -98,7 +95,7 @@ class OpenAICompatibleModel:
         return f"openai:{self._model}"
 
     @property
-    def round_context(self) -> int:
+    def context_tokens(self) -> int:
         """Return how many tokens prompt and answer may have together, as far as the settings know."""
         return self._context_tokens
 

@@ -1,11 +1,4 @@
-"""Tools for a model that has none of its own: described in the prompt, called by an answer in JSON.
-
-A small model that is shown tools writes prose about them. Held to a JSON schema, it calls them if the calls stand in
-front of the answer and behind what else it was told: in trials the smallest embedded model then called the right tool
-in 10 requests of 10, but also an idle one in 3 of 4 that wanted none. With the answer in front, or the tools before
-the instructions, it called in 0 to 4 of the 10. The request is put in other words (:func:`flatten_tool_messages` its messages), and
-the answer read back as what a model with tools would have said.
-"""
+"""Tool calling for a model that has none of its own: tools are described in the prompt and the reply is constrained to a JSON schema."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The chat completions wire (the subset of OpenAI's that is served), and the one interface of a model.
-
-Unknown request fields are ignored, so that a stock SDK may send what it likes. Text and calls of functions only: a part
-that is neither is refused. https://platform.openai.com/docs/api-reference/chat
-"""
+"""The chat completions types (the subset of OpenAI's that is served), and the interface of a model."""
 
 from __future__ import annotations
 
@@ -254,7 +250,7 @@ class ChatModel(Protocol):
         ...
 
     @property
-    def round_context(self) -> int:
+    def context_tokens(self) -> int:
         """Return how many tokens prompt and answer may have together."""
         ...
 

@@ -3,10 +3,8 @@
 Values go in, a decision comes out; whoever calls does the waiting and the I/O. Nothing here imports asyncio.
 """
 
-from octollm.resilience.balance import Balancer, Ejection, Instance
-from octollm.resilience.deadline import Deadline
-from octollm.resilience.ejection import CallOutcome, EjectionPolicy
-from octollm.resilience.retry import CallFailure, OutageRetry, RetryBudget, RetryPolicy
+from octollm.resilience.load_balancing import Balancer, CallOutcome, Ejection, EjectionPolicy, Instance
+from octollm.resilience.retry import CallFailure, Deadline, OutageRetry, RetryBudget, RetryPolicy
 
 __all__ = [
     "Balancer",

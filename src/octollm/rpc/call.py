@@ -1,4 +1,4 @@
-"""A call being served: who asks, what is left of its time, and what it may tell while it works."""
+"""An incoming call (caller, deadline, span, emitter) and the declaration of the operation that serves it."""
 
 from __future__ import annotations
 

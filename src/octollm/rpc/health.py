@@ -1,4 +1,4 @@
-"""What every service answers about itself: health, readiness, metrics, keys, its API."""
+"""The operations of every service: liveness, readiness with its checks, metrics, public keys, and its API description."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from starlette.responses import Response
 from octollm import __version__
 from octollm.capability import PublicKey, to_jwks
 from octollm.clock import Clock
-from octollm.contracts.health import DependencyStatus, Health, Readiness
+from octollm.contracts.observability import DependencyStatus, Health, Readiness
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
-from octollm.rpc.docs_page import render_docs_page
-from octollm.rpc.openapi import build_openapi
+from octollm.rpc.openapi import build_openapi, render_docs_page
 from octollm.telemetry import Metrics
 
 READINESS_CHECK_SECONDS = 10.0

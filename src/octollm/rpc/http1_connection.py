@@ -1,8 +1,4 @@
-"""One connection of the HTTP/1.1 client (RFC 9112): a request goes out in one write, its answer is parsed as it comes.
-
-A connection serves one request at a time. What ends it early (a deadline, a cancelled caller, a fault) closes it, which
-is how the callee learns of it.
-"""
+"""One connection of the HTTP/1.1 client (RFC 9112): a request goes out in one write, its response is parsed incrementally. Cancelling, a deadline or a fault closes it, which is how the callee learns of it."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import cast
 import httptools
 
 from octollm.errors import OctoError
-from octollm.rpc.http import MAX_RESPONSE_BYTES, READ_SECONDS, WRITE_SECONDS, TransportError, response_too_large
+from octollm.rpc.http_client import MAX_RESPONSE_BYTES, READ_SECONDS, WRITE_SECONDS, TransportError, response_too_large
 
 MAX_HEAD_BYTES = 64 * 1024
 HIGH_WATER = 256 * 1024

@@ -1,4 +1,4 @@
-"""One request of an HTTP/2 connection and its answer: an ASGI pair of ``receive`` and ``send_report``, and an exchange."""
+"""One request of an HTTP/2 connection and its response: an ASGI receive and send pair, and the whole-request extension."""
 
 from __future__ import annotations
 

@@ -1,18 +1,23 @@
-"""Idempotency keys: the same call is done once and answered alike every time.
-
-A key is unique per tenant, subject, service, operation and key. What a claim may find is a type each.
-"""
+"""Idempotency keys: claim the key, run the handler, store its response; or replay the stored one. A key is unique per tenant, subject, service, operation and key."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
+from starlette.responses import Response
 
+from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
+from octollm.resilience import Deadline
+from octollm.rpc.group_commit import GroupCommit
+from octollm.rpc.problems import PROBLEM_JSON
+from octollm.rpc.responses import BufferedResponse
 
 LEASE_SECONDS = 5.0
 MAX_KEY = 200
@@ -142,3 +147,175 @@ class NestedKeys:
         self._seen[place] = ordinal + 1
         text = "\n".join((self._parent, service, operation, digest, str(ordinal)))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+I = TypeVar("I")  # noqa: E741  an item
+
+
+class CancellableClaims(Generic[I]):
+    """Waits for claims; what was claimed for a caller who has gone is released."""
+
+    def __init__(
+        self, batches: GroupCommit[I, ClaimOutcome], release: Callable[[IdempotencyKey, int], Awaitable[None]]
+    ) -> None:
+        self._batches = batches
+        self._release = release
+        self._releasing: set[asyncio.Task[None]] = set()
+
+    async def claim(self, item: I, key: IdempotencyKey) -> ClaimOutcome:
+        """Return how the claim ``item`` of ``key`` ended."""
+        outcome = self._batches.put(item)
+        try:
+            return await asyncio.shield(outcome)
+        except asyncio.CancelledError:
+            outcome.add_done_callback(lambda ended: self._release_claimed(key, ended))
+            raise
+
+    def _release_claimed(self, key: IdempotencyKey, ended: asyncio.Future[ClaimOutcome]) -> None:
+        if ended.cancelled() or ended.exception() is not None:
+            return
+        outcome = ended.result()
+        if isinstance(outcome, Claimed):
+            task = asyncio.create_task(self._release_quietly(key, outcome.epoch))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+
+    async def _release_quietly(self, key: IdempotencyKey, epoch: int) -> None:
+        with contextlib.suppress(OctoError):  # the claim ends with its lease
+            await self._release(key, epoch)
+
+
+REPLAYED = "Idempotent-Replayed"
+MAX_POLL_SECONDS = 0.5
+"""Seconds between two looks at a key that another process holds; the first comes after a tenth of it."""
+STORED_HEADERS = (b"content-type", b"location", b"etag", b"cache-control")
+"""Headers that are stored with the body they describe."""
+NOT_STARTED_CODES = frozenset(
+    {"overloaded", "draining", "rate_limited", "connect_failed", "connect_timeout", "pool_timeout"}
+)
+"""Failures after which even a ``once`` call has surely had no effect."""
+
+Work = Callable[[], Awaitable[BufferedResponse | Response]]
+
+
+class KeyedCall(msgspec.Struct, frozen=True):
+    """A call and its key. ``digest`` tells whether two calls with one key are the same call."""
+
+    key: IdempotencyKey
+    digest: str
+    idempotent: bool
+    bearer: str
+    request_id: str
+
+
+class IdempotentHandler:
+    """The calls that one service does behind their keys."""
+
+    def __init__(self, store: IdempotencyStore) -> None:
+        self._store = store
+        self._held: dict[IdempotencyKey, tuple[int, asyncio.Future[None]]] = {}
+        """What is being done here: the run of its claim, and what ends with it."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def run(self, call: KeyedCall, work: Work, deadline: Deadline) -> BufferedResponse | Response:
+        """Do ``work`` once, or answer what it answered before.
+
+        Raises ``idempotency_conflict``, ``outcome_unknown``, ``deadline_exceeded``, and what ``work`` raises.
+        """
+        pause = MAX_POLL_SECONDS / 10
+        while True:
+            outcome = await self._store.claim(call.key, call.digest, idempotent=call.idempotent, bearer=call.bearer)
+            if isinstance(outcome, Claimed):
+                return await self._run_claimed(call, outcome.epoch, work)
+            if isinstance(outcome, AlreadyCompleted):
+                return _replay(outcome.response)
+            if isinstance(outcome, KeyConflict):
+                raise OctoError("This key was used with another body.", code="idempotency_conflict")
+            if isinstance(outcome, OutcomeUnknown):
+                raise OctoError(
+                    "An earlier call with this key was cut off and may have taken effect.", code="outcome_unknown"
+                )
+            deadline.raise_if_passed()
+            await self._wait(call.key, min(pause, deadline.remaining()))
+            pause = min(2 * pause, MAX_POLL_SECONDS)
+
+    async def _wait(self, key: IdempotencyKey, seconds: float) -> None:
+        """Wait until a call that is being done may have ended: told here, by looking again where another does it."""
+        held = self._held.get(key)
+        if held is None:
+            await asyncio.sleep(seconds)
+        else:
+            await asyncio.wait({held[1]}, timeout=seconds * 10)
+
+    async def _run_claimed(self, call: KeyedCall, epoch: int, work: Work) -> BufferedResponse | Response:
+        key = call.key
+        mine = self._hold(key, epoch)
+        try:
+            answer = await work()
+        except OctoError as error:
+            problem = to_problem(error, call.request_id)
+            if 400 <= problem.status < 500 and problem.status not in NEVER_STORED:
+                kept = StoredResponse(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
+                await self._store.complete(key, epoch, kept)
+            elif call.idempotent or error.code in NOT_STARTED_CODES:
+                await self._release(key, epoch)
+            raise
+        except BaseException:
+            # What was cut off may have had its effect. The claim of a ``once`` call stays, and ends as unknown.
+            if call.idempotent:
+                await self._release(key, epoch)
+            raise
+        else:
+            await self._store.complete(key, epoch, _stored_response(answer))
+            return answer
+        finally:
+            # Another may hold it by now: one whose lease has ended is done again.
+            if self._held.get(key) is mine:
+                del self._held[key]
+            mine[1].set_result(None)
+
+    async def _release(self, key: IdempotencyKey, epoch: int) -> None:
+        # A claim that cannot be given back ends with its lease.
+        with contextlib.suppress(OctoError):
+            await asyncio.shield(self._store.release(key, epoch))
+
+    def _hold(self, key: IdempotencyKey, epoch: int) -> tuple[int, asyncio.Future[None]]:
+        loop = asyncio.get_running_loop()
+        mine = self._held[key] = (epoch, loop.create_future())
+        if self._timer is None:
+            self._timer = loop.call_later(LEASE_SECONDS / 3, self._renew_soon)
+        return mine
+
+    def _renew_soon(self) -> None:
+        """Prolong all leases; one timer looks after every call, since most end long before it."""
+        self._timer = None
+        if not self._held:
+            return
+        self._timer = asyncio.get_running_loop().call_later(LEASE_SECONDS / 3, self._renew_soon)
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew(), name="idempotency leases")
+
+    async def _renew(self) -> None:
+        # One that is missed is made up by the next; the lease is three long.
+        with contextlib.suppress(OctoError):
+            await self._store.renew([(key, run) for key, (run, _) in self._held.items()])
+
+
+def _stored_response(response: BufferedResponse | Response) -> StoredResponse:
+    headers = {
+        name.decode("latin-1"): value.decode("latin-1")
+        for name, value in response.raw_headers
+        if name in STORED_HEADERS
+    }
+    return StoredResponse(response.status_code, bytes(response.body), headers)
+
+
+def _replay(stored: StoredResponse) -> BufferedResponse:
+    default = "application/json" if stored.status < 400 else PROBLEM_JSON
+    headers = {"content-type": default, "content-length": str(len(stored.body)), **stored.headers, REPLAYED: "true"}
+    return BufferedResponse(
+        stored.status,
+        stored.body,
+        [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
+    )

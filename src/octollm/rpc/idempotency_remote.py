@@ -1,4 +1,4 @@
-"""Keys kept with the orchestrator, for services without SQL of their own: what comes together is asked for together."""
+"""Idempotency keys held by the orchestrator, for services without SQL of their own: claims and completions are sent in groups."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from octollm.contracts.api import (
 from octollm.contracts.problems import Problem
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.batches import GroupCommit
-from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
-from octollm.rpc.claiming import CancellableClaims
+from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
+from octollm.rpc.group_commit import GroupCommit
 from octollm.rpc.idempotency import (
     AlreadyCompleted,
+    CancellableClaims,
     Claimed,
     ClaimOutcome,
     IdempotencyKey,

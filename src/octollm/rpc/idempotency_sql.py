@@ -1,4 +1,4 @@
-"""Keys kept in the service's own SQL: what comes at about the same time is claimed, and completed, together."""
+"""Idempotency keys in the service's own SQL, claimed and completed by group commit; on PostgreSQL with one array statement handed straight to the driver."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tuple_, update
 
 from octollm.errors import OctoError
-from octollm.rpc.batches import GroupCommit
-from octollm.rpc.claiming import CancellableClaims
+from octollm.rpc.group_commit import GroupCommit
 from octollm.rpc.idempotency import (
     LEASE_SECONDS,
     RETENTION_SECONDS,
     AlreadyCompleted,
+    CancellableClaims,
     ClaimCompletion,
     Claimed,
     ClaimOutcome,
@@ -25,8 +26,7 @@ from octollm.rpc.idempotency import (
     OutcomeUnknown,
     StoredResponse,
 )
-from octollm.rpc.idempotency_postgres import claim_new, complete_all
-from octollm.storage import Database, Transaction, row_to_dict
+from octollm.storage import Database, DirectPool, Transaction, row_to_dict
 from octollm.storage.tables import idempotency as table
 
 MAX_STORED_BYTES = 1024 * 1024
@@ -242,3 +242,60 @@ def _decide(row: Mapping[str, Any], body_digest: str, now: float, *, idempotent:
 
 def _key_is(key: IdempotencyKey) -> ColumnElement[bool]:
     return and_(*(column == getattr(key, column.name) for column in _COLUMNS))
+
+
+_MOMENT_SQL = "(SELECT extract(epoch FROM clock_timestamp())::double precision AS now) AS moment"
+_CLAIM_SQL = f"""
+INSERT INTO idempotency
+    (tenant, subject, service, operation, key, body_digest, task_id, state, holder, fence, lease_until, created_at)
+SELECT of.tenant, of.subject, of.service, of.operation, of.key, of.body_digest, of.task_id,
+    'claimed', $8, 1, moment.now + $9, moment.now
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[])
+    AS of(tenant, subject, service, operation, key, body_digest, task_id), {_MOMENT_SQL}
+ON CONFLICT DO NOTHING
+RETURNING tenant, subject, service, operation, key
+"""  # noqa: S608  nothing of a call is in it
+_COMPLETE_SQL = f"""
+UPDATE idempotency AS mine
+SET state = 'completed', status = of.status, answer = of.answer, headers = of.headers::jsonb, completed_at = moment.now
+FROM unnest(
+        $1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::int[], $8::bytea[], $9::text[]
+    ) AS of(tenant, subject, service, operation, key, run, status, answer, headers), {_MOMENT_SQL}
+WHERE mine.tenant = of.tenant AND mine.subject = of.subject AND mine.service = of.service
+    AND mine.operation = of.operation AND mine.key = of.key AND mine.fence = of.run
+"""  # noqa: S608
+
+
+async def claim_new(direct: DirectPool, claims: Sequence[NewClaim], holder: str) -> set[IdempotencyKey]:
+    """Claim the keys that nobody has; return them."""
+    rows = await direct.fetch(
+        _CLAIM_SQL,
+        *_key_arrays([claim.key for claim in claims]),
+        [claim.body_digest for claim in claims],
+        [claim.task_id for claim in claims],
+        holder,
+        LEASE_SECONDS,
+    )
+    return {IdempotencyKey(*map(str, row)) for row in rows}
+
+
+async def complete_all(direct: DirectPool, completions: Sequence[ClaimCompletion]) -> None:
+    """Store the answers of claims whose run is still theirs."""
+    await direct.fetch(
+        _COMPLETE_SQL,
+        *_key_arrays([each.key for each in completions]),
+        [each.epoch for each in completions],
+        [each.response.status for each in completions],
+        [each.response.body for each in completions],
+        [msgspec.json.encode(each.response.headers).decode() for each in completions],
+    )
+
+
+def _key_arrays(keys: Sequence[IdempotencyKey]) -> tuple[list[str], ...]:
+    return (
+        [key.tenant for key in keys],
+        [key.subject for key in keys],
+        [key.service for key in keys],
+        [key.operation for key in keys],
+        [key.key for key in keys],
+    )

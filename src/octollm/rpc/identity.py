@@ -1,4 +1,4 @@
-"""A service's own name and keys, and what it knows of the others': the directory signed by the root."""
+"""A service's name and keys, and the root-signed directory of the other services' key thumbprints and addresses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from octollm.clock import Clock, IdGenerator
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
+from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 
 REFRESH_SECONDS = 60.0
 ARM_REFRESH_SECONDS = 10.0

@@ -1,4 +1,4 @@
-"""Problem documents on the wire: writing ours, reading a peer's."""
+"""Problem documents (RFC 9457) on the wire: writing ours as responses, reading a peer's as RemoteError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server kit: from an operation to an ASGI endpoint with everything a call needs."""
+"""An operation as an ASGI endpoint: ids, span, limits, authentication, body, idempotency, handler, response or NDJSON stream, problem, log and metrics."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from octollm.contracts.problems import to_problem
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.resilience.deadline import parse_timeout_ms
-from octollm.rpc.arriving import body_too_large, header_text, id_or_new, read_body
+from octollm.resilience.retry import parse_timeout_ms
+from octollm.rpc.asgi_extension import take_extension
+from octollm.rpc.auth import AuthContext, auth_span_attributes
 from octollm.rpc.call import IncomingCall, Operation, OperationResponse
-from octollm.rpc.decode import decode, decode_query
-from octollm.rpc.departure import DisconnectScope
-from octollm.rpc.exchange import take_extension
-from octollm.rpc.gate import ConcurrencyLimiter
-from octollm.rpc.idempotency import IdempotencyKey, IdempotencyStore, body_digest, check_key
-from octollm.rpc.limit import DeadlineScope
-from octollm.rpc.once import IdempotentHandler, KeyedCall
-from octollm.rpc.opened import AuthContext, auth_span_attributes
-from octollm.rpc.outlet import BufferedResponse, ResponseWriter
+from octollm.rpc.codec import body_too_large, decode, decode_query, encode, header_text, id_or_new, read_body
+from octollm.rpc.idempotency import (
+    IdempotencyKey,
+    IdempotencyStore,
+    IdempotentHandler,
+    KeyedCall,
+    body_digest,
+    check_key,
+)
+from octollm.rpc.limits import ConcurrencyLimiter, DeadlineScope, DisconnectScope
+from octollm.rpc.ndjson import NdjsonEmitter
 from octollm.rpc.problems import problem_response
-from octollm.rpc.shapes import encode
-from octollm.rpc.stream import NdjsonEmitter
-from octollm.rpc.validators import apply_etag
+from octollm.rpc.responses import BufferedResponse, ResponseWriter, apply_etag
 from octollm.telemetry import AccessLog, Logger, Metrics, Span, Tracer
 from octollm.telemetry.spans import SLOW_SECONDS, UNSAMPLED_OPERATIONS
 

@@ -1,4 +1,4 @@
-"""TLS between services (RFC 8446): what a process shows, and whom it believes."""
+"""TLS between services (RFC 8446): the certificate that a process presents and the authorities that it trusts."""
 
 from __future__ import annotations
 

@@ -4,9 +4,8 @@ A backend is picked by its URL's scheme, and foreign errors end here. What the s
 them, belongs to the layers above.
 """
 
-from octollm.storage.database import Database, DatabaseConnection, Transaction, row_to_dict
-from octollm.storage.direct import DirectPool
-from octollm.storage.engine import open_database
+from octollm.storage.database import Database, DatabaseConnection, DirectPool, Transaction, row_to_dict
+from octollm.storage.engines import open_database
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis import MemoryServers, RedisClient, open_redis
 from octollm.storage.text_stream import TextEntry, TextStream

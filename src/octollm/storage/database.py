@@ -1,16 +1,11 @@
-"""The SQL database of one service: short write transactions, snapshot reads, one kind of error.
-
-**Lock order.** Several processes may write to one PostgreSQL, and a read that a write depends on locks its rows
-(``with_for_update``; SQLite has one writer and ignores it). Within a transaction rows are locked in the order
-``arms``, ``tasks``, ``budgets``, ``reservations``, ``steps``, ``idempotency``, ``subjects``; ``relay_state``,
-``events``, ``channels``; ``documents``, ``passages``; and of one table in the order of its key. Whoever keeps to it
-waits for another, and never two for each other; PostgreSQL would end one of them, and its caller be told to try again.
-"""
+"""The SQL database of one service: short write transactions, snapshot reads, a pool for single statements by key on PostgreSQL, one kind of error, and the lock order."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,8 +21,74 @@ from sqlalchemy.sql.schema import Table
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
-from octollm.storage.direct import DirectPool
-from octollm.storage.failures import translate_errors
+from octollm.storage.errors import is_connection_lost, to_octo_error, translate_errors, unreachable_error
+
+DIRECT_CONNECTIONS = 4
+"""Statements of one process at a time; a further one waits for its turn."""
+DIRECT_WAIT_SECONDS = 10.0
+Rows = Sequence[Sequence[object]]
+
+
+class DirectPool:
+    """A few connections for single statements that look rows up by their key, and for nothing else."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Any]]) -> None:
+        self._connect = connect
+        self._turns = asyncio.Semaphore(DIRECT_CONNECTIONS)
+        self._idle: deque[Any] = deque()
+        self._closed = False
+
+    async def fetch(self, statement: str, *parameters: object) -> Rows:
+        """Run a statement in PostgreSQL's own words, with ``$1`` and so on, and return its rows.
+
+        Raises ``overloaded`` when no connection comes free in 10 s, ``unavailable`` when the server is away (what was
+        cut off may have taken effect).
+        """
+        try:
+            async with asyncio.timeout(DIRECT_WAIT_SECONDS):
+                await self._turns.acquire()
+        except TimeoutError as error:
+            raise OctoError(
+                f"No turn at the database within {DIRECT_WAIT_SECONDS:g} s.", code="overloaded", retry_after=1.0
+            ) from error
+        try:
+            return await self._run(await self._take(), statement, parameters)
+        finally:
+            self._turns.release()
+
+    async def _take(self) -> Any:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return await self._connect()
+
+    async def _run(self, connection: Any, statement: str, parameters: Sequence[object]) -> Rows:
+        good = False
+        try:
+            rows = await connection.fetch(statement, *parameters)
+            good = True
+            return rows
+        except OSError as error:  # with TimeoutError, when no answer came
+            raise unreachable_error(error) from error
+        except Exception as error:
+            good = not is_connection_lost(error)
+            raise to_octo_error(error) from error
+        finally:
+            # Whoever is cancelled in the middle leaves a connection that still waits for its answer.
+            if good and not self._closed and not connection.is_closed():
+                self._idle.append(connection)
+            else:
+                connection.terminate()
+
+    async def aclose(self) -> None:
+        """Close the connections that nothing uses; those in use are closed when they come back."""
+        self._closed = True
+        while self._idle:
+            connection = self._idle.pop()
+            with contextlib.suppress(Exception):  # it is given up in any case
+                await connection.close(timeout=1)
+
 
 WAIT_SECONDS = 10.0
 """How long a caller waits for its turn before it is told ``overloaded``."""

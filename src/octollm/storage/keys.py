@@ -1,7 +1,4 @@
-"""Every Redis key and channel: its name, type, meaning and how long it lives.
-
-Redis holds hints and copies only; what must not be lost is in SQL. All of it may be flushed at any time.
-"""
+"""Every Redis key and channel: name, type, meaning, time to live."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The token text of a task's steps while they run, in one Redis Stream per task.
-
-It is written only by the worker that runs the step, which saves the text to SQL besides; so a stream that is lost
-is rebuilt from there.
-"""
+"""The token text of a task's running steps, in one Redis Stream per task."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The budget of a task: reserved before a model call, settled after it, never exceeded.
-
-One ledger a task. A repeat of a call that was settled whole is answered from the journal and costs nothing.
-"""
+"""The budget ledger: tokens and cost are reserved before a model call and settled after it, so that a budget is never exceeded. A repeated call is answered from the journal and costs nothing."""
 
 from __future__ import annotations
 
@@ -187,7 +184,7 @@ class BudgetLedger:
                 await _lock_budget(tx, row["task_id"])
                 row = await tx.first(query)
             if row is None:
-                raise OctoError("There is no reservation of that id.", code="not_found_result")
+                raise OctoError("There is no reservation of that id.", code="not_found")
             if row["state"] != "open":
                 return
             now = self._clock.now()

@@ -1,4 +1,4 @@
-"""The text that a step writes while it runs: to Redis as it comes, to SQL every second."""
+"""The text that a running step writes: streamed to Redis as it comes, saved to SQL every second."""
 
 from __future__ import annotations
 

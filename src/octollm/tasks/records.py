@@ -1,4 +1,4 @@
-"""Tasks and steps as they are stored, read into values."""
+"""Task and step records read from SQL rows, and the views of them that the API returns."""
 
 from __future__ import annotations
 

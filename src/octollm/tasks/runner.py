@@ -1,4 +1,4 @@
-"""Running one task: plan, steps side by side as their dependencies allow, one replan, result."""
+"""Running one task: plan, run steps in parallel as their dependencies allow, replan once, assemble the result."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from octollm.contracts.stream import StreamEvent
 from octollm.contracts.task import ArmInfo, ExecuteResult, Plan, PlanRequest, PlanStep
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.caller import ServiceClient
+from octollm.rpc.client import ServiceClient
 from octollm.storage.text_stream import TextStream
-from octollm.tasks.authority import TaskTokenMinter
-from octollm.tasks.calls import TaskCalls
+from octollm.tasks.calls import TaskCalls, TaskTokenMinter
 from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import TaskRecord
-from octollm.tasks.schedule import PLANNED_PROGRESS, assemble_result, compute_progress, find_ready_steps
+from octollm.tasks.state import PLANNED_PROGRESS, assemble_result, compute_progress, find_ready_steps
 from octollm.tasks.step import StepDependencies, StepError, run_step
 from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger, Metrics, Span, Tracer

@@ -1,8 +1,12 @@
-"""The states of a task and of a step, and which may follow which."""
+"""The pure rules of a task: legal state transitions, which steps are ready, how far the task is, and what its result is. No I/O."""
 
 from __future__ import annotations
 
-from octollm.contracts.task import StepStatus, TaskStatus
+from collections.abc import Collection, Mapping, Sequence
+
+import msgspec
+
+from octollm.contracts.task import Artifact, ExecuteResult, PlanStep, StepStatus, TaskStatus
 from octollm.errors import OctoError
 
 _FINAL_STATES: frozenset[TaskStatus] = frozenset({"completed", "failed", "cancelled"})
@@ -41,3 +45,60 @@ def check_transition(current: TaskStatus, to: TaskStatus) -> None:
     """Raise ``state_conflict`` unless a task may go from ``current`` to ``to``."""
     if to not in TASK_TRANSITIONS[current]:
         raise OctoError(f"The task is {current}; it cannot become {to}.", code="state_conflict")
+
+
+TYPICAL_STEP_CHARACTERS = 1500
+"""What a step writes, about; at so many characters it is counted as half done."""
+PLANNED_PROGRESS = 10.0
+"""Progress of a task whose plan is made; its steps share the rest evenly."""
+
+
+def find_ready_steps(steps: Sequence[PlanStep], done: Collection[str], started: Collection[str]) -> list[PlanStep]:
+    """Return the steps whose dependencies are done and that have not begun, in the plan's order."""
+    return [
+        step
+        for step in steps
+        if step.id not in started and step.id not in done and all(need in done for need in step.depends_on)
+    ]
+
+
+def compute_progress(steps: Sequence[PlanStep], done: Collection[str], step_progress: Mapping[str, float]) -> float:
+    """Return a task's progress from 10 to 99; ``within`` is how far running steps are, from 0 to 100."""
+    if not steps:
+        return PLANNED_PROGRESS
+    share = (99.0 - PLANNED_PROGRESS) / len(steps)
+    parts = sum(
+        share if step.id in done else share * min(99.0, step_progress.get(step.id, 0.0)) / 100 for step in steps
+    )
+    return round(PLANNED_PROGRESS + parts, 1)
+
+
+def estimate_step_progress(characters: int) -> float:
+    """Return how far a step is that has written so many characters and says nothing better, from 0 to under 95.
+
+    Nobody knows how much a model will write; so it rises with what is written and slows as it does.
+    """
+    return 95.0 * characters / (characters + TYPICAL_STEP_CHARACTERS)
+
+
+def assemble_result(
+    steps: Sequence[PlanStep], results: Mapping[str, ExecuteResult]
+) -> tuple[str, tuple[Artifact, ...]]:
+    """Return a task's output and artifacts: those of the steps that no other step builds on.
+
+    One such step's output stands alone; several stand under their titles.
+    """
+    needed = {need for step in steps for need in step.depends_on}
+    ends = [step for step in steps if step.id not in needed]
+    if len(ends) == 1:
+        output = results[ends[0].id].output
+    else:
+        output = "\n\n".join(f"## {step.title}\n\n{results[step.id].output}" for step in ends)
+    artifacts: dict[str, Artifact] = {}
+    for step in ends:
+        for artifact in results[step.id].artifacts:
+            name = artifact.name
+            if name in artifacts and artifacts[name].digest != artifact.digest:
+                name = f"{step.id}-{name}"
+            artifacts[name] = msgspec.structs.replace(artifact, name=name)
+    return output, tuple(artifacts.values())

@@ -1,4 +1,4 @@
-"""One step of a task: its attempts, each executed by an arm and judged."""
+"""One step of a task: attempts, each executed by an arm and evaluated by the judge, until a result is accepted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from octollm.storage.text_stream import TextStream
 from octollm.tasks.calls import TaskCalls
 from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import StepRecord, TaskRecord
-from octollm.tasks.schedule import estimate_step_progress
+from octollm.tasks.state import estimate_step_progress
 from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger, Tracer
 

@@ -1,4 +1,4 @@
-"""Tasks in SQL: every change and its event in one transaction, refused when it is not legal or an older run's."""
+"""The task store: each state change and its event are one transaction, refused when the transition is illegal or the fencing token is stale."""
 
 from __future__ import annotations
 

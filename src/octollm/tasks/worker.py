@@ -1,16 +1,17 @@
-"""The worker: claims tasks, runs so many side by side, and stops those that were cancelled or taken over."""
+"""The worker: acquires task leases, runs tasks concurrently, and stops those that were cancelled or whose lease was lost. Cancellations at other replicas arrive by Pub/Sub, or at the latest with the next lease renewal."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from octollm.context import RequestContext, parse_traceparent, set_context
 from octollm.errors import OctoError
-from octollm.tasks.claims import TaskLeases
-from octollm.tasks.leases import LeaseRenewer
+from octollm.storage import RedisClient
+from octollm.tasks.leases import LeaseRenewer, TaskLeases
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerDependencies, TaskRunner
 from octollm.telemetry import Logger
@@ -158,3 +159,25 @@ class Worker:
 def _report_failure(done: asyncio.Task[None], on_failure: Callable[[BaseException], None]) -> None:
     if not done.cancelled() and (error := done.exception()) is not None:
         on_failure(error)
+
+
+CANCEL_RECEIVE_SECONDS = 5.0
+CANCEL_RETRY_SECONDS = 1.0
+
+
+async def listen_for_cancellations(redis: RedisClient, channel: str, stop: Callable[[str], Awaitable[None]]) -> None:
+    """Call ``stop`` with the id of every task that is announced on ``channel``, until this is cancelled."""
+    while True:
+        pubsub = redis.pubsub()
+        try:
+            await pubsub.subscribe(channel)
+            while True:
+                message = await pubsub.receive(CANCEL_RECEIVE_SECONDS)
+                if message is not None and not message.subscribed:
+                    await stop(message.data.decode("ascii", errors="replace"))
+        except OctoError:
+            # Redis is away, which /ready tells; what was missed meanwhile the renewals find.
+            await asyncio.sleep(CANCEL_RETRY_SECONDS)
+        finally:
+            with suppress(OctoError):
+                await pubsub.close()

@@ -1,4 +1,4 @@
-"""JSON logs: one object a line, with the ids of the work at hand and secrets masked."""
+"""Structured logging: JSON lines with the request context, secrets masked; the access log of served calls; a buffered writer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Spans on the wire: OTLP 1.x in its JSON encoding (opentelemetry-proto, ``ExportTraceServiceRequest``).
-
-Its rules on top of protobuf's JSON mapping: ids are lower-case hex, enums are numbers, members are lowerCamelCase,
-64-bit integers are text (numbers are read too), and members that are not known are passed over.
-"""
+"""OTLP 1.x in its JSON encoding (ExportTraceServiceRequest): encoding and decoding of spans."""
 
 from __future__ import annotations
 

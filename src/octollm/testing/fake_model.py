@@ -1,9 +1,18 @@
-"""A model whose answers are the test's, in the place of a real one; all around it is real."""
+"""Fake models with scripted answers: FakeModel in process, ScriptedModel as an OpenAI-compatible provider on a socket."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 
 from octollm.errors import OctoError, RemoteError
 from octollm.llm.types import (
@@ -17,7 +26,8 @@ from octollm.llm.types import (
     ToolCall,
     bound_tool_tokens,
 )
-from octollm.rpc.shapes import encode
+from octollm.rpc.codec import encode
+from octollm.rpc.transport import listen, serve_app
 
 _CHUNK_CHARS = 8
 """Characters of one piece."""
@@ -41,7 +51,7 @@ class FakeModel:
     """Answers as it is told; counts a word as a token. ``asked`` has every request. One text is one answer."""
 
     name = "fake"
-    round_context = 100_000
+    context_tokens = 100_000
 
     def __init__(self, answers: FakeAnswers = ()) -> None:
         self._answers: Callable[[ChatRequest], FakeAnswer] | Iterator[FakeAnswer]
@@ -93,3 +103,181 @@ class FakeModel:
             status=503,
             retryable=False,
         )
+
+
+_LOOPBACK = "127.0.0.1"
+_DEFAULT_CHUNK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedRequest:
+    """What the model was asked; ``raw`` is the whole body."""
+
+    messages: tuple[tuple[str, str], ...]
+    raw: dict[str, Any]
+
+    @property
+    def system(self) -> str:
+        """Return the text of the system messages."""
+        return "\n".join(text for role, text in self.messages if role == "system")
+
+    @property
+    def last(self) -> str:
+        """Return the text of the last message."""
+        return self.messages[-1][1] if self.messages else ""
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Return the JSON schema that the answer has to fit, if there is one."""
+        form: dict[str, Any] = self.raw.get("response_format") or {}
+        wanted: dict[str, Any] = form.get("json_schema") or {}
+        return wanted.get("schema")
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedReply:
+    """An answer. ``hang`` writes ``text`` and then nothing more until the client leaves.
+
+    ``until`` holds all but the first piece of the text back until the event is set.
+    ``fail`` is an HTTP status when there is no text; with text the stream breaks off after it. ``silent`` leaves
+    out the usage. ``finish`` is the finish reason. ``tools`` are functions that it wants called: names and arguments
+    as JSON.
+    """
+
+    text: str = ""
+    hangs: bool = False
+    release: asyncio.Event | None = None
+    error_status: int = 0
+    finish_reason: str = "stop"
+    chunk_size: int = _DEFAULT_CHUNK
+    omits_usage: bool = False
+    retry_after: int | None = None
+    tool_calls: tuple[tuple[str, str], ...] = ()
+
+
+ModelScript = Iterable[str | ScriptedReply] | Callable[[ScriptedRequest], str | ScriptedReply]
+"""Answers in order, or a function from what is asked to its answer."""
+
+
+@dataclass(slots=True)
+class ScriptedModel:
+    """The model. ``asked`` has every question; ``left`` counts the clients that left before the end."""
+
+    script: ModelScript
+    url: str = ""
+    requests: list[ScriptedRequest] = field(default_factory=list[ScriptedRequest])
+    disconnects: int = 0
+    active: int = 0
+    _answers: Iterator[str | ScriptedReply] | None = None
+
+    def app(self) -> Starlette:
+        """Return the application: ``POST /v1/chat/completions`` and ``GET /v1/models``, open to all."""
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/models", self._models, methods=["GET"]),
+            ]
+        )
+
+    def _next(self, asked: ScriptedRequest) -> ScriptedReply:
+        if callable(self.script):
+            answer = self.script(asked)
+        else:
+            if self._answers is None:
+                self._answers = iter(self.script)
+            answer = next(self._answers, ScriptedReply(error_status=418))
+        return ScriptedReply(answer) if isinstance(answer, str) else answer
+
+    async def _models(self, _request: Request) -> Response:
+        return _json_response({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
+
+    async def _chat(self, request: Request) -> Response:
+        raw: dict[str, Any] = msgspec.json.decode(await request.body())
+        asked = ScriptedRequest(tuple((message["role"], _text_of(message)) for message in raw["messages"]), raw)
+        self.requests.append(asked)
+        reply = self._next(asked)
+        if reply.error_status and not reply.text:
+            headers = {} if reply.retry_after is None else {"Retry-After": str(reply.retry_after)}
+            return _json_response(
+                {"error": {"message": f"scripted failure {reply.error_status}"}}, reply.error_status, headers
+            )
+        if not raw.get("stream"):
+            return _json_response(_completion(asked, reply))
+        return StreamingResponse(self._events(asked, reply), media_type="text/event-stream")
+
+    async def _events(self, asked: ScriptedRequest, reply: ScriptedReply) -> AsyncIterator[bytes]:
+        self.active += 1
+        whole = False
+        try:
+            for start in range(0, len(reply.text), reply.chunk_size):
+                yield _chunk_event(
+                    {"choices": [{"index": 0, "delta": {"content": reply.text[start : start + reply.chunk_size]}}]}
+                )
+                await (reply.release.wait() if reply.release is not None else asyncio.sleep(0))
+            for delta in _tool_deltas(reply):
+                yield _chunk_event({"choices": [{"index": 0, "delta": {"tool_calls": [delta]}}]})
+            if reply.hangs:
+                await asyncio.Event().wait()
+            if reply.error_status:
+                whole = True
+                return
+            yield _chunk_event({"choices": [{"index": 0, "delta": {}, "finish_reason": reply.finish_reason}]})
+            if not reply.omits_usage:
+                yield _chunk_event({"choices": [], "usage": _usage(asked, reply)})
+            yield b"data: [DONE]\n\n"
+            whole = True
+        finally:
+            self.active -= 1
+            self.disconnects += not whole
+
+
+def _tool_deltas(reply: ScriptedReply) -> Iterator[dict[str, Any]]:
+    """Yield the pieces of the calls: first the name, then the arguments in two halves, as providers do."""
+    for index, (name, arguments) in enumerate(reply.tool_calls):
+        half = len(arguments) // 2
+        yield {"index": index, "id": f"call-{index}", "type": "function", "function": {"name": name, "arguments": ""}}
+        for piece in (arguments[:half], arguments[half:]):
+            yield {"index": index, "function": {"arguments": piece}}
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _usage(asked: ScriptedRequest, reply: ScriptedReply) -> dict[str, int]:
+    """Count words as tokens: a test can do that too."""
+    prompt = sum(len(text.split()) for _role, text in asked.messages)
+    completion = len(reply.text.split())
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _completion(asked: ScriptedRequest, reply: ScriptedReply) -> dict[str, Any]:
+    message = {"role": "assistant", "content": reply.text}
+    choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
+    return {
+        "id": "scripted",
+        "object": "chat.completion",
+        "model": "scripted",
+        "choices": [choice],
+        "usage": _usage(asked, reply),
+    }
+
+
+def _chunk_event(data: dict[str, Any]) -> bytes:
+    chunk = {"id": "scripted", "object": "chat.completion.chunk", "created": 0, "model": "scripted", **data}
+    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+
+
+def _json_response(data: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(data), status, media_type="application/json", headers=headers)
+
+
+@contextlib.asynccontextmanager
+async def scripted_model(script: ModelScript) -> AsyncGenerator[ScriptedModel]:
+    """Serve a scripted model on a free port for as long as the context is open."""
+    model = ScriptedModel(script)
+    bound = listen(_LOOPBACK, 0, "scripted model")
+    model.url = f"http://{_LOOPBACK}:{bound.getsockname()[1]}/v1"
+    async with serve_app(model.app(), bound):
+        yield model

@@ -1,8 +1,4 @@
-"""Services under test beside an orchestrator of a few lines: real sockets, real tokens, no database.
-
-The orchestrator here keeps the books that other services ask for — keys, budget, idempotency, files — in memory, and
-says what was done with them. Everything else of the service under test is real.
-"""
+"""The test harness for services: the service under test beside a fake orchestrator, on real sockets with real tokens and no database."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ from octollm.capability import (
     attenuate,
     preset_scopes,
 )
-from octollm.capability.verifying import Verifier
+from octollm.capability.verification import Verifier
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.api import (
     ArmRegistration,
@@ -42,19 +38,19 @@ from octollm.contracts.api import (
     ReserveResponse,
     SettleRequest,
 )
-from octollm.contracts.joining import InstanceRef
+from octollm.contracts.enrolment import InstanceRef
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.problems import to_problem
 from octollm.contracts.services import SERVICES, service_of
 from octollm.contracts.task import MAX_FILE_BYTES, Usage
 from octollm.errors import OctoError
+from octollm.rpc.auth import ServiceAuthenticator
 from octollm.rpc.call import IncomingCall, Operation, OperationResponse
-from octollm.rpc.hosting import listen
-from octollm.rpc.http import HttpClient, HttpResponse
-from octollm.rpc.http1 import Http1Client
+from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http_client import HttpClient, HttpResponse
 from octollm.rpc.identity import DirectoryResponse, ServiceIdentity
-from octollm.rpc.openers import ServiceAuthenticator
 from octollm.rpc.service import Service, ServiceBase, build_base, build_service
+from octollm.rpc.transport import listen
 
 LOCAL = "127.0.0.1"
 

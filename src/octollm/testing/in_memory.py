@@ -1,4 +1,4 @@
-"""Services called without sockets: requests go from the client's adapter straight into ASGI applications."""
+"""An in-memory HTTP transport: requests go from the client's adapter straight into ASGI applications, without sockets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from starlette.types import ASGIApp
 
 from octollm.errors import OctoError
-from octollm.rpc.http import HttpClient, StreamedResponse, TransportError
+from octollm.rpc.http_client import HttpClient, StreamedResponse, TransportError
 
 _DISCONNECT_SECONDS = 2.0
 """How long an application has to end once its client has left."""

@@ -1,4 +1,4 @@
-"""The services that an arm calls, with answers that the test gives, held to the contracts of the real ones."""
+"""The services that an arm calls, with scripted answers, held to the contracts of the real ones."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from octollm.contracts.services import ROUTES, route_of, service_of
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, TaskContract
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation
-from octollm.rpc.decode import decode
+from octollm.rpc.codec import convert, decode, encode
 from octollm.rpc.service import Service, ServiceBase, build_service
-from octollm.rpc.shapes import convert, encode
 
 ScriptedAnswer = object
 """What a call is answered: anything that JSON stands for, an ``OctoError``, or a function of the decoded body."""

@@ -12,7 +12,7 @@ from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
 from octollm.installation.embedded import Installation, embedded_installation
 from octollm.installation.services import ServiceFactory
-from octollm.llm.select import ModelChoice
+from octollm.llm.selection import ModelChoice
 from octollm.llm.types import ChatModel
 from octollm.services.models.service import models_service
 

@@ -7,9 +7,9 @@ import pytest
 
 from octollm.arm import ModelCompletion
 from octollm.config import read_settings
-from octollm.contracts.asking import user
 from octollm.contracts.task import TaskContext, TaskContract, Usage
-from octollm.services.arms.calling import MAX_NOTES, ModelAsk, collect_notes, goal_with_constraints, is_capable_model
+from octollm.services.arms.adapters import MAX_NOTES, ModelAsk, collect_notes, goal_with_constraints, is_capable_model
+from octollm.services.arms.completion import user
 
 
 @dataclass

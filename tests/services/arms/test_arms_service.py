@@ -18,11 +18,11 @@ from octollm.contracts.services import SERVICES
 from octollm.contracts.stream import NDJSON, StreamEvent
 from octollm.contracts.task import ExecuteResult, Plan
 from octollm.errors import OctoError
-from octollm.rpc.http import HttpResponse
+from octollm.rpc.http_client import HttpResponse
 from octollm.services.arms.coder.service import coder_service
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
-from octollm.services.arms.executor.probe import probe_sandbox
 from octollm.services.arms.executor.sandbox import Sandbox
+from octollm.services.arms.executor.selection import probe_sandbox
 from octollm.services.arms.executor.service import executor_service
 from octollm.services.arms.judge.service import judge_service
 from octollm.services.arms.planner.service import planner_service
@@ -30,8 +30,8 @@ from octollm.services.arms.retriever.service import retriever_service
 from octollm.services.memory.service import memory_service
 from octollm.services.models.service import models_service
 from octollm.testing import wait_until
+from octollm.testing.fake_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 from octollm.testing.harness import Harness, start_harness
-from octollm.testing.scripted_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
 
 SALES = "month,amount\n2024-01,10.5\n2024-02,20.25\n2024-03,30\n"
 GUIDE = "# Billing\n\nThe billing service exports invoices every night at 02:00.\n"

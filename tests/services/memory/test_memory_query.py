@@ -3,7 +3,7 @@ import sqlite3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.services.memory.query import MAX_TERMS, build_fts5_expression, extract_search_terms
+from octollm.services.memory.documents import MAX_TERMS, build_fts5_expression, extract_search_terms
 
 
 def expression_of(query: str) -> str:

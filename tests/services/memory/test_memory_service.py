@@ -9,9 +9,9 @@ from octollm.config import read_settings
 from octollm.contracts.operations import DocumentOut, SearchResult
 from octollm.contracts.problems import Problem
 from octollm.errors import RemoteError
-from octollm.rpc.http import HttpResponse
+from octollm.rpc.http_client import HttpResponse
+from octollm.services.memory.schema import DocumentList, Fact
 from octollm.services.memory.service import memory_service
-from octollm.services.memory.shapes import DocumentList, Fact
 from octollm.testing.harness import Harness, start_harness
 
 GUIDE = """# Billing

@@ -13,13 +13,13 @@ from octollm.contracts.problems import Problem
 from octollm.contracts.stream import NDJSON, StreamEvent
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
-from octollm.llm.select import ModelChoice
+from octollm.llm.selection import ModelChoice
 from octollm.llm.types import ChatMessage, ChatRequest, ChatUsage, CompletionEnd, ModelStreamChunk, TextDelta
-from octollm.rpc.http import HttpResponse, StreamedResponse
+from octollm.rpc.http_client import HttpResponse, StreamedResponse
 from octollm.services.models.service import models_service
 from octollm.testing import wait_until
+from octollm.testing.fake_model import ModelScript, ScriptedModel, ScriptedReply, scripted_model
 from octollm.testing.harness import Harness, start_harness
-from octollm.testing.scripted_model import ModelScript, ScriptedModel, ScriptedReply, scripted_model
 
 ASK = {"model": "default", "messages": [{"role": "user", "content": "say hello"}]}
 
@@ -42,7 +42,7 @@ class Written:
     requests: list[ChatRequest] = field(default_factory=list)
     closed: bool = False
     name: str = "qwen2.5-coder-0.5b"
-    round_context: int = 1000
+    context_tokens: int = 1000
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
         return sum(len(message.text.split()) for message in messages)
@@ -446,7 +446,7 @@ async def test_models_are_listed_and_others_are_refused(tmp_path) -> None:
         assert [m["id"] for m in msgspec.json.decode(listed.body)["data"]] == ["default", "openai:scripted"]
         assert (await chat(house, model="openai:scripted")).status == 200
         answer = await chat(house, model="gpt-9")
-        assert (answer.status, problem(answer).code) == (404, "not_found_result")
+        assert (answer.status, problem(answer).code) == (404, "not_found")
 
 
 async def test_embeddings_are_not_configured(tmp_path) -> None:
@@ -504,7 +504,7 @@ async def test_tokens_are_counted(tmp_path) -> None:
 
 
 async def test_a_long_silence_is_filled_with_comments(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("octollm.services.models.streaming._SILENCE", 0.05)
+    monkeypatch.setattr("octollm.services.models.service._KEEPALIVE_SECONDS", 0.05)
     model = Written(pieces=("Hello", "world"))
     async with models_with(model, tmp_path) as house, streamed(house) as answer:
         seen = b""

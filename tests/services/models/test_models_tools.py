@@ -6,7 +6,7 @@ import msgspec
 from openai import AsyncOpenAI
 from test_models_service import models_over
 
-from octollm.testing.scripted_model import ScriptedReply, ScriptedRequest
+from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
 
 WEATHER = {
     "type": "function",

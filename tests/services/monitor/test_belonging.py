@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.services.monitor.belonging import SpanOwnership, select_task_spans
+from octollm.services.monitor.span_store import SpanOwnership, select_task_spans
 
 ids = st.sampled_from(["a", "b", "c", "d", "e", "f"])
 placed = st.builds(

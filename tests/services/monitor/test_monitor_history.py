@@ -1,5 +1,5 @@
 from octollm.contracts.events import Event
-from octollm.services.monitor.history import MAX_SAMPLES, HealthHistory, ProbeResult, combine_probes
+from octollm.services.monitor.health import MAX_SAMPLES, HealthHistory, ProbeResult, combine_probes
 
 
 def event(event_type: str, **data: object) -> Event:

@@ -14,7 +14,7 @@ from octollm.testing.harness import Harness, start_harness
 
 @pytest.fixture
 async def watched(tmp_path, monkeypatch):
-    monkeypatch.setattr("octollm.services.monitor.watching.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("octollm.services.monitor.health.POLL_SECONDS", 0.05)
     settings = read_settings({"OCTOLLM_HOME": str(tmp_path)}, ())
     async with (
         start_harness() as house,

@@ -10,7 +10,7 @@ from octollm.clock import SystemClock
 from octollm.config import read_settings
 from octollm.context import TraceContext
 from octollm.services.monitor.service import monitor_service
-from octollm.services.monitor.store import SpanStore
+from octollm.services.monitor.span_store import SpanStore
 from octollm.storage import open_database, open_redis
 from octollm.storage.migrations import migrate
 from octollm.telemetry.otlp import encode_spans

@@ -12,12 +12,12 @@ from orchestra import Orchestra
 
 from octollm.arm import Arm, build_arm
 from octollm.capability import SigningKey
-from octollm.contracts.joining import NewEnrolmentToken
+from octollm.contracts.enrolment import NewEnrolmentToken
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.hosting import listen
+from octollm.rpc.enrolment import enrol
 from octollm.rpc.identity import ServiceIdentity
-from octollm.rpc.joining import enrol
 from octollm.rpc.service import Service, ServiceBase, build_base
+from octollm.rpc.transport import listen
 
 
 @dataclass

@@ -18,8 +18,8 @@ from octollm.contracts.api import TaskView, TokenResponse
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, TaskContract
-from octollm.rpc.http import HttpResponse
-from octollm.rpc.http1 import Http1Client
+from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http_client import HttpResponse
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.memory.service import memory_service
 from octollm.services.orchestrator.service import orchestrator_service

@@ -10,20 +10,25 @@ import pytest
 from sqlalchemy import select, update
 
 from octollm.capability import Principal, ScopeSet, SigningKey
-from octollm.capability.joining import EnrolmentClaim, EnrolmentToken, EnrolmentTokenIssuer, arm_proof
+from octollm.capability.enrolment import EnrolmentClaim, EnrolmentToken, EnrolmentTokenIssuer, arm_proof
 from octollm.clock import Uuid7Generator
 from octollm.contracts.api import ArmRegistration
-from octollm.contracts.joining import EnrolmentRequest, EnrolmentTokenRequest
+from octollm.contracts.enrolment import EnrolmentRequest, EnrolmentTokenRequest
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.services.orchestrator.accounts import Accounts, expand_scopes
-from octollm.services.orchestrator.attempts import MAX_FAILURES, THROTTLE_WINDOW_SECONDS, FailedEnrolmentThrottle
 from octollm.services.orchestrator.audit import Actor
-from octollm.services.orchestrator.joining import EnrolmentAuthority, Requester
-from octollm.services.orchestrator.joins import EnrolmentTokens
-from octollm.services.orchestrator.presence import HEARTBEAT_TIMEOUT_SECONDS, InstanceRegistry
+from octollm.services.orchestrator.enrolment import (
+    MAX_FAILURES,
+    THROTTLE_WINDOW_SECONDS,
+    EnrolmentAuthority,
+    EnrolmentTokens,
+    FailedEnrolmentThrottle,
+    Requester,
+)
+from octollm.services.orchestrator.instances import HEARTBEAT_TIMEOUT_SECONDS, InstanceRegistry
 from octollm.services.orchestrator.registry import ServiceRegistry
-from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import arm_keys, events, joins
@@ -170,7 +175,7 @@ async def test_silent_processes_are_dropped_and_each_change_is_told_once(tmp_pat
         assert not await one.registry.list_arms("acme")
         with pytest.raises(OctoError) as caught:
             await one.presence.heartbeat("translator", "i1")
-        assert caught.value.code == "not_found_result"
+        assert caught.value.code == "not_found"
         await one.presence.register("translator", registration("i1", "http://a:1"))
         assert await one.told() == [
             ("arm.registered", "acme"),

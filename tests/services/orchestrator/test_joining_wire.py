@@ -15,16 +15,16 @@ from orchestra import Orchestra, problem
 
 from octollm.arm import Arm, Context
 from octollm.capability import SigningKey
-from octollm.capability.joining import EnrolmentClaim, EnrolmentToken, arm_proof
-from octollm.capability.keys import b64encode
-from octollm.contracts.joining import EnrolmentNonce, EnrolmentRequest, EnrolmentResponse
+from octollm.capability.enrolment import EnrolmentClaim, EnrolmentToken, arm_proof
+from octollm.capability.jose import b64encode
+from octollm.contracts.enrolment import EnrolmentNonce, EnrolmentRequest, EnrolmentResponse
 from octollm.contracts.task import ExecuteResult, TaskContract
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.hosting import listen
-from octollm.rpc.joining import rotate_key
+from octollm.rpc.enrolment import rotate_key
 from octollm.rpc.service import build_service
+from octollm.rpc.transport import listen
 from octollm.testing import wait_until
 
 

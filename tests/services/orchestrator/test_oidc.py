@@ -24,21 +24,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from octollm.clock import SystemClock
-from octollm.contracts.session import LoginCode
+from octollm.contracts.auth import LoginCode
 from octollm.errors import OctoError, SettingError
-from octollm.rpc.hosting import listen, serve_app
-from octollm.rpc.outside import ExternalClient, create_external_http_client
+from octollm.rpc.external import ExternalClient, create_external_http_client
+from octollm.rpc.transport import listen, serve_app
 from octollm.services.orchestrator import oidc as oidc_module
-from octollm.services.orchestrator.issuers import (
+from octollm.services.orchestrator.oidc import (
     GrantRule,
     Issuer,
+    OidcClient,
     load_client_secret,
     load_issuers,
     map_claims_to_name,
     map_claims_to_principal,
     map_claims_to_scopes,
 )
-from octollm.services.orchestrator.oidc import OidcClient
 from octollm.telemetry import Metrics, get_logger
 
 RSA = rsa.generate_private_key(65537, 2048)

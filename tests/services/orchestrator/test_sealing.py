@@ -12,13 +12,12 @@ from sqlalchemy import delete, insert, select, update
 from octollm.capability import Principal, SigningKey
 from octollm.capability.audit_chain import AuditChainVerifier
 from octollm.clock import SystemClock
-from octollm.services.orchestrator import sealing as sealing_module
-from octollm.services.orchestrator.audit import Actor, record_audit
-from octollm.services.orchestrator.sealing import AuditSealer, read_audit_page
+from octollm.services.orchestrator import audit as sealing_module
+from octollm.services.orchestrator.audit import Actor, AuditSealer, read_audit_page, record_audit
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import audit, audit_heads
-from octollm.testing.waiting import wait_until
+from octollm.testing.polling import wait_until
 
 CLOCK = SystemClock()
 ROOT = SigningKey.generate("root")
@@ -77,7 +76,7 @@ async def test_each_tenant_has_a_chain_of_its_own(db: Database) -> None:
 async def test_writers_and_sealers_at_the_same_time_make_one_chain(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing_module, "BATCH", 5)
+    monkeypatch.setattr(sealing_module, "SEAL_BATCH", 5)
     sealers = [AuditSealer(db, ROOT, CLOCK), AuditSealer(db, ROOT, CLOCK)]
     done = asyncio.Event()
 

@@ -83,7 +83,7 @@ async def test_unknown_tasks_and_files_are_not_found(orch: Orchestra) -> None:
         ("POST", f"/tasks/task-{'0' * 32}/cancel", "task_not_found"),
         ("GET", f"/tasks/task-{'0' * 32}/history", "task_not_found"),
         ("GET", f"/files/{'0' * 64}", "file_not_found"),
-        ("GET", "/nowhere", "not_found_result"),
+        ("GET", "/nowhere", "not_found"),
         ("GET", "/webhooks", "not_configured"),
     ):
         answer = await orch.send(method, path)

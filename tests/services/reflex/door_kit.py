@@ -23,11 +23,11 @@ from octollm.contracts.api import EventList, StepText, StepTexts, TaskView, Toke
 from octollm.contracts.events import Event
 from octollm.errors import OctoError
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.hosting import listen, serve_app
-from octollm.rpc.http1 import Http1Client
+from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.problems import problem_response
 from octollm.rpc.service import Service, build_base
+from octollm.rpc.transport import listen, serve_app
 from octollm.services.reflex import reflex_service
 from octollm.storage import RedisClient, RedisKeys, TextStream, open_redis
 

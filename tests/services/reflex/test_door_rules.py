@@ -13,18 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
+from octollm.concurrency import run_until_first
 from octollm.contracts.api import TokenResponse
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import CallFailure
-from octollm.services.reflex.addresses import AllowedHosts, check_path, is_loopback
-from octollm.services.reflex.exchange import MAX_CACHED_TOKENS, TokenExchangeClient
-from octollm.services.reflex.page import build_csp
-from octollm.services.reflex.racing import run_until_first
-from octollm.services.reflex.rate import get_address_bucket
-from octollm.services.reflex.sockets import get_close_code
-from octollm.services.reflex.trust import check_local_user
-from octollm.services.reflex.upstream import GatewayRetryPolicy
+from octollm.services.reflex.guard import AllowedHosts, check_local_user, check_path, is_loopback
+from octollm.services.reflex.throttle import get_address_bucket
+from octollm.services.reflex.upstream import MAX_CACHED_TOKENS, GatewayRetryPolicy, TokenExchangeClient
+from octollm.services.reflex.web_session import build_csp
+from octollm.services.reflex.websocket import get_close_code
 
 OURS = AllowedHosts(("octo.example", "named.example:8443"))
 PATHS = st.text(st.sampled_from("/.%25eEfFcCaA0\\x? \x00é"), max_size=20).map(lambda text: "/" + text)

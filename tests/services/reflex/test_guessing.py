@@ -8,8 +8,8 @@ import pytest
 
 from octollm.clock import SystemClock
 from octollm.errors import OctoError
-from octollm.services.reflex import guessing as guessing_module
-from octollm.services.reflex.guessing import FORGET_SECONDS, LONGEST_SECONDS, MAX_WAITING, FailedLoginThrottle
+from octollm.services.reflex import throttle as guessing_module
+from octollm.services.reflex.throttle import FORGET_SECONDS, LONGEST_SECONDS, MAX_WAITING, FailedLoginThrottle
 
 
 class HandClock(SystemClock):

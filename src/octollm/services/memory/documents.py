@@ -1,25 +1,86 @@
-"""Documents of a tenant: kept in passages, listed, searched, forgotten."""
+"""Documents of a tenant, stored as passages, and full-text search over them: SQLite FTS5 or PostgreSQL tsquery for candidates, BM25 for the order."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import msgspec
-from sqlalchemy import and_, delete, func, insert, or_, select
+from sqlalchemy import ColumnElement, Double, and_, bindparam, delete, func, insert, literal_column, or_, select, text
 
 from octollm.clock import Clock
 from octollm.contracts.operations import DocumentIn, DocumentOut, Passage, SearchRequest, SearchResult
-from octollm.contracts.passages import LineSpan, numbered_lines, split_passages
-from octollm.contracts.ranking import bm25
 from octollm.errors import OctoError
-from octollm.services.memory.matching import MAX_CANDIDATES, build_match_query
-from octollm.services.memory.paging import decode_cursor, encode_cursor
-from octollm.services.memory.query import extract_search_terms
-from octollm.services.memory.shapes import DocumentList
+from octollm.services.memory.schema import DocumentList, decode_cursor, encode_cursor
 from octollm.storage import Database
-from octollm.storage.tables import documents, passages
+from octollm.storage.tables import documents, passages, passages_fts
+from octollm.text.lexical import bm25, content_words, tokenize
+from octollm.text.passages import LineSpan, numbered_lines, split_passages
+
+MAX_TERMS = 32
+"""Terms of a query; those after them add little and cost time."""
+
+
+def extract_search_terms(query: str) -> list[str]:
+    """Return the words to look for: those that say nothing are left out unless there are no others."""
+    return (content_words(query) or list(dict.fromkeys(tokenize(query))))[:MAX_TERMS]
+
+
+def build_fts5_expression(terms: Sequence[str]) -> str:
+    """Return an FTS5 expression that matches any of ``terms``, of which there is at least one.
+
+    Each is a quoted string, so nothing that a person types is an operator or a syntax error. Inflections are the
+    index's business: it stems.
+    """
+    return " OR ".join('"' + term.replace('"', '""') + '"' for term in terms)
+
+
+MAX_CANDIDATES = 200
+"""Passages that are weighed; where more match, the index's own order decides."""
+_NORMALIZE_BY_LENGTH = 1
+"""Divide a rank by 1 + the logarithm of the passage's length."""
+
+
+def build_match_query(dialect: str, terms: Sequence[str], filters: Sequence[ColumnElement[bool]]) -> Any:
+    """Return the query for the best candidates among the passages ``mine``, with a ``score``: higher is better."""
+    return _build_postgres_query(terms, filters) if dialect == "postgresql" else _build_sqlite_query(terms, filters)
+
+
+def _build_sqlite_query(terms: Sequence[str], filters: Sequence[ColumnElement[bool]]) -> Any:
+    # https://www.sqlite.org/fts5.html#the_bm25_function: the lower the better.
+    rank: ColumnElement[float] = literal_column("bm25(passages_fts)", Double[float]())
+    joined = passages_fts.join(passages, passages.c.id == passages_fts.c.rowid)
+    found = text("passages_fts MATCH :match").bindparams(match=build_fts5_expression(terms))
+    return _select_best(joined, -rank, [found, *filters])
+
+
+def _build_postgres_query(terms: Sequence[str], filters: Sequence[ColumnElement[bool]]) -> Any:
+    # Each term goes through the index's own parser alone, so nothing that a person types is an operator.
+    # https://www.postgresql.org/docs/current/textsearch-controls.html
+    phrases: list[ColumnElement[Any]] = [
+        func.phraseto_tsquery(text("'octollm'"), func.octollm_plain(bindparam(None, term, unique=True)))
+        for term in terms
+    ]
+    query = reduce(lambda one, other: one.op("||")(other), phrases)
+    words: ColumnElement[Any] = literal_column("passages.words")
+    return _select_best(passages, func.ts_rank(words, query, _NORMALIZE_BY_LENGTH), [words.op("@@")(query), *filters])
+
+
+def _select_best(source: Any, score: ColumnElement[float], conditions: Sequence[Any]) -> Any:
+    return (
+        select(documents.c.name, passages, score.label("score"))
+        .select_from(
+            source.join(
+                documents, and_(documents.c.tenant == passages.c.tenant, documents.c.digest == passages.c.digest)
+            )
+        )
+        .where(*conditions)
+        .order_by(score.desc(), passages.c.id)
+        .limit(MAX_CANDIDATES)
+    )
+
 
 MAX_PASSAGES = 60_000
 """Passages of one document."""
@@ -92,7 +153,7 @@ class DocumentStore:
         ]
 
     async def get(self, tenant: str, digest: str) -> DocumentOut:
-        """Return a document; raise ``not_found_result``."""
+        """Return a document; raise ``not_found``."""
         async with self._db.read() as conn:
             row = await conn.first(_select_document(tenant, digest))
         if row is None:
@@ -100,7 +161,7 @@ class DocumentStore:
         return _build_document(row)
 
     async def delete(self, tenant: str, digest: str) -> None:
-        """Forget a document; raise ``not_found_result``."""
+        """Forget a document; raise ``not_found``."""
         async with self._db.transaction() as tx:
             # Its passages go with it, and out of the index.
             where = (documents.c.tenant == tenant, documents.c.digest == digest)
@@ -171,4 +232,4 @@ def _build_passage(row: Mapping[Any, Any]) -> Passage:
 
 
 def _document_not_found() -> OctoError:
-    return OctoError("There is no document of that digest.", code="not_found_result")
+    return OctoError("There is no document of that digest.", code="not_found")

@@ -10,7 +10,7 @@ from sqlalchemy import delete, select, update
 
 from octollm.clock import Clock, format_rfc3339
 from octollm.errors import OctoError
-from octollm.services.memory.shapes import Fact, FactIn
+from octollm.services.memory.schema import Fact, FactIn
 from octollm.storage import Database
 from octollm.storage.tables import facts
 
@@ -56,7 +56,7 @@ class FactStore:
         return Fact(name, value, fact.source, found + 1, format_rfc3339(row["created_at"]), format_rfc3339(now)), False
 
     async def get(self, tenant: str, name: str) -> Fact:
-        """Return a fact; raise ``not_found_result``."""
+        """Return a fact; raise ``not_found``."""
         async with self._db.read() as conn:
             row = await conn.first(select(facts).where(facts.c.tenant == tenant, facts.c.key == name))
         if row is None:
@@ -64,7 +64,7 @@ class FactStore:
         return _build_fact(row)
 
     async def delete(self, tenant: str, name: str) -> None:
-        """Forget a fact; raise ``not_found_result``."""
+        """Forget a fact; raise ``not_found``."""
         async with self._db.transaction() as tx:
             gone = await tx.execute(delete(facts).where(facts.c.tenant == tenant, facts.c.key == name))
         if gone.rowcount == 0:
@@ -89,4 +89,4 @@ def _build_fact(row: Mapping[Any, Any]) -> Fact:
 
 
 def _fact_not_found() -> OctoError:
-    return OctoError("There is no fact of that name.", code="not_found_result")
+    return OctoError("There is no fact of that name.", code="not_found")

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from starlette.responses import Response
 
 from octollm.config import Settings
-from octollm.contracts.listing import PageQuery
+from octollm.contracts.api import PageQuery
 from octollm.contracts.operations import DocumentIn, DocumentOut, SearchRequest, SearchResult
 from octollm.contracts.task import MAX_FILE_BYTES
 from octollm.errors import FieldError, OctoError
@@ -19,7 +19,7 @@ from octollm.rpc.health import DependencyStatus
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.memory.documents import DocumentStore
 from octollm.services.memory.facts import FactStore
-from octollm.services.memory.shapes import MAX_NAME, DocumentList, Fact, FactIn
+from octollm.services.memory.schema import MAX_NAME, DocumentList, Fact, FactIn
 from octollm.storage import Database
 from octollm.storage.migrations import open_service_database
 
@@ -69,7 +69,7 @@ class _MemoryHandlers:
 
         Everything here may be repeated: documents go by digest and facts by name, so no key is needed for it.
         """
-        absent = OperationDocs(error_codes=("invalid_parameter", "not_found_result"))
+        absent = OperationDocs(error_codes=("invalid_parameter", "not_found"))
         return [
             Operation(
                 "write",

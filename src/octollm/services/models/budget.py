@@ -16,7 +16,7 @@ from octollm.contracts.services import OperationKind
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.caller import CallTarget, OutgoingCall, ServiceClient
+from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.telemetry import Logger
 
 T = TypeVar("T")

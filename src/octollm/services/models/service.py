@@ -1,25 +1,130 @@
-"""The models service over HTTP: OpenAI's chat completions for whoever holds a capability."""
+"""The models service over HTTP: OpenAI's chat completions, whole or as server-sent events, for callers with a capability."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from octollm.config import Settings
+from octollm.contracts.problems import to_problem
+from octollm.contracts.stream import HEARTBEAT_SECONDS
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
 from octollm.llm.embedded import EmbeddedSettings
 from octollm.llm.openai_compatible import OPENAI_URL
-from octollm.llm.select import ModelChoice, resolve_model
+from octollm.llm.selection import ModelChoice, resolve_model
 from octollm.llm.types import ChatMessage, ChatRequest
 from octollm.rpc.call import IncomingCall, NullEmitter, Operation, OperationDocs, OperationResponse
-from octollm.rpc.outside import ExternalClient
+from octollm.rpc.external import ExternalClient
 from octollm.rpc.service import Service, ServiceBase, build_service
-from octollm.services.models.answering import ChatCompletionRunner
 from octollm.services.models.budget import BudgetClient
-from octollm.services.models.holder import ModelLoader
-from octollm.services.models.streaming import ChatStreamResponse
-from octollm.services.models.wire import ChunkEncoder, ModelInfo, ModelList, PricedChatCompletion
+from octollm.services.models.completion import ChatCompletionRunner, OnText
+from octollm.services.models.model_loader import ModelLoader
+from octollm.services.models.schema import (
+    KEEPALIVE_COMMENT,
+    ChunkEncoder,
+    ModelInfo,
+    ModelList,
+    PricedChatCompletion,
+    encode_error_event,
+)
+from octollm.telemetry import Logger
+
+CompletionFunction = Callable[[OnText], Awaitable[PricedChatCompletion]]
+_QUEUE_SIZE = 256
+_KEEPALIVE_SECONDS = HEARTBEAT_SECONDS * 0.8
+"""Seconds without a word after which a comment is sent; before the first word it also begins the answer."""
+
+
+class ChatStreamResponse(Response):
+    """The response of one streamed call.
+
+    A failure before the first word is raised, so that it is answered with its own status; one after it is the last
+    event. While nothing is written for a while, comments keep the connection.
+    """
+
+    def __init__(
+        self, complete: CompletionFunction, chunks: ChunkEncoder, *, with_usage: bool, request_id: str, log: Logger
+    ) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._complete = complete
+        self._chunks = chunks
+        self._with_usage = with_usage
+        self._request_id = request_id
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer. Raises what the call raised before its first word, and ``ClientDisconnect``."""
+        items: asyncio.Queue[str | PricedChatCompletion | Exception] = asyncio.Queue(_QUEUE_SIZE)
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(self._pump(items)),
+            gone := asyncio.create_task(_wait_for_disconnect(receive)),
+            getting := asyncio.create_task(items.get()),
+        ]
+        begun = False
+        try:
+            while True:
+                await asyncio.wait({getting, gone}, timeout=_KEEPALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    raise ClientDisconnect
+                item = getting.result() if getting.done() else None
+                if isinstance(item, Exception) and not begun:
+                    raise item
+                if not begun:
+                    begun = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                    await _send_body(send, self._chunks.encode_start())
+                if isinstance(item, PricedChatCompletion | Exception):
+                    await _send_body(send, self._encode_last(item), more=False)
+                    return
+                await _send_body(send, KEEPALIVE_COMMENT if item is None else self._chunks.encode_text(item))
+                if item is not None:
+                    getting = asyncio.create_task(items.get())
+                    tasks[-1] = getting
+        finally:
+            await _cancel_all(tasks)
+
+    async def _pump(self, items: asyncio.Queue[str | PricedChatCompletion | Exception]) -> None:
+        try:
+            await items.put(await self._complete(items.put))
+        except Exception as error:  # handed over to the response, which raises or sends it
+            await items.put(error)
+
+    def _encode_last(self, item: PricedChatCompletion | Exception) -> bytes:
+        if isinstance(item, PricedChatCompletion):
+            return self._chunks.encode_end(item, with_usage=self._with_usage)
+        if not isinstance(item, OctoError):
+            self._log.error("chat.crashed", error=item)
+            item = OctoError("The service failed; its log has the reason under this request id.")
+        return encode_error_event(to_problem(item, self._request_id))
+
+
+async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel_all(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        # Their failures were handed over, or nobody waits for them any more.
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
 
 CHAT_SECONDS = 600.0
 """Seconds for a call that names no deadline: a prompt on a small machine takes its time."""
@@ -53,7 +158,7 @@ def _choose_model(settings: Settings) -> ModelChoice:
         settings.model_url,
         settings.model_api_key,
         ModelCache(settings.model_cache),
-        embedded=EmbeddedSettings(round_context=settings.model_context),
+        embedded=EmbeddedSettings(context_tokens=settings.model_context),
     )
 
 
@@ -110,7 +215,7 @@ class _ModelsHandlers:
                         "fence_lost",
                         "model_failed",
                         "no_model",
-                        "not_found_result",
+                        "not_found",
                         "state_conflict",
                         "task_not_found",
                     ),

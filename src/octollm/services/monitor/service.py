@@ -1,29 +1,72 @@
-"""The monitor over HTTP: the state of every built-in service, and the traces of tasks."""
+"""The monitor over HTTP: health of the services, traces of tasks, OTLP ingestion, and span export to an external collector."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 
+from octollm import __version__
 from octollm.config import Settings
-from octollm.contracts.listing import TaskIdQuery
+from octollm.contracts.api import TaskIdQuery
+from octollm.contracts.observability import TraceView
 from octollm.contracts.services import SERVICES
-from octollm.contracts.traces import TraceView
 from octollm.errors import OctoError
 from octollm.events import EventBus
+from octollm.rpc.auth import RegisteredServiceAuthenticator
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.exporter import SEND_SECONDS, BatchExporter, SendBatch
+from octollm.rpc.external import create_external_http_client
 from octollm.rpc.health import ReadinessCheck
-from octollm.rpc.openers import RegisteredServiceAuthenticator
+from octollm.rpc.http_client import HttpClient
 from octollm.rpc.service import Service, ServiceBase, build_service
-from octollm.services.monitor.collector import run_span_export
-from octollm.services.monitor.history import HealthHistory, ServiceStates
-from octollm.services.monitor.pruning import SpanPruner
-from octollm.services.monitor.store import SpanStore
-from octollm.services.monitor.watching import HealthMonitor
+from octollm.services.monitor.health import HealthHistory, HealthMonitor, ServiceStates
+from octollm.services.monitor.span_store import SpanPruner, SpanStore
 from octollm.storage import RedisClient, RedisKeys
 from octollm.storage.migrations import open_service_database
 from octollm.telemetry import ExportBuffer, Span
-from octollm.telemetry.otlp import ExportRequest, ExportResponse, decode_spans
+from octollm.telemetry.otlp import ExportRequest, ExportResponse, decode_spans, encode_spans
+
+_RETRYABLE_STATUSES = frozenset({408, 429, 502, 503, 504})
+"""Answers after which OTLP over HTTP has the same batch sent again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanExport:
+    """What is forwarded: put it into ``buffer``."""
+
+    buffer: ExportBuffer[Span]
+    checkup: ReadinessCheck
+
+
+@contextlib.asynccontextmanager
+async def run_span_export(base: ServiceBase, settings: Settings) -> AsyncGenerator[SpanExport | None]:
+    """Forward in the background for as long as the context is open; ``None`` where no collector is named."""
+    if settings.otlp_endpoint is None:
+        yield None
+        return
+    buffer = ExportBuffer[Span]()
+    async with create_external_http_client(read_timeout=SEND_SECONDS) as http:
+        send = build_collector_sender(http, settings.otlp_endpoint, settings.otlp_headers)
+        exporter = BatchExporter(buffer, send, name="collector", log=base.log, metrics=base.metrics)
+        async with exporter.run():
+            yield SpanExport(buffer, exporter.check_readiness)
+
+
+def build_collector_sender(http: HttpClient, url: str, headers: tuple[tuple[str, str], ...]) -> SendBatch[Span]:
+    """Return what sends spans to the collector at ``url`` (OTLP over HTTP, in JSON)."""
+
+    async def send(spans: list[Span]) -> None:
+        sent = {"Content-Type": "application/json", **dict(headers)}
+        body = encode_spans(spans, __version__)
+        answer = await http.send("POST", f"{url}/v1/traces", sent, body, seconds=SEND_SECONDS)
+        if answer.status >= 300:
+            raise OctoError(
+                f"It answers {answer.status}; see OCTOLLM_OTLP_URL and OCTOLLM_OTLP_HEADERS.",
+                code="unavailable" if answer.status in _RETRYABLE_STATUSES else "peer_protocol",
+            )
+
+    return send
 
 
 @contextlib.asynccontextmanager

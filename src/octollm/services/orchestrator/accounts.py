@@ -1,4 +1,4 @@
-"""Accounts by API key: made, found by their secret, listed, revoked. Only hashes are stored."""
+"""API keys and logins: creating, authenticating, listing and revoking credentials. Only hashes are stored."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sqlalchemy import select, update
 from octollm.capability import PRESETS, Principal, ScopeSet, preset_scopes
 from octollm.clock import Clock, IdGenerator, format_rfc3339
 from octollm.contracts.api import KeyList, KeyView, NewKey
-from octollm.contracts.session import IssuerView, LoginCode
+from octollm.contracts.auth import IssuerView, LoginCode
 from octollm.errors import OctoError
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record_audit
-from octollm.services.orchestrator.issuers import (
+from octollm.services.orchestrator.oidc import (
     Issuer,
+    OidcClient,
     map_claims_to_name,
     map_claims_to_principal,
     map_claims_to_scopes,
 )
-from octollm.services.orchestrator.oidc import OidcClient
 from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import api_keys
 
@@ -194,7 +194,7 @@ class Accounts:
         return KeyList(tuple(_key_view_from_row(row_to_dict(row)) for row in rows))
 
     async def revoke(self, key_id: str, actor: Actor, tx: Transaction) -> None:
-        """Revoke a key of the actor's tenant in ``tx``; raise ``not_found_result`` for another's."""
+        """Revoke a key of the actor's tenant in ``tx``; raise ``not_found`` for another's."""
         now = self._clock.now()
         done = await tx.execute(
             update(api_keys)
@@ -206,7 +206,7 @@ class Accounts:
             .values(revoked_at=now)
         )
         if done.rowcount != 1:
-            raise OctoError("There is no such key, or it was revoked already.", code="not_found_result")
+            raise OctoError("There is no such key, or it was revoked already.", code="not_found")
         await record_audit(tx, actor, "key.revoked", key_id, now)
 
     def _account_from_row(self, row: Mapping[str, Any]) -> Account:

@@ -1,18 +1,18 @@
-"""API keys over HTTP, and the honest answers of what is not configured."""
+"""Administration over HTTP: API keys, revocations, the audit log, and explicit refusals for features that are not configured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from octollm.clock import Clock
-from octollm.contracts.api import Acknowledgement, KeyList, KeyRequest, NewKey
-from octollm.contracts.revocations import RevocationRequest
+from octollm.contracts.api import Acknowledgement, AuditQuery, KeyList, KeyRequest, NewKey
+from octollm.contracts.auth import RevocationRequest
+from octollm.contracts.observability import AuditPage
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs
-from octollm.services.orchestrator.accounts import Accounts
-from octollm.services.orchestrator.audit import actor_from_call, record_audit
-from octollm.services.orchestrator.cancelling import TaskCanceller
-from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.services.orchestrator.accounts import LOCAL_TENANT, Accounts
+from octollm.services.orchestrator.audit import SYSTEM_TENANT, actor_from_call, read_audit_page, record_audit
+from octollm.services.orchestrator.revocation import RevocationStore, TaskCanceller
 from octollm.storage import Database
 
 NOT_CONFIGURED = (
@@ -89,7 +89,7 @@ class AdminApi:
                 scope="keys:write",
                 response=Acknowledgement,
                 summary="Revoke an API key.",
-                docs=OperationDocs(error_codes=("not_found_result",)),
+                docs=OperationDocs(error_codes=("not_found",)),
             ),
             Operation(
                 "revocations.create",
@@ -114,3 +114,36 @@ def _unconfigured_operation(method: str, path: str, scope: str, what: str) -> Op
     about = OperationDocs(error_codes=("not_configured",))
     summary = f"{what} (not configured)."
     return Operation(f"{name}.{method.lower()}", method, path, refuse, scope=scope, summary=summary, docs=about)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditApi:
+    """What the operation on the audit log works with."""
+
+    db: Database
+
+    async def read(self, call: IncomingCall, _body: object) -> AuditPage:
+        """Return a page of the log, with where its chain stands."""
+        asked: AuditQuery = call.query
+        tenant = call.tenant
+        if asked.of == "system":
+            if tenant != LOCAL_TENANT:
+                raise OctoError("The system's audit log is not this tenant's to read.", code="scope_missing")
+            tenant = SYSTEM_TENANT
+        return await read_audit_page(self.db, tenant, asked.after, asked.limit)
+
+    def operations(self) -> list[Operation]:
+        """Return the operation."""
+        return [
+            Operation(
+                "audit.read",
+                "GET",
+                "/audit",
+                self.read,
+                scope="audit:read",
+                query=AuditQuery,
+                response=AuditPage,
+                summary="The audit log behind a row.",
+                docs=OperationDocs(error_codes=("scope_missing",)),
+            )
+        ]

@@ -1,4 +1,4 @@
-"""Arms over HTTP: join secrets, joining, being there, and what users see of it."""
+"""Arms over HTTP: enrolment tokens, enrolment, registration and heartbeats, and the list of arms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octollm.contracts.api import Acknowledgement, ArmList, ArmRegistration
-from octollm.contracts.joining import (
+from octollm.contracts.enrolment import (
     EnrolmentNonce,
     EnrolmentRequest,
     EnrolmentResponse,
@@ -19,9 +19,8 @@ from octollm.contracts.joining import (
 )
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.services.orchestrator.audit import actor_from_call
-from octollm.services.orchestrator.joining import EnrolmentAuthority, Requester
-from octollm.services.orchestrator.joins import EnrolmentTokens
-from octollm.services.orchestrator.presence import InstanceRegistry
+from octollm.services.orchestrator.enrolment import EnrolmentAuthority, EnrolmentTokens, Requester
+from octollm.services.orchestrator.instances import InstanceRegistry
 from octollm.services.orchestrator.registry import ServiceRegistry
 
 MAX_ENROLMENT_BODY = 16 * 1024
@@ -144,7 +143,7 @@ class ArmsApi:
                 scope="keys:write",
                 response=Acknowledgement,
                 summary="Revoke a join secret.",
-                docs=OperationDocs(error_codes=("not_found_result",)),
+                docs=OperationDocs(error_codes=("not_found",)),
             ),
         ]
 
@@ -200,7 +199,7 @@ class ArmsApi:
             ),
             post("/arms/keys", self.rotate_key, KeyRotation, "Bring a new key, in the name of an old one.", *refused),
             post("/arms/register", self.register, ArmRegistration, "Register a process of an arm.", *refused),
-            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Say that a process is still there.", "not_found_result"),
+            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Say that a process is still there.", "not_found"),
             post("/arms/leave", self.deregister, InstanceRef, "Say that a process of an arm ends."),
         ]
 

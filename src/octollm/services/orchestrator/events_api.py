@@ -1,4 +1,4 @@
-"""Events over HTTP: a page of the log, or a stream that goes on; and posting by our own services."""
+"""Events over HTTP: a page of the log or an SSE stream, and events posted by built-in services."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import msgspec
 from starlette.responses import StreamingResponse
 
-from octollm.contracts.api import Acknowledgement, EventList
+from octollm.contracts.api import LAST_EVENT_ID_DESCRIPTION, Acknowledgement, EventList, EventQuery
 from octollm.contracts.events import EVENT_CATALOGUE, Event
-from octollm.contracts.listing import LAST_EVENT_ID_DESCRIPTION, EventQuery
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventLog

@@ -1,8 +1,4 @@
-"""The services and arms that are known: their keys, what they declare, and where they answer.
-
-The database has it; what is asked on every call is read from a picture of it, which is taken again every second or
-two, since other replicas write too.
-"""
+"""The service registry: keys, declared calls and addresses of services and arms, read from a snapshot of the database that is refreshed every two seconds."""
 
 from __future__ import annotations
 
@@ -15,11 +11,11 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.engine import RowMapping
 
-from octollm.background import run_in_background
 from octollm.capability import BUILT_IN_CALLS, Declarations, DeclaredCall, DirectoryEntry, PublicKey
-from octollm.capability.joining import parse_declared_calls
+from octollm.capability.enrolment import parse_declared_calls
 from octollm.capability.keyring import PublicKeyRing
 from octollm.clock import Clock, format_rfc3339
+from octollm.concurrency import run_in_background
 from octollm.contracts.api import ArmList, ArmView
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo

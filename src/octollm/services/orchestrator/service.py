@@ -1,61 +1,88 @@
-"""The composition root of the orchestrator."""
+"""The orchestrator's composition root, and the maintenance loops that run while it serves."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier, run_value
-from octollm.capability.joining import EnrolmentTokenIssuer
+from octollm.capability.enrolment import EnrolmentTokenIssuer
 from octollm.capability.keyring import KeyRing, PublicKeyRing, TrustedRoots
+from octollm.concurrency import run_in_background
 from octollm.config import Settings
-from octollm.contracts.kinds import file_kind
+from octollm.contracts.media_types import file_kind
 from octollm.contracts.operations import DocumentIn
 from octollm.errors import OctoError
 from octollm.events import EventLog, OutboxPublisher
-from octollm.rpc.caller import ServiceClient
-from octollm.rpc.discovery_registry import RegistryDiscovery
+from octollm.rpc.auth import CapabilityAuthenticator, ServiceAuthenticator
+from octollm.rpc.client import ServiceClient
+from octollm.rpc.discovery import RegistryDiscovery
+from octollm.rpc.external import ExternalClient, create_external_http_client
 from octollm.rpc.health import DependencyStatus, ReadinessCheck
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
-from octollm.rpc.openers import CapabilityAuthenticator, ServiceAuthenticator
-from octollm.rpc.outside import ExternalClient, create_external_http_client
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.orchestrator.accounts import Accounts
-from octollm.services.orchestrator.admin_api import AdminApi
+from octollm.services.orchestrator.admin_api import AdminApi, AuditApi
 from octollm.services.orchestrator.arms_api import ArmsApi
-from octollm.services.orchestrator.audit_api import AuditApi
-from octollm.services.orchestrator.cancelling import TaskCanceller
+from octollm.services.orchestrator.audit import AuditSealer, record_startup
+from octollm.services.orchestrator.enrolment import EnrolmentAuthority, EnrolmentTokens
 from octollm.services.orchestrator.events_api import EventsApi
 from octollm.services.orchestrator.files import FileStore, file_operations
-from octollm.services.orchestrator.intake import BudgetDefaults
-from octollm.services.orchestrator.issuers import load_client_secret, load_issuers
-from octollm.services.orchestrator.joining import EnrolmentAuthority
-from octollm.services.orchestrator.joins import EnrolmentTokens
-from octollm.services.orchestrator.oidc import ISSUER_TIMEOUT, OidcClient
-from octollm.services.orchestrator.presence import InstanceRegistry
+from octollm.services.orchestrator.instances import InstanceRegistry
+from octollm.services.orchestrator.oidc import ISSUER_TIMEOUT, OidcClient, load_client_secret, load_issuers
 from octollm.services.orchestrator.registry import ServiceRegistry
-from octollm.services.orchestrator.revoking import RevocationStore
-from octollm.services.orchestrator.sealing import AuditSealer
+from octollm.services.orchestrator.revocation import RevocationStore, TaskCanceller
 from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.services.orchestrator.sessions import SessionStore
-from octollm.services.orchestrator.started import record_startup
-from octollm.services.orchestrator.tasks_api import TasksApi
+from octollm.services.orchestrator.submission import BudgetDefaults
+from octollm.services.orchestrator.tasks_api import TasksApi, TraceClient
 from octollm.services.orchestrator.tokens_api import TokensApi
-from octollm.services.orchestrator.traces import TraceClient
-from octollm.services.orchestrator.upkeep import MaintenanceLoops, run_maintenance
 from octollm.storage import Database, RedisClient, RedisKeys, TextStream, Transaction, open_database
 from octollm.storage.migrations import database_url, open_service_database
-from octollm.tasks.authority import TaskTokenMinter
-from octollm.tasks.cancelling import listen_for_cancellations
-from octollm.tasks.claims import ExpiredLease, TaskLeases
-from octollm.tasks.leases import LeaseRenewer
+from octollm.tasks.calls import TaskTokenMinter
+from octollm.tasks.leases import ExpiredLease, LeaseRenewer, TaskLeases
 from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerDependencies
 from octollm.tasks.store import TaskStore
-from octollm.tasks.worker import Worker
+from octollm.tasks.worker import Worker, listen_for_cancellations
+from octollm.telemetry import Logger
+
+
+@dataclass(frozen=True, slots=True)
+class MaintenanceLoops:
+    """What is kept up to date."""
+
+    registry: ServiceRegistry
+    instances: InstanceRegistry
+    revocation_store: RevocationStore
+    sealer: AuditSealer
+
+
+@contextlib.asynccontextmanager
+async def run_maintenance(
+    loops: MaintenanceLoops, cancellation_listener: Coroutine[object, object, None], log: Logger
+) -> AsyncGenerator[None]:
+    """Keep everything up to date for as long as the context is open. What crashes is logged, and told in ``/ready``."""
+
+    def crashed(name: str) -> Callable[[BaseException], None]:
+        return lambda error: log.error(f"{name}.crashed", error=error)
+
+    def arms_crashed(error: BaseException) -> None:
+        loops.registry.failure = f"What keeps the registry of arms stopped: {type(error).__name__}."
+        log.error("registry.crashed", error=error)
+
+    async with (
+        loops.sealer.run(crashed("audit")),
+        loops.revocation_store.run(crashed("revocations")),
+        loops.registry.run(arms_crashed),
+        loops.instances.run(arms_crashed),
+        run_in_background("cancel hints", cancellation_listener, crashed("cancel_hints")),
+    ):
+        yield
 
 
 @contextlib.asynccontextmanager

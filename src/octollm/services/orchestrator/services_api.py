@@ -1,4 +1,4 @@
-"""What other services ask of the orchestrator in their own name: budgets, idempotency keys."""
+"""Operations for other services: budget reservations and idempotency keys."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from octollm.rpc.idempotency import (
     check_key,
 )
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
-from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.tasks.ledger import BudgetLedger, ReservationRequest, encode_journal_entry
 from octollm.tasks.store import TaskStore
 
@@ -218,7 +218,7 @@ class ServicesApi:
                 Acknowledgement,
                 "models",
                 "Settle.",
-                "not_found_result",
+                "not_found",
             ),
             post(
                 "idempotency.claim",

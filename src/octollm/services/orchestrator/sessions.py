@@ -1,4 +1,4 @@
-"""Sessions of the page: a row each, found by a secret of which only the hash is stored."""
+"""Browser sessions: one row each, found by a secret of which only the hash is stored."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sqlalchemy import delete, func, select, update
 
 from octollm.capability import Principal
 from octollm.clock import Clock, IdGenerator
-from octollm.contracts.session import SESSION_LIFETIME_SECONDS, SESSION_TOKEN_PREFIX
+from octollm.contracts.auth import SESSION_LIFETIME_SECONDS, SESSION_TOKEN_PREFIX
 from octollm.errors import OctoError
 from octollm.services.orchestrator.accounts import hash_credential
 from octollm.services.orchestrator.audit import Actor, record_audit
-from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Database, row_to_dict
 from octollm.storage.tables import sessions
 

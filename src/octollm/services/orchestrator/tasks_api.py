@@ -1,39 +1,70 @@
-"""Tasks over HTTP: submit, list, read, cancel, follow."""
+"""Tasks over HTTP: submit, list, read, cancel; artifacts, events and the trace of a task."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import msgspec
 from msgspec import UNSET
 from starlette.responses import Response
 
+from octollm.capability import Principal, RootMinter, TaskRef
 from octollm.clock import Clock, IdGenerator
-from octollm.contracts.api import Acknowledgement, EventList, StepTexts, TaskList, TaskView
-from octollm.contracts.listing import EventQuery, TaskQuery
+from octollm.contracts.api import Acknowledgement, EventList, EventQuery, StepTexts, TaskList, TaskQuery, TaskView
+from octollm.contracts.observability import TraceView
 from octollm.contracts.screening import SCREENING_HEADER, RejectedGoal, ScreeningRecord
 from octollm.contracts.task import SUBMIT_CODES, TaskContract
-from octollm.contracts.traces import TraceView
 from octollm.errors import OctoError
+from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
+from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.idempotency import IdempotencyKey
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.audit import actor_from_call, record_audit
-from octollm.services.orchestrator.cancelling import TaskCanceller
 from octollm.services.orchestrator.files import FileStore, build_file_response
-from octollm.services.orchestrator.intake import (
+from octollm.services.orchestrator.registry import ServiceRegistry
+from octollm.services.orchestrator.revocation import TaskCanceller
+from octollm.services.orchestrator.submission import (
     BudgetDefaults,
     store_inline_files,
     validate_contract,
     validate_file_kinds,
 )
-from octollm.services.orchestrator.registry import ServiceRegistry
-from octollm.services.orchestrator.traces import TraceClient
 from octollm.storage import Transaction
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.tasks.worker import Worker
 from octollm.telemetry.spans import TASK_ATTRIBUTE
+
+TRACE_TIMEOUT = 10.0
+
+
+class TraceClient:
+    """Asks the monitor with a token for this one task, whatever else its reader may do."""
+
+    def __init__(self, client: ServiceClient, minter: RootMinter, clock: Clock) -> None:
+        self._client = client
+        self._minter = minter
+        self._clock = clock
+
+    async def fetch_task_trace(self, reader: Principal, task_id: str, deadline: Deadline) -> TraceView:
+        """Return the spans of a task that ``reader`` may read. Raises ``unavailable`` when the monitor is away."""
+        call = OutgoingCall(
+            CallTarget("monitor", "traces.read", "GET", f"/traces?task={quote(task_id, safe='')}", "read_only"),
+            self._minter.mint_access(reader, "monitor", "monitor:read", task=TaskRef(task_id)),
+            Deadline.after(self._clock, min(TRACE_TIMEOUT, deadline.remaining())),
+        )
+        try:
+            return await self._client.call(call, TraceView)
+        except OctoError as error:
+            raise OctoError(
+                f"The monitor, which keeps the traces, cannot be asked ({error.detail}) Tasks go on without it; try"
+                " again later.",
+                code="unavailable",
+                retry_after=5,
+            ) from error
+
 
 MAX_TASK_BODY = 1024 * 1024
 """Bytes of a submission. Short texts of files may be given in place; larger files are stored first."""

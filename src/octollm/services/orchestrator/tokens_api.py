@@ -1,4 +1,4 @@
-"""Tokens over HTTP: exchange for the door, tokens made by hand, the directory, revocations."""
+"""Tokens over HTTP: token exchange (RFC 8693) for the gateway, browser sessions, tokens for direct calls, the service directory, revocations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.responses import StreamingResponse
 
 from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, attenuate, parse_delegation_tree, union
-from octollm.capability.inspecting import read_chain
+from octollm.capability.inspection import read_chain
 from octollm.capability.keyring import KeyRing, TrustedRoots
 from octollm.clock import Clock, IdGenerator
 from octollm.contracts.api import (
@@ -17,16 +17,16 @@ from octollm.contracts.api import (
     TokenRequest,
     TokenResponse,
 )
-from octollm.contracts.revocations import RevocationList
-from octollm.contracts.services import service_of
-from octollm.contracts.session import (
+from octollm.contracts.auth import (
     SESSION_LIFETIME_SECONDS,
     SESSION_TOKEN_PREFIX,
     CreateSessionRequest,
     EndSessionRequest,
     IssuerList,
+    RevocationList,
     SessionResponse,
 )
+from octollm.contracts.services import service_of
 from octollm.contracts.stream import NDJSON
 from octollm.contracts.task import Budget, TaskContract
 from octollm.errors import FieldError, OctoError
@@ -35,7 +35,7 @@ from octollm.rpc.identity import DirectoryResponse
 from octollm.services.orchestrator.accounts import Account, Accounts
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, actor_from_call, record_audit
 from octollm.services.orchestrator.registry import ServiceRegistry
-from octollm.services.orchestrator.revoking import RevocationStore
+from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.services.orchestrator.sessions import SessionStore
 from octollm.storage import Database, Transaction
 from octollm.tasks.store import NewTask, TaskStore

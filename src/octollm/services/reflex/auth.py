@@ -1,4 +1,4 @@
-"""Who is at the door: an API key, or the local user where that is trusted."""
+"""Authentication of public requests: API key, session cookie, or the trusted local user; each within its rate limit."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import re
 from starlette.requests import HTTPConnection, Request
 
 from octollm.errors import OctoError
+from octollm.rpc.auth import AuthContext
 from octollm.rpc.call import Operation
-from octollm.rpc.opened import AuthContext
-from octollm.services.reflex.addresses import AllowedHosts
-from octollm.services.reflex.doorstep import get_server_port
-from octollm.services.reflex.exchange import TokenExchangeClient, hash_credential
-from octollm.services.reflex.guessing import FailedLoginThrottle
-from octollm.services.reflex.rate import RateLimiter, get_address_bucket
-from octollm.services.reflex.session import read_session_cookie
-from octollm.services.reflex.trust import check_local_user
+from octollm.services.reflex.guard import AllowedHosts, check_local_user, get_server_port
+from octollm.services.reflex.throttle import FailedLoginThrottle, RateLimiter, get_address_bucket
+from octollm.services.reflex.upstream import TokenExchangeClient, hash_credential
+from octollm.services.reflex.web_session import read_session_cookie
 from octollm.telemetry import Metrics
 
 _BEARER_VALUE = re.compile(r"[!-~]{1,8192}")

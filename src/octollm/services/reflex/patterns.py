@@ -1,9 +1,4 @@
-"""What the door looks for in goals: personal data, secrets, and attempts to talk a model out of its task.
-
-Each pattern is a regular expression of the subset that both hyperscan and :mod:`re` know, without nested repeats, so
-that no text takes long. A pattern alone is a hint; what several kinds together mean is decided in
-:mod:`octollm.services.reflex.screening`.
-"""
+"""Patterns of the input guardrail: personal data, secrets and prompt injection, as regular expressions that hyperscan and :mod:`re` both compile, without nested repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The composition root of reflex, the public door."""
+"""The composition root of reflex, the API gateway, and the readiness of the services that it depends on."""
 
 from __future__ import annotations
 
@@ -6,32 +6,82 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
+import msgspec
 from starlette.middleware.cors import CORSMiddleware
 
+from octollm.clock import Clock
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import TaskWatchHub
-from octollm.rpc.caller import ServiceClient
-from octollm.rpc.health import DependencyStatus, ReadinessCheck
+from octollm.rpc.client import ServiceClient
+from octollm.rpc.discovery import Discovery
+from octollm.rpc.health import DependencyStatus, Readiness, ReadinessCheck
+from octollm.rpc.http_client import HttpClient
 from octollm.rpc.service import Service, ServiceBase, build_service
-from octollm.services.reflex.addresses import AllowedHosts
 from octollm.services.reflex.auth import CredentialAuthenticator, GatewayAuthenticator
-from octollm.services.reflex.doorstep import RequestGuardMiddleware
-from octollm.services.reflex.exchange import TokenExchangeClient
-from octollm.services.reflex.forward import RequestForwarder
-from octollm.services.reflex.goal_screen import InputGuardrail
-from octollm.services.reflex.guessing import FailedLoginThrottle
-from octollm.services.reflex.neighbours import DependencyReadiness
-from octollm.services.reflex.page import build_page_route
-from octollm.services.reflex.rate import RateLimiter
-from octollm.services.reflex.screening import Screener
-from octollm.services.reflex.session import SessionHandlers
-from octollm.services.reflex.sockets import TaskWebSockets
-from octollm.services.reflex.sse import build_sse_operation
-from octollm.services.reflex.upstream import GatewayRetryPolicy, Upstream
-from octollm.services.reflex.watching import SEND_TIMEOUT_SECONDS, LiveConnections
+from octollm.services.reflex.forwarding import RequestForwarder
+from octollm.services.reflex.guard import AllowedHosts, RequestGuardMiddleware
+from octollm.services.reflex.live import SEND_TIMEOUT_SECONDS, LiveConnections, build_sse_operation
+from octollm.services.reflex.screening import InputGuardrail, Screener
+from octollm.services.reflex.throttle import FailedLoginThrottle, RateLimiter
+from octollm.services.reflex.upstream import GatewayRetryPolicy, TokenExchangeClient, Upstream
+from octollm.services.reflex.web_session import SessionHandlers, build_page_route
+from octollm.services.reflex.websocket import TaskWebSockets
 from octollm.storage import RedisClient, RedisKeys, TextStream
+
+READINESS_SECONDS = 2.0
+MAX_CHECKED_INSTANCES = 16
+"""Instances of one service that are asked."""
+READINESS_CACHE_SECONDS = 1.0
+"""An answer is used again for so long: a page that asks often costs no more."""
+
+
+class DependencyReadiness:
+    """Asks the ``/ready`` of several services at once."""
+
+    def __init__(self, http: HttpClient, discovery: Discovery, clock: Clock, names: tuple[str, ...]) -> None:
+        self._http = http
+        self._discovery = discovery
+        self._clock = clock
+        self._names = names
+        self._cached: dict[str, DependencyStatus] = {}
+        self._checked_at = -1e9
+        self._lock = asyncio.Lock()
+
+    def checkups(self) -> dict[str, ReadinessCheck]:
+        """Return a check-up for each service."""
+        return {name: self._checkup(name) for name in self._names}
+
+    def _checkup(self, name: str) -> ReadinessCheck:
+        async def checkup() -> DependencyStatus:
+            async with self._lock:
+                if self._clock.monotonic() - self._checked_at > READINESS_CACHE_SECONDS:
+                    answers = await asyncio.gather(*(self._check_service(each) for each in self._names))
+                    self._cached = dict(zip(self._names, answers, strict=True))
+                    self._checked_at = self._clock.monotonic()
+            return self._cached[name]
+
+        return checkup
+
+    async def _check_service(self, name: str) -> DependencyStatus:
+        """Return the state of a service: the best of its instances, since one that is well is enough."""
+        try:
+            urls = self._discovery.instances(name)[:MAX_CHECKED_INSTANCES]
+        except OctoError:
+            return DependencyStatus(ok=False, detail="no address is known for it")
+        states = await asyncio.gather(*(self._check_instance(url) for url in urls))
+        return max(states, key=lambda state: state.ok)
+
+    async def _check_instance(self, url: str) -> DependencyStatus:
+        try:
+            answer = await self._http.send("GET", f"{url}/ready", {}, None, seconds=READINESS_SECONDS)
+            ready = msgspec.json.decode(answer.body, type=Readiness)
+        except (OctoError, msgspec.DecodeError, UnicodeDecodeError):
+            return DependencyStatus(ok=False, detail="it does not answer")
+        lacking = [key for key, state in ready.dependencies.items() if not state.ok]
+        return DependencyStatus(ok=answer.status == 200, detail=f"without {', '.join(lacking)}" if lacking else "")
+
 
 CORS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "X-File-Name")
 CORS_EXPOSED = ("ETag", "Location", "Retry-After", "X-Request-ID", "X-Correlation-ID", "Content-Disposition")

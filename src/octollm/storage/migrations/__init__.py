@@ -6,9 +6,15 @@ the version before goes on working beside this one; one that takes something awa
 revision whose code can still work with it.
 """
 
-from octollm.storage.migrations.runner import MigrationResult, migrate
-from octollm.storage.migrations.schema import DatabaseService, require_schema
-from octollm.storage.migrations.service_database import database_url, migrate_all, open_service_database
+from octollm.storage.migrations.runner import (
+    DatabaseService,
+    MigrationResult,
+    database_url,
+    migrate,
+    migrate_all,
+    open_service_database,
+    require_schema,
+)
 
 __all__ = [
     "DatabaseService",

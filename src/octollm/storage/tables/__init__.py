@@ -7,14 +7,35 @@ Times are epoch seconds (UTC), money is US dollars, ids are text. JSON columns t
 Python values.
 """
 
-from octollm.storage.tables.access import api_keys, arms, audit, audit_heads, revocations, sessions
-from octollm.storage.tables.calls import budgets, idempotency, model_journal, reservations
+from octollm.storage.tables.access import (
+    admissions,
+    api_keys,
+    arm_instances,
+    arm_keys,
+    arms,
+    audit,
+    audit_heads,
+    join_nonces,
+    joins,
+    revocations,
+    sessions,
+)
 from octollm.storage.tables.columns import ORCHESTRATOR
-from octollm.storage.tables.events import channels, events, relay_state, subjects
-from octollm.storage.tables.joins import admissions, arm_instances, arm_keys, join_nonces, joins
-from octollm.storage.tables.memory import MEMORY, documents, facts, passages, passages_fts
-from octollm.storage.tables.monitor import MONITOR, spans
-from octollm.storage.tables.tasks import files, steps, task_files, tasks
+from octollm.storage.tables.services import MEMORY, MONITOR, documents, facts, passages, passages_fts, spans
+from octollm.storage.tables.tasks import (
+    budgets,
+    channels,
+    events,
+    files,
+    idempotency,
+    model_journal,
+    relay_state,
+    reservations,
+    steps,
+    subjects,
+    task_files,
+    tasks,
+)
 
 __all__ = [
     "MEMORY",

@@ -1,8 +1,20 @@
-"""Tasks, their steps, and the files that they take and make."""
+"""Tables of work: tasks, steps, files, budgets and reservations, idempotency, the model journal, and the event log."""
 
 from __future__ import annotations
 
-from sqlalchemy import Column, ForeignKey, Index, Integer, LargeBinary, String, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy import text as sql
 
 from octollm.storage.tables.columns import (
     ID,
@@ -11,6 +23,7 @@ from octollm.storage.tables.columns import (
     amount,
     json_type,
     number,
+    position,
     tenant,
     text,
     time,
@@ -104,4 +117,139 @@ task_files = Table(
     Column("digest", ID, nullable=False),
     time("created_at"),
     Index(None, "digest"),
+)
+
+
+idempotency = Table(
+    "idempotency",
+    ORCHESTRATOR,
+    tenant(primary_key=True),
+    Column("subject", NAME, primary_key=True),  # the principal the call is for
+    Column("service", NAME, primary_key=True),
+    Column("operation", NAME, primary_key=True),
+    Column("key", NAME, primary_key=True),
+    Column("body_digest", ID, nullable=False),
+    Column("state", String(16), nullable=False),  # claimed, completed, unknown
+    Column("task_id", ID, nullable=True),
+    number("run"),
+    Column("holder", NAME, nullable=False, server_default=""),
+    number("fence"),  # rises with each claim, so that a holder thought dead cannot complete
+    time("lease_until"),
+    Column("status", Integer(), nullable=True),
+    Column("answer", LargeBinary(), nullable=True),
+    Column("headers", json_type(), nullable=True),
+    time("created_at"),
+    time("completed_at", nullable=True),
+    Index(None, "created_at"),
+    Index(None, "task_id"),
+)
+
+budgets = Table(
+    "budgets",
+    ORCHESTRATOR,
+    Column("task_id", ID, ForeignKey(tasks.c.task_id, ondelete="CASCADE"), primary_key=True),
+    Column("max_tokens", BigInteger(), nullable=True),
+    amount("max_cost_usd", nullable=True),
+    number("reserved_tokens"),  # of open reservations
+    amount("reserved_cost_usd"),
+    number("used_tokens"),  # settled
+    amount("used_cost_usd"),
+    number("prompt_tokens"),
+    number("completion_tokens"),
+)
+
+reservations = Table(
+    "reservations",
+    ORCHESTRATOR,
+    Column("id", ID, primary_key=True),
+    Column("task_id", ID, ForeignKey(tasks.c.task_id, ondelete="CASCADE"), nullable=False),
+    Column("step", NAME, nullable=False, server_default=""),
+    Column("attempt", Integer(), nullable=False, server_default="0"),
+    number("run"),
+    Column("key", NAME, nullable=False),  # the nested key of the model call
+    Column("model", NAME, nullable=False, server_default=""),
+    number("tokens"),
+    amount("cost_usd"),
+    Column("state", String(16), nullable=False, server_default="open"),  # open, settled, released
+    number("used_tokens"),
+    amount("used_cost_usd"),
+    time("created_at"),
+    time("settled_at", nullable=True),
+    Index(None, "task_id", "state"),
+    Index(None, "task_id", "key"),
+)
+
+model_journal = Table(
+    "model_journal",
+    ORCHESTRATOR,
+    tenant(primary_key=True),
+    Column("key", NAME, primary_key=True),  # the nested key of the model call
+    Column("task_id", ID, ForeignKey(tasks.c.task_id, ondelete="CASCADE"), nullable=False),
+    Column("step", NAME, nullable=False, server_default=""),
+    Column("body_digest", ID, nullable=False),
+    Column("answer", LargeBinary(), nullable=False),
+    number("prompt_tokens"),
+    number("completion_tokens"),
+    amount("cost_usd"),
+    text("model"),
+    time("created_at"),
+    Index(None, "task_id"),
+)
+
+
+events = Table(
+    "events",
+    ORCHESTRATOR,
+    Column("row_id", position(), primary_key=True, autoincrement=True),  # the order of insertion
+    Column("id", ID, nullable=False, unique=True),
+    Column("event_type", String(64), nullable=False),
+    Column("channel", String(128), nullable=False),
+    tenant(),
+    Column("subject", NAME, nullable=False),
+    number("version"),
+    Column("timestamp", String(40), nullable=False),  # RFC 3339, as on the wire
+    Column("source", NAME, nullable=False),
+    Column("data", json_type(), nullable=False),
+    Column("correlation_id", NAME, nullable=False, server_default=""),
+    Column("traceparent", NAME, nullable=False, server_default=""),
+    # Given by the relay: the position in the log, and that of the event before it on its channel.
+    Column("seq", BigInteger(), nullable=True, unique=True),
+    Column("prev", BigInteger(), nullable=True),
+    # That inserted it. PostgreSQL fills it in by a default that the migration has; NULL on SQLite.
+    Column("transaction_id", BigInteger(), nullable=True),
+    UniqueConstraint("tenant", "subject", "version"),
+    Index("ix_events_tenant_seq", "tenant", "seq"),
+    Index(
+        "ix_events_unnumbered",
+        "row_id",
+        sqlite_where=sql("seq IS NULL"),
+        postgresql_where=sql("seq IS NULL"),
+    ),
+    sqlite_autoincrement=True,
+)
+
+subjects = Table(
+    "subjects",
+    ORCHESTRATOR,
+    tenant(primary_key=True),
+    Column("subject", NAME, primary_key=True),
+    number("version"),  # of its latest event
+)
+
+channels = Table(
+    "channels",
+    ORCHESTRATOR,
+    Column("channel", String(128), primary_key=True),
+    number("seq"),  # of its latest event
+)
+
+relay_state = Table(
+    "relay_state",
+    ORCHESTRATOR,
+    Column("name", String(32), primary_key=True),
+    Column("holder", NAME, nullable=False, server_default=""),
+    number("fence"),  # rises with each claim; a write under an older one is refused
+    time("lease_until"),
+    number("numbered"),  # the last seq given
+    number("published"),  # the last seq that Redis took
 )

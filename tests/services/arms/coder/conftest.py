@@ -9,10 +9,10 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from octollm.contracts.asking import PromptMessage
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest, ValidateResult
+from octollm.services.arms.completion import PromptMessage
 from octollm.services.arms.executor import runner_sql
-from octollm.services.arms.judge.validate import validate as judge_validate
+from octollm.services.arms.judge.validation import validate as judge_validate
 
 
 class Scripted:

@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from octollm.contracts.asking import PromptMessage
 from octollm.errors import OctoError
 from octollm.services.arms.coder.code import solutions_agree, write_code
-from octollm.services.arms.coder.code_prompt import detect_other_language, find_name_in_goal, strip_test_request
+from octollm.services.arms.coder.cross_check import SolutionProbe
 from octollm.services.arms.coder.examples import Example
-from octollm.services.arms.coder.probe import SolutionProbe
-from octollm.services.arms.coder.solution import hardcodes_answers, module_name
+from octollm.services.arms.coder.solution import (
+    detect_other_language,
+    find_name_in_goal,
+    hardcodes_answers,
+    module_name,
+    strip_test_request,
+)
+from octollm.services.arms.completion import PromptMessage
 
 GOAL = "Write a Python function double(n) with tests"
 GOOD = "```python\ndef double(n: int) -> int:\n    return n * 2\n```"

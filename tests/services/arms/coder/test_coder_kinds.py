@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from octollm.errors import OctoError
-from octollm.services.arms.coder.kinds import classify_goal
-from octollm.services.arms.coder.text import write_text
+from octollm.services.arms.coder.service import classify_goal, write_text
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.contracts.operations import RunResult
-from octollm.contracts.tables import ResultSet
+from octollm.contracts.operations import ResultSet, RunResult
 from octollm.errors import OctoError
 from octollm.services.arms.coder.data import answer_data, render_answer, results_agree
-from octollm.services.arms.coder.describe import describe_tables, format_schema
-from octollm.services.arms.coder.sql_doubts import find_query_issues as find_doubts
-from octollm.services.arms.coder.sql_doubts import find_unknown_values
-from octollm.services.arms.coder.sql_text import extract_query, missing_column_hint
-from octollm.services.arms.coder.sql_wanted import required_functions_hint
+from octollm.services.arms.coder.sql_heuristics import find_query_issues as find_doubts
+from octollm.services.arms.coder.sql_heuristics import find_unknown_values, required_functions_hint
+from octollm.services.arms.coder.table_schema import describe_tables, extract_query, format_schema, missing_column_hint
 
 SALES = (
     "CREATE TABLE sales AS SELECT * FROM "

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from octollm.services.arms.coder.imports import add_imports
+from octollm.services.arms.coder.python_source import add_imports
 
 
 def test_adds_what_the_library_is_known_for() -> None:

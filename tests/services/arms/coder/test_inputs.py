@@ -5,8 +5,7 @@ import ast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.services.arms.coder.examples import Example
-from octollm.services.arms.coder.inputs import MAX_CALLS, generate_calls
+from octollm.services.arms.coder.examples import MAX_CALLS, Example, generate_calls
 
 
 def _examples(*calls: str) -> list[Example]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.services.arms.coder.parse import (
+from octollm.services.arms.coder.python_source import (
     extract_code,
     find_definition,
     find_main_definition,

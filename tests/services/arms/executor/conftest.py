@@ -11,8 +11,8 @@ import pytest
 
 from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
-from octollm.services.arms.executor.probe import probe_sandbox
 from octollm.services.arms.executor.sandbox import Sandbox
+from octollm.services.arms.executor.selection import probe_sandbox
 from octollm.services.arms.executor.wasi import Wasi
 
 

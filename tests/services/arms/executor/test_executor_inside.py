@@ -6,7 +6,7 @@ import io
 import os
 from pathlib import Path
 
-from octollm.services.arms.executor.inside import collect_files, exceeds_entry_limit, unpack_files
+from octollm.services.arms.executor.supervisor import collect_files, exceeds_entry_limit, unpack_files
 
 
 def made(root: Path, before: dict[str, bytes] | None = None, most: int = 16) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from octollm.errors import OctoError
-from octollm.services.arms.executor.interpreter import can_read, copy_once, find_duckdb, find_interpreter
+from octollm.services.arms.executor.bubblewrap import can_read, copy_once, find_duckdb, find_interpreter
 from octollm.services.arms.executor.process import SandboxUser
 
 STRANGER = SandboxUser(61717, 61717)

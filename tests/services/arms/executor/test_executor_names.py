@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.services.arms.executor.names import MAX_JOB_FILES, check_names, find_name_fault
+from octollm.services.arms.executor.sandbox import MAX_JOB_FILES, check_names, find_name_fault
 
 
 @pytest.mark.parametrize("name", ["main.py", "pkg/__init__.py", "a b.csv", "ünïcode.csv", ".hidden", "-x", "a..b"])

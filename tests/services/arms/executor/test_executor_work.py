@@ -6,9 +6,9 @@ import pytest
 from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.task import FileRef
 from octollm.errors import OctoError
-from octollm.services.arms.executor.opening import RETRY_SECONDS, RunnerProvider
 from octollm.services.arms.executor.sandbox import Job, SandboxResult
-from octollm.services.arms.executor.work import build_run_request, find_sql_file, summarise_run
+from octollm.services.arms.executor.selection import RETRY_SECONDS, RunnerProvider
+from octollm.services.arms.executor.service import build_run_request, find_sql_file, summarise_run
 from octollm.testing import wait_until
 
 

@@ -7,8 +7,7 @@ import pytest
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.task import Artifact, Citation, Evidence, ExecuteResult, FileRef
 from octollm.errors import OctoError
-from octollm.services.arms.judge.accept import accept
-from octollm.services.arms.judge.accept_code import find_test_weakness
+from octollm.services.arms.judge.acceptance import accept, find_test_weakness
 
 CODE = "def double(n):\n    return n * 2\n"
 TESTS = """import unittest

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest
-from octollm.services.arms.judge.syntax import parse_python
-from octollm.services.arms.judge.validate import validate
+from octollm.services.arms.judge.validation import parse_python, validate
 
 CODE = "def double(n):\n    return n * 2\n"
 TESTS = """import unittest

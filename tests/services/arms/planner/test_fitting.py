@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.contracts.task import ArmInfo
-from octollm.services.arms.planner.choose import assign_arms
-from octollm.services.arms.planner.fitting import find_matching_arm, score_arm
+from octollm.services.arms.planner.assignment import assign_arms, find_matching_arm, score_arm
 
 
 def arm(name: str, description: str) -> ArmInfo:

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.task import ArmInfo, FileRef, Plan, PlanRequest, PlanStep, TaskContext
 from octollm.errors import OctoError
-from octollm.services.arms.planner.execute import plan_and_execute
-from octollm.services.arms.planner.plan import make_plan
-from octollm.services.arms.planner.plan_validate import MAX_STEPS, is_acyclic, validate_plan
+from octollm.services.arms.planner.plan import MAX_STEPS, is_acyclic, make_plan, validate_plan
+from octollm.services.arms.planner.service import plan_and_execute
 
 
 class Asked:

@@ -7,10 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.contracts.operations import Passage
-from octollm.contracts.passages import numbered_lines, split_passages
-from octollm.services.arms.retriever.answer import answer_question, first_paragraph, is_denial
-from octollm.services.arms.retriever.cite import measure_support
-from octollm.services.arms.retriever.focus import narrow_passages, split_sentences
+from octollm.services.arms.retriever.answer import (
+    answer_question,
+    first_paragraph,
+    is_denial,
+    measure_support,
+    narrow_passages,
+    split_sentences,
+)
+from octollm.text.passages import numbered_lines, split_passages
 
 TEXT = """# Pump P3
 

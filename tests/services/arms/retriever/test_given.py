@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.services.arms.retriever.given import search_texts
+from octollm.services.arms.retriever.service import search_texts
 
 GUIDE = "# Billing\n\nInvoices leave at 02:00.\n\n# Access\n\nFinance reads invoices.\n"
 

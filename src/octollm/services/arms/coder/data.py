@@ -1,18 +1,24 @@
-"""Answering a question over tables: one SQL query, written twice and believed when the rows agree."""
+"""Answering a question over tables: ask for a query, run it, repair it; the result of two drafts that agree is the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from octollm.contracts.asking import PromptFunction, PromptMessage, assistant, system, user
-from octollm.contracts.tables import Cell, ResultSet, format_cell, parse_result_set
+from octollm.contracts.operations import Cell, ResultSet, format_cell, parse_result_set
 from octollm.contracts.task import Check, Evidence, ExecuteResult
 from octollm.errors import OctoError
-from octollm.services.arms.coder.describe import RunSql, TableSchema, describe_tables, format_schema
-from octollm.services.arms.coder.sql_doubts import QueryIssue, find_query_issues
-from octollm.services.arms.coder.sql_text import extract_query, missing_column_hint, quote_names
-from octollm.services.arms.coder.sql_wanted import required_functions_hint
+from octollm.services.arms.coder.sql_heuristics import QueryIssue, find_query_issues, required_functions_hint
+from octollm.services.arms.coder.table_schema import (
+    RunSql,
+    TableSchema,
+    describe_tables,
+    extract_query,
+    format_schema,
+    missing_column_hint,
+    quote_names,
+)
+from octollm.services.arms.completion import PromptFunction, PromptMessage, assistant, system, user
 
 OnText = Callable[[str], Awaitable[None]]
 

@@ -1,19 +1,20 @@
-"""The coder over HTTP: code with tests that pass, answers from tables, and plain texts."""
+"""The coder as a service: it classifies a goal as data, code or text, and answers with a query, a tested solution, or the model's own text."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Literal
 
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
-from octollm.contracts.kinds import file_kind
+from octollm.contracts.media_types import file_kind
 from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.services import SERVICES
-from octollm.contracts.task import MAX_GOAL, Evidence, ExecuteResult, TaskContract
+from octollm.contracts.task import MAX_GOAL, Check, Evidence, ExecuteResult, TaskContract
 from octollm.errors import FieldError, OctoError
 from octollm.rpc.service import Service, ServiceBase
-from octollm.services.arms.calling import (
+from octollm.services.arms.adapters import (
     ModelAsk,
     bind_run,
     bind_validate,
@@ -23,9 +24,48 @@ from octollm.services.arms.calling import (
 )
 from octollm.services.arms.coder.code import write_code
 from octollm.services.arms.coder.data import answer_data
-from octollm.services.arms.coder.kinds import classify_goal
 from octollm.services.arms.coder.solution import CodeSolution
-from octollm.services.arms.coder.text import write_text
+from octollm.services.arms.completion import PromptFunction, system, user
+from octollm.text.intent import is_programming_goal
+
+WorkKind = Literal["data", "code", "text"]
+
+
+def classify_goal(goal: str, files: Sequence[str]) -> WorkKind:
+    """Return ``data`` for a goal with tables, ``solve_code_goal`` for one that wants a program, else ``text``."""
+    if any(file_kind(name) == "table" for name in files):
+        return "data"
+    return "code" if is_programming_goal(goal, has_files=bool(files)) else "text"
+
+
+OnText = Callable[[str], Awaitable[None]]
+
+MAX_TEXT_TOKENS = 400
+MAX_TEXT_NOTES = 4000
+_TEXT_PROMPT = "Do what is asked, briefly. Say so when you do not know."
+
+
+async def write_text(
+    goal: str,
+    ask: PromptFunction,
+    *,
+    notes: str = "",
+    reasons: Sequence[str] = (),
+    max_tokens: int = MAX_TEXT_TOKENS,
+    on_text: OnText | None = None,
+) -> ExecuteResult:
+    """Return the model's text, marked as not checked. ``notes`` are what earlier steps found.
+
+    Raises ``OctoError`` (``model_output_invalid``) for an empty answer, and what ``ask`` raises.
+    """
+    known = f"{notes[:MAX_TEXT_NOTES]}\n\n" if notes else ""
+    refused = f"\n\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
+    answer = await ask([system(_TEXT_PROMPT), user(f"{known}{goal}{refused}")], max_tokens=max_tokens, on_text=on_text)
+    if not answer.strip():
+        raise OctoError("The model gave no text.", code="model_output_invalid")
+    check = Check("checked", False, "the model's own words: nothing was run or looked up")
+    return ExecuteResult(output=answer.strip(), evidence=Evidence(kind="text", checks=(check,)))
+
 
 PYTHON_MEDIA_TYPE = "text/x-python"
 

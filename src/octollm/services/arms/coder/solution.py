@@ -1,8 +1,9 @@
-"""What writing code comes to: the module, its tests, and the rules that any solution has to keep."""
+"""What every way of writing code shares: the prompts, the module taken from an answer, and the solution with its tests."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,93 @@ from dataclasses import dataclass
 from octollm.contracts.operations import ValidateRequest, ValidateResult
 from octollm.contracts.task import Check
 from octollm.services.arms.coder.examples import Example
-from octollm.services.arms.coder.imports import add_imports
-from octollm.services.arms.coder.parse import extract_code, keep_definitions, try_parse
+from octollm.services.arms.coder.python_source import add_imports, extract_code, keep_definitions, try_parse
+from octollm.services.arms.completion import PromptMessage, assistant, system, user
+
+_CODE_PROMPT = (
+    "You write correct Python 3 with the standard library only. Reply with one code block that has only what is asked "
+    "for, with type hints and a short docstring: no tests, no examples, no explanation."
+)
+_EXAMPLES_PROMPT = (
+    "You write test cases for Python functions that you cannot see. Reply with six lines, each one assert, such as: "
+    "assert f(2) == 4. Use short inputs whose result follows surely from the task: usual ones first, then edge cases. "
+    "No comments, no code block."
+)
+_TESTS_PROMPT = (
+    "You write unittest test cases for Python classes that you cannot see. Reply with one code block: a class with "
+    "three to five short test methods that use only what the task says. Each checks results with assertEqual."
+)
+FUNCTION_INSTRUCTION = "Put the work into a function that returns its result."
+"""Added to a goal whose first answer defines nothing that could be tested."""
+_NAME_AFTER_CALLED = re.compile(r"\b(?:called|named|name it|call it)\s+[`'\"]?([A-Za-z_]\w*)")
+_NAME_BEFORE_PAREN = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\(")
+_NAME_AFTER_KEYWORD = re.compile(r"\b(?:function|method|class|def)\s+[`'\"]?([A-Za-z_]\w*)")
+_LANGUAGES = re.compile(
+    r"\b(?:in|a|an|using|with)\s+(JavaScript|TypeScript|Java|Kotlin|Rust|Go|Golang|Ruby|PHP|Swift|Scala|Haskell|Perl|Lua|"
+    r"Elixir|Erlang|Clojure|Bash|PowerShell|C|C\+\+|C#)(?![\w+#])",
+)
+_TEST_REQUEST = re.compile(
+    r"[,;]?\s+(?:and|with|plus|including)\s+(?:(?:some|its|their|a few|good)\s+)?(?:unit\s*)?tests\b"
+    r"(?:\s+for\s+(?:it|them))?",
+    re.IGNORECASE,
+)
+MAX_FILE_CHARS = 4000
+
+
+def find_name_in_goal(goal: str) -> str | None:
+    """Return the name that a goal gives to what is to be written: ``name(…)``, "called name", "function some_name"."""
+    for pattern in (_NAME_AFTER_CALLED, _NAME_BEFORE_PAREN, _NAME_AFTER_KEYWORD):
+        for found in pattern.findall(goal):
+            plain_word = pattern is _NAME_AFTER_KEYWORD and "_" not in found and found[:1].islower()
+            if found.isidentifier() and not plain_word and found not in _IGNORED_NAMES:
+                return found
+    return None
+
+
+_IGNORED_NAMES = frozenset(
+    {"print", "len", "list", "dict", "str", "int", "float", "set", "tuple", "range", "sum", "O", "g", "e"}
+)
+
+
+def detect_other_language(goal: str) -> str | None:
+    """Return the programming language that a goal asks for, if it is not Python."""
+    if re.search(r"\bpython\b", goal, re.IGNORECASE):
+        return None
+    found = _LANGUAGES.search(goal)
+    return found[1] if found else None
+
+
+def strip_test_request(goal: str) -> str:
+    """Return a goal without its wish for tests, which are written apart: a model asked for both writes them twice."""
+    return _TEST_REQUEST.sub("", goal).strip() or goal
+
+
+def code_messages(goal: str, texts: Sequence[tuple[str, str]], reasons: Sequence[str]) -> list[PromptMessage]:
+    """Ask for the code. ``texts`` are (name, text) of files that the goal comes with."""
+    shown = "".join(f"File {name}:\n{text[:MAX_FILE_CHARS]}\n\n" for name, text in texts)
+    refused = f"\n\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
+    return [system(_CODE_PROMPT), user(f"{shown}{strip_test_request(goal)}{refused}")]
+
+
+def repair_messages(base: Sequence[PromptMessage], code: str, reasons: Sequence[str]) -> list[PromptMessage]:
+    """Ask for better code, with the reasons why the last was not valid."""
+    listed = "\n".join(f"- {reason}" for reason in reasons[:4])
+    return [
+        *base,
+        assistant(f"```python\n{code.strip()}\n```"),
+        user(f"This code is wrong:\n{listed}\nFind the mistake and reply with the whole corrected code block."),
+    ]
+
+
+def example_messages(goal: str, head: str) -> list[PromptMessage]:
+    """Ask for examples, from the goal and the head of the function only: the code is not shown."""
+    return [system(_EXAMPLES_PROMPT), user(f"Task: {goal}\nThe function: {head}")]
+
+
+def class_test_messages(goal: str, head: str, module: str) -> list[PromptMessage]:
+    """Ask for test cases of a class, from the goal and its head only."""
+    return [system(_TESTS_PROMPT), user(f"Task: {goal}\nThe class, in module {module}: {head}")]
+
 
 Validate = Callable[[ValidateRequest], Awaitable[ValidateResult]]
 """The judge's ``validate``."""

@@ -1,27 +1,199 @@
-"""The sandbox by bubblewrap: namespaces without anything of the host in them, a system-call filter, and limits."""
+"""The bubblewrap sandbox: namespaces without the host, a system-call filter, limits, and a read-only Python interpreter and DuckDB that the sandbox user can read."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from octollm.clock import Clock, SystemClock
 from octollm.errors import OctoError
-from octollm.services.arms.executor import inside
-from octollm.services.arms.executor.interpreter import (
-    DUCKDB_HOME,
-    ROOT_CACHES,
-    BindMounts,
-    Interpreter,
-    find_duckdb,
-    find_interpreter,
-)
-from octollm.services.arms.executor.names import check_names
+from octollm.services.arms.executor import supervisor as inside
 from octollm.services.arms.executor.process import SandboxUser, create_anonymous_file, create_job_file, run_bounded
-from octollm.services.arms.executor.sandbox import Job, Limits, SandboxResult
+from octollm.services.arms.executor.sandbox import Job, Limits, SandboxResult, check_names
 from octollm.services.arms.executor.seccomp import Architecture, build_filter, detect_architecture
+
+PYTHON_HOME = "/opt/python"
+"""Where an interpreter that is not under /usr stands in the sandbox."""
+DUCKDB_HOME = "/opt/duckdb"
+"""The folder in the sandbox that holds the DuckDB package and nothing else."""
+
+ROOT_CACHES = (Path("/var/cache/octollm"), Path("/tmp/octollm-sandbox"))  # noqa: S108 - its owner is checked
+"""Where a service that runs as root keeps the copies; the first one that can be written."""
+
+BindMounts = tuple[tuple[Path, str], ...]
+"""Host path → path inside, read-only."""
+
+_VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+_EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "idlelib", "ensurepip", "turtledemo"})
+
+
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """What the sandbox binds (host path → path inside, read-only) to have Python, and how it is called there."""
+
+    executable: str
+    bind_mounts: BindMounts
+    masked_folders: tuple[str, ...]
+    """Folders of third-party packages, hidden so that a program finds the standard library alone."""
+    env: tuple[tuple[str, str], ...]
+
+
+def find_interpreter(user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_CACHES) -> Interpreter:
+    """Find the interpreter that runs this process, without its virtual environment.
+
+    ``identity`` is the user that the sandbox runs as, ``None`` for this process's own.
+    Raises ``OctoError`` (``no_sandbox``) when it can be neither bound nor copied.
+    """
+    prefix = Path(sys.base_prefix).resolve()
+    binary = f"bin/{_VERSION}"
+    if prefix == Path("/usr") or prefix.is_relative_to("/usr"):
+        home, binds = str(prefix), ()
+    else:
+        source = prefix
+        if not can_read(user, prefix, prefix / binary, prefix / "lib" / _VERSION / "os.py"):
+            source = copy_once(prefix, [f"bin/{_VERSION}", *_shared_libraries(prefix), f"lib/{_VERSION}"], caches)
+        home, binds = PYTHON_HOME, ((source, PYTHON_HOME),)
+    masked = [f"{home}/lib/{_VERSION}/site-packages", f"/usr/local/lib/{_VERSION}/dist-packages"]
+    masked.append("/usr/lib/python3/dist-packages")
+    shown = {inside: source for source, inside in binds}
+    return Interpreter(
+        executable=f"{home}/{binary}",
+        bind_mounts=binds,
+        masked_folders=tuple(m for m in masked if _host_path(m, shown).is_dir()),
+        env=() if home == "/usr" else (("LD_LIBRARY_PATH", f"{home}/lib"),),
+    )
+
+
+def find_duckdb(user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_CACHES) -> BindMounts | None:
+    """Return the binds that make DuckDB importable from :data:`DUCKDB_HOME`; ``None`` when it is not installed.
+
+    Raises ``OctoError`` (``no_sandbox``) when it can be neither bound nor copied.
+    """
+    names: list[Path] = []
+    for module in ("duckdb", "_duckdb"):
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            return None
+        origin = Path(spec.origin)
+        names.append(origin.parent if spec.submodule_search_locations else origin)
+    folder = names[0].parent
+    names += folder.glob("duckdb-*.dist-info")  # the package asks for its own version
+    if not can_read(user, *names, names[0] / "__init__.py"):
+        folder = copy_once(folder, [name.name for name in names], caches)
+    return tuple((folder / name.name, f"{DUCKDB_HOME}/{name.name}") for name in names)
+
+
+def _shared_libraries(prefix: Path) -> list[str]:
+    return [f"lib/{file.name}" for file in sorted((prefix / "lib").glob("*.so*"))]
+
+
+def _host_path(inside: str, shown: dict[str, Path]) -> Path:
+    for home, source in shown.items():
+        if Path(inside).is_relative_to(home):
+            return source / Path(inside).relative_to(home)
+    return Path(inside)
+
+
+def can_read(user: SandboxUser | None, *paths: Path) -> bool:
+    """Say whether the identity can walk to ``paths`` and read them, by their permission bits."""
+    if user is None:
+        return all(os.access(path, os.R_OK) for path in paths)
+    for path in paths:
+        whole = path.resolve()
+        if not all(_has_permission(user, part, 0o1) for part in whole.parents):
+            return False
+        if not _has_permission(user, whole, 0o5 if whole.is_dir() else 0o4):
+            return False
+    return True
+
+
+def _has_permission(user: SandboxUser, path: Path, wanted: int) -> bool:
+    found = path.stat()
+    shift = 6 if found.st_uid == user.uid else 3 if found.st_gid == user.gid else 0
+    return (found.st_mode >> shift) & wanted == wanted
+
+
+def copy_once(source: Path, names: list[str], caches: tuple[Path, ...]) -> Path:
+    """Copy ``names`` of ``source`` into a cache, once for this state of them, and return the folder."""
+    state = hashlib.sha256(str(source).encode())
+    for name in names:
+        found = (source / name).stat()
+        state.update(f"\n{name} {found.st_ino} {found.st_size} {found.st_mtime_ns}".encode())
+    cache = _first_writable(caches)
+    target = cache / state.hexdigest()[:32]
+    if target.is_dir():
+        return target
+    growing = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        growing.chmod(0o755)
+        for name in names:
+            _copy_tree(source / name, growing / name)
+        try:
+            growing.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process was first
+                raise
+    except OSError as exc:
+        raise OctoError(f"{source} cannot be copied for the sandbox's user: {exc}", code="no_sandbox") from exc
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
+    return target
+
+
+def _first_writable(caches: tuple[Path, ...]) -> Path:
+    for cache in caches:
+        try:
+            cache.mkdir(mode=0o755, exist_ok=True)
+            cache.chmod(0o755)
+            found = cache.lstat()
+        except OSError:
+            continue
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and os.access(cache, os.W_OK):
+            return cache
+    tried = ", ".join(map(str, caches))
+    raise OctoError(
+        f"the sandbox's user cannot reach the interpreter, and no copy can be kept in {tried}; "
+        "install Python where every user can read it",
+        code="no_sandbox",
+    )
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not source.is_dir():
+        _link_or_copy(str(source), str(target))
+        return
+    shutil.copytree(source, target, ignore=_ignored_names, copy_function=_link_or_copy)
+    for folder, _, _ in os.walk(target):
+        Path(folder).chmod(0o755)
+
+
+def _ignored_names(_: str, names: list[str]) -> set[str]:
+    return {name for name in names if name in _EXCLUDED_FOLDERS or name.startswith("config-")}
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """Link ``source`` when everyone may read it and the file system allows, else copy it readable."""
+    path = Path(source).resolve()
+    mode = path.stat().st_mode
+    if mode & 0o004:
+        try:
+            Path(target).hardlink_to(path)
+            return target
+        except OSError:
+            pass
+    shutil.copy2(path, target)  # with its time, or the byte code beside it counts as stale
+    Path(target).chmod(0o755 if mode & 0o100 else 0o644)
+    return target
+
 
 WORK_FOLDER = "/work"
 """The work folder inside."""

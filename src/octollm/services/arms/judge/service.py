@@ -12,9 +12,9 @@ from octollm.contracts.services import SERVICES
 from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, TaskContract
 from octollm.errors import OctoError
 from octollm.rpc.service import Service, ServiceBase
-from octollm.services.arms.calling import ModelAsk, bind_run, is_capable_model, read_file_text
-from octollm.services.arms.judge.accept import accept as accept_result
-from octollm.services.arms.judge.validate import validate as validate_code
+from octollm.services.arms.adapters import ModelAsk, bind_run, is_capable_model, read_file_text
+from octollm.services.arms.judge.acceptance import accept as accept_result
+from octollm.services.arms.judge.validation import validate as validate_code
 
 MAX_CODE_FILES = 16
 """Python files of one ``execute``."""

@@ -1,15 +1,164 @@
-"""A goal becomes a plan."""
+"""Making a plan: a capable model designs the steps, else rules assign them; every plan is validated."""
 
 from __future__ import annotations
 
-from octollm.contracts.asking import PromptFunction
-from octollm.contracts.goals import is_programming_goal
-from octollm.contracts.task import MAX_GOAL, Plan, PlanRequest, PlanStep
+from collections.abc import Collection, Sequence
+
+import msgspec
+
+from octollm.contracts.services import BUILT_IN_ARMS
+from octollm.contracts.task import MAX_GOAL, ArmInfo, Plan, PlanRequest, PlanStep
 from octollm.errors import OctoError
-from octollm.services.arms.planner.choose import assign_arms
-from octollm.services.arms.planner.design import design_plan
-from octollm.services.arms.planner.plan_validate import validate_plan
-from octollm.services.arms.planner.wording import OnText, word_steps
+from octollm.services.arms.completion import PromptFunction, PromptMessage, assistant, system, user
+from octollm.services.arms.planner.assignment import OnText, assign_arms, word_steps
+from octollm.text.intent import is_programming_goal
+
+MAX_STEPS = 16
+"""Steps of one plan."""
+MAX_TITLE = 200
+MAX_CRITERIA = 10
+
+
+def validate_plan(plan: Plan, arms: Collection[str], files: Collection[str]) -> Plan:
+    """Return ``plan`` if it can be run with ``arms`` (the built-in ones always count) and the task's ``files``.
+
+    Raises ``OctoError`` (``plan_invalid``) with every fault found: no or too many steps, ids that repeat, arms, files
+    or dependencies that are not known, a circle of dependencies, a goal that is empty or too long.
+    """
+    faults = find_plan_faults(plan, {*arms, *BUILT_IN_ARMS}, set(files))
+    if faults:
+        raise OctoError("The plan cannot be used: " + "; ".join(faults[:8]) + ".", code="plan_invalid")
+    return plan
+
+
+def find_plan_faults(plan: Plan, arms: Collection[str], files: Collection[str]) -> list[str]:
+    """Return what is wrong with ``plan``, in words; nothing when it can be run."""
+    steps = plan.steps
+    if not 1 <= len(steps) <= MAX_STEPS:
+        return [f"it has {len(steps)} steps, from 1 to {MAX_STEPS} are possible"]
+    ids = [step.id for step in steps]
+    faults = [f"the id {name!r} is used twice" for name in sorted({name for name in ids if ids.count(name) > 1})]
+    for step in steps:
+        faults.extend(f"step {step.id!r}: {fault}" for fault in _find_step_faults(step, set(ids), arms, files))
+    if not faults and not is_acyclic(steps):
+        faults.append("the steps depend on each other in a circle")
+    return faults
+
+
+def is_acyclic(steps: Collection[PlanStep]) -> bool:
+    """Return whether the steps can be put in an order in which each comes after what it depends on."""
+    waiting = {step.id: set(step.depends_on) for step in steps}
+    while waiting:
+        free = [name for name, needs in waiting.items() if not needs & waiting.keys()]
+        if not free:
+            return False
+        for name in free:
+            del waiting[name]
+    return True
+
+
+def _find_step_faults(step: PlanStep, ids: set[str], arms: Collection[str], files: Collection[str]) -> list[str]:
+    faults: list[str] = []
+    if not step.id or len(step.id) > 64:
+        faults.append("its id must have from 1 to 64 characters")
+    if step.arm not in arms:
+        faults.append(f"there is no arm {step.arm!r}")
+    if not step.goal.strip() or len(step.goal) > MAX_GOAL:
+        faults.append(f"its goal must have from 1 to {MAX_GOAL} characters")
+    if len(step.title) > MAX_TITLE:
+        faults.append(f"its title has more than {MAX_TITLE} characters")
+    if len(step.acceptance_criteria) > MAX_CRITERIA:
+        faults.append(f"it has more than {MAX_CRITERIA} criteria")
+    faults.extend(f"there is no file {name!r}" for name in step.files if name not in files)
+    faults.extend(f"it depends on {name!r}, which is no step" for name in step.depends_on if name not in ids)
+    if step.id in step.depends_on:
+        faults.append("it depends on itself")
+    return faults
+
+
+MAX_DESIGNED_STEPS = 8
+MAX_PLAN_TOKENS = 1500
+MAX_DESIGN_ATTEMPTS = 2
+_PLAN_PROMPT = (
+    "You plan work for a team of arms. Use as few steps as the goal needs: one where one arm can do all of it. Give "
+    "each step the arm that fits, a goal that stands on its own, the files it needs, and the ids of the steps whose "
+    "output it needs. Steps that need nothing of each other run at the same time. Reply with JSON."
+)
+_BUILT_IN_ARMS = (
+    ArmInfo(
+        "coder",
+        "Writes tested Python code; answers questions over tables (CSV, TSV, JSON, Parquet) with SQL; writes texts",
+    ),
+    ArmInfo("retriever", "Answers a question from text documents, with citations of file and lines"),
+    ArmInfo("planner", "Works a goal off by writing and running small Python programs, one after the other"),
+)
+
+
+class _PlanAnswer(msgspec.Struct, frozen=True):
+    steps: tuple[PlanStep, ...]
+
+
+async def design_plan(request: PlanRequest, ask: PromptFunction) -> Plan | None:
+    """Return a plan of the model's, or ``None`` when it gave none that can be run. Raises what ``ask`` raises."""
+    arms = available_arms(request.arms)
+    names = [arm.name for arm in arms]
+    files = [file.name for file in request.context.files]
+    messages = _plan_messages(request, arms)
+    for attempt in range(MAX_DESIGN_ATTEMPTS):
+        answer = await ask(messages, max_tokens=MAX_PLAN_TOKENS, schema=_plan_schema(names, files), seed=attempt)
+        try:
+            plan = Plan(msgspec.json.decode(answer.encode(), type=_PlanAnswer).steps)
+        except msgspec.DecodeError:
+            fault = "the answer is not the JSON that was asked for"
+        else:
+            faults = find_plan_faults(plan, names, files)
+            if not faults:
+                return plan
+            fault = "; ".join(faults[:5])
+        messages = [*messages[:2], assistant(answer[:4000]), user(f"This plan cannot be used: {fault}. Mend it.")]
+    return None
+
+
+def available_arms(arms: Sequence[ArmInfo]) -> list[ArmInfo]:
+    """Return the built-in arms that do steps, then those that others registered."""
+    known = {arm.name for arm in _BUILT_IN_ARMS} | {"executor", "judge"}
+    return [*_BUILT_IN_ARMS, *(arm for arm in arms if arm.name not in known)]
+
+
+def _plan_messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[PromptMessage]:
+    listed = "\n".join(f"- {arm.name}: {arm.description[:300]}" for arm in arms)
+    parts = [f"Arms:\n{listed}", f"Goal: {request.goal}"]
+    if request.context.files:
+        parts.append("Files: " + ", ".join(file.name for file in request.context.files))
+    if request.context.text:
+        parts.append(f"Notes: {request.context.text[:2000]}")
+    if request.acceptance_criteria:
+        parts.append("The result must meet:\n" + "\n".join(f"- {each}" for each in request.acceptance_criteria[:10]))
+    if request.reasons:
+        parts.append("An earlier plan failed:\n" + "\n".join(f"- {reason}" for reason in request.reasons[:10]))
+    return [system(_PLAN_PROMPT), user("\n\n".join(parts))]
+
+
+def _plan_schema(arms: Sequence[str], files: Sequence[str]) -> dict[str, object]:
+    text = {"type": "string", "minLength": 3, "maxLength": 2000}
+    names = {"type": "array", "maxItems": MAX_DESIGNED_STEPS, "items": {"type": "string", "maxLength": 20}}
+    file = {"type": "string", "enum": list(files)} if files else {"type": "string", "maxLength": 100}
+    properties: dict[str, object] = {
+        "id": {"type": "string", "minLength": 1, "maxLength": 20},
+        "title": {"type": "string", "minLength": 3, "maxLength": 80},
+        "arm": {"type": "string", "enum": list(arms)},
+        "goal": text,
+        "depends_on": names,
+        "files": {"type": "array", "maxItems": len(files), "items": file},
+        "acceptance_criteria": {"type": "array", "maxItems": 4, "items": {"type": "string", "maxLength": 200}},
+    }
+    step = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": {"steps": {"type": "array", "minItems": 1, "maxItems": MAX_DESIGNED_STEPS, "items": step}},
+        "required": ["steps"],
+        "additionalProperties": False,
+    }
 
 
 async def make_plan(

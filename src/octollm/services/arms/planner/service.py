@@ -1,20 +1,127 @@
-"""The planner over HTTP: a goal becomes a plan, or a few programs that are run at once."""
+"""The planner as a service: a goal becomes a plan, or a few programs that the executor runs one after the other."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 import msgspec
 
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
+from octollm.contracts.operations import RunLimits, RunRequest, RunResult
 from octollm.contracts.services import SERVICES
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, TaskContract
+from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, Plan, PlanRequest, TaskContract
+from octollm.errors import OctoError
 from octollm.rpc.service import Service, ServiceBase
-from octollm.services.arms.calling import ModelAsk, bind_run, goal_with_constraints, is_capable_model
-from octollm.services.arms.planner.execute import plan_and_execute
+from octollm.services.arms.adapters import ModelAsk, bind_run, goal_with_constraints, is_capable_model
+from octollm.services.arms.completion import PromptFunction, PromptMessage, system, user
 from octollm.services.arms.planner.plan import make_plan
+
+Run = Callable[[RunRequest], Awaitable[RunResult]]
+"""The executor's ``run``."""
+OnText = Callable[[str], Awaitable[None]]
+
+MAX_PROGRAMS = 4
+MAX_PROGRAM_CHARS = 1200
+MAX_PROGRAMS_TOKENS = 900
+PROGRAM_SECONDS = 20.0
+MAX_SHOWN_CHARS = 4000
+"""Characters of one program's output that the transcript shows."""
+MAX_FILES = 32
+_PROGRAMS_PROMPT = (
+    "You reach a goal with short Python programs that run one after the other in one folder, with the standard "
+    "library, no network and no input. Use as few as possible. Each prints its result. Reply with JSON."
+)
+
+
+class PlannedProgram(msgspec.Struct, frozen=True):
+    """One program and what it is for."""
+
+    title: str
+    program: str
+
+
+class _ProgramsAnswer(msgspec.Struct, frozen=True):
+    programs: tuple[PlannedProgram, ...]
+
+
+async def plan_and_execute(
+    goal: str,
+    ask: PromptFunction,
+    run: Run,
+    *,
+    files: Sequence[FileRef] = (),
+    reasons: Sequence[str] = (),
+    on_text: OnText | None = None,
+) -> ExecuteResult:
+    """Write programs for ``goal`` and run them; the output is the transcript of what they printed.
+
+    A file that a program leaves is there for the next. ``reasons`` say why an earlier result was refused. Raises
+    ``OctoError``: ``model_output_invalid`` when there is no program, ``not_accepted`` with the reason at the first
+    program that fails or prints nothing at all, and what ``ask`` and ``run`` raise.
+    """
+    answer = await ask(
+        _program_messages(goal, files, reasons),
+        max_tokens=MAX_PROGRAMS_TOKENS,
+        schema=_programs_schema(),
+        on_text=on_text,
+    )
+    try:
+        programs = msgspec.json.decode(answer.encode(), type=_ProgramsAnswer).programs[:MAX_PROGRAMS]
+    except msgspec.DecodeError as exc:
+        raise OctoError("The model's programs could not be read.", code="model_output_invalid") from exc
+    if not any(program.program.strip() for program in programs):
+        raise OctoError("The model wrote no program.", code="model_output_invalid")
+    folder = {file.name: file for file in files}
+    transcript: list[str] = []
+    for number, program in enumerate(programs, start=1):
+        name = f"program_{number}.py"
+        sent = (*folder.values(), FileRef(name, text=program.program))
+        limits = RunLimits(wall_seconds=PROGRAM_SECONDS)
+        result = await run(RunRequest(language="python", command=(name,), files=sent, limits=limits))
+        if result.exit_code != 0 or result.reason:
+            raise OctoError(f"{program.title} failed: {_failure_reason(result)}", code="not_accepted")
+        transcript.append(f"{number}. {program.title}\n{result.stdout.strip()[:MAX_SHOWN_CHARS]}".rstrip())
+        for file in result.files[: MAX_FILES - len(folder)]:
+            folder[file.name] = file
+    if not any("\n" in part for part in transcript):
+        raise OctoError("The programs ran but printed nothing.", code="not_accepted")
+    return ExecuteResult(
+        output="\n\n".join(transcript),
+        evidence=Evidence(kind="text", checks=(Check("run", True, f"{len(programs)} programs ended well"),)),
+    )
+
+
+def _failure_reason(result: RunResult) -> str:
+    if result.reason:
+        return f"it was stopped by a limit ({result.reason})"
+    lines = result.stderr.strip().split("\n")
+    return lines[-1][:300] or f"it ended with {result.exit_code}"
+
+
+def _program_messages(goal: str, files: Sequence[FileRef], reasons: Sequence[str]) -> list[PromptMessage]:
+    listed = f"\nFiles in the folder: {', '.join(file.name for file in files)}" if files else ""
+    refused = f"\nAn earlier result was refused: {' '.join(reasons)[:600]}" if reasons else ""
+    return [system(_PROGRAMS_PROMPT), user(f"Goal: {goal}{listed}{refused}")]
+
+
+def _programs_schema() -> dict[str, object]:
+    program = {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string", "minLength": 3, "maxLength": 60},
+            "program": {"type": "string", "minLength": 5, "maxLength": MAX_PROGRAM_CHARS},
+        },
+        "required": ["title", "program"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "properties": {"programs": {"type": "array", "minItems": 1, "maxItems": MAX_PROGRAMS, "items": program}},
+        "required": ["programs"],
+        "additionalProperties": False,
+    }
 
 
 def planner_arm(settings: Settings) -> Arm:

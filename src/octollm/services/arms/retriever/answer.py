@@ -1,16 +1,156 @@
-"""Answering a question from passages: the model writes a sentence, code attaches the lines that carry it."""
+"""Answering a question from passages (grounded generation): the model writes a sentence, code attaches the cited lines, and an answer without support is withheld."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
-from octollm.contracts.asking import PromptFunction, PromptMessage, system, user
 from octollm.contracts.operations import Passage
-from octollm.contracts.task import Check, Evidence, ExecuteResult
-from octollm.contracts.words import stems
-from octollm.services.arms.retriever.cite import CitationSupport, measure_support
-from octollm.services.arms.retriever.focus import narrow_passages, rank_sentences
+from octollm.contracts.task import Check, Citation, Evidence, ExecuteResult
+from octollm.services.arms.completion import PromptFunction, PromptMessage, system, user
+from octollm.text.lexical import extract_numbers, extract_numbers_and_words, stems
+
+MAX_CITATION_LINES = 3
+"""Lines of one citation."""
+MAX_CITATIONS = 2
+_ANSWER_WEIGHT = 3
+_QUESTION_WEIGHT = 1
+_LINE_COST = 0.4
+_NUMBER_PREFIX = "#"
+_YES_NO = re.compile(r"\W*(?:yes|no)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class CitationSupport:
+    """How far passages carry an answer.
+
+    ``answered`` is the share of the answer's own words that the cited lines hold; ``asked`` the share of the
+    question's words that the passages of the citations hold; ``numbers_missing`` the answer's numbers that the cited
+    lines do not have; ``echo`` says that the answer has no word beyond the question's, and is no plain yes or no.
+    """
+
+    citations: tuple[Citation, ...]
+    answer_coverage: float
+    question_coverage: float
+    missing_numbers: frozenset[str]
+    is_echo: bool
+
+
+def measure_support(question: str, answer: str, passages: Sequence[Passage]) -> CitationSupport:
+    """Choose the few lines that share most with ``answer``, and measure how far they carry it."""
+    asked = stems(question)
+    said = _match_keys(answer)
+    own = (said - asked) or said
+    citations: list[Citation] = []
+    missing, used = set(own), list[Passage]()
+    for _ in range(MAX_CITATIONS):
+        best = _best_window(missing, asked, passages)
+        if best is None:
+            break
+        citation, passage = best
+        citations.append(citation)
+        used.append(passage)
+        missing -= _match_keys(citation.text)
+        if not missing or len(own) - len(missing) == 0:
+            break
+    held = stems("\n".join(passage.text + " " + passage.source for passage in used))
+    cited = extract_numbers_and_words("\n".join(citation.text for citation in citations))
+    return CitationSupport(
+        citations=tuple(citations),
+        answer_coverage=1 - len(missing) / len(own) if own else 0.0,
+        question_coverage=len(asked & held) / len(asked) if asked else 1.0,
+        missing_numbers=extract_numbers(answer) - cited - extract_numbers(question),
+        is_echo=not (said - asked) and not _YES_NO.match(answer),
+    )
+
+
+def _match_keys(text: str) -> set[str]:
+    return set(stems(text)) | {_NUMBER_PREFIX + number for number in extract_numbers(text)}
+
+
+def _best_window(own: set[str], asked: frozenset[str], passages: Sequence[Passage]) -> tuple[Citation, Passage] | None:
+    """Return the window of lines with most of the words that are still missing; few lines before many."""
+    best: tuple[float, Citation, Passage] | None = None
+    for rank, passage in enumerate(passages):
+        lines = passage.text.split("\n")
+        for start in range(len(lines)):
+            for length in range(1, min(MAX_CITATION_LINES, len(lines) - start) + 1):
+                text = "\n".join(lines[start : start + length])
+                if not lines[start].strip() or not lines[start + length - 1].strip():
+                    continue
+                held = _match_keys(text)
+                hits = len(own & held)
+                if not hits:
+                    continue
+                score = _ANSWER_WEIGHT * hits + _QUESTION_WEIGHT * len(asked & held) - _LINE_COST * length - rank * 0.1
+                if best is None or score > best[0]:
+                    first = passage.line_start + start
+                    last = min(first + length - 1, passage.line_end)
+                    best = (score, Citation(passage.source, min(first, last), last, text), passage)
+    return (best[1], best[2]) if best else None
+
+
+MAX_SENTENCES = 4
+"""Sentences of a second look."""
+_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[A-Z0-9`\"'(*-])")
+_STRUCTURED_LINE = re.compile(r"^\s*(?:[-*|#>]|\d+[.)]|```|E?\d+:)")
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A sentence, list item or table row; ``asked`` the question's words in it, ``weight`` their rarity added up."""
+
+    passage: int
+    text: str
+    question_words: frozenset[str]
+    weight: float
+
+
+def rank_sentences(question: str, passages: Sequence[Passage]) -> list[Sentence]:
+    """Return the sentences of the passages, those that speak most of the question first."""
+    asked = stems(question)
+    units = [
+        (number, text, stems(text)) for number, passage in enumerate(passages) for text in split_sentences(passage.text)
+    ]
+    seen = Counter(word for _, _, held in units for word in held & asked)
+    found = [
+        Sentence(number, text, held & asked, sum(math.log(1 + len(units) / seen[word]) for word in held & asked))
+        for number, text, held in units
+    ]
+    return sorted(found, key=lambda each: -each.weight)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a passage into sentences; lines of lists, tables and headings stand for themselves."""
+    units: list[str] = []
+    held = ""
+    for line in text.split("\n"):
+        if not line.strip() or _STRUCTURED_LINE.match(line):
+            units.append(held)
+            held = line.strip()
+        else:
+            held = f"{held} {line.strip()}".strip()
+    units.append(held)
+    return [sentence for unit in units for sentence in _SENTENCE_END.split(unit) if sentence.strip()]
+
+
+def narrow_passages(question: str, passages: Sequence[Passage]) -> list[Passage]:
+    """Return passages cut down to the sentences that speak most of the question, in their order."""
+    best = [each for each in rank_sentences(question, passages)[:MAX_SENTENCES] if each.question_words]
+    cut: list[Passage] = []
+    for number, passage in enumerate(passages):
+        kept = [each.text for each in best if each.passage == number]
+        if kept:
+            ordered = [text for text in split_sentences(passage.text) if text in kept]
+            text = "\n".join(ordered)
+            cut.append(
+                Passage(passage.source, passage.digest, passage.line_start, passage.line_end, text, passage.score)
+            )
+    return cut
+
 
 Search = Callable[[str, int], Awaitable[Sequence[Passage]]]
 """Find passages for a question, best first, at most so many."""

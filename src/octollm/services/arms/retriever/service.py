@@ -1,9 +1,10 @@
-"""The retriever over HTTP: passages for other arms, and answers with the lines that carry them."""
+"""The retriever as a service: BM25 search over the texts of a call and over memory, and answers with citations."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+import hashlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import msgspec
 
@@ -13,9 +14,30 @@ from octollm.contracts.operations import Passage, SearchFilters, SearchRequest, 
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import ExecuteResult, FileRef, TaskContract
 from octollm.rpc.service import Service, ServiceBase
-from octollm.services.arms.calling import ModelAsk, goal_with_constraints
+from octollm.services.arms.adapters import ModelAsk, goal_with_constraints
 from octollm.services.arms.retriever.answer import answer_question
-from octollm.services.arms.retriever.given import search_texts
+from octollm.text.lexical import bm25, content_words, tokenize
+from octollm.text.passages import split_passages
+
+MAX_PASSAGES = 2000
+"""Passages of all texts together that are looked through."""
+
+
+def search_texts(texts: Mapping[str, str], question: str, limit: int) -> list[Passage]:
+    """Return at most ``limit`` passages of ``texts`` (name → text) that have words of ``question``, best first."""
+    found: list[Passage] = []
+    for name, text in texts.items():
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        for lines in split_passages(text)[: MAX_PASSAGES - len(found)]:
+            found.append(Passage(name, digest, lines.line_start, lines.line_end, lines.text, 0.0))  # noqa: PERF401
+    terms = content_words(question) or tokenize(question)
+    scores = bm25(terms, [passage.text for passage in found], total=len(found))
+    ranked = sorted(zip(scores, range(len(found)), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    return [
+        Passage(p.source, p.digest, p.line_start, p.line_end, p.text, round(score, 4))
+        for score, p in ((score, found[at]) for score, at in ranked[:limit])
+        if score > 0
+    ]
 
 
 def retriever_arm() -> Arm:

@@ -1,0 +1,124 @@
+"""What `models` answers: chat completion chunks as server-sent events, read into one completion, and problems carried by other clients' exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from octollm.contracts.problems import ERROR_KINDS, Problem
+from octollm.contracts.task import Usage
+from octollm.errors import OctoError, RemoteError
+from octollm.rpc.http_client import StreamedResponse, TransportError
+from octollm.rpc.problems import remote_error
+
+_MAX_CAUSES = 8
+"""How far the causes of an exception are followed."""
+
+
+def extract_problem(error: BaseException | None) -> RemoteError | None:
+    """Return the problem that ``models`` answered, if ``error`` comes of one: OpenAI's SDK keeps it as ``body``."""
+    for _ in range(_MAX_CAUSES):
+        if error is None:
+            return None
+        try:
+            problem = msgspec.convert(getattr(error, "body", None), Problem)
+        except msgspec.ValidationError:
+            error = error.__cause__ or error.__context__
+            continue
+        return remote_error(problem, "models") if problem.code in ERROR_KINDS else None
+    return None
+
+
+OnText = Callable[[str], Awaitable[None]]
+_MAX_EVENT_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCompletion:
+    """What the model wrote. ``finish_reason`` is ``length`` when it was cut at the limit."""
+
+    text: str
+    finish_reason: str
+    usage: Usage
+    model: str
+
+
+class _Delta(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    delta: _Delta = _Delta()
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+
+
+class _Chunk(msgspec.Struct, frozen=True):
+    choices: tuple[_Choice, ...] = ()
+    usage: _Usage | None = None
+    model: str = ""
+    error: Problem | None = None
+
+
+class TextDeduplicator:
+    """Hands text on once: a call that is made again after it broke begins with what was heard already."""
+
+    def __init__(self, on_text: OnText | None) -> None:
+        self._on_text = on_text
+        self._delivered = 0
+        self._position = 0
+
+    def start(self) -> None:
+        """Begin an answer."""
+        self._position = 0
+
+    async def write(self, text: str) -> None:
+        """Take a piece of the answer, and hand on what is new of it."""
+        self._position += len(text)
+        new = self._position - self._delivered
+        if self._on_text is not None and new > 0:
+            self._delivered = self._position
+            await self._on_text(text[-new:])
+
+
+async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) -> ModelCompletion:
+    """Read one streamed answer to its end; raise what ``models`` says, and ``connection_lost`` when it breaks off."""
+    text: list[str] = []
+    finish, usage, model = "stop", Usage(), ""
+    async for data in _sse_data(streamed.chunks):
+        if data == b"[DONE]":
+            return ModelCompletion("".join(text), finish, usage, model)
+        try:
+            chunk = msgspec.json.decode(data, type=_Chunk)
+        except msgspec.DecodeError as error:
+            raise OctoError("models sent a chunk that is not understood.", code="peer_protocol") from error
+        if chunk.error is not None:
+            raise remote_error(chunk.error, "models")
+        model = chunk.model or model
+        if chunk.usage is not None:
+            usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cost_usd)
+        for choice in chunk.choices:
+            finish = choice.finish_reason or finish
+            if choice.delta.content:
+                text.append(choice.delta.content)
+                await sink.write(choice.delta.content)
+    raise TransportError("models ended its answer early.", code="connection_lost", request_sent=True)
+
+
+async def _sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the data of server-sent events (WHATWG HTML section 9.2), one line of data each."""
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > _MAX_EVENT_BYTES:
+            raise OctoError("models sent a line that is too long.", code="peer_protocol")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()

@@ -1,0 +1,128 @@
+"""Registration with the orchestrator for as long as an arm serves: register, heartbeat, deregister."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+
+import msgspec
+
+from octollm.arm.arm import Arm
+from octollm.concurrency import BackgroundTask
+from octollm.contracts.api import ArmRegistration
+from octollm.contracts.enrolment import InstanceRef
+from octollm.errors import OctoError, RemoteError
+from octollm.resilience import Deadline
+from octollm.rpc.client import CallTarget, OutgoingCall
+from octollm.rpc.health import DependencyStatus
+from octollm.rpc.http_client import TransportError
+from octollm.rpc.service import ServiceBase
+
+HEARTBEAT_SECONDS = 5.0
+"""The orchestrator drops an instance that it has not heard of for 20 s."""
+REGISTER_SECONDS = 60.0
+"""How long a start waits for the orchestrator."""
+DEREGISTER_SECONDS = 0.5
+"""A drain does not wait longer to be forgotten: silence says the same a little later."""
+_CALL_SECONDS = 4.0
+_RETRY_SECONDS = 0.5
+
+
+class ArmRegistrar:
+    """One process of an arm. ``checkup`` is degraded while the orchestrator does not know of it."""
+
+    def __init__(self, arm: Arm, base: ServiceBase) -> None:
+        self._arm = arm
+        self._base = base
+        self._instance = base.ids.hex()
+        self._failure = "not registered yet"
+        self._background = BackgroundTask(f"presence of {arm.name}")
+
+    @contextlib.asynccontextmanager
+    async def keep_registered(self) -> AsyncGenerator[None]:
+        """Register, send heartbeats while the context is open, and leave at its end.
+
+        Raises what the orchestrator answers, or ``unavailable`` and the like when it has not been there for 60 s.
+        """
+        await self._register_with_retry()
+        self._background.start(self._heartbeat_loop())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):  # what it died of is in ``checkup``
+                await self._background.stop()
+            await self._deregister()
+
+    async def checkup(self) -> DependencyStatus:
+        """Say whether the orchestrator knows of this process."""
+        failure = self._failure
+        if (died := self._background.failure) is not None:
+            failure = f"the heartbeat stopped: {type(died).__name__}"
+        return DependencyStatus(ok=not failure, detail=failure, required=False)
+
+    async def _register_with_retry(self) -> None:
+        end = Deadline.after(self._base.clock, REGISTER_SECONDS)
+        while True:
+            try:
+                return await self._register()
+            except OctoError as error:
+                if not _is_transient(error) or end.remaining() <= _RETRY_SECONDS:
+                    raise
+                self._base.log.info("arm.waits", error=error)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _heartbeat_loop(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            try:
+                await self._heartbeat()
+            except OctoError as error:
+                if not self._failure:
+                    self._base.log.warning("arm.not_heard", error=error)
+                self._failure = error.detail
+
+    async def _heartbeat(self) -> None:
+        try:
+            await self._send("heartbeat", InstanceRef(self._instance), _CALL_SECONDS)
+            self._failure = ""
+        except RemoteError as error:
+            if error.code != "not_found":
+                raise
+            # It was silent for too long, or the orchestrator began anew.
+            await self._register()
+
+    async def _register(self) -> None:
+        arm = self._arm
+        registration = ArmRegistration(
+            description=arm.description,
+            operations=tuple(declared.name for declared in arm.operations),
+            calls=arm.declared_calls,
+            accepts=tuple(arm.accepts),
+            url=self._base.url,
+            instance=self._instance,
+            about={declared.name: declared.summary for declared in arm.operations if declared.summary},
+        )
+        await self._send("register", registration, _CALL_SECONDS)
+        self._failure = ""
+
+    async def _deregister(self) -> None:
+        with contextlib.suppress(OctoError):  # then it is found silent
+            await self._send("leave", InstanceRef(self._instance), DEREGISTER_SECONDS)
+
+    async def _send(self, action: str, body: object, seconds: float) -> None:
+        # Each may be repeated: it names the instance.
+        call = OutgoingCall(
+            CallTarget("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", "read_only"),
+            self._base.identity.signer().sign_token("orchestrator"),
+            Deadline.after(self._base.clock, seconds),
+            msgspec.json.encode(body),
+        )
+        await self._base.client.send(call)
+
+
+def _is_transient(error: OctoError) -> bool:
+    """Say whether waiting may help: the orchestrator is not there yet, or at its limit."""
+    if isinstance(error, RemoteError):
+        return error.retryable
+    return isinstance(error, TransportError) or error.code in ("unavailable", "deadline_exceeded")

@@ -1,0 +1,106 @@
+"""`octollm new arm`: a package with an arm and a test that passes."""
+
+from __future__ import annotations
+
+import keyword
+import sys
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from octollm import __version__
+from octollm.arm.arm import DEFAULT_PORT
+from octollm.arm.validation import arm_invalid, check_name
+from octollm.cli.output import output
+from octollm.cli.runtime import EXIT_DONE, run_command
+from octollm.errors import OctoError
+
+new_app = typer.Typer(name="new", help="Make a package to begin with.", no_args_is_help=True)
+
+
+@new_app.callback()
+def kinds() -> None:
+    """Keep the kind a word of its own: there may be others."""
+
+
+@new_app.command("arm")
+def new_arm(
+    name: Annotated[str, typer.Argument(help="The arm's name, e.g. translator.")],
+    parent: Annotated[
+        Path, typer.Option("--dir", help="Make its folder in this one.", metavar="PATH", file_okay=False)
+    ] = Path(),
+) -> None:
+    """Make a package with an arm and a test that passes."""
+    raise typer.Exit(new_arm_command(name, parent))
+
+
+_TEMPLATES = {
+    "pyproject.toml.in": "pyproject.toml",
+    "README.md.in": "README.md",
+    "package.py.in": "src/{module}/__init__.py",
+    "arm.py.in": "src/{module}/arm.py",
+    "test.py.in": "tests/test_{module}.py",
+}
+"""Each template, and where it is written."""
+_RESERVED_NAMES = frozenset({"octollm", "tests", "pytest"})
+
+
+def new_arm_command(name: str, parent: Path) -> int:
+    """Make the package and say what to do next."""
+
+    async def work() -> int:
+        folder = write_arm_package(name, parent)
+        console = output()
+        console.print(Text.assemble(("Made ", "octo.title"), str(folder)))
+        for command in (
+            f"cd {folder}",
+            "pip install -e '.[dev]'",
+            "pytest",
+            f"octollm up --arm {module_name(name)}.arm:arm",
+        ):
+            console.print(Text(f"  {command}", "octo.quiet"))
+        return EXIT_DONE
+
+    return run_command(work)
+
+
+def module_name(name: str) -> str:
+    """Return the Python package of the arm called ``name``."""
+    return name.replace("-", "_")
+
+
+def write_arm_package(name: str, parent: Path) -> Path:
+    """Write the package of an arm below ``parent`` and return its folder.
+
+    Raises ``arm_invalid`` for a name that no arm, or no Python package, can have, and ``invalid_parameter`` where
+    something is there already, or nothing can be written.
+    """
+    check_name(name, built_in=False)
+    module = module_name(name)
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in _RESERVED_NAMES:
+        raise arm_invalid(f"An arm called {name} would hide the Python module {module}; choose another name.")
+    folder = parent / name
+    rendered = {
+        folder / place.format(module=module): _render(template, name=name, module=module)
+        for template, place in _TEMPLATES.items()
+    }
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OctoError(
+                f"{folder} is there already and not empty; name another with --dir.", code="invalid_parameter"
+            )
+        for path, text in rendered.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OctoError(f"{folder} cannot be written: {error.strerror}.", code="invalid_parameter") from error
+    return folder
+
+
+def _render(template: str, *, name: str, module: str) -> str:
+    text = (files("octollm.cli") / "templates" / "arm" / template).read_text(encoding="utf-8")
+    return Template(text).substitute(name=name, module=module, version=__version__, port=DEFAULT_PORT)

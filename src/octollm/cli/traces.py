@@ -1,0 +1,250 @@
+"""`octollm trace`: a task's spans as a tree, with self time per service, failures and tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from octollm.cli.output import output
+from octollm.cli.runtime import EXIT_DONE, command_settings, open_client, run_command
+from octollm.contracts.observability import SpanView, TraceView
+
+ORPHAN_NOTE = "its caller left no span"
+
+
+@dataclass(slots=True)
+class SpanNode:
+    """A span and what was done within it, by start."""
+
+    span: SpanView
+    children: list[SpanNode] = field(default_factory=list["SpanNode"])
+    is_orphan: bool = False
+    """Its caller left no span: the process that would have told of it died, or has not told yet."""
+
+    @property
+    def end(self) -> float:
+        """Return when it ended, in seconds since the epoch."""
+        return self.span.start + self.span.duration_ms / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRow:
+    """One line: ``start`` is in seconds from the first span's, ``seconds`` how long it took."""
+
+    depth: int
+    service: str
+    name: str
+    start: float
+    seconds: float
+    notes: tuple[str, ...] = ()
+    failure: str = ""
+
+
+def build_tree(spans: Sequence[SpanView]) -> list[SpanNode]:
+    """Return the roots, by start; those whose caller is missing are put below the first."""
+    nodes = [SpanNode(span) for span in sorted(spans, key=lambda span: (span.start, -span.duration_ms))]
+    by_id: dict[str, SpanNode] = {}
+    for node in nodes:
+        by_id.setdefault(node.span.span_id, node)
+    roots: list[SpanNode] = []
+    for node in nodes:
+        parent = by_id.get(node.span.parent_id)
+        if parent is not None and parent is not node and not _is_below(parent, node):
+            parent.children.append(node)
+        else:
+            node.is_orphan = bool(node.span.parent_id)
+            roots.append(node)
+    first, rest = roots[:1], roots[1:]
+    for node in list(rest):
+        if node.is_orphan:
+            first[0].children.append(node)
+            rest.remove(node)
+    return first + rest
+
+
+def _is_below(node: SpanNode, other: SpanNode) -> bool:
+    return any(each is node for each in _walk(other))
+
+
+def _walk(node: SpanNode) -> Iterator[SpanNode]:
+    waiting = [node]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting += found.children
+
+
+def build_rows(roots: Sequence[SpanNode], *, show_internal: bool) -> tuple[list[TraceRow], int]:
+    """Return the lines, and how many calls of the services' own bookkeeping were left out of them.
+
+    A call and its serving are one line, as long as the call. ``everything`` leaves nothing out.
+    """
+    if not roots:
+        return [], 0
+    zero = min(root.span.start for root in roots)
+    rows: list[TraceRow] = []
+    hidden = 0
+    waiting = [(root, 0) for root in reversed(roots)]
+    while waiting:
+        node, depth = waiting.pop()
+        served = node
+        if node.span.kind == "client" and len(node.children) == 1 and node.children[0].span.kind == "server":
+            [served] = node.children
+        if not show_internal and "octollm.peer" in served.span.attributes and not served.span.code:
+            hidden += 1
+            continue
+        rows.append(_build_row(node, served, depth, zero))
+        waiting += [(child, depth + 1) for child in reversed(served.children)]
+    return rows, hidden
+
+
+def _build_row(node: SpanNode, served: SpanNode, depth: int, zero: float) -> TraceRow:
+    span, told = node.span, served.span
+    attributes = {**span.attributes, **told.attributes}
+    notes: list[str] = []
+    tokens = [attributes.get(f"gen_ai.usage.{kind}_tokens") for kind in ("input", "output")]
+    if None not in tokens:
+        notes.append(f"{tokens[0]} + {tokens[1]} tokens")
+    cost = attributes.get("octollm.cost_usd")
+    if isinstance(cost, float) and cost:
+        notes.append(f"{cost:.4f} USD")
+    if "octollm.first_token_ms" in attributes:
+        notes.append(f"first token after {attributes['octollm.first_token_ms']} ms")
+    attempts = attributes.get("octollm.attempts")
+    if isinstance(attempts, int) and attempts > 1:
+        notes.append(f"{attempts} tries")
+    if "octollm.replayed" in attributes:
+        notes.append("answered from the journal")
+    if attributes.get("process.exit.code"):
+        notes.append(f"exit code {attributes['process.exit.code']}")
+    if attributes.get("octollm.limit"):
+        notes.append(f"stopped by {attributes['octollm.limit']}")
+    if node.is_orphan:
+        notes.append(ORPHAN_NOTE)
+    failed = told if told.code else span
+    why = f"{failed.code}: {failed.message}" if failed.message else failed.code
+    return TraceRow(depth, told.service, told.name, span.start - zero, span.duration_ms / 1000, tuple(notes), why)
+
+
+def self_time_by_place(roots: Sequence[SpanNode]) -> dict[str, float]:
+    """Return the seconds that were spent in each place itself, not in what it waited for, most first.
+
+    A place is a service, a model, a sandbox, or ``on the way``: between a call and its serving.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for node in (each for root in roots for each in _walk(root)):
+        found[_place(node)] += _self_time(node)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _place(node: SpanNode) -> str:
+    span = node.span
+    if span.kind == "client":
+        return span.name if "gen_ai.request.model" in span.attributes else "on the way"
+    return "sandbox" if "octollm.sandbox" in span.attributes else span.service
+
+
+def _self_time(node: SpanNode) -> float:
+    """Return the seconds of a span in which none of its children was running."""
+    seconds, reached = 0.0, node.span.start
+    for child in sorted(node.children, key=lambda child: child.span.start):
+        seconds += max(0.0, min(child.span.start, node.end) - reached)
+        reached = max(reached, min(child.end, node.end))
+    return seconds + max(0.0, node.end - reached)
+
+
+def sum_usage(spans: Sequence[SpanView]) -> tuple[int, float]:
+    """Return the tokens and US dollars of all model calls."""
+    tokens, cost = 0, 0.0
+    for span in spans:
+        for kind in ("input", "output"):
+            count = span.attributes.get(f"gen_ai.usage.{kind}_tokens", 0)
+            tokens += count if isinstance(count, int) else 0
+        price = span.attributes.get("octollm.cost_usd", 0.0)
+        cost += price if isinstance(price, float) else 0.0
+    return tokens, cost
+
+
+BAR_WIDTH = 24
+_LABEL_WIDTH = 44
+_MAX_PLACES = 8
+
+
+def trace_command(task_id: str, *, show_internal: bool, as_json: bool) -> int:
+    """Show the trace of one task."""
+
+    async def work() -> int:
+        async with open_client(command_settings()) as octo:
+            trace = await octo.task(task_id).trace()
+        if as_json:
+            print(msgspec.json.encode(trace).decode())
+        else:
+            print_trace(trace, output(), show_internal=show_internal)
+        return EXIT_DONE
+
+    return run_command(work)
+
+
+def print_trace(trace: TraceView, console: Console, *, show_internal: bool) -> None:
+    """Print a trace: its tree, and where the time went."""
+    roots = build_tree(trace.spans)
+    if not roots:
+        console.print(
+            Text(
+                "No spans of this task are kept. They come within a second of the work and go after a week; a task"
+                " that was submitted in a trace which is not sampled leaves none."
+            )
+        )
+        return
+    rows, hidden = build_rows(roots, show_internal=show_internal)
+    whole = max([1e-6, *(row.start + row.seconds for row in rows)])
+    for row in rows:
+        console.print(_render_row(row, whole), no_wrap=True, overflow="ellipsis", crop=console.is_terminal)
+    tokens, cost = sum_usage(trace.spans)
+    console.print()
+    console.print(
+        Text.assemble(("Total    ", "octo.title"), f"{_format_duration(whole)}, {tokens:,} tokens, {cost:.4f} USD")
+    )
+    places = self_time_by_place(roots)
+    spent = sum(places.values()) or 1.0
+    for number, (place, seconds) in enumerate(list(places.items())[:_MAX_PLACES]):
+        title = "Time in  " if number == 0 else " " * 9
+        console.print(
+            Text.assemble((title, "octo.title"), f"{place:<28}{_format_duration(seconds):>9} {seconds / spent:>5.0%}")
+        )
+    if hidden:
+        console.print(Text(f"Left out: {hidden} calls of the services' own bookkeeping (--all)", "octo.quiet"))
+    if not trace.complete:
+        console.print(Text("There are more spans than one answer holds: only the first are shown.", "octo.warn"))
+
+
+def _render_row(row: TraceRow, whole: float) -> Text:
+    indent = "  " * row.depth
+    label = f"{indent}{row.service} "
+    line = Text.assemble(label, (row.name, "octo.step"))
+    line.truncate(_LABEL_WIDTH, overflow="ellipsis", pad=True)
+    line.append(" " + render_bar(row.start / whole, row.seconds / whole), "octo.bad" if row.failure else "octo.title")
+    line.append(f" {_format_duration(row.seconds):>8}  ")
+    if row.failure:
+        line.append(" ".join(row.failure.split())[:160] + "  ", "octo.bad")
+    line.append(", ".join(row.notes), "octo.quiet")
+    line.rstrip()
+    return line
+
+
+def render_bar(start: float, share: float) -> str:
+    """Return a bar for a part of the whole; even the shortest shows."""
+    first = min(int(start * BAR_WIDTH), BAR_WIDTH - 1)
+    length = max(1, min(round(share * BAR_WIDTH), BAR_WIDTH - first))
+    return "·" * first + "█" * length + "·" * (BAR_WIDTH - first - length)
+
+
+def _format_duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.1f} ms"
+    return f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"

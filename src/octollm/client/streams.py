@@ -1,0 +1,311 @@
+"""Live streams that resume after a disconnect: a task's WebSocket updates and the event log over SSE."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from urllib.parse import quote, urlencode
+
+import msgspec
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, WebSocketException
+
+from octollm.client._transport import GatewayTransport, protocol_error
+from octollm.client.errors import (
+    APIError,
+    Conflict,
+    DeadlineExceeded,
+    Unavailable,
+    error_from_code,
+    error_from_response,
+)
+from octollm.contracts.events import Event
+from octollm.contracts.stream import FrameType
+from octollm.resilience import CallFailure, RetryPolicy
+from octollm.rpc.http_client import HttpResponse
+
+RECONNECT_TIMEOUT_SECONDS = 60.0
+"""How long the door may be away before a watcher gives up."""
+_RECONNECT_POLICY = RetryPolicy(max_attempts=1_000_000, base_delay=0.2, max_delay=2.0)
+"""The time bounds the tries, not their number."""
+
+
+class ReconnectBackoff:
+    """Counts from the moment when the door was lost to the one when it is back."""
+
+    def __init__(self, transport: GatewayTransport, timeout: float) -> None:
+        self._transport = transport
+        self._timeout = timeout
+        self._until: float | None = None
+        self._attempts = 0
+
+    def reset(self) -> None:
+        """Note that the door has told something."""
+        self._until = None
+        self._attempts = 0
+
+    def next_delay(self, error: APIError, hint: str) -> float:
+        """Return the seconds until the next try.
+
+        Raises ``error`` itself when trying again cannot help, and :class:`Unavailable` when the time is used up;
+        ``what`` says how to go on then.
+        """
+        if not error.retryable:
+            raise error
+        now = self._transport.clock.monotonic()
+        if self._until is None:
+            self._until = now + self._timeout
+        self._attempts += 1
+        delay = _RECONNECT_POLICY.next_delay(
+            CallFailure(True, may_have_started=False, retry_after=error.retry_after),
+            attempt=self._attempts,
+            is_idempotent=True,
+            remaining=self._until - now,
+            random=random.random(),  # noqa: S311  jitter is no secret
+        )
+        if delay is None:
+            raise Unavailable(
+                f"{self._transport.url} has been away for {self._timeout:g} s. {hint}", code="unavailable"
+            ) from error
+        return delay
+
+
+MAX_OFFSETS = 64
+"""Running steps whose text the door goes on with."""
+
+
+class Update(msgspec.Struct, frozen=True):
+    """One thing that a task's watcher is told.
+
+    ``seq`` counts the task's events without gaps; ``progress`` is from 0 to 100 and never falls. ``data`` holds the
+    event's members, first of all ``event_type``. The last five members belong to ``token`` updates: ``offset`` is the
+    place of ``text`` in what ``step`` writes in this ``attempt`` and ``run``, in code points; with ``reset`` all that
+    the step wrote before is void.
+    """
+
+    task_id: str
+    type: FrameType
+    seq: int
+    progress: float
+    timestamp: str = ""
+    data: dict[str, object] = {}
+    step: str = ""
+    attempt: int = 0
+    run: int = 0
+    offset: int = 0
+    reset: bool = False
+
+    @property
+    def text(self) -> str:
+        """Return what a token update adds to the step's text."""
+        return str(self.data.get("text", ""))
+
+
+class StreamGapError(Exception):
+    """A frame does not join on to those before it: something between was lost."""
+
+
+@dataclass(slots=True)
+class StreamPosition:
+    """What was seen: the last ``seq``, and per step how much of the text of which attempt and run."""
+
+    seq: int = 0
+    texts: dict[str, tuple[int, int, int]] = field(default_factory=dict[str, tuple[int, int, int]])
+
+    def to_query(self) -> str:
+        """Return the query string that goes on from here."""
+        latest = list(self.texts.items())[-MAX_OFFSETS:]
+        offsets = [("offset", f"{step}.{attempt}.{run}.{end}") for step, (attempt, run, end) in latest]
+        return urlencode([("after", str(self.seq)), *offsets])
+
+    def advance(self, update: Update) -> Update | None:
+        """Note an update; return what is new of it, ``None`` when nothing is. Raises :class:`StreamGapError`."""
+        if update.type == "ping":
+            return None
+        if update.type == "token":
+            return self._advance_text(update)
+        if update.seq <= self.seq:
+            return None
+        if update.seq > self.seq + 1:
+            raise StreamGapError
+        if update.type == "step" and "text_length" in update.data:
+            self.texts.pop(str(update.data.get("step", "")), None)
+        self.seq = update.seq
+        return update
+
+    def _advance_text(self, update: Update) -> Update | None:
+        attempt, run, seen = self.texts.get(update.step, (-1, -1, 0))
+        if (update.attempt, update.run) < (attempt, run):
+            return None
+        if (update.attempt, update.run) > (attempt, run):
+            seen = 0
+        start, text = update.offset, update.text
+        if not update.reset:
+            if start > seen:
+                raise StreamGapError
+            if start + len(text) <= seen:
+                return None
+            if start < seen:
+                start, text = seen, text[seen - start :]
+                update = msgspec.structs.replace(update, offset=start, data={**update.data, "text": text})
+        # Taken out first, so that the step written last is also the last here.
+        self.texts.pop(update.step, None)
+        self.texts[update.step] = (update.attempt, update.run, start + len(text))
+        return update
+
+
+_MAX_FRAME = 8 * 1024 * 1024
+_OPEN_SECONDS = 10.0
+KEEPALIVE_SECONDS = 10.0
+"""A door is asked as often whether it is still there, and has as long to answer; after both it counts as gone."""
+_DONE, _MALFORMED = 1000, 1008
+_CLOSE_CODES = {
+    4401: ("token_missing", "The door wants a valid API key: set OCTOLLM_API_KEY, or give it to connect()."),
+    4403: ("scope_missing", "The API key does not allow this task to be watched."),
+    4404: ("task_not_found", "There is no task {task_id}."),
+}
+
+
+async def stream_updates(
+    transport: GatewayTransport,
+    task_id: str,
+    *,
+    after: int = 0,
+    reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS,
+    keepalive: float = KEEPALIVE_SECONDS,
+) -> AsyncGenerator[Update]:
+    """Yield a task's updates behind ``after`` until its last, going on where a broken connection stopped.
+
+    Raises :class:`NotFound`, :class:`AuthenticationError`, :class:`PermissionDenied`, and :class:`Unavailable` when
+    no door is back after ``patience`` seconds. A door that is asked after ``silence`` seconds and says nothing for as
+    long counts as gone.
+    """
+    position = StreamPosition(after)
+    bearing = ReconnectBackoff(transport, reconnect_timeout)
+    while True:
+        url = transport.url
+        try:
+            async with _connect(transport, url, task_id, position, keepalive) as socket:
+                async for message in socket:
+                    update = msgspec.json.decode(message, type=Update)
+                    new = position.advance(update)
+                    if new is not None or update.type == "ping":
+                        bearing.reset()
+                    if new is not None:
+                        yield new
+            error = _error_from_close_code(socket.close_code, task_id, url)
+        except ConnectionClosed as closed:
+            error = _error_from_close_code(closed.rcvd.code if closed.rcvd else None, task_id, url)
+        except StreamGapError:
+            error = Unavailable(f"{url} left out a part of the updates.", code="connection_lost")
+        except InvalidStatus as refused:
+            response = refused.response
+            after_text = response.headers.get("Retry-After", "")
+            error = error_from_response(
+                HttpResponse(response.status_code, {"retry-after": after_text}, bytes(response.body or b""))
+            )
+        except msgspec.DecodeError as wrong:
+            raise protocol_error(url) from wrong
+        except (OSError, TimeoutError, InvalidHandshake, WebSocketException) as broken:
+            error = _connection_lost(url)
+            error.__cause__ = broken
+        if error is None:
+            return
+        transport.fail_over(url)
+        await asyncio.sleep(
+            bearing.next_delay(
+                error, f"The task may go on: `octollm watch {task_id}` follows it once the door is back."
+            )
+        )
+
+
+def _connect(
+    transport: GatewayTransport, url: str, task_id: str, position: StreamPosition, keepalive: float
+) -> connect:
+    # http:// → ws://, https:// → wss://
+    return connect(
+        f"ws{url.removeprefix('http')}/ws/tasks/{quote(task_id, safe='')}?{position.to_query()}",
+        ssl=transport.tls if url.startswith("https:") else None,
+        additional_headers=transport.auth_headers,
+        max_size=_MAX_FRAME,
+        compression=None,
+        open_timeout=_OPEN_SECONDS,
+        ping_interval=keepalive,
+        ping_timeout=keepalive,
+        close_timeout=1,
+        proxy=None,
+    )
+
+
+def _error_from_close_code(code: int | None, task_id: str, url: str) -> APIError | None:
+    """Return what a close code means: ``None`` after the last update."""
+    if code == _DONE:
+        return None
+    if code in _CLOSE_CODES:
+        name, detail = _CLOSE_CODES[code]
+        return error_from_code(name, detail.format(task_id=task_id))
+    if code == _MALFORMED:
+        return Conflict(f"{url} did not accept how the updates were asked for.", code="state_conflict")
+    return _connection_lost(url)
+
+
+def _connection_lost(url: str) -> APIError:
+    return Unavailable(f"The updates from {url} broke off.", code="connection_lost")
+
+
+_STREAM_SECONDS = 3600.0
+_MAX_EVENT = 4 * 1024 * 1024
+
+
+async def stream_events(
+    transport: GatewayTransport, *, after: int = 0, reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS
+) -> AsyncGenerator[Event]:
+    """Yield events behind the position ``after``, and go on for ever, also over a broken connection.
+
+    Raises what the door refuses with, and :class:`Unavailable` when no door is back after ``patience`` seconds.
+    """
+    bearing = ReconnectBackoff(transport, reconnect_timeout)
+    while True:
+        try:
+            async with contextlib.aclosing(_read_connection(transport, after)) as events:
+                async for event in events:
+                    bearing.reset()
+                    if event is not None and event.seq > after:
+                        after = event.seq
+                        yield event
+            error: APIError = _stream_ended(transport)
+        except DeadlineExceeded:
+            # The stream was open for as long as one may be.
+            error = _stream_ended(transport)
+        except APIError as broken:
+            error = broken
+        await asyncio.sleep(bearing.next_delay(error, f"Go on with after={after} once it is back."))
+
+
+async def _read_connection(transport: GatewayTransport, after: int) -> AsyncGenerator[Event | None]:
+    """Yield the events of one connection, and ``None`` for each sign of life."""
+    async with transport.stream(f"/events?after={after}", "text/event-stream", _STREAM_SECONDS) as streamed:
+        rest = b""
+        async for chunk in streamed.chunks:
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > _MAX_EVENT:
+                raise protocol_error(transport.url)
+            for line in lines:
+                if line.startswith(b"data:"):
+                    yield _decode_event(line[5:], transport)
+                elif line.startswith(b":"):
+                    yield None
+
+
+def _stream_ended(transport: GatewayTransport) -> APIError:
+    return Unavailable(f"{transport.url} ended the stream of events.", code="connection_lost")
+
+
+def _decode_event(data: bytes, transport: GatewayTransport) -> Event:
+    try:
+        return msgspec.json.decode(data, type=Event)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise protocol_error(transport.url) from error

@@ -1,0 +1,196 @@
+"""An arm of your own in its own process: load it by name, enrol it once, serve it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import sys
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from octollm.arm import Arm, build_arm
+from octollm.capability import PublicKey, SigningKey
+from octollm.capability.jose import to_jwks
+from octollm.capability.keyring import TrustedRoots
+from octollm.clock import Clock, IdGenerator
+from octollm.config import Settings
+from octollm.errors import OctoError, SettingError
+from octollm.installation.home import Home, open_keys, write_private
+from octollm.installation.network import advertised_url, resolve_addresses, transport_from_settings
+from octollm.installation.provisioning import read_key_ring, read_roots
+from octollm.installation.service_host import ServiceHost, start_service_host, wait_for_dependencies
+from octollm.rpc.discovery import Discovery, DnsResolver, StaticDiscovery
+from octollm.rpc.enrolment import enrol
+from octollm.rpc.http_client import HttpClient
+from octollm.rpc.identity import ServiceIdentity
+from octollm.rpc.service import Service, build_base
+
+UNKNOWN_KEY_CODES = frozenset({"token_invalid", "token_revoked", "token_malformed"})
+"""What an arm is told whose key the installation does not know, or knows no more."""
+
+
+def load_arm(target: str) -> Arm:
+    """Return the arm that ``module:name`` names; the current folder and its ``src`` are looked in, too.
+
+    Raises ``setting_invalid`` when there is no such module or no arm of that name in it.
+    """
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise SettingError(f"{target!r} is no built-in service, and an arm is named module:name, e.g. my_arm:arm.")
+    here = Path.cwd()
+    for folder in (str(here / "src"), str(here)):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not module_name.startswith(error.name):
+            raise SettingError(f"{module_name} needs {error.name}, which is not installed.") from error
+        raise SettingError(f"There is no module {module_name} in {here} or among the installed packages.") from error
+    found = getattr(module, name, None)
+    if not isinstance(found, Arm):
+        arms = ", ".join(key for key, value in vars(module).items() if isinstance(value, Arm)) or "none"
+        raise SettingError(f"{name} in {module_name} is no arm; arms in it: {arms}.")
+    return found
+
+
+class ArmKeyStore:
+    """The key of an arm and the roots that it pinned when it joined, in the home or in ``OCTOLLM_KEYS``."""
+
+    def __init__(self, folder: Path, name: str, ids: IdGenerator) -> None:
+        self._key_file = folder / f"{name}.jwk"
+        self._roots_file = folder / f"{name}.roots.jwks"
+        self._name = name
+        self._ids = ids
+
+    @property
+    def is_enrolled(self) -> bool:
+        """Say whether the arm has joined an installation."""
+        return self._roots_file.exists()
+
+    def load_key(self) -> SigningKey:
+        """Return the arm's newest key, made if it is not there; raise ``setting_invalid`` for a damaged one."""
+        if not self._key_file.exists():
+            text = msgspec.json.encode(SigningKey.generate(self._name).to_jwk(private=True))
+            write_private(self._key_file, text, self._ids)
+        *_, newest = read_key_ring(self._key_file, self._name)
+        return newest.key
+
+    def load_roots(self) -> Mapping[str, PublicKey]:
+        """Return the pinned roots; raise ``setting_invalid`` when there are none."""
+        return {key.thumbprint: key for key, _made in read_roots(self._roots_file)}
+
+    def pin_roots(self, roots: Mapping[str, PublicKey]) -> None:
+        """Keep the roots for the next start."""
+        write_private(self._roots_file, msgspec.json.encode(to_jwks(roots)), self._ids)
+
+
+async def open_arm_keys(settings: Settings, name: str, ids: IdGenerator) -> ArmKeyStore:
+    """Return where the keys of the arm ``name`` are, with the folder made."""
+    if settings.keys is not None:
+        return ArmKeyStore(settings.keys, name, ids)
+    async with open_keys(settings.home) as home:
+        return ArmKeyStore(Home(home.root).keys, name, ids)
+
+
+@contextlib.asynccontextmanager
+async def serve_arm(
+    arm: Arm, settings: Settings, http: HttpClient, *, clock: Clock, ids: IdGenerator, on_wait: Callable[[str], None]
+) -> AsyncGenerator[ServiceHost]:
+    """Serve ``arm`` for as long as the context is open; leaving drains and deregisters.
+
+    The first time it joins with ``OCTOLLM_JOIN_SECRET``, and pins the root keys that it is told; later starts need
+    no secret. Raises ``setting_invalid`` without either, what :func:`octollm.rpc.enrolment.join` raises,
+    ``port_taken``, and ``unavailable`` when the orchestrator does not come in time.
+    """
+    keys = await open_arm_keys(settings, arm.name, ids)
+    port = settings.port or arm.port + settings.port_offset
+    async with contextlib.AsyncExitStack() as stack:
+        names = await stack.enter_async_context(DnsResolver())
+        discovery = StaticDiscovery(resolve_addresses(settings), names)
+        own = await asyncio.to_thread(keys.load_key)
+        if not keys.is_enrolled:
+            await _enrol(arm, own, keys, settings, http, discovery, clock, ids)
+
+        async def started() -> ServiceHost:
+            roots = TrustedRoots(keys.load_roots(), keys.pin_roots)
+            identity = ServiceIdentity(arm.name, own, roots, clock, ids)
+            base = build_base(
+                identity,
+                http,
+                discovery,
+                advertised_url=advertised_url(settings, port),
+                trace_sample_ratio=settings.trace_sample_ratio,
+                transport=transport_from_settings(settings),
+            )
+
+            @contextlib.asynccontextmanager
+            async def opener() -> AsyncGenerator[Service]:
+                yield build_arm(arm, base)
+
+            return await _start_host(arm, opener, (settings.host, port), settings, clock, on_wait)
+
+        try:
+            host = await started()
+        except OctoError as error:
+            if error.code not in UNKNOWN_KEY_CODES or settings.enrolment_token is None:
+                raise
+            # It was removed, or this is another installation than the one that it joined.
+            await _enrol(arm, own, keys, settings, http, discovery, clock, ids)
+            host = await started()
+        stack.push_async_callback(host.close, settings.shutdown_grace + 2)
+        yield host
+
+
+async def _enrol(
+    arm: Arm,
+    own: SigningKey,
+    keys: ArmKeyStore,
+    settings: Settings,
+    http: HttpClient,
+    discovery: Discovery,
+    clock: Clock,
+    ids: IdGenerator,
+) -> None:
+    if settings.enrolment_token is None:
+        listed = " ".join(arm.declared_calls)
+        calls = f' --calls "{listed}"' if listed else ""
+        raise SettingError(
+            f"{arm.name} has not joined an installation yet. Let its administrator run `octollm keys join --name"
+            f" {arm.name}{calls}` and start it once with OCTOLLM_JOIN_SECRET set to"
+            " what that prints."
+        )
+    roots = await enrol(
+        http,
+        discovery,
+        clock,
+        ids,
+        name=arm.name,
+        key=own,
+        enrolment_token=settings.enrolment_token,
+        calls=arm.declared_calls,
+        max_wait=settings.startup_timeout,
+    )
+    await asyncio.to_thread(keys.pin_roots, roots)
+
+
+async def _start_host(
+    arm: Arm,
+    open_service: Callable[[], contextlib.AbstractAsyncContextManager[Service]],
+    address: tuple[str, int],
+    settings: Settings,
+    clock: Clock,
+    on_wait: Callable[[str], None],
+) -> ServiceHost:
+    hosts: list[ServiceHost] = []
+
+    async def opened() -> None:
+        hosts.append(await start_service_host(arm.name, open_service, *address, drain=settings.shutdown_grace))
+
+    await wait_for_dependencies(
+        {"orchestrator": opened}, clock=clock, timeout=settings.startup_timeout, on_wait=on_wait
+    )
+    return hosts[0]

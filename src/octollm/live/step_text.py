@@ -1,0 +1,240 @@
+"""Step text: the position that a client resumes from (``after``, ``offset``), and which text of which step is still to be sent. No I/O."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from octollm.contracts.api import StepText
+from octollm.errors import OctoError
+from octollm.storage import TextEntry
+
+MAX_OFFSETS = 64
+"""Running steps that one watcher may name."""
+_SEQ = re.compile(r"[0-9]{1,15}")
+_OFFSET = re.compile(r"([A-Za-z0-9._-]{1,64})\.([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})")
+
+
+@dataclass(frozen=True, slots=True)
+class TextOffset:
+    """The text of one step that a watcher has: up to ``count`` code points of this attempt and run."""
+
+    attempt: int
+    run: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePosition:
+    """``after`` is the last ``seq`` that the watcher has; ``None`` asks for the present state, 0 for everything."""
+
+    after: int | None = None
+    offsets: Mapping[str, TextOffset] = field(default_factory=dict[str, TextOffset])
+
+
+def parse_resume_position(after: str | None, offsets: Iterable[str]) -> ResumePosition:
+    """Read the parameters; an offset is ``<step>.<attempt>.<run>.<n>``.
+
+    Raises ``invalid_parameter`` for anything else, for a step named twice and for more than 64 of them.
+    """
+    if after is not None and not _SEQ.fullmatch(after):
+        raise OctoError("`after` must be the seq of a frame: a whole number.", code="invalid_parameter")
+    found: dict[str, TextOffset] = {}
+    for text in offsets:
+        match = _OFFSET.fullmatch(text)
+        if match is None:
+            raise OctoError("`offset` must be <step>.<attempt>.<run>.<n>.", code="invalid_parameter")
+        if match[1] in found or len(found) >= MAX_OFFSETS:
+            raise OctoError(
+                f"`offset` may be given once per running step, {MAX_OFFSETS} times at most.", code="invalid_parameter"
+            )
+        found[match[1]] = TextOffset(int(match[2]), int(match[3]), int(match[4]))
+    return ResumePosition(None if after is None else int(after), found)
+
+
+PLAN = "plan"
+"""The name under which the planner's text streams; it is no step of the plan."""
+MAX_CHUNK = 8192
+"""Code points of one piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """Text to be sent. ``reset`` says that what the watcher has of this step is void."""
+
+    step: str
+    attempt: int
+    run: int
+    offset: int
+    text: str
+    reset: bool
+
+
+class EntryResult(Enum):
+    """What became of an entry."""
+
+    ACCEPTED = "taken"
+    """Whatever of it was new will be sent."""
+    EARLY = "early"
+    """It belongs to an attempt whose start is not known yet: read the events, then offer it again."""
+    GAP = "gap"
+    """Text before it is missing: read the saved texts, then the stream from its beginning."""
+
+
+@dataclass(slots=True)
+class _StepText:
+    """The text of a step's newest attempt and run."""
+
+    attempt: int
+    run: int
+    end: int = 0
+    """Offset up to which text was sent or is pending."""
+    base: int = 0
+    """Offset of the first code point that is not void."""
+    needs_reset: bool = True
+    """The next piece starts with ``reset``."""
+    has_stale_text: bool = False
+    """The watcher has text that is void, and learns so at once, even if nothing is written in its place."""
+    is_claimed: bool = False
+    """``end`` is the watcher's word, and no text has followed it yet."""
+    is_open: bool = True
+    reset_id: tuple[int, int] = (0, 0)
+    """Stream id of the last reset; entries before it are void."""
+    pending: list[str] = field(default_factory=list[str])
+
+    def restart(self, run: int, at: int) -> None:
+        self.has_stale_text = self.has_stale_text or not self.needs_reset
+        self.pending.clear()
+        self.run, self.base, self.end, self.needs_reset, self.is_claimed = run, at, at, True, False
+
+    def extend(self, offset: int, text: str) -> bool:
+        """Append what is new of ``text``; return whether it joins on."""
+        if offset > self.end:
+            return False
+        new = text[self.end - offset :]
+        if new:
+            self.pending.append(new)
+            self.end += len(new)
+            self.is_claimed = False
+        return True
+
+
+class StepTextTracker:
+    """The texts of one task's steps as one watcher is sent them."""
+
+    def __init__(self, offsets: Mapping[str, TextOffset]) -> None:
+        self._claims = dict(offsets)
+        self._texts: dict[str, _StepText] = {}
+        self._plans = 0
+
+    @property
+    def has_running_step(self) -> bool:
+        """Say whether a step may still write."""
+        return any(text.is_open for text in self._texts.values())
+
+    @property
+    def has_silent_step(self) -> bool:
+        """Say whether a step runs of which no text came yet."""
+        return any(text.is_open and (text.is_claimed or text.end == 0) for text in self._texts.values())
+
+    def start_attempt(self, step: str, attempt: int, run: int) -> None:
+        """Note that an attempt of ``step`` begins, or is taken over by a newer ``run``."""
+        text = self._texts.get(step)
+        if text is None or attempt > text.attempt:
+            self._texts[step] = self._begin_text(step, attempt, run)
+        elif attempt == text.attempt and run > text.run:
+            text.restart(run, 0)
+            text.reset_id = (0, 0)
+
+    def end_attempt(self, step: str, attempt: int) -> None:
+        """Note that an attempt of ``step`` is over: no more of its text is sent."""
+        text = self._texts.get(step)
+        if text is not None and text.attempt <= attempt:
+            text.is_open = text.has_stale_text = False
+            text.pending.clear()
+
+    def record_plan(self) -> None:
+        """Note that a plan was made: the n-th plan is attempt n of the planner's text."""
+        self._plans += 1
+        self.end_attempt(PLAN, self._plans)
+
+    def add(self, entry: TextEntry) -> EntryResult:
+        """Take an entry of the stream."""
+        text = self._find_text(entry.step, entry.attempt, entry.run)
+        if text is None:
+            return EntryResult.EARLY
+        if not text.is_open or entry.attempt < text.attempt or entry.run < text.run:
+            return EntryResult.ACCEPTED
+        at = _parse_stream_id(entry.id)
+        if entry.run > text.run:
+            text.restart(entry.run, entry.offset if entry.reset else 0)
+            text.reset_id = at if entry.reset else (0, 0)
+        if at < text.reset_id:
+            return EntryResult.ACCEPTED
+        if entry.reset and at > text.reset_id:
+            text.reset_id = at
+            if text.is_claimed and entry.offset < text.end:
+                text.base = entry.offset  # the watcher has text behind it, and so the reset
+            elif not (text.needs_reset and text.base == text.end == entry.offset):
+                text.restart(text.run, entry.offset)
+        return EntryResult.ACCEPTED if text.extend(entry.offset, entry.text) else EntryResult.GAP
+
+    def restore(self, saved: StepText) -> None:
+        """Take the text of a step as it was saved, when it reaches further than what came by the stream."""
+        text = self._find_text(saved.step, saved.attempt, saved.run)
+        if text is None or not text.is_open or saved.attempt < text.attempt or saved.run < text.run:
+            return
+        if text.is_claimed and saved.run == text.run and saved.base < text.end:
+            text.base = saved.base
+        elif saved.run > text.run or saved.base > text.base:
+            text.restart(saved.run, saved.base)
+        text.extend(saved.base, saved.text)
+
+    def get_offset(self, step: str, attempt: int) -> int:
+        """Return the offset that this attempt's text has reached; past any length when no more of it can be sent."""
+        text = self._texts.get(step)
+        if text is None or text.attempt > attempt or not text.is_open:
+            return 2**62
+        return text.end if text.attempt == attempt else 0
+
+    def drain(self) -> list[TextChunk]:
+        """Hand over everything pending, joined to pieces of at most ``MAX_CHUNK`` code points."""
+        pieces: list[TextChunk] = []
+        for step, text in self._texts.items():
+            if not (text.pending or text.has_stale_text):
+                continue
+            whole = "".join(text.pending)
+            text.pending.clear()
+            offset = text.end - len(whole)
+            for start in range(0, max(len(whole), 1), MAX_CHUNK):
+                part = whole[start : start + MAX_CHUNK]
+                pieces.append(TextChunk(step, text.attempt, text.run, offset + start, part, text.needs_reset))
+                text.needs_reset = text.has_stale_text = False
+        return pieces
+
+    def _find_text(self, step: str, attempt: int, run: int) -> _StepText | None:
+        """Return the step's text, or ``None`` when ``attempt`` is newer than any that is known to have started."""
+        text = self._texts.get(step)
+        if text is not None and attempt <= text.attempt:
+            return text
+        if step != PLAN:
+            return None
+        text = self._begin_text(step, attempt, run)
+        text.is_open = attempt > self._plans
+        self._texts[step] = text
+        return text
+
+    def _begin_text(self, step: str, attempt: int, run: int) -> _StepText:
+        claim = self._claims.get(step)
+        if claim is None or claim.attempt != attempt or claim.count == 0:
+            return _StepText(attempt, run)
+        if claim.run < run:
+            return _StepText(attempt, run, has_stale_text=True)
+        return _StepText(attempt, claim.run, end=claim.count, needs_reset=False, is_claimed=True)
+
+
+def _parse_stream_id(text: str) -> tuple[int, int]:
+    milliseconds, _, number = text.partition("-")
+    return int(milliseconds), int(number or 0)

@@ -1,0 +1,199 @@
+"""Authentication and authorization of an operation: by capability token, service token, or public; the result is an AuthContext."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import msgspec
+from starlette.requests import Request
+
+from octollm.capability import CapabilityError, DirectoryEntry, Scope, VerifiedChain, Verifier, verify_service_token
+from octollm.capability.tokens import AccessClaims, GrantClaims, TokenClaims
+from octollm.clock import Clock
+from octollm.errors import OctoError
+from octollm.rpc.call import Operation
+from octollm.rpc.identity import ServiceDirectory
+from octollm.rpc.revocations import RevocationSubscriber
+from octollm.telemetry.spans import TASK_ATTRIBUTE, TENANT_ATTRIBUTE, SpanValue
+
+CHAIN_ATTRIBUTE = "octollm.chain"
+
+
+class ChainLink(msgspec.Struct, frozen=True):
+    """One link: ``iss`` let ``aud`` do ``scope``. A grant's scope is its tree of what may follow, as JSON."""
+
+    iss: str
+    aud: str
+    scope: str
+    jti: str
+
+
+def encode_chain(links: Sequence[TokenClaims]) -> tuple[str, ...]:
+    """Return every link as JSON, the root's first and the access token last.
+
+    ``links`` are in the order of a bearer string: the access token, then the grants.
+    """
+    ordered = (*links[1:], links[0])
+    return tuple(
+        [msgspec.json.encode(ChainLink(link.iss, link.aud, _link_scope(link), link.jti)).decode() for link in ordered]
+    )
+
+
+def _link_scope(link: TokenClaims) -> str:
+    if isinstance(link, GrantClaims):
+        return msgspec.json.encode(link.may.to_dict()).decode()
+    return str(link.scope) if isinstance(link, AccessClaims) else ""
+
+
+class AuthContext(msgspec.Struct, frozen=True):
+    """In whose name a call is: a capability's, or a service's own."""
+
+    verified: VerifiedChain | None = None
+    peer: str = ""
+    bearer: str = ""
+    gateway_tenant: str = ""
+    """The tenant of a caller at the door, which is not shown a capability."""
+
+    @property
+    def tenant(self) -> str:
+        """Return the tenant that the call is for; empty where a service speaks for itself."""
+        return self.gateway_tenant if self.verified is None else self.verified.tenant
+
+
+def auth_span_attributes(auth: AuthContext) -> dict[str, SpanValue]:
+    """Return in whose name a call is, and by which chain of authority: claims, never a token."""
+    verified = auth.verified
+    if verified is None:
+        named = {TENANT_ATTRIBUTE: auth.tenant, "octollm.peer": auth.peer}
+        return {name: value for name, value in named.items() if value}
+    told: dict[str, SpanValue] = {TENANT_ATTRIBUTE: verified.tenant, CHAIN_ATTRIBUTE: encode_chain(verified.links)}
+    if verified.task is not None:
+        work = verified.task
+        named = {
+            TASK_ATTRIBUTE: work.task,
+            "octollm.step": work.step,
+            "octollm.attempt": work.attempt,
+            "octollm.run": work.run,
+        }
+        told |= {name: value for name, value in named.items() if value is not None}
+    return told
+
+
+_STALE_DIRECTORY_REASONS = frozenset({"service_unknown", "key_mismatch"})
+"""Refusals of a service that another replica may have let in a moment ago."""
+
+
+def parse_bearer_token(request: Request) -> str:
+    """Return the one bearer string of a request (RFC 6750 section 2.1); raise ``token_missing`` without one."""
+    values = [value for name, value in request.scope["headers"] if name == b"authorization"]
+    if not values:
+        raise OctoError(
+            "This needs a bearer token in the Authorization header; `octollm token mint` makes one.",
+            code="token_missing",
+        )
+    scheme, _, token = values[0].decode("latin-1").partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer" or not token.strip():
+        raise OctoError("The Authorization header must be one `Bearer <token>`.", code="token_malformed")
+    return token.strip()
+
+
+def required_scope(request: Request, operation: Operation) -> str:
+    """Return the scope that opens ``operation`` for this request: path parameters become selectors."""
+    scope = operation.scope
+    for name, value in request.path_params.items():
+        scope = scope.replace("{" + name + "}", str(value))
+    return scope
+
+
+class CapabilityAuthenticator:
+    """Opened by an access token for this service that allows the operation's scope."""
+
+    def __init__(self, verifier: Verifier, revocations: RevocationSubscriber | None = None) -> None:
+        """``revoked`` is what keeps the verifier's revocations up to date; ``None`` where nothing has to."""
+        self._verifier = verifier
+        self._revocations = revocations
+        self._parsed_scopes: dict[str, Scope] = {}
+        """Scopes of operations without parameters; there are as many as a service has operations."""
+
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
+        """Return the capability; raise a ``token_*`` code, ``scope_missing`` or ``revocations_unknown``."""
+        bearer = parse_bearer_token(request)
+        verified = self._verifier.verify(bearer)
+        if self._revocations is not None:
+            self._revocations.check(read_only=operation.kind == "read_only")
+        scope = self._parsed_scopes.get(operation.scope)
+        if scope is None:
+            text = required_scope(request, operation)
+            if not text:
+                raise OctoError("No scope opens this operation.", code="scope_missing")
+            scope = Scope(text)
+            if text == operation.scope:
+                self._parsed_scopes[text] = scope
+        if not verified.scopes.allows(scope):
+            raise OctoError(f"The token does not allow {scope}.", code="scope_missing")
+        return AuthContext(verified=verified, bearer=bearer)
+
+
+class ServiceAuthenticator:
+    """Opened by a service's own token, for the services that an operation names.
+
+    ``directory`` returns those that are known now; ``hurry`` looks again, for one that is not among them.
+    """
+
+    def __init__(
+        self,
+        audience: str,
+        directory: Callable[[], Mapping[str, DirectoryEntry]],
+        clock: Clock,
+        refresh_directory: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._audience = audience
+        self._directory = directory
+        self._clock = clock
+        self._refresh_directory = refresh_directory
+
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
+        """Return the service's name. ``operation.scope`` lists the services admitted; ``*`` is any registered."""
+        bearer = parse_bearer_token(request)
+        try:
+            peer = verify_service_token(bearer, self._audience, self._directory(), self._clock)
+        except CapabilityError as error:
+            if self._refresh_directory is None or error.reason not in _STALE_DIRECTORY_REASONS:
+                raise
+            await self._refresh_directory()
+            peer = verify_service_token(bearer, self._audience, self._directory(), self._clock)
+        admitted = operation.scope.split()
+        if "*" not in admitted and peer not in admitted:
+            raise OctoError(f"{peer} may not do this.", code="scope_missing")
+        return AuthContext(peer=peer, bearer=bearer)
+
+
+class RegisteredServiceAuthenticator:
+    """Opened by the own token of any service that the orchestrator's directory lists, at a service without the list."""
+
+    def __init__(self, audience: str, directory: ServiceDirectory, clock: Clock) -> None:
+        self._audience = audience
+        self._directory = directory
+        self._clock = clock
+
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
+        """Return the service's name. Raises a ``token_*`` code, or what keeps the directory from being read."""
+        del operation
+        bearer = parse_bearer_token(request)
+        try:
+            peer = verify_service_token(bearer, self._audience, await self._directory.entries(), self._clock)
+        except CapabilityError as error:
+            if error.reason not in ("service_unknown", "key_mismatch"):
+                raise
+            # It may have been registered, or have a new key, since the directory was read.
+            peer = verify_service_token(bearer, self._audience, await self._directory.entries(fresh=True), self._clock)
+        return AuthContext(peer=peer, bearer=bearer)
+
+
+class PublicAuthenticator:
+    """Opened by nothing: health, readiness, keys."""
+
+    async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
+        """Return nobody."""
+        del request, operation
+        return AuthContext()

@@ -1,0 +1,227 @@
+"""Bodies: read from ASGI within bounds, decoded to msgspec or Pydantic types with a JSON Pointer to each fault, encoded, and described as JSON Schema. Pydantic is recognised by its methods and never imported."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard, TypeVar, cast, get_args, get_origin
+from urllib.parse import parse_qsl
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
+
+from octollm.clock import IdGenerator
+from octollm.context import REQUEST_ID
+from octollm.errors import FieldError, OctoError
+
+
+def is_pydantic(kind: object) -> TypeGuard[type[Any]]:
+    """Say whether ``kind`` is a Pydantic model."""
+    return isinstance(kind, type) and hasattr(kind, "model_validate") and hasattr(kind, "model_json_schema")
+
+
+def encode(value: object) -> bytes:
+    """Return ``value`` as JSON. Raises ``TypeError`` for what no JSON stands for."""
+    return msgspec.json.encode(value, enc_hook=_encode_model)
+
+
+def convert(value: object, type_: Any) -> Any:
+    """Make a ``kind`` of JSON's builtins. Raises ``msgspec.ValidationError``."""
+    return msgspec.convert(value, type_, dec_hook=decode_model)
+
+
+def decode_model(kind: type[Any], value: object) -> Any:
+    """Make a Pydantic model of JSON's builtins: msgspec's ``dec_hook``."""
+    if is_pydantic(kind):
+        # From JSON, where a text may stand for a date even in a strict model.
+        return kind.model_validate_json(msgspec.json.encode(value))
+    if isinstance(value, kind):  # ``object`` is any JSON
+        return value
+    raise NotImplementedError(kind)
+
+
+def _encode_model(value: Any) -> object:
+    if not is_pydantic(cast("object", type(value))):
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
+    return value.model_dump(mode="json", by_alias=True)
+
+
+def json_schemas(kinds: Iterable[object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return a JSON schema for each of ``kinds``, and the components that they refer to (OpenAPI 3.1).
+
+    Raises ``TypeError`` for a type that has none.
+    """
+    found: dict[str, Any] = {}
+
+    def schema_of(kind: type[Any]) -> dict[str, Any]:
+        if kind is object:
+            return {"description": "Any JSON."}  # an empty schema would count as none
+        if not is_pydantic(kind):
+            raise NotImplementedError(kind)
+        schema: dict[str, Any] = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+        found.update(schema.pop("$defs", {}))
+        return schema
+
+    schemas, components = msgspec.json.schema_components(
+        list(kinds), schema_hook=schema_of, ref_template="#/components/schemas/{name}"
+    )
+    return list(schemas), {**found, **components}
+
+
+def pydantic_faults(error: BaseException | None, at: str) -> tuple[FieldError, ...]:
+    """Return the faults that a Pydantic model found in a value at the pointer ``at``; none for another error."""
+    found: Any = error
+    if not (hasattr(found, "errors") and hasattr(found, "error_count")):
+        return ()
+    return tuple(
+        FieldError(at + "".join("/" + escape_pointer(str(part)) for part in fault["loc"]), fault["msg"])
+        for fault in found.errors(include_url=False, include_context=False, include_input=False)[:20]
+    )
+
+
+def escape_pointer(part: str) -> str:
+    """Return one part of a JSON Pointer (RFC 6901 section 3)."""
+    return part.replace("~", "~0").replace("/", "~1")
+
+
+T = TypeVar("T")
+
+_PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
+_PART = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
+_DEPTH = 12
+_MAX_PARAMETERS = 100
+
+
+def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
+    """Read JSON ``data`` as ``kind``.
+
+    Raises ``invalid_json`` or ``invalid_body`` with a JSON Pointer (RFC 6901) to the fault; with ``strict``
+    (the public door) also ``unknown_field``. Between services unknown members are ignored, so that two
+    versions can run together.
+    """
+    try:
+        value = msgspec.json.decode(data, type=kind, dec_hook=decode_model)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        at = _pointer(text)
+        raise OctoError(
+            "The body does not fit its schema.",
+            code="invalid_body",
+            field_errors=pydantic_faults(error.__cause__, at) or (FieldError(at, _fault_text(text)),),
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise OctoError(
+            "The body is not valid JSON.", code="invalid_json", field_errors=(FieldError("", str(error)),)
+        ) from error
+    if strict:
+        unknown = list(_unknown_fields(msgspec.json.decode(data), kind, "", 0))
+        if unknown:
+            raise OctoError(
+                "The body has a field that is not known here.",
+                code="unknown_field",
+                field_errors=tuple(FieldError(pointer, "unknown field") for pointer in unknown[:20]),
+            )
+    return value
+
+
+def decode_query(text: bytes, kind: type[T]) -> T:
+    """Read the query of a URL as ``kind``; of a name that comes twice the last counts, others are ignored.
+
+    Raises ``invalid_parameter`` with the name.
+    """
+    try:
+        found = dict(parse_qsl(text.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_PARAMETERS))
+    except ValueError as error:
+        raise OctoError(f"The query may have {_MAX_PARAMETERS} parameters.", code="invalid_parameter") from error
+    try:
+        return msgspec.convert(found, kind, strict=False)
+    except msgspec.ValidationError as error:
+        name = _pointer(str(error)).removeprefix("/")
+        where = f"The query parameter {name} is wrong" if name else "The query is wrong"
+        raise OctoError(f"{where}: {_fault_text(str(error))}.", code="invalid_parameter") from error
+
+
+def _fault_text(text: str) -> str:
+    return _PATH.sub("", text)
+
+
+def _pointer(text: str) -> str:
+    match = _PATH.search(text)
+    if match is None:
+        return ""
+    parts = [name or index for name, index in _PART.findall(match[1])]
+    return "".join("/" + escape_pointer(part) for part in parts)
+
+
+def _unknown_fields(raw: Any, kind: Any, at: str, depth: int) -> Any:
+    """Yield a pointer for each member of ``raw`` that the Structs in ``kind`` do not have."""
+    if depth > _DEPTH:
+        return
+    struct = _struct_in(kind)
+    if struct is not None and isinstance(raw, dict):
+        known = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
+        members = cast("dict[str, Any]", raw)
+        for name, item in members.items():
+            pointer = f"{at}/{escape_pointer(str(name))}"
+            if name not in known:
+                yield pointer
+            else:
+                yield from _unknown_fields(item, known[name], pointer, depth + 1)
+    elif isinstance(raw, list):
+        origin = get_origin(kind)
+        if origin in (tuple, list) and get_args(kind):
+            items = cast("list[Any]", raw)
+            for index, item in enumerate(items):
+                yield from _unknown_fields(item, get_args(kind)[0], f"{at}/{index}", depth + 1)
+
+
+def _struct_in(kind: Any) -> Any:
+    for candidate in (kind, *get_args(kind)):
+        if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+            return candidate if get_origin(kind) not in (tuple, list, dict) else None
+    return None
+
+
+BODY_SECONDS = 60.0
+"""How long the body of a call may take to arrive."""
+
+
+async def read_body(scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
+    """Return the body of a request that is not whole yet. Raises ``body_too_large`` and ``request_timeout``."""
+    length = headers.get(b"content-length")
+    if length is None and b"transfer-encoding" not in headers and scope["http_version"] in ("1.0", "1.1"):
+        return b""  # RFC 9112 section 6.3: it has none
+    if length is not None and length.isdigit() and int(length) > limit:
+        raise body_too_large(limit)
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise body_too_large(limit)
+                if not message.get("more_body", False):
+                    return body
+    except TimeoutError:
+        raise OctoError(f"The body did not arrive in {BODY_SECONDS:g} s.", code="request_timeout") from None
+
+
+def body_too_large(limit: int) -> OctoError:
+    """Return what a body of more than ``limit`` bytes is answered."""
+    return OctoError(f"The body may have at most {limit} bytes.", code="body_too_large")
+
+
+def header_text(value: bytes | None) -> str | None:
+    """Return the text of a header, ``None`` for none."""
+    return None if value is None else value.decode("latin-1")
+
+
+def id_or_new(value: bytes | None, ids: IdGenerator, prefix: str) -> str:
+    """Return an id that was sent, or a new one with ``prefix`` where it is missing or malformed."""
+    text = header_text(value)
+    return text if text and REQUEST_ID.fullmatch(text) else prefix + ids.hex()

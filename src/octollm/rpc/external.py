@@ -1,0 +1,155 @@
+"""Calls to external services (model providers, collectors, identity providers): proxies and system certificates, with the retry policy, retry budget and circuit breaker of internal calls."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from pyqwest import HTTPTransport
+
+from octollm.clock import Clock
+from octollm.contracts.problems import to_problem
+from octollm.errors import CallAttempts, OctoError
+from octollm.resilience import (
+    Balancer,
+    CallFailure,
+    CallOutcome,
+    Deadline,
+    EjectionPolicy,
+    Instance,
+    RetryBudget,
+    RetryPolicy,
+)
+from octollm.rpc.http2_client import Http2Client
+from octollm.rpc.http_client import CONNECT_SECONDS, HttpClient
+from octollm.telemetry import Logger, Metrics
+
+T = TypeVar("T")
+
+
+def create_external_http_client(*, read_timeout: float) -> HttpClient:
+    """Return a client for requests outside; ``idle`` is the longest silence of an answer, in seconds.
+
+    No redirect is followed: one would carry a key elsewhere.
+    """
+    return Http2Client(
+        transport=HTTPTransport(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=read_timeout,
+            tls_include_system_certs=True,
+            follow_redirects=False,
+            enable_cookie_store=False,
+            enable_otel=False,
+        )
+    )
+
+
+class ExternalClient:
+    """One that is called outside, by ``name``: tries within the deadline and a budget, and a breaker.
+
+    After five failures in a row it is not called for 5 s, then for longer, but for one call that probes.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        name: str,
+        *,
+        clock: Clock,
+        metrics: Metrics,
+        log: Logger,
+        retry: RetryPolicy | None = None,
+        ejection: EjectionPolicy | None = None,
+    ) -> None:
+        self._service = service
+        self._name = name
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+        self._retry = retry or RetryPolicy()
+        self._budget = RetryBudget()
+        self._breaker = Balancer(random.randrange, ejection)
+        self._breaker.update_instances((name,), clock.monotonic())
+
+    async def call(
+        self,
+        operation: str,
+        attempt: Callable[[], Awaitable[T]],
+        deadline: Deadline,
+        *,
+        is_repeatable: Callable[[], bool],
+    ) -> T:
+        """Return what ``once`` does. It is tried again after a failure that may pass, while ``repeats`` says it may be.
+
+        Raises what ``once`` raised last, ``unavailable`` while it is not called, and ``deadline_exceeded``.
+        """
+        self._budget.earn()
+        began = self._clock.monotonic()
+        tried = 0
+        reason: OctoError | None = None
+        while True:
+            deadline.raise_if_passed()
+            instance = self._pick(operation, reason)
+            tried += 1
+            try:
+                result = await self._attempt(instance, operation, attempt)
+            except OctoError as error:
+                reason = error
+                self._metrics.calls.labels(self._service, self._name, operation, error.code).inc()
+                delay = self._retry.next_delay(
+                    CallFailure(to_problem(error).retryable, may_have_started=True, retry_after=error.retry_after),
+                    attempt=tried,
+                    is_idempotent=is_repeatable(),
+                    remaining=deadline.remaining(),
+                    random=random.random(),  # noqa: S311  jitter is no secret
+                )
+                if delay is None or not self._budget.spend():
+                    error.call_attempts = CallAttempts(
+                        self._name, operation, self._name, tried, self._clock.monotonic() - began
+                    )
+                    raise
+                self._metrics.call_retries.labels(self._service, self._name).inc()
+                await asyncio.sleep(delay)
+            else:
+                self._metrics.calls.labels(self._service, self._name, operation, "ok").inc()
+                return result
+
+    def _pick(self, operation: str, reason: OctoError | None) -> Instance:
+        now = self._clock.monotonic()
+        instance = self._breaker.pick(operation, now)
+        if instance is None:
+            if reason is not None:
+                raise reason  # it says more than that there is no further try
+            wait = self._breaker.seconds_until_available(now)
+            raise OctoError(
+                f"{self._name} has failed too often in a row; the next try is in {wait:.0f} s.",
+                code="unavailable",
+                retry_after=wait,
+            )
+        return instance
+
+    async def _attempt(self, instance: Instance, operation: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        began = self._clock.monotonic()
+        outcome: CallOutcome = "unknown"
+        try:
+            result = await attempt()
+            outcome = "answered"
+            return result
+        except OctoError as error:
+            outcome = _classify_outcome(error)
+            raise
+        finally:
+            now = self._clock.monotonic()
+            ejected = self._breaker.record_outcome(instance, operation, outcome, now - began, now)
+            if ejected is not None:
+                self._metrics.ejections.labels(self._service, self._name, ejected.reason).inc()
+                self._log.warning("outside.left_alone", target=self._name, seconds=ejected.seconds)
+
+
+def _classify_outcome(error: OctoError) -> CallOutcome:
+    """Return what a failure says of the one that was called: who refuses, or asks for patience, is well."""
+    if not to_problem(error).retryable or error.retry_after is not None:
+        return "answered"
+    return "failed"

@@ -1,0 +1,235 @@
+"""The HTTP/1.1 client of service calls: a connection pool per origin on the event loop of the caller, with no second thread to wake."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import re
+import ssl
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from octollm.errors import OctoError
+from octollm.rpc.http1_connection import Http1Connection
+from octollm.rpc.http_client import (
+    CONNECT_SECONDS,
+    IDLE_SECONDS,
+    MAX_CONNECTIONS,
+    MAX_KEEPALIVE,
+    POOL_SECONDS,
+    HttpClient,
+    HttpResponse,
+    StreamedResponse,
+    TransportError,
+    deadline_exceeded,
+)
+
+_TARGET = re.compile(r"/[!-~]*")
+MAX_ORIGINS = 1024
+
+
+@dataclass(slots=True)
+class _Origin:
+    """Where connections go, and those that wait for a request, last used last."""
+
+    host: str
+    name: str
+    port: int
+    secure: bool
+    busy: int = 0
+    waiting: deque[asyncio.Future[None]] = field(default_factory=deque[asyncio.Future[None]])
+    idle: deque[tuple[Http1Connection, float]] = field(default_factory=deque[tuple[Http1Connection, float]])
+
+
+class Http1Client(HttpClient):
+    """One pool for one process. ``tls`` is what ``https`` addresses are called with."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
+        self._origins: dict[str, _Origin] = {}
+        self._connections: set[Http1Connection] = set()
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for connection in list(self._connections):
+            connection.close()
+        self._connections.clear()
+        self._origins.clear()
+
+    async def send(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> HttpResponse:
+        """Send a request and read the whole answer, without what a stream of it would cost."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        origin, request = self._prepare(method, url, headers, body)
+        connection = await self._acquire(origin, until)
+        # No timeout that cancels: the timer fails the connection, and with it whoever waits for it.
+        timer = loop.call_at(until, _fail_timed_out, connection, origin.host, seconds)
+        try:
+            connection.write(request, head=method == "HEAD")
+            whole = await connection.read_body()
+            return HttpResponse(connection.status, connection.headers, whole)
+        finally:
+            timer.cancel()
+            self._release(origin, connection)
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> AsyncGenerator[StreamedResponse]:
+        """Send a request and hand over its answer as it comes."""
+        origin, request = self._prepare(method, url, headers, body)
+        try:
+            async with asyncio.timeout(seconds):
+                connection = await self._acquire(origin, math.inf)
+                try:
+                    connection.write(request, head=method == "HEAD")
+                    await connection.read_headers()
+                    yield StreamedResponse(connection.status, connection.headers, _chunks(connection))
+                finally:
+                    self._release(origin, connection)
+        except TimeoutError as error:
+            raise deadline_exceeded(origin.host, seconds) from error
+
+    def _prepare(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> tuple[_Origin, bytes]:
+        scheme, _, rest = url.partition("://")
+        host, slash, target = rest.partition("/")
+        target = slash + target or "/"
+        if _TARGET.fullmatch(target) is None:
+            raise ValueError(f"{target!r} cannot be asked for: it is not percent-encoded")
+        at = f"{scheme}://{host}"
+        origin = self._origins.get(at)
+        if origin is None:
+            origin = self._origins[at] = self._origin(at, host)
+        lines = [f"{method} {target} HTTP/1.1", f"host: {origin.host}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        if body is not None or method in ("POST", "PUT", "PATCH"):
+            lines.append(f"content-length: {len(body or b'')}")
+        head = "\r\n".join(lines)
+        breaks = len(lines) - 1
+        if head.count("\n") != breaks or head.count("\r") != breaks or "\0" in head:
+            raise OctoError("A header of the call has a line break.", code="invalid_header")
+        return origin, head.encode("latin-1") + b"\r\n\r\n" + (body or b"")
+
+    def _origin(self, at: str, host: str) -> _Origin:
+        parts = urlsplit(at)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in host:
+            raise ValueError(f"{at} is no address of a service")
+        if len(self._origins) >= MAX_ORIGINS:
+            # Addresses come and go; those that nothing is under way to are forgotten.
+            for key, known in list(self._origins.items()):
+                if not known.idle and not known.busy:
+                    del self._origins[key]
+        secure = parts.scheme == "https"
+        return _Origin(host, parts.hostname, parts.port or (443 if secure else 80), secure)
+
+    async def _acquire(self, origin: _Origin, until: float) -> Http1Connection:
+        """Return a connection, within what is left of the time of the loop; :meth:`_give` gives it back."""
+        await self._acquire_slot(origin, until)
+        try:
+            while origin.idle:
+                connection, _ = origin.idle.pop()
+                if connection.is_idle:
+                    return connection
+                self._connections.discard(connection)
+            return await self._connect(origin, until)
+        except BaseException:
+            self._release_slot(origin)
+            raise
+
+    async def _acquire_slot(self, origin: _Origin, until: float) -> None:
+        if origin.busy < MAX_CONNECTIONS:
+            origin.busy += 1
+            return
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        origin.waiting.append(waiter)
+        try:
+            async with asyncio.timeout_at(min(until, loop.time() + POOL_SECONDS)):
+                await waiter  # whoever ends a request hands its place over
+        except BaseException as error:
+            if waiter.done() and not waiter.cancelled():
+                self._release_slot(origin)
+            if not isinstance(error, TimeoutError):
+                raise
+            if loop.time() >= until:
+                raise deadline_exceeded(origin.host, POOL_SECONDS) from error
+            raise TransportError(
+                f"No connection to {origin.host} came free in {POOL_SECONDS:g} s.",
+                code="pool_timeout",
+                request_sent=False,
+            ) from error
+
+    def _release_slot(self, origin: _Origin) -> None:
+        while origin.waiting:
+            waiter = origin.waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        origin.busy -= 1
+
+    async def _connect(self, origin: _Origin, until: float) -> Http1Connection:
+        loop = asyncio.get_running_loop()
+        tls = (self._tls or ssl.create_default_context()) if origin.secure else None
+        began = loop.time()
+        try:
+            async with asyncio.timeout_at(min(until, began + CONNECT_SECONDS)):
+                _, connection = await loop.create_connection(
+                    lambda: Http1Connection(origin.host), origin.name, origin.port, ssl=tls
+                )
+        except TimeoutError as error:
+            if loop.time() >= until:
+                raise deadline_exceeded(origin.host, until - began) from error
+            raise TransportError(
+                f"{origin.host} did not accept a connection in {CONNECT_SECONDS:g} s.",
+                code="connect_timeout",
+                request_sent=False,
+            ) from error
+        except OSError as error:
+            raise TransportError(
+                f"{origin.host} could not be reached.", code="connect_failed", request_sent=False
+            ) from error
+        self._connections.add(connection)
+        return connection
+
+    def _release(self, origin: _Origin, connection: Http1Connection) -> None:
+        reusable = connection.release()
+        if reusable:
+            origin.idle.append((connection, asyncio.get_running_loop().time()))
+        else:
+            self._connections.discard(connection)
+        self._release_slot(origin)
+        if len(origin.idle) > MAX_KEEPALIVE:
+            self._close_oldest_idle(origin)
+        if reusable and self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._sweep_idle)
+
+    def _close_oldest_idle(self, origin: _Origin) -> None:
+        connection, _ = origin.idle.popleft()
+        connection.close()
+        self._connections.discard(connection)
+
+    def _sweep_idle(self) -> None:
+        loop = asyncio.get_running_loop()
+        before = loop.time() - IDLE_SECONDS
+        for origin in self._origins.values():
+            while origin.idle and origin.idle[0][1] <= before:
+                self._close_oldest_idle(origin)
+        waiting = any(origin.idle for origin in self._origins.values())
+        self._sweep = loop.call_later(IDLE_SECONDS / 4, self._sweep_idle) if waiting else None
+
+
+def _fail_timed_out(connection: Http1Connection, host: str, seconds: float) -> None:
+    connection.fail(deadline_exceeded(host, seconds))
+
+
+async def _chunks(connection: Http1Connection) -> AsyncIterator[bytes]:
+    while (chunk := await connection.read_chunk()) is not None:
+        yield chunk

@@ -1,0 +1,165 @@
+"""The HTTP/2 client of service calls: many calls multiplexed on one connection, with the bounds and failure types of every client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import TypedDict
+
+import pyqwest
+from pyqwest import (
+    ConnectTimeout,
+    Headers,
+    HTTPTransport,
+    ReadError,
+    RemoteProtocolError,
+    Request,
+    Response,
+    WriteError,
+)
+
+from octollm.errors import OctoError
+from octollm.rpc.http_client import (
+    CONNECT_SECONDS,
+    IDLE_SECONDS,
+    MAX_CONNECTIONS,
+    MAX_KEEPALIVE,
+    POOL_SECONDS,
+    READ_SECONDS,
+    HttpClient,
+    StreamedResponse,
+    TransportError,
+    deadline_exceeded,
+    host_of,
+)
+from octollm.rpc.tls import TlsConfig
+
+
+def _internal_transport(tls: TlsConfig | None) -> HTTPTransport:
+    return HTTPTransport(
+        # In plain text both sides have to know (RFC 9113 section 3.3); in TLS they agree.
+        http_version=pyqwest.HTTPVersion.HTTP2 if tls is None else None,
+        **_tls_options(tls),
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        pool_idle_timeout=IDLE_SECONDS,
+        pool_max_idle_per_host=MAX_KEEPALIVE,
+        follow_redirects=False,
+        enable_cookie_store=False,
+        enable_otel=False,
+        enable_brotli=False,
+        enable_zstd=False,
+        use_system_dns=True,
+        # A rule that excludes every host keeps the environment's proxies away from internal calls.
+        proxy=pyqwest.Proxy("http://127.0.0.1:9", no_proxy="*,0.0.0.0/0,::/0"),
+    )
+
+
+class _TlsFiles(TypedDict, total=False):
+    tls_cert: bytes
+    tls_key: bytes
+    tls_ca_cert: bytes
+    tls_include_system_certs: bool
+
+
+class Http2Client(HttpClient):
+    """One pool for one process; ``tls`` is what ``https`` addresses are called with.
+
+    Redirects, cookies and proxies from the environment are off: calls stay inside. Only who calls outside brings a
+    ``transport`` of its own.
+    """
+
+    def __init__(self, tls: TlsConfig | None = None, *, transport: HTTPTransport | None = None) -> None:
+        self._transport = transport or _internal_transport(tls)
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._active_timeouts: set[asyncio.Timeout] = set()
+        self._closed = False
+
+    async def aclose(self) -> None:
+        """Close every connection; what is under way is lost."""
+        self._closed = True
+        for timer in self._active_timeouts:
+            timer.reschedule(0)
+        await self._transport.aclose()
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> AsyncGenerator[StreamedResponse]:
+        """Send a request and hand over its answer as it comes; leaving closes the connection if it is not whole."""
+        host = host_of(url)
+        began = False
+        try:
+            async with self._in_time(seconds), self._slot(host):
+                response = await self._transport.execute(Request(method, url, Headers(list(headers.items())), body))
+                began = True
+                async with response:
+                    names = {name.lower(): value for name, value in response.headers.items()}
+                    yield StreamedResponse(response.status, names, _chunks(response))
+        except ConnectTimeout as error:
+            raise TransportError(
+                f"{host} did not accept a connection in {CONNECT_SECONDS:g} s.",
+                code="connect_timeout",
+                request_sent=False,
+            ) from error
+        except TimeoutError as error:
+            if self._closed:
+                raise _connection_lost(host) from error
+            raise _timeout_error(host, error, seconds) from error
+        except ConnectionError as error:
+            raise TransportError(f"{host} could not be reached.", code="connect_failed", request_sent=began) from error
+        except (ReadError, WriteError, RemoteProtocolError, pyqwest.StreamError) as error:
+            raise _connection_lost(host) from error
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self, seconds: float) -> AsyncGenerator[None]:
+        async with asyncio.timeout(seconds) as timer:
+            self._active_timeouts.add(timer)
+            try:
+                yield
+            finally:
+                self._active_timeouts.discard(timer)
+
+    @contextlib.asynccontextmanager
+    async def _slot(self, host: str) -> AsyncGenerator[None]:
+        slots = self._slots.setdefault(host, asyncio.Semaphore(MAX_CONNECTIONS))
+        try:
+            async with asyncio.timeout(POOL_SECONDS):
+                await slots.acquire()
+        except TimeoutError:
+            raise TransportError(
+                f"No connection to {host} came free in {POOL_SECONDS:g} s.", code="pool_timeout", request_sent=False
+            ) from None
+        try:
+            yield
+        finally:
+            slots.release()
+
+
+def _tls_options(tls: TlsConfig | None) -> _TlsFiles:
+    if tls is None:
+        return {}
+    tls.client_context()  # says what is wrong with the files
+    shown: _TlsFiles = {"tls_cert": tls.certificate.read_bytes(), "tls_key": tls.key.read_bytes()}
+    if tls.ca is None:
+        return {**shown, "tls_include_system_certs": True}
+    return {**shown, "tls_ca_cert": tls.ca.read_bytes()}
+
+
+def _connection_lost(host: str) -> TransportError:
+    return TransportError(
+        f"The connection to {host} broke before its answer was whole.", code="connection_lost", request_sent=True
+    )
+
+
+def _timeout_error(host: str, error: TimeoutError, seconds: float) -> OctoError:
+    # asyncio's own timeout has no text; the transport's read timeout says what it waited for.
+    if str(error):
+        return TransportError(f"{host} sent nothing for {READ_SECONDS:g} s.", code="read_timeout", request_sent=True)
+    return deadline_exceeded(host, seconds)
+
+
+async def _chunks(response: Response) -> AsyncIterator[bytes]:
+    async for chunk in response.content:
+        yield bytes(chunk)

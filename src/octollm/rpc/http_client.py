@@ -1,0 +1,165 @@
+"""The HTTP client of service calls: its interface, its bounds, transport failures as types, and a private ETag cache (RFC 9111 section 4.3)."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from octollm.errors import OctoError
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 30.0
+WRITE_SECONDS = 10.0
+POOL_SECONDS = 5.0
+MAX_CONNECTIONS = 100
+MAX_KEEPALIVE = 20
+IDLE_SECONDS = 60.0
+"""How long a connection is kept that nothing uses."""
+MAX_RESPONSE_BYTES = 32 * 1024 * 1024
+
+
+class TransportError(OctoError):
+    """A call that got no whole answer. ``began`` is false when the request surely never reached the handler."""
+
+    def __init__(self, detail: str, *, code: str, request_sent: bool) -> None:
+        super().__init__(detail, code=code)
+        self.request_sent = request_sent
+
+
+class HttpResponse(msgspec.Struct, frozen=True):
+    """A whole answer; header names in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class StreamedResponse(msgspec.Struct, frozen=True):
+    """An answer whose body is still coming."""
+
+    status: int
+    headers: Mapping[str, str]
+    chunks: AsyncIterator[bytes]
+
+
+class HttpClient(abc.ABC):
+    """One pool of connections for one process. Redirects, cookies and proxies are off: calls stay inside."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Close every connection."""
+
+    @abc.abstractmethod
+    def stream(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> AbstractAsyncContextManager[StreamedResponse]:
+        """Send a request and hand over its answer as it comes; leaving closes the connection if it is not whole.
+
+        Raises :class:`TransportError`, ``deadline_exceeded`` and ``peer_protocol``, also while the answer is read.
+        """
+
+    async def send(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> HttpResponse:
+        """Send a request and read the whole answer, at most 32 MiB. Raises what :meth:`stream` does."""
+        async with self.stream(method, url, headers, body, seconds=seconds) as streamed:
+            parts: list[bytes] = []
+            size = 0
+            async for chunk in streamed.chunks:
+                size += len(chunk)
+                if size > MAX_RESPONSE_BYTES:
+                    raise response_too_large(host_of(url))
+                parts.append(chunk)
+            return HttpResponse(streamed.status, streamed.headers, b"".join(parts))
+
+
+def host_of(url: str) -> str:
+    """Return host and port of a URL, for texts."""
+    return url.split("/", 3)[2]
+
+
+def response_too_large(host: str) -> OctoError:
+    """Return the error of an answer with too many bytes."""
+    return OctoError(f"{host} answered with more than {MAX_RESPONSE_BYTES} bytes.", code="peer_protocol")
+
+
+def deadline_exceeded(host: str, seconds: float) -> OctoError:
+    """Return the error of an answer that was not there in time."""
+    return OctoError(f"{host} did not answer in the {seconds:.1f} s that were left.", code="deadline_exceeded")
+
+
+MAX_CACHE_ENTRIES = 256
+MAX_CACHE_BYTES = 8 * 1024 * 1024
+MAX_ENTRY_BYTES = 1024 * 1024
+"""Bytes of one answer that is kept."""
+IF_NONE_MATCH = "If-None-Match"
+
+
+class ETagCache:
+    """The last answers to GETs that came with an ETag; the oldest that was used makes room.
+
+    What one bearer may see another may not: each answer is kept for the bearer that it was given to, and the server is
+    asked every time, so that nothing is seen by who may not see it any more.
+    """
+
+    def __init__(self, entries: int = MAX_CACHE_ENTRIES, size: int = MAX_CACHE_BYTES) -> None:
+        self._entries = entries
+        self._size = size
+        self._used = 0
+        self._responses: OrderedDict[bytes, HttpResponse] = OrderedDict()
+
+    def add_validator(self, key: bytes, headers: dict[str, str]) -> HttpResponse | None:
+        """Return what is kept under ``key``, and have ``headers`` ask whether it still holds."""
+        kept = self._responses.get(key)
+        if kept is None or IF_NONE_MATCH in headers:
+            return None
+        self._responses.move_to_end(key)
+        headers[IF_NONE_MATCH] = kept.headers["etag"]
+        return kept
+
+    def store(self, key: bytes, cached: HttpResponse | None, response: HttpResponse) -> HttpResponse:
+        """Return the answer that holds: ``kept`` where the server said so, else ``answer``, which is kept if it may."""
+        if response.status == 304 and cached is not None:
+            # Section 4.3.4: what came with the 304 takes the place of what was kept.
+            return msgspec.structs.replace(cached, headers={**cached.headers, **_updated_headers(response.headers)})
+        self._drop(key)
+        if _is_storable(response):
+            self._responses[key] = response
+            self._used += len(response.body)
+            while len(self._responses) > self._entries or self._used > self._size:
+                self._drop(next(iter(self._responses)))
+        return response
+
+    def _drop(self, key: bytes) -> None:
+        gone = self._responses.pop(key, None)
+        if gone is not None:
+            self._used -= len(gone.body)
+
+
+def cache_key(url: str, bearer: str) -> bytes:
+    """Return what an answer is kept under; the bearer cannot be read from it."""
+    return hashlib.sha256(f"{url}\n{bearer}".encode()).digest()
+
+
+def _is_storable(response: HttpResponse) -> bool:
+    storable = "no-store" not in response.headers.get("cache-control", "")
+    return response.status == 200 and "etag" in response.headers and storable and len(response.body) <= MAX_ENTRY_BYTES
+
+
+def _updated_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if not name.startswith("content-")}

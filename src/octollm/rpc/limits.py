@@ -1,0 +1,151 @@
+"""Limits of an incoming call: a concurrency limiter (bulkhead with a bounded queue), a deadline scope, and a scope that cancels the handler when the client disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from octollm.errors import OctoError
+from octollm.resilience import Deadline
+from octollm.rpc.asgi_extension import WholeRequestExtension
+
+MAX_QUEUE_SECONDS = 10.0
+
+
+class ConcurrencyLimiter:
+    """Bounded concurrency with a bounded queue: whoever comes past both is told to come back."""
+
+    def __init__(self, max_concurrent: int, max_queued: int) -> None:
+        self._free = max_concurrent
+        self._queued = max_queued
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def __aenter__(self) -> None:
+        if self._free > 0:
+            self._free -= 1
+            return
+        if len(self._waiting) >= self._queued:
+            raise OctoError("The service is at its limit of concurrent calls.", code="overloaded", retry_after=1)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(MAX_QUEUE_SECONDS):
+                await turn  # whoever leaves hands the place over
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():
+                self._release()
+            elif turn in self._waiting:
+                self._waiting.remove(turn)
+            if isinstance(error, TimeoutError):
+                raise OctoError(
+                    f"No place came free in {MAX_QUEUE_SECONDS:g} s.", code="overloaded", retry_after=2
+                ) from None
+            raise
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class DeadlineScope:
+    """Cancels the task that opened it once ``deadline`` has passed, which then sees ``deadline_exceeded``."""
+
+    __slots__ = ("_deadline", "_expired", "_task", "_timer")
+
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self._expired = False
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> None:
+        self._deadline.raise_if_passed()
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(self._deadline.remaining(), self._expire)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._expired or self._task is None:
+            return
+        # Another may have cancelled the task as well: that one stands.
+        others = self._task.uncancel()
+        if others == 0 and kind is not None and issubclass(kind, asyncio.CancelledError):
+            raise OctoError("The time for this call is used up.", code="deadline_exceeded") from error
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+class DisconnectScope:
+    """While it is open, a caller that goes away cancels the task that opened it, which then sees ``ClientDisconnect``.
+
+    A server that offers an :class:`Exchange` tells of it; otherwise a task has to watch ``receive``, which nothing
+    else may read meanwhile.
+    """
+
+    __slots__ = ("_disconnected", "_extension", "_receive", "_task", "_watch")
+
+    def __init__(self, extension: WholeRequestExtension | None, receive: Receive) -> None:
+        self._extension = extension
+        self._receive = receive
+        self._task: asyncio.Task[Any] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._disconnected = False
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.current_task()
+        if self._extension is not None:
+            self._extension.set_disconnect_callback(self._cancel)
+        else:
+            self._watch = asyncio.create_task(self._watch_receive())
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if self._extension is not None:
+            self._extension.set_disconnect_callback(None)
+        elif self._watch is not None:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        if not self._disconnected or self._task is None:
+            return
+        # The server may have cancelled the task as well: that one stands.
+        others = self._task.uncancel()
+        if others == 0 and kind is not None and issubclass(kind, asyncio.CancelledError):
+            raise ClientDisconnect
+
+    def _cancel(self) -> None:
+        self._disconnected = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch_receive(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._cancel()
+
+
+async def receive_never() -> Any:
+    """Wait for ever: the ``receive`` of a response that is sent while a :class:`DisconnectScope` is open."""
+    await asyncio.Event().wait()

@@ -1,0 +1,215 @@
+"""How services talk: HTTP version and TLS, the HTTP client for that, and the uvicorn server for it, which detects HTTP/2 by ALPN (RFC 7301) or the connection preface (RFC 9113 section 3.3)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import math
+import socket
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Literal, cast
+
+import msgspec
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from octollm.errors import OctoError, SettingError
+from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http1_server import HEADER_SECONDS, Http1ServerProtocol
+from octollm.rpc.http2_client import Http2Client
+from octollm.rpc.http2_server import Http2ServerProtocol
+from octollm.rpc.http_client import HttpClient
+from octollm.rpc.tls import TlsConfig
+
+HttpVersion = Literal["1.1", "2"]
+
+
+class TransportConfig(msgspec.Struct, frozen=True):
+    """How services of an installation talk; the same for all of them."""
+
+    http_version: HttpVersion = "1.1"
+    tls: TlsConfig | None = None
+
+    @property
+    def scheme(self) -> str:
+        """Return what their addresses begin with."""
+        return "http" if self.tls is None else "https"
+
+    def create_client(self) -> HttpClient:
+        """Return a client for calls among them."""
+        if self.http_version == "2":
+            return Http2Client(self.tls)
+        return Http1Client(None if self.tls is None else self.tls.client_context())
+
+    def server_tls(self) -> ssl.SSLContext | None:
+        """Return what a server of theirs shows, ``None`` in plain text."""
+        if self.tls is None:
+            return None
+        return self.tls.server_context(["h2", "http/1.1"] if self.http_version == "2" else ["http/1.1"])
+
+
+PLAINTEXT = TransportConfig()
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+class NegotiatingProtocol(asyncio.Protocol):
+    """Takes the first bytes of a connection, and hands it to the protocol that they belong to."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: Mapping[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._config = config
+        self._state = server_state
+        self._app_state = app_state
+        self._loop = _loop or asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._received = b""
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Hand it on at once where TLS has decided."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._state.connections.add(cast("Any", self))
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self._delegate(http2=tls.selected_alpn_protocol() == "h2")
+        else:
+            self._timer = self._loop.call_later(HEADER_SECONDS, self.shutdown)
+
+    def data_received(self, data: bytes) -> None:
+        """Look whether these are the first bytes of HTTP/2."""
+        self._received += data
+        if self._received.startswith(PREFACE):
+            self._delegate(http2=True)
+        elif not PREFACE.startswith(self._received):
+            self._delegate(http2=False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        del exc
+        self._unregister()
+
+    def shutdown(self) -> None:
+        """Close a connection that has asked for nothing."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _delegate(self, *, http2: bool) -> None:
+        transport = self._transport
+        assert transport is not None
+        self._unregister()
+        if http2:
+            found: asyncio.Protocol = Http2ServerProtocol(self._config, self._state, self._app_state, self._loop)
+        else:
+            found = Http1ServerProtocol(self._config, self._state, dict(self._app_state), self._loop)
+        transport.set_protocol(found)
+        found.connection_made(transport)
+        if self._received:
+            found.data_received(self._received)
+
+    def _unregister(self) -> None:
+        self._state.connections.discard(cast("Any", self))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than a client keeps an idle connection, so that it is the client who closes it."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the process that hosts services owns the signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[no-untyped-def]
+        yield
+
+
+def listen(host: str, port: int, service: str) -> socket.socket:
+    """Bind a socket for ``service``; raise ``port_taken`` or ``setting_invalid`` with what to do."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections take it from here. Without it an answer whose head and body are written apart waits for the peer's
+    # delayed acknowledgement, 40 ms, on every connection that is used again.
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(1024)
+    except OSError as error:
+        bound.close()
+        if error.errno != errno.EADDRINUSE:
+            raise SettingError(
+                f"{service} cannot listen on {host}, port {port} ({error.strerror}). OCTOLLM_HOST must be an address of"
+                " this machine, and ports below 1024 need privileges."
+            ) from error
+        raise OctoError(
+            f"Port {port} of {host}, which {service} needs, is taken ({error.strerror}). Stop what listens there"
+            f" (`ss -ltnp 'sport = :{port}'` names it), or set OCTOLLM_PORT_SHIFT=100 to use other ports.",
+            code="port_taken",
+        ) from error
+    bound.setblocking(False)
+    return bound
+
+
+@contextlib.asynccontextmanager
+async def serve_app(
+    app: ASGIApp, bound: socket.socket, *, shutdown_grace: float = 2.0, transport: TransportConfig = PLAINTEXT
+) -> AsyncGenerator[None]:
+    """Serve ``app`` on a bound socket for as long as the context is open; leaving drains and closes it.
+
+    Draining takes no new connection and gives requests in flight ``drain`` seconds to end, then cancels them.
+    ``wire`` is how it talks; HTTP/1.1 is understood in any case. Raises ``unavailable`` when the server does not start
+    in 10 s, and ``setting_invalid`` for the files of TLS.
+    """
+    tls = transport.server_tls()
+    config = uvicorn.Config(
+        app,
+        http=NegotiatingProtocol if transport.http_version == "2" else Http1ServerProtocol,
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
+        ws="websockets-sansio",
+        ws_per_message_deflate=False,
+        ws_max_size=64 * 1024,
+        ws_ping_interval=20.0,
+        ws_ping_timeout=20.0,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=math.ceil(shutdown_grace),
+    )
+    server = _Server(config)
+    running = asyncio.create_task(server.serve(sockets=[bound]))
+    try:
+        async with asyncio.timeout(10):
+            while not server.started:
+                if running.done():
+                    running.result()
+                    raise OctoError("The HTTP server stopped at its start.", code="unavailable")
+                await asyncio.sleep(0.005)
+        yield
+    finally:
+        server.should_exit = True
+        try:
+            async with asyncio.timeout(math.ceil(shutdown_grace) + 1):
+                await asyncio.shield(running)
+        except TimeoutError:
+            server.force_exit = True
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+        bound.close()

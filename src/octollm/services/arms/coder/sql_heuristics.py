@@ -1,0 +1,146 @@
+"""Heuristics for small models: functions of SQL that a question requires, and issues that make a query implausible. Rules of text, no model call."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from octollm.contracts.operations import ResultSet
+from octollm.services.arms.coder.table_schema import TableSchema
+from octollm.text.lexical import extract_numbers
+
+
+@dataclass(frozen=True, slots=True)
+class RequiredFunction:
+    """A function that a question ``asks`` for; ``done_by`` is how a query has it, empty where it has other ways."""
+
+    sql: str
+    trigger: str
+    satisfied_by: str = ""
+
+
+_REQUIRED_FUNCTIONS = (
+    RequiredFunction("COUNT(*)", r"\bhow many (?:rows|records|entries|lines)\b", r"\bcount\s*\("),
+    RequiredFunction(
+        "COUNT(*)",
+        r"\bhow many\b|^\W*(?:(?:what is )?the number of|number of|count)\b",
+        r"\b(?:count|sum)\s*\(",
+    ),
+    RequiredFunction("SUM(…)", r"\b(?:total|sum|altogether|combined)\b", r"\b(?:sum|count)\s*\("),
+    RequiredFunction("SUM(…)", r"\btheir (?:total|sum)\b", r"\bsum\s*\("),
+    RequiredFunction("AVG(…)", r"\b(?:average|mean)\b", r"\b(?:avg|mean|sum)\s*\("),
+    RequiredFunction("MEDIAN(…)", r"\bmedian\b", r"\b(?:median|quantile\w*|percentile\w*)\s*\("),
+    RequiredFunction("MAX(…)", r"\b(?:highest|best|maximum|largest|biggest|longest|latest)\b"),
+    RequiredFunction("MIN(…)", r"\b(?:lowest|worst|minimum|smallest|shortest|earliest)\b"),
+    RequiredFunction(
+        "DATE_TRUNC(…)",
+        r"\b(?:per|each|every|by) (?P<column>week|month|quarter|year)\b",
+        r"\b(?:date_trunc|strftime|extract|date_part|week|month|monthname|quarter|year)\s*\(",
+    ),
+    RequiredFunction(
+        "GROUP BY",
+        r"\b(?:per|for (?:each|every)|of (?:each|every)|in each|by each)\b",
+        r"\bgroup\s+by\b|\bover\s*\(|\bdistinct\b|\bpivot\b",
+    ),
+)
+
+
+def find_required_functions(goal: str, tables: tuple[TableSchema, ...]) -> list[RequiredFunction]:
+    """Return what a question wants; a word that is the name of a column asks for nothing."""
+    columns = {column.name.lower() for table in tables for column in table.columns}
+    found: list[RequiredFunction] = []
+    for wanted in _REQUIRED_FUNCTIONS:
+        said = re.search(wanted.trigger, goal, re.IGNORECASE)
+        if said and (said.groupdict().get("column") or said.group()).lower() not in columns:
+            found.append(wanted)
+    return found
+
+
+def required_functions_hint(goal: str, tables: tuple[TableSchema, ...]) -> str:
+    """Name what a question wants when it is more than one thing, of which small models forget one; else empty."""
+    names = list(dict.fromkeys(wanted.sql for wanted in find_required_functions(goal, tables)))
+    return f"The query needs {' and '.join(names)}." if len(names) > 1 else ""
+
+
+_COMPARISON = re.compile(
+    r"\"?([\w ]+?)\"?\s*\)?\s*(?:=|<>|!=)\s*'((?:[^']|'')*)'|\"?([\w ]+?)\"?\s+(?:not\s+)?in\s*\(([^()]*)\)",
+    re.IGNORECASE,
+)
+_STRING = re.compile(r"'((?:[^']|'')*)'")
+_PLAIN_VALUE = re.compile(r"-?\d+(?:\.\d+)?|\d{4}-\d\d-\d\d(?:[ T][\d:.]+)?")
+_DATE_EQUALITY = re.compile(r"(?<![<>])=\s*(?:DATE\s*)?'\d{4}-\d\d-\d\d'", re.IGNORECASE)
+_DIGITS = re.compile(r"\d+(?:\.\d+)?")
+_AFTER_YEAR = re.compile(r"\bafter ((?:19|20)\d\d)\b(?!-)", re.IGNORECASE)
+_ASKS_FOR_NAME = re.compile(r"\W*(?:which|who|whose)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryIssue:
+    """A reason to mistrust a query, in words that help to mend it. A query with a ``hard`` one is no answer."""
+
+    text: str
+    is_fatal: bool = False
+
+
+def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[TableSchema, ...]) -> list[QueryIssue]:
+    """Say what makes a query or its rows doubtful. None found is no proof."""
+    found = find_unknown_values(query, tables)
+    cells = [cell for row in table.rows for cell in row]
+    if not found and not _has_only_known_values(query, tables):
+        # With values that are surely there, an empty result may well be the answer.
+        if not cells:
+            found.append(QueryIssue("The query gives no rows. Check its conditions.", is_fatal=True))
+        elif all(cell is None for cell in cells):
+            found.append(QueryIssue("The query gives only NULL. Check its conditions and columns.", is_fatal=True))
+        elif all(cell is None or cell == 0 for cell in cells):
+            found.append(QueryIssue("The query gives only 0. Check its conditions.", is_fatal=True))
+    missing = sorted(extract_numbers(goal) - extract_numbers(query) - set(_DIGITS.findall(query)))
+    if missing:
+        found.append(QueryIssue(f"The question names {', '.join(missing)}, but the query does not."))
+    found.extend(
+        QueryIssue(f"After {year} begins with {int(year) + 1}-01-01.", is_fatal=True)
+        for year in _AFTER_YEAR.findall(goal)
+        if re.search(rf">=?\s*(?:DATE\s*)?'{year}-01-01'", query, re.IGNORECASE)
+    )
+    found.extend(
+        QueryIssue(f"The query needs {wanted.sql} as well.", is_fatal=True)
+        for wanted in find_required_functions(goal, tables)
+        if wanted.satisfied_by and not re.search(wanted.satisfied_by, query, re.IGNORECASE)
+    )
+    named = any(isinstance(cell, str) for cell in cells)
+    if cells and not named and _ASKS_FOR_NAME.match(goal) and any(c.is_text for t in tables for c in t.columns):
+        found.append(
+            QueryIssue("The question asks which one, but the query gives no name. Select the column that names it.")
+        )
+    return list(dict.fromkeys(found))
+
+
+def _has_only_known_values(query: str, tables: tuple[TableSchema, ...]) -> bool:
+    """Return whether a query compares with something, and each text in it is a column's value, a number or a date.
+
+    A date that a column must equal is not enough: it may stand for a month or for a year.
+    """
+    if _DATE_EQUALITY.search(query):
+        return False
+    known = {value for table in tables for column in table.columns for value in column.values}
+    literals = [literal.replace("''", "'") for literal in _STRING.findall(query)]
+    compares = bool(re.search(r"\bwhere\b|\bfilter\b", query, re.IGNORECASE))
+    return compares and all(literal in known or _PLAIN_VALUE.fullmatch(literal) for literal in literals)
+
+
+def find_unknown_values(query: str, tables: tuple[TableSchema, ...]) -> list[QueryIssue]:
+    """Say which text values a query compares a column with although the column never holds them."""
+    known: dict[str, set[str]] = {}
+    for table in tables:
+        for column in table.columns:
+            if column.values:
+                known.setdefault(column.name.lower(), set()).update(column.values)
+    found: list[QueryIssue] = []
+    for one, value, several, values in _COMPARISON.findall(query):
+        name = (one or several).split()[-1].lower() if (one or several).split() else ""
+        name = name if name in known else (one or several).strip().lower()
+        for literal in [value] if one else _STRING.findall(values):
+            if name in known and literal.replace("''", "'") not in known[name] and literal:
+                listed = ", ".join(f"'{each}'" for each in sorted(known[name])[:12])
+                found.append(QueryIssue(f"Column {name} never is '{literal}'; it is one of {listed}.", is_fatal=True))
+    return found

@@ -1,0 +1,185 @@
+"""The tables' schema as the executor reports it and as a prompt shows it, and the model's SQL made to fit it: query extraction, identifier quoting, missing columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from octollm.contracts.operations import Cell, RunResult, format_cell
+from octollm.errors import OctoError
+
+RunSql = Callable[[str], Awaitable[RunResult]]
+"""Run one query over the files of the step; ``stdout`` is a table (``contracts.tables``)."""
+
+DESCRIBE = "--describe"
+"""What the executor takes in place of a query, to say what the tables hold."""
+MAX_JOINS = 6
+MAX_COLUMNS = 60
+"""Columns that a prompt shows, over all tables."""
+_SHOWN_CHARS = 40
+_RESERVED_WORDS = frozenset(
+    {"ALL", "AND", "ANY", "ARRAY", "AS", "ASC", "BOTH", "CASE", "CAST", "CHECK", "COLUMN", "DEFAULT", "DESC",
+     "DISTINCT", "DO", "ELSE", "END", "EXCEPT", "FETCH", "FOR", "FROM", "GROUP", "HAVING", "IN", "INTO", "LIMIT",
+     "NOT", "NULL", "OFFSET", "ON", "ONLY", "OR", "ORDER", "PRIMARY", "REFERENCES", "SELECT", "SHOW", "SOME", "TABLE",
+     "THEN", "TO", "UNION", "UNIQUE", "USER", "USING", "WHEN", "WHERE", "WINDOW", "WITH"}
+)  # fmt: skip
+"""Words that SQL wants in quotes when they are names; USER is one that DuckDB would read as a function."""
+
+
+class TableColumn(msgspec.Struct, frozen=True):
+    """A column; ``values`` are all of its text values when they are few, ``min`` and ``max`` the range of others."""
+
+    name: str
+    type: str
+    values: tuple[str, ...] = ()
+    min: Cell = None
+    max: Cell = None
+
+    @property
+    def is_text(self) -> bool:
+        """Return whether the column holds text."""
+        return self.type.upper().startswith(("VARCHAR", "ENUM"))
+
+
+class TableSchema(msgspec.Struct, frozen=True):
+    """A table under the executor's name for it; ``sample`` has its first rows."""
+
+    table: str
+    columns: tuple[TableColumn, ...]
+    row_count: int = 0
+    sample: tuple[tuple[Cell, ...], ...] = ()
+
+
+class _Description(msgspec.Struct, frozen=True):
+    tables: tuple[TableSchema, ...]
+    faults: tuple[str, ...] = ()
+
+
+def quote_identifier(name: str) -> str:
+    """Return ``name`` as an SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+async def describe_tables(run_sql: RunSql) -> tuple[TableSchema, ...]:
+    """Ask the executor what the tables hold.
+
+    Raises ``OctoError``: ``file_invalid`` when no file could be read as a table, ``peer_protocol``.
+    """
+    result = await run_sql(DESCRIBE)
+    if result.exit_code != 0:
+        detail = (result.stderr.strip() or result.reason or "no reason given")[:300]
+        raise OctoError(f"The files could not be read as tables: {detail}", code="file_invalid")
+    try:
+        found = msgspec.json.decode(result.stdout.encode(), type=_Description)
+    except msgspec.DecodeError as exc:
+        raise OctoError("The executor's description of the tables is not understood.", code="peer_protocol") from exc
+    if not found.tables or found.faults:
+        detail = "; ".join(found.faults)[:300] or "there is none among them"
+        raise OctoError(f"The files could not be read as tables: {detail}", code="file_invalid")
+    return found.tables
+
+
+def format_schema(tables: tuple[TableSchema, ...]) -> str:
+    """Describe tables to a model, a line per column, and how they belong together."""
+    lines: list[str] = []
+    for table in tables:
+        lines.append(f"Table {_identifier(table.table)} ({table.row_count} rows):")
+        for number, column in enumerate(table.columns):
+            first = next((row[number] for row in table.sample if number < len(row) and row[number] is not None), None)
+            lines.append(f"  {_identifier(column.name)} {column.type}{_describe_content(column, first)}")
+    lines = lines[: MAX_COLUMNS + len(tables)]
+    lines.extend(f"Rows belong together where {join}." for join in find_join_conditions(tables))
+    return "\n".join(lines)
+
+
+def find_join_conditions(tables: tuple[TableSchema, ...]) -> list[str]:
+    """Return how tables can be joined: the columns that bear the same name in two of them."""
+    found: list[str] = []
+    for number, one in enumerate(tables):
+        for other in tables[number + 1 :]:
+            same = {column.name for column in one.columns} & {column.name for column in other.columns}
+            found.extend(
+                f"{_identifier(one.table)}.{_identifier(name)} = {_identifier(other.table)}.{_identifier(name)}"
+                for name in sorted(same)
+            )
+    return found[:MAX_JOINS]
+
+
+def _identifier(name: str) -> str:
+    plain = name.isidentifier() and name.isascii() and name.upper() not in _RESERVED_WORDS
+    return name if plain else quote_identifier(name)
+
+
+def _describe_content(column: TableColumn, first: Cell) -> str:
+    if column.values:
+        return ": " + ", ".join(_quote_literal(value[:_SHOWN_CHARS]) for value in column.values)
+    if column.min is not None:
+        return f" from {format_cell(column.min)[:_SHOWN_CHARS]} to {format_cell(column.max)[:_SHOWN_CHARS]}"
+    return f", e.g. {_quote_literal(format_cell(first)[:_SHOWN_CHARS])}" if first is not None else ""
+
+
+def _quote_literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+MAX_QUERY_CHARS = 4000
+_FENCE = re.compile(r"```[ \t]*(?:\w+)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_QUERY_START = re.compile(r"\b(with\s+(?:recursive\s+)?\w+|select)\b", re.IGNORECASE)
+_MISSING_COLUMN = re.compile(r'column "?([^"\n]+?)"? (?:not found|that does not exist|cannot be)', re.IGNORECASE)
+
+
+def extract_query(answer: str) -> str | None:
+    """Return the one query of a model's answer, fenced or bare, without its semicolon; ``None`` if there is none."""
+    blocks = [block for block in _FENCE.findall(answer) if _QUERY_START.search(block)]
+    text = blocks[0] if blocks else answer.replace("```sql", "").replace("```", "")
+    text = re.sub(r"--[^\n]*", "", text)
+    found = _QUERY_START.search(text)
+    if found is None:
+        return None
+    query = _first_statement(text[found.start() :]).strip()
+    if not blocks:
+        query = query.split("\n\n")[0].strip()
+    return query if query and len(query) <= MAX_QUERY_CHARS else None
+
+
+def _first_statement(text: str) -> str:
+    inside: str | None = None
+    for at, char in enumerate(text):
+        if inside:
+            inside = None if char == inside else inside
+        elif char in "'\"":
+            inside = char
+        elif char == ";":
+            return text[:at]
+    return text
+
+
+def quote_names(query: str, tables: tuple[TableSchema, ...]) -> str:
+    """Return ``query`` with names put right that a model wrote as one word: ``unit_price`` for "Unit Price"."""
+    known = {column.name.lower() for table in tables for column in table.columns}
+    for name in {column.name for table in tables for column in table.columns}:
+        word = re.sub(r"\W+", "_", name).strip("_").lower()
+        if not word or name.isidentifier() or word in known:
+            continue
+        query = re.sub(
+            rf"(?<![\w'\"]){re.escape(word)}(?![\w'\"(])",
+            quote_identifier(name).replace("\\", r"\\"),
+            query,
+            flags=re.IGNORECASE,
+        )
+    return query
+
+
+def missing_column_hint(error: str, tables: tuple[TableSchema, ...]) -> str:
+    """Say where the column is that a database's error misses, if a table has it; empty otherwise."""
+    found = _MISSING_COLUMN.search(error)
+    if found is None:
+        return ""
+    name = found[1].split(".")[-1].lower()
+    homes = [table.table for table in tables if any(column.name.lower() == name for column in table.columns)]
+    joins = find_join_conditions(tables)
+    if not homes:
+        return ""
+    return f" Column {name} is in table {homes[0]}" + (f"; join it on {joins[0]}." if joins else ".")

@@ -1,0 +1,192 @@
+"""The supervisor, process 1 inside the sandbox: unpacks the job's files, runs the program under rlimits and the filter, and sends the results. Its text is given to the sandbox's interpreter, so it imports the standard library alone."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import stat
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+_TICK_MS = 50
+_MAX_LISTED = 20_000
+"""Directory entries looked at when results are collected."""
+_MAX_DEPTH = 8
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER = 22, 38, 2
+
+
+def read_header(stream: BinaryIO) -> dict[str, Any]:
+    """Read the job's header, up to the first file's bytes."""
+    size = int.from_bytes(stream.read(4), "big")
+    return json.loads(stream.read(size))
+
+
+def unpack_files(stream: BinaryIO, files: Sequence[tuple[str, int]], root: str, keep: int) -> dict[str, bytes]:
+    """Write the files under ``root`` and return those of at most ``keep`` bytes, to tell later what was changed."""
+    kept: dict[str, bytes] = {}
+    for name, size in files:
+        data = stream.read(size)
+        path = os.path.join(root, name)  # noqa: PTH118 - pathlib would double the start-up time
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        with open(path, "xb") as file:  # noqa: PTH123
+            file.write(data)
+        if size <= keep:
+            kept[name] = data
+    return kept
+
+
+def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes: int) -> list[tuple[str, bytes]]:
+    """Return the small UTF-8 text files under ``root`` that are new or changed, by name.
+
+    Links, devices, pipes and caches of byte code are passed over; nothing is followed.
+    """
+    found: list[tuple[str, bytes]] = []
+    folders, listed = [""], 0
+    while folders and len(found) < most:
+        folder = folders.pop(0)
+        try:
+            with os.scandir(os.path.join(root, folder)) as entries:  # noqa: PTH118
+                names: list[tuple[str, bool]] = []
+                for entry in entries:
+                    listed += 1
+                    if listed > _MAX_LISTED:
+                        return found
+                    names.append((entry.name, entry.is_dir(follow_symlinks=False)))
+        except OSError:
+            continue
+        for name, is_folder in sorted(names):
+            path = f"{folder}/{name}" if folder else name
+            if is_folder:
+                if name != "__pycache__" and path.count("/") < _MAX_DEPTH - 1:
+                    folders.append(path)
+                continue
+            data = _read_text_file(os.path.join(root, path), most_bytes)  # noqa: PTH118
+            if data is not None and before.get(path) != data and len(found) < most:
+                found.append((path, data))
+    return found
+
+
+def _read_text_file(path: str, most_bytes: int) -> bytes | None:
+    try:
+        path.encode()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+    with open(descriptor, "rb") as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes or b"\0" in data:
+        return None
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return None
+    return data
+
+
+def send_report(descriptor: int, report: dict[str, Any], files: Sequence[tuple[str, bytes]]) -> None:
+    """Write the report and the files to the result descriptor."""
+    report["files"] = [[name, len(data)] for name, data in files]
+    with open(descriptor, "wb") as out:
+        out.write(json.dumps(report).encode() + b"\n")
+        for _, data in files:
+            out.write(data)
+
+
+def exceeds_entry_limit(folders: Sequence[str], most: int) -> bool:
+    """Say whether one of ``folders``, each a file system of its own, holds more than ``most`` entries."""
+    for folder in folders:
+        room = os.statvfs(folder)
+        if room.f_files - room.f_ffree > most:
+            return True
+    return False
+
+
+class _FilterProgram(ctypes.Structure):
+    """``struct sock_fprog`` of linux/filter.h."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
+
+
+def _exec_program(header: dict[str, Any], libc: ctypes.CDLL) -> None:
+    """Turn this child into the program."""
+    limits = header["limits"]
+    os.chdir(header["root"])
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.closerange(3, 1024)
+    for kind, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, limits["cpu_seconds"]),
+        (resource.RLIMIT_AS, limits["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
+        (resource.RLIMIT_NOFILE, limits["open_files"]),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        most = value + 1 if kind == resource.RLIMIT_CPU else value  # SIGXCPU first, SIGKILL a second later
+        resource.setrlimit(kind, (value, most))
+    code = ctypes.create_string_buffer(bytes.fromhex(header["filter"]))
+    program = _FilterProgram((len(code) - 1) // 8, ctypes.cast(code, ctypes.c_void_p))
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
+        _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0
+    ):
+        raise OSError(ctypes.get_errno(), "the system-call filter was refused")
+    # The program takes this child's place; its name is the interpreter's.
+    os.execve(header["command"][0], header["command"], header["env"])  # noqa: S606
+
+
+def _supervise(child: int, life: int, header: dict[str, Any]) -> str:
+    """Wait for the child to end; end it when the work folder overflows, and everything when the parent is gone."""
+    ended = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(life, select.POLLIN)
+    reason = ""
+    while True:
+        ready = [descriptor for descriptor, _ in poll.poll(_TICK_MS)]
+        if life in ready:
+            os._exit(1)
+        if ended in ready:
+            return reason
+        if not reason and exceeds_entry_limit(header["folders"], header["limits"]["disk_entries"]):
+            reason = "killed"
+            os.kill(child, signal.SIGKILL)
+            os.write(2, b"\nended: too many files\n")
+
+
+def main(result: int, life: int) -> None:
+    """Run the job that stands on descriptor 0."""
+    stream = open(0, "rb", closefd=False)  # noqa: SIM115
+    header = read_header(stream)
+    limits = header["limits"]
+    before = unpack_files(stream, header["files"], header["root"], limits["result_file_bytes"])
+    libc = ctypes.CDLL(None, use_errno=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            _exec_program(header, libc)
+        except BaseException as error:  # this child must not go on as its parent
+            os.write(2, f"the program could not be started: {error}\n".encode())
+        os._exit(127)
+    os.close(0)
+    reason = _supervise(child, life, header)
+    _, status, usage = os.wait4(child, 0)
+    made = collect_files(header["root"], before, limits["result_files"], limits["result_file_bytes"])
+    report = {
+        "exit_code": os.waitstatus_to_exitcode(status),
+        "reason": reason,
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    }
+    send_report(result, report, made)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

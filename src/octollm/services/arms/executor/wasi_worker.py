@@ -1,0 +1,153 @@
+"""The worker process that runs one program in CPython for WASI: it loads the machine code, drops its privileges, and then runs the program with no system calls but WASI's."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import wasmtime
+
+from octollm.services.arms.executor.supervisor import collect_files, read_header, send_report, unpack_files
+from octollm.services.arms.executor.wasi import new_engine
+
+_TICK_MS = 50
+_CPU_GRACE = 5
+"""Seconds between the limit that the watch keeps and the one that the kernel keeps."""
+_PAGE = 64 * 1024
+
+
+def drop_privileges(user: tuple[int, int]) -> None:
+    """Become the sandbox's user."""
+    os.setgroups([])
+    os.setgid(user[1])
+    os.setuid(user[0])
+
+
+def apply_rlimits(limits: dict[str, Any]) -> None:
+    """Take on the kernel's limits, as a second line behind the engine's."""
+    cpu = limits["cpu_seconds"] + _CPU_GRACE
+    for kind, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, cpu),
+        (resource.RLIMIT_FSIZE, limits["file_bytes"]),
+        (resource.RLIMIT_NOFILE, limits["open_files"]),
+    ):
+        most = resource.getrlimit(kind)[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)  # noqa: PLW2901
+        resource.setrlimit(kind, (value, value))
+
+
+def measure_usage(folders: tuple[str, ...], most_entries: int) -> tuple[int, int]:
+    """Return the bytes and entries under ``folders``, counting on no further than ``most_entries``."""
+    size = entries = 0
+    waiting = list(folders)
+    while waiting and entries <= most_entries:
+        try:
+            with os.scandir(waiting.pop()) as found:
+                for entry in found:
+                    entries += 1
+                    if entries > most_entries:
+                        break
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    else:
+                        size += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:
+            continue  # it was removed while we looked
+    return size, entries
+
+
+class ResourceMonitor(threading.Thread):
+    """Interrupts the program when it fills the disk, uses up its processor time, or the parent is gone."""
+
+    def __init__(self, engine: wasmtime.Engine, life: int, limits: dict[str, Any], most_bytes: int) -> None:
+        super().__init__(daemon=True)
+        self._engine = engine
+        self._life = life
+        self._limits = limits
+        self._most_bytes = most_bytes
+        self.reason = ""
+
+    def run(self) -> None:
+        """Look every few milliseconds until there is a reason to stop."""
+        poll = select.poll()
+        poll.register(self._life, select.POLLIN)
+        while not self.reason:
+            if poll.poll(_TICK_MS):
+                os._exit(1)
+            size, entries = measure_usage(("work", "tmp"), self._limits["disk_entries"])
+            if size > self._most_bytes or entries > self._limits["disk_entries"]:
+                self.reason = "killed"
+                os.write(2, b"\nended: the work folder is full\n")
+            elif time.process_time() > self._limits["cpu_seconds"]:
+                self.reason = "timeout"
+        self._engine.increment_epoch()
+
+
+def run_program(engine: wasmtime.Engine, module: wasmtime.Module, header: dict[str, Any]) -> tuple[int, int, bool]:
+    """Run the program to its end; return its exit code, the bytes of its memory, and whether it was interrupted."""
+    store = wasmtime.Store(engine)
+    store.set_limits(memory_size=header["limits"]["memory_bytes"])
+    store.set_epoch_deadline(1)
+    wasi = wasmtime.WasiConfig()
+    wasi.argv = header["command"]
+    wasi.env = list(header["env"].items())
+    wasi.inherit_stdout()
+    wasi.inherit_stderr()
+    wasi.preopen_dir("work", "/")
+    wasi.preopen_dir("tmp", "/tmp")  # noqa: S108 - the program's own
+    store.set_wasi(wasi)
+    linker = wasmtime.Linker(engine)
+    linker.define_wasi()
+    instance = linker.instantiate(store, module)
+    start, memory = instance.exports(store)["_start"], instance.exports(store)["memory"]
+    assert isinstance(start, wasmtime.Func)
+    assert isinstance(memory, wasmtime.Memory)
+    code, interrupted = 0, False
+    try:
+        start(store)
+    except wasmtime.ExitTrap as ended:
+        code = ended.code
+    except wasmtime.Trap as trap:
+        interrupted = trap.trap_code == wasmtime.TrapCode.INTERRUPT
+        code = -signal.SIGKILL if interrupted else -signal.SIGABRT
+        if not interrupted:
+            os.write(2, f"\n{trap.message}\n".encode())
+    return code, memory.size(store) * _PAGE, interrupted
+
+
+def main(result: int, life: int) -> None:
+    """Run the job that stands on descriptor 0."""
+    stream = open(0, "rb", closefd=False)  # noqa: SIM115
+    header = read_header(stream)
+    limits = header["limits"]
+    engine = new_engine()
+    module = wasmtime.Module.deserialize_file(engine, header["module"])
+    os.chdir(header["folder"])
+    if header["identity"]:
+        drop_privileges(header["identity"])
+    before = unpack_files(stream, header["files"], "work", limits["result_file_bytes"])
+    os.close(0)
+    apply_rlimits(limits)
+    size, _ = measure_usage(("work",), limits["disk_entries"])
+    watch = ResourceMonitor(engine, life, limits, size + limits["disk_bytes"])
+    watch.start()
+    code, peak, interrupted = run_program(engine, module, header)
+    made = collect_files("work", before, limits["result_files"], limits["result_file_bytes"])
+    report = {
+        "exit_code": code,
+        "reason": watch.reason if interrupted else "",
+        "peak_bytes": peak,
+        "cpu_seconds": time.process_time(),
+    }
+    send_report(result, report, made)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

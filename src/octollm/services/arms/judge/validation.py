@@ -1,0 +1,189 @@
+"""Validating code: syntax, then pyflakes, then its tests in the sandbox; the first stage that fails gives the reasons."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib.resources import files
+
+import msgspec
+from pyflakes import checker, messages
+
+from octollm.contracts.operations import RunLimits, RunRequest, RunResult, ValidateRequest, ValidateResult
+from octollm.contracts.task import Check, FileRef
+from octollm.services.arms.judge.testing_program import MARKER
+
+MAX_CODE_CHARS = 200_000
+"""Characters of code that are looked at; more is refused."""
+
+
+def parse_python(code: str, filename: str) -> tuple[ast.Module | None, str]:
+    """Return the tree of ``solve_code_goal``, or ``None`` and the reason why there is none."""
+    if len(code) > MAX_CODE_CHARS:
+        return None, f"{filename} is longer than {MAX_CODE_CHARS} characters."
+    if not code.strip():
+        return None, f"{filename} is empty."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(code, filename=filename)
+            compile(tree, filename, "exec", dont_inherit=True)
+    except SyntaxError as error:
+        line = (error.text or "").strip()[:120]
+        at = f" at line {error.lineno}" if error.lineno else ""
+        return None, f"Syntax error in {filename}{at}: {error.msg}" + (f": {line}" if line else "")
+    except (ValueError, RecursionError, MemoryError) as error:
+        return None, f"{filename} cannot be compiled: {str(error)[:200] or type(error).__name__}"
+    return tree, ""
+
+
+MAX_LINT_REASONS = 5
+_LINT_ERRORS = (
+    messages.UndefinedName,
+    messages.UndefinedLocal,
+    messages.UndefinedExport,
+    messages.DuplicateArgument,
+    messages.ReturnOutsideFunction,
+    messages.YieldOutsideFunction,
+    messages.ContinueOutsideLoop,
+    messages.BreakOutsideLoop,
+    messages.TwoStarredExpressions,
+    messages.TooManyExpressionsInStarredAssignment,
+    messages.RaiseNotImplemented,
+    messages.ForwardAnnotationSyntaxError,
+    messages.StringDotFormatMissingArgument,
+    messages.PercentFormatPositionalCountMismatch,
+    messages.PercentFormatMissingArgument,
+)
+
+
+def lint(tree: ast.Module, filename: str) -> list[str]:
+    """Return the real errors that pyflakes sees, in the order of their lines, at most a few."""
+    found = [
+        message for message in checker.Checker(tree, filename=filename).messages if isinstance(message, _LINT_ERRORS)
+    ]
+    found.sort(key=lambda message: message.lineno)
+    texts = [f"Line {m.lineno} of {filename}: {m.message % m.message_args}" for m in found]
+    return list(dict.fromkeys(texts))[:MAX_LINT_REASONS]
+
+
+Run = Callable[[RunRequest], Awaitable[RunResult]]
+"""The executor's ``run``."""
+
+TESTING_PROGRAM = "octollm_testing_program.py"
+TEST_SECONDS = 10.0
+"""Wall time of one run of the tests."""
+MAX_REASON_CHARS = 300
+
+
+class FailedTest(msgspec.Struct, frozen=True):
+    """A test that failed: its name, its error, and the statement of the tests that raised it."""
+
+    test: str
+    error: str
+    source: str = ""
+
+
+class SuiteReport(msgspec.Struct, frozen=True):
+    """What the testing program prints."""
+
+    ran: int
+    failures: tuple[FailedTest, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteResult:
+    """How the tests ended: how many ran, and why they are not passed."""
+
+    ran: int
+    reasons: tuple[str, ...]
+
+
+async def run_tests(request: ValidateRequest, run: Run) -> SuiteResult:
+    """Run the tests of ``request`` with the executor. No test run at all counts as failed.
+
+    Raises what ``run`` raises.
+    """
+    result = await run(
+        RunRequest(
+            language="python",
+            command=(TESTING_PROGRAM, request.tests_filename.removesuffix(".py")),
+            files=(
+                FileRef(request.filename, text=request.code),
+                FileRef(request.tests_filename, text=request.tests),
+                FileRef(TESTING_PROGRAM, text=_read_program()),
+            ),
+            limits=RunLimits(wall_seconds=TEST_SECONDS),
+        )
+    )
+    if result.reason == "timeout":
+        return SuiteResult(0, ("The tests did not end in time: look for a loop without an end.",))
+    if result.reason:
+        return SuiteResult(0, (f"The tests were stopped by a limit: {result.reason}.",))
+    report = _parse_report(result.stdout)
+    if report is None:
+        last = (result.stderr.strip().split("\n") or [""])[-1][:MAX_REASON_CHARS]
+        return SuiteResult(0, (f"The code ended the program before its tests were done. {last}".strip(),))
+    reasons = [describe_failure(failure) for failure in report.failures]
+    if not reasons and report.ran == 0:
+        reasons.append("There are no tests: none was run.")
+    return SuiteResult(report.ran, tuple(dict.fromkeys(reasons)))
+
+
+def describe_failure(failure: FailedTest) -> str:
+    """Say what failed: the statement of the test, then what happened."""
+    error = failure.error.removeprefix("AssertionError: ")
+    where = failure.source or failure.test
+    return f"{where} failed: {error}"[:MAX_REASON_CHARS] if error != "AssertionError" else f"{where} is not so"
+
+
+def _parse_report(stdout: str) -> SuiteReport | None:
+    lines = [line for line in stdout.split("\n") if line.startswith(MARKER)]
+    if not lines:
+        return None
+    try:
+        return msgspec.json.decode(lines[-1].removeprefix(MARKER).encode(), type=SuiteReport)
+    except msgspec.DecodeError:
+        return None
+
+
+def _read_program() -> str:
+    return files(__package__ or "").joinpath("testing_program.py").read_text("utf-8")
+
+
+PYTHON_NAMES = frozenset({"python", "python3", "py"})
+
+
+async def validate(request: ValidateRequest, run: Run) -> ValidateResult:
+    """Validate code, and its tests where there are any. Nothing of it runs outside of ``run``.
+
+    Other languages than Python are not valid here, with that as the reason. Raises what ``run`` raises.
+    """
+    if request.language.strip().lower() not in PYTHON_NAMES:
+        return _rejection((), "language", [f"Only Python can be checked here, not {request.language[:40]}."])
+    passed: list[Check] = []
+    parts = [(request.code, request.filename)]
+    if request.tests.strip():
+        parts.append((request.tests, request.tests_filename))
+    trees = [(parse_python(text, name), name) for text, name in parts]
+    faults = [reason for (_, reason), _ in trees if reason]
+    if faults:
+        return _rejection(passed, "syntax", faults)
+    passed.append(Check("syntax", True))
+    faults = [fault for (tree, _), name in trees if tree is not None for fault in lint(tree, name)]
+    if faults:
+        return _rejection(passed, "lint", faults)
+    passed.append(Check("lint", True))
+    if request.tests.strip():
+        tested = await run_tests(request, run)
+        if tested.reasons:
+            return _rejection(passed, "tests", list(tested.reasons))
+        passed.append(Check("tests", True, f"{tested.ran} passed"))
+    return ValidateResult(is_valid=True, checks=tuple(passed))
+
+
+def _rejection(passed: list[Check] | tuple[Check, ...], check: str, reasons: list[str]) -> ValidateResult:
+    failed = Check(check, False, reasons[0])
+    return ValidateResult(is_valid=False, reasons=tuple(reasons), checks=(*passed, failed))

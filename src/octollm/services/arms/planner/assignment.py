@@ -1,0 +1,207 @@
+"""Plans by rule, for small models: code assigns files and goal to arms by media type and matching words; the model only words titles and criteria."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from octollm.contracts.media_types import accepts_file, file_kind
+from octollm.contracts.services import BUILT_IN_ARMS
+from octollm.contracts.task import ArmInfo
+from octollm.errors import OctoError
+from octollm.services.arms.completion import PromptFunction, PromptMessage, system, user
+from octollm.text.intent import is_programming_goal
+from octollm.text.lexical import stem, stems, tokenize
+
+MIN_MATCH_SCORE = 2
+"""Points from which on an arm fits. One word in common is an accident."""
+
+_POLITE_TEXT = """
+please kindly can could would will you i we want need like let us to me my the a an just help have get
+"""
+_GENERAL_TEXT = """
+write answer question text file data word number find show help language python code function test table list sentence
+short long good new user goal task result step agent tool work information content name value tell give make do use say
+"""
+_POLITE_WORDS = frozenset(_POLITE_TEXT.split())
+_GENERAL_STEMS = frozenset(stem(word) for word in _GENERAL_TEXT.split())
+_NAME_PART = re.compile(r"[a-z0-9]+")
+
+
+def leading_stem(text: str) -> str:
+    """Return the stem of the word that ``text`` begins with, politeness passed over: what it is about to do."""
+    return next((stem(word) for word in tokenize(text) if word not in _POLITE_WORDS), "")
+
+
+def score_arm(goal: str, arm: ArmInfo) -> int:
+    """Return how well ``arm`` fits ``goal``, in points.
+
+    A point for each word of meaning that its description and the goal share, one for each part of its name that the
+    goal has, and one more when the goal begins with a word of the description: *Translate …* for an arm that
+    *translates*. Words that fit any goal, such as *write* and *text*, count nothing.
+    """
+    described = (stems(arm.description) | {leading_stem(arm.description)}) - _GENERAL_STEMS
+    said = (stems(goal) | {leading_stem(goal)}) - _GENERAL_STEMS
+    named = {stem(part) for part in _NAME_PART.findall(arm.name)} - _GENERAL_STEMS
+    return len(described & said) + len(named & said) + (leading_stem(goal) in described)
+
+
+def find_matching_arm(goal: str, arms: Sequence[ArmInfo], *, with_files: bool) -> ArmInfo | None:
+    """Return the arm that fits best, the first by name of equals; ``None`` when none fits, or a program is wanted."""
+    if is_programming_goal(goal, has_files=with_files):
+        return None
+    best = max(sorted(arms, key=lambda arm: arm.name, reverse=True), key=lambda arm: score_arm(goal, arm), default=None)
+    return best if best is not None and score_arm(goal, best) >= MIN_MATCH_SCORE else None
+
+
+_KIND_PREFIX = "kind:"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A part of a goal: the arm that does it, the files it is given, and a plain title."""
+
+    arm: str
+    files: tuple[str, ...]
+    title: str
+
+
+def assign_arms(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, wants_code: bool) -> list[Assignment]:
+    """Split a goal into parts that need nothing of each other.
+
+    An arm of somebody's own comes first: it takes the goal if it accepts ``kind:<word>`` and the goal has that word,
+    or the files whose media type it accepts, or the goal if its description fits. Tables go to the coder, which
+    queries them; other texts to the retriever, which cites them, or to the coder when a ``program`` is wanted. Raises
+    ``OctoError`` (``file_invalid``) for a file that no arm can read.
+    """
+    own = [arm for arm in arms if arm.name not in BUILT_IN_ARMS]
+    said = stems(goal)
+    for arm in own:
+        if any(
+            stem(word.removeprefix(_KIND_PREFIX).lower()) in said
+            for word in arm.accepts
+            if word.startswith(_KIND_PREFIX)
+        ):
+            return [Assignment(arm.name, tuple(files), f"Ask {arm.name}")]
+    accepting = any(accepts_file(arm.accepts, name) for arm in own for name in files)
+    fitting = None if accepting else find_matching_arm(goal, own, with_files=bool(files))
+    if fitting is not None:
+        return [Assignment(fitting.name, tuple(files), f"Ask {fitting.name}")]
+    groups: dict[str, list[str]] = {}
+    for name in files:
+        groups.setdefault(_arm_for(name, own, wants_code), []).append(name)
+    if not groups:
+        return [Assignment("coder", (), "Write the code" if wants_code else "Write the answer")]
+    return [Assignment(arm.split("/")[0], tuple(names), _title(arm, names)) for arm, names in groups.items()]
+
+
+def _arm_for(name: str, own: Sequence[ArmInfo], program: bool) -> str:
+    for arm in own:
+        if accepts_file(arm.accepts, name):
+            return arm.name
+    kind = file_kind(name)
+    if kind == "binary":
+        raise OctoError(f"No arm reads files like {name}: it is neither a table nor a text.", code="file_invalid")
+    if kind == "table":
+        return "coder/data"
+    return "coder/code" if program else "retriever"
+
+
+def _title(arm: str, names: Sequence[str]) -> str:
+    listed = ", ".join(names)[:100]
+    verb = {"coder/data": "Query", "retriever": "Look up", "coder/code": "Write the code from"}.get(
+        arm, f"Ask {arm} about"
+    )
+    return f"{verb} {listed}"
+
+
+OnText = Callable[[str], Awaitable[None]]
+
+MAX_GOAL_CHARS = 1500
+"""Characters of the goal that the model is shown: enough to word a title."""
+_TOKENS_PER_STEP = 80
+_MAX_TITLE, _MAX_CRITERION = 70, 120
+"""Characters; a criterion of that length was cut by the schema and is left out."""
+_WORDING_PROMPT = (
+    "You plan work. Write for each step a short title, and one criterion that its result must meet, in at most twelve "
+    "words. Reply with JSON."
+)
+
+
+class _WordedStep(msgspec.Struct, frozen=True):
+    title: str
+    criteria: tuple[str, ...] = ()
+
+
+class _WordingAnswer(msgspec.Struct, frozen=True):
+    steps: tuple[_WordedStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepWording:
+    """How a step is worded; ``by_model`` is false where the model's words could not be used."""
+
+    title: str
+    criteria: tuple[str, ...]
+    is_by_model: bool
+
+
+async def word_steps(
+    goal: str, assignments: Sequence[Assignment], ask: PromptFunction, *, on_text: OnText | None = None
+) -> list[StepWording]:
+    """Return a wording for each part, in order; plain titles for all of them when the model's answer does not parse.
+
+    Raises what ``ask`` raises.
+    """
+    answer = await ask(
+        _wording_messages(goal, assignments),
+        max_tokens=_TOKENS_PER_STEP * len(assignments) + 20,
+        schema=_wording_schema(len(assignments)),
+        on_text=on_text,
+    )
+    try:
+        said = msgspec.json.decode(answer.encode(), type=_WordingAnswer).steps
+    except msgspec.DecodeError:
+        said = ()
+    if len(said) != len(assignments) or not all(step.title.strip() for step in said):
+        return [StepWording(part.title, (), is_by_model=False) for part in assignments]
+    return [StepWording(_single_line(step.title), _complete_criteria(step.criteria), is_by_model=True) for step in said]
+
+
+def _wording_messages(goal: str, parts: Sequence[Assignment]) -> list[PromptMessage]:
+    listed = "\n".join(f"{number}. {part.title}" for number, part in enumerate(parts, start=1))
+    return [system(_WORDING_PROMPT), user(f"Goal: {goal[:MAX_GOAL_CHARS]}\nSteps:\n{listed}")]
+
+
+def _wording_schema(steps: int) -> dict[str, object]:
+    step = {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string", "minLength": 8, "maxLength": _MAX_TITLE},
+            "criteria": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": 1,
+                "items": {"type": "string", "minLength": 8, "maxLength": _MAX_CRITERION},
+            },
+        },
+        "required": ["title", "criteria"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "properties": {"steps": {"type": "array", "minItems": steps, "maxItems": steps, "items": step}},
+        "required": ["steps"],
+        "additionalProperties": False,
+    }
+
+
+def _complete_criteria(criteria: Sequence[str]) -> tuple[str, ...]:
+    return tuple(filter(None, (_single_line(each) for each in criteria if len(each) < _MAX_CRITERION)))
+
+
+def _single_line(text: str) -> str:
+    return " ".join(text.split())

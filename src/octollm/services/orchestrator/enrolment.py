@@ -1,0 +1,405 @@
+"""Enrolment of arms: enrolment tokens, admission by proof of possession, key rotation and removal, with a throttle per address for failed attempts."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sqlalchemy import delete, func, select, update
+
+from octollm.capability import CapabilityError, Principal, PublicKey
+from octollm.capability.enrolment import (
+    NONCE_SECONDS,
+    EnrolmentClaim,
+    EnrolmentTerms,
+    EnrolmentTokenIssuer,
+    arm_proof,
+    check_arm_name,
+    is_enrolment_id,
+    parse_declared_calls,
+    proofs_match,
+    root_proof,
+    rotation_message,
+    scopes_of,
+)
+from octollm.capability.jose import b64decode
+from octollm.capability.tokens import MAX_GRANT_SECONDS
+from octollm.clock import Clock, IdGenerator, format_rfc3339
+from octollm.contracts.enrolment import (
+    EnrolmentNonce,
+    EnrolmentRequest,
+    EnrolmentResponse,
+    EnrolmentTokenList,
+    EnrolmentTokenRequest,
+    EnrolmentTokenView,
+    KeyRotation,
+    NewEnrolmentToken,
+)
+from octollm.contracts.services import SERVICES
+from octollm.errors import FieldError, OctoError
+from octollm.events import EventLog
+from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record_audit
+from octollm.services.orchestrator.registry import MAX_ENROLLED_ARMS, ServiceRegistry
+from octollm.services.orchestrator.revocation import RevocationStore
+from octollm.storage import Database, Transaction, row_to_dict
+from octollm.storage.tables import admissions, arm_keys, arms, join_nonces, joins
+
+MAX_FAILURES = 10
+THROTTLE_WINDOW_SECONDS = 60.0
+MAX_ADDRESSES = 4096
+"""Addresses that are counted; the one not heard of for longest goes first."""
+
+
+class FailedEnrolmentThrottle:
+    """Counts refusals by address, in this process."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def check(self, address: str) -> None:
+        """Raise ``rate_limited`` for an address that was refused too often within the last minute."""
+        began, count = self._failures.get(address, (0.0, 0))
+        left = began + THROTTLE_WINDOW_SECONDS - self._clock.monotonic()
+        if count >= MAX_FAILURES and left > 0:
+            raise OctoError("Too many refused attempts; wait before the next.", code="rate_limited", retry_after=left)
+
+    def record_failure(self, address: str) -> None:
+        """Count a refusal."""
+        now = self._clock.monotonic()
+        began, count = self._failures.pop(address, (now, 0))
+        if now - began >= THROTTLE_WINDOW_SECONDS:
+            began, count = now, 0
+        self._failures[address] = (began, count + 1)
+        while len(self._failures) > MAX_ADDRESSES:
+            self._failures.popitem(last=False)
+
+
+MAX_ENROLMENT_TOKEN_SECONDS = 30 * 86_400
+"""The longest life of a join secret."""
+
+
+class EnrolmentTokens:
+    """The join secrets of all tenants."""
+
+    def __init__(self, db: Database, root: EnrolmentTokenIssuer, clock: Clock, ids: IdGenerator) -> None:
+        self._db = db
+        self._root = root
+        self._clock = clock
+        self._ids = ids
+
+    async def create(self, request: EnrolmentTokenRequest, actor: Actor) -> NewEnrolmentToken:
+        """Make a secret that admits one name in the actor's tenant; it is shown once.
+
+        Raises ``invalid_body`` for a name, calls or a life that cannot be.
+        """
+        check_arm_name(request.name)
+        calls = scopes_of(parse_declared_calls(request.calls))
+        if not 1 <= request.lifetime_seconds <= MAX_ENROLMENT_TOKEN_SECONDS:
+            detail = f"A join secret lives from 1 to {MAX_ENROLMENT_TOKEN_SECONDS} seconds (30 days)."
+            raise OctoError(detail, code="invalid_body", field_errors=(FieldError("/lifetime_seconds", detail),))
+        now = self._clock.now()
+        terms = EnrolmentTerms(self._ids.hex(), request.name, calls, math.ceil(now) + request.lifetime_seconds)
+        row: dict[str, Any] = {
+            "id": terms.id,
+            "tenant": actor.principal.tenant,
+            "name": terms.name,
+            "calls": list(calls),
+            "sub": actor.principal.sub,
+            "created_at": now,
+            "expires_at": float(terms.expires),
+            "revoked_at": None,
+            "used_at": None,
+        }
+        async with self._db.transaction() as tx:
+            await tx.execute(tx.insert(joins).values(row))
+            await record_audit(tx, actor, "join.made", terms.id, now, {"name": terms.name, "calls": list(calls)})
+        return NewEnrolmentToken(_token_view_from_row(row, now), self._root.derive_token(terms, now))
+
+    async def list(self, tenant: str) -> EnrolmentTokenList:
+        """Return a tenant's join secrets, without what is secret of them; at most 200."""
+        query = select(joins).where(joins.c.tenant == tenant).order_by(joins.c.created_at.desc()).limit(200)
+        async with self._db.read() as conn:
+            rows = await conn.all(query)
+        now = self._clock.now()
+        return EnrolmentTokenList(tuple(_token_view_from_row(row_to_dict(row), now) for row in rows))
+
+    async def revoke(self, token_id: str, actor: Actor) -> None:
+        """Revoke a secret of the actor's tenant; raise ``not_found`` for another's. Who joined with it stays."""
+        now = self._clock.now()
+        async with self._db.transaction() as tx:
+            done = await tx.execute(
+                update(joins)
+                .where(
+                    joins.c.id == token_id,
+                    joins.c.tenant == actor.principal.tenant,
+                    joins.c.revoked_at.is_(None),
+                )
+                .values(revoked_at=now)
+            )
+            if done.rowcount != 1:
+                raise OctoError("There is no such join secret, or it was revoked already.", code="not_found")
+            await record_audit(tx, actor, "join.revoked", token_id, now)
+
+
+def terms_from_row(row: Mapping[str, Any]) -> EnrolmentTerms:
+    """Return what a row's secret is derived from."""
+    return EnrolmentTerms(row["id"], row["name"], tuple(row["calls"]), int(row["expires_at"]))
+
+
+def _token_view_from_row(row: Mapping[str, Any], now: float) -> EnrolmentTokenView:
+    state = "revoked" if row["revoked_at"] is not None else "expired" if row["expires_at"] <= now else "good"
+    used = row["used_at"]
+    return EnrolmentTokenView(
+        row["id"],
+        row["name"],
+        tuple(row["calls"]),
+        row["tenant"],
+        format_rfc3339(row["created_at"]),
+        format_rfc3339(row["expires_at"]),
+        state,
+        None if used is None else format_rfc3339(used),
+    )
+
+
+MAX_ARM_KEYS = 8
+"""Keys of one arm that are good at the same time."""
+
+_INVALID_PROOF = (
+    "The join was refused: the secret does not fit this name, key and nonce. Check that all of the secret was copied,"
+    " that it was made for this name here, and that no other root key took the place of the one that made it."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Requester:
+    """Who asks to join: an address, in a request."""
+
+    address: str
+    request_id: str = ""
+    correlation_id: str = ""
+
+    def actor(self, name: str, tenant: str = SYSTEM_TENANT) -> Actor:
+        """Return whom the audit trail names."""
+        return Actor(Principal("unknown", "unknown", tenant), self.request_id, self.correlation_id, name[:64])
+
+
+class EnrolmentAuthority:
+    """The orchestrator's half of joining."""
+
+    def __init__(
+        self,
+        db: Database,
+        log: EventLog,
+        root: EnrolmentTokenIssuer,
+        roots: Mapping[str, PublicKey],
+        registry: ServiceRegistry,
+        revocation_store: RevocationStore,
+        clock: Clock,
+        ids: IdGenerator,
+    ) -> None:
+        self._db = db
+        self._log = log
+        self._root = root
+        self._roots = roots
+        self._registry = registry
+        self._revocation_store = revocation_store
+        self._clock = clock
+        self._ids = ids
+        self._throttle = FailedEnrolmentThrottle(clock)
+
+    def issue_nonce(self) -> EnrolmentNonce:
+        """Return a nonce. Nothing is kept of it before it is used, so that asking for many costs nothing."""
+        return EnrolmentNonce(self._root.create_nonce(self._ids.hex(), self._clock.now()), int(NONCE_SECONDS))
+
+    async def enrol(self, request: EnrolmentRequest, requester: Requester) -> EnrolmentResponse:
+        """Admit an arm by its proof, and prove the root keys to it.
+
+        Raises ``join_refused``, with the reason only for who proved the secret, and ``rate_limited`` for an address
+        that was refused too often. Each refusal is audited.
+        """
+        self._throttle.check(requester.address)
+        row, key, secret = await self._verify_proof(request, requester)
+        claim = _build_claim(request, key)
+        now = self._clock.now()
+        fault = _find_fault(row, request.calls, now)
+        if fault is None:
+            fault = await self._admit_and_audit(row, key.thumbprint, request, requester)
+        if fault is not None:
+            await self._refuse(requester, request, *fault, tenant=row["tenant"])
+        await self._registry.refresh()
+        jwks = tuple(root.to_jwk() for root in self._roots.values())
+        return EnrolmentResponse(jwks, root_proof(secret, claim, self._roots))
+
+    async def rotate_key(self, name: str, request: KeyRotation, requester: Requester) -> None:
+        """Add a key of an arm, asked for in its own name; those that it had are good for an hour more.
+
+        Raises ``scope_missing`` for a service that did not join, ``invalid_body`` for a key that is not proved.
+        """
+        key = _parse_public_key(request.jwk)
+        if key is None or not key.verify(_decode_signature(request.proof), rotation_message(name, key.thumbprint)):
+            raise OctoError("The new key must sign the arm's name and its own thumbprint.", code="invalid_body")
+        if key.thumbprint in self._roots:
+            raise OctoError("That key belongs to the installation itself.", code="invalid_body")
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            row = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
+            if row is None:
+                raise OctoError(f"{name} did not join, so its keys come from its settings.", code="scope_missing")
+            await tx.execute(delete(arm_keys).where(arm_keys.c.name == name, arm_keys.c.until < now))
+            await tx.execute(
+                update(arm_keys)
+                .where(arm_keys.c.name == name, arm_keys.c.until.is_(None), arm_keys.c.jkt != key.thumbprint)
+                .values(until=now + MAX_GRANT_SECONDS)
+            )
+            held = await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.name == name))
+            if held >= MAX_ARM_KEYS:
+                raise OctoError(f"{name} changed its key {MAX_ARM_KEYS} times within an hour.", code="state_conflict")
+            fresh = {"added_at": now, "until": None}
+            await tx.execute(
+                tx.insert(arm_keys)
+                .values(name=name, jkt=key.thumbprint, **fresh)
+                .on_conflict_do_update(index_elements=[arm_keys.c.name, arm_keys.c.jkt], set_=fresh)
+            )
+            await record_audit(
+                tx, requester.actor(name, row["tenant"]), "key.rotated", name, now, {"jkt": key.thumbprint}
+            )
+        await self._registry.refresh()
+
+    async def remove(self, name: str, actor: Actor) -> None:
+        """Free a name: its keys are no longer known, what it was lent is revoked, and so are its join secrets.
+
+        Raises ``arm_unknown`` for a name that did not join in the actor's tenant.
+        """
+        if name in SERVICES:
+            raise OctoError(f"{name} belongs to the installation itself and cannot be removed.", code="arm_unknown")
+        tenant = actor.principal.tenant
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            gone = await tx.execute(delete(admissions).where(admissions.c.name == name, admissions.c.tenant == tenant))
+            if gone.rowcount != 1:
+                raise OctoError(f"No arm {name} joined here.", code="arm_unknown")
+            await tx.execute(delete(arms).where(arms.c.name == name))
+            await tx.execute(
+                update(joins).where(joins.c.name == name, joins.c.revoked_at.is_(None)).values(revoked_at=now)
+            )
+            await self._revocation_store.add(tx, "aud", name, tenant)
+            await self._log.append(
+                tx, "arm.removed", subject=f"arm/{name}", tenant=tenant, source="orchestrator", data={"arm": name}
+            )
+            await record_audit(tx, actor, "arm.removed", name, now)
+        await self._registry.refresh()
+
+    async def _verify_proof(
+        self, request: EnrolmentRequest, requester: Requester
+    ) -> tuple[dict[str, Any], PublicKey, bytes]:
+        """Return the row of the secret that was proved, the arm's key, and the secret's; refuse without saying why."""
+        row: dict[str, Any] | None = None
+        if is_enrolment_id(request.join):
+            async with self._db.read() as conn:
+                found = await conn.first(select(joins).where(joins.c.id == request.join))
+            row = None if found is None else row_to_dict(found)
+        # A secret that is not known is looked into as long as one that is.
+        terms = terms_from_row(row) if row is not None else EnrolmentTerms(request.join, request.name, (), 0)
+        key = _parse_public_key(request.jwk)
+        now = self._clock.now()
+        secret: bytes | None = None
+        for tried in self._root.derive_keys(terms, now):
+            if key is not None and proofs_match(arm_proof(tried, _build_claim(request, key)), request.proof):
+                secret = tried
+        good = secret is not None and self._root.is_valid_nonce(request.nonce, now)
+        if row is None or key is None or secret is None or not good or row["name"] != request.name:
+            await self._refuse(requester, request, "proof", _INVALID_PROOF)
+        return row, key, secret
+
+    async def _admit_and_audit(
+        self, row: Mapping[str, Any], jkt: str, request: EnrolmentRequest, requester: Requester
+    ) -> tuple[str, str] | None:
+        """Admit an arm and write it to the audit trail; return why not, for the audit and in words."""
+        async with self._db.transaction() as tx:
+            now = await tx.now()
+            fault = await self._admit(tx, row, jkt, request.nonce, now)
+            if fault is None:
+                detail = {"join": row["id"], "jkt": jkt, "calls": row["calls"]}
+                await record_audit(
+                    tx, requester.actor(request.name, row["tenant"]), "arm.admitted", request.name, now, detail
+                )
+        return fault
+
+    async def _admit(
+        self, tx: Transaction, row: Mapping[str, Any], jkt: str, nonce: str, now: float
+    ) -> tuple[str, str] | None:
+        """Write the admission; return why not."""
+        await tx.execute(delete(join_nonces).where(join_nonces.c.until < now))
+        spent = tx.insert(join_nonces).values(nonce=nonce, until=now + NONCE_SECONDS).on_conflict_do_nothing()
+        if (await tx.execute(spent)).rowcount != 1:
+            return "nonce", "The nonce was used before; ask for another."
+        name = row["name"]
+        fresh = {"calls": list(row["calls"]), "join_id": row["id"]}
+        held = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
+        if held is None:
+            if await tx.scalar(select(func.count()).select_from(admissions)) >= MAX_ENROLLED_ARMS:
+                return "full", f"{MAX_ENROLLED_ARMS} arms have joined already, the most there may be; remove one."
+            if await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.jkt == jkt)):
+                return "key", "The key is another arm's already; each arm has keys of its own."
+            await tx.execute(tx.insert(admissions).values(name=name, tenant=row["tenant"], admitted_at=now, **fresh))
+            await tx.execute(tx.insert(arm_keys).values(name=name, jkt=jkt, added_at=now))
+        else:
+            known = select(func.count()).select_from(arm_keys).where(
+                arm_keys.c.name == name,
+                arm_keys.c.jkt == jkt,
+                arm_keys.c.until.is_(None) | (arm_keys.c.until > now),
+            )  # fmt: skip
+            if held["tenant"] != row["tenant"] or not await tx.scalar(known):
+                return "taken", (
+                    f"The name {name} is held by another key. A new key of the same arm is brought by an old one; to"
+                    " give the name to another arm, remove the first: `octollm arms remove`."
+                )
+            await tx.execute(update(admissions).where(admissions.c.name == name).values(**fresh))
+        await tx.execute(update(joins).where(joins.c.id == row["id"]).values(used_at=now))
+        return None
+
+    async def _refuse(
+        self, requester: Requester, request: EnrolmentRequest, reason: str, detail: str, tenant: str = SYSTEM_TENANT
+    ) -> NoReturn:
+        self._throttle.record_failure(requester.address)
+        async with self._db.transaction() as tx:
+            about = {"reason": reason, "join": request.join[:64], "address": requester.address}
+            await record_audit(
+                tx, requester.actor(request.name, tenant), "arm.refused", request.name[:64], self._clock.now(), about
+            )
+        raise OctoError(detail, code="join_refused")
+
+
+def _find_fault(row: Mapping[str, Any], calls: Sequence[str], now: float) -> tuple[str, str] | None:
+    """Return what is wrong with a secret that was proved, or with what is asked for with it."""
+    if row["revoked_at"] is not None:
+        return "revoked", "The join secret was revoked; `octollm keys join` makes another."
+    if row["expires_at"] <= now:
+        return "expired", "The join secret has expired; `octollm keys join` makes another."
+    too_much = sorted(set(calls) - set(row["calls"]))
+    if too_much:
+        admitted = ", ".join(row["calls"]) or "no calls"
+        return "calls", f"The join secret does not admit {', '.join(too_much)[:500]}; it admits {admitted}."
+    return None
+
+
+def _build_claim(request: EnrolmentRequest, key: PublicKey) -> EnrolmentClaim:
+    return EnrolmentClaim(request.nonce, request.name, key.thumbprint, request.calls)
+
+
+def _parse_public_key(jwk: Mapping[str, str]) -> PublicKey | None:
+    try:
+        return PublicKey.from_jwk(jwk)
+    except CapabilityError:
+        return None
+
+
+def _decode_signature(text: str) -> bytes:
+    try:
+        return b64decode(text)
+    except CapabilityError:
+        return b""

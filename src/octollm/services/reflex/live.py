@@ -1,0 +1,187 @@
+"""Live connections: sessions on a task, their limits and send timeout, and the same frames as server-sent events (HTML standard, section 9.2)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Awaitable, Generator
+from dataclasses import dataclass, field
+
+import msgspec
+from starlette.requests import HTTPConnection
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from octollm.clock import Clock
+from octollm.concurrency import run_until_first
+from octollm.contracts.api import LAST_EVENT_ID_DESCRIPTION
+from octollm.errors import OctoError
+from octollm.events import TaskWatchHub
+from octollm.live import LiveFrame, LiveSession, SessionTiming, parse_resume_position
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.services.reflex.auth import CredentialAuthenticator
+from octollm.services.reflex.forwarding import STREAM_SECONDS
+from octollm.services.reflex.upstream import Upstream, UpstreamTask
+from octollm.storage import TextStream
+from octollm.telemetry import Metrics
+
+MAX_WATCHERS = 4096
+"""Open live connections of one process."""
+SEND_TIMEOUT_SECONDS = 10.0
+"""How long one frame may wait for a watcher whose connection takes no more."""
+_TASK_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class SlowConsumerError(Exception):
+    """The watcher's connection takes no more: what it was sent waits, up to the bound, and does not go."""
+
+
+@dataclass(slots=True)
+class LiveConnections:
+    """Opens sessions for whoever the door admits."""
+
+    authenticator: CredentialAuthenticator
+    upstream: Upstream
+    text_stream: TextStream
+    hub: TaskWatchHub
+    clock: Clock
+    metrics: Metrics
+    draining: asyncio.Event
+    timing: SessionTiming = field(default_factory=SessionTiming)
+    send_timeout: float = SEND_TIMEOUT_SECONDS
+    max_watchers: int = MAX_WATCHERS
+    _open: int = 0
+
+    async def open_session(self, credential: str, connection: HTTPConnection) -> LiveSession:
+        """Return an open session on the task that ``connection`` names, from where it says it goes on.
+
+        Raises ``task_not_found``, ``scope_missing``, ``invalid_parameter``, ``draining``.
+        """
+        task_id = str(connection.path_params["task_id"])
+        if not _TASK_ID.fullmatch(task_id):
+            raise OctoError("There is no such task.", code="task_not_found")
+        if self.draining.is_set():
+            raise OctoError("The service is shutting down.", code="draining", retry_after=1)
+        query = connection.query_params
+        afters = query.getlist("after")
+        if len(afters) > 1:
+            raise OctoError("`after` may be given once.", code="invalid_parameter")
+        # A browser's EventSource connects again with this header and the address it was first given.
+        after = connection.headers.get("last-event-id") or (afters[0] if afters else None)
+        session = LiveSession(
+            task_id,
+            UpstreamTask(self.upstream, credential, task_id),
+            self.text_stream,
+            self.clock,
+            position=parse_resume_position(after, query.getlist("offset")),
+            timing=self.timing,
+        )
+        await session.open()
+        return session
+
+    @contextlib.contextmanager
+    def count_connection(self, kind: str) -> Generator[None]:
+        """Count a watcher; raises ``overloaded`` past the bound."""
+        if self._open >= self.max_watchers:
+            raise OctoError("Too many live connections are open here.", code="overloaded", retry_after=5)
+        self._open += 1
+        self.metrics.live_connections.labels(kind).inc()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self.metrics.live_connections.labels(kind).dec()
+
+    async def send_within_timeout(self, sending: Awaitable[None]) -> None:
+        """Wait for one frame to be taken; raises :class:`SlowConsumerError` past the patience.
+
+        Frames are made one at a time, so this one and the connection's own buffer (64 KiB) are all that waits.
+        """
+        try:
+            async with asyncio.timeout(self.send_timeout):
+                await sending
+        except TimeoutError as error:
+            raise SlowConsumerError from error
+
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+_RETRY_EVENT = b"retry: 1000\n\n"
+
+
+def encode_frame_event(frame: LiveFrame) -> bytes:
+    """Return a frame as an event; its id is the ``seq``, so a reader goes on behind the last event it has."""
+    return b"id: %d\ndata: %s\n\n" % (frame.seq, msgspec.json.encode(frame))
+
+
+class FrameEventResponse(Response):
+    """The frames of one session, until the final one."""
+
+    def __init__(self, connections: LiveConnections, session: LiveSession, task_id: str) -> None:
+        super().__init__()
+        self._connections = connections
+        self._session = session
+        self._task_id = task_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        del scope
+        watching = self._connections
+
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        async def write(body: bytes, *, more: bool = True) -> None:
+            await watching.send_within_timeout(send({"type": "http.response.body", "body": body, "more_body": more}))
+
+        async def tell() -> None:
+            async with (
+                watching.hub.subscribe(self._task_id) as hints,
+                contextlib.aclosing(self._session.frames(hints)) as frames,
+            ):
+                async for frame in frames:
+                    await write(encode_frame_event(frame))
+
+        with watching.count_connection("sse"):
+            await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+            # What ends a stream is no answer any more: the reader connects again and is told then.
+            with contextlib.suppress(OctoError, SlowConsumerError):
+                await write(_RETRY_EVENT)
+                await run_until_first(tell(), gone(), watching.draining.wait())
+            with contextlib.suppress(SlowConsumerError):
+                await write(b"", more=False)
+
+
+def build_sse_operation(connections: LiveConnections) -> Operation:
+    """Return the operation."""
+
+    async def handle(call: IncomingCall, body: object) -> Response:
+        del body
+        session = await connections.open_session(call.bearer, call.request)
+        if session.is_finished:
+            # 204 tells an EventSource not to connect again.
+            return Response(status_code=204)
+        return FrameEventResponse(connections, session, str(call.path["task_id"]))
+
+    return Operation(
+        "tasks.events",
+        "GET",
+        "/tasks/{task_id}/events",
+        handle,
+        auth="door",
+        max_body=0,
+        limited=False,
+        timeout=STREAM_SECONDS,
+        summary="A task's frames as server-sent events.",
+        docs=OperationDocs(
+            media_type="text/event-stream",
+            headers={"Last-Event-ID": LAST_EVENT_ID_DESCRIPTION},
+            error_codes=("task_not_found", "invalid_parameter"),
+            other_statuses=(204,),
+        ),
+    )

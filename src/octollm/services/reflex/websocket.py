@@ -1,0 +1,176 @@
+"""``WS /ws/tasks/{task_id}``: a task's frames out, cancellations and approvals in, and the close codes of RFC 6455."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from octollm.clock import IdGenerator
+from octollm.concurrency import run_until_first
+from octollm.context import REQUEST_ID, RequestContext, parse_traceparent, set_context, start_trace
+from octollm.contracts.problems import to_problem
+from octollm.errors import OctoError
+from octollm.events import TaskSubscription
+from octollm.live import LiveSession
+from octollm.services.reflex.live import LiveConnections, SlowConsumerError
+from octollm.telemetry import Logger
+
+NORMAL_CLOSURE, GOING_AWAY, POLICY_VIOLATION, INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LATER = (
+    1000,
+    1001,
+    1008,
+    1011,
+    1012,
+    1013,
+)
+"""Close codes of RFC 6455 section 7.4 and its registry; 4401, 4403 and 4404 are the statuses of HTTP."""
+MAX_MALFORMED = 8
+"""Messages that are not understood, before the socket is closed."""
+CLOSE_SECONDS = 5.0
+"""How long a watcher may take to take the closing frame."""
+
+
+class _ClientMessage(msgspec.Struct):
+    """A message of a watcher: ``{"type": "cancel"}`` or ``{"type": "approval", …}``."""
+
+    type: str
+
+
+def get_close_code(error: OctoError) -> int:
+    """Return the code with which a socket is closed for ``error``."""
+    status = to_problem(error).status
+    if status in (401, 403, 404):
+        return 4000 + status
+    if status in (429, 502, 503, 504):
+        return SERVICE_RESTART if error.code == "draining" else TRY_AGAIN_LATER
+    return POLICY_VIOLATION if 400 <= status < 500 else INTERNAL_ERROR
+
+
+class _CloseConnection(Exception):  # noqa: N818  (it carries how a socket ends, which need not be an error)
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(code)
+        self.code = code
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class TaskWebSockets:
+    """Serves the WebSockets of the door."""
+
+    connections: LiveConnections
+    ids: IdGenerator
+    log: Logger
+
+    def routes(self) -> list[WebSocketRoute]:
+        """Return the routes; a path that is none of them is accepted and closed with 4404."""
+        return [
+            WebSocketRoute("/ws/tasks/{task_id}", self._endpoint(self._serve_task)),
+            WebSocketRoute("/{path:path}", self._endpoint(self._reject_unknown_path)),
+        ]
+
+    def _endpoint(self, serve: Callable[[WebSocket], Awaitable[None]]) -> Callable[[WebSocket], Awaitable[None]]:
+        async def endpoint(websocket: WebSocket) -> None:
+            self._set_request_context(websocket)
+            try:
+                await serve(websocket)
+            except _CloseConnection as closed:
+                await _close(websocket, closed.code, closed.reason)
+            except OctoError as error:
+                await _close(websocket, get_close_code(error), error.code)
+            except SlowConsumerError:
+                await _close(websocket, TRY_AGAIN_LATER, "too slow")
+            except (WebSocketDisconnect, ConnectionError):
+                return
+            except Exception as error:  # the outermost boundary of a socket: it is logged and closed
+                self.log.error("socket.crashed", error=error)
+                await _close(websocket, INTERNAL_ERROR, "internal")
+
+        return endpoint
+
+    async def _reject_unknown_path(self, websocket: WebSocket) -> None:
+        del websocket
+        raise OctoError("No socket is served here.", code="not_found")
+
+    async def _serve_task(self, websocket: WebSocket) -> None:
+        watching = self.connections
+        credential = await watching.authenticator.authenticate(websocket)
+        with watching.count_connection("websocket"):
+            session = await watching.open_session(credential, websocket)
+            await websocket.accept()
+            task_id = str(websocket.path_params["task_id"])
+            async with watching.hub.subscribe(task_id) as hints:
+                ended = await run_until_first(
+                    self._send_frames(websocket, session, hints),
+                    self._receive_messages(websocket, session, hints, credential, task_id),
+                    watching.draining.wait(),
+                )
+        raise _CloseConnection((NORMAL_CLOSURE, GOING_AWAY, SERVICE_RESTART)[ended])
+
+    async def _send_frames(self, websocket: WebSocket, session: LiveSession, hints: TaskSubscription) -> None:
+        async with contextlib.aclosing(session.frames(hints)) as frames:
+            async for frame in frames:
+                await self.connections.send_within_timeout(websocket.send_text(msgspec.json.encode(frame).decode()))
+
+    async def _receive_messages(
+        self, websocket: WebSocket, session: LiveSession, hints: TaskSubscription, credential: str, task_id: str
+    ) -> None:
+        """Do what the watcher says, until it goes.
+
+        A cancellation is answered by the frame of ``task.cancelled``. What could not be done is answered by a
+        ``status`` frame that repeats ``seq`` and ``progress``, with ``data.note`` = ``{type, code, detail}``.
+        """
+        malformed = 0
+        while True:
+            message = await websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            said = _parse_message(message.get("text"))
+            if said is None:
+                malformed += 1
+                if malformed > MAX_MALFORMED:
+                    raise _CloseConnection(POLICY_VIOLATION, "messages not understood")
+                continue
+            try:
+                await self.connections.authenticator.check_rate_limit(credential)
+                await self._handle_message(said, credential, task_id)
+            except OctoError as error:
+                session.add_note({"type": said, "code": error.code, "detail": error.detail})
+            hints.notify(events=True, text=False)
+
+    async def _handle_message(self, message_type: str, credential: str, task_id: str) -> None:
+        if message_type == "cancel":
+            await self.connections.upstream.cancel(credential, task_id)
+        else:
+            raise OctoError("Approvals are not configured here.", code="not_configured")
+
+    def _set_request_context(self, websocket: WebSocket) -> None:
+        given = websocket.headers.get("x-correlation-id", "")
+        correlation_id = given if REQUEST_ID.fullmatch(given) else "corr-" + self.ids.hex()
+        trace = parse_traceparent(websocket.headers.get("traceparent")) or start_trace()
+        set_context(RequestContext("reflex", "req-" + self.ids.hex(), correlation_id, trace))
+
+
+def _parse_message(message: object) -> str | None:
+    """Return the type of a message that is understood."""
+    if not isinstance(message, str):
+        return None
+    try:
+        said = msgspec.json.decode(message.encode(), type=_ClientMessage).type
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return None
+    return said if said in ("cancel", "approval") else None
+
+
+async def _close(websocket: WebSocket, code: int, reason: str) -> None:
+    """Close, accepting first where that is still to be done. A watcher that takes nothing is simply let go."""
+    with contextlib.suppress(TimeoutError, RuntimeError, WebSocketDisconnect, ConnectionError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            if websocket.application_state is WebSocketState.CONNECTING:
+                await websocket.accept()
+            await websocket.close(code, reason)
