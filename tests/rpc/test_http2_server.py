@@ -212,7 +212,7 @@ async def test_what_is_no_frame_ends_the_connection() -> None:
 
 
 async def test_a_connection_that_asks_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("http2_protocol", "negotiation"):
+    for module in ("http2_server", "transport"):
         monkeypatch.setattr(f"octollm.rpc.{module}.HEADER_SECONDS", 0.2)
     async with served([ECHO]) as svc:
         async with peer(svc.port) as client:

@@ -20,8 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from octollm import __version__
-from octollm.cli import doctor as check_machine
-from octollm.cli import doctor as check_servers
 from octollm.cli.output import messages, output
 from octollm.cli.runtime import EXIT_DONE, EXIT_FAILED, command_settings, open_transport, run_command
 from octollm.client._transport import GatewayTransport
@@ -45,15 +43,15 @@ _SYMBOLS = {"ok": ("✓", "octo.good"), "warning": ("!", "octo.warn"), "broken":
 def build_checks(settings: Settings) -> list[DiagnosticCheck]:
     """Return every check, in the order in which they are told."""
     return [
-        DiagnosticCheck("python", check_machine.check_python),
-        DiagnosticCheck("settings", check_machine.check_settings),
-        DiagnosticCheck("home", partial(check_machine.check_home, settings)),
-        DiagnosticCheck("ports", partial(check_machine.check_ports, settings)),
-        DiagnosticCheck("model", partial(check_machine.check_model, settings)),
-        DiagnosticCheck("sandbox", partial(check_machine.check_sandbox, settings)),
-        DiagnosticCheck("redis", partial(check_servers.check_redis, settings)),
-        DiagnosticCheck("database", partial(check_servers.check_database, settings)),
-        DiagnosticCheck("services", partial(check_servers.check_services, settings)),
+        DiagnosticCheck("python", check_python),
+        DiagnosticCheck("settings", check_settings),
+        DiagnosticCheck("home", partial(check_home, settings)),
+        DiagnosticCheck("ports", partial(check_ports, settings)),
+        DiagnosticCheck("model", partial(check_model, settings)),
+        DiagnosticCheck("sandbox", partial(check_sandbox, settings)),
+        DiagnosticCheck("redis", partial(check_redis, settings)),
+        DiagnosticCheck("database", partial(check_database, settings)),
+        DiagnosticCheck("services", partial(check_services, settings)),
     ]
 
 

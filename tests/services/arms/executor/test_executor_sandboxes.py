@@ -130,7 +130,7 @@ async def test_cancelling_kills(sandbox: Sandbox, running: Callable[[str], bool]
     word = uuid4().hex
     # The word stands in the command line of what runs the program; under WASI that is the worker, told by its files.
     job = Job(("-c", f"while '{word}': pass"), limits=Limits(wall_seconds=50, cpu_seconds=50))
-    seen = (lambda: running(word)) if sandbox.name == "bubblewrap" else (lambda: running("wasi_inside"))
+    seen = (lambda: running(word)) if sandbox.name == "bubblewrap" else (lambda: running("wasi_worker"))
     task = asyncio.create_task(sandbox.run(job))
     await wait_until(seen, description="the program runs")
     task.cancel()
