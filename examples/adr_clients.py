@@ -27,7 +27,7 @@ DOOR = os.environ.get("OCTOLLM_URL", "http://localhost:8000")
 CODER = os.environ.get("OCTOLLM_CODER_URL", "http://localhost:8102")
 JUDGE = os.environ.get("OCTOLLM_JUDGE_URL", "http://localhost:8103")
 
-# On this machine the door wants no key, unless OCTOLLM_LOCAL_TRUST is off.
+# On this machine the door wants no key, unless OCTOLLM_TRUST_LOOPBACK is off.
 KEY = {"Authorization": f"Bearer {os.environ['OCTOLLM_API_KEY']}"} if "OCTOLLM_API_KEY" in os.environ else {}
 
 TIMEOUT = httpx.Timeout(connect=5.0, read=300.0, write=10.0, pool=5.0)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from octollm.config import SETTING_SPECS, read_settings, unknown_settings
+from octollm.config import RENAMED, SETTING_SPECS, read_client_settings, read_settings, unknown_settings
 from octollm.errors import SettingError
 
 SERVICES = ("coder", "reflex")
@@ -22,8 +22,8 @@ def test_nothing_set_is_the_default() -> None:
         ("MODEL_URL", "ftp://x"),
         ("MODEL_CONTEXT", "12"),
         ("REDIS_URL", "http://x"),
-        ("LOCAL_TRUST", "maybe"),
-        ("PORT_SHIFT", "-1"),
+        ("TRUST_LOOPBACK", "maybe"),
+        ("PORT_OFFSET", "-1"),
         ("RATE_LIMIT", "many"),
         ("MAX_TOKENS", "0"),
         ("MAX_TIME_SECONDS", "soon"),
@@ -54,6 +54,16 @@ def test_a_misspelt_setting_is_pointed_out() -> None:
     (sentence,) = unknown_settings({"OCTOLLM_MODLE": "x", "OCTOLLM_MODEL": "embedded", "OTHER": "y"}, SERVICES)
     assert "OCTOLLM_MODLE" in sentence
     assert "OCTOLLM_MODEL" in sentence
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_setting_is_refused_with_its_new_name(old: str, new: str) -> None:
+    for read in (lambda env: read_settings(env, SERVICES), read_client_settings):
+        with pytest.raises(SettingError) as caught:
+            read({old: "1"})
+        assert old in caught.value.detail
+        assert f"Did you mean {new}?" in caught.value.detail
+    assert new in {spec.variable for spec in SETTING_SPECS.values()}
 
 
 def test_every_setting_has_a_meaning_and_a_default_that_is_right() -> None:

@@ -52,7 +52,7 @@ class Settings:
     cors_origins: tuple[str, ...]
     oidc: Path | None
     rate_limit: str
-    input_guardrail: Literal["refuse", "record", "off"]
+    input_guardrail: Literal["block", "log", "off"]
     max_tokens: int
     max_time_seconds: float
     sandbox: Literal["auto", "bubblewrap", "wasi"]
@@ -79,13 +79,21 @@ class ClientSettings:
 
 @dataclass(frozen=True, slots=True)
 class SettingSpec:
-    """How one variable is read: ``parse`` raises ``ValueError`` with what would be right."""
+    """One setting: its name without the prefix, its default, and its parser.
+
+    ``parse`` raises ``ValueError`` with a description of the valid values.
+    """
 
     name: str
     default: str
     meaning: str
     parse: Callable[[str], object]
     secret: bool = False
+
+    @property
+    def variable(self) -> str:
+        """The environment variable. OpenTelemetry's own variables carry no prefix of ours."""
+        return self.name if self.name.startswith("OTEL_") else PREFIX + self.name
 
 
 def _text(value: str) -> str:
@@ -246,18 +254,18 @@ SETTING_SPECS: dict[str, SettingSpec] = {
         secret=True,
     ),
     "keys": SettingSpec("KEYS", "", "Folder of the keys of one service; empty is the home's.", _optional_path),
-    "join_secret": SettingSpec(
-        "JOIN_SECRET", "", "Lets an arm of one's own join an installation the first time.", _optional, secret=True
+    "enrolment_token": SettingSpec(
+        "ENROLMENT_TOKEN", "", "Lets an arm of one's own join an installation the first time.", _optional, secret=True
     ),
-    "local_trust": SettingSpec(
-        "LOCAL_TRUST",
+    "trust_loopback": SettingSpec(
+        "TRUST_LOOPBACK",
         "on",
         "`on`: a client on this machine's loopback counts as the local user. `off` where others log in.",
         _switch,
     ),
     "host": SettingSpec("HOST", "127.0.0.1", "Address that the services listen on.", _text),
     "port": SettingSpec("PORT", "0", "Port of `octollm serve`; 0 is the service's own.", _integer(0, 65535)),
-    "port_shift": SettingSpec("PORT_SHIFT", "0", "Added to every service's port.", _integer(0, 50000)),
+    "port_offset": SettingSpec("PORT_OFFSET", "0", "Added to every service's port.", _integer(0, 50000)),
     "advertise_url": SettingSpec(
         "ADVERTISE_URL",
         "",
@@ -274,14 +282,12 @@ SETTING_SPECS: dict[str, SettingSpec] = {
     "tls_ca": SettingSpec(
         "TLS_CA", "", "Authorities whose certificates are believed (PEM); empty is the system's.", _optional_path
     ),
-    "tls_mutual": SettingSpec(
-        "TLS_MUTUAL", "off", "`on`: whoever calls a service has to show a certificate, too.", _switch
+    "mtls": SettingSpec("MTLS", "off", "`on`: whoever calls a service has to show a certificate, too.", _switch),
+    "startup_timeout": SettingSpec(
+        "STARTUP_TIMEOUT", "60", "How long `octollm serve` waits for what it needs.", _seconds(1, 3600)
     ),
-    "start_seconds": SettingSpec(
-        "START_SECONDS", "60", "How long `octollm serve` waits for what it needs.", _seconds(1, 3600)
-    ),
-    "drain_seconds": SettingSpec(
-        "DRAIN_SECONDS",
+    "shutdown_grace": SettingSpec(
+        "SHUTDOWN_GRACE",
         "25",
         "How long calls in flight may take to end when `octollm serve` is told to stop.",
         _seconds(0, 600),
@@ -302,11 +308,11 @@ SETTING_SPECS: dict[str, SettingSpec] = {
         "OIDC", "", "File (TOML) of the OpenID Connect issuers whose logins are believed.", _optional_path
     ),
     "rate_limit": SettingSpec("RATE_LIMIT", "600/minute", "Requests per key at the public door.", _rate),
-    "screening": SettingSpec(
-        "SCREENING",
-        "refuse",
-        "What becomes of a goal of high risk at the public door: `refuse`, `record` or `off`.",
-        _choice("refuse", "record", "off"),
+    "input_guardrail": SettingSpec(
+        "INPUT_GUARDRAIL",
+        "block",
+        "What becomes of a goal of high risk at the public door: `block`, `log` or `off`.",
+        _choice("block", "log", "off"),
     ),
     "max_tokens": SettingSpec(
         "MAX_TOKENS", "20000", "A task's tokens when it names no budget.", _integer(1, 100_000_000)
@@ -323,20 +329,24 @@ SETTING_SPECS: dict[str, SettingSpec] = {
     "log_level": SettingSpec(
         "LOG_LEVEL", "info", "Least level that is logged.", _choice("debug", "info", "warning", "error")
     ),
-    "trace_share": SettingSpec(
-        "TRACE_SHARE",
+    "trace_sample_ratio": SettingSpec(
+        "TRACE_SAMPLE_RATIO",
         "0.01",
         "Share of the calls outside tasks that leave a trace; 0 is none, 1 is all.",
         _ratio,
     ),
-    "otlp_url": SettingSpec(
-        "OTLP_URL",
+    "otlp_endpoint": SettingSpec(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
         "",
         "Collector that the monitor hands every span on to (OTLP over HTTP, in JSON).",
         _url("http", "https"),
     ),
     "otlp_headers": SettingSpec(
-        "OTLP_HEADERS", "", "Headers that this collector wants: `NAME=VALUE`, comma-separated.", _headers, secret=True
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "",
+        "Headers that this collector wants: `NAME=VALUE`, comma-separated.",
+        _headers,
+        secret=True,
     ),
     "urls": SettingSpec(
         "URL",
@@ -348,12 +358,27 @@ SETTING_SPECS: dict[str, SettingSpec] = {
 }
 """Every setting by its field. A service's address is ``OCTOLLM_<SERVICE>_URL`` besides."""
 
+RENAMED = {
+    "OCTOLLM_DRAIN_SECONDS": "OCTOLLM_SHUTDOWN_GRACE",
+    "OCTOLLM_JOIN_SECRET": "OCTOLLM_ENROLMENT_TOKEN",
+    "OCTOLLM_LOCAL_TRUST": "OCTOLLM_TRUST_LOOPBACK",
+    "OCTOLLM_OTLP_HEADERS": "OTEL_EXPORTER_OTLP_HEADERS",
+    "OCTOLLM_OTLP_URL": "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OCTOLLM_PORT_SHIFT": "OCTOLLM_PORT_OFFSET",
+    "OCTOLLM_SCREENING": "OCTOLLM_INPUT_GUARDRAIL",
+    "OCTOLLM_START_SECONDS": "OCTOLLM_STARTUP_TIMEOUT",
+    "OCTOLLM_TLS_MUTUAL": "OCTOLLM_MTLS",
+    "OCTOLLM_TRACE_SHARE": "OCTOLLM_TRACE_SAMPLE_RATIO",
+}
+"""Old names of settings, each with its new one."""
+
 
 def read_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> Settings:
-    """Read the settings from ``environment``; ``check_services`` are the names that may have a ``_URL``.
+    """Read the settings from ``environment``; ``services`` are the names that may have a ``_URL``.
 
-    Raises :class:`SettingError` naming the first wrong one.
+    Raises :class:`SettingError` naming the first invalid or renamed one.
     """
+    _refuse_renamed(environment)
     values: dict[str, object] = {}
     for field in fields(Settings):
         if field.name in SETTING_SPECS:
@@ -364,12 +389,20 @@ def read_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> 
 
 def read_client_settings(environment: Mapping[str, str]) -> ClientSettings:
     """Read what a client needs from ``environment``, and nothing else. Raises :class:`SettingError`."""
+    _refuse_renamed(environment)
     values = {field.name: _value(SETTING_SPECS[field.name], environment) for field in fields(ClientSettings)}
     return ClientSettings(**values)  # pyright: ignore[reportArgumentType]
 
 
+def _refuse_renamed(environment: Mapping[str, str]) -> None:
+    # A renamed setting is refused, not ignored: its old value may be what keeps an installation closed.
+    for old, new in RENAMED.items():
+        if old in environment:
+            raise SettingError(f"{old} is not a setting any more. Did you mean {new}?")
+
+
 def _value(spec: SettingSpec, environment: Mapping[str, str]) -> object:
-    return _read(spec, environment.get(PREFIX + spec.name, "") or spec.default)
+    return _read(spec, environment.get(spec.variable, "") or spec.default)
 
 
 def _read(spec: SettingSpec, value: str) -> object:
@@ -377,7 +410,7 @@ def _read(spec: SettingSpec, value: str) -> object:
         return spec.parse(value)
     except ValueError as error:
         shown = "***" if spec.secret else repr(value)
-        raise SettingError(f"{PREFIX}{spec.name} is {shown}; it must be {error}.") from None
+        raise SettingError(f"{spec.variable} is {shown}; it must be {error}.") from None
 
 
 def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -387,7 +420,7 @@ def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ..
 
 def unknown_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> list[str]:
     """Return a sentence for each ``OCTOLLM_*`` variable that nothing reads, with the nearest that exists."""
-    known = {PREFIX + spec.name for spec in SETTING_SPECS.values()}
+    known = {spec.variable for spec in SETTING_SPECS.values()}
     known |= {f"{PREFIX}{service.upper()}_URL" for service in services}
     sentences: list[str] = []
     for name in sorted(environment):

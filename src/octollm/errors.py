@@ -29,7 +29,7 @@ class CallAttempts:
 
 
 class OctoError(Exception):
-    """A failure with a stable ``solve_code_goal``.
+    """A failure with a stable ``code``.
 
     ``detail`` says what happened and what to do next, in one or two sentences, and never holds a secret.
     ``retry_after`` is in seconds. ``tried`` is set where it ended a call. ``cause_chain`` is left to ``raise … from``.

@@ -98,7 +98,7 @@ async def test_a_taken_port_is_named_before_anything_starts(place):
     assert ended.code == 1
     assert f"{8103 + place.shift}" in ended.err
     assert "judge" in ended.err
-    assert "OCTOLLM_PORT_SHIFT" in ended.err
+    assert "OCTOLLM_PORT_OFFSET" in ended.err
     assert place.ports_are_free()
 
 
@@ -177,7 +177,7 @@ async def test_tasks_are_listed_shown_and_their_events_told(place, up):
 
 
 async def test_without_local_trust_only_the_owners_key_opens_the_door(place):
-    place.settings["OCTOLLM_LOCAL_TRUST"] = "off"
+    place.settings["OCTOLLM_TRUST_LOOPBACK"] = "off"
     process = await place.up()
     try:
         async with httpx.AsyncClient() as client:

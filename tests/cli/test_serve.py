@@ -19,7 +19,7 @@ from octollm.testing import wait_until
 
 @pytest.fixture
 def place(tmp_path) -> Place:
-    return Place(tmp_path, {"OCTOLLM_START_SECONDS": "1", "OCTOLLM_DRAIN_SECONDS": "1"})
+    return Place(tmp_path, {"OCTOLLM_STARTUP_TIMEOUT": "1", "OCTOLLM_SHUTDOWN_GRACE": "1"})
 
 
 async def test_an_unknown_service_is_refused_with_those_that_there_are(place):

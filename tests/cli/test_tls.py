@@ -21,7 +21,7 @@ def secured(place):
         "OCTOLLM_TLS_CERT": str(tls.certificate),
         "OCTOLLM_TLS_KEY": str(tls.key),
         "OCTOLLM_TLS_CA": str(tls.ca),
-        "OCTOLLM_TLS_MUTUAL": "on",
+        "OCTOLLM_MTLS": "on",
     }
     return place
 

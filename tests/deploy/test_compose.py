@@ -112,6 +112,6 @@ def test_each_may_do_no_more_on_its_host_than_it_must():
 
 
 def test_a_container_is_given_longer_to_stop_than_a_service_takes_to_drain():
-    drain = float(SETTING_SPECS["drain_seconds"].default)
+    drain = float(SETTING_SPECS["shutdown_grace"].default)
     for service in OURS.values():
         assert float(service["stop_grace_period"].removesuffix("s")) > drain

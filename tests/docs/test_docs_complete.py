@@ -31,15 +31,13 @@ def headings(name: str) -> dict[str, str]:
 
 
 def test_every_setting_has_a_heading():
-    names = {PREFIX + spec.name for spec in SETTING_SPECS.values()} | {
-        f"{PREFIX}{name.upper()}_URL" for name in SERVICES
-    }
+    names = {spec.variable for spec in SETTING_SPECS.values()} | {f"{PREFIX}{name.upper()}_URL" for name in SERVICES}
     assert set(headings("settings.md")) == names
 
 
 @pytest.mark.parametrize("spec", SETTING_SPECS.values(), ids=lambda spec: spec.name)
 def test_every_default_is_told(spec):
-    text = headings("settings.md")[PREFIX + spec.name]
+    text = headings("settings.md")[spec.variable]
     if spec.default:
         assert f"`{spec.default}`" in text
     else:

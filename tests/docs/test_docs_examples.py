@@ -97,7 +97,7 @@ def installation(tmp_path_factory):
     environment |= {
         "OCTOLLM_MODEL_CACHE": str(settings.model_cache),
         "OCTOLLM_HOME": str(home),
-        "OCTOLLM_PORT_SHIFT": str(shift),
+        "OCTOLLM_PORT_OFFSET": str(shift),
         "NO_COLOR": "1",
     }
     command = [sys.executable, "-c", "from octollm.cli import main; main()", "up"]

@@ -88,7 +88,7 @@ class _Hosts(Spread):
         self.replicas = {}
         for name in [name for name in self.environment if name.endswith("_URL") and name.startswith("OCTOLLM_")]:
             del self.environment[name]
-        del self.environment["OCTOLLM_PORT_SHIFT"]
+        del self.environment["OCTOLLM_PORT_OFFSET"]
 
     def place(self) -> None:
         for name, info in SERVICES.items():

@@ -155,7 +155,7 @@ async def test_the_page_logs_in_at_the_issuer_and_keeps_nothing(tmp_path: Path) 
             "OCTOLLM_MODEL": "openai:scripted",
             "OCTOLLM_MODEL_URL": model.url,
             "OCTOLLM_OIDC": str(tmp_path / "oidc.toml"),
-            "OCTOLLM_LOCAL_TRUST": "off",
+            "OCTOLLM_TRUST_LOOPBACK": "off",
         }
         async with installation(tmp_path / "home", environment=environment) as system:
             await tab.do("Page.navigate", url=system.gateway_url + "/")

@@ -80,7 +80,7 @@ async def test_an_arm_joins_is_planned_for_and_needs_no_secret_again(tmp_path: P
 
 
 async def test_what_cannot_be_served_is_said_with_what_to_do(tmp_path: Path) -> None:
-    place = Place(tmp_path, {"OCTOLLM_START_SECONDS": "1"})
+    place = Place(tmp_path, {"OCTOLLM_STARTUP_TIMEOUT": "1"})
     (place.work / "mine.py").write_text(
         "from octollm import Arm\narm = Arm('mine', description='Mine', port=8119)\nx = 1\n"
     )
@@ -93,7 +93,7 @@ async def test_what_cannot_be_served_is_said_with_what_to_do(tmp_path: Path) -> 
         ended = await place.run("serve", target)
         assert ended.code == 2, (target, ended.err)
         assert told in ended.err
-    place.settings["OCTOLLM_JOIN_SECRET"] = "nonsense"
+    place.settings["OCTOLLM_ENROLMENT_TOKEN"] = "nonsense"
     ended = await place.run("serve", "mine:arm")
     assert "no join secret" in ended.err
     assert ended.code != 0

@@ -40,7 +40,7 @@ def secured() -> dict[str, str]:
     files = {"CERT": tls.certificate, "KEY": tls.key, "CA": tls.ca}
     settings = {f"OCTOLLM_TLS_{name}": str(path) for name, path in files.items()}
     # Three goals are looked at ten times a second, for as long as a slow machine takes.
-    return {**settings, "OCTOLLM_TLS_MUTUAL": "on", "OCTOLLM_RATE_LIMIT": "10000/minute"}
+    return {**settings, "OCTOLLM_MTLS": "on", "OCTOLLM_RATE_LIMIT": "10000/minute"}
 
 
 async def test_goals_complete_while_one_of_each_is_stopped_and_started(tmp_path: Path) -> None:

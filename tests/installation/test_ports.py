@@ -37,7 +37,7 @@ def test_a_taken_port_is_named_with_what_to_do():
     assert caught.value.code == "port_taken"
     assert str(port) in caught.value.detail
     assert "judge" in caught.value.detail
-    assert "OCTOLLM_PORT_SHIFT" in caught.value.detail
+    assert "OCTOLLM_PORT_OFFSET" in caught.value.detail
 
 
 def test_all_addresses_are_reached_over_loopback():

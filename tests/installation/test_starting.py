@@ -44,7 +44,7 @@ async def test_it_gives_up_after_the_bound_naming_what_is_missing():
     with pytest.raises(OctoError, match=r"Gave up after 0\.05 s .* redis: It is away\.") as caught:
         await wait_for_dependencies({"redis": Coming(10_000)}, clock=CLOCK, timeout=0.05, on_wait=lambda _: None)
     assert caught.value.code == "unavailable"
-    assert "OCTOLLM_START_SECONDS" in caught.value.detail
+    assert "OCTOLLM_STARTUP_TIMEOUT" in caught.value.detail
 
 
 async def test_what_waiting_cannot_mend_is_said_at_once():

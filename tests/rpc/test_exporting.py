@@ -201,7 +201,10 @@ async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker
     seen: list[Any] = []
     span = Span("coder", "execute", "server", TraceContext("a" * 32, "b" * 16), "", 1, 2)
     async with collector(seen, [503, 200]) as url, start_harness() as house:
-        environment = {"OCTOLLM_OTLP_URL": url, "OCTOLLM_OTLP_HEADERS": "X-Scope=team-1, Authorization=Basic abc="}
+        environment = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": url,
+            "OTEL_EXPORTER_OTLP_HEADERS": "X-Scope=team-1, Authorization=Basic abc=",
+        }
         async with run_span_export(house.base("monitor"), read_settings(environment, ())) as outside:
             assert outside is not None
             outside.buffer.put(span)
@@ -214,7 +217,7 @@ async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker
 
 async def test_a_collector_that_refuses_is_told_with_what_to_look_at() -> None:
     async with served([]) as svc, Http1Client() as http:
-        with pytest.raises(OctoError, match="answers 404; see OCTOLLM_OTLP_URL") as caught:
+        with pytest.raises(OctoError, match="answers 404; see OTEL_EXPORTER_OTLP_ENDPOINT") as caught:
             await build_collector_sender(http, svc.url, ())([])
     assert caught.value.code == "peer_protocol"
 
@@ -222,6 +225,6 @@ async def test_a_collector_that_refuses_is_told_with_what_to_look_at() -> None:
 @pytest.mark.parametrize("value", ["nothing", "=x", "a b=x", "a=", "a=x\ny"])
 def test_wrong_headers_are_refused_without_showing_them(value: str) -> None:
     with pytest.raises(SettingError) as caught:
-        read_settings({"OCTOLLM_OTLP_HEADERS": value}, ())
+        read_settings({"OTEL_EXPORTER_OTLP_HEADERS": value}, ())
     assert "***" in caught.value.detail
     assert value not in caught.value.detail.replace("NAME=VALUE", "")

@@ -75,7 +75,7 @@ class CleanRoot:
                 shutil.copyfile(name, folder / name[1:])
 
     def command(self, *words: str, user: str = "0", folder: str = "/") -> list[str]:
-        """Return what runs ``tokenize`` in the root, in namespaces that end with it."""
+        """Return what runs ``words`` in the root, in namespaces that end with it."""
         become = f"exec /usr/bin/setpriv --reuid={user} --regid={user} --clear-groups"
         inner = f'/bin/mount -t proc proc /proc; cd "$1"; shift; {become} "$@"'
         return [

@@ -81,7 +81,7 @@ class Place:
         return {
             **kept,
             "OCTOLLM_HOME": str(self.home),
-            "OCTOLLM_PORT_SHIFT": str(self.shift),
+            "OCTOLLM_PORT_OFFSET": str(self.shift),
             "TMPDIR": str(self.root / "tmp"),
             "NO_COLOR": "1",
             **self.settings,

@@ -124,8 +124,8 @@ class Spread:
         self.environment = {
             **kept,
             "OCTOLLM_HOME": str(self.home),
-            "OCTOLLM_PORT_SHIFT": str(shift),
-            "OCTOLLM_DRAIN_SECONDS": "2",
+            "OCTOLLM_PORT_OFFSET": str(shift),
+            "OCTOLLM_SHUTDOWN_GRACE": "2",
             "NO_COLOR": "1",
             **urls,
             **environment,

@@ -24,7 +24,7 @@ class UpProcess:
         self.environment = {
             **plain,
             "OCTOLLM_HOME": str(home),
-            "OCTOLLM_PORT_SHIFT": str(self.shift),
+            "OCTOLLM_PORT_OFFSET": str(self.shift),
             "NO_COLOR": "1",
             **environment,
         }

@@ -91,7 +91,7 @@ OUTAGE_RETRY = OutageRetry(15.0)
 class Context:
     """One call of an arm's operation.
 
-    ``check_model`` asks the language model, ``artifacts`` reads and writes files, ``task`` is the task that the call was
+    ``model`` asks the language model, ``artifacts`` reads and writes files, ``task`` is the task that the call was
     given (``None`` where its body is something else).
     """
 

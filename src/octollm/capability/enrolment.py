@@ -118,7 +118,7 @@ class EnrolmentTokenIssuer:
         return [_secret_of(root, terms) for root in self._roots(now)]
 
     def create_nonce(self, unique: str, now: float) -> str:
-        """Return a nonce that can be used until :data:`NONCE_SECONDS` after ``now``; ``deduplicate`` is an id, in hex."""
+        """Return a nonce that can be used until :data:`NONCE_SECONDS` after ``now``; ``unique`` is an id, in hex."""
         body = bytes.fromhex(unique) + int((now + NONCE_SECONDS) * 1000).to_bytes(_STAMP_BYTES)
         return b64encode(body + _nonce_mac(self._ring.signing_key(now), body))
 

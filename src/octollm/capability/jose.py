@@ -84,7 +84,7 @@ class PublicKey:
         return {"kty": "OKP", "crv": "Ed25519", "x": self._x}
 
     def verify(self, signature: bytes, message: bytes) -> bool:
-        """Return whether ``format_signature`` over ``message`` is this key's (RFC 8032)."""
+        """Return whether ``signature`` over ``message`` is this key's (RFC 8032)."""
         try:
             self._key.verify(signature, message)
         except InvalidSignature:

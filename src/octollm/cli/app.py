@@ -125,8 +125,8 @@ def serve(
 ) -> None:
     """Serve one service, or an arm of your own, in this process until SIGTERM or Ctrl-C, which drains it.
 
-    Everything is set by environment variables. It waits for what it needs (OCTOLLM_START_SECONDS), says for what, and
-    writes its log as JSON lines to standard error. An arm of your own joins the first time, with OCTOLLM_JOIN_SECRET
+    Everything is set by environment variables. It waits for what it needs (OCTOLLM_STARTUP_TIMEOUT), says for what, and
+    writes its log as JSON lines to standard error. An arm of your own joins the first time, with OCTOLLM_ENROLMENT_TOKEN
     (`octollm keys join`); beside an installation of your own on this machine it needs none.
     """
     from octollm.cli.serve import serve_command  # noqa: PLC0415

@@ -27,7 +27,7 @@ def list_settings() -> list[SettingRow]:
     """Return every setting with its value, secrets masked."""
     rows: list[SettingRow] = []
     for spec in SETTING_SPECS.values():
-        name = PREFIX + spec.name
+        name = spec.variable
         given = os.environ.get(name, "")
         value = given or spec.default
         # A secret's default is none: it may be shown.

@@ -276,7 +276,7 @@ def create_enrolment_token_command(name: str, calls: str, lifetime: int, *, as_j
         messages().print(
             Text(
                 f"Join secret {made.join.id} for {made.join.name} ({admitted}), until {made.join.expires_at}."
-                " Give it to the arm as OCTOLLM_JOIN_SECRET. It is shown this once:"
+                " Give it to the arm as OCTOLLM_ENROLMENT_TOKEN. It is shown this once:"
             )
         )
         print(made.secret, flush=True)

@@ -39,7 +39,7 @@ async def with_enrolment_token(arm: Arm, settings: Settings, console: Console) -
     async with open_client(settings) as octo:
         made = await octo.create_enrolment_token(arm.name, calls=arm.declared_calls, lifetime_seconds=600)
     console.print(Text.assemble(("Joins ", "octo.title"), f"{arm.name}, with the calls that it declares"))
-    return replace(settings, join_secret=made.secret)
+    return replace(settings, enrolment_token=made.secret)
 
 
 def migrate_command(*, as_json: bool) -> int:

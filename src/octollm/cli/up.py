@@ -73,7 +73,7 @@ async def _serve_own_arm(arm: Arm, system: Installation, console: Console) -> As
     settings = replace(
         system.settings,
         service_urls={**{name: (url,) for name, url in system.urls.items()}, **system.settings.service_urls},
-        drain_seconds=ARM_DRAIN_SECONDS,
+        shutdown_grace=ARM_DRAIN_SECONDS,
         port=0,
         advertise_url=None,
         urls=(),

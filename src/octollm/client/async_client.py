@@ -129,7 +129,7 @@ class AsyncClient:
         return await self.transport.get(f"/tasks?{_query(query)}", TaskList)
 
     async def upload(self, file: FileInput) -> StoredFile:
-        """Store a file; the same bytes are stored once. ``submit_goal`` does this for its files."""
+        """Store a file; the same bytes are stored once. ``submit`` does this for its files."""
         return await self._store(await load_file(file))
 
     async def download(self, file: StoredFile | str) -> bytes:

@@ -16,7 +16,7 @@ from octollm.rpc.http_client import HttpResponse, TransportError
 class APIError(OctoError):
     """A request that the door did not grant.
 
-    ``solve_code_goal`` is one of ``docs/errors.md``, ``status`` the HTTP status that belongs to it, ``faults`` point into the
+    ``code`` is one of ``docs/errors.md``, ``status`` the HTTP status that belongs to it, ``faults`` point into the
     body, ``retry_after`` is in seconds, and ``request_id`` finds the request in the services' logs. ``began`` is
     false when the request surely never reached a handler.
     """
@@ -81,7 +81,7 @@ class Unavailable(APIError):
 
 
 class TaskFailed(OctoError):
-    """A task that ended without a result: ``solve_code_goal`` and ``reasons`` say why, ``task`` is all there is to know of it."""
+    """A task that ended without a result: ``code`` and ``reasons`` say why, ``task`` is all there is to know of it."""
 
     def __init__(self, task: TaskView) -> None:
         error = task.error
@@ -125,7 +125,7 @@ def error_type_for(status: int, *, retryable: bool) -> type[APIError]:
 
 
 def error_from_code(code: str, detail: str, *, retry_after: float | None = None) -> APIError:
-    """Return a failure that is known by its ``solve_code_goal`` alone, as when a WebSocket is closed."""
+    """Return a failure that is known by its ``code`` alone, as when a WebSocket is closed."""
     kind = ERROR_KINDS[code]
     return error_type_for(kind.status, retryable=kind.retryable)(detail, code=code, retry_after=retry_after)
 

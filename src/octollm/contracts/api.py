@@ -58,7 +58,7 @@ class Acknowledgement(msgspec.Struct, frozen=True):
 
 
 class TaskFailure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a task or step ended without a result: a stable ``solve_code_goal`` and the reasons in words."""
+    """Why a task or step ended without a result: a stable ``code`` and the reasons in words."""
 
     code: str
     detail: str

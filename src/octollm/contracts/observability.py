@@ -39,7 +39,7 @@ AttributeValue = str | bool | int | float | list[str]
 class SpanView(msgspec.Struct, frozen=True):
     """One piece of work. ``kind`` is ``server`` (a call served), ``client`` (a call made) or ``internal``.
 
-    ``start`` is in seconds since the epoch, ``duration_ms`` in milliseconds. ``solve_code_goal`` is why it failed; empty when it
+    ``start`` is in seconds since the epoch, ``duration_ms`` in milliseconds. ``code`` is why it failed; empty when it
     ended well. ``parent_id`` is empty for what nothing called.
     """
 

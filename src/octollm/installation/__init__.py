@@ -2,5 +2,5 @@
 
 It knows the services' composition roots and gives each its keys, its socket and its store. Nothing here decides
 what a service does, and nothing here prints. Import the one module that is wanted: clients of a running
-installation need ``check_home`` alone.
+installation need ``home`` alone.
 """

@@ -102,7 +102,7 @@ async def serve_arm(
 ) -> AsyncGenerator[ServiceHost]:
     """Serve ``arm`` for as long as the context is open; leaving drains and deregisters.
 
-    The first time it joins with ``OCTOLLM_JOIN_SECRET``, and pins the root keys that it is told; later starts need
+    The first time it joins with ``OCTOLLM_ENROLMENT_TOKEN``, and pins the root keys that it is told; later starts need
     no secret. Raises ``setting_invalid`` without either, what :func:`octollm.rpc.enrolment.join` raises,
     ``port_taken``, and ``unavailable`` when the orchestrator does not come in time.
     """
@@ -160,7 +160,7 @@ async def _enrol(
         calls = f' --calls "{listed}"' if listed else ""
         raise SettingError(
             f"{arm.name} has not joined an installation yet. Let its administrator run `octollm keys join --name"
-            f" {arm.name}{calls}` and start it once with OCTOLLM_JOIN_SECRET set to"
+            f" {arm.name}{calls}` and start it once with OCTOLLM_ENROLMENT_TOKEN set to"
             " what that prints."
         )
     roots = await enrol(

@@ -125,7 +125,7 @@ async def embedded_installation(
 ) -> AsyncGenerator[Installation]:
     """Run every service in this process for as long as the context is open.
 
-    The sockets come first, so that a taken port is said before anything starts. ``check_ports`` overrides single ports
+    The sockets come first, so that a taken port is said before anything starts. ``ports`` overrides single ports
     (0: any free one); ``overrides`` puts other factories in place of services. ``on_stage`` is called with what
     starts next. When a service dies, the body is cancelled and the reason raised. Leaving stops all in under 3 s.
     Raises ``home_in_use``, ``port_taken``, ``setting_invalid`` and what the services raise at their start.

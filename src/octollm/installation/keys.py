@@ -40,7 +40,7 @@ class HomeKeys:
 
 
 def load_home_keys(home: Home, ids: IdGenerator) -> HomeKeys:
-    """Read the keys of ``check_home``, making those that are not there yet.
+    """Read the keys of ``home``, making those that are not there yet.
 
     Raises ``setting_invalid`` for a file that others may read or that is no key.
     """

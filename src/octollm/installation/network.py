@@ -43,7 +43,7 @@ def bind_all(
 ) -> Generator[BoundSockets]:
     """Bind a socket for each service; close those that nobody took over.
 
-    ``check_ports`` overrides single ports; 0 is any free one. Raises ``port_taken`` naming the first that is taken.
+    ``ports`` overrides single ports; 0 is any free one. Raises ``port_taken`` naming the first that is taken.
     """
     own = ports or {}
     with contextlib.ExitStack() as stack:

@@ -154,7 +154,7 @@ async def wait_for_dependencies(
         if now >= end:
             raise OctoError(
                 f"Gave up after {timeout:g} s of waiting for {sentence} Start what is missing, or set"
-                " OCTOLLM_START_SECONDS to wait longer.",
+                " OCTOLLM_STARTUP_TIMEOUT to wait longer.",
                 code="unavailable",
             )
         if sentence != told or now - told_at >= REPORT_SECONDS:

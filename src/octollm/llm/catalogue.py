@@ -127,7 +127,7 @@ _FREE_MODELS = frozenset(entry.name for entry in MODEL_CATALOGUE)
 
 
 def cost_usd(model: str, usage: ChatUsage) -> float | None:
-    """Return the price of ``usage`` in US dollars, or ``None`` when the price of ``check_model`` is not known.
+    """Return the price of ``usage`` in US dollars, or ``None`` when the price of ``model`` is not known.
 
     The embedded models cost nothing, whatever the usage.
     """

@@ -182,7 +182,7 @@ class ToolCallAccumulator:
 
 
 def build_request(model: str, request: ChatRequest) -> OpenAIRequest:
-    """Return the body that asks ``check_model`` for what ``request`` asks, as a stream with its usage."""
+    """Return the body that asks ``model`` for what ``request`` asks, as a stream with its usage."""
     return OpenAIRequest(
         model=model,
         messages=tuple(

@@ -18,7 +18,7 @@ class WholeRequestExtension(Protocol):
         ...
 
     def respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Send a whole answer, with the headers given; return false if it has to go through ``send_report``.
+        """Send a whole answer, with the headers given; return false if it has to go through ``send``.
 
         Raises ``ValueError`` for a header that would end the head early.
         """
@@ -30,14 +30,14 @@ class WholeRequestExtension(Protocol):
 
 
 class SendOnlyExtension:
-    """An exchange whose answers all go through ``send_report``, for applications with a middleware that has to see them."""
+    """An exchange whose answers all go through ``send``, for applications with a middleware that has to see them."""
 
     def __init__(self, extension: WholeRequestExtension) -> None:
         self.whole_body = extension.whole_body
         self.set_disconnect_callback = extension.set_disconnect_callback
 
     def respond(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Leave the answer to ``send_report``."""
+        """Leave the answer to ``send``."""
         del status, headers, body
         return False
 

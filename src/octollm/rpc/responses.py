@@ -37,7 +37,7 @@ class BufferedResponse(msgspec.Struct, frozen=True):
 
 
 class ResponseWriter:
-    """The way out of one call. It is an ASGI ``send_report`` too, for answers that come in parts.
+    """The way out of one call. It is an ASGI ``send`` too, for answers that come in parts.
 
     ``accept`` is the call's ``Accept-Encoding``, if it had one.
     """

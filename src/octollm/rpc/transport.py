@@ -156,7 +156,7 @@ def listen(host: str, port: int, service: str) -> socket.socket:
             ) from error
         raise OctoError(
             f"Port {port} of {host}, which {service} needs, is taken ({error.strerror}). Stop what listens there"
-            f" (`ss -ltnp 'sport = :{port}'` names it), or set OCTOLLM_PORT_SHIFT=100 to use other ports.",
+            f" (`ss -ltnp 'sport = :{port}'` names it), or set OCTOLLM_PORT_OFFSET=100 to use other ports.",
             code="port_taken",
         ) from error
     bound.setblocking(False)

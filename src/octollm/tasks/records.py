@@ -95,7 +95,7 @@ def step_from_row(row: Row) -> StepRecord:
 
 
 def build_task_view(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskView:
-    """Return a task as its owner sees it; ``check_model`` is the one that it used last."""
+    """Return a task as its owner sees it; ``model`` is the one that it used last."""
     contract = msgspec.convert(row["contract"], TaskContract)
     result: dict[str, Any] = row["result"] or {}
     traceparent = cast("str", row["traceparent"])

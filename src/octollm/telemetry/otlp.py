@@ -65,7 +65,7 @@ _Attributes = Annotated[tuple[KeyValue, ...], Meta(max_length=128)]
 
 
 class OtlpStatus(_OtlpStruct, frozen=True):
-    """How a span ended; ``solve_code_goal`` 2 is an error."""
+    """How a span ended; ``code`` 2 is an error."""
 
     message: _Text = ""
     code: int = 0

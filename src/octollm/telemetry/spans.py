@@ -38,7 +38,7 @@ MAX_BUFFERED_SPANS = 4096
 
 @dataclass(slots=True)
 class Span:
-    """One piece of work. ``solve_code_goal`` is why it failed, an error code of ours; empty when it ended well.
+    """One piece of work. ``code`` is why it failed, an error code of ours; empty when it ended well.
 
     Times are nanoseconds since the epoch. Attributes are told to whoever may read the task: no secret belongs there.
     """

@@ -267,7 +267,7 @@ async def arm_test(
 ) -> AsyncGenerator[ArmHarness]:
     """Open a bench for ``arm``.
 
-    ``check_model`` is what the model answers, in order, or a function of the request. ``answers`` is what other services
+    ``model`` is what the model answers, in order, or a function of the request. ``answers`` is what other services
     answer, by scope: ``{"retriever:search": {"passages": []}}``; an ``OctoError`` is raised there, a function is
     given the decoded body. ``max_tokens`` is the task's budget, a word being a token. ``sockets`` serves everything
     on real sockets of this machine, slower and otherwise alike.

@@ -57,7 +57,7 @@ LOCAL = "127.0.0.1"
 
 @dataclass(slots=True)
 class OrchestratorRecords:
-    """What the orchestrator of a test was asked for. ``tokens`` is the budget; ``find_refusal_reason`` makes reserving fail.
+    """What the orchestrator of a test was asked for. ``tokens`` is the budget; ``refusal`` makes reserving fail.
 
     A reservation is made at once but answered only when ``gate`` is set, if there is one.
     """

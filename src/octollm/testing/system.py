@@ -28,7 +28,7 @@ async def installation(
 ) -> AsyncGenerator[Installation]:
     """Run every service in this process on free ports, and yield once all are ready.
 
-    ``check_model`` stands in for the one that the settings choose and stays the caller's to close; ``environment`` holds
+    ``model`` stands in for the one that the settings choose and stays the caller's to close; ``environment`` holds
     further settings (``OCTOLLM_…``). Nothing is read from the process's own environment.
     """
     time = clock or SystemClock()

@@ -47,7 +47,7 @@ async def pair(backend: Backend) -> AsyncGenerator[Pair]:
 
 
 class Listener:
-    """A service that follows; ``summarise_run`` is what it was told in all."""
+    """A service that follows; ``told`` is what it was told in all."""
 
     def __init__(self, stream: AsyncIterator[bytes]) -> None:
         self.told: list[tuple[str, str, str]] = []

@@ -153,7 +153,7 @@ async def test_a_proxied_or_cross_site_request_is_not_the_local_users(door: Door
     assert (await door.client.get("/tasks", headers={name: value, "Authorization": f"Bearer {KEY}"})).status_code == 200
 
 
-@pytest.mark.parametrize("changes", [{"local_trust": False}, {"loopback_only": False}])
+@pytest.mark.parametrize("changes", [{"trust_loopback": False}, {"loopback_only": False}])
 async def test_without_trust_everybody_shows_a_key(tmp_path: Path, changes: dict[str, bool]) -> None:
     async with doorway(tmp_path, **changes) as door:  # type: ignore[arg-type]
         answer = await door.client.get("/tasks")
@@ -179,7 +179,7 @@ async def test_a_malformed_authorization_is_no_local_user(door: Doorway, value: 
 
 
 async def test_a_token_in_the_address_is_ignored_and_not_passed_on(tmp_path: Path) -> None:
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         listing(door)
         for name in ("token", "access_token", "api_key", "key", "authorization"):
             assert (await door.client.get(f"/tasks?{name}={KEY}")).status_code == 401

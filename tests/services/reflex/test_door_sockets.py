@@ -118,7 +118,7 @@ async def test_who_may_not_watch_is_accepted_and_closed_before_any_frame(
 
 
 async def test_without_a_key_and_without_trust(tmp_path: Path) -> None:
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         await begin(door)
         async with door.ws() as socket:
             assert await rest(socket) == ([], 4401)

@@ -124,7 +124,7 @@ async def test_a_task_is_cancelled(door: Doorway, tab: Tab) -> None:
 
 async def test_where_nobody_is_trusted_the_page_asks_for_a_key(tmp_path: Path, tab: Tab) -> None:
     session = "octosess_" + "0" * 32 + "_secret"
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         prepare(door)
         opened = {"session": session, "expires_in": 43200, "tenant": "acme", "scope": "tasks:*"}
         door.script.answers["POST", "/sessions"] = json_answer(opened)

@@ -199,12 +199,12 @@ async def test_what_is_found_is_recorded_and_nothing_is_changed(door: Doorway) -
     assert "x-screening" not in door.script.seen[-1].headers
 
 
-@pytest.mark.parametrize("mode", ["record", "off"])
+@pytest.mark.parametrize("mode", ["log", "off"])
 async def test_the_setting_says_what_becomes_of_it(tmp_path, mode: str) -> None:
-    async with doorway(tmp_path, screening=mode) as door:
+    async with doorway(tmp_path, input_guardrail=mode) as door:
         door.script.answers["POST", "/tasks"] = json_answer({"task_id": TASK}, 201)
         assert (await door.client.post("/tasks", json={"goal": ATTACKS[0]})).status_code == 201
-        assert ("x-screening" in door.script.seen[-1].headers) == (mode == "record")
+        assert ("x-screening" in door.script.seen[-1].headers) == (mode == "log")
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"goal": 1}', b"\xff", b""])

@@ -27,7 +27,7 @@ def ours(door: Doorway) -> dict[str, str]:
 
 
 async def test_a_key_opens_a_session_that_scripts_cannot_read(tmp_path: Path) -> None:
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         prepare(door)
         assert (await door.client.get("/tasks")).status_code == 401
         answer = await door.client.post("/session", json={"api_key": KEY}, headers=ours(door))
@@ -47,7 +47,7 @@ async def test_a_key_opens_a_session_that_scripts_cannot_read(tmp_path: Path) ->
 
 
 async def test_a_session_is_for_our_own_pages(tmp_path: Path) -> None:
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         prepare(door)
         cookies = {"Cookie": f"octollm_session={SESSION}"}
         body = {"goal": "x"}
@@ -69,7 +69,7 @@ async def test_a_session_is_for_our_own_pages(tmp_path: Path) -> None:
 
 
 async def test_a_socket_with_a_session_comes_from_our_own_page(tmp_path: Path) -> None:
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         prepare(door)
         await door.script.emit("task.accepted", goal="a goal", progress=0)
         url = f"ws://127.0.0.1:{door.port}/ws/tasks/{TASK}"
@@ -87,7 +87,7 @@ async def test_a_socket_with_a_session_comes_from_our_own_page(tmp_path: Path) -
 
 
 async def test_an_ended_session_opens_nothing_and_its_cookie_is_taken_away(tmp_path: Path) -> None:
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         prepare(door)
         await door.client.post("/session", json={"api_key": KEY}, headers=ours(door))
         assert (await door.client.get("/tasks")).status_code == 200
@@ -105,13 +105,13 @@ async def test_an_ended_session_opens_nothing_and_its_cookie_is_taken_away(tmp_p
 
 @pytest.mark.parametrize("value", ["", "octo_local_key", "octosess", "x" * 5000])
 async def test_a_cookie_that_is_no_session_is_nobodys(tmp_path: Path, value: str) -> None:
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         told = await door.client.get("/tasks", headers={"Cookie": f"octollm_session={value}"})
         assert (told.status_code, told.json()["code"]) == (401, "token_missing")
 
 
 async def test_a_key_that_is_shown_counts_more_than_a_cookie(tmp_path: Path) -> None:
-    async with doorway(tmp_path, local_trust=False) as door:
+    async with doorway(tmp_path, trust_loopback=False) as door:
         prepare(door)
         headers = {"Cookie": f"octollm_session={SESSION}", "Authorization": f"Bearer {KEY}"}
         assert (await door.client.post("/tasks", json={"goal": "x"}, headers=headers)).status_code == 201

@@ -62,7 +62,7 @@ def build_collector_sender(http: HttpClient, url: str, headers: tuple[tuple[str,
         answer = await http.send("POST", f"{url}/v1/traces", sent, body, seconds=SEND_SECONDS)
         if answer.status >= 300:
             raise OctoError(
-                f"It answers {answer.status}; see OCTOLLM_OTLP_URL and OCTOLLM_OTLP_HEADERS.",
+                f"It answers {answer.status}; see OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_HEADERS.",
                 code="unavailable" if answer.status in _RETRYABLE_STATUSES else "peer_protocol",
             )
 

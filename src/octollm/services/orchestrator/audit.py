@@ -210,5 +210,5 @@ def redact_settings(settings: Settings) -> dict[str, str]:
         value = getattr(settings, name, None)
         if value is None or value in ("", ()):
             continue
-        told[f"OCTOLLM_{spec.name}"] = MASK if spec.secret else mask_text(str(value))
+        told[spec.variable] = MASK if spec.secret else mask_text(str(value))
     return told

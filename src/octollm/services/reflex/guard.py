@@ -49,7 +49,7 @@ class AllowedHosts:
         return name in self._allowed or f"{name}:{given}" in self._allowed
 
     def is_own_origin(self, origin: str, port: int) -> bool:
-        """Say whether ``origin`` (RFC 6454 section 6.1) is a page of ours. ``json_null`` is nobody's."""
+        """Say whether ``origin`` (RFC 6454 section 6.1) is a page of ours. ``null`` is nobody's."""
         scheme, separator, host = origin.partition("://")
         if not separator or scheme not in ("http", "https"):
             return False

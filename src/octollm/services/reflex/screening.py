@@ -136,7 +136,7 @@ def _normalize(text: str) -> tuple[str, list[int] | None]:
     return "".join(plain), places
 
 
-GuardrailMode = Literal["refuse", "record", "off"]
+GuardrailMode = Literal["block", "log", "off"]
 
 
 class InputGuardrail:
@@ -166,7 +166,7 @@ class InputGuardrail:
             # A file is what the work is about: what stands in it is no order to anybody, and is recorded only.
             risk: Risk = screening.risk if orders or screening.risk != "high" else "medium"
             worst = max_risk(worst, risk)
-            if orders and screening.decision == "refuse" and self._mode == "refuse":
+            if orders and screening.decision == "refuse" and self._mode == "block":
                 await self._refuse(call, pointer, screening)
         for pattern in found:
             self._metrics.screening_findings.labels(pattern).inc()
@@ -184,7 +184,7 @@ class InputGuardrail:
         )
         await self._upstream.send(call.bearer, asked, call.deadline)
         raise OctoError(
-            f"{screening.reason} `POST /preprocess` shows where; OCTOLLM_SCREENING says what is refused.",
+            f"{screening.reason} `POST /preprocess` shows where; OCTOLLM_INPUT_GUARDRAIL says what is refused.",
             code="goal_refused",
             field_errors=(FieldError(pointer, screening.reason),),
         )

@@ -53,7 +53,7 @@ async def write_class(
     validate: Validate,
     on_text: OnText | None,
 ) -> CodeSolution:
-    """Test the class ``node`` of ``solve_code_goal``, and where its tests fail it, find out which of the two is wrong.
+    """Test the class ``node`` of ``code``, and where its tests fail it, find out which of the two is wrong.
 
     Tried in turn: a second class written apart, which may pass, or may fail the same few tests, which are then dropped;
     second tests; a mended class. Raises ``OctoError`` (``not_accepted``) with the reasons when nothing passes.

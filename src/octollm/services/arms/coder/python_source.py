@@ -29,7 +29,7 @@ def extract_code(answer: str) -> str:
 
 
 def try_parse(code: str) -> ast.Module | None:
-    """Return the tree of ``solve_code_goal``, or ``None`` when it is not Python."""
+    """Return the tree of ``code``, or ``None`` when it is not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -39,7 +39,7 @@ def try_parse(code: str) -> ast.Module | None:
 
 
 def keep_definitions(code: str) -> str:
-    """Return ``solve_code_goal`` without what a module need not do when imported: calls, prints, asserts and tests.
+    """Return ``code`` without what a module need not do when imported: calls, prints, asserts and tests.
 
     Imports, definitions, and assignments that a definition reads stay as they were written, comments included.
     """
@@ -67,7 +67,7 @@ def keep_definitions(code: str) -> str:
 
 
 def find_main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
-    """Return the first public class, else the last public function, of ``solve_code_goal``: what it was written for."""
+    """Return the first public class, else the last public function, of ``code``: what it was written for."""
     tree = try_parse(code)
     if tree is None:
         return None
@@ -77,7 +77,7 @@ def find_main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
 
 
 def find_definition(code: str, name: str) -> ast.FunctionDef | ast.ClassDef | None:
-    """Return the definition of ``name`` at the top of ``solve_code_goal``."""
+    """Return the definition of ``name`` at the top of ``code``."""
     tree = try_parse(code)
     found = (n for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name)
     return next(found, None)
@@ -176,7 +176,7 @@ _MODULE_OF_NAME: dict[str, str] = {
 
 
 def add_imports(code: str) -> str:
-    """Return ``solve_code_goal`` with an import for each name that it reads, does not define, and the library is known for."""
+    """Return ``code`` with an import for each name that it reads, does not define, and the library is known for."""
     tree = try_parse(code)
     if tree is None:
         return code

@@ -32,7 +32,7 @@ WorkKind = Literal["data", "code", "text"]
 
 
 def classify_goal(goal: str, files: Sequence[str]) -> WorkKind:
-    """Return ``data`` for a goal with tables, ``solve_code_goal`` for one that wants a program, else ``text``."""
+    """Return ``data`` for a goal with tables, ``code`` for one that wants a program, else ``text``."""
     if any(file_kind(name) == "table" for name in files):
         return "data"
     return "code" if is_programming_goal(goal, has_files=bool(files)) else "text"

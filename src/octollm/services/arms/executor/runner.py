@@ -118,7 +118,7 @@ _RETRY_SECONDS = 1.0
 
 
 class Runner:
-    """Runs requests in ``check_sandbox``: at most ``concurrency`` at once, at most ``queue`` waiting."""
+    """Runs requests in ``sandbox``: at most ``concurrency`` at once, at most ``queue`` waiting."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ MAX_CODE_CHARS = 200_000
 
 
 def parse_python(code: str, filename: str) -> tuple[ast.Module | None, str]:
-    """Return the tree of ``solve_code_goal``, or ``None`` and the reason why there is none."""
+    """Return the tree of ``code``, or ``None`` and the reason why there is none."""
     if len(code) > MAX_CODE_CHARS:
         return None, f"{filename} is longer than {MAX_CODE_CHARS} characters."
     if not code.strip():
