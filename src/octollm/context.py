@@ -67,14 +67,14 @@ class RequestContext(msgspec.Struct, frozen=True):
 
 
 _EMPTY_CONTEXT = RequestContext()
-_context: ContextVar[RequestContext] = ContextVar("octollm_scene", default=_EMPTY_CONTEXT)
+_context: ContextVar[RequestContext] = ContextVar("octollm_request_context", default=_EMPTY_CONTEXT)
 
 
 def current_context() -> RequestContext:
-    """Return the scene of the running task."""
+    """Return the request context of the running asyncio task."""
     return _context.get()
 
 
 def set_context(context: RequestContext) -> None:
-    """Set the scene of the running asyncio task (each request has a task of its own)."""
+    """Set the request context of the running asyncio task; each request has a task of its own."""
     _context.set(context)

@@ -36,9 +36,9 @@ class Taker:
 
     async def send(self, batch: list[int]) -> None:
         self.tries += 1
-        scene = current_context()
-        assert scene.trace is not None
-        self.sampled.add(scene.trace.sampled)
+        context = current_context()
+        assert context.trace is not None
+        self.sampled.add(context.trace.sampled)
         if self.gate is not None:
             await self.gate.wait()
         if self.error is not None:

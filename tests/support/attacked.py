@@ -21,7 +21,7 @@ from octollm.installation.keys import load_home_keys
 from octollm.testing.fake_model import scripted_model
 from octollm.testing.system import installation
 
-_REFUSED = re.compile(r'octollm_tokens_refused_total\{reason="([a-z0-9_]+)",service="[a-z]+"\} ([0-9.e+]+)')
+_REFUSED = re.compile(r'octollm_capability_tokens_rejected_total\{reason="([a-z0-9_]+)",service="[a-z]+"\} ([0-9.e+]+)')
 
 
 class StandingClock(SystemClock):

@@ -198,11 +198,11 @@ def tracer(buffer: ExportBuffer[Span]) -> Tracer:
 
 async def test_spans_nest_and_know_whose_work_they_are(buffer: ExportBuffer[Span], tracer: Tracer) -> None:
     root = start_trace(sampled=True)
-    scene = RequestContext("coder", trace=root, task_id="task-1", tenant="t1")
-    set_context(scene)
+    context = RequestContext("coder", trace=root, task_id="task-1", tenant="t1")
+    set_context(context)
     with tracer.span("outer") as outer, tracer.span("inner", "client"):
         pass
-    assert current_context() is scene
+    assert current_context() is context
     ended_inner, ended_outer = buffer.take(9)
     assert ended_outer is outer
     assert (outer.parent_id, ended_inner.parent_id) == (root.span_id, outer.trace.span_id)

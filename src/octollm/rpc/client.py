@@ -345,11 +345,11 @@ class ServiceClient:
         return peer
 
     def _headers(self, call: OutgoingCall, span: Span) -> dict[str, str]:
-        scene = current_context()
+        context = current_context()
         headers = {
             "Authorization": f"Bearer {call.bearer}",
             "X-Request-ID": "req-" + self._ids.hex(),
-            "X-Correlation-ID": scene.correlation_id or "corr-" + self._ids.hex(),
+            "X-Correlation-ID": context.correlation_id or "corr-" + self._ids.hex(),
             "traceparent": span.trace.traceparent,
             **call.headers,
         }

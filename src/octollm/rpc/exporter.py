@@ -67,7 +67,7 @@ class BatchExporter(Generic[T]):
     async def flush(self) -> None:
         """Send what waits, or give it up in time; for the end of a service, and of what it does beyond serving."""
         with contextlib.suppress(TimeoutError):
-            # In a task, so that the scene of whoever closes the service stays as it is.
+            # In a task, so that the request context of whoever closes the service stays as it is.
             async with asyncio.timeout(FLUSH_SECONDS):
                 await asyncio.create_task(self._export_rest())
         self._count_dropped()
@@ -144,5 +144,5 @@ def create_monitor_sender(client: ServiceClient, signer: ServiceTokenSigner, clo
 
 
 def _disable_tracing() -> None:
-    """Set a scene whose calls leave no spans: the export of spans would never come to an end."""
+    """Set a request context whose calls leave no spans: the export of spans would never come to an end."""
     set_context(RequestContext(current_context().service, trace=start_trace()))

@@ -66,23 +66,23 @@ LogLine = MutableMapping[str, object]
 
 def _line_processor(clock: Clock) -> Callable[[object, str, LogLine], LogLine]:
     def make(_logger: object, level: str, line: LogLine) -> LogLine:
-        scene = current_context()
+        context = current_context()
         out: dict[str, object] = {
             "timestamp": format_rfc3339(clock.now()),
             "level": level,
-            "service": line.pop("service", "") or scene.service,
+            "service": line.pop("service", "") or context.service,
             "event": line.pop("event", ""),
         }
-        if scene.request_id:
-            out["request_id"] = scene.request_id
-        if scene.correlation_id:
-            out["correlation_id"] = scene.correlation_id
-        if scene.trace is not None:
-            out["trace_id"], out["span_id"] = scene.trace.trace_id, scene.trace.span_id
-        if scene.task_id:
-            out["task_id"] = scene.task_id
-        if scene.step:
-            out["step"] = scene.step
+        if context.request_id:
+            out["request_id"] = context.request_id
+        if context.correlation_id:
+            out["correlation_id"] = context.correlation_id
+        if context.trace is not None:
+            out["trace_id"], out["span_id"] = context.trace.trace_id, context.trace.span_id
+        if context.task_id:
+            out["task_id"] = context.task_id
+        if context.step:
+            out["step"] = context.step
         error = line.pop("error", None)
         out |= cast("dict[str, object]", mask(dict(line)))
         if error is not None:
@@ -210,22 +210,22 @@ class AccessLog:
         sink = structlog.get_config()["logger_factory"]
         if not isinstance(sink, _Sink) or sink.level > (10 if quiet else 20):
             return
-        scene = current_context()
-        trace = scene.trace
+        context = current_context()
+        trace = context.trace
         line = _AccessLogLine(
             sink.time(),
             "debug" if quiet else "info",
             self._service,
             "call.served",
-            scene.request_id,
-            scene.correlation_id,
+            context.request_id,
+            context.correlation_id,
             "" if trace is None else trace.trace_id,
             "" if trace is None else trace.span_id,
             operation,
             status,
             round(seconds * 1000, 2),
-            scene.task_id,
-            scene.step,
+            context.task_id,
+            context.step,
         )
         sink.lines.msg(self._encode(line).decode())
 

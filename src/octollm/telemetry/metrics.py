@@ -49,7 +49,7 @@ class RequestMetrics:
         names = ["service", "operation"]
         requests = CounterMetricFamily("octollm_requests_total", "Calls that were answered.", labels=[*names, "status"])
         seconds = HistogramMetricFamily(
-            "octollm_request_seconds", "Seconds from a call's headers to the end of its answer.", labels=names
+            "octollm_request_duration_seconds", "Seconds from a call's headers to the end of its answer.", labels=names
         )
         for operation in self._operations.values():
             for status, count in operation.statuses.items():
@@ -100,9 +100,9 @@ class Metrics:
             registry=registry,
         )
         self.events = Counter("octollm_events_total", "Events that were published.", ["event_type"], registry=registry)
-        self.live_connections = Gauge("octollm_watchers", "Open live connections.", ["kind"], registry=registry)
+        self.live_connections = Gauge("octollm_live_connections", "Open live connections.", ["kind"], registry=registry)
         self.rejected_requests = Counter(
-            "octollm_door_refused_total",
+            "octollm_gateway_rejected_requests_total",
             "Requests that the public door refused, by error code.",
             ["code"],
             registry=registry,
@@ -114,7 +114,7 @@ class Metrics:
             registry=registry,
         )
         self.rejected_tokens = Counter(
-            "octollm_tokens_refused_total",
+            "octollm_capability_tokens_rejected_total",
             "Capability tokens that were refused, by the rule that they broke.",
             ["service", "reason"],
             registry=registry,

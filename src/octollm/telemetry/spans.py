@@ -126,16 +126,16 @@ class Tracer:
 
     def start(self, name: str, kind: SpanKind = "internal") -> Span:
         """Begin a span of the work at hand; :meth:`end` has to follow."""
-        scene = current_context()
-        parent = scene.trace
+        context = current_context()
+        parent = context.trace
         if parent is None:
             return self._begin(name, kind, start_trace(), "")
         span = self._begin(name, kind, parent.child(), parent.span_id)
         if parent.sampled:
-            if scene.tenant:
-                span.attributes[TENANT_ATTRIBUTE] = scene.tenant
-            if scene.task_id:
-                span.attributes[TASK_ATTRIBUTE] = scene.task_id
+            if context.tenant:
+                span.attributes[TENANT_ATTRIBUTE] = context.tenant
+            if context.task_id:
+                span.attributes[TASK_ATTRIBUTE] = context.task_id
         return span
 
     def receive(self, name: str, caller: TraceContext | None, *, sampled: bool) -> Span:

@@ -230,7 +230,7 @@ async def test_a_watcher_that_takes_nothing_is_let_go(tmp_path: Path) -> None:
             metrics = door.service.base.metrics
 
             def open_sockets() -> float:
-                return metrics.registry.get_sample_value("octollm_watchers", {"kind": "websocket"}) or 0.0
+                return metrics.registry.get_sample_value("octollm_live_connections", {"kind": "websocket"}) or 0.0
 
             assert open_sockets() == 1.0
             # Nothing is read from here on: what is sent fills the buffers on the way, and then waits.
