@@ -1,8 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
-from octollm.config import RENAMED, SETTING_SPECS, read_client_settings, read_settings, unknown_settings
+from octollm.config import (
+    RENAMED,
+    SETTING_SPECS,
+    Settings,
+    read_client_settings,
+    read_settings,
+    unknown_settings,
+)
 from octollm.errors import SettingError
 
 SERVICES = ("coder", "reflex")
@@ -50,6 +59,33 @@ def test_addresses_of_services_may_be_several() -> None:
     assert settings.service_urls == {"coder": ("http://a:1", "http://b:2")}
 
 
+def test_every_setting_is_declared_once_with_its_own_variable() -> None:
+    names = {each.name for each in fields(Settings)} - {"service_urls"}
+    assert set(SETTING_SPECS) == names
+    assert len({spec.variable for spec in SETTING_SPECS.values()}) == len(names)
+
+
+def test_settings_without_an_environment_are_the_defaults() -> None:
+    assert Settings() == read_settings({}, SERVICES)
+
+
+def test_a_client_is_not_stopped_by_a_wrong_setting_of_a_server() -> None:
+    settings = read_client_settings({"OCTOLLM_PORT": "many", "OCTOLLM_URL": "http://a:1/, https://b"})
+    assert settings.urls == ("http://a:1", "https://b")
+
+
+def test_otlp_headers_are_percent_decoded() -> None:
+    settings = read_settings({"OTEL_EXPORTER_OTLP_HEADERS": "Authorization=Basic%20a%2Cb, x-team = core"}, SERVICES)
+    assert settings.otlp_headers == (("Authorization", "Basic a,b"), ("x-team", "core"))
+
+
+@pytest.mark.parametrize("value", ["no-equals", "bad name=x", "x=a%0Ab", "x="])
+def test_wrong_otlp_headers_are_refused_and_not_shown(value: str) -> None:
+    with pytest.raises(SettingError, match="NAME=VALUE") as caught:
+        read_settings({"OTEL_EXPORTER_OTLP_HEADERS": value}, SERVICES)
+    assert value not in caught.value.detail
+
+
 def test_a_misspelt_setting_is_pointed_out() -> None:
     (sentence,) = unknown_settings({"OCTOLLM_MODLE": "x", "OCTOLLM_MODEL": "embedded", "OTHER": "y"}, SERVICES)
     assert "OCTOLLM_MODLE" in sentence
@@ -66,7 +102,7 @@ def test_a_renamed_setting_is_refused_with_its_new_name(old: str, new: str) -> N
     assert new in {spec.variable for spec in SETTING_SPECS.values()}
 
 
-def test_every_setting_has_a_meaning_and_a_default_that_is_right() -> None:
+def test_every_setting_has_a_meaning_and_a_valid_default() -> None:
     for spec in SETTING_SPECS.values():
         assert spec.meaning.endswith(".")
         spec.parse(spec.default)

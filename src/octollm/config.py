@@ -1,7 +1,8 @@
-"""All settings: environment variables ``OCTOLLM_*``, read here and nowhere else.
+"""Settings: environment variables, declared, read and checked in this module only.
 
-A wrong one is refused with its name, its value (secrets masked) and what would be right.
-``docs/settings.md`` has a heading for each.
+Each setting is one field of :class:`Settings`, declared with its variable, default, meaning and parser. A wrong value
+is refused with the variable's name, the value (masked for secrets) and the valid values. ``docs/settings.md`` has a
+heading for each.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, cast
-from urllib.parse import urlsplit
+from typing import Literal, TypeVar, cast
+from urllib.parse import unquote, urlsplit
 
 from octollm.errors import SettingError
 
@@ -20,80 +21,30 @@ PREFIX = "OCTOLLM_"
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _HEADER_VALUE = re.compile(r"[ -~]{1,4096}")
+_ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The settings of one process, already checked."""
-
-    home: Path
-    model: str
-    model_url: str | None
-    model_api_key: str | None
-    model_cache: Path
-    model_context: int
-    redis_url: str
-    database_url: str | None
-    keys: Path | None
-    enrolment_token: str | None
-    trust_loopback: bool
-    host: str
-    port: int
-    port_offset: int
-    advertise_url: str | None
-    http: Literal["1.1", "2"]
-    tls_cert: Path | None
-    tls_key: Path | None
-    tls_ca: Path | None
-    mtls: bool
-    startup_timeout: float
-    shutdown_grace: float
-    allowed_hosts: tuple[str, ...]
-    cors_origins: tuple[str, ...]
-    oidc: Path | None
-    rate_limit: str
-    input_guardrail: Literal["block", "log", "off"]
-    max_tokens: int
-    max_time_seconds: float
-    sandbox: Literal["auto", "bubblewrap", "wasi"]
-    log_level: str
-    trace_sample_ratio: float
-    otlp_endpoint: str | None
-    otlp_headers: tuple[tuple[str, str], ...]
-    urls: tuple[str, ...]
-    api_key: str | None
-    service_urls: Mapping[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class ClientSettings:
-    """What a client of an installation reads: the public door's addresses, the key to it, and how ports are shifted."""
-
-    urls: tuple[str, ...]
-    api_key: str | None
-    port_offset: int
-    tls_cert: Path | None
-    tls_key: Path | None
-    tls_ca: Path | None
+T = TypeVar("T")
+ChoiceT = TypeVar("ChoiceT", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
 class SettingSpec:
-    """One setting: its name without the prefix, its default, and its parser.
+    """The declaration of one setting: environment variable, default as text, meaning, and parser.
 
     ``parse`` raises ``ValueError`` with a description of the valid values.
     """
 
-    name: str
+    variable: str
     default: str
     meaning: str
     parse: Callable[[str], object]
     secret: bool = False
 
-    @property
-    def variable(self) -> str:
-        """The environment variable. OpenTelemetry's own variables carry no prefix of ours."""
-        return self.name if self.name.startswith("OTEL_") else PREFIX + self.name
+
+def _setting(variable: str, default: str, meaning: str, parse: Callable[[str], T], *, secret: bool = False) -> T:
+    """Declare a field of a settings class."""
+    spec = SettingSpec(variable, default, meaning, parse, secret)
+    return field(default_factory=lambda: parse(default), metadata={"spec": spec})
 
 
 def _text(value: str) -> str:
@@ -112,10 +63,8 @@ def _optional_path(value: str) -> Path | None:
     return _path(value) if value else None
 
 
-def _url(*schemes: str) -> Callable[[str], str | None]:
-    def parse(value: str) -> str | None:
-        if not value:
-            return None
+def _url(*schemes: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in schemes or not (parts.netloc or parts.scheme == "memory"):
             raise ValueError(f"a URL that begins with {' or '.join(s + '://' for s in schemes)}")
@@ -124,13 +73,14 @@ def _url(*schemes: str) -> Callable[[str], str | None]:
     return parse
 
 
+def _optional_url(*schemes: str) -> Callable[[str], str | None]:
+    required = _url(*schemes)
+    return lambda value: required(value) if value else None
+
+
 def _urls(*schemes: str) -> Callable[[str], tuple[str, ...]]:
     one = _url(*schemes)
-
-    def parse(value: str) -> tuple[str, ...]:
-        return tuple(url for part in value.split(",") if (url := one(part.strip())))
-
-    return parse
+    return lambda value: tuple(one(part.strip()) for part in value.split(",") if part.strip())
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -165,11 +115,12 @@ def _ratio(value: str) -> float:
     return number
 
 
-def _choice(*choices: str) -> Callable[[str], str]:
-    def parse(value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return value
+def _choice(*choices: ChoiceT) -> Callable[[str], ChoiceT]:
+    def parse(value: str) -> ChoiceT:
+        for choice in choices:
+            if choice == value:
+                return choice
+        raise ValueError(f"one of {', '.join(choices)}")
 
     return parse
 
@@ -194,20 +145,19 @@ def _rate(value: str) -> str:
 
 
 def _headers(value: str) -> tuple[tuple[str, str], ...]:
-    found: list[tuple[str, str]] = []
+    # OpenTelemetry's own format: the list of W3C Baggage, in which values are percent-encoded.
+    headers: list[tuple[str, str]] = []
     for part in filter(None, (part.strip() for part in value.split(","))):
         name, equals, text = part.partition("=")
-        if not equals or not _HEADER_NAME.fullmatch(name.strip()) or not _HEADER_VALUE.fullmatch(text.strip()):
+        name, text = name.strip(), unquote(text.strip())
+        if not equals or not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(text):
             raise ValueError("NAME=VALUE, several separated by commas")
-        found.append((name.strip(), text.strip()))
-    return tuple(found)
+        headers.append((name, text))
+    return tuple(headers)
 
 
 def _names(value: str) -> tuple[str, ...]:
     return tuple(part.strip().lower() for part in value.split(",") if part.strip())
-
-
-_ORIGIN = re.compile(r"https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
 def _origins(value: str) -> tuple[str, ...]:
@@ -218,145 +168,174 @@ def _origins(value: str) -> tuple[str, ...]:
     return origins
 
 
-SETTING_SPECS: dict[str, SettingSpec] = {
-    "home": SettingSpec("HOME", "~/.octollm", "Folder of data, keys and logs of one installation.", _path),
-    "model": SettingSpec(
-        "MODEL",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientSettings:
+    """The settings that a client of an installation reads."""
+
+    urls: tuple[str, ...] = _setting(
+        "OCTOLLM_URL",
+        "",
+        "Address of the gateway for clients, comma-separated for several; empty is this machine's.",
+        _urls("http", "https"),
+    )
+    api_key: str | None = _setting(
+        "OCTOLLM_API_KEY", "", "API key of clients and the command line.", _optional, secret=True
+    )
+    port_offset: int = _setting("OCTOLLM_PORT_OFFSET", "0", "Added to every service's port.", _integer(0, 50000))
+    tls_cert: Path | None = _setting(
+        "OCTOLLM_TLS_CERT", "", "Certificate of this process with its chain (PEM); turns TLS on.", _optional_path
+    )
+    tls_key: Path | None = _setting(
+        "OCTOLLM_TLS_KEY", "", "Private key of that certificate (PEM, without a password).", _optional_path
+    )
+    tls_ca: Path | None = _setting(
+        "OCTOLLM_TLS_CA", "", "Certificate authorities to trust (PEM); empty is the system's.", _optional_path
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(ClientSettings):
+    """The settings of one process, already checked. ``service_urls`` holds what ``OCTOLLM_<SERVICE>_URL`` say."""
+
+    home: Path = _setting("OCTOLLM_HOME", "~/.octollm", "Folder of data, keys and logs of one installation.", _path)
+    model: str = _setting(
+        "OCTOLLM_MODEL",
         "embedded",
         "`embedded` (the largest catalogue model in the cache), `embedded:NAME`, or `openai:NAME`.",
         _model,
-    ),
-    "model_url": SettingSpec(
-        "MODEL_URL",
+    )
+    model_url: str | None = _setting(
+        "OCTOLLM_MODEL_URL",
         "",
         "Base URL of an OpenAI-compatible server, for `openai:NAME`; empty is the provider's own.",
-        _url("http", "https"),
-    ),
-    "model_api_key": SettingSpec("MODEL_API_KEY", "", "Key for that server.", _optional, secret=True),
-    "model_cache": SettingSpec(
-        "MODEL_CACHE", "~/.cache/octollm/models", "Folder of embedded models, shared by installations.", _path
-    ),
-    "model_context": SettingSpec(
-        "MODEL_CONTEXT", "8192", "Context of the embedded model in tokens.", _integer(1024, 32768)
-    ),
-    "redis_url": SettingSpec(
-        "REDIS_URL",
+        _optional_url("http", "https"),
+    )
+    model_api_key: str | None = _setting("OCTOLLM_MODEL_API_KEY", "", "Key for that server.", _optional, secret=True)
+    model_cache: Path = _setting(
+        "OCTOLLM_MODEL_CACHE", "~/.cache/octollm/models", "Folder of embedded models, shared by installations.", _path
+    )
+    model_context: int = _setting(
+        "OCTOLLM_MODEL_CONTEXT", "8192", "Context of the embedded model in tokens.", _integer(1024, 32768)
+    )
+    redis_url: str = _setting(
+        "OCTOLLM_REDIS_URL",
         "memory://octollm",
         "Redis for events, live text and the queue; `memory://` is one inside the process.",
         _url("redis", "rediss", "memory"),
         secret=True,
-    ),
-    "database_url": SettingSpec(
-        "DATABASE_URL",
+    )
+    database_url: str | None = _setting(
+        "OCTOLLM_DATABASE_URL",
         "",
-        "PostgreSQL database of the services that have one; empty is SQLite in the home.",
-        _url("postgresql", "postgres"),
+        "PostgreSQL database of the services; empty is SQLite files in the home folder.",
+        _optional_url("postgresql", "postgres"),
         secret=True,
-    ),
-    "keys": SettingSpec("KEYS", "", "Folder of the keys of one service; empty is the home's.", _optional_path),
-    "enrolment_token": SettingSpec(
-        "ENROLMENT_TOKEN", "", "Lets an arm of one's own join an installation the first time.", _optional, secret=True
-    ),
-    "trust_loopback": SettingSpec(
-        "TRUST_LOOPBACK",
+    )
+    keys: Path | None = _setting(
+        "OCTOLLM_KEYS", "", "Folder of the keys of one service; empty is the home folder's.", _optional_path
+    )
+    enrolment_token: str | None = _setting(
+        "OCTOLLM_ENROLMENT_TOKEN",
+        "",
+        "Token with which an arm of your own enrols in an installation the first time.",
+        _optional,
+        secret=True,
+    )
+    trust_loopback: bool = _setting(
+        "OCTOLLM_TRUST_LOOPBACK",
         "on",
-        "`on`: a client on this machine's loopback counts as the local user. `off` where others log in.",
+        "`on`: a client on the loopback address is the local user. `off` on a machine where others log in.",
         _switch,
-    ),
-    "host": SettingSpec("HOST", "127.0.0.1", "Address that the services listen on.", _text),
-    "port": SettingSpec("PORT", "0", "Port of `octollm serve`; 0 is the service's own.", _integer(0, 65535)),
-    "port_offset": SettingSpec("PORT_OFFSET", "0", "Added to every service's port.", _integer(0, 50000)),
-    "advertise_url": SettingSpec(
-        "ADVERTISE_URL",
+    )
+    host: str = _setting("OCTOLLM_HOST", "127.0.0.1", "Address that the services listen on.", _text)
+    port: int = _setting("OCTOLLM_PORT", "0", "Port of `octollm serve`; 0 is the service's own.", _integer(0, 65535))
+    advertise_url: str | None = _setting(
+        "OCTOLLM_ADVERTISE_URL",
         "",
-        "Where others reach what `octollm serve` serves; empty is its host name and port.",
-        _url("http", "https"),
-    ),
-    "http": SettingSpec(
-        "HTTP", "1.1", "HTTP that services call each other with; with `2` they serve both.", _choice("1.1", "2")
-    ),
-    "tls_cert": SettingSpec(
-        "TLS_CERT", "", "Certificate of this process with its chain (PEM): serve in TLS.", _optional_path
-    ),
-    "tls_key": SettingSpec("TLS_KEY", "", "Its key (PEM, without a password).", _optional_path),
-    "tls_ca": SettingSpec(
-        "TLS_CA", "", "Authorities whose certificates are believed (PEM); empty is the system's.", _optional_path
-    ),
-    "mtls": SettingSpec("MTLS", "off", "`on`: whoever calls a service has to show a certificate, too.", _switch),
-    "startup_timeout": SettingSpec(
-        "STARTUP_TIMEOUT", "60", "How long `octollm serve` waits for what it needs.", _seconds(1, 3600)
-    ),
-    "shutdown_grace": SettingSpec(
-        "SHUTDOWN_GRACE",
+        "URL at which other services reach this process; empty is its host name and port.",
+        _optional_url("http", "https"),
+    )
+    http: Literal["1.1", "2"] = _setting(
+        "OCTOLLM_HTTP",
+        "1.1",
+        "HTTP version of calls between services; with `2` a server accepts both.",
+        _choice("1.1", "2"),
+    )
+    mtls: bool = _setting(
+        "OCTOLLM_MTLS", "off", "`on`: mutual TLS, each caller of a service presents a certificate.", _switch
+    )
+    startup_timeout: float = _setting(
+        "OCTOLLM_STARTUP_TIMEOUT",
+        "60",
+        "Seconds that `octollm serve` waits for the services it depends on.",
+        _seconds(1, 3600),
+    )
+    shutdown_grace: float = _setting(
+        "OCTOLLM_SHUTDOWN_GRACE",
         "25",
-        "How long calls in flight may take to end when `octollm serve` is told to stop.",
+        "Seconds that calls in flight have to end after `octollm serve` receives a stop signal.",
         _seconds(0, 600),
-    ),
-    "allowed_hosts": SettingSpec(
-        "ALLOWED_HOSTS",
+    )
+    allowed_hosts: tuple[str, ...] = _setting(
+        "OCTOLLM_ALLOWED_HOSTS", "", "Additional host names of the gateway, comma-separated.", _names
+    )
+    cors_origins: tuple[str, ...] = _setting(
+        "OCTOLLM_CORS_ORIGINS",
         "",
-        "Further host names by which the public door is reached, comma-separated.",
-        _names,
-    ),
-    "cors_origins": SettingSpec(
-        "CORS_ORIGINS",
-        "",
-        "Origins whose pages may call the public door with an API key, comma-separated; none by default.",
+        "Origins of web pages that may call the gateway with an API key (CORS), comma-separated; none by default.",
         _origins,
-    ),
-    "oidc": SettingSpec(
-        "OIDC", "", "File (TOML) of the OpenID Connect issuers whose logins are believed.", _optional_path
-    ),
-    "rate_limit": SettingSpec("RATE_LIMIT", "600/minute", "Requests per key at the public door.", _rate),
-    "input_guardrail": SettingSpec(
-        "INPUT_GUARDRAIL",
+    )
+    oidc: Path | None = _setting(
+        "OCTOLLM_OIDC", "", "File (TOML) with the trusted OpenID Connect issuers.", _optional_path
+    )
+    rate_limit: str = _setting("OCTOLLM_RATE_LIMIT", "600/minute", "Rate limit of the gateway for each API key.", _rate)
+    input_guardrail: Literal["block", "log", "off"] = _setting(
+        "OCTOLLM_INPUT_GUARDRAIL",
         "block",
-        "What becomes of a goal of high risk at the public door: `block`, `log` or `off`.",
+        "What the gateway does with a goal of high risk: `block`, `log` or `off`.",
         _choice("block", "log", "off"),
-    ),
-    "max_tokens": SettingSpec(
-        "MAX_TOKENS", "20000", "A task's tokens when it names no budget.", _integer(1, 100_000_000)
-    ),
-    "max_time_seconds": SettingSpec(
-        "MAX_TIME_SECONDS", "900", "A task's wall time when it names none.", _seconds(1, 3600)
-    ),
-    "sandbox": SettingSpec(
-        "SANDBOX",
+    )
+    max_tokens: int = _setting(
+        "OCTOLLM_MAX_TOKENS", "20000", "Token budget of a task that names none.", _integer(1, 100_000_000)
+    )
+    max_time_seconds: float = _setting(
+        "OCTOLLM_MAX_TIME_SECONDS", "900", "Wall time of a task that names none, in seconds.", _seconds(1, 3600)
+    )
+    sandbox: Literal["auto", "bubblewrap", "wasi"] = _setting(
+        "OCTOLLM_SANDBOX",
         "auto",
-        "What runs code: `auto`, `bubblewrap` or `wasi`.",
+        "Sandbox for code: `auto`, `bubblewrap` or `wasi`.",
         _choice("auto", "bubblewrap", "wasi"),
-    ),
-    "log_level": SettingSpec(
-        "LOG_LEVEL", "info", "Least level that is logged.", _choice("debug", "info", "warning", "error")
-    ),
-    "trace_sample_ratio": SettingSpec(
-        "TRACE_SAMPLE_RATIO",
+    )
+    log_level: str = _setting(
+        "OCTOLLM_LOG_LEVEL", "info", "Lowest level that is logged.", _choice("debug", "info", "warning", "error")
+    )
+    trace_sample_ratio: float = _setting(
+        "OCTOLLM_TRACE_SAMPLE_RATIO",
         "0.01",
-        "Share of the calls outside tasks that leave a trace; 0 is none, 1 is all.",
+        "Sampling ratio of traces for calls outside tasks, from 0 (none) to 1 (all).",
         _ratio,
-    ),
-    "otlp_endpoint": SettingSpec(
+    )
+    otlp_endpoint: str | None = _setting(
         "OTEL_EXPORTER_OTLP_ENDPOINT",
         "",
-        "Collector that the monitor hands every span on to (OTLP over HTTP, in JSON).",
-        _url("http", "https"),
-    ),
-    "otlp_headers": SettingSpec(
+        "Base URL of the collector to which the monitor exports spans (OTLP over HTTP, in JSON).",
+        _optional_url("http", "https"),
+    )
+    otlp_headers: tuple[tuple[str, str], ...] = _setting(
         "OTEL_EXPORTER_OTLP_HEADERS",
         "",
-        "Headers that this collector wants: `NAME=VALUE`, comma-separated.",
+        "Headers for that collector: `NAME=VALUE`, comma-separated, values percent-encoded.",
         _headers,
         secret=True,
-    ),
-    "urls": SettingSpec(
-        "URL",
-        "",
-        "Public door that the command line and clients talk to, several with commas; empty is this machine's.",
-        _urls("http", "https"),
-    ),
-    "api_key": SettingSpec("API_KEY", "", "API key that they show at the door.", _optional, secret=True),
+    )
+    service_urls: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+
+SETTING_SPECS: dict[str, SettingSpec] = {
+    each.name: each.metadata["spec"] for each in fields(Settings) if "spec" in each.metadata
 }
-"""Every setting by its field. A service's address is ``OCTOLLM_<SERVICE>_URL`` besides."""
+"""Every setting by its field. The address of a service, ``OCTOLLM_<SERVICE>_URL``, comes on top."""
 
 RENAMED = {
     "OCTOLLM_DRAIN_SECONDS": "OCTOLLM_SHUTDOWN_GRACE",
@@ -370,42 +349,39 @@ RENAMED = {
     "OCTOLLM_TLS_MUTUAL": "OCTOLLM_MTLS",
     "OCTOLLM_TRACE_SHARE": "OCTOLLM_TRACE_SAMPLE_RATIO",
 }
-"""Old names of settings, each with its new one."""
+"""Former names of settings, each with the name that replaced it."""
 
 
 def read_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> Settings:
-    """Read the settings from ``environment``; ``services`` are the names that may have a ``_URL``.
+    """Read all settings from ``environment``; ``services`` are the names that may have a ``_URL``.
 
-    Raises :class:`SettingError` naming the first invalid or renamed one.
+    Raises :class:`SettingError` that names the first invalid or renamed one.
     """
-    _refuse_renamed(environment)
-    values: dict[str, object] = {}
-    for field in fields(Settings):
-        if field.name in SETTING_SPECS:
-            values[field.name] = _value(SETTING_SPECS[field.name], environment)
-    values["service_urls"] = {service: urls for service in services if (urls := _service_urls(service, environment))}
-    return Settings(**values)  # pyright: ignore[reportArgumentType]
+    service_urls = {service: urls for service in services if (urls := _service_urls(service, environment))}
+    return _read(Settings, environment, service_urls=service_urls)
 
 
 def read_client_settings(environment: Mapping[str, str]) -> ClientSettings:
-    """Read what a client needs from ``environment``, and nothing else. Raises :class:`SettingError`."""
-    _refuse_renamed(environment)
-    values = {field.name: _value(SETTING_SPECS[field.name], environment) for field in fields(ClientSettings)}
-    return ClientSettings(**values)  # pyright: ignore[reportArgumentType]
+    """Read only what a client needs: a wrong setting of a server does not stop it. Raises :class:`SettingError`."""
+    return _read(ClientSettings, environment)
 
 
-def _refuse_renamed(environment: Mapping[str, str]) -> None:
+SettingsT = TypeVar("SettingsT", bound=ClientSettings)
+
+
+def _read(kind: type[SettingsT], environment: Mapping[str, str], **others: object) -> SettingsT:
     # A renamed setting is refused, not ignored: its old value may be what keeps an installation closed.
     for old, new in RENAMED.items():
         if old in environment:
             raise SettingError(f"{old} is not a setting any more. Did you mean {new}?")
+    values = {
+        each.name: _value(SETTING_SPECS[each.name], environment) for each in fields(kind) if each.name in SETTING_SPECS
+    }
+    return kind(**values, **others)  # pyright: ignore[reportArgumentType] - each parser returns its field's type
 
 
 def _value(spec: SettingSpec, environment: Mapping[str, str]) -> object:
-    return _read(spec, environment.get(spec.variable, "") or spec.default)
-
-
-def _read(spec: SettingSpec, value: str) -> object:
+    value = environment.get(spec.variable, "") or spec.default
     try:
         return spec.parse(value)
     except ValueError as error:
@@ -414,18 +390,18 @@ def _read(spec: SettingSpec, value: str) -> object:
 
 
 def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ...]:
-    spec = SettingSpec(f"{service.upper()}_URL", "", "", _urls("http", "https"))
+    spec = SettingSpec(f"{PREFIX}{service.upper()}_URL", "", "", _urls("http", "https"))
     return cast("tuple[str, ...]", _value(spec, environment))
 
 
 def unknown_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> list[str]:
-    """Return a sentence for each ``OCTOLLM_*`` variable that nothing reads, with the nearest that exists."""
+    """Return a warning for each ``OCTOLLM_*`` variable that nothing reads, with the nearest name that exists."""
     known = {spec.variable for spec in SETTING_SPECS.values()}
     known |= {f"{PREFIX}{service.upper()}_URL" for service in services}
-    sentences: list[str] = []
+    warnings: list[str] = []
     for name in sorted(environment):
         if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            sentences.append(f"{name} is not a setting and is ignored.{hint}")
-    return sentences
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            warnings.append(f"{name} is not a setting and is ignored.{hint}")
+    return warnings

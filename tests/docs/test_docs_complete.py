@@ -35,7 +35,7 @@ def test_every_setting_has_a_heading():
     assert set(headings("settings.md")) == names
 
 
-@pytest.mark.parametrize("spec", SETTING_SPECS.values(), ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SETTING_SPECS.values(), ids=lambda spec: spec.variable)
 def test_every_default_is_told(spec):
     text = headings("settings.md")[spec.variable]
     if spec.default:
