@@ -1,4 +1,4 @@
-"""Arms: enrolment with an enrolment token, key rotation, registration and heartbeat, as an arm and the orchestrator exchange them."""
+"""Messages between an arm and the orchestrator: enrolment, key rotation, heartbeat, and the enrolment tokens."""
 
 from __future__ import annotations
 

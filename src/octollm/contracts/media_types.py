@@ -1,4 +1,7 @@
-"""File kinds and media types by name and first bytes, and whether an arm accepts a file; the same answer on every machine."""
+"""File kinds and media types by name and first bytes, and whether an arm accepts a file.
+
+The result is the same on every machine: nothing is read from the system's tables.
+"""
 
 from __future__ import annotations
 
