@@ -1,4 +1,7 @@
-"""Clock and id generator as injectable protocols, with the system clock and UUIDv7, so that time-based code is tested without waiting."""
+"""Clock and id generator, injected so that time-based code is tested without waiting.
+
+The protocols stand beside their real implementations: the system's clocks, and UUIDv7 (RFC 9562).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The clock of this machine."""
+    """The system's wall clock and monotonic clock."""
 
     def now(self) -> float:
         """Return seconds since the Unix epoch (wall clock)."""
@@ -50,7 +53,7 @@ class Uuid7Generator:
         self._clock = clock
         self._lock = threading.Lock()
         self._pool = b""
-        self._at = 0
+        self._position = 0
         self._pid = 0
 
     def hex(self) -> str:
@@ -63,14 +66,15 @@ class Uuid7Generator:
         return f"{value:032x}"
 
     def _random(self, size: int) -> bytes:
-        """Return random bytes of the system, which are fetched many at a time: asking costs more than an id does."""
+        """Return random bytes from a pool: the system call costs more than the rest of an id."""
         with self._lock:
-            end = self._at + size
-            if end > len(self._pool) or self._pid != os.getpid():  # a fork must not hand out its parent's
-                self._pool, self._at, self._pid, end = os.urandom(_POOL_BYTES), 0, os.getpid(), size
-            taken = self._pool[self._at : end]
-            self._at = end
-            return taken
+            end = self._position + size
+            # A forked child has its parent's pool: it must not hand out the same bytes.
+            if end > len(self._pool) or self._pid != os.getpid():
+                self._pool, self._position, self._pid, end = os.urandom(_POOL_BYTES), 0, os.getpid(), size
+            chunk = self._pool[self._position : end]
+            self._position = end
+            return chunk
 
 
 def format_rfc3339(seconds: float) -> str:

@@ -1,4 +1,7 @@
-"""Request context in a context variable: request and correlation id, W3C trace context, tenant, task and step. Every log line and span carries them."""
+"""Request context in a context variable: request and correlation id, W3C trace context, tenant, task and step.
+
+Every log line and span carries it. The format of ``traceparent`` is that of W3C Trace Context, level 1.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from contextvars import ContextVar
 import msgspec
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
-"""An acceptable request or correlation id; anything else is replaced."""
+"""A valid request or correlation id; any other is replaced by a generated one."""
 
 _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
 
 
 class TraceContext(msgspec.Struct, frozen=True):
-    """A W3C trace context (Trace Context level 1): ids in lower-case hex."""
+    """Trace id, span id and sampling flag; the ids are lower-case hex."""
 
     trace_id: str
     span_id: str
@@ -28,12 +31,12 @@ class TraceContext(msgspec.Struct, frozen=True):
         return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
 
     def child(self) -> TraceContext:
-        """Return a new span of the same trace."""
+        """Return the context of a new span in the same trace."""
         return TraceContext(self.trace_id, _span_id(), self.sampled)
 
 
 def parse_traceparent(text: str | None) -> TraceContext | None:
-    """Read a ``traceparent`` header; ``None`` when it is absent or malformed (section 3.2 says: restart)."""
+    """Parse a ``traceparent`` header; ``None`` when it is absent or malformed (section 3.2: the trace restarts)."""
     match = _TRACEPARENT.fullmatch(text or "")
     if match is None:
         return None
@@ -44,18 +47,18 @@ def parse_traceparent(text: str | None) -> TraceContext | None:
 
 
 def start_trace(*, sampled: bool = False) -> TraceContext:
-    """Start a trace. Only what is ``sampled`` leaves spans behind, here and wherever its calls go."""
+    """Start a trace. A ``sampled`` one records spans here and in every service that its calls reach."""
     return TraceContext(f"{random.getrandbits(128) or 1:032x}", _span_id(), sampled)
 
 
 def _span_id() -> str:
-    # No secret, and needed twice a call: asking the system for random bytes costs ten times as much. After a fork
-    # the generator is seeded anew.
+    # Not a secret, and needed twice a call: random bytes of the system cost ten times as much. Python seeds this
+    # generator anew after a fork.
     return f"{random.getrandbits(64) or 1:016x}"
 
 
 class RequestContext(msgspec.Struct, frozen=True):
-    """Who is working on what: attached to every log line of the work."""
+    """Identifiers of the request that the running asyncio task serves; empty where unknown."""
 
     service: str = ""
     request_id: str = ""

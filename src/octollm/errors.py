@@ -1,4 +1,7 @@
-"""The error tree: every failure that may reach a caller is an OctoError with a stable code. The codes, their HTTP status and whether a retry can help are in octollm.contracts.problems."""
+"""The error tree: every failure that may reach a caller is an :class:`OctoError` with a stable code.
+
+``octollm.contracts.problems`` lists the codes with their HTTP status and whether a retry can help.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FieldError:
-    """One fault of a request: where it is and what is wrong there.
+    """One invalid field of a request.
 
     ``pointer`` is a JSON Pointer (RFC 6901) into the body; the empty string is the whole body.
     """
@@ -19,7 +22,7 @@ class FieldError:
 
 @dataclass(frozen=True, slots=True)
 class CallAttempts:
-    """What was tried before a call to another service failed: the last ``instance``, how often, in how many seconds."""
+    """The attempts of a call to another service that failed: how many, their seconds, and the last ``instance``."""
 
     service: str
     operation: str
@@ -31,8 +34,8 @@ class CallAttempts:
 class OctoError(Exception):
     """A failure with a stable ``code``.
 
-    ``detail`` says what happened and what to do next, in one or two sentences, and never holds a secret.
-    ``retry_after`` is in seconds. ``tried`` is set where it ended a call. ``cause_chain`` is left to ``raise … from``.
+    ``detail`` says in one or two sentences what happened and what to do next; it never holds a secret.
+    ``retry_after`` is in seconds. ``call_attempts`` is set when the failure ended a call to another service.
     """
 
     code = "internal"
@@ -58,13 +61,13 @@ class OctoError(Exception):
 
 
 class SettingError(OctoError):
-    """A setting is wrong; refused at start with its name and what would be right."""
+    """A setting is invalid; the detail names it and the valid values."""
 
     code = "setting_invalid"
 
 
 class RemoteError(OctoError):
-    """A peer answered with a problem document; ``status`` and ``retryable`` are its own words."""
+    """A service responded with a problem document (RFC 9457), from which ``status`` and ``retryable`` are taken."""
 
     def __init__(
         self,

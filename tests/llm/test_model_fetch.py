@@ -327,7 +327,7 @@ async def test_every_source_off_says_so(cache):
     [
         ("WARNING: x\nERROR: no match for https://me:hunter2@index/simple\n", "no match for https://index/simple"),
         ("/usr/bin/python: No module named pip", "python -m ensurepip"),
-        ("WARNING: only", "did not say why"),
+        ("WARNING: only", "no reason given"),
         ("ERROR: " + "x" * 1000, "x" * 300),
     ],
 )

@@ -180,7 +180,7 @@ async def test_cancelling_the_task_closes_the_connection():
 async def test_a_refused_key_is_said_and_final(status):
     error = await failure(Provider(answer=JSONResponse({"error": {"message": f"bad key {KEY}"}}, status)))
     assert error.code == "model_failed"
-    assert f"HTTP {status}, the key was refused" in error.detail
+    assert f"HTTP {status}, the key was rejected" in error.detail
     assert "openai:gpt-x" in error.detail
     assert not to_problem(error).retryable
 
@@ -234,7 +234,7 @@ async def test_a_redirect_is_not_followed():
 @pytest.mark.parametrize(
     ("events", "why"),
     [
-        ([chunk("a")], "broke before the answer was whole"),
+        ([chunk("a")], "broke before the response was complete"),
         (["data: {\n\n"], "not a stream"),
         ([f"data: {'x' * 2_000_000}\n\n"], "not a stream"),
         ([{"error": {"message": "out of memory", "code": 500}}], "out of memory"),
@@ -257,14 +257,14 @@ async def test_a_connection_that_breaks_midway():
     async with server:
         port = server.sockets[0].getsockname()[1]
         model = OpenAICompatibleModel("m", base_url=f"http://127.0.0.1:{port}/v1")
-        with pytest.raises(OctoError, match="broke before the answer was whole"):
+        with pytest.raises(OctoError, match="broke before the response was complete"):
             await answer(model)
         await model.aclose()
 
 
 async def test_silence_is_bounded():
     error = await failure(Provider([chunk("a")], hang=True), idle=0.2)
-    assert "no answer for" in error.detail
+    assert "no response for" in error.detail
 
 
 async def test_a_server_that_is_not_there_is_named():

@@ -1,5 +1,5 @@
-"""What calls providers: the chat completions wire, the embedded model and its catalogue, OpenAI-compatible servers.
+"""Language models: chat types, the embedded model with its catalogue and cache, and OpenAI-compatible servers.
 
-Each module stands alone: import the one that is wanted, so that a service without a model pays for none.
-No HTTP service, budget, journal or retry belongs here; the models service builds those on top.
+Import the module that you need: a service without a model then loads none of them. Budgets, journals, retries and
+the HTTP service belong to the models service, which is built on this package.
 """

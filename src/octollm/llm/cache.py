@@ -1,4 +1,7 @@
-"""The model cache: files named by their SHA-256, verified once, with a stamp that spares the next start the hashing."""
+"""The model cache: files named by their SHA-256, which is verified once and then remembered by a stamp file.
+
+The stamp holds size, modification time and inode of the verified file, so that a start need not hash a gigabyte.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ T = TypeVar("T")
 
 
 class _Stamp(msgspec.Struct, frozen=True):
-    """The state of a file whose digest was right."""
+    """The file state at the time of a successful verification."""
 
     size: int
     mtime_ns: int
@@ -42,7 +45,7 @@ def _hash(path: Path, stop: threading.Event) -> str:
 
 
 async def run_in_thread(work: Callable[[threading.Event], T]) -> T:
-    """Run ``work`` beside the event loop; a cancelled caller sets its event and waits until it has stopped."""
+    """Run ``work`` in a thread. A cancelled caller sets the event that ``work`` receives, and waits until it stops."""
     stop = threading.Event()
     task = asyncio.ensure_future(asyncio.to_thread(work, stop))
     try:
@@ -65,29 +68,29 @@ class ModelCache:
         self.root = Path.home() / ".cache" / "octollm" / "models" if root is None else root
 
     def path_of(self, entry: ModelEntry) -> Path:
-        """Return where the file of ``entry`` is, or would be."""
+        """Return the path of the file of ``entry``, whether it exists or not."""
         return self.root / f"{entry.digest}.gguf"
 
     def parts_of(self, entry: ModelEntry) -> Path:
-        """Return the folder of what was fetched of ``entry`` so far."""
+        """Return the folder for partial downloads of ``entry``."""
         return self.root / "parts" / entry.digest
 
     def has(self, entry: ModelEntry) -> bool:
-        """Tell whether there is a file for ``entry``; it may still be damaged."""
+        """Return whether ``entry`` has a file, verified or not."""
         return self.path_of(entry).is_file()
 
     def available(self, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -> tuple[ModelEntry, ...]:
-        """Return the entries with a file, in the catalogue's order."""
+        """Return the entries of ``catalogue`` that have a file, in its order."""
         return tuple(entry for entry in catalogue if self.has(entry))
 
     def largest(self, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -> ModelEntry | None:
-        """Return the largest entry with a file, or ``None`` when there is no file at all."""
+        """Return the largest entry that has a file, or ``None`` when the cache is empty."""
         return max(self.available(catalogue), key=lambda entry: entry.size, default=None)
 
     async def verify(self, entry: ModelEntry) -> Path:
-        """Return the path of the file of ``entry`` once its digest is known to be right.
+        """Verify the file of ``entry`` and return its path.
 
-        Raises ``no_model`` when there is no file and ``model_damaged`` when it is not what its name says.
+        Raises ``no_model`` when there is no file, and ``model_damaged`` when size or digest are wrong.
         """
         path = self.path_of(entry)
         try:
@@ -99,7 +102,7 @@ class ModelCache:
             ) from exc
         except OSError as exc:
             raise _unreadable_error(path, exc) from exc
-        if state.size == entry.size and self._stamped(entry) == state:
+        if state.size == entry.size and self._read_stamp(entry) == state:
             return path
         if state.size != entry.size:
             raise damaged_error(path, entry, f"it has {state.size:,} bytes instead of {entry.size:,}")
@@ -109,35 +112,35 @@ class ModelCache:
             raise _unreadable_error(path, exc) from exc
         if digest != entry.digest:
             raise damaged_error(path, entry, f"its SHA-256 is {digest}")
-        await asyncio.to_thread(self._stamp, entry, state)
+        await asyncio.to_thread(self._write_stamp, entry, state)
         return path
 
     def adopt(self, entry: ModelEntry, file: Path) -> Path:
-        """Move a checked ``file`` (on the same file system) to its place, atomically, and stamp it."""
+        """Move a verified ``file`` (on the same file system) into the cache, atomically, and stamp it."""
         path = self.path_of(entry)
         file.replace(path)
-        self._stamp(entry, _stamp_of(path))
+        self._write_stamp(entry, _stamp_of(path))
         return path
 
     def _stamp_path(self, entry: ModelEntry) -> Path:
         return self.root / f"{entry.digest}.verified"
 
-    def _stamped(self, entry: ModelEntry) -> _Stamp | None:
+    def _read_stamp(self, entry: ModelEntry) -> _Stamp | None:
         try:
             return msgspec.json.decode(self._stamp_path(entry).read_bytes(), type=_Stamp)
         except (OSError, msgspec.DecodeError):
             return None
 
-    def _stamp(self, entry: ModelEntry, stamp: _Stamp) -> None:
+    def _write_stamp(self, entry: ModelEntry, stamp: _Stamp) -> None:
         path = self._stamp_path(entry)
-        fresh = path.with_suffix(f".{os.getpid()}.tmp")
-        with contextlib.suppress(OSError):  # a cache that cannot be written is hashed at every start, no more
-            fresh.write_bytes(msgspec.json.encode(stamp))
-            fresh.replace(path)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):  # without a stamp the next start hashes the file again; nothing else is lost
+            temporary.write_bytes(msgspec.json.encode(stamp))
+            temporary.replace(path)
 
 
 def damaged_error(path: Path, entry: ModelEntry, why: str) -> OctoError:
-    """Return the error for a file that is not what its name says."""
+    """Return ``model_damaged`` for a file whose content does not match ``entry``."""
     return OctoError(
         f"The model file {path} is damaged: {why}. Delete it and run `octollm models pull {entry.name}`.",
         code="model_damaged",

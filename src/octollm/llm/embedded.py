@@ -1,4 +1,4 @@
-"""The embedded model: a catalogue model on this machine's processor, answered by llama.cpp without network or key."""
+"""The embedded model: a catalogue model on this machine's processor, run by llama.cpp without network or API key."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from octollm.llm.types import (
 
 DEFAULT_SEED = 42
 _SEEDS = 0xFFFF_FFFF
-"""llama.cpp's seeds are below this number, which itself asks it for a random one."""
+"""llama.cpp's seeds are below this number; the number itself means a random seed."""
 _MAX_PROMPT_BYTES = 4 * 1024 * 1024
 _CONTEXT_BLOCK = 256
 _BATCH_MODEL_BYTES = 1_000_000_000
-_FEWEST_BATCH_TOKENS, _MOST_BATCH_TOKENS = 32, 512
+_MIN_BATCH_TOKENS, _MAX_BATCH_TOKENS = 32, 512
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedSettings:
-    """How the embedded model runs.
+    """Parameters of the embedded model.
 
-    ``threads`` ``None`` means all cores but one, so that the services keep one. ``slots`` generations run side by
-    side, each with the whole context; ``max_waiting`` more wait, at most ``wait_seconds`` each, and any further one
-    is refused as ``overloaded``.
+    ``threads`` ``None`` means all cores but one, which is left to the services. ``slots`` generations run in parallel,
+    each with the whole context; ``max_waiting`` more wait for at most ``wait_seconds``, and any further one is
+    rejected as ``overloaded``.
     """
 
     threads: int | None = None
@@ -54,10 +54,10 @@ class EmbeddedSettings:
 
 
 class EmbeddedModel:
-    """A model in a child process of its own, loaded at the first use or by :meth:`start`.
+    """A model in its own child process, loaded by the first call or by :meth:`start`.
 
-    Deterministic unless the request says otherwise: temperature 0 and a fixed seed. A child that dies is started
-    again by the next call.
+    It is deterministic unless the request says otherwise: temperature 0 and a fixed seed. The next call restarts a
+    child that has died.
     """
 
     def __init__(self, entry: ModelEntry, path: Path, settings: EmbeddedSettings | None = None) -> None:
@@ -76,7 +76,7 @@ class EmbeddedModel:
 
     @property
     def context_tokens(self) -> int:
-        """Return how many tokens prompt and answer may have together."""
+        """Return the context: the most tokens of prompt and completion together."""
         return self._context
 
     @property
@@ -96,7 +96,7 @@ class EmbeddedModel:
         return await process.count(plain)
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
-        """Answer ``request``; see :class:`octollm.llm.types.ChatModel`. Tools are described in its prompt."""
+        """Stream a completion; see :class:`octollm.llm.types.ChatModel`. Tools are described in the prompt."""
         stream = self._stream(request)
         if allows_tools(request):
             stream = stream_with_tools(self._stream, request, f"call-{secrets.token_hex(8)}")
@@ -128,19 +128,22 @@ class EmbeddedModel:
             await process.aclose()
         elif loading is not None:
             loading.cancel()
-            await asyncio.wait({loading})  # it ends its child before it ends itself
-            if not loading.cancelled() and loading.exception() is None:  # it was loaded at that very moment
+            await asyncio.wait({loading})  # the task ends its child process before it ends
+            if not loading.cancelled() and loading.exception() is None:  # loading finished before the cancel arrived
                 await loading.result().aclose()
 
     def _process(self) -> LlamaProcess | None:
-        """Return the child if one was loaded; it may have died since."""
+        """Return the loaded child, which may have died since, or ``None``."""
         loading = self._loading
         if loading is None or not loading.done() or loading.cancelled() or loading.exception() is not None:
             return None
         return loading.result()
 
     async def _get_process(self) -> LlamaProcess:
-        """Return the child, started when it is not there. Callers share one start, which outlives those who leave."""
+        """Return the running child, and start it when there is none.
+
+        Callers share one start: it is shielded, so that a cancelled caller does not cancel it for the others.
+        """
         if self._closed:
             raise OctoError("The embedded model is closed.", code="model_failed")
         process = self._process()
@@ -150,13 +153,13 @@ class EmbeddedModel:
         try:
             return await asyncio.shield(loading)
         except asyncio.CancelledError:
-            if loading.cancelled():  # it was closed, which is not the caller's own cancellation
+            if loading.cancelled():  # aclose() cancelled it; the caller itself was not cancelled
                 raise OctoError("The embedded model is closed.", code="model_failed") from None
             raise
 
-    async def _load(self, ended: LlamaProcess | None) -> LlamaProcess:
-        if ended is not None:
-            await ended.aclose()
+    async def _load(self, previous: LlamaProcess | None) -> LlamaProcess:
+        if previous is not None:
+            await previous.aclose()
         if importlib.util.find_spec("xllamacpp") is None:
             raise OctoError(
                 "The embedded model needs llama.cpp: run `pip install 'octollm[local]'`, or set "
@@ -187,13 +190,13 @@ class EmbeddedModel:
 
     def _too_long(self, size: str, surplus: int) -> OctoError:
         return OctoError(
-            f"The prompt has {size} and {self.name} takes {self.context_tokens:,} tokens, the answer's among them. "
+            f"The prompt has {size}, and the context of {self.name} is {self.context_tokens:,} tokens with the answer. "
             f"Shorten it by at least {surplus:,} tokens.",
             code="context_too_long",
         )
 
     def _plain(self, messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
-        """Return ``messages`` as the template wants them, with no text in them that it would take for its own."""
+        """Return ``messages`` in the chat template's format, without control tokens in their texts."""
         size = bound_prompt_tokens(messages)
         if size > _MAX_PROMPT_BYTES:
             raise self._too_long(f"{size:,} bytes", 1)
@@ -206,14 +209,14 @@ class EmbeddedModel:
         ]
 
     def _escape_control_tokens(self, text: str) -> str:
-        """Break control tokens in ``text``: a document that holds one must not open a turn of its own.
+        """Break control tokens in ``text``, so that a document cannot open a turn of the conversation.
 
-        A zero-width space inside one leaves it as readable as before and makes it ordinary text.
+        A zero-width space inside a token keeps it readable and makes it ordinary text.
         """
         if "<" in text:
             for token in self._entry.special_tokens:
                 text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
-        # A lone surrogate is no text; JSON can carry one in and UTF-8 cannot carry it on.
+        # JSON may contain a lone surrogate, which UTF-8 cannot encode.
         return text.encode("utf-8", "replace").decode()
 
     def _body(self, request: ChatRequest) -> dict[str, object]:
@@ -231,11 +234,11 @@ class EmbeddedModel:
             body["top_p"] = request.top_p
         if request.stops:
             body["stop"] = request.stops
-        form = request.response_format
-        if form is not None and form.type == "json_object":
+        wire_format = request.response_format
+        if wire_format is not None and wire_format.type == "json_object":
             body["response_format"] = {"type": "json_object"}
-        elif form is not None and form.json_schema is not None:
-            body["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.json_schema.schema}}
+        elif wire_format is not None and wire_format.json_schema is not None:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"schema": wire_format.json_schema.schema}}
         return body
 
     def _llama_settings(self) -> LlamaSettings:
@@ -293,21 +296,21 @@ class _SlotQueue:
 
 
 def default_threads() -> int:
-    """Return the cores that this process may use, less one for the services, at least one."""
+    """Return the number of cores that this process may use, less one for the services, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, cores - 1)
 
 
-def round_context(wanted: int, most: int) -> int:
-    """Return the context that llama.cpp gives when ``wanted`` tokens are asked for: it rounds up to blocks."""
-    return min(-(-wanted // _CONTEXT_BLOCK) * _CONTEXT_BLOCK, most)
+def round_context(requested: int, limit: int) -> int:
+    """Return the context that llama.cpp allocates for ``requested`` tokens: it rounds up to blocks, up to ``limit``."""
+    return min(-(-requested // _CONTEXT_BLOCK) * _CONTEXT_BLOCK, limit)
 
 
 def batch_tokens(model_bytes: int, threads: int) -> int:
-    """Return how many tokens of a prompt are worked on at once.
+    """Return the batch size for prompts, in tokens.
 
-    A cancel waits for the batch in hand, so it should take well under a second: about 64 tokens a thread for half a
-    gigabyte, 32 for one. Smaller ones cost speed: a tenth at 32, nothing that can be measured at 64.
+    A cancel waits for the current batch, which should take well under a second: about 64 tokens a thread for a model
+    of half a gigabyte, 32 for one of a gigabyte. Smaller batches are slower: by a tenth at 32, not measurably at 64.
     """
-    wanted = 32 * threads * max(1, round(_BATCH_MODEL_BYTES / model_bytes))
-    return max(_FEWEST_BATCH_TOKENS, min(_MOST_BATCH_TOKENS, wanted))
+    size = 32 * threads * max(1, round(_BATCH_MODEL_BYTES / model_bytes))
+    return max(_MIN_BATCH_TOKENS, min(_MAX_BATCH_TOKENS, size))

@@ -1,4 +1,4 @@
-"""The parent's end of the llama.cpp child process: start, request, cancel, stop."""
+"""The parent's side of the llama.cpp child process: start, request, cancel, stop."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from octollm.errors import OctoError
 _LINE_BYTES = 4 * 1024 * 1024
 _STDERR_LINES = 20
 _LEAVE_SECONDS = 5.0
-"""How long a child that has closed its output may take to end."""
+"""How long a child that has closed its output may take to exit."""
 _ENVIRONMENT_NAMES = ("PATH", "HOME", "TMPDIR", "TEMP", "TMP", "LANG", "VIRTUAL_ENV", "SYSTEMROOT", "USERPROFILE")
 _ENVIRONMENT_PREFIXES = ("LC_", "LD_", "DYLD_", "PYTHON", "GGML_", "OMP_")
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaSettings:
-    """How llama.cpp runs. ``batch_tokens`` of a prompt are worked on at once: a cancel takes effect between batches.
+    """Parameters of llama.cpp. It processes a prompt in batches of ``batch_tokens``; a cancel takes effect between two.
 
-    Seconds: ``load_seconds`` until it is ready, ``stall_seconds`` between two signs of life of a generation,
-    ``stop_seconds`` from a cancel to its end; past any of them the process is killed.
+    Timeouts, after which the process is killed: ``load_seconds`` until it is ready, ``stall_seconds`` between two
+    events of a generation, ``stop_seconds`` from a cancel to the generation's end.
     """
 
     threads: int
@@ -45,7 +45,7 @@ class LlamaSettings:
 
 
 class LlamaEvent(msgspec.Struct, frozen=True):
-    """One line of the child. See ``llama_worker`` for which event has which members."""
+    """One line of the child's output. ``llama_worker`` documents the members of each event."""
 
     event: Literal["ready", "failed", "progress", "text", "end", "stopped", "counted", "error"]
     id: int = 0
@@ -64,20 +64,20 @@ _FINAL_EVENTS = frozenset({"end", "stopped", "counted", "error"})
 
 
 class Generation:
-    """What the child says about one order. ``on_end`` is called once, when the child has left the order alone."""
+    """The events of one request to the child. ``on_end`` is called once, after the child has finished the request."""
 
     def __init__(self, number: int, process: LlamaProcess, on_end: Callable[[], None]) -> None:
         self._number = number
         self._process = process
         self._on_end = on_end
-        # Bounded by the context: a generation has at most one event a token and one a batch of the prompt.
+        # Bounded by the context: a generation has at most one event per token and one per batch of the prompt.
         self._events: deque[LlamaEvent] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
         self._cancelled: asyncio.TimerHandle | None = None
 
     async def next(self, seconds: float) -> LlamaEvent:
-        """Return the next event. Raises ``model_failed`` when the child is silent for ``seconds`` or ends."""
+        """Return the next event. Raises ``model_failed`` when the child exits or sends none for ``seconds``."""
         while not self._events:
             if self._ended:
                 raise self._process.failure()
@@ -86,17 +86,17 @@ class Generation:
                 async with asyncio.timeout(seconds):
                     await self._arrived.wait()
             except TimeoutError as exc:
-                self._process.kill(f"it gave no sign of life for {seconds:.0f} s")
+                self._process.kill(f"it sent no event for {seconds:.0f} s")
                 raise self._process.failure() from exc
         return self._events.popleft()
 
     def cancel(self) -> None:
-        """Stop the work without waiting for it; harmless when it has ended."""
+        """Request a stop without waiting for it; does nothing when the generation has ended."""
         if not self._ended and self._cancelled is None:
             self._cancelled = self._process.send_cancel(self._number)
 
     def add_event(self, event: LlamaEvent) -> None:
-        """Take an event from the reader."""
+        """Queue an event; the process's reader calls this."""
         if self._cancelled is None:
             self._events.append(event)
         self._arrived.set()
@@ -104,7 +104,7 @@ class Generation:
             self.end()
 
     def end(self) -> None:
-        """Note that no more events come."""
+        """Mark the generation as ended; no more events follow."""
         if self._ended:
             return
         self._ended = True
@@ -115,7 +115,7 @@ class Generation:
 
 
 class LlamaProcess:
-    """A running child. Made by :meth:`start`; once :attr:`alive` is false it stays so and another must be started."""
+    """A child process, created by :meth:`start`. It is never restarted: once :attr:`alive` is false it stays so."""
 
     def __init__(self, process: asyncio.subprocess.Process, folder: Path, settings: LlamaSettings) -> None:
         self._process = process
@@ -130,7 +130,7 @@ class LlamaProcess:
 
     @classmethod
     async def start(cls, path: Path, settings: LlamaSettings) -> LlamaProcess:
-        """Start a child with the model at ``path`` and wait until it is loaded.
+        """Start a child and wait until it has loaded the model at ``path``.
 
         Cancelling kills it. Raises ``model_failed``.
         """
@@ -144,7 +144,7 @@ class LlamaProcess:
                 stderr=asyncio.subprocess.PIPE,
                 env=_environment(os.environ),
                 limit=_LINE_BYTES,
-                start_new_session=True,  # Ctrl-C is for the parent, which ends the child in order
+                start_new_session=True,  # Ctrl-C must reach the parent only, which shuts the child down in order
             )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -159,7 +159,7 @@ class LlamaProcess:
 
     @property
     def alive(self) -> bool:
-        """Tell whether it takes orders."""
+        """Return whether the child accepts requests."""
         return self._alive
 
     @property
@@ -168,41 +168,41 @@ class LlamaProcess:
         return self._process.pid
 
     async def count(self, messages: Sequence[Mapping[str, str]]) -> int:
-        """Count the prompt of ``messages`` with the model's template and tokenizer. Raises ``model_failed``."""
+        """Return the prompt tokens of ``messages`` by the model's template and tokenizer. Raises ``model_failed``."""
         event = await self._send_request("count", {"messages": messages}).next(self._settings.stall_seconds)
         if event.event != "counted":
             raise OctoError(f"The embedded model could not count tokens: {event.message}", code="model_failed")
         return event.tokens
 
     def chat(self, body: Mapping[str, object], on_end: Callable[[], None]) -> Generation:
-        """Begin a generation; ``body`` is a llama.cpp chat completions request. Raises ``model_failed``."""
+        """Start a generation; ``body`` is a chat completions request of llama.cpp. Raises ``model_failed``."""
         return self._send_request("chat", body, on_end)
 
     def send_cancel(self, number: int) -> asyncio.TimerHandle:
-        """Ask the child to stop an order; kill it if it does not within the time set."""
+        """Request that the child stops a generation, and kill it if it does not within ``stop_seconds``."""
         self._write({"op": "cancel", "id": number})
         return asyncio.get_running_loop().call_later(
             self._settings.stop_seconds, self.kill, "it did not stop a generation that was cancelled"
         )
 
     def kill(self, why: str) -> None:
-        """End the child at once; running generations fail with ``why``."""
+        """Kill the child; running generations fail with ``why``."""
         self._end(why)
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
     def failure(self) -> OctoError:
-        """Return the error for an order that the child did not finish."""
-        last = f" It last said: {self._errors[-1]}" if self._errors else ""
+        """Return ``model_failed`` for a request that the child did not finish."""
+        last = f" Its last error output: {self._errors[-1]}" if self._errors else ""
         return OctoError(f"The embedded model failed: {self._why or 'it was closed'}.{last}", code="model_failed")
 
     async def aclose(self) -> None:
-        """End the child and wait until it is gone; running generations end with ``model_failed``."""
+        """End the child and wait until it has exited; running generations end with ``model_failed``."""
         self.kill("it was closed")
         if self._process.stdin is not None:
             self._process.stdin.close()
         await self._process.wait()
-        await asyncio.gather(*self._tasks, return_exceptions=True)  # they read up to the end that kill() made
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # the readers end with the killed process's output
         await asyncio.to_thread(shutil.rmtree, self._folder, True)
 
     def _send_request(
@@ -252,7 +252,7 @@ class LlamaProcess:
             self._end(why)
 
     async def _read_errors(self, stderr: asyncio.StreamReader) -> None:
-        with contextlib.suppress(ValueError):  # a line that is longer than any message
+        with contextlib.suppress(ValueError):  # a line over the reader's limit: not a message of llama.cpp
             async for line in stderr:
                 if text := line.decode(errors="replace").strip():
                     self._errors.append(text[:500])
@@ -261,10 +261,10 @@ class LlamaProcess:
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
                 code = await self._process.wait()
-        except TimeoutError:  # it said something that is no event; nothing that it says can be trusted now
+        except TimeoutError:  # it sent a line that is not an event, so the rest of its output cannot be trusted either
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-            return "it spoke in a form that is not understood"
+            return "its output was not understood"
         return f"its process was ended by signal {-code}" if code < 0 else f"its process ended with code {code}"
 
     def _end(self, why: str) -> None:
@@ -277,7 +277,7 @@ class LlamaProcess:
 
 
 async def _read(stdout: asyncio.StreamReader) -> LlamaEvent | None:
-    """Return the next event, or ``None`` when the child has closed its end."""
+    """Return the next event, or ``None`` at the end of the output or at a line that is not an event."""
     try:
         line = await stdout.readline()
         return msgspec.json.decode(line, type=LlamaEvent) if line.endswith(b"\n") else None
@@ -300,5 +300,5 @@ def _worker_settings(path: Path, folder: Path, settings: LlamaSettings) -> dict[
 
 
 def _environment(full: Mapping[str, str]) -> dict[str, str]:
-    """Return what native code needs of the environment; keys and settings of the parent are none of it."""
+    """Return the part of the environment that native code needs; the parent's keys and settings are withheld."""
     return {name: full[name] for name in full if name in _ENVIRONMENT_NAMES or name.startswith(_ENVIRONMENT_PREFIXES)}

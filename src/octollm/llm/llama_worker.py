@@ -1,8 +1,8 @@
-"""The child process that runs llama.cpp: one model, JSON lines in on stdin and out on stdout.
+"""The child process that runs llama.cpp: one model, with JSON lines on stdin and stdout.
 
-It is started by path and imports nothing of the package, so that it is up in a fraction of a second. It is a
-process of its own because loading a model holds Python's global lock for seconds, and because an assertion inside
-llama.cpp ends the process that it happens in. It ends when its stdin does, so it never outlives its parent.
+It is started by path and imports nothing of the package, so that it starts in a fraction of a second. It is a separate
+process because loading a model holds Python's global lock for seconds, and because a failed assertion in llama.cpp
+aborts its process. It exits when its stdin is closed, so it never outlives its parent.
 
 In:  ``{"op": "chat", "id", "body"}``, ``{"op": "cancel", "id"}``, ``{"op": "count", "id", "body"}``
 Out: ``{"event": "ready"}`` or ``{"event": "failed", "message"}``; then, each with ``id``: ``progress``, ``text``
@@ -28,7 +28,7 @@ _HTTP_SECONDS = 30.0
 
 
 class Output:
-    """Writes events to the parent, one line each; ends the process when the parent is gone."""
+    """Writes events to the parent, one line each; exits the process when the parent has closed the pipe."""
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "wb", buffering=0)
@@ -46,9 +46,10 @@ class Output:
 
 
 class Tokenizer:
-    """Counts prompts through llama.cpp's own HTTP interface, the only one that has its template and tokenizer.
+    """Counts prompt tokens through llama.cpp's HTTP interface, the only one with the template and the tokenizer.
 
-    It listens on a socket in a folder that only this user can enter, and wants a key that never leaves the process.
+    The interface listens on a socket in a folder that only this user can enter, and requires a key that never leaves
+    the process.
     """
 
     def __init__(self, address: str, key: str) -> None:
@@ -87,7 +88,7 @@ class Tokenizer:
 
 
 class Chat:
-    """One generation, in a thread of its own."""
+    """One generation, in its own thread."""
 
     def __init__(self, server: Any, output: Output, number: int, body: dict[str, Any]) -> None:
         self._server = server
@@ -99,11 +100,11 @@ class Chat:
         self._ended = False
 
     def stop(self) -> None:
-        """Stop at the next token, or the next batch of the prompt."""
+        """Request a stop at the next token or the next batch of the prompt."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Generate until the end, telling the parent what comes and, last, how it ended."""
+        """Generate, and send the parent each event; the last one says how the generation ended."""
         try:
             self._server.handle_chat_completions(self._body, self._take)
         except Exception as exc:
@@ -113,10 +114,10 @@ class Chat:
         if self._stopped.is_set():
             self._send("stopped")
         else:
-            self._error(status=500, message="llama.cpp ended the answer without saying how")
+            self._error(status=500, message="llama.cpp ended the answer without a reason")
 
     def _take(self, chunk: dict[str, Any]) -> bool:
-        """Take one chunk from llama.cpp; true stops it, which frees its slot before the next batch."""
+        """Handle one chunk from llama.cpp; true stops the generation, which frees its slot before the next batch."""
         if self._ended or self._stopped.is_set():
             return True
         if "error" in chunk:
@@ -149,8 +150,8 @@ class Chat:
 
 
 def load(settings: dict[str, Any], key: str) -> Any:
-    """Load the model; this holds the interpreter's lock until it is done."""
-    # Imported here so that a broken installation is told to the parent, not to the terminal.
+    """Load the model; this holds the interpreter's lock until it has finished."""
+    # Imported here so that a broken installation is reported to the parent, not to the terminal.
     llama: Any = importlib.import_module("xllamacpp")
     params: Any = llama.CommonParams()
     params.model.path = settings["path"]
@@ -176,7 +177,7 @@ def load(settings: dict[str, Any], key: str) -> Any:
 
 
 def serve(server: Any, tokenizer: Tokenizer, output: Output) -> None:
-    """Do what the parent's lines say until there are no more."""
+    """Execute the parent's requests until stdin is closed."""
     chats: dict[int, Chat] = {}
 
     def run(number: int, chat: Chat) -> None:
@@ -186,26 +187,26 @@ def serve(server: Any, tokenizer: Tokenizer, output: Output) -> None:
             chats.pop(number, None)
 
     for line in sys.stdin.buffer:
-        order = json.loads(line)
-        number = order["id"]
-        if order["op"] == "chat":
-            chat = chats[number] = Chat(server, output, number, order["body"])
+        request = json.loads(line)
+        number = request["id"]
+        if request["op"] == "chat":
+            chat = chats[number] = Chat(server, output, number, request["body"])
             threading.Thread(target=run, args=(number, chat), daemon=True).start()
-        elif order["op"] == "cancel":
+        elif request["op"] == "cancel":
             if (running := chats.get(number)) is not None:
                 running.stop()
         else:
             try:
-                output.send("counted", id=number, tokens=tokenizer.count(order["body"]))
+                output.send("counted", id=number, tokens=tokenizer.count(request["body"]))
             except (ValueError, OSError, http.client.HTTPException) as exc:
                 output.send("error", id=number, status=500, message=f"tokens could not be counted: {exc}")
 
 
 def main() -> None:
-    """Load, serve, and leave at once when the parent closes stdin."""
+    """Load the model, serve requests, and exit at once when the parent closes stdin."""
     settings: dict[str, Any] = json.loads(sys.argv[1])
     descriptor = os.dup(1)
-    os.dup2(2, 1)  # whatever native code prints goes where errors go, never between the events
+    os.dup2(2, 1)  # what native code prints must go to stderr, never between the events
     output = Output(descriptor)
     key = secrets.token_hex(16)
     try:
@@ -217,7 +218,7 @@ def main() -> None:
         with contextlib.suppress(KeyboardInterrupt):
             serve(server, Tokenizer(server.listening_address, key), output)
     shutil.rmtree(settings["folder"], ignore_errors=True)
-    # Native threads may be in the middle of a batch: nothing here is worth waiting for them.
+    # Native threads may be in the middle of a batch, and nothing needs their result.
     os._exit(0)
 
 

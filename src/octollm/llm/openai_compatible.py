@@ -1,4 +1,4 @@
-"""A model behind any OpenAI-compatible server. Nothing is retried here: retries are the caller's policy."""
+"""A model behind an OpenAI-compatible server. Nothing is retried here: retries are the caller's policy."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ _DONE = b"[DONE]"
 
 @dataclass(frozen=True, slots=True)
 class ProviderTimeouts:
-    """Seconds: to connect, and the longest silence of an answer (its first byte is the longest wait)."""
+    """Timeouts in seconds: to connect, and between two reads of a response, of which the first takes longest."""
 
     connect: float = 5.0
     idle: float = 120.0
 
 
 class OpenAICompatibleModel:
-    """One model of one provider. ``base_url`` is what comes before ``/chat/completions``."""
+    """One model of one provider. ``base_url`` is the URL before ``/chat/completions``."""
 
     def __init__(
         self,
@@ -100,11 +100,11 @@ class OpenAICompatibleModel:
         return self._context_tokens
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
-        """Bound the prompt from above by its UTF-8 bytes: the provider's tokenizer is not at hand."""
+        """Return an upper bound of the prompt's tokens, its UTF-8 bytes: the provider's tokenizer is not available."""
         return bound_prompt_tokens(messages)
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
-        """Answer ``request``; see :class:`octollm.llm.types.ChatModel`. Closing it closes the connection."""
+        """Stream a completion; see :class:`octollm.llm.types.ChatModel`. Closing it closes the connection."""
         headers = {"content-type": "application/json", "accept": "text/event-stream"}
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
@@ -112,30 +112,30 @@ class OpenAICompatibleModel:
         try:
             async with self._client.stream("POST", f"{self._base_url}/chat/completions", headers, content) as response:
                 if response.status != 200:
-                    raise await self._refused(response)
+                    raise await self._error_response(response)
                 async with aclosing(self._pieces(response, request)) as pieces:
                     async for piece in pieces:
                         yield piece
         except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
-            raise self._broken(exc) from exc
+            raise self._transport_error(exc) from exc
 
     async def list_models(self) -> frozenset[str] | None:
-        """Return the names in the server's list of models, which costs nothing; ``None`` where it keeps no list.
+        """Return the names in the server's list of models, a free call; ``None`` when it has no such list.
 
-        Raises ``model_failed`` when the server is away or refuses the key.
+        Raises ``model_failed`` when the server is unreachable or rejects the key.
         """
         headers = {"authorization": f"Bearer {self._key}"} if self._key is not None else {}
         try:
             async with self._client.stream("GET", f"{self._base_url}/models", headers) as response:
                 if response.status in (401, 403):
-                    raise await self._refused(response)
+                    raise await self._error_response(response)
                 if response.status != 200:
                     return None
                 listed = msgspec.json.decode(await _read_limited(response, _LIST_BYTES), type=OpenAIModelList)
         except msgspec.DecodeError:
             return None
         except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
-            raise self._broken(exc) from exc
+            raise self._transport_error(exc) from exc
         return frozenset(entry.id for entry in listed.data)
 
     async def aclose(self) -> None:
@@ -145,7 +145,7 @@ class OpenAICompatibleModel:
     async def _pieces(self, response: Response, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         finish: FinishReason | None = None
         usage: OpenAIUsage | None = None
-        called = ToolCallAccumulator()
+        tool_calls = ToolCallAccumulator()
         written = 0
         try:
             async with aclosing(iter_sse_data(response.content)) as events:
@@ -154,7 +154,7 @@ class OpenAICompatibleModel:
                         break
                     chunk = msgspec.json.decode(data, type=OpenAIChunk)
                     if chunk.error is not None:
-                        raise self._failed(f"it broke off: {self._shown(chunk.error.message)}")
+                        raise self._failed(f"it broke off: {self._redact(chunk.error.message)}")
                     usage = chunk.usage or usage
                     for choice in chunk.choices:
                         finish = parse_finish_reason(choice.finish_reason) or finish
@@ -162,80 +162,81 @@ class OpenAICompatibleModel:
                             written += len(choice.delta.content.encode("utf-8", "surrogatepass"))
                             yield TextDelta(choice.delta.content)
                         for delta in choice.delta.tool_calls or ():
-                            written += called.add(delta)
+                            written += tool_calls.add(delta)
         except (msgspec.DecodeError, ValueError) as exc:
-            raise self._failed("its answer is not a stream of chat completion chunks") from exc
+            raise self._failed("the response is not a stream of chat completion chunks") from exc
         if finish is None:
-            raise self._failed("the connection broke before the answer was whole")
+            raise self._failed("the connection broke before the response was complete")
         if usage is None:
             bound = ChatUsage.of(bound_prompt_tokens(request.messages) + bound_tool_tokens(request), written)
-            yield CompletionEnd(finish, bound, exact=False, tool_calls=called.calls())
+            # The provider sent no usage: charge an upper bound rather than nothing.
+            yield CompletionEnd(finish, bound, exact=False, tool_calls=tool_calls.calls())
         else:
             counted = ChatUsage.of(usage.prompt_tokens, usage.completion_tokens)
-            yield CompletionEnd(finish, counted, tool_calls=called.calls())
+            yield CompletionEnd(finish, counted, tool_calls=tool_calls.calls())
 
-    async def _refused(self, response: Response) -> OctoError:
-        """Return the error for an answer that is not 200."""
+    async def _error_response(self, response: Response) -> OctoError:
+        """Return the error for a response whose status is not 200."""
         status = response.status
         if status in (401, 403):
             return self._failed(
-                f"HTTP {status}, the key was refused" if self._key else f"HTTP {status}, it wants a key", final=True
+                f"HTTP {status}, the key was rejected" if self._key else f"HTTP {status}, a key is required", final=True
             )
-        error = await _error_of(response)
-        said = f": {self._shown(error.message)}" if error.message else ""
+        error = await _read_error(response)
+        message = f": {self._redact(error.message)}" if error.message else ""
         if status == 400 and error.code == "context_length_exceeded":
-            return OctoError(f"The prompt does not fit {self.name}{said}", code="context_too_long")
+            return OctoError(f"The prompt does not fit {self.name}{message}", code="context_too_long")
         if status == 429:
-            return self._failed(f"HTTP 429, too many requests{said}", retry_after=_retry_after(response))
+            return self._failed(f"HTTP 429, too many requests{message}", retry_after=_retry_after(response))
         if 300 <= status < 400:
             return self._failed(f"HTTP {status}, a redirect, which is not followed with a key", final=True)
         if 400 <= status < 500 and status != 408:
-            return self._failed(f"HTTP {status}{said}", final=True)
-        return self._failed(f"HTTP {status}{said}", retry_after=_retry_after(response))
+            return self._failed(f"HTTP {status}{message}", final=True)
+        return self._failed(f"HTTP {status}{message}", retry_after=_retry_after(response))
 
-    def _broken(self, exc: Exception) -> OctoError:
+    def _transport_error(self, exc: Exception) -> OctoError:
         if isinstance(exc, ConnectTimeout):
-            return self._failed("no connection in time")
+            return self._failed("the connection timed out")
         if isinstance(exc, ConnectionError):
-            return self._failed("no connection: is the address right, and is it running?")
+            return self._failed("no connection: is the address right, and is the server running?")
         if isinstance(exc, TimeoutError):
-            return self._failed(f"no answer for {self._idle:.0f} s")
-        return self._failed("the connection broke before the answer was whole")
+            return self._failed(f"no response for {self._idle:.0f} s")
+        return self._failed("the connection broke before the response was complete")
 
     def _failed(self, why: str, *, final: bool = False, retry_after: float | None = None) -> OctoError:
-        """Return ``model_failed``; ``final`` says that the same call will fail again."""
+        """Return ``model_failed``; ``final`` marks a failure that a retry would repeat."""
         detail = f"{self.name} at {self._base_url}: {why}."
         if final:
             return RemoteError(detail, code="model_failed", status=503, retryable=False)
         return OctoError(detail, code="model_failed", retry_after=retry_after)
 
-    def _shown(self, text: str) -> str:
-        """Return the provider's words, bounded, and without the key that some of them repeat."""
+    def _redact(self, text: str) -> str:
+        """Return the provider's message, truncated, and without the key, which some providers repeat in it."""
         if self._key:
             text = text.replace(self._key, "[key]")
         return " ".join(text.split())[:_DETAIL_CHARACTERS].rstrip(".")
 
 
-async def _error_of(response: Response) -> OpenAIError:
-    """Return what an error answer says, as far as it can be understood."""
+async def _read_error(response: Response) -> OpenAIError:
+    """Return the error object of a response, empty when the body is not one."""
     try:
         return msgspec.json.decode(await _read_limited(response, _ERROR_BYTES), type=OpenAIErrorBody).error
     except msgspec.DecodeError:
         return OpenAIError()
 
 
-async def _read_limited(response: Response, most: int) -> bytes:
-    """Return the beginning of an answer: what came until there were more than ``most`` bytes."""
+async def _read_limited(response: Response, limit: int) -> bytes:
+    """Return the start of the body: reading stops at the first chunk past ``limit`` bytes."""
     raw = bytearray()
     async for chunk in response.content:
         raw += chunk
-        if len(raw) > most:
+        if len(raw) > limit:
             break
     return bytes(raw)
 
 
 def _retry_after(response: Response) -> float | None:
-    """Return ``Retry-After`` in seconds (RFC 9110 section 10.2.3; its form as a date is passed over)."""
+    """Return ``Retry-After`` in seconds (RFC 9110 section 10.2.3); a date is ignored."""
     value = response.headers.get("retry-after", "")
     return min(float(value), _MAX_RETRY_AFTER) if _SECONDS.fullmatch(value) else None
 

@@ -1,4 +1,7 @@
-"""OpenAI's chat completions protocol as a client uses it: server-sent events, request body, response chunks, assembled tool calls."""
+"""OpenAI's chat completions protocol, the client's side: request body, response chunks, and assembled tool calls.
+
+The response structs accept any member that they do not name: providers add their own.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ _MAX_TOOL_CALLS = 128
 
 
 class OpenAIMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A message as it is sent."""
+    """A message of a request."""
 
     role: str
     content: str
@@ -70,7 +73,7 @@ class OpenAIMessage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class OpenAIRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The body of a request; what is absent is left to the provider."""
+    """The body of a request; the provider's default applies to what is absent."""
 
     model: str
     messages: tuple[OpenAIMessage, ...]
@@ -89,21 +92,21 @@ class OpenAIRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class OpenAIUsage(msgspec.Struct, frozen=True):
-    """What the provider counted."""
+    """The provider's token counts."""
 
     prompt_tokens: int
     completion_tokens: int = 0
 
 
 class OpenAIFunctionDelta(msgspec.Struct, frozen=True):
-    """A piece of the call of a function."""
+    """A fragment of a function call."""
 
     name: str | None = None
     arguments: str | None = None
 
 
 class OpenAIToolCallDelta(msgspec.Struct, frozen=True):
-    """A piece of one call; ``index`` says of which."""
+    """A fragment of the tool call number ``index``."""
 
     index: int = 0
     id: str | None = None
@@ -111,7 +114,7 @@ class OpenAIToolCallDelta(msgspec.Struct, frozen=True):
 
 
 class OpenAIDelta(msgspec.Struct, frozen=True):
-    """What a chunk adds."""
+    """The increment of a chunk: text, or fragments of tool calls."""
 
     content: str | None = None
     tool_calls: tuple[OpenAIToolCallDelta, ...] | None = None
@@ -125,14 +128,14 @@ class OpenAIChunkChoice(msgspec.Struct, frozen=True):
 
 
 class OpenAIError(msgspec.Struct, frozen=True):
-    """The provider's own words for a failure."""
+    """An error object of the provider."""
 
     message: str = ""
     code: str | int | None = None
 
 
 class OpenAIChunk(msgspec.Struct, frozen=True):
-    """One server-sent event."""
+    """The data of one server-sent event of a response."""
 
     choices: tuple[OpenAIChunkChoice, ...] = ()
     usage: OpenAIUsage | None = None
@@ -140,41 +143,41 @@ class OpenAIChunk(msgspec.Struct, frozen=True):
 
 
 class OpenAIModelEntry(msgspec.Struct, frozen=True):
-    """An entry of the provider's list of models."""
+    """An entry of the list of models."""
 
     id: str
 
 
 class OpenAIModelList(msgspec.Struct, frozen=True):
-    """``GET /models``."""
+    """The response of ``GET /models``."""
 
     data: tuple[OpenAIModelEntry, ...]
 
 
 class OpenAIErrorBody(msgspec.Struct, frozen=True):
-    """The body of a refusal."""
+    """The body of an error response."""
 
     error: OpenAIError
 
 
 class ToolCallAccumulator:
-    """The calls that an answer asks for, put together from the pieces that they come in."""
+    """Assembles the tool calls of a response from their fragments."""
 
     def __init__(self) -> None:
         self._parts: dict[int, list[str]] = {}
 
     def add(self, delta: OpenAIToolCallDelta) -> int:
-        """Add a piece; return how many bytes it has. Raises ``ValueError`` past the bound of calls."""
+        """Add a fragment and return its size in bytes. Raises ``ValueError`` at more than 128 calls."""
         if delta.index not in self._parts and len(self._parts) >= _MAX_TOOL_CALLS:
             raise ValueError("too many calls")
         part = self._parts.setdefault(delta.index, ["", "", ""])
-        pieces = (delta.id or "", delta.function.name or "", delta.function.arguments or "")
-        for place, piece in enumerate(pieces):
-            part[place] += piece
-        return sum(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces[1:])
+        fragments = (delta.id or "", delta.function.name or "", delta.function.arguments or "")
+        for position, fragment in enumerate(fragments):
+            part[position] += fragment
+        return sum(len(fragment.encode("utf-8", "surrogatepass")) for fragment in fragments[1:])
 
     def calls(self) -> tuple[ToolCall, ...]:
-        """Return the calls in the provider's order."""
+        """Return the assembled calls in the order of their index."""
         return tuple(
             ToolCall(call_id or f"call-{index}", FunctionCall(name, arguments or "{}"))
             for index, (call_id, name, arguments) in sorted(self._parts.items())
@@ -182,7 +185,7 @@ class ToolCallAccumulator:
 
 
 def build_request(model: str, request: ChatRequest) -> OpenAIRequest:
-    """Return the body that asks ``model`` for what ``request`` asks, as a stream with its usage."""
+    """Return the body of ``request`` for ``model``, as a stream that ends with its usage."""
     return OpenAIRequest(
         model=model,
         messages=tuple(
@@ -205,7 +208,7 @@ def build_request(model: str, request: ChatRequest) -> OpenAIRequest:
 
 
 def parse_finish_reason(reason: str | None) -> FinishReason | None:
-    """Return our word for a provider's reason; one that we do not know is an ordinary end."""
+    """Map a provider's finish reason to ours; an unknown one counts as ``stop``."""
     if reason is None or reason == "":
         return None
     known: dict[str, FinishReason] = {

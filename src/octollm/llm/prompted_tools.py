@@ -1,4 +1,7 @@
-"""Tool calling for a model that has none of its own: tools are described in the prompt and the reply is constrained to a JSON schema."""
+"""Tool calling for a model without native support.
+
+The tools are described in the prompt, and the reply is constrained to a JSON schema: one call, or the answer.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +37,16 @@ class _Reply(msgspec.Struct, frozen=True):
 
 
 def allows_tools(request: ChatRequest) -> bool:
-    """Say whether the model may call a tool to answer ``request``."""
+    """Return whether ``request`` has tools and allows the model to call them."""
     return bool(request.tools) and request.tool_choice != "none"
 
 
 async def stream_with_tools(
     stream: StreamFunction, request: ChatRequest, call_id: str
 ) -> AsyncGenerator[ModelStreamChunk]:
-    """Answer ``request`` by ``stream``, which knows nothing of tools; see :class:`octollm.llm.types.ChatModel`.
+    """Stream a completion with tools by ``stream``, which has none; see :class:`octollm.llm.types.ChatModel`.
 
-    ``call_id`` names the call, if it comes to one. Raises ``model_failed`` where the answer fits no tool, as when it
-    was cut.
+    ``call_id`` becomes the id of a tool call. Raises ``model_failed`` when the reply is neither a call nor an answer.
     """
     text = ""
     async with aclosing(stream(build_prompted_request(request))) as pieces:
@@ -52,29 +54,30 @@ async def stream_with_tools(
             if isinstance(piece, TextDelta):
                 text += piece.text
                 continue
-            said = _read(text)
-            if said is None and piece.finish_reason == "length":
+            reply = _parse_reply(text)
+            if reply is None and piece.finish_reason == "length":
                 yield piece
-            elif said is None:
-                raise OctoError("The model's answer calls no tool and says nothing.", code="model_failed")
-            elif said.tool:
-                call = ToolCall(call_id, FunctionCall(said.tool, bytes(said.arguments).decode()))
+            elif reply is None:
+                raise OctoError("The model's answer has neither a tool call nor a text.", code="model_failed")
+            elif reply.tool:
+                call = ToolCall(call_id, FunctionCall(reply.tool, bytes(reply.arguments).decode()))
                 yield CompletionEnd("tool_calls", piece.usage, piece.exact, (call,))
             else:
-                yield TextDelta(said.answer)
+                yield TextDelta(reply.answer)
                 yield piece
 
 
 def build_prompted_request(request: ChatRequest) -> ChatRequest:
-    """Return a request without tools whose answer is one JSON object: a call, or the answer itself."""
+    """Return a request without tools whose reply is one JSON object: a call, or the answer itself."""
     tools = _allowed_tools(request)
-    last = not isinstance(request.tool_choice, ToolChoice) and request.tool_choice != "required"
-    schema = _schema(tools, answer=last)
+    may_answer = not isinstance(request.tool_choice, ToolChoice) and request.tool_choice != "required"
+    schema = _schema(tools, answer=may_answer)
     rules = ["Answer with one JSON object, one of these:", *(_describe_function(tool.function) for tool in tools)]
-    if last:
-        told = request.messages[-1].role == "tool"
-        when = "Tells what the tool found." if told else "Only for small talk, and for what none of the above can do."
-        rules.append(f'- {{"answer": "…"}}  {when}')
+    if may_answer:
+        has_result = request.messages[-1].role == "tool"
+        # A prompt for a small model: its wording was chosen by measurement.
+        small_talk = "Only for small talk, and for what none of the above can do."
+        rules.append(f'- {{"answer": "…"}}  {"Tells what the tool found." if has_result else small_talk}')
     return msgspec.structs.replace(
         request,
         messages=_with_rules(request.messages, "\n".join(rules)),
@@ -93,22 +96,22 @@ def _with_rules(messages: tuple[ChatMessage, ...], rules: str) -> tuple[ChatMess
 
 
 def _describe_function(function: Function) -> str:
-    """Return a call of ``function`` as it is to be written, and what it does."""
+    """Return a line that shows the JSON of a call of ``function`` with its description."""
     properties = _mapping(_mapping(function.parameters).get("properties"))
-    given = ", ".join(f'"{name}": {_value(_mapping(declared))}' for name, declared in properties.items())
-    return f'- {{"tool": "{function.name}", "arguments": {{{given}}}}}  {function.description or ""}'.rstrip()
+    arguments = ", ".join(f'"{name}": {_placeholder(_mapping(schema))}' for name, schema in properties.items())
+    return f'- {{"tool": "{function.name}", "arguments": {{{arguments}}}}}  {function.description or ""}'.rstrip()
 
 
-def _value(declared: Mapping[str, Any]) -> str:
-    values = declared.get("enum")
+def _placeholder(schema: Mapping[str, Any]) -> str:
+    values = schema.get("enum")
     if isinstance(values, list) and values:
         return " | ".join(msgspec.json.encode(value).decode() for value in cast("list[object]", values))
-    description = declared.get("description")
+    description = schema.get("description")
     return f"… ({description})" if description else "…"
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
-    """Return an object of a schema that somebody sent; whatever is none has no members."""
+    """Return ``value`` if it is a JSON object, else an empty one: the schema comes from the caller, unchecked."""
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
@@ -123,10 +126,10 @@ def _schema(tools: tuple[Tool, ...], *, answer: bool) -> dict[str, object]:
     shared: dict[str, Any] = {}
     forms: list[dict[str, object]] = []
     for tool in tools:
-        given = tool.function.parameters or {"type": "object", "properties": {}}
-        # What is left open, a small model fills with whatever comes to it.
-        parameters: dict[str, Any] = {"additionalProperties": False, **given}
-        # A reference is resolved from the root of the whole schema.
+        schema_of_tool = tool.function.parameters or {"type": "object", "properties": {}}
+        # Closed by default: a small model invents members wherever the schema allows them.
+        parameters: dict[str, Any] = {"additionalProperties": False, **schema_of_tool}
+        # `$ref` is resolved from the root of the combined schema, so the definitions move there.
         shared.update(parameters.pop("$defs", {}))
         forms.append(_object({"tool": {"const": tool.function.name}, "arguments": parameters}))
     if answer:
@@ -140,25 +143,26 @@ def _object(members: Mapping[str, object]) -> dict[str, object]:
 
 
 def flatten_tool_messages(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Return messages that speak of tools as a model without them understands them."""
-    told: list[ChatMessage] = []
+    """Return ``messages`` with tool calls and results rewritten as plain assistant and user messages."""
+    plain: list[ChatMessage] = []
     names: dict[str | None, str] = {}
     for message in messages:
         if message.role == "tool":
-            told.append(ChatMessage("user", f"Result of {names.get(message.tool_call_id, 'the tool')}: {message.text}"))
+            name = names.get(message.tool_call_id, "the tool")
+            plain.append(ChatMessage("user", f"Result of {name}: {message.text}"))
         elif message.tool_calls:
             for call in message.tool_calls:
                 names[call.id] = call.function.name
-                said = f'{{"tool": "{call.function.name}", "arguments": {call.function.arguments or "{}"}}}'
-                told.append(ChatMessage("assistant", said))
+                text = f'{{"tool": "{call.function.name}", "arguments": {call.function.arguments or "{}"}}}'
+                plain.append(ChatMessage("assistant", text))
         else:
-            told.append(message)
-    return told
+            plain.append(message)
+    return plain
 
 
-def _read(text: str) -> _Reply | None:
+def _parse_reply(text: str) -> _Reply | None:
     try:
-        said = msgspec.json.decode(text, type=_Reply)
+        reply = msgspec.json.decode(text, type=_Reply)
     except msgspec.DecodeError:
         return None
-    return said if said.tool or said.answer else None
+    return reply if reply.tool or reply.answer else None

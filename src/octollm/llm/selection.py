@@ -1,4 +1,4 @@
-"""From the setting OCTOLLM_MODEL to a model."""
+"""Model selection: resolves the setting OCTOLLM_MODEL to a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from octollm.llm.types import ChatModel
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """The model that a setting names. ``open`` makes it ready; the caller closes it.
-
-    ``entry`` is the embedded model's entry, ``None`` for a provider's.
-    """
+    """A resolved model. ``open`` loads it; the caller closes it. ``entry`` is ``None`` for a provider's model."""
 
     name: str
     entry: ModelEntry | None
@@ -34,10 +31,10 @@ def resolve_model(
     embedded: EmbeddedSettings | None = None,
     catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE,
 ) -> ModelChoice:
-    """Return what ``setting`` names: ``embedded``, ``embedded:NAME`` or ``openai:NAME``.
+    """Resolve ``setting``: ``embedded`` (the largest model in ``cache``), ``embedded:NAME`` or ``openai:NAME``.
 
-    ``embedded`` is the largest model of the catalogue in ``cache``. Raises ``no_model`` when there is none and
-    ``setting_invalid`` for anything else. Opening checks the file's digest (``model_damaged``) and loads it.
+    Raises ``no_model`` when the model is not in the cache, and ``setting_invalid`` for any other value. Opening the
+    choice verifies the file's digest (``model_damaged``) and loads it.
     """
     kind, _, name = setting.partition(":")
     if kind == "openai" and name:
@@ -49,10 +46,10 @@ def resolve_model(
         )
     entry = find_entry(name, catalogue) if name else cache.largest(catalogue)
     if entry is None or not cache.has(entry):
-        wanted = catalogue[0] if entry is None else entry
+        missing = catalogue[0] if entry is None else entry
         raise OctoError(
-            f"There is no model on this machine yet. Either run `octollm models pull {wanted.name}` "
-            f"({wanted.size / 1e6:,.0f} MB), or use a provider: OCTOLLM_MODEL=openai:NAME with OCTOLLM_MODEL_URL.",
+            f"There is no model on this machine yet. Either run `octollm models pull {missing.name}` "
+            f"({missing.size / 1e6:,.0f} MB), or use a provider: OCTOLLM_MODEL=openai:NAME with OCTOLLM_MODEL_URL.",
             code="no_model",
         )
     return ModelChoice(entry.name, entry, lambda: _open_embedded(entry, cache, embedded))

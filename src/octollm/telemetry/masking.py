@@ -1,4 +1,4 @@
-"""Secrets are masked before anything is written."""
+"""Masking of secrets, by the name of a member and by the form of a text, before anything is written."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _DEPTH = 6
 
 
 def mask_text(text: str) -> str:
-    """Return ``text`` with every secret that can be recognised replaced by ``***``."""
+    """Return ``text`` with every recognisable secret replaced by ``***``."""
     return _SECRET_VALUES.sub(MASK, text)
 
 
 def mask(value: object, depth: int = 0) -> object:
-    """Return ``value`` with secrets replaced: by the name of a member and by the look of a text."""
+    """Return a copy of ``value`` with secrets replaced by ``***``; below six levels, everything is cut to ``…``."""
     if isinstance(value, str):
         return mask_text(value)
     if depth >= _DEPTH:

@@ -1,4 +1,8 @@
-"""Every instrument of a service, in the Prometheus exposition format. Request metrics are plain counters that become families on a scrape: a client library's instrument takes a lock for each figure, and a call has five."""
+"""Every metric of a service, in the Prometheus exposition format.
+
+Request metrics are plain counters that become metric families on a scrape: an instrument of the client library takes a
+lock for each value, and a request has five.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-"""Upper bounds of the buckets."""
+"""Upper bounds of the histogram's buckets, in seconds."""
 
 
 class OperationMetrics:
-    """The calls of one operation."""
+    """Counts and durations of one operation's requests."""
 
     __slots__ = ("buckets", "name", "statuses", "sum")
 
@@ -25,14 +29,14 @@ class OperationMetrics:
         self.sum = 0.0
 
     def observe(self, status: int, seconds: float) -> None:
-        """Count a call that was answered."""
+        """Record a response."""
         self.statuses[status] = self.statuses.get(status, 0) + 1
         self.buckets[bisect_left(LATENCY_BUCKETS, seconds)] += 1
         self.sum += seconds
 
 
 class RequestMetrics:
-    """All operations of one service."""
+    """Request metrics of one service, by operation; a collector of the Prometheus client library."""
 
     def __init__(self, service: str, registry: CollectorRegistry) -> None:
         self.in_flight = 0
@@ -41,15 +45,17 @@ class RequestMetrics:
         registry.register(self)
 
     def operation(self, name: str) -> OperationMetrics:
-        """Return the tally of an operation."""
+        """Return the metrics of an operation, which are created at its first request."""
         return self._operations.setdefault(name, OperationMetrics(name))
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the families (what a registry asks its collectors for)."""
+        """Yield the metric families; the registry calls this at each scrape."""
         names = ["service", "operation"]
-        requests = CounterMetricFamily("octollm_requests_total", "Calls that were answered.", labels=[*names, "status"])
+        requests = CounterMetricFamily("octollm_requests_total", "Requests served.", labels=[*names, "status"])
         seconds = HistogramMetricFamily(
-            "octollm_request_duration_seconds", "Seconds from a call's headers to the end of its answer.", labels=names
+            "octollm_request_duration_seconds",
+            "Seconds from a request's headers to the end of its response.",
+            labels=names,
         )
         for operation in self._operations.values():
             for status, count in operation.statuses.items():
@@ -60,13 +66,13 @@ class RequestMetrics:
                 buckets.append((str(bound), total))
             if total:
                 seconds.add_metric([self._service, operation.name], buckets, operation.sum)
-        in_flight = GaugeMetricFamily("octollm_requests_in_flight", "Calls that are being served.", labels=["service"])
+        in_flight = GaugeMetricFamily("octollm_requests_in_flight", "Requests in progress.", labels=["service"])
         in_flight.add_metric([self._service], self.in_flight)
         yield from (requests, seconds, in_flight)
 
 
 class Metrics:
-    """The instruments of one service, in a registry of its own (several services may share a process)."""
+    """The metrics of one service, in their own registry because several services may share a process."""
 
     def __init__(self, service: str) -> None:
         self.service = service
@@ -75,47 +81,47 @@ class Metrics:
         self.requests = RequestMetrics(service, registry)
         self.calls = Counter(
             "octollm_calls_total",
-            "Calls to other services, by how they ended (a status or an error code).",
+            "Calls to other services, by outcome: `ok` or an error code.",
             ["service", "target", "operation", "outcome"],
             registry=registry,
         )
         self.call_retries = Counter(
             "octollm_call_retries_total",
-            "Calls that were tried again.",
+            "Retries of calls to other services.",
             ["service", "target"],
             registry=registry,
         )
         self.ejections = Counter(
             "octollm_ejections_total",
-            "Instances of other services that were taken out of use for a while, by why.",
+            "Ejections of instances by outlier detection or an open circuit breaker, by reason.",
             ["service", "target", "reason"],
             registry=registry,
         )
-        self.tasks = Counter("octollm_tasks_total", "Tasks that ended, by status.", ["status"], registry=registry)
-        self.tasks_running = Gauge("octollm_tasks_running", "Tasks that this process works on.", registry=registry)
+        self.tasks = Counter("octollm_tasks_total", "Tasks that ended, by final status.", ["status"], registry=registry)
+        self.tasks_running = Gauge("octollm_tasks_running", "Tasks that this process is running.", registry=registry)
         self.tokens = Counter(
             "octollm_model_tokens_total",
             "Tokens that models read (prompt) and wrote (completion).",
             ["model", "kind"],
             registry=registry,
         )
-        self.events = Counter("octollm_events_total", "Events that were published.", ["event_type"], registry=registry)
+        self.events = Counter("octollm_events_total", "Events published.", ["event_type"], registry=registry)
         self.live_connections = Gauge("octollm_live_connections", "Open live connections.", ["kind"], registry=registry)
         self.rejected_requests = Counter(
             "octollm_gateway_rejected_requests_total",
-            "Requests that the public door refused, by error code.",
+            "Requests that the gateway rejected, by error code.",
             ["code"],
             registry=registry,
         )
         self.screening_findings = Counter(
             "octollm_screening_findings_total",
-            "Submissions in which a pattern was found.",
+            "Submissions in which the input guardrail found a pattern.",
             ["pattern"],
             registry=registry,
         )
         self.rejected_tokens = Counter(
             "octollm_capability_tokens_rejected_total",
-            "Capability tokens that were refused, by the rule that they broke.",
+            "Capability tokens that were rejected, by the rule that they violated.",
             ["service", "reason"],
             registry=registry,
         )
@@ -127,11 +133,11 @@ class Metrics:
         )
         self.spans = Counter(
             "octollm_spans_total",
-            "Spans that were exported, or dropped because nobody took them in time.",
+            "Spans that were exported, or dropped when the buffer was full.",
             ["to", "outcome"],
             registry=registry,
         )
 
     def text(self) -> bytes:
-        """Return the exposition."""
+        """Return all metrics in the text exposition format."""
         return generate_latest(self.registry)

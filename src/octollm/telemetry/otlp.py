@@ -1,4 +1,7 @@
-"""OTLP 1.x in its JSON encoding (ExportTraceServiceRequest): encoding and decoding of spans."""
+"""OTLP 1.x in its JSON encoding: spans to and from an ExportTraceServiceRequest.
+
+The structs are the part of the message that is used; unknown members are ignored, as the specification demands.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from octollm.telemetry.masking import mask_text
 from octollm.telemetry.spans import Span, SpanKind, SpanValue
 
 MAX_SPANS = 2048
-"""Spans of one request."""
+"""The most spans in one request."""
 MAX_TEXT = 8192
-"""Characters of one text; a longer one of ours is cut."""
+"""The most characters of one text; longer ones are truncated when they are sent."""
 MAX_NAME = 255
 
 _KINDS: tuple[SpanKind, ...] = ("internal", "internal", "server", "client", "producer", "consumer")
 _KIND_NUMBERS: dict[SpanKind, int] = {"internal": 1, "server": 2, "client": 3, "producer": 4, "consumer": 5}
 _ERROR = 2
 _ERROR_TYPE = "error.type"
-"""Where the semantic conventions put the code of an error."""
+"""The attribute of the semantic conventions for an error code."""
 _SAMPLED = 1
 
 _TraceId = Annotated[str, Meta(pattern=r"\A(?!0{32}\Z)[0-9a-fA-F]{32}\Z")]
@@ -35,11 +38,11 @@ _Name = Annotated[str, Meta(max_length=MAX_NAME)]
 
 
 class _OtlpStruct(msgspec.Struct, frozen=True, omit_defaults=True, rename="camel", gc=False):
-    """None of them can be part of a cycle, so the garbage collector need not look at their many."""
+    """A base without garbage collection: requests have thousands of these structs and no reference cycles."""
 
 
 class AnyValue(_OtlpStruct, frozen=True):
-    """One value; the member that is there says of which type."""
+    """A value; exactly one member is set, which gives its type."""
 
     string_value: _Text | None = None
     bool_value: bool | None = None
@@ -49,7 +52,7 @@ class AnyValue(_OtlpStruct, frozen=True):
 
 
 class ArrayValue(_OtlpStruct, frozen=True):
-    """Several values."""
+    """A list of values."""
 
     values: Annotated[tuple[AnyValue, ...], Meta(max_length=64)] = ()
 
@@ -65,14 +68,14 @@ _Attributes = Annotated[tuple[KeyValue, ...], Meta(max_length=128)]
 
 
 class OtlpStatus(_OtlpStruct, frozen=True):
-    """How a span ended; ``code`` 2 is an error."""
+    """The status of a span; ``code`` 2 is an error."""
 
     message: _Text = ""
     code: int = 0
 
 
 class OtlpSpan(_OtlpStruct, frozen=True):
-    """A span. Its events and links are passed over."""
+    """A span. Its events and links are ignored."""
 
     trace_id: _TraceId
     span_id: _SpanId
@@ -87,44 +90,44 @@ class OtlpSpan(_OtlpStruct, frozen=True):
 
 
 class InstrumentationScope(_OtlpStruct, frozen=True):
-    """The library that made the spans."""
+    """The library that recorded the spans."""
 
     name: _Name = ""
     version: _Name = ""
 
 
 class ScopeSpans(_OtlpStruct, frozen=True):
-    """Spans of one library."""
+    """The spans of one library."""
 
     spans: Annotated[tuple[OtlpSpan, ...], Meta(max_length=MAX_SPANS)] = ()
     scope: InstrumentationScope = InstrumentationScope()
 
 
 class Resource(_OtlpStruct, frozen=True):
-    """The process that the spans are of."""
+    """The process that recorded the spans."""
 
     attributes: _Attributes = ()
 
 
 class ResourceSpans(_OtlpStruct, frozen=True):
-    """Spans of one process."""
+    """The spans of one process."""
 
     scope_spans: Annotated[tuple[ScopeSpans, ...], Meta(max_length=64)] = ()
     resource: Resource = Resource()
 
 
 class ExportRequest(_OtlpStruct, frozen=True):
-    """``POST /v1/traces``."""
+    """The body of ``POST /v1/traces``."""
 
     resource_spans: Annotated[tuple[ResourceSpans, ...], Meta(max_length=64)] = ()
 
 
 class ExportResponse(_OtlpStruct, frozen=True):
-    """Everything was taken."""
+    """The response when every span was accepted."""
 
 
 def encode_spans(spans: Iterable[Span], version: str) -> bytes:
-    """Return the request that hands ``spans`` over. ``version`` is that of the program."""
+    """Encode ``spans`` as a request, grouped by service. ``version`` is the program's version."""
     by_service: dict[str, list[OtlpSpan]] = {}
     for span in spans:
         by_service.setdefault(span.service, []).append(_to_otlp(span))
@@ -133,17 +136,17 @@ def encode_spans(spans: Iterable[Span], version: str) -> bytes:
         ExportRequest(
             tuple(
                 ResourceSpans(
-                    (ScopeSpans(tuple(found), scope),),
+                    (ScopeSpans(tuple(service_spans), scope),),
                     Resource((KeyValue("service.name", AnyValue(string_value=service)),)),
                 )
-                for service, found in by_service.items()
+                for service, service_spans in by_service.items()
             )
         )
     )
 
 
 def decode_spans(request: ExportRequest, service: str) -> list[Span]:
-    """Return the spans of a request as those of ``service``, whatever process it names."""
+    """Return the spans of a request, attributed to the authenticated ``service`` whatever its resource says."""
     return [
         _from_otlp(span, service)
         for resource in request.resource_spans
@@ -205,7 +208,7 @@ def _from_otlp(wire: OtlpSpan, service: str) -> Span:
 
 
 def _from_any_value(value: AnyValue) -> SpanValue | None:
-    """Return a value of ours; ``None`` for what we do not keep (bytes, maps, nothing)."""
+    """Return the value, or ``None`` for types that spans do not have here (bytes, maps, empty values)."""
     if value.string_value is not None:
         return value.string_value
     if value.bool_value is not None:

@@ -1,4 +1,7 @@
-"""Spans and the tracer: sampling, parents, errors, and the bounded export buffer. Cheaper than the OpenTelemetry SDK (some 5 µs a span against 20), exported as OTLP all the same."""
+"""Spans and the tracer: sampling, parent spans, errors, and the bounded export buffer.
+
+Spans are exported as OTLP. The recorder is our own because it costs about 5 µs a span, the OpenTelemetry SDK's 20.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +26,24 @@ SpanValue = str | bool | int | float | tuple[str, ...]
 
 TENANT_ATTRIBUTE = "octollm.tenant"
 TASK_ATTRIBUTE = "octollm.task_id"
-"""Attributes by which the monitor finds the spans of a task."""
+"""Attributes by which the monitor looks up the spans of a task."""
 
 DEFAULT_SAMPLE_RATIO = 0.01
-"""Of the calls that come without a trace, those that begin one whose spans are kept."""
+"""The share of requests without a trace context that start a sampled trace."""
 SLOW_SECONDS = 1.0
-"""A call that took longer is kept in any case."""
+"""The span of a slower request is exported even when its trace is not sampled."""
 UNSAMPLED_OPERATIONS = frozenset({"health", "ready", "metrics", "traces.receive", "revocations"})
-"""Operations that come every few seconds and say nothing new: they are not sampled, and logged for a developer only."""
+"""Periodic operations: they start no sampled trace, and their access log is at debug level."""
 
 MAX_BUFFERED_SPANS = 4096
-"""Spans that wait in a process for their export; past it the oldest are dropped."""
+"""Spans that a process buffers for export; when it is full, the oldest is dropped."""
 
 
 @dataclass(slots=True)
 class Span:
-    """One piece of work. ``code`` is why it failed, an error code of ours; empty when it ended well.
+    """One unit of work. ``code`` is the error code of its failure, empty on success.
 
-    Times are nanoseconds since the epoch. Attributes are told to whoever may read the task: no secret belongs there.
+    Times are nanoseconds since the epoch. Everybody who may read the task may read its attributes: no secrets in them.
     """
 
     service: str
@@ -54,10 +57,10 @@ class Span:
     code: str = ""
     message: str = ""
     monotonic_start: float = field(default=0.0, compare=False)
-    """On the monotonic clock: a wall clock that is set meanwhile makes no span longer."""
+    """Start on the monotonic clock, so that setting the wall clock does not change a duration."""
 
     def record_error(self, error: BaseException) -> None:
-        """Note why the work ended without its result. Only our own errors are told in their words."""
+        """Set code and message from ``error``; of a foreign exception only its type, as its text may hold secrets."""
         if isinstance(error, OctoError):
             self.code, self.message = error.code, error.detail
         elif isinstance(error, asyncio.CancelledError):
@@ -67,20 +70,20 @@ class Span:
 
 
 class ExportBuffer(Generic[T]):
-    """What waits for its export. Bounded: when it is full the oldest is dropped and counted."""
+    """A bounded queue of items to export. When it is full, the oldest is dropped and counted in ``dropped``."""
 
     def __init__(self, limit: int = MAX_BUFFERED_SPANS) -> None:
         self._waiting: deque[T] = deque()
         self._limit = limit
         self.dropped = 0
         self.has_items = asyncio.Event()
-        """Set while something waits."""
+        """Set while the buffer is not empty."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def put(self, item: T) -> None:
-        """Add the newest."""
+        """Append ``item``."""
         if len(self._waiting) >= self._limit:
             self._waiting.popleft()
             self.dropped += 1
@@ -88,27 +91,27 @@ class ExportBuffer(Generic[T]):
         self.has_items.set()
 
     def take(self, limit: int) -> list[T]:
-        """Take out the oldest, at most so many."""
-        taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
+        """Remove and return the oldest items, at most ``limit``."""
+        items = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
         if not self._waiting:
             self.has_items.clear()
-        return taken
+        return items
 
     def requeue(self, items: list[T]) -> None:
-        """Put back what was taken and not exported; what no longer fits, the oldest, is dropped."""
+        """Put back items whose export failed; the oldest ones that no longer fit are dropped."""
         room = self._limit - len(self._waiting)
-        kept = items[len(items) - room :] if room < len(items) else items
-        self.dropped += len(items) - len(kept)
-        self._waiting.extendleft(reversed(kept))
+        newest = items[len(items) - room :] if room < len(items) else items
+        self.dropped += len(items) - len(newest)
+        self._waiting.extendleft(reversed(newest))
         if self._waiting:
             self.has_items.set()
 
 
 class Tracer:
-    """Makes the spans of one service.
+    """Starts and ends the spans of one service.
 
-    Kept are those of sampled traces, and of others what failed or was slow, by itself. Without a buffer nothing is.
-    ``share`` is that of the calls without a trace that begin a sampled one.
+    Exported are the spans of sampled traces, and single spans that failed or were slow. Without a ``buffer`` nothing is
+    exported. ``sample_ratio`` is the share of requests without a trace context that start a sampled trace.
     """
 
     def __init__(
@@ -125,7 +128,7 @@ class Tracer:
         self._sample_ratio = sample_ratio
 
     def start(self, name: str, kind: SpanKind = "internal") -> Span:
-        """Begin a span of the work at hand; :meth:`end` has to follow."""
+        """Start a child of the current span; the caller must call :meth:`end`."""
         context = current_context()
         parent = context.trace
         if parent is None:
@@ -139,21 +142,21 @@ class Tracer:
         return span
 
     def receive(self, name: str, caller: TraceContext | None, *, sampled: bool) -> Span:
-        """Begin the span of a call that is served. A call without a trace begins one, ``sampled`` or by chance."""
+        """Start the server span of a request. Without a ``caller`` it starts a trace, ``sampled`` or by the ratio."""
         if caller is None:
             sampled = sampled or (name not in UNSAMPLED_OPERATIONS and random.random() < self._sample_ratio)  # noqa: S311  no secret
             return self._begin(name, "server", start_trace(sampled=sampled), "")
         return self._begin(name, "server", caller.child(), caller.span_id)
 
     def end(self, span: Span, *, keep: bool = False) -> None:
-        """End a span, and hand it over to be exported; ``keep`` does so in a trace that is not sampled."""
+        """End a span and buffer it for export; ``keep`` does so even when its trace is not sampled."""
         if self._buffer is not None and (keep or span.trace.sampled):
             span.end_ns = span.start_ns + int((self._clock.monotonic() - span.monotonic_start) * 1e9)
             self._buffer.put(span)
 
     @contextlib.contextmanager
     def span(self, name: str, kind: SpanKind = "internal") -> Generator[Span]:
-        """Make what is done inside a span of its own; an exception that leaves it is why it failed."""
+        """Run the block in a child span; an exception that leaves the block becomes the span's error."""
         before = current_context()
         span = self.start(name, kind)
         set_context(msgspec.structs.replace(before, trace=span.trace))

@@ -1,4 +1,7 @@
-"""Intent classification of a goal by keywords: does it ask for a program? A small model cannot tell reliably."""
+"""Intent classification: whether a goal asks for a program, by keywords.
+
+It is a rule because a small model does not answer this question reliably.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ _CALL_SIGNATURE = re.compile(r"(?<![\w.])[a-z_][a-z0-9_]*\((?:[\w\s,=*:.'\"\[\]|
 
 
 def is_programming_goal(goal: str, *, has_files: bool = False) -> bool:
-    """Return whether a goal asks for code to be written.
+    """Return whether ``goal`` asks for code.
 
-    It does when it shows a call such as ``name(argument)``, begins with a verb of programming, or names a thing of
-    programming without being a question or a request to explain. A goal that comes ``with_files`` must also say that
-    something is to be made, since it may well speak of the code in them.
+    It does when it contains a call such as ``name(argument)``, begins with a programming verb, or names a programming
+    noun without being a question or a request to explain. A goal that ``has_files`` also needs a verb of creation,
+    since it may just talk about the code in those files.
     """
     if _QUESTION.match(goal):
         return False

@@ -1,4 +1,4 @@
-"""Lexical search: tokenizing, stop words, a light English stemmer, numbers in text, and BM25 over one tenant's passages."""
+"""Lexical search: tokenizing, stop words, a light English stemmer, numbers in text, and BM25 ranking."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def tokenize(text: str) -> list[str]:
 
 
 def content_words(text: str) -> list[str]:
-    """Return the words of ``text`` that say what it is about: no stop words, none of one letter, each once."""
-    found = (word for word in tokenize(text) if word not in _STOP_WORDS and (len(word) > 1 or word.isdigit()))
-    return list(dict.fromkeys(found))
+    """Return the distinct words of ``text`` in order, without stop words and single letters."""
+    words = (word for word in tokenize(text) if word not in _STOP_WORDS and (len(word) > 1 or word.isdigit()))
+    return list(dict.fromkeys(words))
 
 
 def stem(word: str) -> str:
-    """Return what the inflected forms of an English word share; numbers and short words as they are."""
+    """Return the stem that the inflected forms of an English word share; numbers and short words are unchanged."""
     if len(word) <= 3 or word[0].isdigit():
         return word
     word = word.removesuffix("'s")
-    for ending, instead in _SUFFIXES:
-        if word.endswith(ending) and len(word) - len(ending) + len(instead) >= 3:
-            word = word[: -len(ending)] + instead
+    for suffix, replacement in _SUFFIXES:
+        if word.endswith(suffix) and len(word) - len(suffix) + len(replacement) >= 3:
+            word = word[: -len(suffix)] + replacement
             break
     if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "aeiouls":
         word = word[:-1]
@@ -73,38 +73,43 @@ def stems(text: str) -> frozenset[str]:
 
 
 def extract_numbers(text: str) -> frozenset[str]:
-    """Return the numbers of ``text`` as written, thousands separators taken out (``1,200`` is ``1200``)."""
-    found = (word for word in tokenize(text) if word[0].isdigit())
-    return frozenset(re.sub(r",(?=\d{3}(?:\D|$))", "", number) for number in found)
+    """Return the numbers of ``text`` as written, without thousands separators (``1,200`` is ``1200``)."""
+    numbers = (word for word in tokenize(text) if word[0].isdigit())
+    return frozenset(re.sub(r",(?=\d{3}(?:\D|$))", "", number) for number in numbers)
 
 
 def extract_numbers_and_words(text: str) -> frozenset[str]:
-    """Return the numbers of ``text``, those that it spells out (``four``) among them, in figures."""
+    """Return the numbers of ``text`` in digits, including those in words (``four``) up to twelve."""
     spelled = (str(_NUMBER_WORDS.index(word)) for word in tokenize(text) if word in _NUMBER_WORDS)
     return extract_numbers(text) | frozenset(spelled)
 
 
+# The usual constants: saturation of a term's frequency, and the weight of a text's length.
 BM25_K1, BM25_B = 1.2, 0.75
 
 
 def bm25(terms: Sequence[str], texts: Sequence[str], *, total: int) -> list[float]:
-    """Return a score for each of ``texts``, higher is better, never negative.
+    """Return the BM25 score of each of ``texts`` for ``terms``; higher is better, never negative.
 
-    ``texts`` are all passages that have any of ``terms``, out of ``total``.
+    ``texts`` are all passages of a collection that contain any of the terms; ``total`` is the collection's size. See
+    Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond" (2009).
     """
-    wanted = list(dict.fromkeys(stem(term) for term in terms))
-    counted = [Counter(stem(word) for word in tokenize(text)) for text in texts]
-    lengths = [counter.total() for counter in counted]
+    # Not SQLite's own BM25: that counts the passages of all tenants, which would reveal something about the others'
+    # texts, and it gives no weight to a term that half of a few passages contain.
+    query = list(dict.fromkeys(stem(term) for term in terms))
+    counters = [Counter(stem(word) for word in tokenize(text)) for text in texts]
+    lengths = [counter.total() for counter in counters]
     mean = sum(lengths) / len(lengths) if any(lengths) else 1.0
-    weights = {term: _idf(sum(term in counter for counter in counted), max(total, len(texts))) for term in wanted}
+    weights = {term: _idf(sum(term in counter for counter in counters), max(total, len(texts))) for term in query}
     return [
-        sum(weights[term] * _saturated(counter[term], length / mean) for term in wanted if term in counter)
-        for counter, length in zip(counted, lengths, strict=True)
+        sum(weights[term] * _saturated(counter[term], length / mean) for term in query if term in counter)
+        for counter, length in zip(counters, lengths, strict=True)
     ]
 
 
-def _idf(having: int, total: int) -> float:
-    return math.log(1 + (total - having + 0.5) / (having + 0.5))
+def _idf(matching: int, total: int) -> float:
+    """Return the inverse document frequency in Lucene's form, which is never negative."""
+    return math.log(1 + (total - matching + 0.5) / (matching + 0.5))
 
 
 def _saturated(count: int, relative_length: float) -> float:

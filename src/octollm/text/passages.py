@@ -1,4 +1,4 @@
-"""Chunking: a text split into passages with line numbers, the same for whoever stores and whoever cites."""
+"""Chunking: splits a text into passages with line numbers, the same way for storage and for citations."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 MAX_PASSAGE_CHARS = 700
-"""Characters of a passage: three or four of them fit a small model's prompt."""
+"""The most characters of a passage: three or four passages fit a small model's prompt."""
 _HEADING = re.compile(r"^(#{1,6}\s+\S|={3,}\s*$|-{3,}\s*$)")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 
 
 @dataclass(frozen=True, slots=True)
 class LineSpan:
-    """A run of lines: 1-based, both included. ``text`` has them joined by newlines.
+    """A range of lines, 1-based and inclusive; ``text`` has them joined by newlines.
 
-    A line longer than a passage is cut into several ``LineSpan`` of the same number.
+    A line longer than a passage becomes several ``LineSpan`` with the same line number.
     """
 
     line_start: int
@@ -26,10 +26,10 @@ class LineSpan:
 
 
 def split_passages(text: str, max_chars: int = MAX_PASSAGE_CHARS) -> list[LineSpan]:
-    """Split ``text`` into passages of at most ``max_chars`` characters, in order, blank ones left out.
+    """Split ``text`` into passages of at most ``max_chars`` characters, in order, without blank ones.
 
-    A Markdown heading begins a passage; paragraphs are packed together while they fit; one that does not
-    fit is cut between lines, and a longer line between words.
+    A Markdown heading begins a passage. Paragraphs are packed together while they fit; a longer one is cut between
+    lines, and a longer line between words. Raises ``ValueError`` when ``max_chars`` is below 1.
     """
     if max_chars < 1:
         raise ValueError("max_chars must be at least 1")
@@ -54,30 +54,30 @@ def split_passages(text: str, max_chars: int = MAX_PASSAGE_CHARS) -> list[LineSp
 
 
 def numbered_lines(text: str) -> list[str]:
-    """Return the lines of ``text`` as citations count them: LF and CRLF end a line, nothing else does."""
+    """Return the lines of ``text`` as citations count them: only LF and CRLF end a line."""
     return text.replace("\r\n", "\n").split("\n")
 
 
 def _blocks(text: str) -> Iterator[LineSpan]:
-    """Paragraphs: lines between blank lines. A fenced block is one; a heading begins one."""
-    start, held, fenced = 0, list[str](), False
+    """Yield paragraphs: the lines between blank lines. A fenced block is one paragraph; a heading begins one."""
+    start, lines, fenced = 0, list[str](), False
     for number, line in enumerate(numbered_lines(text), start=1):
         fence = bool(_FENCE.match(line))
         ends = not fenced and (not line.strip() or (line.startswith("#") and bool(_HEADING.match(line))))
-        if ends and held:
-            yield LineSpan(start, number - 1, "\n".join(held))
-            held = []
+        if ends and lines:
+            yield LineSpan(start, number - 1, "\n".join(lines))
+            lines = []
         if fence:
             fenced = not fenced
-        if not line.strip() and not held:
+        if not line.strip() and not lines:
             continue
-        if not held:
+        if not lines:
             start = number
-        held.append(line)
-    while held and not held[-1].strip():
-        held.pop()
-    if held:
-        yield LineSpan(start, start + len(held) - 1, "\n".join(held))
+        lines.append(line)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if lines:
+        yield LineSpan(start, start + len(lines) - 1, "\n".join(lines))
 
 
 def _only_headings(blocks: list[LineSpan]) -> bool:
@@ -94,27 +94,28 @@ def _join(blocks: list[LineSpan]) -> LineSpan:
 def _cut(block: LineSpan, max_chars: int) -> list[LineSpan]:
     """Cut a block between lines, and a line that is too long between words."""
     pieces: list[LineSpan] = []
-    start, held = block.line_start, ""
+    start, pending = block.line_start, ""
     for number, line in enumerate(block.text.split("\n"), start=block.line_start):
-        candidate = f"{held}\n{line}" if held else line
+        candidate = f"{pending}\n{line}" if pending else line
         if len(candidate) <= max_chars:
-            start, held = (start, candidate) if held else (number, line)
+            start, pending = (start, candidate) if pending else (number, line)
             continue
-        if held:
-            pieces.append(LineSpan(start, number - 1, held))
-        *whole, held = _cut_line(line, max_chars)
+        if pending:
+            pieces.append(LineSpan(start, number - 1, pending))
+        *whole, pending = _cut_line(line, max_chars)
         pieces.extend(LineSpan(number, number, piece) for piece in whole)
         start = number
-    if held or not pieces:
-        pieces.append(LineSpan(start, block.line_end, held))
+    if pending or not pieces:
+        pieces.append(LineSpan(start, block.line_end, pending))
     return pieces
 
 
 def _cut_line(line: str, max_chars: int) -> list[str]:
     pieces: list[str] = []
     while len(line) > max_chars:
-        at = line.rfind(" ", max_chars // 2, max_chars + 1)
-        at = at if at > 0 else max_chars
-        pieces.append(line[:at].rstrip())
-        line = line[at:].lstrip()
+        # A blank in the first half would leave a short piece: then the word is cut.
+        end = line.rfind(" ", max_chars // 2, max_chars + 1)
+        end = end if end > 0 else max_chars
+        pieces.append(line[:end].rstrip())
+        line = line[end:].lstrip()
     return [*pieces, line]

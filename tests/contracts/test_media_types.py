@@ -5,7 +5,6 @@ import mimetypes
 import pytest
 
 from octollm.contracts.media_types import DEFAULT_MEDIA_TYPE, accepts_file, file_kind, media_type_of
-from octollm.text.intent import is_programming_goal
 
 
 @pytest.mark.parametrize(
@@ -52,25 +51,3 @@ def test_files_that_an_arm_accepts(accepted: tuple[str, ...], name: str, accepts
 def test_what_a_name_means_does_not_depend_on_the_machine() -> None:
     mimetypes.add_type("text/x-of-this-machine", ".glossary")
     assert media_type_of("terms.glossary") == DEFAULT_MEDIA_TYPE
-
-
-@pytest.mark.parametrize(
-    ("goal", "program"),
-    [
-        ("Write a Python function that adds", True),
-        ("Implement quicksort", True),
-        ("mean(numbers) please", True),
-        ("I need a class for a queue", True),
-        ("Explain how a function is called", False),
-        ("What is a class?", False),
-        ("Write a poem about the sea", False),
-        ("Translate 'good night' to Spanish", False),
-    ],
-)
-def test_goals_that_want_a_program(goal: str, program: bool) -> None:
-    assert is_programming_goal(goal) == program
-
-
-def test_with_files_something_must_be_made() -> None:
-    assert not is_programming_goal("the connect function and its timeout", has_files=True)
-    assert is_programming_goal("Write tests for this module", has_files=True)
