@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from octollm.arm import Arm, Context
     from octollm.client import connect, connect_sync
-    from octollm.contracts.task import Artifact, Evidence, ExecuteResult, FileRef
-    from octollm.contracts.task import TaskContract as Task
+    from octollm.contracts.task import Artifact, Evidence, ExecuteResult, FileRef, Task
     from octollm.errors import OctoError
 
 __all__ = [  # noqa: RUF022  (grouped by what they are for)
@@ -45,7 +44,7 @@ _PLACES = {
     "ExecuteResult": ("octollm.contracts.task", "ExecuteResult"),
     "FileRef": ("octollm.contracts.task", "FileRef"),
     "OctoError": ("octollm.errors", "OctoError"),
-    "Task": ("octollm.contracts.task", "TaskContract"),
+    "Task": ("octollm.contracts.task", "Task"),
     "connect": ("octollm.client", "connect"),
     "connect_sync": ("octollm.client", "connect_sync"),
 }

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.contracts.task import TaskContract
+from octollm.contracts.task import Task
 from octollm.errors import OctoError
 from octollm.rpc.codec import decode
 
@@ -26,13 +26,13 @@ from octollm.rpc.codec import decode
 )
 def test_a_fault_has_its_place(body: bytes, code: str, pointer: str) -> None:
     with pytest.raises(OctoError) as caught:
-        decode(body, TaskContract, strict=True)
+        decode(body, Task, strict=True)
     assert caught.value.code == code
     assert caught.value.field_errors[0].pointer == pointer
 
 
 def test_between_services_unknown_members_are_ignored() -> None:
-    assert decode(b'{"goal": "x", "later": 1}', TaskContract).goal == "x"
+    assert decode(b'{"goal": "x", "later": 1}', Task).goal == "x"
 
 
 @given(
@@ -43,6 +43,6 @@ def test_between_services_unknown_members_are_ignored() -> None:
 )
 def test_whatever_comes_is_a_value_or_a_problem(value: object) -> None:
     try:
-        decode(msgspec.json.encode(value), TaskContract, strict=True)
+        decode(msgspec.json.encode(value), Task, strict=True)
     except OctoError as error:
         assert error.code in ("invalid_json", "invalid_body", "unknown_field")

@@ -9,7 +9,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from octollm.clock import SystemClock
-from octollm.contracts.task import TaskContract
+from octollm.contracts.task import Task
 from octollm.errors import OctoError
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
@@ -50,7 +50,7 @@ def task(**values: object) -> dict[str, object]:
         "tenant": "t",
         "sub": "alice",
         "goal": "g",
-        "contract": TaskContract(goal="g"),
+        "contract": Task(goal="g"),
         "status": "accepted",
         "created_at": NOW,
         "updated_at": NOW,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from octollm.clock import SystemClock, Uuid7Generator
-from octollm.contracts.task import TaskContract
+from octollm.contracts.task import Task
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.storage import Database, Transaction, open_database
@@ -41,9 +41,7 @@ async def db(url: str) -> AsyncGenerator[Database]:
 async def accepted(db: Database) -> str:
     store = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK)
     task_id = f"task-{IDS.hex()}"
-    await store.create(
-        NewTask(task_id, "t", "s", "c", "", TaskContract("do it"), "corr", "", CLOCK.now() + 600, "task")
-    )
+    await store.create(NewTask(task_id, "t", "s", "c", "", Task("do it"), "corr", "", CLOCK.now() + 600, "task"))
     return task_id
 
 

@@ -21,14 +21,14 @@ from octollm.arm.completion import extract_problem
 from octollm.arm.context import Context
 from octollm.arm.model import ModelEndpoint
 from octollm.arm.validation import arm_invalid
-from octollm.contracts.task import TaskContract, Usage
+from octollm.contracts.task import Task, Usage
 from octollm.errors import OctoError
 
 READ_TIMEOUT = 120.0
 """The longest silence of the models service; it sends comments while a model thinks."""
 
 
-def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[TaskContract, Context], Awaitable[object]]:
+def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[Task, Context], Awaitable[object]]:
     """Return an ``execute`` that runs ``agent``; raise ``arm_invalid`` for one that wants unknown dependencies."""
     deps_type: type[Any] = agent.deps_type
     if deps_type is not type(None) and not issubclass(Context, deps_type):
@@ -37,7 +37,7 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[TaskContract, C
             "deps_type=Context, or none."
         )
 
-    async def execute(task: TaskContract, ctx: Context) -> object:
+    async def execute(task: Task, ctx: Context) -> object:
         """Do the task with the agent."""
         telling = _TextStreamer(ctx)
         async with _openai_client(await ctx.model.endpoint()) as client:
@@ -61,7 +61,7 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[TaskContract, C
     return execute
 
 
-def build_prompt(task: TaskContract) -> str:
+def build_prompt(task: Task) -> str:
     """Return a task in words: its goal, what holds for it, what is known, and why an earlier answer was refused."""
     parts = [task.goal]
     for title, lines in (

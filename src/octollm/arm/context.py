@@ -14,7 +14,7 @@ from octollm.capability import Delegator, Scope
 from octollm.contracts.media_types import media_type_of
 from octollm.contracts.operations import StoredFile, to_artifact
 from octollm.contracts.services import route_of, service_of
-from octollm.contracts.task import MAX_FILE_BYTES, Artifact, FileRef, TaskContract
+from octollm.contracts.task import MAX_FILE_BYTES, Artifact, FileRef, Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry
 from octollm.rpc.call import IncomingCall
@@ -108,7 +108,7 @@ class Context:
         self._call = call
         self._declared = declared
         self._keys = NestedKeys(call.key or call.request_id)
-        self.task = body if isinstance(body, TaskContract) else None
+        self.task = body if isinstance(body, Task) else None
         self.artifacts = Artifacts(base.client, self.prepare_call)
         self.model = ModelClient(base.client, lambda body: self.prepare_call("models", "chat", body), self._endpoint)
 

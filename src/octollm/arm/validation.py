@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from octollm.capability import Scope
 from octollm.capability.errors import CapabilityError
 from octollm.contracts.services import BUILT_IN_ARMS, ORCHESTRATOR_FAMILIES, SERVICES, OperationKind
-from octollm.contracts.task import TaskContract
+from octollm.contracts.task import Task
 from octollm.errors import OctoError
 from octollm.rpc.codec import json_schemas
 
@@ -107,7 +107,7 @@ def resolve_types(arm: str, name: str, handler: Callable[..., Any]) -> tuple[Any
     if missing:
         raise arm_invalid(f"{arm}:{name} has no type for {' and '.join(missing)}; write {form}.")
     body, answer = hints[parameters[0]], hints["return"]
-    if name == EXECUTE and body is not TaskContract:
+    if name == EXECUTE and body is not Task:
         raise arm_invalid(f"{arm}:execute is given a task: async def execute(task: Task, ctx: Context) -> str.")
     for what, kind in (("body", body), ("answer", answer)):
         _check_type(arm, name, what, kind)

@@ -34,7 +34,7 @@ from octollm.contracts.events import Event
 from octollm.contracts.observability import AuditPage, Health, Readiness
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.screening import PreprocessRequest, ScreeningResult
-from octollm.contracts.task import Budget, FileRef, TaskContext, TaskContract, TaskStatus
+from octollm.contracts.task import Budget, FileRef, Task, TaskContext, TaskStatus
 
 _PAGE = 200
 _READY = frozenset({503})
@@ -86,7 +86,7 @@ class AsyncClient:
         process; without one a repeat after a lost answer is safe all the same. Raises :class:`InvalidRequest`.
         """
         stored = [await self._store(content) for content in await load_files(files)]
-        contract = TaskContract(
+        contract = Task(
             goal=goal,
             context=TaskContext(files=tuple(FileRef(file.name, file.digest) for file in stored), text=context),
             constraints=tuple(constraints),

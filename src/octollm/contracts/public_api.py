@@ -33,7 +33,7 @@ from octollm.contracts.enrolment import EnrolmentTokenList, EnrolmentTokenReques
 from octollm.contracts.observability import AuditPage, TraceView
 from octollm.contracts.operations import FILE_NAME_DESCRIPTION, StoredFile
 from octollm.contracts.screening import MAX_SCREENED, PreprocessRequest, ScreeningResult
-from octollm.contracts.task import MAX_FILE_BYTES, TaskContract
+from octollm.contracts.task import MAX_FILE_BYTES, Task
 
 # Tasks
 SUBMIT_TASK = DeclaredOperation(
@@ -43,7 +43,7 @@ SUBMIT_TASK = DeclaredOperation(
     summary="Submit a task. `Location` names it.",
     scope="tasks:create",
     kind="idempotent",
-    body=TaskContract,
+    body=Task,
     response=TaskView,
     status=201,
     error_codes=(

@@ -98,7 +98,7 @@ class TaskContext(msgspec.Struct, frozen=True, omit_defaults=True):
     reasons: tuple[str, ...] = ()
 
 
-class TaskContract(msgspec.Struct, frozen=True, omit_defaults=True):
+class Task(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a client submits and what an arm is given. At an arm ``task_id`` is opaque: authority is the token's."""
 
     goal: str

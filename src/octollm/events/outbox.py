@@ -234,7 +234,9 @@ class OutboxPublisher:
         claim = self._lease
         if claim is not None and claim.fence == fence:
             self._lease = replace(
-                claim, last_sequenced=max(claim.last_sequenced, sequenced), last_published=max(claim.last_published, published)
+                claim,
+                last_sequenced=max(claim.last_sequenced, sequenced),
+                last_published=max(claim.last_published, published),
             )
         async with self._position_changed:
             self._position_changed.notify_all()

@@ -24,7 +24,7 @@ from octollm.contracts.operations import (
 )
 from octollm.contracts.problems import ERROR_KINDS, Problem, to_problem
 from octollm.contracts.stream import NDJSON
-from octollm.contracts.task import ArmInfo, Budget, ExecuteResult, FileRef, PlanRequest, TaskContext, TaskContract
+from octollm.contracts.task import ArmInfo, Budget, ExecuteResult, FileRef, PlanRequest, Task, TaskContext
 from octollm.errors import FieldError, OctoError
 from octollm.rpc.call import JSON, Operation
 from octollm.rpc.codec import encode, json_schemas
@@ -191,7 +191,7 @@ _EXAMPLE_CODE = "def add(a, b):\n    return a + b\n"
 _EXAMPLE_NOTES = "The office closes at six.\nIt opens at nine.\n"
 
 _EXAMPLES = (
-    TaskContract(
+    Task(
         "Write a Python function that adds two numbers, with tests",
         acceptance_criteria=("The tests pass.",),
         budget=Budget(max_tokens=20_000, max_time_seconds=300.0),

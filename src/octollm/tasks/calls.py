@@ -11,7 +11,7 @@ import msgspec
 from octollm.capability import Declarations, Principal, RootMinter, ScopeSet, TaskRef, attenuate
 from octollm.contracts.operations import AcceptRequest, AcceptResult, DocumentIn, DocumentOut
 from octollm.contracts.services import route_of, service_of
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, TaskContract
+from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry
 from octollm.rpc.client import CallTarget, OnEvent, OutgoingCall, ServiceClient
@@ -88,7 +88,7 @@ class TaskCalls:
         return await self._call("planner:plan", request, Plan, deadline, step="plan", on_event=on_event)
 
     async def execute(
-        self, arm: str, contract: TaskContract, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
+        self, arm: str, contract: Task, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
     ) -> ExecuteResult:
         """Have an arm do a step. The key names task, step and attempt, so that a repeat is answered alike."""
         files = tuple(file.digest for file in contract.context.files if file.digest is not None)

@@ -10,7 +10,7 @@ import msgspec
 
 from octollm.clock import format_rfc3339
 from octollm.contracts.api import StepView, TaskFailure, TaskSummary, TaskView
-from octollm.contracts.task import ExecuteResult, Plan, PlanStep, StepStatus, TaskContract, TaskStatus, Usage
+from octollm.contracts.task import ExecuteResult, Plan, PlanStep, StepStatus, Task, TaskStatus, Usage
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -26,7 +26,7 @@ class TaskRecord:
     sub: str
     cred: str
     authority: str
-    contract: TaskContract
+    contract: Task
     status: TaskStatus
     progress: float
     version: int
@@ -64,7 +64,7 @@ def task_from_row(row: Row) -> TaskRecord:
         sub=row["sub"],
         cred=row["cred"],
         authority=row["authority"],
-        contract=msgspec.convert(row["contract"], TaskContract),
+        contract=msgspec.convert(row["contract"], Task),
         status=row["status"],
         progress=row["progress"],
         version=row["version"],
@@ -96,7 +96,7 @@ def step_from_row(row: Row) -> StepRecord:
 
 def build_task_view(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskView:
     """Return a task as its owner sees it; ``model`` is the one that it used last."""
-    contract = msgspec.convert(row["contract"], TaskContract)
+    contract = msgspec.convert(row["contract"], Task)
     result: dict[str, Any] = row["result"] or {}
     traceparent = cast("str", row["traceparent"])
     return msgspec.convert(

@@ -10,7 +10,7 @@ import msgspec
 from octollm.clock import Clock
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.stream import StreamEvent
-from octollm.contracts.task import ExecuteResult, PlanStep, TaskContext, TaskContract
+from octollm.contracts.task import ExecuteResult, PlanStep, Task, TaskContext
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline
 from octollm.storage.text_stream import TextStream
@@ -138,7 +138,7 @@ async def _start_attempt(deps: StepDependencies, task: TaskRecord, spec: PlanSte
 
 
 async def _execute(
-    deps: StepDependencies, task: TaskRecord, spec: PlanStep, contract: TaskContract, attempt: int, deadline: Deadline
+    deps: StepDependencies, task: TaskRecord, spec: PlanStep, contract: Task, attempt: int, deadline: Deadline
 ) -> tuple[ExecuteResult, int]:
     text = LiveText(
         deps.store, deps.stream, deps.log, task_id=task.task_id, step=spec.id, attempt=attempt, epoch=task.epoch
@@ -159,7 +159,7 @@ async def _execute(
 async def _judge(
     deps: StepDependencies,
     spec: PlanStep,
-    contract: TaskContract,
+    contract: Task,
     result: ExecuteResult,
     attempt: int,
     deadline: Deadline,
@@ -204,9 +204,7 @@ async def _complete_step(
     )
 
 
-def _build_contract(
-    task: TaskRecord, spec: PlanStep, inputs: Mapping[str, str], reasons: tuple[str, ...]
-) -> TaskContract:
+def _build_contract(task: TaskRecord, spec: PlanStep, inputs: Mapping[str, str], reasons: tuple[str, ...]) -> Task:
     context = task.contract.context
     files = tuple(file for file in context.files if file.name in spec.files)
     return msgspec.structs.replace(

@@ -14,7 +14,7 @@ from sqlalchemy import and_, or_, select, update
 
 from octollm.clock import Clock
 from octollm.contracts.api import EventList, StepText, StepTexts, TaskList, TaskView
-from octollm.contracts.task import Plan, TaskContract, TaskStatus, Usage
+from octollm.contracts.task import Plan, Task, TaskStatus, Usage
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
 from octollm.storage import Database, DatabaseConnection, Transaction, row_to_dict
@@ -43,7 +43,7 @@ class NewTask:
     sub: str
     cred: str
     authority: str
-    contract: TaskContract
+    contract: Task
     correlation_id: str
     traceparent: str
     deadline_at: float | None

@@ -21,7 +21,7 @@ from octollm.contracts.operations import (
     ValidateResult,
 )
 from octollm.contracts.services import ROUTES, route_of, service_of
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, TaskContract
+from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, Task
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.codec import convert, decode, encode
@@ -95,7 +95,7 @@ class ServiceScript:
 
 def _operation_types(scope: str) -> tuple[Any, Any]:
     if scope.endswith(":execute"):
-        return TaskContract, ExecuteResult
+        return Task, ExecuteResult
     return _OPERATION_TYPES.get(scope, (Any, Any))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from octollm.arm import ModelCompletion
 from octollm.config import read_settings
-from octollm.contracts.task import TaskContext, TaskContract, Usage
+from octollm.contracts.task import Task, TaskContext, Usage
 from octollm.services.arms.adapters import MAX_NOTES, ModelAsk, collect_notes, goal_with_constraints, is_capable_model
 from octollm.services.arms.completion import user
 
@@ -53,17 +53,14 @@ async def test_a_question_is_passed_on_as_it_is() -> None:
 
 
 def test_constraints_stand_below_the_goal() -> None:
-    assert goal_with_constraints(TaskContract(goal=" Do it. ")) == "Do it."
-    assert (
-        goal_with_constraints(TaskContract(goal="Do it.", constraints=("quickly", "well")))
-        == "Do it.\n- quickly\n- well"
-    )
+    assert goal_with_constraints(Task(goal=" Do it. ")) == "Do it."
+    assert goal_with_constraints(Task(goal="Do it.", constraints=("quickly", "well"))) == "Do it.\n- quickly\n- well"
 
 
 def test_notes_are_what_came_with_the_goal_and_what_was_found() -> None:
-    task = TaskContract(goal="x", context=TaskContext(text="Known. ", inputs={"s1": "Found.", "s2": " "}))
+    task = Task(goal="x", context=TaskContext(text="Known. ", inputs={"s1": "Found.", "s2": " "}))
     assert collect_notes(task) == "Known.\n\nFound."
-    assert len(collect_notes(TaskContract(goal="x", context=TaskContext(text="y" * 100_000)))) == MAX_NOTES
+    assert len(collect_notes(Task(goal="x", context=TaskContext(text="y" * 100_000)))) == MAX_NOTES
 
 
 @pytest.mark.parametrize(("model", "can"), [("embedded", False), ("embedded:x", False), ("openai:gpt-9", True)])

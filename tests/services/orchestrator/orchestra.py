@@ -17,7 +17,7 @@ from octollm.config import read_settings
 from octollm.contracts.api import TaskView, TokenResponse
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.services import SERVICES
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, TaskContract
+from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, Task
 from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.http_client import HttpResponse
 from octollm.rpc.service import Service, ServiceBase
@@ -29,7 +29,7 @@ from octollm.testing.harness import Harness
 LOCAL_KEY = "octo_local_test-secret"
 FINAL = ("completed", "failed", "cancelled")
 
-Execute = Callable[[TaskContract, Context], Awaitable[ExecuteResult]]
+Execute = Callable[[Task, Context], Awaitable[ExecuteResult]]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Script:
     execute: Execute | None = None
     accept: Callable[[AcceptRequest], AcceptResult] = lambda _request: AcceptResult(accepted=True, score=1.0)
     planned: list[PlanRequest] = field(default_factory=list)
-    executed: list[TaskContract] = field(default_factory=list)
+    executed: list[Task] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
 
 
@@ -49,7 +49,7 @@ def one_step(request: PlanRequest) -> Plan:
     return Plan((PlanStep("s1", "Do it", "coder", request.goal, files=names),))
 
 
-async def done(contract: TaskContract, ctx: Context) -> ExecuteResult:
+async def done(contract: Task, ctx: Context) -> ExecuteResult:
     await ctx.emit(f"working on {contract.goal}")
     return ExecuteResult(output=f"done: {contract.goal}")
 
@@ -66,7 +66,7 @@ def arms(script: Script) -> list[Arm]:
         return (script.plan or one_step)(body)
 
     @coder.operation()
-    async def execute(body: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(body: Task, ctx: Context) -> ExecuteResult:
         script.executed.append(body)
         try:
             return await (script.execute or done)(body, ctx)

@@ -18,7 +18,7 @@ from octollm.capability import SigningKey
 from octollm.capability.enrolment import EnrolmentClaim, EnrolmentToken, arm_proof
 from octollm.capability.jose import b64encode
 from octollm.contracts.enrolment import EnrolmentNonce, EnrolmentRequest, EnrolmentResponse
-from octollm.contracts.task import ExecuteResult, TaskContract
+from octollm.contracts.task import ExecuteResult, Task
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.discovery import StaticDiscovery
@@ -32,7 +32,7 @@ def translator(name: str = "translator", *calls: str) -> Arm:
     arm = Arm(name, "Translates text between languages.", 8110, calls=calls)
 
     @arm.operation()
-    async def execute(task: TaskContract, ctx: Context) -> str:
+    async def execute(task: Task, ctx: Context) -> str:
         """Translate a text."""
         await ctx.emit("hola")
         return f"hola: {task.goal}"
@@ -93,7 +93,7 @@ async def test_what_an_arm_did_not_declare_it_may_not_call(orch: Orchestra) -> N
     arm = Arm("translator", "Translates text.", 8110, calls=["models:chat"])
 
     @arm.operation()
-    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(task: Task, ctx: Context) -> ExecuteResult:
         return await ctx.call("coder", "execute", task, ExecuteResult)
 
     del execute
@@ -110,7 +110,7 @@ async def test_what_an_arm_declared_it_may_call(orch: Orchestra) -> None:
     arm = Arm("delegate", "Has the coder do it.", 8110, calls=["coder:execute"])
 
     @arm.operation()
-    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(task: Task, ctx: Context) -> ExecuteResult:
         return await ctx.call("coder", "execute", task, ExecuteResult)
 
     del execute
@@ -124,7 +124,7 @@ async def test_one_arm_of_ones_own_calls_another_by_the_directory(orch: Orchestr
     arm = Arm("polyglot", "Asks the translator.", 8111, calls=["translator:execute"])
 
     @arm.operation()
-    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(task: Task, ctx: Context) -> ExecuteResult:
         return await ctx.call("translator", "execute", task, ExecuteResult)
 
     del execute

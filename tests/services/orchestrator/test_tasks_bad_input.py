@@ -16,7 +16,7 @@ from octollm.contracts.api import (
     ReserveResponse,
     SettleRequest,
 )
-from octollm.contracts.task import ExecuteResult, TaskContract, Usage
+from octollm.contracts.task import ExecuteResult, Task, Usage
 from octollm.testing import wait_until
 
 # ruff: noqa: E501  (a case a line)
@@ -183,7 +183,7 @@ async def test_a_budget_is_never_exceeded_and_repeats_are_answered_from_the_jour
 ) -> None:
     found: list[object] = []
 
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         outgoing = await ctx.prepare_call("models", "chat", b"{}")
         bearer = outgoing.bearer
         first = await _reserve(orch, bearer, "k1", 100, 300)
@@ -217,7 +217,7 @@ async def test_money_is_bounded_and_an_unknown_price_is_no_price(
 ) -> None:
     seen: list[str] = []
 
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         bearer = (await ctx.prepare_call("models", "chat", b"{}")).bearer
         for key in ("k1", "k2"):
             token = orch.house.base("models").identity.signer().sign_token("orchestrator")
@@ -237,7 +237,7 @@ async def test_a_token_made_by_hand_opens_an_arm_and_what_it_declares(orch: Orch
     token = msgspec.json.decode(answer.body)["access_token"]
     seen: list[bool] = []
 
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         seen.extend((ctx.allows("judge:validate"), ctx.allows("models:chat"), ctx.allows("keys:write")))
         return ExecuteResult(output=contract.goal)
 
@@ -273,7 +273,7 @@ async def test_a_repeated_key_at_an_arm_is_answered_from_what_was_stored(orch: O
 async def test_calls_of_an_older_run_are_refused(orch: Orchestra, script: Script) -> None:
     found: list[str] = []
 
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         bearer = (await ctx.prepare_call("models", "chat", b"{}")).bearer
         assert await _claim(orch, bearer, "before") == "claimed"
         # Another orchestrator takes the task over.

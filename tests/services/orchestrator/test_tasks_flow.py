@@ -10,7 +10,7 @@ from orchestra import Orchestra, Script, problem
 
 from octollm.arm import Context
 from octollm.contracts.operations import AcceptRequest, AcceptResult
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, TaskContract
+from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, Task
 from octollm.errors import FieldError, OctoError
 from octollm.testing import wait_until
 
@@ -51,7 +51,7 @@ async def test_steps_without_a_dependency_run_side_by_side(orch: Orchestra, scri
         first, second = PlanStep("a", "A", "coder", "a"), PlanStep("b", "B", "coder", "b")
         return Plan((first, second, PlanStep("c", "C", "coder", "c", depends_on=("a", "b"))))
 
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         del ctx
         if contract.goal != "c":
             async with asyncio.timeout(10):
@@ -65,7 +65,7 @@ async def test_steps_without_a_dependency_run_side_by_side(orch: Orchestra, scri
 
 
 async def test_a_refused_result_is_retried_with_the_reasons(orch: Orchestra, script: Script) -> None:
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         del ctx
         return ExecuteResult(output="better" if contract.context.reasons else "first")
 
@@ -106,7 +106,7 @@ async def test_after_a_failed_step_a_different_plan_is_tried_once(orch: Orchestr
 
 
 async def test_an_arms_failure_is_the_tasks_failure(orch: Orchestra, script: Script) -> None:
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         raise OctoError("No model is there.", code="no_model", field_errors=[FieldError("", "Pull one.")])
 
     script.execute = execute
@@ -118,7 +118,7 @@ async def test_an_arms_failure_is_the_tasks_failure(orch: Orchestra, script: Scr
 
 
 async def test_cancelling_stops_the_arm(orch: Orchestra, script: Script) -> None:
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -135,7 +135,7 @@ async def test_cancelling_stops_the_arm(orch: Orchestra, script: Script) -> None
 
 
 async def test_the_deadline_is_enforced(orch: Orchestra, script: Script) -> None:
-    async def execute(contract: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         await asyncio.Event().wait()
         raise AssertionError
 

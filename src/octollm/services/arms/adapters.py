@@ -8,7 +8,7 @@ from octollm.arm import Context
 from octollm.config import Settings
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest, ValidateResult
 from octollm.contracts.stream import StreamEvent
-from octollm.contracts.task import FileRef, TaskContract
+from octollm.contracts.task import FileRef, Task
 from octollm.services.arms.completion import PromptMessage
 
 MAX_NOTES = 20_000
@@ -87,7 +87,7 @@ def is_capable_model(settings: Settings) -> bool:
     return settings.model.startswith("openai:")
 
 
-def goal_with_constraints(task: TaskContract) -> str:
+def goal_with_constraints(task: Task) -> str:
     """Return the goal with the constraints that it came with."""
     goal = task.goal.strip()
     if not task.constraints:
@@ -95,7 +95,7 @@ def goal_with_constraints(task: TaskContract) -> str:
     return goal + "\n" + "\n".join(f"- {constraint}" for constraint in task.constraints)
 
 
-def collect_notes(task: TaskContract) -> str:
+def collect_notes(task: Task) -> str:
     """Return what is known besides the goal: the notes that came with it, and what earlier steps put out."""
     parts = [task.context.text, *task.context.inputs.values()]
     return "\n\n".join(part.strip() for part in parts if part.strip())[:MAX_NOTES]

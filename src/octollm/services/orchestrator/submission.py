@@ -18,8 +18,8 @@ from octollm.contracts.task import (
     ArmInfo,
     Budget,
     FileRef,
+    Task,
     TaskContext,
-    TaskContract,
 )
 from octollm.errors import FieldError, OctoError
 from octollm.services.orchestrator.files import FileStore, validate_file_name
@@ -41,13 +41,11 @@ class BudgetDefaults:
 class ValidatedTask:
     """A task that may be stored; ``deadline_at`` in epoch seconds."""
 
-    contract: TaskContract
+    contract: Task
     deadline_at: float
 
 
-def validate_contract(
-    contract: TaskContract, defaults: BudgetDefaults, arms: frozenset[str], clock: Clock
-) -> ValidatedTask:
+def validate_contract(contract: Task, defaults: BudgetDefaults, arms: frozenset[str], clock: Clock) -> ValidatedTask:
     """Return ``contract`` with its defaults filled in.
 
     Raises ``goal_invalid``, ``budget_invalid``, ``deadline_invalid``, ``arm_unknown``, ``file_invalid`` or
@@ -76,7 +74,7 @@ def validate_contract(
     return ValidatedTask(msgspec.structs.replace(contract, budget=budget), deadline)
 
 
-async def store_inline_files(contract: TaskContract, tenant: str, store: FileStore) -> TaskContract:
+async def store_inline_files(contract: Task, tenant: str, store: FileStore) -> Task:
     """Return ``contract`` with each file by its digest; texts given in place are stored.
 
     Raises ``file_invalid`` naming a digest that is not stored.
@@ -117,7 +115,7 @@ def _validate_files(context: TaskContext) -> None:
             raise _field_error("file_invalid", f"{pointer}/text", f"A file may have {MAX_FILE_BYTES} bytes.")
 
 
-async def validate_file_kinds(contract: TaskContract, tenant: str, store: FileStore, arms: Iterable[ArmInfo]) -> None:
+async def validate_file_kinds(contract: Task, tenant: str, store: FileStore, arms: Iterable[ArmInfo]) -> None:
     """Raise ``file_invalid`` for a file that is neither text nor a table, and that no arm of ``arms`` accepts.
 
     The arm that a task is assigned to sees for itself.

@@ -14,7 +14,7 @@ from octollm.clock import Clock, IdGenerator
 from octollm.contracts.api import Acknowledgement, EventList, EventQuery, StepTexts, TaskList, TaskQuery, TaskView
 from octollm.contracts.observability import TraceView
 from octollm.contracts.screening import SCREENING_HEADER, RejectedGoal, ScreeningRecord
-from octollm.contracts.task import SUBMIT_CODES, TaskContract
+from octollm.contracts.task import SUBMIT_CODES, Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
@@ -86,7 +86,7 @@ class TasksApi:
     ids: IdGenerator
     traces: TraceClient
 
-    async def submit(self, call: IncomingCall, contract: TaskContract) -> OperationResponse:
+    async def submit(self, call: IncomingCall, contract: Task) -> OperationResponse:
         """Check a task, store it and wake the worker. A key whose task was stored already leads to that task."""
         principal = call.authority.principal
         key = call.key and IdempotencyKey(principal.tenant, principal.sub, call.service, call.operation, call.key)
@@ -189,7 +189,7 @@ class TasksApi:
                 self.submit,
                 scope="tasks:create",
                 kind="idempotent",
-                body=TaskContract,
+                body=Task,
                 response=TaskView,
                 status=201,
                 strict=True,

@@ -28,7 +28,7 @@ from octollm.contracts.auth import (
 )
 from octollm.contracts.services import service_of
 from octollm.contracts.stream import NDJSON
-from octollm.contracts.task import Budget, TaskContract
+from octollm.contracts.task import Budget, Task
 from octollm.errors import FieldError, OctoError
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.rpc.identity import DirectoryResponse
@@ -143,7 +143,7 @@ class TokensApi:
                 sub=principal.sub,
                 cred=principal.cred,
                 authority=str(allowed),
-                contract=TaskContract(f"token for {body.scope}", budget=Budget(max_tokens=self.max_tokens)),
+                contract=Task(f"token for {body.scope}", budget=Budget(max_tokens=self.max_tokens)),
                 correlation_id=call.correlation_id,
                 traceparent=call.trace.traceparent,
                 deadline_at=now + body.lifetime_seconds,

@@ -27,7 +27,7 @@ from octollm.contracts.enrolment import EnrolmentTokenList, EnrolmentTokenReques
 from octollm.contracts.observability import AuditPage, TraceView
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.services import OperationKind
-from octollm.contracts.task import SUBMIT_CODES, TaskContract
+from octollm.contracts.task import SUBMIT_CODES, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ PUBLIC_ROUTES: tuple[PublicRoute, ...] = (
         "/tasks",
         "Submit a task.",
         "idempotent",
-        body=TaskContract,
+        body=Task,
         answer=TaskView,
         status=201,
         codes=SUBMIT_CODES,

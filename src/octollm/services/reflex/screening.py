@@ -22,7 +22,7 @@ from octollm.contracts.screening import (
     ScreeningResult,
     max_risk,
 )
-from octollm.contracts.task import TaskContract
+from octollm.contracts.task import Task
 from octollm.errors import FieldError, OctoError
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.services.reflex.patterns import PATTERNS, Pattern
@@ -154,7 +154,7 @@ class InputGuardrail:
         if self._mode == "off":
             return {}
         try:
-            contract = msgspec.json.decode(call.body, type=TaskContract)
+            contract = msgspec.json.decode(call.body, type=Task)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return {}  # the orchestrator says what is wrong with it
         found: Counter[str] = Counter()
@@ -211,7 +211,7 @@ class InputGuardrail:
         ]
 
 
-def _iter_texts(contract: TaskContract) -> Iterator[tuple[str, str, bool]]:
+def _iter_texts(contract: Task) -> Iterator[tuple[str, str, bool]]:
     """Yield each text of a submission: its place, and whether it gives orders."""
     yield "/goal", contract.goal, True
     for name in ("constraints", "acceptance_criteria"):

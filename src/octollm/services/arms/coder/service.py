@@ -11,7 +11,7 @@ from octollm.config import Settings
 from octollm.contracts.media_types import file_kind
 from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.services import SERVICES
-from octollm.contracts.task import MAX_GOAL, Check, Evidence, ExecuteResult, TaskContract
+from octollm.contracts.task import MAX_GOAL, Check, Evidence, ExecuteResult, Task
 from octollm.errors import FieldError, OctoError
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import (
@@ -81,7 +81,7 @@ def coder_arm() -> Arm:
     )
 
     @arm.operation("execute")
-    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Write what the goal asks for."""
         goal = goal_with_constraints(task)
         if not goal or len(goal) > MAX_GOAL:
@@ -101,7 +101,7 @@ def coder_arm() -> Arm:
     return arm
 
 
-async def solve_data_goal(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
+async def solve_data_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
     """Answer a question over the tables among the task's files. Raises what the thinking and the executor raise."""
     tables = tuple(file for file in task.context.files if file_kind(file.name) == "table")
     run = bind_run(ctx)
@@ -115,7 +115,7 @@ async def solve_data_goal(task: TaskContract, goal: str, ctx: Context) -> Execut
     )
 
 
-async def solve_code_goal(task: TaskContract, goal: str, ctx: Context) -> ExecuteResult:
+async def solve_code_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
     """Write code and its tests, and store both. Raises what the thinking, the judge and the executor raise."""
     ask = ModelAsk(ctx)
     texts = await _read_texts(task, ctx)
@@ -146,7 +146,7 @@ def _format_solution(written: CodeSolution) -> str:
     )
 
 
-async def _read_texts(task: TaskContract, ctx: Context) -> list[tuple[str, str]]:
+async def _read_texts(task: Task, ctx: Context) -> list[tuple[str, str]]:
     """Return (name, text) of the texts among the task's files; others cannot be shown to a model."""
     texts = [file for file in task.context.files if file_kind(file.name) == "text"]
     return [(file.name, await read_file_text(ctx, file)) for file in texts]

@@ -11,7 +11,7 @@ from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import ResultSet, RunRequest, RunResult, format_cell, parse_result_set
 from octollm.contracts.services import SERVICES
-from octollm.contracts.task import Artifact, Check, Evidence, ExecuteResult, FileRef, TaskContract
+from octollm.contracts.task import Artifact, Check, Evidence, ExecuteResult, FileRef, Task
 from octollm.errors import OctoError
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import read_file_text
@@ -118,7 +118,7 @@ def executor_arm(runner_provider: RunnerProvider, metrics: Metrics, tracer: Trac
         return await run_in_sandbox(request, ctx, runner_provider, metrics, tracer)
 
     @arm.operation("execute")
-    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Run the program or the query among a task's files."""
         files = task.context.files
         query = find_sql_file(files)

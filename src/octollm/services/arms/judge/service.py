@@ -9,7 +9,7 @@ from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import AcceptRequest, AcceptResult, ValidateRequest, ValidateResult
 from octollm.contracts.services import SERVICES
-from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, TaskContract
+from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, Task
 from octollm.errors import OctoError
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import ModelAsk, bind_run, is_capable_model, read_file_text
@@ -46,7 +46,7 @@ def judge_arm(settings: Settings) -> Arm:
         return await accept_result(request, bind_run(ctx), asked, read_file)
 
     @arm.operation("execute")
-    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Validate the Python files of a task, each with the tests that go with it."""
         return await validate_files(task, ctx)
 
@@ -54,7 +54,7 @@ def judge_arm(settings: Settings) -> Arm:
     return arm
 
 
-async def validate_files(task: TaskContract, ctx: Context) -> ExecuteResult:
+async def validate_files(task: Task, ctx: Context) -> ExecuteResult:
     """Validate every module among a task's files; the output is a verdict for each.
 
     A file whose name begins with ``test`` holds tests, of the module that its name has in it. Raises

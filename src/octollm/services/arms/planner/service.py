@@ -11,7 +11,7 @@ from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
 from octollm.contracts.services import SERVICES
-from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, Plan, PlanRequest, TaskContract
+from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, Plan, PlanRequest, Task
 from octollm.errors import OctoError
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import ModelAsk, bind_run, goal_with_constraints, is_capable_model
@@ -142,7 +142,7 @@ def planner_arm(settings: Settings) -> Arm:
         return msgspec.structs.replace(made, usage=ctx.model.usage)
 
     @arm.operation("execute")
-    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Reach a goal with a few programs that the executor runs."""
         ask = ModelAsk(ctx)
         return await plan_and_execute(

@@ -12,7 +12,7 @@ from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import Passage, SearchFilters, SearchRequest, SearchResult
 from octollm.contracts.services import SERVICES
-from octollm.contracts.task import ExecuteResult, FileRef, TaskContract
+from octollm.contracts.task import ExecuteResult, FileRef, Task
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import ModelAsk, goal_with_constraints
 from octollm.services.arms.retriever.answer import answer_question
@@ -56,7 +56,7 @@ def retriever_arm() -> Arm:
         return await ctx.call("memory", "read", request, SearchResult)
 
     @arm.operation("execute")
-    async def execute(task: TaskContract, ctx: Context) -> ExecuteResult:
+    async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Answer a question from the task's documents, or from all of them when it names none."""
         ask = ModelAsk(ctx)
 
