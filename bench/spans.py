@@ -1,10 +1,10 @@
-"""What spans cost: secured calls per second with and without them, in one run, and what one span costs alone.
+"""The cost of tracing: authenticated calls per second with and without spans, and the cost of one span alone.
 
     .venv/bin/python bench/spans.py
 
-Two services on real sockets of one process; 16 calls in flight, each leaving two spans. Rounds take turns, so that
-whatever else the machine does meets all; the ratios are those of the medians. "With spans" is what a service pays whose
-monitor runs in a process of its own; embedded, the monitor's work is in the same process.
+Two services on real sockets in one process, 16 calls in flight, two spans per call. Rounds alternate between the modes,
+so that other load on the machine affects all of them; ratios are of the medians. "With spans" is the cost for a service
+whose monitor runs in another process; in an embedded installation the monitor's work adds to it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROUNDS = 7
 
 @contextlib.asynccontextmanager
 async def judge(base: ServiceBase, caller: ServiceBase) -> AsyncGenerator[Service]:
-    # Caller and callee share a buffer, so that one exporter does the work of both.
+    # Caller and callee share a buffer, so that one exporter sends the spans of both.
     base = dataclasses.replace(base, tracer=Tracer(base.name, base.clock, caller.spans))
 
     async def validate(_call: IncomingCall, _body: bytes) -> dict[str, bool]:
@@ -56,61 +56,62 @@ async def judge(base: ServiceBase, caller: ServiceBase) -> AsyncGenerator[Servic
 async def monitor(base: ServiceBase) -> AsyncGenerator[Service]:
     async with open_database("memory://", clock=base.clock) as db:
         await migrate(db, "monitor")
-        opener = RegisteredServiceAuthenticator(base.name, base.directory, base.clock)
-        yield build_service(base, TraceHandlers(SpanStore(db), None).operations(), authenticators={"service": opener})
+        authenticator = RegisteredServiceAuthenticator(base.name, base.directory, base.clock)
+        operations = TraceHandlers(SpanStore(db), None).operations()
+        yield build_service(base, operations, authenticators={"service": authenticator})
 
 
-async def round_of(house: Harness, base: ServiceBase, *, sampled: bool) -> float:
+async def run_round(harness: Harness, base: ServiceBase, *, sampled: bool) -> float:
     """Return calls per second."""
-    token = house.token("judge:validate")
+    token = harness.token("judge:validate")
     target = CallTarget("judge", "judge.validate", "POST", "/validate", "read_only")
     set_context(
         RequestContext("coder", trace=start_trace(sampled=sampled), task_id="task-" + "0" * 32, tenant="default")
     )
 
-    async def some() -> None:
+    async def call_repeatedly() -> None:
         for _ in range(CALLS // IN_FLIGHT):
             await base.client.send(OutgoingCall(target, token, Deadline.after(base.clock, 30), b'{"code": "x = 1"}'))
 
     began = time.perf_counter()
-    await asyncio.gather(*(some() for _ in range(IN_FLIGHT)))
+    await asyncio.gather(*(call_repeatedly() for _ in range(IN_FLIGHT)))
     return CALLS / (time.perf_counter() - began)
 
 
-def one_span(base: ServiceBase) -> float:
-    """Return the microseconds of one span, alone."""
+def measure_span(base: ServiceBase) -> float:
+    """Return the microseconds that one span takes."""
     set_context(RequestContext("coder", trace=start_trace(sampled=True), task_id="task-1", tenant="default"))
     began = time.perf_counter()
     for _ in range(20_000):
         base.tracer.end(base.tracer.start("work"))
-    taken = (time.perf_counter() - began) / 20_000 * 1e6
+    microseconds = (time.perf_counter() - began) / 20_000 * 1e6
     base.spans.take(10**6)
-    return taken
+    return microseconds
 
 
-async def encoded_only(spans: list[Span]) -> None:
-    """Do what a service does whose monitor runs elsewhere, but for one request in 512 spans."""
+async def encode_only(spans: list[Span]) -> None:
+    """Encode spans as a service does whose monitor runs elsewhere, without the one request per 512 spans."""
     encode_spans(spans, "bench")
 
 
 async def main() -> None:
-    async with start_harness() as house:
-        base = house.base("coder")
-        to_here = create_monitor_sender(base.client, base.identity.signer(), base.clock)
-        modes = {"without spans": None, "with spans": encoded_only, "with the monitor here too": to_here}
-        found: dict[str, list[float]] = {mode: [] for mode in modes}
-        async with house.serve(monitor(house.base("monitor"))), house.serve(judge(house.base("judge"), base)):
+    async with start_harness() as harness:
+        base = harness.base("coder")
+        send_to_monitor = create_monitor_sender(base.client, base.identity.signer(), base.clock)
+        modes = {"without spans": None, "with spans": encode_only, "with the monitor here too": send_to_monitor}
+        samples: dict[str, list[float]] = {mode: [] for mode in modes}
+        async with harness.serve(monitor(harness.base("monitor"))), harness.serve(judge(harness.base("judge"), base)):
             for number in range(ROUNDS + 1):
                 for mode, send in modes.items():
                     exporter = BatchExporter(
-                        base.spans, send or encoded_only, name="monitor", log=base.log, metrics=base.metrics
+                        base.spans, send or encode_only, name="monitor", log=base.log, metrics=base.metrics
                     )
                     async with exporter.run():
-                        rate = await round_of(house, base, sampled=send is not None)
-                    if number:  # the first warms up
-                        found[mode].append(rate)
-        print(f"one span                    {one_span(base):8.1f} µs")
-        rates = {mode: statistics.median(each) for mode, each in found.items()}
+                        rate = await run_round(harness, base, sampled=send is not None)
+                    if number:  # the first round is the warm-up
+                        samples[mode].append(rate)
+        print(f"one span                    {measure_span(base):8.1f} µs")
+        rates = {mode: statistics.median(values) for mode, values in samples.items()}
         for mode, rate in rates.items():
             print(f"{mode:<26}  {rate:8.0f} calls/s  {rate / rates['without spans']:.2f}")
 

@@ -1,1 +1,1 @@
-"""What a capability costs: minting and verifying chains, beside the raw signature operations in them."""
+"""The cost of capability tokens: minting and verifying chains, compared with their raw signature operations."""

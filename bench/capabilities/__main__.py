@@ -1,4 +1,4 @@
-"""Measure capabilities: mint, verify cold and warm, beside the raw signature operations. One table and a JSON file."""
+"""Benchmark of capability tokens: mint, verify cold and warm, against raw signatures. Prints a table, writes JSON."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ TITLES = (
     ("÷ check", 9),
 )
 CACHED = 2_000
-"""Bearer strings in the cache whose memory is measured."""
+"""The number of cached bearer strings whose memory is measured."""
 
 
-def timed(work: Callable[[], object], seconds: float) -> float:
-    """Return the microseconds that ``work`` takes, over at least ``seconds``."""
+def measure_microseconds(work: Callable[[], object], seconds: float) -> float:
+    """Return the mean microseconds of ``work``, over at least ``seconds``."""
     count, began = 0, time.perf_counter()
     while True:
         for _ in range(20):
@@ -48,11 +48,11 @@ def timed(work: Callable[[], object], seconds: float) -> float:
             return passed / count * 1e6
 
 
-def measures(chains: dict[int, tuple[Chain, Minter]]) -> dict[str, Callable[[], object]]:
-    """Return what is measured, by name; it takes turns, so that noise meets all alike."""
+def benchmarks(chains: dict[int, tuple[Chain, Minter]]) -> dict[str, Callable[[], object]]:
+    """Return the functions to measure, by name; rounds alternate, so that noise affects all alike."""
     key = Ed25519PrivateKey.generate()
     public, signature = key.public_key(), key.sign(MESSAGE)
-    found: dict[str, Callable[[], object]] = {
+    functions: dict[str, Callable[[], object]] = {
         "raw: one signature made": lambda: key.sign(MESSAGE),
         "raw: one signature checked": lambda: public.verify(signature, MESSAGE),
     }
@@ -70,29 +70,29 @@ def measures(chains: dict[int, tuple[Chain, Minter]]) -> dict[str, Callable[[], 
         def again(chain: Chain = chain, warm: Verifier = warm) -> None:
             warm.verify(chain.bearer)
 
-        found |= {
+        functions |= {
             f"depth {depth}: mint": minter.mint,
             f"depth {depth}: raw checks": raw,
             f"depth {depth}: verify cold": cold,
             f"depth {depth}: verify warm": again,
         }
-    return found
+    return functions
 
 
-def refusal_of_a_megabyte() -> Callable[[], object]:
-    """Return the refusal of a token of 1 MB."""
+def rejection_of_a_megabyte() -> Callable[[], object]:
+    """Return a function that verifies an invalid token of 1 MB."""
     text = "a" * 1_000_000
     verifier = Verifier("coder", {}, CLOCK)
 
-    def refuse() -> None:
+    def reject() -> None:
         with contextlib.suppress(CapabilityError):
             verifier.verify(text)
 
-    return refuse
+    return reject
 
 
-def memory_of_cache() -> float:
-    """Return the bytes that the cache takes for one bearer string of three hops."""
+def measure_cache_memory() -> float:
+    """Return the bytes that the cache needs for one bearer string of three hops."""
     chain, minter = chain_of(3)
     bearers = [minter.mint() for _ in range(CACHED)]
     verifier = Verifier(chain.audience, chain.roots, CLOCK)
@@ -110,20 +110,20 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="capabilities", description=__doc__)
     parser.add_argument("--rounds", type=int, default=int(os.environ.get("BENCH_ROUNDS", "7")))
-    parser.add_argument("--seconds", type=float, default=0.2, help="how long a measure of one round takes")
+    parser.add_argument("--seconds", type=float, default=0.2, help="duration of each measurement in a round")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[-1]})
     chains = {depth: chain_of(depth) for depth in DEPTHS}
-    every = {**measures(chains), "a token of 1 MB refused": refusal_of_a_megabyte()}
-    samples: dict[str, list[float]] = {name: [] for name in every}
+    functions = {**benchmarks(chains), "a token of 1 MB rejected": rejection_of_a_megabyte()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(options.rounds):
-        for name, work in every.items():
-            samples[name].append(timed(work, options.seconds))
+        for name, work in functions.items():
+            samples[name].append(measure_microseconds(work, options.seconds))
         print(f"\rround {number + 1} of {options.rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    medians = {name: statistics.median(found) for name, found in samples.items()}
-    _show(chains, medians, memory_of_cache())
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    _show(chains, medians, measure_cache_memory())
 
 
 def _show(chains: dict[int, tuple[Chain, Minter]], medians: dict[str, float], memory: float) -> None:
@@ -155,19 +155,19 @@ def _show(chains: dict[int, tuple[Chain, Minter]], medians: dict[str, float], me
                     "command": "make bench-capabilities",
                 }
             )
-    large = medians["a token of 1 MB refused"]
-    print(f"\na token of 1 MB is refused in {large:.1f} µs")
-    print(f"the cache takes {memory / 1000:.1f} kB for a bearer string of 3 hops")
+    large = medians["a token of 1 MB rejected"]
+    print(f"\na token of 1 MB is rejected in {large:.1f} µs")
+    print(f"the cache needs {memory / 1000:.1f} kB for a bearer string of 3 hops")
     print("\ntargets")
     cold = max(medians[f"depth {depth}: verify cold"] / medians[f"depth {depth}: raw checks"] for depth in DEPTHS)
     warm = max(medians[f"depth {depth}: verify warm"] / check for depth in DEPTHS)
-    for what, found, wanted in (
+    for name, value, target in (
         ("cold verification ÷ its raw checks, the worst", cold, 2.0),
         ("warm verification ÷ one raw check, the worst", warm, 1 / 8),
         ("bearer string of the third hop, kB", len(chains[3][0].bearer) / 1000, 3.5),
-        ("refusal of a token of 1 MB, ms", large / 1000, 1.0),
+        ("rejection of a token of 1 MB, ms", large / 1000, 1.0),
     ):
-        print(f"{what:<56}{found:>8.3f}  ≤ {wanted:<6g}{'met' if found <= wanted else 'MISSED'}")
+        print(f"{name:<56}{value:>8.3f}  ≤ {target:<6g}{'met' if value <= target else 'MISSED'}")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"rows": rows, "cache_bytes": round(memory)}, indent=1))
     print(f"\n{RESULTS}")

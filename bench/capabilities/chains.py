@@ -1,4 +1,4 @@
-"""Chains of one to five hops between services with keys of their own, as an installation makes them."""
+"""Token chains of one to five hops between services with their own keys, as in an installation."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ HOPS: tuple[tuple[str, str], ...] = (
     ("retriever", "retriever:search"),
     ("memory", "memory:read"),
 )
-"""Who is called, in turn, and for what."""
+"""The services of a chain in order, each with the scope of its call."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A bearer string as the last hop is sent it, and what its signatures are made of."""
+    """The bearer string that the last hop receives, with the inputs of its signatures."""
 
     bearer: str
     audience: str
     roots: dict[str, PublicKey]
     signed: tuple[tuple[PublicKey, bytes, bytes], ...]
-    """Key, signature and message of every part."""
+    """Public key, signature and message of every part."""
 
     def verifier(self) -> Verifier:
-        """Return a verifier that has seen nothing yet."""
+        """Return a verifier with an empty cache."""
         return Verifier(self.audience, self.roots, CLOCK)
 
 
 @dataclass(frozen=True)
 class Minter:
-    """Mints one hop again and again: at the root, or under the grant of the hop before."""
+    """Mints the token of one hop repeatedly: at the root, or under the grant of the previous hop."""
 
     root: RootMinter
     before: VerifiedChain | None
@@ -56,7 +56,7 @@ class Minter:
     audience: str
     scope: str
     jkt: str
-    may: DelegationTree
+    delegation: DelegationTree
 
     def mint(self) -> str:
         """Return the bearer string of the hop."""
@@ -66,30 +66,29 @@ class Minter:
                 self.audience,
                 self.scope,
                 task=TaskRef("task-" + IDS.hex(), "s1", 1, 1),
-                delegation=self.may,
+                delegation=self.delegation,
                 holder_jkt=self.jkt,
             )
         return self.delegator.delegate(self.before, self.audience, self.scope, self.jkt)
 
 
 def chain_of(depth: int) -> tuple[Chain, Minter]:
-    """Return the chain of ``depth`` hops, and what mints its last."""
+    """Return the chain of ``depth`` hops, and the minter of its last one."""
     root = SigningKey.generate("orchestrator")
     keys = {name: SigningKey.generate(name) for name, _ in HOPS}
     roots = {root.thumbprint: root.public}
     minter = RootMinter(root, CLOCK, IDS)
-    # The last hop may call on once more, so that every bearer string has a grant for the callee.
-    may = parse_delegation_tree({"files:read": {}})
+    # The last hop may make one more call, so that every bearer string has a grant for the callee.
+    tree = parse_delegation_tree({"files:read": {}})
     for _name, scope in reversed(HOPS[1:depth]):
-        may = parse_delegation_tree({scope: may.to_dict()})
+        tree = parse_delegation_tree({scope: tree.to_dict()})
     last: Minter | None = None
     bearer, before, delegator = "", None, None
-    for number, (name, scope) in enumerate(HOPS[:depth]):
-        last = Minter(minter, before, delegator, name, scope, keys[name].thumbprint, may)
+    for name, scope in HOPS[:depth]:
+        last = Minter(minter, before, delegator, name, scope, keys[name].thumbprint, tree)
         bearer = last.mint()
         before = Verifier(name, roots, CLOCK).verify(bearer)
         delegator = Delegator(keys[name], name, CLOCK, IDS)
-        del number
     assert last is not None
     parts = read_chain(bearer).parts_with_parents()
     owner = {key.thumbprint: key.public for key in (root, *keys.values())}
