@@ -43,14 +43,14 @@ def test_largest_is_of_those_present(cache):
     assert cache.largest((small, large)) is small
     put(cache, large, CONTENT * 2)
     assert cache.largest((small, large)) is large
-    assert cache.present((small, large)) == (small, large)
+    assert cache.available((small, large)) == (small, large)
 
 
 async def test_a_good_file_is_hashed_once(cache, hashed):
     entry = small_entry()
     path = put(cache, entry)
-    assert await cache.verified(entry) == path
-    assert await cache.verified(entry) == path
+    assert await cache.verify(entry) == path
+    assert await cache.verify(entry) == path
     assert await ModelCache(cache.root).verify(entry) == path
     assert len(hashed) == 1
 
@@ -58,19 +58,19 @@ async def test_a_good_file_is_hashed_once(cache, hashed):
 async def test_a_touched_file_is_hashed_again(cache, hashed):
     entry = small_entry()
     path = put(cache, entry)
-    await cache.verified(entry)
+    await cache.verify(entry)
     os.utime(path, ns=(1, 1))
-    await cache.verified(entry)
+    await cache.verify(entry)
     assert len(hashed) == 2
 
 
 async def test_a_broken_stamp_is_no_proof(cache, hashed):
     entry = small_entry()
     put(cache, entry)
-    await cache.verified(entry)
+    await cache.verify(entry)
     (stamp,) = cache.root.glob("*.verified")
     stamp.write_bytes(b"{")
-    await cache.verified(entry)
+    await cache.verify(entry)
     assert len(hashed) == 2
 
 
@@ -79,7 +79,7 @@ async def test_a_damaged_file_is_named_with_what_to_do(cache, content):
     entry = small_entry()
     path = put(cache, entry, content)
     with pytest.raises(OctoError) as failed:
-        await cache.verified(entry)
+        await cache.verify(entry)
     assert failed.value.code == "model_damaged"
     assert str(path) in failed.value.detail
     assert "octollm models pull small" in failed.value.detail
@@ -88,15 +88,15 @@ async def test_a_damaged_file_is_named_with_what_to_do(cache, content):
 async def test_damage_after_the_stamp_is_found(cache):
     entry = small_entry()
     path = put(cache, entry)
-    await cache.verified(entry)
+    await cache.verify(entry)
     path.write_bytes(CONTENT[:-1] + b"X")
     with pytest.raises(OctoError, match="damaged"):
-        await cache.verified(entry)
+        await cache.verify(entry)
 
 
 async def test_an_absent_file_is_no_model(cache):
     with pytest.raises(OctoError, match="octollm models pull small") as failed:
-        await cache.verified(small_entry())
+        await cache.verify(small_entry())
     assert failed.value.code == "no_model"
 
 
@@ -108,7 +108,7 @@ async def test_a_folder_that_cannot_be_written_only_costs_time(cache, monkeypatc
         raise PermissionError
 
     monkeypatch.setattr("pathlib.Path.write_bytes", refuse)
-    assert await cache.verified(entry) == path
+    assert await cache.verify(entry) == path
 
 
 async def test_cancelling_work_in_a_thread_waits_until_it_stopped():

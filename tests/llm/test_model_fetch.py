@@ -104,7 +104,7 @@ async def test_the_hub_gives_it_over_a_redirect(cache):
     assert hub.asked == [None]
     assert seen[-1] == (ENTRY.size, ENTRY.size, "model hub")
     assert leftovers(cache) == []
-    assert await cache.verified(ENTRY) == path
+    assert await cache.verify(ENTRY) == path
 
 
 async def test_a_download_that_is_cut_off_goes_on_by_itself(cache):
@@ -305,7 +305,7 @@ async def test_a_damaged_file_is_replaced(cache):
     async with serving(Hub().app) as url:
         path = await fetch(cache, hub=True, hub_url=url)
     assert path.read_bytes() == CONTENT
-    assert await cache.verified(ENTRY) == path
+    assert await cache.verify(ENTRY) == path
 
 
 async def test_what_a_killed_process_left_is_cleared(cache, local_index):

@@ -187,7 +187,7 @@ async def test_a_refused_key_is_said_and_final(status):
 
 async def test_a_key_that_is_missing_is_said():
     error = await failure(Provider(answer=Response(status_code=401)), key=None)
-    assert "wants a key" in error.detail
+    assert "a key is required" in error.detail
 
 
 async def test_too_many_requests_says_when_to_come_back():
