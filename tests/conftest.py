@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from databases import BACKENDS, SERVER_URL, Backend, PostgresServer
@@ -13,6 +14,40 @@ from octollm.rpc.transport import PLAINTEXT
 # How fast a busy machine makes examples, and runs them, says nothing of what is tested.
 settings.register_profile("octollm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("octollm")
+
+
+HERE = Path(__file__).parent
+UNIT = ("capability", "contracts", "live", "resilience", "tasks", "text", "test_config.py")
+"""Tests of pure rules, and of parts with fakes below them."""
+E2E = ("bench", "chaos", "cli", "deploy", "docs", "e2e")
+"""Tests that start processes or whole installations. Longest first: a long file at the end leaves a core idle."""
+SERVERS = {"backend", "every_wire", "postgres", "postgres_server"}
+"""Fixtures that make a test need a server or sockets."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test as ``unit``, ``integration`` or ``e2e`` by its folder, and run the long ones first."""
+    for item in items:
+        parts = item.path.relative_to(HERE).parts if item.path.is_relative_to(HERE) else ("e2e",)
+        needs_server = SERVERS & set(getattr(item, "fixturenames", ())) or any(
+            item.get_closest_marker(name) for name in ("browser", "model", "postgres", "redis", "sandbox")
+        )
+        if parts[0] in E2E:
+            item.add_marker(pytest.mark.e2e)
+        elif parts[0] in UNIT and not needs_server:
+            item.add_marker(pytest.mark.unit)
+        else:
+            item.add_marker(pytest.mark.integration)
+    items.sort(key=_rank)
+
+
+LONGEST = ("test_docs_examples.py", "test_fuzzed_services.py", "test_dockerfile.py", "test_each_process_killed.py")
+
+
+def _rank(item: pytest.Item) -> int:
+    if item.path.name in LONGEST:
+        return LONGEST.index(item.path.name)
+    return len(LONGEST) + (item.get_closest_marker("e2e") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
