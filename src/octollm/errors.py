@@ -56,6 +56,11 @@ class OctoError(Exception):
         self.field_errors = tuple(field_errors)
         self.retry_after = retry_after
 
+    @property
+    def retryable(self) -> bool | None:
+        """Whether the same request again can help; ``None`` leaves it to the code's entry in the table of codes."""
+        return None
+
     def __str__(self) -> str:
         return f"{self.code}: {self.detail}"
 
@@ -82,5 +87,10 @@ class RemoteError(OctoError):
     ) -> None:
         super().__init__(detail, code=code, field_errors=field_errors, retry_after=retry_after)
         self.status = status
-        self.retryable = retryable
         self.service = service
+        self._retryable = retryable
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same request again can help, in the peer's own words."""
+        return self._retryable

@@ -14,17 +14,22 @@ from octollm.errors import OctoError, RemoteError
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """What a code means on the wire."""
+    """What a code means on the wire.
+
+    ``retryable``: the same request again can help. ``new_attempt``: where it cannot, another attempt of the step can;
+    that has idempotency keys and tokens of its own, and the reasons of the failure are in its prompt.
+    """
 
     status: int
     title: str
     retryable: bool = False
+    new_attempt: bool = False
 
 
 ERROR_KINDS: dict[str, ErrorKind] = {
     # The request itself
     "invalid_json": ErrorKind(400, "The body is not valid JSON"),
-    "invalid_body": ErrorKind(400, "The body does not fit its schema"),
+    "invalid_body": ErrorKind(400, "The body does not fit its schema", new_attempt=True),
     "unknown_field": ErrorKind(400, "The body has a field that is not known"),
     "invalid_parameter": ErrorKind(400, "A query or path parameter is wrong"),
     "invalid_header": ErrorKind(400, "A header is wrong"),
@@ -35,7 +40,7 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "file_invalid": ErrorKind(400, "A file is missing, too large, or binary where text is wanted"),
     "arm_unknown": ErrorKind(400, "No arm has that name"),
     "host_refused": ErrorKind(400, "The Host header names another server"),
-    "body_too_large": ErrorKind(413, "The body is larger than the limit"),
+    "body_too_large": ErrorKind(413, "The body is larger than the limit", new_attempt=True),
     "url_too_long": ErrorKind(414, "The URL is longer than the limit"),
     "request_timeout": ErrorKind(408, "The request did not arrive in time", retryable=True),
     "header_too_large": ErrorKind(431, "The headers are larger than the limit"),
@@ -47,8 +52,8 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     # Who asks
     "token_missing": ErrorKind(401, "A token is needed"),
     "token_malformed": ErrorKind(401, "The token is malformed"),
-    "token_expired": ErrorKind(401, "The token has expired"),
-    "token_invalid": ErrorKind(401, "The token is not valid here"),
+    "token_expired": ErrorKind(401, "The token has expired", new_attempt=True),
+    "token_invalid": ErrorKind(401, "The token is not valid here", new_attempt=True),
     "token_revoked": ErrorKind(401, "The token was revoked"),
     "api_key_invalid": ErrorKind(401, "The API key is not valid"),
     "login_refused": ErrorKind(403, "The login is good, and grants nothing here"),
@@ -58,7 +63,7 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "join_refused": ErrorKind(403, "The join was refused"),
     "join_unproven": ErrorKind(503, "Who answered did not prove that it knows the join secret"),
     # State
-    "idempotency_conflict": ErrorKind(409, "The idempotency key was used with another body"),
+    "idempotency_conflict": ErrorKind(409, "The idempotency key was used with another body", new_attempt=True),
     "outcome_unknown": ErrorKind(409, "An earlier call with this key may have taken effect"),
     "state_conflict": ErrorKind(409, "The resource is not in a state that allows this"),
     "fence_lost": ErrorKind(409, "A newer run holds the task"),
@@ -80,13 +85,13 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     # Doing the work
     "no_model": ErrorKind(503, "No model is configured"),
     "model_failed": ErrorKind(503, "The model or its provider failed", retryable=True),
-    "model_output_invalid": ErrorKind(503, "The model's answer could not be used"),
+    "model_output_invalid": ErrorKind(503, "The model's answer could not be used", new_attempt=True),
     "context_too_long": ErrorKind(400, "The prompt does not fit the model"),
     "no_sandbox": ErrorKind(503, "No sandbox is available"),
     "sandbox_failed": ErrorKind(503, "The sandbox could not run the code", retryable=True),
-    "plan_invalid": ErrorKind(503, "The plan could not be used"),
-    "not_accepted": ErrorKind(409, "The result was not accepted"),
-    "peer_protocol": ErrorKind(503, "A service answered in a form that is not understood"),
+    "plan_invalid": ErrorKind(503, "The plan could not be used", new_attempt=True),
+    "not_accepted": ErrorKind(409, "The result was not accepted", new_attempt=True),
+    "peer_protocol": ErrorKind(503, "A service answered in a form that is not understood", new_attempt=True),
     # Start
     "arm_invalid": ErrorKind(500, "An arm is declared wrongly"),
     "setting_invalid": ErrorKind(500, "A setting is wrong"),
@@ -96,7 +101,7 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "home_unusable": ErrorKind(500, "The home cannot be written"),
     "model_download_failed": ErrorKind(500, "The model could not be fetched"),
     "model_damaged": ErrorKind(500, "The model's file does not have its digest"),
-    "internal": ErrorKind(500, "Internal error"),
+    "internal": ErrorKind(500, "Internal error", new_attempt=True),
 }
 
 
@@ -123,9 +128,8 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=False):
 def to_problem(error: OctoError, request_id: str = "") -> Problem:
     """Describe ``error`` for the wire. A remote problem keeps its status and code."""
     kind = ERROR_KINDS.get(error.code, ERROR_KINDS["internal"])
-    status, retryable = kind.status, kind.retryable
-    if isinstance(error, RemoteError):
-        status, retryable = error.status, error.retryable
+    status = error.status if isinstance(error, RemoteError) else kind.status
+    retryable = kind.retryable if error.retryable is None else error.retryable
     return Problem(
         type=f"urn:octollm:error:{error.code}",
         title=kind.title,
@@ -136,3 +140,13 @@ def to_problem(error: OctoError, request_id: str = "") -> Problem:
         request_id=request_id,
         errors=tuple(FieldErrorView(f.pointer, f.detail) for f in error.field_errors),
     )
+
+
+def allows_new_attempt(error: OctoError) -> bool:
+    """Say whether another attempt of a step can succeed after ``error``.
+
+    It can when the problem document is ``retryable``, or when the code is one of those that an attempt brings about
+    itself. A code that is not in the table says nothing more than its problem document.
+    """
+    kind = ERROR_KINDS.get(error.code)
+    return to_problem(error).retryable or (kind is not None and kind.new_attempt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import msgspec
 
 from octollm.clock import Clock
 from octollm.contracts.operations import AcceptRequest, AcceptResult
+from octollm.contracts.problems import allows_new_attempt
 from octollm.contracts.stream import StreamEvent
 from octollm.contracts.task import ExecuteResult, PlanStep, Task, TaskContext
 from octollm.errors import OctoError, RemoteError
@@ -23,26 +25,6 @@ from octollm.telemetry import Logger, Tracer
 
 DEFAULT_RETRIES = 1
 MAX_OUTPUT_IN_EVENT = 2000
-NON_RETRYABLE_CODES = frozenset(
-    {
-        "authority_missing",
-        "budget_exhausted",
-        "cancelled",
-        "context_too_long",
-        "deadline_exceeded",
-        "fence_lost",
-        "file_invalid",
-        "file_not_found",
-        "goal_invalid",
-        "no_model",
-        "no_sandbox",
-        "outcome_unknown",
-        "scope_missing",
-        "state_conflict",
-        "token_revoked",
-    }
-)
-"""Failures that the same attempt again would only repeat."""
 
 
 class StepError(OctoError):
@@ -99,7 +81,7 @@ async def _run_attempts(
     while True:
         contract = _build_contract(task, spec, inputs, reasons)
         await _start_attempt(deps, task, spec, attempt)
-        code = "not_accepted"
+        code, can_retry, pause = "not_accepted", True, 0.0
         try:
             with deps.tracer.span(f"attempt {attempt}") as span:
                 result, length = await _execute(deps, task, spec, contract, attempt, deadline)
@@ -113,7 +95,10 @@ async def _run_attempts(
             if error.code in ("fence_lost", "cancelled"):
                 raise
             code, reasons = error.code, _failure_reasons(error)
-        final = attempt >= last or code in NON_RETRYABLE_CODES
+            pause = error.retry_after or 0.0
+            # An arm that is asked again sooner than it said would only refuse again, at the cost of an attempt.
+            can_retry = allows_new_attempt(error) and pause < deadline.remaining()
+        final = attempt >= last or not can_retry
         await deps.store.change(
             task.task_id,
             "step.failed",
@@ -123,6 +108,7 @@ async def _run_attempts(
         )
         if final:
             raise StepError(spec.id, code, f"The step “{spec.title}” failed.", reasons)
+        await asyncio.sleep(pause)
         attempt += 1
 
 
