@@ -140,7 +140,7 @@ def test_an_operation_is_declared_once():
 
 
 def test_a_kind_that_there_is_not_is_refused():
-    assert "safe, repeatable, once" in refused(lambda: an_arm().operation("search", kind="often")(plain))
+    assert "read_only, idempotent, at_most_once" in refused(lambda: an_arm().operation("search", kind="often")(plain))
 
 
 def test_declared_calls_hold_for_every_operation():

@@ -45,7 +45,7 @@ async def test_bodies_and_answers_are_what_the_author_says(bench):
         body = {"to": "Ann", "tones": [{"formal": True, "warmth": 3}]}
         assert await lab.call("letter", body) == arm_samples.Sent(text="Dear Ann (1 tones)")
         assert lab.progress == [(10.0, "begun")]
-        assert lab.model.asked[0].response_format.json_schema.schema["required"] == ["text"]
+        assert lab.model.requests[0].response_format.json_schema.schema["required"] == ["text"]
         assert await lab.call("echo", "a b") == {"words": ["a", "b"]}
         error = await refused(lab.call("letter", body))
         assert error.code == "model_output_invalid"
@@ -109,7 +109,7 @@ async def test_a_model_that_is_not_declared_is_refused(bench):
         error = await refused(lab.call("ask", "Hello"))
         assert error.code == "authority_missing"
         assert 'calls=["models:chat"]' in error.detail
-        assert lab.model.asked == []
+        assert lab.model.requests == []
 
 
 async def test_a_call_goes_on_without_an_optional_one(bench):
@@ -158,7 +158,7 @@ async def test_a_call_without_an_answer_fails_the_test(bench):
 async def test_the_budget_is_real(bench):
     async with bench(arm_samples.translator, model=["a b c"], answers=NOTHING, max_tokens=3) as lab:
         assert (await refused(lab.call("execute", {"goal": "x"}))).code == "budget_exhausted"
-        assert lab.model.asked == []
+        assert lab.model.requests == []
 
 
 async def test_failures_keep_their_code_and_hide_what_they_should(bench):

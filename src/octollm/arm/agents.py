@@ -1,7 +1,7 @@
-"""A Pydantic AI agent as an arm: its model calls go to ``models`` with the authority of the call it works for.
+"""A Pydantic AI agent as an arm.
 
-Nothing global is patched: the model is given to each run, with a client of its own that ends with it. Needs the
-extra ``agents``.
+Its model calls go to ``models`` with the authority of the call that it works for. No global is patched: each run has
+a model with a client of its own that is closed with it. Needs the extra ``agents``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[Task, Context],
 
     async def execute(task: Task, ctx: Context) -> object:
         """Do the task with the agent."""
-        telling = _TextStreamer(ctx)
+        streamer = _TextStreamer(ctx)
         async with _openai_client(await ctx.model.endpoint()) as client:
             model = OpenAIChatModel("default", provider=OpenAICompatibleProvider("octollm", openai_client=client))
             try:
@@ -47,7 +47,7 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[Task, Context],
                     build_prompt(task),
                     model=model,
                     deps=None if deps_type is type(None) else ctx,
-                    event_stream_handler=telling.follow,
+                    event_stream_handler=streamer.follow,
                 )
             except AgentRunError as error:
                 raise _translate_error(error) from error
@@ -112,8 +112,8 @@ def _openai_client(endpoint: ModelEndpoint) -> AsyncOpenAI:
 
 def _translate_error(error: AgentRunError) -> OctoError:
     """Return what ended a run: the problem that ``models`` told if there was one, else the agent's own."""
-    told = extract_problem(error)
-    if told is not None:
-        return told
+    problem = extract_problem(error)
+    if problem is not None:
+        return problem
     code = "model_failed" if isinstance(error, ModelAPIError) else "model_output_invalid"
     return OctoError(f"The agent came to no result: {error}"[:500], code=code)

@@ -1,4 +1,8 @@
-"""What `models` answers: chat completion chunks as server-sent events, read into one completion, and problems carried by other clients' exceptions."""
+"""The model's answer as an arm reads it: streamed chat chunks and problem documents.
+
+`models` streams OpenAI chat completion chunks as server-sent events; they become one ModelCompletion. A client of
+the author's own reports failures by its own exceptions; the problem document is taken out of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What an operation of an arm works with: calls with attenuated authority, the model, artifacts, and streamed output."""
+"""Context: what an operation of an arm works with.
+
+Calls to other services with attenuated authority, the model, files, streamed output, and facts about the call.
+"""
 
 from __future__ import annotations
 
@@ -193,14 +196,14 @@ class Context:
         return ModelEndpoint(self._base.discovery.instances("models")[0] + "/v1", bearer, headers)
 
     async def _bearer(self, scope: str, lifetime: float) -> str:
-        wanted = Scope(scope)
-        if not any(declared.contains(wanted) for declared in self._declared):
+        requested = Scope(scope)
+        if not any(declared.contains(requested) for declared in self._declared):
             raise OctoError(
-                f"{self._base.name} does not declare the call {wanted.operation}: write "
-                f'calls=["{wanted.operation}"] in its Arm.',
+                f"{self._base.name} does not declare the call {requested.operation}: write "
+                f'calls=["{requested.operation}"] in its Arm.',
                 code="authority_missing",
             )
-        audience = service_of(wanted.family)
+        audience = service_of(requested.family)
         return self._delegator.delegate(
             self._call.authority,
             aud=audience,

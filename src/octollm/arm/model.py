@@ -40,12 +40,12 @@ def _is_referenced(name: str, schema: object, components: dict[str, Any]) -> boo
     seen: set[str] = set()
     waiting = [schema]
     while waiting:
-        for found in _find_refs(waiting.pop()):
-            if found == name:
+        for ref in _find_refs(waiting.pop()):
+            if ref == name:
                 return True
-            if found not in seen:
-                seen.add(found)
-                waiting.append(components[found])
+            if ref not in seen:
+                seen.add(ref)
+                waiting.append(components[ref])
     return False
 
 
@@ -56,8 +56,8 @@ def _find_refs(schema: object) -> list[str]:
         return []
     members = cast("dict[str, object]", schema)
     own = members.get("$ref")
-    found = [own.removeprefix(_REF_PREFIX)] if isinstance(own, str) and own.startswith(_REF_PREFIX) else []
-    return found + [ref for item in members.values() for ref in _find_refs(item)]
+    refs = [own.removeprefix(_REF_PREFIX)] if isinstance(own, str) and own.startswith(_REF_PREFIX) else []
+    return refs + [ref for item in members.values() for ref in _find_refs(item)]
 
 
 def _make_strict(schema: Any) -> Any:
@@ -163,7 +163,7 @@ class ModelClient:
         """Yield the model's answer to one prompt as it is written; leaving the loop stops the model."""
         pieces: asyncio.Queue[str | None] = asyncio.Queue(_MAX_QUEUED)
 
-        async def ask() -> ModelCompletion:
+        async def run_chat() -> ModelCompletion:
             try:
                 return await self.chat(
                     _messages(prompt, system),
@@ -177,15 +177,15 @@ class ModelClient:
                 with contextlib.suppress(asyncio.QueueFull):
                     pieces.put_nowait(None)
 
-        asking = asyncio.create_task(ask())
-        self._running.add(asking)
-        asking.add_done_callback(self._running.discard)
+        task = asyncio.create_task(run_chat())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
         try:
-            while (piece := await _next_piece(pieces, asking)) is not None:
+            while (piece := await _next_piece(pieces, task)) is not None:
                 yield piece
-            await asking
+            await task
         finally:
-            await _cancel_and_wait(asking)
+            await _cancel_and_wait(task)
 
     async def chat(
         self,
@@ -218,11 +218,11 @@ class ModelClient:
             }
         outgoing = await self._prepare_call(msgspec.json.encode(request))
 
-        heard = TextDeduplicator(on_text)
+        sink = TextDeduplicator(on_text)
 
         async def consume(streamed: StreamedResponse) -> ModelCompletion:
-            heard.start()
-            return await read_completion(streamed, heard)
+            sink.start()
+            return await read_completion(streamed, sink)
 
         completion = await self._caller.stream(outgoing, consume)
         self.add_usage(completion.usage)

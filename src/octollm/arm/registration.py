@@ -1,4 +1,4 @@
-"""Registration with the orchestrator for as long as an arm serves: register, heartbeat, deregister."""
+"""Registers an arm with the orchestrator while it serves: register, heartbeat, deregister."""
 
 from __future__ import annotations
 

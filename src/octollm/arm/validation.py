@@ -1,4 +1,7 @@
-"""Validation of an arm's declaration: name, calls, operations and types are checked before anything runs, with errors that say what would be right."""
+"""Validation of an arm's declaration, before anything runs.
+
+Name, calls, operations and types are checked; each error says what to write instead.
+"""
 
 from __future__ import annotations
 
@@ -62,16 +65,16 @@ def check_calls(name: str, calls: Iterable[str]) -> tuple[Scope, ...]:
     """Return declared calls as scopes; raise ``arm_invalid`` for a malformed one, and for a text in their place."""
     if isinstance(calls, str):
         raise arm_invalid(f"calls of the arm {name} is a list: calls=[{calls!r}].")
-    found: list[Scope] = []
+    scopes: list[Scope] = []
     for text in calls:
         try:
-            found.append(Scope(text))
+            scopes.append(Scope(text))
         except CapabilityError as error:
             raise arm_invalid(
                 f"{text!r} in the calls of the arm {name} is no scope; one looks like 'retriever:search': "
                 "<service>:<operation>."
             ) from error
-    return tuple(found)
+    return tuple(scopes)
 
 
 def check_operation(arm: str, name: str, kind: str, taken: Iterable[str]) -> None:

@@ -1,4 +1,8 @@
-"""The test harness for one arm: the arm, the models service and the orchestrator's records are real, every other service is scripted. Bodies, answers, tokens, declared calls, budget and errors are checked by the production code."""
+"""The test harness for one arm.
+
+The arm, the models service and the orchestrator's records are real; every other service is scripted. Production code
+checks bodies, answers, tokens, declared calls, budget and errors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Fake models with scripted answers: FakeModel in process, ScriptedModel as an OpenAI-compatible provider on a socket."""
+"""Fake models with scripted answers.
+
+FakeModel works in process; ScriptedModel is an OpenAI-compatible provider on a socket.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The test harness for services: the service under test beside a fake orchestrator, on real sockets with real tokens and no database."""
+"""The test harness for services, with no database.
+
+The service under test runs beside a fake orchestrator, on real sockets with real tokens.
+"""
 
 from __future__ import annotations
 
@@ -181,20 +184,20 @@ class Harness:
 async def start_harness(*arms: str) -> AsyncGenerator[Harness]:
     """Yield a harness with its orchestrator served; ``arms`` are known to it besides the built-in services."""
     async with Http1Client() as http:
-        house = Harness(http)
-        house.keys |= {name: SigningKey.generate(name) for name in arms}
-        async with house.serve(fake_orchestrator(house)):
-            yield house
+        harness = Harness(http)
+        harness.keys |= {name: SigningKey.generate(name) for name in arms}
+        async with harness.serve(fake_orchestrator(harness)):
+            yield harness
 
 
 @contextlib.asynccontextmanager
 async def fake_orchestrator(harness: Harness) -> AsyncGenerator[Service]:
     """Yield the test's orchestrator: it knows the services whose keys ``house`` has at this moment."""
     directory = {name: DirectoryEntry((key.thumbprint,)) for name, key in harness.keys.items()}
-    keeper = _FakeOrchestrator(harness, harness.minter.sign_directory(directory))
+    orchestrator = _FakeOrchestrator(harness, harness.minter.sign_directory(directory))
     base = harness.base("orchestrator")
     service = ServiceAuthenticator("orchestrator", lambda: directory, harness.clock)
-    yield build_service(base, keeper.operations(), authenticators={"service": service})
+    yield build_service(base, orchestrator.operations(), authenticators={"service": service})
 
 
 class _FakeOrchestrator:
@@ -229,50 +232,50 @@ class _FakeOrchestrator:
     async def directory(self, _call: IncomingCall, _body: object) -> DirectoryResponse:
         return DirectoryResponse(self._directory)
 
-    async def reserve(self, call: IncomingCall, wanted: ReserveRequest) -> ReserveResponse:
-        books = self._harness.records
-        verified = self._verifier(call.peer).verify(wanted.bearer)
-        books.reserved.append(wanted)
-        if books.reserve_error is not None:
-            raise books.reserve_error
+    async def reserve(self, call: IncomingCall, request: ReserveRequest) -> ReserveResponse:
+        records = self._harness.records
+        verified = self._verifier(call.peer).verify(request.bearer)
+        records.reserved.append(request)
+        if records.reserve_error is not None:
+            raise records.reserve_error
         task = verified.task.task if verified.task is not None else ""
-        if wanted.key in books.journal:
-            return ReserveResponse("", 0, task, msgspec.Raw(books.journal[wanted.key]))
-        left = books.tokens - books.used.total_tokens - wanted.prompt_tokens
+        if request.key in records.journal:
+            return ReserveResponse("", 0, task, msgspec.Raw(records.journal[request.key]))
+        left = records.tokens - records.used.total_tokens - request.prompt_tokens
         if left < 1:
             raise OctoError("The task's tokens are used up.", code="budget_exhausted")
-        granted = left if wanted.max_completion_tokens is None else min(left, wanted.max_completion_tokens)
-        number = len(books.reserved)
-        if books.reserve_event is not None:
-            await books.reserve_event.wait()
-        return ReserveResponse(f"{number}:{wanted.key}", granted, task)
+        granted = left if request.max_completion_tokens is None else min(left, request.max_completion_tokens)
+        number = len(records.reserved)
+        if records.reserve_event is not None:
+            await records.reserve_event.wait()
+        return ReserveResponse(f"{number}:{request.key}", granted, task)
 
     async def settle(self, _call: IncomingCall, settled: SettleRequest) -> dict[str, object]:
-        books = self._harness.records
-        books.settled.append(settled)
+        records = self._harness.records
+        records.settled.append(settled)
         if bytes(settled.answer) != b"null":
-            books.journal[settled.reservation.partition(":")[2]] = bytes(settled.answer)
+            records.journal[settled.reservation.partition(":")[2]] = bytes(settled.answer)
         return {}
 
     async def register(self, call: IncomingCall, arm: ArmRegistration) -> dict[str, object]:
         self._harness.records.arms[call.peer] = arm
         return {}
 
-    async def claim(self, call: IncomingCall, wanted: ClaimBatch) -> ClaimResponseBatch:
-        return ClaimResponseBatch(tuple(self._claimed(call.peer, claim) for claim in wanted.claims))
+    async def claim(self, call: IncomingCall, batch: ClaimBatch) -> ClaimResponseBatch:
+        return ClaimResponseBatch(tuple(self._claimed(call.peer, claim) for claim in batch.claims))
 
-    def _claimed(self, peer: str, wanted: ClaimRequest) -> ClaimResponse:
+    def _claimed(self, peer: str, request: ClaimRequest) -> ClaimResponse:
         try:
-            self._verifier(peer).verify(wanted.bearer)
+            self._verifier(peer).verify(request.bearer)
         except OctoError as error:
             return ClaimResponse("refused", problem=to_problem(error))
-        place = (peer, wanted.operation, wanted.key)
+        place = (peer, request.operation, request.key)
         claims = self._harness.records.claims
         if place not in claims:
-            claims[place] = (wanted.body_digest, ClaimResponse("in_flight"))
+            claims[place] = (request.body_digest, ClaimResponse("in_flight"))
             return ClaimResponse("claimed", run=1)
         digest, answer = claims[place]
-        return answer if digest == wanted.body_digest else ClaimResponse("conflict")
+        return answer if digest == request.body_digest else ClaimResponse("conflict")
 
     async def complete(self, call: IncomingCall, body: ClaimUpdateBatch) -> dict[str, object]:
         for update in body.updates:

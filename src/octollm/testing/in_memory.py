@@ -1,4 +1,7 @@
-"""An in-memory HTTP transport: requests go from the client's adapter straight into ASGI applications, without sockets."""
+"""An in-memory HTTP transport.
+
+Requests go from the client's adapter straight into ASGI applications, without sockets.
+"""
 
 from __future__ import annotations
 

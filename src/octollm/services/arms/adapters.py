@@ -1,4 +1,7 @@
-"""Adapters from an arm's Context to the plain callables that the arms' logic takes: the model, the executor, the judge, files."""
+"""Adapters from an arm's Context to the plain callables that the arms' logic takes.
+
+The logic of the built-in arms knows no HTTP: it takes functions for the model, the executor, the judge and files.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ MAX_NOTES = 20_000
 class ModelAsk:
     """Asks the model in the name of one call, and streams what it writes to whoever watches.
 
-    Use the object itself as ``PromptFunction`` and :meth:`write` as its ``on_text``: a further answer voids the text before it.
+    The object itself is a ``PromptFunction``, and :meth:`write` is its ``on_text``: a further answer voids the text
+    before it.
     """
 
     def __init__(self, ctx: Context) -> None:

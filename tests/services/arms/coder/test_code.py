@@ -3,13 +3,12 @@ from __future__ import annotations
 import pytest
 
 from octollm.errors import OctoError
-from octollm.services.arms.coder.code import solutions_agree, write_code
-from octollm.services.arms.coder.cross_check import SolutionProbe
+from octollm.services.arms.coder.code import write_code
+from octollm.services.arms.coder.cross_check import SolutionProbe, hardcodes_answers, solutions_agree
 from octollm.services.arms.coder.examples import Example
 from octollm.services.arms.coder.solution import (
     detect_other_language,
     find_name_in_goal,
-    hardcodes_answers,
     module_name,
     strip_test_request,
 )

@@ -1,23 +1,219 @@
-"""The strategy for small models, whose tests and code are both unreliable: differential testing of independent solutions on examples and generated inputs (self-consistency), which accepts by agreement."""
+"""Cross-checking: the strategy for small models, whose code and tests are both unreliable.
+
+Differential testing (self-consistency): solutions written apart run on the same examples and on generated inputs, and
+one is accepted because two agree, not because one passes tests that may be wrong.
+"""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 
 import msgspec
 
-from octollm.contracts.operations import RunLimits, RunRequest, RunResult
+from octollm.contracts.operations import RunLimits, RunRequest, RunResult, ValidateResult
 from octollm.contracts.task import FileRef
-from octollm.services.arms.coder.examples import Example
+from octollm.services.arms.coder.examples import (
+    Example,
+    are_sufficient,
+    deduplicate,
+    generate_calls,
+    parse_examples,
+    parse_goal_examples,
+)
 from octollm.services.arms.coder.probe_program import MARKER
+from octollm.services.arms.coder.python_source import find_definition, format_signature, try_parse
+from octollm.services.arms.coder.solution import (
+    CodeSolution,
+    Validate,
+    build_solution,
+    example_messages,
+    validate_examples,
+)
+from octollm.services.arms.completion import PromptFunction
 
 Run = Callable[[RunRequest], Awaitable[RunResult]]
 """The executor's ``run``."""
 
+MAX_EXAMPLE_TOKENS = 220
+MIN_AGREEMENT = 0.8
+"""Share of the generated inputs on which two solutions must give the same output."""
+INDEPENDENT_TESTS = "the tests were written without sight of the code"
+_NEW_EXAMPLES_SEED = 91
 _PROGRAM = "octollm_probe_program.py"
 _PROBE_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class CrossCheck:
+    """The solutions of one goal, each judged beside those before it."""
+
+    goal: str
+    name: str
+    ask: PromptFunction
+    validate: Validate
+    run: Run
+    examples: list[Example]
+    independent: list[str] = field(default_factory=list[str])
+    """Solutions that were written from the goal alone."""
+    passing: list[tuple[str, ValidateResult]] = field(default_factory=list[tuple[str, ValidateResult]])
+    """Solutions that pass every example, with the judge's verdict."""
+
+    has_failing_tests: bool = False
+    """Whether the tests have failed a solution that was otherwise sound."""
+
+    has_new_examples: bool = False
+    """Whether the model's examples were replaced; that happens once."""
+
+    async def find_fault(self, code: str, seed: int) -> str:
+        """Say why a solution cannot be tried, else return an empty text; weak examples are collected again first."""
+        node = find_definition(code, self.name)
+        if not isinstance(node, ast.FunctionDef):
+            return f"There is no function {self.name} in the answer."
+        if not are_sufficient(self.examples):
+            more = await collect_examples(self.goal, node, self.ask, seed)
+            self.examples = deduplicate([*self.examples, *more])
+        return "" if are_sufficient(self.examples) else "The tests are too few to tell right from wrong."
+
+    async def evaluate(self, code: str, *, is_independent: bool) -> tuple[CodeSolution | None, list[str]]:
+        """Judge one more solution: return the accepted one, or the reasons against this one.
+
+        ``is_independent`` says that it was written from the goal alone, not repaired from another.
+        """
+        verdict = await validate_examples(code, self.name, self.examples, self.validate)
+        passing = [solution for solution, _ in self.passing]
+        rivals = [*passing, *(solution for solution in self.independent if solution not in passing)]
+        if is_independent:
+            self.independent.append(code)
+        if verdict.is_valid and hardcodes_answers(code, self.examples):
+            return None, ["The code holds the answers of the tests instead of computing them."]
+        if verdict.is_valid:
+            self.passing.append((code, verdict))
+        elif any(check.name == "tests" for check in verdict.checks):
+            # The tests fail a sound program, so they tell right from wrong: a sole passing solution counts from here.
+            self.has_failing_tests = True
+        else:
+            return None, list(verdict.reasons)
+        if not rivals:
+            return None, list(verdict.reasons)
+        return await self._find_agreement(code, rivals, is_independent=is_independent), list(verdict.reasons)
+
+    def conclude(self) -> CodeSolution | None:
+        """Return the solution that passes every example, if there is just one."""
+        if len(self.passing) != 1:
+            return None
+        code, verdict = self.passing[0]
+        return build_solution(code, self.name, self.examples, verdict, INDEPENDENT_TESTS)
+
+    async def _find_agreement(self, code: str, rivals: Sequence[str], *, is_independent: bool) -> CodeSolution | None:
+        """Return what is accepted because ``code`` and one of its rivals give the same outputs, if that is so."""
+        calls = [*self.examples, *(Example(call, "None") for call in generate_calls(self.examples, self.name))]
+        result, *rival_results = await probe_solutions([code, *rivals], calls, self.name, self.run)
+        verdicts = dict(self.passing)
+        for rival, rival_result in zip(rivals, rival_results, strict=True):
+            if result is None or rival_result is None:
+                continue
+            if not solutions_agree(result, rival_result, len(self.examples)):
+                continue
+            for candidate in (code, rival):
+                if candidate in verdicts:
+                    note = "two solutions do the same on more inputs"
+                    return build_solution(candidate, self.name, self.examples, verdicts[candidate], note)
+            # Both break examples. Only two opinions formed apart outweigh the tests.
+            if is_independent and rival in self.independent:
+                return await self._override_examples(code, result)
+        return None
+
+    async def _override_examples(self, code: str, result: SolutionProbe) -> CodeSolution | None:
+        """Return ``code`` although it breaks examples, if another solution agrees and the examples are to blame.
+
+        A few broken examples are dropped; many are replaced by new ones, once. The goal's own are never overridden.
+        """
+        outcomes = list(zip(self.examples, result.passed, strict=False))
+        if any(example.is_from_goal and not passed for example, passed in outcomes):
+            return None
+        examples, number = _passing_examples(self.examples, result), len(self.examples)
+        note = f"two solutions agree; {number - len(examples)} of the model's {number} examples were dropped"
+        if not examples and not self.has_new_examples:
+            self.has_new_examples = True
+            node = find_definition(code, self.name)
+            assert isinstance(node, ast.FunctionDef)
+            examples = await collect_examples(self.goal, node, self.ask, seed=_NEW_EXAMPLES_SEED)
+            note = f"two solutions agree; the model's first {number} examples were replaced"
+        if not are_sufficient(examples) or hardcodes_answers(code, examples):
+            return None
+        verdict = await validate_examples(code, self.name, examples, self.validate)
+        return build_solution(code, self.name, examples, verdict, note) if verdict.is_valid else None
+
+
+async def collect_examples(goal: str, node: ast.FunctionDef, ask: PromptFunction, seed: int = 0) -> list[Example]:
+    """Return examples of a function: those in the goal, and those that the model writes from its signature."""
+    from_goal = parse_goal_examples(goal, node.name, len(node.args.args))
+    answer = await ask(
+        example_messages(goal, format_signature(node)),
+        max_tokens=MAX_EXAMPLE_TOKENS,
+        temperature=0.0 if seed == 0 else 0.7,
+        seed=seed,
+    )
+    return deduplicate([*from_goal, *parse_examples(answer, node.name)])
+
+
+def _passing_examples(examples: list[Example], result: SolutionProbe) -> list[Example]:
+    """Return the examples that hold, if they are most of them and tell right from wrong."""
+    passing = [example for example, passed in zip(examples, result.passed, strict=False) if passed]
+    return passing if are_sufficient(passing) and len(passing) * 3 >= len(examples) * 2 else []
+
+
+def solutions_agree(one: SolutionProbe, other: SolutionProbe, examples: int) -> bool:
+    """Return whether two solutions gave the same for every example and for most of the calls after them."""
+    if one.outputs[:examples] != other.outputs[:examples] or all(gave.startswith("raises ") for gave in one.outputs):
+        return False
+    more = list(zip(one.outputs[examples:], other.outputs[examples:], strict=True))
+    return sum(a == b for a, b in more) >= MIN_AGREEMENT * len(more)
+
+
+def hardcodes_answers(code: str, examples: Sequence[Example]) -> bool:
+    """Return whether code holds the inputs of most examples: an answer learnt by heart, not computed."""
+    tree = try_parse(code)
+    held: set[str] = set()
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            held.add(node.value)
+    inputs = [
+        {n.value for n in ast.walk(ast.parse(e.call)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        for e in examples
+    ]
+    long = [{text for text in texts if len(text) > 3} for texts in inputs]
+    long = [texts for texts in long if texts]
+    return len(long) >= 2 and sum(bool(texts & held) for texts in long) * 2 > len(long)
+
+
+def drop_test_methods(tests: str, statements: frozenset[str]) -> str:
+    """Return the tests without the methods that hold any of ``statements``; empty if too few methods would be left."""
+    tree = try_parse(tests)
+    methods = [
+        node
+        for node in (ast.walk(tree) if tree else ())
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+    ]
+    lines = tests.split("\n")
+    blamed = [
+        node
+        for node in methods
+        if any(lines[at].strip() in statements for at in range(node.lineno - 1, node.end_lineno or node.lineno))
+    ]
+    if not blamed or len(blamed) * 3 > len(methods):
+        return ""
+    for node in sorted(blamed, key=lambda each: -each.lineno):
+        del lines[node.lineno - 1 : node.end_lineno]
+    return "\n".join(lines)
+
+
+def failed_statements(verdict: ValidateResult) -> frozenset[str]:
+    """Return the statements of tests that a verdict names."""
+    return frozenset(reason.split(" failed: ")[0].removesuffix(" is not so") for reason in verdict.reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +235,14 @@ async def probe_solutions(
 
 
 async def _probe_one(solution: str, examples: Sequence[Example], name: str, run: Run) -> SolutionProbe | None:
-    asked = [[example.call, example.expected, example.kind] for example in examples]
+    cases = [[example.call, example.expected, example.kind] for example in examples]
     result = await run(
         RunRequest(
             language="python",
             command=(_PROGRAM, name, "candidate"),
             files=(
                 FileRef("candidate.py", text=solution),
-                FileRef("examples.json", text=msgspec.json.encode(asked).decode()),
+                FileRef("examples.json", text=msgspec.json.encode(cases).decode()),
                 FileRef(_PROGRAM, text=files(__package__ or "").joinpath("probe_program.py").read_text("utf-8")),
             ),
             limits=RunLimits(wall_seconds=_PROBE_SECONDS),
@@ -56,10 +252,10 @@ async def _probe_one(solution: str, examples: Sequence[Example], name: str, run:
     if not lines:
         return None
     try:
-        found = msgspec.json.decode(lines[-1].removeprefix(MARKER).encode(), type=dict[str, list[tuple[bool, str]]])
+        report = msgspec.json.decode(lines[-1].removeprefix(MARKER).encode(), type=dict[str, list[tuple[bool, str]]])
     except msgspec.DecodeError:
         return None
-    rows = found.get("candidate", [])
+    rows = report.get("candidate", [])
     if len(rows) != len(examples):
         return None
     return SolutionProbe(tuple(row[0] for row in rows), tuple(row[1] for row in rows))

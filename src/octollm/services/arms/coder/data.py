@@ -1,4 +1,7 @@
-"""Answering a question over tables: ask for a query, run it, repair it; the result of two drafts that agree is the answer."""
+"""Answers a question over tables: ask for a query, run it, repair it.
+
+Several drafts are written; a result that two of them agree on is the answer (self-consistency).
+"""
 
 from __future__ import annotations
 
@@ -160,13 +163,13 @@ async def _write_draft(
             ran = await run_sql(query)
             if ran.exit_code == 0:
                 table = parse_result_set(ran.stdout)
-                found = find_query_issues(goal, query, table, tables)
-                draft = QueryDraft(query, table, tuple(found))
-                if best is None or (not draft.is_sound, len(found)) < (not best.is_sound, len(best.issues)):
+                issues = find_query_issues(goal, query, table, tables)
+                draft = QueryDraft(query, table, tuple(issues))
+                if best is None or (not draft.is_sound, len(issues)) < (not best.is_sound, len(best.issues)):
                     best = draft
-                if not found:
+                if not issues:
                     return draft
-                problem = " ".join(doubt.text for doubt in found)
+                problem = " ".join(doubt.text for doubt in issues)
             else:
                 error = ran.stderr.strip() or ran.reason
                 problem = f"The query failed: {error[:400]}{missing_column_hint(error, tables)}"
@@ -178,14 +181,14 @@ async def _write_draft(
 def _failure_message(drafts: Sequence[QueryDraft], failures: Sequence[str]) -> str:
     """Say why there is no answer: what the drafts gave, or what kept them from giving anything."""
     against = list(dict.fromkeys(doubt.text for one in drafts for doubt in one.issues if doubt.is_fatal))
-    shown = "; ".join(f"[{one.query}] gave {_summarise_table(one.table)}" for one in drafts)
+    attempts = "; ".join(f"[{one.query}] gave {_summarise_table(one.table)}" for one in drafts)
     if not drafts:
         return f"No query could be run: {'; '.join(failures[-3:])}"
     if not any(one.is_sound for one in drafts):
-        return f"No query does what is asked. {' '.join(against)} Tried: {shown}"
+        return f"No query does what is asked. {' '.join(against)} Tried: {attempts}"
     if len(drafts) == 1:
-        return f"Only one query could be run, and no other bears it out: {shown}"
-    return f"The queries do not agree, so none is given as the answer: {shown}"
+        return f"Only one query could be run, and no other bears it out: {attempts}"
+    return f"The queries do not agree, so none is given as the answer: {attempts}"
 
 
 def _question_prompt(schema: str, goal: str, notes: str, reasons: Sequence[str], said: Sequence[str]) -> str:
@@ -211,11 +214,11 @@ def _build_result(draft: QueryDraft, why: str) -> ExecuteResult:
 
 def _distinct_measures(table: ResultSet) -> set[tuple[str, ...]]:
     """Return the columns of fractional numbers that tell rows apart, each sorted."""
-    found: set[tuple[str, ...]] = set()
+    measures: set[tuple[str, ...]] = set()
     for cells in zip(*table.rows, strict=True):
         if all(isinstance(cell, float) for cell in cells) and len(set(cells)) * 2 > len(cells):
-            found.add(tuple(sorted(_normalise_cell(cell) for cell in cells)))
-    return found
+            measures.add(tuple(sorted(_normalise_cell(cell) for cell in cells)))
+    return measures
 
 
 def _contains_cells(many: list[str], few: list[str]) -> bool:

@@ -1,4 +1,7 @@
-"""Input/output examples: parsed from the goal and from the model, rendered as unittest cases, and varied into further inputs."""
+"""Input/output examples of a function.
+
+They are parsed from the goal and from the model's answer, rendered as unittest cases, and varied into more inputs.
+"""
 
 from __future__ import annotations
 
@@ -43,28 +46,28 @@ class Example:
 
 def parse_examples(answer: str, name: str) -> list[Example]:
     """Read the assertions of a model's answer that call ``name`` and compare it with a value. Others are left out."""
-    found: list[Example] = []
+    examples: list[Example] = []
     for raw in answer.replace("```python", "").replace("```", "").split("\n"):
         line = re.sub(r"^\s*(?:\d+[.)]|[-*])\s+", "", raw).strip()
         example = _parse_raising(line, name) or _parse_assertion(line, name)
         if example and len(line) <= _MAX_CHARS:
-            found.append(example)
-    return deduplicate(found)[:MAX_EXAMPLES]
+            examples.append(example)
+    return deduplicate(examples)[:MAX_EXAMPLES]
 
 
 def parse_goal_examples(goal: str, name: str, parameters: int) -> list[Example]:
     """Read the examples that a goal gives: ``f(2) == 4``; with one parameter also ``'a' becomes 'b'``."""
-    found: list[Example] = []
+    examples: list[Example] = []
     for match in re.finditer(rf"\b{re.escape(name)}\(", goal):
         call = _expression_prefix(goal[match.start() :], lambda node: _is_call_of(node, name))
         if call:
-            found.extend(_parse_expected(call, goal[match.start() + len(call) :]))
-    if parameters == 1 and not found:
+            examples.extend(_parse_expected(call, goal[match.start() + len(call) :]))
+    if parameters == 1 and not examples:
         for match in re.finditer(r"(?<![\w'\"])(?=['\"\[\d-])", goal):
             literal = _expression_prefix(goal[match.start() :], _is_value)
             if literal and not literal.isdigit():
-                found.extend(_parse_expected(f"{name}({literal})", goal[match.start() + len(literal) :]))
-    return deduplicate(found)[:MAX_EXAMPLES]
+                examples.extend(_parse_expected(f"{name}({literal})", goal[match.start() + len(literal) :]))
+    return deduplicate(examples)[:MAX_EXAMPLES]
 
 
 def deduplicate(examples: list[Example]) -> list[Example]:
@@ -123,14 +126,14 @@ def _parse_assertion(line: str, name: str) -> Example | None:
 
 
 def _parse_raising(line: str, name: str) -> Example | None:
-    found = _RAISES.match(line)
-    if found is None or found["error"] not in _BUILTIN_ERRORS:
+    match = _RAISES.match(line)
+    if match is None or match["error"] not in _BUILTIN_ERRORS:
         return None
-    tree = try_parse(found["call"])
+    tree = try_parse(match["call"])
     if tree is None or len(tree.body) != 1 or not isinstance(tree.body[0], ast.Expr):
         return None
     call = tree.body[0].value
-    return Example(ast.unparse(call), found["error"], kind="raises") if _is_call_of(call, name) else None
+    return Example(ast.unparse(call), match["error"], kind="raises") if _is_call_of(call, name) else None
 
 
 def _parse_expected(call: str, rest: str) -> list[Example]:
@@ -225,15 +228,15 @@ def generate_calls(examples: Sequence[Example], name: str) -> list[str]:
 
 def _arguments(call: str, name: str) -> tuple[InputValue, ...] | None:
     """Return the plain positional arguments of the call of ``name`` within ``call``."""
-    found = [
+    calls = [
         node
         for node in ast.walk(ast.parse(call))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
     ]
-    if len(found) != 1 or found[0].keywords or not found[0].args:
+    if len(calls) != 1 or calls[0].keywords or not calls[0].args:
         return None
     try:
-        return tuple(ast.literal_eval(argument) for argument in found[0].args)
+        return tuple(ast.literal_eval(argument) for argument in calls[0].args)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
 
@@ -294,5 +297,5 @@ def _is_sorted(values: list[InputValue]) -> bool:
 
 def _exclude_known(values: Iterable[InputValue], pool: Sequence[InputValue]) -> list[InputValue]:
     """Return the values once each, those of the pool left out."""
-    shown = {repr(value) for value in pool}
-    return list({repr(value): value for value in values if repr(value) not in shown}.values())
+    known = {repr(value) for value in pool}
+    return list({repr(value): value for value in values if repr(value) not in known}.values())

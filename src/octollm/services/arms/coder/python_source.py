@@ -1,4 +1,7 @@
-"""Python source as a model writes it: extraction from an answer, definitions only, missing imports of the standard library added."""
+"""Python source as a model writes it.
+
+Extraction from an answer, reduction to definitions, and the standard library's missing imports.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +82,10 @@ def find_main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
 def find_definition(code: str, name: str) -> ast.FunctionDef | ast.ClassDef | None:
     """Return the definition of ``name`` at the top of ``code``."""
     tree = try_parse(code)
-    found = (n for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name)
-    return next(found, None)
+    definitions = (
+        n for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name
+    )
+    return next(definitions, None)
 
 
 def format_signature(node: ast.FunctionDef | ast.ClassDef) -> str:

@@ -1,4 +1,7 @@
-"""The coder as a service: it classifies a goal as data, code or text, and answers with a query, a tested solution, or the model's own text."""
+"""The coder as a service.
+
+It classifies a goal as data, code or text, and answers with a query, a tested solution or the model's own text.
+"""
 
 from __future__ import annotations
 
@@ -93,8 +96,8 @@ def coder_arm() -> Arm:
         if kind == "code":
             return await solve_code_goal(task, goal, ctx)
         ask = ModelAsk(ctx)
-        shown = [f"File {name}:\n{text}" for name, text in await _read_texts(task, ctx)]
-        notes = "\n\n".join(filter(None, (collect_notes(task), *shown)))
+        file_texts = [f"File {name}:\n{text}" for name, text in await _read_texts(task, ctx)]
+        notes = "\n\n".join(filter(None, (collect_notes(task), *file_texts)))
         return await write_text(goal, ask, notes=notes, reasons=task.context.reasons, on_text=ask.write)
 
     del execute

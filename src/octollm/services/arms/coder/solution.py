@@ -1,8 +1,10 @@
-"""What every way of writing code shares: the prompts, the module taken from an answer, and the solution with its tests."""
+"""What every strategy for writing code shares.
+
+The prompts, the module extracted from an answer, validation with tests, and the solution.
+"""
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,8 +12,8 @@ from dataclasses import dataclass
 
 from octollm.contracts.operations import ValidateRequest, ValidateResult
 from octollm.contracts.task import Check
-from octollm.services.arms.coder.examples import Example
-from octollm.services.arms.coder.python_source import add_imports, extract_code, keep_definitions, try_parse
+from octollm.services.arms.coder.examples import Example, render_tests
+from octollm.services.arms.coder.python_source import add_imports, extract_code, keep_definitions
 from octollm.services.arms.completion import PromptMessage, assistant, system, user
 
 _CODE_PROMPT = (
@@ -47,10 +49,10 @@ MAX_FILE_CHARS = 4000
 def find_name_in_goal(goal: str) -> str | None:
     """Return the name that a goal gives to what is to be written: ``name(…)``, "called name", "function some_name"."""
     for pattern in (_NAME_AFTER_CALLED, _NAME_BEFORE_PAREN, _NAME_AFTER_KEYWORD):
-        for found in pattern.findall(goal):
-            plain_word = pattern is _NAME_AFTER_KEYWORD and "_" not in found and found[:1].islower()
-            if found.isidentifier() and not plain_word and found not in _IGNORED_NAMES:
-                return found
+        for name in pattern.findall(goal):
+            plain_word = pattern is _NAME_AFTER_KEYWORD and "_" not in name and name[:1].islower()
+            if name.isidentifier() and not plain_word and name not in _IGNORED_NAMES:
+                return name
     return None
 
 
@@ -63,8 +65,8 @@ def detect_other_language(goal: str) -> str | None:
     """Return the programming language that a goal asks for, if it is not Python."""
     if re.search(r"\bpython\b", goal, re.IGNORECASE):
         return None
-    found = _LANGUAGES.search(goal)
-    return found[1] if found else None
+    match = _LANGUAGES.search(goal)
+    return match[1] if match else None
 
 
 def strip_test_request(goal: str) -> str:
@@ -74,9 +76,9 @@ def strip_test_request(goal: str) -> str:
 
 def code_messages(goal: str, texts: Sequence[tuple[str, str]], reasons: Sequence[str]) -> list[PromptMessage]:
     """Ask for the code. ``texts`` are (name, text) of files that the goal comes with."""
-    shown = "".join(f"File {name}:\n{text[:MAX_FILE_CHARS]}\n\n" for name, text in texts)
+    file_texts = "".join(f"File {name}:\n{text[:MAX_FILE_CHARS]}\n\n" for name, text in texts)
     refused = f"\n\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
-    return [system(_CODE_PROMPT), user(f"{shown}{strip_test_request(goal)}{refused}")]
+    return [system(_CODE_PROMPT), user(f"{file_texts}{strip_test_request(goal)}{refused}")]
 
 
 def repair_messages(base: Sequence[PromptMessage], code: str, reasons: Sequence[str]) -> list[PromptMessage]:
@@ -127,17 +129,28 @@ def module_name(name: str) -> str:
     return f"{module}_solution" if module in sys.stdlib_module_names else module
 
 
-def hardcodes_answers(code: str, examples: Sequence[Example]) -> bool:
-    """Return whether code holds the inputs of most examples: an answer learnt by heart, not computed."""
-    tree = try_parse(code)
-    held: set[str] = set()
-    for node in ast.walk(tree) if tree else ():
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            held.add(node.value)
-    inputs = [
-        {n.value for n in ast.walk(ast.parse(e.call)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-        for e in examples
-    ]
-    long = [{text for text in texts if len(text) > 3} for texts in inputs]
-    long = [texts for texts in long if texts]
-    return len(long) >= 2 and sum(bool(texts & held) for texts in long) * 2 > len(long)
+async def validate_examples(code: str, name: str, examples: Sequence[Example], validate: Validate) -> ValidateResult:
+    """Validate ``code`` with ``examples`` of its function ``name`` as tests. Raises what ``validate`` raises."""
+    module = module_name(name)
+    return await validate(
+        ValidateRequest(
+            code=code,
+            filename=f"{module}.py",
+            tests=render_tests(examples, module, name) if examples else "",
+            tests_filename=f"test_{module}.py",
+        )
+    )
+
+
+def build_solution(
+    code: str, name: str, examples: Sequence[Example], verdict: ValidateResult, note: str
+) -> CodeSolution:
+    """Return the solution of the function ``name``; ``note`` says how independent its tests are."""
+    module = module_name(name)
+    return CodeSolution(
+        filename=f"{module}.py",
+        code=code,
+        tests_filename=f"test_{module}.py",
+        tests=render_tests(examples, module, name),
+        checks=(*verdict.checks, Check("independent", True, note)),
+    )

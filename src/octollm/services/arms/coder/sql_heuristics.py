@@ -1,4 +1,7 @@
-"""Heuristics for small models: functions of SQL that a question requires, and issues that make a query implausible. Rules of text, no model call."""
+"""Heuristics for small models that write SQL: text rules, no model call.
+
+SQL functions that a question requires, and issues that make a query implausible.
+"""
 
 from __future__ import annotations
 
@@ -48,17 +51,17 @@ _REQUIRED_FUNCTIONS = (
 def find_required_functions(goal: str, tables: tuple[TableSchema, ...]) -> list[RequiredFunction]:
     """Return what a question wants; a word that is the name of a column asks for nothing."""
     columns = {column.name.lower() for table in tables for column in table.columns}
-    found: list[RequiredFunction] = []
-    for wanted in _REQUIRED_FUNCTIONS:
-        said = re.search(wanted.trigger, goal, re.IGNORECASE)
+    required: list[RequiredFunction] = []
+    for function in _REQUIRED_FUNCTIONS:
+        said = re.search(function.trigger, goal, re.IGNORECASE)
         if said and (said.groupdict().get("column") or said.group()).lower() not in columns:
-            found.append(wanted)
-    return found
+            required.append(function)
+    return required
 
 
 def required_functions_hint(goal: str, tables: tuple[TableSchema, ...]) -> str:
     """Name what a question wants when it is more than one thing, of which small models forget one; else empty."""
-    names = list(dict.fromkeys(wanted.sql for wanted in find_required_functions(goal, tables)))
+    names = list(dict.fromkeys(function.sql for function in find_required_functions(goal, tables)))
     return f"The query needs {' and '.join(names)}." if len(names) > 1 else ""
 
 
@@ -84,35 +87,35 @@ class QueryIssue:
 
 def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[TableSchema, ...]) -> list[QueryIssue]:
     """Say what makes a query or its rows doubtful. None found is no proof."""
-    found = find_unknown_values(query, tables)
+    issues = find_unknown_values(query, tables)
     cells = [cell for row in table.rows for cell in row]
-    if not found and not _has_only_known_values(query, tables):
+    if not issues and not _has_only_known_values(query, tables):
         # With values that are surely there, an empty result may well be the answer.
         if not cells:
-            found.append(QueryIssue("The query gives no rows. Check its conditions.", is_fatal=True))
+            issues.append(QueryIssue("The query gives no rows. Check its conditions.", is_fatal=True))
         elif all(cell is None for cell in cells):
-            found.append(QueryIssue("The query gives only NULL. Check its conditions and columns.", is_fatal=True))
+            issues.append(QueryIssue("The query gives only NULL. Check its conditions and columns.", is_fatal=True))
         elif all(cell is None or cell == 0 for cell in cells):
-            found.append(QueryIssue("The query gives only 0. Check its conditions.", is_fatal=True))
+            issues.append(QueryIssue("The query gives only 0. Check its conditions.", is_fatal=True))
     missing = sorted(extract_numbers(goal) - extract_numbers(query) - set(_DIGITS.findall(query)))
     if missing:
-        found.append(QueryIssue(f"The question names {', '.join(missing)}, but the query does not."))
-    found.extend(
+        issues.append(QueryIssue(f"The question names {', '.join(missing)}, but the query does not."))
+    issues.extend(
         QueryIssue(f"After {year} begins with {int(year) + 1}-01-01.", is_fatal=True)
         for year in _AFTER_YEAR.findall(goal)
         if re.search(rf">=?\s*(?:DATE\s*)?'{year}-01-01'", query, re.IGNORECASE)
     )
-    found.extend(
-        QueryIssue(f"The query needs {wanted.sql} as well.", is_fatal=True)
-        for wanted in find_required_functions(goal, tables)
-        if wanted.satisfied_by and not re.search(wanted.satisfied_by, query, re.IGNORECASE)
+    issues.extend(
+        QueryIssue(f"The query needs {function.sql} as well.", is_fatal=True)
+        for function in find_required_functions(goal, tables)
+        if function.satisfied_by and not re.search(function.satisfied_by, query, re.IGNORECASE)
     )
     named = any(isinstance(cell, str) for cell in cells)
     if cells and not named and _ASKS_FOR_NAME.match(goal) and any(c.is_text for t in tables for c in t.columns):
-        found.append(
+        issues.append(
             QueryIssue("The question asks which one, but the query gives no name. Select the column that names it.")
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(issues))
 
 
 def _has_only_known_values(query: str, tables: tuple[TableSchema, ...]) -> bool:
@@ -135,12 +138,12 @@ def find_unknown_values(query: str, tables: tuple[TableSchema, ...]) -> list[Que
         for column in table.columns:
             if column.values:
                 known.setdefault(column.name.lower(), set()).update(column.values)
-    found: list[QueryIssue] = []
+    issues: list[QueryIssue] = []
     for one, value, several, values in _COMPARISON.findall(query):
         name = (one or several).split()[-1].lower() if (one or several).split() else ""
         name = name if name in known else (one or several).strip().lower()
         for literal in [value] if one else _STRING.findall(values):
             if name in known and literal.replace("''", "'") not in known[name] and literal:
                 listed = ", ".join(f"'{each}'" for each in sorted(known[name])[:12])
-                found.append(QueryIssue(f"Column {name} never is '{literal}'; it is one of {listed}.", is_fatal=True))
-    return found
+                issues.append(QueryIssue(f"Column {name} never is '{literal}'; it is one of {listed}.", is_fatal=True))
+    return issues

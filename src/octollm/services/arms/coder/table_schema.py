@@ -1,4 +1,7 @@
-"""The tables' schema as the executor reports it and as a prompt shows it, and the model's SQL made to fit it: query extraction, identifier quoting, missing columns."""
+"""The schema of tables, and a model's SQL made to fit it.
+
+The executor reports the schema and prompts include it; queries are extracted, and identifiers quoted and checked.
+"""
 
 from __future__ import annotations
 
@@ -72,13 +75,13 @@ async def describe_tables(run_sql: RunSql) -> tuple[TableSchema, ...]:
         detail = (result.stderr.strip() or result.reason or "no reason given")[:300]
         raise OctoError(f"The files could not be read as tables: {detail}", code="file_invalid")
     try:
-        found = msgspec.json.decode(result.stdout.encode(), type=_Description)
+        description = msgspec.json.decode(result.stdout.encode(), type=_Description)
     except msgspec.DecodeError as exc:
         raise OctoError("The executor's description of the tables is not understood.", code="peer_protocol") from exc
-    if not found.tables or found.faults:
-        detail = "; ".join(found.faults)[:300] or "there is none among them"
+    if not description.tables or description.faults:
+        detail = "; ".join(description.faults)[:300] or "there is none among them"
         raise OctoError(f"The files could not be read as tables: {detail}", code="file_invalid")
-    return found.tables
+    return description.tables
 
 
 def format_schema(tables: tuple[TableSchema, ...]) -> str:
@@ -96,15 +99,15 @@ def format_schema(tables: tuple[TableSchema, ...]) -> str:
 
 def find_join_conditions(tables: tuple[TableSchema, ...]) -> list[str]:
     """Return how tables can be joined: the columns that bear the same name in two of them."""
-    found: list[str] = []
+    conditions: list[str] = []
     for number, one in enumerate(tables):
         for other in tables[number + 1 :]:
             same = {column.name for column in one.columns} & {column.name for column in other.columns}
-            found.extend(
+            conditions.extend(
                 f"{_identifier(one.table)}.{_identifier(name)} = {_identifier(other.table)}.{_identifier(name)}"
                 for name in sorted(same)
             )
-    return found[:MAX_JOINS]
+    return conditions[:MAX_JOINS]
 
 
 def _identifier(name: str) -> str:
@@ -135,10 +138,10 @@ def extract_query(answer: str) -> str | None:
     blocks = [block for block in _FENCE.findall(answer) if _QUERY_START.search(block)]
     text = blocks[0] if blocks else answer.replace("```sql", "").replace("```", "")
     text = re.sub(r"--[^\n]*", "", text)
-    found = _QUERY_START.search(text)
-    if found is None:
+    match = _QUERY_START.search(text)
+    if match is None:
         return None
-    query = _first_statement(text[found.start() :]).strip()
+    query = _first_statement(text[match.start() :]).strip()
     if not blocks:
         query = query.split("\n\n")[0].strip()
     return query if query and len(query) <= MAX_QUERY_CHARS else None
@@ -174,10 +177,10 @@ def quote_names(query: str, tables: tuple[TableSchema, ...]) -> str:
 
 def missing_column_hint(error: str, tables: tuple[TableSchema, ...]) -> str:
     """Say where the column is that a database's error misses, if a table has it; empty otherwise."""
-    found = _MISSING_COLUMN.search(error)
-    if found is None:
+    match = _MISSING_COLUMN.search(error)
+    if match is None:
         return ""
-    name = found[1].split(".")[-1].lower()
+    name = match[1].split(".")[-1].lower()
     homes = [table.table for table in tables if any(column.name.lower() == name for column in table.columns)]
     joins = find_join_conditions(tables)
     if not homes:

@@ -1,4 +1,8 @@
-"""The bubblewrap sandbox: namespaces without the host, a system-call filter, limits, and a read-only Python interpreter and DuckDB that the sandbox user can read."""
+"""The bubblewrap sandbox.
+
+Namespaces without the host, a system-call filter, limits, and a read-only Python interpreter with DuckDB that the
+sandbox user can read.
+"""
 
 from __future__ import annotations
 
@@ -63,11 +67,11 @@ def find_interpreter(user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_C
         home, binds = PYTHON_HOME, ((source, PYTHON_HOME),)
     masked = [f"{home}/lib/{_VERSION}/site-packages", f"/usr/local/lib/{_VERSION}/dist-packages"]
     masked.append("/usr/lib/python3/dist-packages")
-    shown = {inside: source for source, inside in binds}
+    sources = {inside: source for source, inside in binds}
     return Interpreter(
         executable=f"{home}/{binary}",
         bind_mounts=binds,
-        masked_folders=tuple(m for m in masked if _host_path(m, shown).is_dir()),
+        masked_folders=tuple(m for m in masked if _host_path(m, sources).is_dir()),
         env=() if home == "/usr" else (("LD_LIBRARY_PATH", f"{home}/lib"),),
     )
 
@@ -95,8 +99,8 @@ def _shared_libraries(prefix: Path) -> list[str]:
     return [f"lib/{file.name}" for file in sorted((prefix / "lib").glob("*.so*"))]
 
 
-def _host_path(inside: str, shown: dict[str, Path]) -> Path:
-    for home, source in shown.items():
+def _host_path(inside: str, sources: dict[str, Path]) -> Path:
+    for home, source in sources.items():
         if Path(inside).is_relative_to(home):
             return source / Path(inside).relative_to(home)
     return Path(inside)
@@ -115,18 +119,18 @@ def can_read(user: SandboxUser | None, *paths: Path) -> bool:
     return True
 
 
-def _has_permission(user: SandboxUser, path: Path, wanted: int) -> bool:
-    found = path.stat()
-    shift = 6 if found.st_uid == user.uid else 3 if found.st_gid == user.gid else 0
-    return (found.st_mode >> shift) & wanted == wanted
+def _has_permission(user: SandboxUser, path: Path, permission: int) -> bool:
+    status = path.stat()
+    shift = 6 if status.st_uid == user.uid else 3 if status.st_gid == user.gid else 0
+    return (status.st_mode >> shift) & permission == permission
 
 
 def copy_once(source: Path, names: list[str], caches: tuple[Path, ...]) -> Path:
     """Copy ``names`` of ``source`` into a cache, once for this state of them, and return the folder."""
     state = hashlib.sha256(str(source).encode())
     for name in names:
-        found = (source / name).stat()
-        state.update(f"\n{name} {found.st_ino} {found.st_size} {found.st_mtime_ns}".encode())
+        status = (source / name).stat()
+        state.update(f"\n{name} {status.st_ino} {status.st_size} {status.st_mtime_ns}".encode())
     cache = _first_writable(caches)
     target = cache / state.hexdigest()[:32]
     if target.is_dir():
@@ -153,10 +157,10 @@ def _first_writable(caches: tuple[Path, ...]) -> Path:
         try:
             cache.mkdir(mode=0o755, exist_ok=True)
             cache.chmod(0o755)
-            found = cache.lstat()
+            status = cache.lstat()
         except OSError:
             continue
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and os.access(cache, os.W_OK):
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and os.access(cache, os.W_OK):
             return cache
     tried = ", ".join(map(str, caches))
     raise OctoError(
@@ -238,8 +242,8 @@ class Bubblewrap:
 
         Raises ``OctoError`` (``no_sandbox``) saying what is missing. Whether the kernel allows it shows in a run.
         """
-        found = executable or shutil.which("bwrap")
-        if found is None:
+        bwrap = executable or shutil.which("bwrap")
+        if bwrap is None:
             raise OctoError("bubblewrap (bwrap) is not installed", code="no_sandbox")
         machine = detect_architecture()
         if machine is None:
@@ -247,7 +251,7 @@ class Bubblewrap:
         identity = SANDBOX_USER if os.geteuid() == 0 else None
         interpreter = find_interpreter(identity, caches)
         duckdb = find_duckdb(identity, caches)
-        return cls(found, machine, interpreter, duckdb, identity, clock=clock or SystemClock())
+        return cls(bwrap, machine, interpreter, duckdb, identity, clock=clock or SystemClock())
 
     async def run(self, job: Job) -> SandboxResult:
         """Run ``job``; see :class:`octollm.services.arms.executor.sandbox.Sandbox`."""

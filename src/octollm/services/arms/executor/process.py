@@ -1,4 +1,7 @@
-"""The parent's side of a run: starts the sandbox process, enforces wall time and output limits, and parses the result channel."""
+"""The parent's side of a sandbox run.
+
+Starts the sandbox process, enforces wall time and output limits, and parses the result channel.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The runner: a request becomes a sandbox job (a Python program, or one SQL query over data files) within limits, with bounded concurrency and queue."""
+"""The runner: a request becomes a sandbox job within limits.
+
+A job is a Python program or one SQL query over data files; concurrency and queue are bounded.
+"""
 
 from __future__ import annotations
 
@@ -187,15 +190,15 @@ class Runner:
             self._active -= 1
 
 
-def resolve_limits(asked: RunLimits, defaults: Limits, maxima: Limits, *, memory: int | None = None) -> Limits:
+def resolve_limits(requested: RunLimits, defaults: Limits, maxima: Limits, *, memory: int | None = None) -> Limits:
     """Return the limits of a run: what is asked, or the default, and never more than the maximum.
 
     ``memory`` replaces the default of memory. Processor time is twice the wall time, for programs with threads.
     Raises ``OctoError`` (``invalid_body``) for a limit that is not positive.
     """
-    wall = defaults.wall_seconds if asked.wall_seconds is None else asked.wall_seconds
-    space = (memory or defaults.memory_bytes) if asked.memory_bytes is None else asked.memory_bytes
-    output = defaults.output_bytes if asked.output_bytes is None else asked.output_bytes
+    wall = defaults.wall_seconds if requested.wall_seconds is None else requested.wall_seconds
+    space = (memory or defaults.memory_bytes) if requested.memory_bytes is None else requested.memory_bytes
+    output = defaults.output_bytes if requested.output_bytes is None else requested.output_bytes
     if not (math.isfinite(wall) and wall > 0 and space > 0 and output > 0):
         raise OctoError("limits are positive numbers", code="invalid_body")
     wall = min(wall, maxima.wall_seconds)

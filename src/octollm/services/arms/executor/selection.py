@@ -1,4 +1,7 @@
-"""Selecting the sandbox: candidates are probed in the background with a trial run, and the first run waits for the result."""
+"""Selects the sandbox.
+
+Candidates are probed in the background with a trial run; the first run waits for the outcome.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""The supervisor, process 1 inside the sandbox: unpacks the job's files, runs the program under rlimits and the filter, and sends the results. Its text is given to the sandbox's interpreter, so it imports the standard library alone."""
+"""The supervisor, process 1 inside the sandbox.
+
+It unpacks the job's files, runs the program under rlimits and the system-call filter, and sends the results. Its text
+is sent to the sandbox's interpreter, so it imports the standard library alone. As process 1 of its namespace it cannot
+be signalled by the program, and everything ends with it. It trusts its input; the parent does not trust its output.
+
+Input: on descriptor 0, four bytes of length (big-endian), a JSON header, then the files' bytes.
+Output: on the result descriptor, one line of JSON, then the files' bytes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +36,7 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
 
 def unpack_files(stream: BinaryIO, files: Sequence[tuple[str, int]], root: str, keep: int) -> dict[str, bytes]:
     """Write the files under ``root`` and return those of at most ``keep`` bytes, to tell later what was changed."""
-    kept: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for name, size in files:
         data = stream.read(size)
         path = os.path.join(root, name)  # noqa: PTH118 - pathlib would double the start-up time
@@ -36,8 +44,8 @@ def unpack_files(stream: BinaryIO, files: Sequence[tuple[str, int]], root: str, 
         with open(path, "xb") as file:  # noqa: PTH123
             file.write(data)
         if size <= keep:
-            kept[name] = data
-    return kept
+            contents[name] = data
+    return contents
 
 
 def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes: int) -> list[tuple[str, bytes]]:
@@ -45,9 +53,9 @@ def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes:
 
     Links, devices, pipes and caches of byte code are passed over; nothing is followed.
     """
-    found: list[tuple[str, bytes]] = []
+    changed: list[tuple[str, bytes]] = []
     folders, listed = [""], 0
-    while folders and len(found) < most:
+    while folders and len(changed) < most:
         folder = folders.pop(0)
         try:
             with os.scandir(os.path.join(root, folder)) as entries:  # noqa: PTH118
@@ -55,7 +63,7 @@ def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes:
                 for entry in entries:
                     listed += 1
                     if listed > _MAX_LISTED:
-                        return found
+                        return changed
                     names.append((entry.name, entry.is_dir(follow_symlinks=False)))
         except OSError:
             continue
@@ -66,9 +74,9 @@ def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes:
                     folders.append(path)
                 continue
             data = _read_text_file(os.path.join(root, path), most_bytes)  # noqa: PTH118
-            if data is not None and before.get(path) != data and len(found) < most:
-                found.append((path, data))
-    return found
+            if data is not None and before.get(path) != data and len(changed) < most:
+                changed.append((path, data))
+    return changed
 
 
 def _read_text_file(path: str, most_bytes: int) -> bytes | None:

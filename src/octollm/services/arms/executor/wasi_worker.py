@@ -1,4 +1,7 @@
-"""The worker process that runs one program in CPython for WASI: it loads the machine code, drops its privileges, and then runs the program with no system calls but WASI's."""
+"""The worker process that runs one program in CPython for WASI.
+
+It loads the machine code, drops its privileges, and runs the program with no system calls but WASI's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Accepting a step's result by its evidence: code is validated anew, a query is run anew, citations are looked up; a capable model judges what cannot be checked (LLM as a judge)."""
+"""Accepts a step's result by its evidence.
+
+Code is validated again, a query is run again, citations are looked up; a capable model judges what code cannot check
+(LLM as a judge).
+"""
 
 from __future__ import annotations
 
@@ -73,9 +77,9 @@ async def ask_opinion(request: AcceptRequest, ask: PromptFunction) -> AcceptResu
 def _opinion_messages(request: AcceptRequest) -> list[PromptMessage]:
     criteria = "".join(f"\n- {criterion}" for criterion in request.criteria[:10])
     listed = f"\n\nCriteria:{criteria}" if criteria else ""
-    shown = request.result.output[:MAX_SHOWN_CHARS]
+    output = request.result.output[:MAX_SHOWN_CHARS]
     # The result may hold text that speaks to the judge; the marks say where it begins and ends.
-    return [system(_OPINION_PROMPT), user(f"Asked:\n{request.goal}{listed}\n\n<result>\n{shown}\n</result>")]
+    return [system(_OPINION_PROMPT), user(f"Asked:\n{request.goal}{listed}\n\n<result>\n{output}\n</result>")]
 
 
 MIN_SUPPORT = 0.5
@@ -169,20 +173,20 @@ async def check_data(request: AcceptRequest, evidence: Evidence, run: Run) -> tu
 
 
 def _find_differences(table: ResultSet, evidence: Evidence, output: str) -> list[str]:
-    found: list[str] = []
+    differences: list[str] = []
     if evidence.rows is not None and evidence.rows != table.row_count:
-        found.append(f"The answer counts {evidence.rows} rows, the query gives {table.row_count}.")
-    shown = output.split("\n")
+        differences.append(f"The answer counts {evidence.rows} rows, the query gives {table.row_count}.")
+    lines = output.split("\n")
     for row in table.rows[:MAX_COMPARED_ROWS]:
         cells = [format_cell(cell) for cell in row]
         if len(table.rows) == 1:
-            missing = [cell for cell in cells if not any(line.endswith(f": {cell}") for line in shown)]
+            missing = [cell for cell in cells if not any(line.endswith(f": {cell}") for line in lines)]
         else:
-            missing = [] if " | ".join(cells) in shown else cells
+            missing = [] if " | ".join(cells) in lines else cells
         if missing:
-            found.append(f"The answer does not show what the query gives: {', '.join(missing)[:200]}.")
+            differences.append(f"The answer does not show what the query gives: {', '.join(missing)[:200]}.")
             break
-    return found
+    return differences
 
 
 def _collapse_query_whitespace(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The judge over HTTP: whether code is valid, and whether a result is what was asked."""
+"""The judge as a service: it checks code, and whether a result is what was asked for."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def judge_arm(settings: Settings) -> Arm:
         async def read_file(digest: str) -> bytes:
             return await ctx.artifacts.read(FileRef(digest[:12], digest=digest))
 
-        asked = ModelAsk(ctx) if is_capable_model(settings) and ctx.allows("models:chat") else None
-        return await accept_result(request, bind_run(ctx), asked, read_file)
+        ask = ModelAsk(ctx) if is_capable_model(settings) and ctx.allows("models:chat") else None
+        return await accept_result(request, bind_run(ctx), ask, read_file)
 
     @arm.operation("execute")
     async def execute(task: Task, ctx: Context) -> ExecuteResult:

@@ -1,4 +1,7 @@
-"""Validating code: syntax, then pyflakes, then its tests in the sandbox; the first stage that fails gives the reasons."""
+"""Validates code: syntax, then pyflakes, then its tests in the sandbox.
+
+The first stage that fails gives the reasons.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +64,11 @@ _LINT_ERRORS = (
 
 def lint(tree: ast.Module, filename: str) -> list[str]:
     """Return the real errors that pyflakes sees, in the order of their lines, at most a few."""
-    found = [
+    messages = [
         message for message in checker.Checker(tree, filename=filename).messages if isinstance(message, _LINT_ERRORS)
     ]
-    found.sort(key=lambda message: message.lineno)
-    texts = [f"Line {m.lineno} of {filename}: {m.message % m.message_args}" for m in found]
+    messages.sort(key=lambda message: message.lineno)
+    texts = [f"Line {m.lineno} of {filename}: {m.message % m.message_args}" for m in messages]
     return list(dict.fromkeys(texts))[:MAX_LINT_REASONS]
 
 

@@ -1,4 +1,7 @@
-"""Plans by rule, for small models: code assigns files and goal to arms by media type and matching words; the model only words titles and criteria."""
+"""Plans by rule, for small models.
+
+Code assigns files and goal to arms by media type and matching words; the model only words titles and criteria.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ please kindly can could would will you i we want need like let us to me my the a
 _GENERAL_TEXT = """
 write answer question text file data word number find show help language python code function test table list sentence
 short long good new user goal task result step agent tool work information content name value tell give make do use say
+of and or in on at for with from by as is are be it its this that into over under about what which how why when where who
 """
 _POLITE_WORDS = frozenset(_POLITE_TEXT.split())
 _GENERAL_STEMS = frozenset(stem(word) for word in _GENERAL_TEXT.split())

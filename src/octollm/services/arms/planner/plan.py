@@ -164,7 +164,7 @@ def _plan_schema(arms: Sequence[str], files: Sequence[str]) -> dict[str, object]
 async def make_plan(
     request: PlanRequest, ask: PromptFunction, *, is_capable: bool = False, on_text: OnText | None = None
 ) -> Plan:
-    """Plan a goal. A ``is_capable_model`` model designs the steps; where it cannot, or none is at hand, code chooses them.
+    """Plan a goal: a capable model designs the steps; without one, or where its design is invalid, rules choose them.
 
     Code gives each kind of file to its arm, as steps that run side by side, and each step the whole goal; the
     model words titles and criteria. The criteria of the request hold for every step. Raises ``OctoError``:

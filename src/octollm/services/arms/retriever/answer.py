@@ -1,4 +1,7 @@
-"""Answering a question from passages (grounded generation): the model writes a sentence, code attaches the cited lines, and an answer without support is withheld."""
+"""Answers a question from passages (grounded generation).
+
+The model writes a sentence, code attaches the lines that support it, and an answer without support is withheld.
+"""
 
 from __future__ import annotations
 
@@ -41,29 +44,29 @@ class CitationSupport:
 
 def measure_support(question: str, answer: str, passages: Sequence[Passage]) -> CitationSupport:
     """Choose the few lines that share most with ``answer``, and measure how far they carry it."""
-    asked = stems(question)
-    said = _match_keys(answer)
-    own = (said - asked) or said
+    question_keys = stems(question)
+    answer_keys = _match_keys(answer)
+    own_keys = (answer_keys - question_keys) or answer_keys
     citations: list[Citation] = []
-    missing, used = set(own), list[Passage]()
+    missing, used = set(own_keys), list[Passage]()
     for _ in range(MAX_CITATIONS):
-        best = _best_window(missing, asked, passages)
+        best = _best_window(missing, question_keys, passages)
         if best is None:
             break
         citation, passage = best
         citations.append(citation)
         used.append(passage)
         missing -= _match_keys(citation.text)
-        if not missing or len(own) - len(missing) == 0:
+        if not missing or len(own_keys) - len(missing) == 0:
             break
-    held = stems("\n".join(passage.text + " " + passage.source for passage in used))
+    passage_keys = stems("\n".join(passage.text + " " + passage.source for passage in used))
     cited = extract_numbers_and_words("\n".join(citation.text for citation in citations))
     return CitationSupport(
         citations=tuple(citations),
-        answer_coverage=1 - len(missing) / len(own) if own else 0.0,
-        question_coverage=len(asked & held) / len(asked) if asked else 1.0,
+        answer_coverage=1 - len(missing) / len(own_keys) if own_keys else 0.0,
+        question_coverage=len(question_keys & passage_keys) / len(question_keys) if question_keys else 1.0,
         missing_numbers=extract_numbers(answer) - cited - extract_numbers(question),
-        is_echo=not (said - asked) and not _YES_NO.match(answer),
+        is_echo=not (answer_keys - question_keys) and not _YES_NO.match(answer),
     )
 
 
@@ -71,7 +74,9 @@ def _match_keys(text: str) -> set[str]:
     return set(stems(text)) | {_NUMBER_PREFIX + number for number in extract_numbers(text)}
 
 
-def _best_window(own: set[str], asked: frozenset[str], passages: Sequence[Passage]) -> tuple[Citation, Passage] | None:
+def _best_window(
+    own_keys: set[str], question_keys: frozenset[str], passages: Sequence[Passage]
+) -> tuple[Citation, Passage] | None:
     """Return the window of lines with most of the words that are still missing; few lines before many."""
     best: tuple[float, Citation, Passage] | None = None
     for rank, passage in enumerate(passages):
@@ -81,11 +86,16 @@ def _best_window(own: set[str], asked: frozenset[str], passages: Sequence[Passag
                 text = "\n".join(lines[start : start + length])
                 if not lines[start].strip() or not lines[start + length - 1].strip():
                     continue
-                held = _match_keys(text)
-                hits = len(own & held)
+                window_keys = _match_keys(text)
+                hits = len(own_keys & window_keys)
                 if not hits:
                     continue
-                score = _ANSWER_WEIGHT * hits + _QUESTION_WEIGHT * len(asked & held) - _LINE_COST * length - rank * 0.1
+                score = (
+                    _ANSWER_WEIGHT * hits
+                    + _QUESTION_WEIGHT * len(question_keys & window_keys)
+                    - _LINE_COST * length
+                    - rank * 0.1
+                )
                 if best is None or score > best[0]:
                     first = passage.line_start + start
                     last = min(first + length - 1, passage.line_end)
@@ -111,29 +121,34 @@ class Sentence:
 
 def rank_sentences(question: str, passages: Sequence[Passage]) -> list[Sentence]:
     """Return the sentences of the passages, those that speak most of the question first."""
-    asked = stems(question)
+    question_keys = stems(question)
     units = [
         (number, text, stems(text)) for number, passage in enumerate(passages) for text in split_sentences(passage.text)
     ]
-    seen = Counter(word for _, _, held in units for word in held & asked)
-    found = [
-        Sentence(number, text, held & asked, sum(math.log(1 + len(units) / seen[word]) for word in held & asked))
-        for number, text, held in units
+    seen = Counter(word for _, _, keys in units for word in keys & question_keys)
+    sentences = [
+        Sentence(
+            number,
+            text,
+            keys & question_keys,
+            sum(math.log(1 + len(units) / seen[word]) for word in keys & question_keys),
+        )
+        for number, text, keys in units
     ]
-    return sorted(found, key=lambda each: -each.weight)
+    return sorted(sentences, key=lambda each: -each.weight)
 
 
 def split_sentences(text: str) -> list[str]:
     """Split a passage into sentences; lines of lists, tables and headings stand for themselves."""
     units: list[str] = []
-    held = ""
+    paragraph = ""
     for line in text.split("\n"):
         if not line.strip() or _STRUCTURED_LINE.match(line):
-            units.append(held)
-            held = line.strip()
+            units.append(paragraph)
+            paragraph = line.strip()
         else:
-            held = f"{held} {line.strip()}".strip()
-    units.append(held)
+            paragraph = f"{paragraph} {line.strip()}".strip()
+    units.append(paragraph)
     return [sentence for unit in units for sentence in _SENTENCE_END.split(unit) if sentence.strip()]
 
 
@@ -142,9 +157,9 @@ def narrow_passages(question: str, passages: Sequence[Passage]) -> list[Passage]
     best = [each for each in rank_sentences(question, passages)[:MAX_SENTENCES] if each.question_words]
     cut: list[Passage] = []
     for number, passage in enumerate(passages):
-        kept = [each.text for each in best if each.passage == number]
-        if kept:
-            ordered = [text for text in split_sentences(passage.text) if text in kept]
+        chosen = [each.text for each in best if each.passage == number]
+        if chosen:
+            ordered = [text for text in split_sentences(passage.text) if text in chosen]
             text = "\n".join(ordered)
             cut.append(
                 Passage(passage.source, passage.digest, passage.line_start, passage.line_end, text, passage.score)

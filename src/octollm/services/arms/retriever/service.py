@@ -25,17 +25,17 @@ MAX_PASSAGES = 2000
 
 def search_texts(texts: Mapping[str, str], question: str, limit: int) -> list[Passage]:
     """Return at most ``limit`` passages of ``texts`` (name → text) that have words of ``question``, best first."""
-    found: list[Passage] = []
+    passages: list[Passage] = []
     for name, text in texts.items():
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        for lines in split_passages(text)[: MAX_PASSAGES - len(found)]:
-            found.append(Passage(name, digest, lines.line_start, lines.line_end, lines.text, 0.0))  # noqa: PERF401
+        for lines in split_passages(text)[: MAX_PASSAGES - len(passages)]:
+            passages.append(Passage(name, digest, lines.line_start, lines.line_end, lines.text, 0.0))  # noqa: PERF401
     terms = content_words(question) or tokenize(question)
-    scores = bm25(terms, [passage.text for passage in found], total=len(found))
-    ranked = sorted(zip(scores, range(len(found)), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    scores = bm25(terms, [passage.text for passage in passages], total=len(passages))
+    ranked = sorted(zip(scores, range(len(passages)), strict=True), key=lambda pair: (-pair[0], pair[1]))
     return [
         Passage(p.source, p.digest, p.line_start, p.line_end, p.text, round(score, 4))
-        for score, p in ((score, found[at]) for score, at in ranked[:limit])
+        for score, p in ((score, passages[at]) for score, at in ranked[:limit])
         if score > 0
     ]
 
@@ -79,16 +79,16 @@ async def find_passages(ctx: Context, files: Sequence[FileRef], question: str, l
     """
     texts = {file.name: file.text for file in files if file.text is not None}
     names = {file.digest: file.name for file in files if file.digest is not None and file.text is None}
-    found = search_texts(texts, question, limit)
+    passages = search_texts(texts, question, limit)
     if names or not files:
         request = SearchRequest(question, limit, SearchFilters(tuple(names)))
         remembered = await ctx.call("memory", "read", request, SearchResult)
-        found += [
+        passages += [
             msgspec.structs.replace(passage, source=names.get(passage.digest, passage.source))
             for passage in remembered.passages
         ]
-    found.sort(key=lambda passage: -passage.score)
-    return found[:limit]
+    passages.sort(key=lambda passage: -passage.score)
+    return passages[:limit]
 
 
 @contextlib.asynccontextmanager
