@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 600
 
 export PYTHON VENV GOAL
 
-.PHONY: help setup setup-dev demo up test chaos bench-calls bench-capabilities fuzz lint clean
+.PHONY: help setup setup-dev demo up test chaos bench-calls bench-capabilities fuzz docs structure lint clean
 
 help: ## Say what there is
 	@echo "OctoLLM: make TARGET"
@@ -52,6 +52,13 @@ fuzz: setup-dev ## Fuzz the verifier of capabilities for ten minutes (FUZZ_SECON
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	mkdir -p build/fuzz
 	$(BIN)/python tests/fuzz/fuzz_verifier.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -len_control=0 build/fuzz
+
+docs: setup-dev ## Build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+structure: setup-dev ## Count files, importers, class names and the calls of a task
+	$(BIN)/python scripts/structure
 
 lint: setup-dev ## Check style, types and layers
 	$(BIN)/ruff check .
