@@ -97,7 +97,7 @@ async def test_while_nobody_takes_it_the_newest_are_kept_and_it_is_told_once(tak
         await wait_until(lambda: not exporter.failure, description="it is told that all is well")
     assert taker.taken == list(range(15, 25))
     assert taker.count("dropped") == 15
-    assert taker.lines == ["spans.not_exported", "spans.exported_again"]
+    assert taker.lines == ["spans.not_exported", "spans.export_restored"]
 
 
 async def test_a_batch_that_is_refused_for_good_does_not_stop_the_next(taker: Taker) -> None:

@@ -198,7 +198,7 @@ async def test_without_news_only_what_changes_nothing_is_done_and_ready_says_so(
         assert await svc.call("/look", token) == (200, "")
         status, ready = await svc.ready()
         assert (status, ready.status) == (200, "degraded")
-        assert "what is not safe is refused" in ready.dependencies["revocations"].detail
+        assert "calls that are not read-only are refused" in ready.dependencies["revocations"].detail
         told.say()
         await svc.heard()
         assert await svc.call("/work", token) == (200, "")

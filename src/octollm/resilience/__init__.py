@@ -1,6 +1,6 @@
-"""The policies of a call as pure decisions: deadline, retry, balance, ejection.
+"""The policies of a call as pure decisions: deadline, retry, load balancing, ejection.
 
-Values go in, a decision comes out; whoever calls does the waiting and the I/O. Nothing here imports asyncio.
+Values go in, a decision comes out; the caller does the waiting and the I/O. Nothing here imports asyncio.
 """
 
 from octollm.resilience.load_balancing import Balancer, CallOutcome, Ejection, EjectionPolicy, Instance

@@ -1,4 +1,7 @@
-"""Load balancing over the instances of a service: power of two choices by peak-EWMA latency and calls in flight, a circuit breaker for each instance, and outlier ejection."""
+"""Load balancing over the instances of a service.
+
+Power of two choices by peak-EWMA latency and calls in flight, a circuit breaker per instance, and outlier ejection.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 CallOutcome = Literal["answered", "erred", "failed", "late", "unknown"]
-"""How a call ended for the instance.
+"""How a call ended, as far as the instance is concerned.
 
-It answered; it answered that it could not (500); it did not answer; it did not within the caller's deadline; or that
-was not its doing (a caller that left).
+It answered; it answered with an internal error (500); it did not answer; it missed the caller's deadline; or the call
+says nothing about the instance (the caller was cancelled).
 """
 
 
 @dataclass(frozen=True, slots=True)
 class EjectionPolicy:
-    """``failures`` in a row eject, or ``slow`` calls in a row that took ``factor`` times what they take elsewhere.
+    """When an instance is ejected: after consecutive failures, or consecutive calls slower than its peers.
 
-    What takes less than ``floor`` seconds is never slow. An ejection lasts ``seconds``, each further one twice as
-    long, up to ``most``. Then one call probes.
+    A call is slow if it takes ``slow_factor`` times the median latency of the other instances, and at least
+    ``min_slow_seconds``. An ejection lasts ``base_ejection_seconds``, twice as long each further time, up to
+    ``max_ejection_seconds``; then one call probes the instance.
     """
 
     consecutive_failures: int = 5
@@ -32,28 +36,28 @@ class EjectionPolicy:
 
 
 class CircuitBreaker:
-    """What is known of one instance: whether it may be called, and why not."""
+    """The circuit breaker of one instance: closed, open, or half-open with one probe."""
 
     def __init__(self) -> None:
         self.failures = 0
         self.slow = 0
         self.opened_at = -math.inf
-        """When it was ejected last."""
+        """When the circuit last opened."""
         self._times = 0
         self._until: float | None = None
         self._probe_until = 0.0
 
     @property
     def is_open(self) -> bool:
-        """Say whether the instance is out of use, or in it again for a probe only."""
+        """Whether the circuit is open or half-open."""
         return self._until is not None
 
     def allows_call(self, now: float) -> bool:
-        """Say whether a call may go to the instance now: half-open, it is the one that probes."""
+        """Return whether a call may go to the instance now; half-open, that call is the probe."""
         return self._until is None or (now >= self._until and now >= self._probe_until)
 
     def begin_probe(self, now: float, policy: EjectionPolicy) -> None:
-        """Note that a call goes out; the next has to wait for its end where it is a probe."""
+        """Record that a call goes out: if it is a probe, the next call waits for its outcome."""
         if self._until is not None:
             self._probe_until = now + policy.base_ejection_seconds
 
@@ -62,7 +66,7 @@ class CircuitBreaker:
         return 0.0 if self._until is None else max(0.0, self._until - now, self._probe_until - now)
 
     def record(self, outcome: CallOutcome, *, slow: bool) -> None:
-        """Count how a call ended; a probe that went well brings the instance back."""
+        """Count the outcome of a call; a successful probe closes the circuit."""
         self._probe_until = 0.0
         if outcome == "unknown":
             return
@@ -75,12 +79,12 @@ class CircuitBreaker:
                 self._until = None
 
     def should_open(self, policy: EjectionPolicy) -> bool:
-        """Say whether the instance is to be ejected, or for longer when its probe went no better."""
-        bad = self.failures >= policy.consecutive_failures or self.slow >= policy.consecutive_slow
-        return bad or (self.is_open and (self.failures > 0 or self.slow > 0))
+        """Return whether the circuit should open, or open again after a failed probe."""
+        unhealthy = self.failures >= policy.consecutive_failures or self.slow >= policy.consecutive_slow
+        return unhealthy or (self.is_open and (self.failures > 0 or self.slow > 0))
 
     def open(self, now: float, policy: EjectionPolicy) -> float:
-        """Take the instance out of use; return for how many seconds."""
+        """Open the circuit and return for how many seconds."""
         seconds = min(policy.max_ejection_seconds, policy.base_ejection_seconds * 2.0**self._times)
         self._times = min(self._times + 1, 16)
         self._until = now + seconds
@@ -89,12 +93,12 @@ class CircuitBreaker:
         return seconds
 
     def forgive(self) -> None:
-        """Forget one earlier ejection: the instance has been well for long."""
+        """Forget one earlier ejection of an instance that has been healthy for a while."""
         self._times = max(0, self._times - 1)
 
 
 DECAY_SECONDS = 10.0
-"""How long a slow call is remembered: latency rises at once and falls with this time constant (peak EWMA)."""
+"""Time constant of the peak EWMA: latency rises at once and decays with this constant."""
 MIN_SAMPLES = 3
 MAX_OPERATIONS = 64
 _DEFAULT_LATENCY = 0.001
@@ -109,30 +113,30 @@ class _Latency:
 
 
 class Instance:
-    """One instance: what is under way there, how long calls took, whether it is well."""
+    """One instance: its calls in flight, its latency per operation, and its circuit breaker."""
 
     def __init__(self, url: str, now: float) -> None:
         self.url = url
         self.in_flight = 0
         self.busy_until = 0.0
-        """Until when the instance asked not to be called."""
+        """Until when the instance asked not to be called (``Retry-After``)."""
         self.breaker = CircuitBreaker()
         self.latencies: dict[str, _Latency] = {}
         self.forgiven_at = now
 
     def load(self, operation: str, now: float) -> float:
-        """Return the seconds of work that are under way, with one call more.
+        """Return the expected seconds of work in flight, with one more call.
 
-        What is known fades while nothing is heard: else one slow call would keep an instance from ever being asked.
+        The latency decays without calls, or one slow call would keep an instance from being picked ever again.
         """
         latency = self.latencies.get(operation)
         if latency is None:
             return (self.in_flight + 1) * _DEFAULT_LATENCY
-        faded = latency.seconds * math.exp(-max(0.0, now - latency.updated_at) / DECAY_SECONDS)
-        return (self.in_flight + 1) * max(faded, _DEFAULT_LATENCY)
+        decayed = latency.seconds * math.exp(-max(0.0, now - latency.updated_at) / DECAY_SECONDS)
+        return (self.in_flight + 1) * max(decayed, _DEFAULT_LATENCY)
 
     def record_latency(self, operation: str, seconds: float, now: float) -> None:
-        """Note how long a call took."""
+        """Add the latency of a call to the peak EWMA."""
         latency = self.latencies.get(operation)
         if latency is None:
             if len(self.latencies) < MAX_OPERATIONS:
@@ -141,16 +145,16 @@ class Instance:
         if seconds >= latency.seconds:
             latency.seconds = seconds
         else:
-            share = math.exp(-max(0.0, now - latency.updated_at) / DECAY_SECONDS)
-            # At least a tenth, so that many calls in a moment count as well.
-            latency.seconds += (seconds - latency.seconds) * max(0.1, 1.0 - share)
+            weight = 1.0 - math.exp(-max(0.0, now - latency.updated_at) / DECAY_SECONDS)
+            # At least a tenth, so that a burst of fast calls in one moment counts as well.
+            latency.seconds += (seconds - latency.seconds) * max(0.1, weight)
         latency.updated_at = now
         latency.samples += 1
 
 
 @dataclass(frozen=True, slots=True)
 class Ejection:
-    """An instance was taken out of use for ``seconds``."""
+    """An instance was ejected for ``seconds``."""
 
     url: str
     reason: str
@@ -168,11 +172,11 @@ class Balancer:
 
     @property
     def instances(self) -> Sequence[Instance]:
-        """Return what is known, in the order of the addresses."""
+        """The instances, in the order of their addresses."""
         return self._instances
 
     def update_instances(self, urls: Sequence[str], now: float) -> None:
-        """Take over which instances there are; what is known of those that are gone is forgotten."""
+        """Replace the instances, keeping the state of those that stay."""
         if urls is self._urls or urls == self._urls:
             return
         known = {instance.url: instance for instance in self._instances}
@@ -180,9 +184,9 @@ class Balancer:
         self._urls = urls
 
     def pick(self, operation: str, now: float, failed: Set[str] = frozenset()) -> Instance | None:
-        """Return the instance to call, whose :meth:`ended` has to follow; ``None`` when none may be called.
+        """Return the instance to call, or ``None`` if every circuit is open; :meth:`record_outcome` must follow.
 
-        One in ``failed`` is chosen only where there is no other, and so is one that asked for a pause.
+        An instance in ``failed``, or one that asked for a pause, is picked only when there is no other.
         """
         instances = self._instances
         if len(instances) == 1:
@@ -195,7 +199,7 @@ class Balancer:
                 return None
             fresh = [each for each in allowed if each.url not in failed and each.busy_until <= now]
             probes = [each for each in fresh if each.breaker.is_open]
-            # One that may be well again is asked first: without calls it would never be back.
+            # A half-open instance goes first: without calls it would never be closed again.
             chosen = probes[0] if probes else self._less_loaded(fresh or allowed, operation, now)
         chosen.breaker.begin_probe(now, self._policy)
         chosen.in_flight += 1
@@ -208,15 +212,15 @@ class Balancer:
     def record_outcome(
         self, instance: Instance, operation: str, outcome: CallOutcome, seconds: float, now: float
     ) -> Ejection | None:
-        """Count a call that :meth:`pick` sent to ``instance``; return what became of the instance by it."""
+        """Record the outcome of a call that :meth:`pick` sent to ``instance``; return its ejection, if that follows."""
         instance.in_flight -= 1
         if outcome == "answered":
             instance.record_latency(operation, seconds, now)
         health, alone = instance.breaker, len(self._instances) == 1
         if health.is_open and now - seconds < health.opened_at:
-            return None  # it began before: the ejection was the answer to it and its like
+            return None  # the call began before the ejection, which already accounts for such calls
         if outcome == "erred" and alone:
-            outcome = "answered"  # what one operation cannot do must not close the others
+            outcome = "answered"  # a lone instance stays in use: one failing operation must not block the others
         slow = outcome in ("answered", "late") and self._is_slow(instance, operation, seconds)
         health.record("unknown" if outcome == "late" and not slow else outcome, slow=slow)
         if not health.should_open(self._policy):
@@ -230,7 +234,7 @@ class Balancer:
         return Ejection(instance.url, reason, health.open(now, self._policy))
 
     def _may_eject(self, instance: Instance) -> bool:
-        """Say whether one more may go: at most half of them, but a lone one that fails is not called for a while."""
+        """Return whether one more may be ejected: at most half of them, and a lone one only for failures."""
         if len(self._instances) == 1:
             return instance.breaker.failures >= self._policy.consecutive_failures
         return sum(each.breaker.is_open for each in self._instances) < len(self._instances) // 2
@@ -251,6 +255,7 @@ class Balancer:
         count = len(instances)
         if count == 1:
             return instances[0]
+        # Power of two choices: the less loaded of two random instances, so that clients do not herd on one.
         first = self._random(count)
         second = (first + 1 + self._random(count - 1)) % count
         one, other = instances[first], instances[second]

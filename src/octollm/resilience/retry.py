@@ -1,4 +1,7 @@
-"""Deadlines and retries as pure decisions: the time left for a call, exponential backoff with full jitter, the retry budget, and riding out an outage."""
+"""Deadlines and retries as pure decisions.
+
+The time left for a call, exponential backoff with full jitter, the retry budget, and retries during an outage.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +52,11 @@ def parse_timeout_ms(text: str | None) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class CallFailure:
-    """How a try failed.
+    """How an attempt failed.
 
-    ``began`` is false when the request surely never reached the handler (no connection, or shed with 503).
-    ``retry_after`` is what the peer asked for, in seconds. ``away`` says that a service was not there, which may
-    change soon.
+    ``may_have_started`` is false when the request certainly never reached the handler (no connection, or shed with
+    503). ``retry_after`` is the pause that the peer asked for, in seconds. ``is_outage`` marks a service that is
+    away, which may be over soon.
     """
 
     retryable: bool
@@ -64,7 +67,7 @@ class CallFailure:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Exponential backoff with full jitter; ``base`` and ``cap`` in seconds."""
+    """Exponential backoff with full jitter; delays in seconds."""
 
     max_attempts: int = 3
     base_delay: float = 0.1
@@ -73,10 +76,10 @@ class RetryPolicy:
     def next_delay(
         self, failure: CallFailure, *, attempt: int, is_idempotent: bool, remaining: float, random: float
     ) -> float | None:
-        """Return the seconds to wait before the next try, or ``None`` to stop.
+        """Return the seconds to wait before the next attempt, or ``None`` to stop.
 
-        ``tried`` counts the tries so far; ``repeats_safely`` says that the operation is safe or carries a key;
-        ``left`` is the deadline in seconds; ``random`` is uniform in [0, 1).
+        ``attempt`` counts the attempts so far; ``is_idempotent`` is true for a read-only operation or one with an
+        idempotency key; ``remaining`` is the time left in seconds; ``random`` is uniform in [0, 1).
         """
         if attempt >= self.max_attempts or not failure.retryable:
             return None
@@ -90,9 +93,9 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class OutageRetry:
-    """How long to go on trying while a service is away, ``pause`` seconds apart: it restarts, or another takes over.
+    """How long to retry while a service is away: it restarts, or another replica takes over.
 
-    It comes after :class:`RetryPolicy` and outside its budget: one try a second of one call multiplies no outage.
+    It follows the :class:`RetryPolicy` and is outside the budget: one attempt a second multiplies no outage.
     """
 
     max_seconds: float = 0.0
@@ -101,9 +104,9 @@ class OutageRetry:
     def next_delay(
         self, failure: CallFailure, *, elapsed: float, is_idempotent: bool, remaining: float
     ) -> float | None:
-        """Return the seconds to wait before the next try, or ``None`` to stop.
+        """Return the seconds to wait before the next attempt, or ``None`` to stop.
 
-        ``waited`` is how long the call has been failing; the other parameters are those of :meth:`RetryPolicy.wait`.
+        ``elapsed`` is how long the call has been failing; the rest is as for :meth:`RetryPolicy.next_delay`.
         """
         if not failure.is_outage or (failure.may_have_started and not is_idempotent):
             return None
@@ -111,9 +114,9 @@ class OutageRetry:
 
 
 class RetryBudget:
-    """Retries are at most a share of the calls, so that an outage is not multiplied.
+    """Bounds retries to a share of the calls, so that retries do not multiply an outage.
 
-    Each call earns ``share`` of a retry; unspent ones are kept up to ``most``.
+    Each call earns ``ratio`` of a retry; up to ``capacity`` unspent ones are saved.
     """
 
     def __init__(self, ratio: float = 0.2, capacity: float = 10.0) -> None:
@@ -122,11 +125,11 @@ class RetryBudget:
         self._balance = capacity
 
     def earn(self) -> None:
-        """Count one first try."""
+        """Count the first attempt of a call."""
         self._balance = min(self._capacity, self._balance + self._ratio)
 
     def spend(self) -> bool:
-        """Take one retry; false when none is left."""
+        """Take one retry; return false when none is left."""
         if self._balance < 1.0:
             return False
         self._balance -= 1.0

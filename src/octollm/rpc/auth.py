@@ -1,4 +1,7 @@
-"""Authentication and authorization of an operation: by capability token, service token, or public; the result is an AuthContext."""
+"""Authentication and authorization of an operation: by capability token, by service token, or public.
+
+An authenticator returns an :class:`AuthContext`, or raises the problem that the caller gets.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ CHAIN_ATTRIBUTE = "octollm.chain"
 
 
 class ChainLink(msgspec.Struct, frozen=True):
-    """One link: ``iss`` let ``aud`` do ``scope``. A grant's scope is its tree of what may follow, as JSON."""
+    """One link of a chain in a span: ``iss`` allowed ``aud`` to use ``scope``. A grant's scope is its tree, as JSON."""
 
     iss: str
     aud: str
@@ -29,9 +32,9 @@ class ChainLink(msgspec.Struct, frozen=True):
 
 
 def encode_chain(links: Sequence[TokenClaims]) -> tuple[str, ...]:
-    """Return every link as JSON, the root's first and the access token last.
+    """Return each link as JSON, the root's first and the access token last.
 
-    ``links`` are in the order of a bearer string: the access token, then the grants.
+    ``links`` has the order of a bearer string: the access token, then the grants.
     """
     ordered = (*links[1:], links[0])
     return tuple(
@@ -46,41 +49,44 @@ def _link_scope(link: TokenClaims) -> str:
 
 
 class AuthContext(msgspec.Struct, frozen=True):
-    """In whose name a call is: a capability's, or a service's own."""
+    """The authenticated caller: the principal of a capability, or the service ``peer`` itself."""
 
     verified: VerifiedChain | None = None
     peer: str = ""
     bearer: str = ""
     gateway_tenant: str = ""
-    """The tenant of a caller at the door, which is not shown a capability."""
+    """The tenant of a caller of the gateway, who presents no capability there."""
 
     @property
     def tenant(self) -> str:
-        """Return the tenant that the call is for; empty where a service speaks for itself."""
+        """Return the tenant that the call is for; empty when a service calls on its own behalf."""
         return self.gateway_tenant if self.verified is None else self.verified.tenant
 
 
 def auth_span_attributes(auth: AuthContext) -> dict[str, SpanValue]:
-    """Return in whose name a call is, and by which chain of authority: claims, never a token."""
+    """Return the caller and its chain of authority as span attributes: claims, never a token."""
     verified = auth.verified
     if verified is None:
-        named = {TENANT_ATTRIBUTE: auth.tenant, "octollm.peer": auth.peer}
-        return {name: value for name, value in named.items() if value}
-    told: dict[str, SpanValue] = {TENANT_ATTRIBUTE: verified.tenant, CHAIN_ATTRIBUTE: encode_chain(verified.links)}
+        peer = {TENANT_ATTRIBUTE: auth.tenant, "octollm.peer": auth.peer}
+        return {name: value for name, value in peer.items() if value}
+    attributes: dict[str, SpanValue] = {
+        TENANT_ATTRIBUTE: verified.tenant,
+        CHAIN_ATTRIBUTE: encode_chain(verified.links),
+    }
     if verified.task is not None:
         work = verified.task
-        named = {
+        task_attributes = {
             TASK_ATTRIBUTE: work.task,
             "octollm.step": work.step,
             "octollm.attempt": work.attempt,
             "octollm.run": work.run,
         }
-        told |= {name: value for name, value in named.items() if value is not None}
-    return told
+        attributes |= {name: value for name, value in task_attributes.items() if value is not None}
+    return attributes
 
 
 _STALE_DIRECTORY_REASONS = frozenset({"service_unknown", "key_mismatch"})
-"""Refusals of a service that another replica may have let in a moment ago."""
+"""Refusals that may come from a stale directory: another replica may have enrolled the service a moment ago."""
 
 
 def parse_bearer_token(request: Request) -> str:
@@ -98,7 +104,7 @@ def parse_bearer_token(request: Request) -> str:
 
 
 def required_scope(request: Request, operation: Operation) -> str:
-    """Return the scope that opens ``operation`` for this request: path parameters become selectors."""
+    """Return the scope that ``operation`` requires for this request: path parameters become selectors."""
     scope = operation.scope
     for name, value in request.path_params.items():
         scope = scope.replace("{" + name + "}", str(value))
@@ -106,17 +112,17 @@ def required_scope(request: Request, operation: Operation) -> str:
 
 
 class CapabilityAuthenticator:
-    """Opened by an access token for this service that allows the operation's scope."""
+    """Requires an access token for this service that allows the operation's scope."""
 
     def __init__(self, verifier: Verifier, revocations: RevocationSubscriber | None = None) -> None:
-        """``revoked`` is what keeps the verifier's revocations up to date; ``None`` where nothing has to."""
+        """``revocations`` keeps the verifier's list up to date; ``None`` where the list is local."""
         self._verifier = verifier
         self._revocations = revocations
         self._parsed_scopes: dict[str, Scope] = {}
-        """Scopes of operations without parameters; there are as many as a service has operations."""
+        """Scopes of operations without path parameters: bounded by the number of operations."""
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
-        """Return the capability; raise a ``token_*`` code, ``scope_missing`` or ``revocations_unknown``."""
+        """Return the verified capability; raise a ``token_*`` code, ``scope_missing`` or ``revocations_unknown``."""
         bearer = parse_bearer_token(request)
         verified = self._verifier.verify(bearer)
         if self._revocations is not None:
@@ -125,7 +131,7 @@ class CapabilityAuthenticator:
         if scope is None:
             text = required_scope(request, operation)
             if not text:
-                raise OctoError("No scope opens this operation.", code="scope_missing")
+                raise OctoError("No scope allows this operation.", code="scope_missing")
             scope = Scope(text)
             if text == operation.scope:
                 self._parsed_scopes[text] = scope
@@ -135,9 +141,9 @@ class CapabilityAuthenticator:
 
 
 class ServiceAuthenticator:
-    """Opened by a service's own token, for the services that an operation names.
+    """Requires a service's own token (``svc+jwt``), of a service that the operation names.
 
-    ``directory`` returns those that are known now; ``hurry`` looks again, for one that is not among them.
+    ``directory`` returns the known services; ``refresh_directory`` reads them again when the caller is not among them.
     """
 
     def __init__(
@@ -153,7 +159,7 @@ class ServiceAuthenticator:
         self._refresh_directory = refresh_directory
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
-        """Return the service's name. ``operation.scope`` lists the services admitted; ``*`` is any registered."""
+        """Return the service's name. ``operation.scope`` lists the admitted services; ``*`` admits any registered."""
         bearer = parse_bearer_token(request)
         try:
             peer = verify_service_token(bearer, self._audience, self._directory(), self._clock)
@@ -164,12 +170,12 @@ class ServiceAuthenticator:
             peer = verify_service_token(bearer, self._audience, self._directory(), self._clock)
         admitted = operation.scope.split()
         if "*" not in admitted and peer not in admitted:
-            raise OctoError(f"{peer} may not do this.", code="scope_missing")
+            raise OctoError(f"{peer} may not call this operation.", code="scope_missing")
         return AuthContext(peer=peer, bearer=bearer)
 
 
 class RegisteredServiceAuthenticator:
-    """Opened by the own token of any service that the orchestrator's directory lists, at a service without the list."""
+    """Requires the own token of any service in the orchestrator's directory, which this service reads remotely."""
 
     def __init__(self, audience: str, directory: ServiceDirectory, clock: Clock) -> None:
         self._audience = audience
@@ -177,23 +183,23 @@ class RegisteredServiceAuthenticator:
         self._clock = clock
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
-        """Return the service's name. Raises a ``token_*`` code, or what keeps the directory from being read."""
+        """Return the service's name. Raises a ``token_*`` code, or the error of reading the directory."""
         del operation
         bearer = parse_bearer_token(request)
         try:
             peer = verify_service_token(bearer, self._audience, await self._directory.entries(), self._clock)
         except CapabilityError as error:
-            if error.reason not in ("service_unknown", "key_mismatch"):
+            if error.reason not in _STALE_DIRECTORY_REASONS:
                 raise
-            # It may have been registered, or have a new key, since the directory was read.
+            # The service may have registered, or rotated its key, since the directory was read.
             peer = verify_service_token(bearer, self._audience, await self._directory.entries(fresh=True), self._clock)
         return AuthContext(peer=peer, bearer=bearer)
 
 
 class PublicAuthenticator:
-    """Opened by nothing: health, readiness, keys."""
+    """Admits everybody: health, readiness, public keys."""
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
-        """Return nobody."""
+        """Return an anonymous context."""
         del request, operation
         return AuthContext()

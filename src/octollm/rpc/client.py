@@ -1,4 +1,8 @@
-"""The client that one service calls another with: headers, deadline, retries, circuit breaking and balancing over instances, a whole response or a stream."""
+"""The client for calls between services: one call, over as many attempts and instances as its policies allow.
+
+It adds the headers of an internal call, keeps the deadline, retries within a budget, skips instances whose circuit
+breaker is open, balances over the rest, and returns a whole response or a stream.
+"""
 
 from __future__ import annotations
 
@@ -37,27 +41,27 @@ from octollm.telemetry import Logger, Metrics, Span, Tracer
 from octollm.telemetry.spans import UNSAMPLED_OPERATIONS
 
 SHED_CODES = frozenset({"overloaded", "draining", "rate_limited"})
-"""Refusals that come before a handler runs. Other problems may be passed on from further down."""
+"""Load shedding: refusals before a handler runs. Other problems may have been passed on from further down."""
 OUTAGE_CODES = SHED_CODES | {"connect_failed", "connect_timeout", "connection_lost", "pool_timeout", "unavailable"}
-"""Failures of a service that is not there just now, or of one that it needs: it may be there soon."""
+"""Failures of a service that is away, or of one that it depends on. Waiting may help."""
 
 
 def classify_failure(error: OctoError) -> CallFailure:
-    """Return what a failure says of whether to try again."""
+    """Return what a failed attempt means for the retry policy."""
     if isinstance(error, TransportError):
         return CallFailure(retryable=True, may_have_started=error.request_sent, is_outage=error.code in OUTAGE_CODES)
     if isinstance(error, RemoteError):
         return CallFailure(
             error.retryable, error.code not in SHED_CODES, error.retry_after, is_outage=error.code in OUTAGE_CODES
         )
-    # Ours: no instance could be called.
+    # Raised here, before any instance was called.
     return CallFailure(
         retryable=False, may_have_started=False, retry_after=error.retry_after, is_outage=error.code in OUTAGE_CODES
     )
 
 
 def classify_outcome(error: OctoError) -> CallOutcome:
-    """Return what a failure says of the instance that was called."""
+    """Return what a failed attempt means for the instance that was called."""
     if isinstance(error, TransportError):
         return "unknown" if error.code == "pool_timeout" else "failed"
     if isinstance(error, RemoteError):
@@ -74,7 +78,7 @@ NO_OUTAGE_RETRY = OutageRetry()
 
 
 class CallTarget(msgspec.Struct, frozen=True):
-    """What is called: ``path`` with its parameters filled in, and a query string if any."""
+    """The operation to call: ``path`` has its parameters filled in, and the query string if there is one."""
 
     service: str
     operation: str
@@ -84,9 +88,9 @@ class CallTarget(msgspec.Struct, frozen=True):
 
 
 class OutgoingCall(msgspec.Struct, frozen=True):
-    """One call to be made. ``bearer`` opens it; ``key`` is its ``Idempotency-Key``.
+    """One call to make, authorized by ``bearer``; ``key`` is its ``Idempotency-Key``.
 
-    ``patience`` is for a caller that would rather wait than fail when a service is away for a while.
+    ``outage_retry`` lets a caller wait for a service that is away instead of failing.
     """
 
     target: CallTarget
@@ -101,7 +105,7 @@ class OutgoingCall(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class _ServiceState:
-    """What is known of a service that is called."""
+    """The balancer and the retry budget of one callee."""
 
     balancer: Balancer
     budget: RetryBudget = field(default_factory=RetryBudget)
@@ -109,7 +113,7 @@ class _ServiceState:
 
 @dataclass(slots=True)
 class _CallProgress:
-    """What a call has been through."""
+    """The attempts of one call so far."""
 
     began: float
     failing_since: float | None = None
@@ -119,7 +123,7 @@ class _CallProgress:
 
 
 class ServiceClient:
-    """Calls other services in the name of one service."""
+    """Calls other services on behalf of one service."""
 
     def __init__(
         self,
@@ -150,41 +154,41 @@ class ServiceClient:
         self._counters: dict[tuple[str, str, str], Counter] = {}
 
     async def call(self, call: OutgoingCall, response_type: type[T], *, on_event: OnEvent | None = None) -> T:
-        """Make a call and return its typed answer.
+        """Make a call and return its typed response.
 
-        With ``on_line`` the answer is asked for as a stream and every line before the last is handed over.
-        Raises what the peer said as :class:`RemoteError`, and transport failures after the retries.
+        With ``on_event`` the response is requested as NDJSON, and each event before the result goes to it.
+        Raises the callee's problem as :class:`RemoteError`, a transport failure once the retries are used up, and
+        ``peer_protocol`` for a response that is not a ``response_type``.
         """
         if on_event is None:
-            whole = await self.send(call)
-            body = whole.body
+            body = (await self.send(call)).body
         else:
-            told = StreamSink(on_event)
-            body = await self._call_in_span(call, lambda url, headers: self._read_events(call, url, headers, told))
+            sink = StreamSink(on_event)
+            body = await self._call_in_span(call, lambda url, headers: self._read_events(call, url, headers, sink))
         try:
             return msgspec.json.decode(body, type=response_type, dec_hook=decode_model)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise OctoError(
-                f"{call.target.service} answered {call.target.operation} in another form than agreed: {error}",
+                f"{call.target.service} sent a malformed response to {call.target.operation}: {error}",
                 code="peer_protocol",
             ) from error
 
     async def send(self, call: OutgoingCall) -> HttpResponse:
-        """Make a call and return its whole answer; a status of 400 or more is raised."""
+        """Make a call and return its whole response; a status of 400 or more is raised."""
         target = call.target
         key = cache_key(f"{target.service}{target.path}", call.bearer) if target.method == "GET" else None
 
         async def once(url: str, headers: dict[str, str]) -> HttpResponse:
-            kept = None if key is None else self._etag_cache.add_validator(key, headers)
-            answer = await self._http.send(target.method, url, headers, call.body, seconds=call.deadline.remaining())
-            if answer.status >= 400:
-                raise parse_problem(target.service, answer.status, answer.body, answer.headers.get("retry-after"))
-            return answer if key is None else self._etag_cache.store(key, kept, answer)
+            cached = None if key is None else self._etag_cache.add_validator(key, headers)
+            response = await self._http.send(target.method, url, headers, call.body, seconds=call.deadline.remaining())
+            if response.status >= 400:
+                raise parse_problem(target.service, response.status, response.body, response.headers.get("retry-after"))
+            return response if key is None else self._etag_cache.store(key, cached, response)
 
         return await self._call_in_span(call, once)
 
     async def stream(self, call: OutgoingCall, consume: Callable[[StreamedResponse], Awaitable[T]]) -> T:
-        """Make a call and hand its answer to ``consume`` as it comes; a status of 400 or more is raised."""
+        """Make a call and pass its response to ``consume`` as it arrives; a status of 400 or more is raised."""
 
         async def once(url: str, headers: dict[str, str]) -> T:
             async with self._http.stream(
@@ -205,7 +209,7 @@ class ServiceClient:
             return await read_events(call.target.service, streamed, sink)
 
     async def _call_in_span(self, call: OutgoingCall, attempt: Callable[[str, dict[str, str]], Awaitable[T]]) -> T:
-        """Make a call in a span of its own, which its callee's is a child of."""
+        """Make a call in a client span, the parent of the callee's server span."""
         target = call.target
         span = self._tracer.start(_span_name(target), "client")
         keep = False
@@ -225,28 +229,28 @@ class ServiceClient:
     async def _call_with_retries(
         self, call: OutgoingCall, attempt: Callable[[str, dict[str, str]], Awaitable[T]], span: Span
     ) -> T:
-        """Try a call as often as the policies allow."""
         target = call.target
-        peer = self._service_state(target.service)
-        peer.budget.earn()
+        state = self._service_state(target.service)
+        state.budget.earn()
+        # Made once: X-Request-ID names the call, not an attempt, so a callee can recognize a retry.
         headers = self._headers(call, span)
-        trail = _CallProgress(self._clock.monotonic())
+        progress = _CallProgress(self._clock.monotonic())
         reason: OctoError | None = None
         while True:
-            trail.tries += 1
+            progress.tries += 1
             try:
                 call.deadline.raise_if_passed()
-                result = await self._attempt(call, attempt, headers, peer, trail)
+                result = await self._attempt(call, attempt, headers, state, progress)
             except OctoError as error:
                 self._count(target, error.code)
                 if reason is None or isinstance(error, TransportError | RemoteError):
                     reason = error
-                delay = self._retry_delay(call, error, peer, trail)
+                delay = self._retry_delay(call, error, state, progress)
                 if delay is None:
-                    # What an instance did says more than that none may be called for a while.
-                    seconds = self._clock.monotonic() - trail.began
+                    # The last failure of an instance explains more than "no instance may be called now".
+                    seconds = self._clock.monotonic() - progress.began
                     reason.call_attempts = CallAttempts(
-                        target.service, target.operation, trail.instance, trail.tries, seconds
+                        target.service, target.operation, progress.instance, progress.tries, seconds
                     )
                     if reason is error:
                         raise
@@ -258,28 +262,30 @@ class ServiceClient:
                 return result
             finally:
                 if reason is not None or span.trace.sampled:
-                    span.attributes |= {"octollm.attempts": trail.tries, "octollm.instance": trail.instance}
+                    span.attributes |= {"octollm.attempts": progress.tries, "octollm.instance": progress.instance}
 
     def _retry_delay(
         self, call: OutgoingCall, error: OctoError, state: _ServiceState, progress: _CallProgress
     ) -> float | None:
-        """Return how long to wait before the next try, ``None`` to stop."""
+        """Return the seconds to wait before the next attempt, or ``None`` to stop."""
         failure = classify_failure(error)
         repeats_safely = call.target.kind == "read_only" or call.key is not None
-        left = call.deadline.remaining()
+        remaining = call.deadline.remaining()
         delay = self._retry.next_delay(
             failure,
             attempt=progress.tries,
             is_idempotent=repeats_safely,
-            remaining=left,
-            random=random.random(),  # noqa: S311  jitter is no secret
+            remaining=remaining,
+            random=random.random(),  # noqa: S311  jitter needs no secret randomness
         )
         now = self._clock.monotonic()
         if progress.failing_since is None:
             progress.failing_since = now
         if delay is None or not state.budget.spend():
-            waited = now - progress.failing_since
-            delay = call.outage_retry.next_delay(failure, elapsed=waited, is_idempotent=repeats_safely, remaining=left)
+            # Outside the budget: one attempt a second of one call multiplies no outage.
+            delay = call.outage_retry.next_delay(
+                failure, elapsed=now - progress.failing_since, is_idempotent=repeats_safely, remaining=remaining
+            )
         return delay
 
     async def _attempt(
@@ -290,7 +296,7 @@ class ServiceClient:
         state: _ServiceState,
         progress: _CallProgress,
     ) -> T:
-        """Try a call once, at an instance that has not failed it where there is one."""
+        """Try a call once, preferring an instance that has not failed it yet."""
         operation = call.target.operation
         instance = self._pick_instance(call.target, state, progress)
         headers["X-Timeout-Ms"] = call.deadline.to_header()
@@ -321,7 +327,6 @@ class ServiceClient:
                     )
 
     def _pick_instance(self, target: CallTarget, state: _ServiceState, progress: _CallProgress) -> Instance:
-        """Return an instance that may be called."""
         now = self._clock.monotonic()
         state.balancer.update_instances(self._discovery.instances(target.service), now)
         instance = state.balancer.pick(target.operation, now, progress.failed)
@@ -336,13 +341,13 @@ class ServiceClient:
         return instance
 
     def _service_state(self, service: str) -> _ServiceState:
-        peer = self._services.get(service)
-        if peer is None:
+        state = self._services.get(service)
+        if state is None:
             if len(self._services) >= MAX_SERVICES:
-                # Services come and go: what is known of those that are gone is not kept for ever.
+                # Arms come and go. Losing a balancer's memory is cheap; keeping every one would leak.
                 self._services.clear()
-            peer = self._services[service] = _ServiceState(Balancer(random.randrange, self._ejection))
-        return peer
+            state = self._services[service] = _ServiceState(Balancer(random.randrange, self._ejection))
+        return state
 
     def _headers(self, call: OutgoingCall, span: Span) -> dict[str, str]:
         context = current_context()
@@ -368,5 +373,5 @@ class ServiceClient:
 
 
 def _span_name(target: CallTarget) -> str:
-    named = target.operation.startswith(f"{target.service}.")
-    return target.operation if named else f"{target.service}.{target.operation}"
+    is_qualified = target.operation.startswith(f"{target.service}.")
+    return target.operation if is_qualified else f"{target.service}.{target.operation}"

@@ -1,4 +1,7 @@
-"""Service discovery: base URLs from settings, expanded over DNS records as they change, or from the registry of arms."""
+"""Service discovery: the base URLs of a service's instances.
+
+They come from settings, expanded over DNS records as those change, or from the registry of arms.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from octollm.errors import OctoError
 
 
 class Discovery(Protocol):
-    """Finds the instances of a service."""
+    """Where the instances of a service are. Implementations answer from memory; they run for every call."""
 
     def instances(self, service: str) -> tuple[str, ...]:
         """Return base URLs without a trailing slash; raise ``unavailable`` when none is known."""
@@ -26,11 +29,11 @@ class Discovery(Protocol):
 
 
 class StaticDiscovery:
-    """Addresses that were set at start; with ``names``, a host name stands for every address that it has."""
+    """Addresses from settings; with a ``resolver``, a host name stands for each of its addresses."""
 
     def __init__(self, urls: Mapping[str, tuple[str, ...]], resolver: DnsResolver | None = None) -> None:
         self._urls = dict(urls)
-        self._names = resolver
+        self._resolver = resolver
 
     def instances(self, service: str) -> tuple[str, ...]:
         """Return base URLs without a trailing slash; raise ``unavailable`` when none is known."""
@@ -39,14 +42,14 @@ class StaticDiscovery:
             raise OctoError(
                 f"No address is known for {service}; set OCTOLLM_{service.upper()}_URL.", code="unavailable"
             )
-        return urls if self._names is None else self._names.expand(urls)
+        return urls if self._resolver is None else self._resolver.expand(urls)
 
 
 MIN_TTL = 1.0
 MAX_TTL = 30.0
-"""Seconds: what a name's records say is kept within these, so that a change is seen within half a minute."""
+"""Bounds of a record's TTL in seconds, so that a change takes effect within half a minute."""
 FAILED_TTL = 2.0
-"""Seconds until a name is asked for again that was not answered; its last addresses stay."""
+"""Seconds until a failed lookup is repeated. The last known addresses stay in use."""
 LOOKUP_SECONDS = 3.0
 MAX_ADDRESSES = 64
 MAX_NAMES = 256
@@ -54,7 +57,7 @@ MAX_NAMES = 256
 
 @dataclass(frozen=True, slots=True)
 class DnsRecords:
-    """The addresses of a name, and for how long they hold, in seconds."""
+    """The addresses of a name, and their TTL in seconds."""
 
     addresses: tuple[str, ...]
     ttl: float
@@ -64,7 +67,7 @@ ResolveAddresses = Callable[[str], Awaitable[DnsRecords]]
 
 
 async def resolve_addresses(name: str) -> DnsRecords:
-    """Ask DNS for the A and AAAA records (RFC 1035, RFC 3596) of ``name``, by the machine's ``resolv.conf``.
+    """Query the A and AAAA records (RFC 1035, RFC 3596) of ``name``, as the machine's ``resolv.conf`` says.
 
     Raises ``LookupError`` when there is no answer.
     """
@@ -87,7 +90,7 @@ async def resolve_addresses(name: str) -> DnsRecords:
 
 
 class _HostRecord:
-    """One name: its addresses as last known, and the task that follows them."""
+    """The last known addresses of a name, and the task that refreshes them."""
 
     def __init__(self) -> None:
         self.addresses: tuple[str, ...] = ()
@@ -95,7 +98,7 @@ class _HostRecord:
 
 
 class DnsResolver:
-    """Follows names for as long as its ``async with`` lasts. Names that are not used are not asked for."""
+    """Keeps the addresses of used names fresh while its ``async with`` block is open."""
 
     def __init__(self, *, resolve: ResolveAddresses = resolve_addresses) -> None:
         self._resolve = resolve
@@ -116,13 +119,12 @@ class DnsResolver:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def expand(self, urls: Sequence[str]) -> tuple[str, ...]:
-        """Return ``urls`` with one for each address that its host name has now.
+        """Return ``urls`` with one URL for each current address of its host name.
 
-        A URL whose host is an address stays; so does one whose name has not been answered yet, for the operating
-        system to resolve, which also knows names that are in no DNS. ``https`` stays too: its name is in the
-        certificate.
+        A URL stays as it is when its host is an address, when its name is not resolved yet (the operating system
+        also knows names outside DNS), and with ``https``, whose certificate is for the name.
         """
-        return tuple(url for given in urls for url in self._expand(given))
+        return tuple(expanded for url in urls for expanded in self._expand(url))
 
     def _expand(self, url: str) -> tuple[str, ...]:
         parts = urlsplit(url)
@@ -148,15 +150,15 @@ class DnsResolver:
         return name
 
     async def _refresh(self, host: str, name: _HostRecord) -> None:
-        """Ask again whenever the records have run out."""
+        """Repeat the lookup whenever the records expire."""
         while True:
             try:
-                found = await self._resolve(host)
+                records = await self._resolve(host)
             except LookupError:
                 await asyncio.sleep(FAILED_TTL)
                 continue
-            name.addresses = found.addresses
-            await asyncio.sleep(min(max(found.ttl, MIN_TTL), MAX_TTL))
+            name.addresses = records.addresses
+            await asyncio.sleep(min(max(records.ttl, MIN_TTL), MAX_TTL))
 
 
 def _is_address(host: str) -> bool:
@@ -168,28 +170,28 @@ def _is_address(host: str) -> bool:
 
 
 RegisteredAddresses = Callable[[str], tuple[str, ...]]
-"""Finds the registered base URLs of a service; none for one that has not registered, or is silent."""
+"""Returns the registered base URLs of a service; none for one that is not registered or has gone silent."""
 
 
 class RegistryDiscovery:
-    """Asks ``first`` (settings, DNS), then what arms registered. So no arm can take a built-in service's place."""
+    """Prefers ``static`` (settings, DNS) to the registry, so that no arm can take a built-in service's place."""
 
     def __init__(self, static: Discovery, addresses: RegisteredAddresses) -> None:
-        self._first = static
+        self._static = static
         self._addresses = addresses
 
     def instances(self, service: str) -> tuple[str, ...]:
         """Return base URLs without a trailing slash; raise ``unavailable`` when none is known."""
         try:
-            return self._first.instances(service)
+            return self._static.instances(service)
         except OctoError as error:
             if error.code != "unavailable":
                 raise
             urls = self._addresses(service)
             if not urls:
                 raise OctoError(
-                    f"{service} is not there: no process of it is registered, and no setting names its address. Start"
-                    f" it, or set OCTOLLM_{service.upper()}_URL.",
+                    f"{service} is not available: no process of it is registered, and no setting names its address."
+                    f" Start it, or set OCTOLLM_{service.upper()}_URL.",
                     code="unavailable",
                 ) from error
             return urls

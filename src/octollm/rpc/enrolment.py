@@ -1,4 +1,7 @@
-"""Enrolment of an arm: it proves possession of its enrolment token, learns which root keys to trust, and later rotates its key."""
+"""Enrolment of an arm with the orchestrator, and the rotation of its key.
+
+The arm proves possession of its enrolment token and learns which root keys to trust; the token is never sent.
+"""
 
 from __future__ import annotations
 
@@ -47,30 +50,30 @@ async def enrol(
     calls: Sequence[str],
     max_wait: float = 60.0,
 ) -> Mapping[str, PublicKey]:
-    """Join as ``name`` with ``key``, and return the root keys to pin, by thumbprint.
+    """Enrol as ``name`` with ``key`` and the declared ``calls``; return the root keys to pin, by thumbprint.
 
-    ``calls`` are those that the arm declares. An orchestrator that is not there is waited for, ``seconds`` at most.
-    Joining again with the same key is harmless. Raises ``join_refused``; ``join_unproven`` when who answered does not
-    know the secret, and so may be anybody; ``invalid_body`` for a name or calls that cannot be; ``rate_limited``.
+    It waits up to ``max_wait`` seconds for an orchestrator that is away. Enrolling again with the same key is
+    harmless. Raises ``join_refused``; ``join_unproven`` when the peer does not know the token, and so is not the
+    orchestrator; ``invalid_body`` for a name or calls that are not allowed; ``rate_limited``.
     """
     check_arm_name(name)
-    own = EnrolmentToken.parse(enrolment_token.strip())
+    token = EnrolmentToken.parse(enrolment_token.strip())
     scopes = scopes_of(parse_declared_calls(calls))
-    caller = ServiceClient(name, http, discovery, clock=clock, ids=ids, metrics=Metrics(name))
-    end = Deadline.after(clock, max_wait)
+    client = ServiceClient(name, http, discovery, clock=clock, ids=ids, metrics=Metrics(name))
+    deadline = Deadline.after(clock, max_wait)
     while True:
         try:
-            return await _enrol_once(caller, clock, name, key, own, scopes)
+            return await _enrol_once(client, clock, name, key, token, scopes)
         except OctoError as error:
-            if not _is_transient(error) or end.remaining() <= _PAUSE_SECONDS:
+            if not _is_transient(error) or deadline.remaining() <= _PAUSE_SECONDS:
                 raise
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
 async def rotate_key(client: ServiceClient, identity: ServiceIdentity, new_key: SigningKey) -> None:
-    """Bring a new key of the service ``identity``, whose present key signs the request.
+    """Register a new key for the service ``identity``; its present key signs the request.
 
-    The present key is good for an hour more. Raises ``scope_missing`` for a service that did not join.
+    The present key stays valid for another hour. Raises ``scope_missing`` for a service that is not enrolled.
     """
     message = rotation_message(identity.name, new_key.thumbprint)
     body = KeyRotation(new_key.public.to_jwk(), b64encode(new_key.sign(message)))
@@ -90,29 +93,30 @@ async def _enrol_once(
     request = EnrolmentRequest(
         enrolment_token.id, name, key.public.to_jwk(), calls, nonce, arm_proof(enrolment_token.key, claim)
     )
-    answer = await client.call(_create_call(clock, "join", request), EnrolmentResponse)
-    roots = _parse_roots(answer)
-    if not proofs_match(root_proof(enrolment_token.key, claim, roots), answer.proof):
+    response = await client.call(_create_call(clock, "join", request), EnrolmentResponse)
+    roots = _parse_roots(response)
+    # The proof covers the root keys: whoever sits between cannot replace them without knowing the token.
+    if not proofs_match(root_proof(enrolment_token.key, claim, roots), response.proof):
         raise OctoError(
-            "What answered does not know the join secret, so its root keys are not trusted. Check that"
-            " OCTOLLM_ORCHESTRATOR_URL is the installation that made the secret.",
+            "The peer does not know the enrolment token, so its root keys are not trusted. Check that"
+            " OCTOLLM_ORCHESTRATOR_URL is the installation that issued the token.",
             code="join_unproven",
         )
     return roots
 
 
-def _parse_roots(answer: EnrolmentResponse) -> dict[str, PublicKey]:
+def _parse_roots(response: EnrolmentResponse) -> dict[str, PublicKey]:
     try:
-        if not 0 < len(answer.roots) <= MAX_ROOTS:
+        if not 0 < len(response.roots) <= MAX_ROOTS:
             raise CapabilityError("key_malformed")
-        keys = [PublicKey.from_jwk(jwk) for jwk in answer.roots]
+        keys = [PublicKey.from_jwk(jwk) for jwk in response.roots]
     except CapabilityError as error:
-        raise OctoError("What answered sent no root keys, or malformed ones.", code="join_unproven") from error
+        raise OctoError("The peer sent no root keys, or malformed ones.", code="join_unproven") from error
     return {key.thumbprint: key for key in keys}
 
 
 def _create_call(clock: Clock, action: str, body: object, bearer: str = "none") -> OutgoingCall:
-    # A nonce is spent by the first try that arrives, so only what surely did not arrive is tried again.
+    # The first request that arrives spends the nonce, so only one that certainly did not arrive is retried.
     kind = "at_most_once" if action == "join" else "read_only"
     return OutgoingCall(
         CallTarget("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", kind),
@@ -123,7 +127,7 @@ def _create_call(clock: Clock, action: str, body: object, bearer: str = "none") 
 
 
 def _is_transient(error: OctoError) -> bool:
-    """Say whether trying again with another nonce may help: nobody answered, or it was at its limit for a moment."""
+    """Return whether another attempt with a new nonce may help: the orchestrator was away, or overloaded."""
     if isinstance(error, RemoteError):
         return error.retryable and error.code != "rate_limited"
     return isinstance(error, TransportError) or error.code in ("unavailable", "deadline_exceeded")

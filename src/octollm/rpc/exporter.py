@@ -1,4 +1,7 @@
-"""A background batch exporter over a bounded buffer: spans to the monitor, or to an OpenTelemetry collector."""
+"""A background batch exporter over a bounded buffer.
+
+It sends spans to the monitor or to an OpenTelemetry collector, and never delays the work that the spans describe.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,28 @@ from octollm.telemetry.otlp import encode_spans
 
 T = TypeVar("T")
 SendBatch = Callable[[list[T]], Awaitable[None]]
-"""Hands a batch over. Raises an ``OctoError``; a batch that it says may be sent again is kept."""
+"""Sends a batch. Raises an ``OctoError``; the batch is kept if that is retryable."""
 
 EXPORT_SECONDS = 0.5
-"""How long the first of a batch waits for others."""
+"""How long the first item of a batch waits for others."""
 MAX_BATCH = 512
 SEND_SECONDS = 5.0
 LONGEST_PAUSE = 30.0
-"""Between two tries while nobody takes anything."""
+"""Longest pause between two attempts while the receiver is away."""
 FLUSH_SECONDS = 0.5
-"""How long the last batch may take when the service ends."""
+"""How long the last batch may take when the service stops."""
 
 
 class BatchExporter(Generic[T]):
-    """Sends what is put into a buffer. It never holds up the work that is told of.
+    """Sends the items of a buffer in batches.
 
-    While nobody takes it, the buffer keeps the newest, ``/ready`` says so, and the log says so once.
+    While the receiver is away, the buffer keeps the newest items, ``/ready`` reports it, and one line is logged.
     """
 
     def __init__(
         self, buffer: ExportBuffer[T], send: SendBatch[T], *, name: str, log: Logger, metrics: Metrics
     ) -> None:
-        """``name`` is who takes it, in words for the log and ``/ready``."""
+        """``name`` is the receiver, for the log and ``/ready``."""
         self._buffer = buffer
         self._send = send
         self._name = name
@@ -50,11 +53,11 @@ class BatchExporter(Generic[T]):
         self._metrics = metrics
         self._dropped_counted = 0
         self.failure = ""
-        """Why nothing can be exported just now; empty when it can."""
+        """Why the last export failed; empty after one that succeeded."""
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncGenerator[None]:
-        """Export for as long as the context is open; on leaving, what still waits is sent, or given up in time."""
+        """Export while the context is open; leaving it flushes the buffer."""
         exporting = asyncio.create_task(self._export_forever(), name=f"export to {self._name}")
         exporting.add_done_callback(self._on_task_done)
         try:
@@ -65,9 +68,9 @@ class BatchExporter(Generic[T]):
             await self.flush()
 
     async def flush(self) -> None:
-        """Send what waits, or give it up in time; for the end of a service, and of what it does beyond serving."""
+        """Send the buffered items, or log how many are lost after half a second."""
         with contextlib.suppress(TimeoutError):
-            # In a task, so that the request context of whoever closes the service stays as it is.
+            # In a task of its own: _disable_tracing must not change the context of the caller.
             async with asyncio.timeout(FLUSH_SECONDS):
                 await asyncio.create_task(self._export_rest())
         self._count_dropped()
@@ -75,12 +78,12 @@ class BatchExporter(Generic[T]):
             self._log.warning("spans.lost", to=self._name, count=len(self._buffer))
 
     async def check_readiness(self) -> DependencyStatus:
-        """Say for ``/ready`` whether what waits is taken; without that the work goes on all the same."""
+        """Return the state of the export for ``/ready``; a service works without it."""
         return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.failure = f"The export to {self._name} has ended; the log says why."
+            self.failure = f"The export to {self._name} has crashed; the log has the reason."
             self._log.error("spans.crashed", to=self._name, error=error)
 
     async def _export_forever(self) -> None:
@@ -96,7 +99,7 @@ class BatchExporter(Generic[T]):
         await self._export()
 
     async def _export(self) -> bool:
-        """Send all that waits; say whether it was taken."""
+        """Send every buffered batch; return whether all were accepted."""
         while batch := self._buffer.take(MAX_BATCH):
             try:
                 await self._send(batch)
@@ -109,7 +112,7 @@ class BatchExporter(Generic[T]):
             self._metrics.spans.labels(self._name, "exported").inc(len(batch))
             if self.failure:
                 self.failure = ""
-                self._log.info("spans.exported_again", to=self._name)
+                self._log.info("spans.export_restored", to=self._name)
         self._count_dropped()
         return True
 
@@ -117,22 +120,22 @@ class BatchExporter(Generic[T]):
         if to_problem(error).retryable or error.code == "deadline_exceeded":
             self._buffer.requeue(batch)
         else:
-            # The same batch again would be refused again.
+            # Sent again, the same batch would be refused again.
             self._buffer.dropped += len(batch)
         self._count_dropped()
         if not self.failure:
             self._log.warning("spans.not_exported", to=self._name, error=error)
-        self.failure = f"Spans are not taken by {self._name}: {error.detail}"
+        self.failure = f"{self._name} does not accept spans: {error.detail}"
 
     def _count_dropped(self) -> None:
-        fresh, self._dropped_counted = self._buffer.dropped - self._dropped_counted, self._buffer.dropped
-        if fresh:
-            self._metrics.spans.labels(self._name, "dropped").inc(fresh)
+        uncounted, self._dropped_counted = self._buffer.dropped - self._dropped_counted, self._buffer.dropped
+        if uncounted:
+            self._metrics.spans.labels(self._name, "dropped").inc(uncounted)
 
 
 def create_monitor_sender(client: ServiceClient, signer: ServiceTokenSigner, clock: Clock) -> SendBatch[Span]:
-    """Return what hands spans to the monitor, in the name of the service itself."""
-    # The monitor takes a span once, so a batch may be sent again.
+    """Return a sender of spans to the monitor, authenticated as the service itself."""
+    # Read-only, so that the client retries it: the monitor stores a repeated span once.
     target = CallTarget("monitor", "traces.receive", "POST", "/v1/traces", "read_only")
 
     async def send(spans: list[Span]) -> None:
@@ -144,5 +147,5 @@ def create_monitor_sender(client: ServiceClient, signer: ServiceTokenSigner, clo
 
 
 def _disable_tracing() -> None:
-    """Set a request context whose calls leave no spans: the export of spans would never come to an end."""
+    """Set an unsampled trace: exporting the spans of the export itself would never end."""
     set_context(RequestContext(current_context().service, trace=start_trace()))

@@ -1,4 +1,8 @@
-"""Calls to external services (model providers, collectors, identity providers): proxies and system certificates, with the retry policy, retry budget and circuit breaker of internal calls."""
+"""Calls to external services: model providers, collectors, identity providers.
+
+They use the environment's proxies and the system's certificates, with the retry policy, the retry budget and the
+circuit breaker of internal calls.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +34,9 @@ T = TypeVar("T")
 
 
 def create_external_http_client(*, read_timeout: float) -> HttpClient:
-    """Return a client for requests outside; ``idle`` is the longest silence of an answer, in seconds.
+    """Return a client for external requests; ``read_timeout`` is the longest silence of a response, in seconds.
 
-    No redirect is followed: one would carry a key elsewhere.
+    It follows no redirects, which would carry an API key to another host.
     """
     return Http2Client(
         transport=HTTPTransport(
@@ -47,9 +51,10 @@ def create_external_http_client(*, read_timeout: float) -> HttpClient:
 
 
 class ExternalClient:
-    """One that is called outside, by ``name``: tries within the deadline and a budget, and a breaker.
+    """Calls the external service ``name`` with retries within the deadline and a budget, behind a circuit breaker.
 
-    After five failures in a row it is not called for 5 s, then for longer, but for one call that probes.
+    By default the circuit opens for 5 s after five failures in a row, and for twice as long each time that its
+    half-open probe fails.
     """
 
     def __init__(
@@ -81,18 +86,18 @@ class ExternalClient:
         *,
         is_repeatable: Callable[[], bool],
     ) -> T:
-        """Return what ``once`` does. It is tried again after a failure that may pass, while ``repeats`` says it may be.
+        """Return the result of ``attempt``, retried after transient failures while ``is_repeatable`` allows it.
 
-        Raises what ``once`` raised last, ``unavailable`` while it is not called, and ``deadline_exceeded``.
+        Raises the last error of ``attempt``, ``unavailable`` while the circuit is open, and ``deadline_exceeded``.
         """
         self._budget.earn()
         began = self._clock.monotonic()
-        tried = 0
+        attempts = 0
         reason: OctoError | None = None
         while True:
             deadline.raise_if_passed()
             instance = self._pick(operation, reason)
-            tried += 1
+            attempts += 1
             try:
                 result = await self._attempt(instance, operation, attempt)
             except OctoError as error:
@@ -100,14 +105,14 @@ class ExternalClient:
                 self._metrics.calls.labels(self._service, self._name, operation, error.code).inc()
                 delay = self._retry.next_delay(
                     CallFailure(to_problem(error).retryable, may_have_started=True, retry_after=error.retry_after),
-                    attempt=tried,
+                    attempt=attempts,
                     is_idempotent=is_repeatable(),
                     remaining=deadline.remaining(),
                     random=random.random(),  # noqa: S311  jitter is no secret
                 )
                 if delay is None or not self._budget.spend():
                     error.call_attempts = CallAttempts(
-                        self._name, operation, self._name, tried, self._clock.monotonic() - began
+                        self._name, operation, self._name, attempts, self._clock.monotonic() - began
                     )
                     raise
                 self._metrics.call_retries.labels(self._service, self._name).inc()
@@ -121,7 +126,7 @@ class ExternalClient:
         instance = self._breaker.pick(operation, now)
         if instance is None:
             if reason is not None:
-                raise reason  # it says more than that there is no further try
+                raise reason  # the failure that opened the circuit explains more than "the circuit is open"
             wait = self._breaker.seconds_until_available(now)
             raise OctoError(
                 f"{self._name} has failed too often in a row; the next try is in {wait:.0f} s.",
@@ -145,11 +150,11 @@ class ExternalClient:
             ejected = self._breaker.record_outcome(instance, operation, outcome, now - began, now)
             if ejected is not None:
                 self._metrics.ejections.labels(self._service, self._name, ejected.reason).inc()
-                self._log.warning("outside.left_alone", target=self._name, seconds=ejected.seconds)
+                self._log.warning("circuit.opened", target=self._name, seconds=ejected.seconds)
 
 
 def _classify_outcome(error: OctoError) -> CallOutcome:
-    """Return what a failure says of the one that was called: who refuses, or asks for patience, is well."""
+    """Return what a failure means for the circuit breaker: a refusal or a Retry-After comes from a healthy service."""
     if not to_problem(error).retryable or error.retry_after is not None:
         return "answered"
     return "failed"

@@ -1,4 +1,7 @@
-"""Group commit: items that arrive while one batch runs are done together in the next, with one statement or one call."""
+"""Group commit: items that arrive while a batch runs form the next batch.
+
+So many items share one SQL statement or one call, and a lone item does not wait for others.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ I = TypeVar("I")  # noqa: E741  an item
 R = TypeVar("R")
 
 MAX_BATCH_ITEMS = 200
-"""Items that are done together."""
+"""Most items of one batch."""
 MAX_WAITING = 10_000
-"""Items that wait for the batch under way; past that an item is refused."""
+"""Most items that may wait for the running batch; more are refused as overload."""
 
 
 class GroupCommit(Generic[I, R]):
-    """Runs one batch at a time; what is asked for meanwhile makes the next. An item alone does not wait.
+    """Runs one batch at a time, and collects the next one meanwhile.
 
-    ``work`` returns a result for each item, in their order, or what its caller is to be raised. What it raises
-    itself, all of the batch's callers get. With ``weigh`` a batch weighs at most ``most_weight``, or has one item.
+    ``work`` returns for each item, in order, a result or an error to raise in its caller. An exception of ``work``
+    goes to every caller of the batch. With ``weight_of``, a batch weighs at most ``max_weight`` or has one item.
     """
 
     def __init__(
@@ -42,21 +45,21 @@ class GroupCommit(Generic[I, R]):
         self._running: asyncio.Task[None] | None = None
 
     def put(self, item: I) -> asyncio.Future[R]:
-        """Add an item; its result comes with a later batch. Cancelling the future leaves an item out that waits.
+        """Queue an item and return the future of its result. Cancelling the future removes an item that still waits.
 
-        Raises ``overloaded`` when too many wait.
+        Raises ``overloaded`` when too many items wait.
         """
         if len(self._waiting) >= MAX_WAITING:
-            raise OctoError(f"Too many {self._name} wait.", code="overloaded", retry_after=1.0)
+            raise OctoError(f"Too many {self._name} are waiting.", code="overloaded", retry_after=1.0)
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._running is None:
-            # It belongs to none of those it works for: not to the task or the trace of the first either.
+            # An empty context: the batch serves many callers, and belongs to the trace of none.
             self._running = asyncio.create_task(self._run(), name=self._name, context=contextvars.Context())
         return future
 
     async def wait(self, item: I) -> R:
-        """Add an item and return its result. Who leaves before does not take the item along."""
+        """Queue an item and return its result. Cancelling the waiter does not cancel the item."""
         return await asyncio.shield(self.put(item))
 
     async def _run(self) -> None:
@@ -67,7 +70,7 @@ class GroupCommit(Generic[I, R]):
                     await self._run_batch(batch)
         finally:
             self._running = None
-            # Whoever stops the loop stops those that wait as well.
+            # Without this a cancelled batch would leave the waiters of the next one waiting for ever.
             for _, future in self._waiting:
                 future.cancel()
 

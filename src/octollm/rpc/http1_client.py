@@ -1,4 +1,7 @@
-"""The HTTP/1.1 client of service calls: a connection pool per origin on the event loop of the caller, with no second thread to wake."""
+"""The HTTP/1.1 client of service calls: one connection pool per origin.
+
+It runs on the caller's event loop, so that a call wakes no second thread.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ MAX_ORIGINS = 1024
 
 @dataclass(slots=True)
 class _Origin:
-    """Where connections go, and those that wait for a request, last used last."""
+    """One address with its idle connections, most recently used last, and the calls that wait for a slot."""
 
     host: str
     name: str
@@ -45,7 +48,7 @@ class _Origin:
 
 
 class Http1Client(HttpClient):
-    """One pool for one process. ``tls`` is what ``https`` addresses are called with."""
+    """A connection pool for one process; ``tls`` is the context for ``https`` addresses."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self._tls = tls
@@ -65,17 +68,17 @@ class Http1Client(HttpClient):
     async def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
     ) -> HttpResponse:
-        """Send a request and read the whole answer, without what a stream of it would cost."""
+        """Send a request and read the whole response, without the cost of a stream."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         origin, request = self._prepare(method, url, headers, body)
         connection = await self._acquire(origin, until)
-        # No timeout that cancels: the timer fails the connection, and with it whoever waits for it.
+        # A timer that fails the connection is cheaper than asyncio.timeout, which cancels the task.
         timer = loop.call_at(until, _fail_timed_out, connection, origin.host, seconds)
         try:
             connection.write(request, head=method == "HEAD")
-            whole = await connection.read_body()
-            return HttpResponse(connection.status, connection.headers, whole)
+            body = await connection.read_body()
+            return HttpResponse(connection.status, connection.headers, body)
         finally:
             timer.cancel()
             self._release(origin, connection)
@@ -84,7 +87,7 @@ class Http1Client(HttpClient):
     async def stream(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
     ) -> AsyncGenerator[StreamedResponse]:
-        """Send a request and hand over its answer as it comes."""
+        """Send a request and yield its response as it arrives."""
         origin, request = self._prepare(method, url, headers, body)
         try:
             async with asyncio.timeout(seconds):
@@ -103,7 +106,7 @@ class Http1Client(HttpClient):
         host, slash, target = rest.partition("/")
         target = slash + target or "/"
         if _TARGET.fullmatch(target) is None:
-            raise ValueError(f"{target!r} cannot be asked for: it is not percent-encoded")
+            raise ValueError(f"{target!r} is not a percent-encoded request target")
         at = f"{scheme}://{host}"
         origin = self._origins.get(at)
         if origin is None:
@@ -112,6 +115,7 @@ class Http1Client(HttpClient):
         lines += [f"{name}: {value}" for name, value in headers.items()]
         if body is not None or method in ("POST", "PUT", "PATCH"):
             lines.append(f"content-length: {len(body or b'')}")
+        # A line break in a header value would begin another header or request (request splitting).
         head = "\r\n".join(lines)
         breaks = len(lines) - 1
         if head.count("\n") != breaks or head.count("\r") != breaks or "\0" in head:
@@ -121,9 +125,9 @@ class Http1Client(HttpClient):
     def _origin(self, at: str, host: str) -> _Origin:
         parts = urlsplit(at)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in host:
-            raise ValueError(f"{at} is no address of a service")
+            raise ValueError(f"{at} is not the address of a service")
         if len(self._origins) >= MAX_ORIGINS:
-            # Addresses come and go; those that nothing is under way to are forgotten.
+            # Addresses of pods come and go; drop those without a connection.
             for key, known in list(self._origins.items()):
                 if not known.idle and not known.busy:
                     del self._origins[key]
@@ -131,7 +135,7 @@ class Http1Client(HttpClient):
         return _Origin(host, parts.hostname, parts.port or (443 if secure else 80), secure)
 
     async def _acquire(self, origin: _Origin, until: float) -> Http1Connection:
-        """Return a connection, within what is left of the time of the loop; :meth:`_give` gives it back."""
+        """Return a connection by the loop time ``until``; :meth:`_release` returns it to the pool."""
         await self._acquire_slot(origin, until)
         try:
             while origin.idle:
@@ -153,8 +157,9 @@ class Http1Client(HttpClient):
         origin.waiting.append(waiter)
         try:
             async with asyncio.timeout_at(min(until, loop.time() + POOL_SECONDS)):
-                await waiter  # whoever ends a request hands its place over
+                await waiter
         except BaseException as error:
+            # The slot may have been handed over in the same moment as the timeout or cancellation.
             if waiter.done() and not waiter.cancelled():
                 self._release_slot(origin)
             if not isinstance(error, TimeoutError):
@@ -168,6 +173,7 @@ class Http1Client(HttpClient):
             ) from error
 
     def _release_slot(self, origin: _Origin) -> None:
+        # Hand the slot to the first waiter, so that no newcomer overtakes the queue.
         while origin.waiting:
             waiter = origin.waiting.popleft()
             if not waiter.done():

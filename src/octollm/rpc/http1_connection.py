@@ -1,4 +1,8 @@
-"""One connection of the HTTP/1.1 client (RFC 9112): a request goes out in one write, its response is parsed incrementally. Cancelling, a deadline or a fault closes it, which is how the callee learns of it."""
+"""One connection of the HTTP/1.1 client (RFC 9112).
+
+A request goes out in one write; its response is parsed as it arrives. Cancellation, a deadline and a fault close the
+connection, which is how the callee learns that nobody waits for the response.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from octollm.rpc.http_client import MAX_RESPONSE_BYTES, READ_SECONDS, WRITE_SECO
 
 MAX_HEAD_BYTES = 64 * 1024
 HIGH_WATER = 256 * 1024
-"""Bytes of an answer that wait for a slow reader before no more are taken from the socket."""
+"""Buffered bytes of a response at which the connection stops reading from the socket, for a slow reader."""
 
 
 class Http1Connection(asyncio.Protocol):
-    """A connection to ``host``. ``idle`` says whether it may be used for another request."""
+    """A connection to ``host``, which carries one request at a time."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -48,13 +52,13 @@ class Http1Connection(asyncio.Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Return whether the connection stands and nothing is under way on it."""
+        """Whether the connection is open, without a request, and may carry another."""
         return self._open and not self._busy and self._reusable
 
-    # What the pool does with it.
+    # Called by the pool.
 
     def write(self, request: bytes, *, head: bool) -> None:
-        """Send a whole request; ``head`` says that its answer has no body (RFC 9110 section 9.3.2)."""
+        """Send a whole request; ``head`` means that its response has no body (RFC 9110 section 9.3.2)."""
         assert self._transport is not None
         self._reset(head=head)
         self._busy = True
@@ -91,7 +95,7 @@ class Http1Connection(asyncio.Protocol):
         return self._pop_chunk()
 
     def release(self) -> bool:
-        """End the request; return whether the connection may be used again. If its answer is not whole it is closed."""
+        """End the request and return whether the connection is reusable; an incomplete response closes it."""
         if not (self._done and not self._chunks and self._reusable and self._open):
             self.close()
             return False
@@ -99,21 +103,21 @@ class Http1Connection(asyncio.Protocol):
         return True
 
     def close(self) -> None:
-        """Close the connection at once; what was not sent is dropped."""
+        """Close the connection at once and drop unsent bytes."""
         self._reusable = False
         self._stop_timers()
         if self._transport is not None:
             self._transport.abort()
 
-    # What the transport says.
+    # Called by the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the transport."""
+        """Store the transport."""
         self._transport = cast("asyncio.Transport", transport)
         self._open = True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End what is under way: an answer that is delimited by the end of the connection is whole by it."""
+        """End the request: the close completes a response without a length and fails any other."""
         self._open = False
         self._stop_timers()
         if not self._busy or self._is_over:
@@ -128,9 +132,9 @@ class Http1Connection(asyncio.Protocol):
         """Let the transport close."""
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came."""
+        """Feed received bytes to the parser."""
         if not self._busy:
-            # Nothing was asked: an answer now would be taken for that of the next request.
+            # Without a request there is no response: these bytes would be taken for that of the next request.
             self.close()
             return
         self._last_read_at = self._loop.time()
@@ -139,31 +143,31 @@ class Http1Connection(asyncio.Protocol):
         except httptools.HttpParserUpgrade:
             self._fail_protocol("switched to another protocol")
         except httptools.HttpParserError as error:
-            self._fail_protocol(f"answered in no valid HTTP ({error})")
+            self._fail_protocol(f"sent invalid HTTP ({error})")
 
     def pause_writing(self) -> None:
-        """Begin to wait for a peer that does not read."""
+        """Start the write timeout, for a peer that does not read."""
         self._write_timer = self._loop.call_later(WRITE_SECONDS, self._on_write_timeout)
 
     def resume_writing(self) -> None:
-        """Stop waiting."""
+        """Stop the write timeout."""
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
 
-    # What the parser says.
+    # Called by the parser.
 
     @property
     def _is_over(self) -> bool:
         return self._done or self._fault is not None
 
     def on_message_begin(self) -> None:
-        """Refuse a second answer to one request: it would be taken for that of the next."""
+        """Refuse a second response to one request, which would be taken for that of the next."""
         if self._is_over:
             self._reusable = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header; names in lower case, values of one name joined (RFC 9110 section 5.3)."""
+        """Store a header; names in lower case, values of one name joined (RFC 9110 section 5.3)."""
         if self._is_over:
             return
         self._head_bytes += len(name) + len(value)
@@ -176,7 +180,7 @@ class Http1Connection(asyncio.Protocol):
         self.headers[key] = text if known is None else f"{known}, {text}"
 
     def on_headers_complete(self) -> None:
-        """Hand the head over, but for an interim answer (RFC 9110 section 15.2), which another follows."""
+        """Wake the reader of the head, unless it is an interim response (RFC 9110 section 15.2)."""
         if self._is_over:
             return
         status = self._parser.get_status_code()
@@ -187,7 +191,7 @@ class Http1Connection(asyncio.Protocol):
         self._has_headers = True
         self._reusable = self._parser.should_keep_alive()
         if self._no_body:
-            # The parser would wait for the body that the headers speak of.
+            # The parser would wait for the body that Content-Length announces.
             self._reusable = False
             self._done = True
         elif "content-length" not in self.headers and "transfer-encoding" not in self.headers:
@@ -195,7 +199,7 @@ class Http1Connection(asyncio.Protocol):
         self._wake()
 
     def on_body(self, body: bytes) -> None:
-        """Keep a part of the body; a reader that is slow slows the peer."""
+        """Buffer a part of the body; past the high-water mark a slow reader slows the peer."""
         if self._is_over:
             return
         self._chunks.append(body)
@@ -206,12 +210,10 @@ class Http1Connection(asyncio.Protocol):
         self._wake()
 
     def on_message_complete(self) -> None:
-        """End the answer."""
+        """Mark the response as complete."""
         if self._has_headers and not self._is_over:
             self._done = True
             self._wake()
-
-    # Inside.
 
     async def _wait_for_data(self) -> None:
         if self._fault is not None:
@@ -231,26 +233,26 @@ class Http1Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _pop_chunk(self) -> bytes:
-        taken = self._chunks.popleft()
-        self._waiting_bytes -= len(taken)
+        chunk = self._chunks.popleft()
+        self._waiting_bytes -= len(chunk)
         if self._paused and self._waiting_bytes <= HIGH_WATER // 2 and self._transport is not None:
             self._paused = False
             self._last_read_at = self._loop.time()
             self._transport.resume_reading()
-        return taken
+        return chunk
 
     def _fail_protocol(self, what: str) -> None:
         self.fail(OctoError(f"{self._host} {what}.", code="peer_protocol"))
 
     def fail(self, fault: OctoError) -> None:
-        """End what is under way by ``fault``, and close the connection."""
+        """End the request with ``fault`` and close the connection."""
         if self._fault is None:
             self._fault = fault
         self.close()
         self._wake()
 
     def _check_read_timeout(self) -> None:
-        """Look whether anything was heard in time. One timer looks after many requests: most are answered at once."""
+        """Fail a request whose callee is silent. One timer serves many requests, since most are answered at once."""
         self._read_timer = None
         if not self._busy:
             return
@@ -281,5 +283,5 @@ class Http1Connection(asyncio.Protocol):
 
 def _connection_lost(host: str) -> TransportError:
     return TransportError(
-        f"The connection to {host} broke before its answer was whole.", code="connection_lost", request_sent=True
+        f"The connection to {host} broke before its response was complete.", code="connection_lost", request_sent=True
     )

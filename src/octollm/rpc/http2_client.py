@@ -1,4 +1,7 @@
-"""The HTTP/2 client of service calls: many calls multiplexed on one connection, with the bounds and failure types of every client."""
+"""The HTTP/2 client of service calls (RFC 9113): many calls multiplexed on one connection.
+
+It has the limits and failure types of every :class:`~octollm.rpc.http_client.HttpClient`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ from octollm.rpc.tls import TlsConfig
 
 def _internal_transport(tls: TlsConfig | None) -> HTTPTransport:
     return HTTPTransport(
-        # In plain text both sides have to know (RFC 9113 section 3.3); in TLS they agree.
+        # Without TLS the client must know that the server speaks HTTP/2 (RFC 9113 section 3.3); TLS negotiates it.
         http_version=pyqwest.HTTPVersion.HTTP2 if tls is None else None,
         **_tls_options(tls),
         connect_timeout=CONNECT_SECONDS,
@@ -64,10 +67,10 @@ class _TlsFiles(TypedDict, total=False):
 
 
 class Http2Client(HttpClient):
-    """One pool for one process; ``tls`` is what ``https`` addresses are called with.
+    """A connection pool for one process; ``tls`` is the configuration for ``https`` addresses.
 
-    Redirects, cookies and proxies from the environment are off: calls stay inside. Only who calls outside brings a
-    ``transport`` of its own.
+    Redirects, cookies and the environment's proxies are off, so that calls stay inside. Calls to external services
+    bring a ``transport`` of their own.
     """
 
     def __init__(self, tls: TlsConfig | None = None, *, transport: HTTPTransport | None = None) -> None:
@@ -77,7 +80,7 @@ class Http2Client(HttpClient):
         self._closed = False
 
     async def aclose(self) -> None:
-        """Close every connection; what is under way is lost."""
+        """Close every connection; calls in flight fail with ``connection_lost``."""
         self._closed = True
         for timer in self._active_timeouts:
             timer.reschedule(0)
@@ -87,13 +90,13 @@ class Http2Client(HttpClient):
     async def stream(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
     ) -> AsyncGenerator[StreamedResponse]:
-        """Send a request and hand over its answer as it comes; leaving closes the connection if it is not whole."""
+        """Send a request and yield its response as it arrives; leaving early resets the stream."""
         host = host_of(url)
-        began = False
+        sent = False
         try:
             async with self._in_time(seconds), self._slot(host):
                 response = await self._transport.execute(Request(method, url, Headers(list(headers.items())), body))
-                began = True
+                sent = True
                 async with response:
                     names = {name.lower(): value for name, value in response.headers.items()}
                     yield StreamedResponse(response.status, names, _chunks(response))
@@ -108,7 +111,7 @@ class Http2Client(HttpClient):
                 raise _connection_lost(host) from error
             raise _timeout_error(host, error, seconds) from error
         except ConnectionError as error:
-            raise TransportError(f"{host} could not be reached.", code="connect_failed", request_sent=began) from error
+            raise TransportError(f"{host} could not be reached.", code="connect_failed", request_sent=sent) from error
         except (ReadError, WriteError, RemoteProtocolError, pyqwest.StreamError) as error:
             raise _connection_lost(host) from error
 
@@ -140,21 +143,21 @@ class Http2Client(HttpClient):
 def _tls_options(tls: TlsConfig | None) -> _TlsFiles:
     if tls is None:
         return {}
-    tls.client_context()  # says what is wrong with the files
-    shown: _TlsFiles = {"tls_cert": tls.certificate.read_bytes(), "tls_key": tls.key.read_bytes()}
+    tls.client_context()  # raises a setting error that names the wrong file; the transport's own would not
+    own: _TlsFiles = {"tls_cert": tls.certificate.read_bytes(), "tls_key": tls.key.read_bytes()}
     if tls.ca is None:
-        return {**shown, "tls_include_system_certs": True}
-    return {**shown, "tls_ca_cert": tls.ca.read_bytes()}
+        return {**own, "tls_include_system_certs": True}
+    return {**own, "tls_ca_cert": tls.ca.read_bytes()}
 
 
 def _connection_lost(host: str) -> TransportError:
     return TransportError(
-        f"The connection to {host} broke before its answer was whole.", code="connection_lost", request_sent=True
+        f"The connection to {host} broke before its response was complete.", code="connection_lost", request_sent=True
     )
 
 
 def _timeout_error(host: str, error: TimeoutError, seconds: float) -> OctoError:
-    # asyncio's own timeout has no text; the transport's read timeout says what it waited for.
+    # asyncio's timeout has no text; the transport's read timeout has one.
     if str(error):
         return TransportError(f"{host} sent nothing for {READ_SECONDS:g} s.", code="read_timeout", request_sent=True)
     return deadline_exceeded(host, seconds)

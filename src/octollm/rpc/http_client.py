@@ -1,4 +1,7 @@
-"""The HTTP client of service calls: its interface, its bounds, transport failures as types, and a private ETag cache (RFC 9111 section 4.3)."""
+"""The HTTP client interface of service calls, its limits, its failure types, and a private ETag cache.
+
+The clients for HTTP/1.1 and HTTP/2 implement :class:`HttpClient`. The cache revalidates (RFC 9111 section 4.3).
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,15 @@ POOL_SECONDS = 5.0
 MAX_CONNECTIONS = 100
 MAX_KEEPALIVE = 20
 IDLE_SECONDS = 60.0
-"""How long a connection is kept that nothing uses."""
+"""How long an idle connection is kept open."""
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024
 
 
 class TransportError(OctoError):
-    """A call that got no whole answer. ``began`` is false when the request surely never reached the handler."""
+    """A call without a complete response.
+
+    ``request_sent`` is false when the request certainly never reached the handler, so that any call may be retried.
+    """
 
     def __init__(self, detail: str, *, code: str, request_sent: bool) -> None:
         super().__init__(detail, code=code)
@@ -34,7 +40,7 @@ class TransportError(OctoError):
 
 
 class HttpResponse(msgspec.Struct, frozen=True):
-    """A whole answer; header names in lower case."""
+    """A whole response; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -42,7 +48,7 @@ class HttpResponse(msgspec.Struct, frozen=True):
 
 
 class StreamedResponse(msgspec.Struct, frozen=True):
-    """An answer whose body is still coming."""
+    """A response whose body is still arriving."""
 
     status: int
     headers: Mapping[str, str]
@@ -50,7 +56,7 @@ class StreamedResponse(msgspec.Struct, frozen=True):
 
 
 class HttpClient(abc.ABC):
-    """One pool of connections for one process. Redirects, cookies and proxies are off: calls stay inside."""
+    """A connection pool for one process. Redirects, cookies and proxies are off, so that calls stay inside."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,15 +74,15 @@ class HttpClient(abc.ABC):
     def stream(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
     ) -> AbstractAsyncContextManager[StreamedResponse]:
-        """Send a request and hand over its answer as it comes; leaving closes the connection if it is not whole.
+        """Send a request and yield its response as it arrives; leaving early closes the connection.
 
-        Raises :class:`TransportError`, ``deadline_exceeded`` and ``peer_protocol``, also while the answer is read.
+        Raises :class:`TransportError`, ``deadline_exceeded`` and ``peer_protocol``, also while the body is read.
         """
 
     async def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
     ) -> HttpResponse:
-        """Send a request and read the whole answer, at most 32 MiB. Raises what :meth:`stream` does."""
+        """Send a request and read the whole response, at most 32 MiB. Raises what :meth:`stream` does."""
         async with self.stream(method, url, headers, body, seconds=seconds) as streamed:
             parts: list[bytes] = []
             size = 0
@@ -89,32 +95,32 @@ class HttpClient(abc.ABC):
 
 
 def host_of(url: str) -> str:
-    """Return host and port of a URL, for texts."""
+    """Return the host and port of a URL, for messages."""
     return url.split("/", 3)[2]
 
 
 def response_too_large(host: str) -> OctoError:
-    """Return the error of an answer with too many bytes."""
+    """Return the error for a response over the size limit."""
     return OctoError(f"{host} answered with more than {MAX_RESPONSE_BYTES} bytes.", code="peer_protocol")
 
 
 def deadline_exceeded(host: str, seconds: float) -> OctoError:
-    """Return the error of an answer that was not there in time."""
+    """Return the error for a response that missed the caller's deadline."""
     return OctoError(f"{host} did not answer in the {seconds:.1f} s that were left.", code="deadline_exceeded")
 
 
 MAX_CACHE_ENTRIES = 256
 MAX_CACHE_BYTES = 8 * 1024 * 1024
 MAX_ENTRY_BYTES = 1024 * 1024
-"""Bytes of one answer that is kept."""
+"""Bytes of the largest response that is cached."""
 IF_NONE_MATCH = "If-None-Match"
 
 
 class ETagCache:
-    """The last answers to GETs that came with an ETag; the oldest that was used makes room.
+    """An LRU cache of GET responses that carry an ETag.
 
-    What one bearer may see another may not: each answer is kept for the bearer that it was given to, and the server is
-    asked every time, so that nothing is seen by who may not see it any more.
+    Entries are per bearer, since one bearer may see what another may not. Every use revalidates with the server, so
+    that nobody is served a response that they may no longer see.
     """
 
     def __init__(self, entries: int = MAX_CACHE_ENTRIES, size: int = MAX_CACHE_BYTES) -> None:
@@ -124,18 +130,18 @@ class ETagCache:
         self._responses: OrderedDict[bytes, HttpResponse] = OrderedDict()
 
     def add_validator(self, key: bytes, headers: dict[str, str]) -> HttpResponse | None:
-        """Return what is kept under ``key``, and have ``headers`` ask whether it still holds."""
-        kept = self._responses.get(key)
-        if kept is None or IF_NONE_MATCH in headers:
+        """Return the response cached under ``key``, and add ``If-None-Match`` for it to ``headers``."""
+        cached = self._responses.get(key)
+        if cached is None or IF_NONE_MATCH in headers:
             return None
         self._responses.move_to_end(key)
-        headers[IF_NONE_MATCH] = kept.headers["etag"]
-        return kept
+        headers[IF_NONE_MATCH] = cached.headers["etag"]
+        return cached
 
     def store(self, key: bytes, cached: HttpResponse | None, response: HttpResponse) -> HttpResponse:
-        """Return the answer that holds: ``kept`` where the server said so, else ``answer``, which is kept if it may."""
+        """Return ``cached`` if the server confirmed it by a 304, else ``response``, which is cached if it may be."""
         if response.status == 304 and cached is not None:
-            # Section 4.3.4: what came with the 304 takes the place of what was kept.
+            # RFC 9111 section 4.3.4: header fields of the 304 replace the cached ones.
             return msgspec.structs.replace(cached, headers={**cached.headers, **_updated_headers(response.headers)})
         self._drop(key)
         if _is_storable(response):
@@ -146,13 +152,13 @@ class ETagCache:
         return response
 
     def _drop(self, key: bytes) -> None:
-        gone = self._responses.pop(key, None)
-        if gone is not None:
-            self._used -= len(gone.body)
+        dropped = self._responses.pop(key, None)
+        if dropped is not None:
+            self._used -= len(dropped.body)
 
 
 def cache_key(url: str, bearer: str) -> bytes:
-    """Return what an answer is kept under; the bearer cannot be read from it."""
+    """Return the cache key of a response, from which the bearer cannot be recovered."""
     return hashlib.sha256(f"{url}\n{bearer}".encode()).digest()
 
 

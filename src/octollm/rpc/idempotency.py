@@ -1,4 +1,7 @@
-"""Idempotency keys: claim the key, run the handler, store its response; or replay the stored one. A key is unique per tenant, subject, service, operation and key."""
+"""Idempotency keys: claim the key, run the handler, store its response; or replay the stored response.
+
+A key is unique per tenant, subject, service, operation and key. A claim has a lease and a fencing token (``epoch``).
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ LEASE_SECONDS = 5.0
 MAX_KEY = 200
 RETENTION_SECONDS = 24 * 3600.0
 NEVER_STORED = frozenset({401, 403, 408, 413, 429})
-"""Statuses that say nothing of the operation itself; nor do those of 500 and more."""
+"""Client errors that do not come from the operation itself; responses of 500 and more are not stored either."""
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True, order=True):
-    """What a key is unique within."""
+    """An idempotency key with everything that it is unique within."""
 
     tenant: str
     subject: str
@@ -38,13 +41,13 @@ class IdempotencyKey(msgspec.Struct, frozen=True, order=True):
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """The call is the caller's to do. ``run`` fences its completion."""
+    """The caller holds the claim and runs the handler. ``epoch`` fences its completion."""
 
     epoch: int
 
 
 class StoredResponse(msgspec.Struct, frozen=True):
-    """The answer of a call: its status, its body, and those of its headers that belong to the body."""
+    """The stored response of a call: status, body, and the headers that describe the body."""
 
     status: int
     body: bytes
@@ -53,14 +56,14 @@ class StoredResponse(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class AlreadyCompleted:
-    """The call was done: this is its answer."""
+    """The call was completed with this response."""
 
     response: StoredResponse
 
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """Another holder is doing it."""
+    """Another holder runs the handler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,11 @@ class KeyConflict:
 
 @dataclass(frozen=True, slots=True)
 class OutcomeUnknown:
-    """A ``once`` call whose holder vanished: it may have taken effect."""
+    """The holder of an ``at_most_once`` call vanished: the call may have taken effect."""
 
 
 class NewClaim(msgspec.Struct, frozen=True):
-    """A claim to be made, for work on a task where there is one."""
+    """A claim to make; ``task_id`` is set for work on a task."""
 
     key: IdempotencyKey
     body_digest: str
@@ -83,7 +86,7 @@ class NewClaim(msgspec.Struct, frozen=True):
 
 
 class ClaimCompletion(msgspec.Struct, frozen=True):
-    """The answer of a claimed call, to be stored."""
+    """The response of a claimed call, to be stored."""
 
     key: IdempotencyKey
     epoch: int
@@ -94,22 +97,22 @@ ClaimOutcome = Claimed | AlreadyCompleted | InFlight | KeyConflict | OutcomeUnkn
 
 
 class IdempotencyStore(Protocol):
-    """Where keys are kept."""
+    """Storage of keys: the service's own SQL, or the orchestrator's."""
 
     async def claim(self, key: IdempotencyKey, body_digest: str, *, idempotent: bool, bearer: str) -> ClaimOutcome:
-        """Take the key, or say what stands in the way. ``bearer`` is the caller's authority."""
+        """Claim the key, or return its state. ``bearer`` is the caller's authority."""
         ...
 
     async def renew(self, claims: Sequence[tuple[IdempotencyKey, int]]) -> None:
-        """Prolong the leases, of 5 seconds, of claims by key and run."""
+        """Renew the leases of claims, each a key and its epoch, for another 5 seconds."""
         ...
 
     async def complete(self, key: IdempotencyKey, epoch: int, response: StoredResponse) -> None:
-        """Store the answer of a claimed call."""
+        """Store the response of a claimed call."""
         ...
 
     async def release(self, key: IdempotencyKey, epoch: int) -> None:
-        """Give a claim back: the call was not done."""
+        """Release a claim whose call did not run."""
         ...
 
 
@@ -123,16 +126,16 @@ def check_key(text: str | None) -> str | None:
 
 
 def body_digest(method: str, path: str, query: str, body: bytes) -> str:
-    """Return the digest that tells whether two calls with one key are the same call."""
+    """Return the digest by which two requests with one key are recognized as the same call."""
     digest = hashlib.sha256(f"{method} {path}?{query}\n".encode())
     digest.update(body)
     return digest.hexdigest()
 
 
 class NestedKeys:
-    """Keys of the calls made while one call is served, so that a repeat of the parent repeats them.
+    """Derives the keys of nested calls, so that a retry of the parent call repeats them with the same keys.
 
-    A key is SHA-256 over (parent key, service, operation, body digest, ordinal among equals).
+    A key is SHA-256 over (parent key, service, operation, body digest, ordinal among equal calls).
     """
 
     def __init__(self, parent: str) -> None:
@@ -142,9 +145,9 @@ class NestedKeys:
     def next(self, service: str, operation: str, body: bytes) -> str:
         """Return the key of the next call."""
         digest = hashlib.sha256(body).hexdigest()
-        place = (service, operation, digest)
-        ordinal = self._seen.get(place, 0)
-        self._seen[place] = ordinal + 1
+        call = (service, operation, digest)
+        ordinal = self._seen.get(call, 0)
+        self._seen[call] = ordinal + 1
         text = "\n".join((self._parent, service, operation, digest, str(ordinal)))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -153,7 +156,7 @@ I = TypeVar("I")  # noqa: E741  an item
 
 
 class CancellableClaims(Generic[I]):
-    """Waits for claims; what was claimed for a caller who has gone is released."""
+    """Waits for batched claims, and releases a claim whose caller was cancelled meanwhile."""
 
     def __init__(
         self, batches: GroupCommit[I, ClaimOutcome], release: Callable[[IdempotencyKey, int], Awaitable[None]]
@@ -163,7 +166,7 @@ class CancellableClaims(Generic[I]):
         self._releasing: set[asyncio.Task[None]] = set()
 
     async def claim(self, item: I, key: IdempotencyKey) -> ClaimOutcome:
-        """Return how the claim ``item`` of ``key`` ended."""
+        """Return the outcome of ``item``, a claim of ``key``."""
         outcome = self._batches.put(item)
         try:
             return await asyncio.shield(outcome)
@@ -181,25 +184,25 @@ class CancellableClaims(Generic[I]):
             task.add_done_callback(self._releasing.discard)
 
     async def _release_quietly(self, key: IdempotencyKey, epoch: int) -> None:
-        with contextlib.suppress(OctoError):  # the claim ends with its lease
+        with contextlib.suppress(OctoError):  # unreleased, the claim ends with its lease
             await self._release(key, epoch)
 
 
 REPLAYED = "Idempotent-Replayed"
 MAX_POLL_SECONDS = 0.5
-"""Seconds between two looks at a key that another process holds; the first comes after a tenth of it."""
+"""Longest pause in seconds between two polls of a key that another process holds; the first is a tenth of it."""
 STORED_HEADERS = (b"content-type", b"location", b"etag", b"cache-control")
 """Headers that are stored with the body they describe."""
 NOT_STARTED_CODES = frozenset(
     {"overloaded", "draining", "rate_limited", "connect_failed", "connect_timeout", "pool_timeout"}
 )
-"""Failures after which even a ``once`` call has surely had no effect."""
+"""Failures after which even an ``at_most_once`` call certainly had no effect."""
 
 Work = Callable[[], Awaitable[BufferedResponse | Response]]
 
 
 class KeyedCall(msgspec.Struct, frozen=True):
-    """A call and its key. ``digest`` tells whether two calls with one key are the same call."""
+    """A call and its key; ``digest`` is its :func:`body_digest`."""
 
     key: IdempotencyKey
     digest: str
@@ -209,17 +212,17 @@ class KeyedCall(msgspec.Struct, frozen=True):
 
 
 class IdempotentHandler:
-    """The calls that one service does behind their keys."""
+    """Runs the handlers of one service under idempotency keys."""
 
     def __init__(self, store: IdempotencyStore) -> None:
         self._store = store
         self._held: dict[IdempotencyKey, tuple[int, asyncio.Future[None]]] = {}
-        """What is being done here: the run of its claim, and what ends with it."""
+        """Claims held by this process: the epoch, and a future that completes with the call."""
         self._timer: asyncio.TimerHandle | None = None
         self._renewing: asyncio.Task[None] | None = None
 
     async def run(self, call: KeyedCall, work: Work, deadline: Deadline) -> BufferedResponse | Response:
-        """Do ``work`` once, or answer what it answered before.
+        """Run ``work`` once, or replay the response that it had before.
 
         Raises ``idempotency_conflict``, ``outcome_unknown``, ``deadline_exceeded``, and what ``work`` raises.
         """
@@ -241,7 +244,7 @@ class IdempotentHandler:
             pause = min(2 * pause, MAX_POLL_SECONDS)
 
     async def _wait(self, key: IdempotencyKey, seconds: float) -> None:
-        """Wait until a call that is being done may have ended: told here, by looking again where another does it."""
+        """Wait for the holder: for its future if that is this process, else for the next poll."""
         held = self._held.get(key)
         if held is None:
             await asyncio.sleep(seconds)
@@ -250,45 +253,45 @@ class IdempotentHandler:
 
     async def _run_claimed(self, call: KeyedCall, epoch: int, work: Work) -> BufferedResponse | Response:
         key = call.key
-        mine = self._hold(key, epoch)
+        claim = self._hold(key, epoch)
         try:
-            answer = await work()
+            response = await work()
         except OctoError as error:
             problem = to_problem(error, call.request_id)
             if 400 <= problem.status < 500 and problem.status not in NEVER_STORED:
-                kept = StoredResponse(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
-                await self._store.complete(key, epoch, kept)
+                stored = StoredResponse(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
+                await self._store.complete(key, epoch, stored)
             elif call.idempotent or error.code in NOT_STARTED_CODES:
                 await self._release(key, epoch)
             raise
         except BaseException:
-            # What was cut off may have had its effect. The claim of a ``once`` call stays, and ends as unknown.
+            # A cancelled call may have taken effect: an at-most-once claim stays, and its outcome becomes unknown.
             if call.idempotent:
                 await self._release(key, epoch)
             raise
         else:
-            await self._store.complete(key, epoch, _stored_response(answer))
-            return answer
+            await self._store.complete(key, epoch, _stored_response(response))
+            return response
         finally:
-            # Another may hold it by now: one whose lease has ended is done again.
-            if self._held.get(key) is mine:
+            # After an expired lease another call of this process may hold the key by now.
+            if self._held.get(key) is claim:
                 del self._held[key]
-            mine[1].set_result(None)
+            claim[1].set_result(None)
 
     async def _release(self, key: IdempotencyKey, epoch: int) -> None:
-        # A claim that cannot be given back ends with its lease.
+        # A claim that cannot be released ends with its lease.
         with contextlib.suppress(OctoError):
             await asyncio.shield(self._store.release(key, epoch))
 
     def _hold(self, key: IdempotencyKey, epoch: int) -> tuple[int, asyncio.Future[None]]:
         loop = asyncio.get_running_loop()
-        mine = self._held[key] = (epoch, loop.create_future())
+        claim = self._held[key] = (epoch, loop.create_future())
         if self._timer is None:
             self._timer = loop.call_later(LEASE_SECONDS / 3, self._renew_soon)
-        return mine
+        return claim
 
     def _renew_soon(self) -> None:
-        """Prolong all leases; one timer looks after every call, since most end long before it."""
+        """Renew all leases; one timer serves every call, since most end long before it fires."""
         self._timer = None
         if not self._held:
             return
@@ -297,9 +300,9 @@ class IdempotentHandler:
             self._renewing = asyncio.create_task(self._renew(), name="idempotency leases")
 
     async def _renew(self) -> None:
-        # One that is missed is made up by the next; the lease is three long.
+        # The lease is three intervals long: the next renewal makes up for a failed one.
         with contextlib.suppress(OctoError):
-            await self._store.renew([(key, run) for key, (run, _) in self._held.items()])
+            await self._store.renew([(key, epoch) for key, (epoch, _) in self._held.items()])
 
 
 def _stored_response(response: BufferedResponse | Response) -> StoredResponse:

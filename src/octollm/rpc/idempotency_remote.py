@@ -1,4 +1,7 @@
-"""Idempotency keys held by the orchestrator, for services without SQL of their own: claims and completions are sent in groups."""
+"""Idempotency keys held by the orchestrator, for services without SQL of their own.
+
+Claims and completions are sent by group commit.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from octollm.rpc.idempotency import (
 from octollm.rpc.problems import remote_error
 
 MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""Bytes of bearers, or of answers, that are sent together."""
+"""Most bytes of bearers, or of responses, in one batch."""
 _CALL_SECONDS = 10.0
 _NO_RESPONSE = StoredResponse(0, b"")
 
@@ -46,7 +49,7 @@ class _PendingClaim(msgspec.Struct, frozen=True):
 
 
 class RemoteIdempotencyStore:
-    """Claims and completions over HTTP, in the name of one service."""
+    """Claims and completions over HTTP, authenticated as one service."""
 
     def __init__(self, client: ServiceClient, signer: ServiceTokenSigner, clock: Clock) -> None:
         self._client = client
@@ -55,7 +58,7 @@ class RemoteIdempotencyStore:
         self._claims: GroupCommit[_PendingClaim, ClaimOutcome] = GroupCommit(
             self._claim_all,
             name="claims of keys",
-            weight_of=lambda wanted: len(wanted.claim.bearer),
+            weight_of=lambda pending: len(pending.claim.bearer),
             max_weight=MAX_BATCH_BYTES,
         )
         self._completions: GroupCommit[ClaimUpdate, None] = GroupCommit(
@@ -67,23 +70,23 @@ class RemoteIdempotencyStore:
         self._claiming = CancellableClaims(self._claims, self.release)
 
     async def claim(self, key: IdempotencyKey, body_digest: str, *, idempotent: bool, bearer: str) -> ClaimOutcome:
-        """Take the key, or say what stands in the way."""
-        wanted = _PendingClaim(key, ClaimRequest(bearer, key.operation, key.key, body_digest, idempotent))
-        return await self._claiming.claim(wanted, key)
+        """Claim the key, or return its state."""
+        pending = _PendingClaim(key, ClaimRequest(bearer, key.operation, key.key, body_digest, idempotent))
+        return await self._claiming.claim(pending, key)
 
-    async def _claim_all(self, wanted: Sequence[_PendingClaim]) -> Sequence[ClaimOutcome | OctoError]:
-        call = self._call("claim", ClaimBatch(tuple(each.claim for each in wanted)))
-        answers = (await self._client.call(call, ClaimResponseBatch)).answers
-        if len(answers) != len(wanted):
-            raise OctoError("The orchestrator answered another number of claims than were made.", code="peer_protocol")
-        return [_parse_outcome(answer) for answer in answers]
+    async def _claim_all(self, pending: Sequence[_PendingClaim]) -> Sequence[ClaimOutcome | OctoError]:
+        call = self._call("claim", ClaimBatch(tuple(each.claim for each in pending)))
+        responses = (await self._client.call(call, ClaimResponseBatch)).answers
+        if len(responses) != len(pending):
+            raise OctoError("The orchestrator answered a different number of claims.", code="peer_protocol")
+        return [_parse_outcome(response) for response in responses]
 
     async def renew(self, claims: Sequence[tuple[IdempotencyKey, int]]) -> None:
-        """Prolong the leases of claims."""
-        await self._send("renew", [_create_update(key, run) for key, run in claims])
+        """Renew the leases of claims."""
+        await self._send("renew", [_create_update(key, epoch) for key, epoch in claims])
 
     async def complete(self, key: IdempotencyKey, epoch: int, response: StoredResponse) -> None:
-        """Store the answer of a claimed call."""
+        """Store the response of a claimed call."""
         await self._completions.wait(_create_update(key, epoch, response))
 
     async def _complete_all(self, updates: Sequence[ClaimUpdate]) -> Sequence[None]:
@@ -91,14 +94,14 @@ class RemoteIdempotencyStore:
         return [None] * len(updates)
 
     async def release(self, key: IdempotencyKey, epoch: int) -> None:
-        """Give a claim back."""
+        """Release a claim."""
         await self._send("release", [_create_update(key, epoch)])
 
     async def _send(self, action: str, updates: Sequence[ClaimUpdate]) -> None:
         await self._client.send(self._call(action, ClaimUpdateBatch(tuple(updates))))
 
     def _call(self, action: str, body: ClaimBatch | ClaimUpdateBatch) -> OutgoingCall:
-        # Each of these may be repeated: they name the claim, and the store compares it.
+        # Sent as read-only, so that the client retries them: each names its claim, which makes a repeat harmless.
         return OutgoingCall(
             CallTarget("orchestrator", f"idempotency.{action}", "POST", f"/idempotency/{action}", "read_only"),
             self._signer.sign_token("orchestrator"),
@@ -107,12 +110,12 @@ class RemoteIdempotencyStore:
         )
 
 
-def _parse_outcome(answer: ClaimResponse) -> ClaimOutcome | OctoError:
-    match answer.outcome:
+def _parse_outcome(response: ClaimResponse) -> ClaimOutcome | OctoError:
+    match response.outcome:
         case "claimed":
-            return Claimed(answer.run)
+            return Claimed(response.run)
         case "stored":
-            return AlreadyCompleted(StoredResponse(answer.status, answer.answer, answer.headers))
+            return AlreadyCompleted(StoredResponse(response.status, response.answer, response.headers))
         case "in_flight":
             return InFlight()
         case "conflict":
@@ -120,7 +123,7 @@ def _parse_outcome(answer: ClaimResponse) -> ClaimOutcome | OctoError:
         case "unknown":
             return OutcomeUnknown()
         case "refused":
-            return remote_error(answer.problem or _MISSING_PROBLEM, "orchestrator")
+            return remote_error(response.problem or _MISSING_PROBLEM, "orchestrator")
 
 
 _MISSING_PROBLEM = Problem(

@@ -1,4 +1,7 @@
-"""Idempotency keys in the service's own SQL, claimed and completed by group commit; on PostgreSQL with one array statement handed straight to the driver."""
+"""Idempotency keys in the service's own SQL, claimed and completed by group commit.
+
+On PostgreSQL a batch is one statement over arrays, passed straight to the driver; elsewhere it goes through SQLAlchemy.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +33,18 @@ from octollm.storage import Database, DirectPool, Transaction, row_to_dict
 from octollm.storage.tables import idempotency as table
 
 MAX_STORED_BYTES = 1024 * 1024
-"""Bytes of an answer that is kept; a call with a larger one is done again when repeated."""
+"""Largest response that is stored; a call with a larger one runs again when repeated."""
 PRUNE_BATCH = 1000
-"""Old keys that are dropped at a time."""
+"""Expired keys that are deleted at a time."""
 PRUNE_EVERY = 500
-"""Claims after which old keys are looked for: more are dropped than come, so that a day's calls bound the table."""
+"""Claims between two deletions: more keys are deleted than added, so that the table holds about a day's calls."""
 _NAMES = ("tenant", "subject", "service", "operation", "key")
 _COLUMNS = tuple(table.c[name] for name in _NAMES)
 _KEY_MATCHES = and_(*(column == bindparam(f"of_{column.name}") for column in _COLUMNS))
 
 
 class SqlIdempotencyStore:
-    """Claims and answers of all services that keep theirs here."""
+    """The claims and responses of every service that uses this database."""
 
     def __init__(self, db: Database, holder: str) -> None:
         self._db = db
@@ -54,14 +57,14 @@ class SqlIdempotencyStore:
         self._until_prune = 0
 
     async def claim(self, key: IdempotencyKey, body_digest: str, *, idempotent: bool, bearer: str) -> ClaimOutcome:
-        """Take the key, or say what stands in the way."""
-        del bearer  # the caller was authorised before the key is looked up
+        """Claim the key, or return its state."""
+        del bearer  # the caller was authorized before
         return await self.claim_for_task(key, body_digest, idempotent=idempotent, task_id=None)
 
     async def claim_for_task(
         self, key: IdempotencyKey, body_digest: str, *, idempotent: bool, task_id: str | None
     ) -> ClaimOutcome:
-        """Take the key for work on a task."""
+        """Claim the key for work on a task, or return its state."""
         return await self._claiming.claim(NewClaim(key, body_digest, idempotent, task_id), key)
 
     async def _claim_all(self, claims: Sequence[NewClaim]) -> Sequence[ClaimOutcome | OctoError]:
@@ -73,7 +76,7 @@ class SqlIdempotencyStore:
             id(claim): Claimed(1) for claim in first.values() if claim.key in fresh
         }
         rest = sorted((claim for claim in claims if id(claim) not in outcomes), key=lambda claim: claim.key)
-        # From here on there are claims that were made: what fails must not take them along.
+        # The claims above are committed: a failure from here on must not fail their callers.
         try:
             outcomes |= await self._resolve_all(rest)
         except OctoError as error:
@@ -89,7 +92,7 @@ class SqlIdempotencyStore:
             return {id(claim): await self._resolve_existing(tx, claim) for claim in claims}
 
     async def _insert(self, claims: Sequence[NewClaim]) -> set[IdempotencyKey]:
-        """Claim the keys that nobody has; return them."""
+        """Claim the keys that are free and return them."""
         if self._db.direct_pool is not None:
             return await claim_new(self._db.direct_pool, claims, self._holder)
         async with self._db.transaction() as tx:
@@ -114,38 +117,39 @@ class SqlIdempotencyStore:
             return {IdempotencyKey(*row) for row in done.all()}
 
     async def _resolve_existing(self, tx: Transaction, claim: NewClaim) -> ClaimOutcome:
-        """Say what stands in the way of a claim; take the key over where its holder is gone."""
+        """Return the state of a claimed key; take the claim over when its lease has expired."""
         row = await tx.first(select(table).where(_key_is(claim.key)).with_for_update())
         if row is None:
-            return InFlight()  # released since: the next try finds it free
+            return InFlight()  # released meanwhile: the next poll finds the key free
         now = await tx.now()
-        found = _decide(row_to_dict(row), claim.body_digest, now, idempotent=claim.idempotent)
+        outcome = _decide(row_to_dict(row), claim.body_digest, now, idempotent=claim.idempotent)
         values: dict[str, object] = {}
-        if isinstance(found, Claimed):
+        if isinstance(outcome, Claimed):
+            # The higher fence makes a completion by the former holder a no-op.
             values = {
                 "state": "claimed",
                 "holder": self._holder,
-                "fence": found.epoch,
+                "fence": outcome.epoch,
                 "lease_until": now + LEASE_SECONDS,
             }
-        elif isinstance(found, OutcomeUnknown):
+        elif isinstance(outcome, OutcomeUnknown):
             values = {"state": "unknown"}
         if values:
             await tx.execute(update(table).where(_key_is(claim.key)).values(values))
-        return found
+        return outcome
 
     async def find_effect(self, key: IdempotencyKey) -> str | None:
-        """Return what an earlier holder noted, who did the work but died before its answer was stored."""
+        """Return the effect recorded by an earlier holder that died before its response was stored."""
         async with self._db.read() as conn:
-            found = await conn.scalar(select(table.c.headers).where(_key_is(key)))
-        return None if found is None else found.get("done")
+            headers = await conn.scalar(select(table.c.headers).where(_key_is(key)))
+        return None if headers is None else headers.get("done")
 
     async def record_effect(self, tx: Transaction, key: IdempotencyKey, effect: str) -> None:
-        """Note in the transaction that does the work that it is done, so that nobody does it again."""
+        """Record the effect in the transaction that has it, so that no later holder repeats the work."""
         await tx.execute(update(table).where(_key_is(key)).values(headers={"done": effect}))
 
     async def renew(self, claims: Sequence[tuple[IdempotencyKey, int]]) -> None:
-        """Prolong the leases of claims."""
+        """Renew the leases of claims."""
         if not claims:
             return
         async with self._db.transaction(single=True) as tx:
@@ -154,10 +158,11 @@ class SqlIdempotencyStore:
                 .where(_KEY_MATCHES, table.c.fence == bindparam("of_run"), table.c.state == "claimed")
                 .values(lease_until=_now(tx) + LEASE_SECONDS)
             )
-            await tx.execute(statement, [{**_key_parameters(key), "of_run": run} for key, run in sorted(claims)])
+            # Sorted, as every statement on several keys: one order of row locks prevents deadlocks.
+            await tx.execute(statement, [{**_key_parameters(key), "of_run": epoch} for key, epoch in sorted(claims)])
 
     async def complete(self, key: IdempotencyKey, epoch: int, response: StoredResponse) -> None:
-        """Store the answer of a claimed call; an older holder's is refused without a word."""
+        """Store the response of a claimed call; that of a former holder is ignored."""
         if len(response.body) > MAX_STORED_BYTES:
             await self.release(key, epoch)
             return
@@ -194,12 +199,12 @@ class SqlIdempotencyStore:
         return [None] * len(completions)
 
     async def release(self, key: IdempotencyKey, epoch: int) -> None:
-        """Give a claim back: the call was not done."""
+        """Release a claim whose call did not run."""
         async with self._db.transaction(single=True) as tx:
             await tx.execute(delete(table).where(_key_is(key), table.c.fence == epoch, table.c.state == "claimed"))
 
     async def _prune(self, claimed: int) -> None:
-        """Drop keys of more than a day ago, leaving those that another process is dropping."""
+        """Delete keys older than a day, except those that another process is deleting."""
         self._until_prune -= claimed
         if self._until_prune > 0:
             return
@@ -216,7 +221,7 @@ class SqlIdempotencyStore:
 
 
 def _now(tx: Transaction) -> Any:
-    """Return the moment of a statement, without a question of its own where the server's clock counts."""
+    """Return the time of a statement, as SQL where the server's clock counts: that saves a query."""
     return func.extract("epoch", func.clock_timestamp()) if tx.dialect == "postgresql" else tx.clock.now()
 
 
@@ -267,7 +272,7 @@ WHERE mine.tenant = of.tenant AND mine.subject = of.subject AND mine.service = o
 
 
 async def claim_new(direct: DirectPool, claims: Sequence[NewClaim], holder: str) -> set[IdempotencyKey]:
-    """Claim the keys that nobody has; return them."""
+    """Claim the keys that are free and return them."""
     rows = await direct.fetch(
         _CLAIM_SQL,
         *_key_arrays([claim.key for claim in claims]),
@@ -280,7 +285,7 @@ async def claim_new(direct: DirectPool, claims: Sequence[NewClaim], holder: str)
 
 
 async def complete_all(direct: DirectPool, completions: Sequence[ClaimCompletion]) -> None:
-    """Store the answers of claims whose run is still theirs."""
+    """Store the responses of claims whose fence still matches."""
     await direct.fetch(
         _COMPLETE_SQL,
         *_key_arrays([each.key for each in completions]),

@@ -1,4 +1,7 @@
-"""A service's name and keys, and the root-signed directory of the other services' key thumbprints and addresses."""
+"""A service's identity: its name, its keys, and the directory of the other services.
+
+The directory is signed by a root key. It maps names to key thumbprints and, for arms of one's own, to addresses.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +31,22 @@ from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 
 REFRESH_SECONDS = 60.0
 ARM_REFRESH_SECONDS = 10.0
-"""An arm of one's own comes and goes, so what is known of one is asked for again so soon."""
+"""Custom arms come and go, so their entries are refreshed more often."""
 MIN_REFRESH_SECONDS = 1.0
-"""At most so often the directory is read for a name that is not in it: anybody can make one up."""
+"""Shortest time between two reads for an unknown name: anybody can make one up."""
 
 
 class DirectoryResponse(msgspec.Struct, frozen=True):
-    """``GET orchestrator/directory``: a ``dir+jwt``."""
+    """The body of ``GET orchestrator/directory``: a ``dir+jwt``."""
 
     directory: str
 
 
 class ServiceDirectory:
-    """Names to key thumbprints, fetched from the orchestrator, verified, and refreshed."""
+    """A verified copy of the orchestrator's directory, read again when it is older than its user accepts."""
 
     def __init__(self, client: ServiceClient, signer: ServiceTokenSigner, roots: TrustedRoots, clock: Clock) -> None:
-        """``roots`` are those that sign it; it says which are believed from then on."""
+        """``roots`` verify the directory, and follow it: it lists the root keys to trust from then on."""
         self._client = client
         self._signer = signer
         self._roots = roots
@@ -53,7 +56,7 @@ class ServiceDirectory:
         self._lock = asyncio.Lock()
 
     async def thumbprint(self, service: str) -> str:
-        """Return the thumbprint of a key of ``service``; raise ``authority_missing`` when it has none."""
+        """Return the thumbprint of the newest key of ``service``; raise ``authority_missing`` when it has none."""
         await self._read_if_older(self._max_age(service))
         entry = self._entries.get(service)
         if entry is None or not entry.jkts:
@@ -61,30 +64,31 @@ class ServiceDirectory:
         return entry.jkts[0]
 
     def addresses(self, service: str) -> tuple[str, ...]:
-        """Return where an arm of one's own answered when its key was last asked for; nothing for other services."""
+        """Return the addresses of a custom arm as last read; nothing for built-in services."""
         entry = self._entries.get(service)
         return entry.urls if entry is not None else ()
 
     async def entries(self, *, fresh: bool = False) -> Mapping[str, DirectoryEntry]:
-        """Return every registered service; ``fresh`` for one who lacks what the last reading had."""
+        """Return every registered service; with ``fresh``, from a copy that is at most a second old."""
         await self._read_if_older(MIN_REFRESH_SECONDS if fresh else REFRESH_SECONDS)
         return self._entries
 
     async def refresh_periodically(self) -> None:
-        """Read it once a minute, for ever: also who never asks for a key has to know which roots are believed."""
+        """Read the directory once a minute, for ever, so that a service without calls also follows the root keys."""
         while True:
-            with contextlib.suppress(OctoError):  # whoever needs an entry is told why there is none
+            with contextlib.suppress(OctoError):  # a later lookup reads again, and raises what is wrong
                 await self._read_if_older(REFRESH_SECONDS)
             await asyncio.sleep(REFRESH_SECONDS)
 
     def _max_age(self, service: str) -> float:
-        """Return how old what is known of a service may be: only arms of one's own come and go."""
+        """Return how old the copy may be for an entry of ``service``, in seconds."""
         if service not in self._entries:
             return MIN_REFRESH_SECONDS
         return REFRESH_SECONDS if service in SERVICES else ARM_REFRESH_SECONDS
 
     async def _read_if_older(self, max_age: float) -> None:
         if self._age() > max_age:
+            # Callers that wait for the lock find the copy fresh: one read serves them all.
             async with self._lock:
                 if self._age() > max_age:
                     await self._read()
@@ -98,15 +102,15 @@ class ServiceDirectory:
             self._signer.sign_token("orchestrator"),
             Deadline.after(self._clock, 10),
         )
-        answer = await self._client.call(call, DirectoryResponse)
-        self._entries, roots = verify_directory(answer.directory, self._roots, self._clock)
+        response = await self._client.call(call, DirectoryResponse)
+        self._entries, roots = verify_directory(response.directory, self._roots, self._clock)
         self._roots.replace(roots)
         self._fetched_at = self._clock.monotonic()
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceIdentity:
-    """What makes a process the service ``name``."""
+    """The name, keys, trusted roots, clock and ids that make a process the service ``name``."""
 
     name: str
     key: SigningKey | KeyRing
@@ -115,17 +119,17 @@ class ServiceIdentity:
     ids: IdGenerator
 
     def trusted_keys(self) -> dict[str, PublicKey]:
-        """Return the service's own public keys that are believed now, by thumbprint, the one that signs first."""
+        """Return the service's own public keys that are trusted now, by thumbprint, the signing one first."""
         return KeyRing.of(self.key).trusted_keys(self.clock.now())
 
     def signer(self) -> ServiceTokenSigner:
-        """Return what signs for the service itself."""
+        """Return the signer of this service's own tokens (``svc+jwt``)."""
         return ServiceTokenSigner(self.key, self.name, self.clock, self.ids)
 
     def delegator(self) -> Delegator:
-        """Return what mints narrower authority for calls made under a grant."""
+        """Return the minter of attenuated tokens for calls under a grant."""
         return Delegator(self.key, self.name, self.clock, self.ids)
 
     def verifier(self, revocations: Revocations | None = None) -> Verifier:
-        """Return what checks the authority that callers show, against ``revocations``."""
+        """Return the verifier of callers' bearer strings, which refuses ``revocations``."""
         return Verifier(self.name, self.roots, self.clock, revocations=revocations)

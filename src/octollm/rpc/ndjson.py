@@ -1,4 +1,7 @@
-"""NDJSON responses, read and written: progress, token and heartbeat events while the work goes on, then one result or problem."""
+"""NDJSON responses, reader and writer.
+
+Progress, token and heartbeat events come while the work goes on; the last line is the result or a problem.
+"""
 
 from __future__ import annotations
 
@@ -20,67 +23,67 @@ _MAX_PROBLEM = 65536
 
 
 class StreamSink:
-    """Hands lines on; the first text of an answer that is begun again voids what an earlier one told."""
+    """Forwards events; when a retry starts the response again, its first text resets the text sent before."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
         self._has_text = False
-        self._voids_text = False
+        self._must_reset = False
 
     def begin_attempt(self) -> None:
-        """Begin an answer."""
-        self._voids_text = self._has_text
+        """Start a response, the first or that of a retry."""
+        self._must_reset = self._has_text
 
-    async def emit(self, line: StreamEvent) -> None:
-        """Hand a line on."""
-        if line.type == "token":
-            if self._voids_text:
-                line = msgspec.structs.replace(line, reset=True)
-            self._has_text, self._voids_text = True, False
-        await self._on_event(line)
+    async def emit(self, event: StreamEvent) -> None:
+        """Forward an event."""
+        if event.type == "token":
+            if self._must_reset:
+                event = msgspec.structs.replace(event, reset=True)
+            self._has_text, self._must_reset = True, False
+        await self._on_event(event)
 
 
 async def read_events(service: str, streamed: StreamedResponse, sink: StreamSink) -> bytes:
-    """Hand every line before the last over, and return the result that the last one has.
+    """Forward every event to ``sink`` and return the JSON of the result, the last one.
 
-    Raises what the callee says as :class:`RemoteError`, ``peer_protocol`` and ``connection_lost``.
+    Raises the callee's problem as :class:`RemoteError`, ``peer_protocol`` and ``connection_lost``.
     """
     if not streamed.headers.get("content-type", "").startswith(NDJSON):
         return await _read_single(service, streamed)
     rest = b""
     async for chunk in streamed.chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
+        *lines, rest = (rest + chunk).split(b"\n")
         if len(rest) > _MAX_LINE:
             raise OctoError(f"{service} sent a line that is too long.", code="peer_protocol")
-        for text in whole:
-            line = _parse_event(service, text)
-            if line.type == "result":
-                return bytes(line.result)
-            if line.type == "problem" and line.problem is not None:
-                raise remote_error(line.problem, service)
-            await sink.emit(line)
-    raise TransportError(f"{service} ended its answer without a result.", code="connection_lost", request_sent=True)
+        for line in lines:
+            event = _parse_event(service, line)
+            if event.type == "result":
+                return bytes(event.result)
+            if event.type == "problem" and event.problem is not None:
+                raise remote_error(event.problem, service)
+            await sink.emit(event)
+    raise TransportError(f"{service} ended its response without a result.", code="connection_lost", request_sent=True)
 
 
 def _parse_event(service: str, text: bytes) -> StreamEvent:
     try:
         return msgspec.json.decode(text, type=StreamEvent)
     except msgspec.DecodeError as error:
-        raise OctoError(f"{service} sent a line that is not understood.", code="peer_protocol") from error
+        raise OctoError(f"{service} sent a malformed line.", code="peer_protocol") from error
 
 
 async def _read_single(service: str, streamed: StreamedResponse) -> bytes:
-    """Return the one answer of a callee that does not stream, which is its right."""
+    """Return the body of a callee that answers a request for NDJSON with a single object, as it may."""
     body = b""
     async for chunk in streamed.chunks:
         body += chunk
         if len(body) > _MAX_LINE:
-            raise OctoError(f"{service} sent an answer that is too long.", code="peer_protocol")
+            raise OctoError(f"{service} sent a response that is too long.", code="peer_protocol")
     return body
 
 
 async def raise_for_status(service: str, streamed: StreamedResponse) -> None:
-    """Raise what the callee says where the status is 400 or more."""
+    """Raise the callee's problem when the status is 400 or more."""
     if streamed.status < 400:
         return
     body = b""
@@ -96,34 +99,34 @@ _HEARTBEAT = msgspec.json.encode(StreamEvent(type="heartbeat")) + b"\n"
 
 
 class NdjsonEmitter:
-    """An emitter whose lines are read on the other side by the response. A slow reader slows the writer."""
+    """An emitter over a bounded queue that the response reads: a slow reader slows the handler."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(_QUEUE)
 
     async def token(self, text: str, *, reset: bool = False) -> None:
-        """Send text that was written since the last one."""
+        """Send the text written since the last event; ``reset`` discards the text before."""
         await self._put(StreamEvent(type="token", text=text, reset=reset))
 
     async def progress(self, percent: float, message: str = "") -> None:
-        """Send how far the work is."""
+        """Send the progress of the work, in percent."""
         await self._put(StreamEvent(type="progress", progress=percent, message=message))
 
     async def result(self, encoded: bytes) -> None:
-        """Send the answer, the last line."""
+        """Send the JSON of the result as the last line."""
         await self._put(StreamEvent(type="result", result=msgspec.Raw(encoded)))
         await self._queue.put(None)
 
     async def problem(self, problem: Problem) -> None:
-        """Send why there is no answer, the last line."""
+        """Send a problem as the last line."""
         await self._put(StreamEvent(type="problem", problem=problem))
         await self._queue.put(None)
 
-    async def _put(self, line: StreamEvent) -> None:
-        await self._queue.put(msgspec.json.encode(line) + b"\n")
+    async def _put(self, event: StreamEvent) -> None:
+        await self._queue.put(msgspec.json.encode(event) + b"\n")
 
     async def iter_lines(self) -> AsyncIterator[bytes]:
-        """Yield encoded lines until the last; a heartbeat when nothing was said for a while."""
+        """Yield encoded lines up to the last, and a heartbeat after each silence of four seconds."""
         while True:
             try:
                 async with asyncio.timeout(HEARTBEAT_SECONDS * 0.8):

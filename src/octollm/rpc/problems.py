@@ -1,4 +1,7 @@
-"""Problem documents (RFC 9457) on the wire: writing ours as responses, reading a peer's as RemoteError."""
+"""Problem documents (RFC 9457) on the wire.
+
+An error becomes a response; a peer's problem becomes a :class:`RemoteError`.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ def problem_response(error: OctoError, request_id: str) -> Response:
     if problem.status in (429, 503) and problem.retryable:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
     if problem.status == 401:
-        # RFC 6750 section 3: say which scheme opens the resource.
+        # RFC 6750 section 3: a 401 names the authentication scheme.
         headers["WWW-Authenticate"] = f'Bearer error="{problem.code}"'
     return Response(msgspec.json.encode(problem), status_code=problem.status, headers=headers, media_type=PROBLEM_JSON)
 
 
 def remote_error(problem: Problem, service: str, retry_after: float | None = None) -> RemoteError:
-    """Return a peer's problem as an exception that keeps its words."""
+    """Return a peer's problem as an exception with the peer's detail, code and status."""
     return RemoteError(
         problem.detail or problem.title,
         code=problem.code,
@@ -39,13 +42,13 @@ def remote_error(problem: Problem, service: str, retry_after: float | None = Non
 
 
 def parse_problem(service: str, status: int, body: bytes, retry_after: str | None) -> RemoteError:
-    """Read a peer's answer of status 400 or more, also one that is no problem document."""
+    """Read a peer's response of status 400 or more, whether or not it is a problem document."""
     after = float(retry_after) if retry_after and retry_after.isdigit() else None
     try:
         return remote_error(msgspec.json.decode(body, type=Problem), service, after)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return RemoteError(
-            f"{service} answered {status} without saying why.",
+            f"{service} answered {status} without a problem document.",
             code="peer_protocol",
             status=status,
             retryable=status in (429, 502, 503, 504),

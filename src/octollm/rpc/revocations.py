@@ -1,4 +1,7 @@
-"""A service's copy of the revocation list: subscribed to the orchestrator's NDJSON stream for as long as the service runs; stale data refuses calls that are not read-only."""
+"""A service's copy of the revocation list, kept up to date by the orchestrator's NDJSON stream.
+
+While the copy is stale, the service refuses calls that are not read-only: a token may have been revoked meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ from octollm.rpc.http_client import StreamedResponse
 from octollm.telemetry import Logger
 
 STALE_SECONDS = 60.0
-"""Without news for so long, what is not safe is refused."""
+"""Age of the last update at which calls that are not read-only are refused."""
 LATE_SECONDS = 15.0
-"""Without news for so long, ``/ready`` says so; there is a line every five seconds even when nothing is new."""
+"""Age of the last update at which ``/ready`` reports it; the stream has a line at least every five seconds."""
 QUIET_SECONDS = 5.0
-"""A loss that is over by then is not logged."""
+"""A shorter interruption is not logged."""
 STREAM_SECONDS = 3600.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
@@ -35,7 +38,7 @@ _TARGET = CallTarget("orchestrator", "revocations", "GET", "/revocations", "read
 
 
 class RevocationSubscriber:
-    """Follows the orchestrator's revocations into ``known``, which this service's verifiers use."""
+    """Copies the orchestrator's revocations into ``revocations``, which this service's verifiers check."""
 
     def __init__(self, client: ServiceClient, signer: ServiceTokenSigner, clock: Clock, log: Logger) -> None:
         self.revocations = Revocations()
@@ -43,42 +46,40 @@ class RevocationSubscriber:
         self._signer = signer
         self._clock = clock
         self._log = log
-        self._last_news_at: float | None = None
+        self._updated_at: float | None = None
         self._pruned = clock.monotonic()
         self._failing_since = 0.0
         self._outage_logged = False
         self.failure = ""
 
     def check(self, *, read_only: bool) -> None:
-        """Raise ``revocations_unknown`` when a token may have been revoked without this service having heard of it.
+        """Raise ``revocations_unknown`` when this service may not know of a revocation.
 
-        Before everything was read once, that is so for every call; later, without news for a minute, for those that
-        are not ``safe``.
+        Until the list was read once, that refuses every call; after a minute without an update, those that are not
+        read-only.
         """
-        heard = self._last_news_at
-        if heard is None:
-            raise _revocations_unknown("What is revoked is not known here yet.")
-        if not read_only and self._clock.monotonic() - heard > STALE_SECONDS:
-            raise _revocations_unknown(
-                "What is revoked has not been heard of for too long, so only what changes nothing is done."
-            )
+        updated_at = self._updated_at
+        if updated_at is None:
+            raise _revocations_unknown("The revocation list has not been read yet.")
+        if not read_only and self._clock.monotonic() - updated_at > STALE_SECONDS:
+            raise _revocations_unknown("The revocation list is out of date, so only read-only calls are served.")
 
     async def check_readiness(self) -> DependencyStatus:
-        """Say for ``/ready`` whether news come; not ready before all that is in force was read once."""
-        if self._last_news_at is None:
-            return DependencyStatus(
-                ok=False, detail=self.failure or "The orchestrator has not told yet what is revoked."
-            )
-        age = self._clock.monotonic() - self._last_news_at
+        """Return the state of the copy for ``/ready``: not ready until the whole list was read once."""
+        if self._updated_at is None:
+            return DependencyStatus(ok=False, detail=self.failure or "The revocation list has not been read yet.")
+        age = self._clock.monotonic() - self._updated_at
         if age <= LATE_SECONDS:
             return DependencyStatus(ok=True, required=False)
-        refused = "; what is not safe is refused" if age > STALE_SECONDS else ""
-        why = f": {self.failure}" if self.failure else ""
-        return DependencyStatus(ok=False, detail=f"Nothing was heard for {age:.0f} s{refused}{why}", required=False)
+        refused = "; calls that are not read-only are refused" if age > STALE_SECONDS else ""
+        reason = f": {self.failure}" if self.failure else ""
+        return DependencyStatus(
+            ok=False, detail=f"The revocation list is {age:.0f} s old{refused}{reason}", required=False
+        )
 
     @contextlib.asynccontextmanager
     async def run(self, *also: Callable[[], Coroutine[object, object, None]]) -> AsyncGenerator[None]:
-        """Follow for as long as the context is open, and do what else has to be heard of for as long."""
+        """Follow the stream while the context is open, beside the tasks ``also``."""
         tasks = {asyncio.create_task(work(), name="revocations") for work in (self._follow, *also)}
         for task in tasks:
             task.add_done_callback(self._on_task_done)
@@ -91,11 +92,11 @@ class RevocationSubscriber:
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.failure = "What follows the revocations has ended; the log says why."
+            self.failure = "The revocation subscriber has crashed; the log has the reason."
             self._log.error("revocations.crashed", error=error)
 
     async def _follow(self) -> None:
-        # It goes on for ever and belongs to no call: it leaves no trace.
+        # A stream without an end belongs to no call: an unsampled trace keeps its span from being exported.
         set_context(RequestContext(current_context().service, trace=start_trace()))
         pause = FIRST_PAUSE
         while True:
@@ -104,19 +105,19 @@ class RevocationSubscriber:
                 await self._read()
             except OctoError as error:
                 self._on_failure(error)
-            if self._last_news_at is not None and self._last_news_at > began:
+            if self._updated_at is not None and self._updated_at > began:
                 pause = FIRST_PAUSE
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _on_failure(self, error: OctoError) -> None:
-        """Note why nothing is heard; it is logged when that lasts, since a service stops and starts now and then."""
+        """Record why the stream broke; log it only when that lasts, since services restart now and then."""
         now = self._clock.monotonic()
         self._failing_since = self._failing_since or now
         self.failure = error.detail
         if not self._outage_logged and now - self._failing_since > QUIET_SECONDS:
             self._outage_logged = True
-            self._log.warning("revocations.not_heard", error=error)
+            self._log.warning("revocations.stream_lost", error=error)
 
     async def _read(self) -> None:
         call = OutgoingCall(
@@ -135,30 +136,30 @@ class RevocationSubscriber:
                 raise OctoError("The orchestrator sent a line that is too long.", code="peer_protocol")
             for line in lines:
                 try:
-                    news = msgspec.json.decode(line, type=RevocationUpdate)
+                    batch = msgspec.json.decode(line, type=RevocationUpdate)
                 except (msgspec.DecodeError, UnicodeDecodeError) as error:
                     raise OctoError(
-                        "The orchestrator sent a line that is no revocation.", code="peer_protocol"
+                        "The orchestrator sent a malformed revocation update.", code="peer_protocol"
                     ) from error
-                self._apply(news)
+                self._apply(batch)
 
-    def _apply(self, news: RevocationUpdate) -> None:
-        for each in news.revocations:
+    def _apply(self, batch: RevocationUpdate) -> None:
+        for each in batch.revocations:
             self.revocations.add(each.kind, each.value, each.at, each.tenant)
-        if news.floor is not None:
-            self.revocations.raise_floor(news.floor)
+        if batch.floor is not None:
+            self.revocations.raise_floor(batch.floor)
         now = self._clock.monotonic()
         if now - self._pruned > PRUNE_SECONDS:
             self._pruned = now
             self.revocations.prune(self._clock.now())
-        # In the middle of what is in force, nothing is known for certain yet.
-        if news.whole or (self._last_news_at is not None and not news.revocations):
-            self._last_news_at = now
+        # The first list comes in several batches: only the one marked whole ends it. Later, an empty one is a heartbeat.
+        if batch.whole or (self._updated_at is not None and not batch.revocations):
+            self._updated_at = now
             self.failure = ""
             self._failing_since = 0.0
             if self._outage_logged:
                 self._outage_logged = False
-                self._log.info("revocations.heard_again")
+                self._log.info("revocations.stream_restored")
 
 
 def _revocations_unknown(detail: str) -> OctoError:

@@ -1,4 +1,7 @@
-"""TLS between services (RFC 8446): the certificate that a process presents and the authorities that it trusts."""
+"""TLS between services (RFC 8446).
+
+The certificate that a process presents, and the certificate authorities that it trusts.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from octollm.errors import SettingError
 
 
 class TlsConfig(msgspec.Struct, frozen=True):
-    """Files in PEM: what this process shows, and by whose word it believes others.
+    """PEM files: the certificate of this process with its key, and the authorities that it trusts.
 
-    ``ca`` is ``None`` for the system's authorities. With ``mutual`` a client has to show a certificate of one of
+    ``ca`` is ``None`` for the system's authorities. With ``mutual`` a client must present a certificate of one of
     them.
     """
 
@@ -23,7 +26,7 @@ class TlsConfig(msgspec.Struct, frozen=True):
     mutual: bool = False
 
     def server_context(self, alpn: list[str]) -> ssl.SSLContext:
-        """Return the context of who is called. Raises ``setting_invalid`` for a file that is none."""
+        """Return the context of a server. Raises ``setting_invalid`` for a file that cannot be loaded."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         _load_certificate(context, self.certificate, self.key)
@@ -34,14 +37,14 @@ class TlsConfig(msgspec.Struct, frozen=True):
         return context
 
     def client_context(self) -> ssl.SSLContext:
-        """Return the context of who calls; it shows its certificate to who asks for one."""
+        """Return the context of a client, which presents its certificate to a server that requests one."""
         return client_context(self.ca, self.certificate, self.key)
 
 
 def client_context(ca: Path | None, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
-    """Return what a client believes and shows; ``ca`` is ``None`` for the system's authorities.
+    """Return the context of a client; ``ca`` is ``None`` for the system's authorities.
 
-    Raises ``setting_invalid`` for a file that is none.
+    Raises ``setting_invalid`` for a file that cannot be loaded.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -75,7 +78,7 @@ def _load_authorities(context: ssl.SSLContext, ca: Path | None) -> None:
 
 
 def _refuse_password() -> str:
-    # Else the library would ask for one on the terminal.
+    # Without this callback OpenSSL would prompt on the terminal.
     raise ValueError("it has a password")
 
 
