@@ -174,8 +174,8 @@ def test_a_service_delegates_with_any_of_its_keys(world: World) -> None:
         {"task": TaskRef("t", "s", -1)},
         {"task": TaskRef("t", "s", 0, 2**60)},
         {"call": "with space"},
-        {"may": parse_delegation_tree({"models:chat": {}}), "holder_jkt": "short"},
-        {"may": parse_delegation_tree({"models:chat": {}}), "holder_jkt": "A" * 43, "grant_lifetime": 3_601},
+        {"delegation": parse_delegation_tree({"models:chat": {}}), "holder_jkt": "short"},
+        {"delegation": parse_delegation_tree({"models:chat": {}}), "holder_jkt": "A" * 43, "grant_lifetime": 3_601},
     ],
 )
 def test_the_root_mints_nothing_that_would_be_refused(world: World, change: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ async def test_a_failure_tells_what_was_tried():
     port = free_port()
     async with calling(port) as (caller, _http):
         with pytest.raises(TransportError) as caught:
-            await caller.call(msgspec.structs.replace(outgoing(), outage_retry=OutageRetry()), Answer)
+            await caller.call(outgoing(), Answer)
     tried = caught.value.call_attempts
     assert tried is not None
     assert (tried.service, tried.operation, tried.instance, tried.attempts) == ("svc", "work", url(port), 3)

@@ -78,7 +78,7 @@ async def test_one_of_many_claimers_in_two_processes_wins_each_time(postgres: Ba
         "        print('ready', flush=True)",
         "        await asyncio.to_thread(sys.stdin.readline)",
         "        keys = [IdempotencyKey('t', 'u', 'coder', 'execute', str(n % 10)) for n in range(100)]",
-        "        found = await asyncio.gather(*(store.claim(k, 'b', repeatable=True, bearer='') for k in keys))",
+        "        found = await asyncio.gather(*(store.claim(k, 'b', idempotent=True, bearer='') for k in keys))",
         "        print(sum(isinstance(outcome, Claimed) for outcome in found))",
         "asyncio.run(main())",
     )

@@ -52,9 +52,9 @@ def test_what_a_call_may_carry_and_what_comes_back() -> None:
     op = described(
         kind="at_most_once",
         body=Body,
-        answer=Answer,
+        response=Answer,
         status=201,
-        about=OperationDocs(error_codes=("not_found",)),
+        docs=OperationDocs(error_codes=("not_found",)),
     )
     assert names(op, "path") == {"name"}
     assert names(op, "header") == {
@@ -77,7 +77,7 @@ def test_what_a_call_may_carry_and_what_comes_back() -> None:
 
 
 def test_a_safe_one_is_not_described_with_what_it_does_not_have() -> None:
-    op = described(method="GET", auth="public", query=Query, answer=Answer, cacheable=True)
+    op = described(method="GET", auth="public", query=Query, response=Answer, cacheable=True)
     assert op["security"] == [{}]
     assert "401" not in op["responses"]
     assert "409" not in op["responses"]
@@ -89,7 +89,7 @@ def test_a_safe_one_is_not_described_with_what_it_does_not_have() -> None:
 
 
 def test_every_reference_leads_somewhere() -> None:
-    api = build_openapi("svc", [operation(body=Body, answer=Answer, kind="at_most_once")])
+    api = build_openapi("svc", [operation(body=Body, response=Answer, kind="at_most_once")])
     found = re.findall(r'"\$ref":"#/components/(\w+)/([^"]+)"', msgspec.json.encode(api).decode())
     assert len(found) > 20
     for kind, name in found:
@@ -103,7 +103,7 @@ def test_examples_are_bodies_that_fit() -> None:
 
 def test_the_page_runs_nothing_and_fetches_nothing() -> None:
     hostile = "<script>alert(1)</script>"
-    html, policy = render_docs_page(build_openapi("svc", [operation(summary=hostile, body=Body, answer=Answer)]))
+    html, policy = render_docs_page(build_openapi("svc", [operation(summary=hostile, body=Body, response=Answer)]))
     assert hostile not in html
     assert "<script" not in html
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", html)
@@ -148,7 +148,7 @@ def test_any_query_is_read_or_refused(text: bytes) -> None:
 
 
 async def test_the_page_and_the_description_are_served() -> None:
-    async with served([operation(auth="public", body=Body, answer=Answer)]) as svc, CURRENT.stock() as client:
+    async with served([operation(auth="public", body=Body, response=Answer)]) as svc, CURRENT.stock() as client:
         page = await client.get(svc.url + "/docs")
         again = await client.get(svc.url + "/openapi.json")
         held = await client.get(svc.url + "/openapi.json", headers={"If-None-Match": again.headers["etag"]})
