@@ -1,7 +1,7 @@
-"""Who may do what: scopes, the tokens that carry them, and how authority shrinks from call to call.
+"""Capability tokens: scopes, the tokens that carry them, and their attenuation from call to call.
 
-Everything is decided from values that are passed in: keys, tokens, a clock, a set of revocations. Nothing here opens
-a file or a connection, waits, or keeps a key that it was not given.
+Every decision follows from values passed in: keys, tokens, a clock, a set of revocations. Nothing here does I/O,
+waits, or holds a key that it was not given.
 """
 
 from octollm.capability.errors import REASONS, CapabilityError

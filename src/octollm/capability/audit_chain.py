@@ -1,4 +1,4 @@
-"""The audit log's hash chain: row hashes, root-signed checkpoints, and the check of both."""
+"""The audit log's hash chain: row hashes, checkpoints signed by a root key, and the verification of both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from octollm.contracts.observability import AuditHead, AuditRow
 
 MAX_CHECKPOINT_CHARS = 1_024
 MAX_FAULTS = 100
-"""Faults that are told; what is wrong with more rows than these needs no list."""
+"""Most faults that are reported."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,7 +30,7 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class AuditChainError:
-    """What is wrong, at which row; 0 is the head."""
+    """A fault at row ``seq``; 0 is the head."""
 
     seq: int
     what: str
@@ -56,13 +56,13 @@ def row_hash(previous: str, row: AuditRow) -> str:
 
 
 def sign_checkpoint(key: SigningKey, tenant: str, seq: int, digest: str, now: float) -> str:
-    """Return the root's signature over where a chain stands."""
+    """Return a checkpoint: the root's signature over the last row of a chain."""
     claims = Checkpoint(ROOT_ISSUER, tenant, seq, digest, round(now, 3))
     return encode_jws(msgspec.json.encode(claims), "audit+jwt", key, with_kid=True)
 
 
 def verify_checkpoint(token: str, roots: Mapping[str, PublicKey]) -> Checkpoint:
-    """Return what a root signed; raises ``CapabilityError`` for anything else."""
+    """Return the claims of a checkpoint that a root signed; raises ``CapabilityError`` for anything else."""
     if len(token) > MAX_CHECKPOINT_CHARS or not token.isascii():
         raise CapabilityError("bearer_malformed")
     jws = decode_jws(token, "audit+jwt")
@@ -77,7 +77,7 @@ def verify_checkpoint(token: str, roots: Mapping[str, PublicKey]) -> Checkpoint:
 
 
 class AuditChainVerifier:
-    """Checks one tenant's rows as they are read, in order. Each fault names its row; the check goes on behind it."""
+    """Verifies one tenant's rows in order. It collects the faults, each with its row, and goes on after one."""
 
     def __init__(self, tenant: str, roots: Mapping[str, PublicKey]) -> None:
         self._tenant = tenant
@@ -88,7 +88,7 @@ class AuditChainVerifier:
         self.rows = 0
 
     def check_row(self, row: AuditRow) -> None:
-        """Check the next row."""
+        """Check the next row, which must follow the one before."""
         self.rows += 1
         expected = self._last.seq + 1
         if row.seq != expected:
@@ -102,7 +102,7 @@ class AuditChainVerifier:
             self._check_signed(row.seq, row.hash, row.checkpoint)
 
     def check_head(self, head: AuditHead) -> None:
-        """Check that the rows end where ``head`` says, and that a root signed that."""
+        """Check that the rows end at ``head`` and that a root signed it."""
         if head.seq != self._last.seq:
             gone = f"rows {self._last.seq + 1} to {head.seq} are gone from the end"
             self._fault(

@@ -1,4 +1,7 @@
-"""Rules by which the tokens of one bearer string prove each other: order, hashes, times, keys, attenuation. Pure: no clock is read."""
+"""The rules by which the tokens of one bearer string prove each other: order, hashes, times, keys, attenuation.
+
+They are pure functions over parsed tokens; the current time is a parameter.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _C_co = TypeVar("_C_co", bound=TokenClaims, covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class ChainPart(Generic[_C_co]):
-    """One token of a bearer string: its text, the SHA-256 of it, and what it says; its signature is not checked."""
+    """One parsed token of a bearer string: its text, its SHA-256, its claims. Its signature is not verified yet."""
 
     raw: str
     digest: str
@@ -41,9 +44,9 @@ class ChainPart(Generic[_C_co]):
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The parts of a bearer string, each in its place and tied to the next by hashes.
+    """The parts of a bearer string in their places, linked by hashes.
 
-    ``proofs`` are the grants that ``access`` was minted under, root first; ``own`` is the callee's.
+    ``proofs`` are the grants that ``access`` was minted under, root first; ``callee_grant`` is the callee's own.
     """
 
     access: ChainPart[AccessClaims]
@@ -52,21 +55,21 @@ class Chain:
 
     @property
     def parent(self) -> ChainPart[GrantClaims] | None:
-        """Return the grant that access token and callee's grant were minted under; ``None``: a root minted them."""
+        """The grant under which the access token and the callee's grant were minted; ``None`` if a root minted them."""
         return self.proofs[-1] if self.proofs else None
 
     @property
     def grants(self) -> tuple[ChainPart[GrantClaims], ...]:
-        """Return the grants in the order of the bearer string."""
+        """The grants, in the order of the bearer string."""
         return self.proofs if self.callee_grant is None else (*self.proofs, self.callee_grant)
 
     @property
     def links(self) -> tuple[AccessClaims | GrantClaims, ...]:
-        """Return the claims of every part, in the order of the bearer string."""
+        """The claims of every part, in the order of the bearer string."""
         return (self.access.claims, *(part.claims for part in self.grants))
 
     def parts_with_parents(self) -> list[tuple[ChainPart[TokenClaims], ChainPart[GrantClaims] | None]]:
-        """Return every part with the one that proves its issuer, root first, the access token last."""
+        """Return every part with the grant that proves its issuer, root first, the access token last."""
         steps: list[tuple[ChainPart[TokenClaims], ChainPart[GrantClaims] | None]] = []
         parent: ChainPart[GrantClaims] | None = None
         for proof in self.proofs:
@@ -87,13 +90,13 @@ def split_bearer(bearer: str) -> list[str]:
 
 
 def parse_access(raw: str) -> ChainPart[AccessClaims]:
-    """Read an access token's form; raises ``CapabilityError`` with a reason among those of a malformed token."""
+    """Parse an access token; raises ``CapabilityError`` with a reason of a malformed token."""
     jws = decode_jws(raw, "cap+jwt")
     return ChainPart(raw, digest_of(raw), jws, parse_access_claims(jws.claims), _embedded(jws))
 
 
 def parse_grant(raw: str) -> ChainPart[GrantClaims]:
-    """Read a grant's form; raises ``CapabilityError`` with a reason among those of a malformed token."""
+    """Parse a grant; raises ``CapabilityError`` with a reason of a malformed token."""
     jws = decode_jws(raw, "cap-grant+jwt")
     return ChainPart(raw, digest_of(raw), jws, parse_grant_claims(jws.claims), _embedded(jws))
 
@@ -103,7 +106,7 @@ def _embedded(jws: Jws) -> PublicKey | None:
 
 
 def assemble_chain(access: ChainPart[AccessClaims], grants: Sequence[ChainPart[GrantClaims]]) -> Chain:
-    """Put the parts in their places by ``gnt`` and ``prf``, from the access token to the root.
+    """Link the parts by ``gnt`` and ``prf``, from the access token up to the root.
 
     Raises ``CapabilityError``: ``grant_mismatch``, ``proof_mismatch``, or ``part_unused`` for one too many.
     """
@@ -136,7 +139,7 @@ def check_chain_times(chain: Chain, now: float) -> None:
         if parent is not None:
             if claims.exp > parent.claims.exp:
                 raise CapabilityError("outlives_parent")
-            # Two clocks may differ, but a child cannot be older than what it was made from.
+            # Clocks may differ by the skew; beyond it, a child cannot be older than its parent.
             if claims.iat < parent.claims.iat - SKEW_SECONDS:
                 raise CapabilityError("older_than_parent")
 
@@ -146,7 +149,7 @@ def expected_key(
 ) -> PublicKey:
     """Return the only key that may have signed ``part``.
 
-    That is a pinned root, named by ``kid``, or the key that the parent grant confirms, brought along as ``jwk``.
+    That is a pinned root named by ``kid``, or the key that the parent grant confirms, embedded as ``jwk``.
     Raises ``CapabilityError``: ``key_unexpected``, ``key_missing``, ``key_mismatch`` or ``root_unknown``.
     """
     header = part.jws.header
@@ -162,7 +165,7 @@ def expected_key(
 
 
 def check_authority(chain: Chain, audience: str) -> None:
-    """Raise ``CapabilityError`` unless no link allows more than the one before it, and all are for one subject."""
+    """Raise ``CapabilityError`` if a link allows more than its parent, or is for another principal or task."""
     access = chain.access.claims
     if access.aud != audience:
         raise CapabilityError("audience_wrong")
@@ -174,9 +177,10 @@ def check_authority(chain: Chain, audience: str) -> None:
         if isinstance(claims, GrantClaims) and not claims.may:
             raise CapabilityError("may_empty")
     for parent, child in zip(chain.proofs, chain.proofs[1:], strict=False):
-        # The access token that came with an inner grant is gone: what it can have allowed bounds the grant.
-        given = [below for scope, below in parent.claims.may.items() if service_of(scope.family) == child.claims.aud]
-        if not contains(_union_of(given), child.claims.may):
+        # The access token that accompanied an inner grant is not in the chain: the union of everything that it can
+        # have allowed bounds the grant.
+        allowed = [below for scope, below in parent.claims.may.items() if service_of(scope.family) == child.claims.aud]
+        if not contains(_union_of(allowed), child.claims.may):
             raise CapabilityError("may_exceeds_parent")
     _check_access(chain)
 
@@ -189,13 +193,13 @@ def _check_access(chain: Chain) -> None:
         raise CapabilityError("audience_wrong")
     if chain.parent is None:
         return
-    given: list[DelegationTree] = []
+    allowed: list[DelegationTree] = []
     for scope in access.scope:
         below = chain.parent.claims.may.subtree(scope)
         if below is None:
             raise CapabilityError("scope_exceeds_parent")
-        given.append(below)
-    if chain.callee_grant is not None and not contains(_union_of(given), chain.callee_grant.claims.may):
+        allowed.append(below)
+    if chain.callee_grant is not None and not contains(_union_of(allowed), chain.callee_grant.claims.may):
         raise CapabilityError("may_exceeds_scope")
 
 
@@ -212,7 +216,7 @@ def _check_same_work(claims: TokenClaims, access: AccessClaims) -> None:
 
 
 def _union_of(trees: Sequence[DelegationTree]) -> DelegationTree:
-    whole = DelegationTree()
+    combined = DelegationTree()
     for tree in trees:
-        whole = union(whole, tree)
-    return whole
+        combined = union(combined, tree)
+    return combined

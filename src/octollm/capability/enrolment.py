@@ -1,4 +1,8 @@
-"""Enrolment of an arm: mutual proof by HMAC (RFC 2104) over a nonce with an enrolment token that is derived from the root key (HKDF, RFC 5869) and never sent or stored."""
+"""Enrolment of an arm: mutual proof by HMAC (RFC 2104) over a nonce.
+
+The enrolment token is derived from the root key (HKDF, RFC 5869). It is never sent, and the orchestrator never stores
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,14 @@ from octollm.capability.scopes import Scope
 from octollm.contracts.services import ORCHESTRATOR_FAMILIES, SERVICES
 from octollm.errors import OctoError
 
-ENROLMENT_TOKEN_PREFIX = "octojoin_"
-"""How a join secret begins."""
+ENROLMENT_TOKEN_PREFIX = "octojoin_"  # noqa: S105  a prefix, no secret
+"""The prefix of an enrolment token."""
 NONCE_SECONDS = 60.0
 """How long a nonce may be used, once."""
 MAX_CALLS = 32
-"""Direct calls of an arm."""
+"""Most direct calls that an arm may declare."""
 OPTIONAL_MARK = "?"
-"""Stands before a declared call without which the operation still works."""
+"""Prefix of a declared call without which the operation still works."""
 
 _SEGMENT = re.compile(r"[a-z0-9._-]{1,64}")
 _TOKEN_PATTERN = re.compile(rf"{ENROLMENT_TOKEN_PREFIX}([0-9a-f]{{32}})_([A-Za-z0-9_-]{{43}})")
@@ -39,7 +43,7 @@ _STAMP_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentTerms:
-    """What a join secret admits: one name, at most these calls, until ``expires`` (whole epoch seconds)."""
+    """What an enrolment token admits: one name, at most these calls, until ``expires`` (whole epoch seconds)."""
 
     id: str
     name: str
@@ -49,21 +53,21 @@ class EnrolmentTerms:
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentToken:
-    """A join secret in an arm's hands."""
+    """An enrolment token as the arm holds it."""
 
     id: str
     key: bytes = field(repr=False)
 
     @classmethod
     def parse(cls, text: str) -> EnrolmentToken:
-        """Read a secret; raise ``join_refused`` for a text that is none."""
-        found = _TOKEN_PATTERN.fullmatch(text)
-        if found is None:
-            raise OctoError("That is no join secret; `octollm keys join` makes one.", code="join_refused")
+        """Parse an enrolment token; raise ``join_refused`` for any other text."""
+        match = _TOKEN_PATTERN.fullmatch(text)
+        if match is None:
+            raise OctoError("That is no enrolment token; `octollm keys join` makes one.", code="join_refused")
         try:
-            return cls(found[1], b64decode(found[2]))
+            return cls(match[1], b64decode(match[2]))
         except CapabilityError:
-            raise OctoError("The join secret is damaged; was all of it copied?", code="join_refused") from None
+            raise OctoError("The enrolment token is damaged; was all of it copied?", code="join_refused") from None
 
     def __str__(self) -> str:
         return f"{ENROLMENT_TOKEN_PREFIX}{self.id}_***"
@@ -71,7 +75,7 @@ class EnrolmentToken:
 
 @dataclass(frozen=True, slots=True)
 class EnrolmentClaim:
-    """What a join is about, and so what both sides prove that they mean."""
+    """The terms of one enrolment, which both proofs cover."""
 
     nonce: str
     name: str
@@ -81,17 +85,17 @@ class EnrolmentClaim:
 
 
 def arm_proof(key: bytes, claim: EnrolmentClaim) -> str:
-    """Return the arm's proof that it knows the secret and means ``claim``."""
+    """Return the arm's proof that it knows the token and means ``claim``."""
     return _mac(key, "octollm join proof v1", _claim_parts(claim))
 
 
 def root_proof(key: bytes, claim: EnrolmentClaim, roots: Iterable[str]) -> str:
-    """Return the orchestrator's proof that it knows the secret and that ``roots`` (thumbprints) are its root keys."""
+    """Return the orchestrator's proof that it knows the token and that ``roots`` (thumbprints) are its root keys."""
     return _mac(key, "octollm join answer v1", [*_claim_parts(claim), *sorted(roots)])
 
 
 def rotation_message(name: str, thumbprint: str) -> bytes:
-    """Return what a new key of the arm ``name`` signs, to show that the arm has its private half."""
+    """Return the message that a new key of the arm ``name`` signs to prove possession of its private half."""
     return _encoded(["octollm key rotation v1", name, thumbprint])
 
 
@@ -101,29 +105,29 @@ def proofs_match(one: str, other: str) -> bool:
 
 
 class EnrolmentTokenIssuer:
-    """Derives join secrets and makes nonces. Every replica that has the root keys agrees, and stores neither.
+    """Derives enrolment tokens and creates nonces. Replicas with the same root keys agree without storing either.
 
-    While root keys change, a secret of an older one is good for as long as that key is believed.
+    During a rotation of root keys, the tokens of an older key are valid for as long as that key is trusted.
     """
 
     def __init__(self, root: SigningKey | KeyRing) -> None:
         self._ring = KeyRing.of(root)
 
     def derive_token(self, terms: EnrolmentTerms, now: float) -> str:
-        """Return the text of the secret for ``terms``."""
+        """Return the text of the enrolment token for ``terms``."""
         return f"{ENROLMENT_TOKEN_PREFIX}{terms.id}_{b64encode(_secret_of(self._ring.signing_key(now), terms))}"
 
     def derive_keys(self, terms: EnrolmentTerms, now: float) -> list[bytes]:
-        """Return the 32 bytes that the secret may have, with which both sides prove themselves."""
+        """Return the 32-byte keys that the token may have, one per trusted root key."""
         return [_secret_of(root, terms) for root in self._roots(now)]
 
     def create_nonce(self, unique: str, now: float) -> str:
-        """Return a nonce that can be used until :data:`NONCE_SECONDS` after ``now``; ``unique`` is an id, in hex."""
+        """Return a nonce that is valid until :data:`NONCE_SECONDS` after ``now``; ``unique`` is an id, in hex."""
         body = bytes.fromhex(unique) + int((now + NONCE_SECONDS) * 1000).to_bytes(_STAMP_BYTES)
         return b64encode(body + _nonce_mac(self._ring.signing_key(now), body))
 
     def is_valid_nonce(self, nonce: str, now: float) -> bool:
-        """Say whether a nonce is ours and not too old. Whether it was used before is for the caller to know."""
+        """Return whether this installation made the nonce and it has not expired; the caller checks for reuse."""
         try:
             raw = b64decode(nonce)
         except CapabilityError:
@@ -133,21 +137,21 @@ class EnrolmentTokenIssuer:
             return False
         if not any(hmac.compare_digest(mac, _nonce_mac(root, body)) for root in self._roots(now)):
             return False
-        left = int.from_bytes(body[-_STAMP_BYTES:]) / 1000 - now
-        return 0 < left <= NONCE_SECONDS
+        remaining = int.from_bytes(body[-_STAMP_BYTES:]) / 1000 - now
+        return 0 < remaining <= NONCE_SECONDS
 
     def _roots(self, now: float) -> list[SigningKey]:
-        found = (self._ring.find(thumbprint) for thumbprint in self._ring.trusted_keys(now))
-        return [key for key in found if key is not None]
+        keys = (self._ring.find(thumbprint) for thumbprint in self._ring.trusted_keys(now))
+        return [key for key in keys if key is not None]
 
 
 def is_enrolment_id(text: str) -> bool:
-    """Say whether ``text`` has the form of a join secret's id."""
+    """Return whether ``text`` has the form of an enrolment token's id."""
     return _ID.fullmatch(text) is not None
 
 
 def check_arm_name(name: str) -> None:
-    """Return when an arm of one's own may be called ``name``; raise ``invalid_body`` with what would be right."""
+    """Raise ``invalid_body``, with the rule, unless a custom arm may have this name."""
     if _SEGMENT.fullmatch(name) is None or not name[0].isalpha():
         raise OctoError(
             "An arm's name begins with a letter and has up to 64 characters of a-z, 0-9, '.', '_' and '-'.",
@@ -158,7 +162,7 @@ def check_arm_name(name: str) -> None:
 
 
 def check_operation_name(name: str) -> None:
-    """Return when ``name`` is one segment of a scope; raise ``invalid_body``."""
+    """Raise ``invalid_body`` unless ``name`` is one segment of a scope."""
     if _SEGMENT.fullmatch(name) is None:
         raise OctoError(
             f"An operation's name has only a-z, 0-9, '.', '_' and '-'; {name!r} does not.", code="invalid_body"
@@ -166,23 +170,23 @@ def check_operation_name(name: str) -> None:
 
 
 def parse_declared_calls(calls: Sequence[str]) -> tuple[DeclaredCall, ...]:
-    """Read the direct calls that an arm declares; one that begins with ``?`` is optional.
+    """Parse the direct calls that an arm declares; one that begins with ``?`` is optional.
 
-    A call is a plain ``<service>:<operation>`` of a service that does work, or of another arm: never of the
-    orchestrator's own affairs (tasks, keys, arms, audit…), and never a wildcard. Raises ``invalid_body``.
+    A call is a plain ``<service>:<operation>`` of a working service or of another arm: never of the orchestrator's
+    administration (tasks, keys, arms, audit…), and never a wildcard. Raises ``invalid_body``.
     """
     if len(calls) > MAX_CALLS:
         raise OctoError(f"An arm has at most {MAX_CALLS} direct calls.", code="invalid_body")
-    found: dict[str, DeclaredCall] = {}
+    declared: dict[str, DeclaredCall] = {}
     for text in calls:
         scope = text.removeprefix(OPTIONAL_MARK)
         _check_call(scope)
-        found.setdefault(scope, DeclaredCall(scope, optional=text.startswith(OPTIONAL_MARK)))
-    return tuple(found[scope] for scope in sorted(found))
+        declared.setdefault(scope, DeclaredCall(scope, optional=text.startswith(OPTIONAL_MARK)))
+    return tuple(declared[scope] for scope in sorted(declared))
 
 
 def scopes_of(calls: Iterable[DeclaredCall]) -> tuple[str, ...]:
-    """Return the scopes of calls, the form that is admitted and proved."""
+    """Return the scopes of calls, the form that terms and proofs use."""
     return tuple(call.scope for call in calls)
 
 
@@ -197,13 +201,13 @@ def _check_call(text: str) -> None:
         )
     if scope.family in _RESERVED and scope.family not in _CALLABLE_SERVICES:
         raise OctoError(
-            f"{text} is not for arms: they may call {', '.join(sorted(_CALLABLE_SERVICES))}, and other arms of one's own.",
+            f"{text} is not for arms: they may call {', '.join(sorted(_CALLABLE_SERVICES))}, and other custom arms.",
             code="invalid_body",
         )
 
 
 def _claim_parts(claim: EnrolmentClaim) -> list[str]:
-    # The number of calls keeps what follows them apart from them.
+    # The number of calls separates them from what follows, so that no two claims have the same encoding.
     return [claim.nonce, claim.name, claim.thumbprint, str(len(claim.calls)), *claim.calls]
 
 
@@ -212,7 +216,7 @@ def _mac(key: bytes, purpose: str, parts: Sequence[str]) -> str:
 
 
 def _encoded(parts: Sequence[str]) -> bytes:
-    """Return the one encoding of ``parts``: each behind its length, so that no two lists have the same."""
+    """Return ``parts`` with length prefixes, so that no two lists have the same encoding."""
     raw = [part.encode() for part in parts]
     return b"".join(len(part).to_bytes(4) + part for part in raw)
 
@@ -229,5 +233,5 @@ def _nonce_mac(root: SigningKey, body: bytes) -> bytes:
 
 
 def _derive_key(seed: bytes, purpose: bytes) -> bytes:
-    # RFC 5869: without a salt, since the seed is 32 uniform bytes; ``purpose`` keeps the keys apart.
+    # RFC 5869 section 3.1: no salt is needed, since the seed is 32 uniform bytes; ``purpose`` separates the keys.
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=purpose).derive(seed)

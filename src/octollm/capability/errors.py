@@ -1,4 +1,7 @@
-"""CapabilityError, the table of its reasons with the code that a caller sees, and a sentence on each reason for whoever holds the token."""
+"""CapabilityError, its reasons, and the code that a caller sees for each.
+
+Reasons are for logs and for the holder of a token. A caller sees only the code, so that probing reveals nothing.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ REASONS: dict[str, str] = {
     "revoked": "token_revoked",
     "scope_not_allowed": "scope_missing",
     "service_unknown": _INVALID,
-    # What was asked of a minter, or written by hand
+    # Minting, and scopes or keys written by hand
     "not_in_may": "authority_missing",
     "grant_absent": "authority_missing",
     "holder_unknown": "authority_missing",
@@ -60,7 +63,7 @@ REASONS: dict[str, str] = {
     "key_malformed": "invalid_parameter",
     "misuse": "internal",
 }
-"""Every inner reason and the code that the caller sees."""
+"""Every internal reason and the code that the caller sees."""
 
 _CODE_DETAILS = {
     "token_missing": "Send a capability token as a bearer token.",

@@ -1,4 +1,8 @@
-"""Delegation trees: which calls may follow a call. Subset, intersection and union of trees, attenuation to what an operation declares, and the declared calls of the built-in services."""
+"""Delegation trees: which calls may follow a call.
+
+Subset, intersection and union of trees, attenuation to the declared calls of an operation, and the declared calls of
+the built-in services.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ class DelegationTree:
         self._entries = dict(entries or {})
 
     def items(self) -> ItemsView[Scope, DelegationTree]:
-        """Return the top-level entries and what stands under each."""
+        """Return the top-level entries, each with its subtree."""
         return self._entries.items()
 
     def keys(self) -> KeysView[Scope]:
@@ -36,24 +40,24 @@ class DelegationTree:
         return self._entries.keys()
 
     def subtree(self, scope: Scope) -> DelegationTree | None:
-        """Return what may follow a call of ``scope``; ``None`` when ``scope`` itself is not allowed.
+        """Return the calls that may follow a call of ``scope``; ``None`` when ``scope`` itself is not allowed.
 
-        Where several entries allow it, that is what stands under any of them.
+        When several entries allow it, that is the union of their subtrees.
         """
-        found: DelegationTree | None = None
+        allowed: DelegationTree | None = None
         for entry, under in self._entries.items():
             if entry.contains(scope):
-                found = under if found is None else union(found, under)
-        return found
+                allowed = under if allowed is None else union(allowed, under)
+        return allowed
 
     @property
     def depth(self) -> int:
-        """Return the number of levels: the hops left."""
+        """The number of levels: the hops that may follow."""
         return 1 + max(under.depth for under in self._entries.values()) if self._entries else 0
 
     @property
     def size(self) -> int:
-        """Return the number of entries of all levels."""
+        """The number of entries of all levels."""
         return sum(1 + under.size for under in self._entries.values())
 
     def to_dict(self) -> dict[str, object]:
@@ -73,11 +77,11 @@ class DelegationTree:
         return hash(frozenset(self._entries.items()))
 
     def __repr__(self) -> str:
-        return f"May({self.to_dict()!r})"
+        return f"DelegationTree({self.to_dict()!r})"
 
 
 def parse_delegation_tree(value: object) -> DelegationTree:
-    """Read a tree from nested dictionaries.
+    """Parse a tree from nested dictionaries.
 
     Raises ``CapabilityError``: ``may_malformed`` for anything but dictionaries of scopes, ``may_too_large`` past
     :data:`MAX_DEPTH` levels or :data:`MAX_NODES` entries, ``scope_malformed`` for a malformed scope.
@@ -86,18 +90,18 @@ def parse_delegation_tree(value: object) -> DelegationTree:
 
 
 class _NodeBudget:
-    """Counts entries down while a tree is built, so that a large one is refused before it is whole."""
+    """Counts entries down while a tree is parsed, so that a large one is refused before all of it is built."""
 
     def __init__(self, entries: int) -> None:
-        self._left = entries
+        self._remaining = entries
 
     def take(self) -> None:
-        self._left -= 1
-        if self._left < 0:
+        self._remaining -= 1
+        if self._remaining < 0:
             raise CapabilityError("may_too_large")
 
 
-def _parse_tree(value: object, levels: int, allowance: _NodeBudget) -> DelegationTree:
+def _parse_tree(value: object, levels: int, budget: _NodeBudget) -> DelegationTree:
     if not isinstance(value, dict):
         raise CapabilityError("may_malformed")
     members = cast("dict[object, object]", value)
@@ -105,19 +109,19 @@ def _parse_tree(value: object, levels: int, allowance: _NodeBudget) -> Delegatio
         raise CapabilityError("may_too_large")
     entries: dict[Scope, DelegationTree] = {}
     for key, under in members.items():
-        allowance.take()
+        budget.take()
         if not isinstance(key, str):
             raise CapabilityError("may_malformed")
-        entries[Scope(key)] = _parse_tree(under, levels - 1, allowance)
+        entries[Scope(key)] = _parse_tree(under, levels - 1, budget)
     return DelegationTree(entries)
 
 
 def union(left: DelegationTree, right: DelegationTree) -> DelegationTree:
-    """Return the tree of what either allows."""
+    """Return the tree of the calls that either tree allows."""
     entries = dict(left.items())
     for scope, under in right.items():
-        mine = entries.get(scope)
-        entries[scope] = under if mine is None else union(mine, under)
+        present = entries.get(scope)
+        entries[scope] = under if present is None else union(present, under)
     return DelegationTree(entries)
 
 
@@ -130,27 +134,27 @@ def contains(parent: DelegationTree, child: DelegationTree) -> bool:
     return True
 
 
-def intersect(parent: DelegationTree, wanted: DelegationTree) -> DelegationTree:
-    """Return the tree of what both allow."""
+def intersect(left: DelegationTree, right: DelegationTree) -> DelegationTree:
+    """Return the tree of the calls that both trees allow."""
     entries: dict[Scope, DelegationTree] = {}
-    for scope, under in parent.items():
-        for other, other_under in wanted.items():
-            met = scope.intersection(other)
-            if met is not None:
+    for scope, under in left.items():
+        for other, other_under in right.items():
+            common = scope.intersection(other)
+            if common is not None:
                 both = intersect(under, other_under)
-                entries[met] = union(entries[met], both) if met in entries else both
+                entries[common] = union(entries[common], both) if common in entries else both
     return DelegationTree(entries)
 
 
 class DeclaredCall(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A declared direct call. Without an ``optional`` one the operation still works."""
+    """A declared direct call; the operation works without an ``optional`` one."""
 
     scope: str
     optional: bool = False
 
 
 Declarations = Mapping[str, tuple[DeclaredCall, ...]]
-"""Operation scope (``coder:execute``) → the calls that it makes itself, not those of its callees."""
+"""The direct calls of each operation scope (``coder:execute``), without those of its callees."""
 
 
 def attenuate(
@@ -161,14 +165,14 @@ def attenuate(
     bindings: Mapping[str, tuple[str, ...]] | None = None,
     max_depth: int = DEFAULT_DEPTH,
 ) -> tuple[DelegationTree, list[str]]:
-    """Return the tree of what may follow ``operation``, and which needed authority is missing.
+    """Return the tree of the calls that may follow ``operation``, and the required scopes that are missing.
 
-    The tree is the closure of ``operation`` over ``declarations``, cut at every level by ``authority`` and at
-    ``max_depth`` levels, so that declarations in a circle end. ``bind`` replaces a declared scope, wherever it
-    stands, by narrower ones (``files:read`` by the digests of this task's files; by none: it is not granted).
-    Missing are ``operation`` itself and each declared direct call that is not optional, where ``authority``
-    allows no part of them. Raises ``CapabilityError``: ``scope_malformed`` for a malformed scope,
-    ``may_too_large`` for a tree over its bounds, ``misuse`` for a binding that is not narrower or a bad depth.
+    The tree is the closure of ``operation`` over ``declarations``, intersected with ``authority`` at every level and
+    cut at ``max_depth`` levels, so that circular declarations end. ``bindings`` replaces a declared scope, at any
+    level, by narrower ones (``files:read`` by the digests of this task's files; by none to withhold it). Missing are
+    ``operation`` itself and each required direct call of which ``authority`` allows no part. Raises
+    ``CapabilityError``: ``scope_malformed`` for a malformed scope, ``may_too_large`` for a tree over its limits,
+    ``misuse`` for a binding that is not narrower or a bad depth.
     """
     if not 0 <= max_depth <= MAX_DEPTH:
         raise CapabilityError("misuse", f"max_depth is from 0 to {MAX_DEPTH}.")
@@ -183,15 +187,17 @@ def attenuate(
 
 
 class _TreeBuilder:
-    """The inputs of one closure, parsed once, and the number of entries still to be had."""
+    """The parsed inputs of one closure, and the number of entries that it may still add."""
 
-    def __init__(self, declarations: Declarations, authority: ScopeSet, bind: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self, declarations: Declarations, authority: ScopeSet, bindings: Mapping[str, tuple[str, ...]]
+    ) -> None:
         self._declared = [(Scope(name), calls) for name, calls in declarations.items()]
         self._authority = authority
-        self._bind = {Scope(name): tuple(Scope(text) for text in texts) for name, texts in bind.items()}
-        if any(not wide.contains(scope) for wide, bound in self._bind.items() for scope in bound):
+        self._bindings = {Scope(name): tuple(Scope(text) for text in texts) for name, texts in bindings.items()}
+        if any(not wide.contains(scope) for wide, bound in self._bindings.items() for scope in bound):
             raise CapabilityError("misuse", "A binding may only narrow the scope that it replaces.")
-        self._left = MAX_NODES
+        self._budget = _NodeBudget(MAX_NODES)
 
     def calls_of(self, scope: Scope) -> Iterator[DeclaredCall]:
         """Yield the declared calls of every operation that a call of ``scope`` can reach."""
@@ -200,25 +206,23 @@ class _TreeBuilder:
                 yield from calls
 
     def bound(self, text: str) -> tuple[Scope, ...]:
-        """Return the scopes that stand for a declared one."""
+        """Return the scopes that replace a declared one."""
         scope = Scope(text)
-        return self._bind.get(scope, (scope,))
+        return self._bindings.get(scope, (scope,))
 
     def allowed(self, scope: Scope) -> tuple[Scope, ...]:
-        """Return what the authority allows of ``scope``."""
+        """Return the part of ``scope`` that the authority allows."""
         return tuple(self._authority.intersection(ScopeSet((scope,))))
 
     def tree(self, operation: Scope, levels: int) -> DelegationTree:
-        """Return what may follow ``operation`` within ``levels`` hops."""
+        """Return the calls that may follow ``operation`` within ``levels`` hops."""
         entries: dict[Scope, DelegationTree] = {}
         if levels == 0:
             return DelegationTree()
         for call in self.calls_of(operation):
             for bound in self.bound(call.scope):
                 for scope in self.allowed(bound):
-                    self._left -= 1
-                    if self._left < 0:
-                        raise CapabilityError("may_too_large")
+                    self._budget.take()
                     under = self.tree(scope, levels - 1)
                     entries[scope] = union(entries[scope], under) if scope in entries else under
         return DelegationTree(entries)
@@ -259,4 +263,4 @@ BUILT_IN_CALLS: Declarations = MappingProxyType(
         "files:write": (),
     }
 )
-"""The direct calls of the built-in services. An operation that is not here calls nothing."""
+"""The direct calls of the built-in services. An operation that is not listed calls nothing."""

@@ -1,4 +1,7 @@
-"""Inspection of a bearer string: each hop of its chain, what it attenuated, and why a service would refuse it."""
+"""Inspection of a bearer string: each hop of its chain, what it attenuated, and why a service would refuse it.
+
+Inspecting proves nothing: signatures are checked only by :func:`find_refusal_reason`.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ from octollm.contracts.services import service_of
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One link: ``issuer`` lent ``holder`` what ``allows`` lists, until ``expires`` (epoch seconds).
+    """One link: ``issuer`` granted ``holder`` the paths in ``allows``, until ``expires`` (epoch seconds).
 
-    ``dropped`` is what the link before it would have allowed and this one does not. ``hops`` is how many calls may
-    follow; an access token allows none by itself.
+    ``dropped`` lists what its parent allows and this link does not. ``hops`` is the number of calls that may follow;
+    an access token alone allows none.
     """
 
     kind: str
@@ -38,7 +41,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a bearer string says, root first, the access token last. Nothing in it is proved: see :func:`find_refusal_reason`."""
+    """The claims of a bearer string, unproved; its hops are root first, the access token last."""
 
     subject: str
     credential: str
@@ -50,7 +53,7 @@ class Inspection:
 
 
 def inspect(bearer: str) -> Inspection:
-    """Return what a bearer string says. Raises ``CapabilityError`` for one that has no form of a chain."""
+    """Return the claims of a bearer string. Raises ``CapabilityError`` for a text that is not a chain."""
     chain = read_chain(bearer)
     access = chain.access.claims
     return Inspection(
@@ -65,7 +68,7 @@ def inspect(bearer: str) -> Inspection:
 
 
 def read_chain(bearer: str) -> Chain:
-    """Read a bearer string without checking what it says; raises ``CapabilityError`` for one without that form."""
+    """Parse a bearer string without verifying it; raises ``CapabilityError`` for a text that is not a chain."""
     if not bearer:
         raise CapabilityError("bearer_missing")
     if len(bearer) > MAX_BEARER_CHARS:
@@ -79,9 +82,9 @@ def read_chain(bearer: str) -> Chain:
 def find_refusal_reason(
     bearer: str, service: str, roots: Mapping[str, PublicKey], clock: Clock, revocations: Revocations | None = None
 ) -> str | None:
-    """Return the reason for which ``service`` would refuse ``bearer`` now, ``None`` when it would not.
+    """Return the reason for which ``service`` would refuse ``bearer`` now, or ``None`` if it would accept it.
 
-    What is revoked it can only tell when it is given.
+    Revocation counts only with ``revocations``.
     """
     try:
         Verifier(service, roots, clock, cache_size=1, revocations=revocations).verify(bearer)
@@ -91,7 +94,7 @@ def find_refusal_reason(
 
 
 def explain_reason(reason: str) -> str:
-    """Return a sentence on a reason."""
+    """Return one sentence that explains a reason of :data:`~octollm.capability.REASONS`."""
     return REASON_TEXTS[reason]
 
 
@@ -113,14 +116,14 @@ def _hop(part: ChainPart[TokenClaims], parent: ChainPart[GrantClaims] | None) ->
 
 
 def _dropped(may: DelegationTree, claims: TokenClaims) -> tuple[str, ...]:
-    """Return what the parent allows its holder to ask for that this link does not."""
+    """Return the paths that the parent allows and this link does not."""
     if isinstance(claims, GrantClaims):
         others = [scope.text for scope in may if service_of(scope.family) != claims.aud]
         under = [below for scope, below in may.items() if service_of(scope.family) == claims.aud]
         paths = dict.fromkeys(path for tree in under for path in _paths(tree))
         return (*others, *(path for path in paths if path not in _paths(claims.may)))
-    given = _allowed_paths(claims)
-    return tuple(scope.text for scope in may if scope.text not in given)
+    allowed = _allowed_paths(claims)
+    return tuple(scope.text for scope in may if scope.text not in allowed)
 
 
 def _allowed_paths(claims: TokenClaims) -> tuple[str, ...]:
@@ -130,9 +133,9 @@ def _allowed_paths(claims: TokenClaims) -> tuple[str, ...]:
 
 
 def _paths(may: DelegationTree) -> tuple[str, ...]:
-    """Return every path of calls that a tree allows, ``judge:validate > executor:run``, shortest first."""
-    found: list[str] = []
+    """Return every path of calls that a tree allows, such as ``judge:validate > executor:run``, parents first."""
+    paths: list[str] = []
     for scope, under in may.items():
-        found.append(scope.text)
-        found += [f"{scope.text} > {path}" for path in _paths(under)]
-    return tuple(found)
+        paths.append(scope.text)
+        paths += [f"{scope.text} > {path}" for path in _paths(under)]
+    return tuple(paths)

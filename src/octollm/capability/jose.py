@@ -1,4 +1,7 @@
-"""JOSE, the strict part that is used here: Ed25519 keys as JWKs named by their thumbprint (RFC 8037, 7638), and compact JWS (RFC 7515) with nothing in a token choosing algorithm or key."""
+"""A strict subset of JOSE: Ed25519 JWKs named by their thumbprint (RFC 8037, RFC 7638), and compact JWS (RFC 7515).
+
+Nothing in a token chooses the algorithm, and a key that a token embeds counts only once its thumbprint is confirmed.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,15 @@ def b64encode(data: bytes) -> str:
 
 
 def b64decode(text: str) -> bytes:
-    """Read canonical base64url: no padding, no other characters, no bits left over.
+    """Decode canonical base64url: no padding, no other characters, no stray bits.
 
-    Raises ``CapabilityError`` (``base64_malformed``). Each byte string has exactly one text that is accepted.
+    Raises ``CapabilityError`` (``base64_malformed``). Exactly one text is accepted for each byte string.
     """
     try:
         data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
     except (binascii.Error, ValueError):
         raise CapabilityError("base64_malformed") from None
-    # The standard library skips what is not of the alphabet; encoding again finds that and stray bits.
+    # The standard library skips characters outside the alphabet; encoding again detects those and stray bits.
     if b64encode(data) != text:
         raise CapabilityError("base64_malformed")
     return data
@@ -64,27 +67,27 @@ class PublicKey:
 
     @classmethod
     def from_jwk(cls, jwk: Mapping[str, object]) -> PublicKey:
-        """Read a public JWK: OKP and Ed25519, with ``kid``, ``use`` and ``alg`` fitting it if they are there.
+        """Parse a public JWK: OKP and Ed25519; ``kid``, ``use`` and ``alg`` must match if they are present.
 
         Raises ``CapabilityError`` (``key_malformed``) for anything else, a private key included.
         """
         key = cls(_public_bytes(jwk))
-        fitting = (
+        is_consistent = (
             jwk.keys() <= _PUBLIC_MEMBERS
             and jwk.get("kid", key.thumbprint) == key.thumbprint
             and jwk.get("use", "sig") == "sig"
             and jwk.get("alg", "EdDSA") == "EdDSA"
         )
-        if not fitting:
+        if not is_consistent:
             raise CapabilityError("key_malformed")
         return key
 
     def to_jwk(self) -> dict[str, str]:
-        """Return the JWK with the three required members alone, the form of the ``jwk`` header."""
+        """Return the JWK with only its three required members, the form of the ``jwk`` header."""
         return {"kty": "OKP", "crv": "Ed25519", "x": self._x}
 
     def verify(self, signature: bytes, message: bytes) -> bool:
-        """Return whether ``signature`` over ``message`` is this key's (RFC 8032)."""
+        """Return whether this key made ``signature`` over ``message`` (RFC 8032)."""
         try:
             self._key.verify(signature, message)
         except InvalidSignature:
@@ -102,7 +105,7 @@ class PublicKey:
 
 
 class SigningKey:
-    """An Ed25519 key pair of the service ``name``. Neither its text nor its repr shows the private half."""
+    """An Ed25519 key pair of the service ``name``. Its repr does not show the private half."""
 
     __slots__ = ("_key", "name", "public")
 
@@ -113,12 +116,12 @@ class SigningKey:
 
     @classmethod
     def generate(cls, name: str = "") -> SigningKey:
-        """Make a new key from the operating system's randomness."""
+        """Return a new key from the operating system's randomness."""
         return cls(Ed25519PrivateKey.generate(), name)
 
     @classmethod
     def from_jwk(cls, jwk: Mapping[str, object], name: str = "") -> SigningKey:
-        """Read a private JWK; raises ``CapabilityError`` (``key_malformed``) unless both halves belong together."""
+        """Parse a private JWK; raises ``CapabilityError`` (``key_malformed``) unless both halves belong together."""
         key = cls(Ed25519PrivateKey.from_private_bytes(_member_bytes(jwk, "d")), name)
         public = PublicKey.from_jwk({member: value for member, value in jwk.items() if member != "d"})
         if public != key.public:
@@ -127,12 +130,12 @@ class SigningKey:
 
     @property
     def thumbprint(self) -> str:
-        """Return the RFC 7638 thumbprint of the public half."""
+        """The RFC 7638 thumbprint of the public half."""
         return self.public.thumbprint
 
     @property
     def private(self) -> Ed25519PrivateKey:
-        """Return the private key for the library that signs."""
+        """The private key, for the signing library."""
         return self._key
 
     def sign(self, message: bytes) -> bytes:
@@ -140,7 +143,7 @@ class SigningKey:
         return self._key.sign(message)
 
     def to_jwk(self, *, private: bool) -> dict[str, str]:
-        """Return the JWK with its ``kid``; with ``private`` it holds the secret ``d``."""
+        """Return the JWK with its ``kid``; with ``private`` it contains the secret ``d``."""
         jwk = {**self.public.to_jwk(), "kid": self.thumbprint}
         return {**jwk, "d": b64encode(self._key.private_bytes_raw())} if private else jwk
 
@@ -175,14 +178,14 @@ def _member_bytes(jwk: Mapping[str, object], member: str) -> bytes:
 
 
 TokenType = Literal["cap+jwt", "cap-grant+jwt", "svc+jwt", "dir+jwt", "audit+jwt"]
-"""The ``typ`` header (RFC 8725 section 3.11): what a token is, so that none is taken for another."""
+"""The ``typ`` header (RFC 8725 section 3.11), by which no kind of token is accepted as another."""
 
 ALGORITHM = "EdDSA"
 
 MAX_HEADER_CHARS = 512
-"""Characters of an encoded header; the longest that is made here has some 260."""
+"""Most characters of an encoded header; the longest that is minted here has some 260."""
 _MAX_BRACKETS = 512
-"""Arrays and objects of a bearer's token, which bounds how deep its JSON can be."""
+"""Most arrays and objects of a token, which bounds the depth of its JSON."""
 _SIGNER = PyJWS(algorithms=[ALGORITHM])
 
 Thumbprint = Annotated[str, Meta(pattern=rf"\A[A-Za-z0-9_-]{{{THUMBPRINT_CHARS}}}\Z")]
@@ -190,7 +193,7 @@ Thumbprint = Annotated[str, Meta(pattern=rf"\A[A-Za-z0-9_-]{{{THUMBPRINT_CHARS}}
 
 
 class Jwk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The ``jwk`` header: the three members that the thumbprint is made of, and no other."""
+    """The ``jwk`` header: the three members that the thumbprint covers, and no other."""
 
     kty: Literal["OKP"]
     crv: Literal["Ed25519"]
@@ -198,7 +201,7 @@ class Jwk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class JwsHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A protected header. Which of ``kid`` and ``jwk`` must be there depends on the token."""
+    """A protected header. Whether it needs ``kid`` or ``jwk`` depends on the kind of token."""
 
     alg: str
     typ: str
@@ -207,7 +210,7 @@ class JwsHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
 
 class Jws(msgspec.Struct, frozen=True):
-    """A token that was read, and whose signature nobody has checked yet."""
+    """A parsed token whose signature is not verified yet."""
 
     header: JwsHeader
     claims: object
@@ -215,13 +218,13 @@ class Jws(msgspec.Struct, frozen=True):
     signature: bytes
 
     def embedded_key(self) -> PublicKey:
-        """Return the key of the ``jwk`` header; it is worth nothing before its thumbprint was found right."""
+        """Return the key of the ``jwk`` header; it proves nothing until its thumbprint is confirmed."""
         if self.header.jwk is None:
             raise CapabilityError("key_missing")
         return PublicKey(b64decode(self.header.jwk.x))
 
     def check_signature(self, key: PublicKey) -> None:
-        """Raise ``CapabilityError`` (``signature_invalid``) unless the signature is that of ``key``."""
+        """Raise ``CapabilityError`` (``signature_invalid``) unless ``key`` made the signature."""
         if not key.verify(self.signature, self.signing_input):
             raise CapabilityError("signature_invalid")
 
@@ -242,9 +245,9 @@ def pinned_root(header: JwsHeader, roots: Mapping[str, PublicKey]) -> PublicKey:
 
 
 def decode_jws(token: str, typ: TokenType, *, max_brackets: int = _MAX_BRACKETS) -> Jws:
-    """Read a token whose length is already bounded; its claims are plain JSON values.
+    """Parse a token whose length is already bounded; its claims are plain JSON values.
 
-    Raises ``CapabilityError`` with a reason among those of a malformed token.
+    Raises ``CapabilityError`` with a reason of a malformed token.
     """
     signing_input, _, signature_text = token.rpartition(".")
     header_text, dot, payload_text = signing_input.partition(".")
@@ -265,7 +268,7 @@ def decode_jws(token: str, typ: TokenType, *, max_brackets: int = _MAX_BRACKETS)
 def encode_jws(
     payload: bytes, typ: TokenType, key: SigningKey, *, with_kid: bool = False, with_jwk: bool = False
 ) -> str:
-    """Sign ``payload`` (JSON text) with ``key``, naming it by ``kid``, bringing its public half as ``jwk``, or both."""
+    """Sign ``payload`` (JSON) with ``key``; the header names the key by ``kid``, embeds it as ``jwk``, or both."""
     headers: dict[str, object] = {"typ": typ}
     if with_kid:
         headers["kid"] = key.thumbprint
@@ -276,7 +279,7 @@ def encode_jws(
 
 def _members(pairs: list[tuple[str, object]]) -> dict[str, object]:
     members = dict(pairs)
-    # RFC 7519 section 4 lets a parser take the last of two equal names; two parsers could then disagree.
+    # RFC 7519 section 4 lets a parser take the last of two members with one name: two parsers could then disagree.
     if len(members) != len(pairs) or None in members.values():
         raise CapabilityError("json_malformed")
     return members

@@ -1,4 +1,7 @@
-"""Key rotation: which key signs now and which are still trusted. A new key signs only after an overlap; the old one is trusted until its last token has expired."""
+"""Key rotation: which key signs now and which are still trusted.
+
+A new key signs only after an overlap; the old one is trusted until its last token has expired.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,28 @@ from octollm.capability.jose import PublicKey, SigningKey
 from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS
 
 OVERLAP_SECONDS = 600.0
-"""From its making, a key does not sign for so long: services hear of it meanwhile, and are started again."""
+"""How long a new key is published before it signs, so that every service trusts it by then."""
 TRUST_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
-"""After another key began to sign, a key is believed for so long."""
+"""How long a key is trusted after its successor began to sign."""
 MAX_KEYS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class DatedKey:
-    """A key pair, and when it was made (epoch seconds; 0 for one that signs at once)."""
+    """A key pair and its time of creation (epoch seconds; 0 for one that signs at once)."""
 
     key: SigningKey
     created_at: float = 0.0
 
 
 def signing_index(created_at: Sequence[float], now: float) -> int:
-    """Return the index of the key that signs at ``now``, of keys by the times of their making, oldest first."""
+    """Return the index of the key that signs at ``now``, given the keys' times of creation, oldest first."""
     ready = [index for index, at in enumerate(created_at) if at + OVERLAP_SECONDS <= now]
     return ready[-1] if ready else 0
 
 
 def trusted_indices(created_at: Sequence[float], now: float) -> list[int]:
-    """Return the indices of the keys that are believed at ``now``: those to come, and those not long out of use."""
+    """Return the indices of the keys that are trusted at ``now``: future ones, and recently replaced ones."""
     return [
         index
         for index in range(len(created_at))
@@ -40,7 +43,7 @@ def trusted_indices(created_at: Sequence[float], now: float) -> list[int]:
 
 
 class PublicKeyRing:
-    """The public keys of one name, with when each was made, oldest first."""
+    """The public keys of one name with their times of creation, oldest first."""
 
     def __init__(self, keys: Iterable[tuple[PublicKey, float]]) -> None:
         """Raise ``CapabilityError`` (``key_malformed``) for no key, or too many."""
@@ -48,7 +51,7 @@ class PublicKeyRing:
         if not 0 < len(ordered) <= MAX_KEYS:
             raise CapabilityError("key_malformed")
         self._keys = [key for key, _ in ordered]
-        self._made = [made for _, made in ordered]
+        self._created_at = [created_at for _, created_at in ordered]
 
     @classmethod
     def of(cls, key: PublicKey | PublicKeyRing) -> PublicKeyRing:
@@ -56,28 +59,28 @@ class PublicKeyRing:
         return key if isinstance(key, PublicKeyRing) else cls([(key, 0.0)])
 
     def trusted_keys(self, now: float) -> dict[str, PublicKey]:
-        """Return the keys that are believed at ``now``, by thumbprint; the one that signs is first."""
-        first = self._keys[signing_index(self._made, now)]
-        rest = (self._keys[index] for index in trusted_indices(self._made, now))
+        """Return the keys that are trusted at ``now``, by thumbprint; the signing one is first."""
+        first = self._keys[signing_index(self._created_at, now)]
+        rest = (self._keys[index] for index in trusted_indices(self._created_at, now))
         return {key.thumbprint: key for key in (first, *rest)}
 
 
 class KeyRing:
-    """The key pairs of one name, oldest first. With one, that signs always."""
+    """The key pairs of one name, oldest first. A lone key always signs."""
 
     def __init__(self, keys: Iterable[DatedKey]) -> None:
         """Raise ``CapabilityError`` (``key_malformed``) for no key, or too many."""
         self._keys = tuple(sorted(keys, key=lambda each: each.created_at))
         if not 0 < len(self._keys) <= MAX_KEYS:
             raise CapabilityError("key_malformed")
-        self._made = [each.created_at for each in self._keys]
-        self._by_name = {each.key.thumbprint: each.key for each in self._keys}
+        self._created_at = [each.created_at for each in self._keys]
+        self._by_thumbprint = {each.key.thumbprint: each.key for each in self._keys}
         self.public = PublicKeyRing((each.key.public, each.created_at) for each in self._keys)
         """The public halves."""
 
     @classmethod
     def of(cls, key: SigningKey | KeyRing | Iterable[SigningKey]) -> KeyRing:
-        """Return a ring of ``key``, or of several, of which the first signs."""
+        """Return a ring of one key, or of several of which the first signs."""
         if isinstance(key, KeyRing):
             return key
         keys = (key,) if isinstance(key, SigningKey) else tuple(key)
@@ -85,14 +88,14 @@ class KeyRing:
 
     def signing_key(self, now: float) -> SigningKey:
         """Return the key that signs at ``now`` (epoch seconds)."""
-        return self._keys[signing_index(self._made, now)].key
+        return self._keys[signing_index(self._created_at, now)].key
 
     def find(self, thumbprint: str) -> SigningKey | None:
-        """Return the key of that name; one that is out of use still proves what was lent to it."""
-        return self._by_name.get(thumbprint)
+        """Return the key with that thumbprint; a replaced key still serves the grants that name it."""
+        return self._by_thumbprint.get(thumbprint)
 
     def trusted_keys(self, now: float) -> dict[str, PublicKey]:
-        """Return the public keys that are believed at ``now``, by thumbprint; the one that signs is first."""
+        """Return the public keys that are trusted at ``now``, by thumbprint; the signing one is first."""
         return self.public.trusted_keys(now)
 
     def __iter__(self) -> Iterator[DatedKey]:
@@ -103,15 +106,15 @@ class KeyRing:
 
 
 class TrustedRoots(Mapping[str, PublicKey]):
-    """The root keys that a service believes, by thumbprint. They change while it runs: see :meth:`replace`."""
+    """The root keys that a service trusts, by thumbprint. They change while it runs: see :meth:`replace`."""
 
     def __init__(self, keys: Mapping[str, PublicKey], on_change: Callable[[TrustedRoots], None] | None = None) -> None:
-        """``on_change`` is told when others are believed than before."""
+        """``on_change`` is called when the trusted keys change."""
         self._keys = dict(keys)
         self._on_change = on_change
 
     def replace(self, keys: Mapping[str, PublicKey]) -> bool:
-        """Believe these and no others; say whether that changes anything. No keys at all are no news."""
+        """Trust these keys and no others; return whether that changes anything. An empty mapping is ignored."""
         if not keys or self._keys == dict(keys):
             return False
         self._keys = dict(keys)
@@ -123,7 +126,7 @@ class TrustedRoots(Mapping[str, PublicKey]):
         return self._keys[thumbprint]
 
     def get(self, thumbprint: str, default: PublicKey | None = None) -> PublicKey | None:  # type: ignore[override]
-        """Return a key; this is asked at every call."""
+        """Return a key, without the detour of ``Mapping.get``: every call looks one up."""
         return self._keys.get(thumbprint, default)
 
     def __iter__(self) -> Iterator[str]:

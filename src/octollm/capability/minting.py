@@ -1,4 +1,4 @@
-"""Token minting: root tokens by the orchestrator, attenuated tokens by a delegate under its grant, service tokens for oneself."""
+"""Token minting: root tokens by the orchestrator, attenuated tokens under a grant, a service's own tokens."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from octollm.clock import Clock, IdGenerator
 from octollm.contracts.services import service_of
 
 CALL_TOKEN_SECONDS = 60.0
-"""The life of an access token that is made for one call."""
+"""The life of an access token for one call, in seconds."""
 
 
 class _ClaimMembers(TypedDict):
-    """The claims that every link of a chain has."""
+    """The claims that every link of a chain may have."""
 
     iss: str
     sub: str
@@ -63,7 +63,7 @@ class _ClaimMembers(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class _CommonClaims:
-    """What the tokens of one minting have in common; ``now`` in seconds since the epoch."""
+    """The claims that the tokens of one minting share; ``now`` in seconds since the epoch."""
 
     issuer: str
     audience: str
@@ -73,7 +73,7 @@ class _CommonClaims:
     proof: str | None
 
     def claims(self, jti: str, expires: float) -> _ClaimMembers:
-        """Return the claims of one of them, with times in milliseconds' steps."""
+        """Return the claims of one token, with times rounded to milliseconds."""
         task = self.task
         return {
             "iss": self.issuer,
@@ -94,7 +94,7 @@ class _CommonClaims:
 
 
 class RootMinter:
-    """Mints what needs no proof but the orchestrator's own key."""
+    """Mints the first link of a chain, signed by a root key of the orchestrator."""
 
     def __init__(self, root_key: SigningKey | KeyRing, clock: Clock, ids: IdGenerator) -> None:
         self._ring = KeyRing.of(root_key)
@@ -114,12 +114,12 @@ class RootMinter:
         grant_lifetime: float = MAX_GRANT_SECONDS,
         call: str | None = None,
     ) -> str:
-        """Return a bearer string for ``aud``: an access token, with a grant of ``may`` unless that is empty.
+        """Return a bearer string for ``aud``: an access token, with a grant of ``delegation`` unless that is empty.
 
-        ``lifetime`` of the access token is at most a day, ``grant_lifetime`` at most an hour (pass what is left of
-        the step), both in seconds. Raises ``CapabilityError``: ``holder_unknown`` if there is a ``may`` and no
-        thumbprint of who is to hold it, ``does_not_fit`` if the whole is too large for a bearer string,
-        ``misuse`` for arguments that no verifier would accept.
+        ``lifetime`` of the access token is at most a day, ``grant_lifetime`` at most an hour (pass the time left of
+        the step), both in seconds. Raises ``CapabilityError``: ``holder_unknown`` if there is a ``delegation`` and no
+        thumbprint of its holder's key, ``does_not_fit`` if the result is too long for a bearer string, ``misuse`` for
+        arguments that no verifier would accept.
         """
         granted = scopes if isinstance(scopes, ScopeSet) else ScopeSet.parse(scopes)
         _check_scopes(granted, aud)
@@ -234,7 +234,7 @@ class Delegator:
 
 
 class ServiceTokenSigner:
-    """Signs for the service ``name`` when it speaks for itself."""
+    """Signs the tokens by which the service ``name`` authenticates itself."""
 
     def __init__(self, key: SigningKey | KeyRing, name: str, clock: Clock, ids: IdGenerator) -> None:
         self._ring = KeyRing.of(key)

@@ -1,4 +1,4 @@
-"""A bounded set of revocations; when full it refuses too much, never too little."""
+"""A bounded set of revocations; when full, it refuses too much, never too little."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from octollm.capability.errors import CapabilityError
 from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS, TokenClaims
 
 RevocationKind = Literal["jti", "task", "run", "sub", "cred", "aud"]
-"""What a revocation names: a token, a task, what one holder of a task was lent (:func:`run_value`), a principal, a
-credential, or the service that was lent authority."""
+"""What a revocation names: a token, a task, one holder of a task (:func:`run_value`), a principal, a credential, or the
+service to which authority was delegated."""
 REVOCATION_KINDS: tuple[RevocationKind, ...] = get_args(RevocationKind)
 _PERMANENT_KINDS = frozenset({"jti", "task", "run"})
-"""Kinds whose value never comes back, so that the clock of whoever issued a link does not matter."""
+"""Kinds whose value is never reused, so that the clock of a link's issuer does not matter."""
 
 ALL_TENANTS = ""
-"""Stands in a revocation that is not one tenant's own."""
+"""The tenant of a revocation that applies to every tenant."""
 RETENTION_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
 """After this long every token that a revocation names has expired on every clock."""
 
 
 def run_value(task: str, run: int) -> str:
-    """Return the value of a revocation of what the holder ``run`` of ``task`` was lent."""
+    """Return the value of a revocation of all that was delegated to the holder ``run`` of ``task``."""
     return f"{task}/{run}"
 
 
 class Revocations:
     """A bounded set of revocations: (tenant, kind, value, at) refuses any chain with a matching link issued by ``at``.
 
-    Times are seconds since the epoch. A token, a task that has ended and a holder that lost its task never come back,
-    so these are refused whatever their issuer's clock said. Past ``max_entries`` an old entry is let go, and
-    instead everything issued up to its time is refused: a full set refuses too much, never too little.
+    Times are seconds since the epoch. Tokens, ended tasks and former holders never come back, so they are refused
+    whatever their issuer's clock said. Past ``max_entries`` an old entry is dropped, and everything issued up to its
+    time is refused instead.
     """
 
     def __init__(self, *, max_entries: int = 100_000) -> None:
@@ -41,7 +41,7 @@ class Revocations:
         self.version = 0
 
     def add(self, kind: RevocationKind, value: str, at: float, tenant: str) -> None:
-        """Refuse from now on what has ``value`` in ``tenant`` and was issued by ``at``; repeating it is harmless.
+        """Refuse tokens with ``value`` in ``tenant`` that were issued by ``at``; repeating a call is harmless.
 
         Raises ``CapabilityError`` (``misuse``) for an unknown kind.
         """
@@ -53,33 +53,33 @@ class Revocations:
             return
         self._at[key] = at
         if len(self._at) > self._max_entries:
-            # The first to come is about the oldest; whichever it is, what it refused stays refused.
-            gone = next(iter(self._at))
-            margin = SKEW_SECONDS if gone[1] in _PERMANENT_KINDS else 0.0
-            self._floor = max(self._floor, self._at.pop(gone) + margin)
+            # The first entry is about the oldest; raising the floor keeps refusing what it refused.
+            dropped = next(iter(self._at))
+            margin = SKEW_SECONDS if dropped[1] in _PERMANENT_KINDS else 0.0
+            self._floor = max(self._floor, self._at.pop(dropped) + margin)
         self.version += 1
 
     @property
     def floor(self) -> float | None:
-        """Return the time up to which everything is refused; ``None`` while the set was never full."""
+        """The time up to which every token is refused; ``None`` while the set was never full."""
         return self._floor if self._floor > float("-inf") else None
 
     def raise_floor(self, at: float) -> None:
-        """Refuse everything that was issued by ``at``: another set that was full told of its own."""
+        """Refuse every token issued by ``at``, the floor of another set that was full."""
         if at > self._floor:
             self._floor = at
             self.version += 1
 
     def entries(self) -> list[tuple[RevocationKind, str, float, str]]:
-        """Return kind, value, time and tenant of each, as :meth:`add` takes them."""
+        """Return the kind, value, time and tenant of each entry, the arguments of :meth:`add`."""
         return [(cast("RevocationKind", kind), value, at, tenant) for (tenant, kind, value), at in self._at.items()]
 
     def is_revoked(self, links: Iterable[TokenClaims]) -> bool:
-        """Return whether any of ``links``, the claims of one chain, was revoked."""
+        """Return whether any of ``links``, the claims of one chain, is revoked."""
         return any(self._refuses(claims) for claims in links)
 
     def prune(self, now: float) -> None:
-        """Forget what concerns only tokens that have expired by ``now``."""
+        """Drop entries whose tokens have all expired by ``now``."""
         for key in [key for key, at in self._at.items() if at + RETENTION_SECONDS < now]:
             del self._at[key]
 
@@ -100,10 +100,10 @@ class Revocations:
 
 
 def _revocable_values(claims: TokenClaims) -> list[tuple[str, str]]:
-    """Return what of a link may be revoked."""
-    named = [("jti", claims.jti), ("sub", claims.sub), ("cred", claims.cred), ("aud", claims.aud)]
+    """Return the kinds and values by which a link may be revoked."""
+    values = [("jti", claims.jti), ("sub", claims.sub), ("cred", claims.cred), ("aud", claims.aud)]
     if claims.task is not None:
-        named.append(("task", claims.task))
+        values.append(("task", claims.task))
         if claims.run is not None:
-            named.append(("run", run_value(claims.task, claims.run)))
-    return named
+            values.append(("run", run_value(claims.task, claims.run)))
+    return values

@@ -1,4 +1,4 @@
-"""Scopes, scope sets, when one contains another; principals and the scopes of the presets `user` and `admin`."""
+"""Scopes and sets of scopes, with containment and intersection; principals, and the presets ``user`` and ``admin``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from octollm.capability.errors import CapabilityError
 from octollm.contracts.services import BUILT_IN_ARMS, service_of
 
 MAX_SCOPE_CHARS = 256
-"""Characters of one scope."""
+"""Most characters of one scope."""
 MAX_SEGMENTS = 8
-"""Segments of one scope, the service included."""
+"""Most segments of one scope, including the service."""
 MAX_SCOPES = 256
-"""Scopes of one set."""
+"""Most scopes of one set."""
 MAX_SET_CHARS = 8_192
-"""Characters of the text of one set."""
+"""Most characters of the text of one set."""
 
 _SEGMENT = r"[a-z0-9._-]+"
 _GRAMMAR = re.compile(rf"{_SEGMENT}(?::{_SEGMENT})*:(?:{_SEGMENT}|\*)")
@@ -33,17 +33,17 @@ class Scope:
         text = self.text
         if len(text) > MAX_SCOPE_CHARS or text.count(":") >= MAX_SEGMENTS or _GRAMMAR.fullmatch(text) is None:
             raise CapabilityError("scope_malformed")
-        # No segment holds a colon, so a prefix of text that ends in one is a prefix of whole segments.
+        # No segment contains a colon, so a text prefix that ends in one is a prefix of whole segments.
         object.__setattr__(self, "_prefix", text[:-1] if text.endswith("*") else text + ":")
 
     @property
     def family(self) -> str:
-        """Return the first segment: the service, or a family that a service owns."""
+        """The first segment: the service, or a family that a service owns."""
         return self.text.partition(":")[0]
 
     @property
     def operation(self) -> str:
-        """Return the first two segments, e.g. ``files:read`` of ``files:read:0a1b``."""
+        """The first two segments, such as ``files:read`` of ``files:read:0a1b``."""
         return ":".join(self.text.split(":", 2)[:2])
 
     def contains(self, other: Scope) -> bool:
@@ -51,7 +51,7 @@ class Scope:
         return other.text == self.text or other.text.startswith(self._prefix)
 
     def intersection(self, other: Scope) -> Scope | None:
-        """Return the scope of what both allow, or ``None``; of two scopes that overlap one contains the other."""
+        """Return the scope that both contain, or ``None``: of two scopes that overlap, one contains the other."""
         if self.contains(other):
             return other
         return self if other.contains(self) else None
@@ -61,14 +61,14 @@ class Scope:
 
 
 def parse_scope(text: str) -> Scope:
-    """Return the scope that ``text`` is; raises ``CapabilityError`` (``scope_malformed``), never mends it."""
+    """Parse a scope; raises ``CapabilityError`` (``scope_malformed``) and never normalizes."""
     return Scope(text)
 
 
 class ScopeSet:
     """An immutable set of scopes. It allows what any of its members allows; the empty set allows nothing.
 
-    Two sets are equal when they have the same members. The text keeps the order in which they came.
+    Two sets with the same members are equal. The text keeps the order of the members.
     """
 
     __slots__ = ("_scopes",)
@@ -78,7 +78,7 @@ class ScopeSet:
 
     @classmethod
     def parse(cls, text: str) -> ScopeSet:
-        """Read scopes separated by single spaces (RFC 6749 section 3.3); the empty text is the empty set.
+        """Parse scopes separated by single spaces (RFC 6749 section 3.3); the empty text is the empty set.
 
         Raises ``CapabilityError`` (``scope_malformed``) if any of them is malformed, or there are too many.
         """
@@ -89,17 +89,17 @@ class ScopeSet:
         return cls(Scope(part) for part in text.split(" "))
 
     def allows(self, required: str | Scope) -> bool:
-        """Return whether one member contains ``required``. A malformed ``required`` raises, it is never allowed."""
+        """Return whether one member contains ``required``; a malformed ``required`` raises."""
         scope = required if isinstance(required, Scope) else Scope(required)
         return any(own.contains(scope) for own in self._scopes)
 
     def intersection(self, other: ScopeSet) -> ScopeSet:
-        """Return the scopes of what both sets allow."""
-        met = (mine.intersection(theirs) for mine in self._scopes for theirs in other._scopes)
-        return ScopeSet(scope for scope in met if scope is not None)
+        """Return the set of the scopes that both sets allow."""
+        common = (left.intersection(right) for left in self._scopes for right in other._scopes)
+        return ScopeSet(scope for scope in common if scope is not None)
 
     def owned_by(self, service: str) -> ScopeSet:
-        """Return the members that a token for ``service`` may carry: those of families that it owns."""
+        """Return the members that a token for ``service`` may carry: those of the families that it owns."""
         return ScopeSet(scope for scope in self._scopes if service_of(scope.family) == service)
 
     def is_subset(self, other: ScopeSet) -> bool:
@@ -127,7 +127,7 @@ class ScopeSet:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asked: the person or account (``sub``), with which of its credentials, in which tenant.
+    """The person or account (``sub``) that the work is for, the credential that it used, and its tenant.
 
     Each is 1 to 255 printable ASCII characters without spaces.
     """
@@ -161,7 +161,7 @@ PRESETS: dict[str, tuple[str, ...]] = {"user": _USER_SCOPES, "admin": _ADMIN_SCO
 def preset_scopes(name: str, arms: Iterable[str] = BUILT_IN_ARMS) -> ScopeSet:
     """Return the scopes of the preset ``name`` in a tenant that admits ``arms``.
 
-    Raises ``CapabilityError``: ``misuse`` if there is no such preset, ``scope_malformed`` for a malformed arm name.
+    Raises ``CapabilityError``: ``misuse`` for an unknown preset, ``scope_malformed`` for a malformed arm name.
     """
     if name not in PRESETS:
         raise CapabilityError("misuse", f"There is no preset of that name; there are {', '.join(PRESETS)}.")

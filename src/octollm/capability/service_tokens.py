@@ -1,4 +1,4 @@
-"""Service tokens, by which a service speaks for itself, and the signed service directory in which their keys are found."""
+"""Service tokens, by which a service authenticates itself, and the signed directory of the services' keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from octollm.clock import Clock
 MAX_SERVICE_SECONDS = 60.0
 """The longest life of a ``svc+jwt``."""
 MAX_DIRECTORY_SECONDS = 300.0
-"""The longest life of a directory: how long a key that was taken out of it may still be believed."""
+"""The longest life of a directory, and so how long a key removed from it may still be trusted."""
 MAX_SERVICE_CHARS = 2_048
 """Characters of a ``svc+jwt``."""
 MAX_DIRECTORY_CHARS = 1_048_576
@@ -30,9 +30,9 @@ _ScopeText = Annotated[str, Meta(max_length=MAX_SCOPE_CHARS)]
 
 
 class DirectoryEntry(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What is known of a service: the thumbprints of its keys, newest first, and the declared calls of its operations.
+    """A registered service: the thumbprints of its keys, newest first, and the declared calls of its operations.
 
-    ``urls`` are the addresses of an arm of one's own, which no setting names.
+    ``urls`` are the addresses of a custom arm, which no setting names.
     """
 
     jkts: Annotated[tuple[Thumbprint, ...], Meta(max_length=16)]
@@ -45,7 +45,7 @@ Directory = Mapping[str, DirectoryEntry]
 
 
 class ServiceClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``svc+jwt``: the service ``iss``, which is also ``sub``, speaks to ``aud``."""
+    """``svc+jwt``: the service ``iss``, which is also ``sub``, authenticates itself to ``aud``."""
 
     iss: ServiceName
     sub: ServiceName
@@ -56,7 +56,7 @@ class ServiceClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DirectoryClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``dir+jwt``: the orchestrator says which services there are."""
+    """``dir+jwt``: the registered services, signed by the orchestrator."""
 
     iss: ServiceName
     exp: NumericDate
@@ -64,25 +64,25 @@ class DirectoryClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jti: TokenName
     services: dict[ServiceName, DirectoryEntry]
     roots: Annotated[tuple[Jwk, ...], Meta(max_length=16)] = ()
-    """The root keys that are believed, the one that signs first."""
+    """The trusted root keys, the signing one first."""
 
 
 def service_to_json(claims: ServiceClaims) -> bytes:
-    """Return the payload of a ``svc+jwt``; raises ``CapabilityError`` (``misuse``) if no verifier would take it."""
+    """Return the payload of a ``svc+jwt``; raises ``CapabilityError`` (``misuse``) if no verifier would accept it."""
     return _to_json(claims, ServiceClaims)
 
 
 def directory_to_json(claims: DirectoryClaims) -> bytes:
-    """Return the payload of a ``dir+jwt``; raises ``CapabilityError`` (``misuse``) if no verifier would take it."""
+    """Return the payload of a ``dir+jwt``; raises ``CapabilityError`` (``misuse``) if no verifier would accept it."""
     _check_calls(claims.services)
     return _to_json(claims, DirectoryClaims)
 
 
 def verify_service_token(token: str | None, aud: str, directory: Directory, clock: Clock) -> str:
-    """Return the name of the service that speaks to ``aud``, by a ``svc+jwt`` that one of its known keys signed.
+    """Return the name of the service that authenticates to ``aud`` by a ``svc+jwt`` signed with one of its keys.
 
-    The token brings its key as ``jwk``; that is used only if ``directory`` lists its thumbprint under the name
-    that the token claims. Raises ``CapabilityError`` with the codes of :meth:`Verifier.verify`.
+    The token embeds its key as ``jwk``, which is used only if ``directory`` lists its thumbprint under the name that
+    the token claims. Raises ``CapabilityError`` with the codes of :meth:`Verifier.verify`.
     """
     if not token:
         raise CapabilityError("bearer_missing")
@@ -108,7 +108,7 @@ def verify_service_token(token: str | None, aud: str, directory: Directory, cloc
 def verify_directory(
     token: str | None, roots: Mapping[str, PublicKey], clock: Clock
 ) -> tuple[Directory, dict[str, PublicKey]]:
-    """Return the directory that a pinned root signed, and the root keys that it says are believed.
+    """Return the directory that a pinned root signed, and the root keys that it lists as trusted.
 
     Raises ``CapabilityError`` with the codes of :meth:`Verifier.verify`.
     """
@@ -131,7 +131,7 @@ def verify_directory(
 
 
 def to_jwk_member(key: PublicKey) -> Jwk:
-    """Return a key as it stands in a directory."""
+    """Return a key in the form that a directory lists."""
     return Jwk("OKP", "Ed25519", key.to_jwk()["x"])
 
 

@@ -13,20 +13,20 @@ from octollm.capability.jose import Thumbprint
 from octollm.capability.scopes import Principal, ScopeSet
 
 MAX_BEARER_CHARS = 16_384
-"""Characters of a whole bearer string; checked before anything else is done with it."""
+"""Most characters of a bearer string, checked before it is parsed."""
 MAX_PARTS = 8
-"""Tokens of a bearer string."""
+"""Most tokens of a bearer string."""
 SEPARATOR = "~"
 """Joins the tokens of a bearer string; RFC 6750 section 2.1 allows it in a bearer token."""
 SKEW_SECONDS = 30.0
-"""How far two clocks may be apart."""
+"""Accepted difference between two clocks."""
 MAX_GRANT_SECONDS = 3_600.0
 """The longest life of a grant."""
 MAX_ACCESS_SECONDS = 86_400.0
 """The longest life of an access token, and so of a revocation."""
 
 _ROUNDING_SECONDS = 0.01
-"""Times are rounded to milliseconds when they are minted."""
+"""Tolerance for times, which minting rounds to milliseconds."""
 
 ROOT_ISSUER = "orchestrator"
 """The only service whose tokens need no grant to prove them."""
@@ -41,9 +41,9 @@ Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 
 
 class TaskRef(msgspec.Struct, frozen=True):
-    """The work that a token is for. ``run`` is the fence of the worker that holds the task.
+    """The work that a token is for. ``run`` is the fencing token of the worker that holds the task.
 
-    ``step`` and ``attempt`` are absent for work that is no step, such as planning.
+    ``step`` and ``attempt`` are absent for work outside a step, such as planning.
     """
 
     task: str
@@ -59,9 +59,9 @@ class Confirmation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TokenClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """What every link of a chain says. Times in seconds since the epoch.
+    """The claims of every link of a chain. Times are seconds since the epoch.
 
-    ``prf`` is the SHA-256 of the grant that a token was minted under, absent when the orchestrator minted it.
+    ``prf`` is the SHA-256 of the grant that the token was minted under, absent when the orchestrator minted it.
     """
 
     iss: ServiceName
@@ -81,20 +81,20 @@ class TokenClaims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     @property
     def principal(self) -> Principal:
-        """Return whom the work is for."""
+        """The principal that the work is for."""
         return Principal(self.sub, self.cred, self.tenant)
 
     @property
     def task_ref(self) -> TaskRef | None:
-        """Return which work this is for; ``None`` for a caller who stands at the door with no task yet."""
+        """The work that the token is for; ``None`` for a caller at the gateway without a task yet."""
         return None if self.task is None else TaskRef(self.task, self.step, self.attempt, self.run)
 
 
 class AccessClaims(TokenClaims, frozen=True):
     """``cap+jwt``: its bearer may call ``scope`` at ``aud``.
 
-    ``call`` is the digest of the call being served, for nested idempotency keys; ``gnt`` the SHA-256 of the grant
-    sent with it.
+    ``call`` is the digest of the call that the issuer was serving, for nested idempotency keys; ``gnt`` is the SHA-256
+    of the grant sent with the token.
     """
 
     scope: ScopeSet
@@ -103,14 +103,14 @@ class AccessClaims(TokenClaims, frozen=True):
 
 
 class GrantClaims(TokenClaims, frozen=True):
-    """``cap-grant+jwt``: ``aud``, with the key of ``cnf``, may mint what ``may`` allows."""
+    """``cap-grant+jwt``: ``aud``, with the key of ``cnf``, may mint tokens within the tree ``may``."""
 
     cnf: Confirmation
     may: DelegationTree
 
 
 def parse_access_claims(claims: object) -> AccessClaims:
-    """Read the claims of an access token; raises ``CapabilityError`` (``claims_malformed``)."""
+    """Parse the claims of an access token; raises ``CapabilityError`` (``claims_malformed``)."""
     access = _read(claims, AccessClaims)
     if not len(access.scope):
         raise CapabilityError("claims_malformed")
@@ -118,14 +118,14 @@ def parse_access_claims(claims: object) -> AccessClaims:
 
 
 def parse_grant_claims(claims: object) -> GrantClaims:
-    """Read the claims of a grant; raises ``CapabilityError`` (``claims_malformed``)."""
+    """Parse the claims of a grant; raises ``CapabilityError`` (``claims_malformed``)."""
     return _read(claims, GrantClaims)
 
 
 def check_times(exp: float, nbf: float, iat: float, now: float, longest: float) -> None:
     """Raise ``CapabilityError`` unless a token is valid at ``now`` and lives at most ``longest`` seconds.
 
-    :data:`SKEW_SECONDS` are forgiven either way; at ``exp`` itself a token is no longer valid (RFC 7519).
+    A skew of :data:`SKEW_SECONDS` is tolerated; at ``exp`` itself a token is no longer valid (RFC 7519).
     """
     if now - SKEW_SECONDS >= exp:
         raise CapabilityError("expired")
@@ -140,8 +140,8 @@ def check_times(exp: float, nbf: float, iat: float, now: float, longest: float) 
 def encode_claims(claims: TokenClaims) -> bytes:
     """Return the payload of a token.
 
-    What is minted here is first read back, so that nothing leaves that a verifier would call malformed: then
-    ``CapabilityError`` (``misuse``) is raised.
+    The claims are parsed back first, so that nothing is minted that a verifier would call malformed; raises
+    ``CapabilityError`` (``misuse``).
     """
     plain = msgspec.to_builtins(claims, enc_hook=_to_plain)
     try:
@@ -156,14 +156,14 @@ _C = TypeVar("_C", bound=TokenClaims)
 
 def _read(claims: object, kind: type[_C]) -> _C:
     try:
-        found = msgspec.convert(claims, kind, dec_hook=_from_plain)
+        parsed = msgspec.convert(claims, kind, dec_hook=_from_plain)
     except (msgspec.ValidationError, CapabilityError) as exc:
         raise CapabilityError("claims_malformed") from exc
-    if found.task is None and (found.step, found.attempt, found.run) != (None, None, None):
+    if parsed.task is None and (parsed.step, parsed.attempt, parsed.run) != (None, None, None):
         raise CapabilityError("claims_malformed")
-    if found.step is None and found.attempt is not None:
+    if parsed.step is None and parsed.attempt is not None:
         raise CapabilityError("claims_malformed")
-    return found
+    return parsed
 
 
 def _to_plain(value: Any) -> object:

@@ -152,7 +152,7 @@ class RevocationSubscriber:
         if now - self._pruned > PRUNE_SECONDS:
             self._pruned = now
             self.revocations.prune(self._clock.now())
-        # The first list comes in several batches: only the one marked whole ends it. Later, an empty one is a heartbeat.
+        # The first list comes in several batches, and the one marked whole ends it. Later, an empty one is a heartbeat.
         if batch.whole or (self._updated_at is not None and not batch.revocations):
             self._updated_at = now
             self.failure = ""
