@@ -20,8 +20,8 @@ from capability_forge import NOW, jwk_of, sha, sign
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from octollm.capability import Principal, ServiceTokenSigner, SigningKey, TaskRef, parse_delegation_tree
+from octollm.contracts.public_api import PUBLIC_OPERATIONS
 from octollm.contracts.services import SERVICES
-from octollm.services.reflex.public_routes import PUBLIC_ROUTES
 from octollm.testing import wait_until
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.sandbox]
@@ -345,7 +345,7 @@ async def stranger(live: Attacked) -> str:
 
 
 @pytest.mark.parametrize(
-    "public", [each for each in PUBLIC_ROUTES if "{" in each.path], ids=lambda each: f"{each.method} {each.path}"
+    "public", [each for each in PUBLIC_OPERATIONS if "{" in each.path], ids=lambda each: f"{each.method} {each.path}"
 )
 async def test_another_tenants_things_are_not_there(live: Attacked, task: str, stranger: str, public) -> None:
     view = (await live.door("GET", f"/tasks/{task}")).body
@@ -353,7 +353,7 @@ async def test_another_tenants_things_are_not_there(live: Attacked, task: str, s
     key = (await live.door("GET", "/keys")).body["keys"][0]["id"]
     join = (await live.door("POST", "/joins", body={"name": "parrot", "calls": [], "lifetime_seconds": 60})).body
     values = {"task_id": task, "digest": file, "key_id": key, "join_id": join["join"]["id"], "name": "parrot"}
-    path = (public.to or public.path).format_map(values)
+    path = public.format_service_path(**{name: values[name] for name in public.path_parameters})
     told = await live.send("orchestrator", public.method, path, stranger, {} if public.method == "POST" else None)
     assert told.status in (400, 404), told
     assert task not in str(told.body or ""), "and nothing of them is told"

@@ -131,10 +131,17 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
 
     def format_path(self, **parameters: str) -> str:
         """Return the path with its parameters, percent-encoded. Raises ``TypeError`` unless all are given."""
-        if parameters.keys() != set(self.path_parameters):
+        return self._format(self.path, parameters)
+
+    def format_service_path(self, **parameters: str) -> str:
+        """Return the path at the service that does the work, as :meth:`format_path` does."""
+        return self._format(self.service_path or self.path, parameters)
+
+    def _format(self, path: str, parameters: Mapping[str, str]) -> str:
+        if set(parameters) != set(self.path_parameters):
             needed = ", ".join(self.path_parameters) or "no parameters"
             raise TypeError(f"{self.path} needs {needed}, not {', '.join(parameters) or 'none'}.")
-        return self.path.format_map({name: quote(value, safe="") for name, value in parameters.items()})
+        return path.format_map({name: quote(value, safe="") for name, value in parameters.items()})
 
 
 AnyOperation = DeclaredOperation[Any, Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -11,12 +12,14 @@ from starlette.requests import Request
 
 from octollm.capability import VerifiedChain
 from octollm.context import TraceContext
+from octollm.contracts.declarations import EVENT_STREAM, JSON, DeclaredOperation
 from octollm.contracts.services import OperationKind
 from octollm.resilience import Deadline
 from octollm.telemetry import Span
 
 AuthKind = Literal["capability", "service", "public", "door"]
-JSON = "application/json"
+STREAM_SECONDS = 3600.0
+"""Seconds for a stream whose reader names no deadline."""
 
 
 class Emitter(Protocol):
@@ -148,6 +151,50 @@ class Operation:
     def streams(self) -> bool:
         """Say whether it answers in lines where the caller wants them: what is handed on, or is no JSON, does not."""
         return self.response is not None and not self.raw and self.docs.media_type == JSON
+
+
+def implement(
+    declared: DeclaredOperation[Any, Any],
+    handler: Handler,
+    *,
+    auth: AuthKind = "capability",
+    raw: bool = False,
+    timeout: float = 300.0,
+) -> Operation:
+    """Return the operation by which ``handler`` serves what is declared.
+
+    With ``auth="capability"`` this is the service that does the work; otherwise it is the gateway, which serves the
+    public path. A long-lived stream does not count against the bound on concurrent calls.
+    """
+    streams = EVENT_STREAM in (declared.media_type, declared.stream_media_type)
+    return Operation(
+        declared.id,
+        declared.method,
+        (auth == "capability" and declared.service_path) or declared.path,
+        handler,
+        scope=declared.scope,
+        kind=declared.kind,
+        auth=auth,
+        query=declared.query,
+        body=None if declared.body is NoneType else declared.body,
+        response=None if declared.response in (NoneType, bytes) else declared.response,
+        status=declared.status,
+        raw=raw,
+        cacheable=declared.cacheable,
+        strict=True,
+        max_body=declared.body_limit,
+        limited=not streams,
+        traced=declared.starts_trace,
+        timeout=STREAM_SECONDS if streams else timeout,
+        summary=declared.summary,
+        docs=OperationDocs(
+            declared.media_type,
+            declared.stream_media_type,
+            declared.headers,
+            declared.error_codes,
+            declared.other_statuses,
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)

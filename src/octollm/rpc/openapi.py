@@ -130,7 +130,7 @@ def _operation_object(op: Operation, schemas: _Schemas) -> dict[str, Any]:
         "parameters": _parameters(op, schemas),
         "responses": responses,
     }
-    if op.scope and op.auth == "capability":
+    if op.scope and op.auth in ("capability", "door"):
         described["x-scope"] = op.scope
     if op.body is not None:
         described["requestBody"] = {"required": True, "content": _body_content(op, schemas)}

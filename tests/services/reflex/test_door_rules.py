@@ -154,7 +154,7 @@ class FakeCaller:
 
 
 class FakeSigner:
-    def svc_token(self, _audience: str) -> str:
+    def sign_token(self, _audience: str) -> str:
         return "svc"
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from octollm.clock import Clock
+from octollm.contracts import public_api
 from octollm.contracts.api import Acknowledgement, AuditQuery, KeyList, KeyRequest, NewKey
 from octollm.contracts.auth import RevocationRequest
+from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.observability import AuditPage
 from octollm.errors import OctoError
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.services.orchestrator.accounts import LOCAL_TENANT, Accounts
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, actor_from_call, read_audit_page, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore, TaskCanceller
 from octollm.storage import Database
 
 NOT_CONFIGURED = (
-    ("GET", "/webhooks", "webhooks:read", "Webhooks"),
-    ("POST", "/webhooks", "webhooks:write", "Webhooks"),
-    ("GET", "/dead-letters", "events:read", "Durable subscriptions and their dead letters"),
-    ("POST", "/tasks/{task_id}/approval", "tasks:approve", "Approval by a person"),
+    public_api.LIST_WEBHOOKS,
+    public_api.CREATE_WEBHOOK,
+    public_api.LIST_DEAD_LETTERS,
+    public_api.APPROVE_TASK,
 )
 
 
@@ -65,55 +68,19 @@ class AdminApi:
     def operations(self) -> list[Operation]:
         """Return these operations."""
         return [
-            Operation(
-                "keys.list", "GET", "/keys", self.list_keys, scope="keys:read", response=KeyList, summary="API keys."
-            ),
-            Operation(
-                "keys.create",
-                "POST",
-                "/keys",
-                self.create_key,
-                scope="keys:write",
-                body=KeyRequest,
-                response=NewKey,
-                status=201,
-                strict=True,
-                summary="Make an API key; its secret is shown once.",
-                docs=OperationDocs(error_codes=("invalid_parameter", "authority_missing")),
-            ),
-            Operation(
-                "keys.revoke",
-                "DELETE",
-                "/keys/{key_id}",
-                self.revoke_key,
-                scope="keys:write",
-                response=Acknowledgement,
-                summary="Revoke an API key.",
-                docs=OperationDocs(error_codes=("not_found",)),
-            ),
-            Operation(
-                "revocations.create",
-                "POST",
-                "/revocations",
-                self.revoke,
-                scope="keys:write",
-                body=RevocationRequest,
-                response=Acknowledgement,
-                strict=True,
-                summary="Revoke a token, or what a principal or a service was lent.",
-            ),
-            *(_unconfigured_operation(*row) for row in NOT_CONFIGURED),
+            implement(public_api.LIST_KEYS, self.list_keys),
+            implement(public_api.CREATE_KEY, self.create_key),
+            implement(public_api.REVOKE_KEY, self.revoke_key),
+            implement(public_api.REVOKE_AUTHORITY, self.revoke),
+            *map(_refuse_unconfigured, NOT_CONFIGURED),
         ]
 
 
-def _unconfigured_operation(method: str, path: str, scope: str, what: str) -> Operation:
+def _refuse_unconfigured(declared: DeclaredOperation[Any, Any]) -> Operation:
     async def refuse(_call: IncomingCall, _body: object) -> object:
-        raise OctoError(f"{what}: not configured here.", code="not_configured")
+        raise OctoError(f"{declared.method} {declared.path} is not configured here.", code="not_configured")
 
-    name = path.strip("/").replace("/", ".").replace("{", "").replace("}", "")
-    about = OperationDocs(error_codes=("not_configured",))
-    summary = f"{what} (not configured)."
-    return Operation(f"{name}.{method.lower()}", method, path, refuse, scope=scope, summary=summary, docs=about)
+    return implement(declared, refuse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +101,4 @@ class AuditApi:
 
     def operations(self) -> list[Operation]:
         """Return the operation."""
-        return [
-            Operation(
-                "audit.read",
-                "GET",
-                "/audit",
-                self.read,
-                scope="audit:read",
-                query=AuditQuery,
-                response=AuditPage,
-                summary="The audit log behind a row.",
-                docs=OperationDocs(error_codes=("scope_missing",)),
-            )
-        ]
+        return [implement(public_api.READ_AUDIT_LOG, self.read)]

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from octollm.contracts import public_api
 from octollm.contracts.api import Acknowledgement, ArmList, ArmRegistration
 from octollm.contracts.enrolment import (
     EnrolmentNonce,
@@ -17,7 +18,7 @@ from octollm.contracts.enrolment import (
     KeyRotation,
     NewEnrolmentToken,
 )
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs, implement
 from octollm.services.orchestrator.audit import actor_from_call
 from octollm.services.orchestrator.enrolment import EnrolmentAuthority, EnrolmentTokens, Requester
 from octollm.services.orchestrator.instances import InstanceRegistry
@@ -93,58 +94,11 @@ class ArmsApi:
 
     def _user_operations(self) -> list[Operation]:
         return [
-            Operation(
-                "arms.list",
-                "GET",
-                "/arms",
-                self.list_arms,
-                scope="arms:read",
-                response=ArmList,
-                cacheable=True,
-                summary="The arms.",
-            ),
-            Operation(
-                "arms.remove",
-                "DELETE",
-                "/arms/{name}",
-                self.remove,
-                scope="arms:write",
-                response=Acknowledgement,
-                summary="Remove an arm of one's own, and free its name.",
-                docs=OperationDocs(error_codes=("arm_unknown",)),
-            ),
-            Operation(
-                "joins.list",
-                "GET",
-                "/joins",
-                self.list_enrolment_tokens,
-                scope="keys:read",
-                response=EnrolmentTokenList,
-                summary="Join secrets.",
-            ),
-            Operation(
-                "joins.create",
-                "POST",
-                "/joins",
-                self.create_enrolment_token,
-                scope="keys:write",
-                body=EnrolmentTokenRequest,
-                response=NewEnrolmentToken,
-                status=201,
-                strict=True,
-                summary="Make a join secret; it is shown once.",
-                docs=OperationDocs(error_codes=("authority_missing", "invalid_parameter", "state_conflict")),
-            ),
-            Operation(
-                "joins.revoke",
-                "DELETE",
-                "/joins/{join_id}",
-                self.revoke_enrolment_token,
-                scope="keys:write",
-                response=Acknowledgement,
-                summary="Revoke a join secret.",
-                docs=OperationDocs(error_codes=("not_found",)),
-            ),
+            implement(public_api.LIST_ARMS, self.list_arms),
+            implement(public_api.REMOVE_ARM, self.remove),
+            implement(public_api.LIST_ENROLMENT_TOKENS, self.list_enrolment_tokens),
+            implement(public_api.CREATE_ENROLMENT_TOKEN, self.create_enrolment_token),
+            implement(public_api.REVOKE_ENROLMENT_TOKEN, self.revoke_enrolment_token),
         ]
 
     def _arm_operations(self) -> list[Operation]:

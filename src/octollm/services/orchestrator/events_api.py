@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import msgspec
 from starlette.responses import StreamingResponse
 
-from octollm.contracts.api import LAST_EVENT_ID_DESCRIPTION, Acknowledgement, EventList, EventQuery
+from octollm.contracts import public_api
+from octollm.contracts.api import Acknowledgement, EventList, EventQuery
 from octollm.contracts.events import EVENT_CATALOGUE, Event
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs, implement
 from octollm.storage import Database
 
 POLL_SECONDS = 1.0
@@ -102,21 +103,7 @@ class EventsApi:
     def operations(self) -> list[Operation]:
         """Return the operations on events."""
         return [
-            Operation(
-                "events.read",
-                "GET",
-                "/events",
-                self.read,
-                scope="events:read",
-                query=EventQuery,
-                response=EventList,
-                limited=False,
-                timeout=3600.0,
-                summary="The tenant's events after a position.",
-                docs=OperationDocs(
-                    stream_media_type="text/event-stream", headers={"Last-Event-ID": LAST_EVENT_ID_DESCRIPTION}
-                ),
-            ),
+            implement(public_api.READ_EVENTS, self.read),
             Operation(
                 "events.post",
                 "POST",

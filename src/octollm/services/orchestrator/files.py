@@ -9,10 +9,10 @@ from sqlalchemy import select
 from starlette.responses import Response
 
 from octollm.clock import Clock
-from octollm.contracts.operations import FILE_NAME_DESCRIPTION, StoredFile
-from octollm.contracts.task import MAX_FILE_BYTES
+from octollm.contracts import public_api
+from octollm.contracts.operations import StoredFile
 from octollm.errors import OctoError
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.storage import Database
 from octollm.storage.tables import files
 
@@ -92,28 +92,6 @@ def file_operations(store: FileStore) -> list[Operation]:
         return build_file_response(file, body)
 
     return [
-        Operation(
-            "files.put",
-            "POST",
-            "/files",
-            put,
-            scope="files:write",
-            kind="idempotent",
-            body=bytes,
-            response=StoredFile,
-            status=201,
-            max_body=MAX_FILE_BYTES,
-            summary="Store a file.",
-            docs=OperationDocs(headers={"X-File-Name": FILE_NAME_DESCRIPTION}, error_codes=("file_invalid",)),
-        ),
-        Operation(
-            "files.get",
-            "GET",
-            "/files/{digest}",
-            get,
-            scope="files:read:{digest}",
-            cacheable=True,
-            summary="A file's bytes.",
-            docs=OperationDocs(media_type="*/*", error_codes=("file_not_found",)),
-        ),
+        implement(public_api.STORE_FILE, put),
+        implement(public_api.READ_FILE, get),
     ]

@@ -11,13 +11,14 @@ from starlette.responses import Response
 
 from octollm.capability import Principal, RootMinter, TaskRef
 from octollm.clock import Clock, IdGenerator
+from octollm.contracts import public_api
 from octollm.contracts.api import Acknowledgement, EventList, EventQuery, StepTexts, TaskList, TaskQuery, TaskView
 from octollm.contracts.observability import TraceView
 from octollm.contracts.screening import SCREENING_HEADER, RejectedGoal, ScreeningRecord
-from octollm.contracts.task import SUBMIT_CODES, Task
+from octollm.contracts.task import Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
+from octollm.rpc.call import IncomingCall, Operation, OperationResponse, implement
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.idempotency import IdempotencyKey
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
@@ -64,10 +65,6 @@ class TraceClient:
                 code="unavailable",
                 retry_after=5,
             ) from error
-
-
-MAX_TASK_BODY = 1024 * 1024
-"""Bytes of a submission. Short texts of files may be given in place; larger files are stored first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,25 +176,8 @@ class TasksApi:
 
     def operations(self) -> list[Operation]:
         """Return the operations on tasks."""
-        read = "tasks:read"
-        absent = OperationDocs(error_codes=("task_not_found",))
         return [
-            Operation(
-                "tasks.submit",
-                "POST",
-                "/tasks",
-                self.submit,
-                scope="tasks:create",
-                kind="idempotent",
-                body=Task,
-                response=TaskView,
-                status=201,
-                strict=True,
-                max_body=MAX_TASK_BODY,
-                traced=True,
-                summary="Submit a task.",
-                docs=OperationDocs(error_codes=SUBMIT_CODES),
-            ),
+            implement(public_api.SUBMIT_TASK, self.submit),
             Operation(
                 "screenings.record",
                 "POST",
@@ -209,79 +189,13 @@ class TasksApi:
                 strict=True,
                 summary="Record a goal that the public door refused.",
             ),
-            Operation(
-                "tasks.list",
-                "GET",
-                "/tasks",
-                self.list,
-                scope=read,
-                query=TaskQuery,
-                response=TaskList,
-                cacheable=True,
-                summary="List tasks.",
-            ),
-            Operation(
-                "tasks.read",
-                "GET",
-                "/tasks/{task_id}",
-                self.read,
-                scope=read,
-                response=TaskView,
-                cacheable=True,
-                summary="One task.",
-                docs=absent,
-            ),
-            Operation(
-                "tasks.cancel",
-                "POST",
-                "/tasks/{task_id}/cancel",
-                self.cancel,
-                scope="tasks:cancel",
-                response=TaskView,
-                summary="Cancel a task.",
-                docs=OperationDocs(error_codes=("task_not_found", "state_conflict")),
-            ),
-            Operation(
-                "tasks.history",
-                "GET",
-                "/tasks/{task_id}/history",
-                self.history,
-                scope=read,
-                query=EventQuery,
-                response=EventList,
-                summary="A task's events by version.",
-                docs=absent,
-            ),
-            Operation(
-                "tasks.texts",
-                "GET",
-                "/tasks/{task_id}/texts",
-                self.texts,
-                scope=read,
-                response=StepTexts,
-                summary="What the steps have written.",
-                docs=absent,
-            ),
-            Operation(
-                "tasks.trace",
-                "GET",
-                "/tasks/{task_id}/trace",
-                self.trace,
-                scope=read,
-                response=TraceView,
-                summary="The spans of every service that worked on the task.",
-                docs=absent,
-            ),
-            Operation(
-                "tasks.artifact",
-                "GET",
-                "/tasks/{task_id}/artifacts/{digest}",
-                self.artifact,
-                scope=read,
-                cacheable=True,
-                summary="A file that the task made.",
-                docs=OperationDocs(media_type="*/*", error_codes=("task_not_found", "file_not_found")),
-            ),
+            implement(public_api.LIST_TASKS, self.list),
+            implement(public_api.READ_TASK, self.read),
+            implement(public_api.CANCEL_TASK, self.cancel),
+            implement(public_api.TASK_HISTORY, self.history),
+            implement(public_api.TASK_TEXTS, self.texts),
+            implement(public_api.TASK_TRACE, self.trace),
+            implement(public_api.TASK_ARTIFACT, self.artifact),
         ]
 
 

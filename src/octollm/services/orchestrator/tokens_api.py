@@ -11,6 +11,7 @@ from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, attenua
 from octollm.capability.inspection import read_chain
 from octollm.capability.keyring import KeyRing, TrustedRoots
 from octollm.clock import Clock, IdGenerator
+from octollm.contracts import public_api
 from octollm.contracts.api import (
     Acknowledgement,
     TokenExchangeRequest,
@@ -30,7 +31,7 @@ from octollm.contracts.services import service_of
 from octollm.contracts.stream import NDJSON
 from octollm.contracts.task import Budget, Task
 from octollm.errors import FieldError, OctoError
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, OperationDocs, implement
 from octollm.rpc.identity import DirectoryResponse
 from octollm.services.orchestrator.accounts import Account, Accounts
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, actor_from_call, record_audit
@@ -223,18 +224,7 @@ class TokensApi:
                 response=Acknowledgement,
                 summary="End a session of the page.",
             ),
-            Operation(
-                "token.by_hand",
-                "POST",
-                "/tokens",
-                self.issue_direct_token,
-                scope="tasks:create",
-                body=TokenRequest,
-                response=TokenResponse,
-                strict=True,
-                summary="Make a token for direct calls.",
-                docs=OperationDocs(error_codes=("authority_missing", "invalid_parameter")),
-            ),
+            implement(public_api.CREATE_TOKEN, self.issue_direct_token),
             Operation(
                 "directory",
                 "GET",

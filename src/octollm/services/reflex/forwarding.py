@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import replace
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octollm.concurrency import run_until_first
-from octollm.contracts.api import LAST_EVENT_ID_DESCRIPTION
-from octollm.contracts.operations import FILE_NAME_DESCRIPTION
-from octollm.contracts.task import MAX_FILE_BYTES
+from octollm.contracts.declarations import JSON, AnyOperation
+from octollm.contracts.public_api import PUBLIC_OPERATIONS, SUBMIT_TASK
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.call import JSON, IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.http_client import HttpResponse, StreamedResponse
-from octollm.services.reflex.public_routes import PUBLIC_ROUTES, PublicRoute
 from octollm.services.reflex.screening import InputGuardrail
 from octollm.services.reflex.upstream import Upstream, UpstreamRequest
 
@@ -75,10 +73,7 @@ class StreamProxyResponse(Response):
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)
 
 
-MAX_JSON_BYTES = 1024 * 1024
-"""Bytes of a JSON body."""
-EVENT_STREAM = "text/event-stream"
-STREAM_SECONDS = 3600.0
+FORWARD_TIMEOUT_SECONDS = 60.0
 
 _FORWARDED_HEADERS = ("location", "etag", "retry-after", "content-disposition")
 _FILE_NAME = re.compile(r"[!-~]{1,1024}")
@@ -86,7 +81,11 @@ _LAST_EVENT = re.compile(r"[0-9]{1,15}")
 
 
 class RequestForwarder:
-    """Passes public calls on to the orchestrator in the name of whoever makes them."""
+    """Forwards public calls to the orchestrator in the name of their caller.
+
+    Bodies and responses pass through as they are; the orchestrator validates them. Of the query, only declared
+    parameters pass, so that a token in the URL ends here.
+    """
 
     def __init__(self, upstream: Upstream, guardrail: InputGuardrail, draining: asyncio.Event) -> None:
         self._upstream = upstream
@@ -94,71 +93,40 @@ class RequestForwarder:
         self._draining = draining
 
     def operations(self) -> list[Operation]:
-        """Return the operations of the public API."""
-        return [self._build_operation(public) for public in PUBLIC_ROUTES]
+        """Return the declared operations whose work the orchestrator does."""
+        return [self._build_operation(declared) for declared in PUBLIC_OPERATIONS if declared.service == "orchestrator"]
 
-    def _build_operation(self, route: PublicRoute) -> Operation:
+    def _build_operation(self, declared: AnyOperation) -> Operation:
         async def handle(call: IncomingCall, body: object) -> Response:
             del body
-            asked = _build_request(route, call)
-            if route.name == "tasks.submit":
-                asked = replace(asked, headers={**asked.headers, **await self._guardrail.check(call)})
-            if route.name == "events.read" and EVENT_STREAM in call.request.headers.get("accept", ""):
-                return StreamProxyResponse(
-                    self._upstream, call.bearer, _build_stream_request(asked, call), call.deadline, self._draining
-                )
-            return _build_response(await self._upstream.send(call.bearer, asked, call.deadline), route)
+            request = _build_request(declared, call)
+            if declared is SUBMIT_TASK:
+                request = replace(request, headers={**request.headers, **await self._guardrail.check(call)})
+            if declared.stream_media_type and declared.stream_media_type in call.request.headers.get("accept", ""):
+                stream_request = _build_stream_request(request, call, declared.stream_media_type)
+                return StreamProxyResponse(self._upstream, call.bearer, stream_request, call.deadline, self._draining)
+            return _build_response(await self._upstream.send(call.bearer, request, call.deadline), declared)
 
-        stream = route.name == "events.read"
-        return Operation(
-            route.name,
-            route.method,
-            route.path,
-            handle,
-            kind=route.kind,
-            auth="door",
-            query=route.query,
-            body=route.body,
-            response=route.answer,
-            status=route.status,
-            raw=True,
-            cacheable=route.cacheable,
-            max_body=(MAX_FILE_BYTES if route.is_file else MAX_JSON_BYTES) if route.method == "POST" else 0,
-            limited=not stream,
-            traced=route.traced,
-            timeout=STREAM_SECONDS if stream else 60.0,
-            summary=route.summary,
-            docs=_describe_route(route),
-        )
+        return implement(declared, handle, auth="door", raw=True, timeout=FORWARD_TIMEOUT_SECONDS)
 
 
-def _describe_route(route: PublicRoute) -> OperationDocs:
-    headers: dict[str, str] = {}
-    if route.is_file and route.method == "POST":
-        headers["X-File-Name"] = FILE_NAME_DESCRIPTION
-    if route.name == "events.read":
-        headers["Last-Event-ID"] = LAST_EVENT_ID_DESCRIPTION
-    media = "*/*" if route.is_file and route.method == "GET" else JSON
-    return OperationDocs(media, EVENT_STREAM if route.name == "events.read" else "", headers, route.codes)
-
-
-def _build_request(route: PublicRoute, call: IncomingCall) -> UpstreamRequest:
-    values = {name: quote(str(value), safe="") for name, value in call.path.items()}
-    path = (route.upstream_path or route.path).format_map(values)
-    query = [(name, value) for name, value in call.request.query_params.multi_items() if route.forwards_parameter(name)]
-    has_body = route.method == "POST"
-    headers = _read_file_name(call.request) if has_body and route.is_file else {}
+def _build_request(declared: AnyOperation, call: IncomingCall) -> UpstreamRequest:
+    path = declared.format_service_path(**{name: str(value) for name, value in call.path.items()})
+    parameters = declared.query_parameters
+    query = [(name, value) for name, value in call.request.query_params.multi_items() if name in parameters]
+    has_body = declared.body_limit > 0
+    headers = _read_file_name(call.request) if declared.sends_file else {}
     held = call.request.headers.get("if-none-match")
-    if route.cacheable and held is not None:
+    if declared.cacheable and held is not None:
         headers["If-None-Match"] = held
     return UpstreamRequest(
-        route.name,
-        route.method,
+        declared.id,
+        declared.method,
         f"{path}?{urlencode(query)}" if query else path,
-        route.kind,
+        declared.kind,
         call.body if has_body else None,
         call.key,
-        "application/octet-stream" if route.is_file else "application/json",
+        "application/octet-stream" if declared.sends_file else JSON,
         headers,
     )
 
@@ -172,22 +140,22 @@ def _read_file_name(request: Request) -> dict[str, str]:
     return {"X-File-Name": name}
 
 
-def _build_stream_request(request: UpstreamRequest, call: IncomingCall) -> UpstreamRequest:
-    headers = {"Accept": EVENT_STREAM}
+def _build_stream_request(request: UpstreamRequest, call: IncomingCall, media_type: str) -> UpstreamRequest:
+    headers = {"Accept": media_type}
     last = call.request.headers.get("last-event-id", "")
     if _LAST_EVENT.fullmatch(last):
         headers["Last-Event-ID"] = last
     return UpstreamRequest(request.name, request.method, request.path, request.kind, headers=headers)
 
 
-def _build_response(response: HttpResponse, route: PublicRoute) -> Response:
+def _build_response(response: HttpResponse, declared: AnyOperation) -> Response:
     headers = {name: response.headers[name] for name in _FORWARDED_HEADERS if name in response.headers}
     kind = response.headers.get("content-type", "application/octet-stream")
-    if route.is_file and route.method == "GET":
+    if declared.returns_file:
         # A file is anybody's bytes: it is saved, never shown as a page of ours.
         headers.setdefault("content-disposition", "attachment")
         headers["cache-control"] = "private, max-age=31536000, immutable"
     else:
-        headers["cache-control"] = "private, no-cache" if route.cacheable else "no-store"
+        headers["cache-control"] = "private, no-cache" if declared.cacheable else "no-store"
     # Given as a header, so that no charset is added to a text that may have another.
     return Response(response.body, status_code=response.status, headers={**headers, "content-type": kind})

@@ -15,13 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from octollm.clock import Clock
 from octollm.concurrency import run_until_first
-from octollm.contracts.api import LAST_EVENT_ID_DESCRIPTION
+from octollm.contracts.public_api import WATCH_TASK
 from octollm.errors import OctoError
 from octollm.events import TaskWatchHub
 from octollm.live import LiveFrame, LiveSession, SessionTiming, parse_resume_position
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.services.reflex.auth import CredentialAuthenticator
-from octollm.services.reflex.forwarding import STREAM_SECONDS
 from octollm.services.reflex.upstream import Upstream, UpstreamTask
 from octollm.storage import TextStream
 from octollm.telemetry import Metrics
@@ -168,20 +167,4 @@ def build_sse_operation(connections: LiveConnections) -> Operation:
             return Response(status_code=204)
         return FrameEventResponse(connections, session, str(call.path["task_id"]))
 
-    return Operation(
-        "tasks.events",
-        "GET",
-        "/tasks/{task_id}/events",
-        handle,
-        auth="door",
-        max_body=0,
-        limited=False,
-        timeout=STREAM_SECONDS,
-        summary="A task's frames as server-sent events.",
-        docs=OperationDocs(
-            media_type="text/event-stream",
-            headers={"Last-Event-ID": LAST_EVENT_ID_DESCRIPTION},
-            error_codes=("task_not_found", "invalid_parameter"),
-            other_statuses=(204,),
-        ),
-    )
+    return implement(WATCH_TASK, handle, auth="door")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from octollm.contracts.public_api import SCREEN_TEXT
 from octollm.contracts.screening import (
     MAX_FINDINGS,
     MAX_SCREENED,
@@ -24,7 +25,7 @@ from octollm.contracts.screening import (
 )
 from octollm.contracts.task import Task
 from octollm.errors import FieldError, OctoError
-from octollm.rpc.call import IncomingCall, Operation
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.services.reflex.patterns import PATTERNS, Pattern
 from octollm.services.reflex.upstream import Upstream, UpstreamRequest
 from octollm.telemetry import Metrics
@@ -195,20 +196,7 @@ class InputGuardrail:
 
     def operations(self) -> list[Operation]:
         """Return the operation that shows a decision."""
-        return [
-            Operation(
-                "preprocess",
-                "POST",
-                "/preprocess",
-                self.preprocess,
-                auth="door",
-                body=PreprocessRequest,
-                response=ScreeningResult,
-                strict=True,
-                max_body=4 * MAX_SCREENED,
-                summary="Show what the door finds in a text, and whether it would refuse it as a goal.",
-            )
-        ]
+        return [implement(SCREEN_TEXT, self.preprocess, auth="door")]
 
 
 def _iter_texts(contract: Task) -> Iterator[tuple[str, str, bool]]:

@@ -149,13 +149,15 @@ class GatewayRetryPolicy(RetryPolicy):
 
     max_wait: float = 1.0
 
-    def wait(
-        self, failure: CallFailure, *, tried: int, repeats_safely: bool, left: float, random: float
+    def next_delay(
+        self, failure: CallFailure, *, attempt: int, is_idempotent: bool, remaining: float, random: float
     ) -> float | None:
-        """Return the seconds to wait, or ``None`` to pass the refusal, with its ``Retry-After``, on at once."""
+        """Return the seconds to wait, or ``None`` to pass the failure on at once, with its ``Retry-After``."""
         if failure.retry_after is not None and failure.retry_after > self.max_wait:
             return None
-        return super().next_delay(failure, attempt=tried, is_idempotent=repeats_safely, remaining=left, random=random)
+        return super().next_delay(
+            failure, attempt=attempt, is_idempotent=is_idempotent, remaining=remaining, random=random
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,10 @@ from octollm.contracts.auth import (
     SessionRequest,
     SessionResponse,
 )
+from octollm.contracts.public_api import END_SESSION, LIST_ISSUERS, OPEN_SESSION, READ_SESSION
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.services.reflex.guard import SAFE_METHODS, AllowedHosts, get_server_port
 from octollm.services.reflex.throttle import FailedLoginThrottle, RateLimiter, get_address_bucket
@@ -177,48 +178,10 @@ class SessionHandlers:
     def operations(self) -> list[Operation]:
         """Return the operations on ``/session``."""
         return [
-            Operation(
-                "session.open",
-                "POST",
-                "/session",
-                self.open,
-                auth="public",
-                body=SessionRequest,
-                response=CurrentUser,
-                strict=True,
-                max_body=16_384,
-                summary="Open a session for an API key or a login: a cookie that scripts cannot read.",
-                docs=OperationDocs(error_codes=("api_key_invalid", "login_refused", "origin_refused", "rate_limited")),
-            ),
-            Operation(
-                "session.read",
-                "GET",
-                "/session",
-                self.read,
-                auth="door",
-                response=CurrentUser,
-                summary="Who the caller is.",
-            ),
-            Operation(
-                "session.issuers",
-                "GET",
-                "/session/issuers",
-                self.list_issuers,
-                auth="public",
-                response=IssuerList,
-                summary="Where a browser can log in.",
-                docs=OperationDocs(error_codes=("rate_limited",)),
-            ),
-            Operation(
-                "session.end",
-                "DELETE",
-                "/session",
-                self.end,
-                auth="public",
-                response=Acknowledgement,
-                summary="End the session.",
-                docs=OperationDocs(error_codes=("origin_refused",)),
-            ),
+            implement(OPEN_SESSION, self.open, auth="public"),
+            implement(READ_SESSION, self.read, auth="door"),
+            implement(LIST_ISSUERS, self.list_issuers, auth="public"),
+            implement(END_SESSION, self.end, auth="public"),
         ]
 
 
