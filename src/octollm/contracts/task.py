@@ -19,17 +19,6 @@ MAX_FILES = 32
 MAX_FILE_BYTES = 20 * 1024 * 1024
 """Bytes of one file."""
 
-SUBMIT_CODES = (
-    "arm_unknown",
-    "authority_missing",
-    "budget_invalid",
-    "deadline_invalid",
-    "file_invalid",
-    "file_not_found",
-    "goal_invalid",
-    "goal_refused",
-)
-"""What a submission may be refused for, besides what any call may be."""
 
 TaskStatus = Literal["accepted", "planning", "running", "waiting", "completed", "failed", "cancelled"]
 StepStatus = Literal["pending", "running", "completed", "failed", "cancelled"]
