@@ -18,7 +18,7 @@ from octollm.arm.validation import (
     resolve_types,
 )
 from octollm.capability import Declarations, DeclaredCall
-from octollm.capability.enrolment import OPTIONAL_MARK
+from octollm.contracts.declarations import OPTIONAL_MARK
 from octollm.contracts.services import OperationKind
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from octollm.arm.model import ModelClient, ModelEndpoint
 from octollm.capability import Delegator, Scope
 from octollm.contracts.media_types import media_type_of
 from octollm.contracts.operations import StoredFile, to_artifact
-from octollm.contracts.services import route_of, service_of
+from octollm.contracts.service_operations import route_of
+from octollm.contracts.services import service_of
 from octollm.contracts.task import MAX_FILE_BYTES, Artifact, FileRef, Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry

@@ -20,6 +20,7 @@ from octollm.capability.grants import DeclaredCall
 from octollm.capability.jose import SigningKey, b64decode, b64encode
 from octollm.capability.keyring import KeyRing
 from octollm.capability.scopes import Scope
+from octollm.contracts.declarations import OPTIONAL_MARK
 from octollm.contracts.services import ORCHESTRATOR_FAMILIES, SERVICES
 from octollm.errors import OctoError
 
@@ -29,8 +30,6 @@ NONCE_SECONDS = 60.0
 """How long a nonce may be used, once."""
 MAX_CALLS = 32
 """Most direct calls that an arm may declare."""
-OPTIONAL_MARK = "?"
-"""Prefix of a declared call without which the operation still works."""
 
 _SEGMENT = re.compile(r"[a-z0-9._-]{1,64}")
 _TOKEN_PATTERN = re.compile(rf"{ENROLMENT_TOKEN_PREFIX}([0-9a-f]{{32}})_([A-Za-z0-9_-]{{43}})")

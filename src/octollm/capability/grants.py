@@ -6,7 +6,7 @@ the built-in services.
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping
 from types import MappingProxyType
 from typing import cast
 
@@ -14,6 +14,8 @@ import msgspec
 
 from octollm.capability.errors import CapabilityError
 from octollm.capability.scopes import Scope, ScopeSet
+from octollm.contracts.declarations import OPTIONAL_MARK
+from octollm.contracts.service_operations import SERVICE_OPERATIONS
 
 MAX_DEPTH = 6
 """Levels of a tree: with the access token and the grant for the callee, a chain of six hops has eight parts."""
@@ -228,39 +230,11 @@ class _TreeBuilder:
         return DelegationTree(entries)
 
 
-def _required(scope: str) -> DeclaredCall:
-    return DeclaredCall(scope)
-
-
-def _optional(scope: str) -> DeclaredCall:
-    return DeclaredCall(scope, optional=True)
+def _parse_calls(calls: Iterable[str]) -> tuple[DeclaredCall, ...]:
+    return tuple(DeclaredCall(call.removeprefix(OPTIONAL_MARK), call.startswith(OPTIONAL_MARK)) for call in calls)
 
 
 BUILT_IN_CALLS: Declarations = MappingProxyType(
-    {
-        "planner:plan": (_required("models:chat"),),
-        "planner:execute": (_required("models:chat"), _required("executor:run")),
-        "coder:execute": (
-            _required("models:chat"),
-            _required("judge:validate"),
-            _required("executor:run"),
-            _optional("files:read"),
-            _required("files:write"),
-        ),
-        "judge:validate": (_optional("executor:run"),),
-        "judge:accept": (_optional("executor:run"), _optional("files:read"), _optional("models:chat")),
-        "judge:execute": (_optional("executor:run"), _optional("files:read")),
-        "retriever:search": (_required("memory:read"),),
-        "retriever:execute": (_required("memory:read"), _required("models:chat")),
-        "executor:execute": (_optional("files:read"), _optional("files:write")),
-        "executor:run": (_optional("files:read"),),
-        "executor:http": (),
-        "memory:read": (),
-        "memory:write": (),
-        "models:chat": (),
-        "models:embeddings": (),
-        "files:read": (),
-        "files:write": (),
-    }
+    {declared.id: _parse_calls(declared.calls) for declared in SERVICE_OPERATIONS}
 )
 """The direct calls of the built-in services. An operation that is not listed calls nothing."""

@@ -23,7 +23,7 @@ EVENT_STREAM = "text/event-stream"
 ANY_MEDIA_TYPE = "*/*"
 MAX_JSON_BYTES = 1024 * 1024
 """Bytes of a JSON body, unless the declaration says otherwise."""
-OPTIONAL_CALL = "?"
+OPTIONAL_MARK = "?"
 """Before a scope: the operation also works where the caller's authority does not cover this call."""
 
 Method = Literal["GET", "POST", "PUT", "DELETE"]
@@ -70,7 +70,7 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """Request headers of this operation, and what each is for."""
     calls: tuple[str, ...] = ()
-    """The scopes that it calls directly; :data:`OPTIONAL_CALL` marks those that it can do without."""
+    """The scopes that it calls directly; :data:`OPTIONAL_MARK` marks those that it can do without."""
     max_body: int = MAX_JSON_BYTES
     """Bytes of the request body. GET and DELETE take none."""
     cacheable: bool = False

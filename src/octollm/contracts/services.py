@@ -1,4 +1,4 @@
-"""The services: names, ports, routes, and which service owns which family of scopes."""
+"""The services: names, ports, hosts, and which service owns which family of scopes."""
 
 from __future__ import annotations
 
@@ -47,32 +47,3 @@ def service_of(family: str) -> str:
 def local_url(service: str, *, port_offset: int, tls: bool) -> str:
     """Return where a service of this machine's installation is reached."""
     return f"{'https' if tls else 'http'}://127.0.0.1:{SERVICES[service].port + port_offset}"
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where an operation is served. ``path`` may have ``{names}``."""
-
-    method: str
-    path: str
-    kind: OperationKind
-
-
-ROUTES: dict[str, Route] = {
-    "planner:plan": Route("POST", "/plan", "read_only"),
-    "executor:run": Route("POST", "/run", "idempotent"),
-    "judge:validate": Route("POST", "/validate", "read_only"),
-    "judge:accept": Route("POST", "/accept", "read_only"),
-    "retriever:search": Route("POST", "/search", "read_only"),
-    "memory:read": Route("POST", "/search", "read_only"),
-    "memory:write": Route("POST", "/documents", "idempotent"),
-    "models:chat": Route("POST", "/v1/chat/completions", "idempotent"),
-    "files:write": Route("POST", "/files", "idempotent"),
-    "files:read": Route("GET", "/files/{digest}", "read_only"),
-}
-"""Routes by scope, for those that callers name; see :func:`route_of`."""
-
-
-def route_of(service: str, operation: str) -> Route:
-    """Return the route of an operation; an arm's own operation is ``POST /<operation>``, repeatable."""
-    return ROUTES.get(f"{service}:{operation}", Route("POST", f"/{operation}", "idempotent"))

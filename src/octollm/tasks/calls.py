@@ -10,7 +10,8 @@ import msgspec
 
 from octollm.capability import Declarations, Principal, RootMinter, ScopeSet, TaskRef, attenuate
 from octollm.contracts.operations import AcceptRequest, AcceptResult, DocumentIn, DocumentOut
-from octollm.contracts.services import route_of, service_of
+from octollm.contracts.service_operations import route_of
+from octollm.contracts.services import service_of
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry

@@ -10,18 +10,9 @@ from typing import Any
 
 import msgspec
 
-from octollm.contracts.operations import (
-    AcceptRequest,
-    AcceptResult,
-    RunRequest,
-    RunResult,
-    SearchRequest,
-    SearchResult,
-    ValidateRequest,
-    ValidateResult,
-)
-from octollm.contracts.services import ROUTES, route_of, service_of
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, Task
+from octollm.contracts.service_operations import SERVICE_OPERATIONS, route_of
+from octollm.contracts.services import service_of
+from octollm.contracts.task import ExecuteResult, Task
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.codec import convert, decode, encode
@@ -29,15 +20,6 @@ from octollm.rpc.service import Service, ServiceBase, build_service
 
 ScriptedAnswer = object
 """What a call is answered: anything that JSON stands for, an ``OctoError``, or a function of the decoded body."""
-
-_OPERATION_TYPES: Mapping[str, tuple[type, type]] = {
-    "planner:plan": (PlanRequest, Plan),
-    "executor:run": (RunRequest, RunResult),
-    "judge:validate": (ValidateRequest, ValidateResult),
-    "judge:accept": (AcceptRequest, AcceptResult),
-    "retriever:search": (SearchRequest, SearchResult),
-    "memory:read": (SearchRequest, SearchResult),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +78,10 @@ class ServiceScript:
 def _operation_types(scope: str) -> tuple[Any, Any]:
     if scope.endswith(":execute"):
         return Task, ExecuteResult
-    return _OPERATION_TYPES.get(scope, (Any, Any))
+    declared = SERVICE_OPERATIONS.get(scope)
+    if declared is None or declared.body is msgspec.Raw:
+        return Any, Any
+    return declared.body, declared.response
 
 
 def scripted_scopes(declared: Iterable[str], answers: Mapping[str, ScriptedAnswer]) -> set[str]:
@@ -104,7 +89,7 @@ def scripted_scopes(declared: Iterable[str], answers: Mapping[str, ScriptedAnswe
     found = {":".join(scope.split(":", 2)[:2]) for scope in (*declared, *answers)}
     for scope in [scope for scope in found if scope.endswith(":*")]:
         found.discard(scope)
-        found |= {route for route in ROUTES if route.startswith(scope[:-1])}
+        found |= {declared.id for declared in SERVICE_OPERATIONS if declared.id.startswith(scope[:-1])}
     return {scope for scope in found if service_of(scope.partition(":")[0]) not in ("orchestrator", "models")}
 
 

@@ -13,6 +13,7 @@ from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.media_types import file_kind
 from octollm.contracts.operations import RunRequest, RunResult
+from octollm.contracts.service_operations import calls_of
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import MAX_GOAL, Check, Evidence, ExecuteResult, Task
 from octollm.errors import FieldError, OctoError
@@ -79,7 +80,7 @@ def coder_arm() -> Arm:
         "coder",
         "Writes Python code with tests that pass, answers questions over tables with SQL, and writes texts.",
         SERVICES["coder"].port,
-        calls=("models:chat", "judge:validate", "executor:run", "files:read", "files:write"),
+        calls=calls_of("coder"),
         accepts=("files:tabular", "files:text", "files:none"),
     )
 

@@ -10,6 +10,7 @@ import msgspec
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import ResultSet, RunRequest, RunResult, format_cell, parse_result_set
+from octollm.contracts.service_operations import calls_of
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import Artifact, Check, Evidence, ExecuteResult, FileRef, Task
 from octollm.errors import OctoError
@@ -108,7 +109,7 @@ def executor_arm(runner_provider: RunnerProvider, metrics: Metrics, tracer: Trac
         "executor",
         "Runs Python programs and SQL queries in a sandbox.",
         SERVICES["executor"].port,
-        calls=("files:read", "files:write"),
+        calls=calls_of("executor"),
         accepts=("files:text", "files:tabular"),
     )
 

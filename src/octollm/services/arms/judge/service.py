@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import AcceptRequest, AcceptResult, ValidateRequest, ValidateResult
+from octollm.contracts.service_operations import calls_of
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, Task
 from octollm.errors import OctoError
@@ -26,7 +27,7 @@ def judge_arm(settings: Settings) -> Arm:
         "judge",
         "Checks code by running its tests, and results by what they stand on.",
         SERVICES["judge"].port,
-        calls=("executor:run", "files:read", "models:chat"),
+        calls=calls_of("judge"),
         accepts=("files:text",),
     )
 

@@ -10,6 +10,7 @@ import msgspec
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
+from octollm.contracts.service_operations import calls_of
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, Plan, PlanRequest, Task
 from octollm.errors import OctoError
@@ -130,7 +131,7 @@ def planner_arm(settings: Settings) -> Arm:
         "planner",
         "Turns a goal into a plan of steps, each for one arm.",
         SERVICES["planner"].port,
-        calls=("models:chat", "executor:run"),
+        calls=calls_of("planner"),
         accepts=("files:none", "files:text", "files:tabular"),
     )
 

@@ -11,6 +11,7 @@ import msgspec
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import Passage, SearchFilters, SearchRequest, SearchResult
+from octollm.contracts.service_operations import calls_of
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import ExecuteResult, FileRef, Task
 from octollm.rpc.service import Service, ServiceBase
@@ -46,7 +47,7 @@ def retriever_arm() -> Arm:
         "retriever",
         "Finds passages in documents and answers questions from them, with the lines that it stands on.",
         SERVICES["retriever"].port,
-        calls=("memory:read", "models:chat"),
+        calls=calls_of("retriever"),
         accepts=("files:text",),
     )
 
