@@ -17,7 +17,7 @@ from octollm.concurrency import run_until_first
 from octollm.contracts.api import TokenResponse
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.errors import OctoError, RemoteError
-from octollm.resilience import CallFailure
+from octollm.resilience import CallFailure, RetryPolicy
 from octollm.services.reflex.guard import AllowedHosts, check_local_user, check_path, is_loopback
 from octollm.services.reflex.throttle import get_address_bucket
 from octollm.services.reflex.upstream import MAX_CACHED_TOKENS, GatewayRetryPolicy, TokenExchangeClient
@@ -106,13 +106,15 @@ def test_every_error_has_a_close_code() -> None:
 
 
 def test_long_waits_are_left_to_the_client() -> None:
-    def wait(retry_after: float | None) -> float | None:
-        failure = CallFailure(retryable=True, may_have_started=False, retry_after=retry_after)
-        return GatewayRetryPolicy().wait(failure, tried=1, repeats_safely=False, left=60, random=0.5)
+    policy: RetryPolicy = GatewayRetryPolicy()
 
-    assert wait(None) is not None
-    assert wait(1.0) == 1.0
-    assert wait(1.1) is None
+    def delay(retry_after: float | None) -> float | None:
+        failure = CallFailure(retryable=True, may_have_started=False, retry_after=retry_after)
+        return policy.next_delay(failure, attempt=1, is_idempotent=False, remaining=60, random=0.5)
+
+    assert delay(None) is not None
+    assert delay(1.0) == 1.0
+    assert delay(1.1) is None
 
 
 def test_the_policy_names_what_the_page_holds_and_nothing_else() -> None:
@@ -145,7 +147,7 @@ class FakeCaller:
         self.gate.set()
         self.error: RemoteError | None = None
 
-    async def answer(self, _call: object, _kind: object) -> TokenResponse:
+    async def call(self, _call: object, _kind: object) -> TokenResponse:
         self.calls += 1
         await self.gate.wait()
         if self.error is not None:
