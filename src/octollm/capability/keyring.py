@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
 from octollm.capability.errors import CapabilityError
 from octollm.capability.jose import PublicKey, SigningKey
 from octollm.capability.tokens import MAX_ACCESS_SECONDS, SKEW_SECONDS
@@ -97,6 +100,18 @@ class KeyRing:
     def trusted_keys(self, now: float) -> dict[str, PublicKey]:
         """Return the public keys that are trusted at ``now``, by thumbprint; the signing one is first."""
         return self.public.trusted_keys(now)
+
+    def derive_keys(self, purpose: str, now: float) -> list[bytes]:
+        """Return a symmetric key of 32 bytes for each trusted key pair, that of the signing one first.
+
+        They are derived by HKDF (RFC 5869), so they tell nothing of the private keys or of other purposes.
+        """
+        pairs = [self.find(thumbprint) for thumbprint in self.trusted_keys(now)]
+        return [
+            HKDF(SHA256(), 32, None, purpose.encode()).derive(pair.private.private_bytes_raw())
+            for pair in pairs
+            if pair is not None
+        ]
 
     def __iter__(self) -> Iterator[DatedKey]:
         return iter(self._keys)

@@ -72,9 +72,11 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
     calls: tuple[str, ...] = ()
     """The scopes that it calls directly; :data:`OPTIONAL_MARK` marks those that it can do without."""
     max_body: int = MAX_JSON_BYTES
-    """Bytes of the request body. GET and DELETE take none."""
+    """Bytes of a public request body. GET and DELETE take none."""
     cacheable: bool = False
     """Responses carry an ETag (RFC 9110 section 13.1.2)."""
+    secret_response: bool = False
+    """The response holds a secret that is shown once, or a token."""
     starts_trace: bool = False
     """A call without a trace context starts a trace that is always recorded."""
     anonymous: bool = False

@@ -282,11 +282,12 @@ CREATE_ENROLMENT_TOKEN = DeclaredOperation(
     path="/joins",
     summary="Create an enrolment token. Its secret is shown once.",
     scope="keys:write",
-    kind="idempotent",
+    kind="at_most_once",
     body=EnrolmentTokenRequest,
     response=NewEnrolmentToken,
     status=201,
     error_codes=("authority_missing", "invalid_parameter", "state_conflict"),
+    secret_response=True,
 )
 REVOKE_ENROLMENT_TOKEN = DeclaredOperation(
     id="joins.revoke",
@@ -316,11 +317,12 @@ CREATE_KEY = DeclaredOperation(
     path="/keys",
     summary="Create an API key. Its secret is shown once. The first tenant also creates the first key of another.",
     scope="keys:write",
-    kind="idempotent",
+    kind="at_most_once",
     body=KeyRequest,
     response=NewKey,
     status=201,
     error_codes=("authority_missing", "invalid_parameter"),
+    secret_response=True,
 )
 REVOKE_KEY = DeclaredOperation(
     id="keys.revoke",
@@ -344,6 +346,7 @@ CREATE_TOKEN = DeclaredOperation(
     body=TokenRequest,
     response=TokenResponse,
     error_codes=("authority_missing", "invalid_parameter"),
+    secret_response=True,
 )
 REVOKE_AUTHORITY = DeclaredOperation(
     id="revocations.create",

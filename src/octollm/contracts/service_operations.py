@@ -26,7 +26,7 @@ from octollm.contracts.operations import (
 )
 from octollm.contracts.public_api import READ_FILE, STORE_FILE
 from octollm.contracts.services import OperationKind
-from octollm.contracts.task import MAX_FILE_BYTES, ExecuteResult, Plan, PlanRequest, Task
+from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, Task
 
 
 def _execute(arm: str, summary: str, *calls: str) -> DeclaredOperation[Task, ExecuteResult]:
@@ -136,8 +136,6 @@ STORE_DOCUMENT = DeclaredOperation(
     status=201,
     other_statuses=(200,),
     error_codes=("file_invalid",),
-    # JSON may take two characters for one of the text.
-    max_body=2 * MAX_FILE_BYTES,
 )
 CHAT = DeclaredOperation(
     id="models:chat",

@@ -140,6 +140,8 @@ class Operation:
     max_body: int = 4 * 1024 * 1024
     limited: bool = True
     """Counts against the bound on concurrent calls; long-lived streams do not."""
+    secret_response: bool = False
+    """The response holds a secret: it is encrypted where it is stored for a repeated call."""
     traced: bool = False
     """A call that comes without a trace begins one whose spans are kept."""
     timeout: float = 300.0
@@ -181,6 +183,7 @@ def implement(
         status=declared.status,
         raw=raw,
         cacheable=declared.cacheable,
+        secret_response=declared.secret_response,
         strict=True,
         max_body=declared.body_limit,
         limited=not streams,

@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from starlette.responses import Response
 
 from octollm.contracts.problems import to_problem
@@ -200,6 +203,37 @@ NOT_STARTED_CODES = frozenset(
 
 Work = Callable[[], Awaitable[BufferedResponse | Response]]
 
+_NONCE_BYTES = 12
+
+
+class ResponseCipher:
+    """Encrypts responses that hold a secret (AES-256-GCM), so that reading the store reveals none.
+
+    ``load_keys`` returns keys of 32 bytes: the first encrypts, each may decrypt.
+    """
+
+    def __init__(self, load_keys: Callable[[], Sequence[bytes]]) -> None:
+        self._load_keys = load_keys
+
+    def encrypt(self, key: IdempotencyKey, response: StoredResponse) -> StoredResponse:
+        """Return the response as it is stored."""
+        nonce = os.urandom(_NONCE_BYTES)
+        # The idempotency key is authenticated too: a ciphertext moved to another row does not decrypt.
+        sealed = AESGCM(self._load_keys()[0]).encrypt(nonce, response.body, msgspec.json.encode(key))
+        return msgspec.structs.replace(response, body=nonce + sealed)
+
+    def decrypt(self, key: IdempotencyKey, stored: StoredResponse) -> StoredResponse:
+        """Return the response as it was. Raises ``outcome_unknown`` when no present key decrypts it."""
+        nonce, sealed = stored.body[:_NONCE_BYTES], stored.body[_NONCE_BYTES:]
+        for secret in self._load_keys():
+            with contextlib.suppress(InvalidTag, ValueError):  # a ValueError: too short to hold a nonce
+                body = AESGCM(secret).decrypt(nonce, sealed, msgspec.json.encode(key))
+                return msgspec.structs.replace(stored, body=body)
+        raise OctoError(
+            "An earlier call with this key took effect, and its response can no longer be decrypted.",
+            code="outcome_unknown",
+        )
+
 
 class KeyedCall(msgspec.Struct, frozen=True):
     """A call and its key; ``digest`` is its :func:`body_digest`."""
@@ -209,6 +243,8 @@ class KeyedCall(msgspec.Struct, frozen=True):
     idempotent: bool
     bearer: str
     request_id: str
+    cipher: ResponseCipher | None = None
+    """Encrypts the stored response, where it holds a secret."""
 
 
 class IdempotentHandler:
@@ -232,7 +268,7 @@ class IdempotentHandler:
             if isinstance(outcome, Claimed):
                 return await self._run_claimed(call, outcome.epoch, work)
             if isinstance(outcome, AlreadyCompleted):
-                return _replay(outcome.response)
+                return _replay(_decrypt(call, outcome.response))
             if isinstance(outcome, KeyConflict):
                 raise OctoError("This key was used with another body.", code="idempotency_conflict")
             if isinstance(outcome, OutcomeUnknown):
@@ -270,7 +306,8 @@ class IdempotentHandler:
                 await self._release(key, epoch)
             raise
         else:
-            await self._store.complete(key, epoch, _stored_response(response))
+            stored = _stored_response(response)
+            await self._store.complete(key, epoch, stored if call.cipher is None else call.cipher.encrypt(key, stored))
             return response
         finally:
             # After an expired lease another call of this process may hold the key by now.
@@ -312,6 +349,11 @@ def _stored_response(response: BufferedResponse | Response) -> StoredResponse:
         if name in STORED_HEADERS
     }
     return StoredResponse(response.status_code, bytes(response.body), headers)
+
+
+def _decrypt(call: KeyedCall, stored: StoredResponse) -> StoredResponse:
+    # Problems hold no secret and are stored as they are.
+    return stored if call.cipher is None or stored.status >= 400 else call.cipher.decrypt(call.key, stored)
 
 
 def _replay(stored: StoredResponse) -> BufferedResponse:

@@ -31,6 +31,7 @@ from octollm.rpc.idempotency import (
     IdempotencyStore,
     IdempotentHandler,
     KeyedCall,
+    ResponseCipher,
     body_digest,
     check_key,
 )
@@ -65,6 +66,8 @@ class ServerContext:
     authenticators: Mapping[str, Authenticator]
     """By ``Operation.auth``."""
     idempotency: IdempotencyStore | None = None
+    response_cipher: ResponseCipher | None = None
+    """For stored responses that hold a secret."""
     max_concurrent: int = 64
     max_queued: int = 256
     draining: asyncio.Event = field(default_factory=asyncio.Event)
@@ -260,6 +263,7 @@ class OperationEndpoint:
             operation.kind == "idempotent",
             call.bearer,
             call.request_id,
+            self._context.response_cipher if operation.secret_response else None,
         )
         return await once.run(keyed, lambda: self._run_handler(call, value), call.deadline)
 

@@ -31,7 +31,7 @@ from octollm.rpc.discovery import Discovery, RegistryDiscovery
 from octollm.rpc.exporter import BatchExporter, create_monitor_sender
 from octollm.rpc.health import ReadinessCheck, health_operations
 from octollm.rpc.http_client import HttpClient
-from octollm.rpc.idempotency import IdempotencyStore, IdempotentHandler
+from octollm.rpc.idempotency import IdempotencyStore, IdempotentHandler, ResponseCipher
 from octollm.rpc.idempotency_remote import RemoteIdempotencyStore
 from octollm.rpc.identity import ServiceDirectory, ServiceIdentity
 from octollm.rpc.limits import ConcurrencyLimiter
@@ -153,6 +153,8 @@ class Service:
     exporter: BatchExporter[Span]
     lifespan: Lifespan | None = None
     """Open while the service is served, from before :meth:`serve` yields: an arm is registered for so long."""
+    operations: tuple[Operation, ...] = ()
+    """Its own operations, without those that every service has."""
 
     @contextlib.asynccontextmanager
     async def serve(self, bound: socket.socket, *, shutdown_grace: float = 2.0) -> AsyncGenerator[None]:
@@ -184,6 +186,7 @@ def build_service(
     *,
     authenticators: Mapping[str, Authenticator] | None = None,
     idempotency: IdempotencyStore | None = None,
+    response_cipher: ResponseCipher | None = None,
     readiness_checks: Mapping[str, ReadinessCheck] | None = None,
     extra_routes: Sequence[BaseRoute] = (),
     max_concurrent: int = 64,
@@ -214,6 +217,7 @@ def build_service(
             **(authenticators or {}),
         },
         idempotency=idempotency,
+        response_cipher=response_cipher,
         max_concurrent=max_concurrent,
         draining=draining or asyncio.Event(),
     )
@@ -229,19 +233,30 @@ def build_service(
         watched["revocations"] = base.revocations.check_readiness
     published = public_keys or base.identity.trusted_keys
     own = health_operations(base.name, base.metrics, operations, published, watched, base.clock)
-    return Service(base, kit, build_app(kit, [*own, *operations], extra_routes), exporter, lifespan)
+    app = build_app(kit, [*own, *operations], extra_routes)
+    return Service(base, kit, app, exporter, lifespan, tuple(operations))
 
 
 def build_app(
     context: ServerContext, operations: Sequence[Operation], extra_routes: Sequence[BaseRoute] = ()
 ) -> Starlette:
-    """Return the ASGI application of a service: its operations, and ``extra`` routes (health, pages, sockets)."""
+    """Return the ASGI application of a service: its operations, and ``extra_routes`` (health, pages, sockets).
+
+    Raises ``ValueError`` for two operations with one name or with one method and path.
+    """
     gate = ConcurrencyLimiter(context.max_concurrent, context.max_queued)
     once = None if context.idempotency is None else IdempotentHandler(context.idempotency)
     routes: list[BaseRoute] = []
     by_path: dict[str, dict[str, OperationEndpoint]] = {}
+    names: set[str] = set()
     for operation in operations:
-        by_path.setdefault(operation.path, {})[operation.method] = OperationEndpoint(context, operation, gate, once)
+        if operation.secret_response and once is not None and context.response_cipher is None:
+            raise ValueError(f"{operation.name} responds with a secret, and nothing would encrypt it in the store.")
+        methods = by_path.setdefault(operation.path, {})
+        if operation.method in methods or operation.name in names:
+            raise ValueError(f"{operation.name} ({operation.method} {operation.path}) is declared twice.")
+        names.add(operation.name)
+        methods[operation.method] = OperationEndpoint(context, operation, gate, once)
     for path, methods in by_path.items():
         routes.append(Route(path, _MethodDispatcher(methods), methods=list(methods)))
 

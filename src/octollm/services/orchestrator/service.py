@@ -22,6 +22,7 @@ from octollm.rpc.client import ServiceClient
 from octollm.rpc.discovery import RegistryDiscovery
 from octollm.rpc.external import ExternalClient, create_external_http_client
 from octollm.rpc.health import DependencyStatus, ReadinessCheck
+from octollm.rpc.idempotency import ResponseCipher
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.orchestrator.accounts import Accounts
@@ -215,6 +216,7 @@ async def orchestrator_service(
                 "service": ServiceAuthenticator(base.name, registry.directory, base.clock, registry.refresh_on_miss),
             },
             idempotency=idempotency,
+            response_cipher=ResponseCipher(lambda: ring.derive_keys("octollm stored responses v1", base.clock.now())),
             readiness_checks={
                 **_build_health_checks(db, redis, relay, worker, registry),
                 "revocations": revoking.check_health,
