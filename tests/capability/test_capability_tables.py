@@ -88,7 +88,7 @@ def test_the_public_names_are_these() -> None:
 
 
 EXPORTS = """
-AccessClaims BUILT_IN_CALLS CapabilityError Declarations DeclaredCall DelegationTree Delegator Directory
+AccessClaims BUILT_IN_CALLS CallTokens CapabilityError Declarations DeclaredCall DelegationTree Delegator Directory
 DirectoryEntry GrantClaims PRESETS Principal PublicKey REASONS RevocationKind Revocations RootMinter Scope ScopeSet
 ServiceTokenSigner SigningKey TaskRef VerifiedChain Verifier attenuate contains digest_of intersect
 parse_delegation_tree parse_scope preset_scopes run_value to_jwks union verify_directory verify_service_token

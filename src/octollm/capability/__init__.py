@@ -17,7 +17,7 @@ from octollm.capability.grants import (
     union,
 )
 from octollm.capability.jose import PublicKey, SigningKey, digest_of, to_jwks
-from octollm.capability.minting import Delegator, RootMinter, ServiceTokenSigner
+from octollm.capability.minting import CallTokens, Delegator, RootMinter, ServiceTokenSigner
 from octollm.capability.revocations import RevocationKind, Revocations, run_value
 from octollm.capability.scopes import PRESETS, Principal, Scope, ScopeSet, parse_scope, preset_scopes
 from octollm.capability.service_tokens import Directory, DirectoryEntry, verify_directory, verify_service_token
@@ -50,6 +50,7 @@ __all__ = [  # noqa: RUF022  (grouped by what they are for)
     # Minting
     "RootMinter",
     "Delegator",
+    "CallTokens",
     "ServiceTokenSigner",
     # Verifying
     "Verifier",

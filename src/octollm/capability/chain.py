@@ -24,6 +24,7 @@ from octollm.capability.tokens import (
     TokenClaims,
     check_times,
     parse_access_claims,
+    parse_canonical_access,
     parse_grant_claims,
 )
 from octollm.contracts.services import service_of
@@ -91,7 +92,7 @@ def split_bearer(bearer: str) -> list[str]:
 
 def parse_access(raw: str) -> ChainPart[AccessClaims]:
     """Parse an access token; raises ``CapabilityError`` with a reason of a malformed token."""
-    jws = decode_jws(raw, "cap+jwt")
+    jws = decode_jws(raw, "cap+jwt", parse_canonical=parse_canonical_access)
     return ChainPart(raw, digest_of(raw), jws, parse_access_claims(jws.claims), _embedded(jws))
 
 
@@ -133,15 +134,20 @@ def assemble_chain(access: ChainPart[AccessClaims], grants: Sequence[ChainPart[G
 def check_chain_times(chain: Chain, now: float) -> None:
     """Check every link of ``chain`` at ``now`` as :func:`check_times` does, and each against its parent."""
     for part, parent in chain.parts_with_parents():
-        claims = part.claims
-        longest = MAX_GRANT_SECONDS if isinstance(claims, GrantClaims) else MAX_ACCESS_SECONDS
-        check_times(claims.exp, claims.nbf, claims.iat, now, longest)
-        if parent is not None:
-            if claims.exp > parent.claims.exp:
-                raise CapabilityError("outlives_parent")
-            # Clocks may differ by the skew; beyond it, a child cannot be older than its parent.
-            if claims.iat < parent.claims.iat - SKEW_SECONDS:
-                raise CapabilityError("older_than_parent")
+        check_part_times(part, parent, now)
+
+
+def check_part_times(part: ChainPart[TokenClaims], parent: ChainPart[GrantClaims] | None, now: float) -> None:
+    """Check one link at ``now`` as :func:`check_times` does, and against its parent."""
+    claims = part.claims
+    longest = MAX_GRANT_SECONDS if isinstance(claims, GrantClaims) else MAX_ACCESS_SECONDS
+    check_times(claims.exp, claims.nbf, claims.iat, now, longest)
+    if parent is not None:
+        if claims.exp > parent.claims.exp:
+            raise CapabilityError("outlives_parent")
+        # Clocks may differ by the skew; beyond it, a child cannot be older than its parent.
+        if claims.iat < parent.claims.iat - SKEW_SECONDS:
+            raise CapabilityError("older_than_parent")
 
 
 def expected_key(
@@ -170,11 +176,9 @@ def check_authority(chain: Chain, audience: str) -> None:
     if access.aud != audience:
         raise CapabilityError("audience_wrong")
     for part, parent in chain.parts_with_parents():
-        claims = part.claims
-        if claims.iss != (ROOT_ISSUER if parent is None else parent.claims.aud):
-            raise CapabilityError("issuer_wrong")
-        _check_same_work(claims, access)
-        if isinstance(claims, GrantClaims) and not claims.may:
+        _check_issuer(part.claims, parent)
+        _check_same_work(part.claims, access)
+        if isinstance(part.claims, GrantClaims) and not part.claims.may:
             raise CapabilityError("may_empty")
     for parent, child in zip(chain.proofs, chain.proofs[1:], strict=False):
         # The access token that accompanied an inner grant is not in the chain: the union of everything that it can
@@ -183,6 +187,24 @@ def check_authority(chain: Chain, audience: str) -> None:
         if not contains(_union_of(allowed), child.claims.may):
             raise CapabilityError("may_exceeds_parent")
     _check_access(chain)
+
+
+def check_access_authority(chain: Chain, audience: str) -> None:
+    """Check what :func:`check_authority` does, for a chain whose grants have passed it with another access token.
+
+    The grants are for one work and allow no more than each other: the access token has to fit them.
+    """
+    access = chain.access.claims
+    if access.aud != audience:
+        raise CapabilityError("audience_wrong")
+    _check_issuer(access, chain.parent)
+    _check_same_work(chain.grants[0].claims, access)
+    _check_access(chain)
+
+
+def _check_issuer(claims: TokenClaims, parent: ChainPart[GrantClaims] | None) -> None:
+    if claims.iss != (ROOT_ISSUER if parent is None else parent.claims.aud):
+        raise CapabilityError("issuer_wrong")
 
 
 def _check_access(chain: Chain) -> None:

@@ -9,13 +9,13 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Annotated, Literal, NoReturn
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from jwt.api_jws import PyJWS
 from msgspec import Meta
 
 from octollm.capability.errors import CapabilityError
@@ -107,10 +107,12 @@ class PublicKey:
 class SigningKey:
     """An Ed25519 key pair of the service ``name``. Its repr does not show the private half."""
 
-    __slots__ = ("_key", "name", "public")
+    __slots__ = ("_headers", "_key", "name", "public")
 
     def __init__(self, key: Ed25519PrivateKey, name: str = "") -> None:
         self._key = key
+        self._headers: dict[tuple[str, bool, bool], str] = {}
+        """Encoded protected headers by ``typ``, ``kid`` and ``jwk``: every token of one kind has the same."""
         self.name = name
         self.public = PublicKey(key.public_key().public_bytes_raw())
 
@@ -141,6 +143,16 @@ class SigningKey:
     def sign(self, message: bytes) -> bytes:
         """Return the 64-byte signature over ``message`` (RFC 8032)."""
         return self._key.sign(message)
+
+    def encoded_header(self, typ: TokenType, *, with_kid: bool, with_jwk: bool) -> str:
+        """Return the protected header of a token by this key, in base64url."""
+        kind = (typ, with_kid, with_jwk)
+        encoded = self._headers.get(kind)
+        if encoded is None:
+            kid = self.thumbprint if with_kid else None
+            jwk = msgspec.convert(self.public.to_jwk(), Jwk) if with_jwk else None
+            encoded = self._headers[kind] = b64encode(msgspec.json.encode(JwsHeader(ALGORITHM, typ, kid, jwk)))
+        return encoded
 
     def to_jwk(self, *, private: bool) -> dict[str, str]:
         """Return the JWK with its ``kid``; with ``private`` it contains the secret ``d``."""
@@ -186,7 +198,8 @@ MAX_HEADER_CHARS = 512
 """Most characters of an encoded header; the longest that is minted here has some 260."""
 _MAX_BRACKETS = 512
 """Most arrays and objects of a token, which bounds the depth of its JSON."""
-_SIGNER = PyJWS(algorithms=[ALGORITHM])
+_CACHED_HEADERS = 1024
+"""Headers and embedded keys whose parsed form is kept: a service's tokens of one kind all have the same."""
 
 Thumbprint = Annotated[str, Meta(pattern=rf"\A[A-Za-z0-9_-]{{{THUMBPRINT_CHARS}}}\Z")]
 """A SHA-256 digest in base64url."""
@@ -221,7 +234,7 @@ class Jws(msgspec.Struct, frozen=True):
         """Return the key of the ``jwk`` header; it proves nothing until its thumbprint is confirmed."""
         if self.header.jwk is None:
             raise CapabilityError("key_missing")
-        return PublicKey(b64decode(self.header.jwk.x))
+        return _embedded_key(self.header.jwk.x)
 
     def check_signature(self, key: PublicKey) -> None:
         """Raise ``CapabilityError`` (``signature_invalid``) unless ``key`` made the signature."""
@@ -244,24 +257,45 @@ def pinned_root(header: JwsHeader, roots: Mapping[str, PublicKey]) -> PublicKey:
     return root
 
 
-def decode_jws(token: str, typ: TokenType, *, max_brackets: int = _MAX_BRACKETS) -> Jws:
+@lru_cache(_CACHED_HEADERS)
+def _embedded_key(x: str) -> PublicKey:
+    return PublicKey(b64decode(x))
+
+
+@lru_cache(_CACHED_HEADERS)
+def _parse_header(text: str) -> JwsHeader:
+    """Return the header of an encoded text. A pure function of its text, so that a cached result is as good as new."""
+    try:
+        return msgspec.convert(_parse_json(b64decode(text), _MAX_BRACKETS), JwsHeader)
+    except msgspec.ValidationError:
+        raise CapabilityError("header_malformed") from None
+
+
+def decode_jws(
+    token: str,
+    typ: TokenType,
+    *,
+    max_brackets: int = _MAX_BRACKETS,
+    parse_canonical: Callable[[bytes], object] | None = None,
+) -> Jws:
     """Parse a token whose length is already bounded; its claims are plain JSON values.
 
+    ``parse_canonical`` may return the claims of a payload in one pass, or ``None`` to have it parsed strictly here.
     Raises ``CapabilityError`` with a reason of a malformed token.
     """
     signing_input, _, signature_text = token.rpartition(".")
     header_text, dot, payload_text = signing_input.partition(".")
     if not dot or "." in payload_text or len(header_text) > MAX_HEADER_CHARS:
         raise CapabilityError("bearer_malformed")
-    try:
-        header = msgspec.convert(_parse_json(b64decode(header_text), max_brackets), JwsHeader)
-    except msgspec.ValidationError:
-        raise CapabilityError("header_malformed") from None
+    header = _parse_header(header_text)
     if header.alg != ALGORITHM:
         raise CapabilityError("algorithm_refused")
     if header.typ != typ:
         raise CapabilityError("type_wrong")
-    claims = _parse_json(b64decode(payload_text), max_brackets)
+    payload = b64decode(payload_text)
+    claims = None if parse_canonical is None else parse_canonical(payload)
+    if claims is None:
+        claims = _parse_json(payload, max_brackets)
     return Jws(header, claims, signing_input.encode("ascii"), b64decode(signature_text))
 
 
@@ -269,12 +303,9 @@ def encode_jws(
     payload: bytes, typ: TokenType, key: SigningKey, *, with_kid: bool = False, with_jwk: bool = False
 ) -> str:
     """Sign ``payload`` (JSON) with ``key``; the header names the key by ``kid``, embeds it as ``jwk``, or both."""
-    headers: dict[str, object] = {"typ": typ}
-    if with_kid:
-        headers["kid"] = key.thumbprint
-    if with_jwk:
-        headers["jwk"] = key.public.to_jwk()
-    return _SIGNER.encode(payload, key.private, algorithm=ALGORITHM, headers=headers)
+    header = key.encoded_header(typ, with_kid=with_kid, with_jwk=with_jwk)
+    signing_input = f"{header}.{b64encode(payload)}"
+    return f"{signing_input}.{b64encode(key.sign(signing_input.encode('ascii')))}"
 
 
 def _members(pairs: list[tuple[str, object]]) -> dict[str, object]:

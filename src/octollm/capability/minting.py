@@ -1,4 +1,8 @@
-"""Token minting: root tokens by the orchestrator, attenuated tokens under a grant, a service's own tokens."""
+"""Token minting: root tokens by the orchestrator, attenuated tokens under a grant, a service's own tokens.
+
+A delegate reuses what it minted where a fresh token would say the same: a grant for one callee of one step, and an
+access token within one served call. Everything else is minted anew.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from octollm.capability.errors import CapabilityError
 from octollm.capability.grants import DelegationTree
 from octollm.capability.jose import SigningKey, digest_of, encode_jws
 from octollm.capability.keyring import KeyRing
+from octollm.capability.revocations import Revocations
 from octollm.capability.scopes import Principal, Scope, ScopeSet
 from octollm.capability.service_tokens import (
     MAX_DIRECTORY_SECONDS,
@@ -34,12 +39,19 @@ from octollm.capability.tokens import (
     TaskRef,
     encode_claims,
 )
-from octollm.capability.verification import VerifiedChain
+from octollm.capability.verification import LruCache, VerifiedChain
 from octollm.clock import Clock, IdGenerator
 from octollm.contracts.services import service_of
 
 CALL_TOKEN_SECONDS = 60.0
 """The life of an access token for one call, in seconds."""
+REUSE_SHARE = 0.5
+"""Share of an access token's life that must be left for another call to use it."""
+GRANT_RENEWAL_SECONDS = 60.0
+"""A grant is reused unless a fresh one would live longer than it by more than this."""
+MAX_CACHED_GRANTS = 4096
+MAX_CALL_TOKENS = 64
+"""Access tokens that one served call keeps for reuse."""
 
 
 class _ClaimMembers(TypedDict):
@@ -165,16 +177,44 @@ class RootMinter:
         return encode_jws(directory_to_json(claims), "dir+jwt", self._ring.signing_key(now), with_kid=True)
 
 
+@dataclass(frozen=True, slots=True)
+class _MintedGrant:
+    text: str
+    digest: str
+    claims: GrantClaims
+
+
+@dataclass(frozen=True, slots=True)
+class MintedToken:
+    """A bearer string with the claims of the links that were minted for it."""
+
+    bearer: str
+    access: AccessClaims
+    grant: GrantClaims | None
+
+
 class Delegator:
-    """Mints under the grants that the service ``name`` is sent. It has one key, or several while they rotate."""
+    """Mints under the grants that other services send to the service ``name``.
+
+    ``key`` is its key, or its keys while they rotate. A callee's grant is reused for the same callee, scope and key
+    under the same parent grant, and so within one attempt of one step. ``revocations`` are the service's own copy of
+    the list: a grant in it is not reused.
+    """
 
     def __init__(
-        self, key: SigningKey | KeyRing | Iterable[SigningKey], name: str, clock: Clock, ids: IdGenerator
+        self,
+        key: SigningKey | KeyRing | Iterable[SigningKey],
+        name: str,
+        clock: Clock,
+        ids: IdGenerator,
+        revocations: Revocations | None = None,
     ) -> None:
         self._ring = KeyRing.of(key)
         self._name = name
         self._clock = clock
         self._ids = ids
+        self._revocations = revocations
+        self._grants: LruCache[_MintedGrant] = LruCache(MAX_CACHED_GRANTS)
 
     def delegate(
         self,
@@ -186,20 +226,33 @@ class Delegator:
         lifetime: float = CALL_TOKEN_SECONDS,
         call: str | None = None,
     ) -> str:
-        """Return a bearer string for calling ``scope`` at ``aud`` on behalf of whom ``verified`` is for.
+        """Return a bearer string for calling ``scope`` at ``aud`` on behalf of the principal of ``verified``.
 
-        The callee is granted what stands under that entry of ``may``, if anything does and ``holder_jkt``, the
-        thumbprint of its key, is given; without it, the callee may not call on. Neither token outlives the grant
-        that it is made under. Raises ``CapabilityError``: ``grant_absent`` or ``not_in_may`` (code
-        ``authority_missing``) naming the scope, before anything is sent; ``expired`` if the grant is;
-        ``holder_unknown`` if it is for another key; ``does_not_fit`` if the chain is too long for a bearer string.
+        Its access token is new. If calls may follow ``scope`` and ``holder_jkt``, the thumbprint of the callee's key,
+        is given, it includes a grant for the callee; without that, the callee cannot call on. Neither token outlives
+        the grant that it is minted under. Raises ``CapabilityError``: ``grant_absent`` or ``not_in_may`` (code
+        ``authority_missing``), naming the scope; ``expired`` if the grant is; ``holder_unknown`` if it is for another
+        key; ``does_not_fit`` if the chain is too long for a bearer string.
         """
-        wanted = Scope(scope)
+        return self.mint(verified, aud, scope, holder_jkt, lifetime=lifetime, call=call).bearer
+
+    def mint(
+        self,
+        verified: VerifiedChain,
+        aud: str,
+        scope: str,
+        holder_jkt: str | None,
+        *,
+        lifetime: float = CALL_TOKEN_SECONDS,
+        call: str | None = None,
+    ) -> MintedToken:
+        """Return the bearer string of :meth:`delegate` with the claims of its new links."""
+        requested = Scope(scope)
         parent = verified.grant
         if parent is None:
             raise CapabilityError("grant_absent", f"{self._name} was given no authority to call {scope}.")
-        below = parent.may.subtree(wanted)
-        if below is None or service_of(wanted.family) != aud or parent.aud != self._name:
+        below = parent.may.subtree(requested)
+        if below is None or service_of(requested.family) != aud or parent.aud != self._name:
             raise CapabilityError("not_in_may", f"{self._name} may not call {scope} at {aud} for this work.")
         key = self._ring.find(parent.cnf.jkt)
         if key is None:
@@ -212,25 +265,93 @@ class Delegator:
         _check_lifetime(lifetime, MAX_ACCESS_SECONDS)
 
         terms = _CommonClaims(self._name, aud, verified.principal, verified.task, now, digest_of(verified.grants[-1]))
-        grant: str | None = None
+        grant = None
         if below and holder_jkt is not None:
-            expires = min(now + MAX_GRANT_SECONDS, parent.exp)
-            grant = encode_jws(
-                encode_claims(
-                    GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=below)
-                ),
-                "cap-grant+jwt",
-                key,
-                with_jwk=True,
-            )
+            grant = self._callee_grant(terms, parent, requested, below, holder_jkt, key)
         claims = AccessClaims(
             **terms.claims(self._ids.hex(), min(now + lifetime, parent.exp)),
-            scope=ScopeSet((wanted,)),
+            scope=ScopeSet((requested,)),
             call=call,
-            gnt=None if grant is None else digest_of(grant),
+            gnt=None if grant is None else grant.digest,
         )
         access = encode_jws(encode_claims(claims), "cap+jwt", key, with_jwk=True)
-        return _assemble_bearer(access, verified.grants if grant is None else (*verified.grants, grant))
+        grants = verified.grants if grant is None else (*verified.grants, grant.text)
+        return MintedToken(_assemble_bearer(access, grants), claims, None if grant is None else grant.claims)
+
+    def is_reusable(self, token: MintedToken, parent: GrantClaims, lifetime: float) -> bool:
+        """Return whether ``token``, minted under ``parent``, is as good for another call as a fresh one.
+
+        It has half of ``lifetime`` left, or as much as a fresh one under ``parent`` could have, and neither of its
+        links is revoked.
+        """
+        now = self._clock.now()
+        # A clock that was set back would make the token look issued in the future.
+        if not token.access.iat <= now < parent.exp:
+            return False
+        if token.access.exp < min(now + lifetime * REUSE_SHARE, parent.exp):
+            return False
+        return not self._is_revoked(token.access) and (token.grant is None or not self._is_revoked(token.grant))
+
+    def _callee_grant(
+        self,
+        terms: _CommonClaims,
+        parent: GrantClaims,
+        scope: Scope,
+        below: DelegationTree,
+        holder_jkt: str,
+        key: SigningKey,
+    ) -> _MintedGrant:
+        """Return a grant of ``below`` for the callee, minted before if a fresh one would say the same."""
+        # The parent's digest stands for everything that the grant inherits: principal, task, step, attempt, run.
+        # Scope and key decide the rest of what it says, besides its times and id.
+        place = f"{terms.proof} {scope} {holder_jkt}"
+        cached = self._grants.get(place)
+        expires = min(terms.now + MAX_GRANT_SECONDS, parent.exp)
+        if (
+            cached is not None
+            and cached.claims.iat <= terms.now
+            and expires - cached.claims.exp <= GRANT_RENEWAL_SECONDS
+            and not self._is_revoked(cached.claims)
+        ):
+            return cached
+        claims = GrantClaims(**terms.claims(self._ids.hex(), expires), cnf=Confirmation(holder_jkt), may=below)
+        text = encode_jws(encode_claims(claims), "cap-grant+jwt", key, with_jwk=True)
+        minted = _MintedGrant(text, digest_of(text), claims)
+        self._grants.put(place, minted)
+        return minted
+
+    def _is_revoked(self, claims: AccessClaims | GrantClaims) -> bool:
+        return self._revocations is not None and self._revocations.is_revoked((claims,))
+
+
+class CallTokens:
+    """The bearer strings for the calls that a service makes while it serves one call.
+
+    One is reused for the same scope and callee as :meth:`Delegator.is_reusable` allows, and by no other served call:
+    its claim ``call`` is the digest of this one.
+    """
+
+    def __init__(self, delegator: Delegator, verified: VerifiedChain, call: str) -> None:
+        """Mint under ``verified``, the authority of the served call, whose digest is ``call``."""
+        self._delegator = delegator
+        self._verified = verified
+        self._call = call
+        self._tokens: dict[tuple[str, str, str | None], MintedToken] = {}
+
+    def bearer(self, aud: str, scope: str, holder_jkt: str | None) -> str:
+        """Return a bearer string for ``scope`` at ``aud``; raises what :meth:`Delegator.delegate` raises."""
+        place = (aud, scope, holder_jkt)
+        token = self._tokens.get(place)
+        parent = self._verified.grant
+        if token is not None and parent is not None:
+            if self._delegator.is_reusable(token, parent, CALL_TOKEN_SECONDS):
+                return token.bearer
+            del self._tokens[place]
+        token = self._delegator.mint(self._verified, aud, scope, holder_jkt, call=self._call)
+        # Selectors can make the scopes of one call many; those past the bound are minted each time.
+        if len(self._tokens) < MAX_CALL_TOKENS:
+            self._tokens[place] = token
+        return token.bearer
 
 
 class ServiceTokenSigner:

@@ -1,10 +1,14 @@
-"""Verification of bearer strings up to a pinned root, offline, with an LRU of verdicts and of verified grants."""
+"""Verification of bearer strings up to a pinned root, without the network.
+
+Three LRU caches make it fast and change no verdict: verdicts by the whole bearer string, the grants of a bearer string
+as a verified prefix (an access token minted for each call then costs one signature), and single grants.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -12,8 +16,10 @@ from octollm.capability.chain import (
     Chain,
     ChainPart,
     assemble_chain,
+    check_access_authority,
     check_authority,
     check_chain_times,
+    check_part_times,
     expected_key,
     parse_access,
     parse_grant,
@@ -25,6 +31,7 @@ from octollm.capability.revocations import Revocations
 from octollm.capability.scopes import Principal, Scope, ScopeSet
 from octollm.capability.tokens import (
     MAX_BEARER_CHARS,
+    SEPARATOR,
     SKEW_SECONDS,
     AccessClaims,
     GrantClaims,
@@ -38,10 +45,10 @@ _HASH_CHUNK = 2000
 
 @dataclass(frozen=True, slots=True)
 class VerifiedChain:
-    """What a bearer string proved. ``links`` are the claims of every part, access token first, then root first.
+    """What a bearer string proved. ``links`` are the claims of every part: the access token, then the grants.
 
-    ``grant`` is this service's own, under which it may call on; ``grants`` are then the texts to pass on: those
-    that prove ``grant``, and ``grant`` itself. ``expires`` is when the first link does, in seconds since the epoch.
+    ``grant`` is this service's own, under which it may call on; ``grants`` are the texts to pass on then, root first
+    and ``grant`` last. ``expires`` is when the first link expires, in seconds since the epoch.
     """
 
     subject: str
@@ -58,7 +65,7 @@ class VerifiedChain:
 
     @property
     def principal(self) -> Principal:
-        """Return whom the work is for."""
+        """The principal that the work is for."""
         return Principal(self.subject, self.cred, self.tenant)
 
     def require(self, scope: str | Scope) -> None:
@@ -67,26 +74,29 @@ class VerifiedChain:
             raise CapabilityError("scope_not_allowed", f"The bearer token does not allow {scope}.")
 
 
-class _LruCache(Generic[_V]):
-    """A dictionary that lets go of what was not used for longest."""
+class LruCache(Generic[_V]):
+    """A bounded dictionary that drops the least recently used entry."""
 
     def __init__(self, size: int) -> None:
         self._items: OrderedDict[bytes | str, _V] = OrderedDict()
         self._size = size
 
     def get(self, key: bytes | str) -> _V | None:
-        found = self._items.get(key)
-        if found is not None:
+        """Return an item, which is then the most recently used, or ``None``."""
+        item = self._items.get(key)
+        if item is not None:
             self._items.move_to_end(key)
-        return found
+        return item
 
     def put(self, key: bytes | str, value: _V) -> None:
+        """Add or replace an item; past the size, the least recently used one goes."""
         self._items[key] = value
         self._items.move_to_end(key)
         if len(self._items) > self._size:
             self._items.popitem(last=False)
 
     def discard(self, key: bytes | str) -> None:
+        """Remove an item if it is there."""
         self._items.pop(key, None)
 
     def __len__(self) -> int:
@@ -94,18 +104,39 @@ class _LruCache(Generic[_V]):
 
 
 @dataclass(slots=True)
-class _Verdict:
-    """A verdict that was reached, with what must still hold when it is used again."""
+class _Conditions:
+    """What must still hold when a cached result is used again.
 
-    verified: VerifiedChain
+    ``expires`` and ``not_before`` are those of its links together, in seconds since the epoch; ``revocations`` is the
+    version of the set of revocations that ``links`` were last checked against.
+    """
+
+    links: tuple[AccessClaims | GrantClaims, ...]
+    expires: float
     not_before: float
     roots: tuple[PublicKey, ...]
     revocations: int
 
 
+@dataclass(slots=True)
+class _Verdict:
+    """The cached result of a whole bearer string."""
+
+    verified: VerifiedChain
+    conditions: _Conditions
+
+
+@dataclass(frozen=True, slots=True)
+class _VerifiedGrants:
+    """The grants of a bearer string that passed every check except those against an access token."""
+
+    grants: tuple[ChainPart[GrantClaims], ...]
+    conditions: _Conditions
+
+
 @dataclass(frozen=True, slots=True)
 class _KnownGrant:
-    """A grant whose signature by ``key`` was found right; what else it must satisfy is checked each time."""
+    """A grant whose signature by ``key`` was verified; everything else is checked each time."""
 
     part: ChainPart[GrantClaims]
     key: PublicKey
@@ -114,10 +145,10 @@ class _KnownGrant:
 class Verifier:
     """Verifies bearer strings for the service ``audience``.
 
-    ``roots`` maps thumbprints to the pinned root keys; the mapping is read at each call, so that a root taken out
-    of it counts no more, in the cache neither. ``revocations`` is shared with whoever keeps it up to date.
-    Verdicts are cached by the SHA-256 of the whole bearer string until the first link expires or is revoked, and
-    grants by their own, since one grant comes with many access tokens; ``cache_size`` bounds each of the two.
+    ``roots`` maps thumbprints to the pinned root keys; it is read at each call, so that a root removed from it is no
+    longer trusted, in the caches neither. ``revocations`` is shared with the subscriber that keeps it up to date.
+    Verdicts are cached by the SHA-256 of the whole bearer string, sets of grants by that of their texts, and grants by
+    their own. Times, roots and revocations are checked at every use. ``cache_size`` bounds each cache.
     """
 
     def __init__(
@@ -132,8 +163,9 @@ class Verifier:
         self.revocations = Revocations() if revocations is None else revocations
         self._roots = roots
         self._clock = clock
-        self._verdicts: _LruCache[_Verdict] = _LruCache(cache_size)
-        self._grants: _LruCache[_KnownGrant] = _LruCache(cache_size)
+        self._verdicts: LruCache[_Verdict] = LruCache(cache_size)
+        self._prefixes: LruCache[_VerifiedGrants] = LruCache(cache_size)
+        self._grants: LruCache[_KnownGrant] = LruCache(cache_size)
 
     def verify(self, bearer: str | None) -> VerifiedChain:
         """Return what ``bearer``, the text after ``Bearer`` in the header, proves at this moment.
@@ -150,9 +182,9 @@ class Verifier:
         except UnicodeEncodeError:
             raise CapabilityError("bearer_malformed") from None
         entry = self._verdicts.get(key)
-        if entry is not None and self._has_trusted_roots(entry):
+        if entry is not None and self._has_trusted_roots(entry.conditions):
             try:
-                self._recheck(entry)
+                self._recheck(entry.conditions)
             except CapabilityError:
                 self._verdicts.discard(key)
                 raise
@@ -161,39 +193,69 @@ class Verifier:
         self._verdicts.put(key, entry)
         return entry.verified
 
-    def _has_trusted_roots(self, entry: _Verdict) -> bool:
-        for root in entry.roots:  # noqa: SIM110  once a call: a generator would cost as much as the rest of it
+    def _has_trusted_roots(self, conditions: _Conditions) -> bool:
+        for root in conditions.roots:  # noqa: SIM110  once a call: a generator would double its cost
             if self._roots.get(root.thumbprint) != root:
                 return False
         return True
 
-    def _recheck(self, entry: _Verdict) -> None:
+    def _recheck(self, conditions: _Conditions) -> None:
         now = self._clock.now()
-        if now - SKEW_SECONDS >= entry.verified.expires:
+        if now - SKEW_SECONDS >= conditions.expires:
             raise CapabilityError("expired")
-        if entry.not_before - SKEW_SECONDS > now:
+        if conditions.not_before - SKEW_SECONDS > now:
             raise CapabilityError("not_yet_valid")
-        if entry.revocations != self.revocations.version:
-            if self.revocations.is_revoked(entry.verified.links):
+        if conditions.revocations != self.revocations.version:
+            if self.revocations.is_revoked(conditions.links):
                 raise CapabilityError("revoked")
-            entry.revocations = self.revocations.version
+            conditions.revocations = self.revocations.version
 
     def _verify_uncached(self, bearer: str) -> _Verdict:
-        access_text, *grant_texts = split_bearer(bearer)
-        chain = assemble_chain(parse_access(access_text), [self._read_grant(text) for text in grant_texts])
-        # Refusing on what nobody signed is always safe, and spares the signatures of what has merely expired.
+        access_text, _, grants_text = bearer.partition(SEPARATOR)
+        access = parse_access(access_text)
+        # With ``gnt`` the last grant is the callee's own, else it proves the issuer: other checks were passed then.
+        key = _digest(grants_text.encode("ascii")) + (b"-" if access.claims.gnt is None else b"+")
+        known = self._prefixes.get(key)
+        if known is not None and self._has_trusted_roots(known.conditions):
+            return self._verify_access(assemble_chain(access, known.grants), known.conditions)
+        texts = split_bearer(bearer)[1:]
+        chain = assemble_chain(access, [self._read_grant(text) for text in texts])
+        # Refusing by unverified times is always safe, and saves the signatures of what has merely expired.
         check_chain_times(chain, self._clock.now())
         keys = self._check_signatures(chain)
         check_authority(chain, self.audience)
-        links = chain.links
-        if self.revocations.is_revoked(links):
+        if self.revocations.is_revoked(chain.links):
             raise CapabilityError("revoked")
         for grant in chain.grants:
             self._grants.put(grant.digest, _KnownGrant(grant, keys[grant.digest]))
-        return _Verdict(
-            verified=_to_verified(chain),
-            not_before=max(max(link.nbf, link.iat) for link in links),
-            roots=tuple(keys[part.digest] for part, parent in chain.parts_with_parents() if parent is None),
+        roots = [keys[part.digest] for part, parent in chain.parts_with_parents() if parent is None]
+        if chain.grants:
+            claims = tuple(grant.claims for grant in chain.grants)
+            self._prefixes.put(key, _VerifiedGrants(chain.grants, self._conditions(claims, roots)))
+        return self._to_verdict(chain, roots)
+
+    def _verify_access(self, chain: Chain, conditions: _Conditions) -> _Verdict:
+        """Verify the access token of a chain whose grants were verified under ``conditions``: it alone is new."""
+        access = chain.access
+        check_part_times(access, chain.parent, self._clock.now())
+        self._recheck(conditions)
+        key = expected_key(access, chain.parent, self._roots)
+        access.jws.check_signature(key)
+        check_access_authority(chain, self.audience)
+        if self.revocations.is_revoked((access.claims,)):
+            raise CapabilityError("revoked")
+        return self._to_verdict(chain, [*conditions.roots, key] if chain.parent is None else conditions.roots)
+
+    def _to_verdict(self, chain: Chain, roots: Sequence[PublicKey]) -> _Verdict:
+        verified = _to_verified(chain)
+        return _Verdict(verified, self._conditions(verified.links, roots))
+
+    def _conditions(self, links: tuple[AccessClaims | GrantClaims, ...], roots: Sequence[PublicKey]) -> _Conditions:
+        return _Conditions(
+            links,
+            expires=min([link.exp for link in links]),
+            not_before=max([max(link.nbf, link.iat) for link in links]),
+            roots=tuple(roots),
             revocations=self.revocations.version,
         )
 
@@ -202,9 +264,9 @@ class Verifier:
         return parse_grant(text) if known is None else known.part
 
     def _check_signatures(self, chain: Chain) -> dict[str, PublicKey]:
-        """Return each part's key by its digest; raise unless every part is signed by the only key that may.
+        """Return each part's key by its digest; raise unless every part is signed by the only key that may sign it.
 
-        It goes from the root down, so that whoever has no root's signature costs one check and no more.
+        It goes from the root down, so that a forger without a root's signature costs one check and no more.
         """
         keys: dict[str, PublicKey] = {}
         for part, parent in chain.parts_with_parents():
@@ -227,7 +289,7 @@ def _to_verified(chain: Chain) -> VerifiedChain:
         scopes=access.scope,
         task=access.task_ref,
         call=access.call,
-        expires=min(link.exp for link in chain.links),
+        expires=min([link.exp for link in chain.links]),
         links=chain.links,
         grant=None if own is None else own.claims,
         grants=() if own is None else tuple(part.raw for part in chain.grants),
@@ -235,10 +297,9 @@ def _to_verified(chain: Chain) -> VerifiedChain:
 
 
 def _digest(bearer: bytes) -> bytes:
-    """Return the SHA-256 of a bearer.
+    """Return the SHA-256 of a bearer string.
 
-    In parts, since hashlib lets other threads run while it takes 2 KiB or more, and to get the turn back takes several
-    times as long as to hash a bearer.
+    It is hashed in parts: from 2 KiB on hashlib releases the GIL, and getting it back takes longer than the hash.
     """
     digest = hashlib.sha256(bearer[:_HASH_CHUNK])
     for start in range(_HASH_CHUNK, len(bearer), _HASH_CHUNK):

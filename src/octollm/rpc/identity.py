@@ -126,9 +126,9 @@ class ServiceIdentity:
         """Return the signer of this service's own tokens (``svc+jwt``)."""
         return ServiceTokenSigner(self.key, self.name, self.clock, self.ids)
 
-    def delegator(self) -> Delegator:
-        """Return the minter of attenuated tokens for calls under a grant."""
-        return Delegator(self.key, self.name, self.clock, self.ids)
+    def delegator(self, revocations: Revocations | None = None) -> Delegator:
+        """Return the minter of attenuated tokens for calls under a grant; it reuses none of ``revocations``."""
+        return Delegator(self.key, self.name, self.clock, self.ids, revocations)
 
     def verifier(self, revocations: Revocations | None = None) -> Verifier:
         """Return the verifier of callers' bearer strings, which refuses ``revocations``."""
