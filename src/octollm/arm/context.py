@@ -13,7 +13,7 @@ from urllib.parse import quote
 import msgspec
 
 from octollm.arm.model import ModelClient, ModelEndpoint
-from octollm.capability import Delegator, Scope
+from octollm.capability import CallTokens, Delegator, Scope
 from octollm.contracts.media_types import media_type_of
 from octollm.contracts.operations import StoredFile, to_artifact
 from octollm.contracts.service_operations import route_of
@@ -85,8 +85,6 @@ def _with_file_headers(outgoing: OutgoingCall, name: str, media_type: str) -> Ou
 
 T = TypeVar("T")
 
-CALL_SECONDS = 60.0
-"""The life of a token made for one call; it is checked when the call begins."""
 MIN_ENDPOINT_SECONDS = 1.0
 OUTAGE_RETRY = OutageRetry(15.0)
 """An arm's calls wait so long for a service that is away: its work so far is worth more than the wait."""
@@ -111,7 +109,10 @@ class Context:
         self._delegator = delegator
         self._call = call
         self._declared = declared
-        self._keys = NestedKeys(call.key or call.request_id)
+        parent_key = call.key or call.request_id
+        self._keys = NestedKeys(parent_key)
+        self._call_digest = hashlib.sha256(parent_key.encode()).hexdigest()
+        self._tokens: CallTokens | None = None
         self.task = body if isinstance(body, Task) else None
         self.artifacts = Artifacts(base.client, self.prepare_call)
         self.model = ModelClient(base.client, lambda body: self.prepare_call("models", "chat", body), self._endpoint)
@@ -172,7 +173,7 @@ class Context:
         """
         route = route_of(service, operation)
         audience = service_of(service)
-        bearer = await self._bearer(":".join((service, operation, *path.values())), CALL_SECONDS)
+        bearer = await self._bearer(":".join((service, operation, *path.values())))
         key = None
         if route.kind != "read_only":
             key = self._keys.next(audience, operation, body or b"")
@@ -196,7 +197,8 @@ class Context:
         }
         return ModelEndpoint(self._base.discovery.instances("models")[0] + "/v1", bearer, headers)
 
-    async def _bearer(self, scope: str, lifetime: float) -> str:
+    async def _bearer(self, scope: str, lifetime: float | None = None) -> str:
+        """Return a bearer string for ``scope``: one for calls of this arm, or a new one that lives for ``lifetime``."""
         requested = Scope(scope)
         if not any(declared.contains(requested) for declared in self._declared):
             raise OctoError(
@@ -205,11 +207,12 @@ class Context:
                 code="authority_missing",
             )
         audience = service_of(requested.family)
-        return self._delegator.delegate(
-            self._call.authority,
-            aud=audience,
-            scope=scope,
-            holder_jkt=await self._base.directory.thumbprint(audience),
-            lifetime=lifetime,
-            call=hashlib.sha256((self._call.key or self._call.request_id).encode()).hexdigest(),
-        )
+        holder = await self._base.directory.thumbprint(audience)
+        authority = self._call.authority
+        if lifetime is not None:
+            return self._delegator.delegate(
+                authority, audience, scope, holder, lifetime=lifetime, call=self._call_digest
+            )
+        if self._tokens is None:
+            self._tokens = CallTokens(self._delegator, authority, self._call_digest)
+        return self._tokens.bearer(audience, scope, holder)

@@ -124,7 +124,7 @@ _PASSED_ON_CODES = ("authority_missing", "budget_exhausted", "model_failed", "mo
 
 def build_arm(arm: Arm, base: ServiceBase, *, checkups: Mapping[str, ReadinessCheck] | None = None) -> Service:
     """Return ``arm`` as a service. Its idempotency keys are kept with the orchestrator."""
-    delegator = base.identity.delegator()
+    delegator = base.identity.delegator(None if base.revocations is None else base.revocations.revocations)
     presence = ArmRegistrar(arm, base)
 
     def operation_of(declared: ArmOperation) -> Operation:
