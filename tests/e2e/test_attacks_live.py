@@ -95,7 +95,11 @@ async def test_what_a_callee_was_sent_it_cannot_send_on(live: Attacked, service:
     if service == thief:
         return
     bearer = mint(
-        live, thief, SCOPES[thief], may=parse_delegation_tree({SCOPES[service]: {}}), holder_jkt=live.world.jkt(thief)
+        live,
+        thief,
+        SCOPES[thief],
+        delegation=parse_delegation_tree({SCOPES[service]: {}}),
+        holder_jkt=live.world.jkt(thief),
     )
     method, path = OPENED[service]
     told = await live.send(service, method, path, bearer, {})
@@ -117,7 +121,9 @@ async def test_a_token_for_one_operation_opens_no_other(live: Attacked, service:
 async def test_an_arm_gets_nothing_that_it_did_not_declare(live: Attacked, name: str) -> None:
     """An arm's own key signs whatever it likes under the grant that it holds; what that does not hold is refused."""
     world = live.world
-    bearer = mint(live, name, SCOPES[name], may=parse_delegation_tree({"executor:run": {}}), holder_jkt=world.jkt(name))
+    bearer = mint(
+        live, name, SCOPES[name], delegation=parse_delegation_tree({"executor:run": {}}), holder_jkt=world.jkt(name)
+    )
     grant = bearer.split("~")[1]
     key = world.keys[name].private
 
