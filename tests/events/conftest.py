@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import redis as redis_py
 from databases import Backend
-from events_kit import CLOCK, IDS, QUICK, MakeRelay, Write
+from events_kit import CLOCK, IDS, QUICK, MakePublisher, Write
 from redis_process import RedisProcess
 
 from octollm.contracts.events import Event
@@ -76,7 +76,7 @@ def bus(redis: RedisClient, keys: RedisKeys) -> EventBus:
 
 
 @pytest.fixture
-def make_relay(db: Database, log: EventLog, keys: RedisKeys) -> MakeRelay:
+def make_publisher(db: Database, log: EventLog, keys: RedisKeys) -> MakePublisher:
     def make(redis: RedisClient, *, policy: OutboxPolicy = QUICK) -> OutboxPublisher:
         return OutboxPublisher(db, log, redis, CLOCK, IDS, keys=keys, policy=policy)
 

@@ -14,7 +14,7 @@ IDS = Uuid7Generator(CLOCK)
 QUICK = OutboxPolicy(poll=0.05, backoff_initial=0.02, backoff_max=0.1)
 
 
-class MakeRelay(Protocol):
+class MakePublisher(Protocol):
     def __call__(self, redis: RedisClient, *, policy: OutboxPolicy = QUICK) -> OutboxPublisher: ...
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import msgspec
 import pytest
-from events_kit import CLOCK, IDS, MakeRelay, Write
+from events_kit import CLOCK, IDS, MakePublisher, Write
 from hypothesis import given
 from hypothesis import strategies as st
 from redis_process import RedisProcess
@@ -38,11 +38,11 @@ async def send(redis: RedisClient, keys: RedisKeys, *events: Event) -> None:
 
 
 async def test_a_subscriber_gets_what_is_published_while_it_listens(
-    redis: RedisClient, bus: EventBus, make_relay: MakeRelay, write: Write
+    redis: RedisClient, bus: EventBus, make_publisher: MakePublisher, write: Write
 ) -> None:
-    async with make_relay(redis) as relay:
+    async with make_publisher(redis) as publisher:
         await write()
-        assert await relay.flush(5)
+        assert await publisher.flush(5)
         async with bus.subscribe("events:task:*") as events:
             await write("task.completed")
             async with asyncio.timeout(5):

@@ -13,12 +13,12 @@ from octollm.storage.engines import Database
 
 
 async def number_all(db: Database) -> None:
-    numbering = Sequencer(db, holder="test", lease_seconds=60)
-    claim = await numbering.acquire()
-    assert claim is not None
-    while (await numbering.assign(claim.fence, 100))[0]:
+    sequencer = Sequencer(db, holder="test", lease_seconds=60)
+    lease = await sequencer.acquire()
+    assert lease is not None
+    while (await sequencer.assign(lease.fence, 100))[0]:
         pass
-    await numbering.release(claim.fence, 0)
+    await sequencer.release(lease.fence, 0)
 
 
 async def test_an_event_is_seen_under_its_subject_as_soon_as_it_is_committed(
@@ -80,7 +80,7 @@ async def test_concurrent_writers_leave_no_gap(db: Database, log: EventLog, writ
         ("task.invented", {"task_id": "x"}, "not declared"),
         ("task.progress", {"task_id": "x"}, "lacks progress"),
         ("cache.invalidated", {"key": "x"}, "not durable"),
-        ("task.progress", {"task_id": "x", "progress": object()}, "no JSON"),
+        ("task.progress", {"task_id": "x", "progress": object()}, "not JSON"),
         ("task.progress", {"task_id": "x", "progress": "x" * MAX_EVENT_BYTES}, "bytes"),
     ],
 )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from events_kit import MakeRelay, Write
+from events_kit import MakePublisher, Write
 from redis_process import RedisProcess
 
 from octollm.events import Hint, TaskSubscription, TaskWatchHub
@@ -34,12 +34,12 @@ async def test_a_watcher_looks_at_once_and_again_when_hints_come(redis: RedisCli
 
 
 async def test_hints_come_for_events_and_text_of_the_task_alone(
-    redis: RedisClient, keys: RedisKeys, make_relay: MakeRelay, write: Write
+    redis: RedisClient, keys: RedisKeys, make_publisher: MakePublisher, write: Write
 ) -> None:
     text = TextStream(redis, keys)
     async with (
         TaskWatchHub(redis, keys, poll_seconds=LONG) as hub,
-        make_relay(redis) as relay,
+        make_publisher(redis) as publisher,
         hub.subscribe("task-1") as one,
         hub.subscribe("task-2") as two,
     ):
@@ -50,7 +50,7 @@ async def test_hints_come_for_events_and_text_of_the_task_alone(
             assert await anext(one) == Hint(events=True, text=False)
             await text.append("task-2", step="s", attempt=1, run=1, offset=0, text="x")
             assert await anext(two) == Hint(events=False, text=True)
-        assert await relay.flush(5)
+        assert await publisher.flush(5)
         waiting = asyncio.ensure_future(anext(one))
         done, _ = await asyncio.wait([waiting], timeout=0.05)
         assert not done

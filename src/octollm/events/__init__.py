@@ -1,7 +1,7 @@
-"""Events: the durable log, the relay from it to Redis Pub/Sub, and those who listen.
+"""Events: the durable log, its transactional outbox to Redis Pub/Sub, and subscriptions.
 
-The log in SQL is the truth and Pub/Sub is the fast path; a listener is told when it missed something. What an event
-means, and what to do about it, belongs to the layers above.
+The log in SQL is the source of truth and Pub/Sub the fast path; a subscriber learns of every gap and reads the missing
+events from the log. What an event means belongs to the layers above.
 """
 
 from octollm.events.bus import EventBus, Gap, Subscription

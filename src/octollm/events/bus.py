@@ -1,8 +1,13 @@
-"""Live subscriptions to published events, with gap detection, and publishing of events that are not durable."""
+"""Event bus: live subscriptions with gap detection, and publishing of events that are not durable.
+
+Redis Pub/Sub delivers at most once. Each durable event names its predecessor in the channel, so a subscriber detects
+a gap by itself and can read the missing events from the log.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,19 +25,21 @@ from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
 
 QUEUE_CAPACITY = 1000
-"""Events kept for a subscriber that is busy."""
+"""Events queued for a subscriber that is busy; later ones become one gap."""
 READY_SECONDS = 5.0
-"""How long a new subscription waits until Redis has confirmed it."""
-BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
-IDLE_SECONDS = 30.0
+"""Seconds that a new subscription waits for the confirmation of Redis."""
+BACKOFF_INITIAL, BACKOFF_MAX = 0.1, 5.0
+"""Pause in seconds before a reconnect; it doubles with each failure."""
+RECEIVE_SECONDS = 30.0
+"""Seconds of one wait for a message; an idle connection is waited on again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Events may have been missed since the position ``after`` (0: since the beginning); read them from the log.
+    """Events after the position ``after`` (0: the beginning) may be missing; read them from the log.
 
-    ``missed``: the next event of ``channel`` names a predecessor that did not come. ``reconnected``: the connection
-    broke. ``overflow``: the subscriber was too slow for its queue. ``channel`` is empty where all are meant.
+    ``missed``: the next event of ``channel`` names a predecessor that did not arrive. ``reconnected``: the connection
+    broke. ``overflow``: the subscriber was too slow for its queue. An empty ``channel`` stands for every channel.
     """
 
     reason: Literal["missed", "reconnected", "overflow"]
@@ -41,7 +48,7 @@ class Gap:
 
 
 class GapDetector:
-    """Tells, event by event, what is new, what is a repetition, and where something is missing. No I/O."""
+    """Classifies each event as new or duplicate and detects missing predecessors. No I/O."""
 
     def __init__(self) -> None:
         self.latest = 0
@@ -49,9 +56,9 @@ class GapDetector:
         self._channels: dict[str, int] = {}
 
     def observe(self, event: Event) -> tuple[bool, Gap | None]:
-        """Return whether ``event`` is new, and the gap before it, if there is one.
+        """Return whether ``event`` is new, and the gap before it, if any.
 
-        An event that is not durable is always new. The first event of a channel cannot show a gap.
+        An event that is not durable is always new. The first event of a channel cannot reveal a gap.
         """
         if event.seq == 0:
             return True, None
@@ -67,11 +74,10 @@ class GapDetector:
 
 
 class Subscription:
-    """Events as they are published, from the moment ``async with`` is entered; an async iterator.
+    """Async iterator over published events, from the moment ``async with`` is entered.
 
-    What is published while the connection is broken, or while the queue is full, does not come: ``on_gap`` is called
-    in its place, between the events before and after it. :attr:`gaps` counts them, :attr:`degraded` says why nothing
-    comes now, :attr:`refused` counts messages that are no events. A slow subscriber slows nobody else.
+    Events published while the connection is broken or the queue is full are lost; ``on_gap`` is called in their place,
+    in order. A slow subscriber does not slow the others.
     """
 
     def __init__(
@@ -88,17 +94,20 @@ class Subscription:
         self._capacity = capacity
         self._items: deque[Event | Gap] = deque()
         self._overflow_gap: Gap | None = None
-        self._last_queued = 0  # the highest position that went into the queue
+        self._last_queued = 0  # the highest ``seq`` in the queue so far
         self._wakeup = asyncio.Event()
         self._ready = asyncio.Event()
         self._gap_detector = GapDetector()
         self._background = BackgroundTask("subscription")
         self.gaps = 0
+        """Gaps reported so far."""
         self.malformed = 0
+        """Messages received that are not declared events."""
         self.degraded: str | None = None
+        """Why no events arrive now; ``None`` while they do."""
 
     async def __aenter__(self) -> Subscription:
-        """Start to listen; returns once Redis has confirmed it. Raises ``unavailable`` after five seconds."""
+        """Subscribe and wait for the confirmation of Redis. Raises ``unavailable`` after five seconds."""
         self._background.start(self._listen(), on_end=self._on_listener_end)
         try:
             async with asyncio.timeout(READY_SECONDS):
@@ -114,7 +123,7 @@ class Subscription:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop to listen."""
+        """End the subscription and close its connection."""
         await self._background.stop()
 
     def _on_listener_end(self) -> None:
@@ -148,7 +157,7 @@ class Subscription:
     def _put(self, item: Event | Gap) -> None:
         if self._overflow_gap is None and len(self._items) >= self._capacity:
             self._overflow_gap = Gap("overflow", self._last_queued)
-        # Nothing more is kept until the queue has run empty: one gap then stands for all of it.
+        # Drop everything until the queue is empty: one gap then covers all of it.
         if self._overflow_gap is None:
             self._items.append(item)
             if isinstance(item, Event):
@@ -156,32 +165,33 @@ class Subscription:
         self._wakeup.set()
 
     async def _listen(self) -> None:
-        pause = BACKOFF_FIRST
+        pause = BACKOFF_INITIAL
         while True:
             pubsub = self._redis.pubsub()
             try:
                 await self._subscribe(pubsub)
-                pause = BACKOFF_FIRST
+                pause = BACKOFF_INITIAL
                 while True:
-                    message = await pubsub.receive(IDLE_SECONDS)
+                    message = await pubsub.receive(RECEIVE_SECONDS)
                     if message is not None and not message.subscribed:
                         self._on_message(message)
             except OctoError as error:
                 self.degraded = error.detail
             finally:
-                await _close(pubsub)
+                await close_pubsub(pubsub)
             await asyncio.sleep(pause)
-            pause = min(pause * 2, BACKOFF_MOST)
+            pause = min(pause * 2, BACKOFF_MAX)
 
     async def _subscribe(self, pubsub: PubSub) -> None:
         await pubsub.psubscribe(*self._patterns)
-        waiting = set(self._patterns)
-        while waiting:
+        # Events may arrive between the confirmations of two patterns; they are queued as usual.
+        unconfirmed = set(self._patterns)
+        while unconfirmed:
             message = await pubsub.receive(READY_SECONDS)
             if message is None:
-                raise OctoError("Redis does not confirm a subscription.", code="unavailable")
+                raise OctoError("Redis did not confirm a subscription.", code="unavailable")
             if message.subscribed:
-                waiting.discard(message.name)
+                unconfirmed.discard(message.name)
             else:
                 self._on_message(message)
         self.degraded = None
@@ -198,23 +208,21 @@ class Subscription:
         if event.event_type not in EVENT_CATALOGUE:
             self.malformed += 1
             return
-        new, gap = self._gap_detector.observe(event)
+        is_new, gap = self._gap_detector.observe(event)
         if gap is not None:
             self._put(gap)
-        if new:
+        if is_new:
             self._put(event)
 
 
-async def _close(pubsub: PubSub) -> None:
-    """Close a connection, broken or not."""
-    try:
+async def close_pubsub(pubsub: PubSub) -> None:
+    """Close a Pub/Sub connection; a broken one counts as closed."""
+    with contextlib.suppress(OctoError):
         await pubsub.close()
-    except OctoError:
-        return  # it was broken, which is why it is closed
 
 
 class EventBus:
-    """Publishes events that are not kept, and subscribes to all. Passed in, never global."""
+    """Publishes events that are not durable and subscribes to all events. Passed in, never global."""
 
     def __init__(self, redis: RedisClient, keys: RedisKeys, clock: Clock, ids: IdGenerator) -> None:
         self._redis = redis
@@ -225,7 +233,7 @@ class EventBus:
     def subscribe(
         self, *patterns: str, on_gap: Callable[[Gap], None] | None = None, capacity: int = QUEUE_CAPACITY
     ) -> Subscription:
-        """Return a subscription to channels by glob pattern, e.g. ``events:task:*``. Use it in ``async with``."""
+        """Return a subscription to channels by glob pattern, e.g. ``events:task:*``. Use it with ``async with``."""
         names = tuple(self._keys.channel(pattern) for pattern in patterns)
         return Subscription(self._redis, names, on_gap=on_gap, capacity=capacity)
 
@@ -240,10 +248,10 @@ class EventBus:
         correlation_id: str = "",
         traceparent: str = "",
     ) -> Event:
-        """Publish an event that is not durable to those who listen now, and return it.
+        """Publish an event that is not durable to the current subscribers, and return it.
 
-        Raises ``invalid_body`` for one that is not declared, or that is durable and so belongs in the log;
-        ``unavailable`` when Redis does not answer: then nobody heard of it.
+        Raises ``invalid_body`` for an event that is not declared or that is durable and belongs in the log;
+        ``unavailable`` when Redis does not answer: then no subscriber received it.
         """
         if validate_event(event_type, data).durable:
             raise OctoError(f"The event {event_type!r} is durable; append it to the log.", code="invalid_body")

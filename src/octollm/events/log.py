@@ -1,4 +1,8 @@
-"""The durable event log: events are validated against the catalogue and written in the transaction of the change that they describe."""
+"""The durable event log.
+
+Events are validated against the catalogue and written in the transaction of the change that they describe. The
+sequencer assigns their global position (``seq``) after the commit.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,21 @@ from octollm.storage.tables import events, subjects
 
 MAX_EVENT_BYTES = 256 * 1024
 """Bytes of an event's ``data`` as JSON."""
+MAX_READ = 1000
+"""Events returned by one read."""
+TASK_PREFIX = "task/"
+
+
+def task_subject(task_id: str) -> str:
+    """Return the subject of a task's events and of its steps' events."""
+    return f"{TASK_PREFIX}{task_id}"
 
 
 def validate_event(event_type: str, data: Mapping[str, object]) -> EventType:
     """Return the declaration of ``event_type``.
 
-    Raises ``invalid_body`` when it is not declared, a required member of ``data`` is missing, or ``data`` is too large
-    or no JSON.
+    Raises ``invalid_body`` when the type is not declared, a required member of ``data`` is missing, or ``data`` is
+    too large or not JSON.
     """
     kind = EVENT_CATALOGUE.get(event_type)
     if kind is None:
@@ -37,7 +49,7 @@ def validate_event(event_type: str, data: Mapping[str, object]) -> EventType:
     try:
         size = len(msgspec.json.encode(data))
     except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        raise OctoError(f"The data of the event {event_type!r} is no JSON.", code="invalid_body") from error
+        raise OctoError(f"The data of the event {event_type!r} is not JSON.", code="invalid_body") from error
     if size > MAX_EVENT_BYTES:
         raise OctoError(
             f"The data of the event {event_type!r} has {size} bytes; {MAX_EVENT_BYTES} are allowed.",
@@ -46,18 +58,8 @@ def validate_event(event_type: str, data: Mapping[str, object]) -> EventType:
     return kind
 
 
-MAX_READ = 1000
-"""Events of one read."""
-TASK_PREFIX = "task/"
-
-
-def task_subject(task_id: str) -> str:
-    """Return the subject of a task's events and of its steps' events."""
-    return f"{TASK_PREFIX}{task_id}"
-
-
 class EventLog:
-    """Writes and reads the log. Only the orchestrator has one."""
+    """Writes and reads the log. Only the orchestrator owns one."""
 
     def __init__(self, db: Database, clock: Clock, ids: IdGenerator) -> None:
         self._db = db
@@ -66,7 +68,7 @@ class EventLog:
         self._listeners: list[Callable[[], None]] = []
 
     def on_commit(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Call ``listener`` after each commit in this process that held an event; return what ends that."""
+        """Call ``listener`` after each commit of an event in this process; return the function that removes it."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -87,18 +89,18 @@ class EventLog:
         """Write an event in the caller's transaction and return it, with its ``version`` and without ``seq``.
 
         ``version`` is one more than that of the subject's last event; the subject's row stays locked until the
-        transaction ends, so that versions have no gap. ``event_id`` and ``timestamp`` (RFC 3339) are given for an
-        event that another service wrote: an id that the tenant's log already has is not written again, and the
-        stored event is returned. The relay gives ``seq`` after the commit.
+        transaction ends, so versions have no gaps. ``event_id`` and ``timestamp`` (RFC 3339) identify an event that
+        another service created: an id that the tenant's log already has is not written again, and the stored event is
+        returned. The sequencer assigns ``seq`` after the commit.
 
         Raises ``invalid_body`` for an event that is not declared, not durable or lacks a member; ``state_conflict``
-        for an id of another tenant's event.
+        for the id of another tenant's event.
         """
         kind = validate_event(event_type, data)
         if not kind.durable:
             raise OctoError(f"The event {event_type!r} is not durable; publish it on the bus.", code="invalid_body")
         if event_id is not None:
-            # Whoever writes the same event at this moment is of the same subject: one of the two waits here.
+            # A concurrent writer of the same event has the same subject, so the row lock serialises the two.
             await _lock_subject(tx, tenant, subject)
             stored = await tx.first(select(events).where(events.c.tenant == tenant, events.c.id == event_id))
             if stored is not None:
@@ -135,10 +137,10 @@ class EventLog:
         types: Sequence[str] | None = None,
         connection: DatabaseConnection | None = None,
     ) -> list[Event]:
-        """Return up to ``limit`` (at most 1000) events behind the position ``after``, by ``seq``.
+        """Return up to ``limit`` (at most 1000) events after the position ``after``, in order of ``seq``.
 
-        ``tenant=None`` reads every tenant's and is for our own services. Only numbered events are seen. With
-        ``connection`` the read is part of that snapshot or transaction.
+        ``tenant=None`` reads every tenant's events and is for built-in services only. Events without a sequence
+        number are left out. With ``connection`` the read is part of that snapshot or transaction.
         """
         query = select(events).where(events.c.seq > after)
         if tenant is not None:
@@ -162,9 +164,9 @@ class EventLog:
         tenant: str,
         connection: DatabaseConnection | None = None,
     ) -> list[Event]:
-        """Return up to ``limit`` (at most 1000) events of one subject behind a version, by ``version``.
+        """Return up to ``limit`` (at most 1000) events of one subject after a version, in order of ``version``.
 
-        They are seen as soon as they are committed; ``seq`` is 0 on those that the relay has not numbered yet.
+        They are visible as soon as they are committed; ``seq`` is 0 until the sequencer has assigned one.
         """
         query = (
             select(events)

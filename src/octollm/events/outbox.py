@@ -1,4 +1,8 @@
-"""Transactional outbox: one replica at a time assigns each committed event its sequence number and publishes it to Redis, at least once."""
+"""Transactional outbox: publishes each committed event to Redis, at least once and in order.
+
+One replica at a time holds the sequencer's lease. It assigns sequence numbers to committed events and publishes them;
+the others stand by and take over when the lease expires.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,16 @@ from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import RedisClient
 
 CURSOR_INTERVAL = 1000
-"""Events after which the cursor is written even under load."""
+"""Events after which the publish cursor is saved even under load."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutboxPolicy:
-    """Times in seconds. ``poll`` is the fallback for a lost wake-up; ``batch`` counts events.
+    """Intervals in seconds and batch sizes.
 
-    ``held`` is the pause while a running transaction holds events up: its end wakes nobody.
-
-    ``batch_bytes`` bounds what is sent to Redis at once and so the size of one message on ``octollm:log``, apart
-    from a single event that is larger.
+    ``poll`` is the fallback for a lost wake-up. ``blocked_pause`` applies while a running transaction blocks events
+    before the commit horizon: its end sends no wake-up. ``batch`` counts events. ``batch_bytes`` bounds one publish
+    to Redis and thereby one message on ``octollm:log``, except for a single larger event.
     """
 
     lease: float = 5.0
@@ -42,15 +45,15 @@ class OutboxPolicy:
     batch_bytes: int = 1024 * 1024
 
     def backoff(self, failures: int) -> float:
-        """Return the pause after that many failures in a row."""
+        """Return the pause in seconds after that many consecutive failures."""
         return min(self.backoff_initial * 2 ** min(failures - 1, 16), self.backoff_max)
 
 
 @dataclass(frozen=True, slots=True)
 class OutboxHealth:
-    """How the relay is. ``holding`` says whether it is this one that works; another replica's may.
+    """State of the publisher. ``is_leader``: this replica holds the lease; otherwise another may.
 
-    ``degraded`` is what does not work now, or ``None``; ``numbered`` and ``published`` are positions in the log.
+    ``degraded`` says what fails now, or ``None``; ``last_sequenced`` and ``last_published`` are positions in the log.
     """
 
     is_leader: bool = False
@@ -60,11 +63,11 @@ class OutboxHealth:
 
 
 class OutboxPublisher:
-    """Numbers and publishes the log's events while its ``async with`` lasts, if no other replica does.
+    """Sequences and publishes the log's events within ``async with``, while this replica holds the lease.
 
-    One task numbers, another publishes, so that numbering goes on while Redis is down. Both try again for ever what
-    fails with an ``OctoError``, and say so in :attr:`health`; anything else is a fault of the program: it ends the
-    relay, shows in :attr:`health`, and is raised by :meth:`wait` and at the end of the ``async with``.
+    One task sequences and another publishes, so sequencing continues while Redis is down. Both retry an ``OctoError``
+    forever and report it in :attr:`health`. Any other exception is a bug: it ends the publisher, shows in
+    :attr:`health`, and is raised by :meth:`wait` and at the end of the ``async with``.
     """
 
     def __init__(
@@ -89,14 +92,14 @@ class OutboxPublisher:
         self._sequence_wakeup = asyncio.Event()
         self._publish_wakeup = asyncio.Event()
         self._position_changed = asyncio.Condition()
-        self._latest_batch: list[Event] = []  # the latest batch numbered
-        self._saved_cursor = 0  # the position of the cursor in SQL
+        self._latest_batch: list[Event] = []  # saves the publisher a read of events that were just sequenced
+        self._saved_cursor = 0  # the publish cursor as stored in SQL
         self._failures: dict[str, str] = {}
         self._background = BackgroundTask("relay")
         self._remove_listener: Callable[[], None] | None = None
 
     async def __aenter__(self) -> OutboxPublisher:
-        """Start to work."""
+        """Start both tasks. Neither the database nor Redis needs to be up yet."""
         self._remove_listener = self._log.on_commit(self.wake)
         self._background.start(self._run())
         return self
@@ -104,43 +107,43 @@ class OutboxPublisher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop, and let another replica go on at once."""
-        unlisten, self._remove_listener = self._remove_listener, None
-        if unlisten is not None:
-            unlisten()
+        """Stop, and release the lease so that another replica takes over at once."""
+        remove_listener, self._remove_listener = self._remove_listener, None
+        if remove_listener is not None:
+            remove_listener()
         try:
             await self._background.stop()
         finally:
             if self._lease is not None:
-                claim, self._lease = self._lease, None
+                lease, self._lease = self._lease, None
                 try:
-                    await self._sequencer.release(claim.fence, claim.last_published)
+                    await self._sequencer.release(lease.fence, lease.last_published)
                 except OctoError:
-                    # The lease runs out by itself; the next holder only waits for that.
+                    # The lease expires by itself; the next holder only waits for that.
                     self._failures["database"] = "The lease could not be released."
 
     def wake(self) -> None:
-        """Say that there may be new events. Called by the log after each commit in this process."""
+        """Signal new events. The log calls it after each commit of an event in this process."""
         self._sequence_wakeup.set()
 
     @property
     def health(self) -> OutboxHealth:
-        """Return how it is now."""
+        """Return the current state."""
         if (failure := self._background.failure) is not None:
-            return OutboxHealth(degraded=f"The relay stopped: {type(failure).__name__}.")
+            return OutboxHealth(degraded=f"The outbox publisher stopped: {type(failure).__name__}.")
         degraded = " ".join(self._failures[part] for part in sorted(self._failures)) or None
         if self._lease is None:
             return OutboxHealth(degraded=degraded)
         return OutboxHealth(True, degraded, self._lease.last_sequenced, self._lease.last_published)
 
     async def wait(self) -> None:
-        """Wait until the relay ends, and raise what it died of."""
+        """Wait until the publisher ends, and raise the exception that ended it."""
         await self._background.wait()
 
     async def flush(self, timeout: float) -> bool:
-        """Wait until all events committed before are published; return whether that came within ``timeout`` seconds.
+        """Wait until all events committed so far are published; return whether that took at most ``timeout`` seconds.
 
-        It can only come while this replica holds the relay.
+        It can happen only while this replica holds the lease.
         """
         self.wake()
         try:
@@ -166,7 +169,7 @@ class OutboxPublisher:
             group.create_task(self._retry_forever("redis", self._publish_once), name="relay-publish")
 
     async def _retry_forever(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Run one round of ``work`` after another; pause longer and longer while it fails."""
+        """Repeat ``work`` forever, with exponential backoff while it fails."""
         failures = 0
         while True:
             try:
@@ -175,6 +178,7 @@ class OutboxPublisher:
                 self._failures.pop(part, None)
             except OctoError as error:
                 if error.code == "fence_lost":
+                    # Another replica took the lease over; stand by, which is no failure.
                     self._lease = None
                     continue
                 failures += 1
@@ -182,26 +186,28 @@ class OutboxPublisher:
                 await asyncio.sleep(self._policy.backoff(failures))
 
     async def _sequence_once(self) -> None:
-        """One round of numbering: claim or renew the lease, number what is there, else wait."""
+        """Acquire or renew the lease, sequence one batch, or wait for new events."""
         if self._lease is None:
-            claim = await self._sequencer.acquire()
-            if claim is None:
+            acquired = await self._sequencer.acquire()
+            if acquired is None:
                 await wait_for_event(self._sequence_wakeup, self._policy.poll)
                 return
-            self._lease, self._renewed_at, self._saved_cursor = claim, self._clock.monotonic(), claim.last_published
+            self._lease, self._renewed_at = acquired, self._clock.monotonic()
+            self._saved_cursor = acquired.last_published
             self._publish_wakeup.set()
-        claim = self._lease
+        lease = self._lease
         woken = self._sequence_wakeup.is_set()
         due = self._clock.monotonic() - self._renewed_at >= self._policy.lease / 3
         if not woken and not due and (backlog := await self._sequencer.backlog()) != "ready":
             pause = self._policy.poll if backlog == "none" else self._policy.blocked_pause
             await wait_for_event(self._sequence_wakeup, pause, clear=False)
             return
+        # Cleared before the read: a commit during it sets the event again and is found by the next round.
         self._sequence_wakeup.clear()
         started = self._clock.monotonic()
-        batch, numbered = await self._sequencer.assign(claim.fence, self._policy.batch)
+        batch, last_sequenced = await self._sequencer.assign(lease.fence, self._policy.batch)
         self._renewed_at = started
-        await self._advance(claim.fence, sequenced=numbered)
+        await self._advance(lease.fence, last_sequenced=last_sequenced)
         if batch:
             self._latest_batch = batch
             self._publish_wakeup.set()
@@ -209,57 +215,58 @@ class OutboxPublisher:
             self._sequence_wakeup.set()
 
     async def _publish_once(self) -> None:
-        """One round of publishing: tell Redis what it has not taken yet, else wait."""
-        claim = self._lease
-        if claim is None or claim.last_published >= claim.last_sequenced:
+        """Publish one batch, or wait for sequenced events."""
+        lease = self._lease
+        if lease is None or lease.last_published >= lease.last_sequenced:
             await wait_for_event(self._publish_wakeup, self._policy.poll)
             return
-        for messages, last in self._build_messages(await self._read_unpublished(claim.last_published)):
+        for messages, last in self._build_messages(await self._read_unpublished(lease.last_published)):
             await self._redis.publish(messages)
-            await self._advance(claim.fence, published=last)
-        # The cursor is written when there is a pause: after a crash, what Redis took since comes once more.
+            await self._advance(lease.fence, last_published=last)
+        # The cursor is saved when the backlog is empty, not per batch: after a crash the next holder publishes the
+        # events since the cursor once more, which subscribers recognise as duplicates by their ``seq``.
         published = self._lease.last_published if self._lease is not None else 0
         if self._is_all_published() or published - self._saved_cursor >= CURSOR_INTERVAL:
-            await self._sequencer.mark_published(claim.fence, published)
+            await self._sequencer.mark_published(lease.fence, published)
             self._saved_cursor = published
 
     async def _read_unpublished(self, published: int) -> Sequence[Event]:
-        """Return the events behind a position: those just numbered, if they are next, else from the log."""
+        """Return the events after a position: the batch just sequenced if it is next, else from the log."""
         if self._latest_batch and self._latest_batch[0].seq == published + 1:
             return self._latest_batch
         return await self._log.read(published, self._policy.batch, tenant=None)
 
-    async def _advance(self, fence: int, *, sequenced: int = 0, published: int = 0) -> None:
-        """Raise the positions, if the claim is still the same."""
-        claim = self._lease
-        if claim is not None and claim.fence == fence:
+    async def _advance(self, fence: int, *, last_sequenced: int = 0, last_published: int = 0) -> None:
+        """Raise the positions, unless the lease changed hands meanwhile."""
+        lease = self._lease
+        if lease is not None and lease.fence == fence:
             self._lease = replace(
-                claim,
-                last_sequenced=max(claim.last_sequenced, sequenced),
-                last_published=max(claim.last_published, published),
+                lease,
+                last_sequenced=max(lease.last_sequenced, last_sequenced),
+                last_published=max(lease.last_published, last_published),
             )
         async with self._position_changed:
             self._position_changed.notify_all()
 
     def _build_messages(self, batch: Sequence[Event]) -> Iterator[tuple[list[tuple[str, bytes]], int]]:
-        """Give what to publish, in portions of bounded size, with the last ``seq`` of each."""
+        """Yield messages in batches of bounded size, each with the last ``seq`` in it."""
         if not batch:
             return
         messages: list[tuple[str, bytes]] = []
-        whole: list[bytes] = []
+        batch_payloads: list[bytes] = []
         size = last = 0
         for event in batch:
             payload = msgspec.json.encode(event)
-            if whole and size + len(payload) > self._policy.batch_bytes:
-                yield [*messages, (self._keys.log, _join_json_array(whole))], last
-                messages, whole, size = [], [], 0
+            if batch_payloads and size + len(payload) > self._policy.batch_bytes:
+                yield [*messages, (self._keys.log, _join_json_array(batch_payloads))], last
+                messages, batch_payloads, size = [], [], 0
             messages.append((self._keys.channel(channel_of(event.event_type)), payload))
             if event.subject.startswith(TASK_PREFIX):
                 messages.append((self._keys.watch(event.subject.removeprefix(TASK_PREFIX)), payload))
-            whole.append(payload)
+            batch_payloads.append(payload)
             size += len(payload)
             last = event.seq
-        yield [*messages, (self._keys.log, _join_json_array(whole))], last
+        yield [*messages, (self._keys.log, _join_json_array(batch_payloads))], last
 
 
 def _join_json_array(parts: Sequence[bytes]) -> bytes:

@@ -1,4 +1,7 @@
-"""The sequencer's state in SQL: its lease and fencing token, the sequence numbers it assigned, and the publish cursor. Each method is one transaction that checks the fence."""
+"""The sequencer's state in SQL: its lease, its fencing token, the sequence numbers and the publish cursor.
+
+Each method is one transaction that checks the fencing token, so a former holder changes nothing after a take-over.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from octollm.storage.tables import channels, events, relay_state
 
 _STATE_ROW = "events"
 Backlog = Literal["none", "held", "ready"]
-"""Events without a number: none, or only ones that a running transaction holds up, or some that can get one."""
+"""Events without a sequence number: none; only such as a running transaction blocks; or some ready for one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SequencerLease:
-    """A claim on the relay: its ``fence``, the last number given and the last one that Redis took."""
+    """A lease on the log: its fencing token, the last assigned sequence number and the last published one."""
 
     fence: int
     last_sequenced: int
@@ -30,7 +33,7 @@ class SequencerLease:
 
 
 class Sequencer:
-    """The statements of the relay."""
+    """Acquires the lease, assigns sequence numbers and stores the publish cursor."""
 
     def __init__(self, db: Database, *, holder: str, lease_seconds: float) -> None:
         self._db = db
@@ -38,7 +41,8 @@ class Sequencer:
         self._lease_seconds = lease_seconds
 
     async def acquire(self) -> SequencerLease | None:
-        """Take the relay if nobody holds it; ``None`` while another one does."""
+        """Acquire the lease; return ``None`` while another replica holds it."""
+        # A plain read first: standby replicas poll often and must not lock the row.
         async with self._db.read() as connection:
             state = await _load_state(connection)
             if state is not None and _is_held(state, await connection.now()):
@@ -59,23 +63,28 @@ class Sequencer:
             return SequencerLease(fence, int(state["numbered"]), int(state["published"]))
 
     async def backlog(self) -> Backlog:
-        """Return whether the log has events without a number, and whether they can get one by now."""
+        """Return whether events wait for a sequence number, and whether some are ready for it."""
         async with self._db.read() as connection:
-            waiting = exists().where(events.c.seq.is_(None))
+            unsequenced = exists().where(events.c.seq.is_(None))
             if connection.dialect == "sqlite":
-                return "ready" if await connection.scalar(select(waiting)) else "none"
+                return "ready" if await connection.scalar(select(unsequenced)) else "none"
             row = await connection.first(
-                select(waiting.label("waiting"), waiting.where(_before_commit_horizon(connection)).label("ready"))
+                select(
+                    unsequenced.label("unsequenced"),
+                    unsequenced.where(_before_commit_horizon(connection)).label("ready"),
+                )
             )
         assert row is not None
-        return "ready" if row["ready"] else "held" if row["waiting"] else "none"
+        return "ready" if row["ready"] else "held" if row["unsequenced"] else "none"
 
     async def assign(self, fence: int, limit: int) -> tuple[list[Event], int]:
-        """Give numbers to up to ``limit`` events in the order of insertion and renew the lease.
+        """Assign sequence numbers to up to ``limit`` events in insertion order, and renew the lease.
 
-        On PostgreSQL transactions overlap: an event inserted earlier may be committed later. Numbered are those whose
-        transaction is older than any that still runs, so that no number is given before that of an earlier event.
-        Returns those events, and the last number given so far. Raises ``fence_lost`` when another holds the relay.
+        Returns those events and the last number assigned so far. Raises ``fence_lost`` when another replica holds the
+        lease.
+
+        PostgreSQL transactions overlap, so an event inserted earlier may be committed later. Only events whose
+        transaction is older than every running one get a number; no event can then appear behind a published one.
         """
         async with self._db.transaction() as tx:
             last = await self._check_fence(tx, fence)
@@ -118,7 +127,7 @@ class Sequencer:
         ], last
 
     async def mark_published(self, fence: int, seq: int) -> None:
-        """Note that Redis took every event up to ``seq``. Raises ``fence_lost`` when another holds the relay."""
+        """Save the publish cursor ``seq``; it never moves back. Raises ``fence_lost`` when another holds the lease."""
         async with self._db.transaction() as tx:
             await self._check_fence(tx, fence)
             await tx.execute(
@@ -128,7 +137,7 @@ class Sequencer:
             )
 
     async def release(self, fence: int, published: int) -> None:
-        """Note how far Redis is, and let the next one take the relay at once, if it is still held under ``fence``."""
+        """Save the publish cursor and end the lease at once, if it is still held under ``fence``."""
         async with self._db.transaction() as tx:
             await tx.execute(
                 update(relay_state)
@@ -137,15 +146,15 @@ class Sequencer:
             )
 
     async def _check_fence(self, tx: Transaction, fence: int) -> int:
-        """Return the last number given, after making sure of the fence."""
+        """Return the last assigned number; raise ``fence_lost`` for a stale fencing token."""
         state = await _load_state(tx)
         if state is None or state["fence"] != fence:
-            raise OctoError("Another relay holds the log.", code="fence_lost")
+            raise OctoError("Another replica holds the sequencer's lease.", code="fence_lost")
         return int(state["numbered"])
 
 
 def _before_commit_horizon(connection: DatabaseConnection) -> ColumnElement[bool]:
-    """Say of an event whether every event inserted before it is committed, or never will be.
+    """Return the condition that every event inserted before this one is committed or was rolled back.
 
     https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-INFO-SNAPSHOT
     """
@@ -153,10 +162,10 @@ def _before_commit_horizon(connection: DatabaseConnection) -> ColumnElement[bool
         return true()
     snapshot = func.pg_current_snapshot()
     oldest_running = cast(cast(func.pg_snapshot_xmin(snapshot), Text()), BigInteger())
-    next_one = cast(cast(func.pg_snapshot_xmax(snapshot), Text()), BigInteger())
-    number = events.c.transaction_id
-    # One that is yet to come was given by another server, from whose backup this database was restored.
-    return or_(number.is_(None), number < oldest_running, number >= next_one)
+    next_id = cast(cast(func.pg_snapshot_xmax(snapshot), Text()), BigInteger())
+    transaction_id = events.c.transaction_id
+    # An id from the future was assigned by the server whose backup this database was restored from.
+    return or_(transaction_id.is_(None), transaction_id < oldest_running, transaction_id >= next_id)
 
 
 def _is_held(state: RowMapping, now: float) -> bool:

@@ -1,4 +1,8 @@
-"""Change hints for one task. A hint says where to look; the data itself is in SQL and in the token stream."""
+"""Change hints for one task, over one shared Redis connection per process.
+
+A hint says where to look; the data itself is in SQL and in the token stream. A lost hint therefore costs only the
+interval of the fallback poll.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,28 @@ from types import TracebackType
 
 from octollm.concurrency import BackgroundTask
 from octollm.errors import OctoError
+from octollm.events.bus import BACKOFF_INITIAL, BACKOFF_MAX, RECEIVE_SECONDS, close_pubsub
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
 from octollm.storage.text_stream import TEXT_HINT
 
 FALLBACK_POLL_SECONDS = 1.0
-"""A watcher looks by itself as often, so a lost hint costs no more than that."""
-BACKOFF_FIRST, BACKOFF_MOST = 0.1, 5.0
-IDLE_SECONDS = 30.0
+"""Seconds after which a subscription yields a hint by itself, in case one was lost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What may be new since the last hint: ``events`` of the task, ``text`` of its steps. Both when the timer ran."""
+    """What may have changed since the last hint: ``events`` of the task, ``text`` of its steps; both after a poll."""
 
     events: bool
     text: bool
 
 
 class TaskSubscription:
-    """The hints on one task, while its ``async with`` lasts; an async iterator that never ends by itself.
+    """Endless async iterator over the hints on one task, within ``async with``.
 
-    Hints that come while the watcher is busy become one. The first comes at once, so that a watcher reads what
-    is there, and another when the subscription is in effect, so that nothing slips through in between.
+    Hints that arrive while the consumer is busy are merged. The first hint comes at once so that the consumer reads
+    the current state, and another when Redis confirms the subscription, which closes the window in between.
     """
 
     def __init__(self, hub: TaskWatchHub, task_id: str, poll_seconds: float) -> None:
@@ -43,18 +46,18 @@ class TaskSubscription:
         self._wakeup.set()
 
     async def __aenter__(self) -> TaskSubscription:
-        """Begin to watch."""
+        """Register with the hub."""
         await self._hub.add(self)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop watching."""
+        """Leave the hub."""
         await self._hub.remove(self)
 
     def notify(self, *, events: bool, text: bool) -> None:
-        """Note that there may be news."""
+        """Record that events or text may have changed, and wake the consumer."""
         self._events |= events
         self._text |= text
         self._wakeup.set()
@@ -64,7 +67,7 @@ class TaskSubscription:
         return self
 
     async def __anext__(self) -> Hint:
-        """Return a hint, at the latest when the timer runs out. Raises what the hub died of."""
+        """Return the next hint, after the poll interval at the latest. Raises the exception that ended the hub."""
         self._hub.check()
         try:
             async with asyncio.timeout(self._poll_seconds):
@@ -79,9 +82,9 @@ class TaskSubscription:
 
 
 class TaskWatchHub:
-    """Watches any number of tasks over one connection to Redis. Used in ``async with``, one a process.
+    """Watches any number of tasks over one Redis connection, within ``async with``; one per process.
 
-    Without Redis the timers go on, and :attr:`degraded` says why there is nothing else.
+    Without Redis the fallback polls continue, and :attr:`degraded` says why hints are missing.
     """
 
     def __init__(self, redis: RedisClient, keys: RedisKeys, *, poll_seconds: float = FALLBACK_POLL_SECONDS) -> None:
@@ -93,34 +96,34 @@ class TaskWatchHub:
         self._pubsub: PubSub | None = None
         self._send_lock = asyncio.Lock()
         self._background = BackgroundTask("task-watch")
-        self._idle_channel = keys.watch("-")  # no task's: a connection that listens to nothing cannot be read
+        self._idle_channel = keys.watch("-")  # of no task: Redis has no reads on a connection without a subscription
         self.degraded: str | None = None
 
     async def __aenter__(self) -> TaskWatchHub:
-        """Start to listen. Redis need not be there yet."""
+        """Start the listener. Redis need not be up yet."""
         self._background.start(self._listen(), on_end=self._notify_all)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop to listen."""
+        """Stop the listener and close its connection."""
         await self._background.stop()
 
     def subscribe(self, task_id: str) -> TaskSubscription:
-        """Return the hints on one task: ``async with hub.watch(id) as hints: async for hint in hints: …``."""
+        """Return the hints on one task: ``async with hub.subscribe(id) as hints: async for hint in hints: …``."""
         return TaskSubscription(self, task_id, self._poll_seconds)
 
     def is_listening(self, task_id: str) -> bool:
-        """Return whether Redis has confirmed that hints on the task come, and the connection still stands."""
+        """Return whether Redis has confirmed the task's channel and the connection still stands."""
         return self._keys.watch(task_id) in self._confirmed
 
     def check(self) -> None:
-        """Raise what the listener died of."""
+        """Raise the exception that ended the listener, if any."""
         self._background.raise_if_failed()
 
     async def add(self, subscription: TaskSubscription) -> None:
-        """Begin to listen for ``watch``. For :class:`Watch` alone."""
+        """Add a subscription. Called by :class:`TaskSubscription` only."""
         channel = self._keys.watch(subscription.task_id)
         first = channel not in self._subscriptions
         self._subscriptions.setdefault(channel, set()).add(subscription)
@@ -128,17 +131,17 @@ class TaskWatchHub:
             await self._update_channel(channel, subscribe=True)
 
     async def remove(self, subscription: TaskSubscription) -> None:
-        """Stop listening for ``watch``. For :class:`Watch` alone."""
+        """Remove a subscription. Called by :class:`TaskSubscription` only."""
         channel = self._keys.watch(subscription.task_id)
-        watches = self._subscriptions.get(channel, set())
-        watches.discard(subscription)
-        if not watches and self._subscriptions.pop(channel, None) is not None:
+        subscriptions = self._subscriptions.get(channel, set())
+        subscriptions.discard(subscription)
+        if not subscriptions and self._subscriptions.pop(channel, None) is not None:
             self._confirmed.discard(channel)
             await self._update_channel(channel, subscribe=False)
 
     async def _update_channel(self, channel: str, *, subscribe: bool) -> None:
         async with self._send_lock:
-            # Others may have come or gone while this one waited; what counts is what is wanted now.
+            # Other subscriptions may have come or gone while this one waited for the lock: act on the present state.
             if self._pubsub is None or (channel in self._subscriptions) is not subscribe:
                 return
             try:
@@ -147,11 +150,11 @@ class TaskWatchHub:
                 else:
                     await self._pubsub.unsubscribe(channel)
             except OctoError:
-                # The connection is broken: the listener finds that too, and subscribes anew.
+                # The connection is broken; the listener notices it as well, and subscribes again.
                 self._pubsub = None
 
     async def _listen(self) -> None:
-        pause = BACKOFF_FIRST
+        pause = BACKOFF_INITIAL
         while True:
             pubsub = self._redis.pubsub()
             try:
@@ -159,8 +162,8 @@ class TaskWatchHub:
                     await pubsub.subscribe(self._idle_channel, *self._subscriptions)
                     self._pubsub = pubsub
                 while True:
-                    message = await pubsub.receive(IDLE_SECONDS)
-                    self.degraded, pause = None, BACKOFF_FIRST
+                    message = await pubsub.receive(RECEIVE_SECONDS)
+                    self.degraded, pause = None, BACKOFF_INITIAL
                     if message is not None:
                         self._on_message(message)
             except OctoError as error:
@@ -168,26 +171,20 @@ class TaskWatchHub:
             finally:
                 self._pubsub = None
                 self._confirmed.clear()
-                await _close(pubsub)
+                await close_pubsub(pubsub)
             await asyncio.sleep(pause)
-            pause = min(pause * 2, BACKOFF_MOST)
+            pause = min(pause * 2, BACKOFF_MAX)
 
     def _on_message(self, message: PubSubMessage) -> None:
         if message.subscribed and message.name in self._subscriptions:
             self._confirmed.add(message.name)
+        # A confirmation wakes for both: anything may have happened before it.
         text = message.subscribed or message.data == TEXT_HINT
         events = message.subscribed or not text
-        for watch in self._subscriptions.get(message.name, ()):
-            watch.notify(events=events, text=text)
+        for subscription in self._subscriptions.get(message.name, ()):
+            subscription.notify(events=events, text=text)
 
     def _notify_all(self) -> None:
-        for watches in self._subscriptions.values():
-            for watch in watches:
-                watch.notify(events=True, text=True)
-
-
-async def _close(pubsub: PubSub) -> None:
-    try:
-        await pubsub.close()
-    except OctoError:
-        return  # it was broken, which is why it is closed
+        for subscriptions in self._subscriptions.values():
+            for subscription in subscriptions:
+                subscription.notify(events=True, text=True)

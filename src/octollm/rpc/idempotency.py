@@ -128,11 +128,25 @@ def check_key(text: str | None) -> str | None:
     return text
 
 
-def body_digest(method: str, path: str, query: str, body: bytes) -> str:
-    """Return the digest by which two requests with one key are recognized as the same call."""
+def body_digest(method: str, path: str, query: str, body: bytes, *, is_json: bool = False) -> str:
+    """Return the digest by which two requests with one key are recognized as the same call.
+
+    JSON is digested in canonical form: a retry may space it or order its members differently.
+    """
     digest = hashlib.sha256(f"{method} {path}?{query}\n".encode())
-    digest.update(body)
+    digest.update(canonical_json(body) if is_json else body)
     return digest.hexdigest()
+
+
+def canonical_json(body: bytes) -> bytes:
+    """Return JSON without spacing, with members sorted and strings in UTF-8; other bytes are returned unchanged.
+
+    Numbers keep their type: ``1`` and ``1.0`` stay different, unlike in RFC 8785.
+    """
+    try:
+        return msgspec.json.encode(msgspec.json.decode(body), order="sorted")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body
 
 
 class NestedKeys:

@@ -259,7 +259,13 @@ class OperationEndpoint:
         scope = call.request.scope
         keyed = KeyedCall(
             IdempotencyKey(verified.tenant, verified.subject, call.service, call.operation, call.key),
-            body_digest(operation.method, scope["path"], scope["query_string"].decode("latin-1"), call.body),
+            body_digest(
+                operation.method,
+                scope["path"],
+                scope["query_string"].decode("latin-1"),
+                call.body,
+                is_json=operation.body not in (None, bytes) and not operation.raw,
+            ),
             operation.kind == "idempotent",
             call.bearer,
             call.request_id,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from sqlalchemy import func, select, update
+from sqlalchemy.engine import RowMapping
 
 from octollm.clock import Clock, IdGenerator
 from octollm.contracts.task import Usage
@@ -105,7 +106,17 @@ class BudgetLedger:
             reservations.c.state == "open",
         )
         found = await tx.all(query)
-        for row in found:
+        await self._settle_at_bound(tx, found)
+        return bool(found)
+
+    async def settle_open(self, tx: Transaction, task_id: str) -> None:
+        """Settle every open reservation of a task that ends, at its upper bound; a later settling changes nothing."""
+        await _lock_budget(tx, task_id)
+        query = select(reservations).where(reservations.c.task_id == task_id, reservations.c.state == "open")
+        await self._settle_at_bound(tx, await tx.all(query))
+
+    async def _settle_at_bound(self, tx: Transaction, rows: Sequence[RowMapping]) -> None:
+        for row in rows:
             tokens = int(row["tokens"])
             await tx.execute(
                 update(reservations)
@@ -114,7 +125,7 @@ class BudgetLedger:
             )
             await tx.execute(
                 update(budgets)
-                .where(budgets.c.task_id == request.task_id)
+                .where(budgets.c.task_id == row["task_id"])
                 .values(
                     reserved_tokens=budgets.c.reserved_tokens - tokens,
                     used_tokens=budgets.c.used_tokens + tokens,
@@ -122,7 +133,6 @@ class BudgetLedger:
                     used_cost_usd=budgets.c.used_cost_usd + row["cost_usd"],
                 )
             )
-        return bool(found)
 
     async def _reserve_tokens(
         self, tx: Transaction, request: ReservationRequest, budget: Mapping[str, Any]

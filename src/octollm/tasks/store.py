@@ -252,6 +252,15 @@ class TaskStore:
             rows = await conn.all(query.order_by(tasks.c.created_at).limit(limit))
         return [str(row["task_id"]) for row in rows]
 
+    async def list_expired_adhoc(self, limit: int) -> list[tuple[str, float]]:
+        """Return id and creation time of open ad-hoc tasks whose deadline has passed, the longest expired first."""
+        query = select(tasks.c.task_id, tasks.c.created_at).where(
+            tasks.c.kind == "adhoc", tasks.c.status.in_(OPEN_STATES), tasks.c.deadline_at <= self._clock.now()
+        )
+        async with self._db.read() as conn:
+            rows = await conn.all(query.order_by(tasks.c.deadline_at).limit(limit))
+        return [(str(row["task_id"]), float(row["created_at"])) for row in rows]
+
     async def steps(self, task_id: str) -> list[StepRecord]:
         """Return a task's steps in the plan's order."""
         async with self._db.read() as conn:

@@ -1,81 +1,243 @@
-"""Writes of the public API take effect once for each idempotency key; a stored secret is encrypted."""
+"""Every public write of the orchestrator honours ``Idempotency-Key``; secrets are replayed but stored only encrypted."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from orchestra import Orchestra, Script, orchestra, problem
+from octollm.services.reflex.public_routes import PUBLIC_ROUTES
+from orchestra import Orchestra, problem
 
-from octollm.capability import SigningKey
-from octollm.capability.keyring import KeyRing
-from octollm.errors import OctoError
-from octollm.rpc.idempotency import IdempotencyKey, ResponseCipher, StoredResponse
+from octollm.arm import Context
+from octollm.contracts.api import NewKey, TokenResponse
+from octollm.contracts.enrolment import NewEnrolmentToken
+from octollm.contracts.task import ExecuteResult, Task
+from octollm.rpc.call import Operation
+from octollm.rpc.http_client import HttpResponse
+from octollm.rpc.idempotency import MAX_KEY
+from octollm.services.orchestrator.admin_api import AdminApi
+from octollm.services.orchestrator.arms_api import ArmsApi
+from octollm.services.orchestrator.files import file_operations
+from octollm.services.orchestrator.tasks_api import TasksApi
+from octollm.services.orchestrator.tokens_api import TokensApi
+from octollm.testing import wait_until
 
-KEY = IdempotencyKey("local", "user", "orchestrator", "keys.create", "k-1")
-RESPONSE = StoredResponse(201, b'{"secret": "octo_x"}', {"content-type": "application/json"})
-
-
-async def keys_named(octo: Orchestra, name: str) -> int:
-    listed = msgspec.json.decode((await octo.send("GET", "/keys")).body)["keys"]
-    return sum(key["name"] == name for key in listed)
-
-
-async def test_a_key_is_created_once_and_its_secret_is_not_stored_in_the_clear(tmp_path: Path) -> None:
-    body = {"name": "ci", "scope": "tasks:read"}
-    async with orchestra(tmp_path, Script()) as octo:
-        first = await octo.send("POST", "/keys", body, Idempotency_Key="k-1")
-        again = await octo.send("POST", "/keys", body, Idempotency_Key="k-1")
-        assert (first.status, again.status) == (201, 201)
-        assert again.body == first.body
-        assert again.headers["idempotent-replayed"] == "true"
-        assert await keys_named(octo, "ci") == 1
-        other = await octo.send("POST", "/keys", {**body, "name": "other"}, Idempotency_Key="k-1")
-        assert problem(other)["code"] == "idempotency_conflict"
-        secret = msgspec.json.decode(first.body)["secret"].encode()
-    stored = b"".join(file.read_bytes() for file in (tmp_path / "data").iterdir())
-    assert b"k-1" in stored
-    assert secret not in stored
+KEY = "client-chosen-key-1"
 
 
-async def test_an_enrolment_token_and_a_revocation_take_effect_once(tmp_path: Path) -> None:
-    body = {"name": "parrot", "calls": [], "lifetime_seconds": 60}
-    async with orchestra(tmp_path, Script()) as octo:
-        first = await octo.send("POST", "/joins", body, Idempotency_Key="j-1")
-        again = await octo.send("POST", "/joins", body, Idempotency_Key="j-1")
-        assert (first.status, again.body) == (201, first.body)
-        join_id = msgspec.json.decode(first.body)["join"]["id"]
-        for _ in range(2):
-            assert (await octo.send("DELETE", f"/joins/{join_id}", Idempotency_Key="j-2")).status == 200
-        listed = msgspec.json.decode((await octo.send("GET", "/joins")).body)["joins"]
-        assert [(join["id"], join["state"]) for join in listed] == [(join_id, "revoked")]
+def decoded(response: HttpResponse) -> Any:
+    return msgspec.json.decode(response.body)
 
 
-def test_a_response_is_decrypted_by_any_trusted_key_and_under_its_own_key_alone() -> None:
-    old, new = b"1" * 32, b"2" * 32
-    sealed = ResponseCipher(lambda: [old]).encrypt(KEY, RESPONSE)
-    assert b"octo_x" not in sealed.body
-    assert sealed.headers == RESPONSE.headers
-    assert ResponseCipher(lambda: [new, old]).decrypt(KEY, sealed) == RESPONSE
-    assert ResponseCipher(lambda: [old]).encrypt(KEY, RESPONSE).body != sealed.body
-    moved = msgspec.structs.replace(KEY, key="k-2")
-    for cipher, key, stored in (
-        (ResponseCipher(lambda: [new]), KEY, sealed),
-        (ResponseCipher(lambda: [old]), moved, sealed),
-        (ResponseCipher(lambda: [old]), KEY, msgspec.structs.replace(sealed, body=sealed.body[:-1])),
-        (ResponseCipher(lambda: [old]), KEY, msgspec.structs.replace(sealed, body=b"")),
-    ):
-        with pytest.raises(OctoError) as failure:
-            cipher.decrypt(key, stored)
-        assert failure.value.code == "outcome_unknown"
+async def listed(orch: Orchestra, path: str, member: str) -> list[Any]:
+    return decoded(await orch.send("GET", path))[member]
 
 
-def test_derived_keys_differ_by_purpose_and_by_root() -> None:
-    root, other = SigningKey.generate("root"), SigningKey.generate("root")
-    [key] = KeyRing.of(root).derive_keys("one", 0.0)
-    assert len(key) == 32
-    assert KeyRing.of(root).derive_keys("one", 5.0) == [key]
-    assert KeyRing.of(root).derive_keys("two", 0.0) != [key]
-    assert KeyRing.of(other).derive_keys("one", 0.0) != [key]
-    assert KeyRing.of([root, other]).derive_keys("one", 1e9)[0] == key
+async def new_key(orch: Orchestra) -> str:
+    return str(decoded(await orch.send("POST", "/keys", {"name": "k", "scope": "user"}))["key"]["id"])
+
+
+async def new_token(orch: Orchestra) -> str:
+    body = {"name": "weather", "calls": [], "lifetime_seconds": 60}
+    return str(decoded(await orch.send("POST", "/joins", body))["join"]["id"])
+
+
+async def new_task(orch: Orchestra) -> str:
+    async def hang(_contract: Task, _ctx: Context) -> ExecuteResult:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    orch.script.execute = hang
+    return (await orch.submit({"goal": "do it"})).task_id
+
+
+async def nothing(_orch: Orchestra) -> str:
+    return ""
+
+
+CREATE = [
+    ("/keys", {"name": "ci", "scope": "user"}, {"name": "other", "scope": "user"}, "secret"),
+    ("/joins", {"name": "weather", "calls": [], "lifetime_seconds": 60}, {"name": "other", "calls": []}, "secret"),
+    (
+        "/tokens",
+        {"aud": "coder", "scope": "coder:execute", "lifetime_seconds": 60},
+        {"aud": "coder", "scope": "coder:execute", "lifetime_seconds": 61},
+        "access_token",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "other", "secret"), CREATE, ids=[row[0] for row in CREATE])
+async def test_a_repeat_replays_the_response_and_its_secret(
+    orch: Orchestra, path: str, body: dict[str, Any], other: dict[str, Any], secret: str
+) -> None:
+    first = await orch.send("POST", path, body, Idempotency_Key=KEY)
+    assert first.status in (200, 201), first.body
+    assert "idempotent-replayed" not in first.headers
+    respelled = msgspec.json.format(msgspec.json.encode(dict(reversed(body.items()))), indent=3)
+    again = await orch.send("POST", path, respelled, Idempotency_Key=KEY)
+    assert (again.status, again.body) == (first.status, first.body)
+    assert again.headers["idempotent-replayed"] == "true"
+    conflict = await orch.send("POST", path, other, Idempotency_Key=KEY)
+    assert (conflict.status, problem(conflict)["code"]) == (409, "idempotency_conflict")
+    # Another key is another call: two secrets.
+    assert decoded(await orch.send("POST", path, body, Idempotency_Key="key-2"))[secret] != decoded(first)[secret]
+
+
+@pytest.mark.parametrize(("path", "body", "other", "secret"), CREATE, ids=[row[0] for row in CREATE])
+async def test_a_secret_that_is_replayed_is_nowhere_in_plain_text(
+    orch: Orchestra, tmp_path: Path, path: str, body: dict[str, Any], other: dict[str, Any], secret: str
+) -> None:
+    del other
+    text = str(decoded(await orch.send("POST", path, body, Idempotency_Key=KEY))[secret])
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    stored = b"".join(file.read_bytes() for file in files)
+    # The part that cannot be guessed: no id and no prefix.
+    assert text.rpartition("_")[2].rpartition(".")[2].encode() not in stored
+    assert KEY.encode() in stored, "the stored response is among the files"
+    assert decoded(await orch.send("POST", path, body, Idempotency_Key=KEY))[secret] == text
+
+
+async def test_a_key_is_created_once_by_calls_side_by_side(orch: Orchestra) -> None:
+    before = len(await listed(orch, "/keys", "keys"))
+    body = {"name": "ci", "scope": "user"}
+    responses = await asyncio.gather(*(orch.send("POST", "/keys", body, Idempotency_Key=KEY) for _ in range(8)))
+    assert {response.status for response in responses} == {201}
+    assert len({response.body for response in responses}) == 1
+    assert len(await listed(orch, "/keys", "keys")) == before + 1
+
+
+async def test_a_refusal_is_replayed_as_well(orch: Orchestra) -> None:
+    body = {"name": "", "scope": "user"}
+    first, again = [await orch.send("POST", "/keys", body, Idempotency_Key=KEY) for _ in range(2)]
+    assert (first.status, problem(first)["code"]) == (400, "invalid_body")
+    assert (again.status, problem(again)["code"]) == (400, "invalid_body")
+    assert again.headers["idempotent-replayed"] == "true"
+
+
+CHANGE: list[tuple[str, str, Callable[[Orchestra], Awaitable[str]], Any]] = [
+    ("POST", "/tasks/{id}/cancel", new_task, None),
+    ("DELETE", "/keys/{id}", new_key, None),
+    ("DELETE", "/joins/{id}", new_token, None),
+    ("POST", "/revocations", nothing, {"kind": "jti", "value": "token-1"}),
+    ("POST", "/tasks", nothing, {"goal": "do it"}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "make", "body"), CHANGE, ids=[f"{row[0]} {row[1]}" for row in CHANGE])
+async def test_a_change_takes_effect_once_and_a_repeat_gets_the_same_response(
+    orch: Orchestra, method: str, path: str, make: Callable[[Orchestra], Awaitable[str]], body: Any
+) -> None:
+    path = path.replace("{id}", await make(orch))
+    audited = await audit_length(orch)
+    first = await orch.send(method, path, body, Idempotency_Key=KEY)
+    assert first.status in (200, 201), first.body
+    again = await orch.send(method, path, body, Idempotency_Key=KEY)
+    assert (again.status, again.body) == (first.status, first.body)
+    assert again.headers["idempotent-replayed"] == "true"
+    assert await audit_length(orch) == audited + 1
+
+
+async def audit_length(orch: Orchestra) -> int:
+    """Return how many audit rows the tenant has, once those written so far are sealed."""
+    page: dict[str, Any] = {}
+
+    async def sealed() -> bool:
+        page.update(decoded(await orch.send("GET", "/audit?limit=500")))
+        marker = [row for row in page["rows"] if row["action"] == "token.revoked" and row["target"] == value]
+        return bool(marker)
+
+    value = f"marker-{orch.house.ids.hex()}"
+    await orch.send("POST", "/revocations", {"kind": "jti", "value": value})
+    await wait_until(sealed, description="the marker is sealed, and so is all that was written before it")
+    return len([row for row in page["rows"] if not row["target"].startswith("marker-")])
+
+
+async def test_an_upload_is_the_same_call_by_its_bytes(orch: Orchestra) -> None:
+    async def upload(body: bytes) -> HttpResponse:
+        return await orch.send("POST", "/files", body, X_File_Name="a.json", Idempotency_Key=KEY)
+
+    first, again = await upload(b'{"a": 1}'), await upload(b'{"a": 1}')
+    assert (first.status, again.body, again.headers["idempotent-replayed"]) == (201, first.body, "true")
+    conflict = await upload(b'{"a":1}')
+    assert (conflict.status, problem(conflict)["code"]) == (409, "idempotency_conflict")
+
+
+async def test_another_principal_has_keys_of_its_own(orch: Orchestra) -> None:
+    body = {"name": "ci", "scope": "user"}
+    secret = decoded(await orch.send("POST", "/keys", {"name": "admin", "scope": "admin"}))["secret"]
+    first = await orch.send("POST", "/keys", body, Idempotency_Key=KEY)
+    orch.bearer = await orch.login(secret)
+    theirs = await orch.send("POST", "/keys", body, Idempotency_Key=KEY)
+    assert (theirs.status, "idempotent-replayed" in theirs.headers) == (201, False)
+    assert decoded(theirs)["key"]["id"] != decoded(first)["key"]["id"]
+
+
+@pytest.mark.parametrize("length", [1, MAX_KEY])
+async def test_a_key_of_the_longest_allowed_length_is_honoured(orch: Orchestra, length: int) -> None:
+    body = {"name": "ci", "scope": "user"}
+    responses = [await orch.send("POST", "/keys", body, Idempotency_Key="k" * length) for _ in range(2)]
+    assert [response.status for response in responses] == [201, 201]
+    assert responses[1].headers["idempotent-replayed"] == "true"
+
+
+@pytest.mark.parametrize("key", [b"", b"k" * (MAX_KEY + 1), "schlüssel".encode(), "schlüssel".encode("latin-1")])
+@pytest.mark.parametrize("path", ["/keys", "/joins", "/tasks"])
+async def test_an_invalid_key_is_refused_before_anything_happens(orch: Orchestra, path: str, key: bytes) -> None:
+    status, refusal = await raw_post(orch, path, key, b'{"name":"ci","scope":"user","goal":"x"}')
+    assert (status, refusal["code"]) == (400, "invalid_header")
+    assert "Idempotency-Key must be 1 to 200" in refusal["detail"]
+
+
+async def raw_post(orch: Orchestra, path: str, key: bytes, body: bytes) -> tuple[int, dict[str, Any]]:
+    """Send a header that a well-behaved client would refuse to send."""
+    url = urlsplit(orch.house.urls["orchestrator"])
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {url.netloc}\r\nAuthorization: Bearer {orch.bearer}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nIdempotency-Key: "
+    )
+    writer.write(head.encode() + key + b"\r\n\r\n" + body)
+    await writer.drain()
+    async with asyncio.timeout(20):
+        response = await reader.read()
+    writer.close()
+    start, _, payload = response.partition(b"\r\n\r\n")
+    return int(start.split(b" ", 2)[1]), msgspec.json.decode(payload[payload.index(b"{") : payload.rindex(b"}") + 1])
+
+
+def operations() -> dict[tuple[str, str], Operation]:
+    """Return what the orchestrator declares for users, by method and path; no handler is called."""
+    none: Any = None
+    declared = [
+        *TasksApi(*[none] * len(fields(TasksApi))).operations(),
+        *file_operations(none),
+        *TokensApi(*[none] * len(fields(TokensApi))).operations(),
+        *ArmsApi(*[none] * len(fields(ArmsApi))).operations(),
+        *AdminApi(*[none] * len(fields(AdminApi))).operations(),
+    ]
+    return {(each.method, each.path): each for each in declared}
+
+
+def test_every_public_write_honours_a_key() -> None:
+    """A write that ignores the key would run twice when a client or the gateway retries it."""
+    writes = [route for route in PUBLIC_ROUTES if route.method != "GET"]
+    assert len(writes) >= 10
+    declared = operations()
+    for route in writes:
+        assert declared[route.method, route.upstream_path or route.path].kind != "read_only", route.name
+
+
+def test_every_secret_that_is_shown_once_is_encrypted() -> None:
+    encrypted = {each.name for each in operations().values() if each.secret_response}
+    holds_secret = {
+        each.name for each in operations().values() if each.response in (NewKey, NewEnrolmentToken, TokenResponse)
+    }
+    # Token exchange is authenticated by a service, whose calls carry no key.
+    assert encrypted == holds_secret - {"token.exchange"}

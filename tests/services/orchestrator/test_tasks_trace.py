@@ -13,7 +13,7 @@ async def test_without_the_monitor_tasks_go_on_and_the_trace_says_why_it_is_not_
     told = problem(answer)
     assert (answer.status, told["code"], told["retryable"]) == (503, "unavailable", True)
     assert "monitor" in told["detail"]
-    assert "Tasks go on" in told["detail"]
+    assert "Tasks run without it" in told["detail"]
 
     async def degraded() -> bool:
         ready = await orch.house.send("orchestrator", "GET", "/ready")

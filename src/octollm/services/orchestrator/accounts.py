@@ -1,4 +1,8 @@
-"""API keys and logins: creating, authenticating, listing and revoking credentials. Only hashes are stored."""
+"""Accounts: creating, authenticating, listing and revoking API keys and OpenID Connect logins.
+
+Only hashes of keys are stored. Each login of an external issuer has a row as a key has, so that it can be listed and
+revoked.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +35,19 @@ KEY_PREFIX = "octo_"
 LOCAL_KEY_ID = "local"
 LOCAL_TENANT = "local"
 LAST_USED_INTERVAL = 60.0
-"""``last_used`` is written at most so often for one key."""
+"""Seconds between two writes of one key's ``last_used_at``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whom a credential stands for and what it may do now."""
+    """The principal behind a credential, and its present scopes."""
 
     principal: Principal
     scopes: ScopeSet
 
 
 class Accounts:
-    """API keys of all tenants. A key is ``octo_<id>_<secret>``."""
+    """Credentials of all tenants. An API key is ``octo_<id>_<secret>``."""
 
     def __init__(
         self,
@@ -53,7 +57,7 @@ class Accounts:
         arms: Callable[[str], Iterable[str]],
         oidc: OidcClient | None = None,
     ) -> None:
-        """``arms`` names those whose operations a user of a tenant has; ``oidc`` believes logins of other issuers."""
+        """``arms`` returns the arms whose operations a tenant's users may call; ``oidc`` verifies external logins."""
         self._oidc = oidc
         self._db = db
         self._arms = arms
@@ -61,7 +65,7 @@ class Accounts:
         self._ids = ids
 
     async def set_local_key(self, secret: str) -> None:
-        """Let ``secret`` be the local user's credential: the one that reflex shows for a trusted local peer."""
+        """Set the local user's credential, which the gateway presents for a trusted loopback peer."""
         async with self._db.transaction() as tx:
             values = {"hash": hash_credential(secret), "revoked_at": None}
             await tx.execute(
@@ -79,20 +83,21 @@ class Accounts:
             )
 
     async def authenticate(self, credential: str) -> Account:
-        """Return whose credential this is; raise ``api_key_invalid`` for any that is not good, without saying why."""
+        """Return the account of a credential; raise ``api_key_invalid`` for an invalid one, without a reason."""
         if self._oidc is not None and credential.startswith("eyJ"):
             return await self._upsert_login(*await self._oidc.verify(credential))
         refused = OctoError(
-            "The API key is not known or was revoked. `octollm keys create` makes one.", code="api_key_invalid"
+            "The API key is unknown or revoked. Create one with `octollm keys create`.", code="api_key_invalid"
         )
         prefix, _, rest = credential.partition("_")
         key_id, _, _secret = rest.partition("_")
         if prefix + "_" != KEY_PREFIX or not key_id or len(credential) > 200:
             raise refused
         row = await self._load_row(key_id)
+        # An unknown id is compared as well, so that timing does not reveal which ids exist.
         stored = row["hash"] if row is not None else hash_credential("")
-        good = hmac.compare_digest(stored, hash_credential(credential))
-        if row is None or not good or row["revoked_at"] is not None:
+        is_match = hmac.compare_digest(stored, hash_credential(credential))
+        if row is None or not is_match or row["revoked_at"] is not None:
             raise refused
         if self._clock.now() - (row["last_used_at"] or 0.0) > LAST_USED_INTERVAL:
             async with self._db.transaction() as tx:
@@ -100,47 +105,48 @@ class Accounts:
         return self._account_from_row(row)
 
     async def authenticate_code(self, login: LoginCode) -> Account:
-        """Return whom a login at an issuer stands for, by its code; raise ``api_key_invalid`` or ``login_refused``."""
+        """Return the account of an authorization code; raise ``api_key_invalid`` or ``login_refused``."""
         if self._oidc is None:
             raise OctoError("No OpenID Connect issuer is configured: see OCTOLLM_OIDC.", code="api_key_invalid")
         return await self._upsert_login(*await self._oidc.exchange_code(login))
 
     async def list_issuers(self) -> tuple[IssuerView, ...]:
-        """Return the issuers at which a browser can log in."""
+        """Return the issuers that accept browser logins."""
         return () if self._oidc is None else await self._oidc.list_issuers()
 
     async def _upsert_login(self, issuer: Issuer, claims: Mapping[str, Any]) -> Account:
-        """Return the account of a login, as its claims have it now; it is listed, and can be revoked, as a key is."""
+        """Return the account that a login's claims grant now, and update its row."""
         principal, scopes = map_claims_to_principal(issuer, claims), map_claims_to_scopes(issuer, claims)
         if not scopes:
-            raise OctoError("The login is good, and no rule of OCTOLLM_OIDC grants it anything.", code="login_refused")
+            raise OctoError("The login is valid, but no rule of OCTOLLM_OIDC grants it a scope.", code="login_refused")
         now = self._clock.now()
         changing = {"scopes": scopes, "name": map_claims_to_name(claims), "last_used_at": now}
         async with self._db.transaction() as tx:
-            held = await tx.first(select(api_keys).where(api_keys.c.id == principal.cred).with_for_update())
-            if held is not None and held["revoked_at"] is not None:
+            # A login revoked here stays revoked, however long its issuer vouches for it.
+            row = await tx.first(select(api_keys).where(api_keys.c.id == principal.cred).with_for_update())
+            if row is not None and row["revoked_at"] is not None:
                 raise OctoError("The login was revoked here.", code="api_key_invalid")
-            if held is None or held["scopes"] != scopes or now - (held["last_used_at"] or 0.0) > LAST_USED_INTERVAL:
+            if row is None or row["scopes"] != scopes or now - (row["last_used_at"] or 0.0) > LAST_USED_INTERVAL:
                 fixed = {"id": principal.cred, "hash": f"oidc:{principal.cred}", "tenant": principal.tenant}
                 await tx.execute(
                     tx.insert(api_keys)
                     .values(**fixed, sub=principal.sub, created_at=now, **changing)
                     .on_conflict_do_update(index_elements=[api_keys.c.id], set_=changing)
                 )
-            if held is None or held["scopes"] != scopes:
+            if row is None or row["scopes"] != scopes:
                 detail = {"issuer": issuer.url, "scope": scopes}
                 await record_audit(tx, Actor(principal), "login.granted", principal.cred, now, detail)
         return Account(principal, expand_scopes(scopes, self._arms(principal.tenant)))
 
     async def find_by_credential(self, cred: str) -> Account:
-        """Return whom a credential stands for; raise ``api_key_invalid`` when it was revoked."""
+        """Return the account of a credential's id; raise ``api_key_invalid`` when it was revoked."""
         row = await self._load_row(cred)
         if row is None or row["revoked_at"] is not None:
             raise OctoError("The API key was revoked.", code="api_key_invalid")
         return self._account_from_row(row)
 
     async def current_scopes(self, cred: str) -> ScopeSet:
-        """Return what a credential may do today; raise ``authority_missing`` when it was revoked."""
+        """Return the present scopes of a credential; raise ``authority_missing`` when it was revoked."""
         return self._account_from_row(await self._load_active_row(cred)).scopes
 
     async def _load_active_row(self, cred: str) -> Mapping[str, Any]:
@@ -150,19 +156,19 @@ class Accounts:
         return row
 
     async def create(self, name: str, scope: str, actor: Actor, tenant: str | None = None) -> NewKey:
-        """Make a key in the actor's tenant; its scopes may not exceed the actor's. The secret is shown once.
+        """Create a key in the actor's tenant, with scopes within the actor's. The secret is returned only here.
 
-        In another ``tenant`` only who is of the first one makes keys: whoever runs the installation. Raises
-        ``scope_missing``, ``invalid_parameter``.
+        Only the local tenant, which operates the installation, may create keys in another ``tenant``. Raises
+        ``scope_missing`` and ``invalid_parameter``.
         """
         own = actor.principal.tenant
         tenant = tenant or own
         if tenant != own and (own != LOCAL_TENANT or tenant == SYSTEM_TENANT):
-            raise OctoError("A key is made in one's own tenant.", code="scope_missing")
-        wanted = expand_scopes(scope, self._arms(tenant))
+            raise OctoError("You may create keys only in your own tenant.", code="scope_missing")
+        requested = expand_scopes(scope, self._arms(tenant))
         row = await self._load_active_row(actor.principal.cred)
-        if not wanted.is_subset(expand_scopes(row["scopes"], self._arms(tenant))):
-            raise OctoError("A key may not have more scopes than who makes it.", code="scope_missing")
+        if not requested.is_subset(expand_scopes(row["scopes"], self._arms(tenant))):
+            raise OctoError("A key may not have scopes that its creator lacks.", code="scope_missing")
         key_id = self._ids.hex()
         secret = f"{KEY_PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
         now = self._clock.now()
@@ -181,13 +187,14 @@ class Accounts:
             detail = {"name": name, "scope": scope, "tenant": tenant}
             await record_audit(tx, actor, "key.added", key_id, now, detail)
             if tenant != own:
-                theirs = replace(actor, principal=replace(actor.principal, tenant=tenant))
-                await record_audit(tx, theirs, "key.added", key_id, now, detail)
+                # Both tenants see it in their own audit log.
+                foreign_actor = replace(actor, principal=replace(actor.principal, tenant=tenant))
+                await record_audit(tx, foreign_actor, "key.added", key_id, now, detail)
         view = KeyView(key_id, name, tenant, scope, format_rfc3339(now))
         return NewKey(view, secret)
 
     async def list(self, tenant: str) -> KeyList:
-        """Return a tenant's keys, without secrets."""
+        """Return up to 200 keys of a tenant, without secrets, the oldest first."""
         query = select(api_keys).where(api_keys.c.tenant == tenant).order_by(api_keys.c.created_at).limit(200)
         async with self._db.read() as conn:
             rows = await conn.all(query)
@@ -196,7 +203,7 @@ class Accounts:
     async def revoke(self, key_id: str, actor: Actor, tx: Transaction) -> None:
         """Revoke a key of the actor's tenant in ``tx``; raise ``not_found`` for another's."""
         now = self._clock.now()
-        done = await tx.execute(
+        result = await tx.execute(
             update(api_keys)
             .where(
                 api_keys.c.id == key_id,
@@ -205,8 +212,8 @@ class Accounts:
             )
             .values(revoked_at=now)
         )
-        if done.rowcount != 1:
-            raise OctoError("There is no such key, or it was revoked already.", code="not_found")
+        if result.rowcount != 1:
+            raise OctoError("There is no such key, or it is revoked already.", code="not_found")
         await record_audit(tx, actor, "key.revoked", key_id, now)
 
     def _account_from_row(self, row: Mapping[str, Any]) -> Account:
@@ -220,15 +227,15 @@ class Accounts:
 
 
 def expand_scopes(text: str, arms: Iterable[str]) -> ScopeSet:
-    """Return the scopes of a text of presets and scopes; raise ``invalid_parameter`` for an empty or malformed one.
+    """Return the scopes of a list of presets and scopes; raise ``invalid_parameter`` for an empty or malformed one.
 
-    ``arms`` are those whose operations a preset includes.
+    A preset includes the operations of ``arms``.
     """
     admitted = tuple(arms)
-    plain = [
+    expanded = [
         str(part) for word in text.split() for part in (preset_scopes(word, admitted) if word in PRESETS else (word,))
     ]
-    scopes = ScopeSet.parse(" ".join(plain))
+    scopes = ScopeSet.parse(" ".join(expanded))
     if not len(scopes):
         raise OctoError("A key needs at least one scope, or the preset `user`.", code="invalid_parameter")
     return scopes
@@ -250,6 +257,6 @@ def _key_view_from_row(row: Mapping[str, Any]) -> KeyView:
 
 
 def hash_credential(credential: str) -> str:
-    """Return what is stored of a credential that we made."""
-    # A key has 256 random bits, so a plain digest cannot be guessed backwards.
+    """Return the digest that is stored of a generated credential."""
+    # A key has 256 random bits: brute force is out of reach, so a slow password hash is not needed.
     return hashlib.sha256(credential.encode()).hexdigest()

@@ -1,4 +1,7 @@
-"""Administration over HTTP: API keys, revocations, the audit log, and explicit refusals for features that are not configured."""
+"""Administration over HTTP: API keys, revocations and the audit log.
+
+Features that are not configured are declared too, and refuse each call with ``not_configured``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.services.orchestrator.accounts import LOCAL_TENANT, Accounts
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, actor_from_call, read_audit_page, record_audit
-from octollm.services.orchestrator.revocation import RevocationStore, TaskCanceller
+from octollm.services.orchestrator.revocation import RevocationStore
+from octollm.services.orchestrator.task_endings import TaskCanceller
 from octollm.storage import Database
 
 NOT_CONFIGURED = (
@@ -28,7 +32,7 @@ NOT_CONFIGURED = (
 
 @dataclass(frozen=True, slots=True)
 class AdminApi:
-    """What these operations work with."""
+    """The operations of administration."""
 
     db: Database
     accounts: Accounts
@@ -41,13 +45,13 @@ class AdminApi:
         return await self.accounts.list(call.tenant)
 
     async def create_key(self, call: IncomingCall, body: KeyRequest) -> NewKey:
-        """Make a key."""
+        """Create a key. The response holds its secret."""
         if not 0 < len(body.name) <= 100:
             raise OctoError("A key needs a name of 1 to 100 characters.", code="invalid_body")
         return await self.accounts.create(body.name, body.scope, actor_from_call(call), body.tenant)
 
     async def revoke_key(self, call: IncomingCall, _body: object) -> Acknowledgement:
-        """Revoke a key and what was issued for it, and cancel the tasks that were submitted with it."""
+        """Revoke a key and everything issued for it, and cancel the tasks submitted with it."""
         key_id, actor = call.path["key_id"], actor_from_call(call)
         async with self.db.transaction() as tx:
             await self.accounts.revoke(key_id, actor, tx)
@@ -56,7 +60,7 @@ class AdminApi:
         return Acknowledgement()
 
     async def revoke(self, call: IncomingCall, body: RevocationRequest) -> Acknowledgement:
-        """Revoke a token, or what a principal (whose tasks end) or a service was lent; each may be lent anew."""
+        """Revoke a token, or every grant of a principal (and cancel its tasks) or of a service, issued until now."""
         actor = actor_from_call(call)
         async with self.db.transaction() as tx:
             await self.revocation_store.add(tx, body.kind, body.value, call.tenant)
@@ -65,6 +69,16 @@ class AdminApi:
             await self.canceller.cancel_all(actor, "Its principal was revoked.", sub=body.value)
         return Acknowledgement()
 
+    async def read_audit(self, call: IncomingCall, _body: object) -> AuditPage:
+        """Return a page of the audit log and the head of its hash chain."""
+        query: AuditQuery = call.query
+        tenant = call.tenant
+        if query.of == "system":
+            if tenant != LOCAL_TENANT:
+                raise OctoError("Only the local tenant may read the system's audit log.", code="scope_missing")
+            tenant = SYSTEM_TENANT
+        return await read_audit_page(self.db, tenant, query.after, query.limit)
+
     def operations(self) -> list[Operation]:
         """Return these operations."""
         return [
@@ -72,6 +86,7 @@ class AdminApi:
             implement(public_api.CREATE_KEY, self.create_key),
             implement(public_api.REVOKE_KEY, self.revoke_key),
             implement(public_api.REVOKE_AUTHORITY, self.revoke),
+            implement(public_api.READ_AUDIT_LOG, self.read_audit),
             *map(_refuse_unconfigured, NOT_CONFIGURED),
         ]
 
@@ -81,24 +96,3 @@ def _refuse_unconfigured(declared: DeclaredOperation[Any, Any]) -> Operation:
         raise OctoError(f"{declared.method} {declared.path} is not configured here.", code="not_configured")
 
     return implement(declared, refuse)
-
-
-@dataclass(frozen=True, slots=True)
-class AuditApi:
-    """What the operation on the audit log works with."""
-
-    db: Database
-
-    async def read(self, call: IncomingCall, _body: object) -> AuditPage:
-        """Return a page of the log, with where its chain stands."""
-        asked: AuditQuery = call.query
-        tenant = call.tenant
-        if asked.of == "system":
-            if tenant != LOCAL_TENANT:
-                raise OctoError("The system's audit log is not this tenant's to read.", code="scope_missing")
-            tenant = SYSTEM_TENANT
-        return await read_audit_page(self.db, tenant, asked.after, asked.limit)
-
-    def operations(self) -> list[Operation]:
-        """Return the operation."""
-        return [implement(public_api.READ_AUDIT_LOG, self.read)]

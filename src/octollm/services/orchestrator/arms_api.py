@@ -25,13 +25,13 @@ from octollm.services.orchestrator.instances import InstanceRegistry
 from octollm.services.orchestrator.registry import ServiceRegistry
 
 MAX_ENROLMENT_BODY = 16 * 1024
-"""Bytes of what is sent by somebody who is not known yet."""
+"""Bytes of a body from a sender that is not authenticated yet."""
 MAX_ARM_BODY = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ArmsApi:
-    """What these operations work with."""
+    """The operations on arms."""
 
     registry: ServiceRegistry
     instances: InstanceRegistry
@@ -39,29 +39,29 @@ class ArmsApi:
     enrolment: EnrolmentAuthority
 
     async def list_arms(self, call: IncomingCall, _body: object) -> ArmList:
-        """Return the arms."""
+        """Return the arms that the tenant's users may call."""
         return await self.registry.list_arm_views(call.tenant)
 
     async def remove(self, call: IncomingCall, _body: object) -> Acknowledgement:
-        """Remove an arm of one's own."""
+        """Remove an enrolled arm."""
         await self.enrolment.remove(call.path["name"], actor_from_call(call))
         return Acknowledgement()
 
     async def create_enrolment_token(self, call: IncomingCall, body: EnrolmentTokenRequest) -> NewEnrolmentToken:
-        """Make a join secret."""
+        """Create an enrolment token. The response holds it."""
         return await self.enrolment_tokens.create(body, actor_from_call(call))
 
     async def list_enrolment_tokens(self, call: IncomingCall, _body: object) -> EnrolmentTokenList:
-        """Return the join secrets, without what is secret of them."""
+        """Return the enrolment tokens, without their secrets."""
         return await self.enrolment_tokens.list(call.tenant)
 
     async def revoke_enrolment_token(self, call: IncomingCall, _body: object) -> Acknowledgement:
-        """Revoke a join secret."""
+        """Revoke an enrolment token."""
         await self.enrolment_tokens.revoke(call.path["join_id"], actor_from_call(call))
         return Acknowledgement()
 
     async def issue_nonce(self, _call: IncomingCall, _body: object) -> EnrolmentNonce:
-        """Return what a join has to name."""
+        """Return a nonce for an enrolment."""
         return self.enrolment.issue_nonce()
 
     async def enrol(self, call: IncomingCall, body: EnrolmentRequest) -> EnrolmentResponse:
@@ -69,27 +69,27 @@ class ArmsApi:
         return await self.enrolment.enrol(body, _requester_from_call(call))
 
     async def rotate_key(self, call: IncomingCall, body: KeyRotation) -> Acknowledgement:
-        """Add a key of the arm that asks."""
+        """Add a key of the calling arm."""
         await self.enrolment.rotate_key(call.peer, body, _requester_from_call(call))
         return Acknowledgement()
 
     async def register(self, call: IncomingCall, body: ArmRegistration) -> Acknowledgement:
-        """Note that a process of an arm is up."""
+        """Register an instance of the calling arm."""
         await self.instances.register(call.peer, body)
         return Acknowledgement()
 
     async def heartbeat(self, call: IncomingCall, body: InstanceRef) -> Acknowledgement:
-        """Note that a process of an arm is still there."""
+        """Record a heartbeat of an instance."""
         await self.instances.heartbeat(call.peer, body.instance)
         return Acknowledgement()
 
     async def deregister(self, call: IncomingCall, body: InstanceRef) -> Acknowledgement:
-        """Forget a process of an arm."""
+        """Remove an instance that shuts down."""
         await self.instances.deregister(call.peer, body.instance)
         return Acknowledgement()
 
     def operations(self) -> list[Operation]:
-        """Return these operations."""
+        """Return their declarations."""
         return [*self._user_operations(), *self._arm_operations()]
 
     def _user_operations(self) -> list[Operation]:
@@ -111,7 +111,6 @@ class ArmsApi:
             summary: str,
             *codes: str,
         ) -> Operation:
-            # A repeat of any of these changes nothing more.
             name = path.removeprefix("/").replace("/", ".")
             return Operation(
                 name,
@@ -136,7 +135,7 @@ class ArmsApi:
                 auth="public",
                 response=EnrolmentNonce,
                 max_body=0,
-                summary="A nonce to join with.",
+                summary="A nonce for an enrolment.",
             ),
             Operation(
                 "arms.join",
@@ -148,13 +147,13 @@ class ArmsApi:
                 response=EnrolmentResponse,
                 max_body=MAX_ENROLMENT_BODY,
                 timeout=20.0,
-                summary="Join by the proof of a join secret.",
+                summary="Enrol by the proof of an enrolment token.",
                 docs=OperationDocs(error_codes=("join_refused", "rate_limited", "state_conflict")),
             ),
-            post("/arms/keys", self.rotate_key, KeyRotation, "Bring a new key, in the name of an old one.", *refused),
-            post("/arms/register", self.register, ArmRegistration, "Register a process of an arm.", *refused),
-            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Say that a process is still there.", "not_found"),
-            post("/arms/leave", self.deregister, InstanceRef, "Say that a process of an arm ends."),
+            post("/arms/keys", self.rotate_key, KeyRotation, "Add a key, authenticated by the present one.", *refused),
+            post("/arms/register", self.register, ArmRegistration, "Register an instance of an arm.", *refused),
+            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Heartbeat of an instance.", "not_found"),
+            post("/arms/leave", self.deregister, InstanceRef, "Remove an instance that shuts down."),
         ]
 
 

@@ -1,4 +1,8 @@
-"""The audit log: entries written in the transaction of what they record, and the sealer that chains each tenant's entries by hash and signs checkpoints with the root key."""
+"""Audit log: rows written in the transaction of what they record, then sealed.
+
+The sealer chains each tenant's rows by hash and signs checkpoints with the root key, so that a row changed, dropped or
+inserted later is detected.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +30,12 @@ from octollm.storage.tables import audit, audit_heads
 from octollm.telemetry.masking import MASK, mask_text
 
 SYSTEM_TENANT = "system"
-"""Whose rows and events those are that are of no tenant."""
+"""The owner of rows and events that belong to no tenant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who did it, in which request."""
+    """The principal that acts, and the request in which it does."""
 
     principal: Principal
     request_id: str = ""
@@ -40,7 +44,7 @@ class Actor:
 
 
 def actor_from_call(call: IncomingCall) -> Actor:
-    """Return who makes a call."""
+    """Return the actor of a call."""
     return Actor(call.authority.principal, call.request_id, call.correlation_id)
 
 
@@ -52,7 +56,7 @@ async def record_audit(
     at: float,
     detail: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a row: ``action`` on ``target`` at epoch seconds ``at``. No secrets in ``detail``."""
+    """Write a row: ``action`` on ``target`` at ``at`` in epoch seconds. ``detail`` must hold no secrets."""
     await tx.execute(
         tx.insert(audit).values(
             tenant=actor.principal.tenant,
@@ -71,27 +75,27 @@ async def record_audit(
 
 SEAL_SECONDS = 1.0
 SEAL_BATCH = 500
-"""Rows that are sealed in one transaction."""
+"""Rows sealed in one transaction."""
 SEAL_LOCK_ROW = ""
-"""The row of ``audit_heads`` that whoever seals has locked: no tenant has that name."""
+"""The row of ``audit_heads`` that the sealing replica locks; no tenant has this name."""
 
 
 class AuditSealer:
-    """Seals rows in the order of their writing. Replicas take turns: one seals, the others find nothing to do."""
+    """Seals rows in insertion order. Replicas take turns: while one seals, the others skip the round."""
 
     def __init__(self, db: Database, root: SigningKey | KeyRing, clock: Clock) -> None:
         self._db = db
         self._ring = KeyRing.of(root)
         self._clock = clock
         self.failure = ""
-        """Why rows cannot be sealed just now; empty when they can."""
+        """Why rows cannot be sealed at present; empty when they can."""
 
     @contextlib.asynccontextmanager
     async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Seal for as long as the context is open, and once more on leaving."""
+        """Seal in the background while the context is open, and once more on exit."""
 
         def crashed(failure: BaseException) -> None:
-            self.failure = f"The sealing stopped: {type(failure).__name__}."
+            self.failure = f"The audit sealer stopped: {type(failure).__name__}."
             on_failure(failure)
 
         try:
@@ -102,40 +106,42 @@ class AuditSealer:
                 await self.seal()
 
     async def check_health(self) -> DependencyStatus:
-        """Say for ``/ready`` whether rows are sealed; until they are, they are kept all the same."""
+        """Report to ``/ready`` whether rows are being sealed. Unsealed rows are stored all the same."""
         return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
 
     async def seal(self) -> int:
-        """Seal what is written, at most :data:`SEAL_BATCH` rows; return how many."""
+        """Seal up to :data:`SEAL_BATCH` rows and return their number."""
         async with self._db.read() as conn:
             if await conn.scalar(select(audit.c.position).where(audit.c.seq.is_(None)).limit(1)) is None:
                 return 0
         async with self._db.transaction() as tx:
-            turn = select(audit_heads.c.tenant).where(audit_heads.c.tenant == SEAL_LOCK_ROW)
-            if await tx.scalar(turn) is None:
+            # One lock for all tenants: two sealers at once could extend a chain from the same head.
+            lock_row = select(audit_heads.c.tenant).where(audit_heads.c.tenant == SEAL_LOCK_ROW)
+            if await tx.scalar(lock_row) is None:
                 await tx.execute(
                     tx.insert(audit_heads).values(tenant=SEAL_LOCK_ROW, seq=0, hash="").on_conflict_do_nothing()
                 )
-            if await tx.scalar(turn.with_for_update(skip_locked=True)) is None:
+            if await tx.scalar(lock_row.with_for_update(skip_locked=True)) is None:
                 return 0
-            waiting = select(audit).where(audit.c.seq.is_(None)).order_by(audit.c.position).limit(SEAL_BATCH)
-            rows = [row_to_dict(row) for row in await tx.all(waiting)]
+            unsealed = select(audit).where(audit.c.seq.is_(None)).order_by(audit.c.position).limit(SEAL_BATCH)
+            rows = [row_to_dict(row) for row in await tx.all(unsealed)]
             by_tenant: dict[str, list[dict[str, Any]]] = {}
             for row in rows:
                 by_tenant.setdefault(row["tenant"], []).append(row)
-            for tenant, own in by_tenant.items():
-                await self._extend_chain(tx, tenant, own)
+            for tenant, tenant_rows in by_tenant.items():
+                await self._extend_chain(tx, tenant, tenant_rows)
             return len(rows)
 
     async def _extend_chain(self, tx: Transaction, tenant: str, rows: list[dict[str, Any]]) -> None:
-        held = await tx.first(select(audit_heads).where(audit_heads.c.tenant == tenant))
-        seq, digest = (0, "") if held is None else (int(held["seq"]), str(held["hash"]))
+        head = await tx.first(select(audit_heads).where(audit_heads.c.tenant == tenant))
+        seq, digest = (0, "") if head is None else (int(head["seq"]), str(head["hash"]))
         for row in rows:
             seq += 1
             digest = row_hash(digest, audit_row_from(row, seq=seq, digest=""))
-            last = row is rows[-1]
+            # Signing is slow; one checkpoint at the end covers the whole batch.
+            is_last = row is rows[-1]
             now = self._clock.now()
-            signed = sign_checkpoint(self._ring.signing_key(now), tenant, seq, digest, now) if last else None
+            signed = sign_checkpoint(self._ring.signing_key(now), tenant, seq, digest, now) if is_last else None
             await tx.execute(
                 update(audit).where(audit.c.position == row["position"]).values(seq=seq, hash=digest, checkpoint=signed)
             )
@@ -159,18 +165,18 @@ class AuditSealer:
 
 
 async def read_audit_page(db: Database, tenant: str, after: int, limit: int) -> AuditPage:
-    """Return sealed rows of a tenant behind the row ``after``, and the head as it was at the same moment."""
+    """Return a tenant's sealed rows after the row ``after``, and the chain's head in the same snapshot."""
     query = select(audit).where(audit.c.tenant == tenant, audit.c.seq > after).order_by(audit.c.seq).limit(limit)
     async with db.read() as conn:
         head = await conn.first(select(audit_heads).where(audit_heads.c.tenant == tenant))
-        found = [audit_row_from(row_to_dict(row)) for row in await conn.all(query)]
+        rows = tuple(audit_row_from(row_to_dict(row)) for row in await conn.all(query))
     if head is None:
-        return AuditPage(tuple(found), AuditHead(tenant))
-    return AuditPage(tuple(found), AuditHead(tenant, int(head["seq"]), str(head["hash"]), str(head["checkpoint"])))
+        return AuditPage(rows, AuditHead(tenant))
+    return AuditPage(rows, AuditHead(tenant, int(head["seq"]), str(head["hash"]), str(head["checkpoint"])))
 
 
 def audit_row_from(row: Mapping[str, Any], *, seq: int | None = None, digest: str | None = None) -> AuditRow:
-    """Return a row of the table as it is told and sealed."""
+    """Return the audit row of a table row; ``seq`` and ``digest`` override the stored values before sealing."""
     return AuditRow(
         seq=row["seq"] if seq is None else seq,
         tenant=row["tenant"],
@@ -191,7 +197,7 @@ def audit_row_from(row: Mapping[str, Any], *, seq: int | None = None, digest: st
 async def record_startup(
     db: Database, settings: Settings, directory: Mapping[str, DirectoryEntry], roots: list[str], clock: Clock
 ) -> None:
-    """Write that this process starts, with what, and which keys it begins with."""
+    """Record the start of this process, with its version, its settings and the keys that it trusts."""
     detail = {
         "version": __version__,
         "settings": redact_settings(settings),
@@ -204,11 +210,11 @@ async def record_startup(
 
 
 def redact_settings(settings: Settings) -> dict[str, str]:
-    """Return every setting by its variable; of a secret only whether it is set."""
-    told: dict[str, str] = {}
+    """Return the settings that are set, by variable, with secrets masked."""
+    redacted: dict[str, str] = {}
     for name, spec in SETTING_SPECS.items():
         value = getattr(settings, name, None)
         if value is None or value in ("", ()):
             continue
-        told[spec.variable] = MASK if spec.secret else mask_text(str(value))
-    return told
+        redacted[spec.variable] = MASK if spec.secret else mask_text(str(value))
+    return redacted

@@ -1,4 +1,8 @@
-"""Enrolment of arms: enrolment tokens, admission by proof of possession, key rotation and removal, with a throttle per address for failed attempts."""
+"""Enrolment of arms: enrolment tokens, admission by proof of possession, key rotation and removal.
+
+An arm proves that it knows its enrolment token without sending it, and the orchestrator proves the same along with its
+root keys. Failed attempts are audited and throttled by address.
+"""
 
 from __future__ import annotations
 
@@ -48,27 +52,40 @@ from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import admissions, arm_keys, arms, join_nonces, joins
 
 MAX_FAILURES = 10
+"""Failed attempts of one address within the window, before further ones are refused unread."""
 THROTTLE_WINDOW_SECONDS = 60.0
 MAX_ADDRESSES = 4096
-"""Addresses that are counted; the one not heard of for longest goes first."""
+"""Addresses tracked by the throttle; the least recently failed one is evicted first."""
+MAX_ENROLMENT_TOKEN_SECONDS = 30 * 86_400
+"""The longest lifetime of an enrolment token."""
+MAX_ARM_KEYS = 8
+"""Keys of one arm that are valid at the same time."""
+
+_INVALID_PROOF = (
+    "The enrolment was refused: the enrolment token does not match this name, key and nonce. Check that the whole token"
+    " was copied, that it was created for this name in this installation, and that the root key that created it was"
+    " not replaced since."
+)
 
 
 class FailedEnrolmentThrottle:
-    """Counts refusals by address, in this process."""
+    """Counts failed attempts by address, in this process."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def check(self, address: str) -> None:
-        """Raise ``rate_limited`` for an address that was refused too often within the last minute."""
+        """Raise ``rate_limited`` for an address with too many failed attempts in the current window."""
         began, count = self._failures.get(address, (0.0, 0))
-        left = began + THROTTLE_WINDOW_SECONDS - self._clock.monotonic()
-        if count >= MAX_FAILURES and left > 0:
-            raise OctoError("Too many refused attempts; wait before the next.", code="rate_limited", retry_after=left)
+        remaining = began + THROTTLE_WINDOW_SECONDS - self._clock.monotonic()
+        if count >= MAX_FAILURES and remaining > 0:
+            raise OctoError(
+                "Too many refused attempts; wait before the next.", code="rate_limited", retry_after=remaining
+            )
 
     def record_failure(self, address: str) -> None:
-        """Count a refusal."""
+        """Count a failed attempt."""
         now = self._clock.monotonic()
         began, count = self._failures.pop(address, (now, 0))
         if now - began >= THROTTLE_WINDOW_SECONDS:
@@ -78,12 +95,8 @@ class FailedEnrolmentThrottle:
             self._failures.popitem(last=False)
 
 
-MAX_ENROLMENT_TOKEN_SECONDS = 30 * 86_400
-"""The longest life of a join secret."""
-
-
 class EnrolmentTokens:
-    """The join secrets of all tenants."""
+    """Enrolment tokens of all tenants. They are derived from the root key; the database holds only their terms."""
 
     def __init__(self, db: Database, root: EnrolmentTokenIssuer, clock: Clock, ids: IdGenerator) -> None:
         self._db = db
@@ -92,14 +105,14 @@ class EnrolmentTokens:
         self._ids = ids
 
     async def create(self, request: EnrolmentTokenRequest, actor: Actor) -> NewEnrolmentToken:
-        """Make a secret that admits one name in the actor's tenant; it is shown once.
+        """Create a token that admits one arm name in the actor's tenant. It is returned only here.
 
-        Raises ``invalid_body`` for a name, calls or a life that cannot be.
+        Raises ``invalid_body`` for an invalid name, call or lifetime.
         """
         check_arm_name(request.name)
         calls = scopes_of(parse_declared_calls(request.calls))
         if not 1 <= request.lifetime_seconds <= MAX_ENROLMENT_TOKEN_SECONDS:
-            detail = f"A join secret lives from 1 to {MAX_ENROLMENT_TOKEN_SECONDS} seconds (30 days)."
+            detail = f"An enrolment token is valid for 1 to {MAX_ENROLMENT_TOKEN_SECONDS} seconds (30 days)."
             raise OctoError(detail, code="invalid_body", field_errors=(FieldError("/lifetime_seconds", detail),))
         now = self._clock.now()
         terms = EnrolmentTerms(self._ids.hex(), request.name, calls, math.ceil(now) + request.lifetime_seconds)
@@ -120,7 +133,7 @@ class EnrolmentTokens:
         return NewEnrolmentToken(_token_view_from_row(row, now), self._root.derive_token(terms, now))
 
     async def list(self, tenant: str) -> EnrolmentTokenList:
-        """Return a tenant's join secrets, without what is secret of them; at most 200."""
+        """Return up to 200 enrolment tokens of a tenant, the newest first, without their secrets."""
         query = select(joins).where(joins.c.tenant == tenant).order_by(joins.c.created_at.desc()).limit(200)
         async with self._db.read() as conn:
             rows = await conn.all(query)
@@ -128,10 +141,10 @@ class EnrolmentTokens:
         return EnrolmentTokenList(tuple(_token_view_from_row(row_to_dict(row), now) for row in rows))
 
     async def revoke(self, token_id: str, actor: Actor) -> None:
-        """Revoke a secret of the actor's tenant; raise ``not_found`` for another's. Who joined with it stays."""
+        """Revoke a token of the actor's tenant; raise ``not_found`` for another's. Arms it admitted stay enrolled."""
         now = self._clock.now()
         async with self._db.transaction() as tx:
-            done = await tx.execute(
+            result = await tx.execute(
                 update(joins)
                 .where(
                     joins.c.id == token_id,
@@ -140,19 +153,19 @@ class EnrolmentTokens:
                 )
                 .values(revoked_at=now)
             )
-            if done.rowcount != 1:
-                raise OctoError("There is no such join secret, or it was revoked already.", code="not_found")
+            if result.rowcount != 1:
+                raise OctoError("There is no such enrolment token, or it is revoked already.", code="not_found")
             await record_audit(tx, actor, "join.revoked", token_id, now)
 
 
 def terms_from_row(row: Mapping[str, Any]) -> EnrolmentTerms:
-    """Return what a row's secret is derived from."""
+    """Return the terms that a row's token is derived from."""
     return EnrolmentTerms(row["id"], row["name"], tuple(row["calls"]), int(row["expires_at"]))
 
 
 def _token_view_from_row(row: Mapping[str, Any], now: float) -> EnrolmentTokenView:
     state = "revoked" if row["revoked_at"] is not None else "expired" if row["expires_at"] <= now else "good"
-    used = row["used_at"]
+    used_at = row["used_at"]
     return EnrolmentTokenView(
         row["id"],
         row["name"],
@@ -161,34 +174,25 @@ def _token_view_from_row(row: Mapping[str, Any], now: float) -> EnrolmentTokenVi
         format_rfc3339(row["created_at"]),
         format_rfc3339(row["expires_at"]),
         state,
-        None if used is None else format_rfc3339(used),
+        None if used_at is None else format_rfc3339(used_at),
     )
-
-
-MAX_ARM_KEYS = 8
-"""Keys of one arm that are good at the same time."""
-
-_INVALID_PROOF = (
-    "The join was refused: the secret does not fit this name, key and nonce. Check that all of the secret was copied,"
-    " that it was made for this name here, and that no other root key took the place of the one that made it."
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Requester:
-    """Who asks to join: an address, in a request."""
+    """The sender of an enrolment request, known only by its address."""
 
     address: str
     request_id: str = ""
     correlation_id: str = ""
 
     def actor(self, name: str, tenant: str = SYSTEM_TENANT) -> Actor:
-        """Return whom the audit trail names."""
+        """Return the actor for the audit log: the claimed arm name, not yet authenticated."""
         return Actor(Principal("unknown", "unknown", tenant), self.request_id, self.correlation_id, name[:64])
 
 
 class EnrolmentAuthority:
-    """The orchestrator's half of joining."""
+    """The orchestrator's half of the enrolment protocol."""
 
     def __init__(
         self,
@@ -212,14 +216,14 @@ class EnrolmentAuthority:
         self._throttle = FailedEnrolmentThrottle(clock)
 
     def issue_nonce(self) -> EnrolmentNonce:
-        """Return a nonce. Nothing is kept of it before it is used, so that asking for many costs nothing."""
+        """Return a nonce. It is authenticated rather than stored, so that requesting many uses no memory."""
         return EnrolmentNonce(self._root.create_nonce(self._ids.hex(), self._clock.now()), int(NONCE_SECONDS))
 
     async def enrol(self, request: EnrolmentRequest, requester: Requester) -> EnrolmentResponse:
         """Admit an arm by its proof, and prove the root keys to it.
 
-        Raises ``join_refused``, with the reason only for who proved the secret, and ``rate_limited`` for an address
-        that was refused too often. Each refusal is audited.
+        Raises ``join_refused``, with a reason only if the token was proved, and ``rate_limited`` for an address with
+        too many failed attempts. Each refusal is audited.
         """
         self._throttle.check(requester.address)
         row, key, secret = await self._verify_proof(request, requester)
@@ -235,9 +239,9 @@ class EnrolmentAuthority:
         return EnrolmentResponse(jwks, root_proof(secret, claim, self._roots))
 
     async def rotate_key(self, name: str, request: KeyRotation, requester: Requester) -> None:
-        """Add a key of an arm, asked for in its own name; those that it had are good for an hour more.
+        """Add a key of the arm that requests it; its earlier keys stay valid for one more hour.
 
-        Raises ``scope_missing`` for a service that did not join, ``invalid_body`` for a key that is not proved.
+        Raises ``scope_missing`` for a service that did not enrol, ``invalid_body`` for a key without a valid proof.
         """
         key = _parse_public_key(request.jwk)
         if key is None or not key.verify(_decode_signature(request.proof), rotation_message(name, key.thumbprint)):
@@ -248,15 +252,16 @@ class EnrolmentAuthority:
             now = await tx.now()
             row = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
             if row is None:
-                raise OctoError(f"{name} did not join, so its keys come from its settings.", code="scope_missing")
+                raise OctoError(f"{name} did not enrol: its keys come from its settings.", code="scope_missing")
             await tx.execute(delete(arm_keys).where(arm_keys.c.name == name, arm_keys.c.until < now))
+            # Grants live for up to an hour and are bound to the old key, so it must outlive them.
             await tx.execute(
                 update(arm_keys)
                 .where(arm_keys.c.name == name, arm_keys.c.until.is_(None), arm_keys.c.jkt != key.thumbprint)
                 .values(until=now + MAX_GRANT_SECONDS)
             )
-            held = await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.name == name))
-            if held >= MAX_ARM_KEYS:
+            count = await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.name == name))
+            if count >= MAX_ARM_KEYS:
                 raise OctoError(f"{name} changed its key {MAX_ARM_KEYS} times within an hour.", code="state_conflict")
             fresh = {"added_at": now, "until": None}
             await tx.execute(
@@ -270,18 +275,20 @@ class EnrolmentAuthority:
         await self._registry.refresh()
 
     async def remove(self, name: str, actor: Actor) -> None:
-        """Free a name: its keys are no longer known, what it was lent is revoked, and so are its join secrets.
+        """Remove an arm and free its name: its keys, its grants and its enrolment tokens become invalid.
 
-        Raises ``arm_unknown`` for a name that did not join in the actor's tenant.
+        Raises ``arm_unknown`` for a name that is not enrolled in the actor's tenant.
         """
         if name in SERVICES:
             raise OctoError(f"{name} belongs to the installation itself and cannot be removed.", code="arm_unknown")
         tenant = actor.principal.tenant
         async with self._db.transaction() as tx:
             now = await tx.now()
-            gone = await tx.execute(delete(admissions).where(admissions.c.name == name, admissions.c.tenant == tenant))
-            if gone.rowcount != 1:
-                raise OctoError(f"No arm {name} joined here.", code="arm_unknown")
+            result = await tx.execute(
+                delete(admissions).where(admissions.c.name == name, admissions.c.tenant == tenant)
+            )
+            if result.rowcount != 1:
+                raise OctoError(f"No arm {name} is enrolled here.", code="arm_unknown")
             await tx.execute(delete(arms).where(arms.c.name == name))
             await tx.execute(
                 update(joins).where(joins.c.name == name, joins.c.revoked_at.is_(None)).values(revoked_at=now)
@@ -296,29 +303,29 @@ class EnrolmentAuthority:
     async def _verify_proof(
         self, request: EnrolmentRequest, requester: Requester
     ) -> tuple[dict[str, Any], PublicKey, bytes]:
-        """Return the row of the secret that was proved, the arm's key, and the secret's; refuse without saying why."""
+        """Return the row of the proved token, the arm's key and the token's key; refuse without a reason."""
         row: dict[str, Any] | None = None
         if is_enrolment_id(request.join):
             async with self._db.read() as conn:
-                found = await conn.first(select(joins).where(joins.c.id == request.join))
-            row = None if found is None else row_to_dict(found)
-        # A secret that is not known is looked into as long as one that is.
+                result = await conn.first(select(joins).where(joins.c.id == request.join))
+            row = None if result is None else row_to_dict(result)
+        # An unknown token takes the same steps as a known one, so that timing does not reveal which ids exist.
         terms = terms_from_row(row) if row is not None else EnrolmentTerms(request.join, request.name, (), 0)
         key = _parse_public_key(request.jwk)
         now = self._clock.now()
         secret: bytes | None = None
-        for tried in self._root.derive_keys(terms, now):
-            if key is not None and proofs_match(arm_proof(tried, _build_claim(request, key)), request.proof):
-                secret = tried
-        good = secret is not None and self._root.is_valid_nonce(request.nonce, now)
-        if row is None or key is None or secret is None or not good or row["name"] != request.name:
+        for candidate in self._root.derive_keys(terms, now):
+            if key is not None and proofs_match(arm_proof(candidate, _build_claim(request, key)), request.proof):
+                secret = candidate
+        is_proved = secret is not None and self._root.is_valid_nonce(request.nonce, now)
+        if row is None or key is None or secret is None or not is_proved or row["name"] != request.name:
             await self._refuse(requester, request, "proof", _INVALID_PROOF)
         return row, key, secret
 
     async def _admit_and_audit(
         self, row: Mapping[str, Any], jkt: str, request: EnrolmentRequest, requester: Requester
     ) -> tuple[str, str] | None:
-        """Admit an arm and write it to the audit trail; return why not, for the audit and in words."""
+        """Admit an arm and audit it; on refusal return the reason for the audit log and its text."""
         async with self._db.transaction() as tx:
             now = await tx.now()
             fault = await self._admit(tx, row, jkt, request.nonce, now)
@@ -332,19 +339,20 @@ class EnrolmentAuthority:
     async def _admit(
         self, tx: Transaction, row: Mapping[str, Any], jkt: str, nonce: str, now: float
     ) -> tuple[str, str] | None:
-        """Write the admission; return why not."""
+        """Write the admission, or return the reason for a refusal and its text."""
         await tx.execute(delete(join_nonces).where(join_nonces.c.until < now))
+        # The primary key decides between two uses of one nonce, at whichever replica.
         spent = tx.insert(join_nonces).values(nonce=nonce, until=now + NONCE_SECONDS).on_conflict_do_nothing()
         if (await tx.execute(spent)).rowcount != 1:
-            return "nonce", "The nonce was used before; ask for another."
+            return "nonce", "The nonce was used before; request another."
         name = row["name"]
         fresh = {"calls": list(row["calls"]), "join_id": row["id"]}
-        held = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
-        if held is None:
+        admission = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
+        if admission is None:
             if await tx.scalar(select(func.count()).select_from(admissions)) >= MAX_ENROLLED_ARMS:
-                return "full", f"{MAX_ENROLLED_ARMS} arms have joined already, the most there may be; remove one."
+                return "full", f"{MAX_ENROLLED_ARMS} arms are enrolled, which is the maximum; remove one first."
             if await tx.scalar(select(func.count()).select_from(arm_keys).where(arm_keys.c.jkt == jkt)):
-                return "key", "The key is another arm's already; each arm has keys of its own."
+                return "key", "The key belongs to another arm; each arm needs its own."
             await tx.execute(tx.insert(admissions).values(name=name, tenant=row["tenant"], admitted_at=now, **fresh))
             await tx.execute(tx.insert(arm_keys).values(name=name, jkt=jkt, added_at=now))
         else:
@@ -353,10 +361,10 @@ class EnrolmentAuthority:
                 arm_keys.c.jkt == jkt,
                 arm_keys.c.until.is_(None) | (arm_keys.c.until > now),
             )  # fmt: skip
-            if held["tenant"] != row["tenant"] or not await tx.scalar(known):
+            if admission["tenant"] != row["tenant"] or not await tx.scalar(known):
                 return "taken", (
-                    f"The name {name} is held by another key. A new key of the same arm is brought by an old one; to"
-                    " give the name to another arm, remove the first: `octollm arms remove`."
+                    f"The name {name} is enrolled with another key. An arm adds a new key with its present one; to give"
+                    " the name to another arm, remove the first with `octollm arms remove`."
                 )
             await tx.execute(update(admissions).where(admissions.c.name == name).values(**fresh))
         await tx.execute(update(joins).where(joins.c.id == row["id"]).values(used_at=now))
@@ -367,23 +375,28 @@ class EnrolmentAuthority:
     ) -> NoReturn:
         self._throttle.record_failure(requester.address)
         async with self._db.transaction() as tx:
-            about = {"reason": reason, "join": request.join[:64], "address": requester.address}
+            audit_detail = {"reason": reason, "join": request.join[:64], "address": requester.address}
             await record_audit(
-                tx, requester.actor(request.name, tenant), "arm.refused", request.name[:64], self._clock.now(), about
+                tx,
+                requester.actor(request.name, tenant),
+                "arm.refused",
+                request.name[:64],
+                self._clock.now(),
+                audit_detail,
             )
         raise OctoError(detail, code="join_refused")
 
 
 def _find_fault(row: Mapping[str, Any], calls: Sequence[str], now: float) -> tuple[str, str] | None:
-    """Return what is wrong with a secret that was proved, or with what is asked for with it."""
+    """Return the reason why a proved token admits no arm with these calls, and its text; ``None`` if it does."""
     if row["revoked_at"] is not None:
-        return "revoked", "The join secret was revoked; `octollm keys join` makes another."
+        return "revoked", "The enrolment token was revoked; create another with `octollm keys join`."
     if row["expires_at"] <= now:
-        return "expired", "The join secret has expired; `octollm keys join` makes another."
-    too_much = sorted(set(calls) - set(row["calls"]))
-    if too_much:
+        return "expired", "The enrolment token has expired; create another with `octollm keys join`."
+    excess = sorted(set(calls) - set(row["calls"]))
+    if excess:
         admitted = ", ".join(row["calls"]) or "no calls"
-        return "calls", f"The join secret does not admit {', '.join(too_much)[:500]}; it admits {admitted}."
+        return "calls", f"The enrolment token does not admit {', '.join(excess)[:500]}; it admits {admitted}."
     return None
 
 

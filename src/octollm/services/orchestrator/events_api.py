@@ -23,12 +23,12 @@ POLL_SECONDS = 1.0
 PING_SECONDS = 15.0
 PAGE_SIZE = 200
 POSTABLE_FAMILIES = frozenset({"system", "arm", "breaker", "cache"})
-"""What services other than the orchestrator may tell; tasks, tokens and audit are its own."""
+"""Event families that other built-in services may post; tasks, tokens and audit belong to the orchestrator."""
 
 
 @dataclass(frozen=True, slots=True)
 class EventsApi:
-    """What the operations on events work with."""
+    """The operations on events."""
 
     db: Database
     log: EventLog
@@ -36,8 +36,9 @@ class EventsApi:
 
     async def read(self, call: IncomingCall, _body: object) -> object:
         """Return the tenant's events after a position: a page, or a stream for ``Accept: text/event-stream``."""
-        behind: EventQuery = call.query
-        after = behind.after
+        query: EventQuery = call.query
+        after = query.after
+        # An EventSource that reconnects sends its last position here, and the old URL.
         last = call.request.headers.get("last-event-id")
         if last is not None and last.isdigit():
             after = int(last)
@@ -47,42 +48,42 @@ class EventsApi:
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
             )
-        found = await self.log.read(after, behind.limit, tenant=call.tenant)
-        return EventList(tuple(found), found[-1].seq if found else after)
+        events = await self.log.read(after, query.limit, tenant=call.tenant)
+        return EventList(tuple(events), events[-1].seq if events else after)
 
     async def _stream(self, tenant: str, after: int) -> AsyncIterator[bytes]:
-        news = asyncio.Event()
-        stop = self.log.on_commit(news.set)
-        quiet = 0.0
+        wakeup = asyncio.Event()
+        remove_listener = self.log.on_commit(wakeup.set)
+        idle = 0.0
         try:
             yield b": following\n\n"
             while not self.draining.is_set():
-                found = await self.log.read(after, PAGE_SIZE, tenant=tenant)
-                for event in found:
+                page = await self.log.read(after, PAGE_SIZE, tenant=tenant)
+                for event in page:
                     after = event.seq
                     yield _encode_sse(event)
-                if found:
-                    quiet = 0.0
+                if page:
+                    idle = 0.0
                     continue
-                if quiet >= PING_SECONDS:
-                    quiet = 0.0
+                if idle >= PING_SECONDS:
+                    idle = 0.0
                     yield b": ping\n\n"
-                waited = 0.1 if news.is_set() else POLL_SECONDS
-                news.clear()
+                pause = 0.1 if wakeup.is_set() else POLL_SECONDS
+                wakeup.clear()
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(waited):
-                        await news.wait()
-                # A commit is numbered a moment after it: look once more shortly.
-                if news.is_set():
+                    async with asyncio.timeout(pause):
+                        await wakeup.wait()
+                # An event gets its sequence number shortly after its commit, so do not read at once.
+                if wakeup.is_set():
                     await asyncio.sleep(0.02)
-                quiet += waited
+                idle += pause
         finally:
-            stop()
+            remove_listener()
 
     async def post(self, call: IncomingCall, body: Event) -> Acknowledgement:
-        """Take an event from a built-in service; an id that is there already is not written again."""
+        """Append an event of a built-in service; a repeated id is not written again."""
         if call.peer not in SERVICES or body.event_type.partition(".")[0] not in POSTABLE_FAMILIES:
-            raise OctoError(f"{call.peer} may not tell {body.event_type}.", code="scope_missing")
+            raise OctoError(f"{call.peer} may not post {body.event_type}.", code="scope_missing")
         if body.event_type not in EVENT_CATALOGUE:
             raise OctoError(f"The event {body.event_type} is not declared.", code="invalid_body")
         async with self.db.transaction() as tx:
@@ -101,7 +102,7 @@ class EventsApi:
         return Acknowledgement()
 
     def operations(self) -> list[Operation]:
-        """Return the operations on events."""
+        """Return their declarations."""
         return [
             implement(public_api.READ_EVENTS, self.read),
             Operation(
@@ -113,7 +114,7 @@ class EventsApi:
                 scope="*",
                 body=Event,
                 response=Acknowledgement,
-                summary="Tell an event.",
+                summary="Post an event.",
                 docs=OperationDocs(error_codes=("scope_missing", "invalid_body")),
             ),
         ]

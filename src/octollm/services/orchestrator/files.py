@@ -1,4 +1,4 @@
-"""Files by digest, per tenant: what tasks take and what arms make."""
+"""Content-addressed files per tenant: inputs of tasks and artifacts of arms."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MAX_NAME_LENGTH = 200
 
 
 class FileStore:
-    """The stored bytes of all tenants."""
+    """Stores and reads files of all tenants, by SHA-256 digest."""
 
     def __init__(self, db: Database, clock: Clock) -> None:
         self._db = db
         self._clock = clock
 
     async def put(self, tenant: str, name: str, media_type: str, body: bytes) -> StoredFile:
-        """Store bytes; the same bytes are stored once. Raises ``file_invalid`` for a bad name."""
+        """Store bytes, once per tenant and digest. Raises ``file_invalid`` for an invalid name."""
         validate_file_name(name)
         digest = hashlib.sha256(body).hexdigest()
         async with self._db.transaction() as tx:
@@ -47,29 +47,30 @@ class FileStore:
         return StoredFile(name, digest, len(body), media_type)
 
     async def get(self, tenant: str, digest: str) -> tuple[StoredFile, bytes]:
-        """Return a stored file; raise ``file_not_found``, also for another tenant's."""
+        """Return a file and its bytes; raise ``file_not_found``, also for another tenant's file."""
         async with self._db.read() as conn:
             row = await conn.first(select(files).where(files.c.tenant == tenant, files.c.digest == digest))
         if row is None:
-            raise OctoError("There is no file of that digest.", code="file_not_found")
+            raise OctoError("There is no file with that digest.", code="file_not_found")
         return StoredFile(row["name"], row["digest"], row["size"], row["media_type"]), row["body"]
 
     async def find_missing(self, tenant: str, digests: list[str]) -> set[str]:
-        """Return those digests that are not stored."""
+        """Return the digests that are not stored."""
         async with self._db.read() as conn:
             query = select(files.c.digest).where(files.c.tenant == tenant, files.c.digest.in_(digests))
-            found = {row["digest"] for row in await conn.all(query)}
-        return set(digests) - found
+            stored = {row["digest"] for row in await conn.all(query)}
+        return set(digests) - stored
 
 
 def validate_file_name(name: str) -> None:
-    """Raise ``file_invalid`` unless ``name`` is a plain file name: no folder, no control character, 1 to 200 long."""
+    """Raise ``file_invalid`` unless ``name`` is 1 to 200 printable characters without a folder."""
     if not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable() or name in (".", "..") or set(name) & {"/", "\\"}:
         raise OctoError("A file's name must be 1 to 200 printable characters without slashes.", code="file_invalid")
 
 
 def build_file_response(file: StoredFile, body: bytes) -> Response:
-    """Return a file's bytes; the digest is its ETag. Browsers are told to save it, not to show it."""
+    """Return the response for a file, with its digest as ETag."""
+    # Stored bytes are untrusted: browsers must save them, never render them in this origin.
     headers = {
         "ETag": f'"{file.digest}"',
         "Cache-Control": "private, max-age=31536000, immutable",

@@ -1,10 +1,14 @@
-"""The service registry: keys, declared calls and addresses of services and arms, read from a snapshot of the database that is refreshed every two seconds."""
+"""Service registry: keys, declared calls and addresses of services and arms.
+
+Reads come from an in-memory snapshot of the database. It is refreshed every two seconds, after each change by this
+replica, and when an unknown caller appears.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,27 +28,35 @@ from octollm.storage import Database
 from octollm.storage.tables import admissions, arm_instances, arm_keys, arms
 
 REFRESH_SECONDS = 2.0
-"""How long another replica's change may go unseen."""
+"""Seconds until a change by another replica is visible here."""
 MISS_REFRESH_INTERVAL = 0.25
-"""A refresh that somebody unknown asks for comes at most so often."""
+"""Minimum seconds between two refreshes caused by unknown callers."""
 MAX_ENROLLED_ARMS = 100
-"""Arms of one's own in one installation."""
+"""Enrolled arms of one installation."""
 MAX_INSTANCES = 32
-"""Processes of one arm."""
+"""Instances of one arm."""
 _MAX_KEYS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """What the database said."""
+    """The registry's tables at one moment."""
 
     directory: Mapping[str, DirectoryEntry]
     tenants: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The tenant of each arm of one's own."""
+    """The tenant of each enrolled arm."""
+    arms: Sequence[RowMapping] = ()
+    """Registered arms, by name."""
+    urls: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Addresses of each arm's instances, the oldest registration first."""
+
+    def arms_of(self, tenant: str) -> Iterator[RowMapping]:
+        """Yield the registered arms that the users of ``tenant`` see: the built-in ones and its own."""
+        return (row for row in self.arms if row["name"] in BUILT_IN_ARMS or self.tenants.get(row["name"]) == tenant)
 
 
 class ServiceRegistry:
-    """Built-in services by the keys given at start; arms of one's own by their admission and registration."""
+    """Built-in services by the keys given at start; enrolled arms by their admission and registration."""
 
     def __init__(self, db: Database, clock: Clock, keys: Mapping[str, PublicKey | PublicKeyRing]) -> None:
         self._db = db
@@ -54,17 +66,17 @@ class ServiceRegistry:
         self._refreshed_at = float("-inf")
         self._lock = asyncio.Lock()
         self.failure: str = ""
-        """Why the picture may be old; empty while it is not."""
+        """Why the snapshot may be stale; empty while it is current."""
 
     def _built_in(self, now: float) -> dict[str, DirectoryEntry]:
-        """Return the built-in services, with the keys that are believed now."""
+        """Return the built-in services, with the keys that are trusted at ``now``."""
         return {
             name: DirectoryEntry(jkts=tuple(ring.trusted_keys(now)), calls=_built_in_calls(name))
             for name, ring in self._keys.items()
         }
 
     def directory(self) -> Mapping[str, DirectoryEntry]:
-        """Return every service that may speak for itself or hold a grant."""
+        """Return every service that may authenticate itself or hold a grant."""
         return self._snapshot.directory
 
     def declarations(self) -> Declarations:
@@ -77,38 +89,38 @@ class ServiceRegistry:
         return entry.jkts[0] if entry is not None and entry.jkts else None
 
     def addresses(self, service: str) -> tuple[str, ...]:
-        """Return where an arm of one's own answers; nothing for another service, or when it is silent."""
+        """Return the addresses of an enrolled arm's instances; none for built-in services and silent arms."""
         entry = self.directory().get(service)
         return entry.urls if entry is not None else ()
 
     def admitted_arms(self, tenant: str) -> tuple[str, ...]:
-        """Return the names of the arms whose operations a user of ``tenant`` has."""
-        own = (name for name, owner in self._snapshot.tenants.items() if owner == tenant)
-        return (*BUILT_IN_ARMS, *own)
+        """Return the names of the arms whose operations the users of ``tenant`` may call."""
+        enrolled = (name for name, owner in self._snapshot.tenants.items() if owner == tenant)
+        return (*BUILT_IN_ARMS, *enrolled)
 
     async def refresh(self) -> None:
-        """Take the picture again."""
+        """Read the snapshot from the database."""
         async with self._lock:
             async with self._db.read() as conn:
                 admitted = await conn.all(select(admissions).order_by(admissions.c.name).limit(MAX_ENROLLED_ARMS))
                 keys = await conn.all(
                     select(arm_keys).order_by(arm_keys.c.added_at.desc()).limit(10 * MAX_ENROLLED_ARMS)
                 )
-                rows = await conn.all(select(arms).limit(MAX_ENROLLED_ARMS + len(BUILT_IN_ARMS)))
-                placed = await conn.all(_instances_query())
+                rows = await conn.all(select(arms).order_by(arms.c.name).limit(MAX_ENROLLED_ARMS + len(BUILT_IN_ARMS)))
+                instances = await conn.all(_instances_query())
             now = self._clock.now()
-            self._snapshot = _build_snapshot(self._built_in(now), admitted, keys, rows, placed, now)
+            self._snapshot = _build_snapshot(self._built_in(now), admitted, keys, rows, instances, now)
             self._refreshed_at = self._clock.monotonic()
             self.failure = ""
 
     async def refresh_on_miss(self) -> None:
-        """Take the picture again for somebody who is not in it: another replica may know them."""
+        """Refresh because of an unknown caller, whom another replica may have admitted; rate-limited."""
         if self._clock.monotonic() - self._refreshed_at >= MISS_REFRESH_INTERVAL:
             await self.refresh()
 
     @contextlib.asynccontextmanager
     async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Keep the picture fresh for as long as the context is open."""
+        """Refresh in the background while the context is open."""
         await self.refresh()
         async with run_in_background("registry", self._refresh_loop(), on_failure):
             yield
@@ -121,19 +133,22 @@ class ServiceRegistry:
             except OctoError as error:
                 self.failure = error.detail
 
-    async def list_arms(self, tenant: str) -> tuple[ArmInfo, ...]:
-        """Return what the planner is told of the arms: the built-in ones, and the tenant's own that answer."""
+    def arm_names(self, tenant: str) -> frozenset[str]:
+        """Return the names of the registered arms that a task of ``tenant`` may be assigned to."""
+        return frozenset(row["name"] for row in self._snapshot.arms_of(tenant))
+
+    def list_arms(self, tenant: str) -> tuple[ArmInfo, ...]:
+        """Return the arms that the planner may use: the built-in ones and the tenant's healthy ones."""
         return tuple(
             ArmInfo(row["name"], _describe(row), tuple(row["accepts"]), tuple(row["operations"]))
-            for row in await self._load_rows(tenant)
+            for row in self._snapshot.arms_of(tenant)
             if row["name"] in BUILT_IN_ARMS or row["state"] == "healthy"
         )
 
     async def list_arm_views(self, tenant: str) -> ArmList:
-        """Return the arms as the users of ``tenant`` see them."""
-        async with self._db.read() as conn:
-            placed = await conn.all(_instances_query())
-        urls = _group_urls(placed)
+        """Return the arms as the users of ``tenant`` see them, read anew so that a list follows its change."""
+        await self.refresh()
+        snapshot = self._snapshot
         return ArmList(
             tuple(
                 ArmView(
@@ -144,22 +159,11 @@ class ServiceRegistry:
                     row["url"],
                     format_rfc3339(row["registered_at"]),
                     row["state"],
-                    urls.get(row["name"], ()),
+                    snapshot.urls.get(row["name"], ()),
                 )
-                for row in await self._load_rows(tenant)
+                for row in snapshot.arms_of(tenant)
             )
         )
-
-    async def _load_rows(self, tenant: str) -> Sequence[RowMapping]:
-        owned = select(admissions.c.name).where(admissions.c.tenant == tenant)
-        query = (
-            select(arms)
-            .where(arms.c.name.in_(BUILT_IN_ARMS) | arms.c.name.in_(owned))
-            .order_by(arms.c.name)
-            .limit(MAX_ENROLLED_ARMS + len(BUILT_IN_ARMS))
-        )
-        async with self._db.read() as conn:
-            return await conn.all(query)
 
 
 def _instances_query() -> Any:
@@ -175,40 +179,42 @@ def _build_snapshot(
     admitted: Sequence[RowMapping],
     keys: Sequence[RowMapping],
     rows: Sequence[RowMapping],
-    placed: Sequence[RowMapping],
+    instances: Sequence[RowMapping],
     now: float,
 ) -> _Snapshot:
     registered = {row["name"]: row for row in rows}
-    urls = _group_urls(placed)
-    prints: dict[str, list[str]] = {}
+    urls = _group_urls(instances)
+    thumbprints: dict[str, list[str]] = {}
     for key in keys:
         if key["until"] is None or key["until"] > now:
-            prints.setdefault(key["name"], []).append(key["jkt"])
+            thumbprints.setdefault(key["name"], []).append(key["jkt"])
     directory = dict(built_in)
     for row in admitted:
         name = row["name"]
-        if name in built_in or name not in prints:
+        # A built-in name is never taken over by an enrolled arm, whatever the database holds.
+        if name in built_in or name not in thumbprints:
             continue
         calls = _admitted_calls(name, registered[name], frozenset(row["calls"])) if name in registered else {}
-        directory[name] = DirectoryEntry(tuple(prints[name][:_MAX_KEYS]), calls, urls.get(name, ()))
-    return _Snapshot(directory, {row["name"]: row["tenant"] for row in admitted if row["name"] in directory})
+        directory[name] = DirectoryEntry(tuple(thumbprints[name][:_MAX_KEYS]), calls, urls.get(name, ()))
+    tenants = {row["name"]: row["tenant"] for row in admitted if row["name"] in directory}
+    return _Snapshot(directory, tenants, rows, urls)
 
 
 def _admitted_calls(name: str, row: RowMapping, admitted: frozenset[str]) -> dict[str, tuple[DeclaredCall, ...]]:
-    """Return the calls of each operation; a call that is no longer admitted is left out."""
+    """Return the declared calls of each operation, without those that are no longer admitted."""
     calls = tuple(call for call in parse_declared_calls(row["calls"]) if call.scope in admitted)
     return {f"{name}:{operation}": calls for operation in row["operations"]}
 
 
-def _group_urls(placed: Sequence[RowMapping]) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    for row in placed:
-        found[row["name"]] = tuple(dict.fromkeys((*found.get(row["name"], ()), row["url"])))
-    return found
+def _group_urls(instances: Sequence[RowMapping]) -> dict[str, tuple[str, ...]]:
+    urls: dict[str, dict[str, None]] = {}
+    for row in instances:
+        urls.setdefault(row["name"], {})[row["url"]] = None
+    return {name: tuple(group) for name, group in urls.items()}
 
 
 def _describe(row: RowMapping) -> str:
-    """Return what an arm does, with what its operations do where it is not the same."""
+    """Return an arm's description, extended by those of its operations that it does not contain."""
     sentences: dict[str, str] = row["about"] or {}
     about = " ".join(text for text in sentences.values() if text not in row["description"])
     return f"{row['description']} {about}".strip()[:1000]

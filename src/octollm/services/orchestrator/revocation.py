@@ -1,12 +1,15 @@
-"""Revocations: stored in SQL, polled from other replicas, streamed to subscribers; and cancelling tasks, which revokes their tokens."""
+"""Revocations: stored in SQL, polled from other replicas, streamed to every service that verifies tokens.
+
+A revocation names a token, a principal, a credential, a service, a task or one run of a task, and covers what was
+issued until then.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -20,31 +23,28 @@ from octollm.contracts.auth import MAX_REVOCATION_BATCH, RevocationList, Revocat
 from octollm.contracts.stream import HEARTBEAT_SECONDS
 from octollm.errors import OctoError
 from octollm.rpc.health import DependencyStatus
-from octollm.services.orchestrator.audit import Actor, record_audit
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import revocations
-from octollm.tasks.store import TaskStore
-from octollm.tasks.worker import Worker
 
 PRUNE_BATCH = 200
-"""Rows that have run out and are dropped with each new one."""
+"""Expired rows deleted along with each new row."""
 PAGE_SIZE = 1000
 POLL_SECONDS = 0.4
-"""How soon what another replica revoked is known here; the listeners are told at once."""
+"""Seconds until a revocation by another replica is known here; subscribers receive it at once then."""
 PRUNE_SECONDS = 600.0
-"""How often what has run out is let go of."""
+"""Seconds between two removals of expired revocations from memory."""
 COMMIT_LAG_SECONDS = 60.0
-"""A row may be committed later than one with a higher position; after so long none is."""
+"""A row may be committed after one with a higher position, by at most this many seconds."""
 STREAM_SECONDS = 3000.0
-"""How long a listener is told before it has to ask again."""
+"""Seconds after which a stream ends and the subscriber reconnects."""
 STALE_SECONDS = 5.0
-"""Without a look at the database for so long, this replica does not say that there is nothing new."""
+"""Without a successful poll for this many seconds, no heartbeat vouches for the subscribers' state."""
 MAX_QUEUED = 5000
-"""Revocations that wait for one slow listener; past it the stream ends, and the next begins with all."""
+"""Revocations queued for one slow subscriber; one more ends its stream, and the next begins with a full list."""
 
 
 class RevocationStore:
-    """Writes revocations, keeps ``known`` true to those of every replica, and tells them to listeners."""
+    """Writes revocations, mirrors those of every replica in memory, and streams them to subscribers."""
 
     def __init__(self, db: Database, clock: Clock) -> None:
         self._db = db
@@ -55,17 +55,19 @@ class RevocationStore:
         self._polled_at = clock.monotonic()
         self._subscribers: set[_Subscriber] = set()
         self.failure = ""
-        """Why the database could not be read at the last look; empty when it could."""
+        """Why the last poll failed; empty when it succeeded."""
 
     async def load(self) -> None:
-        """Read what is still in force."""
+        """Read the revocations in force from the database."""
         await self._poll(self._clock.now())
 
     async def add(self, tx: Transaction, kind: RevocationKind, value: str, tenant: str) -> None:
-        """Revoke in ``tenant`` from now on, once ``tx`` is committed."""
+        """Revoke in ``tenant`` everything issued before now, effective when ``tx`` is committed."""
         at = self._clock.now()
-        old = select(revocations.c.position).where(revocations.c.until < at).limit(PRUNE_BATCH)
-        await tx.execute(delete(revocations).where(revocations.c.position.in_(old.with_for_update(skip_locked=True))))
+        expired = select(revocations.c.position).where(revocations.c.until < at).limit(PRUNE_BATCH)
+        await tx.execute(
+            delete(revocations).where(revocations.c.position.in_(expired.with_for_update(skip_locked=True)))
+        )
         row = {"kind": kind, "value": value, "at": at, "until": at + RETENTION_SECONDS, "tenant": tenant}
         await tx.execute(tx.insert(revocations).values(row))
         tx.after_commit(lambda: self._apply([RevocationView(kind, value, at, tenant)]))
@@ -76,23 +78,24 @@ class RevocationStore:
 
     @contextlib.asynccontextmanager
     async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Look for what other replicas revoke for as long as the context is open."""
+        """Poll for revocations of other replicas while the context is open."""
 
         def crashed(failure: BaseException) -> None:
-            self.failure = f"What looks for revocations stopped: {type(failure).__name__}."
+            self.failure = f"The poll for revocations stopped: {type(failure).__name__}."
             on_failure(failure)
 
         async with run_in_background("revocations", self._poll_loop(), crashed):
             yield
 
     async def check_health(self) -> DependencyStatus:
-        """Say for ``/ready`` whether what other replicas revoke is known here."""
+        """Report to ``/ready`` whether revocations of other replicas arrive here."""
         return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
 
     async def stream(self, draining: asyncio.Event) -> AsyncIterator[bytes]:
-        """Yield lines of :class:`RevocationUpdate` until the service shuts down, or the listener is too slow."""
-        listener = _Subscriber()
-        self._subscribers.add(listener)
+        """Yield NDJSON lines of :class:`RevocationUpdate` until the service drains or the subscriber is too slow."""
+        # Subscribed before the full list is read, so that none falls between the list and the updates.
+        subscriber = _Subscriber()
+        self._subscribers.add(subscriber)
         end = self._clock.monotonic() + STREAM_SECONDS
         stopped = asyncio.create_task(draining.wait())
         try:
@@ -100,36 +103,38 @@ class RevocationStore:
             for start in range(0, len(views), MAX_REVOCATION_BATCH):
                 yield _encode_line(RevocationUpdate(tuple(views[start : start + MAX_REVOCATION_BATCH])))
             yield _encode_line(RevocationUpdate(floor=self.revocations.floor, whole=True))
-            while not stopped.done() and not listener.has_overflowed and self._clock.monotonic() < end:
-                news = asyncio.create_task(listener.wakeup.wait())
+            while not stopped.done() and not subscriber.has_overflowed and self._clock.monotonic() < end:
+                wakeup = asyncio.create_task(subscriber.wakeup.wait())
                 try:
-                    await asyncio.wait({stopped, news}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(
+                        {stopped, wakeup}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
                 finally:
-                    await _cancel_and_wait(news)
-                if told := listener.take(MAX_REVOCATION_BATCH):
-                    yield _encode_line(RevocationUpdate(tuple(told), self.revocations.floor))
+                    await _cancel_and_wait(wakeup)
+                if batch := subscriber.take(MAX_REVOCATION_BATCH):
+                    yield _encode_line(RevocationUpdate(tuple(batch), self.revocations.floor))
                 elif not stopped.done() and self._clock.monotonic() - self._polled_at < STALE_SECONDS:
                     yield _encode_line(RevocationUpdate())
         finally:
-            self._subscribers.discard(listener)
+            self._subscribers.discard(subscriber)
             await _cancel_and_wait(stopped)
 
     async def _poll_loop(self) -> None:
-        pruned = self._clock.monotonic()
+        pruned_at = self._clock.monotonic()
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
                 now = self._clock.now()
                 await self._poll(now)
                 self.failure = ""
-                if self._clock.monotonic() - pruned > PRUNE_SECONDS:
-                    pruned = self._clock.monotonic()
+                if self._clock.monotonic() - pruned_at > PRUNE_SECONDS:
+                    pruned_at = self._clock.monotonic()
                     self.revocations.prune(now)
             except OctoError as error:
                 self.failure = error.detail
 
     async def _poll(self, now: float) -> None:
-        """Learn of every row that may have been written since the last look."""
+        """Apply every row that may have been committed since the last poll."""
         began = self._clock.monotonic()
         after = self._watermark
         while True:
@@ -146,7 +151,7 @@ class RevocationStore:
             for row in fresh:
                 position = int(row["position"])
                 if row["at"] < now - 2 * COMMIT_LAG_SECONDS:
-                    # What was written so long ago, and all that was written before it, is committed or never will be.
+                    # All transactions that old have ended, so no row at or below this position can still appear.
                     self._watermark = max(self._watermark, position)
                 else:
                     self._seen[position] = began
@@ -163,15 +168,15 @@ class RevocationStore:
             before = self.revocations.version
             self.revocations.add(view.kind, view.value, view.at, view.tenant)
             if self.revocations.version != before:
-                for listener in self._subscribers:
-                    listener.push(view)
+                for subscriber in self._subscribers:
+                    subscriber.push(view)
 
     def _views(self) -> Iterable[RevocationView]:
         return (RevocationView(*entry) for entry in self.revocations.entries())
 
 
 class _Subscriber:
-    """What one listener is yet to be told."""
+    """The queue of one stream."""
 
     def __init__(self) -> None:
         self.wakeup = asyncio.Event()
@@ -186,10 +191,10 @@ class _Subscriber:
         self.wakeup.set()
 
     def take(self, limit: int) -> list[RevocationView]:
-        told, self._queue = self._queue[:limit], self._queue[limit:]
+        batch, self._queue = self._queue[:limit], self._queue[limit:]
         if not self._queue:
             self.wakeup.clear()
-        return told
+        return batch
 
 
 async def _cancel_and_wait(task: asyncio.Task[Any]) -> None:
@@ -197,44 +202,5 @@ async def _cancel_and_wait(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
 
 
-def _encode_line(news: RevocationUpdate) -> bytes:
-    return msgspec.json.encode(news) + b"\n"
-
-
-@dataclass(frozen=True, slots=True)
-class TaskCanceller:
-    """Cancels tasks: their tokens are revoked and their work is stopped all the way down."""
-
-    store: TaskStore
-    revocation_store: RevocationStore
-    worker: Worker
-    clock: Clock
-    announce: Callable[[str], Awaitable[None]]
-    """Tells the other replicas."""
-
-    async def cancel(self, task_id: str, actor: Actor, reason: str = "") -> None:
-        """Cancel a task of the actor's tenant; raises ``state_conflict`` for one that has ended."""
-        tenant = actor.principal.tenant
-        now = self.clock.now()
-
-        async def also(tx: Transaction) -> None:
-            await self.revocation_store.add(tx, "task", task_id, tenant)
-            await record_audit(tx, actor, "task.cancelled", task_id, now, {"reason": reason} if reason else None)
-
-        data = {"status": "cancelled", **({"reason": reason} if reason else {})}
-        await self.store.change(task_id, "task.cancelled", data, new_status="cancelled", hook=also, finished_at=now)
-        await self.worker.stop(task_id)
-        await self.announce(task_id)
-
-    async def cancel_all(self, actor: Actor, reason: str, *, sub: str | None = None, cred: str | None = None) -> int:
-        """Cancel every open task of a principal or credential in the actor's tenant, and return how many."""
-        done = 0
-        while found := await self.store.list_open(actor.principal.tenant, sub=sub, cred=cred):
-            for task_id in found:
-                try:
-                    await self.cancel(task_id, actor, reason)
-                    done += 1
-                except OctoError as error:
-                    if error.code != "state_conflict":  # it ended by itself meanwhile
-                        raise
-        return done
+def _encode_line(update: RevocationUpdate) -> bytes:
+    return msgspec.json.encode(update) + b"\n"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 
 from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier, run_value
@@ -15,6 +14,7 @@ from octollm.concurrency import run_in_background
 from octollm.config import Settings
 from octollm.contracts.media_types import file_kind
 from octollm.contracts.operations import DocumentIn
+from octollm.contracts.task import ArmInfo
 from octollm.errors import OctoError
 from octollm.events import EventLog, OutboxPublisher
 from octollm.rpc.auth import CapabilityAuthenticator, ServiceAuthenticator
@@ -26,7 +26,7 @@ from octollm.rpc.idempotency import ResponseCipher
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.orchestrator.accounts import Accounts
-from octollm.services.orchestrator.admin_api import AdminApi, AuditApi
+from octollm.services.orchestrator.admin_api import AdminApi
 from octollm.services.orchestrator.arms_api import ArmsApi
 from octollm.services.orchestrator.audit import AuditSealer, record_startup
 from octollm.services.orchestrator.enrolment import EnrolmentAuthority, EnrolmentTokens
@@ -35,10 +35,11 @@ from octollm.services.orchestrator.files import FileStore, file_operations
 from octollm.services.orchestrator.instances import InstanceRegistry
 from octollm.services.orchestrator.oidc import ISSUER_TIMEOUT, OidcClient, load_client_secret, load_issuers
 from octollm.services.orchestrator.registry import ServiceRegistry
-from octollm.services.orchestrator.revocation import RevocationStore, TaskCanceller
+from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.services.orchestrator.sessions import SessionStore
 from octollm.services.orchestrator.submission import BudgetDefaults
+from octollm.services.orchestrator.task_endings import AdhocTaskExpiry, TaskCanceller
 from octollm.services.orchestrator.tasks_api import TasksApi, TraceClient
 from octollm.services.orchestrator.tokens_api import TokensApi
 from octollm.storage import Database, RedisClient, RedisKeys, TextStream, Transaction, open_database
@@ -53,34 +54,31 @@ from octollm.tasks.worker import Worker, listen_for_cancellations
 from octollm.telemetry import Logger
 
 
-@dataclass(frozen=True, slots=True)
-class MaintenanceLoops:
-    """What is kept up to date."""
-
-    registry: ServiceRegistry
-    instances: InstanceRegistry
-    revocation_store: RevocationStore
-    sealer: AuditSealer
-
-
 @contextlib.asynccontextmanager
 async def run_maintenance(
-    loops: MaintenanceLoops, cancellation_listener: Coroutine[object, object, None], log: Logger
+    registry: ServiceRegistry,
+    instances: InstanceRegistry,
+    revocation_store: RevocationStore,
+    sealer: AuditSealer,
+    adhoc_expiry: AdhocTaskExpiry,
+    cancellation_listener: Coroutine[object, object, None],
+    log: Logger,
 ) -> AsyncGenerator[None]:
-    """Keep everything up to date for as long as the context is open. What crashes is logged, and told in ``/ready``."""
+    """Run the background loops while the context is open. A crash is logged and shows in ``/ready``."""
 
     def crashed(name: str) -> Callable[[BaseException], None]:
         return lambda error: log.error(f"{name}.crashed", error=error)
 
     def arms_crashed(error: BaseException) -> None:
-        loops.registry.failure = f"What keeps the registry of arms stopped: {type(error).__name__}."
+        registry.failure = f"The loop that maintains the registry stopped: {type(error).__name__}."
         log.error("registry.crashed", error=error)
 
     async with (
-        loops.sealer.run(crashed("audit")),
-        loops.revocation_store.run(crashed("revocations")),
-        loops.registry.run(arms_crashed),
-        loops.instances.run(arms_crashed),
+        sealer.run(crashed("audit")),
+        revocation_store.run(crashed("revocations")),
+        registry.run(arms_crashed),
+        instances.run(arms_crashed),
+        adhoc_expiry.run(crashed("adhoc_expiry")),
         run_in_background("cancel hints", cancellation_listener, crashed("cancel_hints")),
     ):
         yield
@@ -97,19 +95,19 @@ async def orchestrator_service(
     local_key: str | None,
     redis_keys: RedisKeys | None = None,
 ) -> AsyncGenerator[Service]:
-    """Open the database, the relay and the worker, and yield the service.
+    """Open the database, the outbox publisher and the worker, and yield the service.
 
-    ``service_keys`` are the public keys of the services that belong to this installation; ``local_key`` is the
-    credential of the local user, ``None`` where no local peer is trusted.
+    ``service_keys`` are the public keys of the installation's own services. ``local_key`` is the credential of the
+    local user; ``None`` if no loopback peer is trusted.
     """
     keys = redis_keys or RedisKeys()
     async with contextlib.AsyncExitStack() as stack:
         db = await stack.enter_async_context(open_service_database(settings, "orchestrator", clock=base.clock))
         log = EventLog(db, base.clock, base.ids)
-        relay = await stack.enter_async_context(OutboxPublisher(db, log, redis, base.clock, base.ids, keys=keys))
-        revoking = RevocationStore(db, base.clock)
-        await revoking.load()
-        sealing = AuditSealer(db, root_key, base.clock)
+        outbox = await stack.enter_async_context(OutboxPublisher(db, log, redis, base.clock, base.ids, keys=keys))
+        revocation_store = RevocationStore(db, base.clock)
+        await revocation_store.load()
+        sealer = AuditSealer(db, root_key, base.clock)
         registry = ServiceRegistry(db, base.clock, service_keys)
         oidc = await stack.enter_async_context(_open_oidc_client(base, settings))
         accounts = Accounts(db, base.clock, base.ids, registry.admitted_arms, oidc)
@@ -121,11 +119,15 @@ async def orchestrator_service(
         ring = KeyRing.of(root_key)
         roots = TrustedRoots(ring.trusted_keys(base.clock.now()))
         minter = RootMinter(ring, base.clock, base.ids)
-        tools = RunnerDependencies(
+
+        async def list_arms(tenant: str) -> tuple[ArmInfo, ...]:
+            return registry.list_arms(tenant)
+
+        deps = RunnerDependencies(
             store=store,
             ledger=ledger,
             stream=TextStream(redis, keys),
-            # Nobody has to be asked where arms of one's own are: the registry is here.
+            # Enrolled arms are found in the registry itself rather than by a call to this service.
             client=ServiceClient(
                 base.name,
                 base.http,
@@ -141,34 +143,35 @@ async def orchestrator_service(
             metrics=base.metrics,
             tracer=base.tracer,
             load_allowed_scopes=_allowed_scopes_loader(accounts),
-            list_arms=registry.list_arms,
+            list_arms=list_arms,
             load_documents=_documents_loader(files),
         )
         holder = base.ids.hex()
         connect = partial(open_database, database_url(settings, "orchestrator"), clock=base.clock)
 
-        async def taken_over(tx: Transaction, task: ExpiredLease) -> None:
-            await revoking.add(tx, "run", run_value(task.task_id, task.epoch), task.tenant)
+        async def revoke_epoch(tx: Transaction, task: ExpiredLease) -> None:
+            # The former holder may still be running: its tokens must not outlive the take-over.
+            await revocation_store.add(tx, "run", run_value(task.task_id, task.epoch), task.tenant)
 
         leases = partial(LeaseRenewer, connect, holder, base.clock)
-        worker = Worker(tools, TaskLeases(db, holder, taken_over), leases, service=base.name)
+        worker = Worker(deps, TaskLeases(db, holder, revoke_epoch), leases, service=base.name)
         idempotency = SqlIdempotencyStore(db, base.ids.hex())
-        verifier = Verifier(base.name, roots, base.clock, revocations=revoking.revocations)
+        verifier = Verifier(base.name, roots, base.clock, revocations=revocation_store.revocations)
 
         async def announce_cancel(task_id: str) -> None:
-            # A hint for other holders; the database has it already.
+            # Only a hint to the other replicas: without it their lease renewals find the cancellation.
             with contextlib.suppress(OctoError):
                 await redis.publish([(keys.cancel, task_id.encode())])
 
         draining = asyncio.Event()
-        cancelling = TaskCanceller(store, revoking, worker, base.clock, announce_cancel)
+        canceller = TaskCanceller(store, revocation_store, worker, base.clock, base.metrics, announce_cancel)
         tasks_api = TasksApi(
             store=store,
             idempotency=idempotency,
             files=files,
             accounts=accounts,
             registry=registry,
-            canceller=cancelling,
+            canceller=canceller,
             worker=worker,
             defaults=BudgetDefaults(settings.max_tokens, settings.max_time_seconds),
             clock=base.clock,
@@ -178,9 +181,9 @@ async def orchestrator_service(
         tokens_api = TokensApi(
             db=db,
             accounts=accounts,
-            sessions=SessionStore(db, revoking, base.clock, base.ids),
+            sessions=SessionStore(db, revocation_store, base.clock, base.ids),
             registry=registry,
-            revocation_store=revoking,
+            revocation_store=revocation_store,
             minter=minter,
             store=store,
             max_tokens=settings.max_tokens,
@@ -190,14 +193,14 @@ async def orchestrator_service(
             ring=ring,
             roots=roots,
         )
-        services_api = ServicesApi(ledger, store, idempotency, revoking, roots, base.clock)
-        presence = InstanceRegistry(db, log, registry)
-        join_root = EnrolmentTokenIssuer(ring)
+        services_api = ServicesApi(ledger, store, idempotency, revocation_store, roots, base.clock)
+        instances = InstanceRegistry(db, log, registry)
+        token_issuer = EnrolmentTokenIssuer(ring)
         arms_api = ArmsApi(
             registry,
-            presence,
-            EnrolmentTokens(db, join_root, base.clock, base.ids),
-            EnrolmentAuthority(db, log, join_root, roots, registry, revoking, base.clock, base.ids),
+            instances,
+            EnrolmentTokens(db, token_issuer, base.clock, base.ids),
+            EnrolmentAuthority(db, log, token_issuer, roots, registry, revocation_store, base.clock, base.ids),
         )
         service = build_service(
             base,
@@ -208,8 +211,7 @@ async def orchestrator_service(
                 *tokens_api.operations(),
                 *services_api.operations(),
                 *arms_api.operations(),
-                *AuditApi(db).operations(),
-                *AdminApi(db, accounts, revoking, cancelling, base.clock).operations(),
+                *AdminApi(db, accounts, revocation_store, canceller, base.clock).operations(),
             ],
             authenticators={
                 "capability": CapabilityAuthenticator(verifier),
@@ -218,90 +220,99 @@ async def orchestrator_service(
             idempotency=idempotency,
             response_cipher=ResponseCipher(lambda: ring.derive_keys("octollm stored responses v1", base.clock.now())),
             readiness_checks={
-                **_build_health_checks(db, redis, relay, worker, registry),
-                "revocations": revoking.check_health,
-                "audit": sealing.check_health,
+                **_build_health_checks(db, redis, outbox, worker, registry),
+                "revocations": revocation_store.check_health,
+                "audit": sealer.check_health,
             },
             draining=draining,
             public_keys=lambda: {**ring.trusted_keys(base.clock.now()), **base.identity.trusted_keys()},
             max_concurrent=128,
-            # While it is served, and no longer: what is in hand is given back before calls in flight are waited for.
+            # The worker stops before calls in flight are awaited: it gives its tasks back to other replicas first.
             lifespan=lambda: worker.run(lambda error: base.log.error("worker.crashed", error=error)),
         )
 
         await record_startup(db, settings, registry.directory(), list(roots), base.clock)
-        watched = MaintenanceLoops(registry, presence, revoking, sealing)
+        adhoc_expiry = AdhocTaskExpiry(store, ledger, base.clock, base.metrics)
+        cancellation_listener = listen_for_cancellations(redis, keys.cancel, worker.stop)
         await stack.enter_async_context(
-            run_maintenance(watched, listen_for_cancellations(redis, keys.cancel, worker.stop), base.log)
+            run_maintenance(
+                registry, instances, revocation_store, sealer, adhoc_expiry, cancellation_listener, base.log
+            )
         )
         yield service
 
 
 @contextlib.asynccontextmanager
 async def _open_oidc_client(base: ServiceBase, settings: Settings) -> AsyncGenerator[OidcClient | None]:
-    """Open what believes the logins of other issuers; ``None`` where none is configured."""
+    """Open the client for external issuers; yield ``None`` if none is configured."""
     if settings.oidc is None:
         yield None
         return
     issuers = await asyncio.to_thread(load_issuers, settings.oidc)
-    found = [(issuer.url, await asyncio.to_thread(load_client_secret, issuer)) for issuer in issuers]
-    secrets = {url: secret for url, secret in found if secret is not None}
-    outside = {
+    loaded = [(issuer.url, await asyncio.to_thread(load_client_secret, issuer)) for issuer in issuers]
+    secrets = {url: secret for url, secret in loaded if secret is not None}
+    external_clients = {
         issuer.url: ExternalClient(base.name, issuer.url, clock=base.clock, metrics=base.metrics, log=base.log)
         for issuer in issuers
     }
     async with create_external_http_client(read_timeout=ISSUER_TIMEOUT) as http:
-        yield OidcClient(issuers, http, outside, base.clock, secrets)
+        yield OidcClient(issuers, http, external_clients, base.clock, secrets)
 
 
-def _allowed_scopes_loader(accounts: Accounts):
-    async def allowed(task: TaskRecord) -> ScopeSet:
-        """Return what the task was given and its principal still has."""
+def _allowed_scopes_loader(accounts: Accounts) -> Callable[[TaskRecord], Awaitable[ScopeSet]]:
+    async def load_allowed_scopes(task: TaskRecord) -> ScopeSet:
+        """Return the scopes that the task was submitted with and its principal still has."""
         return ScopeSet.parse(task.authority).intersection(await accounts.current_scopes(task.cred))
 
-    return allowed
+    return load_allowed_scopes
 
 
-def _documents_loader(files: FileStore):
-    async def documents(task: TaskRecord) -> list[DocumentIn]:
-        """Return the texts among the task's files."""
-        found: list[DocumentIn] = []
+def _documents_loader(files: FileStore) -> Callable[[TaskRecord], Awaitable[list[DocumentIn]]]:
+    async def load_documents(task: TaskRecord) -> list[DocumentIn]:
+        """Return the text files of the task."""
+        documents: list[DocumentIn] = []
         for file in task.contract.context.files:
             if file.digest is None:
                 continue
             _stored, body = await files.get(task.tenant, file.digest)
             if file_kind(file.name, body[:8192]) == "text":
-                found.append(DocumentIn(file.name, body.decode("utf-8", errors="replace"), file.digest))
-        return found
+                documents.append(DocumentIn(file.name, body.decode("utf-8", errors="replace"), file.digest))
+        return documents
 
-    return documents
+    return load_documents
 
 
 def _build_health_checks(
-    db: Database, redis: RedisClient, relay: OutboxPublisher, worker: Worker, registry: ServiceRegistry
+    db: Database, redis: RedisClient, outbox: OutboxPublisher, worker: Worker, registry: ServiceRegistry
 ) -> dict[str, ReadinessCheck]:
-    async def database() -> DependencyStatus:
+    async def check_database() -> DependencyStatus:
         try:
             await db.check()
         except OctoError as error:
             return DependencyStatus(ok=False, detail=error.detail)
         return DependencyStatus(ok=True)
 
-    async def redis_up() -> DependencyStatus:
+    async def check_redis() -> DependencyStatus:
         try:
             await redis.ping()
         except OctoError as error:
             return DependencyStatus(ok=False, detail=error.detail, required=False)
         return DependencyStatus(ok=True, required=False)
 
-    async def relaying() -> DependencyStatus:
-        degraded = relay.health.degraded
+    async def check_outbox() -> DependencyStatus:
+        degraded = outbox.health.degraded
         return DependencyStatus(ok=degraded is None, detail=degraded or "", required=False)
 
-    async def working() -> DependencyStatus:
+    async def check_worker() -> DependencyStatus:
         return DependencyStatus(ok=not worker.failure, detail=worker.failure)
 
-    async def knowing() -> DependencyStatus:
+    async def check_registry() -> DependencyStatus:
         return DependencyStatus(ok=not registry.failure, detail=registry.failure, required=False)
 
-    return {"database": database, "redis": redis_up, "relay": relaying, "worker": working, "registry": knowing}
+    return {
+        "database": check_database,
+        "redis": check_redis,
+        "relay": check_outbox,
+        "worker": check_worker,
+        "registry": check_registry,
+    }

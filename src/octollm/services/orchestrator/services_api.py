@@ -41,11 +41,11 @@ from octollm.tasks.ledger import BudgetLedger, ReservationRequest, encode_journa
 from octollm.tasks.store import TaskStore
 
 MAX_CLAIMS_BODY = 8 * 1024 * 1024
-"""Bytes of what comes together; one answer that is kept has 1 MiB, a third more as base64."""
+"""Bytes of a batch; one stored answer has up to 1 MiB, plus a third for base64."""
 
 
 class _VerifiedClaim(msgspec.Struct, frozen=True):
-    """A claim that may be made: its key, and the work that it is for."""
+    """An authorised claim: its key, and the task that it works for."""
 
     key: IdempotencyKey
     task: TaskRef | None
@@ -53,7 +53,7 @@ class _VerifiedClaim(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ServicesApi:
-    """What these operations work with."""
+    """The operations for built-in services."""
 
     ledger: BudgetLedger
     store: TaskStore
@@ -64,7 +64,7 @@ class ServicesApi:
     verifiers: dict[str, Verifier] = field(default_factory=dict[str, Verifier])
 
     def _verify_bearer(self, peer: str, bearer: str) -> VerifiedChain:
-        """Return the authority that ``peer`` was shown: tenant, subject and task come from it, never from the peer."""
+        """Verify the token that ``peer`` received: tenant, subject and task come from it, never from the peer."""
         verifier = self.verifiers.get(peer)
         if verifier is None:
             verifier = Verifier(peer, self.roots, self.clock, revocations=self.revocation_store.revocations)
@@ -77,7 +77,7 @@ class ServicesApi:
         verified.require("models:chat")
         task = verified.task
         if task is None:
-            raise OctoError("A model call needs a token that stands for a task.", code="authority_missing")
+            raise OctoError("A model call needs a token of a task.", code="authority_missing")
         key = check_key(body.key)
         if key is None:
             raise OctoError("A reservation needs a key.", code="invalid_body")
@@ -104,15 +104,18 @@ class ServicesApi:
         return Acknowledgement()
 
     async def claim(self, call: IncomingCall, body: ClaimBatch) -> ClaimResponseBatch:
-        """Claim idempotency keys for calls that the peer serves; one of an older run is refused with ``fence_lost``."""
-        found = [self._verify_claim(call.peer, each) for each in body.claims]
-        runs = await self.store.epochs(
-            {read.task.task for read in found if isinstance(read, _VerifiedClaim) and read.task}
+        """Claim idempotency keys for calls that the peer serves; a claim of a stale run gets ``fence_lost``."""
+        verified = [self._verify_claim(call.peer, claim) for claim in body.claims]
+        epochs = await self.store.epochs(
+            {each.task.task for each in verified if isinstance(each, _VerifiedClaim) and each.task}
         )
-        answers = await asyncio.gather(
-            *(self._claim(claim, read, runs, call.request_id) for claim, read in zip(body.claims, found, strict=True))
+        responses = await asyncio.gather(
+            *(
+                self._claim(claim, each, epochs, call.request_id)
+                for claim, each in zip(body.claims, verified, strict=True)
+            )
         )
-        return ClaimResponseBatch(tuple(answers))
+        return ClaimResponseBatch(tuple(responses))
 
     def _verify_claim(self, peer: str, claim: ClaimRequest) -> _VerifiedClaim | OctoError:
         try:
@@ -140,10 +143,10 @@ class ServicesApi:
         except OctoError as error:
             return ClaimResponse("refused", problem=to_problem(error, request_id))
         match outcome:
-            case Claimed(run):
-                return ClaimResponse("claimed", run)
-            case AlreadyCompleted(kept):
-                return ClaimResponse("stored", 0, kept.status, kept.body, dict(kept.headers))
+            case Claimed(epoch):
+                return ClaimResponse("claimed", epoch)
+            case AlreadyCompleted(stored):
+                return ClaimResponse("stored", 0, stored.status, stored.body, dict(stored.headers))
             case InFlight():
                 return ClaimResponse("in_flight")
             case KeyConflict():
@@ -152,12 +155,12 @@ class ServicesApi:
                 return ClaimResponse("unknown")
 
     async def renew(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
-        """Prolong claims."""
+        """Renew the leases of claims."""
         await self.idempotency.renew([(_idempotency_key(call, each), each.run) for each in body.updates])
         return Acknowledgement()
 
     async def complete(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
-        """Store the answers of claimed calls."""
+        """Store the responses of claimed calls."""
         await asyncio.gather(
             *(
                 self.idempotency.complete(
@@ -169,14 +172,14 @@ class ServicesApi:
         return Acknowledgement()
 
     async def release(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
-        """Give claims back."""
+        """Release claims of calls that were not made."""
         await asyncio.gather(
             *(self.idempotency.release(_idempotency_key(call, each), each.run) for each in body.updates)
         )
         return Acknowledgement()
 
     def operations(self) -> list[Operation]:
-        """Return the operations that services call in their own name."""
+        """Return their declarations."""
 
         def post(
             name: str, path: str, handler: object, body: object, answer: object, who: str, summary: str, *codes: str

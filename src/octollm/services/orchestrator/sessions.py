@@ -1,4 +1,7 @@
-"""Browser sessions: one row each, found by a secret of which only the hash is stored."""
+"""Browser sessions: one row each, found by a secret of which only the hash is stored.
+
+Access tokens issued to a session are recorded with it and revoked when it ends.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ from octollm.storage import Database, row_to_dict
 from octollm.storage.tables import sessions
 
 MAX_SESSIONS = 100
-"""Sessions of one credential; the oldest ends when another is opened."""
+"""Open sessions of one credential; one more ends the oldest."""
 MAX_SESSION_TOKENS = 32
-"""Access tokens of one session that are remembered, to be revoked with it: more than live at a time."""
+"""Access tokens recorded per session: more than can be valid at the same time."""
 
 
 class SessionStore:
@@ -35,7 +38,7 @@ class SessionStore:
         self._ids = ids
 
     async def open(self, principal: Principal) -> str:
-        """Return a fresh session of a principal."""
+        """Open a session of a principal and return its secret."""
         session_id, now = self._ids.hex(), self._clock.now()
         secret = f"{SESSION_TOKEN_PREFIX}{session_id}_{secrets.token_urlsafe(32)}"
         async with self._db.transaction() as tx:
@@ -59,15 +62,15 @@ class SessionStore:
         return secret
 
     async def find_credential(self, session: str) -> tuple[str, str]:
-        """Return the id of a session that is open, and the credential that it was opened for.
+        """Return the id of an open session and the id of its credential.
 
-        Raises ``api_key_invalid`` for any other, without saying why.
+        Raises ``api_key_invalid`` for any other session, without a reason.
         """
         row = await self._load_row(session)
         return row["id"], row["cred"]
 
     async def add_token(self, session_id: str, jti: str) -> None:
-        """Remember an access token that a session was given."""
+        """Record an access token that was issued to a session."""
         async with self._db.transaction() as tx:
             row = await tx.first(select(sessions).where(sessions.c.id == session_id).with_for_update())
             if row is not None:
@@ -75,7 +78,7 @@ class SessionStore:
                 await tx.execute(update(sessions).where(sessions.c.id == session_id).values(tokens=tokens))
 
     async def end(self, session: str) -> None:
-        """End a session, and what it was given; one that is over already stays so."""
+        """End a session and revoke its access tokens; ending it again changes nothing."""
         try:
             row = await self._load_row(session)
         except OctoError:
@@ -89,14 +92,14 @@ class SessionStore:
             await record_audit(tx, actor, "session.ended", row["id"], now)
 
     async def _load_row(self, session: str) -> Mapping[str, Any]:
-        refused = OctoError("The session is over: log in again.", code="api_key_invalid")
+        refused = OctoError("The session has ended: log in again.", code="api_key_invalid")
         session_id = session.removeprefix(SESSION_TOKEN_PREFIX).partition("_")[0]
         if not session.startswith(SESSION_TOKEN_PREFIX) or len(session) > 200:
             raise refused
         async with self._db.read() as conn:
-            found = await conn.first(select(sessions).where(sessions.c.id == session_id))
-        row = None if found is None else row_to_dict(found)
-        good = hmac.compare_digest("" if row is None else row["hash"], hash_credential(session))
-        if row is None or not good or row["expires_at"] <= self._clock.now():
+            result = await conn.first(select(sessions).where(sessions.c.id == session_id))
+        row = None if result is None else row_to_dict(result)
+        is_match = hmac.compare_digest("" if row is None else row["hash"], hash_credential(session))
+        if row is None or not is_match or row["expires_at"] <= self._clock.now():
             raise refused
         return row

@@ -1,4 +1,4 @@
-"""Validating a submitted task and storing its inline files."""
+"""Submission: validating a task's contract and storing its inline files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_TASK_SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class BudgetDefaults:
-    """What a task gets that names no budget."""
+    """The budget of a task that names none."""
 
     max_tokens: int
     max_time_seconds: float
@@ -39,7 +39,7 @@ class BudgetDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ValidatedTask:
-    """A task that may be stored; ``deadline_at`` in epoch seconds."""
+    """A contract that is ready to be stored; ``deadline_at`` in epoch seconds."""
 
     contract: Task
     deadline_at: float
@@ -52,11 +52,13 @@ def validate_contract(contract: Task, defaults: BudgetDefaults, arms: frozenset[
     ``invalid_body``, each with a JSON Pointer to the fault.
     """
     if not contract.goal.strip():
-        raise _field_error("goal_invalid", "/goal", "The goal is empty; say what is to be done.")
+        raise _field_error("goal_invalid", "/goal", "The goal is empty; describe what the task should do.")
     if len(contract.goal) > MAX_GOAL:
-        raise _field_error("goal_invalid", "/goal", f"The goal may have {MAX_GOAL} characters; put more into files.")
+        raise _field_error(
+            "goal_invalid", "/goal", f"The goal may have at most {MAX_GOAL} characters; put more into files."
+        )
     if contract.task_id is not None:
-        raise _field_error("invalid_body", "/task_id", "A task's id is given by the service; leave it out.")
+        raise _field_error("invalid_body", "/task_id", "The service assigns the task's id; leave it out.")
     for name, items in (("constraints", contract.constraints), ("acceptance_criteria", contract.acceptance_criteria)):
         if len(items) > MAX_LIST_ITEMS or any(len(item) > MAX_ITEM_LENGTH for item in items):
             raise _field_error(
@@ -64,7 +66,9 @@ def validate_contract(contract: Task, defaults: BudgetDefaults, arms: frozenset[
             )
     if contract.assigned_arm is not None and contract.assigned_arm not in arms:
         known = ", ".join(sorted(arms))
-        raise _field_error("arm_unknown", "/assigned_arm", f"No arm {contract.assigned_arm!r}; there are {known}.")
+        raise _field_error(
+            "arm_unknown", "/assigned_arm", f"There is no arm {contract.assigned_arm!r}; the arms are {known}."
+        )
     _validate_files(contract.context)
     budget = _validate_budget(contract.budget, defaults)
     now = clock.now()
@@ -75,30 +79,32 @@ def validate_contract(contract: Task, defaults: BudgetDefaults, arms: frozenset[
 
 
 async def store_inline_files(contract: Task, tenant: str, store: FileStore) -> Task:
-    """Return ``contract`` with each file by its digest; texts given in place are stored.
+    """Store inline texts and return ``contract`` with every file referenced by its digest.
 
-    Raises ``file_invalid`` naming a digest that is not stored.
+    Raises ``file_invalid`` for a digest that is not stored.
     """
-    listed: list[FileRef] = []
-    wanted = [file.digest for file in contract.context.files if file.digest is not None]
-    missing = await store.find_missing(tenant, wanted) if wanted else set[str]()
+    files: list[FileRef] = []
+    digests = [file.digest for file in contract.context.files if file.digest is not None]
+    missing = await store.find_missing(tenant, digests) if digests else set[str]()
     for index, file in enumerate(contract.context.files):
         if file.digest is not None:
             if file.digest in missing:
                 raise _field_error(
-                    "file_invalid", f"/context/files/{index}/digest", f"{file.name} is not stored; POST /files first."
+                    "file_invalid",
+                    f"/context/files/{index}/digest",
+                    f"{file.name} is not stored; send it with POST /files first.",
                 )
-            listed.append(FileRef(file.name, file.digest))
+            files.append(FileRef(file.name, file.digest))
         else:
             stored = await store.put(tenant, file.name, "text/plain; charset=utf-8", (file.text or "").encode())
-            listed.append(FileRef(file.name, stored.digest))
-    context = msgspec.structs.replace(contract.context, files=tuple(listed))
+            files.append(FileRef(file.name, stored.digest))
+    context = msgspec.structs.replace(contract.context, files=tuple(files))
     return msgspec.structs.replace(contract, context=context)
 
 
 def _validate_files(context: TaskContext) -> None:
     if len(context.files) > MAX_FILES:
-        raise _field_error("file_invalid", "/context/files", f"A task may have {MAX_FILES} files.")
+        raise _field_error("file_invalid", "/context/files", f"A task may have at most {MAX_FILES} files.")
     names: set[str] = set()
     for index, file in enumerate(context.files):
         pointer = f"/context/files/{index}"
@@ -110,9 +116,9 @@ def _validate_files(context: TaskContext) -> None:
             raise _field_error("file_invalid", f"{pointer}/name", f"Two files are named {file.name}.")
         names.add(file.name)
         if (file.digest is None) == (file.text is None):
-            raise _field_error("file_invalid", pointer, "A file has either a digest or a text.")
+            raise _field_error("file_invalid", pointer, "A file needs either a digest or a text.")
         if file.text is not None and len(file.text.encode()) > MAX_FILE_BYTES:
-            raise _field_error("file_invalid", f"{pointer}/text", f"A file may have {MAX_FILE_BYTES} bytes.")
+            raise _field_error("file_invalid", f"{pointer}/text", f"A file may have at most {MAX_FILE_BYTES} bytes.")
 
 
 async def validate_file_kinds(contract: Task, tenant: str, store: FileStore, arms: Iterable[ArmInfo]) -> None:
@@ -140,9 +146,9 @@ async def validate_file_kinds(contract: Task, tenant: str, store: FileStore, arm
 
 def _validate_budget(budget: Budget, defaults: BudgetDefaults) -> Budget:
     if budget.max_tokens is not None and not 1 <= budget.max_tokens <= 100_000_000:
-        raise _field_error("budget_invalid", "/budget/max_tokens", "At least 1 token.")
+        raise _field_error("budget_invalid", "/budget/max_tokens", "From 1 to 100000000 tokens.")
     if budget.max_cost_usd is not None and not 0 < budget.max_cost_usd <= 1e6:
-        raise _field_error("budget_invalid", "/budget/max_cost_usd", "More than 0 US dollars.")
+        raise _field_error("budget_invalid", "/budget/max_cost_usd", "More than 0 and at most 1000000 US dollars.")
     if budget.max_time_seconds is not None and not 0 < budget.max_time_seconds <= MAX_TASK_SECONDS:
         raise _field_error(
             "budget_invalid", "/budget/max_time_seconds", f"More than 0 and at most {MAX_TASK_SECONDS:g} seconds."

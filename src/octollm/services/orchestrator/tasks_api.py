@@ -26,13 +26,13 @@ from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.audit import actor_from_call, record_audit
 from octollm.services.orchestrator.files import FileStore, build_file_response
 from octollm.services.orchestrator.registry import ServiceRegistry
-from octollm.services.orchestrator.revocation import TaskCanceller
 from octollm.services.orchestrator.submission import (
     BudgetDefaults,
     store_inline_files,
     validate_contract,
     validate_file_kinds,
 )
+from octollm.services.orchestrator.task_endings import TaskCanceller
 from octollm.storage import Transaction
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.tasks.worker import Worker
@@ -42,7 +42,7 @@ TRACE_TIMEOUT = 10.0
 
 
 class TraceClient:
-    """Asks the monitor with a token for this one task, whatever else its reader may do."""
+    """Reads traces from the monitor, with a token that is restricted to one task."""
 
     def __init__(self, client: ServiceClient, minter: RootMinter, clock: Clock) -> None:
         self._client = client
@@ -50,7 +50,7 @@ class TraceClient:
         self._clock = clock
 
     async def fetch_task_trace(self, reader: Principal, task_id: str, deadline: Deadline) -> TraceView:
-        """Return the spans of a task that ``reader`` may read. Raises ``unavailable`` when the monitor is away."""
+        """Return the spans of a task that ``reader`` may read. Raises ``unavailable`` without the monitor."""
         call = OutgoingCall(
             CallTarget("monitor", "traces.read", "GET", f"/traces?task={quote(task_id, safe='')}", "read_only"),
             self._minter.mint_access(reader, "monitor", "monitor:read", task=TaskRef(task_id)),
@@ -60,7 +60,7 @@ class TraceClient:
             return await self._client.call(call, TraceView)
         except OctoError as error:
             raise OctoError(
-                f"The monitor, which keeps the traces, cannot be asked ({error.detail}) Tasks go on without it; try"
+                f"The monitor, which stores the traces, is not available ({error.detail}) Tasks run without it; try"
                 " again later.",
                 code="unavailable",
                 retry_after=5,
@@ -69,7 +69,7 @@ class TraceClient:
 
 @dataclass(frozen=True, slots=True)
 class TasksApi:
-    """What the operations on tasks work with."""
+    """The operations on tasks."""
 
     store: TaskStore
     idempotency: SqlIdempotencyStore
@@ -84,24 +84,29 @@ class TasksApi:
     traces: TraceClient
 
     async def submit(self, call: IncomingCall, contract: Task) -> OperationResponse:
-        """Check a task, store it and wake the worker. A key whose task was stored already leads to that task."""
+        """Validate and store a task, and wake the worker. A key whose task is stored already returns that task."""
         principal = call.authority.principal
         key = call.key and IdempotencyKey(principal.tenant, principal.sub, call.service, call.operation, call.key)
         if key and (stored := await self.idempotency.find_effect(key)):
             return OperationResponse(
                 await self.store.view(stored, principal.tenant), 201, {"Location": f"/tasks/{stored}"}
             )
-        arms = frozenset(arm.name for arm in (await self.registry.list_arm_views(principal.tenant)).arms)
-        checked = validate_contract(contract, self.defaults, arms, self.clock)
-        contract = await store_inline_files(checked.contract, call.tenant, self.files)
-        await validate_file_kinds(contract, call.tenant, self.files, await self.registry.list_arms(principal.tenant))
+        arms = self.registry.arm_names(principal.tenant)
+        if contract.assigned_arm is not None and contract.assigned_arm not in arms:
+            # It may have registered at another replica since the last refresh.
+            await self.registry.refresh_on_miss()
+            arms = self.registry.arm_names(principal.tenant)
+        validated = validate_contract(contract, self.defaults, arms, self.clock)
+        contract = await store_inline_files(validated.contract, call.tenant, self.files)
+        await validate_file_kinds(contract, call.tenant, self.files, self.registry.list_arms(principal.tenant))
         scopes = await self.accounts.current_scopes(principal.cred)
         task_id = f"task-{self.ids.hex()}"
 
-        async def also(tx: Transaction) -> None:
+        async def audit_and_record(tx: Transaction) -> None:
             await record_audit(
                 tx, actor_from_call(call), "task.created", task_id, self.clock.now(), _screening_detail(call)
             )
+            # In the same transaction as the task: a repeat after a crash finds the task and does not store another.
             if key:
                 await self.idempotency.record_effect(tx, key, task_id)
 
@@ -115,9 +120,9 @@ class TasksApi:
                 contract=contract,
                 correlation_id=call.correlation_id,
                 traceparent=call.trace.traceparent,
-                deadline_at=checked.deadline_at,
+                deadline_at=validated.deadline_at,
             ),
-            also,
+            audit_and_record,
         )
         call.span.attributes[TASK_ATTRIBUTE] = task_id
         self.worker.wake()
@@ -125,7 +130,7 @@ class TasksApi:
         return OperationResponse(view, 201, {"Location": f"/tasks/{task_id}"})
 
     async def record_refusal(self, call: IncomingCall, body: RejectedGoal) -> Acknowledgement:
-        """Record that the public door refused a goal."""
+        """Record that the gateway's input guardrail refused a goal."""
         async with self.store.transaction() as tx:
             detail = {"reason": body.reason, **msgspec.to_builtins(body.note)}
             await record_audit(tx, actor_from_call(call), "goal.refused", "", self.clock.now(), detail)
@@ -142,7 +147,7 @@ class TasksApi:
         return await self.store.view(call.path["task_id"], call.tenant)
 
     async def cancel(self, call: IncomingCall, _body: object) -> TaskView:
-        """Cancel a task: its tokens are revoked and its work is stopped all the way down."""
+        """Cancel a task: its tokens are revoked and its calls are stopped."""
         task_id = call.path["task_id"]
         await self.store.view(task_id, call.tenant)
         await self.canceller.cancel(task_id, actor_from_call(call))
@@ -150,32 +155,33 @@ class TasksApi:
 
     async def history(self, call: IncomingCall, _body: object) -> EventList:
         """Return a page of a task's events by version."""
-        behind: EventQuery = call.query
-        return await self.store.history(call.path["task_id"], call.tenant, behind.after, behind.limit)
+        query: EventQuery = call.query
+        return await self.store.history(call.path["task_id"], call.tenant, query.after, query.limit)
 
     async def texts(self, call: IncomingCall, _body: object) -> StepTexts:
-        """Return what the steps have written, as last saved."""
+        """Return the texts of the steps, as last saved."""
         return await self.store.texts(call.path["task_id"], call.tenant)
 
     async def trace(self, call: IncomingCall, _body: object) -> TraceView:
-        """Return the spans of a task, as the monitor has them."""
+        """Return the spans of a task from the monitor."""
         task_id = call.path["task_id"]
         await self.store.view(task_id, call.tenant)
         return await self.traces.fetch_task_trace(call.authority.principal, task_id, call.deadline)
 
     async def artifact(self, call: IncomingCall, _body: object) -> Response:
-        """Return the bytes of a file that the task made."""
+        """Return the bytes of an artifact of the task."""
         view = await self.store.view(call.path["task_id"], call.tenant)
-        made = {artifact.digest: artifact.name for artifact in view.artifacts}
-        made |= {artifact.digest: artifact.name for step in view.steps for artifact in step.artifacts}
+        digests = {artifact.digest for artifact in view.artifacts}
+        digests |= {artifact.digest for step in view.steps for artifact in step.artifacts}
         digest = call.path["digest"]
-        if digest not in made:
-            raise OctoError("The task made no file of that digest.", code="file_not_found")
+        # The tenant's other files need their own scope; this one grants the artifacts of one task.
+        if digest not in digests:
+            raise OctoError("The task has no artifact with that digest.", code="file_not_found")
         file, body = await self.files.get(call.tenant, digest)
         return build_file_response(file, body)
 
     def operations(self) -> list[Operation]:
-        """Return the operations on tasks."""
+        """Return their declarations."""
         return [
             implement(public_api.SUBMIT_TASK, self.submit),
             Operation(
@@ -184,10 +190,11 @@ class TasksApi:
                 "/screenings",
                 self.record_refusal,
                 scope="tasks:create",
+                kind="at_most_once",
                 body=RejectedGoal,
                 response=Acknowledgement,
                 strict=True,
-                summary="Record a goal that the public door refused.",
+                summary="Record a goal that the gateway refused.",
             ),
             implement(public_api.LIST_TASKS, self.list),
             implement(public_api.READ_TASK, self.read),
@@ -200,12 +207,12 @@ class TasksApi:
 
 
 def _screening_detail(call: IncomingCall) -> dict[str, object] | None:
-    """Return what the public door found in a submission, as it is recorded."""
-    told = call.request.headers.get(SCREENING_HEADER)
-    if told is None:
+    """Return the gateway's screening of a submission, as audit detail."""
+    header = call.request.headers.get(SCREENING_HEADER)
+    if header is None:
         return None
     try:
-        note = msgspec.json.decode(told, type=ScreeningRecord)
+        record = msgspec.json.decode(header, type=ScreeningRecord)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return None  # it did not come from the door
-    return {"screening": msgspec.to_builtins(note)}
+        return None  # not written by the gateway
+    return {"screening": msgspec.to_builtins(record)}

@@ -1,4 +1,8 @@
-"""Tokens over HTTP: token exchange (RFC 8693) for the gateway, browser sessions, tokens for direct calls, the service directory, revocations."""
+"""Tokens over HTTP: token exchange (RFC 8693), browser sessions, tokens for direct calls.
+
+The signed directory of services and the stream of revocations are here as well: both are what a verifier of tokens
+needs.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ MAX_DIRECT_TOKEN_SECONDS = 3600
 
 @dataclass(frozen=True, slots=True)
 class TokensApi:
-    """What the operations on tokens work with."""
+    """The operations on tokens."""
 
     db: Database
     accounts: Accounts
@@ -64,7 +68,7 @@ class TokensApi:
     roots: TrustedRoots
 
     async def exchange(self, call: IncomingCall, body: TokenExchangeRequest) -> TokenResponse:
-        """Exchange an API key for an access token at this service (RFC 8693)."""
+        """Exchange an API key, a login or a session for an access token of this service (RFC 8693)."""
         session_id = ""
         try:
             if body.subject_token.startswith(SESSION_TOKEN_PREFIX):
@@ -78,11 +82,12 @@ class TokensApi:
         scopes = orchestrator_scopes(account)
         token = self.minter.mint_access(account.principal, "orchestrator", scopes, ACCESS_TOKEN_SECONDS)
         if session_id:
+            # Recorded, so that the end of the session revokes it.
             await self.sessions.add_token(session_id, read_chain(token).access.claims.jti)
         return TokenResponse(token, ACCESS_TOKEN_SECONDS, str(scopes), tenant=account.principal.tenant)
 
     async def open_session(self, call: IncomingCall, body: CreateSessionRequest) -> SessionResponse:
-        """Open a session for a credential that is good."""
+        """Open a browser session for a valid credential or login code."""
         try:
             if body.login is not None:
                 account = await self.accounts.authenticate_code(body.login)
@@ -97,11 +102,11 @@ class TokensApi:
         )
 
     async def list_issuers(self, _call: IncomingCall, _body: object) -> IssuerList:
-        """Return the issuers at which a browser can log in."""
+        """Return the issuers that accept browser logins."""
         return IssuerList(await self.accounts.list_issuers())
 
     async def end_session(self, _call: IncomingCall, body: EndSessionRequest) -> Acknowledgement:
-        """End a session, and revoke what it was given."""
+        """End a session and revoke its access tokens."""
         await self.sessions.end(body.session)
         return Acknowledgement()
 
@@ -111,9 +116,9 @@ class TokensApi:
             await record_audit(tx, actor, "token.refused", "door", self.clock.now())
 
     async def issue_direct_token(self, call: IncomingCall, body: TokenRequest) -> TokenResponse:
-        """Make a token for direct calls: it stands for a task of its own with a budget, which ends with it."""
+        """Issue a token for direct calls. It belongs to an ad-hoc task with a budget, which ends when it expires."""
         if not 1 <= body.lifetime_seconds <= MAX_DIRECT_TOKEN_SECONDS:
-            detail = f"From 1 to {MAX_DIRECT_TOKEN_SECONDS} seconds."
+            detail = f"A token is valid for 1 to {MAX_DIRECT_TOKEN_SECONDS} seconds."
             raise OctoError(detail, code="invalid_body", field_errors=(FieldError("/lifetime_seconds", detail),))
         scopes = ScopeSet.parse(body.scope)
         if not len(scopes) or any(service_of(scope.family) != body.aud for scope in scopes):
@@ -122,18 +127,18 @@ class TokensApi:
         principal = call.authority.principal
         allowed = await self.accounts.current_scopes(principal.cred)
         if not scopes.is_subset(allowed):
-            raise OctoError(f"You may not make a token for {body.scope}.", code="scope_missing")
-        may = parse_delegation_tree({})
+            raise OctoError(f"You may not issue a token for {body.scope}.", code="scope_missing")
+        delegation = parse_delegation_tree({})
         declarations = self.registry.declarations()
         for scope in scopes:
             tree, missing = attenuate(str(scope), declarations, allowed)
             if missing:
                 raise OctoError(f"The authority for {', '.join(missing)} is missing.", code="authority_missing")
-            may = union(may, tree)
+            delegation = union(delegation, tree)
         task_id = f"task-{self.ids.hex()}"
         now = self.clock.now()
 
-        async def also(tx: Transaction) -> None:
+        async def audit_issue(tx: Transaction) -> None:
             detail = {"scope": body.scope, "aud": body.aud}
             await record_audit(tx, actor_from_call(call), "token.issued", task_id, now, detail)
 
@@ -150,7 +155,7 @@ class TokensApi:
                 deadline_at=now + body.lifetime_seconds,
                 kind="adhoc",
             ),
-            also,
+            audit_issue,
         )
         token = self.minter.mint_access(
             principal,
@@ -158,26 +163,26 @@ class TokensApi:
             scopes,
             body.lifetime_seconds,
             task=TaskRef(task_id),
-            delegation=may,
+            delegation=delegation,
             holder_jkt=self.registry.thumbprint(body.aud),
             grant_lifetime=body.lifetime_seconds,
         )
         return TokenResponse(token, body.lifetime_seconds, str(scopes), task_id)
 
     async def directory(self, _call: IncomingCall, _body: object) -> DirectoryResponse:
-        """Return the services and their keys, and the roots that are believed now, signed."""
+        """Return the services with their keys, and the trusted root keys, signed."""
         self.roots.replace(self.ring.trusted_keys(self.clock.now()))
         return DirectoryResponse(self.minter.sign_directory(self.registry.directory()))
 
     async def revocations(self, call: IncomingCall, _body: object) -> object:
-        """Return what is revoked; as NDJSON, all of it and then each revocation as it is made."""
+        """Return the revocations in force; as NDJSON, a full list followed by each new one."""
         if NDJSON in call.request.headers.get("accept", ""):
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(self.revocation_store.stream(self.draining), media_type=NDJSON, headers=headers)
         return self.revocation_store.list()
 
     def operations(self) -> list[Operation]:
-        """Return the operations on tokens."""
+        """Return their declarations."""
         return [
             Operation(
                 "token.exchange",
@@ -200,7 +205,7 @@ class TokensApi:
                 scope="reflex",
                 body=CreateSessionRequest,
                 response=SessionResponse,
-                summary="Open a session of the page.",
+                summary="Open a browser session.",
                 docs=OperationDocs(error_codes=("api_key_invalid", "login_refused")),
             ),
             Operation(
@@ -211,7 +216,7 @@ class TokensApi:
                 auth="service",
                 scope="reflex",
                 response=IssuerList,
-                summary="Where a browser can log in.",
+                summary="The issuers that accept browser logins.",
             ),
             Operation(
                 "sessions.end",
@@ -222,7 +227,7 @@ class TokensApi:
                 scope="reflex",
                 body=EndSessionRequest,
                 response=Acknowledgement,
-                summary="End a session of the page.",
+                summary="End a browser session.",
             ),
             implement(public_api.CREATE_TOKEN, self.issue_direct_token),
             Operation(
@@ -244,16 +249,16 @@ class TokensApi:
                 auth="service",
                 scope="*",
                 response=RevocationList,
-                # Its lines are not those of an answer that takes its time.
+                # Its NDJSON lines are revocations, not the frames of a streamed call.
                 raw=True,
                 limited=False,
                 timeout=3600.0,
-                summary="What is revoked.",
+                summary="The revocations in force.",
                 docs=OperationDocs(stream_media_type=NDJSON),
             ),
         ]
 
 
 def orchestrator_scopes(account: Account) -> ScopeSet:
-    """Return what an account may do at the orchestrator itself."""
+    """Return the scopes of an account that the orchestrator itself checks."""
     return account.scopes.owned_by("orchestrator")

@@ -21,7 +21,7 @@ from octollm.rpc.transport import listen
 
 
 @dataclass
-class Joined:
+class EnrolledArm:
     """An arm that joined, and serves."""
 
     base: ServiceBase
@@ -30,14 +30,14 @@ class Joined:
     key: SigningKey
 
 
-async def make_secret(orch: Orchestra, name: str, *calls: str, seconds: int = 3600) -> NewEnrolmentToken:
+async def create_token(orch: Orchestra, name: str, *calls: str, seconds: int = 3600) -> NewEnrolmentToken:
     body = {"name": name, "calls": list(calls), "lifetime_seconds": seconds}
     answer = await orch.send("POST", "/joins", body)
     assert answer.status == 201, answer.body
     return msgspec.json.decode(answer.body, type=NewEnrolmentToken)
 
 
-async def join_as(orch: Orchestra, name: str, secret: str, *, key: SigningKey, calls: Any = (), **more: Any) -> Any:
+async def enrol_as(orch: Orchestra, name: str, secret: str, *, key: SigningKey, calls: Any = (), **more: Any) -> Any:
     house = orch.house
     discovery = more.pop("discovery", None) or StaticDiscovery({"orchestrator": (house.urls["orchestrator"],)})
     return await enrol(
@@ -57,18 +57,18 @@ def base_of(orch: Orchestra, name: str, key: SigningKey, roots: Any, url: str = 
 
 
 @contextlib.asynccontextmanager
-async def joined(orch: Orchestra, arm: Arm) -> AsyncGenerator[Joined]:
+async def enrolled(orch: Orchestra, arm: Arm) -> AsyncGenerator[EnrolledArm]:
     """Have an arm join with a secret for just what it declares, and serve it."""
-    made = await make_secret(orch, arm.name, *(call.removeprefix("?") for call in arm.calls))
+    made = await create_token(orch, arm.name, *(call.removeprefix("?") for call in arm.calls))
     key = SigningKey.generate(arm.name)
-    roots = await join_as(orch, arm.name, made.secret, key=key, calls=arm.calls)
+    roots = await enrol_as(orch, arm.name, made.secret, key=key, calls=arm.calls)
     assert roots == orch.house.roots
     bound = listen("127.0.0.1", 0, arm.name)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     base = base_of(orch, arm.name, key, roots, url)
     service = build_arm(arm, base)
     async with service.serve(bound):
-        yield Joined(base, service, url, key)
+        yield EnrolledArm(base, service, url, key)
 
 
 def svc(orch: Orchestra, name: str, key: SigningKey) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from joined import as_service, base_of, join_as, joined, make_secret, svc
+from enrolled import as_service, base_of, create_token, enrol_as, enrolled, svc
 from orchestra import Orchestra, problem
 
 from octollm.arm import Arm, Context
@@ -58,7 +58,7 @@ async def events(orch: Orchestra, tenant_types: str = "arm.") -> list[dict[str, 
 
 
 async def test_an_arm_joins_is_found_by_the_registry_and_works(orch: Orchestra) -> None:
-    async with joined(orch, translator()) as arm:
+    async with enrolled(orch, translator()) as arm:
         await wait_until(lambda: _has_event(orch, "arm.registered"), description="the event is out")
         view = await orch.run({"goal": "good morning", "assigned_arm": "translator"})
         assert (view.status, view.output) == ("completed", "hola: good morning")
@@ -81,7 +81,7 @@ async def _has_event(orch: Orchestra, event: str) -> bool:
 
 
 async def test_the_planner_is_told_of_it_while_it_answers(orch: Orchestra) -> None:
-    async with joined(orch, translator()):
+    async with enrolled(orch, translator()):
         await orch.run({"goal": "one"})
         [told] = [arm for arm in orch.script.planned[-1].arms if arm.name == "translator"]
         assert told.description.startswith("Translates text")
@@ -97,7 +97,7 @@ async def test_what_an_arm_did_not_declare_it_may_not_call(orch: Orchestra) -> N
         return await ctx.call("coder", "execute", task, ExecuteResult)
 
     del execute
-    async with joined(orch, arm):
+    async with enrolled(orch, arm):
         view = await orch.run({"goal": "overreach", "assigned_arm": "translator"})
     assert view.status == "failed"
     assert view.error is not None
@@ -114,7 +114,7 @@ async def test_what_an_arm_declared_it_may_call(orch: Orchestra) -> None:
         return await ctx.call("coder", "execute", task, ExecuteResult)
 
     del execute
-    async with joined(orch, arm):
+    async with enrolled(orch, arm):
         # The small coder of this test declares nothing, but the table of built-in calls is what is granted.
         view = await orch.run({"goal": "pass on", "assigned_arm": "delegate"})
     assert (view.status, view.output) == ("completed", "done: pass on")
@@ -128,7 +128,7 @@ async def test_one_arm_of_ones_own_calls_another_by_the_directory(orch: Orchestr
         return await ctx.call("translator", "execute", task, ExecuteResult)
 
     del execute
-    async with joined(orch, translator()), joined(orch, arm):
+    async with enrolled(orch, translator()), enrolled(orch, arm):
         view = await orch.run({"goal": "twice", "assigned_arm": "polyglot"})
     assert (view.status, view.output) == ("completed", "hola: twice")
 
@@ -172,7 +172,7 @@ ALTERED = {
 
 
 async def test_an_altered_request_is_refused_alike_and_audited(orch: Orchestra) -> None:
-    bench = Bench(orch, (await make_secret(orch, "translator", "models:chat")).secret)
+    bench = Bench(orch, (await create_token(orch, "translator", "models:chat")).secret)
     said = set()
     for alter in ALTERED.values():
         answer = await bench.send(alter(await bench.request()))
@@ -188,7 +188,7 @@ async def test_an_altered_request_is_refused_alike_and_audited(orch: Orchestra) 
 
 
 async def test_a_nonce_is_used_once(orch: Orchestra) -> None:
-    bench = Bench(orch, (await make_secret(orch, "translator", "models:chat")).secret)
+    bench = Bench(orch, (await create_token(orch, "translator", "models:chat")).secret)
     request = await bench.request()
     first = await bench.send(request)
     assert first.status == 200, first.body
@@ -203,7 +203,7 @@ async def test_a_nonce_is_used_once(orch: Orchestra) -> None:
 
 
 async def test_guessing_is_slowed(orch: Orchestra) -> None:
-    bench = Bench(orch, (await make_secret(orch, "translator", "models:chat")).secret)
+    bench = Bench(orch, (await create_token(orch, "translator", "models:chat")).secret)
     good = await bench.request()
     for _ in range(10):
         assert (await bench.send(msgspec.structs.replace(good, proof="x"))).status == 403
@@ -213,8 +213,8 @@ async def test_guessing_is_slowed(orch: Orchestra) -> None:
 
 
 async def test_a_revoked_and_an_expired_secret(orch: Orchestra) -> None:
-    made = await make_secret(orch, "translator", "models:chat")
-    short = await make_secret(orch, "weather", seconds=1)
+    made = await create_token(orch, "translator", "models:chat")
+    short = await create_token(orch, "weather", seconds=1)
     assert (await orch.send("DELETE", f"/joins/{made.join.id}")).status == 200
     assert (await orch.send("DELETE", f"/joins/{made.join.id}")).status == 404
     bench = Bench(orch, made.secret)
@@ -232,12 +232,12 @@ async def test_a_revoked_and_an_expired_secret(orch: Orchestra) -> None:
 
 
 async def test_more_calls_than_the_secret_admits_are_named(orch: Orchestra) -> None:
-    made = await make_secret(orch, "translator", "models:chat")
+    made = await create_token(orch, "translator", "models:chat")
     key = SigningKey.generate("translator")
     with pytest.raises(OctoError, match=r"does not admit executor:run; it admits models:chat") as caught:
-        await join_as(orch, "translator", made.secret, key=key, calls=["models:chat", "executor:run"])
+        await enrol_as(orch, "translator", made.secret, key=key, calls=["models:chat", "executor:run"])
     assert caught.value.code == "join_refused"
-    roots = await join_as(orch, "translator", made.secret, key=key, calls=["models:chat"])
+    roots = await enrol_as(orch, "translator", made.secret, key=key, calls=["models:chat"])
     # And not at its registration either.
     body = {
         "description": "x",
@@ -253,12 +253,12 @@ async def test_more_calls_than_the_secret_admits_are_named(orch: Orchestra) -> N
 
 
 async def test_a_second_claim_to_a_name_is_refused_whatever_secret_it_brings(orch: Orchestra) -> None:
-    first = await make_secret(orch, "translator")
-    second = await make_secret(orch, "translator", "models:chat")
-    await join_as(orch, "translator", first.secret, key=SigningKey.generate())
+    first = await create_token(orch, "translator")
+    second = await create_token(orch, "translator", "models:chat")
+    await enrol_as(orch, "translator", first.secret, key=SigningKey.generate())
     for made in (first, second):
-        with pytest.raises(OctoError, match="held by another key") as caught:
-            await join_as(orch, "translator", made.secret, key=SigningKey.generate())
+        with pytest.raises(OctoError, match="enrolled with another key") as caught:
+            await enrol_as(orch, "translator", made.secret, key=SigningKey.generate())
         assert caught.value.code == "join_refused"
     refused = [row for row in await audited(orch) if row["action"] == "arm.refused"]
     assert [row["target"] for row in refused] == ["translator", "translator"]
@@ -267,9 +267,9 @@ async def test_a_second_claim_to_a_name_is_refused_whatever_secret_it_brings(orc
 
 async def test_a_key_is_one_arms(orch: Orchestra) -> None:
     key = SigningKey.generate()
-    await join_as(orch, "translator", (await make_secret(orch, "translator")).secret, key=key)
-    with pytest.raises(OctoError, match="another arm's already"):
-        await join_as(orch, "weather", (await make_secret(orch, "weather")).secret, key=key)
+    await enrol_as(orch, "translator", (await create_token(orch, "translator")).secret, key=key)
+    with pytest.raises(OctoError, match="belongs to another arm"):
+        await enrol_as(orch, "weather", (await create_token(orch, "weather")).secret, key=key)
 
 
 async def test_a_secret_for_a_name_or_calls_that_cannot_be_is_not_made(orch: Orchestra) -> None:
@@ -328,30 +328,30 @@ IMPOSTORS = {
 
 
 async def test_roots_are_pinned_only_when_they_are_proved(orch: Orchestra) -> None:
-    made = await make_secret(orch, "translator")
+    made = await create_token(orch, "translator")
     key = SigningKey.generate()
     for what, change in IMPOSTORS.items():
         async with between(orch, change) as url:
             found = StaticDiscovery({"orchestrator": (url,)})
             with pytest.raises(OctoError) as caught:
-                await join_as(orch, "translator", made.secret, key=key, discovery=found)
+                await enrol_as(orch, "translator", made.secret, key=key, discovery=found)
         assert caught.value.code == "join_unproven", what
 
 
 async def test_a_proof_sent_on_unchanged_pins_the_true_roots(orch: Orchestra) -> None:
-    made = await make_secret(orch, "translator")
+    made = await create_token(orch, "translator")
     async with between(orch, lambda answer: answer) as url:
         found = StaticDiscovery({"orchestrator": (url,)})
-        roots = await join_as(orch, "translator", made.secret, key=SigningKey.generate(), discovery=found)
+        roots = await enrol_as(orch, "translator", made.secret, key=SigningKey.generate(), discovery=found)
     assert roots == orch.house.roots
 
 
 async def test_an_orchestrator_that_is_not_there_is_waited_for_so_long(orch: Orchestra) -> None:
-    made = await make_secret(orch, "translator")
+    made = await create_token(orch, "translator")
     nobody = StaticDiscovery({"orchestrator": ("http://127.0.0.1:9",)})
     with pytest.raises(OctoError) as caught:
-        await join_as(
-            orch, "translator", made.secret, key=SigningKey.generate(), discovery=nobody, seconds=0.6
+        await enrol_as(
+            orch, "translator", made.secret, key=SigningKey.generate(), discovery=nobody, max_wait=0.6
         )  # fmt: skip
     assert caught.value.code in ("connect_failed", "unavailable")
 
@@ -361,7 +361,7 @@ async def test_an_orchestrator_that_is_not_there_is_waited_for_so_long(orch: Orc
 
 async def test_an_arm_cannot_speak_as_another_service(orch: Orchestra) -> None:
     key = SigningKey.generate("translator")
-    await join_as(orch, "translator", (await make_secret(orch, "translator")).secret, key=key)
+    await enrol_as(orch, "translator", (await create_token(orch, "translator")).secret, key=key)
     assert (await as_service(orch, "translator", key, "GET", "/directory")).status == 200
     registration = {"description": "x", "operations": ["execute"], "calls": [], "accepts": [], "url": "http://h:1"}
     for name in ("coder", "reflex", "models", "weather"):
@@ -382,7 +382,7 @@ async def test_an_arm_cannot_speak_as_another_service(orch: Orchestra) -> None:
 
 async def test_an_arm_cannot_read_what_another_was_answered(orch: Orchestra) -> None:
     key = SigningKey.generate("translator")
-    await join_as(orch, "translator", (await make_secret(orch, "translator")).secret, key=key)
+    await enrol_as(orch, "translator", (await create_token(orch, "translator")).secret, key=key)
     # A call of the coder, whose answer the orchestrator keeps for it.
     bearer = orch.house.token("coder:execute")
     sent = await orch.house.send(
@@ -417,7 +417,7 @@ WRONG = {
 
 async def test_wrong_registrations_are_refused(orch: Orchestra) -> None:
     key = SigningKey.generate("translator")
-    await join_as(orch, "translator", (await make_secret(orch, "translator")).secret, key=key)
+    await enrol_as(orch, "translator", (await create_token(orch, "translator")).secret, key=key)
     good = {"description": "x", "operations": ["execute"], "calls": [], "accepts": [], "url": "http://h:1"}
     for what, change in WRONG.items():
         answer = await as_service(orch, "translator", key, "POST", "/arms/register", good | change)
@@ -428,7 +428,7 @@ async def test_wrong_registrations_are_refused(orch: Orchestra) -> None:
 
 async def test_an_arm_has_so_many_processes_at_most(orch: Orchestra) -> None:
     key = SigningKey.generate("translator")
-    await join_as(orch, "translator", (await make_secret(orch, "translator")).secret, key=key)
+    await enrol_as(orch, "translator", (await create_token(orch, "translator")).secret, key=key)
     good = {"description": "x", "operations": ["execute"], "calls": [], "accepts": []}
     statuses = [
         (
@@ -451,7 +451,7 @@ async def test_an_arm_has_so_many_processes_at_most(orch: Orchestra) -> None:
 
 async def test_a_new_key_comes_signed_by_an_old_one(orch: Orchestra) -> None:
     old, new, other = (SigningKey.generate("translator") for _ in range(3))
-    roots = await join_as(orch, "translator", (await make_secret(orch, "translator")).secret, key=old)
+    roots = await enrol_as(orch, "translator", (await create_token(orch, "translator")).secret, key=old)
     base = base_of(orch, "translator", old, roots)
     await rotate_key(base.client, base.identity, new)
     for key in (old, new):
@@ -471,18 +471,18 @@ async def test_a_new_key_comes_signed_by_an_old_one(orch: Orchestra) -> None:
 
 
 async def test_a_removed_arm_is_nobody_and_its_name_is_free(orch: Orchestra) -> None:
-    made = await make_secret(orch, "translator")
-    async with joined(orch, translator()) as arm:
+    made = await create_token(orch, "translator")
+    async with enrolled(orch, translator()) as arm:
         assert (await orch.send("DELETE", "/arms/translator")).status == 200
         answer = await as_service(orch, "translator", arm.key, "GET", "/directory")
         assert (answer.status, problem(answer)["code"]) == (401, "token_invalid")
         assert (await orch.send("DELETE", "/arms/translator")).status == 400
         # Its secrets went with it, also those that nobody used.
         with pytest.raises(OctoError, match="revoked"):
-            await join_as(orch, "translator", made.secret, key=arm.key)
+            await enrol_as(orch, "translator", made.secret, key=arm.key)
         submitted = await orch.send("POST", "/tasks", {"goal": "x", "assigned_arm": "translator"})
         assert problem(submitted)["code"] == "arm_unknown"
     fresh = SigningKey.generate("translator")
-    await join_as(orch, "translator", (await make_secret(orch, "translator")).secret, key=fresh)
+    await enrol_as(orch, "translator", (await create_token(orch, "translator")).secret, key=fresh)
     assert (await orch.send("DELETE", "/arms/coder")).status == 400
     assert {"arm.admitted", "arm.removed"} <= {row["action"] for row in await audited(orch)}

@@ -58,21 +58,21 @@ class Replica:
         log = EventLog(db, clock, ids)
         root = EnrolmentTokenIssuer(ROOT)
         self.registry = ServiceRegistry(db, clock, {"coder": SigningKey.generate("coder").public})
-        self.presence = InstanceRegistry(db, log, self.registry)
-        self.joins = EnrolmentTokens(db, root, clock, ids)
-        self.revoking = RevocationStore(db, clock)
+        self.instances = InstanceRegistry(db, log, self.registry)
+        self.tokens = EnrolmentTokens(db, root, clock, ids)
+        self.revocations = RevocationStore(db, clock)
         roots = {ROOT.thumbprint: ROOT.public}
-        self.joining = EnrolmentAuthority(db, log, root, roots, self.registry, self.revoking, clock, ids)
+        self.enrolment = EnrolmentAuthority(db, log, root, roots, self.registry, self.revocations, clock, ids)
         self.accounts = Accounts(db, clock, ids, self.registry.admitted_arms)
 
     async def admit(self, name: str, key: SigningKey, *calls: str, actor: Actor = ACTOR) -> None:
-        secret = EnrolmentToken.parse((await self.joins.create(EnrolmentTokenRequest(name, calls), actor)).secret)
+        secret = EnrolmentToken.parse((await self.tokens.create(EnrolmentTokenRequest(name, calls), actor)).secret)
         await self.join(secret, name, key, calls)
 
     async def join(self, secret: EnrolmentToken, name: str, key: SigningKey, calls: tuple[str, ...] = ()) -> None:
-        claim = EnrolmentClaim(self.joining.issue_nonce().nonce, name, key.thumbprint, calls)
+        claim = EnrolmentClaim(self.enrolment.issue_nonce().nonce, name, key.thumbprint, calls)
         proof = arm_proof(secret.key, claim)
-        await self.joining.enrol(
+        await self.enrolment.enrol(
             EnrolmentRequest(secret.id, name, key.public.to_jwk(), calls, claim.nonce, proof), ASKER
         )  # fmt: skip
 
@@ -104,8 +104,8 @@ async def test_what_one_replica_learns_the_other_knows(tmp_path: Path) -> None:
     async with replicas(tmp_path) as (one, two):
         key = SigningKey.generate()
         await one.admit("translator", key, "models:chat")
-        await one.presence.register("translator", registration("i1", "http://a:1", "models:chat"))
-        await two.presence.register("translator", registration("i2", "http://b:1", "?models:chat"))
+        await one.instances.register("translator", registration("i1", "http://a:1", "models:chat"))
+        await two.instances.register("translator", registration("i2", "http://b:1", "?models:chat"))
         await one.registry.refresh()
         for each in (one.registry, two.registry):
             assert each.thumbprint("translator") == key.thumbprint
@@ -114,21 +114,21 @@ async def test_what_one_replica_learns_the_other_knows(tmp_path: Path) -> None:
             assert [(call.scope, call.optional) for call in calls] == [("models:chat", True)]
             assert "translator" in each.admitted_arms("acme")
             assert "translator" not in each.admitted_arms("other")
-            [told] = [arm for arm in await each.list_arms("acme") if arm.name == "translator"]
+            [told] = [arm for arm in each.list_arms("acme") if arm.name == "translator"]
             assert told.description == "Translates text. Names it."
-            assert not await each.list_arms("other")
+            assert not each.list_arms("other")
             assert not (await each.list_arm_views("other")).arms
         # A nonce of one is good at the other, once.
-        secret = EnrolmentToken.parse((await two.joins.create(EnrolmentTokenRequest("weather"), ACTOR)).secret)
-        claim = EnrolmentClaim(one.joining.issue_nonce().nonce, "weather", key.thumbprint, ())
+        secret = EnrolmentToken.parse((await two.tokens.create(EnrolmentTokenRequest("weather"), ACTOR)).secret)
+        claim = EnrolmentClaim(one.enrolment.issue_nonce().nonce, "weather", key.thumbprint, ())
         fresh = SigningKey.generate()
         claim = EnrolmentClaim(claim.nonce, "weather", fresh.thumbprint, ())
         asked = EnrolmentRequest(
             secret.id, "weather", fresh.public.to_jwk(), (), claim.nonce, arm_proof(secret.key, claim)
         )  # fmt: skip
-        await two.joining.enrol(asked, ASKER)
+        await two.enrolment.enrol(asked, ASKER)
         with pytest.raises(OctoError, match="nonce was used"):
-            await one.joining.enrol(asked, ASKER)
+            await one.enrolment.enrol(asked, ASKER)
 
 
 async def test_users_have_the_operations_of_their_tenants_arms(tmp_path: Path) -> None:
@@ -145,38 +145,38 @@ async def test_users_have_the_operations_of_their_tenants_arms(tmp_path: Path) -
 
 async def test_a_database_that_was_read_or_changed_admits_nobody(tmp_path: Path) -> None:
     async with replicas(tmp_path, 1) as [one]:
-        made = await one.joins.create(EnrolmentTokenRequest("translator", ("models:chat",)), ACTOR)
+        made = await one.tokens.create(EnrolmentTokenRequest("translator", ("models:chat",)), ACTOR)
         secret = EnrolmentToken.parse(made.secret)
         everything = (tmp_path / "o.db").read_bytes() + (tmp_path / "o.db-wal").read_bytes()
         assert made.secret.rsplit("_", 1)[1].encode() not in everything
         assert secret.key not in everything
         async with one.db.transaction() as tx:
             await tx.execute(update(joins).values(calls=["executor:run", "models:chat"]))
-        with pytest.raises(OctoError, match="does not fit"):
+        with pytest.raises(OctoError, match="does not match this name"):
             await one.join(secret, "translator", SigningKey.generate(), ("executor:run", "models:chat"))
 
 
 async def test_silent_processes_are_dropped_and_each_change_is_told_once(tmp_path: Path) -> None:
     async with replicas(tmp_path) as (one, two):
         await one.admit("translator", SigningKey.generate())
-        await one.presence.register("translator", registration("i1", "http://a:1"))
-        await one.presence.register("translator", registration("i2", "http://b:1"))
+        await one.instances.register("translator", registration("i1", "http://a:1"))
+        await one.instances.register("translator", registration("i2", "http://b:1"))
         one.clock.time += HEARTBEAT_TIMEOUT_SECONDS - 1
-        await two.presence.heartbeat("translator", "i2")
+        await two.instances.heartbeat("translator", "i2")
         one.clock.time += 2
-        assert (await one.presence.sweep(), await two.presence.sweep()) == (1, 0)
+        assert (await one.instances.sweep(), await two.instances.sweep()) == (1, 0)
         await one.registry.refresh()
         assert one.registry.addresses("translator") == ("http://b:1",)
         assert [name for name, _ in await one.told()] == ["arm.registered", "arm.registered"]
         one.clock.time += HEARTBEAT_TIMEOUT_SECONDS
-        assert (await two.presence.sweep(), await one.presence.sweep()) == (1, 0)
+        assert (await two.instances.sweep(), await one.instances.sweep()) == (1, 0)
         await one.registry.refresh()
         assert one.registry.addresses("translator") == ()
-        assert not await one.registry.list_arms("acme")
+        assert not one.registry.list_arms("acme")
         with pytest.raises(OctoError) as caught:
-            await one.presence.heartbeat("translator", "i1")
+            await one.instances.heartbeat("translator", "i1")
         assert caught.value.code == "not_found"
-        await one.presence.register("translator", registration("i1", "http://a:1"))
+        await one.instances.register("translator", registration("i1", "http://a:1"))
         assert await one.told() == [
             ("arm.registered", "acme"),
             ("arm.registered", "acme"),
@@ -189,13 +189,13 @@ async def test_silent_processes_are_dropped_and_each_change_is_told_once(tmp_pat
 async def test_a_process_that_starts_again_takes_its_address_over(tmp_path: Path) -> None:
     async with replicas(tmp_path, 1) as [one]:
         await one.admit("translator", SigningKey.generate())
-        await one.presence.register("translator", registration("i1", "http://a:1"))
-        await one.presence.register("translator", registration("i2", "http://a:1"))
-        await one.presence.register("translator", registration("i2", "http://a:2"))
+        await one.instances.register("translator", registration("i1", "http://a:1"))
+        await one.instances.register("translator", registration("i2", "http://a:1"))
+        await one.instances.register("translator", registration("i2", "http://a:2"))
         assert one.registry.addresses("translator") == ("http://a:2",)
-        await one.presence.deregister("translator", "i1")
+        await one.instances.deregister("translator", "i1")
         assert (await one.registry.list_arm_views("acme")).arms[0].state == "healthy"
-        await one.presence.deregister("translator", "i2")
+        await one.instances.deregister("translator", "i2")
         assert (await one.registry.list_arm_views("acme")).arms[0].state == "unhealthy"
         assert [name for name, _ in await one.told()].count("arm.unhealthy") == 1
 
@@ -218,27 +218,27 @@ async def test_a_replaced_key_is_good_for_an_hour(tmp_path: Path) -> None:
 async def test_what_a_removed_arm_was_lent_is_revoked(tmp_path: Path) -> None:
     async with replicas(tmp_path) as (one, two):
         await one.admit("translator", SigningKey.generate())
-        await one.presence.register("translator", registration("i1", "http://a:1"))
+        await one.instances.register("translator", registration("i1", "http://a:1"))
         with pytest.raises(OctoError) as caught:
-            await one.joining.remove("translator", Actor(Principal("admin", "key-9", "other")))
+            await one.enrolment.remove("translator", Actor(Principal("admin", "key-9", "other")))
         assert caught.value.code == "arm_unknown", "another tenant's arm is not there"
-        await one.joining.remove("translator", ACTOR)
+        await one.enrolment.remove("translator", ACTOR)
         assert "translator" not in one.registry.directory()
         await two.registry.refresh()
-        await two.revoking.load()
+        await two.revocations.load()
         assert "translator" not in two.registry.directory()
-        assert [(kind, value, tenant) for kind, value, _at, tenant in two.revoking.revocations.entries()] == [
+        assert [(kind, value, tenant) for kind, value, _at, tenant in two.revocations.revocations.entries()] == [
             ("aud", "translator", "acme")
         ]
         assert (await one.told())[-1] == ("arm.removed", "acme")
-        assert [each.state for each in (await one.joins.list("acme")).joins] == ["revoked"]
+        assert [each.state for each in (await one.tokens.list("acme")).tokens] == ["revoked"]
 
 
 async def test_another_tenant_cannot_take_a_name(tmp_path: Path) -> None:
     async with replicas(tmp_path, 1) as [one]:
         key = SigningKey.generate()
         await one.admit("translator", key)
-        with pytest.raises(OctoError, match="held by another key"):
+        with pytest.raises(OctoError, match="enrolled with another key"):
             await one.admit("translator", key, actor=Actor(Principal("admin", "key-9", "other")))
 
 
@@ -247,12 +247,12 @@ async def test_declared_calls_that_are_no_longer_admitted_are_not_lent(tmp_path:
         key = SigningKey.generate()
         await one.admit("translator", key, "models:chat", "retriever:search")
         arm = registration("i1", "http://a:1", "models:chat", "retriever:search")
-        await one.presence.register("translator", arm)
+        await one.instances.register("translator", arm)
         # It joins again with a narrower secret, before it registers anew.
         await one.admit("translator", key, "models:chat")
         assert [call.scope for call in one.registry.declarations()["translator:execute"]] == ["models:chat"]
         with pytest.raises(OctoError, match="retriever:search") as caught:
-            await one.presence.register("translator", arm)
+            await one.instances.register("translator", arm)
         assert caught.value.code == "authority_missing"
 
 

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from events_kit import CLOCK, IDS, QUICK, MakeRelay, Write
+from events_kit import CLOCK, IDS, QUICK, MakePublisher, Write
 from redis_process import RedisProcess
 from sqlalchemy import text
 
@@ -37,11 +37,11 @@ async def take(pubsub: PubSub, count: int) -> list[Any]:
 
 
 async def test_each_event_goes_out_on_its_channel_its_task_and_the_log(
-    redis: RedisClient, keys: RedisKeys, make_relay: MakeRelay, write: Write
+    redis: RedisClient, keys: RedisKeys, make_publisher: MakePublisher, write: Write
 ) -> None:
     names = [keys.channel("events:task:completed"), keys.watch("task-1"), keys.log]
     listeners = [await listen(redis, name) for name in names]
-    async with make_relay(redis):
+    async with make_publisher(redis):
         await write("task.completed", duration_ms=1234)
         (event,), (watched,), (batch,) = [await take(listener, 1) for listener in listeners]
     assert event["event_type"] == "task.completed"
@@ -56,10 +56,10 @@ async def test_each_event_goes_out_on_its_channel_its_task_and_the_log(
 
 
 async def test_everything_comes_once_and_in_order(
-    redis: RedisClient, bus: EventBus, make_relay: MakeRelay, write: Write
+    redis: RedisClient, bus: EventBus, make_publisher: MakePublisher, write: Write
 ) -> None:
     gaps: list[Gap] = []
-    async with bus.subscribe("events:*", on_gap=gaps.append) as events, make_relay(redis):
+    async with bus.subscribe("events:*", on_gap=gaps.append) as events, make_publisher(redis):
         async with asyncio.timeout(20):
             await asyncio.gather(*(write(task_id=f"task-{n % 5}") for n in range(100)))
             found = [await anext(events) for _ in range(100)]
@@ -68,12 +68,12 @@ async def test_everything_comes_once_and_in_order(
 
 
 async def test_batches_are_bounded_and_join_up(
-    redis: RedisClient, keys: RedisKeys, make_relay: MakeRelay, write: Write
+    redis: RedisClient, keys: RedisKeys, make_publisher: MakePublisher, write: Write
 ) -> None:
     for _ in range(30):
         await write(progress="x" * 100)
     listener = await listen(redis, keys.log)
-    async with make_relay(redis, policy=OutboxPolicy(poll=0.05, batch=12, batch_bytes=1500)):
+    async with make_publisher(redis, policy=OutboxPolicy(poll=0.05, batch=12, batch_bytes=1500)):
         positions: list[int] = []
         async with asyncio.timeout(10):
             while len(positions) < 30:
@@ -88,24 +88,24 @@ async def test_batches_are_bounded_and_join_up(
 
 
 async def test_a_relay_goes_on_where_the_last_one_stopped(
-    redis: RedisClient, bus: EventBus, make_relay: MakeRelay, write: Write
+    redis: RedisClient, bus: EventBus, make_publisher: MakePublisher, write: Write
 ) -> None:
-    async with make_relay(redis) as relay:
+    async with make_publisher(redis) as publisher:
         await write()
-        assert await relay.flush(5)
-        assert relay.health.last_published == 1
+        assert await publisher.flush(5)
+        assert publisher.health.last_published == 1
     await write()
-    async with bus.subscribe("events:task:*") as events, make_relay(redis):
+    async with bus.subscribe("events:task:*") as events, make_publisher(redis):
         async with asyncio.timeout(5):
             assert (await anext(events)).seq == 2
 
 
 async def test_of_two_relays_one_works_and_the_other_takes_over(
-    redis: RedisClient, bus: EventBus, make_relay: MakeRelay, write: Write
+    redis: RedisClient, bus: EventBus, make_publisher: MakePublisher, write: Write
 ) -> None:
-    async with bus.subscribe("events:task:*") as events, make_relay(redis) as first:
+    async with bus.subscribe("events:task:*") as events, make_publisher(redis) as first:
         await wait_until(lambda: first.health.is_leader, description="the first one holds")
-        async with make_relay(redis) as second:
+        async with make_publisher(redis) as second:
             await write()
             assert (await anext(events)).seq == 1
             assert not second.health.is_leader
@@ -118,22 +118,22 @@ async def test_of_two_relays_one_works_and_the_other_takes_over(
 
 
 async def test_a_relay_whose_lease_was_taken_steps_back(
-    db: Database, redis: RedisClient, make_relay: MakeRelay, write: Write
+    db: Database, redis: RedisClient, make_publisher: MakePublisher, write: Write
 ) -> None:
-    async with make_relay(redis) as relay:
-        await wait_until(lambda: relay.health.is_leader, description="it holds")
+    async with make_publisher(redis) as publisher:
+        await wait_until(lambda: publisher.health.is_leader, description="it holds")
         async with db.transaction() as tx:
             await tx.execute(text("UPDATE relay_state SET fence = fence + 1, lease_until = lease_until + 1000"))
         await write()
-        await wait_until(lambda: not relay.health.is_leader, description="it steps back")
-        assert relay.health.degraded is None
+        await wait_until(lambda: not publisher.health.is_leader, description="it steps back")
+        assert publisher.health.degraded is None
 
 
 async def test_a_write_of_another_process_is_found_without_a_wake(
-    db: Database, redis: RedisClient, bus: EventBus, make_relay: MakeRelay
+    db: Database, redis: RedisClient, bus: EventBus, make_publisher: MakePublisher
 ) -> None:
     elsewhere = EventLog(db, CLOCK, IDS)
-    async with bus.subscribe("events:task:*") as events, make_relay(redis):
+    async with bus.subscribe("events:task:*") as events, make_publisher(redis):
         async with db.transaction() as tx:
             await elsewhere.append(tx, "task.started", subject="task/x", tenant="t", source="o", data={"task_id": "x"})
         async with asyncio.timeout(5):
@@ -141,51 +141,51 @@ async def test_a_write_of_another_process_is_found_without_a_wake(
 
 
 async def test_trouble_with_the_database_shows_and_passes(
-    db: Database, redis: RedisClient, bus: EventBus, make_relay: MakeRelay, write: Write
+    db: Database, redis: RedisClient, bus: EventBus, make_publisher: MakePublisher, write: Write
 ) -> None:
-    async with make_relay(redis) as relay:
-        await wait_until(lambda: relay.health.is_leader, description="it holds")
+    async with make_publisher(redis) as publisher:
+        await wait_until(lambda: publisher.health.is_leader, description="it holds")
         async with db.transaction() as tx:
             await tx.execute(text("ALTER TABLE channels RENAME TO hidden"))
         await write()
-        await wait_until(lambda: relay.health.degraded, description="the trouble shows")
+        await wait_until(lambda: publisher.health.degraded, description="the trouble shows")
         async with db.transaction() as tx:
             await tx.execute(text("ALTER TABLE hidden RENAME TO channels"))
-        assert await relay.flush(5)
-        await wait_until(lambda: relay.health.degraded is None, description="the trouble has passed")
+        assert await publisher.flush(5)
+        await wait_until(lambda: publisher.health.degraded is None, description="the trouble has passed")
 
 
 async def test_a_fault_of_the_program_is_not_swallowed(
-    redis: RedisClient, make_relay: MakeRelay, write: Write, monkeypatch: pytest.MonkeyPatch
+    redis: RedisClient, make_publisher: MakePublisher, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(messages: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(redis, "publish", broken)
     with pytest.raises(ExceptionGroup) as caught:
-        async with make_relay(redis) as relay:
+        async with make_publisher(redis) as publisher:
             await write()
             with pytest.raises(ExceptionGroup):
                 async with asyncio.timeout(5):
-                    await relay.wait()
-            assert relay.health.degraded == "The relay stopped: ExceptionGroup."
+                    await publisher.wait()
+            assert publisher.health.degraded == "The outbox publisher stopped: ExceptionGroup."
     assert caught.group_contains(ZeroDivisionError)
 
 
-async def test_numbering_goes_on_without_redis(make_relay: MakeRelay, log: EventLog, write: Write) -> None:
-    async with open_redis("redis://127.0.0.1:1/0") as nowhere, make_relay(nowhere) as relay:
+async def test_numbering_goes_on_without_redis(make_publisher: MakePublisher, log: EventLog, write: Write) -> None:
+    async with open_redis("redis://127.0.0.1:1/0") as nowhere, make_publisher(nowhere) as publisher:
         for _ in range(5):
             await write()
-        await wait_until(lambda: relay.health.last_sequenced == 5, description="all have a number")
-        await wait_until(lambda: relay.health.degraded, description="it says what is wrong")
-        assert "Redis does not answer" in (relay.health.degraded or "")
-        assert relay.health.last_published == 0
-        assert not await relay.flush(0.05)
+        await wait_until(lambda: publisher.health.last_sequenced == 5, description="all have a number")
+        await wait_until(lambda: publisher.health.degraded, description="it says what is wrong")
+        assert "Redis does not answer" in (publisher.health.degraded or "")
+        assert publisher.health.last_published == 0
+        assert not await publisher.flush(0.05)
         assert len(await log.read(0, tenant="t")) == 5
 
 
 async def test_nothing_is_lost_when_redis_is_killed(
-    redis_process: RedisProcess, keys: RedisKeys, log: EventLog, make_relay: MakeRelay, write: Write
+    redis_process: RedisProcess, keys: RedisKeys, log: EventLog, make_publisher: MakePublisher, write: Write
 ) -> None:
     """A listener that reads the log at each gap has every event once and in order, over three kills."""
     total, seen = 300, []
@@ -213,7 +213,7 @@ async def test_nothing_is_lost_when_redis_is_killed(
             pending.cancel()
 
     ready = asyncio.Event()
-    async with open_redis(redis_process.url) as redis, make_relay(redis, policy=QUICK) as relay:
+    async with open_redis(redis_process.url) as redis, make_publisher(redis, policy=QUICK) as publisher:
         following = asyncio.create_task(follow(redis))
         await ready.wait()
         for number in range(total):
@@ -223,33 +223,33 @@ async def test_nothing_is_lost_when_redis_is_killed(
             if number in (100, 200):
                 redis_process.start()
         await wait_until(
-            lambda: relay.health.last_sequenced == total, description="all have a number while Redis is down"
+            lambda: publisher.health.last_sequenced == total, description="all have a number while Redis is down"
         )
-        assert relay.health.last_published < total
-        await wait_until(lambda: relay.health.degraded, description="it says what is wrong")
+        assert publisher.health.last_published < total
+        await wait_until(lambda: publisher.health.degraded, description="it says what is wrong")
         redis_process.start()
-        assert await relay.flush(20)
-        await wait_until(lambda: relay.health.degraded is None, description="the trouble has passed")
+        assert await publisher.flush(20)
+        await wait_until(lambda: publisher.health.degraded is None, description="the trouble has passed")
         async with asyncio.timeout(20):
             await following
     assert seen == list(range(1, total + 1))
 
 
 async def test_the_cursor_stands_still_while_redis_is_down(
-    redis_process: RedisProcess, keys: RedisKeys, make_relay: MakeRelay, write: Write
+    redis_process: RedisProcess, keys: RedisKeys, make_publisher: MakePublisher, write: Write
 ) -> None:
     async with open_redis(redis_process.url) as redis:
-        async with make_relay(redis) as relay:
+        async with make_publisher(redis) as publisher:
             await write()
-            assert await relay.flush(5)
+            assert await publisher.flush(5)
             redis_process.kill()
             for _ in range(10):
                 await write()
-            await wait_until(lambda: relay.health.last_sequenced == 11, description="all have a number")
-            assert relay.health.last_published == 1
+            await wait_until(lambda: publisher.health.last_sequenced == 11, description="all have a number")
+            assert publisher.health.last_published == 1
         redis_process.start()
         listener = await listen(redis, keys.log)
-        async with make_relay(redis):
+        async with make_publisher(redis):
             positions: list[int] = []
             while len(positions) < 10:
                 positions += [event["seq"] for (batch,) in [await take(listener, 1)] for event in batch]

@@ -12,7 +12,7 @@ from sqlalchemy import delete, insert, select, update
 from octollm.capability import Principal, SigningKey
 from octollm.capability.audit_chain import AuditChainVerifier
 from octollm.clock import SystemClock
-from octollm.services.orchestrator import audit as sealing_module
+from octollm.services.orchestrator import audit as audit_module
 from octollm.services.orchestrator.audit import Actor, AuditSealer, read_audit_page, record_audit
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
@@ -76,7 +76,7 @@ async def test_each_tenant_has_a_chain_of_its_own(db: Database) -> None:
 async def test_writers_and_sealers_at_the_same_time_make_one_chain(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing_module, "SEAL_BATCH", 5)
+    monkeypatch.setattr(audit_module, "SEAL_BATCH", 5)
     sealers = [AuditSealer(db, ROOT, CLOCK), AuditSealer(db, ROOT, CLOCK)]
     done = asyncio.Event()
 
@@ -127,7 +127,7 @@ async def test_a_row_cannot_be_put_in_between(db: Database) -> None:
 async def test_sealing_goes_on_by_itself_and_once_more_at_the_end(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing_module, "SEAL_SECONDS", 0.01)
+    monkeypatch.setattr(audit_module, "SEAL_SECONDS", 0.01)
     failures: list[BaseException] = []
     sealing = AuditSealer(db, ROOT, CLOCK)
     async with sealing.run(failures.append):
@@ -137,7 +137,7 @@ async def test_sealing_goes_on_by_itself_and_once_more_at_the_end(
             return (await read_audit_page(db, "acme", 0, 10)).head.seq == 2
 
         await wait_until(sealed, description="the rows are sealed")
-        monkeypatch.setattr(sealing_module, "SEAL_SECONDS", 60)
+        monkeypatch.setattr(audit_module, "SEAL_SECONDS", 60)
         await asyncio.sleep(0)
         await write(db, ALICE, 1)
     assert await checked(db, "acme") == (3, [])
@@ -153,7 +153,7 @@ async def test_a_rolled_back_sealing_leaves_no_gap(db: Database, monkeypatch: py
         raise RuntimeError("the signer broke")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
-        patched.setattr(sealing_module, "sign_checkpoint", broken)
+        patched.setattr(audit_module, "sign_checkpoint", broken)
         await sealing.seal()
     async with db.read() as conn:
         assert await conn.all(select(audit_heads).where(audit_heads.c.tenant == "acme")) == []

@@ -15,7 +15,7 @@ from sqlalchemy import select, update
 from octollm.clock import SystemClock
 from octollm.contracts.auth import RevocationUpdate
 from octollm.errors import OctoError
-from octollm.services.orchestrator import revocation as revoking_module
+from octollm.services.orchestrator import revocation as revocation_module
 from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
@@ -121,7 +121,7 @@ async def test_what_is_rolled_back_is_not_revoked(pair: Pair) -> None:
 
 
 async def test_a_restart_reads_all_that_still_matters(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(revoking_module, "PAGE_SIZE", 3)
+    monkeypatch.setattr(revocation_module, "PAGE_SIZE", 3)
     for number in range(10):
         await pair.revoke(f"t{number}")
     async with pair.db.transaction() as tx:
@@ -141,7 +141,7 @@ async def test_a_restart_reads_all_that_still_matters(pair: Pair, monkeypatch: p
 async def test_a_slow_listener_is_cut_off_and_begins_again_with_all(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revoking_module, "MAX_QUEUED", 3)
+    monkeypatch.setattr(revocation_module, "MAX_QUEUED", 3)
     stream = pair.one.stream(asyncio.Event())
     assert msgspec.json.decode(await anext(stream), type=RevocationUpdate).whole
     for number in range(5):
@@ -162,9 +162,9 @@ async def test_a_listener_is_let_go_when_the_service_shuts_down(pair: Pair) -> N
 async def test_while_the_database_cannot_be_read_nobody_is_told_that_nothing_is_new(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(revoking_module, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(revoking_module, "STALE_SECONDS", 0.3)
-    monkeypatch.setattr(revoking_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(revocation_module, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(revocation_module, "STALE_SECONDS", 0.3)
+    monkeypatch.setattr(revocation_module, "POLL_SECONDS", 0.05)
     async with pair.one.run(surely), listening(pair.one) as listener:
         await wait_until(lambda: len(listener.lines) > 5, description="it is told that nothing is new")
 

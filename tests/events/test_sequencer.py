@@ -62,15 +62,15 @@ async def test_only_one_of_many_gets_the_claim(db: Database) -> None:
 
 
 async def test_the_cursor_never_goes_back(db: Database, write: Write) -> None:
-    numbering = Sequencer(db, holder="x", lease_seconds=60)
-    claim = await numbering.acquire()
-    assert claim is not None
-    await numbering.mark_published(claim.fence, 5)
-    await numbering.mark_published(claim.fence, 3)
+    sequencer = Sequencer(db, holder="x", lease_seconds=60)
+    lease = await sequencer.acquire()
+    assert lease is not None
+    await sequencer.mark_published(lease.fence, 5)
+    await sequencer.mark_published(lease.fence, 3)
     async with db.read() as connection:
         assert await connection.scalar(select(relay_state.c.published)) == 5
-    await numbering.release(claim.fence, 7)
-    again = await numbering.acquire()
+    await sequencer.release(lease.fence, 7)
+    again = await sequencer.acquire()
     assert again is not None
     assert again.last_published == 7
 
@@ -100,14 +100,14 @@ DATA = {
 async def test_positions_and_versions_have_no_gap_whoever_writes(
     writers: list[list[tuple[str, int, bool]]], batch: int
 ) -> None:
-    """Several writers, some of whose transactions fail, beside a relay that numbers in small batches."""
+    """Several writers, some of whose transactions fail, beside a sequencer that assigns numbers in small batches."""
     clock = HandClock()
     async with open_database("memory://", clock=clock) as db:
         await migrate(db, "orchestrator")
         log = EventLog(db, clock, IDS)
-        numbering = Sequencer(db, holder="x", lease_seconds=60)
-        claim = await numbering.acquire()
-        assert claim is not None
+        sequencer = Sequencer(db, holder="x", lease_seconds=60)
+        lease = await sequencer.acquire()
+        assert lease is not None
 
         async def write(transactions: list[tuple[str, int, bool]]) -> int:
             kept = 0
@@ -132,11 +132,11 @@ async def test_positions_and_versions_have_no_gap_whoever_writes(
 
         async def number(times: int) -> None:
             for _ in range(times):
-                await numbering.assign(claim.fence, batch)
+                await sequencer.assign(lease.fence, batch)
                 await asyncio.sleep(0)
 
         *counts, _ = await asyncio.gather(*(write(part) for part in writers), number(10))
-        while (await numbering.assign(claim.fence, batch))[0]:
+        while (await sequencer.assign(lease.fence, batch))[0]:
             pass
         events = await log.read(0, tenant=None)
 

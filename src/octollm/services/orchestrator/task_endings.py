@@ -1,0 +1,126 @@
+"""Tasks that end from outside their worker: cancellation, and the expiry of ad-hoc tasks.
+
+An ad-hoc task stands for a token that was issued for direct calls. No worker runs it, so a sweep ends it when the token
+expires.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+
+from octollm.clock import Clock
+from octollm.concurrency import run_in_background
+from octollm.errors import OctoError
+from octollm.services.orchestrator.audit import Actor, record_audit
+from octollm.services.orchestrator.revocation import RevocationStore
+from octollm.storage import Transaction
+from octollm.tasks.ledger import BudgetLedger
+from octollm.tasks.store import TaskStore
+from octollm.tasks.worker import Worker
+from octollm.telemetry import Metrics
+
+SWEEP_SECONDS = 2.0
+"""Seconds between two looks for expired ad-hoc tasks."""
+SWEEP_BATCH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCanceller:
+    """Cancels tasks: revokes their tokens and stops their work down to the last call."""
+
+    store: TaskStore
+    revocation_store: RevocationStore
+    worker: Worker
+    clock: Clock
+    metrics: Metrics
+    announce: Callable[[str], Awaitable[None]]
+    """Announces a cancelled task id to the other replicas."""
+
+    async def cancel(self, task_id: str, actor: Actor, reason: str = "") -> None:
+        """Cancel a task of the actor's tenant; raise ``state_conflict`` for one that has ended."""
+        tenant = actor.principal.tenant
+        now = self.clock.now()
+
+        async def revoke_and_audit(tx: Transaction) -> None:
+            await self.revocation_store.add(tx, "task", task_id, tenant)
+            await record_audit(tx, actor, "task.cancelled", task_id, now, {"reason": reason} if reason else None)
+
+        data = {"status": "cancelled", **({"reason": reason} if reason else {})}
+        await self.store.change(
+            task_id, "task.cancelled", data, new_status="cancelled", hook=revoke_and_audit, finished_at=now
+        )
+        # Counted here and not by the worker: a task may be cancelled before any worker has it.
+        self.metrics.tasks.labels("cancelled").inc()
+        await self.worker.stop(task_id)
+        await self.announce(task_id)
+
+    async def cancel_all(self, actor: Actor, reason: str, *, sub: str | None = None, cred: str | None = None) -> int:
+        """Cancel every open task of a principal or credential in the actor's tenant, and return how many."""
+        count = 0
+        while task_ids := await self.store.list_open(actor.principal.tenant, sub=sub, cred=cred):
+            for task_id in task_ids:
+                try:
+                    await self.cancel(task_id, actor, reason)
+                    count += 1
+                except OctoError as error:
+                    if error.code != "state_conflict":  # the task ended by itself meanwhile
+                        raise
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class AdhocTaskExpiry:
+    """Ends ad-hoc tasks whose token has expired. Every replica may sweep: each task ends once."""
+
+    store: TaskStore
+    ledger: BudgetLedger
+    clock: Clock
+    metrics: Metrics
+
+    async def sweep(self) -> int:
+        """End up to :data:`SWEEP_BATCH` expired tasks, settle their reservations, and return how many ended here."""
+        count = 0
+        for task_id, created_at in await self.store.list_expired_adhoc(SWEEP_BATCH):
+            now = self.clock.now()
+
+            async def settle(tx: Transaction, task_id: str = task_id) -> None:
+                await self.ledger.settle_open(tx, task_id)
+
+            data = {
+                "status": "completed",
+                "duration_ms": int((now - created_at) * 1000),
+                "reason": "The token that the task stood for has expired.",
+            }
+            try:
+                await self.store.change(
+                    task_id,
+                    "task.completed",
+                    data,
+                    new_status="completed",
+                    progress=100.0,
+                    hook=settle,
+                    finished_at=now,
+                )
+            except OctoError as error:
+                if error.code != "state_conflict":  # another replica ended it since the list was read
+                    raise
+            else:
+                self.metrics.tasks.labels("completed").inc()
+                count += 1
+        return count
+
+    @contextlib.asynccontextmanager
+    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
+        """Sweep in the background while the context is open."""
+        async with run_in_background("ad-hoc task expiry", self._sweep_loop(), on_failure):
+            yield
+
+    async def _sweep_loop(self) -> None:
+        while True:
+            with contextlib.suppress(OctoError):  # no database, which /ready reports; the next round retries
+                while await self.sweep() == SWEEP_BATCH:
+                    pass
+            await asyncio.sleep(SWEEP_SECONDS)
