@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from prometheus_client import Counter, Gauge
 
 from octollm.capability import PRESETS
 from octollm.cli.app import DEMO_GOAL, app
@@ -16,6 +17,9 @@ from octollm.config import PREFIX, SETTING_SPECS
 from octollm.contracts.events import EVENT_CATALOGUE
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.contracts.services import SERVICES
+from octollm.rpc.idempotency import MAX_KEY
+from octollm.tasks.state import TASK_TRANSITIONS, is_final
+from octollm.telemetry import Metrics
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -110,6 +114,45 @@ def test_a_concept_page_shows_its_part_at_work(page):
     assert page.name == "README.md" or re.search(r"(?m)^```(shell|python)$", text), page
     for path in re.findall(r"`(src/octollm/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def metrics() -> dict[str, str]:
+    """Return the kind of each metric that a service exposes, by the name in the exposition format."""
+    families = Metrics("orchestrator").registry.collect()
+    return {family.name + ("_total" if family.type == "counter" else ""): family.type for family in families}
+
+
+def metric_rows() -> dict[str, tuple[str, set[str], str]]:
+    """Return kind, labels and meaning of each row of the table of metrics, by name."""
+    rows = re.findall(
+        r"(?m)^\| `(octollm_\w+)` \| (\w+) \| ([^|]*)\| ([^|]+) \|$", (CONCEPTS / "telemetry.md").read_text()
+    )
+    return {name: (kind, set(re.findall(r"`(\w+)`", labels)), meaning) for name, kind, labels, meaning in rows}
+
+
+def test_every_metric_has_its_row():
+    assert len(metrics()) > 10
+    assert {name: kind for name, (kind, _labels, _meaning) in metric_rows().items()} == metrics()
+
+
+def test_every_label_of_a_metric_is_in_its_row():
+    instruments = [each for each in vars(Metrics("orchestrator")).values() if isinstance(each, Counter | Gauge)]
+    assert instruments
+    rows = metric_rows()
+    for each in instruments:
+        name = each._name + ("_total" if isinstance(each, Counter) else "")
+        assert rows[name][1] == set(each._labelnames), name
+
+
+def test_every_final_status_is_counted_and_told():
+    meaning = metric_rows()["octollm_tasks_total"][2]
+    for status in TASK_TRANSITIONS:
+        assert (f"`{status}`" in meaning) is is_final(status), status
+
+
+def test_the_length_of_an_idempotency_key_is_the_one_that_is_checked():
+    for text in (headings("errors.md")["invalid_header"], (CONCEPTS / "calls.md").read_text()):
+        assert f"1 to {MAX_KEY} printable ASCII characters" in " ".join(text.split())
 
 
 def test_every_command_is_told():

@@ -1,4 +1,4 @@
-"""Every public write of the orchestrator honours ``Idempotency-Key``; secrets are replayed but stored only encrypted."""
+"""Every public write of the orchestrator honours ``Idempotency-Key``; secrets are stored only encrypted."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from orchestra import Orchestra, problem
 from octollm.arm import Context
 from octollm.contracts.api import NewKey, TokenResponse
 from octollm.contracts.enrolment import NewEnrolmentToken
+from octollm.contracts.public_api import PUBLIC_OPERATIONS
 from octollm.contracts.task import ExecuteResult, Task
 from octollm.rpc.call import Operation
 from octollm.rpc.http_client import HttpResponse
@@ -227,11 +228,11 @@ def operations() -> dict[tuple[str, str], Operation]:
 
 def test_every_public_write_honours_a_key() -> None:
     """A write that ignores the key would run twice when a client or the gateway retries it."""
-    writes = [route for route in PUBLIC_ROUTES if route.method != "GET"]
+    writes = [each for each in PUBLIC_OPERATIONS if each.method != "GET" and each.service == "orchestrator"]
     assert len(writes) >= 10
-    declared = operations()
-    for route in writes:
-        assert declared[route.method, route.upstream_path or route.path].kind != "read_only", route.name
+    served = operations()
+    for each in writes:
+        assert served[each.method, each.service_path or each.path].kind != "read_only", each.id
 
 
 def test_every_secret_that_is_shown_once_is_encrypted() -> None:
