@@ -78,10 +78,10 @@ async def tells(handler: Handler, folder: Path, seconds: float) -> dict[str, Any
 @pytest.mark.parametrize(
     ("handler", "told"),
     [
-        (another_shape, "another form than agreed"),
-        (a_page, "another form than agreed"),
-        (too_much, "an answer that is too long"),
-        (no_json, "a line that is not understood"),
+        (another_shape, "malformed response"),
+        (a_page, "malformed response"),
+        (too_much, "a response that is too long"),
+        (no_json, "a malformed line"),
         (a_line_without_end, "a line that is too long"),
     ],
 )

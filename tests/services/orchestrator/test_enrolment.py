@@ -231,7 +231,7 @@ async def test_what_a_removed_arm_was_lent_is_revoked(tmp_path: Path) -> None:
             ("aud", "translator", "acme")
         ]
         assert (await one.told())[-1] == ("arm.removed", "acme")
-        assert [each.state for each in (await one.tokens.list("acme")).tokens] == ["revoked"]
+        assert [each.state for each in (await one.tokens.list("acme")).joins] == ["revoked"]
 
 
 async def test_another_tenant_cannot_take_a_name(tmp_path: Path) -> None:

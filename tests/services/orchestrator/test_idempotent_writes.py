@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from octollm.services.reflex.public_routes import PUBLIC_ROUTES
 from orchestra import Orchestra, problem
 
 from octollm.arm import Context
