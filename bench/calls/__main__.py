@@ -30,7 +30,7 @@ import uvloop
 
 from calls import measuring, octo
 from calls.databases import postgres_database
-from calls.variants import BARE, REFERENCE, Variant, variants
+from calls.variants import BARE, FULL_GRPC, MINTED, REFERENCE, REUSED, Variant, variants
 
 KIB = 1000
 RATE = 1000.0
@@ -207,7 +207,7 @@ def _targets(every: list[Variant], medians: dict[tuple[str, str], dict[str, floa
             if (MAIN, other) in medians:
                 rate = medians[MAIN, variant.name]["rate"] / medians[MAIN, other]["rate"]
                 told(f"{variant.name} ÷ {other}, 16 in flight", rate, ratio, least=True)
-    ours = every[0].name
+    ours = REUSED
     one = MEASURES[0].name
     told(
         f"{ours}, p50 one after the other ÷ {REFERENCE}",
@@ -234,11 +234,14 @@ def main() -> None:
             print("No PostgreSQL is here: keys in it are left out.", file=sys.stderr)
         every = variants(octo.Keys.make(), f"sqlite:///{folder}/keys.db", postgres, _free_port())
         if options.only:
-            every = [each for each in every if options.only in each.name or each.name in (REFERENCE, BARE)]
+            every = [each for each in every if options.only in each.name or each.name in (REFERENCE, FULL_GRPC, BARE)]
         found = _measured(every, options.rounds, options.seconds)
     medians = {
         key: {name: statistics.median(one[name] for one in each) for name in each[0]} for key, each in found.items()
     }
+    if (MAIN, MINTED) in medians:
+        minted, peer = medians[MAIN, MINTED]["rate"], medians[MAIN, FULL_GRPC]["rate"]
+        print(f"\n{MINTED}: {minted:,.0f} calls/s, {minted / peer:.2f} × {FULL_GRPC} (16 in flight, 1 KB)")
     rows = _table(every, medians)
     if not options.only:
         _targets(every, medians)

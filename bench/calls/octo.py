@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -19,6 +20,7 @@ from starlette.routing import Route
 
 from octollm.capability import (
     BUILT_IN_CALLS,
+    CallTokens,
     DirectoryEntry,
     Principal,
     RootMinter,
@@ -155,7 +157,10 @@ async def keep(port: int, keys: Keys, store: str) -> None:
 async def calling(
     port: int, keys: Keys, size: int, *, sampled: float = SAMPLED, keyed: bool = False, minted: bool = False
 ) -> AsyncGenerator[Callable[[], Awaitable[object]]]:
-    """A caller with everything on. ``minted`` makes a token for each call, else one serves for 10 s."""
+    """A caller with everything on. With ``minted`` it calls as an arm's ``Context`` does, else a token serves for 10 s.
+
+    Each minted call is the only one that its served call makes, so that no access token is used twice.
+    """
     body = msgspec.json.encode(Body("x" * size))
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_logs(stack))
@@ -178,12 +183,19 @@ async def calling(
         async def call() -> object:
             nonlocal token, made
             number = next(numbers)
-            if minted or CLOCK.monotonic() - made > TOKEN_SECONDS:
-                token, made = mint(), CLOCK.monotonic()
+            if minted:
+                served = hashlib.sha256(f"req-{IDS.hex()}".encode()).hexdigest()
+                bearer = CallTokens(delegator, verified, served).bearer(
+                    "judge", "judge:validate", keys.judge.thumbprint
+                )
+            else:
+                if CLOCK.monotonic() - made > TOKEN_SECONDS:
+                    token, made = mint(), CLOCK.monotonic()
+                bearer = token
             trace = start_trace(sampled=number % 100 < sampled * 100)
             set_context(RequestContext("coder", trace=trace, task_id="task-" + "0" * 32, tenant="default"))
             key = f"{run}-{number}" if keyed else None
-            return await base.client.call(OutgoingCall(target, token, Deadline.after(CLOCK, 30), body, key), Body)
+            return await base.client.call(OutgoingCall(target, bearer, Deadline.after(CLOCK, 30), body, key), Body)
 
         tune_garbage_collector()
         yield call

@@ -34,7 +34,10 @@ _C_co = TypeVar("_C_co", bound=TokenClaims, covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class ChainPart(Generic[_C_co]):
-    """One parsed token of a bearer string: its text, its SHA-256, its claims. Its signature is not verified yet."""
+    """One parsed token of a bearer string, whose signature is not verified yet.
+
+    ``digest`` is the SHA-256 of a grant's text, by which other parts refer to it; empty for an access token.
+    """
 
     raw: str
     digest: str
@@ -93,7 +96,7 @@ def split_bearer(bearer: str) -> list[str]:
 def parse_access(raw: str) -> ChainPart[AccessClaims]:
     """Parse an access token; raises ``CapabilityError`` with a reason of a malformed token."""
     jws = decode_jws(raw, "cap+jwt", parse_canonical=parse_canonical_access)
-    return ChainPart(raw, digest_of(raw), jws, parse_access_claims(jws.claims), _embedded(jws))
+    return ChainPart(raw, "", jws, parse_access_claims(jws.claims), _embedded(jws))
 
 
 def parse_grant(raw: str) -> ChainPart[GrantClaims]:
@@ -186,20 +189,20 @@ def check_authority(chain: Chain, audience: str) -> None:
         allowed = [below for scope, below in parent.claims.may.items() if service_of(scope.family) == child.claims.aud]
         if not contains(_union_of(allowed), child.claims.may):
             raise CapabilityError("may_exceeds_parent")
-    _check_access(chain)
+    check_access_scopes(chain)
 
 
-def check_access_authority(chain: Chain, audience: str) -> None:
-    """Check what :func:`check_authority` does, for a chain whose grants have passed it with another access token.
+def check_access_claims(chain: Chain, audience: str) -> None:
+    """Check the access token of a chain whose grants have passed :func:`check_authority` with another one.
 
-    The grants are for one work and allow no more than each other: the access token has to fit them.
+    Those grants are for one work, and none allows more than its parent: the access token has to fit them, which is
+    this check and :func:`check_access_scopes`.
     """
     access = chain.access.claims
     if access.aud != audience:
         raise CapabilityError("audience_wrong")
     _check_issuer(access, chain.parent)
     _check_same_work(chain.grants[0].claims, access)
-    _check_access(chain)
 
 
 def _check_issuer(claims: TokenClaims, parent: ChainPart[GrantClaims] | None) -> None:
@@ -207,7 +210,8 @@ def _check_issuer(claims: TokenClaims, parent: ChainPart[GrantClaims] | None) ->
         raise CapabilityError("issuer_wrong")
 
 
-def _check_access(chain: Chain) -> None:
+def check_access_scopes(chain: Chain) -> None:
+    """Check that the grants allow the scopes of the access token, and the callee's grant no more than follows them."""
     access = chain.access.claims
     if any(service_of(scope.family) != access.aud for scope in access.scope):
         raise CapabilityError("scope_foreign")

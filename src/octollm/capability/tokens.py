@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -25,6 +26,7 @@ MAX_GRANT_SECONDS = 3_600.0
 MAX_ACCESS_SECONDS = 86_400.0
 """The longest life of an access token, and so of a revocation."""
 
+_MAX_CACHED_SCOPE_CHARS = 256
 _ROUNDING_SECONDS = 0.01
 """Tolerance for times, which minting rounds to milliseconds."""
 
@@ -196,9 +198,14 @@ def _to_plain(value: Any) -> object:
     raise NotImplementedError(f"{type(value).__name__} is not a claim")
 
 
+@lru_cache(1024)
+def _parse_short_scopes(text: str) -> ScopeSet:
+    return ScopeSet.parse(text)
+
+
 def _from_plain(kind: type, value: Any) -> object:
     if kind is ScopeSet and isinstance(value, str):
-        return ScopeSet.parse(value)
+        return _parse_short_scopes(value) if len(value) <= _MAX_CACHED_SCOPE_CHARS else ScopeSet.parse(value)
     if kind is DelegationTree:
         return parse_delegation_tree(value)
     raise CapabilityError("claims_malformed")

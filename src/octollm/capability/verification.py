@@ -1,22 +1,23 @@
 """Verification of bearer strings up to a pinned root, without the network.
 
 Three LRU caches make it fast and change no verdict: verdicts by the whole bearer string, the grants of a bearer string
-as a verified prefix (an access token minted for each call then costs one signature), and single grants.
+together (an access token minted for each call then costs one signature), and single grants.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from octollm.capability.chain import (
     Chain,
     ChainPart,
     assemble_chain,
-    check_access_authority,
+    check_access_claims,
+    check_access_scopes,
     check_authority,
     check_chain_times,
     check_part_times,
@@ -41,6 +42,7 @@ from octollm.clock import Clock
 
 _V = TypeVar("_V")
 _HASH_CHUNK = 2000
+_MAX_FITTING_SCOPES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ class _VerifiedGrants:
 
     grants: tuple[ChainPart[GrantClaims], ...]
     conditions: _Conditions
+    fitting_scopes: set[str] = field(default_factory=set[str])
+    """Scopes of access tokens that fitted these grants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,7 @@ class Verifier:
         self._roots = roots
         self._clock = clock
         self._verdicts: LruCache[_Verdict] = LruCache(cache_size)
-        self._prefixes: LruCache[_VerifiedGrants] = LruCache(cache_size)
+        self._verified_grants: LruCache[_VerifiedGrants] = LruCache(cache_size)
         self._grants: LruCache[_KnownGrant] = LruCache(cache_size)
 
     def verify(self, bearer: str | None) -> VerifiedChain:
@@ -215,9 +219,9 @@ class Verifier:
         access = parse_access(access_text)
         # With ``gnt`` the last grant is the callee's own, else it proves the issuer: other checks were passed then.
         key = _digest(grants_text.encode("ascii")) + (b"-" if access.claims.gnt is None else b"+")
-        known = self._prefixes.get(key)
+        known = self._verified_grants.get(key)
         if known is not None and self._has_trusted_roots(known.conditions):
-            return self._verify_access(assemble_chain(access, known.grants), known.conditions)
+            return self._verify_access(assemble_chain(access, known.grants), known)
         texts = split_bearer(bearer)[1:]
         chain = assemble_chain(access, [self._read_grant(text) for text in texts])
         # Refusing by unverified times is always safe, and saves the signatures of what has merely expired.
@@ -228,34 +232,45 @@ class Verifier:
             raise CapabilityError("revoked")
         for grant in chain.grants:
             self._grants.put(grant.digest, _KnownGrant(grant, keys[grant.digest]))
-        roots = [keys[part.digest] for part, parent in chain.parts_with_parents() if parent is None]
+        roots = tuple(keys[part.digest] for part, parent in chain.parts_with_parents() if parent is None)
+        conditions = self._conditions(chain.links, roots)
         if chain.grants:
-            claims = tuple(grant.claims for grant in chain.grants)
-            self._prefixes.put(key, _VerifiedGrants(chain.grants, self._conditions(claims, roots)))
-        return self._to_verdict(chain, roots)
+            of_grants = self._conditions(chain.links[1:], roots)
+            self._verified_grants.put(key, _VerifiedGrants(chain.grants, of_grants))
+        return _Verdict(_to_verified(chain, conditions), conditions)
 
-    def _verify_access(self, chain: Chain, conditions: _Conditions) -> _Verdict:
-        """Verify the access token of a chain whose grants were verified under ``conditions``: it alone is new."""
-        access = chain.access
+    def _verify_access(self, chain: Chain, known: _VerifiedGrants) -> _Verdict:
+        """Verify the access token of a chain with verified grants: it alone is new."""
+        access, conditions = chain.access, known.conditions
+        claims = access.claims
         check_part_times(access, chain.parent, self._clock.now())
         self._recheck(conditions)
         key = expected_key(access, chain.parent, self._roots)
         access.jws.check_signature(key)
-        check_access_authority(chain, self.audience)
-        if self.revocations.is_revoked((access.claims,)):
+        check_access_claims(chain, self.audience)
+        # Whether a scope fits depends on the grants alone: the same call is made under them over and over.
+        scopes = str(claims.scope)
+        if scopes not in known.fitting_scopes:
+            check_access_scopes(chain)
+            if len(known.fitting_scopes) < _MAX_FITTING_SCOPES:
+                known.fitting_scopes.add(scopes)
+        if self.revocations.is_revoked((claims,)):
             raise CapabilityError("revoked")
-        return self._to_verdict(chain, [*conditions.roots, key] if chain.parent is None else conditions.roots)
+        conditions = _Conditions(
+            (claims, *conditions.links),
+            min(conditions.expires, claims.exp),
+            max(conditions.not_before, claims.nbf, claims.iat),
+            (*conditions.roots, key) if chain.parent is None else conditions.roots,
+            self.revocations.version,
+        )
+        return _Verdict(_to_verified(chain, conditions), conditions)
 
-    def _to_verdict(self, chain: Chain, roots: Sequence[PublicKey]) -> _Verdict:
-        verified = _to_verified(chain)
-        return _Verdict(verified, self._conditions(verified.links, roots))
-
-    def _conditions(self, links: tuple[AccessClaims | GrantClaims, ...], roots: Sequence[PublicKey]) -> _Conditions:
+    def _conditions(self, links: tuple[AccessClaims | GrantClaims, ...], roots: tuple[PublicKey, ...]) -> _Conditions:
         return _Conditions(
             links,
-            expires=min([link.exp for link in links]),
-            not_before=max([max(link.nbf, link.iat) for link in links]),
-            roots=tuple(roots),
+            expires=min(link.exp for link in links),
+            not_before=max(max(link.nbf, link.iat) for link in links),
+            roots=roots,
             revocations=self.revocations.version,
         )
 
@@ -278,7 +293,7 @@ class Verifier:
         return keys
 
 
-def _to_verified(chain: Chain) -> VerifiedChain:
+def _to_verified(chain: Chain, conditions: _Conditions) -> VerifiedChain:
     access = chain.access.claims
     own = chain.callee_grant
     return VerifiedChain(
@@ -289,8 +304,8 @@ def _to_verified(chain: Chain) -> VerifiedChain:
         scopes=access.scope,
         task=access.task_ref,
         call=access.call,
-        expires=min([link.exp for link in chain.links]),
-        links=chain.links,
+        expires=conditions.expires,
+        links=conditions.links,
         grant=None if own is None else own.claims,
         grants=() if own is None else tuple(part.raw for part in chain.grants),
     )
