@@ -37,4 +37,4 @@ async def convert(run: RunContext[Context], amount: float, unit: Unit, into: Uni
     return round(amount * METRES[unit] / METRES[into], 6)
 
 
-arm = Arm.from_agent(agent, name="lengths", description="Converts lengths between units", port=8113)
+arm = Arm.from_agent(agent, name="lengths", description="Converts lengths between units")

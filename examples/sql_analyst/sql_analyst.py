@@ -22,7 +22,6 @@ SHOWN_ROWS = 20
 arm = Arm(
     "sql-analyst",
     description="Answers questions over a SQLite database with SQL",
-    port=8112,
     calls=["models:chat", "files:read", "files:write"],
     accepts=["kind:sqlite", "application/vnd.sqlite3", "application/x-sqlite3"],
 )
@@ -34,7 +33,7 @@ class Query(Struct):
     sql: str
 
 
-@arm.operation()
+@arm.operation
 async def execute(task: Task, ctx: Context) -> ExecuteResult:
     """Answer the goal by one query over the task's database."""
     file = database_of(task)

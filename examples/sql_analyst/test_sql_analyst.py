@@ -1,4 +1,4 @@
-"""The SQL analyst on a bench: real databases, real queries, and what a query must not do."""
+"""The SQL analyst: real databases, real queries, and what a query must not do."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def ask(shop: Path, *queries: str):
 
 def test_a_question_is_answered_with_a_table(shop: Path):
     query = "SELECT city, sum(amount) AS total FROM orders GROUP BY city ORDER BY total DESC"
-    result, lab = ask(shop, query)
+    result, client = ask(shop, query)
     assert "| Bonn | 12.5 |\n| Kiel | 4.0 |" in result.output
     assert query in result.output
     [artifact] = result.artifacts
-    assert lab.files[artifact.digest].decode().splitlines() == ["city,total", "Bonn,12.5", "Kiel,4.0"]
-    assert "CREATE TABLE orders" in lab.model.prompts[0]
-    assert lab.progress[0] == (20.0, "read shop.sqlite3")
+    assert client.files[artifact.digest].decode().splitlines() == ["city,total", "Bonn,12.5", "Kiel,4.0"]
+    assert "CREATE TABLE orders" in client.model.prompts[0]
+    assert client.progress[0] == (20.0, "read shop.sqlite3")
 
 
 def test_a_query_that_fails_is_mended_once(shop: Path):
-    result, lab = ask(shop, "SELECT town FROM orders", "SELECT DISTINCT city FROM orders")
+    result, client = ask(shop, "SELECT town FROM orders", "SELECT DISTINCT city FROM orders")
     assert "| Kiel |" in result.output
-    assert "no such column: town" in lab.model.prompts[1]
+    assert "no such column: town" in client.model.prompts[1]
     with pytest.raises(OctoError, match="no such column") as caught:
         ask(shop, "SELECT town FROM orders", "SELECT village FROM orders", "SELECT city FROM orders")
     assert caught.value.code == "model_output_invalid"

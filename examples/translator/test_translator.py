@@ -1,4 +1,4 @@
-"""The translator on a bench."""
+"""The translator."""
 
 from translator import arm
 
@@ -12,13 +12,13 @@ GLOSSARY = {
 
 
 def test_it_translates_with_the_glossary():
-    result, lab = run_arm(
+    result, client = run_arm(
         arm,
         "execute",
         {"goal": "Into German: an arm"},
         model=["ein Arm"],
         answers={"retriever:search": GLOSSARY},
     )
-    assert result.output == lab.text == "ein Arm"
-    assert lab.calls[0].body == {"query": "Into German: an arm"}
-    assert "arm: Arm" in lab.model.prompts[0]
+    assert result.output == client.text == "ein Arm"
+    assert client.calls[0].body == {"query": "Into German: an arm"}
+    assert "arm: Arm" in client.model.prompts[0]

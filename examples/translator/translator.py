@@ -5,10 +5,10 @@ Run it with ``octollm serve translator:arm`` from this folder.
 
 from octollm import Arm, Context, Task
 
-arm = Arm("translator", description="Translates text", port=8110, calls=["retriever:search", "models:chat"])
+arm = Arm("translator", description="Translates text", calls=["retriever:search", "models:chat"])
 
 
-@arm.operation()
+@arm.operation
 async def execute(task: Task, ctx: Context) -> str:
     """Translate the goal, with what the documents know of its words."""
     found = await ctx.call("retriever", "search", {"query": task.goal})

@@ -10,26 +10,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from octollm.arm import Arm, Context
+    from octollm.arm import Arm, CallInfo, Context, Image, Message, ModelCompletion, OperationReference, Tool, ToolCall
+    from octollm.arm.references import coder, executor, judge, memory, planner, retriever
     from octollm.client import connect, connect_sync
-    from octollm.contracts.task import Artifact, Evidence, ExecuteResult, FileRef, Task
-    from octollm.errors import OctoError
+    from octollm.contracts.task import Artifact, Check, Citation, Evidence, ExecuteResult, FileRef, Task, Usage
+    from octollm.errors import ArmError, FieldError, OctoError, RetryStep, StopStep
 
 __all__ = [  # noqa: RUF022  (grouped by what they are for)
     # Writing an arm
     "Arm",
+    "CallInfo",
     "Context",
+    "OperationReference",
     "Task",
-    # What an arm is given and answers
+    # Operations of the built-in services, for calls and ctx.call
+    "coder",
+    "executor",
+    "judge",
+    "memory",
+    "planner",
+    "retriever",
+    # What an arm says to a model
+    "Image",
+    "Message",
+    "ModelCompletion",
+    "Tool",
+    "ToolCall",
+    # Files and results of a task
     "Artifact",
+    "Check",
+    "Citation",
     "Evidence",
     "ExecuteResult",
     "FileRef",
+    "Usage",
     # A client of an installation
     "connect",
     "connect_sync",
-    # What goes wrong
+    # Errors
+    "ArmError",
+    "FieldError",
     "OctoError",
+    "RetryStep",
+    "StopStep",
     # This package
     "__version__",
 ]
@@ -38,15 +61,35 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Arm": ("octollm.arm", "Arm"),
+    "ArmError": ("octollm.errors", "ArmError"),
     "Artifact": ("octollm.contracts.task", "Artifact"),
+    "CallInfo": ("octollm.arm", "CallInfo"),
+    "Check": ("octollm.contracts.task", "Check"),
+    "Citation": ("octollm.contracts.task", "Citation"),
     "Context": ("octollm.arm", "Context"),
     "Evidence": ("octollm.contracts.task", "Evidence"),
     "ExecuteResult": ("octollm.contracts.task", "ExecuteResult"),
+    "FieldError": ("octollm.errors", "FieldError"),
     "FileRef": ("octollm.contracts.task", "FileRef"),
+    "Image": ("octollm.arm", "Image"),
+    "Message": ("octollm.arm", "Message"),
+    "ModelCompletion": ("octollm.arm", "ModelCompletion"),
     "OctoError": ("octollm.errors", "OctoError"),
+    "OperationReference": ("octollm.arm", "OperationReference"),
+    "RetryStep": ("octollm.errors", "RetryStep"),
+    "StopStep": ("octollm.errors", "StopStep"),
     "Task": ("octollm.contracts.task", "Task"),
+    "Tool": ("octollm.arm", "Tool"),
+    "ToolCall": ("octollm.arm", "ToolCall"),
+    "Usage": ("octollm.contracts.task", "Usage"),
+    "coder": ("octollm.arm.references", "coder"),
     "connect": ("octollm.client", "connect"),
     "connect_sync": ("octollm.client", "connect_sync"),
+    "executor": ("octollm.arm.references", "executor"),
+    "judge": ("octollm.arm.references", "judge"),
+    "memory": ("octollm.arm.references", "memory"),
+    "planner": ("octollm.arm.references", "planner"),
+    "retriever": ("octollm.arm.references", "retriever"),
 }
 """Where each public name lives: a module, and what the name is called there."""
 

@@ -71,6 +71,49 @@ class SettingError(OctoError):
     code = "setting_invalid"
 
 
+class ArmError(OctoError):
+    """An arm is declared in a way that cannot work; the detail says what to write instead."""
+
+    code = "arm_invalid"
+
+
+class StopStep(OctoError):  # noqa: N818  an instruction to the runner, as StopIteration is
+    """Raised by an arm: the step cannot succeed, so no further attempt is made.
+
+    ``detail`` is shown to whoever watches the task. On the wire ``retryable`` is false.
+    """
+
+    code = "step_stopped"
+
+    def __init__(self, detail: str, *, field_errors: Sequence[FieldError] = ()) -> None:
+        super().__init__(detail, field_errors=field_errors)
+
+    @property
+    def retryable(self) -> bool:
+        """False: the same again would fail again."""
+        return False
+
+
+class RetryStep(OctoError):  # noqa: N818
+    """Raised by an arm: another attempt of the step can succeed, ``after`` seconds from now at the earliest.
+
+    An attempt is counted against the task's ``max_retries``. ``detail`` is among ``task.context.reasons`` of the next
+    attempt. On the wire ``retryable`` is true and ``retry_after`` has the seconds.
+    """
+
+    code = "step_retry"
+
+    def __init__(self, detail: str, *, after: float = 0.0, field_errors: Sequence[FieldError] = ()) -> None:
+        if not 0 <= after < float("inf"):
+            raise ValueError(f"RetryStep(after={after!r}): after is a number of seconds, 0 or more.")
+        super().__init__(detail, field_errors=field_errors, retry_after=after or None)
+
+    @property
+    def retryable(self) -> bool:
+        """True: another attempt can succeed."""
+        return True
+
+
 class RemoteError(OctoError):
     """A service responded with a problem document (RFC 9457), from which ``status`` and ``retryable`` are taken."""
 

@@ -13,13 +13,12 @@ from octollm import Arm, Context, ExecuteResult, FileRef, OctoError, Task
 translator = Arm(
     "translator",
     description="Translates text",
-    port=8110,
     calls=["retriever:search", "models:chat"],
     optional_calls=["judge:validate", "files:read", "files:write"],
 )
 
 
-@translator.operation()
+@translator.operation
 async def execute(task: Task, ctx: Context) -> str:
     """Translate the goal."""
     found = await ctx.call("retriever", "search", {"query": task.goal})
@@ -63,7 +62,7 @@ class Sent(BaseModel):
     text: str
 
 
-@translator.operation()
+@translator.operation
 async def letter(body: Letter, ctx: Context) -> Sent:
     """Write a letter."""
     await ctx.progress(10, "begun")
@@ -71,13 +70,13 @@ async def letter(body: Letter, ctx: Context) -> Sent:
     return Sent(text=f"{draft.text} ({len(body.tones)} tones)")
 
 
-@translator.operation()
+@translator.operation
 async def echo(body: str, ctx: Context) -> dict[str, list[str]]:
     """Answer a plain text with a dict."""
     return {"words": body.split()}
 
 
-@translator.operation()
+@translator.operation
 async def copy(task: Task, ctx: Context) -> list[str]:
     """Copy every file of a task to an artifact."""
     for file in task.context.files:
@@ -85,7 +84,7 @@ async def copy(task: Task, ctx: Context) -> list[str]:
     return [artifact.name for artifact in ctx.artifacts.list()]
 
 
-@translator.operation()
+@translator.operation
 async def check(body: str, ctx: Context) -> str:
     """Have code checked where that is allowed."""
     if not ctx.allows("judge:validate"):
@@ -94,7 +93,7 @@ async def check(body: str, ctx: Context) -> str:
     return "valid" if verdict["is_valid"] else "; ".join(verdict["reasons"])
 
 
-@translator.operation()
+@translator.operation
 async def overreach(body: str, ctx: Context) -> str:
     """Call what the arm does not declare."""
     service, _, operation = body.partition(":")
@@ -102,13 +101,13 @@ async def overreach(body: str, ctx: Context) -> str:
     return "it was let through"
 
 
-@translator.operation()
+@translator.operation
 async def steal(body: str, ctx: Context) -> str:
     """Read a file that is not the task's."""
     return (await ctx.artifacts.read(FileRef("secret", digest=body))).decode()
 
 
-@translator.operation()
+@translator.operation
 async def fail(body: str, ctx: Context) -> str:
     """Fail as the body says."""
     if body == "crash":
@@ -118,7 +117,7 @@ async def fail(body: str, ctx: Context) -> str:
     raise OctoError("There is no such language.", code=body)
 
 
-@translator.operation()
+@translator.operation
 async def leave_open(body: str, ctx: Context) -> str:
     """Begin a stream and leave it open."""
     stream = ctx.model.stream(body)
@@ -127,7 +126,7 @@ async def leave_open(body: str, ctx: Context) -> str:
     return first
 
 
-@translator.operation()
+@translator.operation
 async def wait(body: str, ctx: Context) -> str:
     """Wait until the caller leaves."""
     await asyncio.Event().wait()
@@ -137,7 +136,7 @@ async def wait(body: str, ctx: Context) -> str:
 silent = Arm("silent", description="Declares nothing")
 
 
-@silent.operation()
+@silent.operation
 async def ask(body: str, ctx: Context) -> str:
     """Ask a model without having declared it."""
     return await ctx.model.complete(body)

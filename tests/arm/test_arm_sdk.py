@@ -15,7 +15,7 @@ from octollm import Arm, Context, OctoError, Task
 from octollm.arm import build_arm
 from octollm.config import read_settings
 from octollm.services.models.service import models_service
-from octollm.testing import ToolUse, arm_test, wait_until
+from octollm.testing import ArmTestClient, ToolUse, wait_until
 from octollm.testing.fake_model import ScriptedReply, scripted_model
 from octollm.testing.harness import start_harness
 
@@ -23,7 +23,7 @@ plain = Arm("plain", description="Asks with the OpenAI SDK", calls=["models:chat
 beyond = Arm("beyond", description="Uses its key for more than it is for", calls=["models:chat"])
 
 
-@plain.operation()
+@plain.operation
 async def execute(task: Task, ctx: Context) -> str:
     """Answer a goal."""
     endpoint = await ctx.model.endpoint()
@@ -52,24 +52,24 @@ async def misuse(task: Task, ctx: Context) -> str:
 
 
 async def test_the_openai_sdk_is_an_arms_client():
-    async with arm_test(plain, model=["Hello there"]) as lab:
-        result = await lab.call("execute", {"goal": "Say hello"})
-        assert (result.output, lab.text) == ("Hello there", "Hello there")
-        assert lab.model.prompts == ["Say hello"]
+    async with ArmTestClient(plain, model=["Hello there"]) as client:
+        result = await client.call("execute", {"goal": "Say hello"})
+        assert (result.output, client.text) == ("Hello there", "Hello there")
+        assert client.model.prompts == ["Say hello"]
 
 
 async def test_its_key_opens_nothing_else():
-    async with arm_test(beyond) as lab:
+    async with ArmTestClient(beyond) as client:
         with pytest.raises(OctoError) as caught:
-            await lab.call("execute", {"goal": "x"})
+            await client.call("execute", {"goal": "x"})
         assert caught.value.code == "scope_missing"
-        assert lab.model.requests == []
+        assert client.model.requests == []
 
 
 async def test_the_sdks_errors_keep_their_code():
-    async with arm_test(plain, model=["never"], max_tokens=1) as lab:
+    async with ArmTestClient(plain, model=["never"], max_tokens=1) as client:
         with pytest.raises(OctoError) as caught:
-            await lab.call("execute", {"goal": "Say hello"})
+            await client.call("execute", {"goal": "Say hello"})
         assert caught.value.code == "budget_exhausted"
 
 
@@ -177,14 +177,14 @@ async def test_an_agent_is_an_arm_with_its_tools():
         weather_agent(), name="weather", description="Tells the weather", calls=["models:chat", "retriever:search"]
     )
     answers = [ToolUse("weather", {"city": "Bonn"}), "It rains in Bonn."]
-    async with arm_test(arm, model=answers, answers={"retriever:search": RAIN}) as lab:
+    async with ArmTestClient(arm, model=answers, answers={"retriever:search": RAIN}) as client:
         task = {"goal": "Rain?", "constraints": ["Be short."], "context": {"text": "Bonn", "reasons": ["too long"]}}
-        result = await lab.call("execute", task)
-        assert result.output == lab.text == "It rains in Bonn."
-        assert len(lab.emitted) > 1
+        result = await client.call("execute", task)
+        assert result.output == client.text == "It rains in Bonn."
+        assert len(client.emitted) > 1
         assert result.usage.completion_tokens == 5
-        assert lab.progress == [(50.0, "Bonn")]
-        first, second = lab.model.requests
+        assert client.progress == [(50.0, "Bonn")]
+        first, second = client.model.requests
         assert first.tools[0].function.name == "weather"
         assert second.messages[-1].text == "Bonn: rain"
         prompt = first.messages[-1].text
@@ -193,34 +193,34 @@ async def test_an_agent_is_an_arm_with_its_tools():
 
 async def test_an_agents_structured_output_is_json():
     arm = Arm.from_agent(Agent(output_type=Weather), name="weather", description="Tells the weather")
-    async with arm_test(arm, model=[ToolUse("final_result", {"city": "Bonn", "rain": True})]) as lab:
-        result = await lab.call("execute", {"goal": "Rain?"})
+    async with ArmTestClient(arm, model=[ToolUse("final_result", {"city": "Bonn", "rain": True})]) as client:
+        result = await client.call("execute", {"goal": "Rain?"})
         assert result.output == '{"city":"Bonn","rain":true}'
 
 
 @pytest.mark.parametrize("code", ["context_too_long", "no_model"])
 async def test_an_agents_failure_keeps_the_models_code(code):
     arm = Arm.from_agent(Agent(), name="weather", description="Tells the weather")
-    async with arm_test(arm, model=lambda _: OctoError("Told by the test.", code=code)) as lab:
+    async with ArmTestClient(arm, model=lambda _: OctoError("Told by the test.", code=code)) as client:
         with pytest.raises(OctoError) as caught:
-            await lab.call("execute", {"goal": "Rain?"})
+            await client.call("execute", {"goal": "Rain?"})
         assert caught.value.code == code
 
 
 async def test_an_agents_budget_is_the_tasks():
     arm = Arm.from_agent(Agent(), name="weather", description="Tells the weather")
-    async with arm_test(arm, model=["never"], max_tokens=1) as lab:
+    async with ArmTestClient(arm, model=["never"], max_tokens=1) as client:
         with pytest.raises(OctoError) as caught:
-            await lab.call("execute", {"goal": "Rain in Bonn?"})
+            await client.call("execute", {"goal": "Rain in Bonn?"})
         assert caught.value.code == "budget_exhausted"
-        assert lab.model.requests == []
+        assert client.model.requests == []
 
 
 async def test_an_agent_without_the_models_says_what_to_declare():
     arm = Arm.from_agent(Agent(), name="weather", description="Tells the weather", calls=[])
-    async with arm_test(arm) as lab:
+    async with ArmTestClient(arm) as client:
         with pytest.raises(OctoError, match=r'calls=\["models:chat"\]'):
-            await lab.call("execute", {"goal": "Rain?"})
+            await client.call("execute", {"goal": "Rain?"})
 
 
 def test_an_agent_with_other_dependencies_is_refused():
@@ -237,17 +237,17 @@ def test_an_agent_without_its_framework_says_what_to_install(monkeypatch):
 
 async def test_what_an_agents_tool_may_not_call_ends_the_step():
     arm = Arm.from_agent(weather_agent(), name="weather", description="Tells the weather", calls=["models:chat"])
-    async with arm_test(arm, model=[ToolUse("weather", {"city": "Bonn"})]) as lab:
+    async with ArmTestClient(arm, model=[ToolUse("weather", {"city": "Bonn"})]) as client:
         with pytest.raises(OctoError, match=r'calls=\["retriever:search"\]') as caught:
-            await lab.call("execute", {"goal": "Rain?"})
+            await client.call("execute", {"goal": "Rain?"})
         assert caught.value.code == "authority_missing"
 
 
 async def test_an_agent_that_comes_to_nothing_is_told_as_such():
     arm = Arm.from_agent(Agent(output_type=Weather), name="weather", description="Tells the weather")
-    async with arm_test(arm, model=lambda _: ToolUse("final_result", {"city": "Bonn"})) as lab:
+    async with ArmTestClient(arm, model=lambda _: ToolUse("final_result", {"city": "Bonn"})) as client:
         with pytest.raises(OctoError) as caught:
-            await lab.call("execute", {"goal": "Rain?"})
+            await client.call("execute", {"goal": "Rain?"})
         assert caught.value.code == "model_output_invalid"
 
 

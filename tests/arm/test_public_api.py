@@ -6,19 +6,40 @@ import sys
 import pytest
 
 import octollm
+import octollm.testing
 
 PUBLIC = {
     "Arm",
+    "ArmError",
     "Artifact",
+    "CallInfo",
+    "Check",
+    "Citation",
     "Context",
     "Evidence",
     "ExecuteResult",
+    "FieldError",
     "FileRef",
+    "Image",
+    "Message",
+    "ModelCompletion",
     "OctoError",
+    "OperationReference",
+    "RetryStep",
+    "StopStep",
     "Task",
+    "Tool",
+    "ToolCall",
+    "Usage",
     "__version__",
+    "coder",
     "connect",
     "connect_sync",
+    "executor",
+    "judge",
+    "memory",
+    "planner",
+    "retriever",
 }
 
 
@@ -35,6 +56,14 @@ def test_every_public_name_is_there(name):
 def test_another_name_is_answered_with_what_there_is():
     with pytest.raises(AttributeError, match="no attribute 'Arms'; it offers Arm, "):
         octollm.Arms  # noqa: B018  the access is what fails
+
+
+TESTING = {"ArmTestClient", "FakeModel", "RecordedCall", "ToolUse", "run_arm", "wait_until"}
+
+
+def test_the_public_names_for_tests_are_these():
+    assert set(octollm.testing.__all__) == TESTING
+    assert all(hasattr(octollm.testing, name) for name in TESTING)
 
 
 def test_importing_it_imports_nothing_else():

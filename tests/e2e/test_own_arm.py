@@ -81,9 +81,7 @@ async def test_an_arm_joins_is_planned_for_and_needs_no_secret_again(tmp_path: P
 
 async def test_what_cannot_be_served_is_said_with_what_to_do(tmp_path: Path) -> None:
     place = Place(tmp_path, {"OCTOLLM_STARTUP_TIMEOUT": "1"})
-    (place.work / "mine.py").write_text(
-        "from octollm import Arm\narm = Arm('mine', description='Mine', port=8119)\nx = 1\n"
-    )
+    (place.work / "mine.py").write_text("from octollm import Arm\narm = Arm('mine', description='Mine')\nx = 1\n")
     for target, told in [
         ("mine:arm", "octollm keys join --name mine"),
         ("mine:x", "arms in it: arm"),

@@ -1,22 +1,31 @@
-"""What an arm's author uses: Arm, Context, operations, streaming out.
+"""The API of an arm's author: Arm, Context, operations, references, messages.
 
-An arm is plain HTTP plus its own key: it holds no Redis, SQL or provider credential. It knows nothing of the
-services behind it except by calling them through its Context.
+An arm is plain HTTP with a key of its own: it holds no Redis, SQL or provider credential, and reaches other services
+only by calls through its Context.
 """
 
 from octollm.arm.arm import Arm, ArmOperation
 from octollm.arm.completion import ModelCompletion
-from octollm.arm.context import Artifacts, Context
+from octollm.arm.context import Artifacts, CallInfo, Context
+from octollm.arm.messages import Image, Message, Tool, ToolCall
 from octollm.arm.model import ModelClient, ModelEndpoint
-from octollm.arm.service import build_arm
+from octollm.arm.references import OperationReference
+from octollm.arm.service import build_arm, open_arm
 
 __all__ = [
     "Arm",
     "ArmOperation",
     "Artifacts",
+    "CallInfo",
     "Context",
+    "Image",
+    "Message",
     "ModelClient",
     "ModelCompletion",
     "ModelEndpoint",
+    "OperationReference",
+    "Tool",
+    "ToolCall",
     "build_arm",
+    "open_arm",
 ]

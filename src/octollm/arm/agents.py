@@ -7,7 +7,7 @@ a model with a client of its own that is closed with it. Needs the extra ``agent
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Awaitable, Callable
-from typing import Any
+from typing import Any, get_origin
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 from pydantic import TypeAdapter
@@ -20,20 +20,19 @@ from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 from octollm.arm.completion import extract_problem
 from octollm.arm.context import Context
 from octollm.arm.model import ModelEndpoint
-from octollm.arm.validation import arm_invalid
 from octollm.contracts.task import Task, Usage
-from octollm.errors import OctoError
+from octollm.errors import ArmError, OctoError
 
 READ_TIMEOUT = 120.0
 """The longest silence of the models service; it sends comments while a model thinks."""
 
 
 def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[Task, Context], Awaitable[object]]:
-    """Return an ``execute`` that runs ``agent``; raise ``arm_invalid`` for one that wants unknown dependencies."""
-    deps_type: type[Any] = agent.deps_type
+    """Return an ``execute`` that runs ``agent``; raise ``arm_invalid`` for one with other dependencies than Context."""
+    deps_type: type[Any] = get_origin(agent.deps_type) or agent.deps_type
     if deps_type is not type(None) and not issubclass(Context, deps_type):
-        raise arm_invalid(
-            f"The agent of the arm {name} wants dependencies of type {deps_type.__name__}; an arm's agent has "
+        raise ArmError(
+            f"The agent of the arm {name} has dependencies of type {deps_type.__name__}; an arm's agent has "
             "deps_type=Context, or none."
         )
 

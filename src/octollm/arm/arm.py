@@ -1,109 +1,135 @@
-"""An arm: a name, what it does, what it calls, and its operations."""
+"""Arm: a name, what it does, what it calls, and its operations."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, cast, overload
 
 from octollm.arm.context import Context
+from octollm.arm.references import CallTo
 from octollm.arm.validation import (
-    arm_invalid,
     check_calls,
     check_description,
+    check_lifespan,
     check_name,
     check_operation,
-    check_port,
     resolve_types,
 )
-from octollm.capability import Declarations, DeclaredCall
+from octollm.capability import Declarations, DeclaredCall, Scope
 from octollm.contracts.declarations import OPTIONAL_MARK
 from octollm.contracts.services import OperationKind
+from octollm.errors import ArmError, OctoError
 
 if TYPE_CHECKING:
+    from typing import Never
+
     from pydantic_ai import Agent
+    from typing_extensions import TypeVar
 
-ArmHandler = Callable[[Any, Context], Awaitable[Any]]
-H = TypeVar("H", bound=ArmHandler)
+    StateT = TypeVar("StateT", default=None)
+else:
+    from typing import Never, TypeVar
 
-DEFAULT_PORT = 8110
-"""The first port behind those of the built-in services."""
+    StateT = TypeVar("StateT")
+BodyT = TypeVar("BodyT")
+AnswerT = TypeVar("AnswerT")
+Lifespan = Callable[[], AbstractAsyncContextManager[StateT]]
+"""Opens what every call of an arm shares, such as a database pool, and closes it: a function with
+``@asynccontextmanager``."""
+
 OPERATION_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class ArmOperation:
-    """One operation: ``POST /<name>``, opened by ``<arm>:<name>``; types from the function's annotations."""
+    """One operation: ``POST /<name>``, opened by the scope ``<arm>:<name>``; types from the function's annotations.
+
+    ``calls`` and ``optional_calls`` are all that it may call; ``has_own_calls`` says that they are not the arm's.
+    """
 
     name: str
-    handler: ArmHandler
+    handler: Callable[[Any, Context[Any]], Awaitable[Any]]
     kind: OperationKind
     body: Any
     answer: Any
     summary: str
     timeout: float
+    calls: tuple[Scope, ...] = ()
+    optional_calls: tuple[Scope, ...] = ()
+    has_own_calls: bool = False
     example: object = None
     codes: Sequence[str] = ()
 
+    @property
+    def declared_calls(self) -> tuple[str, ...]:
+        """Return the calls as the orchestrator reads them: ``?`` before one without which the operation still works."""
+        return _mark_optional(self.calls, self.optional_calls)
 
-class Arm:
-    """An arm. ``calls`` are the scopes that it calls directly; nothing else will be allowed.
 
-    Where the caller's authority does not cover one of ``calls``, the work is refused before it begins; without one
-    of ``optional_calls`` it is done, and ``ctx.may`` tells. ``accepts`` holds words on which code chooses arms, such
-    as ``files:tabular``, ``files:text`` or ``files:none``. Raises ``arm_invalid`` for whatever is wrong.
+class Arm(Generic[StateT]):
+    """An arm.
+
+    ``calls`` are the operations of other services that its operations call, as scopes or references; nothing else will
+    be allowed. Where the caller's authority does not cover one of them, the work is refused before it begins; without
+    one of ``optional_calls`` it is done, and ``ctx.allows`` tells. An operation may declare its own in their place.
+    ``accepts`` holds words by which code chooses arms, such as ``files:tabular``, ``files:text`` or ``files:none``.
+
+    ``lifespan`` opens what the calls share, before the arm serves, and closes it after the last call; what it yields
+    is ``ctx.state``. Raises ``arm_invalid`` for whatever is wrong.
     """
 
     def __init__(
         self,
         name: str,
         description: str,
-        port: int = DEFAULT_PORT,
         *,
-        calls: Sequence[str] = (),
-        optional_calls: Sequence[str] = (),
+        calls: Sequence[CallTo] = (),
+        optional_calls: Sequence[CallTo] = (),
         accepts: Sequence[str] = (),
+        lifespan: Lifespan[StateT] | None = None,
+        **removed: Never,
     ) -> None:
-        self._initialise(name, description, port, calls, optional_calls, accepts, built_in=False)
+        if "port" in removed:
+            raise ArmError(
+                f"The arm {name} has a port in its code. Leave port= out: a port belongs to a deployment, and is set by"
+                " `octollm serve --port` or OCTOLLM_PORT."
+            )
+        if removed:
+            raise TypeError(f"Arm() has no argument {', '.join(removed)}")
+        self._initialise(name, description, calls, optional_calls, accepts, lifespan, built_in=False)
 
     def _initialise(
         self,
         name: str,
         description: str,
-        port: int,
-        calls: Sequence[str],
-        optional_calls: Sequence[str],
+        calls: Sequence[CallTo],
+        optional_calls: Sequence[CallTo],
         accepts: Sequence[str],
+        lifespan: Lifespan[StateT] | None,
         *,
         built_in: bool,
     ) -> None:
         check_name(name, built_in=built_in)
         check_description(name, description)
-        check_port(name, port)
+        check_lifespan(name, lifespan)
         self.name = name
         self.description = description
-        self.port = port
         self.required_scopes = check_calls(name, calls)
         self.optional_scopes = check_calls(name, optional_calls)
         self.accepts = tuple(accepts)
         self.operations: list[ArmOperation] = []
-
-    @property
-    def declared_calls(self) -> tuple[str, ...]:
-        """Return the calls as they are told to the orchestrator: ``?`` before one without which the arm still works."""
-        return (
-            *(scope.text for scope in self.required_scopes),
-            *(OPTIONAL_MARK + scope.text for scope in self.optional_scopes),
-        )
+        self._lifespan = lifespan
 
     @classmethod
     def built_in(
-        cls, name: str, description: str, port: int, *, calls: Sequence[str] = (), accepts: Sequence[str] = ()
-    ) -> Arm:
+        cls, name: str, description: str, *, calls: Sequence[CallTo] = (), accepts: Sequence[str] = ()
+    ) -> Arm[StateT]:
         """Return one of OctoLLM's own arms, whose names are reserved."""
         arm = cls.__new__(cls)
-        arm._initialise(name, description, port, calls, (), accepts, built_in=True)
+        arm._initialise(name, description, calls, (), accepts, None, built_in=True)
         return arm
 
     @classmethod
@@ -113,60 +139,148 @@ class Arm:
         *,
         name: str,
         description: str,
-        port: int = DEFAULT_PORT,
-        calls: Sequence[str] = ("models:chat",),
-        optional_calls: Sequence[str] = (),
+        calls: Sequence[CallTo] = ("models:chat",),
+        optional_calls: Sequence[CallTo] = (),
         accepts: Sequence[str] = (),
-    ) -> Arm:
+    ) -> Arm[StateT]:
         """Return an arm whose ``execute`` runs a Pydantic AI agent on the task's goal.
 
         Its model calls go to the ``models`` service with the authority of the call, whatever model the agent names.
-        An agent with ``deps_type=Context`` is given the call's context. Needs the extra ``agents``.
+        An agent with ``deps_type=Context`` has the call's context as its dependencies. Needs the extra ``agents``.
         """
         try:
             from octollm.arm.agents import execute_with  # noqa: PLC0415  the extra is needed here alone
         except ImportError as error:
-            raise arm_invalid("An agent as an arm needs Pydantic AI: pip install 'octollm[agents]'.") from error
-        arm = cls(name, description, port, calls=calls, optional_calls=optional_calls, accepts=accepts)
+            raise ArmError("An agent as an arm needs Pydantic AI: pip install 'octollm[agents]'.") from error
+        arm = cls(name, description, calls=calls, optional_calls=optional_calls, accepts=accepts)
         arm.operation("execute")(execute_with(agent, arm.name))
         return arm
 
     @property
     def calls(self) -> tuple[str, ...]:
-        """Return the scopes of all declared calls."""
-        return tuple(scope.text for scope in (*self.required_scopes, *self.optional_scopes))
+        """Return the scopes of all declared calls, of the arm and of its operations."""
+        return tuple(scope.text for scope in (*self._required(), *self._optional()))
+
+    @property
+    def declared_calls(self) -> tuple[str, ...]:
+        """Return all declared calls as the orchestrator reads them: ``?`` before those that no operation requires."""
+        return _mark_optional(self._required(), self._optional())
 
     def declarations(self) -> Declarations:
-        """Return what each operation calls directly: from it follows what a caller's grant has to hold."""
-        calls = (
-            *(DeclaredCall(scope.text) for scope in self.required_scopes),
-            *(DeclaredCall(scope.text, optional=True) for scope in self.optional_scopes),
-        )
-        return {f"{self.name}:{declared.name}": calls for declared in self.operations}
+        """Return what each operation calls directly: what a caller's grant has to hold follows from it."""
+        return {
+            f"{self.name}:{declared.name}": (
+                *(DeclaredCall(scope.text) for scope in declared.calls),
+                *(DeclaredCall(scope.text, optional=True) for scope in declared.optional_calls),
+            )
+            for declared in self.operations
+        }
 
+    def _required(self) -> tuple[Scope, ...]:
+        own = (scope for declared in self.operations for scope in declared.calls)
+        return tuple(dict.fromkeys((*self.required_scopes, *own)))
+
+    def _optional(self) -> tuple[Scope, ...]:
+        required = self._required()
+        own = (scope for declared in self.operations for scope in declared.optional_calls)
+        return tuple(scope for scope in dict.fromkeys((*self.optional_scopes, *own)) if scope not in required)
+
+    @asynccontextmanager
+    async def open_state(self) -> AsyncGenerator[StateT]:
+        """Open the lifespan and yield its state (``None`` without one); close it at the end.
+
+        Raises ``arm_start_failed`` with the cause when the lifespan fails to open; an ``OctoError`` stays as it is.
+        """
+        if self._lifespan is None:
+            yield None  # pyright: ignore[reportReturnType]  without a lifespan StateT is None
+            return
+        async with AsyncExitStack() as stack:
+            try:
+                state = await stack.enter_async_context(self._lifespan())
+            except OctoError:
+                raise
+            except Exception as error:
+                raise OctoError(
+                    f"The arm {self.name} cannot start: its lifespan raised {type(error).__name__}: {error}"[:500],
+                    code="arm_start_failed",
+                ) from error
+            yield state
+
+    @overload
+    def operation(
+        self, handler: Callable[[BodyT, Context[StateT]], Awaitable[AnswerT]], /
+    ) -> Callable[[BodyT, Context[StateT]], Awaitable[AnswerT]]: ...
+
+    @overload
     def operation(
         self,
         name: str | None = None,
+        /,
         *,
         kind: OperationKind = "idempotent",
+        calls: Sequence[CallTo] | None = None,
+        optional_calls: Sequence[CallTo] | None = None,
         timeout: float = OPERATION_SECONDS,
         example: object = None,
         codes: Sequence[str] = (),
-    ) -> Callable[[H], H]:
-        """Declare ``async def handler(body, ctx)`` as an operation; its name is the function's unless given.
+    ) -> Callable[
+        [Callable[[BodyT, Context[StateT]], Awaitable[AnswerT]]],
+        Callable[[BodyT, Context[StateT]], Awaitable[AnswerT]],
+    ]: ...
 
-        ``kind`` is ``safe`` for one without effects, ``once`` for one that must never be done twice. ``timeout`` is
-        in seconds, for a caller that names no deadline. ``execute`` is what the orchestrator calls with a ``Task``;
-        whatever it answers becomes an ``ExecuteResult``. ``example`` is a body and ``codes`` are error codes that the
-        arm's description tells of. Raises ``arm_invalid``.
+    def operation(
+        self,
+        name: Any = None,
+        /,
+        *,
+        kind: OperationKind = "idempotent",
+        calls: Sequence[CallTo] | None = None,
+        optional_calls: Sequence[CallTo] | None = None,
+        timeout: float = OPERATION_SECONDS,
+        example: object = None,
+        codes: Sequence[str] = (),
+    ) -> Any:
+        """Declare ``async def handler(body, ctx)`` as an operation, bare or with arguments.
+
+        Its name is the function's unless ``name`` is another. ``kind`` is ``read_only`` for one without effects,
+        ``idempotent`` for one that may be repeated under the same key, ``at_most_once`` for one that must never be
+        done twice. ``calls`` and ``optional_calls``, where either is given, are all that this operation may call, in
+        place of the arm's. ``timeout`` is in seconds, for a caller without a deadline. ``execute`` is what the
+        orchestrator calls with a ``Task``; its answer becomes an ``ExecuteResult``. ``example`` is a body and
+        ``codes`` are error codes for the arm's description. Returns the function itself; raises ``arm_invalid``.
         """
 
-        def declare(handler: H) -> H:
-            called = name or getattr(handler, "__name__", "")
-            check_operation(self.name, called, kind, (declared.name for declared in self.operations))
-            body, answer = resolve_types(self.name, called, handler)
-            summary = (inspect.getdoc(handler) or "").split("\n", 1)[0]
-            self.operations.append(ArmOperation(called, handler, kind, body, answer, summary, timeout, example, codes))
+        def declare(handler: Callable[[Any, Context[Any]], Awaitable[Any]]) -> Any:
+            own_name = name if isinstance(name, str) else getattr(handler, "__name__", "")
+            check_operation(self.name, own_name, kind, (declared.name for declared in self.operations))
+            body, answer = resolve_types(self.name, own_name, handler)
+            has_own_calls = calls is not None or optional_calls is not None
+            self.operations.append(
+                ArmOperation(
+                    name=own_name,
+                    handler=handler,
+                    kind=kind,
+                    body=body,
+                    answer=answer,
+                    summary=(inspect.getdoc(handler) or "").split("\n", 1)[0],
+                    timeout=timeout,
+                    calls=check_calls(self.name, calls or ()) if has_own_calls else self.required_scopes,
+                    optional_calls=(
+                        check_calls(self.name, optional_calls or ()) if has_own_calls else self.optional_scopes
+                    ),
+                    has_own_calls=has_own_calls,
+                    example=example,
+                    codes=codes,
+                )
+            )
             return handler
 
-        return declare
+        if name is None or isinstance(name, str):
+            return declare
+        if callable(name):
+            return declare(cast("Callable[[Any, Context[Any]], Awaitable[Any]]", name))
+        raise ArmError(f"{self.name} has an operation that is no function: @arm.operation stands before async def.")
+
+
+def _mark_optional(required: Sequence[Scope], optional: Sequence[Scope]) -> tuple[str, ...]:
+    return (*(scope.text for scope in required), *(OPTIONAL_MARK + scope.text for scope in optional))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from octollm.arm.messages import ToolCall
 from octollm.contracts.problems import ERROR_KINDS, Problem
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError, RemoteError
@@ -41,16 +42,31 @@ _MAX_EVENT_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ModelCompletion:
-    """What the model wrote. ``finish_reason`` is ``length`` when it was cut at the limit."""
+    """What the model wrote, and the tools that it wants called.
+
+    ``finish_reason`` is ``length`` when the text was cut at the limit, ``tool_calls`` when tools are to be called.
+    """
 
     text: str
     finish_reason: str
     usage: Usage
     model: str
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class _Function(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str
+
+
+class _ToolCall(msgspec.Struct, frozen=True):
+    id: str
+    function: _Function
 
 
 class _Delta(msgspec.Struct, frozen=True):
     content: str | None = None
+    tool_calls: tuple[_ToolCall, ...] | None = None
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -95,10 +111,11 @@ class TextDeduplicator:
 async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) -> ModelCompletion:
     """Read one streamed answer to its end; raise what ``models`` says, and ``connection_lost`` when it breaks off."""
     text: list[str] = []
+    tool_calls: list[ToolCall] = []
     finish, usage, model = "stop", Usage(), ""
     async for data in _sse_data(streamed.chunks):
         if data == b"[DONE]":
-            return ModelCompletion("".join(text), finish, usage, model)
+            return ModelCompletion("".join(text), finish, usage, model, tuple(tool_calls))
         try:
             chunk = msgspec.json.decode(data, type=_Chunk)
         except msgspec.DecodeError as error:
@@ -110,6 +127,9 @@ async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) ->
             usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cost_usd)
         for choice in chunk.choices:
             finish = choice.finish_reason or finish
+            # `models` sends each tool call whole, in one chunk.
+            calls = choice.delta.tool_calls or ()
+            tool_calls.extend(ToolCall(call.id, call.function.name, call.function.arguments) for call in calls)
             if choice.delta.content:
                 text.append(choice.delta.content)
                 await sink.write(choice.delta.content)

@@ -1,24 +1,27 @@
 """Context: what an operation of an arm works with.
 
-Calls to other services with attenuated authority, the model, files, streamed output, and facts about the call.
+Calls to other services with attenuated authority, the model, files, streamed output, the arm's state, and facts about
+the call.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable
-from typing import Any, Protocol, TypeVar, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, cast, overload
 from urllib.parse import quote
 
 import msgspec
 
 from octollm.arm.model import ModelClient, ModelEndpoint
+from octollm.arm.references import CallTo, OperationReference
 from octollm.capability import CallTokens, Delegator, Scope
 from octollm.contracts.media_types import media_type_of
 from octollm.contracts.operations import StoredFile, to_artifact
 from octollm.contracts.service_operations import route_of
 from octollm.contracts.services import service_of
-from octollm.contracts.task import MAX_FILE_BYTES, Artifact, FileRef, Task
+from octollm.contracts.task import MAX_FILE_BYTES, Artifact, Budget, FileRef, Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry
 from octollm.rpc.call import IncomingCall
@@ -74,7 +77,7 @@ class Artifacts:
         return self._written[name]
 
     def list(self) -> tuple[Artifact, ...]:
-        """Return what this call has written, in order; of two with one name the later."""
+        """Return the artifacts that this call has written, in order; of two with one name the later."""
         return tuple(self._written.values())
 
 
@@ -83,18 +86,48 @@ def _with_file_headers(outgoing: OutgoingCall, name: str, media_type: str) -> Ou
     return msgspec.structs.replace(outgoing, content_type=media_type, headers={"X-File-Name": quote(name)})
 
 
+if TYPE_CHECKING:
+    # A type variable with a default (PEP 696): Python 3.11 has none, and at run time none is needed.
+    from typing_extensions import TypeVar
+
+    StateT_co = TypeVar("StateT_co", covariant=True, default=Any)
+else:
+    from typing import TypeVar
+
+    StateT_co = TypeVar("StateT_co", covariant=True)
 T = TypeVar("T")
+P = ParamSpec("P")
 
 MIN_ENDPOINT_SECONDS = 1.0
 OUTAGE_RETRY = OutageRetry(15.0)
-"""An arm's calls wait so long for a service that is away: its work so far is worth more than the wait."""
+"""How long an arm's call waits out an outage of its callee: the work done so far is worth more than the wait."""
 
 
-class Context:
+@dataclass(frozen=True, slots=True)
+class CallInfo:
+    """Facts about a call, for logs and decisions. None of it is authority: that is in the token.
+
+    ``task_id``, ``step``, ``attempt`` (from 1) and ``run`` are of the step that the call works for; ``step``,
+    ``attempt`` and ``run`` are ``None`` for work that is no step. ``run`` rises when another worker takes the task
+    over. ``principal`` is whom the work is for. ``budget_left`` is an upper bound: the task's budget less what this
+    call has used; other steps of the task may have used more. Its ``max_time_seconds`` is the time to the deadline.
+    """
+
+    task_id: str
+    step: str | None
+    attempt: int | None
+    run: int | None
+    tenant: str
+    principal: str
+    budget_left: Budget
+
+
+class Context(Generic[StateT_co]):
     """One call of an arm's operation.
 
-    ``model`` asks the language model, ``artifacts`` reads and writes files, ``task`` is the task that the call was
-    given (``None`` where its body is something else).
+    ``state`` is what the arm's ``lifespan`` yielded, ``model`` asks the language model, ``artifacts`` reads and writes
+    files, ``task`` is the task that the call was given (``None`` where its body is something else). ``Context[Pool]``
+    gives ``state`` its type.
     """
 
     def __init__(
@@ -104,7 +137,9 @@ class Context:
         call: IncomingCall,
         declared: tuple[Scope, ...],
         body: object = None,
+        state: StateT_co = None,
     ) -> None:
+        self.state = state
         self._base = base
         self._delegator = delegator
         self._call = call
@@ -118,8 +153,31 @@ class Context:
         self.model = ModelClient(base.client, lambda body: self.prepare_call("models", "chat", body), self._endpoint)
 
     @property
+    def info(self) -> CallInfo:
+        """Return the step, attempt and run, the tenant, the principal, and the budget that is left."""
+        authority = self._call.authority
+        work = authority.task
+        budget = Budget() if self.task is None else self.task.budget
+        used = self.model.usage
+        tokens, cost = budget.max_tokens, budget.max_cost_usd
+        return CallInfo(
+            task_id=self.task_id,
+            step=None if work is None else work.step,
+            attempt=None if work is None else work.attempt,
+            run=None if work is None else work.run,
+            tenant=authority.tenant,
+            principal=authority.subject,
+            budget_left=msgspec.structs.replace(
+                budget,
+                max_tokens=None if tokens is None else max(0, tokens - used.total_tokens),
+                max_cost_usd=None if cost is None else max(0.0, cost - used.cost_usd),
+                max_time_seconds=max(0.0, self.deadline.remaining()),
+            ),
+        )
+
+    @property
     def deadline(self) -> Deadline:
-        """Return the time that is left."""
+        """Return the deadline of this call; ``deadline.remaining()`` is in seconds."""
         return self._call.deadline
 
     @property
@@ -141,28 +199,46 @@ class Context:
         """Tell how far the work is, from 0 to 100."""
         await self._call.emit.progress(percent, message)
 
-    def allows(self, scope: str) -> bool:
-        """Say whether the grant of this call lets the arm call ``scope``: asked before an optional call."""
+    def allows(self, call: CallTo) -> bool:
+        """Say whether this call may use an optional one: its grant covers the scope, and the operation declares it."""
+        scope = Scope(str(call))
         grant = self._call.authority.grant
-        return grant is not None and grant.may.subtree(Scope(scope)) is not None
+        if grant is None or not any(declared.contains(scope) for declared in self._declared):
+            return False
+        return grant.may.subtree(scope) is not None
 
     @overload
-    async def call(self, service: str, operation: str, body: object, *, on_event: OnEvent | None = None) -> Any: ...
+    async def call(self, operation: OperationReference[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+    @overload
+    async def call(self, service: str, /, operation: str, body: object, *, on_event: OnEvent | None = None) -> Any: ...
 
     @overload
     async def call(
-        self, service: str, operation: str, body: object, answer: type[T], *, on_event: OnEvent | None = None
+        self, service: str, /, operation: str, body: object, answer: type[T], *, on_event: OnEvent | None = None
     ) -> T: ...
 
-    async def call(
+    async def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call another service's operation with attenuated authority, this call's deadline and its trace.
+
+        By reference, ``call(retriever.search, query="…")``: the arguments are the fields of the body. By name,
+        ``call("retriever", "search", body, Answer)``: ``body`` is anything with a JSON form, and without ``Answer`` the
+        result is decoded JSON. Raises ``authority_missing`` when the operation does not declare the call or the
+        caller's authority does not cover it, and what the callee raises.
+        """
+        if isinstance(target, OperationReference):
+            reference = cast("OperationReference[..., Any]", target)
+            return await self.send(reference, reference.make_body(*args, **kwargs))
+        return await self._call_by_name(target, *args, **kwargs)
+
+    async def send(self, operation: OperationReference[..., T], body: object, *, on_event: OnEvent | None = None) -> T:
+        """Call an operation with a body that is made already; ``on_event`` is called with what the callee streams."""
+        outgoing = await self.prepare_call(operation.service, operation.operation, encode(body))
+        return await self._base.client.call(outgoing, operation.answer, on_event=on_event)
+
+    async def _call_by_name(
         self, service: str, operation: str, body: object, answer: Any = Any, *, on_event: OnEvent | None = None
     ) -> Any:
-        """Call another service's operation with narrowed authority, this call's deadline and trace.
-
-        ``body`` is anything that JSON stands for. Without ``answer``, the type of what comes back, it is decoded
-        JSON. ``on_event`` is given what the callee tells while it works. Raises ``authority_missing`` when the arm
-        does not declare the call or the caller's authority does not cover it, and what the callee says.
-        """
         outgoing = await self.prepare_call(service, operation, encode(body))
         return await self._base.client.call(outgoing, answer, on_event=on_event)
 
@@ -202,8 +278,8 @@ class Context:
         requested = Scope(scope)
         if not any(declared.contains(requested) for declared in self._declared):
             raise OctoError(
-                f"{self._base.name} does not declare the call {requested.operation}: write "
-                f'calls=["{requested.operation}"] in its Arm.',
+                f"{self._call.service}:{self._call.operation} does not declare the call {requested.operation}: write "
+                f'calls=["{requested.operation}"] in its Arm, or in its @arm.operation.',
                 code="authority_missing",
             )
         audience = service_of(requested.family)

@@ -1,4 +1,7 @@
-"""The model client of an arm: messages in, text out, streamed, structured by a strict JSON schema, and counted."""
+"""The model client of an arm.
+
+Messages in, text out: whole, streamed, or structured by a strict JSON schema; tool calls; and the usage added up.
+"""
 
 from __future__ import annotations
 
@@ -6,84 +9,23 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
 from octollm.arm.completion import ModelCompletion, OnText, TextDeduplicator, read_completion
+from octollm.arm.messages import Message, Tool, tool_to_chat
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.rpc.client import OutgoingCall, ServiceClient
 from octollm.rpc.codec import decode, json_schemas
 from octollm.rpc.http_client import StreamedResponse
 
-_REF_PREFIX = "#/components/schemas/"
-
-
-def strict_schema(kind: object) -> dict[str, Any]:
-    """Return the schema of ``kind``, with what it refers to in ``$defs``. Raises ``TypeError`` for a type without."""
-    [schema], components = json_schemas([kind])
-    root = str(schema.get("$ref", "")).removeprefix(_REF_PREFIX)
-    if root:
-        schema = components[root]
-    shared = {
-        name: _make_strict(component)
-        for name, component in components.items()
-        if _is_referenced(name, schema, components)
-    }
-    strict: dict[str, Any] = _make_strict(schema)
-    return {**strict, "$defs": shared} if shared else strict
-
-
-def _is_referenced(name: str, schema: object, components: dict[str, Any]) -> bool:
-    """Say whether ``schema``, or what it refers to, refers to the component ``name``."""
-    seen: set[str] = set()
-    waiting = [schema]
-    while waiting:
-        for ref in _find_refs(waiting.pop()):
-            if ref == name:
-                return True
-            if ref not in seen:
-                seen.add(ref)
-                waiting.append(components[ref])
-    return False
-
-
-def _find_refs(schema: object) -> list[str]:
-    if isinstance(schema, list):
-        return [ref for item in cast("list[object]", schema) for ref in _find_refs(item)]
-    if not isinstance(schema, dict):
-        return []
-    members = cast("dict[str, object]", schema)
-    own = members.get("$ref")
-    refs = [own.removeprefix(_REF_PREFIX)] if isinstance(own, str) and own.startswith(_REF_PREFIX) else []
-    return refs + [ref for item in members.values() for ref in _find_refs(item)]
-
-
-def _make_strict(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_make_strict(item) for item in cast("list[Any]", schema)]
-    if not isinstance(schema, dict):
-        return schema
-    members = cast("dict[str, Any]", schema)
-    made: dict[str, Any] = {}
-    for name, item in members.items():
-        if name == "properties":  # below it are the author's names, not the schema's
-            made[name] = {own: _make_strict(member) for own, member in item.items()}
-        elif name == "$ref":
-            made[name] = "#/$defs/" + item.removeprefix(_REF_PREFIX)
-        elif name != "default":
-            made[name] = _make_strict(item)
-    if made.get("type") == "object" and "properties" in made:
-        made["additionalProperties"] = False
-        made["required"] = list(made["properties"])
-    return made
-
-
 T = TypeVar("T")
+ToolChoice = Literal["auto", "none", "required"] | Tool[Any]
 
 _MAX_QUEUED = 64
-"""Pieces that the model may be ahead of who reads them."""
+"""Pieces by which the model may be ahead of its reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +41,7 @@ class ModelEndpoint:
 
 
 class ModelClient:
-    """Calls ``models`` in the OpenAI protocol. ``outgoing`` turns a body into a call with the authority for it.
+    """Calls ``models`` in the OpenAI protocol. ``prepare_call`` turns a body into a call with the authority for it.
 
     Every method raises ``authority_missing`` where the arm does not declare ``models:chat``, ``budget_exhausted``,
     ``no_model``, ``context_too_long``, ``model_failed`` and the transport's failures. ``usage`` is what was used so
@@ -173,7 +115,7 @@ class ModelClient:
                     on_text=pieces.put,
                 )
             finally:
-                # Who reads is told of the end; one who has left reads no more, and there may be no room.
+                # Wakes the reader at the end. Without room for it there are pieces to read, or nobody reads any more.
                 with contextlib.suppress(asyncio.QueueFull):
                     pieces.put_nowait(None)
 
@@ -189,21 +131,28 @@ class ModelClient:
 
     async def chat(
         self,
-        messages: Sequence[tuple[str, str]],
+        messages: Sequence[Message | tuple[str, str]],
         *,
         max_tokens: int | None = None,
         schema: dict[str, Any] | None = None,
+        tools: Sequence[Tool[Any]] = (),
+        tool_choice: ToolChoice = "auto",
         temperature: float = 0.0,
         seed: int = 0,
         on_text: OnText | None = None,
     ) -> ModelCompletion:
-        """Ask the model; ``messages`` are (role, content). With ``schema`` the answer is JSON that fits it.
+        """Ask the model; a message may also be a pair of role and content.
 
-        ``on_text`` is given each piece as it is written.
+        With ``schema`` the answer is JSON that fits it. With ``tools`` it may be ``tool_calls`` instead of text:
+        ``tool_choice`` is ``auto``, ``none``, ``required`` for any of them, or the one that must be called. ``on_text``
+        is called with each piece as it is written. Raises ``no_model`` for images where the model reads none.
         """
         request: dict[str, Any] = {
             "model": "default",
-            "messages": [{"role": role, "content": content} for role, content in messages],
+            "messages": [
+                message.to_chat() if isinstance(message, Message) else {"role": message[0], "content": message[1]}
+                for message in messages
+            ],
             "temperature": temperature,
             "seed": seed,
             "stream": True,
@@ -216,6 +165,13 @@ class ModelClient:
                 "type": "json_schema",
                 "json_schema": {"name": "answer", "schema": schema, "strict": True},
             }
+        if tools:
+            request["tools"] = [tool_to_chat(tool, strict_schema(tool.parameters)) for tool in tools]
+            request["tool_choice"] = (
+                {"type": "function", "function": {"name": tool_choice.name}}
+                if isinstance(tool_choice, Tool)
+                else tool_choice
+            )
         outgoing = await self._prepare_call(msgspec.json.encode(request))
 
         sink = TextDeduplicator(on_text)
@@ -255,9 +211,75 @@ async def _next_piece(pieces: asyncio.Queue[str | None], task: asyncio.Task[Mode
 
 async def _cancel_and_wait(task: asyncio.Task[ModelCompletion]) -> None:
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, OctoError):  # its failure was raised where it was waited for
+    with contextlib.suppress(asyncio.CancelledError, OctoError):  # its failure was raised where it was awaited
         await task
 
 
 def _messages(prompt: str, system: str) -> list[tuple[str, str]]:
     return [("system", system), ("user", prompt)] if system else [("user", prompt)]
+
+
+_REF_PREFIX = "#/components/schemas/"
+
+
+def strict_schema(kind: object) -> dict[str, Any]:
+    """Return the strict JSON schema of ``kind``, self-contained with ``$defs``; raise ``TypeError`` if it has none.
+
+    Strict is what providers ask for: every property required, no further ones, no defaults.
+    """
+    [schema], components = json_schemas([kind])
+    root = str(schema.get("$ref", "")).removeprefix(_REF_PREFIX)
+    if root:
+        schema = components[root]
+    shared = {
+        name: _make_strict(component)
+        for name, component in components.items()
+        if _is_referenced(name, schema, components)
+    }
+    strict: dict[str, Any] = _make_strict(schema)
+    return {**strict, "$defs": shared} if shared else strict
+
+
+def _is_referenced(name: str, schema: object, components: dict[str, Any]) -> bool:
+    """Say whether ``schema``, or what it refers to, refers to the component ``name``."""
+    seen: set[str] = set()
+    waiting = [schema]
+    while waiting:
+        for ref in _find_refs(waiting.pop()):
+            if ref == name:
+                return True
+            if ref not in seen:
+                seen.add(ref)
+                waiting.append(components[ref])
+    return False
+
+
+def _find_refs(schema: object) -> list[str]:
+    if isinstance(schema, list):
+        return [ref for item in cast("list[object]", schema) for ref in _find_refs(item)]
+    if not isinstance(schema, dict):
+        return []
+    members = cast("dict[str, object]", schema)
+    own = members.get("$ref")
+    refs = [own.removeprefix(_REF_PREFIX)] if isinstance(own, str) and own.startswith(_REF_PREFIX) else []
+    return refs + [ref for item in members.values() for ref in _find_refs(item)]
+
+
+def _make_strict(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_make_strict(item) for item in cast("list[Any]", schema)]
+    if not isinstance(schema, dict):
+        return schema
+    members = cast("dict[str, Any]", schema)
+    made: dict[str, Any] = {}
+    for name, item in members.items():
+        if name == "properties":  # below it are the author's names, not the schema's
+            made[name] = {own: _make_strict(member) for own, member in item.items()}
+        elif name == "$ref":
+            made[name] = "#/$defs/" + item.removeprefix(_REF_PREFIX)
+        elif name != "default":
+            made[name] = _make_strict(item)
+    if made.get("type") == "object" and "properties" in made:
+        made["additionalProperties"] = False
+        made["required"] = list(made["properties"])
+    return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import msgspec
 
@@ -20,11 +21,11 @@ from octollm.rpc.http_client import TransportError
 from octollm.rpc.service import ServiceBase
 
 HEARTBEAT_SECONDS = 5.0
-"""The orchestrator drops an instance that it has not heard of for 20 s."""
+"""The orchestrator drops an instance after 20 s without a heartbeat."""
 REGISTER_SECONDS = 60.0
 """How long a start waits for the orchestrator."""
 DEREGISTER_SECONDS = 0.5
-"""A drain does not wait longer to be forgotten: silence says the same a little later."""
+"""A drain waits no longer for the deregistration: a missing heartbeat has the same effect a little later."""
 _CALL_SECONDS = 4.0
 _RETRY_SECONDS = 0.5
 
@@ -32,12 +33,12 @@ _RETRY_SECONDS = 0.5
 class ArmRegistrar:
     """One process of an arm. ``checkup`` is degraded while the orchestrator does not know of it."""
 
-    def __init__(self, arm: Arm, base: ServiceBase) -> None:
+    def __init__(self, arm: Arm[Any], base: ServiceBase) -> None:
         self._arm = arm
         self._base = base
         self._instance = base.ids.hex()
         self._failure = "not registered yet"
-        self._background = BackgroundTask(f"presence of {arm.name}")
+        self._background = BackgroundTask(f"registration of {arm.name}")
 
     @contextlib.asynccontextmanager
     async def keep_registered(self) -> AsyncGenerator[None]:
@@ -89,7 +90,7 @@ class ArmRegistrar:
         except RemoteError as error:
             if error.code != "not_found":
                 raise
-            # It was silent for too long, or the orchestrator began anew.
+            # Its heartbeat timed out, or the orchestrator lost its registrations.
             await self._register()
 
     async def _register(self) -> None:
@@ -101,13 +102,17 @@ class ArmRegistrar:
             accepts=tuple(arm.accepts),
             url=self._base.url,
             instance=self._instance,
+            # Either none, or all: an operation that is not named here has every call of the arm.
+            operation_calls={declared.name: declared.declared_calls for declared in arm.operations}
+            if any(declared.has_own_calls for declared in arm.operations)
+            else {},
             about={declared.name: declared.summary for declared in arm.operations if declared.summary},
         )
         await self._send("register", registration, _CALL_SECONDS)
         self._failure = ""
 
     async def _deregister(self) -> None:
-        with contextlib.suppress(OctoError):  # then it is found silent
+        with contextlib.suppress(OctoError):  # its heartbeat then times out
             await self._send("leave", InstanceRef(self._instance), DEREGISTER_SECONDS)
 
     async def _send(self, action: str, body: object, seconds: float) -> None:

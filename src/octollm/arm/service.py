@@ -1,8 +1,12 @@
-"""An arm as a service: its operations with a Context each, the answers they give, and its agent card (A2A 1.0)."""
+"""An arm as a service.
+
+Its operations with a Context each, the answers that they give, and its agent card (A2A 1.0).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, is_typeddict
 
 import msgspec
@@ -20,22 +24,120 @@ from octollm.rpc.codec import encode
 from octollm.rpc.health import ReadinessCheck
 from octollm.rpc.service import Service, ServiceBase, build_service
 
+CARD_PATH = "/.well-known/agent-card.json"
+BINDING = "urn:octollm:arm"
+"""``protocolBinding`` is an open string; this one says: ``POST <url>/<skill>``, as ``<url>/openapi.json`` tells."""
+_JSON_MODES = ("application/json",)
+_PASSED_ON_CODES = (
+    "authority_missing",
+    "budget_exhausted",
+    "model_failed",
+    "model_output_invalid",
+    "no_model",
+    "step_retry",
+    "step_stopped",
+)
+"""Codes in the description of every operation: failures of its callees, and those that a handler raises."""
+
+
+@contextlib.asynccontextmanager
+async def open_arm(
+    arm: Arm[Any], base: ServiceBase, *, readiness_checks: Mapping[str, ReadinessCheck] | None = None
+) -> AsyncGenerator[Service]:
+    """Open the lifespan of ``arm`` and yield the arm as a service; the state is closed after it has drained.
+
+    Raises ``arm_start_failed`` when the lifespan fails.
+    """
+    async with arm.open_state() as state:
+        yield build_arm(arm, base, readiness_checks=readiness_checks, state=state)
+
+
+def build_arm(
+    arm: Arm[Any],
+    base: ServiceBase,
+    *,
+    readiness_checks: Mapping[str, ReadinessCheck] | None = None,
+    state: object = None,
+) -> Service:
+    """Return ``arm`` as a service, with ``state`` open already. Its idempotency keys are kept by the orchestrator."""
+    delegator = base.identity.delegator(None if base.revocations is None else base.revocations.revocations)
+    registrar = ArmRegistrar(arm, base)
+
+    def to_operation(declared: ArmOperation) -> Operation:
+        scopes = (*declared.calls, *declared.optional_calls)
+
+        async def serve(call: IncomingCall, body: Any) -> object:
+            context = Context[Any](base, delegator, call, scopes, body, state)
+            try:
+                return build_answer(declared, await declared.handler(body, context), context)
+            except OctoError:
+                raise
+            except Exception as error:
+                # A client of the author's own wraps the problem of `models` in an exception of its own.
+                problem = extract_problem(error)
+                if problem is None:
+                    raise
+                raise problem from error
+            finally:
+                await context.model.aclose()
+
+        return Operation(
+            name=declared.name,
+            method="POST",
+            path=f"/{declared.name}",
+            handler=serve,
+            scope=f"{arm.name}:{declared.name}",
+            kind=declared.kind,
+            body=declared.body,
+            response=answer_type(declared),
+            summary=declared.summary,
+            timeout=declared.timeout,
+            docs=OperationDocs(error_codes=(*_PASSED_ON_CODES, *declared.codes), example=declared.example),
+        )
+
+    async def card(_call: IncomingCall, _body: object) -> AgentCard:
+        return build_card(arm, (base.url,))
+
+    card_operation = Operation(
+        "card",
+        "GET",
+        CARD_PATH,
+        card,
+        auth="public",
+        response=AgentCard,
+        cacheable=True,
+        limited=False,
+        max_body=0,
+        summary="What this arm is and does.",
+    )
+    return build_service(
+        base,
+        [*map(to_operation, arm.operations), card_operation],
+        idempotency=base.remote_idempotency_store(),
+        readiness_checks={"registration": registrar.checkup, **(readiness_checks or {})},
+        lifespan=registrar.keep_registered,
+    )
+
 
 def answer_type(declared: ArmOperation) -> Any:
     """Return the type that an operation answers: ``execute`` always an ``ExecuteResult``, others what they declare."""
     return ExecuteResult if declared.name == EXECUTE else declared.answer
 
 
-def build_answer(declared: ArmOperation, returned: object, ctx: Context) -> object:
+def build_answer(declared: ArmOperation, returned: object, ctx: Context[Any]) -> object:
     """Return the answer for what a handler returned.
 
-    What ``execute`` returns becomes the ``output``: text as it is, anything else as JSON. The files that were written
-    and what the model used are told with it, unless the handler says so itself. Raises ``TypeError`` where the
-    handler returned something else than the class that it declares.
+    What ``execute`` returns becomes the ``output``: text as it is, anything else as JSON. The files written and the
+    tokens used are added, unless the handler set them. Raises ``TypeError`` where the handler returned something else
+    than the class that it declares.
     """
-    wanted = declared.answer
-    if isinstance(wanted, type) and not is_typeddict(wanted) and not _is_instance(returned, wanted):
-        raise TypeError(f"{declared.name} declares {wanted.__name__} and returned {type(returned).__name__}")
+    declared_type = declared.answer
+    if (
+        isinstance(declared_type, type)
+        and not is_typeddict(declared_type)
+        and not _is_instance(returned, declared_type)
+    ):
+        raise TypeError(f"{declared.name} declares {declared_type.__name__} and returned {type(returned).__name__}")
     if declared.name != EXECUTE:
         return returned
     if not isinstance(returned, ExecuteResult):
@@ -46,14 +148,8 @@ def build_answer(declared: ArmOperation, returned: object, ctx: Context) -> obje
     return returned
 
 
-def _is_instance(value: object, wanted: type) -> bool:
-    return isinstance(value, (int, float) if wanted is float else wanted)
-
-
-CARD_PATH = "/.well-known/agent-card.json"
-BINDING = "urn:octollm:arm"
-"""``protocolBinding`` is an open string; this one says: ``POST <url>/<skill>``, as ``<url>/openapi.json`` tells."""
-_JSON_MODES = ("application/json",)
+def _is_instance(value: object, declared_type: type) -> bool:
+    return isinstance(value, (int, float) if declared_type is float else declared_type)
 
 
 class AgentInterface(msgspec.Struct, frozen=True, rename="camel"):
@@ -97,7 +193,7 @@ class AgentCard(msgspec.Struct, frozen=True, rename="camel"):
     default_output_modes: tuple[str, ...] = _JSON_MODES
 
 
-def build_card(arm: Arm, urls: tuple[str, ...]) -> AgentCard:
+def build_card(arm: Arm[Any], urls: tuple[str, ...]) -> AgentCard:
     """Return the card of ``arm`` as it answers at ``urls``."""
     return AgentCard(
         name=arm.name,
@@ -115,66 +211,4 @@ def build_card(arm: Arm, urls: tuple[str, ...]) -> AgentCard:
         ),
         security_schemes={"bearer": {"httpAuthSecurityScheme": {"scheme": "Bearer", "bearerFormat": "JWT chain"}}},
         security_requirements=({"schemes": {"bearer": {"list": []}}},),
-    )
-
-
-_PASSED_ON_CODES = ("authority_missing", "budget_exhausted", "model_failed", "model_output_invalid", "no_model")
-"""What an arm may pass on of what it calls."""
-
-
-def build_arm(arm: Arm, base: ServiceBase, *, checkups: Mapping[str, ReadinessCheck] | None = None) -> Service:
-    """Return ``arm`` as a service. Its idempotency keys are kept with the orchestrator."""
-    delegator = base.identity.delegator(None if base.revocations is None else base.revocations.revocations)
-    presence = ArmRegistrar(arm, base)
-
-    def operation_of(declared: ArmOperation) -> Operation:
-        async def serve(call: IncomingCall, body: Any) -> object:
-            context = Context(base, delegator, call, (*arm.required_scopes, *arm.optional_scopes), body)
-            try:
-                return build_answer(declared, await declared.handler(body, context), context)
-            except OctoError:
-                raise
-            except Exception as error:
-                told = extract_problem(error)
-                if told is None:
-                    raise
-                raise told from error
-            finally:
-                await context.model.aclose()
-
-        return Operation(
-            name=declared.name,
-            method="POST",
-            path=f"/{declared.name}",
-            handler=serve,
-            scope=f"{arm.name}:{declared.name}",
-            kind=declared.kind,
-            body=declared.body,
-            response=answer_type(declared),
-            summary=declared.summary,
-            timeout=declared.timeout,
-            docs=OperationDocs(error_codes=(*_PASSED_ON_CODES, *declared.codes), example=declared.example),
-        )
-
-    async def card(_call: IncomingCall, _body: object) -> AgentCard:
-        return build_card(arm, (base.url,))
-
-    described = Operation(
-        "card",
-        "GET",
-        CARD_PATH,
-        card,
-        auth="public",
-        response=AgentCard,
-        cacheable=True,
-        limited=False,
-        max_body=0,
-        summary="What this arm is and does.",
-    )
-    return build_service(
-        base,
-        [*map(operation_of, arm.operations), described],
-        idempotency=base.remote_idempotency_store(),
-        readiness_checks={"registration": presence.checkup, **(checkups or {})},
-        lifespan=presence.keep_registered,
     )

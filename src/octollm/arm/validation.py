@@ -10,11 +10,12 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, get_args, get_type_hints
 
+from octollm.arm.references import CallTo, OperationReference
 from octollm.capability import Scope
 from octollm.capability.errors import CapabilityError
 from octollm.contracts.services import BUILT_IN_ARMS, ORCHESTRATOR_FAMILIES, SERVICES, OperationKind
 from octollm.contracts.task import Task
-from octollm.errors import OctoError
+from octollm.errors import ArmError
 from octollm.rpc.codec import json_schemas
 
 EXECUTE = "execute"
@@ -27,50 +28,51 @@ _RESERVED_PATHS = frozenset({"health", "ready", "metrics", "docs"})
 _HANDLER_FORM = "async def {name}(body: Type, ctx: Context) -> Type"
 
 
-def arm_invalid(detail: str) -> OctoError:
-    """Return the error for an arm that is declared wrongly; ``detail`` says what would be right."""
-    return OctoError(detail, code="arm_invalid")
-
-
 def check_name(name: str, *, built_in: bool) -> None:
     """Raise ``arm_invalid`` unless an arm may have this name."""
     if built_in:
         if name not in BUILT_IN_ARMS:
-            raise arm_invalid(f"{name!r} is no built-in arm; write Arm({name!r}, …).")
+            raise ArmError(f"{name!r} is no built-in arm; write Arm({name!r}, …).")
         return
     if _NAME.fullmatch(name) is None:
-        raise arm_invalid(
+        raise ArmError(
             f"An arm cannot be called {name!r}: a name is 1 to 40 of a-z, 0-9, _ and -, and begins with a letter, "
             "e.g. 'translator'."
         )
     if name in SERVICES or name in ORCHESTRATOR_FAMILIES:
-        raise arm_invalid(f"The name {name!r} is reserved for OctoLLM's own services; choose another.")
+        raise ArmError(f"The name {name!r} is reserved for OctoLLM's own services; choose another.")
 
 
 def check_description(name: str, description: str) -> None:
     """Raise ``arm_invalid`` for a description that tells a planner nothing, or too much."""
     if not description.strip() or len(description) > MAX_DESCRIPTION:
-        raise arm_invalid(
+        raise ArmError(
             f"The arm {name} needs a description of up to {MAX_DESCRIPTION} characters: the planner chooses arms by it."
         )
 
 
-def check_port(name: str, port: int) -> None:
-    """Raise ``arm_invalid`` for what is no TCP port."""
-    if not 1 <= port <= 65535:
-        raise arm_invalid(f"The arm {name} cannot listen on port {port}; use one from 1024 to 65535, e.g. 8110.")
+def check_lifespan(name: str, lifespan: object) -> None:
+    """Raise ``arm_invalid`` for a lifespan that cannot be called, or that yields without ``@asynccontextmanager``."""
+    right = "write @asynccontextmanager above `async def lifespan():`, which yields the state once."
+    if lifespan is not None and not callable(lifespan):
+        raise ArmError(f"The lifespan of the arm {name} is no function: {right}")
+    if inspect.isasyncgenfunction(lifespan) or inspect.iscoroutinefunction(lifespan):
+        raise ArmError(f"The lifespan of the arm {name} is not an asynchronous context manager: {right}")
 
 
-def check_calls(name: str, calls: Iterable[str]) -> tuple[Scope, ...]:
-    """Return declared calls as scopes; raise ``arm_invalid`` for a malformed one, and for a text in their place."""
+def check_calls(name: str, calls: Iterable[CallTo] | CallTo) -> tuple[Scope, ...]:
+    """Return declared calls as scopes; raise ``arm_invalid`` for a malformed one, and for one call without a list."""
+    if isinstance(calls, OperationReference):
+        raise ArmError(f"calls of the arm {name} is a list: calls=[{calls}].")
     if isinstance(calls, str):
-        raise arm_invalid(f"calls of the arm {name} is a list: calls=[{calls!r}].")
+        raise ArmError(f"calls of the arm {name} is a list: calls=[{calls!r}].")
     scopes: list[Scope] = []
-    for text in calls:
+    for call in calls:
+        text = str(call)
         try:
             scopes.append(Scope(text))
         except CapabilityError as error:
-            raise arm_invalid(
+            raise ArmError(
                 f"{text!r} in the calls of the arm {name} is no scope; one looks like 'retriever:search': "
                 "<service>:<operation>."
             ) from error
@@ -80,38 +82,38 @@ def check_calls(name: str, calls: Iterable[str]) -> tuple[Scope, ...]:
 def check_operation(arm: str, name: str, kind: str, taken: Iterable[str]) -> None:
     """Raise ``arm_invalid`` for an operation's name that is malformed or taken, or a kind that there is not."""
     if _OPERATION.fullmatch(name) is None:
-        raise arm_invalid(
+        raise ArmError(
             f"{arm} cannot have an operation {name!r}: a name is 1 to 40 of a-z, 0-9 and _, and begins with a letter."
         )
     if name in _RESERVED_PATHS:
-        raise arm_invalid(f"{arm} cannot have an operation {name!r}: every service answers /{name} itself.")
+        raise ArmError(f"{arm} cannot have an operation {name!r}: every service answers /{name} itself.")
     if name in taken:
-        raise arm_invalid(f"{arm} has an operation {name!r} already; give this one a name: @arm.operation('…').")
+        raise ArmError(f"{arm} has an operation {name!r} already; give this one another name: @arm.operation('…').")
     kinds = get_args(OperationKind)
     if kind not in kinds:
-        raise arm_invalid(f"{arm}:{name} cannot be of kind {kind!r}; kinds are {', '.join(kinds)}.")
+        raise ArmError(f"{arm}:{name} cannot be of kind {kind!r}; kinds are {', '.join(kinds)}.")
 
 
 def resolve_types(arm: str, name: str, handler: Callable[..., Any]) -> tuple[Any, Any]:
     """Return the types of a handler's body and answer; raise ``arm_invalid`` where they do not serve."""
     form = _HANDLER_FORM.format(name=name)
     if not inspect.iscoroutinefunction(handler):
-        raise arm_invalid(f"{arm}:{name} must be a coroutine: {form}.")
+        raise ArmError(f"{arm}:{name} must be a coroutine: {form}.")
     try:
         hints = get_type_hints(handler, include_extras=True)
     except NameError as error:
-        raise arm_invalid(
+        raise ArmError(
             f"A type of {arm}:{name} is not known ({error}); define it at the top of the module, not inside a function."
         ) from error
     parameters = [*inspect.signature(handler).parameters]
     if len(parameters) != 2:
-        raise arm_invalid(f"{arm}:{name} takes {len(parameters)} parameters; it must be {form}.")
+        raise ArmError(f"{arm}:{name} takes {len(parameters)} parameters; it must be {form}.")
     missing = [what for what in (parameters[0], "return") if what not in hints]
     if missing:
-        raise arm_invalid(f"{arm}:{name} has no type for {' and '.join(missing)}; write {form}.")
+        raise ArmError(f"{arm}:{name} has no type for {' and '.join(missing)}; write {form}.")
     body, answer = hints[parameters[0]], hints["return"]
     if name == EXECUTE and body is not Task:
-        raise arm_invalid(f"{arm}:execute is given a task: async def execute(task: Task, ctx: Context) -> str.")
+        raise ArmError(f"{arm}:execute is given a task: async def execute(task: Task, ctx: Context) -> str.")
     for what, kind in (("body", body), ("answer", answer)):
         _check_type(arm, name, what, kind)
     return body, answer
@@ -123,7 +125,7 @@ def _check_type(arm: str, name: str, what: str, kind: Any) -> None:
             raise TypeError(kind)
         json_schemas([kind])
     except (TypeError, NotImplementedError, ValueError) as error:
-        raise arm_invalid(
+        raise ArmError(
             f"The {what} of {arm}:{name} cannot be {kind!r}: use a dataclass, a msgspec Struct, a Pydantic model, "
             "str, dict or list of these."
         ) from error

@@ -122,6 +122,10 @@ def serve(
             autocompletion=complete_service,
         ),
     ],
+    port: Annotated[
+        int | None,
+        typer.Option(help="Listen on this port, in place of OCTOLLM_PORT.", min=1, max=65535, metavar="PORT"),
+    ] = None,
 ) -> None:
     """Serve one service, or an arm of your own, in this process until SIGTERM or Ctrl-C, which drains it.
 
@@ -131,7 +135,7 @@ def serve(
     """
     from octollm.cli.serve import serve_command  # noqa: PLC0415
 
-    raise typer.Exit(serve_command(service))
+    raise typer.Exit(serve_command(service, port))
 
 
 @app.command(rich_help_panel="Tasks")

@@ -13,11 +13,10 @@ import typer
 from rich.text import Text
 
 from octollm import __version__
-from octollm.arm.arm import DEFAULT_PORT
-from octollm.arm.validation import arm_invalid, check_name
+from octollm.arm.validation import check_name
 from octollm.cli.output import output
 from octollm.cli.runtime import EXIT_DONE, run_command
-from octollm.errors import OctoError
+from octollm.errors import ArmError, OctoError
 
 new_app = typer.Typer(name="new", help="Make a package to begin with.", no_args_is_help=True)
 
@@ -82,7 +81,7 @@ def write_arm_package(name: str, parent: Path) -> Path:
     check_name(name, built_in=False)
     module = module_name(name)
     if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in _RESERVED_NAMES:
-        raise arm_invalid(f"An arm called {name} would hide the Python module {module}; choose another name.")
+        raise ArmError(f"An arm called {name} would hide the Python module {module}; choose another name.")
     folder = parent / name
     rendered = {
         folder / place.format(module=module): _render(template, name=name, module=module)
@@ -103,4 +102,4 @@ def write_arm_package(name: str, parent: Path) -> Path:
 
 def _render(template: str, *, name: str, module: str) -> str:
     text = (files("octollm.cli") / "templates" / "arm" / template).read_text(encoding="utf-8")
-    return Template(text).substitute(name=name, module=module, version=__version__, port=DEFAULT_PORT)
+    return Template(text).substitute(name=name, module=module, version=__version__)

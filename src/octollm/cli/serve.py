@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -27,7 +28,7 @@ from octollm.storage.migrations import migrate_all
 from octollm.telemetry import configure_logging
 
 
-async def with_enrolment_token(arm: Arm, settings: Settings, console: Console) -> Settings:
+async def with_enrolment_token(arm: Arm[Any], settings: Settings, console: Console) -> Settings:
     """Return the settings with a join secret, where this home's own installation can be asked for one.
 
     Whoever owns the home may let in what they like; elsewhere an administrator hands a secret out.
@@ -64,11 +65,13 @@ KILL_MARGIN_SECONDS = 10.0
 """What stopping may take beyond draining before the process just ends."""
 
 
-def serve_command(target: str) -> int:
-    """Serve one service, or the arm that ``module:name`` names, until a signal."""
+def serve_command(target: str, port: int | None = None) -> int:
+    """Serve one service, or the arm that ``module:name`` names, until a signal; ``port`` is for OCTOLLM_PORT."""
     console = messages()
     try:
         settings = command_settings()
+        if port is not None:
+            settings = replace(settings, port=port)
     except OctoError as error:
         show_error(error)
         return exit_code_for(error)

@@ -184,10 +184,10 @@ def demo_command(goal: str) -> int:
 def up_command(targets: Sequence[str]) -> int:
     """Run every service, and the arms that ``targets`` name, until Ctrl-C."""
     from octollm.cli.up import run_until_stopped  # noqa: PLC0415  brings in every service; a client needs none
-    from octollm.installation.arm_host import load_arm  # noqa: PLC0415
+    from octollm.installation.arm_host import load_arms  # noqa: PLC0415
 
     async def work() -> int:
-        return await run_until_stopped(command_settings(), output(), [load_arm(target) for target in targets])
+        return await run_until_stopped(command_settings(), output(), load_arms(targets))
 
     return run_command(work)
 

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -50,7 +51,7 @@ async def running_installation(settings: Settings, console: Console) -> AsyncGen
             yield system
 
 
-async def run_until_stopped(settings: Settings, console: Console, arms: Sequence[Arm] = ()) -> int:
+async def run_until_stopped(settings: Settings, console: Console, arms: Sequence[Arm[Any]] = ()) -> int:
     """Run an installation, with ``arms`` of one's own, until it is cancelled or one of them ends."""
     async with contextlib.AsyncExitStack() as stack:
         system = await stack.enter_async_context(running_installation(settings, console))
@@ -68,7 +69,7 @@ async def run_until_stopped(settings: Settings, console: Console, arms: Sequence
 
 
 @contextlib.asynccontextmanager
-async def _serve_own_arm(arm: Arm, system: Installation, console: Console) -> AsyncGenerator[ServiceHost]:
+async def _serve_own_arm(arm: Arm[Any], system: Installation, console: Console) -> AsyncGenerator[ServiceHost]:
     """Serve an arm of one's own in this process. It joins and calls as it would from a process of its own."""
     settings = replace(
         system.settings,

@@ -337,7 +337,8 @@ class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
     """``POST orchestrator/arms/register`` by an arm at its start; its name is that of its service token.
 
     ``instance`` names the process among the arm's replicas, and ``url`` is where it answers. ``about`` says in a
-    sentence what each operation does. A call that begins with ``?`` is optional.
+    sentence what each operation does. A call that begins with ``?`` is optional. ``calls`` are those of all operations
+    together; ``operation_calls`` has the calls of the operations that declare their own.
     """
 
     description: str
@@ -347,3 +348,4 @@ class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
     url: str
     instance: str = ""
     about: dict[str, str] = {}
+    operation_calls: dict[str, tuple[str, ...]] = {}

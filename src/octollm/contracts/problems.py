@@ -90,10 +90,13 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "no_sandbox": ErrorKind(503, "No sandbox is available"),
     "sandbox_failed": ErrorKind(503, "The sandbox could not run the code", retryable=True),
     "plan_invalid": ErrorKind(503, "The plan could not be used", new_attempt=True),
+    "step_stopped": ErrorKind(409, "The arm says that the step cannot succeed"),
+    "step_retry": ErrorKind(503, "The arm asks for another attempt of the step", retryable=True, new_attempt=True),
     "not_accepted": ErrorKind(409, "The result was not accepted", new_attempt=True),
     "peer_protocol": ErrorKind(503, "A service answered in a form that is not understood", new_attempt=True),
     # Start
     "arm_invalid": ErrorKind(500, "An arm is declared wrongly"),
+    "arm_start_failed": ErrorKind(500, "An arm's lifespan failed"),
     "setting_invalid": ErrorKind(500, "A setting is wrong"),
     "port_taken": ErrorKind(500, "A port is taken"),
     "schema_mismatch": ErrorKind(500, "The database's schema does not fit this version"),
@@ -123,6 +126,8 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=False):
     request_id: str = ""
     type: str = "about:blank"
     errors: tuple[FieldErrorView, ...] = ()
+    retry_after: float | msgspec.UnsetType = msgspec.UNSET
+    """Seconds to wait at least, if any. It is there for streams, too, whose headers are sent before the failure."""
 
 
 def to_problem(error: OctoError, request_id: str = "") -> Problem:
@@ -139,6 +144,7 @@ def to_problem(error: OctoError, request_id: str = "") -> Problem:
         retryable=retryable,
         request_id=request_id,
         errors=tuple(FieldErrorView(f.pointer, f.detail) for f in error.field_errors),
+        retry_after=msgspec.UNSET if error.retry_after is None else error.retry_after,
     )
 
 

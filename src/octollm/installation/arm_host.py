@@ -6,18 +6,19 @@ import asyncio
 import contextlib
 import importlib
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 
-from octollm.arm import Arm, build_arm
+from octollm.arm import Arm, open_arm
 from octollm.capability import PublicKey, SigningKey
 from octollm.capability.jose import to_jwks
 from octollm.capability.keyring import TrustedRoots
 from octollm.clock import Clock, IdGenerator
 from octollm.config import Settings
-from octollm.errors import OctoError, SettingError
+from octollm.errors import ArmError, OctoError, SettingError
 from octollm.installation.home import Home, open_keys, write_private
 from octollm.installation.network import advertised_url, resolve_addresses, transport_from_settings
 from octollm.installation.provisioning import read_key_ring, read_roots
@@ -27,12 +28,16 @@ from octollm.rpc.enrolment import enrol
 from octollm.rpc.http_client import HttpClient
 from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.service import Service, build_base
+from octollm.rpc.transport import listen
 
+FIRST_ARM_PORT = 8110
+"""The first port after those of the built-in services: for an arm without OCTOLLM_PORT."""
+MAX_ARM_PORTS = 20
 UNKNOWN_KEY_CODES = frozenset({"token_invalid", "token_revoked", "token_malformed"})
 """What an arm is told whose key the installation does not know, or knows no more."""
 
 
-def load_arm(target: str) -> Arm:
+def load_arm(target: str) -> Arm[Any]:
     """Return the arm that ``module:name`` names; the current folder and its ``src`` are looked in, too.
 
     Raises ``setting_invalid`` when there is no such module or no arm of that name in it.
@@ -50,11 +55,28 @@ def load_arm(target: str) -> Arm:
         if error.name is not None and not module_name.startswith(error.name):
             raise SettingError(f"{module_name} needs {error.name}, which is not installed.") from error
         raise SettingError(f"There is no module {module_name} in {here} or among the installed packages.") from error
-    found = getattr(module, name, None)
-    if not isinstance(found, Arm):
+    arm = getattr(module, name, None)
+    if not isinstance(arm, Arm):
         arms = ", ".join(key for key, value in vars(module).items() if isinstance(value, Arm)) or "none"
         raise SettingError(f"{name} in {module_name} is no arm; arms in it: {arms}.")
-    return found
+    return cast("Arm[Any]", arm)
+
+
+def load_arms(targets: Sequence[str]) -> list[Arm[Any]]:
+    """Return the arms that ``targets`` name.
+
+    Raises ``setting_invalid`` for a target that is no arm, and ``arm_invalid`` for two arms with one name.
+    """
+    arms: dict[str, tuple[str, Arm[Any]]] = {}
+    for target in targets:
+        arm = load_arm(target)
+        if arm.name in arms:
+            raise ArmError(
+                f"{arms[arm.name][0]} and {target} are both called {arm.name!r}. A name is for one arm: change one of"
+                " the two."
+            )
+        arms[arm.name] = (target, arm)
+    return [arm for _, arm in arms.values()]
 
 
 class ArmKeyStore:
@@ -98,7 +120,13 @@ async def open_arm_keys(settings: Settings, name: str, ids: IdGenerator) -> ArmK
 
 @contextlib.asynccontextmanager
 async def serve_arm(
-    arm: Arm, settings: Settings, http: HttpClient, *, clock: Clock, ids: IdGenerator, on_wait: Callable[[str], None]
+    arm: Arm[Any],
+    settings: Settings,
+    http: HttpClient,
+    *,
+    clock: Clock,
+    ids: IdGenerator,
+    on_wait: Callable[[str], None],
 ) -> AsyncGenerator[ServiceHost]:
     """Serve ``arm`` for as long as the context is open; leaving drains and deregisters.
 
@@ -107,7 +135,7 @@ async def serve_arm(
     ``port_taken``, and ``unavailable`` when the orchestrator does not come in time.
     """
     keys = await open_arm_keys(settings, arm.name, ids)
-    port = settings.port or arm.port + settings.port_offset
+    port = settings.port or _first_free_port(settings)
     async with contextlib.AsyncExitStack() as stack:
         names = await stack.enter_async_context(DnsResolver())
         discovery = StaticDiscovery(resolve_addresses(settings), names)
@@ -127,11 +155,8 @@ async def serve_arm(
                 transport=transport_from_settings(settings),
             )
 
-            @contextlib.asynccontextmanager
-            async def opener() -> AsyncGenerator[Service]:
-                yield build_arm(arm, base)
-
-            return await _start_host(arm, opener, (settings.host, port), settings, clock, on_wait)
+            address = (settings.host, port)
+            return await _start_host(arm, lambda: open_arm(arm, base), address, settings, clock, on_wait)
 
         try:
             host = await started()
@@ -145,8 +170,19 @@ async def serve_arm(
         yield host
 
 
+def _first_free_port(settings: Settings) -> int:
+    """Return the first free port for an arm without a port of its own; raise ``port_taken`` when none of them is."""
+    ports = range(FIRST_ARM_PORT + settings.port_offset, FIRST_ARM_PORT + settings.port_offset + MAX_ARM_PORTS)
+    for port in ports[:-1]:
+        with contextlib.suppress(OctoError):
+            listen(settings.host, port, "arm").close()
+            return port
+    listen(settings.host, ports[-1], "arm").close()
+    return ports[-1]
+
+
 async def _enrol(
-    arm: Arm,
+    arm: Arm[Any],
     own: SigningKey,
     keys: ArmKeyStore,
     settings: Settings,
@@ -178,7 +214,7 @@ async def _enrol(
 
 
 async def _start_host(
-    arm: Arm,
+    arm: Arm[Any],
     open_service: Callable[[], contextlib.AbstractAsyncContextManager[Service]],
     address: tuple[str, int],
     settings: Settings,

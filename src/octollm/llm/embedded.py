@@ -90,7 +90,11 @@ class EmbeddedModel:
         await self._get_process()
 
     async def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
-        """Count the prompt of ``messages`` exactly, with the model's own template and tokenizer."""
+        """Count the prompt of ``messages`` exactly, with the model's own template and tokenizer.
+
+        Raises ``no_model`` for messages with images, which the embedded models cannot read.
+        """
+        _refuse_images(messages)
         plain = self._plain(messages)
         process = await self._get_process()
         return await process.count(plain)
@@ -105,6 +109,7 @@ class EmbeddedModel:
                 yield piece
 
     async def _stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
+        _refuse_images(request.messages)
         body = self._body(request)
         await self._slots.acquire()
         try:
@@ -249,6 +254,14 @@ class EmbeddedModel:
             context_tokens=self._context,
             slots=self._settings.slots,
             prompt_cache_mib=self._settings.prompt_cache_mib,
+        )
+
+
+def _refuse_images(messages: Sequence[ChatMessage]) -> None:
+    if any(message.images for message in messages):
+        raise OctoError(
+            "The embedded models read no images. Set OCTOLLM_MODEL to one that does, e.g. openai:gpt-4o-mini.",
+            code="no_model",
         )
 
 

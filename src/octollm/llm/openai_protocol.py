@@ -14,8 +14,10 @@ from octollm.llm.types import (
     ChatRequest,
     FinishReason,
     FunctionCall,
+    ImagePart,
     ResponseFormat,
     StreamOptions,
+    TextPart,
     Tool,
     ToolCall,
     ToolChoice,
@@ -67,7 +69,7 @@ class OpenAIMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """A message of a request."""
 
     role: str
-    content: str
+    content: str | tuple[TextPart | ImagePart, ...]
     tool_calls: tuple[ToolCall, ...] | None = None
     tool_call_id: str | None = None
 
@@ -189,7 +191,13 @@ def build_request(model: str, request: ChatRequest) -> OpenAIRequest:
     return OpenAIRequest(
         model=model,
         messages=tuple(
-            OpenAIMessage(message.role, message.text, message.tool_calls, message.tool_call_id)
+            # Parts only where there are images: some providers take nothing but text.
+            OpenAIMessage(
+                message.role,
+                message.content if message.images and message.content is not None else message.text,
+                message.tool_calls,
+                message.tool_call_id,
+            )
             for message in request.messages
         ),
         stream=True,

@@ -13,11 +13,27 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 
 
-class TextPart(msgspec.Struct, frozen=True):
+MAX_IMAGE_TOKENS = {"low": 3_000, "auto": 40_000, "high": 40_000}
+"""Upper bounds of the tokens that providers count for one image, by its ``detail``."""
+
+
+class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
     """A text part of a message's content."""
 
     text: str
-    type: Literal["text"] = "text"
+
+
+class ImageUrl(msgspec.Struct, frozen=True):
+    """An image in place, as a ``data:`` URL (RFC 2397). An address is refused: nobody fetches on a model's behalf."""
+
+    url: Annotated[str, Meta(pattern=r"^data:image/(png|jpeg|gif|webp);base64,")]
+    detail: Literal["low", "high", "auto"] = "auto"
+
+
+class ImagePart(msgspec.Struct, frozen=True, tag_field="type", tag="image_url"):
+    """An image part of a message's content."""
+
+    image_url: ImageUrl
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -36,14 +52,14 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One message. ``content`` is a text, or text parts that are concatenated.
+    """One message. ``content`` is a text, or parts: texts, which are concatenated, and images.
 
     ``tool_calls`` are those of an ``assistant`` message; ``tool_call_id`` names the call whose result a ``tool``
     message is.
     """
 
     role: Role
-    content: str | tuple[TextPart, ...] | None = None
+    content: str | tuple[TextPart | ImagePart, ...] | None = None
     tool_calls: tuple[ToolCall, ...] | None = None
     tool_call_id: str | None = None
 
@@ -54,7 +70,13 @@ class ChatMessage(msgspec.Struct, frozen=True):
             return ""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> tuple[ImagePart, ...]:
+        """Return the images in the content, in order."""
+        parts = () if self.content is None or isinstance(self.content, str) else self.content
+        return tuple(part for part in parts if isinstance(part, ImagePart))
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -282,6 +304,7 @@ def bound_prompt_tokens(messages: Sequence[ChatMessage]) -> int:
     return (
         16
         + sum(16 + len(message.text.encode("utf-8", "surrogatepass")) for message in messages)
+        + sum(MAX_IMAGE_TOKENS[part.image_url.detail] for message in messages for part in message.images)
         + sum(16 + len(call.name) + len(call.arguments.encode("utf-8", "surrogatepass")) for call in calls)
     )
 

@@ -42,6 +42,8 @@ from octollm.telemetry.spans import UNSAMPLED_OPERATIONS
 
 SHED_CODES = frozenset({"overloaded", "draining", "rate_limited"})
 """Load shedding: refusals before a handler runs. Other problems may have been passed on from further down."""
+NEW_ATTEMPT_CODES = frozenset({"step_retry"})
+"""Refusals that only a new attempt of the step can overcome, with a key and reasons of its own."""
 OUTAGE_CODES = SHED_CODES | {"connect_failed", "connect_timeout", "connection_lost", "pool_timeout", "unavailable"}
 """Failures of a service that is away, or of one that it depends on. Waiting may help."""
 
@@ -52,7 +54,10 @@ def classify_failure(error: OctoError) -> CallFailure:
         return CallFailure(retryable=True, may_have_started=error.request_sent, is_outage=error.code in OUTAGE_CODES)
     if isinstance(error, RemoteError):
         return CallFailure(
-            error.retryable, error.code not in SHED_CODES, error.retry_after, is_outage=error.code in OUTAGE_CODES
+            error.retryable and error.code not in NEW_ATTEMPT_CODES,
+            error.code not in SHED_CODES,
+            error.retry_after,
+            is_outage=error.code in OUTAGE_CODES,
         )
     # Raised here, before any instance was called.
     return CallFailure(

@@ -30,6 +30,9 @@ def problem_response(error: OctoError, request_id: str) -> Response:
 
 def remote_error(problem: Problem, service: str, retry_after: float | None = None) -> RemoteError:
     """Return a peer's problem as an exception with the peer's detail, code and status."""
+    # The document is more exact than the header, which has whole seconds.
+    if isinstance(problem.retry_after, float):
+        retry_after = problem.retry_after
     return RemoteError(
         problem.detail or problem.title,
         code=problem.code,

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from octollm import Message
 from octollm.arm import ModelCompletion
 from octollm.config import read_settings
 from octollm.contracts.task import Task, TaskContext, Usage
 from octollm.services.arms.adapters import MAX_NOTES, ModelAsk, collect_notes, goal_with_constraints, is_capable_model
-from octollm.services.arms.completion import user
 
 
 @dataclass
@@ -38,15 +38,15 @@ class Watched:
 async def test_a_further_answer_voids_the_text_before_it() -> None:
     ctx = Watched(Model(["ab", "silent", "cd"]))
     ask = ModelAsk(ctx)  # pyright: ignore[reportArgumentType]
-    assert await ask([user("x")], max_tokens=5, on_text=ask.write) == "ab"
-    assert await ask([user("x")], max_tokens=5) == "silent"
-    assert await ask([user("x")], max_tokens=5, on_text=ask.write) == "cd"
+    assert await ask([Message.user("x")], max_tokens=5, on_text=ask.write) == "ab"
+    assert await ask([Message.user("x")], max_tokens=5) == "silent"
+    assert await ask([Message.user("x")], max_tokens=5, on_text=ask.write) == "cd"
     assert ctx.said == [("a", False), ("b", False), ("c", True), ("d", False)]
 
 
 async def test_a_question_is_passed_on_as_it_is() -> None:
     ctx = Watched(Model(["ab"]))
-    await ModelAsk(ctx)([user("x")], max_tokens=5, schema={"type": "object"}, temperature=0.3, seed=7)  # pyright: ignore
+    await ModelAsk(ctx)([Message.user("x")], max_tokens=5, schema={"type": "object"}, temperature=0.3, seed=7)  # pyright: ignore
     assert ctx.model.asked == [
         {"messages": [("user", "x")], "max_tokens": 5, "schema": {"type": "object"}, "temperature": 0.3, "seed": 7}
     ]

@@ -55,9 +55,9 @@ async def done(contract: Task, ctx: Context) -> ExecuteResult:
 
 
 def arms(script: Script) -> list[Arm]:
-    planner = Arm.built_in("planner", "plans", 8100, accepts=["files:none"])
-    coder = Arm.built_in("coder", "codes", 8102, calls=["models:chat"])
-    judge = Arm.built_in("judge", "judges", 8103)
+    planner = Arm.built_in("planner", "plans", accepts=["files:none"])
+    coder = Arm.built_in("coder", "codes", calls=["models:chat"])
+    judge = Arm.built_in("judge", "judges")
 
     @planner.operation(kind="read_only")
     async def plan(body: PlanRequest, ctx: Context) -> Plan:

@@ -29,7 +29,7 @@ from octollm.testing import wait_until
 
 
 def translator(name: str = "translator", *calls: str) -> Arm:
-    arm = Arm(name, "Translates text between languages.", 8110, calls=calls)
+    arm = Arm(name, "Translates text between languages.", calls=calls)
 
     @arm.operation()
     async def execute(task: Task, ctx: Context) -> str:

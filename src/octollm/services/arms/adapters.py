@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from octollm.arm import Context
+from octollm import Context, FileRef, Message, Task, executor, judge
 from octollm.config import Settings
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest, ValidateResult
 from octollm.contracts.stream import StreamEvent
-from octollm.contracts.task import FileRef, Task
-from octollm.services.arms.completion import PromptMessage
 
 MAX_NOTES = 20_000
-"""Characters of what earlier steps found that an arm looks at."""
+"""Characters of the notes of earlier steps that an arm reads."""
 
 
 class ModelAsk:
@@ -32,7 +30,7 @@ class ModelAsk:
 
     async def __call__(
         self,
-        messages: Sequence[PromptMessage],
+        messages: Sequence[Message],
         *,
         max_tokens: int,
         schema: dict[str, object] | None = None,
@@ -40,11 +38,11 @@ class ModelAsk:
         seed: int = 0,
         on_text: Callable[[str], Awaitable[None]] | None = None,
     ) -> str:
-        """Return the model's whole answer; see :class:`octollm.services.arms.completion.Ask`."""
+        """Return the model's whole answer; see :class:`octollm.services.arms.completion.PromptFunction`."""
         if on_text is not None:
             self._reset = self._written
         completion = await self._ctx.model.chat(
-            [(message.role, message.content) for message in messages],
+            messages,
             max_tokens=max_tokens,
             schema=schema,
             temperature=temperature,
@@ -60,14 +58,14 @@ class ModelAsk:
 
 
 async def discard_event(_line: StreamEvent) -> None:
-    """Pass over a line: asking for a stream keeps the connection alive while the callee works."""
+    """Ignore an event: the stream is only there to keep the connection alive while the callee works."""
 
 
 def bind_run(ctx: Context) -> Callable[[RunRequest], Awaitable[RunResult]]:
     """Return the executor's ``run``, called for this call."""
 
     async def run(request: RunRequest) -> RunResult:
-        return await ctx.call("executor", "run", request, RunResult, on_event=discard_event)
+        return await ctx.send(executor.run, request, on_event=discard_event)
 
     return run
 
@@ -76,7 +74,7 @@ def bind_validate(ctx: Context) -> Callable[[ValidateRequest], Awaitable[Validat
     """Return the judge's ``validate``, called for this call."""
 
     async def validate(request: ValidateRequest) -> ValidateResult:
-        return await ctx.call("judge", "validate", request, ValidateResult, on_event=discard_event)
+        return await ctx.send(judge.validate, request, on_event=discard_event)
 
     return validate
 
@@ -87,7 +85,7 @@ async def read_file_text(ctx: Context, file: FileRef) -> str:
 
 
 def is_capable_model(settings: Settings) -> bool:
-    """Say whether the model can design and judge: a provider's can, the small embedded ones cannot."""
+    """Say whether the model can design plans and judge results: a provider's can, the small embedded ones cannot."""
     return settings.model.startswith("openai:")
 
 
@@ -100,6 +98,6 @@ def goal_with_constraints(task: Task) -> str:
 
 
 def collect_notes(task: Task) -> str:
-    """Return what is known besides the goal: the notes that came with it, and what earlier steps put out."""
+    """Return the notes that came with a task, and the outputs of earlier steps, cut to ``MAX_NOTES`` characters."""
     parts = [task.context.text, *task.context.inputs.values()]
     return "\n\n".join(part.strip() for part in parts if part.strip())[:MAX_NOTES]

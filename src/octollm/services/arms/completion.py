@@ -1,31 +1,24 @@
-"""The arms' interface to a language model: prompt messages and the function that completes them."""
+"""The built-in arms' interface to a language model: the function that completes messages."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
-import msgspec
-
-
-class PromptMessage(msgspec.Struct, frozen=True):
-    """One message of a chat (the OpenAI chat format)."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
+from octollm import Message
 
 
 class PromptFunction(Protocol):
-    """Ask the model for one answer.
+    """Asks the model for one answer.
 
-    ``max_tokens`` bounds the answer; ``schema`` is a JSON Schema that the answer has to fit (it is still text
-    here); ``on_text`` is awaited with each piece as it is written. Raises ``OctoError`` of the call
-    (``budget_exhausted``, ``model_failed``, …), never returns a partial answer for a failure.
+    ``max_tokens`` limits the answer; ``schema`` is a JSON Schema that the answer conforms to (it is still text);
+    ``on_text`` is awaited with each piece as it is written. Raises the ``OctoError`` of the call
+    (``budget_exhausted``, ``model_failed``, …); a failure never returns a partial answer.
     """
 
     async def __call__(
         self,
-        messages: Sequence[PromptMessage],
+        messages: Sequence[Message],
         *,
         max_tokens: int,
         schema: dict[str, object] | None = None,
@@ -35,18 +28,3 @@ class PromptFunction(Protocol):
     ) -> str:
         """Return the whole answer."""
         ...
-
-
-def system(content: str) -> PromptMessage:
-    """Return a system message."""
-    return PromptMessage("system", content)
-
-
-def user(content: str) -> PromptMessage:
-    """Return a user message."""
-    return PromptMessage("user", content)
-
-
-def assistant(content: str) -> PromptMessage:
-    """Return an assistant message: what the model said before."""
-    return PromptMessage("assistant", content)

@@ -63,6 +63,7 @@ class InstanceRegistry:
                 "calls": list(arm.calls),
                 "accepts": list(arm.accepts),
                 "about": dict(arm.about),
+                "operation_calls": {name: list(calls) for name, calls in arm.operation_calls.items()},
                 "url": arm.url,
                 "jkt": self._registry.thumbprint(name) or "",
                 "state": "healthy",
@@ -202,7 +203,16 @@ def _validate_registration(arm: ArmRegistration) -> None:
         raise OctoError("`about` describes operations that the arm does not have.", code="invalid_body")
     for operation in arm.operations:
         check_operation_name(operation)
-    parse_declared_calls(arm.calls)
+    declared = set(scopes_of(parse_declared_calls(arm.calls)))
+    if not set(arm.operation_calls) <= set(arm.operations):
+        raise OctoError("`operation_calls` names operations that the arm does not have.", code="invalid_body")
+    for operation, calls in arm.operation_calls.items():
+        # What was admitted is checked for the arm as a whole, so an operation may declare no more than that.
+        if beyond := sorted(set(scopes_of(parse_declared_calls(calls))) - declared):
+            raise OctoError(
+                f"The operation {operation} declares {', '.join(beyond)}, which `calls` of the arm does not have.",
+                code="invalid_body",
+            )
     if len(arm.instance) > _MAX_INSTANCE:
         raise OctoError(f"An instance id may have at most {_MAX_INSTANCE} characters.", code="invalid_body")
     _validate_url(arm.url)

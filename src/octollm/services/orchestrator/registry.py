@@ -202,8 +202,14 @@ def _build_snapshot(
 
 def _admitted_calls(name: str, row: RowMapping, admitted: frozenset[str]) -> dict[str, tuple[DeclaredCall, ...]]:
     """Return the declared calls of each operation, without those that are no longer admitted."""
-    calls = tuple(call for call in parse_declared_calls(row["calls"]) if call.scope in admitted)
-    return {f"{name}:{operation}": calls for operation in row["operations"]}
+    arm_calls: Sequence[str] = row["calls"]
+    of_operation: Mapping[str, Sequence[str]] = row["operation_calls"] or {}
+    return {
+        f"{name}:{operation}": tuple(
+            call for call in parse_declared_calls(of_operation.get(operation, arm_calls)) if call.scope in admitted
+        )
+        for operation in row["operations"]
+    }
 
 
 def _group_urls(instances: Sequence[RowMapping]) -> dict[str, tuple[str, ...]]:

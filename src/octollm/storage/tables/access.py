@@ -106,6 +106,7 @@ arms = Table(
     time("registered_at"),
     time("seen_at"),
     Column("about", json_type(), nullable=True),  # operation → what it does
+    Column("operation_calls", json_type(), nullable=True),  # operation → its calls, where they are not the arm's
 )
 
 

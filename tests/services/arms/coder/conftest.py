@@ -9,8 +9,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from octollm import Message
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest, ValidateResult
-from octollm.services.arms.completion import PromptMessage
 from octollm.services.arms.executor import runner_sql
 from octollm.services.arms.judge.validation import validate as judge_validate
 
@@ -20,11 +20,11 @@ class Scripted:
 
     def __init__(self, *answers: str) -> None:
         self.answers = list(answers)
-        self.asked: list[list[PromptMessage]] = []
+        self.asked: list[list[Message]] = []
 
     async def __call__(
         self,
-        messages: Sequence[PromptMessage],
+        messages: Sequence[Message],
         *,
         max_tokens: int,
         schema: dict[str, object] | None = None,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from octollm import Message
 from octollm.errors import OctoError
 from octollm.services.arms.coder.code import write_code
 from octollm.services.arms.coder.cross_check import SolutionProbe, hardcodes_answers, solutions_agree
@@ -12,7 +13,6 @@ from octollm.services.arms.coder.solution import (
     module_name,
     strip_test_request,
 )
-from octollm.services.arms.completion import PromptMessage
 
 GOAL = "Write a Python function double(n) with tests"
 GOOD = "```python\ndef double(n: int) -> int:\n    return n * 2\n```"
@@ -110,7 +110,7 @@ async def test_other_languages_are_refused_before_anything_is_asked(scripted, va
 async def test_reasons_and_files_reach_the_model(scripted, validate, run) -> None:
     ask = scripted(GOOD, EXAMPLES, OTHER_GOOD)
     await write_code(GOAL, ask, validate, run, texts=[("old.py", "OLD = 1")], reasons=["too slow"])
-    first: list[PromptMessage] = ask.asked[0]
+    first: list[Message] = ask.asked[0]
     assert "old.py" in first[-1].content
     assert "too slow" in first[-1].content
 

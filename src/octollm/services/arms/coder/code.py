@@ -9,9 +9,8 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from octollm import Check, Message, OctoError
 from octollm.contracts.operations import ValidateRequest, ValidateResult
-from octollm.contracts.task import Check
-from octollm.errors import OctoError
 from octollm.services.arms.coder.cross_check import (
     INDEPENDENT_TESTS,
     CrossCheck,
@@ -41,7 +40,7 @@ from octollm.services.arms.coder.solution import (
     module_name,
     repair_messages,
 )
-from octollm.services.arms.completion import PromptFunction, PromptMessage
+from octollm.services.arms.completion import PromptFunction
 
 ATTEMPTS = 4
 """Solutions at most: the first, then in turn an independent one and a repaired one."""
@@ -129,7 +128,7 @@ async def write_class(
     goal: str,
     node: ast.ClassDef,
     code: str,
-    base: Sequence[PromptMessage],
+    base: Sequence[Message],
     ask: PromptFunction,
     validate: Validate,
     on_text: OnText | None,

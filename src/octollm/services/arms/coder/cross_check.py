@@ -13,8 +13,8 @@ from importlib.resources import files
 
 import msgspec
 
+from octollm import FileRef
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult, ValidateResult
-from octollm.contracts.task import FileRef
 from octollm.services.arms.coder.examples import (
     Example,
     are_sufficient,

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from octollm import Check, Evidence, ExecuteResult, Message, OctoError
 from octollm.contracts.operations import Cell, ResultSet, format_cell, parse_result_set
-from octollm.contracts.task import Check, Evidence, ExecuteResult
-from octollm.errors import OctoError
 from octollm.services.arms.coder.sql_heuristics import QueryIssue, find_query_issues, required_functions_hint
 from octollm.services.arms.coder.table_schema import (
     RunSql,
@@ -21,7 +20,7 @@ from octollm.services.arms.coder.table_schema import (
     missing_column_hint,
     quote_names,
 )
-from octollm.services.arms.completion import PromptFunction, PromptMessage, assistant, system, user
+from octollm.services.arms.completion import PromptFunction
 
 OnText = Callable[[str], Awaitable[None]]
 
@@ -84,8 +83,8 @@ async def answer_data(
     failures: list[str] = []
     for number in range(MAX_DRAFTS):
         messages = [
-            system(_SQL_PROMPT),
-            user(_question_prompt(schema, goal, notes, reasons, [wanted, _PROMPT_VARIANTS[number]])),
+            Message.system(_SQL_PROMPT),
+            Message.user(_question_prompt(schema, goal, notes, reasons, [wanted, _PROMPT_VARIANTS[number]])),
         ]
         draft = await _write_draft(goal, tables, messages, ask, run_sql, number, failures, on_text)
         if draft is None:
@@ -138,7 +137,7 @@ def render_answer(table: ResultSet, query: str) -> str:
 async def _write_draft(
     goal: str,
     tables: tuple[TableSchema, ...],
-    messages: list[PromptMessage],
+    messages: list[Message],
     ask: PromptFunction,
     run_sql: RunSql,
     number: int,
@@ -174,7 +173,11 @@ async def _write_draft(
                 error = ran.stderr.strip() or ran.reason
                 problem = f"The query failed: {error[:400]}{missing_column_hint(error, tables)}"
         failures.append(problem)
-        messages = [*messages[:2], assistant(answer[:1200]), user(f"{problem}\nReply with the corrected SQL only.")]
+        messages = [
+            *messages[:2],
+            Message.assistant(answer[:1200]),
+            Message.user(f"{problem}\nReply with the corrected SQL only."),
+        ]
     return best
 
 

@@ -80,7 +80,7 @@ def are_sufficient(examples: list[Example]) -> bool:
     return len(examples) >= MIN_EXAMPLES and len({example.expected for example in examples}) > 1
 
 
-def render_tests(examples: list[Example], module: str, name: str) -> str:
+def render_tests(examples: Sequence[Example], module: str, name: str) -> str:
     """Write the examples as a ``unittest`` module, one method each."""
     lines = [
         "import unittest",

@@ -9,14 +9,13 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Literal
 
-from octollm.arm import Arm, Context, build_arm
+from octollm import Arm, Check, Context, Evidence, ExecuteResult, FieldError, Message, OctoError, Task
+from octollm.arm import build_arm
 from octollm.config import Settings
 from octollm.contracts.media_types import file_kind
 from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.service_operations import calls_of
-from octollm.contracts.services import SERVICES
-from octollm.contracts.task import MAX_GOAL, Check, Evidence, ExecuteResult, Task
-from octollm.errors import FieldError, OctoError
+from octollm.contracts.task import MAX_GOAL
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import (
     ModelAsk,
@@ -29,7 +28,7 @@ from octollm.services.arms.adapters import (
 from octollm.services.arms.coder.code import write_code
 from octollm.services.arms.coder.data import answer_data
 from octollm.services.arms.coder.solution import CodeSolution
-from octollm.services.arms.completion import PromptFunction, system, user
+from octollm.services.arms.completion import PromptFunction
 from octollm.text.intent import is_programming_goal
 
 WorkKind = Literal["data", "code", "text"]
@@ -64,7 +63,9 @@ async def write_text(
     """
     known = f"{notes[:MAX_TEXT_NOTES]}\n\n" if notes else ""
     refused = f"\n\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
-    answer = await ask([system(_TEXT_PROMPT), user(f"{known}{goal}{refused}")], max_tokens=max_tokens, on_text=on_text)
+    answer = await ask(
+        [Message.system(_TEXT_PROMPT), Message.user(f"{known}{goal}{refused}")], max_tokens=max_tokens, on_text=on_text
+    )
     if not answer.strip():
         raise OctoError("The model gave no text.", code="model_output_invalid")
     check = Check("checked", False, "the model's own words: nothing was run or looked up")
@@ -79,12 +80,11 @@ def coder_arm() -> Arm:
     arm = Arm.built_in(
         "coder",
         "Writes Python code with tests that pass, answers questions over tables with SQL, and writes texts.",
-        SERVICES["coder"].port,
         calls=calls_of("coder"),
         accepts=("files:tabular", "files:text", "files:none"),
     )
 
-    @arm.operation("execute")
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Write what the goal asks for."""
         goal = goal_with_constraints(task)

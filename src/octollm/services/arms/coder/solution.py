@@ -10,11 +10,10 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from octollm import Check, Message
 from octollm.contracts.operations import ValidateRequest, ValidateResult
-from octollm.contracts.task import Check
 from octollm.services.arms.coder.examples import Example, render_tests
 from octollm.services.arms.coder.python_source import add_imports, extract_code, keep_definitions
-from octollm.services.arms.completion import PromptMessage, assistant, system, user
 
 _CODE_PROMPT = (
     "You write correct Python 3 with the standard library only. Reply with one code block that has only what is asked "
@@ -74,31 +73,31 @@ def strip_test_request(goal: str) -> str:
     return _TEST_REQUEST.sub("", goal).strip() or goal
 
 
-def code_messages(goal: str, texts: Sequence[tuple[str, str]], reasons: Sequence[str]) -> list[PromptMessage]:
+def code_messages(goal: str, texts: Sequence[tuple[str, str]], reasons: Sequence[str]) -> list[Message]:
     """Ask for the code. ``texts`` are (name, text) of files that the goal comes with."""
     file_texts = "".join(f"File {name}:\n{text[:MAX_FILE_CHARS]}\n\n" for name, text in texts)
     refused = f"\n\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
-    return [system(_CODE_PROMPT), user(f"{file_texts}{strip_test_request(goal)}{refused}")]
+    return [Message.system(_CODE_PROMPT), Message.user(f"{file_texts}{strip_test_request(goal)}{refused}")]
 
 
-def repair_messages(base: Sequence[PromptMessage], code: str, reasons: Sequence[str]) -> list[PromptMessage]:
+def repair_messages(base: Sequence[Message], code: str, reasons: Sequence[str]) -> list[Message]:
     """Ask for better code, with the reasons why the last was not valid."""
     listed = "\n".join(f"- {reason}" for reason in reasons[:4])
     return [
         *base,
-        assistant(f"```python\n{code.strip()}\n```"),
-        user(f"This code is wrong:\n{listed}\nFind the mistake and reply with the whole corrected code block."),
+        Message.assistant(f"```python\n{code.strip()}\n```"),
+        Message.user(f"This code is wrong:\n{listed}\nFind the mistake and reply with the whole corrected code block."),
     ]
 
 
-def example_messages(goal: str, head: str) -> list[PromptMessage]:
+def example_messages(goal: str, head: str) -> list[Message]:
     """Ask for examples, from the goal and the head of the function only: the code is not shown."""
-    return [system(_EXAMPLES_PROMPT), user(f"Task: {goal}\nThe function: {head}")]
+    return [Message.system(_EXAMPLES_PROMPT), Message.user(f"Task: {goal}\nThe function: {head}")]
 
 
-def class_test_messages(goal: str, head: str, module: str) -> list[PromptMessage]:
+def class_test_messages(goal: str, head: str, module: str) -> list[Message]:
     """Ask for test cases of a class, from the goal and its head only."""
-    return [system(_TESTS_PROMPT), user(f"Task: {goal}\nThe class, in module {module}: {head}")]
+    return [Message.system(_TESTS_PROMPT), Message.user(f"Task: {goal}\nThe class, in module {module}: {head}")]
 
 
 Validate = Callable[[ValidateRequest], Awaitable[ValidateResult]]

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from octollm import OctoError
 from octollm.contracts.operations import Cell, RunResult, format_cell
-from octollm.errors import OctoError
 
 RunSql = Callable[[str], Awaitable[RunResult]]
 """Run one query over the files of the step; ``stdout`` is a table (``contracts.tables``)."""

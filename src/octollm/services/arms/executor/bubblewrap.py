@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from octollm import OctoError
 from octollm.clock import Clock, SystemClock
-from octollm.errors import OctoError
 from octollm.services.arms.executor import supervisor as inside
 from octollm.services.arms.executor.process import SandboxUser, create_anonymous_file, create_job_file, run_bounded
 from octollm.services.arms.executor.sandbox import Job, Limits, SandboxResult, check_names

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import msgspec
 
+from octollm import OctoError
 from octollm.clock import Clock
-from octollm.errors import OctoError
 from octollm.services.arms.executor.sandbox import Job, LimitReason, Limits, OutputFile, SandboxResult, find_name_fault
 
 _CHUNK = 64 * 1024

@@ -14,9 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from octollm import FileRef, OctoError
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
-from octollm.contracts.task import FileRef
-from octollm.errors import OctoError
 from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, Sandbox, SandboxResult, check_names
 
 DESCRIBE = "--describe"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
-from octollm.errors import OctoError
+from octollm import OctoError
 
 MAX_NAME = 200
 """Bytes of a whole relative name."""

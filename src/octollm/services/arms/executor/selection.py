@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal
 
+from octollm import OctoError
 from octollm.clock import Clock
-from octollm.errors import OctoError
 from octollm.rpc.health import DependencyStatus
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.runner import Runner

@@ -7,13 +7,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 import msgspec
 
-from octollm.arm import Arm, Context, build_arm
+from octollm import Arm, Artifact, Check, Context, Evidence, ExecuteResult, FileRef, OctoError, Task
+from octollm.arm import build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import ResultSet, RunRequest, RunResult, format_cell, parse_result_set
 from octollm.contracts.service_operations import calls_of
-from octollm.contracts.services import SERVICES
-from octollm.contracts.task import Artifact, Check, Evidence, ExecuteResult, FileRef, Task
-from octollm.errors import OctoError
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import read_file_text
 from octollm.services.arms.executor.sandbox import Sandbox
@@ -108,17 +106,16 @@ def executor_arm(runner_provider: RunnerProvider, metrics: Metrics, tracer: Trac
     arm = Arm.built_in(
         "executor",
         "Runs Python programs and SQL queries in a sandbox.",
-        SERVICES["executor"].port,
         calls=calls_of("executor"),
         accepts=("files:text", "files:tabular"),
     )
 
-    @arm.operation("run")
+    @arm.operation
     async def run(request: RunRequest, ctx: Context) -> RunResult:
         """Run a program or a query."""
         return await run_in_sandbox(request, ctx, runner_provider, metrics, tracer)
 
-    @arm.operation("execute")
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Run the program or the query among a task's files."""
         files = task.context.files
@@ -129,9 +126,7 @@ def executor_arm(runner_provider: RunnerProvider, metrics: Metrics, tracer: Trac
         await ctx.emit(output)
         return ExecuteResult(output=output, artifacts=await _store_artifacts(result, ctx), evidence=evidence)
 
-    @arm.operation(
-        "http", kind="at_most_once", example=HttpRequest("GET", "https://example.org/"), codes=["not_configured"]
-    )
+    @arm.operation(kind="at_most_once", example=HttpRequest("GET", "https://example.org/"), codes=["not_configured"])
     async def http(request: HttpRequest, ctx: Context) -> HttpAnswer:
         """Call a server outside, where that is configured."""
         del request, ctx
@@ -196,6 +191,8 @@ async def executor_service(
     holder = RunnerProvider(select or by_settings, clock=base.clock, log=base.log)
     holder.start()
     try:
-        yield build_arm(executor_arm(holder, base.metrics, base.tracer), base, checkups={"sandbox": holder.checkup})
+        yield build_arm(
+            executor_arm(holder, base.metrics, base.tracer), base, readiness_checks={"sandbox": holder.checkup}
+        )
     finally:
         await holder.aclose()

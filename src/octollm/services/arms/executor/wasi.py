@@ -19,8 +19,8 @@ from pathlib import Path
 
 import wasmtime
 
+from octollm import OctoError
 from octollm.clock import Clock, SystemClock
-from octollm.errors import OctoError
 from octollm.services.arms.executor.bubblewrap import SANDBOX_USER
 from octollm.services.arms.executor.process import SandboxUser, create_job_file, run_bounded
 from octollm.services.arms.executor.sandbox import Job, SandboxResult, check_names

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from octollm import Citation, Evidence, FileRef, Message, OctoError
 from octollm.contracts.operations import (
     AcceptRequest,
     AcceptResult,
@@ -21,9 +22,7 @@ from octollm.contracts.operations import (
     format_cell,
     parse_result_set,
 )
-from octollm.contracts.task import Citation, Evidence, FileRef
-from octollm.errors import OctoError
-from octollm.services.arms.completion import PromptFunction, PromptMessage, system, user
+from octollm.services.arms.completion import PromptFunction
 from octollm.services.arms.judge.validation import Run, parse_python, validate
 from octollm.text.lexical import content_words, extract_numbers, extract_numbers_and_words, stems
 from octollm.text.passages import numbered_lines
@@ -74,12 +73,15 @@ async def ask_opinion(request: AcceptRequest, ask: PromptFunction) -> AcceptResu
     return AcceptResult(accepted=said.accepted, reasons=reasons, score=1.0 if said.accepted else 0.0)
 
 
-def _opinion_messages(request: AcceptRequest) -> list[PromptMessage]:
+def _opinion_messages(request: AcceptRequest) -> list[Message]:
     criteria = "".join(f"\n- {criterion}" for criterion in request.criteria[:10])
     listed = f"\n\nCriteria:{criteria}" if criteria else ""
     output = request.result.output[:MAX_SHOWN_CHARS]
     # The result may hold text that speaks to the judge; the marks say where it begins and ends.
-    return [system(_OPINION_PROMPT), user(f"Asked:\n{request.goal}{listed}\n\n<result>\n{output}\n</result>")]
+    return [
+        Message.system(_OPINION_PROMPT),
+        Message.user(f"Asked:\n{request.goal}{listed}\n\n<result>\n{output}\n</result>"),
+    ]
 
 
 MIN_SUPPORT = 0.5

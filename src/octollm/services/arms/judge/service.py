@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator
 
-from octollm.arm import Arm, Context, build_arm
+from octollm import Arm, Check, Context, Evidence, ExecuteResult, FileRef, OctoError, Task
+from octollm.arm import build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import AcceptRequest, AcceptResult, ValidateRequest, ValidateResult
 from octollm.contracts.service_operations import calls_of
-from octollm.contracts.services import SERVICES
-from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, Task
-from octollm.errors import OctoError
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import ModelAsk, bind_run, is_capable_model, read_file_text
 from octollm.services.arms.judge.acceptance import accept as accept_result
@@ -26,17 +24,16 @@ def judge_arm(settings: Settings) -> Arm:
     arm = Arm.built_in(
         "judge",
         "Checks code by running its tests, and results by what they stand on.",
-        SERVICES["judge"].port,
         calls=calls_of("judge"),
         accepts=("files:text",),
     )
 
-    @arm.operation("validate", kind="read_only")
+    @arm.operation(kind="read_only")
     async def validate(request: ValidateRequest, ctx: Context) -> ValidateResult:
         """Say whether code is valid, and passes its tests where there are any."""
         return await validate_code(request, bind_run(ctx))
 
-    @arm.operation("accept", kind="read_only")
+    @arm.operation(kind="read_only")
     async def accept(request: AcceptRequest, ctx: Context) -> AcceptResult:
         """Say whether a step's result is what was asked."""
 
@@ -46,7 +43,7 @@ def judge_arm(settings: Settings) -> Arm:
         ask = ModelAsk(ctx) if is_capable_model(settings) and ctx.allows("models:chat") else None
         return await accept_result(request, bind_run(ctx), ask, read_file)
 
-    @arm.operation("execute")
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Validate the Python files of a task, each with the tests that go with it."""
         return await validate_files(task, ctx)

@@ -14,8 +14,8 @@ from importlib.resources import files
 import msgspec
 from pyflakes import checker, messages
 
+from octollm import Check, FileRef
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult, ValidateRequest, ValidateResult
-from octollm.contracts.task import Check, FileRef
 from octollm.services.arms.judge.testing_program import MARKER
 
 MAX_CODE_CHARS = 200_000

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from octollm import Message, OctoError
 from octollm.contracts.media_types import accepts_file, file_kind
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
-from octollm.errors import OctoError
-from octollm.services.arms.completion import PromptFunction, PromptMessage, system, user
+from octollm.services.arms.completion import PromptFunction
 from octollm.text.intent import is_programming_goal
 from octollm.text.lexical import stem, stems, tokenize
 
@@ -28,7 +28,7 @@ please kindly can could would will you i we want need like let us to me my the a
 _GENERAL_TEXT = """
 write answer question text file data word number find show help language python code function test table list sentence
 short long good new user goal task result step agent tool work information content name value tell give make do use say
-of and or in on at for with from by as is are be it its this that into over under about what which how why when where who
+of and or in on at for with from by as is are be it its this that into over under about what which how why when
 """
 _POLITE_WORDS = frozenset(_POLITE_TEXT.split())
 _GENERAL_STEMS = frozenset(stem(word) for word in _GENERAL_TEXT.split())
@@ -175,9 +175,9 @@ async def word_steps(
     return [StepWording(_single_line(step.title), _complete_criteria(step.criteria), is_by_model=True) for step in said]
 
 
-def _wording_messages(goal: str, parts: Sequence[Assignment]) -> list[PromptMessage]:
+def _wording_messages(goal: str, parts: Sequence[Assignment]) -> list[Message]:
     listed = "\n".join(f"{number}. {part.title}" for number, part in enumerate(parts, start=1))
-    return [system(_WORDING_PROMPT), user(f"Goal: {goal[:MAX_GOAL_CHARS]}\nSteps:\n{listed}")]
+    return [Message.system(_WORDING_PROMPT), Message.user(f"Goal: {goal[:MAX_GOAL_CHARS]}\nSteps:\n{listed}")]
 
 
 def _wording_schema(steps: int) -> dict[str, object]:

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
+from octollm import Message, OctoError
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import MAX_GOAL, ArmInfo, Plan, PlanRequest, PlanStep
-from octollm.errors import OctoError
-from octollm.services.arms.completion import PromptFunction, PromptMessage, assistant, system, user
+from octollm.services.arms.completion import PromptFunction
 from octollm.services.arms.planner.assignment import OnText, assign_arms, word_steps
 from octollm.text.intent import is_programming_goal
 
@@ -115,7 +115,11 @@ async def design_plan(request: PlanRequest, ask: PromptFunction) -> Plan | None:
             if not faults:
                 return plan
             fault = "; ".join(faults[:5])
-        messages = [*messages[:2], assistant(answer[:4000]), user(f"This plan cannot be used: {fault}. Mend it.")]
+        messages = [
+            *messages[:2],
+            Message.assistant(answer[:4000]),
+            Message.user(f"This plan cannot be used: {fault}. Mend it."),
+        ]
     return None
 
 
@@ -125,7 +129,7 @@ def available_arms(arms: Sequence[ArmInfo]) -> list[ArmInfo]:
     return [*_BUILT_IN_ARMS, *(arm for arm in arms if arm.name not in known)]
 
 
-def _plan_messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[PromptMessage]:
+def _plan_messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[Message]:
     listed = "\n".join(f"- {arm.name}: {arm.description[:300]}" for arm in arms)
     parts = [f"Arms:\n{listed}", f"Goal: {request.goal}"]
     if request.context.files:
@@ -136,7 +140,7 @@ def _plan_messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[Prompt
         parts.append("The result must meet:\n" + "\n".join(f"- {each}" for each in request.acceptance_criteria[:10]))
     if request.reasons:
         parts.append("An earlier plan failed:\n" + "\n".join(f"- {reason}" for reason in request.reasons[:10]))
-    return [system(_PLAN_PROMPT), user("\n\n".join(parts))]
+    return [Message.system(_PLAN_PROMPT), Message.user("\n\n".join(parts))]
 
 
 def _plan_schema(arms: Sequence[str], files: Sequence[str]) -> dict[str, object]:

@@ -7,16 +7,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 import msgspec
 
-from octollm.arm import Arm, Context, build_arm
+from octollm import Arm, Check, Context, Evidence, ExecuteResult, FileRef, Message, OctoError, Task
+from octollm.arm import build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
 from octollm.contracts.service_operations import calls_of
-from octollm.contracts.services import SERVICES
-from octollm.contracts.task import Check, Evidence, ExecuteResult, FileRef, Plan, PlanRequest, Task
-from octollm.errors import OctoError
+from octollm.contracts.task import Plan, PlanRequest
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import ModelAsk, bind_run, goal_with_constraints, is_capable_model
-from octollm.services.arms.completion import PromptFunction, PromptMessage, system, user
+from octollm.services.arms.completion import PromptFunction
 from octollm.services.arms.planner.plan import make_plan
 
 Run = Callable[[RunRequest], Awaitable[RunResult]]
@@ -101,10 +100,10 @@ def _failure_reason(result: RunResult) -> str:
     return lines[-1][:300] or f"it ended with {result.exit_code}"
 
 
-def _program_messages(goal: str, files: Sequence[FileRef], reasons: Sequence[str]) -> list[PromptMessage]:
+def _program_messages(goal: str, files: Sequence[FileRef], reasons: Sequence[str]) -> list[Message]:
     listed = f"\nFiles in the folder: {', '.join(file.name for file in files)}" if files else ""
     refused = f"\nAn earlier result was refused: {' '.join(reasons)[:600]}" if reasons else ""
-    return [system(_PROGRAMS_PROMPT), user(f"Goal: {goal}{listed}{refused}")]
+    return [Message.system(_PROGRAMS_PROMPT), Message.user(f"Goal: {goal}{listed}{refused}")]
 
 
 def _programs_schema() -> dict[str, object]:
@@ -130,19 +129,18 @@ def planner_arm(settings: Settings) -> Arm:
     arm = Arm.built_in(
         "planner",
         "Turns a goal into a plan of steps, each for one arm.",
-        SERVICES["planner"].port,
         calls=calls_of("planner"),
         accepts=("files:none", "files:text", "files:tabular"),
     )
 
-    @arm.operation("plan", kind="read_only")
+    @arm.operation(kind="read_only")
     async def plan(request: PlanRequest, ctx: Context) -> Plan:
         """Plan a goal."""
         ask = ModelAsk(ctx)
         made = await make_plan(request, ask, is_capable=is_capable_model(settings), on_text=ask.write)
         return msgspec.structs.replace(made, usage=ctx.model.usage)
 
-    @arm.operation("execute")
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Reach a goal with a few programs that the executor runs."""
         ask = ModelAsk(ctx)

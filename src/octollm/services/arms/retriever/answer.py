@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from octollm import Check, Citation, Evidence, ExecuteResult, Message
 from octollm.contracts.operations import Passage
-from octollm.contracts.task import Check, Citation, Evidence, ExecuteResult
-from octollm.services.arms.completion import PromptFunction, PromptMessage, system, user
+from octollm.services.arms.completion import PromptFunction
 from octollm.text.lexical import extract_numbers, extract_numbers_and_words, stems
 
 MAX_CITATION_LINES = 3
@@ -288,7 +288,7 @@ def _needs_second_pass(
     return bool(own) and best[0].weight > max(source.weight, MIN_SOURCE_WEIGHT) * SECOND_PASS_WEIGHT_RATIO
 
 
-def _answer_messages(question: str, passages: Sequence[Passage], reasons: tuple[str, ...]) -> list[PromptMessage]:
+def _answer_messages(question: str, passages: Sequence[Passage], reasons: tuple[str, ...]) -> list[Message]:
     shown = "\n---\n".join(f"{passage.source}:\n{passage.text}" for passage in passages)
     refused = f"\nAn earlier answer was refused: {' '.join(reasons)[:400]}" if reasons else ""
-    return [system(_ANSWER_PROMPT), user(f"{shown}\n---\nQuestion: {question}{refused}")]
+    return [Message.system(_ANSWER_PROMPT), Message.user(f"{shown}\n---\nQuestion: {question}{refused}")]

@@ -8,12 +8,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import msgspec
 
-from octollm.arm import Arm, Context, build_arm
+from octollm import Arm, Context, ExecuteResult, FileRef, Task, memory
+from octollm.arm import build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import Passage, SearchFilters, SearchRequest, SearchResult
 from octollm.contracts.service_operations import calls_of
-from octollm.contracts.services import SERVICES
-from octollm.contracts.task import ExecuteResult, FileRef, Task
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import ModelAsk, goal_with_constraints
 from octollm.services.arms.retriever.answer import answer_question
@@ -46,17 +45,16 @@ def retriever_arm() -> Arm:
     arm = Arm.built_in(
         "retriever",
         "Finds passages in documents and answers questions from them, with the lines that it stands on.",
-        SERVICES["retriever"].port,
         calls=calls_of("retriever"),
         accepts=("files:text",),
     )
 
-    @arm.operation("search", kind="read_only")
+    @arm.operation(kind="read_only")
     async def search(request: SearchRequest, ctx: Context) -> SearchResult:
         """Find passages in what is remembered."""
-        return await ctx.call("memory", "read", request, SearchResult)
+        return await ctx.send(memory.read, request)
 
-    @arm.operation("execute")
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
         """Answer a question from the task's documents, or from all of them when it names none."""
         ask = ModelAsk(ctx)
@@ -83,7 +81,7 @@ async def find_passages(ctx: Context, files: Sequence[FileRef], question: str, l
     passages = search_texts(texts, question, limit)
     if names or not files:
         request = SearchRequest(question, limit, SearchFilters(tuple(names)))
-        remembered = await ctx.call("memory", "read", request, SearchResult)
+        remembered = await ctx.send(memory.read, request)
         passages += [
             msgspec.structs.replace(passage, source=names.get(passage.digest, passage.source))
             for passage in remembered.passages

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm import Arm, Context, ExecuteResult, OctoError, Task
+from octollm import Arm, ArmError, Context, ExecuteResult, Task, executor, retriever
 from octollm.capability import DeclaredCall
 from octollm.contracts.services import BUILT_IN_ARMS, ORCHESTRATOR_FAMILIES, SERVICES
 
@@ -22,12 +22,16 @@ class Text:
     text: str
 
 
+async def yields_without_decorator():
+    yield 1
+
+
 def an_arm(**more) -> Arm:
     return Arm(**{"name": "translator", "description": "Translates text", **more})
 
 
 def refused(act) -> str:
-    with pytest.raises(OctoError) as caught:
+    with pytest.raises(ArmError) as caught:
         act()
     assert caught.value.code == "arm_invalid"
     return caught.value.detail
@@ -52,8 +56,8 @@ def test_the_names_of_the_system_are_reserved(name):
 
 def test_only_built_in_arms_are_built_in():
     for name in BUILT_IN_ARMS:
-        assert Arm.built_in(name, "Does something", 8100).name == name
-    assert "no built-in arm" in refused(lambda: Arm.built_in("translator", "Does something", 8110))
+        assert Arm.built_in(name, "Does something").name == name
+    assert "no built-in arm" in refused(lambda: Arm.built_in("translator", "Does something"))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +65,10 @@ def test_only_built_in_arms_are_built_in():
     [
         ({"description": "  "}, "needs a description"),
         ({"description": "x" * 501}, "up to 500 characters"),
-        ({"port": 0}, "cannot listen on port 0"),
-        ({"port": 65536}, "e.g. 8110"),
+        ({"port": 8110}, "octollm serve --port"),
+        ({"lifespan": "a pool"}, "is no function"),
+        ({"lifespan": yields_without_decorator}, "@asynccontextmanager"),
+        ({"calls": retriever.search}, "calls=[retriever:search]"),
         ({"calls": "models:chat"}, "calls=['models:chat']"),
         ({"calls": ["models"]}, "'models' in the calls"),
         ({"calls": ["Models:Chat"]}, "<service>:<operation>"),
@@ -133,10 +139,35 @@ def test_a_wrong_operation_is_refused(handler, name, said):
     assert said in refused(lambda: an_arm().operation(name)(handler))
 
 
+def test_a_bare_decorator_declares():
+    arm = an_arm()
+    assert arm.operation(two_texts) is two_texts
+    assert [(declared.name, declared.body) for declared in arm.operations] == [("two_texts", Text)]
+
+
+@pytest.mark.parametrize(
+    ("handler", "said"),
+    [(no_types, "write async def no_types(body: Type"), (not_async, "must be a coroutine"), (3, "is no function")],
+)
+def test_a_bare_decorator_refuses_what_is_no_operation(handler, said):
+    assert said in refused(lambda: an_arm().operation(handler))
+
+
+def test_a_bare_decorator_refuses_the_same_name_twice():
+    arm = an_arm()
+    arm.operation(two_texts)
+    assert "has an operation 'two_texts' already" in refused(lambda: arm.operation(two_texts))
+
+
+def test_an_unknown_argument_is_an_error():
+    with pytest.raises(TypeError, match="host"):
+        an_arm(host="here")
+
+
 def test_an_operation_is_declared_once():
     arm = an_arm()
     arm.operation("execute")(plain)
-    assert "give this one a name" in refused(lambda: arm.operation("execute")(plain))
+    assert "give this one another name" in refused(lambda: arm.operation("execute")(plain))
 
 
 def test_a_kind_that_there_is_not_is_refused():
@@ -150,6 +181,21 @@ def test_declared_calls_hold_for_every_operation():
     calls = (DeclaredCall("models:chat"), DeclaredCall("retriever:search", optional=True))
     assert arm.declarations() == {"translator:execute": calls, "translator:shorten": calls}
     assert arm.calls == ("models:chat", "retriever:search")
+
+
+def test_an_operation_declares_its_own_calls():
+    arm = an_arm(calls=["models:chat", retriever.search])
+    arm.operation("execute")(plain)
+    arm.operation("shorten", calls=[executor.run], optional_calls=["models:chat"])(two_texts)
+    arm.operation("quiet", calls=[])(two_texts)
+    assert arm.declarations() == {
+        "translator:execute": (DeclaredCall("models:chat"), DeclaredCall("retriever:search")),
+        "translator:shorten": (DeclaredCall("executor:run"), DeclaredCall("models:chat", optional=True)),
+        "translator:quiet": (),
+    }
+    # For the arm as a whole a call is optional only where no operation requires it.
+    assert arm.declared_calls == ("models:chat", "retriever:search", "executor:run")
+    assert "'nothing' in the calls" in refused(lambda: arm.operation("more", calls=["nothing"])(two_texts))
 
 
 def test_the_decorated_function_stays_itself():
