@@ -10,7 +10,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-SHARED_CLASSES: dict[str, str] = {}
+SHARED_CLASSES: dict[str, str] = {
+    "Tool": "an arm's author declares one by a type; in `llm` it is the message of OpenAI's chat format",
+    "ToolCall": "an arm's author reads one; in `llm` it is the message of OpenAI's chat format",
+}
 """Public class names that two modules may define, each with the reason."""
 
 SMALL_FILES = {
@@ -18,6 +21,8 @@ SMALL_FILES = {
     "octollm.cli.entry": "the program of the command, which imports nothing before Ctrl-C is handled",
     "octollm.services.arms.coder.probe_program": "a program that is run in the sandbox",
     "octollm.services.arms.judge.testing_program": "a program that is run in the sandbox",
+    "octollm.testing.polling": "for tests, which import it without the harness",
+    "octollm.testing.system": "for tests of a whole installation, which an arm's author does not load",
 }
 """Files under 80 lines with fewer than three importers, each with the reason."""
 

@@ -10,8 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from octollm.arm import Arm, CallInfo, Context, Image, Message, ModelCompletion, OperationReference, Tool, ToolCall
-    from octollm.arm.references import coder, executor, judge, memory, planner, retriever
+    from octollm.arm import (
+        Arm,
+        CallInfo,
+        Context,
+        Image,
+        Message,
+        ModelCompletion,
+        OperationReference,
+        Tool,
+        ToolCall,
+        coder,
+        executor,
+        judge,
+        memory,
+        planner,
+        retriever,
+    )
     from octollm.client import connect, connect_sync
     from octollm.contracts.task import Artifact, Check, Citation, Evidence, ExecuteResult, FileRef, Task, Usage
     from octollm.errors import ArmError, FieldError, OctoError, RetryStep, StopStep
@@ -82,14 +97,14 @@ _PLACES = {
     "Tool": ("octollm.arm", "Tool"),
     "ToolCall": ("octollm.arm", "ToolCall"),
     "Usage": ("octollm.contracts.task", "Usage"),
-    "coder": ("octollm.arm.references", "coder"),
+    "coder": ("octollm.arm", "coder"),
     "connect": ("octollm.client", "connect"),
     "connect_sync": ("octollm.client", "connect_sync"),
-    "executor": ("octollm.arm.references", "executor"),
-    "judge": ("octollm.arm.references", "judge"),
-    "memory": ("octollm.arm.references", "memory"),
-    "planner": ("octollm.arm.references", "planner"),
-    "retriever": ("octollm.arm.references", "retriever"),
+    "executor": ("octollm.arm", "executor"),
+    "judge": ("octollm.arm", "judge"),
+    "memory": ("octollm.arm", "memory"),
+    "planner": ("octollm.arm", "planner"),
+    "retriever": ("octollm.arm", "retriever"),
 }
 """Where each public name lives: a module, and what the name is called there."""
 

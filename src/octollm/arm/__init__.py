@@ -9,7 +9,7 @@ from octollm.arm.completion import ModelCompletion
 from octollm.arm.context import Artifacts, CallInfo, Context
 from octollm.arm.messages import Image, Message, Tool, ToolCall
 from octollm.arm.model import ModelClient, ModelEndpoint
-from octollm.arm.references import OperationReference
+from octollm.arm.references import OperationReference, coder, executor, judge, memory, planner, retriever
 from octollm.arm.service import build_arm, open_arm
 
 __all__ = [
@@ -27,5 +27,11 @@ __all__ = [
     "Tool",
     "ToolCall",
     "build_arm",
+    "coder",
+    "executor",
+    "judge",
+    "memory",
     "open_arm",
+    "planner",
+    "retriever",
 ]

@@ -48,7 +48,7 @@ async def test_a_question_is_passed_on_as_it_is() -> None:
     ctx = Watched(Model(["ab"]))
     await ModelAsk(ctx)([Message.user("x")], max_tokens=5, schema={"type": "object"}, temperature=0.3, seed=7)  # pyright: ignore
     assert ctx.model.asked == [
-        {"messages": [("user", "x")], "max_tokens": 5, "schema": {"type": "object"}, "temperature": 0.3, "seed": 7}
+        {"messages": [Message.user("x")], "max_tokens": 5, "schema": {"type": "object"}, "temperature": 0.3, "seed": 7}
     ]
 
 

@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import msgspec
 import pytest
 from sqlalchemy import select, update
 
-from octollm.capability import Principal, ScopeSet, SigningKey
+from octollm.capability import DeclaredCall, Principal, ScopeSet, SigningKey
 from octollm.capability.enrolment import EnrolmentClaim, EnrolmentToken, EnrolmentTokenIssuer, arm_proof
 from octollm.clock import Uuid7Generator
 from octollm.contracts.api import ArmRegistration
@@ -254,6 +255,40 @@ async def test_declared_calls_that_are_no_longer_admitted_are_not_lent(tmp_path:
         with pytest.raises(OctoError, match="retriever:search") as caught:
             await one.instances.register("translator", arm)
         assert caught.value.code == "authority_missing"
+
+
+async def test_an_operation_has_the_calls_that_it_declares_itself(tmp_path: Path) -> None:
+    async with replicas(tmp_path, 1) as [replica]:
+        await replica.admit("translator", SigningKey.generate(), "models:chat", "judge:validate")
+        arm = registration("i1", "http://a:1", "models:chat", "judge:validate")
+        own = {"detect": ("?models:chat",), "execute": ("judge:validate",)}
+        await replica.instances.register("translator", msgspec.structs.replace(arm, operation_calls=own))
+        declarations = replica.registry.declarations()
+        assert declarations["translator:detect"] == (DeclaredCall("models:chat", optional=True),)
+        assert declarations["translator:execute"] == (DeclaredCall("judge:validate"),)
+        # One that is not named has all of the arm's.
+        own = {"detect": ()}
+        await replica.instances.register("translator", msgspec.structs.replace(arm, operation_calls=own))
+        declarations = replica.registry.declarations()
+        assert declarations["translator:detect"] == ()
+        assert {call.scope for call in declarations["translator:execute"]} == {"models:chat", "judge:validate"}
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"detect": ("executor:run",)}, "The operation detect declares executor:run"),
+        ({"translate": ("models:chat",)}, "operations that the arm does not have"),
+        ({"detect": ("models",)}, "one operation of one service"),
+    ],
+)
+async def test_calls_of_an_operation_that_are_not_the_arms_are_refused(tmp_path: Path, own, said) -> None:
+    async with replicas(tmp_path, 1) as [replica]:
+        await replica.admit("translator", SigningKey.generate(), "models:chat")
+        arm = registration("i1", "http://a:1", "models:chat")
+        with pytest.raises(OctoError, match=said) as caught:
+            await replica.instances.register("translator", msgspec.structs.replace(arm, operation_calls=own))
+        assert caught.value.code == "invalid_body"
 
 
 def test_refusals_are_counted_by_address_and_forgotten() -> None:

@@ -31,7 +31,7 @@ from octollm.testing import wait_until
 def translator(name: str = "translator", *calls: str) -> Arm:
     arm = Arm(name, "Translates text between languages.", calls=calls)
 
-    @arm.operation()
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> str:
         """Translate a text."""
         await ctx.emit("hola")
@@ -90,9 +90,9 @@ async def test_the_planner_is_told_of_it_while_it_answers(orch: Orchestra) -> No
 
 
 async def test_what_an_arm_did_not_declare_it_may_not_call(orch: Orchestra) -> None:
-    arm = Arm("translator", "Translates text.", 8110, calls=["models:chat"])
+    arm = Arm("translator", "Translates text.", calls=["models:chat"])
 
-    @arm.operation()
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
         return await ctx.call("coder", "execute", task, ExecuteResult)
 
@@ -107,9 +107,9 @@ async def test_what_an_arm_did_not_declare_it_may_not_call(orch: Orchestra) -> N
 
 
 async def test_what_an_arm_declared_it_may_call(orch: Orchestra) -> None:
-    arm = Arm("delegate", "Has the coder do it.", 8110, calls=["coder:execute"])
+    arm = Arm("delegate", "Has the coder do it.", calls=["coder:execute"])
 
-    @arm.operation()
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
         return await ctx.call("coder", "execute", task, ExecuteResult)
 
@@ -121,9 +121,9 @@ async def test_what_an_arm_declared_it_may_call(orch: Orchestra) -> None:
 
 
 async def test_one_arm_of_ones_own_calls_another_by_the_directory(orch: Orchestra) -> None:
-    arm = Arm("polyglot", "Asks the translator.", 8111, calls=["translator:execute"])
+    arm = Arm("polyglot", "Asks the translator.", calls=["translator:execute"])
 
-    @arm.operation()
+    @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
         return await ctx.call("translator", "execute", task, ExecuteResult)
 
