@@ -48,10 +48,11 @@ bench-calls: setup-dev ## Measure service calls beside gRPC, FastAPI and httpx (
 bench-capabilities: setup-dev ## Measure minting and verifying capabilities beside the raw signatures (half a minute)
 	cd bench && ../$(BIN)/python -m capabilities
 
-fuzz: setup-dev ## Fuzz the verifier of capabilities for ten minutes (FUZZ_SECONDS), guided by coverage
+fuzz: setup-dev ## Fuzz the verifier of capabilities and the HTTP/1.1 parser, ten minutes each (FUZZ_SECONDS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
-	mkdir -p build/fuzz
+	mkdir -p build/fuzz build/fuzz-http1
 	$(BIN)/python tests/fuzz/fuzz_verifier.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -len_control=0 build/fuzz
+	$(BIN)/python tests/fuzz/fuzz_http1.py -max_total_time=$(FUZZ_SECONDS) -max_len=1024 -len_control=0 build/fuzz-http1
 
 docs: setup-dev ## Build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -28,6 +28,7 @@ class ErrorKind:
 
 ERROR_KINDS: dict[str, ErrorKind] = {
     # The request itself
+    "malformed_request": ErrorKind(400, "The request is not valid HTTP/1.1"),
     "invalid_json": ErrorKind(400, "The body is not valid JSON"),
     "invalid_body": ErrorKind(400, "The body does not fit its schema", new_attempt=True),
     "unknown_field": ErrorKind(400, "The body has a field that is not known"),

@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import Any, cast
 from urllib.parse import unquote
 
-import msgspec
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
@@ -26,15 +25,13 @@ from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
 from starlette.types import ASGIApp, Scope
-from uvicorn.config import Config
-from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
-from uvicorn.server import ServerState
 
-from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
 from octollm.rpc.asgi_extension import EXTENSION
-from octollm.rpc.http1_server import HEADER_SECONDS, MAX_HEADER_BYTES, MAX_URL_BYTES
-from octollm.rpc.http2_stream import Headers, Http2Stream
+from octollm.rpc.http1_exchange import MAX_DISCARDED_BYTES, problem_parts
+from octollm.rpc.http1_parser import MAX_HEADER_BYTES, MAX_URL_BYTES, Headers
+from octollm.rpc.http1_server import HEADER_SECONDS, MAX_DISCARD_SECONDS, ServerConfig, ServerState, connection_scope
+from octollm.rpc.http2_stream import Http2Stream
 
 MAX_STREAMS = 128
 STREAM_WINDOW = 256 * 1024
@@ -42,9 +39,6 @@ CONNECTION_WINDOW = 1024 * 1024
 """Bytes of bodies that a peer may send before they are read, of one request and of all."""
 MAX_RESETS = 500
 """Requests that a peer may give up beyond those that were answered before it counts as an attack (CVE-2023-44487)."""
-MAX_DISCARDED_BYTES = 16 * 1024 * 1024
-MAX_DISCARD_SECONDS = 10.0
-"""How much of a body is taken, and for how long, after its request was answered: many clients read only then."""
 _DEFAULT_WINDOW = 65_535
 _SETTINGS = {
     SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
@@ -59,12 +53,12 @@ class Http2ServerProtocol(asyncio.Protocol):
 
     def __init__(
         self,
-        config: Config,
+        config: ServerConfig,
         server_state: ServerState,
         app_state: Mapping[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self._app = cast("ASGIApp", config.loaded_app)  # pyright: ignore[reportUnknownMemberType]
+        self._app = cast("ASGIApp", config.loaded_app)
         self._idle_seconds = config.timeout_keep_alive
         self._state = server_state
         self._app_state = app_state
@@ -86,16 +80,8 @@ class Http2ServerProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Tell the peer our bounds."""
         self._transport = cast("asyncio.Transport", transport)
-        self._state.connections.add(cast("Any", self))
-        self._scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "2",
-            "server": get_local_addr(self._transport),
-            "client": get_remote_addr(self._transport),
-            "scheme": "https" if is_ssl(self._transport) else "http",
-            "root_path": "",
-        }
+        self._state.connections.add(self)
+        self._scope = {**connection_scope(self._transport), "http_version": "2"}
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(CONNECTION_WINDOW - _DEFAULT_WINDOW)
         self._flush()
@@ -115,7 +101,7 @@ class Http2ServerProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever works for this peer."""
         del exc
-        self._state.connections.discard(cast("Any", self))
+        self._state.connections.discard(self)
         self._stop_timer()
         self._discarding.clear()
         streams, self._streams = list(self._streams.values()), {}
@@ -225,10 +211,7 @@ class Http2ServerProtocol(asyncio.Protocol):
         task.add_done_callback(self._state.tasks.discard)
 
     def _refuse(self, stream: Http2Stream, code: str, detail: str) -> None:
-        problem = to_problem(OctoError(detail, code=code))
-        body = msgspec.json.encode(problem)
-        headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
-        stream.respond(problem.status, headers, body)
+        stream.respond(*problem_parts(OctoError(detail, code=code)))
 
     # What streams ask.
 

@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Scope
 
+from octollm.rpc.http1_parser import Headers
 from octollm.telemetry import get_logger
 
 _CONNECTION_HEADERS = frozenset((b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"))
 """Headers that HTTP/2 has no use for and forbids (RFC 9113 section 8.2.2)."""
 SEND_SECONDS = 60.0
 """How long a peer may leave no room for the next bytes of an answer before its request is ended."""
-Headers = list[tuple[bytes, bytes]]
 
 
 class Http2Connection(Protocol):

@@ -226,7 +226,7 @@ RESPONSE_HEADERS: dict[str, Any] = {
     "Cache-Control": {"description": "Who may keep the answer, and how long.", "schema": _TEXT},
     "Idempotent-Replayed": {"description": "`true` on the stored answer of an earlier call.", "schema": _TEXT},
 }
-_REQUEST_CODES = ("request_timeout", "url_too_long", "header_too_large")
+_REQUEST_CODES = ("malformed_request", "request_timeout", "url_too_long", "header_too_large")
 _TOKEN_CODES = ("token_missing", "token_malformed", "token_expired", "token_invalid", "token_revoked", "scope_missing")
 _GATEWAY_CODES = ("api_key_invalid", "host_refused", "origin_refused", "rate_limited", "connect_failed")
 

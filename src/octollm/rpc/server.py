@@ -110,6 +110,8 @@ class OperationEndpoint:
         request_id = id_or_new(headers.get(b"x-request-id"), kit.ids, "req-")
         correlation_id = id_or_new(headers.get(b"x-correlation-id"), kit.ids, "corr-")
         caller = parse_traceparent(header_text(headers.get(b"traceparent")))
+        if caller is not None and len(headers) < len(scope["headers"]) and _is_repeated(scope, b"traceparent"):
+            caller = None  # W3C Trace Context section 3.2.1 has one: of two, neither is to be believed
         span = kit.tracer.receive(operation.name, caller, sampled=operation.traced)
         set_context(RequestContext(kit.service, request_id, correlation_id, span.trace))
         outlet = ResponseWriter(
@@ -289,6 +291,10 @@ async def _cancel_tasks(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         with contextlib.suppress(asyncio.CancelledError, Exception):  # its failure was answered, or nobody waits
             await task
+
+
+def _is_repeated(scope: Scope, name: bytes) -> bool:
+    return sum(other == name for other, _ in scope["headers"]) > 1
 
 
 def _innermost_line(error: BaseException) -> str:

@@ -14,12 +14,10 @@ from typing import Any, Literal, cast
 import msgspec
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.config import Config
-from uvicorn.server import ServerState
 
 from octollm.errors import OctoError, SettingError
 from octollm.rpc.http1_client import Http1Client
-from octollm.rpc.http1_server import HEADER_SECONDS, Http1ServerProtocol
+from octollm.rpc.http1_server import HEADER_SECONDS, Http1ServerProtocol, ServerConfig, ServerState
 from octollm.rpc.http2_client import Http2Client
 from octollm.rpc.http2_server import Http2ServerProtocol
 from octollm.rpc.http_client import HttpClient
@@ -63,7 +61,7 @@ class NegotiatingProtocol(asyncio.Protocol):
 
     def __init__(
         self,
-        config: Config,
+        config: ServerConfig,
         server_state: ServerState,
         app_state: Mapping[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
@@ -79,7 +77,7 @@ class NegotiatingProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Hand it on at once where TLS has decided."""
         self._transport = cast("asyncio.Transport", transport)
-        self._state.connections.add(cast("Any", self))
+        self._state.connections.add(self)
         tls = transport.get_extra_info("ssl_object")
         if tls is not None:
             self._delegate(http2=tls.selected_alpn_protocol() == "h2")
@@ -118,7 +116,7 @@ class NegotiatingProtocol(asyncio.Protocol):
             found.data_received(self._received)
 
     def _unregister(self) -> None:
-        self._state.connections.discard(cast("Any", self))
+        self._state.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

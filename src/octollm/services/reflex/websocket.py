@@ -152,7 +152,9 @@ class TaskWebSockets:
     def _set_request_context(self, websocket: WebSocket) -> None:
         given = websocket.headers.get("x-correlation-id", "")
         correlation_id = given if REQUEST_ID.fullmatch(given) else "corr-" + self.ids.hex()
-        trace = parse_traceparent(websocket.headers.get("traceparent")) or start_trace()
+        parents = websocket.headers.getlist("traceparent")
+        # Of two, neither is to be believed (W3C Trace Context section 3.2.1).
+        trace = (parse_traceparent(parents[0]) if len(parents) == 1 else None) or start_trace()
         set_context(RequestContext("reflex", "req-" + self.ids.hex(), correlation_id, trace))
 
 
