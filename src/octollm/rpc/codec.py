@@ -1,4 +1,7 @@
-"""Bodies: read from ASGI within bounds, decoded to msgspec or Pydantic types with a JSON Pointer to each fault, encoded, and described as JSON Schema. Pydantic is recognised by its methods and never imported."""
+"""Bodies: read within bounds, decoded to msgspec or Pydantic types, encoded, and described as JSON Schema.
+
+A fault of a body is reported with a JSON Pointer (RFC 6901). Pydantic is recognised by its methods and never imported.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ def is_pydantic(kind: object) -> TypeGuard[type[Any]]:
 
 
 def encode(value: object) -> bytes:
-    """Return ``value`` as JSON. Raises ``TypeError`` for what no JSON stands for."""
+    """Return ``value`` as JSON. Raises ``TypeError`` for a type that has no form in JSON."""
     return msgspec.json.encode(value, enc_hook=_encode_model)
 
 
 def convert(value: object, type_: Any) -> Any:
-    """Make a ``kind`` of JSON's builtins. Raises ``msgspec.ValidationError``."""
+    """Convert JSON's builtins to ``type_``. Raises ``msgspec.ValidationError``."""
     return msgspec.convert(value, type_, dec_hook=decode_model)
 
 
 def decode_model(kind: type[Any], value: object) -> Any:
-    """Make a Pydantic model of JSON's builtins: msgspec's ``dec_hook``."""
+    """Convert JSON's builtins to a Pydantic model: msgspec's ``dec_hook``."""
     if is_pydantic(kind):
         # From JSON, where a text may stand for a date even in a strict model.
         return kind.model_validate_json(msgspec.json.encode(value))
@@ -53,7 +56,7 @@ def json_schemas(kinds: Iterable[object]) -> tuple[list[dict[str, Any]], dict[st
 
     Raises ``TypeError`` for a type that has none.
     """
-    found: dict[str, Any] = {}
+    definitions: dict[str, Any] = {}
 
     def schema_of(kind: type[Any]) -> dict[str, Any]:
         if kind is object:
@@ -61,23 +64,23 @@ def json_schemas(kinds: Iterable[object]) -> tuple[list[dict[str, Any]], dict[st
         if not is_pydantic(kind):
             raise NotImplementedError(kind)
         schema: dict[str, Any] = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-        found.update(schema.pop("$defs", {}))
+        definitions.update(schema.pop("$defs", {}))
         return schema
 
     schemas, components = msgspec.json.schema_components(
         list(kinds), schema_hook=schema_of, ref_template="#/components/schemas/{name}"
     )
-    return list(schemas), {**found, **components}
+    return list(schemas), {**definitions, **components}
 
 
 def pydantic_faults(error: BaseException | None, at: str) -> tuple[FieldError, ...]:
-    """Return the faults that a Pydantic model found in a value at the pointer ``at``; none for another error."""
-    found: Any = error
-    if not (hasattr(found, "errors") and hasattr(found, "error_count")):
+    """Return the faults of a Pydantic error in a value at the pointer ``at``; none for another error."""
+    invalid: Any = error
+    if not (hasattr(invalid, "errors") and hasattr(invalid, "error_count")):
         return ()
     return tuple(
         FieldError(at + "".join("/" + escape_pointer(str(part)) for part in fault["loc"]), fault["msg"])
-        for fault in found.errors(include_url=False, include_context=False, include_input=False)[:20]
+        for fault in invalid.errors(include_url=False, include_context=False, include_input=False)[:20]
     )
 
 
@@ -98,7 +101,7 @@ def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
     """Read JSON ``data`` as ``kind``.
 
     Raises ``invalid_json`` or ``invalid_body`` with a JSON Pointer (RFC 6901) to the fault; with ``strict``
-    (the public door) also ``unknown_field``. Between services unknown members are ignored, so that two
+    (the public API) also ``unknown_field``. Between services unknown members are ignored, so that two
     versions can run together.
     """
     try:
@@ -127,16 +130,16 @@ def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
 
 
 def decode_query(text: bytes, kind: type[T]) -> T:
-    """Read the query of a URL as ``kind``; of a name that comes twice the last counts, others are ignored.
+    """Read the query of a URL as ``kind``. Of a repeated name the last counts; unknown names are ignored.
 
     Raises ``invalid_parameter`` with the name.
     """
     try:
-        found = dict(parse_qsl(text.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_PARAMETERS))
+        parameters = dict(parse_qsl(text.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_PARAMETERS))
     except ValueError as error:
         raise OctoError(f"The query may have {_MAX_PARAMETERS} parameters.", code="invalid_parameter") from error
     try:
-        return msgspec.convert(found, kind, strict=False)
+        return msgspec.convert(parameters, kind, strict=False)
     except msgspec.ValidationError as error:
         name = _pointer(str(error)).removeprefix("/")
         where = f"The query parameter {name} is wrong" if name else "The query is wrong"
@@ -189,30 +192,32 @@ BODY_SECONDS = 60.0
 
 
 async def read_body(scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    """Return the body of a request that is not whole yet. Raises ``body_too_large`` and ``request_timeout``."""
+    """Return the body of a request, as its parts arrive. Raises ``body_too_large`` or ``request_timeout``."""
     length = headers.get(b"content-length")
     if length is None and b"transfer-encoding" not in headers and scope["http_version"] in ("1.0", "1.1"):
-        return b""  # RFC 9112 section 6.3: it has none
+        return b""  # RFC 9112 section 6.3: without either header there is no body
     if length is not None and length.isdigit() and int(length) > limit:
         raise body_too_large(limit)
-    body = b""
+    parts: list[bytes] = []
+    size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                body += message.get("body", b"")
-                if len(body) > limit:
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > limit:
                     raise body_too_large(limit)
                 if not message.get("more_body", False):
-                    return body
+                    return b"".join(parts)
     except TimeoutError:
         raise OctoError(f"The body did not arrive in {BODY_SECONDS:g} s.", code="request_timeout") from None
 
 
 def body_too_large(limit: int) -> OctoError:
-    """Return what a body of more than ``limit`` bytes is answered."""
+    """Return the error for a body of more than ``limit`` bytes."""
     return OctoError(f"The body may have at most {limit} bytes.", code="body_too_large")
 
 
@@ -222,6 +227,6 @@ def header_text(value: bytes | None) -> str | None:
 
 
 def id_or_new(value: bytes | None, ids: IdGenerator, prefix: str) -> str:
-    """Return an id that was sent, or a new one with ``prefix`` where it is missing or malformed."""
+    """Return the id that the caller sent, or a new one with ``prefix`` if it is missing or malformed."""
     text = header_text(value)
     return text if text and REQUEST_ID.fullmatch(text) else prefix + ids.hex()

@@ -1,4 +1,4 @@
-"""The operations of every service: liveness, readiness with its checks, metrics, public keys, and its API description."""
+"""The operations that every service has: liveness, readiness, metrics, public keys, and its API description."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def health_operations(
     readiness_checks: Mapping[str, ReadinessCheck],
     clock: Clock,
 ) -> list[Operation]:
-    """Return the operations that are the same for every service. ``checkups`` are run at each ``/ready``, together."""
+    """Return the operations that every service has. ``/ready`` runs all ``readiness_checks`` at once."""
 
     async def health(_call: IncomingCall, _body: object) -> Health:
         return Health(service, __version__)
 
     async def ready(call: IncomingCall, _body: object) -> OperationResponse:
-        states = await asyncio.gather(*(_run_check(checkup, clock) for checkup in readiness_checks.values()))
-        found = dict(zip(readiness_checks, states, strict=True))
-        ok = all(state.ok or not state.required for state in found.values())
-        degraded = ok and not all(state.ok for state in found.values())
+        states = await asyncio.gather(*(_run_check(check, clock) for check in readiness_checks.values()))
+        dependencies = dict(zip(readiness_checks, states, strict=True))
+        ok = all(state.ok or not state.required for state in dependencies.values())
+        degraded = ok and not all(state.ok for state in dependencies.values())
         word = "degraded" if degraded else "ready" if ok else "not ready"
         del call
-        return OperationResponse(Readiness(word, service, found), 200 if ok else 503)
+        return OperationResponse(Readiness(word, service, dependencies), 200 if ok else 503)
 
     async def metrics_text(_call: IncomingCall, _body: object) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -113,11 +113,11 @@ def health_operations(
 
 
 async def _run_check(check: ReadinessCheck, clock: Clock) -> DependencyStatus:
-    """Return what a check-up finds, and how long that took."""
+    """Run one check within its time limit, and add how long it took."""
     began = clock.monotonic()
     try:
         async with asyncio.timeout(READINESS_CHECK_SECONDS):
-            found = await check()
+            status = await check()
     except TimeoutError:
-        found = DependencyStatus(ok=False, detail=f"There was no answer in {READINESS_CHECK_SECONDS:g} s.")
-    return msgspec.structs.replace(found, latency_ms=round((clock.monotonic() - began) * 1000, 1))
+        status = DependencyStatus(ok=False, detail=f"There was no answer in {READINESS_CHECK_SECONDS:g} s.")
+    return msgspec.structs.replace(status, latency_ms=round((clock.monotonic() - began) * 1000, 1))

@@ -1,4 +1,7 @@
-"""HTTP/2 on the server's side (RFC 9113): one connection, its streams, flow control and bounds. Framing and HPACK are those of h2."""
+"""The HTTP/2 server protocol of a connection (RFC 9113): streams, flow control and bounds.
+
+Framing and HPACK are those of h2.
+"""
 
 from __future__ import annotations
 

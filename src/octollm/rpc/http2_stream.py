@@ -1,4 +1,7 @@
-"""One request of an HTTP/2 connection and its response: an ASGI receive and send pair, and the whole-request extension."""
+"""One request of an HTTP/2 connection and its response.
+
+A stream is an ASGI receive and send pair, and the whole-request extension.
+"""
 
 from __future__ import annotations
 

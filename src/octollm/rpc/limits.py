@@ -1,4 +1,8 @@
-"""Limits of an incoming call: a concurrency limiter (bulkhead with a bounded queue), a deadline scope, and a scope that cancels the handler when the client disconnects."""
+"""Limits of an incoming call.
+
+A concurrency limiter (bulkhead with a bounded queue), a deadline scope, and a scope that cancels the handler when the
+client disconnects.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ MAX_QUEUE_SECONDS = 10.0
 
 
 class ConcurrencyLimiter:
-    """Bounded concurrency with a bounded queue: whoever comes past both is told to come back."""
+    """Bounded concurrency (bulkhead) with a bounded queue; past both a call is refused with ``overloaded``."""
 
     def __init__(self, max_concurrent: int, max_queued: int) -> None:
         self._free = max_concurrent
@@ -36,7 +40,7 @@ class ConcurrencyLimiter:
         self._waiting.append(turn)
         try:
             async with asyncio.timeout(MAX_QUEUE_SECONDS):
-                await turn  # whoever leaves hands the place over
+                await turn  # a call that ends hands its place over, so nobody overtakes the queue
         except BaseException as error:
             if turn.done() and not turn.cancelled():
                 self._release()
@@ -63,7 +67,7 @@ class ConcurrencyLimiter:
 
 
 class DeadlineScope:
-    """Cancels the task that opened it once ``deadline`` has passed, which then sees ``deadline_exceeded``."""
+    """Cancels the task that entered it once the deadline has passed; the scope then raises ``deadline_exceeded``."""
 
     __slots__ = ("_deadline", "_expired", "_task", "_timer")
 
@@ -85,7 +89,7 @@ class DeadlineScope:
             self._timer.cancel()
         if not self._expired or self._task is None:
             return
-        # Another may have cancelled the task as well: that one stands.
+        # A cancellation from elsewhere takes precedence over ours.
         others = self._task.uncancel()
         if others == 0 and kind is not None and issubclass(kind, asyncio.CancelledError):
             raise OctoError("The time for this call is used up.", code="deadline_exceeded") from error
@@ -97,10 +101,10 @@ class DeadlineScope:
 
 
 class DisconnectScope:
-    """While it is open, a caller that goes away cancels the task that opened it, which then sees ``ClientDisconnect``.
+    """Cancel on disconnect: a client that goes away cancels the task that entered the scope.
 
-    A server that offers an :class:`Exchange` tells of it; otherwise a task has to watch ``receive``, which nothing
-    else may read meanwhile.
+    The scope then raises ``ClientDisconnect``. With the whole-request extension the server calls back; without it a
+    task watches ``receive``, which nothing else may call meanwhile.
     """
 
     __slots__ = ("_disconnected", "_extension", "_receive", "_task", "_watch")
@@ -130,7 +134,7 @@ class DisconnectScope:
                 await self._watch
         if not self._disconnected or self._task is None:
             return
-        # The server may have cancelled the task as well: that one stands.
+        # A cancellation by the server takes precedence over ours.
         others = self._task.uncancel()
         if others == 0 and kind is not None and issubclass(kind, asyncio.CancelledError):
             raise ClientDisconnect

@@ -1,4 +1,7 @@
-"""The OpenAPI 3.1 description of a service made from its operations' types, with error responses and examples, and as one static HTML page for /docs."""
+"""The OpenAPI 3.1 description of a service, made from the types of its operations.
+
+It has error responses and examples, and is served as one static HTML page at ``/docs`` too.
+"""
 
 from __future__ import annotations
 

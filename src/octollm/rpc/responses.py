@@ -1,4 +1,7 @@
-"""Responses: a writer that sends in one write where the server can, gzip (RFC 9110 section 12.5.3), ETags and 304 (sections 8.8.3, 13.1.2, 15.4.5)."""
+"""Responses: a writer that sends in one write where the server can, gzip, ETags and 304.
+
+RFC 9110 sections 12.5.3 (``Accept-Encoding``), 8.8.3 (``ETag``), 13.1.2 (``If-None-Match``) and 15.4.5 (304).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _JSON_CONTENT_TYPE = (b"content-type", b"application/json")
 
 
 class BufferedResponse(msgspec.Struct, frozen=True):
-    """A whole answer in JSON: what is left of a Starlette response where nothing else is needed."""
+    """A whole response in JSON, much cheaper to make than a Starlette response."""
 
     status_code: int
     body: bytes
@@ -29,7 +32,7 @@ class BufferedResponse(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_json(cls, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> BufferedResponse:
-        """Return the answer with its content headers and ``headers``."""
+        """Return a response with its content headers and ``headers``."""
         raw = [_JSON_CONTENT_TYPE, (b"content-length", str(len(body)).encode())]
         if headers:
             raw += [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
@@ -37,9 +40,9 @@ class BufferedResponse(msgspec.Struct, frozen=True):
 
 
 class ResponseWriter:
-    """The way out of one call. It is an ASGI ``send`` too, for answers that come in parts.
+    """Sends the response of one call, and is an ASGI ``send`` for responses that come in parts.
 
-    ``accept`` is the call's ``Accept-Encoding``, if it had one.
+    ``accept`` is the value of ``Accept-Encoding``, if there was one.
     """
 
     __slots__ = ("_accept", "_correlation_id", "_request_id", "_send", "auth", "extension", "status")
@@ -58,19 +61,19 @@ class ResponseWriter:
         self._correlation_id = correlation_id
         self.extension = extension
         self.auth: AuthContext | None = None
-        """In whose name the call is, once it was let in."""
+        """Set once the call is authenticated."""
         self.status = 0
-        """The status that was sent; 0 while none was."""
+        """The status that was sent, or 0."""
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        """Send a message of ASGI."""
+        """Send an ASGI message, with the ids of the call in its head."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self._id_headers()]
         await self._send(message)
 
     async def send_response(self, response: BufferedResponse | Response, scope: Scope) -> None:
-        """Send an answer; one of Starlette's responses that comes in parts sends itself."""
+        """Send a response; a Starlette response of another class (a stream, a file) sends itself."""
         if response.__class__ not in (BufferedResponse, Response):
             await cast("Response", response)(scope, receive_never, self)
             return
@@ -90,9 +93,9 @@ class ResponseWriter:
 
 
 MIN_COMPRESSED_BYTES = 1024
-"""Smaller answers are sent as they are: nothing would be gained."""
+"""Smaller responses are not compressed: it would gain nothing."""
 _MAX_INLINE_BYTES = 64 * 1024
-"""Bytes that are compressed on the event loop; more are left to a thread."""
+"""Larger bodies are compressed in a thread, so that the event loop does not stall."""
 _LEVEL = 5
 _COMPRESSIBLE = re.compile(rb"(text/|application/([a-z.-]+\+)?(json|javascript|xml|yaml)\b|image/svg)")
 _ZERO_QUALITY = re.compile(r"q=0(\.0{0,3})?")
@@ -101,18 +104,18 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 
 def accepts_gzip(header: bytes) -> bool:
-    """Say whether an ``Accept-Encoding`` header takes gzip; what is said of ``gzip`` counts more than of ``*``."""
-    found: dict[str, bool] = {}
+    """Say whether an ``Accept-Encoding`` header accepts gzip; ``gzip`` takes precedence over ``*``."""
+    accepted: dict[str, bool] = {}
     for part in header.decode("latin-1").lower().split(","):
         name, _, weight = (piece.strip() for piece in part.partition(";"))
-        found[name] = _ZERO_QUALITY.fullmatch(weight.replace(" ", "")) is None
-    return found.get("gzip", found.get("*", False))
+        accepted[name] = _ZERO_QUALITY.fullmatch(weight.replace(" ", "")) is None
+    return accepted.get("gzip", accepted.get("*", False))
 
 
 async def compress(body: bytes, headers: Headers, accept: bytes) -> tuple[bytes, Headers]:
-    """Return an answer as a client that sent ``accept`` gets it.
+    """Return body and headers, compressed if the client's ``Accept-Encoding`` allows it.
 
-    An ``ETag`` becomes weak, since the bytes are others (RFC 9110 section 8.8.1).
+    A strong ``ETag`` becomes weak, since the bytes change (RFC 9110 section 8.8.1).
     """
     named = dict(headers)
     if _COMPRESSIBLE.match(named.get(b"content-type", b"")) is None or b"content-encoding" in named:
@@ -127,21 +130,21 @@ async def compress(body: bytes, headers: Headers, accept: bytes) -> tuple[bytes,
     changed = {b"content-length": str(len(small)).encode()}
     if (tag := named.get(b"etag")) is not None and not tag.startswith(b"W/"):
         changed[b"etag"] = b"W/" + tag
-    kept = [(name, changed.get(name, value)) for name, value in varied]
-    return small, [*kept, (b"content-encoding", b"gzip")]
+    rest = [(name, changed.get(name, value)) for name, value in varied]
+    return small, [*rest, (b"content-encoding", b"gzip")]
 
 
 _TAG = re.compile(rb'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
 _NOT_MODIFIED_HEADERS = (b"etag", b"cache-control", b"content-location", b"expires", b"vary")
 MAX_TAGS = 64
-"""More than these in one ``If-None-Match`` are not looked at."""
+"""Further tags of one ``If-None-Match`` are ignored."""
 
 
 def apply_etag(response: BufferedResponse | Response, if_none_match: bytes | None) -> BufferedResponse | Response:
-    """Return ``answer`` with an ETag, or 304 when ``held``, the caller's ``If-None-Match``, has it.
+    """Return the response with an ETag, or 304 if ``If-None-Match`` has that tag.
 
-    An answer that has an ETag keeps it; else it is made of the body. Who stores the answer has to ask each time,
-    unless it says otherwise itself. Anything but 200 is returned as it is.
+    A response without an ETag gets one from its body. Caches have to revalidate it each time, unless it has a
+    ``Cache-Control`` of its own. A status other than 200 is returned unchanged.
     """
     if response.status_code != 200:
         return response
@@ -161,6 +164,6 @@ def apply_etag(response: BufferedResponse | Response, if_none_match: bytes | Non
 def _matches_etag(if_none_match: bytes, tag: bytes) -> bool:
     if if_none_match.strip() == b"*":
         return True
-    # The weak comparison of section 8.8.3.2: what was compressed is the same answer.
+    # Weak comparison (section 8.8.3.2): a compressed body is the same representation.
     plain = tag.removeprefix(b"W/")
-    return any(found[1] == plain for found, _ in zip(_TAG.finditer(if_none_match), range(MAX_TAGS), strict=False))
+    return any(match[1] == plain for match, _ in zip(_TAG.finditer(if_none_match), range(MAX_TAGS), strict=False))

@@ -1,4 +1,8 @@
-"""An operation as an ASGI endpoint: ids, span, limits, authentication, body, idempotency, handler, response or NDJSON stream, problem, log and metrics."""
+"""An operation as an ASGI endpoint.
+
+One call in order: ids, span, limits, authentication, body, idempotency, handler, response or NDJSON stream; then
+problem, log and metrics.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +50,10 @@ _NDJSON = NDJSON.encode()
 
 
 class Authenticator(Protocol):
-    """Decides whether a request may use an operation, and in whose name."""
+    """Decides whether a request may use an operation, and for which principal."""
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
-        """Return in whose name the request is; raise an ``OctoError`` to refuse it."""
+        """Return the authenticated context; raise an ``OctoError`` to refuse the request."""
         ...
 
 
@@ -75,7 +79,7 @@ class ServerContext:
 
 
 class _ReceivedRequest(msgspec.Struct, frozen=True):
-    """A request before it is let in. ``headers`` has the last of each name, in lower case."""
+    """A request before authentication. ``headers`` has the last value of each name, in lower case."""
 
     request: Request
     headers: Mapping[bytes, bytes]
@@ -104,61 +108,61 @@ class OperationEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call."""
-        kit, operation = self._context, self._operation
+        context, operation = self._context, self._operation
         started = time.perf_counter()
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = id_or_new(headers.get(b"x-request-id"), kit.ids, "req-")
-        correlation_id = id_or_new(headers.get(b"x-correlation-id"), kit.ids, "corr-")
-        caller = parse_traceparent(header_text(headers.get(b"traceparent")))
-        if caller is not None and len(headers) < len(scope["headers"]) and _is_repeated(scope, b"traceparent"):
-            caller = None  # W3C Trace Context section 3.2.1 has one: of two, neither is to be believed
-        span = kit.tracer.receive(operation.name, caller, sampled=operation.traced)
-        set_context(RequestContext(kit.service, request_id, correlation_id, span.trace))
-        outlet = ResponseWriter(
+        request_id = id_or_new(headers.get(b"x-request-id"), context.ids, "req-")
+        correlation_id = id_or_new(headers.get(b"x-correlation-id"), context.ids, "corr-")
+        parent = parse_traceparent(header_text(headers.get(b"traceparent")))
+        if parent is not None and len(headers) < len(scope["headers"]) and _is_repeated(scope, b"traceparent"):
+            parent = None  # W3C Trace Context section 3.2.1 has one: of two, neither is to be believed
+        span = context.tracer.receive(operation.name, parent, sampled=operation.traced)
+        set_context(RequestContext(context.service, request_id, correlation_id, span.trace))
+        writer = ResponseWriter(
             send, take_extension(scope), request_id, correlation_id, headers.get(b"accept-encoding")
         )
-        kit.metrics.requests.in_flight += 1
-        arrived = _ReceivedRequest(Request(scope, receive), headers, request_id, correlation_id, span)
+        context.metrics.requests.in_flight += 1
+        received = _ReceivedRequest(Request(scope, receive), headers, request_id, correlation_id, span)
         try:
             try:
                 if operation.limited:
                     async with self._limiter:
-                        await self._serve(arrived, scope, receive, outlet)
+                        await self._serve(received, scope, receive, writer)
                 else:
-                    await self._serve(arrived, scope, receive, outlet)
+                    await self._serve(received, scope, receive, writer)
             except OctoError as error:
                 span.record_error(error)
                 if isinstance(error, CapabilityError):
-                    # The caller is told the code alone; which rule it broke is for the operator.
-                    kit.metrics.rejected_tokens.labels(kit.service, error.reason).inc()
-                    kit.log.warning("token.refused", operation=operation.name, reason=error.reason)
-                if outlet.status:
+                    # The caller sees the code alone; the rule that it broke is for the operator.
+                    context.metrics.rejected_tokens.labels(context.service, error.reason).inc()
+                    context.log.warning("token.refused", operation=operation.name, reason=error.reason)
+                if writer.status:
                     raise
-                await outlet.send_response(problem_response(error, request_id), scope)
+                await writer.send_response(problem_response(error, request_id), scope)
                 if error.code in ("internal", "overloaded"):
-                    kit.log.warning("call.refused", operation=operation.name, error=error)
+                    context.log.warning("call.refused", operation=operation.name, error=error)
         except asyncio.CancelledError as error:
             span.record_error(error)
             raise
         except ClientDisconnect:
-            span.code, span.message = "cancelled", "The caller went away."
+            span.code, span.message = "cancelled", "The client disconnected."
         except Exception as error:  # the outermost boundary of a call: it is logged and answered
             span.record_error(error)
-            kit.log.error("call.crashed", operation=operation.name, error=error, where=_innermost_line(error))
-            if not outlet.status:
-                hidden = OctoError("The service failed; its log has the reason under this request id.")
-                await outlet.send_response(problem_response(hidden, request_id), scope)
+            context.log.error("call.crashed", operation=operation.name, error=error, where=_innermost_line(error))
+            if not writer.status:
+                masked = OctoError("The service failed; its log has the reason under this request id.")
+                await writer.send_response(problem_response(masked, request_id), scope)
         finally:
-            self._record(span, outlet.auth, request_id, outlet.status or 499, time.perf_counter() - started)
+            self._record(span, writer.auth, request_id, writer.status or 499, time.perf_counter() - started)
 
     def _record(self, span: Span, auth: AuthContext | None, request_id: str, status: int, seconds: float) -> None:
         """Count a call, log it and end its span."""
-        kit, name = self._context, self._operation.name
-        kit.metrics.requests.in_flight -= 1
+        context, name = self._context, self._operation.name
+        context.metrics.requests.in_flight -= 1
         self._request_metrics.observe(status, seconds)
         quiet = name in UNSAMPLED_OPERATIONS
         self._log.log_call(name, status, seconds, quiet=quiet)
-        # How long a stream lasts is its reader's business.
+        # The length of a stream is up to its reader.
         slow = seconds >= SLOW_SECONDS and self._operation.limited
         keep = (slow or status >= 500) and not quiet
         if keep or span.trace.sampled:
@@ -170,46 +174,46 @@ class OperationEndpoint:
                 "http.response.status_code": status,
                 "octollm.request_id": request_id,
             }
-        kit.tracer.end(span, keep=keep)
+        context.tracer.end(span, keep=keep)
 
     async def _serve(self, received: _ReceivedRequest, scope: Scope, receive: Receive, writer: ResponseWriter) -> None:
-        kit, operation, headers = self._context, self._operation, received.headers
-        if kit.draining.is_set():
+        context, operation, headers = self._context, self._operation, received.headers
+        if context.draining.is_set():
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)
         seconds = parse_timeout_ms(header_text(headers.get(b"x-timeout-ms")))
-        deadline = Deadline.after(kit.clock, operation.timeout if seconds is None else min(seconds, 3600.0))
-        opened = writer.auth = await kit.authenticators[operation.auth].authenticate(received.request, operation)
-        exchange = writer.extension
-        body = None if exchange is None else exchange.whole_body()
+        deadline = Deadline.after(context.clock, operation.timeout if seconds is None else min(seconds, 3600.0))
+        auth = writer.auth = await context.authenticators[operation.auth].authenticate(received.request, operation)
+        extension = writer.extension
+        body = None if extension is None else extension.whole_body()
         if body is None:
             body = await read_body(scope, headers, receive, operation.max_body)
         elif len(body) > operation.max_body:
             raise body_too_large(operation.max_body)
         call = IncomingCall(
-            service=kit.service,
+            service=context.service,
             operation=operation.name,
             request=received.request,
             request_id=received.request_id,
             correlation_id=received.correlation_id,
             span=received.span,
             deadline=deadline,
-            verified=opened.verified,
-            peer=opened.peer,
-            bearer=opened.bearer,
+            verified=auth.verified,
+            peer=auth.peer,
+            bearer=auth.bearer,
             key=check_key(header_text(headers.get(b"idempotency-key"))),
             body=body,
             query=None if operation.query is None else decode_query(scope["query_string"], operation.query),
         )
-        task = None if opened.verified is None else opened.verified.task
+        task = None if auth.verified is None else auth.verified.task
         set_context(
             RequestContext(
-                kit.service,
+                context.service,
                 call.request_id,
                 call.correlation_id,
                 call.trace,
                 "" if task is None else task.task,
                 (task and task.step) or "",
-                opened.tenant,
+                auth.tenant,
             )
         )
         value: Any = body
@@ -218,23 +222,23 @@ class OperationEndpoint:
         if self._streams and _NDJSON in headers.get(b"accept", b""):
             await self._stream(call, value, scope, receive, writer)
             return
-        async with DisconnectScope(exchange, receive):
-            answer = await self._run_idempotent(call, value)
+        async with DisconnectScope(extension, receive):
+            response = await self._run_idempotent(call, value)
             if operation.cacheable:
-                answer = apply_etag(answer, headers.get(b"if-none-match"))
-            await writer.send_response(answer, scope)
+                response = apply_etag(response, headers.get(b"if-none-match"))
+            await writer.send_response(response, scope)
 
     async def _stream(self, call: IncomingCall, value: Any, scope: Scope, receive: Receive, send: Send) -> None:
-        lines = NdjsonEmitter()
-        call = msgspec.structs.replace(call, emit=lines)
+        emitter = NdjsonEmitter()
+        call = msgspec.structs.replace(call, emit=emitter)
 
         async def work() -> None:
             try:
                 response = await self._run_idempotent(call, value)
-                await lines.result(bytes(response.body))
+                await emitter.result(bytes(response.body))
             except OctoError as error:
                 call.span.record_error(error)
-                await lines.problem(to_problem(error, call.request_id))
+                await emitter.problem(to_problem(error, call.request_id))
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # the outermost boundary of a streamed call
@@ -242,12 +246,12 @@ class OperationEndpoint:
                 self._context.log.error(
                     "call.crashed", operation=call.operation, error=error, where=_innermost_line(error)
                 )
-                hidden = OctoError("The service failed; its log has the reason under this request id.")
-                await lines.problem(to_problem(hidden, call.request_id))
+                masked = OctoError("The service failed; its log has the reason under this request id.")
+                await emitter.problem(to_problem(masked, call.request_id))
 
         working = asyncio.create_task(work())
         try:
-            await StreamingResponse(lines.iter_lines(), media_type=NDJSON, headers={"Cache-Control": "no-store"})(
+            await StreamingResponse(emitter.iter_lines(), media_type=NDJSON, headers={"Cache-Control": "no-store"})(
                 scope, receive, send
             )
         finally:
@@ -255,8 +259,8 @@ class OperationEndpoint:
 
     async def _run_idempotent(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
         """Run the handler within the deadline, behind the idempotency key where there is one."""
-        operation, once, verified = self._operation, self._idempotent, call.verified
-        if operation.kind == "read_only" or call.key is None or once is None or verified is None:
+        operation, idempotent, verified = self._operation, self._idempotent, call.verified
+        if operation.kind == "read_only" or call.key is None or idempotent is None or verified is None:
             return await self._run_handler(call, value)
         scope = call.request.scope
         keyed = KeyedCall(
@@ -273,16 +277,16 @@ class OperationEndpoint:
             call.request_id,
             self._context.response_cipher if operation.secret_response else None,
         )
-        return await once.run(keyed, lambda: self._run_handler(call, value), call.deadline)
+        return await idempotent.run(keyed, lambda: self._run_handler(call, value), call.deadline)
 
     async def _run_handler(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
         with DeadlineScope(call.deadline):
-            answer = await self._operation.handler(call, value)
-        if isinstance(answer, Response):
-            return answer
-        if isinstance(answer, OperationResponse):
-            return BufferedResponse.from_json(answer.status, encode(answer.value), answer.headers)
-        return BufferedResponse.from_json(self._operation.status, encode(answer))
+            result = await self._operation.handler(call, value)
+        if isinstance(result, Response):
+            return result
+        if isinstance(result, OperationResponse):
+            return BufferedResponse.from_json(result.status, encode(result.value), result.headers)
+        return BufferedResponse.from_json(self._operation.status, encode(result))
 
 
 async def _cancel_tasks(*tasks: asyncio.Task[Any]) -> None:

@@ -1,4 +1,4 @@
-"""The composition root of a service: identity, clients and telemetry, its operations as one ASGI application, and serving it with a graceful shutdown."""
+"""The composition root of a service: identity, clients, telemetry, and its operations as one ASGI application."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from octollm.telemetry.spans import DEFAULT_SAMPLE_RATIO
 
 @dataclass(frozen=True, slots=True)
 class ServiceBase:
-    """What any service is built on. One per service; ``http`` and ``discovery`` may be shared in a process."""
+    """What every service is built on. One per service; services of one process may share ``http`` and ``discovery``."""
 
     identity: ServiceIdentity
     http: HttpClient
@@ -58,15 +58,15 @@ class ServiceBase:
     directory: ServiceDirectory
     tracer: Tracer
     spans: ExportBuffer[Span]
-    """Ended spans that are yet to be exported."""
+    """Ended spans that wait for export."""
     transport: TransportConfig
     revocations: RevocationSubscriber | None
-    """What is revoked, as the orchestrator tells it; ``None`` for a service that is not told."""
+    """The revocations that the orchestrator publishes; ``None`` for a service that does not follow them."""
     advertised_url: str | None = None
 
     @property
     def url(self) -> str:
-        """Return where others reach this process."""
+        """Return the base URL at which others reach this process."""
         return self.advertised_url or self.discovery.instances(self.name)[0]
 
     @property
@@ -75,7 +75,7 @@ class ServiceBase:
         return self.identity.name
 
     def remote_idempotency_store(self) -> RemoteIdempotencyStore:
-        """Return the store of keys that the orchestrator keeps for this service."""
+        """Return the idempotency store that the orchestrator keeps for this service."""
         return RemoteIdempotencyStore(self.client, self.identity.signer(), self.clock)
 
 
@@ -89,11 +89,11 @@ def build_base(
     transport: TransportConfig = PLAINTEXT,
     follow_revocations: bool = True,
 ) -> ServiceBase:
-    """Return what the service ``identity`` is built on; ``url`` is where others reach this process of it.
+    """Return the base of the service ``identity``; others reach this process at ``advertised_url``.
 
-    ``wire`` is how it is served; ``http`` has to be a client of it. ``trace_share`` is that of the calls outside tasks
-    that leave a trace. Without ``follow_revocations`` nothing that is revoked is known: for the orchestrator, which
-    knows by itself, and for tests of what has no orchestrator.
+    ``transport`` is how it is served, and ``http`` has to be a client of it. ``trace_sample_ratio`` applies to calls
+    outside tasks. Without ``follow_revocations`` no revocation is known: for the orchestrator, which has them in its
+    database, and for tests without an orchestrator.
     """
     roots = identity.roots if isinstance(identity.roots, TrustedRoots) else TrustedRoots(identity.roots)
     identity = replace(identity, roots=roots)
@@ -102,11 +102,11 @@ def build_base(
     spans = ExportBuffer[Span]()
     tracer = Tracer(identity.name, identity.clock, spans, sample_ratio=trace_sample_ratio)
 
-    def calling(found: Discovery, ejection: EjectionPolicy | None = None) -> ServiceClient:
+    def create_client(instances: Discovery, ejection: EjectionPolicy | None = None) -> ServiceClient:
         return ServiceClient(
             identity.name,
             http,
-            found,
+            instances,
             clock=identity.clock,
             ids=identity.ids,
             metrics=metrics,
@@ -115,11 +115,11 @@ def build_base(
             ejection=ejection,
         )
 
-    # The directory is asked of the orchestrator, whose address is set; it knows those of arms of one's own.
-    directory = ServiceDirectory(calling(discovery), identity.signer(), roots, identity.clock)
+    # The directory comes from the orchestrator, whose address is a setting; it has the addresses of registered arms.
+    directory = ServiceDirectory(create_client(discovery), identity.signer(), roots, identity.clock)
     discovery = RegistryDiscovery(discovery, directory.addresses)
-    # What is asked for again and again must not keep others from asking, nor wait for an ejection to end.
-    following = calling(discovery, EjectionPolicy(consecutive_failures=sys.maxsize))
+    # A poll that fails again and again must not eject an instance for other calls, nor wait for an ejection to end.
+    polling = create_client(discovery, EjectionPolicy(consecutive_failures=sys.maxsize))
     return ServiceBase(
         identity=identity,
         http=http,
@@ -128,12 +128,12 @@ def build_base(
         ids=identity.ids,
         log=log,
         metrics=metrics,
-        client=calling(discovery),
+        client=create_client(discovery),
         directory=directory,
         tracer=tracer,
         spans=spans,
         transport=transport,
-        revocations=RevocationSubscriber(following, identity.signer(), identity.clock, log)
+        revocations=RevocationSubscriber(polling, identity.signer(), identity.clock, log)
         if follow_revocations
         else None,
         advertised_url=advertised_url,
@@ -152,23 +152,23 @@ class Service:
     app: Starlette
     exporter: BatchExporter[Span]
     lifespan: Lifespan | None = None
-    """Open while the service is served, from before :meth:`serve` yields: an arm is registered for so long."""
+    """Entered while the service is served, before :meth:`serve` yields: an arm is registered meanwhile."""
     operations: tuple[Operation, ...] = ()
     """Its own operations, without those that every service has."""
 
     @contextlib.asynccontextmanager
     async def serve(self, bound: socket.socket, *, shutdown_grace: float = 2.0) -> AsyncGenerator[None]:
-        """Serve on a bound socket; leaving drains: new calls are refused while those in flight end.
+        """Serve on a bound socket; leaving drains: new calls are refused while calls in flight end.
 
-        Those get ``drain`` seconds, and are cancelled then.
+        They get ``shutdown_grace`` seconds, and are cancelled then.
         """
         revoked = self.base.revocations
-        following = (
+        subscription = (
             contextlib.nullcontext() if revoked is None else revoked.run(self.base.directory.refresh_periodically)
         )
         async with (
             self.exporter.run(),
-            following,
+            subscription,
             serve_app(self.app, bound, shutdown_grace=shutdown_grace, transport=self.base.transport),
         ):
             self.base.log.info("service.started", address="{}:{}".format(*bound.getsockname()[:2]))
@@ -195,13 +195,13 @@ def build_service(
     reports_export: bool = True,
     public_keys: Callable[[], Mapping[str, PublicKey]] | None = None,
 ) -> Service:
-    """Return the service of ``operations`` with what every service has besides.
+    """Return the service of ``operations`` and of those that every service has.
 
-    ``draining`` is set when it shuts down; it is passed in by who has long-lived connections to end then. Without
-    ``tells_export`` the export of spans is left out of ``/ready``: for a service whose readiness strangers may ask.
-    ``public_keys`` are those that it publishes, where these are not the service's own.
+    ``draining`` is set when it shuts down; pass it in to end long-lived connections then. Without ``reports_export``
+    the export of spans is left out of ``/ready``: for a service whose readiness strangers may read. ``public_keys``
+    are published in place of the keys that the service trusts.
     """
-    kit = ServerContext(
+    context = ServerContext(
         service=base.name,
         clock=base.clock,
         ids=base.ids,
@@ -228,35 +228,35 @@ def build_service(
         log=base.log,
         metrics=base.metrics,
     )
-    watched = {**(readiness_checks or {}), **({"traces": exporter.check_readiness} if reports_export else {})}
+    checks = {**(readiness_checks or {}), **({"traces": exporter.check_readiness} if reports_export else {})}
     if base.revocations is not None:
-        watched["revocations"] = base.revocations.check_readiness
+        checks["revocations"] = base.revocations.check_readiness
     published = public_keys or base.identity.trusted_keys
-    own = health_operations(base.name, base.metrics, operations, published, watched, base.clock)
-    app = build_app(kit, [*own, *operations], extra_routes)
-    return Service(base, kit, app, exporter, lifespan, tuple(operations))
+    own = health_operations(base.name, base.metrics, operations, published, checks, base.clock)
+    app = build_app(context, [*own, *operations], extra_routes)
+    return Service(base, context, app, exporter, lifespan, tuple(operations))
 
 
 def build_app(
     context: ServerContext, operations: Sequence[Operation], extra_routes: Sequence[BaseRoute] = ()
 ) -> Starlette:
-    """Return the ASGI application of a service: its operations, and ``extra_routes`` (health, pages, sockets).
+    """Return the ASGI application of a service: its operations, and ``extra_routes`` (pages, WebSockets).
 
     Raises ``ValueError`` for two operations with one name or with one method and path.
     """
-    gate = ConcurrencyLimiter(context.max_concurrent, context.max_queued)
-    once = None if context.idempotency is None else IdempotentHandler(context.idempotency)
+    limiter = ConcurrencyLimiter(context.max_concurrent, context.max_queued)
+    idempotent = None if context.idempotency is None else IdempotentHandler(context.idempotency)
     routes: list[BaseRoute] = []
     by_path: dict[str, dict[str, OperationEndpoint]] = {}
     names: set[str] = set()
     for operation in operations:
-        if operation.secret_response and once is not None and context.response_cipher is None:
+        if operation.secret_response and idempotent is not None and context.response_cipher is None:
             raise ValueError(f"{operation.name} responds with a secret, and nothing would encrypt it in the store.")
         methods = by_path.setdefault(operation.path, {})
         if operation.method in methods or operation.name in names:
             raise ValueError(f"{operation.name} ({operation.method} {operation.path}) is declared twice.")
         names.add(operation.name)
-        methods[operation.method] = OperationEndpoint(context, operation, gate, once)
+        methods[operation.method] = OperationEndpoint(context, operation, limiter, idempotent)
     for path, methods in by_path.items():
         routes.append(Route(path, _MethodDispatcher(methods), methods=list(methods)))
 
@@ -267,7 +267,7 @@ def build_app(
             OctoError(f"{request.method} {request.url.path} is not served here.", code=code),
             id_or_new(dict(request.scope["headers"]).get(b"x-request-id"), context.ids, "req-"),
         )
-        # RFC 9110 section 15.5.6: a 405 says in `Allow` what is served.
+        # RFC 9110 section 15.5.6: a 405 lists the methods in `Allow`.
         response.headers.update(getattr(error, "headers", None) or {})
         return response
 
@@ -281,11 +281,11 @@ def build_app(
 
 
 class _Application(Starlette):
-    """Finds an operation by its method and path at once; everything else goes through the routes in turn."""
+    """Finds an operation with a fixed path in one look-up; everything else goes through the routes in turn."""
 
     def __init__(self, direct: Mapping[tuple[str, str], OperationEndpoint], **options: Any) -> None:
         super().__init__(**options)
-        # A path has one form: what is not served is not found, and nobody is sent elsewhere with a token.
+        # A path has one form. A redirect would send a client elsewhere with its token.
         self.router.redirect_slashes = False
         self._direct = direct
 
@@ -295,8 +295,8 @@ class _Application(Starlette):
             if endpoint is not None:
                 await endpoint(scope, receive, send)
                 return
-            if self.user_middleware and (exchange := take_extension(scope)) is not None:
-                scope["extensions"][EXTENSION] = SendOnlyExtension(exchange)
+            if self.user_middleware and (extension := take_extension(scope)) is not None:
+                scope["extensions"][EXTENSION] = SendOnlyExtension(extension)
         await super().__call__(scope, receive, send)
 
 

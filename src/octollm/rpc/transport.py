@@ -1,4 +1,8 @@
-"""How services talk: HTTP version and TLS, the HTTP client for that, and the uvicorn server for it, which detects HTTP/2 by ALPN (RFC 7301) or the connection preface (RFC 9113 section 3.3)."""
+"""How services talk: HTTP version and TLS, the HTTP client for that, and the uvicorn server for it.
+
+A server that speaks HTTP/2 accepts HTTP/1.1 on the same port: the version is negotiated by ALPN (RFC 7301), or in plain
+text recognised by the connection preface (RFC 9113 section 3.3).
+"""
 
 from __future__ import annotations
 
