@@ -164,14 +164,14 @@ def _table(every: list[Variant], medians: dict[tuple[str, str], dict[str, float]
     rows: list[dict[str, object]] = []
     for measure in MEASURES:
         print(f"\n{measure.name}")
-        print(f"{'':<34}{'calls/s':>9}{'× grpc':>8}{'p50 ms':>9}{'p99 ms':>9}{'CPU µs, client/server':>24}")
+        print(f"{'':<38}{'calls/s':>9}{'× grpc':>8}{'p50 ms':>9}{'p99 ms':>9}{'CPU µs, client/server':>24}")
         for variant in every:
             one = medians.get((measure.name, variant.name))
             if one is None:
                 continue
             ratio = one["rate"] / medians[measure.name, REFERENCE]["rate"]
             print(
-                f"{variant.name:<34}{one['rate']:>9,.0f}{ratio:>8.2f}{one['p50']:>9.2f}{one['p99']:>9.2f}"
+                f"{variant.name:<38}{one['rate']:>9,.0f}{ratio:>8.2f}{one['p50']:>9.2f}{one['p99']:>9.2f}"
                 f"{one['cpu']:>14.0f} /{one['server_cpu']:>7.0f}"
             )
             for unit, key in (

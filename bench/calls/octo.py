@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from octollm.capability import (
     BUILT_IN_CALLS,
@@ -40,6 +41,7 @@ from octollm.rpc.client import CallTarget, OutgoingCall
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.exporter import BatchExporter
 from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http_client import HttpClient
 from octollm.rpc.idempotency import IdempotencyStore
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.rpc.identity import ServiceIdentity
@@ -59,6 +61,9 @@ IDS = Uuid7Generator(CLOCK)
 SAMPLED = 0.01
 TOKEN_SECONDS = 10.0
 """How long one access token is used, where it is not made for each call; it lives for a minute."""
+
+
+Serve = Callable[[ASGIApp, int], Awaitable[None]]
 
 
 class Body(msgspec.Struct):
@@ -99,7 +104,9 @@ async def echo(_call: IncomingCall, body: Body) -> Body:
     return body
 
 
-async def serve(port: int, keys: Keys, store: str | None, *, keeper_port: int | None = None) -> None:
+async def serve(
+    port: int, keys: Keys, store: str | None, *, keeper_port: int | None = None, server: Serve | None = None
+) -> None:
     """Serve the judge until cancelled; ``store`` is the URL of a database for keys.
 
     With ``keeper_port`` the keys are with the orchestrator there.
@@ -122,8 +129,12 @@ async def serve(port: int, keys: Keys, store: str | None, *, keeper_port: int | 
             keeper = SqlIdempotencyStore(db, "bench")
         service = build_service(base, [operation], idempotency=keeper)
         await stack.enter_async_context(_exporting(base))
-        await stack.enter_async_context(serve_app(service.app, listen("127.0.0.1", port, "judge")))
         tune_garbage_collector()
+        await (server or _serve_app)(service.app, port)
+
+
+async def _serve_app(app: ASGIApp, port: int) -> None:
+    async with serve_app(app, listen("127.0.0.1", port, "judge")):
         await asyncio.Event().wait()
 
 
@@ -155,7 +166,14 @@ async def keep(port: int, keys: Keys, store: str) -> None:
 
 @contextlib.asynccontextmanager
 async def calling(
-    port: int, keys: Keys, size: int, *, sampled: float = SAMPLED, keyed: bool = False, minted: bool = False
+    port: int,
+    keys: Keys,
+    size: int,
+    *,
+    sampled: float = SAMPLED,
+    keyed: bool = False,
+    minted: bool = False,
+    client: Callable[[], HttpClient] = Http1Client,
 ) -> AsyncGenerator[Callable[[], Awaitable[object]]]:
     """A caller with everything on. With ``minted`` it calls as an arm's ``Context`` does, else a token serves for 10 s.
 
@@ -164,7 +182,7 @@ async def calling(
     body = msgspec.json.encode(Body("x" * size))
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_logs(stack))
-        http = await stack.enter_async_context(Http1Client())
+        http = await stack.enter_async_context(client())
         identity = keys.identity("coder")
         base = build_base(
             identity, http, StaticDiscovery({"judge": (f"http://127.0.0.1:{port}",)}), follow_revocations=False
