@@ -16,8 +16,10 @@ DAY = 86_400
 
 QUOTED: list[tuple[str, str, str, float]] = [
     # page, phrase, constant, and the unit that the phrase counts in
-    ("concepts/calls.md", "A URL may have {} KiB", "rpc.http1_server.MAX_URL_BYTES", KIB),
-    ("concepts/calls.md", "A header block may have {} KiB", "rpc.http1_server.MAX_HEADER_BYTES", KIB),
+    ("concepts/calls.md", "A URL may have {} KiB", "rpc.http1_parser.MAX_URL_BYTES", KIB),
+    ("concepts/calls.md", "A header block may have {} KiB", "rpc.http1_parser.MAX_HEADER_BYTES", KIB),
+    ("concepts/calls.md", "discards up to {} MiB of", "rpc.http1_exchange.MAX_DISCARDED_BYTES", 1024 * KIB),
+    ("concepts/calls.md", "of the body for up to {} s, so", "rpc.http1_server.MAX_DISCARD_SECONDS", 1),
     ("concepts/calls.md", "must arrive within {} s (408)", "rpc.http1_server.HEADER_SECONDS", 1),
     ("concepts/calls.md", "A body must arrive within {} s", "rpc.codec.BODY_SECONDS", 1),
     ("concepts/calls.md", "1 to {} printable ASCII characters", "rpc.idempotency.MAX_KEY", 1),
@@ -57,7 +59,7 @@ QUOTED: list[tuple[str, str, str, float]] = [
     ("errors.md", "`Idempotency-Key` of more than {} characters", "rpc.idempotency.MAX_KEY", 1),
     ("errors.md", "more than {:,} characters. Attach", "contracts.task.MAX_GOAL", 1),
     ("errors.md", "has more than {} MiB, or has an unsupported type", "contracts.task.MAX_FILE_BYTES", MIB),
-    ("errors.md", "more than {} KiB together. Send long", "rpc.http1_server.MAX_URL_BYTES", KIB),
+    ("errors.md", "more than {} KiB together. Send long", "rpc.http1_parser.MAX_URL_BYTES", KIB),
     ("errors.md", "All {} connections to a service", "rpc.http_client.MAX_CONNECTIONS", 1),
     ("events.md", "sent no heartbeat for {} s", "services.orchestrator.instances.HEARTBEAT_TIMEOUT_SECONDS", 1),
     ("quickstart.md", "A file may have {} MiB", "contracts.task.MAX_FILE_BYTES", MIB),
