@@ -14,11 +14,14 @@ from octollm.capability import (
     DeclaredCall,
     Directory,
     DirectoryEntry,
+    PublicKey,
     ServiceTokenSigner,
     SigningKey,
     verify_directory,
     verify_service_token,
 )
+from octollm.capability.keyring import OVERLAP_SECONDS, DatedKey, KeyRing
+from octollm.capability.service_tokens import ServiceTokenVerifier
 
 
 @pytest.fixture
@@ -121,6 +124,60 @@ def test_a_service_token_lives_a_minute_at_most(world: World, directory: Directo
 def entries(world: World) -> dict[str, DirectoryEntry]:
     calls = {name: made for name, made in BUILT_IN_CALLS.items() if name.startswith("coder:")}
     return {"coder": DirectoryEntry((world.jkt("coder"),), calls), "models": DirectoryEntry((world.jkt("models"),))}
+
+
+def test_a_service_token_is_reused_for_one_audience_with_half_of_its_life_left(
+    world: World, directory: Directory
+) -> None:
+    models = signer(world, "models")
+    first = models.sign_token("orchestrator")
+    assert models.sign_token("monitor") != first
+    world.clock.time = NOW + 30
+    assert models.sign_token("orchestrator") == first
+    world.clock.time = NOW + 30.001
+    second = models.sign_token("orchestrator")
+    assert second != first
+    assert models.sign_token("orchestrator", 10) != second, "it would live longer than asked for"
+    world.clock.time = NOW + 30
+    assert models.sign_token("orchestrator") != second, "a clock that was set back"
+    world.clock.time = NOW + 85
+    assert verify_service_token(second, "orchestrator", directory, world.clock) == "models"
+
+
+def test_a_new_key_signs_at_once(world: World) -> None:
+    old, new = (DatedKey(world.keys["models"]), DatedKey(world.keys["judge"], NOW - OVERLAP_SECONDS + 10))
+    models = ServiceTokenSigner(KeyRing([old, new]), "models", world.clock, world.ids)
+    first = models.sign_token("orchestrator")
+    world.clock.time = NOW + 10
+    assert models.sign_token("orchestrator") != first
+
+
+def test_a_known_service_token_is_verified_by_time_and_directory_each_time(
+    world: World, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verifier = ServiceTokenVerifier("orchestrator", world.clock)
+    token = signer(world, "models").sign_token("orchestrator")
+    assert verifier.verify(token, directory) == "models"
+
+    def fail(*_: object) -> bool:
+        raise AssertionError("the signature was verified again")
+
+    monkeypatch.setattr(PublicKey, "verify", fail)
+    assert verifier.verify(token, directory) == "models"
+    assert reason_of(lambda: verifier.verify(token, {})) == "service_unknown"
+    rotated: Directory = {"models": DirectoryEntry((world.jkt("judge"),))}
+    assert reason_of(lambda: verifier.verify(token, rotated)) == "key_mismatch"
+    world.clock.time = NOW + 90
+    assert reason_of(lambda: verifier.verify(token, directory)) == "expired"
+    world.clock.time = NOW - 31
+    assert reason_of(lambda: verifier.verify(token, directory)) == "not_yet_valid"
+
+
+def test_a_refused_service_token_is_not_remembered(world: World, directory: Directory) -> None:
+    verifier = ServiceTokenVerifier("monitor", world.clock)
+    token = signer(world, "models").sign_token("orchestrator")
+    for _ in range(2):
+        assert reason_of(lambda: verifier.verify(token, directory)) == "audience_wrong"
 
 
 def test_the_directory_survives_the_round(world: World) -> None:

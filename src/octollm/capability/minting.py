@@ -14,6 +14,7 @@ from octollm.capability.errors import CapabilityError
 from octollm.capability.grants import DelegationTree
 from octollm.capability.jose import SigningKey, digest_of, encode_jws
 from octollm.capability.keyring import KeyRing
+from octollm.capability.lru import LruCache
 from octollm.capability.revocations import Revocations
 from octollm.capability.scopes import Principal, Scope, ScopeSet
 from octollm.capability.service_tokens import (
@@ -39,7 +40,7 @@ from octollm.capability.tokens import (
     TaskRef,
     encode_claims,
 )
-from octollm.capability.verification import LruCache, VerifiedChain
+from octollm.capability.verification import VerifiedChain
 from octollm.clock import Clock, IdGenerator
 from octollm.contracts.services import service_of
 
@@ -362,11 +363,23 @@ class ServiceTokenSigner:
         self._name = name
         self._clock = clock
         self._ids = ids
+        self._tokens: dict[str, tuple[str, ServiceClaims, SigningKey]] = {}
+        """The last token for each audience; there are as many as services that this one calls."""
 
     def sign_token(self, aud: str, lifetime: float = MAX_SERVICE_SECONDS) -> str:
-        """Return a ``svc+jwt`` for ``aud`` that lives at most a minute."""
+        """Return a ``svc+jwt`` for ``aud`` that lives at most a minute, and at least half of ``lifetime`` from now.
+
+        A token is reused for that long: it says nothing of the call that it authenticates.
+        """
         _check_lifetime(lifetime, MAX_SERVICE_SECONDS)
         now = self._clock.now()
+        key = self._ring.signing_key(now)
+        last = self._tokens.get(aud)
+        if last is not None:
+            token, claims, signed_by = last
+            is_long_enough = now + lifetime * REUSE_SHARE <= claims.exp <= now + lifetime
+            if signed_by is key and claims.iat <= now and is_long_enough:
+                return token
         claims = ServiceClaims(
             iss=self._name,
             sub=self._name,
@@ -375,7 +388,9 @@ class ServiceTokenSigner:
             iat=_millis(now),
             jti=self._ids.hex(),
         )
-        return encode_jws(service_to_json(claims), "svc+jwt", self._ring.signing_key(now), with_kid=True, with_jwk=True)
+        token = encode_jws(service_to_json(claims), "svc+jwt", key, with_kid=True, with_jwk=True)
+        self._tokens[aud] = (token, claims, key)
+        return token
 
 
 def _check_scopes(scopes: ScopeSet, aud: str) -> None:

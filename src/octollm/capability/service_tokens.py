@@ -11,6 +11,7 @@ from msgspec import Meta
 from octollm.capability.errors import CapabilityError
 from octollm.capability.grants import DeclaredCall
 from octollm.capability.jose import Jwk, PublicKey, Thumbprint, b64decode, decode_jws, pinned_root
+from octollm.capability.lru import LruCache
 from octollm.capability.scopes import MAX_SCOPE_CHARS, Scope
 from octollm.capability.tokens import ROOT_ISSUER, NumericDate, ServiceName, TokenName, check_times
 from octollm.clock import Clock
@@ -84,25 +85,55 @@ def verify_service_token(token: str | None, aud: str, directory: Directory, cloc
     The token embeds its key as ``jwk``, which is used only if ``directory`` lists its thumbprint under the name that
     the token claims. Raises ``CapabilityError`` with the codes of :meth:`Verifier.verify`.
     """
-    if not token:
-        raise CapabilityError("bearer_missing")
-    if len(token) > MAX_SERVICE_CHARS:
-        raise CapabilityError("bearer_too_large")
-    jws = decode_jws(token, "svc+jwt")
-    claims = _read(jws.claims, ServiceClaims)
-    key = jws.embedded_key()
-    if claims.iss != claims.sub:
-        raise CapabilityError("issuer_wrong")
-    entry = directory.get(claims.iss)
+    return ServiceTokenVerifier(aud, clock, cache_size=1).verify(token, directory)
+
+
+class ServiceTokenVerifier:
+    """Verifies service tokens for ``aud`` as :func:`verify_service_token` does, each signature once.
+
+    Whether the directory still lists the key, and the times, are checked at every use. ``cache_size`` bounds the
+    number of tokens.
+    """
+
+    def __init__(self, aud: str, clock: Clock, cache_size: int = 1024) -> None:
+        self._aud = aud
+        self._clock = clock
+        self._verified: LruCache[tuple[ServiceClaims, str]] = LruCache(cache_size)
+
+    def verify(self, token: str | None, directory: Directory) -> str:
+        """Return the name of the service; raises as :func:`verify_service_token` does."""
+        if not token:
+            raise CapabilityError("bearer_missing")
+        if len(token) > MAX_SERVICE_CHARS:
+            raise CapabilityError("bearer_too_large")
+        known = self._verified.get(token)
+        if known is not None:
+            claims, thumbprint = known
+            _check_registered(claims.iss, thumbprint, directory)
+            check_times(claims.exp, claims.iat, claims.iat, self._clock.now(), MAX_SERVICE_SECONDS)
+            return claims.iss
+        jws = decode_jws(token, "svc+jwt")
+        claims = _read(jws.claims, ServiceClaims)
+        key = jws.embedded_key()
+        if claims.iss != claims.sub:
+            raise CapabilityError("issuer_wrong")
+        _check_registered(claims.iss, key.thumbprint, directory)
+        if key.thumbprint != jws.header.kid:
+            raise CapabilityError("key_mismatch")
+        check_times(claims.exp, claims.iat, claims.iat, self._clock.now(), MAX_SERVICE_SECONDS)
+        jws.check_signature(key)
+        if claims.aud != self._aud:
+            raise CapabilityError("audience_wrong")
+        self._verified.put(token, (claims, key.thumbprint))
+        return claims.iss
+
+
+def _check_registered(service: str, thumbprint: str, directory: Directory) -> None:
+    entry = directory.get(service)
     if entry is None:
         raise CapabilityError("service_unknown")
-    if key.thumbprint != jws.header.kid or key.thumbprint not in entry.jkts:
+    if thumbprint not in entry.jkts:
         raise CapabilityError("key_mismatch")
-    check_times(claims.exp, claims.iat, claims.iat, clock.now(), MAX_SERVICE_SECONDS)
-    jws.check_signature(key)
-    if claims.aud != aud:
-        raise CapabilityError("audience_wrong")
-    return claims.iss
 
 
 def verify_directory(

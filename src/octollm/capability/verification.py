@@ -7,10 +7,8 @@ together (an access token minted for each call then costs one signature), and si
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 from octollm.capability.chain import (
     Chain,
@@ -28,6 +26,7 @@ from octollm.capability.chain import (
 )
 from octollm.capability.errors import CapabilityError
 from octollm.capability.jose import PublicKey, digest_of
+from octollm.capability.lru import LruCache
 from octollm.capability.revocations import Revocations
 from octollm.capability.scopes import Principal, Scope, ScopeSet
 from octollm.capability.tokens import (
@@ -40,7 +39,6 @@ from octollm.capability.tokens import (
 )
 from octollm.clock import Clock
 
-_V = TypeVar("_V")
 _HASH_CHUNK = 2000
 _MAX_FITTING_SCOPES = 64
 
@@ -74,35 +72,6 @@ class VerifiedChain:
         """Raise ``CapabilityError`` (code ``scope_missing``), naming ``scope``, unless the token allows it."""
         if not self.scopes.allows(scope):
             raise CapabilityError("scope_not_allowed", f"The bearer token does not allow {scope}.")
-
-
-class LruCache(Generic[_V]):
-    """A bounded dictionary that drops the least recently used entry."""
-
-    def __init__(self, size: int) -> None:
-        self._items: OrderedDict[bytes | str, _V] = OrderedDict()
-        self._size = size
-
-    def get(self, key: bytes | str) -> _V | None:
-        """Return an item, which is then the most recently used, or ``None``."""
-        item = self._items.get(key)
-        if item is not None:
-            self._items.move_to_end(key)
-        return item
-
-    def put(self, key: bytes | str, value: _V) -> None:
-        """Add or replace an item; past the size, the least recently used one goes."""
-        self._items[key] = value
-        self._items.move_to_end(key)
-        if len(self._items) > self._size:
-            self._items.popitem(last=False)
-
-    def discard(self, key: bytes | str) -> None:
-        """Remove an item if it is there."""
-        self._items.pop(key, None)
-
-    def __len__(self) -> int:
-        return len(self._items)
 
 
 @dataclass(slots=True)

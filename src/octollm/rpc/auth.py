@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import msgspec
 from starlette.requests import Request
 
-from octollm.capability import CapabilityError, DirectoryEntry, Scope, VerifiedChain, Verifier, verify_service_token
+from octollm.capability import CapabilityError, DirectoryEntry, Scope, VerifiedChain, Verifier
+from octollm.capability.service_tokens import ServiceTokenVerifier
 from octollm.capability.tokens import AccessClaims, GrantClaims, TokenClaims
 from octollm.clock import Clock
 from octollm.errors import OctoError
@@ -153,21 +154,20 @@ class ServiceAuthenticator:
         clock: Clock,
         refresh_directory: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self._audience = audience
+        self._verifier = ServiceTokenVerifier(audience, clock)
         self._directory = directory
-        self._clock = clock
         self._refresh_directory = refresh_directory
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return the service's name. ``operation.scope`` lists the admitted services; ``*`` admits any registered."""
         bearer = parse_bearer_token(request)
         try:
-            peer = verify_service_token(bearer, self._audience, self._directory(), self._clock)
+            peer = self._verifier.verify(bearer, self._directory())
         except CapabilityError as error:
             if self._refresh_directory is None or error.reason not in _STALE_DIRECTORY_REASONS:
                 raise
             await self._refresh_directory()
-            peer = verify_service_token(bearer, self._audience, self._directory(), self._clock)
+            peer = self._verifier.verify(bearer, self._directory())
         admitted = operation.scope.split()
         if "*" not in admitted and peer not in admitted:
             raise OctoError(f"{peer} may not call this operation.", code="scope_missing")
@@ -178,21 +178,20 @@ class RegisteredServiceAuthenticator:
     """Requires the own token of any service in the orchestrator's directory, which this service reads remotely."""
 
     def __init__(self, audience: str, directory: ServiceDirectory, clock: Clock) -> None:
-        self._audience = audience
+        self._verifier = ServiceTokenVerifier(audience, clock)
         self._directory = directory
-        self._clock = clock
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return the service's name. Raises a ``token_*`` code, or the error of reading the directory."""
         del operation
         bearer = parse_bearer_token(request)
         try:
-            peer = verify_service_token(bearer, self._audience, await self._directory.entries(), self._clock)
+            peer = self._verifier.verify(bearer, await self._directory.entries())
         except CapabilityError as error:
             if error.reason not in _STALE_DIRECTORY_REASONS:
                 raise
             # The service may have registered, or rotated its key, since the directory was read.
-            peer = verify_service_token(bearer, self._audience, await self._directory.entries(fresh=True), self._clock)
+            peer = self._verifier.verify(bearer, await self._directory.entries(fresh=True))
         return AuthContext(peer=peer, bearer=bearer)
 
 
