@@ -138,7 +138,7 @@ def test_a_service_token_is_reused_for_one_audience_with_half_of_its_life_left(
     second = models.sign_token("orchestrator")
     assert second != first
     assert models.sign_token("orchestrator", 10) != second, "it would live longer than asked for"
-    world.clock.time = NOW + 30
+    world.clock.time = NOW + 29
     assert models.sign_token("orchestrator") != second, "a clock that was set back"
     world.clock.time = NOW + 85
     assert verify_service_token(second, "orchestrator", directory, world.clock) == "models"

@@ -33,6 +33,7 @@ from octollm.capability.tokens import (
     MAX_GRANT_SECONDS,
     MAX_PARTS,
     ROOT_ISSUER,
+    ROUNDING_SECONDS,
     SEPARATOR,
     AccessClaims,
     Confirmation,
@@ -286,8 +287,7 @@ class Delegator:
         links is revoked.
         """
         now = self._clock.now()
-        # A clock that was set back would make the token look issued in the future.
-        if not token.access.iat <= now < parent.exp:
+        if now >= parent.exp or _is_from_future(token.access.iat, now):
             return False
         if token.access.exp < min(now + lifetime * REUSE_SHARE, parent.exp):
             return False
@@ -310,7 +310,7 @@ class Delegator:
         expires = min(terms.now + MAX_GRANT_SECONDS, parent.exp)
         if (
             cached is not None
-            and cached.claims.iat <= terms.now
+            and not _is_from_future(cached.claims.iat, terms.now)
             and expires - cached.claims.exp <= GRANT_RENEWAL_SECONDS
             and not self._is_revoked(cached.claims)
         ):
@@ -377,8 +377,8 @@ class ServiceTokenSigner:
         last = self._tokens.get(aud)
         if last is not None:
             token, claims, signed_by = last
-            is_long_enough = now + lifetime * REUSE_SHARE <= claims.exp <= now + lifetime
-            if signed_by is key and claims.iat <= now and is_long_enough:
+            is_long_enough = now + lifetime * REUSE_SHARE <= claims.exp <= now + lifetime + ROUNDING_SECONDS
+            if signed_by is key and is_long_enough and not _is_from_future(claims.iat, now):
                 return token
         claims = ServiceClaims(
             iss=self._name,
@@ -404,6 +404,11 @@ def _check_scopes(scopes: ScopeSet, aud: str) -> None:
 def _check_lifetime(lifetime: float, longest: float) -> None:
     if not 0 < lifetime <= longest:
         raise CapabilityError("misuse", f"A token of this kind lives for up to {longest:.0f} seconds.")
+
+
+def _is_from_future(issued_at: float, now: float) -> bool:
+    """Return whether the clock was set back since: a peer could then refuse the token as issued in the future."""
+    return issued_at > now + ROUNDING_SECONDS
 
 
 def _millis(seconds: float) -> float:

@@ -27,7 +27,7 @@ MAX_ACCESS_SECONDS = 86_400.0
 """The longest life of an access token, and so of a revocation."""
 
 _MAX_CACHED_SCOPE_CHARS = 256
-_ROUNDING_SECONDS = 0.01
+ROUNDING_SECONDS = 0.01
 """Tolerance for times, which minting rounds to milliseconds."""
 
 ROOT_ISSUER = "orchestrator"
@@ -135,7 +135,7 @@ def check_times(exp: float, nbf: float, iat: float, now: float, longest: float) 
         raise CapabilityError("not_yet_valid")
     if iat - SKEW_SECONDS > now:
         raise CapabilityError("issued_in_future")
-    if exp - iat > longest + _ROUNDING_SECONDS:
+    if exp - iat > longest + ROUNDING_SECONDS:
         raise CapabilityError("lives_too_long")
 
 
