@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import pytest
 
 from octollm import Arm, Context, Image, Message, OctoError, Task, Tool, ToolCall
+from octollm.llm.catalogue import SMALLEST_MODEL
+from octollm.llm.embedded import EmbeddedModel
 from octollm.llm.openai_protocol import build_request
 from octollm.llm.types import (
     MAX_IMAGE_TOKENS,
@@ -104,3 +106,13 @@ def test_a_provider_is_sent_the_image_and_others_plain_text():
     assert [message.content for message in request.messages] == [(TextPart("Look"), image), "ab"]
     without = bound_prompt_tokens([ChatMessage("user", "Look")])
     assert bound_prompt_tokens([seen]) == without + MAX_IMAGE_TOKENS["high"]
+
+
+async def test_the_embedded_model_refuses_images(tmp_path):
+    seen = ChatMessage("user", (ImagePart(ImageUrl("data:image/png;base64,AA==")),))
+    model = EmbeddedModel(SMALLEST_MODEL, tmp_path / "never.gguf")
+    with pytest.raises(OctoError, match="read no images") as caught:
+        await model.count_tokens([seen])
+    assert caught.value.code == "no_model"
+    with pytest.raises(OctoError, match="read no images"):
+        await anext(model.stream(ChatRequest("default", (seen,))))

@@ -65,7 +65,7 @@ def arms(script: Script) -> list[Arm]:
         script.planned.append(body)
         return (script.plan or one_step)(body)
 
-    @coder.operation()
+    @coder.operation
     async def execute(body: Task, ctx: Context) -> ExecuteResult:
         script.executed.append(body)
         try:

@@ -11,7 +11,7 @@ from orchestra import Orchestra, Script, problem
 from octollm.arm import Context
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, Task
-from octollm.errors import FieldError, OctoError
+from octollm.errors import FieldError, OctoError, RetryStep, StopStep
 from octollm.testing import wait_until
 
 
@@ -115,6 +115,44 @@ async def test_an_arms_failure_is_the_tasks_failure(orch: Orchestra, script: Scr
     assert view.error is not None
     assert (view.error.code, view.error.reasons) == ("no_model", ("Pull one.",))
     assert len(script.executed) == 1  # the same again would only fail again
+
+
+async def test_an_arm_asks_for_another_attempt(orch: Orchestra, script: Script) -> None:
+    attempts: list[int | None] = []
+
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
+        attempts.append(ctx.info.attempt)
+        if len(attempts) == 1:
+            raise RetryStep("The printer is warming up.", after=0.01)
+        return ExecuteResult(output=f"printed: {contract.context.reasons[0]}")
+
+    script.execute = execute
+    view = await orch.run({"goal": "print"})
+    assert (view.status, view.output) == ("completed", "printed: The printer is warming up.")
+    # The call's own retries must not repeat it: each attempt is one call.
+    assert attempts == [1, 2]
+
+
+async def test_an_arm_asks_for_another_attempt_too_often(orch: Orchestra, script: Script) -> None:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
+        raise RetryStep("The printer is warming up.")
+
+    script.execute = execute
+    view = await orch.run({"goal": "print", "budget": {"max_retries": 2}})
+    assert view.error is not None
+    assert (view.error.code, view.error.reasons) == ("step_retry", ("The printer is warming up.",))
+    assert len(script.executed) == 3
+
+
+async def test_an_arm_stops_its_step(orch: Orchestra, script: Script) -> None:
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
+        raise StopStep("There is no printer.")
+
+    script.execute = execute
+    view = await orch.run({"goal": "print", "budget": {"max_retries": 5}})
+    assert view.error is not None
+    assert (view.status, view.error.code, view.error.reasons) == ("failed", "step_stopped", ("There is no printer.",))
+    assert len(script.executed) == 1
 
 
 async def test_cancelling_stops_the_arm(orch: Orchestra, script: Script) -> None:
