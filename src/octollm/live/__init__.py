@@ -1,7 +1,7 @@
-"""Live updates of one task: frames, resume, and the session of one watcher.
+"""Live updates of one task: the session of one client, its frames, and where it resumes.
 
-What a watcher is sent, and from where it goes on, is decided here, whatever carries it (WebSocket, SSE).
-Nothing here knows of HTTP, of tokens or of the tasks' rules: events and text come in, frames go out.
+Which frames a client receives is decided here, for every transport (WebSocket, server-sent events). Nothing here
+knows HTTP, tokens or the rules of tasks: events and text come in, frames go out.
 """
 
 from octollm.live.frames import FINAL_EVENTS, FrameBuilder, LiveFrame, get_frame_type

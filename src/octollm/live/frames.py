@@ -1,4 +1,4 @@
-"""One event of a task is one frame; the frames between events repeat the last ``seq``."""
+"""Building frames: one event of a task is one frame, and the frames between events repeat the last ``seq``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from octollm.live.step_text import TextChunk
 LiveFrame = Frame | TokenFrame
 
 FINAL_EVENTS = frozenset({"task.completed", "task.failed", "task.cancelled"})
-"""After the frame of one of these, nothing follows."""
-
+"""No frame follows the frame of one of these."""
 FINAL_STATUSES = frozenset({"completed", "failed", "cancelled"})
 
 _FRAME_TYPES: dict[str, FrameType] = {
@@ -46,15 +45,16 @@ _TASK_STATUS = {
 
 
 def get_frame_type(event_type: str) -> FrameType:
-    """Return the type of an event's frame. An event that is new to this version is a ``status``: seq has no gaps."""
+    """Return the type of an event's frame."""
+    # An event type of a newer version becomes a `status`: leaving it out would leave a gap in `seq`.
     return _FRAME_TYPES.get(event_type, "status")
 
 
 class FrameBuilder:
-    """Makes the frames that one watcher is sent, in order.
+    """Builds the frames of one client, in order.
 
-    It keeps the two things that a frame inherits from those before it: ``seq``, the version of the last event,
-    and ``progress`` (0 to 100), which never falls.
+    A frame inherits two values from those before it: ``seq``, the version of the last event, and ``progress``
+    (0 to 100), which never falls.
     """
 
     def __init__(self, task_id: str) -> None:
@@ -63,7 +63,7 @@ class FrameBuilder:
         self.progress = 0.0
 
     def skip(self, event: Event) -> None:
-        """Take an event that the watcher has had already: the next frames go on from it."""
+        """Advance past an event that the client has received already."""
         self.seq = max(self.seq, event.version)
         self._raise_progress(event.data.get("progress"))
         if event.event_type == "task.completed":
@@ -79,21 +79,21 @@ class FrameBuilder:
         return self._build(get_frame_type(event.event_type), event.timestamp, {**data, **event.data})
 
     def build_status(self, view: TaskView, timestamp: str) -> Frame:
-        """Return the ``status`` frame of the present state: ``data`` is the task as ``GET /tasks/{id}`` shows it."""
+        """Return the ``status`` frame of the present state: ``data`` is the task as in ``GET /tasks/{id}``."""
         self.seq = max(self.seq, view.version)
         self._raise_progress(view.progress)
         return self._build("status", timestamp, msgspec.to_builtins(view))
 
     def build_note(self, data: dict[str, object], timestamp: str) -> Frame:
-        """Return a ``status`` frame that changes nothing and tells the watcher something (``data.note``)."""
+        """Return a ``status`` frame with a note to the client (``data.note``) and no change."""
         return self._build("status", timestamp, {"note": data})
 
     def build_ping(self, timestamp: str) -> Frame:
-        """Return a ``ping``: nothing happened for a while."""
+        """Return a ``ping`` frame, which keeps an idle connection open."""
         return self._build("ping", timestamp, {})
 
     def build_token(self, chunk: TextChunk, timestamp: str) -> TokenFrame:
-        """Return the frame of a piece of text; ``data.text`` begins at ``offset``."""
+        """Return the frame of a chunk of text; ``data.text`` begins at ``offset``."""
         return TokenFrame(
             task_id=self.task_id,
             seq=self.seq,

@@ -1,4 +1,8 @@
-"""The session of one client: which frames it is sent, in order, until the task's final frame. Frames are built on demand, so a slow client costs no memory here."""
+"""The session of one client: which frames it receives, in order, until the task's final frame.
+
+Frames are built on demand, so a slow client costs no memory here. ``seq`` and ``offset`` make each event and each
+code point arrive exactly once, over reconnects to any replica.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +27,26 @@ from octollm.storage.text_stream import READ_COUNT
 HISTORY_PAGE = 200
 """Events of one read of the history."""
 MAX_NOTES = 16
+"""Pending notes to the client; the oldest is dropped."""
 MAX_READS = 40
-"""Reads of the stream before what they gave is sent."""
+"""Reads of the text stream before their text is sent."""
 RESTORE_SECONDS = 1.0
-"""A running text is saved as often."""
+"""Interval at which saved texts are read; the worker saves a running text as often."""
 
 
 class TaskSource(Protocol):
-    """The truth about one task, as one watcher may see it. Each raises what refuses the watcher."""
+    """The stored state of one task, as one client may read it. Each method raises the error that refuses the client."""
 
     async def view(self) -> TaskView:
         """Return the task as it is now."""
         ...
 
     async def history(self, after: int, limit: int) -> Sequence[Event]:
-        """Return up to ``limit`` events behind version ``after``, oldest first; fewer only when there are no more."""
+        """Return up to ``limit`` events after version ``after``, oldest first; fewer only when there are no more."""
         ...
 
     async def texts(self) -> StepTexts:
-        """Return the text of each step as it was last saved."""
+        """Return the text of each step as last saved."""
         ...
 
 
@@ -49,33 +54,34 @@ class TextSource(Protocol):
     """The live text of all tasks; ``storage.TextStream`` is one."""
 
     async def read(self, task_id: str, last_id: str = "0") -> Sequence[TextEntry]:
-        """Return up to ``READ_COUNT`` entries behind ``last_id``, oldest first."""
+        """Return up to ``READ_COUNT`` entries after ``last_id``, oldest first."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SessionTiming:
-    """The times of a session, in seconds."""
+    """Intervals and bounds of a session, in seconds."""
 
     ping_interval: float = 15.0
-    """After so long without a frame, a ``ping`` is sent."""
+    """A ``ping`` is sent after this time without a frame."""
     max_text_wait: float = 3.0
     """How long the frame of ``step.completed`` waits for the step's text."""
     max_start_wait: float = 2.0
-    """How long text waits for the event that its attempt started."""
+    """How long text waits for the ``step.started`` event of its attempt."""
     retry_interval: float = 0.1
-    """Pause between two looks for what should be there."""
+    """Interval of polls for text or events that must exist."""
     poll_interval: float = 1.0
-    """Pause between two looks while Redis does not answer: then no hint comes either."""
+    """Interval of polls while Redis is down, when no hints arrive."""
     max_outage: float = 30.0
-    """How long the source may fail, in ways that may pass, before the session does."""
+    """How long transient errors of the source may last before the session fails."""
 
 
 class LiveSession:
-    """One watcher's frames. ``open`` it, then iterate ``frames`` once.
+    """The frames of one client. Call :meth:`open`, then iterate :meth:`frames` once.
 
-    Without ``after`` the first frame is the present state and then the running text from 0; with it the events
-    behind that ``seq``, and of each step that is not over the text behind ``offset``, or from 0 after a ``reset``.
+    Without ``after`` the first frame is the present state, followed by the running text from offset 0. With ``after``
+    come the events after that ``seq``, and of each running step the text after its ``offset``, or from 0 after a
+    ``reset``.
     """
 
     def __init__(
@@ -97,7 +103,7 @@ class LiveSession:
         self._builder = FrameBuilder(task_id)
         self._tracker = StepTextTracker(position.offsets)
         self._acknowledged = 0 if position.after is None else position.after
-        """The version up to which the watcher has the events, by frame or by the present state."""
+        """The version up to which the client has the events, by frames or by the present state."""
         self._fetched_version = 0
         self._last_id = "0"
         self._has_read_stream = False
@@ -111,55 +117,56 @@ class LiveSession:
         self._ended = False
 
     async def open(self) -> None:
-        """Read the task. Raises what refuses the watcher, before any frame."""
+        """Read the task. Raises the error that refuses the client, before any frame."""
         self._view = await self._source.view()
         version = self._view.version
         self._acknowledged = version if self._position.after is None else min(self._position.after, version)
 
     @property
     def is_finished(self) -> bool:
-        """Say whether the watcher has the final frame already."""
+        """Say whether the client has received the final frame already."""
         view, after = self._view, self._position.after
         return view is not None and view.status in FINAL_STATUSES and after is not None and after >= view.version
 
     def add_note(self, note: dict[str, object]) -> None:
-        """Tell the watcher something, in a ``status`` frame with ``data.note``; the oldest of many is dropped."""
+        """Queue a note to the client: a ``status`` frame with ``data.note``."""
         self._notes.append(note)
 
     async def frames(self, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
-        """Yield the frames. ``hints`` say when to look; one has to come when the subscription is in effect.
+        """Yield the frames until the final one.
 
-        A wait for a hint may be cancelled, and another begun. Raises what refuses the watcher meanwhile, and what
-        the source fails with for longer than the patience.
+        ``hints`` wake the session; one must arrive when the subscription is in effect. A wait for a hint may be
+        cancelled and repeated. Raises the error that refuses the client meanwhile, and a transient error of the
+        source after ``max_outage`` seconds.
         """
         if self._view is None:
             raise AssertionError("the session was not opened")
         if self._position.after is None:
             yield self._builder.build_status(self._view, self._now())
-        told = self._clock.monotonic()
+        sent_at = self._clock.monotonic()
         hint = Hint(events=True, text=True)
         while True:
-            async with contextlib.aclosing(self._poll(hint, hints)) as found:
-                async for frame in found:
+            async with contextlib.aclosing(self._poll(hint, hints)) as frames:
+                async for frame in frames:
                     yield frame
-                    told = self._clock.monotonic()
+                    sent_at = self._clock.monotonic()
             if self._ended:
                 return
             while self._notes:
                 yield self._builder.build_note(self._notes.popleft(), self._now())
-                told = self._clock.monotonic()
-            if self._clock.monotonic() - told >= self._timing.ping_interval:
+                sent_at = self._clock.monotonic()
+            if self._clock.monotonic() - sent_at >= self._timing.ping_interval:
                 yield self._builder.build_ping(self._now())
-                told = self._clock.monotonic()
-            hint = await self._next_hint(hints, told + self._timing.ping_interval - self._clock.monotonic())
+                sent_at = self._clock.monotonic()
+            hint = await self._next_hint(hints, sent_at + self._timing.ping_interval - self._clock.monotonic())
 
     async def _poll(self, hint: Hint, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
-        """Yield the frames of everything that is new."""
+        """Yield the frames of new events and new text."""
         events = hint.events or self._early_since is not None
         while True:
             if events:
-                async with contextlib.aclosing(self._events(hints)) as found:
-                    async for frame in found:
+                async with contextlib.aclosing(self._events(hints)) as frames:
+                    async for frame in frames:
                         yield frame
                 if self._ended or self._fetched_version < self._acknowledged:
                     return
@@ -169,10 +176,12 @@ class LiveSession:
                 yield frame
             if self._early_since is None or was_early:
                 return
-            events = True  # text of an attempt whose start is not known: the event must be there
+            # Text has arrived of an attempt that no event has started yet. The event is stored before the text is
+            # written, so it must be in the history.
+            events = True
 
     async def _events(self, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
-        """Yield the frames of the events that are new, each behind the text that belongs before it."""
+        """Yield the frames of new events, each after the text that precedes it."""
         more = True
         while more:
             page, more = await self._fetch_events()
@@ -181,19 +190,19 @@ class LiveSession:
                 if event.version <= self._acknowledged:
                     self._builder.skip(event)
                     if self._ended and self._position.after is None:
-                        # Whoever waits for the final frame gets one, also when the task was over before.
+                        # A client of a finished task waits for the final frame too.
                         yield self._builder.build_event(event)
                 else:
-                    async with contextlib.aclosing(self._rest_of_text(event, hints)) as pieces:
-                        async for frame in pieces:
+                    async with contextlib.aclosing(self._remaining_text(event, hints)) as frames:
+                        async for frame in frames:
                             yield frame
                     yield self._builder.build_event(event)
                 self._apply(event)
                 if self._ended:
                     return
 
-    async def _rest_of_text(self, event: Event, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
-        """Yield the rest of a step's text, which belongs before the frame that ends it."""
+    async def _remaining_text(self, event: Event, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
+        """Yield the rest of a step's text, which precedes the frame that ends the step."""
         if event.event_type not in ("step.completed", "step.failed", "task.planned", "task.replanned"):
             return
         await self._read_stream()
@@ -212,7 +221,7 @@ class LiveSession:
                 await self._next_hint(hints, self._timing.retry_interval)
 
     def _apply(self, event: Event) -> None:
-        """Note what an event means for the text, once its frame was made."""
+        """Start or end attempts in the tracker as an event says, after its frame."""
         step, attempt, run = (event.data.get(name) for name in ("step", "attempt", "run"))
         if event.event_type in ("task.planned", "task.replanned"):
             self._tracker.record_plan()
@@ -223,22 +232,23 @@ class LiveSession:
                 self._tracker.end_attempt(step, attempt)
 
     async def _fetch_events(self) -> tuple[list[Event], bool]:
-        """Return the next events and whether there may be more. A failure that may pass is borne for a while."""
+        """Return the next events and whether there may be more. Tolerates transient errors up to ``max_outage``."""
         try:
             page = await self._source.history(self._fetched_version, HISTORY_PAGE)
         except OctoError as error:
             self._raise_unless_transient(error)
             return [], False
         self._failing_since = None
-        found: list[Event] = []
+        # Take only the next version each time: `seq` must have no gap.
+        events: list[Event] = []
         for event in page:
             if event.version == self._fetched_version + 1:
-                found.append(event)
+                events.append(event)
                 self._fetched_version = event.version
-        return found, len(page) >= HISTORY_PAGE and bool(found)
+        return events, len(page) >= HISTORY_PAGE and bool(events)
 
     async def _read_stream(self) -> None:
-        """Read the stream as far as it goes."""
+        """Read the text stream to its end, or the saved texts while Redis is down."""
         try:
             for _ in range(MAX_READS):
                 if not await self._add_entries(await self._text_source.read(self._task_id, self._last_id)):
@@ -248,27 +258,28 @@ class LiveSession:
                 await self._restore(force=True)
             self._has_read_stream = True
         except OctoError as error:
-            # Without Redis the text is what was saved, a second behind.
+            # Without Redis the saved texts are the source; they lag by a second.
             if error.code != "unavailable":
                 raise
             self._is_stream_down = True
             await self._restore()
 
     async def _add_entries(self, entries: Sequence[TextEntry]) -> bool:
-        """Add entries to the book; return whether to read on."""
+        """Add entries to the tracker; return whether to read on."""
         for entry in entries:
-            verdict = self._tracker.add(entry)
-            if verdict is EntryResult.EARLY:
+            result = self._tracker.add(entry)
+            if result is EntryResult.EARLY:
                 if self._early_since is None:
                     self._early_since = self._clock.monotonic()
                 if self._clock.monotonic() - self._early_since < self._timing.max_start_wait:
                     return False
                 self._tracker.start_attempt(entry.step, entry.attempt, entry.run)
-                verdict = self._tracker.add(entry)
+                # The start event is overdue: the entry itself proves that the attempt runs.
+                result = self._tracker.add(entry)
             self._early_since = None
-            self._has_gap = verdict is EntryResult.GAP
+            self._has_gap = result is EntryResult.GAP
             if self._has_gap:
-                # What was saved may end before this entry: what lies between is still in the stream.
+                # The saved text may end before this entry. The stream has what lies between: read it again.
                 restored = await self._restore()
                 self._last_id = "0" if restored else self._last_id
                 return restored
@@ -276,7 +287,7 @@ class LiveSession:
         return len(entries) >= READ_COUNT
 
     async def _restore(self, *, force: bool = False) -> bool:
-        """Take the saved texts, at most once a second unless forced; return whether that was done."""
+        """Read the saved texts, at most once a second unless forced; return whether they were read."""
         now = self._clock.monotonic()
         if not self._tracker.has_running_step or (not force and now - self._restored_at < RESTORE_SECONDS):
             return False
@@ -292,7 +303,7 @@ class LiveSession:
 
     def _drain_text(self) -> list[LiveFrame]:
         now = self._now()
-        return [self._builder.build_token(piece, now) for piece in self._tracker.drain()]
+        return [self._builder.build_token(chunk, now) for chunk in self._tracker.drain()]
 
     async def _next_hint(self, hints: AsyncIterator[Hint], seconds: float) -> Hint:
         unsettled = self._failing_since is not None or self._early_since is not None or self._has_gap
@@ -304,17 +315,17 @@ class LiveSession:
             async with asyncio.timeout(max(seconds, 0.0)):
                 return await anext(hints)
         except TimeoutError:
-            look = unsettled or self._is_stream_down
-            return Hint(events=look, text=look)
+            must_poll = unsettled or self._is_stream_down
+            return Hint(events=must_poll, text=must_poll)
 
     def _raise_unless_transient(self, error: OctoError) -> None:
-        """Raise ``error`` unless it may pass and has not lasted too long."""
+        """Raise ``error`` unless it is transient and has lasted for less than ``max_outage``."""
         kind = ERROR_KINDS.get(error.code)
-        passing = error.retryable if isinstance(error, RemoteError) else kind is not None and kind.retryable
+        is_transient = error.retryable if isinstance(error, RemoteError) else kind is not None and kind.retryable
         now = self._clock.monotonic()
         if self._failing_since is None:
             self._failing_since = now
-        if not passing or now - self._failing_since > self._timing.max_outage:
+        if not is_transient or now - self._failing_since > self._timing.max_outage:
             raise error
 
     def _now(self) -> str:

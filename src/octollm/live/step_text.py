@@ -1,4 +1,7 @@
-"""Step text: the position that a client resumes from (``after``, ``offset``), and which text of which step is still to be sent. No I/O."""
+"""Step text: where a client resumes (``after``, ``offset``), and which text of which step is still to be sent.
+
+Pure state machines without I/O. Offsets count code points of one attempt and run of a step.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from octollm.errors import OctoError
 from octollm.storage import TextEntry
 
 MAX_OFFSETS = 64
-"""Running steps that one watcher may name."""
+"""Running steps that one client may name."""
 _SEQ = re.compile(r"[0-9]{1,15}")
 _OFFSET = re.compile(r"([A-Za-z0-9._-]{1,64})\.([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
 class TextOffset:
-    """The text of one step that a watcher has: up to ``count`` code points of this attempt and run."""
+    """The text of one step that a client has: the first ``count`` code points of this attempt and run."""
 
     attempt: int
     run: int
@@ -28,41 +31,41 @@ class TextOffset:
 
 @dataclass(frozen=True, slots=True)
 class ResumePosition:
-    """``after`` is the last ``seq`` that the watcher has; ``None`` asks for the present state, 0 for everything."""
+    """``after`` is the last ``seq`` that the client has; ``None`` requests the present state, 0 the whole history."""
 
     after: int | None = None
     offsets: Mapping[str, TextOffset] = field(default_factory=dict[str, TextOffset])
 
 
 def parse_resume_position(after: str | None, offsets: Iterable[str]) -> ResumePosition:
-    """Read the parameters; an offset is ``<step>.<attempt>.<run>.<n>``.
+    """Parse the parameters; an offset is ``<step>.<attempt>.<run>.<n>``.
 
-    Raises ``invalid_parameter`` for anything else, for a step named twice and for more than 64 of them.
+    Raises ``invalid_parameter`` for any other form, for a step named twice and for more than 64 steps.
     """
     if after is not None and not _SEQ.fullmatch(after):
         raise OctoError("`after` must be the seq of a frame: a whole number.", code="invalid_parameter")
-    found: dict[str, TextOffset] = {}
+    by_step: dict[str, TextOffset] = {}
     for text in offsets:
         match = _OFFSET.fullmatch(text)
         if match is None:
             raise OctoError("`offset` must be <step>.<attempt>.<run>.<n>.", code="invalid_parameter")
-        if match[1] in found or len(found) >= MAX_OFFSETS:
+        if match[1] in by_step or len(by_step) >= MAX_OFFSETS:
             raise OctoError(
                 f"`offset` may be given once per running step, {MAX_OFFSETS} times at most.", code="invalid_parameter"
             )
-        found[match[1]] = TextOffset(int(match[2]), int(match[3]), int(match[4]))
-    return ResumePosition(None if after is None else int(after), found)
+        by_step[match[1]] = TextOffset(int(match[2]), int(match[3]), int(match[4]))
+    return ResumePosition(None if after is None else int(after), by_step)
 
 
 PLAN = "plan"
-"""The name under which the planner's text streams; it is no step of the plan."""
+"""The step name of the planner's text, which belongs to no step of the plan."""
 MAX_CHUNK = 8192
-"""Code points of one piece."""
+"""Code points of one chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """Text to be sent. ``reset`` says that what the watcher has of this step is void."""
+    """Text to be sent. ``reset`` voids the text that the client has of this step."""
 
     step: str
     attempt: int
@@ -73,14 +76,14 @@ class TextChunk:
 
 
 class EntryResult(Enum):
-    """What became of an entry."""
+    """The result of adding a stream entry."""
 
-    ACCEPTED = "taken"
-    """Whatever of it was new will be sent."""
+    ACCEPTED = "accepted"
+    """Its new text, if any, will be sent."""
     EARLY = "early"
-    """It belongs to an attempt whose start is not known yet: read the events, then offer it again."""
+    """No event has started its attempt yet: read the events, then add the entry again."""
     GAP = "gap"
-    """Text before it is missing: read the saved texts, then the stream from its beginning."""
+    """Text before it is missing: restore the saved texts, then read the stream from its beginning."""
 
 
 @dataclass(slots=True)
@@ -94,11 +97,11 @@ class _StepText:
     base: int = 0
     """Offset of the first code point that is not void."""
     needs_reset: bool = True
-    """The next piece starts with ``reset``."""
+    """The next chunk carries ``reset``."""
     has_stale_text: bool = False
-    """The watcher has text that is void, and learns so at once, even if nothing is written in its place."""
+    """The client has void text, and is sent a ``reset`` at once, even without new text."""
     is_claimed: bool = False
-    """``end`` is the watcher's word, and no text has followed it yet."""
+    """``end`` is what the client claims to have, and no text has confirmed it yet."""
     is_open: bool = True
     reset_id: tuple[int, int] = (0, 0)
     """Stream id of the last reset; entries before it are void."""
@@ -110,7 +113,7 @@ class _StepText:
         self.run, self.base, self.end, self.needs_reset, self.is_claimed = run, at, at, True, False
 
     def extend(self, offset: int, text: str) -> bool:
-        """Append what is new of ``text``; return whether it joins on."""
+        """Append the new part of ``text``; return ``False`` when text before it is missing."""
         if offset > self.end:
             return False
         new = text[self.end - offset :]
@@ -122,7 +125,7 @@ class _StepText:
 
 
 class StepTextTracker:
-    """The texts of one task's steps as one watcher is sent them."""
+    """The texts of one task's steps, as far as one client has them."""
 
     def __init__(self, offsets: Mapping[str, TextOffset]) -> None:
         self._claims = dict(offsets)
@@ -136,11 +139,11 @@ class StepTextTracker:
 
     @property
     def has_silent_step(self) -> bool:
-        """Say whether a step runs of which no text came yet."""
+        """Say whether a step runs without any text so far."""
         return any(text.is_open and (text.is_claimed or text.end == 0) for text in self._texts.values())
 
     def start_attempt(self, step: str, attempt: int, run: int) -> None:
-        """Note that an attempt of ``step`` begins, or is taken over by a newer ``run``."""
+        """Begin an attempt of ``step``, or its takeover by a newer ``run``."""
         text = self._texts.get(step)
         if text is None or attempt > text.attempt:
             self._texts[step] = self._begin_text(step, attempt, run)
@@ -149,25 +152,26 @@ class StepTextTracker:
             text.reset_id = (0, 0)
 
     def end_attempt(self, step: str, attempt: int) -> None:
-        """Note that an attempt of ``step`` is over: no more of its text is sent."""
+        """End an attempt of ``step``: no more of its text is sent."""
         text = self._texts.get(step)
         if text is not None and text.attempt <= attempt:
             text.is_open = text.has_stale_text = False
             text.pending.clear()
 
     def record_plan(self) -> None:
-        """Note that a plan was made: the n-th plan is attempt n of the planner's text."""
+        """End the planner's attempt: the n-th plan is attempt n of its text."""
         self._plans += 1
         self.end_attempt(PLAN, self._plans)
 
     def add(self, entry: TextEntry) -> EntryResult:
-        """Take an entry of the stream."""
+        """Add an entry of the stream."""
         text = self._find_text(entry.step, entry.attempt, entry.run)
         if text is None:
             return EntryResult.EARLY
         if not text.is_open or entry.attempt < text.attempt or entry.run < text.run:
             return EntryResult.ACCEPTED
         at = _parse_stream_id(entry.id)
+        # A newer run writes from 0 again, or from its reset: the text of the older run is void.
         if entry.run > text.run:
             text.restart(entry.run, entry.offset if entry.reset else 0)
             text.reset_id = at if entry.reset else (0, 0)
@@ -176,13 +180,13 @@ class StepTextTracker:
         if entry.reset and at > text.reset_id:
             text.reset_id = at
             if text.is_claimed and entry.offset < text.end:
-                text.base = entry.offset  # the watcher has text behind it, and so the reset
+                text.base = entry.offset  # The client has text after this reset, so it has seen the reset.
             elif not (text.needs_reset and text.base == text.end == entry.offset):
                 text.restart(text.run, entry.offset)
         return EntryResult.ACCEPTED if text.extend(entry.offset, entry.text) else EntryResult.GAP
 
     def restore(self, saved: StepText) -> None:
-        """Take the text of a step as it was saved, when it reaches further than what came by the stream."""
+        """Use the saved text of a step where it reaches further than the stream has."""
         text = self._find_text(saved.step, saved.attempt, saved.run)
         if text is None or not text.is_open or saved.attempt < text.attempt or saved.run < text.run:
             return
@@ -193,15 +197,15 @@ class StepTextTracker:
         text.extend(saved.base, saved.text)
 
     def get_offset(self, step: str, attempt: int) -> int:
-        """Return the offset that this attempt's text has reached; past any length when no more of it can be sent."""
+        """Return the offset that an attempt's text has reached; a huge number when no more of it can be sent."""
         text = self._texts.get(step)
         if text is None or text.attempt > attempt or not text.is_open:
             return 2**62
         return text.end if text.attempt == attempt else 0
 
     def drain(self) -> list[TextChunk]:
-        """Hand over everything pending, joined to pieces of at most ``MAX_CHUNK`` code points."""
-        pieces: list[TextChunk] = []
+        """Return and clear the pending text, joined to chunks of at most ``MAX_CHUNK`` code points."""
+        chunks: list[TextChunk] = []
         for step, text in self._texts.items():
             if not (text.pending or text.has_stale_text):
                 continue
@@ -210,12 +214,12 @@ class StepTextTracker:
             offset = text.end - len(whole)
             for start in range(0, max(len(whole), 1), MAX_CHUNK):
                 part = whole[start : start + MAX_CHUNK]
-                pieces.append(TextChunk(step, text.attempt, text.run, offset + start, part, text.needs_reset))
+                chunks.append(TextChunk(step, text.attempt, text.run, offset + start, part, text.needs_reset))
                 text.needs_reset = text.has_stale_text = False
-        return pieces
+        return chunks
 
     def _find_text(self, step: str, attempt: int, run: int) -> _StepText | None:
-        """Return the step's text, or ``None`` when ``attempt`` is newer than any that is known to have started."""
+        """Return the step's text; ``None`` when no event has started ``attempt`` yet."""
         text = self._texts.get(step)
         if text is not None and attempt <= text.attempt:
             return text

@@ -145,9 +145,14 @@ class DisconnectScope:
             self._task.cancel()
 
     async def _watch_receive(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await wait_for_disconnect(self._receive)
         self._cancel()
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def receive_never() -> Any:

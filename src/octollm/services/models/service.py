@@ -22,6 +22,7 @@ from octollm.llm.selection import ModelChoice, resolve_model
 from octollm.llm.types import ChatMessage, ChatRequest
 from octollm.rpc.call import IncomingCall, NullEmitter, Operation, OperationDocs, OperationResponse
 from octollm.rpc.external import ExternalClient
+from octollm.rpc.limits import wait_for_disconnect
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.models.budget import BudgetClient
 from octollm.services.models.completion import ChatCompletionRunner, OnText
@@ -67,7 +68,7 @@ class ChatStreamResponse(Response):
         items: asyncio.Queue[str | PricedChatCompletion | Exception] = asyncio.Queue(_QUEUE_SIZE)
         tasks: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._pump(items)),
-            gone := asyncio.create_task(_wait_for_disconnect(receive)),
+            gone := asyncio.create_task(wait_for_disconnect(receive)),
             getting := asyncio.create_task(items.get()),
         ]
         begun = False
@@ -110,11 +111,6 @@ class ChatStreamResponse(Response):
 
 async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _cancel_all(tasks: list[asyncio.Task[Any]]) -> None:

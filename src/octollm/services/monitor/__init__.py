@@ -1,4 +1,4 @@
-"""Watching the services: who answers, since when, what events say of them; and the spans of their work, by task.
+"""The monitor: health of every service by probes and events, and the spans of every task.
 
-It keeps a bounded history of health in memory and a bounded number of spans in SQL, and changes nothing elsewhere.
+It keeps a bounded health history in memory and a bounded number of spans in SQL, and changes nothing elsewhere.
 """

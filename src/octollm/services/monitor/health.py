@@ -1,4 +1,4 @@
-"""Health of every built-in service: periodic probes of ``/health`` and the events that services publish, kept as a bounded history."""
+"""Health of every built-in service: probes of ``/health`` and events of the services, as a bounded history."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from octollm.rpc.service import ServiceBase
 
 HealthState = Literal["up", "degraded", "down", "unknown"]
 MAX_SAMPLES = 120
-"""Looks at a service that are kept: ten minutes of them."""
+"""Probes of a service that are kept: those of ten minutes."""
 MAX_INSTANCES = 64
+"""Instances of one service that are probed."""
+POLL_SECONDS = 5.0
+PROBE_SECONDS = 2.0
+"""Timeout of one probe."""
+RESUBSCRIBE_SECONDS = 1.0
+ALL_EVENTS = "events:*"
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One look at a service: RFC 3339 time, its state, and how long it took to answer in milliseconds."""
+    """One probe of a service: RFC 3339 time, state, and latency in milliseconds."""
 
     at: str
     state: HealthState
@@ -33,7 +39,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class ServiceState(msgspec.Struct, frozen=True):
-    """The latest state of a service. ``since`` is when it began; ``detail`` says why it is not up."""
+    """The latest state of a service, and ``since`` when; ``detail`` says why it is not up."""
 
     service: str
     state: HealthState
@@ -48,7 +54,7 @@ class ServiceState(msgspec.Struct, frozen=True):
 
 
 class ServiceStates(msgspec.Struct, frozen=True):
-    """``GET /services``: every built-in service. ``events`` counts what was heard since the monitor started."""
+    """``GET /services``: every built-in service. ``events`` counts events received since the monitor started."""
 
     services: tuple[ServiceState, ...]
     events: int = 0
@@ -56,7 +62,7 @@ class ServiceStates(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What asking the instances of a service came to; ``latency`` in seconds, of the slowest that answered."""
+    """The combined result of probing a service's instances; ``latency`` (seconds) is that of the slowest response."""
 
     state: HealthState
     latency: float = 0.0
@@ -76,44 +82,44 @@ class _ServiceRecord:
 
 
 class HealthHistory:
-    """The states of the services by name, bounded."""
+    """The state and a bounded history of every service."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._records = {name: _ServiceRecord() for name in services}
         self.events = 0
 
     def record_probe(self, service: str, result: ProbeResult, now: float) -> None:
-        """Note a look at ``service`` at ``now``, in epoch seconds."""
-        watched = self._records[service]
-        if result.state != watched.state:
-            watched.state, watched.since = result.state, now
-        watched.last_probe, watched.checked_at = result, now
-        watched.samples.append(Sample(format_rfc3339(now), result.state, round(result.latency * 1000, 1)))
+        """Record a probe of ``service`` at ``now`` (epoch seconds)."""
+        record = self._records[service]
+        if result.state != record.state:
+            record.state, record.since = result.state, now
+        record.last_probe, record.checked_at = result, now
+        record.samples.append(Sample(format_rfc3339(now), result.state, round(result.latency * 1000, 1)))
 
     def record_event(self, event: Event) -> None:
-        """Note an event; those that a service says of itself are kept with it."""
+        """Count an event, and keep the latest one about each service."""
         self.events += 1
         name = event.data.get("service", event.data.get("arm"))
-        watched = self._records.get(name) if isinstance(name, str) else None
-        if watched is None or event.event_type.partition(".")[0] not in ("system", "arm"):
+        record = self._records.get(name) if isinstance(name, str) else None
+        if record is None or event.event_type.partition(".")[0] not in ("system", "arm"):
             return
-        watched.event, watched.event_at = event.event_type, event.timestamp
+        record.event, record.event_at = event.event_type, event.timestamp
 
     def get_states(self) -> ServiceStates:
         """Return the latest state of every service."""
-        return ServiceStates(tuple(_build_state(name, watched) for name, watched in self._records.items()), self.events)
+        return ServiceStates(tuple(_build_state(name, record) for name, record in self._records.items()), self.events)
 
 
-def combine_probes(answers: Iterable[tuple[bool, float, str]]) -> ProbeResult:
-    """Return what the answers of a service's instances (well, seconds, why not) say of it together."""
-    found = list(answers)
-    well = [seconds for good, seconds, _ in found if good]
-    faults = [why for good, _, why in found if not good]
+def combine_probes(probes: Iterable[tuple[bool, float, str]]) -> ProbeResult:
+    """Combine the probes of a service's instances, each (healthy, seconds, reason if not)."""
+    results = list(probes)
+    latencies = [seconds for healthy, seconds, _ in results if healthy]
+    faults = [reason for healthy, _, reason in results if not healthy]
     detail = "; ".join(dict.fromkeys(faults))[:300]
-    if not found:
-        return ProbeResult("unknown", detail="No address of it is known here.")
-    state: HealthState = "up" if not faults else "degraded" if well else "down"
-    return ProbeResult(state, max(well, default=0.0), detail, len(found))
+    if not results:
+        return ProbeResult("unknown", detail="Its address is unknown here.")
+    state: HealthState = "up" if not faults else "degraded" if latencies else "down"
+    return ProbeResult(state, max(latencies, default=0.0), detail, len(results))
 
 
 def _build_state(name: str, record: _ServiceRecord) -> ServiceState:
@@ -131,22 +137,15 @@ def _build_state(name: str, record: _ServiceRecord) -> ServiceState:
     )
 
 
-POLL_SECONDS = 5.0
-PROBE_SECONDS = 2.0
-"""How long an instance may take to answer ``/health``."""
-RESUBSCRIBE_SECONDS = 1.0
-ALL_EVENTS = "events:*"
-
-
 class HealthMonitor:
-    """The two background tasks of the monitor. Neither ends by itself; one that does is told in ``/ready``."""
+    """The two background loops of the monitor: probes and events. A crashed loop shows in ``/ready``."""
 
     def __init__(self, base: ServiceBase, bus: EventBus, services: Iterable[str], history: HealthHistory) -> None:
         self._base = base
         self._bus = bus
         self._services = tuple(services)
         self._history = history
-        self._subscription_error = "The first subscription is not there yet."
+        self._subscription_error = "The event subscription has not started yet."
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> HealthMonitor:
@@ -163,12 +162,12 @@ class HealthMonitor:
             task.cancel()
         await asyncio.wait(self._tasks)
 
-    async def events_checkup(self) -> DependencyStatus:
-        """Say whether events are heard; without them health is still polled."""
+    async def check_events(self) -> DependencyStatus:
+        """Check the event subscription. Without it, health still comes from probes."""
         return DependencyStatus(ok=not self._subscription_error, detail=self._subscription_error, required=False)
 
-    async def polling_checkup(self) -> DependencyStatus:
-        """Say whether the services are looked at."""
+    async def check_polling(self) -> DependencyStatus:
+        """Check that the probe loop runs."""
         ended = self._tasks[0].done() if self._tasks else True
         return DependencyStatus(ok=not ended, detail="Polling has ended; the log says why." if ended else "")
 
@@ -178,26 +177,27 @@ class HealthMonitor:
 
     async def _poll(self) -> None:
         while True:
-            async with asyncio.TaskGroup() as looks:
+            async with asyncio.TaskGroup() as probes:
                 for service in self._services:
-                    looks.create_task(self._probe_service(service))
+                    probes.create_task(self._probe_service(service))
             await asyncio.sleep(POLL_SECONDS)
 
     async def _probe_service(self, service: str) -> None:
         urls: tuple[str, ...] = ()
-        with contextlib.suppress(OctoError):  # no address is known: that is what is told
+        with contextlib.suppress(OctoError):  # Without an address there is no probe, and the state is unknown.
             urls = self._base.discovery.instances(service)[:MAX_INSTANCES]
-        answers = await asyncio.gather(*(self._probe_instance(url) for url in urls))
-        self._history.record_probe(service, combine_probes(answers), self._base.clock.now())
+        probes = await asyncio.gather(*(self._probe_instance(url) for url in urls))
+        self._history.record_probe(service, combine_probes(probes), self._base.clock.now())
 
     async def _probe_instance(self, url: str) -> tuple[bool, float, str]:
         started = self._base.clock.monotonic()
         try:
-            answer = await self._base.http.send("GET", f"{url}/health", {}, None, seconds=PROBE_SECONDS)
+            response = await self._base.http.send("GET", f"{url}/health", {}, None, seconds=PROBE_SECONDS)
         except OctoError as error:
             return False, 0.0, error.detail
         seconds = self._base.clock.monotonic() - started
-        return answer.status == 200, seconds, "" if answer.status == 200 else f"/health answers {answer.status}."
+        reason = "" if response.status == 200 else f"/health returns {response.status}."
+        return response.status == 200, seconds, reason
 
     async def _follow_events(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The monitor over HTTP: health of the services, traces of tasks, OTLP ingestion, and span export to an external collector."""
+"""The monitor over HTTP: health of the services, traces of tasks, OTLP ingestion, and export to a collector."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from octollm.telemetry import ExportBuffer, Span
 from octollm.telemetry.otlp import ExportRequest, ExportResponse, decode_spans, encode_spans
 
 _RETRYABLE_STATUSES = frozenset({408, 429, 502, 503, 504})
-"""Answers after which OTLP over HTTP has the same batch sent again."""
+"""Statuses after which OTLP over HTTP sends the same batch again."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpanExport:
-    """What is forwarded: put it into ``buffer``."""
+    """A running export: spans put into ``buffer`` are forwarded to the collector."""
 
     buffer: ExportBuffer[Span]
-    checkup: ReadinessCheck
+    check: ReadinessCheck
 
 
 @contextlib.asynccontextmanager
 async def run_span_export(base: ServiceBase, settings: Settings) -> AsyncGenerator[SpanExport | None]:
-    """Forward in the background for as long as the context is open; ``None`` where no collector is named."""
+    """Export spans in the background while the context is open; yields ``None`` without a collector."""
     if settings.otlp_endpoint is None:
         yield None
         return
@@ -54,16 +54,16 @@ async def run_span_export(base: ServiceBase, settings: Settings) -> AsyncGenerat
 
 
 def build_collector_sender(http: HttpClient, url: str, headers: tuple[tuple[str, str], ...]) -> SendBatch[Span]:
-    """Return what sends spans to the collector at ``url`` (OTLP over HTTP, in JSON)."""
+    """Return a function that sends spans to the collector at ``url`` (OTLP over HTTP, in JSON)."""
 
     async def send(spans: list[Span]) -> None:
-        sent = {"Content-Type": "application/json", **dict(headers)}
+        request_headers = {"Content-Type": "application/json", **dict(headers)}
         body = encode_spans(spans, __version__)
-        answer = await http.send("POST", f"{url}/v1/traces", sent, body, seconds=SEND_SECONDS)
-        if answer.status >= 300:
+        response = await http.send("POST", f"{url}/v1/traces", request_headers, body, seconds=SEND_SECONDS)
+        if response.status >= 300:
             raise OctoError(
-                f"It answers {answer.status}; see OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_HEADERS.",
-                code="unavailable" if answer.status in _RETRYABLE_STATUSES else "peer_protocol",
+                f"It returns {response.status}; see OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_HEADERS.",
+                code="unavailable" if response.status in _RETRYABLE_STATUSES else "peer_protocol",
             )
 
     return send
@@ -73,28 +73,28 @@ def build_collector_sender(http: HttpClient, url: str, headers: tuple[tuple[str,
 async def monitor_service(
     base: ServiceBase, settings: Settings, *, redis: RedisClient, keys: RedisKeys | None = None
 ) -> AsyncGenerator[Service]:
-    """Yield the monitor while it watches, takes spans and forgets old ones; it stops on leaving."""
+    """Yield the monitor, with its probes, event subscription and pruning running."""
     history = HealthHistory(SERVICES)
     bus = EventBus(redis, keys or RedisKeys(), base.clock, base.ids)
     async with contextlib.AsyncExitStack() as stack:
         db = await stack.enter_async_context(open_service_database(settings, "monitor", clock=base.clock))
         store = SpanStore(db)
-        pruning = await stack.enter_async_context(SpanPruner(store, base.log))
-        watching = await stack.enter_async_context(HealthMonitor(base, bus, SERVICES, history))
-        checkups: dict[str, ReadinessCheck] = {
-            "events": watching.events_checkup,
-            "polling": watching.polling_checkup,
-            "spans": pruning.checkup,
+        pruner = await stack.enter_async_context(SpanPruner(store, base.log))
+        monitor = await stack.enter_async_context(HealthMonitor(base, bus, SERVICES, history))
+        checks: dict[str, ReadinessCheck] = {
+            "events": monitor.check_events,
+            "polling": monitor.check_polling,
+            "spans": pruner.check,
         }
-        outside = await stack.enter_async_context(run_span_export(base, settings))
-        if outside is not None:
-            checkups["collector"] = outside.checkup
+        export = await stack.enter_async_context(run_span_export(base, settings))
+        if export is not None:
+            checks["collector"] = export.check
         operations = [
             *_build_health_operations(history),
-            *TraceHandlers(store, None if outside is None else outside.buffer).operations(),
+            *TraceHandlers(store, None if export is None else export.buffer).operations(),
         ]
-        opener = RegisteredServiceAuthenticator(base.name, base.directory, base.clock)
-        yield build_service(base, operations, authenticators={"service": opener}, readiness_checks=checkups)
+        authenticator = RegisteredServiceAuthenticator(base.name, base.directory, base.clock)
+        yield build_service(base, operations, authenticators={"service": authenticator}, readiness_checks=checks)
 
 
 def _build_health_operations(history: HealthHistory) -> list[Operation]:
@@ -115,14 +115,14 @@ def _build_health_operations(history: HealthHistory) -> list[Operation]:
 
 
 class TraceHandlers:
-    """The operations on spans. ``outside`` takes those that are forwarded to a collector, where there is one."""
+    """The operations on spans. With ``export_buffer`` spans are also exported to a collector."""
 
     def __init__(self, store: SpanStore, export_buffer: ExportBuffer[Span] | None) -> None:
         self._store = store
         self._export_buffer = export_buffer
 
     async def receive(self, call: IncomingCall, request: ExportRequest) -> ExportResponse:
-        """Take spans in the name of whoever sends them, whatever service they name."""
+        """Store spans. Their service is the authenticated sender, whatever they name."""
         spans = decode_spans(request, call.peer)
         await self._store.add(spans)
         if self._export_buffer is not None:
@@ -131,11 +131,11 @@ class TraceHandlers:
         return ExportResponse()
 
     async def read(self, call: IncomingCall, _body: object) -> TraceView:
-        """Return a task's spans. A token that stands for a task opens that one alone."""
-        asked: TaskIdQuery = call.query
-        task_id = asked.task
-        work = call.authority.task
-        if work is not None and work.task != task_id:
+        """Return a task's spans. A token that is bound to a task reads that task only."""
+        query: TaskIdQuery = call.query
+        task_id = query.task
+        bound = call.authority.task
+        if bound is not None and bound.task != task_id:
             raise OctoError("There is no such task.", code="task_not_found")
         return await self._store.read_task(call.tenant, task_id)
 
@@ -162,6 +162,6 @@ class TraceHandlers:
                 scope="*",
                 body=ExportRequest,
                 response=ExportResponse,
-                summary="Take spans (OTLP over HTTP, in JSON).",
+                summary="Store spans (OTLP over HTTP, in JSON).",
             ),
         ]

@@ -1,10 +1,10 @@
-"""Spans in SQL: which spans of a trace belong to a task, storing and reading them, and pruning by age and number in the background."""
+"""Spans in SQL: storing them, reading those of one task, and pruning by age and number in the background."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from octollm.telemetry.spans import TASK_ATTRIBUTE, TENANT_ATTRIBUTE
 
 @dataclass(frozen=True, slots=True)
 class SpanOwnership:
-    """Where one span is: ``tenant`` and ``task`` are empty where no built-in service named them."""
+    """A span's place in its trace. ``tenant`` and ``task`` are empty unless a built-in service named them."""
 
     span_id: str
     parent_id: str
@@ -31,59 +31,60 @@ class SpanOwnership:
 
 
 def select_task_spans(candidates: Sequence[SpanOwnership], tenant: str, task: str) -> list[int]:
-    """Return the indexes of the spans of one trace that belong to ``task`` of ``tenant``, in their order.
+    """Return the indices of the spans of one trace that belong to ``task`` of ``tenant``, in order.
 
-    They are those that name both; the spans above one, as far as they are the tenant's own and no other task's (how
-    it was submitted); and the spans below one that name nobody else (what was done in a service's own name).
+    These are the spans that name both; their ancestors, as far as they are the tenant's own and no other task's (how
+    the task was submitted); and their descendants that name nobody else (what services did in their own name).
     """
     by_id: dict[str, list[int]] = defaultdict(list)
-    below: dict[str, list[int]] = defaultdict(list)
+    # The client chooses the trace id, so several tasks and tenants may share a trace: the id alone proves nothing.
+    children: dict[str, list[int]] = defaultdict(list)
     for index, span in enumerate(candidates):
         by_id[span.span_id].append(index)
-        below[span.parent_id].append(index)
+        children[span.parent_id].append(index)
 
-    def above(index: int) -> Iterable[int]:
-        found = by_id[candidates[index].parent_id] if candidates[index].parent_id else []
-        return [each for each in found if candidates[each].tenant == tenant and candidates[each].task in ("", task)]
+    def parents_of(index: int) -> Iterable[int]:
+        parents = by_id[candidates[index].parent_id] if candidates[index].parent_id else []
+        return [each for each in parents if candidates[each].tenant == tenant and candidates[each].task in ("", task)]
 
-    def under(index: int) -> Iterable[int]:
-        found = below[candidates[index].span_id]
+    def children_of(index: int) -> Iterable[int]:
         return [
-            each for each in found if candidates[each].tenant in ("", tenant) and candidates[each].task in ("", task)
+            each
+            for each in children[candidates[index].span_id]
+            if candidates[each].tenant in ("", tenant) and candidates[each].task in ("", task)
         ]
 
-    kept = {index for index, span in enumerate(candidates) if span.tenant == tenant and span.task == task}
-    lineage = set(kept)
-    waiting = list(kept)
-    while waiting:
-        for each in above(waiting.pop()):
-            if each not in lineage:
-                lineage.add(each)
-                waiting.append(each)
-    # What is above is not what was done for the task: only what is below the task's own spans is.
-    waiting = list(kept)
-    while waiting:
-        for each in under(waiting.pop()):
-            if each not in kept:
-                kept.add(each)
-                waiting.append(each)
-    return sorted(kept | lineage)
+    own = {index for index, span in enumerate(candidates) if span.tenant == tenant and span.task == task}
+    # Descend from the task's own spans only: other children of an ancestor were not done for this task.
+    return sorted(_reach(own, parents_of) | _reach(own, children_of))
+
+
+def _reach(start: Iterable[int], neighbours: Callable[[int], Iterable[int]]) -> set[int]:
+    """Return ``start`` and everything that can be reached from it."""
+    reached = set(start)
+    pending = list(reached)
+    while pending:
+        for each in neighbours(pending.pop()):
+            if each not in reached:
+                reached.add(each)
+                pending.append(each)
+    return reached
 
 
 MAX_AGE_SECONDS = 7 * 86_400.0
 MAX_STORED_SPANS = 500_000
-"""Spans that are kept; a goal makes about a hundred."""
+"""Spans in the database; a task has about a hundred."""
 MAX_READ_SPANS = 5_000
-"""Spans of one answer."""
+"""Spans of one response."""
 MAX_TRACES = 16
-"""Traces of one task that are read: it has one, unless its token was used by hand in several."""
+"""Traces of one task that are read. A task has one, unless its token was used by hand in several."""
 _PRUNE_BATCH = 5_000
 _MAX_NAME = 64
 """Characters of a tenant or a task in the database."""
 
 
 class SpanStore:
-    """The spans of every tenant. A reader is given those of one task of its own."""
+    """The spans of all tenants, read by task."""
 
     def __init__(self, db: Database, *, max_spans: int = MAX_STORED_SPANS, max_age: float = MAX_AGE_SECONDS) -> None:
         """``max_age`` is in seconds."""
@@ -92,10 +93,10 @@ class SpanStore:
         self._max_age = max_age
 
     async def add(self, sent: Sequence[Span]) -> None:
-        """Store spans; one that is there already stays as it is.
+        """Store spans; a span that is stored already stays as it is.
 
-        Whom a span is for is believed of built-in services only. What others send is found below the calls that they
-        served. Raises ``unavailable`` and ``overloaded``.
+        Tenant and task are believed of built-in services only. The spans of other arms are found as descendants of
+        the calls that they served. Raises ``unavailable`` and ``overloaded``.
         """
         if not sent:
             return
@@ -122,42 +123,42 @@ class SpanStore:
                 .order_by(spans.c.started_at, spans.c.id)
                 .limit(MAX_READ_SPANS + 1)
             )
-        found = _filter_task_rows([row_to_dict(row) for row in rows[:MAX_READ_SPANS]], tenant, task_id)
-        return TraceView(task_id, tuple(_build_view(row) for row in found), complete=len(rows) <= MAX_READ_SPANS)
+        own = _filter_task_rows([row_to_dict(row) for row in rows[:MAX_READ_SPANS]], tenant, task_id)
+        return TraceView(task_id, tuple(_build_view(row) for row in own), complete=len(rows) <= MAX_READ_SPANS)
 
     async def prune(self) -> int:
-        """Forget some of the spans that are too old or too many; return how many. At 0 none is left to forget."""
+        """Delete a batch of the spans that are too old or too many; return how many. 0 means that none is left."""
         async with self._db.transaction() as tx:
             now = await tx.now()
             newest = await tx.scalar(select(func.max(spans.c.id))) or 0
-            doomed = (
+            expired = (
                 select(spans.c.id)
                 .where((spans.c.received_at < now - self._max_age) | (spans.c.id <= newest - self._max_spans))
                 .order_by(spans.c.id)
                 .limit(_PRUNE_BATCH)
             )
-            return (await tx.execute(delete(spans).where(spans.c.id.in_(doomed)))).rowcount
+            return (await tx.execute(delete(spans).where(spans.c.id.in_(expired)))).rowcount
 
 
 def _build_row(span: Span, now: float) -> dict[str, object]:
-    # Our services put no secret into a span, and say truly whom it is for; an arm of somebody else's may be careless.
-    ours = span.service in SERVICES
+    # Built-in services put no secret into a span and name the right tenant. Other arms are not trusted to.
+    is_built_in = span.service in SERVICES
     attributes = dict(span.attributes)
     tenant, task = attributes.pop(TENANT_ATTRIBUTE, ""), attributes.pop(TASK_ATTRIBUTE, "")
     return {
-        "tenant": _bounded_name(tenant) if ours else "",
-        "task_id": _bounded_name(task) if ours else "",
+        "tenant": _bounded_name(tenant) if is_built_in else "",
+        "task_id": _bounded_name(task) if is_built_in else "",
         "trace_id": span.trace.trace_id,
         "span_id": span.trace.span_id,
         "parent_id": span.parent_id,
         "service": span.service,
-        "name": span.name if ours else str(mask(span.name)),
+        "name": span.name if is_built_in else str(mask(span.name)),
         "kind": span.kind,
         "started_at": span.start_ns / 1e9,
         "duration_ms": (span.end_ns - span.start_ns) / 1e6,
         "code": span.code,
-        "message": span.message if ours else str(mask(span.message)),
-        "attributes": attributes if ours else mask(attributes),
+        "message": span.message if is_built_in else str(mask(span.message)),
+        "attributes": attributes if is_built_in else mask(attributes),
         "received_at": now,
     }
 
@@ -167,18 +168,18 @@ def _bounded_name(value: object) -> str:
 
 
 def _filter_task_rows(rows: Sequence[Mapping[str, Any]], tenant: str, task_id: str) -> list[Mapping[str, Any]]:
-    """Return the rows of the task, trace by trace, in the order of the rows."""
+    """Return the rows of the task, in their order."""
     by_trace: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         by_trace[row["trace_id"]].append(index)
-    kept: list[int] = []
-    for indexes in by_trace.values():
-        placed = [
+    selected: list[int] = []
+    for indices in by_trace.values():
+        ownership = [
             SpanOwnership(row["span_id"], row["parent_id"], row["tenant"], row["task_id"])
-            for row in (rows[index] for index in indexes)
+            for row in (rows[index] for index in indices)
         ]
-        kept += [indexes[each] for each in select_task_spans(placed, tenant, task_id)]
-    return [rows[index] for index in sorted(kept)]
+        selected += [indices[each] for each in select_task_spans(ownership, tenant, task_id)]
+    return [rows[index] for index in sorted(selected)]
 
 
 def _build_view(row: Mapping[str, Any]) -> SpanView:
@@ -190,7 +191,7 @@ PRUNE_SECONDS = 60.0
 
 
 class SpanPruner:
-    """Keeps the store within its bounds. When it cannot, ``/ready`` says why."""
+    """Prunes the store in the background. A failure shows in ``/ready``."""
 
     def __init__(self, store: SpanStore, log: Logger) -> None:
         self._store = store
@@ -200,7 +201,7 @@ class SpanPruner:
 
     async def __aenter__(self) -> SpanPruner:
         self._task = asyncio.create_task(self._run(), name="monitor prune")
-        self._task.add_done_callback(self._ended)
+        self._task.add_done_callback(self._log_crash)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -208,13 +209,13 @@ class SpanPruner:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    async def checkup(self) -> DependencyStatus:
-        """Say whether old spans are forgotten."""
+    async def check(self) -> DependencyStatus:
+        """Check that pruning works."""
         return DependencyStatus(ok=not self._failure, detail=self._failure, required=False)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _log_crash(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._failure = "Old spans are no longer forgotten; the log says why."
+            self._failure = "Old spans are no longer deleted; the log has the reason."
             self._log.error("spans.pruning_crashed", error=error)
 
     async def _run(self) -> None:
@@ -224,6 +225,6 @@ class SpanPruner:
                     pass
                 self._failure = ""
             except OctoError as error:
-                self._failure = f"Old spans cannot be forgotten: {error.detail}"
+                self._failure = f"Old spans cannot be deleted: {error.detail}"
                 self._log.warning("spans.not_pruned", error=error)
             await asyncio.sleep(PRUNE_SECONDS)

@@ -1,7 +1,6 @@
-"""The public door: who may enter, how often, and what they are shown live.
+"""The API gateway: authentication, rate limits, the input guardrail, forwarding, live updates and the web page.
 
-It authenticates, limits, forwards the public API to the orchestrator, and serves WebSocket, SSE and the page.
-It stores nothing, decides nothing about tasks, and cannot name a principal itself.
+It stores nothing, decides nothing about tasks, and holds no authority of its own over them.
 """
 
 from octollm.services.reflex.service import reflex_service

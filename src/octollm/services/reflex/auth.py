@@ -9,17 +9,19 @@ from starlette.requests import HTTPConnection, Request
 from octollm.errors import OctoError
 from octollm.rpc.auth import AuthContext
 from octollm.rpc.call import Operation
-from octollm.services.reflex.guard import AllowedHosts, check_local_user, get_server_port
+from octollm.services.reflex.guard import AllowedHosts, check_local_user, get_server_port, read_session_cookie
 from octollm.services.reflex.throttle import FailedLoginThrottle, RateLimiter, get_address_bucket
 from octollm.services.reflex.upstream import TokenExchangeClient, hash_credential
-from octollm.services.reflex.web_session import read_session_cookie
 from octollm.telemetry import Metrics
 
 _BEARER_VALUE = re.compile(r"[!-~]{1,8192}")
 
 
 class CredentialAuthenticator:
-    """Admits callers. What it hands on is the caller's credential, which leaves this process only in an exchange."""
+    """Authenticates callers by API key, session or loopback trust, within their rate limits.
+
+    The result is the caller's credential. It leaves this process only in a token exchange.
+    """
 
     def __init__(
         self,
@@ -31,7 +33,7 @@ class CredentialAuthenticator:
         throttle: FailedLoginThrottle,
         local_key: str | None,
     ) -> None:
-        """``local_key`` is the local user's credential; ``None`` where a local peer is nobody in particular."""
+        """``local_key`` is the local user's credential; ``None`` where loopback is not trusted."""
         self._exchange = exchange
         self._rate_limiter = rate_limiter
         self._allowed_hosts = allowed_hosts
@@ -40,7 +42,7 @@ class CredentialAuthenticator:
         self._local_key = local_key
 
     async def authenticate(self, connection: HTTPConnection) -> str:
-        """Return the credential of who asks, known to be valid and within its rate.
+        """Return the credential of the caller, valid and within its rate limit.
 
         Raises ``token_missing``, ``token_malformed``, ``api_key_invalid``, ``origin_refused``, ``rate_limited``.
         """
@@ -51,11 +53,11 @@ class CredentialAuthenticator:
             raise
 
     def get_tenant(self, credential: str) -> str:
-        """Return the tenant of a caller who was admitted, as the orchestrator named it."""
+        """Return the tenant of an authenticated caller, as the orchestrator named it."""
         return self._exchange.get_tenant(credential)
 
     async def check_rate_limit(self, credential: str) -> None:
-        """Count one more call of a caller who was admitted; raises ``rate_limited``."""
+        """Count one more call of an authenticated caller. Raises ``rate_limited``."""
         await self._rate_limiter.hit(f"key:{hash_credential(credential)}")
 
     async def _authenticate(self, connection: HTTPConnection) -> str:
@@ -63,7 +65,7 @@ class CredentialAuthenticator:
         credential = self._read_credential(connection, peer)
         digest = hash_credential(credential)
         if not self._exchange.is_cached(digest):
-            # Guessing keys is counted by address: each guess would have a bucket of its own.
+            # Count guesses by address: by key, each guess would have a bucket of its own.
             await self._rate_limiter.hit(get_address_bucket(peer))
             async with self._throttle.attempt(credential):
                 await self._exchange.get_token(credential)
@@ -89,7 +91,7 @@ class CredentialAuthenticator:
 
 
 class GatewayAuthenticator:
-    """Opens an operation to whoever the door admits; what they may do there the orchestrator says."""
+    """Authenticates the gateway's operations. The orchestrator decides what the caller may do."""
 
     def __init__(self, authenticator: CredentialAuthenticator) -> None:
         self._authenticator = authenticator

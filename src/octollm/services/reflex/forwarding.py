@@ -1,4 +1,7 @@
-"""Reverse proxy to the orchestrator: each public route becomes an operation whose request is forwarded and whose response, whole or streamed, is passed back."""
+"""Reverse proxy to the orchestrator for every declared public operation.
+
+A request is forwarded with the caller's access token; the response comes back whole or as a stream.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,22 @@ from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.http_client import HttpResponse, StreamedResponse
+from octollm.rpc.limits import wait_for_disconnect
 from octollm.services.reflex.screening import InputGuardrail
 from octollm.services.reflex.upstream import Upstream, UpstreamRequest
 
-_DRAIN_INDEX = 2
-"""The place of the drain among what ends a relay."""
+FORWARD_TIMEOUT_SECONDS = 60.0
+
+_FORWARDED_HEADERS = ("location", "etag", "retry-after", "content-disposition")
+_FILE_NAME = re.compile(r"[!-~]{1,1024}")
+_LAST_EVENT = re.compile(r"[0-9]{1,15}")
 
 
 class StreamProxyResponse(Response):
-    """Opens the call when it is sent, so that a refusal is still answered as one."""
+    """A stream of the orchestrator, passed on chunk by chunk.
+
+    The upstream call starts when the response is sent: an error before the first byte still becomes a problem.
+    """
 
     def __init__(
         self, upstream: Upstream, credential: str, request: UpstreamRequest, deadline: Deadline, draining: asyncio.Event
@@ -39,45 +49,35 @@ class StreamProxyResponse(Response):
         self._draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer until it ends, the reader goes away, or the door drains."""
+        """Send the stream until it ends, the client disconnects, or the gateway drains."""
         del scope
-        begun = False
+        started = False
 
         async def consume(streamed: StreamedResponse) -> None:
-            nonlocal begun
-            begun = True
-            kind = streamed.headers.get("content-type", "application/octet-stream")
-            headers = [(b"content-type", kind.encode("latin-1")), (b"cache-control", b"no-store")]
+            nonlocal started
+            started = True
+            media_type = streamed.headers.get("content-type", "application/octet-stream")
+            headers = [(b"content-type", media_type.encode("latin-1")), (b"cache-control", b"no-store")]
             await send({"type": "http.response.start", "status": streamed.status, "headers": headers})
             try:
                 async for chunk in streamed.chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except (OctoError, ConnectionError, TimeoutError):
-                return  # the other side is gone: the reader connects again and goes on from what it has
+                return  # Either side has gone. The client reconnects with the id of its last event.
 
         async def relay() -> None:
             try:
                 await self._upstream.stream(self._credential, self._request, self._deadline, consume)
             except OctoError:
-                if not begun:
+                # After the first byte the status is sent: the stream can only end.
+                if not started:
                     raise
 
-        async def gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        ended = await run_until_first(relay(), gone(), self._draining.wait())
-        if begun:
+        await run_until_first(relay(), wait_for_disconnect(receive), self._draining.wait())
+        if started:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        elif ended == _DRAIN_INDEX:
+        elif self._draining.is_set():
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)
-
-
-FORWARD_TIMEOUT_SECONDS = 60.0
-
-_FORWARDED_HEADERS = ("location", "etag", "retry-after", "content-disposition")
-_FILE_NAME = re.compile(r"[!-~]{1,1024}")
-_LAST_EVENT = re.compile(r"[0-9]{1,15}")
 
 
 class RequestForwarder:
@@ -116,9 +116,9 @@ def _build_request(declared: AnyOperation, call: IncomingCall) -> UpstreamReques
     query = [(name, value) for name, value in call.request.query_params.multi_items() if name in parameters]
     has_body = declared.body_limit > 0
     headers = _read_file_name(call.request) if declared.sends_file else {}
-    held = call.request.headers.get("if-none-match")
-    if declared.cacheable and held is not None:
-        headers["If-None-Match"] = held
+    etag = call.request.headers.get("if-none-match")
+    if declared.cacheable and etag is not None:
+        headers["If-None-Match"] = etag
     return UpstreamRequest(
         declared.id,
         declared.method,
@@ -150,12 +150,12 @@ def _build_stream_request(request: UpstreamRequest, call: IncomingCall, media_ty
 
 def _build_response(response: HttpResponse, declared: AnyOperation) -> Response:
     headers = {name: response.headers[name] for name in _FORWARDED_HEADERS if name in response.headers}
-    kind = response.headers.get("content-type", "application/octet-stream")
+    media_type = response.headers.get("content-type", "application/octet-stream")
     if declared.returns_file:
-        # A file is anybody's bytes: it is saved, never shown as a page of ours.
+        # A file may hold a page with scripts: the browser saves it and never shows it under this origin.
         headers.setdefault("content-disposition", "attachment")
         headers["cache-control"] = "private, max-age=31536000, immutable"
     else:
         headers["cache-control"] = "private, no-cache" if declared.cacheable else "no-store"
-    # Given as a header, so that no charset is added to a text that may have another.
-    return Response(response.body, status_code=response.status, headers={**headers, "content-type": kind})
+    # As a header, because Starlette's media_type would add a charset that the text may not have.
+    return Response(response.body, status_code=response.status, headers={**headers, "content-type": media_type})

@@ -1,4 +1,7 @@
-"""Live connections: sessions on a task, their limits and send timeout, and the same frames as server-sent events (HTML standard, section 9.2)."""
+"""Live connections: sessions on a task with a bound and a send timeout, and their frames as server-sent events.
+
+The event stream format is that of the HTML standard, section 9.2.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from octollm.errors import OctoError
 from octollm.events import TaskWatchHub
 from octollm.live import LiveFrame, LiveSession, SessionTiming, parse_resume_position
 from octollm.rpc.call import IncomingCall, Operation, implement
+from octollm.rpc.limits import wait_for_disconnect
 from octollm.services.reflex.auth import CredentialAuthenticator
 from octollm.services.reflex.upstream import Upstream, UpstreamTask
 from octollm.storage import TextStream
@@ -28,17 +32,17 @@ from octollm.telemetry import Metrics
 MAX_WATCHERS = 4096
 """Open live connections of one process."""
 SEND_TIMEOUT_SECONDS = 10.0
-"""How long one frame may wait for a watcher whose connection takes no more."""
+"""How long one frame may wait for a client that does not read."""
 _TASK_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class SlowConsumerError(Exception):
-    """The watcher's connection takes no more: what it was sent waits, up to the bound, and does not go."""
+    """The client does not read: a frame waited longer than the send timeout."""
 
 
 @dataclass(slots=True)
 class LiveConnections:
-    """Opens sessions for whoever the door admits."""
+    """Opens live sessions, and bounds how many there are."""
 
     authenticator: CredentialAuthenticator
     upstream: Upstream
@@ -53,7 +57,7 @@ class LiveConnections:
     _open: int = 0
 
     async def open_session(self, credential: str, connection: HTTPConnection) -> LiveSession:
-        """Return an open session on the task that ``connection`` names, from where it says it goes on.
+        """Return an open session on the task in the path, from the position in the query or ``Last-Event-ID``.
 
         Raises ``task_not_found``, ``scope_missing``, ``invalid_parameter``, ``draining``.
         """
@@ -66,7 +70,7 @@ class LiveConnections:
         afters = query.getlist("after")
         if len(afters) > 1:
             raise OctoError("`after` may be given once.", code="invalid_parameter")
-        # A browser's EventSource connects again with this header and the address it was first given.
+        # A browser's EventSource reconnects with this header and its first URL, whose `after` is old by then.
         after = connection.headers.get("last-event-id") or (afters[0] if afters else None)
         session = LiveSession(
             task_id,
@@ -81,7 +85,7 @@ class LiveConnections:
 
     @contextlib.contextmanager
     def count_connection(self, kind: str) -> Generator[None]:
-        """Count a watcher; raises ``overloaded`` past the bound."""
+        """Count a connection while the context is open. Raises ``overloaded`` past the bound."""
         if self._open >= self.max_watchers:
             raise OctoError("Too many live connections are open here.", code="overloaded", retry_after=5)
         self._open += 1
@@ -93,10 +97,8 @@ class LiveConnections:
             self.metrics.live_connections.labels(kind).dec()
 
     async def send_within_timeout(self, sending: Awaitable[None]) -> None:
-        """Wait for one frame to be taken; raises :class:`SlowConsumerError` past the patience.
-
-        Frames are made one at a time, so this one and the connection's own buffer (64 KiB) are all that waits.
-        """
+        """Send one frame. Raises :class:`SlowConsumerError` after ``send_timeout`` seconds."""
+        # Frames are made one at a time, so only this one and the connection's buffer (64 KiB) are ever queued.
         try:
             async with asyncio.timeout(self.send_timeout):
                 await sending
@@ -113,7 +115,7 @@ _RETRY_EVENT = b"retry: 1000\n\n"
 
 
 def encode_frame_event(frame: LiveFrame) -> bytes:
-    """Return a frame as an event; its id is the ``seq``, so a reader goes on behind the last event it has."""
+    """Return a frame as an event. Its id is the ``seq``, from which a client resumes."""
     return b"id: %d\ndata: %s\n\n" % (frame.seq, msgspec.json.encode(frame))
 
 
@@ -127,43 +129,40 @@ class FrameEventResponse(Response):
         self._task_id = task_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
+        """Send the events until the final frame, a disconnect or the drain."""
         del scope
-        watching = self._connections
-
-        async def gone() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
+        connections = self._connections
 
         async def write(body: bytes, *, more: bool = True) -> None:
-            await watching.send_within_timeout(send({"type": "http.response.body", "body": body, "more_body": more}))
+            message = {"type": "http.response.body", "body": body, "more_body": more}
+            await connections.send_within_timeout(send(message))
 
-        async def tell() -> None:
+        async def send_frames() -> None:
             async with (
-                watching.hub.subscribe(self._task_id) as hints,
+                connections.hub.subscribe(self._task_id) as hints,
                 contextlib.aclosing(self._session.frames(hints)) as frames,
             ):
                 async for frame in frames:
                     await write(encode_frame_event(frame))
 
-        with watching.count_connection("sse"):
+        with connections.count_connection("sse"):
             await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
-            # What ends a stream is no answer any more: the reader connects again and is told then.
+            # The status is sent: an error can only end the stream. The client reconnects and gets it as a response.
             with contextlib.suppress(OctoError, SlowConsumerError):
                 await write(_RETRY_EVENT)
-                await run_until_first(tell(), gone(), watching.draining.wait())
+                await run_until_first(send_frames(), wait_for_disconnect(receive), connections.draining.wait())
             with contextlib.suppress(SlowConsumerError):
                 await write(b"", more=False)
 
 
 def build_sse_operation(connections: LiveConnections) -> Operation:
-    """Return the operation."""
+    """Return the operation that streams a task's frames as server-sent events."""
 
     async def handle(call: IncomingCall, body: object) -> Response:
         del body
         session = await connections.open_session(call.bearer, call.request)
         if session.is_finished:
-            # 204 tells an EventSource not to connect again.
+            # 204 makes an EventSource stop reconnecting.
             return Response(status_code=204)
         return FrameEventResponse(connections, session, str(call.path["task_id"]))
 

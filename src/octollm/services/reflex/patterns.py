@@ -1,4 +1,7 @@
-"""Patterns of the input guardrail: personal data, secrets and prompt injection, as regular expressions that hyperscan and :mod:`re` both compile, without nested repeats."""
+"""Patterns of the input guardrail: personal data, secrets and prompt injection.
+
+Each is a regular expression that hyperscan and :mod:`re` both compile, without nested repeats.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ PatternRisk = Literal["low", "medium", "high"]
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """One thing to look for. ``check`` looks closer at what matched; ``tells`` says in words what was found."""
+    """A pattern with its risk. ``check`` confirms a match, such as by a check digit; ``description`` names it."""
 
     name: str
     risk: PatternRisk
@@ -26,7 +29,7 @@ class Pattern:
 
 
 def _is_luhn_valid(text: str) -> bool:
-    """Say whether digits have the check digit of a payment card (ISO/IEC 7812-1, annex B)."""
+    """Say whether the digits end with the check digit of a payment card (ISO/IEC 7812-1, annex B)."""
     digits = [int(char) for char in text if char.isdigit()]
     if not 13 <= len(digits) <= 19 or len(set(digits)) == 1:
         return False
@@ -37,10 +40,10 @@ def _is_luhn_valid(text: str) -> bool:
 def _is_iban_valid(text: str) -> bool:
     """Say whether a text has the check digits of an IBAN (ISO 13616, ISO/IEC 7064 MOD 97-10)."""
     plain = text.replace(" ", "").upper()
-    turned = plain[4:] + plain[:4]
-    if not 15 <= len(plain) <= 34 or not turned.isalnum():
+    rotated = plain[4:] + plain[:4]
+    if not 15 <= len(plain) <= 34 or not rotated.isalnum():
         return False
-    return int("".join(str(int(char, 36)) for char in turned)) % 97 == 1
+    return int("".join(str(int(char, 36)) for char in rotated)) % 97 == 1
 
 
 def _is_phone_number(text: str) -> bool:
@@ -124,4 +127,4 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern("injection.exfiltrate", "high", _EXFILTRATE, "an order to send secrets to an address"),
 )
-"""Every pattern. Names are stable: they are counted and recorded."""
+"""All patterns. Their names are stable: metrics and the audit log carry them."""

@@ -1,4 +1,7 @@
-"""Input guardrail: one pattern-matching pass over a submitted goal, and the decision to allow or refuse it. Text is never rewritten."""
+"""Input guardrail: pattern matching over a submitted goal, and the decision to allow or refuse it.
+
+Text is never rewritten.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,14 @@ from octollm.telemetry import Metrics
 
 _BOUNDS = re.compile(r"\{([0-9]+),[0-9]+\}")
 INJECTION_KINDS_REFUSED = 2
-"""So many kinds of injection in one text are no accident."""
+"""A text with this many kinds of injection is refused, whatever the risk of each."""
 
 
 class Screener:
-    """Looks for :data:`PATTERNS`. Hyperscan says in one pass which may be there; only these are looked for exactly.
+    """Finds :data:`PATTERNS` in a text.
 
-    It is not built for every machine: without it each pattern is looked for in turn, which finds the same.
+    Hyperscan prefilters: one pass tells which patterns may match, and :mod:`re` runs only those. It is not available
+    on every machine; without it :mod:`re` runs every pattern, with the same result.
     """
 
     def __init__(self, patterns: Iterable[Pattern] = PATTERNS) -> None:
@@ -47,9 +51,9 @@ class Screener:
         self._database = _compile_database([_drop_upper_bounds(each.expression) for each in self._patterns])
 
     def screen(self, text: str) -> ScreeningResult:
-        """Return what is in ``text`` and whether work on it is refused.
+        """Return the findings in ``text`` and the decision.
 
-        Refused is what a single pattern of high risk was found in, or several kinds of injection.
+        A text is refused for one pattern of high risk, or for several kinds of injection.
         """
         plain, places = _normalize(text)
         findings: list[ScreeningFinding] = []
@@ -66,23 +70,23 @@ class Screener:
         return self._decide(findings, kinds)
 
     def _prefilter(self, plain: str) -> list[int]:
-        """Return the patterns that may be found, in their order."""
+        """Return the indices of the patterns that may match, in order."""
         if self._database is None:
             return list(range(len(self._patterns)))
-        found: set[int] = set()
+        candidates: set[int] = set()
 
-        def seen(number: int, _start: int, _end: int, _flags: int, _context: object) -> None:
-            found.add(number)
+        def add_candidate(number: int, _start: int, _end: int, _flags: int, _context: object) -> None:
+            candidates.add(number)
 
-        self._database.scan(plain.encode(), match_event_handler=seen)
-        return sorted(found)
+        self._database.scan(plain.encode(), match_event_handler=add_candidate)
+        return sorted(candidates)
 
     def _decide(self, findings: list[ScreeningFinding], kinds: set[str]) -> ScreeningResult:
-        found = [each for each in self._patterns if each.name in kinds]
-        injections = [each for each in found if each.kind == "injection"]
-        high = [each for each in found if each.risk == "high"]
+        matched = [each for each in self._patterns if each.name in kinds]
+        injections = [each for each in matched if each.kind == "injection"]
+        high = [each for each in matched if each.risk == "high"]
         refused = high or (injections if len(injections) >= INJECTION_KINDS_REFUSED else [])
-        risks: list[Risk] = [each.risk for each in found]
+        risks: list[Risk] = [each.risk for each in matched]
         risk = max_risk("high" if refused else "none", *risks)
         if not refused:
             return ScreeningResult("allow", risk, findings=tuple(findings))
@@ -91,14 +95,14 @@ class Screener:
 
 
 def summarize_screening(screening: ScreeningResult) -> ScreeningRecord:
-    """Return what is recorded of a screening."""
+    """Return the record of a screening: its risk, and how often each pattern matched."""
     return ScreeningRecord(screening.risk, dict(Counter(each.pattern for each in screening.findings)))
 
 
 def _compile_database(expressions: list[bytes]) -> Any:
-    """Return all expressions compiled for one pass, or ``None`` where hyperscan is not."""
+    """Return all expressions compiled for one pass; ``None`` without hyperscan."""
     try:
-        import hyperscan  # noqa: PLC0415  it is not there on every machine
+        import hyperscan  # noqa: PLC0415  It is not available on every machine.
     except ImportError:
         return None
     flags = hyperscan.HS_FLAG_CASELESS | hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_PREFILTER
@@ -108,7 +112,7 @@ def _compile_database(expressions: list[bytes]) -> Any:
 
 
 def _drop_upper_bounds(expression: str) -> bytes:
-    """Return an expression without upper bounds of repeats: it matches no less, and is compiled in no time."""
+    """Return an expression without upper bounds of repeats: it matches no less, and compiles much faster."""
     return _BOUNDS.sub(lambda bounds: "*" if bounds[1] == "0" else "+", expression).encode()
 
 
@@ -120,9 +124,9 @@ def _build_finding(pattern: Pattern, match: re.Match[str], places: list[int] | N
 
 
 def _normalize(text: str) -> tuple[str, list[int] | None]:
-    """Return ``text`` as it reads, and where each character of that stands in ``text``.
+    """Return ``text`` as it reads, and the index in ``text`` of each of its characters.
 
-    Compatibility forms are unified (NFKC) and what is not seen is left out, so that neither hides a word.
+    Compatibility forms are unified (NFKC) and invisible characters dropped, so that neither hides a word.
     """
     if text.isascii():
         return text, None
@@ -141,71 +145,70 @@ GuardrailMode = Literal["block", "log", "off"]
 
 
 class InputGuardrail:
-    """Screens submissions before they are passed on, as they came. It never changes a goal or a file."""
+    """Screens submissions before they are forwarded. It never changes a goal or a file."""
 
     def __init__(self, screener: Screener, mode: GuardrailMode, upstream: Upstream, metrics: Metrics) -> None:
-        """``mode`` says what becomes of a goal of high risk; with ``off`` nothing is looked at."""
+        """With ``mode`` ``log`` findings are only recorded; with ``off`` nothing is screened."""
         self._screener = screener
         self._mode = mode
         self._upstream = upstream
         self._metrics = metrics
 
     async def check(self, call: IncomingCall) -> dict[str, str]:
-        """Return the headers with which a submission is passed on; raise ``goal_refused`` and have that recorded."""
+        """Return the headers to forward with a submission. Raises ``goal_refused``, after recording the refusal."""
         if self._mode == "off":
             return {}
         try:
-            contract = msgspec.json.decode(call.body, type=Task)
+            task = msgspec.json.decode(call.body, type=Task)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            return {}  # the orchestrator says what is wrong with it
-        found: Counter[str] = Counter()
+            return {}  # The orchestrator validates the body and reports its faults.
+        matches: Counter[str] = Counter()
         worst: Risk = "none"
-        for pointer, text, orders in _iter_texts(contract):
+        for pointer, text, is_instruction in _iter_texts(task):
             screening = self._screener.screen(text[:MAX_SCREENED])
-            note = summarize_screening(screening)
-            found.update(note.found)
-            # A file is what the work is about: what stands in it is no order to anybody, and is recorded only.
-            risk: Risk = screening.risk if orders or screening.risk != "high" else "medium"
+            matches.update(summarize_screening(screening).found)
+            # A file is material for the work, not an instruction: its findings are recorded and refuse nothing.
+            risk: Risk = screening.risk if is_instruction or screening.risk != "high" else "medium"
             worst = max_risk(worst, risk)
-            if orders and screening.decision == "refuse" and self._mode == "block":
+            if is_instruction and screening.decision == "refuse" and self._mode == "block":
                 await self._refuse(call, pointer, screening)
-        for pattern in found:
+        for pattern in matches:
             self._metrics.screening_findings.labels(pattern).inc()
-        if not found:
+        if not matches:
             return {}
-        return {SCREENING_HEADER: msgspec.json.encode(ScreeningRecord(worst, dict(found))).decode()}
+        return {SCREENING_HEADER: msgspec.json.encode(ScreeningRecord(worst, dict(matches))).decode()}
 
     async def _refuse(self, call: IncomingCall, pointer: str, screening: ScreeningResult) -> None:
         self._metrics.rejected_requests.labels("goal_refused").inc()
-        asked = UpstreamRequest(
+        request = UpstreamRequest(
             "screenings.record",
             "POST",
             "/screenings",
             body=msgspec.json.encode(RejectedGoal(summarize_screening(screening), screening.reason)),
         )
-        await self._upstream.send(call.bearer, asked, call.deadline)
+        await self._upstream.send(call.bearer, request, call.deadline)
         raise OctoError(
-            f"{screening.reason} `POST /preprocess` shows where; OCTOLLM_INPUT_GUARDRAIL says what is refused.",
+            f"{screening.reason} `POST /preprocess` shows where; OCTOLLM_INPUT_GUARDRAIL sets what is refused.",
             code="goal_refused",
             field_errors=(FieldError(pointer, screening.reason),),
         )
 
     async def preprocess(self, _call: IncomingCall, body: PreprocessRequest) -> ScreeningResult:
-        """Return the decision on a text alone. Nothing is kept, and nothing is done."""
+        """Return the decision on a text. Nothing is stored."""
         return self._screener.screen(body.text)
 
     def operations(self) -> list[Operation]:
-        """Return the operation that shows a decision."""
+        """Return the operation that screens a text."""
         return [implement(SCREEN_TEXT, self.preprocess, auth="door")]
 
 
-def _iter_texts(contract: Task) -> Iterator[tuple[str, str, bool]]:
-    """Yield each text of a submission: its place, and whether it gives orders."""
-    yield "/goal", contract.goal, True
+def _iter_texts(task: Task) -> Iterator[tuple[str, str, bool]]:
+    """Yield the JSON Pointer of each text of a submission, the text, and whether it instructs a model."""
+    yield "/goal", task.goal, True
     for name in ("constraints", "acceptance_criteria"):
-        for number, text in enumerate(getattr(contract, name)):
+        for number, text in enumerate(getattr(task, name)):
             yield f"/{name}/{number}", text, True
-    yield "/context/text", contract.context.text, True
-    for number, file in enumerate(contract.context.files):
+    yield "/context/text", task.context.text, True
+    for number, file in enumerate(task.context.files):
         if file.text:
             yield f"/context/files/{number}/text", file.text, False

@@ -32,13 +32,17 @@ from octollm.storage import RedisClient, RedisKeys, TextStream
 
 READINESS_SECONDS = 2.0
 MAX_CHECKED_INSTANCES = 16
-"""Instances of one service that are asked."""
+"""Instances of one service that are checked."""
 READINESS_CACHE_SECONDS = 1.0
-"""An answer is used again for so long: a page that asks often costs no more."""
+"""A result is reused for this long, so that frequent polls of ``/ready`` cost no more."""
+CORS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "X-File-Name")
+CORS_EXPOSED = ("ETag", "Location", "Retry-After", "X-Request-ID", "X-Correlation-ID", "Content-Disposition")
+POLL_FALLBACK_SECONDS = 5.0
+"""A live session polls this often, in case a hint was lost."""
 
 
 class DependencyReadiness:
-    """Asks the ``/ready`` of several services at once."""
+    """Checks the ``/ready`` of several services concurrently."""
 
     def __init__(self, http: HttpClient, discovery: Discovery, clock: Clock, names: tuple[str, ...]) -> None:
         self._http = http
@@ -49,44 +53,38 @@ class DependencyReadiness:
         self._checked_at = -1e9
         self._lock = asyncio.Lock()
 
-    def checkups(self) -> dict[str, ReadinessCheck]:
-        """Return a check-up for each service."""
-        return {name: self._checkup(name) for name in self._names}
+    def checks(self) -> dict[str, ReadinessCheck]:
+        """Return a readiness check for each service."""
+        return {name: self._check(name) for name in self._names}
 
-    def _checkup(self, name: str) -> ReadinessCheck:
-        async def checkup() -> DependencyStatus:
+    def _check(self, name: str) -> ReadinessCheck:
+        async def check() -> DependencyStatus:
             async with self._lock:
                 if self._clock.monotonic() - self._checked_at > READINESS_CACHE_SECONDS:
-                    answers = await asyncio.gather(*(self._check_service(each) for each in self._names))
-                    self._cached = dict(zip(self._names, answers, strict=True))
+                    results = await asyncio.gather(*(self._check_service(each) for each in self._names))
+                    self._cached = dict(zip(self._names, results, strict=True))
                     self._checked_at = self._clock.monotonic()
             return self._cached[name]
 
-        return checkup
+        return check
 
     async def _check_service(self, name: str) -> DependencyStatus:
-        """Return the state of a service: the best of its instances, since one that is well is enough."""
+        """Return the best status of a service's instances: one ready instance is enough."""
         try:
             urls = self._discovery.instances(name)[:MAX_CHECKED_INSTANCES]
         except OctoError:
-            return DependencyStatus(ok=False, detail="no address is known for it")
+            return DependencyStatus(ok=False, detail="its address is unknown")
         states = await asyncio.gather(*(self._check_instance(url) for url in urls))
         return max(states, key=lambda state: state.ok)
 
     async def _check_instance(self, url: str) -> DependencyStatus:
         try:
-            answer = await self._http.send("GET", f"{url}/ready", {}, None, seconds=READINESS_SECONDS)
-            ready = msgspec.json.decode(answer.body, type=Readiness)
+            response = await self._http.send("GET", f"{url}/ready", {}, None, seconds=READINESS_SECONDS)
+            ready = msgspec.json.decode(response.body, type=Readiness)
         except (OctoError, msgspec.DecodeError, UnicodeDecodeError):
             return DependencyStatus(ok=False, detail="it does not answer")
         lacking = [key for key, state in ready.dependencies.items() if not state.ok]
-        return DependencyStatus(ok=answer.status == 200, detail=f"without {', '.join(lacking)}" if lacking else "")
-
-
-CORS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "X-File-Name")
-CORS_EXPOSED = ("ETag", "Location", "Retry-After", "X-Request-ID", "X-Correlation-ID", "Content-Disposition")
-POLL_FALLBACK_SECONDS = 5.0
-"""A watcher looks by itself as often, should a hint be lost."""
+        return DependencyStatus(ok=response.status == 200, detail=f"without {', '.join(lacking)}" if lacking else "")
 
 
 @contextlib.asynccontextmanager
@@ -99,15 +97,15 @@ async def reflex_service(
     loopback_only: bool,
     send_timeout: float = SEND_TIMEOUT_SECONDS,
 ) -> AsyncGenerator[Service]:
-    """Open the public door.
+    """Yield the gateway as a service.
 
-    ``local_key`` is the API key of the local user, used for local peers where ``loopback_only`` says that nobody
-    else can connect and the settings do not switch that trust off. ``patience`` is in seconds.
+    ``local_key`` is the API key of the local user. It is used for loopback peers if ``loopback_only`` (only this
+    machine can connect) and the settings trust loopback. ``send_timeout`` (seconds) bounds the wait for a slow client.
     """
     draining = asyncio.Event()
     keys = RedisKeys()
-    ours = AllowedHosts(settings.allowed_hosts, settings.cors_origins)
-    trusted = local_key if loopback_only and settings.trust_loopback else None
+    allowed_hosts = AllowedHosts(settings.allowed_hosts, settings.cors_origins)
+    trusted_key = local_key if loopback_only and settings.trust_loopback else None
     caller = ServiceClient(
         base.name,
         base.http,
@@ -119,17 +117,22 @@ async def reflex_service(
         retry=GatewayRetryPolicy(),
     )
     exchange = TokenExchangeClient(caller, base.identity.signer(), base.clock)
-    rate = RateLimiter(settings.rate_limit, base.clock)
-    guessing = FailedLoginThrottle(base.clock)
-    door = CredentialAuthenticator(exchange, rate, ours, base.metrics, throttle=guessing, local_key=trusted)
-    page = SessionHandlers(caller, base.identity.signer(), exchange, ours, rate, guessing, base.clock)
+    rate_limiter = RateLimiter(settings.rate_limit, base.clock)
+    throttle = FailedLoginThrottle(base.clock)
+    authenticator = CredentialAuthenticator(
+        exchange, rate_limiter, allowed_hosts, base.metrics, throttle=throttle, local_key=trusted_key
+    )
+    sessions = SessionHandlers(
+        caller, base.identity.signer(), exchange, allowed_hosts, rate_limiter, throttle, base.clock
+    )
     upstream = Upstream(caller, exchange, base.clock)
-    screen = InputGuardrail(await asyncio.to_thread(Screener), settings.input_guardrail, upstream, base.metrics)
+    # Compiling the patterns takes long enough to block the event loop.
+    guardrail = InputGuardrail(await asyncio.to_thread(Screener), settings.input_guardrail, upstream, base.metrics)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(exchange.close)
         hub = await stack.enter_async_context(TaskWatchHub(redis, keys, poll_seconds=POLL_FALLBACK_SECONDS))
-        watching = LiveConnections(
-            door,
+        connections = LiveConnections(
+            authenticator,
             upstream,
             TextStream(redis, keys),
             hub,
@@ -138,28 +141,28 @@ async def reflex_service(
             draining,
             send_timeout=send_timeout,
         )
-        # Off loopback anybody may ask /ready, who is told of nothing but what the door itself cannot do without.
+        # Off loopback anybody may read /ready: it then names only what the gateway itself cannot do without.
         names = tuple(name for name in SERVICES if name != base.name) if loopback_only else ("orchestrator",)
-        checkups: dict[str, ReadinessCheck] = {
-            **DependencyReadiness(base.http, base.discovery, base.clock, names).checkups(),
-            "redis": _build_redis_checkup(redis.ping, hub),
+        checks: dict[str, ReadinessCheck] = {
+            **DependencyReadiness(base.http, base.discovery, base.clock, names).checks(),
+            "redis": _build_redis_check(redis.ping, hub),
         }
         service = build_service(
             base,
             [
-                *RequestForwarder(upstream, screen, draining).operations(),
-                *screen.operations(),
-                *page.operations(),
-                build_sse_operation(watching),
+                *RequestForwarder(upstream, guardrail, draining).operations(),
+                *guardrail.operations(),
+                *sessions.operations(),
+                build_sse_operation(connections),
             ],
-            authenticators={"door": GatewayAuthenticator(door)},
-            readiness_checks=checkups,
-            extra_routes=[build_page_route(), *TaskWebSockets(watching, base.ids, base.log).routes()],
+            authenticators={"door": GatewayAuthenticator(authenticator)},
+            readiness_checks=checks,
+            extra_routes=[build_page_route(), *TaskWebSockets(connections, base.ids, base.log).routes()],
             draining=draining,
             reports_export=loopback_only,
         )
         if settings.cors_origins:
-            # Without credentials: a page elsewhere shows a key of its own, and never the browser's session.
+            # No allow_credentials: a foreign page sends its own key, and never the browser's session.
             service.app.add_middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
@@ -170,7 +173,7 @@ async def reflex_service(
             )
         service.app.add_middleware(
             RequestGuardMiddleware,
-            allowed_hosts=ours,
+            allowed_hosts=allowed_hosts,
             ids=base.ids,
             metrics=base.metrics,
             exempts_probes=not loopback_only,
@@ -178,12 +181,12 @@ async def reflex_service(
         yield service
 
 
-def _build_redis_checkup(ping: Callable[[], Awaitable[None]], hub: TaskWatchHub) -> ReadinessCheck:
-    async def checkup() -> DependencyStatus:
+def _build_redis_check(ping: Callable[[], Awaitable[None]], hub: TaskWatchHub) -> ReadinessCheck:
+    async def check() -> DependencyStatus:
         try:
             await ping()
         except OctoError as error:
             return DependencyStatus(ok=False, detail=f"live updates are slower: {error.detail}", required=False)
         return DependencyStatus(ok=hub.degraded is None, detail=hub.degraded or "", required=False)
 
-    return checkup
+    return check

@@ -1,4 +1,4 @@
-"""Throttling: a sliding-window rate limiter per key or address, and exponential delay after failed logins on one key (brute-force lockout)."""
+"""Throttling: a sliding-window rate limiter per key or address, and a growing delay after failed logins on a key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from octollm.errors import OctoError
 
 
 def get_address_bucket(address: str) -> str:
-    """Return what an address is counted as: itself, or its /64 network, which one IPv6 client can roam."""
+    """Return the bucket of an address: the address itself, or its /64 network, all of which one IPv6 client may use."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -29,7 +29,7 @@ def get_address_bucket(address: str) -> str:
 
 
 class RateLimiter:
-    """Sliding windows of ``limit`` (``COUNT/second|minute|hour``), one per bucket, in this process."""
+    """A sliding window of ``limit`` (``COUNT/second|minute|hour``) for each bucket, in this process."""
 
     def __init__(self, limit: str, clock: Clock) -> None:
         self._limit: RateLimitItem = parse(limit)
@@ -37,7 +37,7 @@ class RateLimiter:
         self._clock = clock
 
     async def hit(self, bucket: str) -> None:
-        """Count a call; raise ``rate_limited`` with the seconds until the next one has a chance."""
+        """Count a call. Raises ``rate_limited`` with the seconds until the next call may succeed."""
         if await self._limiter.hit(self._limit, bucket):
             return
         stats = await self._limiter.get_window_stats(self._limit, bucket)
@@ -46,12 +46,14 @@ class RateLimiter:
 
 
 FIRST_SECONDS = 0.05
+"""The delay after one failure; it doubles with each further one."""
 LONGEST_SECONDS = 2.0
 FORGET_SECONDS = 300.0
+"""Failures are forgotten after this time without another."""
 MAX_WAITING = 16
-"""Tries on one key that wait at a time; further ones are told to come back."""
+"""Attempts on one key that wait at a time; further ones are refused."""
 MAX_KEYS = 4096
-"""Keys that are remembered; the one not tried for longest goes first."""
+"""Keys with failures; the least recently failed is evicted first."""
 
 
 class _FailedAttempts:
@@ -64,57 +66,60 @@ class _FailedAttempts:
 
 
 class FailedLoginThrottle:
-    """Wrong tries by key. A right one is never refused for the wrong ones of others, only slowed."""
+    """Delays attempts on a key after failures. Guesses of others can delay a valid key, never lock it out."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._attempts: OrderedDict[str, _FailedAttempts] = OrderedDict()
 
     def delay(self, key_id: str) -> float:
-        """Return how long the next try on the key ``name`` has to wait, in seconds."""
-        tries = self._attempts.get(key_id)
-        if tries is None or tries.failures == 0 or self._clock.monotonic() - tries.last_failed_at > FORGET_SECONDS:
+        """Return the seconds that the next attempt on a key has to wait."""
+        attempts = self._attempts.get(key_id)
+        if (
+            attempts is None
+            or attempts.failures == 0
+            or self._clock.monotonic() - attempts.last_failed_at > FORGET_SECONDS
+        ):
             return 0.0
-        return min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(tries.failures - 1, 16))
+        return min(LONGEST_SECONDS, FIRST_SECONDS * 2.0 ** min(attempts.failures - 1, 16))
 
     @contextlib.asynccontextmanager
     async def attempt(self, credential: str) -> AsyncGenerator[None]:
-        """Try a credential in the body: it waits its turn, and counts when the body raises ``api_key_invalid``.
-
-        A login by another issuer is signed: there is nothing to guess.
-        """
+        """Delay the body, which checks a credential, and count a failure when it raises ``api_key_invalid``."""
+        # A token of another issuer is signed: it cannot be guessed.
         if not credential.startswith("octo"):
             yield
             return
-        name = "_".join(credential.split("_", 2)[:2])[:64]
-        await self.wait(name)
+        # The part before the secret names the key, so guesses at one key share a counter.
+        key_id = "_".join(credential.split("_", 2)[:2])[:64]
+        await self.wait(key_id)
         try:
             yield
         except OctoError as error:
             if error.code == "api_key_invalid":
-                self.record_failure(name)
+                self.record_failure(key_id)
             raise
 
     async def wait(self, key_id: str) -> None:
-        """Wait as long as the wrong tries so far ask for; raise ``rate_limited`` when many wait already."""
+        """Wait for the delay of a key. Raises ``rate_limited`` when :data:`MAX_WAITING` attempts wait already."""
         seconds = self.delay(key_id)
         if not seconds:
             return
-        tries = self._attempts[key_id]
-        if tries.waiting >= MAX_WAITING:
-            raise OctoError("Too many tries on that key.", code="rate_limited", retry_after=LONGEST_SECONDS)
-        tries.waiting += 1
+        attempts = self._attempts[key_id]
+        if attempts.waiting >= MAX_WAITING:
+            raise OctoError("Too many attempts on that key.", code="rate_limited", retry_after=LONGEST_SECONDS)
+        attempts.waiting += 1
         try:
             await asyncio.sleep(seconds)
         finally:
-            tries.waiting -= 1
+            attempts.waiting -= 1
 
     def record_failure(self, key_id: str) -> None:
-        """Note a wrong try."""
-        tries = self._attempts.setdefault(key_id, _FailedAttempts())
+        """Count a failed attempt."""
+        attempts = self._attempts.setdefault(key_id, _FailedAttempts())
         self._attempts.move_to_end(key_id)
         now = self._clock.monotonic()
-        tries.failures = 1 if now - tries.last_failed_at > FORGET_SECONDS else tries.failures + 1
-        tries.last_failed_at = now
+        attempts.failures = 1 if now - attempts.last_failed_at > FORGET_SECONDS else attempts.failures + 1
+        attempts.last_failed_at = now
         if len(self._attempts) > MAX_KEYS:
             self._attempts.popitem(last=False)

@@ -1,4 +1,4 @@
-"""The orchestrator as reflex calls it: a cached RFC 8693 token exchange per credential, and requests sent with the caller's own access token."""
+"""Calls of the orchestrator with the caller's own access token, from a cached token exchange (RFC 8693)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
-from urllib.parse import quote
 
 import msgspec
 
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
 from octollm.context import current_context
-from octollm.contracts.api import EventList, StepTexts, TaskView, TokenExchangeRequest, TokenResponse
+from octollm.contracts.api import StepTexts, TaskView, TokenExchangeRequest, TokenResponse
+from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.events import Event
+from octollm.contracts.public_api import CANCEL_TASK, READ_TASK, TASK_HISTORY, TASK_TEXTS
 from octollm.contracts.services import OperationKind
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import CallFailure, Deadline, RetryPolicy
@@ -25,22 +26,22 @@ from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.http_client import HttpResponse, StreamedResponse
 
 MAX_CACHED_TOKENS = 1024
-"""Access tokens that are held; the one not used for longest goes first."""
+"""Cached access tokens; the least recently used is evicted first."""
 MAX_CACHE_SECONDS = 300.0
 EXPIRY_MARGIN_SECONDS = 30.0
-"""A token is dropped so long before it ends, so that none ends on its way."""
+"""A token leaves the cache this long before it expires, so that none expires in transit."""
 EXCHANGE_SECONDS = 10.0
 _EXCHANGE_TARGET = CallTarget("orchestrator", "token", "POST", "/token", "read_only")
 
 
 def hash_credential(credential: str) -> str:
-    """Return the name by which a credential is held and counted: its SHA-256."""
+    """Return the SHA-256 of a credential, by which it is cached and counted."""
     return hashlib.sha256(credential.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class CachedToken:
-    """An access token that is held, and what it is for; ``until`` on the monotonic clock."""
+    """A cached access token; ``expires_at`` is on the monotonic clock."""
 
     token: str = field(repr=False)
     tenant: str
@@ -49,7 +50,7 @@ class CachedToken:
 
 
 class TokenExchangeClient:
-    """Gets access tokens for credentials. A refusal is not kept: the next try asks again."""
+    """Exchanges credentials for access tokens, and caches these. Failures are not cached."""
 
     def __init__(self, caller: ServiceClient, signer: ServiceTokenSigner, clock: Clock) -> None:
         self._caller = caller
@@ -59,50 +60,50 @@ class TokenExchangeClient:
         self._pending: dict[str, asyncio.Task[CachedToken]] = {}
 
     def is_cached(self, digest: str) -> bool:
-        """Say whether a credential was exchanged a short while ago."""
-        held = self._cache.get(digest)
-        return held is not None and held.expires_at > self._clock.monotonic()
+        """Say whether the token of a credential, by its hash, is cached and valid."""
+        cached = self._cache.get(digest)
+        return cached is not None and cached.expires_at > self._clock.monotonic()
 
     async def get_token(self, credential: str) -> str:
         """Return an access token for the orchestrator.
 
-        Raises ``api_key_invalid``, or what keeps the orchestrator from answering.
+        Raises ``api_key_invalid``, ``login_refused``, or the error of a failed call.
         """
         digest = hash_credential(credential)
-        held = self._cache.get(digest)
-        if held is not None and held.expires_at > self._clock.monotonic():
+        cached = self._cache.get(digest)
+        if cached is not None and cached.expires_at > self._clock.monotonic():
             self._cache.move_to_end(digest)
-            return held.token
-        asking = self._pending.get(digest)
-        if asking is None:
-            asking = asyncio.create_task(self._exchange(credential))
-            self._pending[digest] = asking
-            asking.add_done_callback(lambda done: self._store(digest, done))
-        # One who asked goes away; the others still wait for the answer.
-        return (await asyncio.shield(asking)).token
+            return cached.token
+        # Concurrent callers of one credential share one exchange. Cancelling one must not cancel it for the others.
+        pending = self._pending.get(digest)
+        if pending is None:
+            pending = asyncio.create_task(self._exchange(credential))
+            self._pending[digest] = pending
+            pending.add_done_callback(lambda done: self._store(digest, done))
+        return (await asyncio.shield(pending)).token
 
     def get_tenant(self, credential: str) -> str:
-        """Return the tenant of a credential that was exchanged a short while ago; empty when it was not."""
-        held = self._cache.get(hash_credential(credential))
-        return "" if held is None else held.tenant
+        """Return the tenant of a cached credential; empty for any other."""
+        cached = self._cache.get(hash_credential(credential))
+        return "" if cached is None else cached.tenant
 
     def get_cached(self, credential: str) -> CachedToken:
-        """Return what is held for a credential that was admitted just now; raise ``api_key_invalid`` otherwise."""
-        held = self._cache.get(hash_credential(credential))
-        if held is None:
+        """Return the cached token of an authenticated credential. Raises ``api_key_invalid`` for any other."""
+        cached = self._cache.get(hash_credential(credential))
+        if cached is None:
             raise OctoError("The credential is not known.", code="api_key_invalid")
-        return held
+        return cached
 
     def invalidate(self, credential: str) -> None:
-        """Forget the token of a credential: it was refused."""
+        """Drop the cached token of a credential."""
         self._cache.pop(hash_credential(credential), None)
 
     async def close(self) -> None:
-        """End the exchanges under way."""
-        asking = tuple(self._pending.values())
-        for task in asking:
+        """Cancel the pending exchanges."""
+        pending = tuple(self._pending.values())
+        for task in pending:
             task.cancel()
-        for task in asking:
+        for task in pending:
             with contextlib.suppress(asyncio.CancelledError, OctoError):
                 await task
 
@@ -121,31 +122,31 @@ class TokenExchangeClient:
             Deadline.after(self._clock, EXCHANGE_SECONDS),
             msgspec.json.encode(TokenExchangeRequest(credential)),
         )
-        asked_at = self._clock.monotonic()
+        requested_at = self._clock.monotonic()
         try:
-            answer = await self._caller.call(call, TokenResponse)
+            token = await self._caller.call(call, TokenResponse)
         except RemoteError as error:
             if error.status in (400, 401, 403) and error.code not in ("api_key_invalid", "login_refused"):
-                # It is this service that was refused, not the caller; that is no answer to the caller's key.
+                # The orchestrator refused this service, not the caller: their key may be valid.
                 raise OctoError(
-                    "The public door could not prove itself to the orchestrator.", code="unavailable", retry_after=5
+                    "The gateway could not authenticate to the orchestrator.", code="unavailable", retry_after=5
                 ) from error
             raise
-        lifetime = min(float(answer.expires_in), MAX_CACHE_SECONDS)
-        until = asked_at + max(lifetime - EXPIRY_MARGIN_SECONDS, lifetime / 2)
-        return CachedToken(answer.access_token, answer.tenant, answer.scope, until)
+        lifetime = min(float(token.expires_in), MAX_CACHE_SECONDS)
+        expires_at = requested_at + max(lifetime - EXPIRY_MARGIN_SECONDS, lifetime / 2)
+        return CachedToken(token.access_token, token.tenant, token.scope, expires_at)
 
 
 T = TypeVar("T")
 
 READ_SECONDS = 10.0
-"""The longest wait for one look at a task on behalf of a watcher."""
+"""Timeout of a call on behalf of a live connection."""
 _STALE_TOKEN_CODES = frozenset({"token_expired", "token_revoked", "token_invalid"})
 
 
 @dataclass(frozen=True)
 class GatewayRetryPolicy(RetryPolicy):
-    """The policy of calls made at the door: short waits are waited here, long ones are left to the client."""
+    """The gateway's policy: it waits for a short ``Retry-After`` itself and passes a longer one on to the client."""
 
     max_wait: float = 1.0
 
@@ -162,7 +163,7 @@ class GatewayRetryPolicy(RetryPolicy):
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRequest:
-    """One call to be forwarded. ``path`` is encoded and has its query, if any."""
+    """A call to forward. ``path`` is percent-encoded and includes the query."""
 
     name: str
     method: str
@@ -175,7 +176,7 @@ class UpstreamRequest:
 
 
 class Upstream:
-    """Calls the orchestrator in the name of a credential."""
+    """Calls the orchestrator with the access token of a credential."""
 
     def __init__(self, caller: ServiceClient, exchange: TokenExchangeClient, clock: Clock) -> None:
         self._caller = caller
@@ -183,7 +184,7 @@ class Upstream:
         self._clock = clock
 
     async def send(self, credential: str, request: UpstreamRequest, deadline: Deadline) -> HttpResponse:
-        """Return the whole answer. Raises the orchestrator's problem as it was told."""
+        """Return the response. Raises the orchestrator's problem as a :class:`RemoteError`."""
         return await self._send_with_token(credential, request, deadline, self._caller.send)
 
     async def stream(
@@ -193,7 +194,7 @@ class Upstream:
         deadline: Deadline,
         consume: Callable[[StreamedResponse], Awaitable[None]],
     ) -> None:
-        """Hand the answer over as it comes. Raises the orchestrator's problem as it was told."""
+        """Pass the response to ``consume`` as a stream. Raises as :meth:`send`."""
         await self._send_with_token(credential, request, deadline, lambda call: self._caller.stream(call, consume))
 
     async def _send_with_token(
@@ -209,7 +210,7 @@ class Upstream:
         except RemoteError as error:
             if error.code not in _STALE_TOKEN_CODES:
                 raise
-        # The token was revoked, or its signer's key changed. Refused calls did not begin: one more try is safe.
+        # The cached token was revoked, or its signing key rotated. A refused call has not begun: retry it once.
         self._exchange.invalidate(credential)
         token = await self._exchange.get_token(credential)
         return await send(self._build_call(request, token, deadline))
@@ -229,43 +230,46 @@ class Upstream:
             headers,
         )
 
-    async def read(self, credential: str, name: str, path: str, response_type: type[T]) -> T:
-        """Read something typed from the orchestrator."""
-        answer = await self.send(
-            credential, UpstreamRequest(name, "GET", path), Deadline.after(self._clock, READ_SECONDS)
+    async def call(
+        self, credential: str, declared: DeclaredOperation[None, T], query: str = "", **parameters: str
+    ) -> T:
+        """Call a declared operation that has no body, and return its decoded response."""
+        path = declared.format_service_path(**parameters)
+        request = UpstreamRequest(
+            declared.id,
+            declared.method,
+            f"{path}?{query}" if query else path,
+            declared.kind,
+            None if declared.method == "GET" else b"",
         )
-        return _decode_response(answer, response_type)
+        response = await self.send(credential, request, Deadline.after(self._clock, READ_SECONDS))
+        try:
+            return msgspec.json.decode(response.body, type=declared.response)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise OctoError("The orchestrator's response does not fit its type.", code="peer_protocol") from error
 
     async def cancel(self, credential: str, task_id: str) -> TaskView:
         """Cancel a task. Raises ``scope_missing``, ``task_not_found``, ``state_conflict``."""
-        asked = UpstreamRequest("tasks.cancel", "POST", f"/tasks/{quote(task_id, safe='')}/cancel", "idempotent", b"")
-        return _decode_response(await self.send(credential, asked, Deadline.after(self._clock, READ_SECONDS)), TaskView)
+        return await self.call(credential, CANCEL_TASK, task_id=task_id)
 
 
 class UpstreamTask:
-    """One task as one caller may see it: the source of a live session."""
+    """A task as one caller may read it: the source of a live session."""
 
     def __init__(self, upstream: Upstream, credential: str, task_id: str) -> None:
         self._upstream = upstream
         self._credential = credential
-        self._path = f"/tasks/{quote(task_id, safe='')}"
+        self._task_id = task_id
 
     async def view(self) -> TaskView:
         """Return the task as it is now."""
-        return await self._upstream.read(self._credential, "tasks.read", self._path, TaskView)
+        return await self._upstream.call(self._credential, READ_TASK, task_id=self._task_id)
 
     async def history(self, after: int, limit: int) -> Sequence[Event]:
-        """Return the events behind version ``after``."""
-        path = f"{self._path}/history?after={after}&limit={limit}"
-        return (await self._upstream.read(self._credential, "tasks.history", path, EventList)).events
+        """Return the events after version ``after``."""
+        query = f"after={after}&limit={limit}"
+        return (await self._upstream.call(self._credential, TASK_HISTORY, query, task_id=self._task_id)).events
 
     async def texts(self) -> StepTexts:
-        """Return the text of each step as it was last saved."""
-        return await self._upstream.read(self._credential, "tasks.texts", f"{self._path}/texts", StepTexts)
-
-
-def _decode_response(response: HttpResponse, response_type: type[T]) -> T:
-    try:
-        return msgspec.json.decode(response.body, type=response_type)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise OctoError("The orchestrator answered in another form than agreed.", code="peer_protocol") from error
+        """Return the text of each step as last saved."""
+        return await self._upstream.call(self._credential, TASK_TEXTS, task_id=self._task_id)

@@ -1,4 +1,7 @@
-"""The web page with its Content-Security-Policy, and its cookie sessions: SameSite=Strict, HttpOnly, same-origin requests only."""
+"""The web page with its Content-Security-Policy, and the operations on its cookie sessions.
+
+The cookie is ``SameSite=Strict`` and ``HttpOnly``, and counts for requests of the gateway's own pages only.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ from importlib import resources
 from typing import TypeVar
 
 import msgspec
-from starlette.datastructures import Headers
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -31,7 +33,13 @@ from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
-from octollm.services.reflex.guard import SAFE_METHODS, AllowedHosts, get_server_port
+from octollm.services.reflex.guard import (
+    COOKIE,
+    SECURE_COOKIE,
+    AllowedHosts,
+    get_server_port,
+    read_session_cookie,
+)
 from octollm.services.reflex.throttle import FailedLoginThrottle, RateLimiter, get_address_bucket
 from octollm.services.reflex.upstream import TokenExchangeClient
 
@@ -44,12 +52,12 @@ def build_csp(html: str) -> str:
     for kind, text in _INLINE_ELEMENT.findall(html):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         hashes[kind].append(f"'sha256-{digest}'")
-    nothing = "'none'"
+    none = "'none'"
     return "; ".join(
         (
             "default-src 'self'",
-            f"script-src {' '.join(hashes['script']) or nothing}",
-            f"style-src {' '.join(hashes['style']) or nothing}",
+            f"script-src {' '.join(hashes['script']) or none}",
+            f"style-src {' '.join(hashes['style']) or none}",
             "img-src 'self' data:",
             "connect-src 'self'",
             "object-src 'none'",
@@ -61,7 +69,7 @@ def build_csp(html: str) -> str:
 
 
 def build_page_route() -> Route:
-    """Return the route of the page. The file is read once, here."""
+    """Return the route of the page, which is read once, here."""
     html = resources.files("octollm.services.reflex").joinpath("page", "index.html").read_text("utf-8")
     headers = {
         "Content-Security-Policy": build_csp(html),
@@ -78,37 +86,11 @@ def build_page_route() -> Route:
 
 T = TypeVar("T")
 
-COOKIE = "octollm_session"
-SECURE_COOKIE = "__Host-octollm_session"
-"""Its name in TLS: a browser then takes it from this host alone (RFC 6265bis section 4.1.3)."""
 CALL_SECONDS = 10.0
 
 
-def read_session_cookie(connection: HTTPConnection, allowed_hosts: AllowedHosts) -> str | None:
-    """Return the session that a request shows in its cookie, ``None`` where it shows none.
-
-    A browser sends a cookie by itself, so what changes something has to come from a page of ours. Raises
-    ``origin_refused``.
-    """
-    session = connection.cookies.get(SECURE_COOKIE) or connection.cookies.get(COOKIE)
-    if session is None or not session.startswith(SESSION_TOKEN_PREFIX):
-        return None
-    headers, port = connection.headers, get_server_port(connection.scope)
-    origins = headers.getlist("origin")
-    changes = connection.scope["type"] == "websocket" or connection.scope["method"] not in SAFE_METHODS
-    if not allowed_hosts.are_own_origins(origins, port) or (changes and len(origins) != 1):
-        raise OctoError("A session is for pages of this server alone.", code="origin_refused")
-    if _is_cross_site(headers):
-        raise OctoError("A session is for pages of this server alone.", code="origin_refused")
-    return session
-
-
-def _is_cross_site(headers: Headers) -> bool:
-    return any(value.strip().lower() in ("cross-site", "same-site") for value in headers.getlist("sec-fetch-site"))
-
-
 class SessionHandlers:
-    """Opens and ends sessions with the orchestrator, in the name of the door."""
+    """Opens and ends sessions at the orchestrator, with the gateway's own service token."""
 
     def __init__(
         self,
@@ -132,18 +114,17 @@ class SessionHandlers:
         """Open a session for an API key and set its cookie."""
         request = call.request
         if not self._allowed_hosts.are_own_origins(request.headers.getlist("origin"), get_server_port(request.scope)):
-            raise OctoError("A session is for pages of this server alone.", code="origin_refused")
+            raise OctoError("Only pages of this server may use a session.", code="origin_refused")
         await self._rate_limiter.hit(get_address_bucket(request.client.host if request.client is not None else ""))
         if (body.api_key is None) == (body.login is None):
-            raise OctoError("A session is opened by an API key or by a login, one of the two.", code="invalid_body")
-        wanted = CreateSessionRequest(body.api_key, body.login)
+            raise OctoError("A session needs either an API key or a login.", code="invalid_body")
+        credentials = CreateSessionRequest(body.api_key, body.login)
         async with self._throttle.attempt(body.api_key or ""):
-            answer = await self._request("sessions.open", "/sessions", wanted, SessionResponse)
-        told = Response(
-            msgspec.json.encode(CurrentUser(answer.tenant, answer.scope, session=True)), media_type="application/json"
-        )
-        _set_cookie(told, call, answer.session, answer.expires_in)
-        return told
+            session = await self._request("sessions.open", "/sessions", credentials, SessionResponse)
+        user = CurrentUser(session.tenant, session.scope, session=True)
+        response = Response(msgspec.json.encode(user), media_type="application/json")
+        _set_cookie(response, call, session.session, session.expires_in)
+        return response
 
     async def list_issuers(self, call: IncomingCall, _body: object) -> IssuerList:
         """Return where a browser can log in."""
@@ -153,18 +134,18 @@ class SessionHandlers:
 
     async def read(self, call: IncomingCall, _body: object) -> CurrentUser:
         """Return who the caller is."""
-        held = self._exchange.get_cached(call.bearer)
-        return CurrentUser(held.tenant, held.scope, session=call.bearer.startswith(SESSION_TOKEN_PREFIX))
+        cached = self._exchange.get_cached(call.bearer)
+        return CurrentUser(cached.tenant, cached.scope, session=call.bearer.startswith(SESSION_TOKEN_PREFIX))
 
     async def end(self, call: IncomingCall, _body: object) -> Response:
-        """End the session that is shown, if one is, and take its cookie away."""
+        """End the session of the request, if it has one, and delete its cookie."""
         session = read_session_cookie(call.request, self._allowed_hosts)
         if session is not None:
             await self._request("sessions.end", "/sessions/end", EndSessionRequest(session), Acknowledgement)
             self._exchange.invalidate(session)
-        told = Response(msgspec.json.encode(Acknowledgement()), media_type="application/json")
-        _set_cookie(told, call, "", 0)
-        return told
+        response = Response(msgspec.json.encode(Acknowledgement()), media_type="application/json")
+        _set_cookie(response, call, "", 0)
+        return response
 
     async def _request(self, name: str, path: str, body: object, response_type: type[T]) -> T:
         call = OutgoingCall(

@@ -31,19 +31,19 @@ NORMAL_CLOSURE, GOING_AWAY, POLICY_VIOLATION, INTERNAL_ERROR, SERVICE_RESTART, T
 )
 """Close codes of RFC 6455 section 7.4 and its registry; 4401, 4403 and 4404 are the statuses of HTTP."""
 MAX_MALFORMED = 8
-"""Messages that are not understood, before the socket is closed."""
+"""Malformed messages after which the socket is closed."""
 CLOSE_SECONDS = 5.0
-"""How long a watcher may take to take the closing frame."""
+"""How long a client may take to accept the close frame."""
 
 
 class _ClientMessage(msgspec.Struct):
-    """A message of a watcher: ``{"type": "cancel"}`` or ``{"type": "approval", …}``."""
+    """A message of the client: ``{"type": "cancel"}`` or ``{"type": "approval", …}``."""
 
     type: str
 
 
 def get_close_code(error: OctoError) -> int:
-    """Return the code with which a socket is closed for ``error``."""
+    """Return the close code for ``error``."""
     status = to_problem(error).status
     if status in (401, 403, 404):
         return 4000 + status
@@ -52,7 +52,7 @@ def get_close_code(error: OctoError) -> int:
     return POLICY_VIOLATION if 400 <= status < 500 else INTERNAL_ERROR
 
 
-class _CloseConnection(Exception):  # noqa: N818  (it carries how a socket ends, which need not be an error)
+class _CloseConnection(Exception):  # noqa: N818  (it carries a close code, which need not mean an error)
     def __init__(self, code: int, reason: str = "") -> None:
         super().__init__(code)
         self.code = code
@@ -61,7 +61,7 @@ class _CloseConnection(Exception):  # noqa: N818  (it carries how a socket ends,
 
 @dataclass(frozen=True, slots=True)
 class TaskWebSockets:
-    """Serves the WebSockets of the door."""
+    """The WebSocket routes of the gateway."""
 
     connections: LiveConnections
     ids: IdGenerator
@@ -87,7 +87,7 @@ class TaskWebSockets:
                 await _close(websocket, TRY_AGAIN_LATER, "too slow")
             except (WebSocketDisconnect, ConnectionError):
                 return
-            except Exception as error:  # the outermost boundary of a socket: it is logged and closed
+            except Exception as error:  # The outermost boundary of a socket: log and close.
                 self.log.error("socket.crashed", error=error)
                 await _close(websocket, INTERNAL_ERROR, "internal")
 
@@ -95,22 +95,24 @@ class TaskWebSockets:
 
     async def _reject_unknown_path(self, websocket: WebSocket) -> None:
         del websocket
-        raise OctoError("No socket is served here.", code="not_found")
+        raise OctoError("There is no WebSocket at this path.", code="not_found")
 
     async def _serve_task(self, websocket: WebSocket) -> None:
-        watching = self.connections
-        credential = await watching.authenticator.authenticate(websocket)
-        with watching.count_connection("websocket"):
-            session = await watching.open_session(credential, websocket)
+        connections = self.connections
+        credential = await connections.authenticator.authenticate(websocket)
+        with connections.count_connection("websocket"):
+            # Before accepting: no frame is sent on a socket that is then closed with 4401, 4403 or 4404.
+            session = await connections.open_session(credential, websocket)
             await websocket.accept()
             task_id = str(websocket.path_params["task_id"])
-            async with watching.hub.subscribe(task_id) as hints:
-                ended = await run_until_first(
+            async with connections.hub.subscribe(task_id) as hints:
+                first = await run_until_first(
                     self._send_frames(websocket, session, hints),
                     self._receive_messages(websocket, session, hints, credential, task_id),
-                    watching.draining.wait(),
+                    connections.draining.wait(),
                 )
-        raise _CloseConnection((NORMAL_CLOSURE, GOING_AWAY, SERVICE_RESTART)[ended])
+        # The final frame was sent, the client left, or the gateway drains, in the order of the coroutines above.
+        raise _CloseConnection((NORMAL_CLOSURE, GOING_AWAY, SERVICE_RESTART)[first])
 
     async def _send_frames(self, websocket: WebSocket, session: LiveSession, hints: TaskSubscription) -> None:
         async with contextlib.aclosing(session.frames(hints)) as frames:
@@ -120,9 +122,9 @@ class TaskWebSockets:
     async def _receive_messages(
         self, websocket: WebSocket, session: LiveSession, hints: TaskSubscription, credential: str, task_id: str
     ) -> None:
-        """Do what the watcher says, until it goes.
+        """Handle the client's messages until it disconnects.
 
-        A cancellation is answered by the frame of ``task.cancelled``. What could not be done is answered by a
+        The response to a cancellation is the frame of ``task.cancelled``. The response to a refused message is a
         ``status`` frame that repeats ``seq`` and ``progress``, with ``data.note`` = ``{type, code, detail}``.
         """
         malformed = 0
@@ -130,17 +132,17 @@ class TaskWebSockets:
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
                 return
-            said = _parse_message(message.get("text"))
-            if said is None:
+            message_type = _parse_message(message.get("text"))
+            if message_type is None:
                 malformed += 1
                 if malformed > MAX_MALFORMED:
                     raise _CloseConnection(POLICY_VIOLATION, "messages not understood")
                 continue
             try:
                 await self.connections.authenticator.check_rate_limit(credential)
-                await self._handle_message(said, credential, task_id)
+                await self._handle_message(message_type, credential, task_id)
             except OctoError as error:
-                session.add_note({"type": said, "code": error.code, "detail": error.detail})
+                session.add_note({"type": message_type, "code": error.code, "detail": error.detail})
             hints.notify(events=True, text=False)
 
     async def _handle_message(self, message_type: str, credential: str, task_id: str) -> None:
@@ -150,8 +152,8 @@ class TaskWebSockets:
             raise OctoError("Approvals are not configured here.", code="not_configured")
 
     def _set_request_context(self, websocket: WebSocket) -> None:
-        given = websocket.headers.get("x-correlation-id", "")
-        correlation_id = given if REQUEST_ID.fullmatch(given) else "corr-" + self.ids.hex()
+        header = websocket.headers.get("x-correlation-id", "")
+        correlation_id = header if REQUEST_ID.fullmatch(header) else "corr-" + self.ids.hex()
         parents = websocket.headers.getlist("traceparent")
         # Of two, neither is to be believed (W3C Trace Context section 3.2.1).
         trace = (parse_traceparent(parents[0]) if len(parents) == 1 else None) or start_trace()
@@ -159,18 +161,18 @@ class TaskWebSockets:
 
 
 def _parse_message(message: object) -> str | None:
-    """Return the type of a message that is understood."""
+    """Return the type of a well-formed message; ``None`` for any other."""
     if not isinstance(message, str):
         return None
     try:
-        said = msgspec.json.decode(message.encode(), type=_ClientMessage).type
+        message_type = msgspec.json.decode(message.encode(), type=_ClientMessage).type
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
-    return said if said in ("cancel", "approval") else None
+    return message_type if message_type in ("cancel", "approval") else None
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> None:
-    """Close, accepting first where that is still to be done. A watcher that takes nothing is simply let go."""
+    """Close a socket with a code, for which it has to be accepted first. An unresponsive client is dropped."""
     with contextlib.suppress(TimeoutError, RuntimeError, WebSocketDisconnect, ConnectionError):
         async with asyncio.timeout(CLOSE_SECONDS):
             if websocket.application_state is WebSocketState.CONNECTING:
