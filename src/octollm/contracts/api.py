@@ -11,33 +11,33 @@ from octollm.contracts.events import Event
 from octollm.contracts.problems import FieldErrorView, Problem
 from octollm.contracts.task import Artifact, Budget, Count, Evidence, FileRef, StepStatus, TaskStatus, Usage
 
-LAST_EVENT_ID_DESCRIPTION = "The position of the last event that a reader has: what follows is sent."
+LAST_EVENT_ID_DESCRIPTION = "The position of the last event received; the stream continues after it."
 
 
 class PageQuery(Struct, frozen=True):
-    """A page of a list: at most ``limit`` rows, from where the ``cursor`` of the page before points."""
+    """A page of a list: at most ``limit`` rows, starting at the ``cursor`` of the previous page."""
 
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: str = ""
 
 
 class TaskQuery(PageQuery, frozen=True):
-    """A page of tasks, of one status where it is named."""
+    """A page of tasks, optionally of one status."""
 
     status: TaskStatus | UnsetType = UNSET
 
 
 class EventQuery(Struct, frozen=True):
-    """At most ``limit`` events behind the position ``after``."""
+    """At most ``limit`` events after the position ``after``."""
 
     after: Count = 0
     limit: Annotated[int, Meta(ge=1, le=500)] = 200
 
 
 class AuditQuery(Struct, frozen=True):
-    """At most ``limit`` rows behind the row ``after``: of one's tenant, or of the system, which is in none.
+    """At most ``limit`` rows after the row ``after``, of the caller's tenant or of the system.
 
-    The system's rows are for readers of the tenant that the installation began with.
+    Only the installation's first tenant reads the system's rows, which belong to no tenant.
     """
 
     after: Count = 0
@@ -46,19 +46,19 @@ class AuditQuery(Struct, frozen=True):
 
 
 class TaskIdQuery(Struct, frozen=True):
-    """What belongs to one ``task``."""
+    """Selects what belongs to one ``task``."""
 
     task: Annotated[str, Meta(min_length=1, max_length=128)]
 
 
 class Acknowledgement(msgspec.Struct, frozen=True):
-    """It was done."""
+    """Confirms an operation that has no other response."""
 
     status: str = "ok"
 
 
 class TaskFailure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a task or step ended without a result: a stable ``code`` and the reasons in words."""
+    """Why a task or step ended without a result: a stable ``code``, and the reasons in words."""
 
     code: str
     detail: str
@@ -67,7 +67,7 @@ class TaskFailure(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StepView(msgspec.Struct, frozen=True, omit_defaults=False):
-    """A step as its watchers see it."""
+    """A step as its owner sees it."""
 
     step: str
     title: str
@@ -121,14 +121,14 @@ class TaskSummary(msgspec.Struct, frozen=True):
 
 
 class TaskList(msgspec.Struct, frozen=True):
-    """A page of tasks, newest first. ``cursor`` asks for the next page; ``None`` on the last."""
+    """A page of tasks, newest first. ``cursor`` requests the next page; it is ``None`` on the last."""
 
     tasks: tuple[TaskSummary, ...]
     cursor: str | None = None
 
 
 class EventList(msgspec.Struct, frozen=True):
-    """A page of events in order. ``after`` is what to ask the next page with."""
+    """A page of events in order. ``after`` requests the next page."""
 
     events: tuple[Event, ...]
     after: int
@@ -137,7 +137,7 @@ class EventList(msgspec.Struct, frozen=True):
 class StepText(msgspec.Struct, frozen=True):
     """The text that a step has written so far, as saved in SQL.
 
-    ``base`` is the offset of its first code point in all that this attempt and run wrote: what stood before was voided.
+    ``base`` is the offset of its first code point in the text of this attempt and run; the text before it is void.
     """
 
     step: str
@@ -154,7 +154,7 @@ class StepTexts(msgspec.Struct, frozen=True):
 
 
 class ArmView(msgspec.Struct, frozen=True):
-    """An arm that may be called."""
+    """A registered arm."""
 
     name: str
     description: str
@@ -164,7 +164,7 @@ class ArmView(msgspec.Struct, frozen=True):
     registered_at: str
     state: str = "healthy"
     urls: tuple[str, ...] = ()
-    """Where each of its processes answers."""
+    """The URL of each of its processes."""
 
 
 class ArmList(msgspec.Struct, frozen=True):
@@ -174,7 +174,7 @@ class ArmList(msgspec.Struct, frozen=True):
 
 
 class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST /token`` at the public door: a token for direct calls, an ad-hoc task of its own."""
+    """``POST /token`` at the gateway: a token for direct calls, which belong to an ad-hoc task of their own."""
 
     scope: str
     aud: str
@@ -182,7 +182,7 @@ class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TokenResponse(msgspec.Struct, frozen=True):
-    """A bearer string and when it ends (seconds). The shape of RFC 6749 section 5.1."""
+    """An access token and its lifetime in seconds, in the form of RFC 6749 section 5.1."""
 
     access_token: str
     expires_in: int
@@ -194,10 +194,9 @@ class TokenResponse(msgspec.Struct, frozen=True):
 
 
 class KeyRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST /keys``: scopes are presets (``user``, ``admin``) or single scopes, space-separated.
+    """``POST /keys``: ``scope`` has presets (``user``, ``admin``) and scopes, separated by spaces.
 
-    ``tenant`` is one's own, unless one is of the tenant that the installation began with: that one makes the first
-    key of others.
+    ``tenant`` defaults to the caller's own. Only the installation's first tenant creates keys of other tenants.
     """
 
     name: str
@@ -231,7 +230,7 @@ class KeyList(msgspec.Struct, frozen=True):
 
 
 class TokenExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST orchestrator/token``: RFC 8693 token exchange, by reflex with its service token."""
+    """``POST orchestrator/token``: RFC 8693 token exchange, by the gateway with its service token."""
 
     subject_token: str
     subject_token_type: Literal["urn:octollm:api-key"] = "urn:octollm:api-key"
@@ -239,14 +238,14 @@ class TokenExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def json_null() -> msgspec.Raw:
-    """Return JSON's null: a default that a schema generator need not encode."""
+    """Return JSON's null, as a default that a schema generator need not encode."""
     return msgspec.Raw(b"null")
 
 
 class ReserveRequest(msgspec.Struct, frozen=True):
-    """``POST orchestrator/budget/reserve`` by models, before a call. Token counts; ``prompt`` is exact or a bound.
+    """``POST orchestrator/budget/reserve`` by models, before a call. ``prompt_tokens`` is exact or an upper bound.
 
-    ``token_usd`` is the most that a token of this model costs in US dollars; ``None`` when its price is not known.
+    ``token_usd`` is the highest price of a token of this model in US dollars; ``None`` for an unknown price.
     """
 
     bearer: str
@@ -258,7 +257,7 @@ class ReserveRequest(msgspec.Struct, frozen=True):
 
 
 class ReserveResponse(msgspec.Struct, frozen=True):
-    """What was reserved; or, with ``journal``, the answer that this very call was given before."""
+    """The reservation; or, in ``journal``, the response that this very call got before."""
 
     reservation: str
     max_completion_tokens: int
@@ -267,7 +266,7 @@ class ReserveResponse(msgspec.Struct, frozen=True):
 
 
 class SettleRequest(msgspec.Struct, frozen=True):
-    """``POST orchestrator/budget/settle`` by models, after a call. ``answer`` is kept for repeats when whole."""
+    """``POST orchestrator/budget/settle`` by models, after a call. A whole ``answer`` is stored for repeats."""
 
     reservation: str
     usage: Usage
@@ -275,11 +274,11 @@ class SettleRequest(msgspec.Struct, frozen=True):
 
 
 MAX_CLAIM_BATCH = 1000
-"""Claims, or changes of claims, that are sent together."""
+"""Claims, or updates of claims, in one request."""
 
 
 class ClaimRequest(msgspec.Struct, frozen=True):
-    """A claim of ``POST orchestrator/idempotency/claim`` by any service for a call that it serves."""
+    """A claim of ``POST orchestrator/idempotency/claim``, by a service for a call that it serves."""
 
     bearer: str
     operation: str
@@ -289,15 +288,15 @@ class ClaimRequest(msgspec.Struct, frozen=True):
 
 
 class ClaimBatch(msgspec.Struct, frozen=True):
-    """The body of ``/idempotency/claim``: what came together is claimed together."""
+    """The body of ``/idempotency/claim``: claims of concurrent calls, made together."""
 
     claims: Annotated[tuple[ClaimRequest, ...], Meta(max_length=MAX_CLAIM_BATCH)]
 
 
 class ClaimResponse(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How a claim ended; ``answer`` is base64 of the stored body, ``headers`` are those that were stored with it.
+    """The outcome of a claim; ``answer`` is the stored body in base64, with its stored ``headers``.
 
-    A claim that is ``refused`` has the ``problem``: the others of its batch are none the worse for it.
+    A ``refused`` claim has a ``problem``; it does not affect the others of its batch.
     """
 
     outcome: Literal["claimed", "stored", "in_flight", "conflict", "unknown", "refused"]
@@ -309,13 +308,13 @@ class ClaimResponse(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ClaimResponseBatch(msgspec.Struct, frozen=True):
-    """How the claims ended, in their order."""
+    """The outcomes of the claims, in their order."""
 
     answers: tuple[ClaimResponse, ...]
 
 
 class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A claim that is renewed, completed or released, named as it was made."""
+    """A claim to renew, complete or release, identified as it was made."""
 
     tenant: str
     subject: str
@@ -336,9 +335,9 @@ class ClaimUpdateBatch(msgspec.Struct, frozen=True):
 class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
     """``POST orchestrator/arms/register`` by an arm at its start; its name is that of its service token.
 
-    ``instance`` names the process among the arm's replicas, and ``url`` is where it answers. ``about`` says in a
-    sentence what each operation does. A call that begins with ``?`` is optional. ``calls`` are those of all operations
-    together; ``operation_calls`` has the calls of the operations that declare their own.
+    ``instance`` names the process among the arm's replicas, and ``url`` is its address. ``about`` describes each
+    operation in a sentence. A call that begins with ``?`` is optional. ``calls`` are those of all operations together;
+    ``operation_calls`` has the calls of the operations that declare their own.
     """
 
     description: str

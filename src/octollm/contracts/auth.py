@@ -12,9 +12,9 @@ SESSION_LIFETIME_SECONDS = 12 * 3600
 
 
 class LoginCode(msgspec.Struct, frozen=True):
-    """What an OpenID Connect issuer sent the browser back with, and the secret that only this browser knows.
+    """An authorization code from the redirect of an OpenID Connect issuer, with the browser's PKCE secret.
 
-    ``verifier`` is that of RFC 7636 section 4.1; ``nonce`` stands in the login that the code is good for.
+    ``verifier`` is the code verifier of RFC 7636 section 4.1; ``nonce`` must be in the ID token for the code.
     """
 
     issuer: Annotated[str, Meta(min_length=1, max_length=512)]
@@ -25,14 +25,14 @@ class LoginCode(msgspec.Struct, frozen=True):
 
 
 class SessionRequest(msgspec.Struct, frozen=True):
-    """``POST /session``: an API key (or a login by an issuer, as a token), or the code of a login; one of the two."""
+    """``POST /session``: either an API key (or an issuer's token), or the authorization code of a login."""
 
     api_key: Annotated[str, Meta(min_length=1, max_length=8192)] | None = None
     login: LoginCode | None = None
 
 
 class IssuerView(msgspec.Struct, frozen=True):
-    """An issuer at which one can log in: where the browser goes, and our client id there."""
+    """An OpenID Connect issuer: its authorization endpoint, and this installation's client id there."""
 
     url: str
     client_id: str
@@ -40,35 +40,35 @@ class IssuerView(msgspec.Struct, frozen=True):
 
 
 class IssuerList(msgspec.Struct, frozen=True):
-    """``GET /session/issuers``: those that answer just now."""
+    """``GET /session/issuers``: the issuers that can be reached now."""
 
     issuers: tuple[IssuerView, ...]
 
 
 class CurrentUser(msgspec.Struct, frozen=True):
-    """``GET /session``: who the caller is at the door."""
+    """``GET /session``: the authenticated caller."""
 
     tenant: str
     scope: str
     session: bool = False
-    """It is shown a session, which can be ended."""
+    """The caller uses a session, which can be ended."""
 
 
 class CreateSessionRequest(msgspec.Struct, frozen=True):
-    """``POST orchestrator/sessions`` by the public door: the credential that a session is opened for."""
+    """``POST orchestrator/sessions`` by the gateway: the credential that a session is opened for."""
 
     subject_token: Annotated[str, Meta(min_length=1, max_length=8192)] | None = None
     login: LoginCode | None = None
 
 
 class EndSessionRequest(msgspec.Struct, frozen=True):
-    """``POST orchestrator/sessions/end`` by the public door."""
+    """``POST orchestrator/sessions/end`` by the gateway."""
 
     session: Annotated[str, Meta(min_length=1, max_length=512)]
 
 
 class SessionResponse(msgspec.Struct, frozen=True):
-    """A session that was opened: its credential, which goes into the cookie alone, and how long it lasts (seconds)."""
+    """An open session: its credential, which only the cookie carries, and its lifetime in seconds."""
 
     session: str
     expires_in: int
@@ -77,15 +77,15 @@ class SessionResponse(msgspec.Struct, frozen=True):
 
 
 MAX_REVOCATION_BATCH = 500
-"""Revocations of one line of the stream."""
+"""Revocations in one line of the stream."""
 
 _RevocationText = Annotated[str, Meta(max_length=512)]
 
 
 class RevocationView(msgspec.Struct, frozen=True):
-    """Refuses chains of ``tenant`` with a matching link issued at or before ``at`` (epoch seconds).
+    """Revokes token chains of ``tenant`` with a matching link issued at or before ``at`` (epoch seconds).
 
-    For the kinds ``jti``, ``task`` and ``run``, whose values never come back, the time does not matter.
+    The kinds ``jti``, ``task`` and ``run`` revoke regardless of time, since their values are never reused.
     """
 
     kind: Literal["jti", "task", "run", "sub", "cred", "aud"]
@@ -95,23 +95,23 @@ class RevocationView(msgspec.Struct, frozen=True):
 
 
 class RevocationRequest(msgspec.Struct, frozen=True):
-    """What to revoke of one's tenant: a token by its ``jti``, or what a principal or a service was lent until now."""
+    """Revokes a token of the caller's tenant by ``jti``, or all delegations to a principal or service until now."""
 
     kind: Literal["jti", "sub", "aud"]
     value: Annotated[str, Meta(min_length=1, max_length=255)]
 
 
 class RevocationList(msgspec.Struct, frozen=True):
-    """All revocations that still matter. What was issued at or before ``floor`` is refused whatever it names."""
+    """All revocations in force. Every token issued at or before ``floor`` is revoked."""
 
     revocations: tuple[RevocationView, ...]
     floor: float | None = None
 
 
 class RevocationUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A line of the stream. First come all that are in force, the last of them ``whole``; then each as it is made.
+    """A line of the stream: first all revocations in force, ending with a ``whole`` line, then new ones as they come.
 
-    A line without any says that there is nothing new, and that the orchestrator itself knows what is.
+    An empty line is a heartbeat: the orchestrator is up to date, and nothing is new.
     """
 
     revocations: Annotated[tuple[RevocationView, ...], Meta(max_length=MAX_REVOCATION_BATCH)] = ()

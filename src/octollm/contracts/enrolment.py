@@ -6,17 +6,17 @@ import msgspec
 
 
 class EnrolmentNonce(msgspec.Struct, frozen=True):
-    """``POST orchestrator/arms/nonce``: what a join has to name; it can be used once, for ``expires_in`` seconds."""
+    """``POST orchestrator/arms/nonce``: a nonce for one enrolment, valid for ``expires_in`` seconds."""
 
     nonce: str
     expires_in: int
 
 
 class EnrolmentRequest(msgspec.Struct, frozen=True):
-    """``POST orchestrator/arms/join``: an arm asks to be known by its key.
+    """``POST orchestrator/arms/join``: an arm enrols its public key.
 
-    ``join`` is the id of its secret, ``jwk`` its public key (RFC 8037), ``calls`` the scopes that it calls directly,
-    ``proof`` the HMAC of all that.
+    ``join`` is the id of its enrolment token, ``jwk`` the public key (RFC 8037), ``calls`` the scopes that it calls
+    directly, and ``proof`` an HMAC over all of these.
     """
 
     join: str
@@ -28,14 +28,14 @@ class EnrolmentRequest(msgspec.Struct, frozen=True):
 
 
 class EnrolmentResponse(msgspec.Struct, frozen=True):
-    """The root keys that the arm may trust, and the proof that they come from who made its secret."""
+    """The root keys to trust, and the proof that the issuer of the enrolment token sent them."""
 
     roots: tuple[dict[str, str], ...]
     proof: str
 
 
 class KeyRotation(msgspec.Struct, frozen=True):
-    """``POST orchestrator/arms/keys``: a new key of an arm, asked for with a token that an old one signed.
+    """``POST orchestrator/arms/keys``: a new key of an arm; the request's token is signed by the old one.
 
     ``proof`` is the new key's signature over the arm's name and the new thumbprint, base64url.
     """
@@ -45,13 +45,13 @@ class KeyRotation(msgspec.Struct, frozen=True):
 
 
 class InstanceRef(msgspec.Struct, frozen=True):
-    """``POST orchestrator/arms/heartbeat`` and ``…/leave``: which process of the arm speaks."""
+    """``POST orchestrator/arms/heartbeat`` and ``…/leave``: the process of the arm that calls."""
 
     instance: str
 
 
 class EnrolmentTokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST /joins``: make a join secret. Scopes that begin with ``?`` may be declared as optional calls."""
+    """``POST /joins``: create an enrolment token. ``?`` before a scope admits it as an optional call."""
 
     name: str
     calls: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class EnrolmentTokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class EnrolmentTokenView(msgspec.Struct, frozen=True):
-    """A join secret without what is secret. ``state``: ``good``, ``expired`` or ``revoked``."""
+    """An enrolment token without its secret. ``state`` is ``good``, ``expired`` or ``revoked``."""
 
     id: str
     name: str
@@ -72,13 +72,13 @@ class EnrolmentTokenView(msgspec.Struct, frozen=True):
 
 
 class NewEnrolmentToken(msgspec.Struct, frozen=True):
-    """A new join secret: ``secret`` is shown once."""
+    """A new enrolment token: ``secret`` is shown once."""
 
     join: EnrolmentTokenView
     secret: str
 
 
 class EnrolmentTokenList(msgspec.Struct, frozen=True):
-    """The join secrets of the tenant, newest first."""
+    """The enrolment tokens of the tenant, newest first."""
 
     joins: tuple[EnrolmentTokenView, ...]

@@ -1,4 +1,7 @@
-"""The event envelope (the ADR's, with what makes it reliable) and the catalogue of event types."""
+"""The event envelope and the catalogue of event types.
+
+The envelope has the members of the ADR, and those that make delivery reliable: ``id``, ``seq``, ``prev``, ``version``.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from octollm.contracts.task import Count
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=False):
-    """One event on the wire. ``data`` is JSON whose schema its type declares.
+    """One event on the wire. ``data`` has at least the members that its type requires.
 
-    ``seq`` is the position in the log, ``prev`` the ``seq`` of the event before it on the same channel (0:
-    none), ``version`` counts without gaps per ``subject``. All three are 0 for an event that is not durable.
+    ``seq`` is the position in the log, ``prev`` the ``seq`` of the preceding event on the same channel (0: none), and
+    ``version`` counts the events of ``subject`` without gaps. All three are 0 for an event that is not durable.
     """
 
     event_type: str
@@ -51,11 +54,11 @@ _EVENT_TYPES = (
     EventType("task.planned", True, "A plan was made.", ("task_id", "steps")),
     EventType("task.replanned", True, "A new plan replaced one that failed.", ("task_id", "steps", "reasons")),
     EventType("task.started", True, "The first step begins.", ("task_id",)),
-    EventType("task.progress", True, "The task moved on.", ("task_id", "progress")),
+    EventType("task.progress", True, "The task made progress.", ("task_id", "progress")),
     EventType("task.waiting", True, "The task waits for a person.", ("task_id", "reason")),
-    EventType("task.approved", True, "A person let the task go on.", ("task_id",)),
+    EventType("task.approved", True, "A person approved the task.", ("task_id",)),
     EventType("task.completed", True, "The task ended with a result.", ("task_id", "status", "duration_ms")),
-    EventType("task.failed", True, "The task ended without one.", ("task_id", "status", "code", "reason")),
+    EventType("task.failed", True, "The task ended without a result.", ("task_id", "status", "code", "reason")),
     EventType("task.cancelled", True, "The task was cancelled.", ("task_id", "status")),
     EventType("step.started", True, "An attempt of a step begins.", ("task_id", "step", "arm", "attempt")),
     EventType("step.completed", True, "A step's result was accepted.", ("task_id", "step", "attempt", "text_length")),
@@ -70,15 +73,15 @@ _EVENT_TYPES = (
     EventType("arm.unhealthy", True, "An arm does not answer.", ("arm",)),
     EventType("arm.removed", True, "An arm may no longer be called.", ("arm",)),
     EventType("system.started", True, "A service is up.", ("service",)),
-    EventType("system.degraded", True, "A service works without something it needs.", ("service", "reason")),
-    EventType("system.drained", True, "A service shut down in order.", ("service",)),
+    EventType("system.degraded", True, "A service works without one of its dependencies.", ("service", "reason")),
+    EventType("system.drained", True, "A service shut down gracefully.", ("service",)),
     EventType("audit.recorded", True, "An audit row was written.", ("action",)),
     EventType("cache.invalidated", False, "A cached value is stale.", ("key",)),
     EventType("token.revoked", True, "Tokens were revoked.", ("kind", "value", "at")),
-    EventType("breaker.opened", False, "Calls to an instance stop.", ("service", "instance")),
-    EventType("breaker.closed", False, "Calls to an instance go on.", ("service", "instance")),
+    EventType("breaker.opened", False, "The circuit breaker of an instance opened.", ("service", "instance")),
+    EventType("breaker.closed", False, "The circuit breaker of an instance closed.", ("service", "instance")),
     EventType("webhook.delivered", True, "A webhook was accepted.", ("webhook_id",)),
-    EventType("webhook.dead", True, "A webhook was given up.", ("webhook_id",)),
+    EventType("webhook.dead", True, "Delivery of a webhook was abandoned.", ("webhook_id",)),
 )
 
 EVENT_CATALOGUE: dict[str, EventType] = {kind.name: kind for kind in _EVENT_TYPES}

@@ -15,7 +15,7 @@ from typing import Literal
 FileKind = Literal["table", "text", "binary"]
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson", ".parquet"})
-"""Files with rows and columns, which the executor reads as tables."""
+"""Files with rows and columns, which the executor loads as tables."""
 TEXT_SUFFIXES = frozenset(
     {".md", ".markdown", ".txt", ".rst", ".adoc", ".org", ".tex", ".html", ".htm", ".xml", ".yaml", ".yml",
      ".toml", ".ini", ".cfg", ".conf", ".env", ".log", ".py", ".pyi", ".js", ".mjs", ".ts", ".tsx", ".jsx", ".java",
@@ -42,7 +42,7 @@ _EXTRA_MEDIA_TYPES = {
     ".xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
     ".pptx": "application/vnd.openxmlformats-officedocument.presentationml.presentation",
 }
-"""What Python's own table lacks of IANA's registry of media types."""
+"""Media types of IANA's registry that Python's own table lacks."""
 _TEXT_TYPES = re.compile(r"^text/|[+/](?:xml|json|yaml|toml|javascript|rtf|x-(?:c?sh|tcl|tex|texinfo|troff.*))$")
 DEFAULT_MEDIA_TYPE = "application/octet-stream"
 
@@ -53,9 +53,9 @@ def suffix_of(name: str) -> str:
 
 
 def file_kind(name: str, head: bytes | None = None) -> FileKind:
-    """Return the kind of a file. ``head`` is its beginning, asked only where the name does not tell.
+    """Return the kind of a file by its name, or by ``head``, its first bytes, where the name does not tell.
 
-    Without it, a file is binary when its name says so, and else a text.
+    Without ``head``, a file is binary only when its name says so.
     """
     suffix = suffix_of(name)
     if suffix in TABLE_SUFFIXES:
@@ -70,16 +70,12 @@ def file_kind(name: str, head: bytes | None = None) -> FileKind:
 
 
 def media_type_of(name: str) -> str:
-    """Return the media type that a file's name suggests; ``application/octet-stream`` when it suggests none.
-
-    The tables of the machine are left out: the same name means the same to the client, the planner and an arm,
-    wherever each runs.
-    """
+    """Return the media type for a file's name; ``application/octet-stream`` for an unknown suffix."""
     return _media_types().get(suffix_of(name), DEFAULT_MEDIA_TYPE)
 
 
 def accepts_file(accepted: Collection[str], name: str) -> bool:
-    """Say whether an arm which accepts these media types, or whole families as ``image/*``, accepts a file."""
+    """Say whether an arm that accepts these media types, or ranges such as ``image/*``, accepts a file."""
     media_type = media_type_of(name)
     return media_type in accepted or f"{media_type.split('/')[0]}/*" in accepted
 
@@ -95,6 +91,6 @@ def _is_text(head: bytes) -> bool:
     try:
         head.decode()
     except UnicodeDecodeError as error:
-        # A character may be cut at the end of what was read.
+        # The last character of the head may be incomplete.
         return error.start >= len(head) - 3
     return True

@@ -1,4 +1,4 @@
-"""What services report about themselves: health and readiness, traces, and the hash-chained audit log."""
+"""Messages about the services' state: health, readiness, traces, and the hash-chained audit log."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import msgspec
 
 
 class DependencyStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The state of something that a service needs. A degraded one does not make the service unready."""
+    """The state of a dependency. The service stays ready without one that is not ``required``."""
 
     ok: bool
     detail: str = ""
     required: bool = True
     latency_ms: float | None = None
-    """How long the answer took, in milliseconds."""
+    """The duration of the check, in milliseconds."""
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """``GET /ready``: 200 when the service may be sent calls, else 503."""
+    """``GET /ready``: 200 when the service can take calls, else 503."""
 
     status: str
     service: str
@@ -26,7 +26,7 @@ class Readiness(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """``GET /health``: the process answers."""
+    """``GET /health``: the process is alive."""
 
     service: str
     version: str
@@ -37,10 +37,10 @@ AttributeValue = str | bool | int | float | list[str]
 
 
 class SpanView(msgspec.Struct, frozen=True):
-    """One piece of work. ``kind`` is ``server`` (a call served), ``client`` (a call made) or ``internal``.
+    """A span. ``kind`` is ``server`` (a call served), ``client`` (a call made) or ``internal``.
 
-    ``start`` is in seconds since the epoch, ``duration_ms`` in milliseconds. ``code`` is why it failed; empty when it
-    ended well. ``parent_id`` is empty for what nothing called.
+    ``start`` is in seconds since the epoch. ``code`` is the error code of a failure, else empty. ``parent_id`` is
+    empty for the root of a trace.
     """
 
     trace_id: str
@@ -57,9 +57,9 @@ class SpanView(msgspec.Struct, frozen=True):
 
 
 class TraceView(msgspec.Struct, frozen=True):
-    """The spans of one task by their start. ``complete`` is false when there were too many to tell all.
+    """The spans of one task, in order of their start. ``complete`` is false when the response leaves some out.
 
-    Spans arrive within a second of their end. A task that was submitted in a trace that is not sampled has none.
+    Spans arrive within a second of their end. A task that was submitted in an unsampled trace has none.
     """
 
     task_id: str
@@ -68,11 +68,11 @@ class TraceView(msgspec.Struct, frozen=True):
 
 
 class AuditRow(msgspec.Struct, frozen=True):
-    """One thing that somebody may be asked about.
+    """A row of the audit log.
 
-    ``seq`` counts a tenant's rows from 1 without a gap; ``at`` is in epoch seconds. ``hash`` covers the row and the
-    hash before it (:func:`octollm.capability.audit_chain.row_hash`); ``checkpoint`` is the root's signature over
-    where the chain stood then, on the last row of those that were sealed together.
+    ``seq`` counts a tenant's rows from 1 without gaps; ``at`` is in epoch seconds. ``hash`` covers the row and the
+    previous hash (:func:`octollm.capability.audit_chain.row_hash`). The last row of each sealed batch has a
+    ``checkpoint``: the root's signature over the head of the chain.
     """
 
     seq: int
@@ -91,7 +91,7 @@ class AuditRow(msgspec.Struct, frozen=True):
 
 
 class AuditHead(msgspec.Struct, frozen=True):
-    """Where a tenant's chain stands. An empty chain has ``seq`` 0 and no checkpoint."""
+    """The head of a tenant's chain. An empty chain has ``seq`` 0 and no checkpoint."""
 
     tenant: str
     seq: int = 0
@@ -100,7 +100,7 @@ class AuditHead(msgspec.Struct, frozen=True):
 
 
 class AuditPage(msgspec.Struct, frozen=True):
-    """Rows after a position, oldest first, and where the chain stood when they were read."""
+    """Rows after a position, oldest first, and the head of the chain at that time."""
 
     rows: tuple[AuditRow, ...]
     head: AuditHead

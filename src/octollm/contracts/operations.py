@@ -13,7 +13,7 @@ Language = Literal["python", "sql"]
 
 
 class RunLimits(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Bounds of one run; ``None`` means the executor's default, and more than its maximum is cut to it."""
+    """Limits of one run; ``None`` means the executor's default, and its maximum caps every value."""
 
     wall_seconds: float | None = None
     memory_bytes: int | None = None
@@ -23,9 +23,9 @@ class RunLimits(msgspec.Struct, frozen=True, omit_defaults=True):
 class RunRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """``executor POST /run``.
 
-    With ``python`` the ``command`` is the argument list after the interpreter (``["-m", "unittest"]``, or
-    ``["main.py"]``), run in a folder that holds ``files``. With ``sql`` the ``command`` is one query; each
-    tabular file is a table (``tables`` names them, by default the stem of the file's name).
+    With ``python``, ``command`` is the argument list after the interpreter (``["-m", "unittest"]``, ``["main.py"]``),
+    run in a folder with ``files``. With ``sql``, ``command`` is one query; each tabular file is a table, named by the
+    stem of the file's name.
     """
 
     language: Language
@@ -35,7 +35,7 @@ class RunRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RunResult(msgspec.Struct, frozen=True, omit_defaults=False):
-    """How a run ended. ``exit_code`` is negative for a signal; ``reason`` says which limit ended it, if one did."""
+    """The result of a run. ``exit_code`` is negative for a signal; ``reason`` names the limit that ended it."""
 
     exit_code: int
     stdout: str
@@ -47,7 +47,7 @@ class RunResult(msgspec.Struct, frozen=True, omit_defaults=False):
 
 
 class ValidateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``judge POST /validate``: code, and the tests that it has to pass (module names are the files' stems)."""
+    """``judge POST /validate``: code, and the tests that it must pass. Modules are named by the files' stems."""
 
     code: str
     language: str = "python"
@@ -57,7 +57,7 @@ class ValidateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ValidateResult(msgspec.Struct, frozen=True):
-    """Whether code is valid, with the reasons when it is not."""
+    """Whether code is valid, and the reasons if not."""
 
     is_valid: bool
     reasons: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class AcceptRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AcceptResult(msgspec.Struct, frozen=True):
-    """The verdict on a step; ``score`` from 0 to 1."""
+    """The judge's verdict on a step; ``score`` is from 0 to 1."""
 
     accepted: bool
     reasons: tuple[str, ...] = ()
@@ -82,10 +82,10 @@ class AcceptResult(msgspec.Struct, frozen=True):
 
 
 class SearchFilters(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a search is narrowed to."""
+    """Restrictions of a search."""
 
     digests: tuple[str, ...] = ()
-    """Only documents with these digests; empty means all of the tenant."""
+    """Only documents with these digests; empty means all documents of the tenant."""
 
 
 class SearchRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -97,7 +97,7 @@ class SearchRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Passage(msgspec.Struct, frozen=True):
-    """A piece of a document: 1-based lines, both included; a higher ``score`` is a better match."""
+    """A passage of a document: 1-based lines, both included; a higher ``score`` is a better match."""
 
     source: str
     digest: str
@@ -114,7 +114,7 @@ class SearchResult(msgspec.Struct, frozen=True):
 
 
 class DocumentIn(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``memory POST /documents``: a text to remember. ``digest`` is of the bytes it came from."""
+    """``memory POST /documents``: a text to store. ``digest`` is that of the original file."""
 
     name: str
     text: str
@@ -122,7 +122,7 @@ class DocumentIn(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class DocumentOut(msgspec.Struct, frozen=True):
-    """A remembered document."""
+    """A stored document."""
 
     name: str
     digest: str
@@ -135,7 +135,7 @@ FILE_NAME_DESCRIPTION = "The file's name, percent-encoded (RFC 3986)."
 
 
 class StoredFile(msgspec.Struct, frozen=True):
-    """``orchestrator POST /files``: a stored file's address."""
+    """``POST /files``: the address of a stored file."""
 
     name: str
     digest: str
@@ -152,7 +152,7 @@ Cell = str | int | float | bool | list[object] | dict[str, object] | None
 
 
 class ResultSet(msgspec.Struct, frozen=True):
-    """What a query answered. ``rows`` hold a cell per column; ``row_count`` counts those that were left out too."""
+    """The result of a query. A row has a cell for each column; ``row_count`` includes rows that were left out."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -160,18 +160,18 @@ class ResultSet(msgspec.Struct, frozen=True):
 
 
 def parse_result_set(stdout: str) -> ResultSet:
-    """Read the executor's answer to an SQL run. Raises ``OctoError`` (``peer_protocol``) on anything else."""
+    """Parse the output of an SQL run. Raises ``OctoError`` (``peer_protocol``) for any other form."""
     try:
         table = msgspec.json.decode(stdout.encode(), type=ResultSet)
     except msgspec.DecodeError as exc:
-        raise OctoError("The executor's rows are not in the form of a table.", code="peer_protocol") from exc
+        raise OctoError("The executor's output is not a result set.", code="peer_protocol") from exc
     if any(len(row) != len(table.columns) for row in table.rows):
-        raise OctoError("A row of the executor's has another number of cells.", code="peer_protocol")
+        raise OctoError("A row of the executor's result set has the wrong number of cells.", code="peer_protocol")
     return table
 
 
 def format_cell(cell: Cell) -> str:
-    """Show a cell: what SQL calls NULL as ``NULL``; a float to twelve digits, so that 0.1 + 0.2 reads 0.3."""
+    """Return a cell as text: SQL's NULL as ``NULL``, a float to twelve digits, so that 0.1 + 0.2 reads 0.3."""
     if cell is None:
         return "NULL"
     if isinstance(cell, bool):

@@ -1,4 +1,4 @@
-"""The input guardrail's contract: what is found in a text, and the decision on it."""
+"""Messages of the input guardrail: the findings in a text, and the decision on it."""
 
 from __future__ import annotations
 
@@ -10,32 +10,30 @@ from msgspec import Meta
 from octollm.contracts.task import Count
 
 MAX_SCREENED = 262_144
-"""Characters of a text that is sent to be screened alone."""
+"""Characters of a text that are screened."""
 MAX_FINDINGS = 100
-"""Findings that are told; more than these change nothing."""
+"""Findings of one result. Further ones count for the decision only."""
 SCREENING_HEADER = "X-Screening"
-
+"""Carries the :class:`ScreeningRecord` of a submission from the gateway to the orchestrator."""
 
 Risk = Literal["none", "low", "medium", "high"]
-"""How much a text as a whole is to be minded, in rising order."""
-
-
+"""The risk of a text as a whole, in rising order."""
 _RISK_ORDER: tuple[Risk, ...] = get_args(Risk)
 
 
 def max_risk(*risks: Risk) -> Risk:
-    """Return the highest of ``risks``; ``none`` of none."""
+    """Return the highest of ``risks``; ``none`` without any."""
     return _RISK_ORDER[max((_RISK_ORDER.index(risk) for risk in risks), default=0)]
 
 
 class PreprocessRequest(msgspec.Struct, frozen=True):
-    """A text to be screened. Nothing of it is kept."""
+    """A text to screen. It is not stored."""
 
     text: Annotated[str, Meta(max_length=MAX_SCREENED)]
 
 
 class ScreeningFinding(msgspec.Struct, frozen=True):
-    """Something that was found: code points ``start`` to ``end`` of the text. What stands there is not repeated."""
+    """A match of a pattern: code points ``start`` to ``end`` of the text. The matched text itself is left out."""
 
     pattern: str
     risk: Literal["low", "medium", "high"]
@@ -44,7 +42,7 @@ class ScreeningFinding(msgspec.Struct, frozen=True):
 
 
 class ScreeningResult(msgspec.Struct, frozen=True):
-    """The door's decision on a text. ``reason`` says in words why it is refused."""
+    """The gateway's decision on a text. ``reason`` says why it is refused."""
 
     decision: Literal["allow", "refuse"]
     risk: Risk
@@ -53,14 +51,14 @@ class ScreeningResult(msgspec.Struct, frozen=True):
 
 
 class ScreeningRecord(msgspec.Struct, frozen=True):
-    """What is recorded of a screening: how often each pattern was found, and never what."""
+    """What is recorded of a screening: how often each pattern matched, and never the matched text."""
 
     risk: Risk
     found: Annotated[dict[Annotated[str, Meta(max_length=64)], Count], Meta(max_length=64)] = {}
 
 
 class RejectedGoal(msgspec.Struct, frozen=True):
-    """A goal that the door refused, for the audit log."""
+    """A goal that the gateway refused, for the audit log."""
 
     note: ScreeningRecord
     reason: Annotated[str, Meta(max_length=1000)]

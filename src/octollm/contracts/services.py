@@ -36,7 +36,7 @@ SERVICES: dict[str, ServiceInfo] = {
 BUILT_IN_ARMS = ("planner", "executor", "coder", "judge", "retriever")
 
 ORCHESTRATOR_FAMILIES = frozenset({"tasks", "files", "events", "arms", "webhooks", "keys", "audit"})
-"""Scope families that the orchestrator owns besides its own name."""
+"""Scope families that belong to the orchestrator, besides its own name."""
 
 
 def service_of(family: str) -> str:
@@ -45,5 +45,5 @@ def service_of(family: str) -> str:
 
 
 def local_url(service: str, *, port_offset: int, tls: bool) -> str:
-    """Return where a service of this machine's installation is reached."""
+    """Return the URL of a service of the installation on this machine."""
     return f"{'https' if tls else 'http'}://127.0.0.1:{SERVICES[service].port + port_offset}"

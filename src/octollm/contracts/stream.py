@@ -1,4 +1,4 @@
-"""NDJSON stream events of a call, and the frames of a WebSocket."""
+"""NDJSON events of a streamed call, and the frames of a task's live updates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from octollm.contracts.problems import Problem
 
 NDJSON = "application/x-ndjson"
 HEARTBEAT_SECONDS = 5.0
-"""The longest silence of a stream."""
+"""The longest time without an event."""
 
 
 class StreamEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One line of a stream: ``progress``, ``token`` and ``heartbeat``, then one ``result`` or ``problem``.
 
-    ``text`` of a token line is what the model wrote since the last one; ``reset`` on it says that earlier text
-    of this call is void. ``progress`` is from 0 to 100, ``message`` a short word on it. ``result`` is raw JSON.
+    ``text`` of a token event is the text written since the last one; ``reset`` voids the earlier text of this call.
+    ``progress`` is from 0 to 100, with a short ``message``. ``result`` is raw JSON.
     """
 
     type: Literal["progress", "token", "heartbeat", "result", "problem"]
@@ -44,7 +44,7 @@ class Frame(msgspec.Struct, frozen=True, omit_defaults=False):
 
 
 class TokenFrame(msgspec.Struct, frozen=True, omit_defaults=False):
-    """A ``token`` frame; ``offset`` in code points of the step's text in this attempt and run."""
+    """A ``token`` frame; ``offset`` counts code points of the step's text in this attempt and run."""
 
     task_id: str
     seq: int

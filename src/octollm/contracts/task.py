@@ -1,4 +1,4 @@
-"""Tasks, plans, steps, budgets and their results as they travel between client, orchestrator and arms."""
+"""Messages between client, orchestrator and arms: tasks, plans, budgets and results."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import msgspec
 from msgspec import Meta
 
 MAX_JSON_INTEGER = 2**53 - 1
-"""RFC 8259 section 6: beyond it readers need not agree on an integer."""
+"""The largest integer that every JSON reader represents exactly (RFC 8259 section 6)."""
 Count = Annotated[int, Meta(ge=0, le=MAX_JSON_INTEGER)]
-
 
 MAX_GOAL = 32_000
 """Characters of a goal."""
@@ -19,14 +18,13 @@ MAX_FILES = 32
 MAX_FILE_BYTES = 20 * 1024 * 1024
 """Bytes of one file."""
 
-
 TaskStatus = Literal["accepted", "planning", "running", "waiting", "completed", "failed", "cancelled"]
 StepStatus = Literal["pending", "running", "completed", "failed", "cancelled"]
 EvidenceKind = Literal["text", "code", "documents", "data"]
 
 
 class FileRef(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A file: stored bytes by their SHA-256 ``digest`` (lower-case hex), or short ``text`` in place."""
+    """A file: stored content by its SHA-256 ``digest`` (lower-case hex), or a short ``text`` in place."""
 
     name: str
     digest: str | None = None
@@ -43,9 +41,9 @@ class Artifact(msgspec.Struct, frozen=True):
 
 
 class Budget(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a task may use. ``None`` means the installation's default.
+    """The limits of a task. ``None`` means the installation's default.
 
-    ``max_tokens`` counts prompt and completion; ``max_cost_usd`` US dollars; ``max_time_seconds`` wall time.
+    ``max_tokens`` counts prompt and completion tokens, ``max_cost_usd`` US dollars, ``max_time_seconds`` wall time.
     """
 
     max_tokens: int | None = None
@@ -55,7 +53,7 @@ class Budget(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What was used; tokens as the model's tokenizer counts them."""
+    """What was used of a budget; tokens as the model's tokenizer counts them."""
 
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
@@ -70,15 +68,15 @@ class Usage(msgspec.Struct, frozen=True):
 
     @property
     def total_tokens(self) -> int:
-        """Return prompt and completion tokens together."""
+        """Return the sum of prompt and completion tokens."""
         return self.prompt_tokens + self.completion_tokens
 
 
 class TaskContext(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a task or step knows besides its goal.
+    """The material of a task or step besides its goal.
 
-    ``inputs`` are the outputs of the steps it depends on, by step id; ``reasons`` what the judge said of
-    the attempt before; ``text`` free notes.
+    ``inputs`` are the outputs of the steps that it depends on, by step id; ``reasons`` are the judge's reasons
+    against the previous attempt; ``text`` is free notes.
     """
 
     files: tuple[FileRef, ...] = ()
@@ -103,7 +101,7 @@ class Task(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Citation(msgspec.Struct, frozen=True):
-    """A passage that carries an answer: 1-based lines of ``file``, both included."""
+    """A passage that supports an answer: 1-based lines of ``file``, both included."""
 
     file: str
     line_start: int
@@ -112,7 +110,7 @@ class Citation(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One check that was done, e.g. ``syntax``, ``lint``, ``tests``."""
+    """The result of one check, such as ``syntax``, ``lint`` or ``tests``."""
 
     name: str
     passed: bool
@@ -120,7 +118,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a result stands on, for the judge and for the reader."""
+    """What supports a result, for the judge and for the reader."""
 
     kind: EvidenceKind
     citations: tuple[Citation, ...] = ()
@@ -132,7 +130,7 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ExecuteResult(msgspec.Struct, frozen=True):
-    """An arm's answer to ``POST /execute``."""
+    """The response of an arm's ``POST /execute``."""
 
     output: str
     artifacts: tuple[Artifact, ...] = ()
@@ -150,7 +148,7 @@ class PlanStep(msgspec.Struct, frozen=True, omit_defaults=True):
     depends_on: tuple[str, ...] = ()
     acceptance_criteria: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-    """Names of the task's files that this step is given."""
+    """Names of the task's files that this step receives."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -161,7 +159,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class ArmInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the planner knows of an arm. ``accepts`` are media types or ``kind:`` words that code matches on."""
+    """What the planner knows of an arm. ``accepts`` are media types, or words such as ``files:tabular``."""
 
     name: str
     description: str
