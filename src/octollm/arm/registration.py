@@ -11,8 +11,7 @@ import msgspec
 
 from octollm.arm.arm import Arm
 from octollm.concurrency import BackgroundTask
-from octollm.contracts.api import ArmRegistration
-from octollm.contracts.enrolment import InstanceRef
+from octollm.contracts.enrolment import ArmRegistration, InstanceRef
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline
 from octollm.rpc.client import CallTarget, OutgoingCall

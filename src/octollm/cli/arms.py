@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from octollm.cli.completion import complete_arm
 from octollm.cli.output import output
 from octollm.cli.runtime import EXIT_DONE, command_settings, open_client, run_command
-from octollm.contracts.api import ArmList, ArmView
+from octollm.contracts.enrolment import ArmList, ArmView
 from octollm.errors import OctoError
 
 # typer carries its own copy of click and gives this class no public name.

@@ -27,7 +27,7 @@ def complete_service(incomplete: str) -> list[str]:
 
 def complete_arm(incomplete: str) -> list[tuple[str, str]]:
     """Return the registered arms that begin so."""
-    from octollm.contracts.api import ArmList  # noqa: PLC0415  as above
+    from octollm.contracts.enrolment import ArmList  # noqa: PLC0415  as above
 
     found = _fetch("/arms", ArmList)
     return [(arm.name, arm.description) for arm in found.arms if arm.name.startswith(incomplete)] if found else []

@@ -15,7 +15,7 @@ from octollm.cli.completion import complete_model
 from octollm.cli.output import messages, output
 from octollm.cli.runtime import EXIT_DONE, command_settings, open_client, run_command
 from octollm.clock import SystemClock, Uuid7Generator, format_rfc3339
-from octollm.contracts.api import KeyList
+from octollm.contracts.auth import KeyList
 from octollm.contracts.enrolment import EnrolmentTokenList
 from octollm.installation.home import open_keys
 from octollm.installation.provisioning import ROOT, KeyRotationResult, rotate_signing_key

@@ -13,23 +13,25 @@ from octollm.client._transport import TRANSFER_TIMEOUT_SECONDS, GatewayTransport
 from octollm.client.files import FileContent, FileInput, load_file, load_files, verify_digest
 from octollm.client.streams import RECONNECT_TIMEOUT_SECONDS, stream_events
 from octollm.client.task import AsyncTaskHandle
-from octollm.contracts.api import (
-    Acknowledgement,
-    ArmList,
-    ArmView,
-    EventList,
+from octollm.contracts.api import Acknowledgement, EventList, TaskList, TaskSummary, TaskView
+from octollm.contracts.auth import (
+    CurrentUser,
     KeyList,
     KeyRequest,
     KeyView,
     NewKey,
-    TaskList,
-    TaskSummary,
-    TaskView,
+    RevocationRequest,
     TokenRequest,
     TokenResponse,
 )
-from octollm.contracts.auth import CurrentUser, RevocationRequest
-from octollm.contracts.enrolment import EnrolmentTokenList, EnrolmentTokenRequest, EnrolmentTokenView, NewEnrolmentToken
+from octollm.contracts.enrolment import (
+    ArmList,
+    ArmView,
+    EnrolmentTokenList,
+    EnrolmentTokenRequest,
+    EnrolmentTokenView,
+    NewEnrolmentToken,
+)
 from octollm.contracts.events import Event
 from octollm.contracts.observability import AuditPage, Health, Readiness
 from octollm.contracts.operations import StoredFile

@@ -1,4 +1,4 @@
-"""The public API's query parameters and responses: tasks, steps, lists, events."""
+"""Query parameters and responses of the public API: tasks, steps, texts and events."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from octollm.contracts.events import Event
-from octollm.contracts.problems import FieldErrorView, Problem
 from octollm.contracts.task import Artifact, Budget, Count, Evidence, FileRef, StepStatus, TaskStatus, Usage
+from octollm.errors import FieldError
 
 LAST_EVENT_ID_DESCRIPTION = "The position of the last event received; the stream continues after it."
 
@@ -63,7 +63,7 @@ class TaskFailure(msgspec.Struct, frozen=True, omit_defaults=True):
     code: str
     detail: str
     reasons: tuple[str, ...] = ()
-    errors: tuple[FieldErrorView, ...] = ()
+    errors: tuple[FieldError, ...] = ()
 
 
 class StepView(msgspec.Struct, frozen=True, omit_defaults=False):
@@ -151,200 +151,3 @@ class StepTexts(msgspec.Struct, frozen=True):
     """The texts of a task's steps."""
 
     texts: tuple[StepText, ...]
-
-
-class ArmView(msgspec.Struct, frozen=True):
-    """A registered arm."""
-
-    name: str
-    description: str
-    operations: tuple[str, ...]
-    calls: tuple[str, ...]
-    url: str
-    registered_at: str
-    state: str = "healthy"
-    urls: tuple[str, ...] = ()
-    """The URL of each of its processes."""
-
-
-class ArmList(msgspec.Struct, frozen=True):
-    """All arms of the tenant."""
-
-    arms: tuple[ArmView, ...]
-
-
-class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST /token`` at the gateway: a token for direct calls, which belong to an ad-hoc task of their own."""
-
-    scope: str
-    aud: str
-    lifetime_seconds: int = 3600
-
-
-class TokenResponse(msgspec.Struct, frozen=True):
-    """An access token and its lifetime in seconds, in the form of RFC 6749 section 5.1."""
-
-    access_token: str
-    expires_in: int
-    scope: str
-    task_id: str = ""
-    token_type: Literal["Bearer"] = "Bearer"
-    issued_token_type: str = "urn:ietf:params:oauth:token-type:access_token"
-    tenant: str = ""
-
-
-class KeyRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST /keys``: ``scope`` has presets (``user``, ``admin``) and scopes, separated by spaces.
-
-    ``tenant`` defaults to the caller's own. Only the installation's first tenant creates keys of other tenants.
-    """
-
-    name: str
-    scope: str = "user"
-    tenant: Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z")] | None = None
-
-
-class KeyView(msgspec.Struct, frozen=True):
-    """An API key without its secret."""
-
-    id: str
-    name: str
-    tenant: str
-    scope: str
-    created_at: str
-    revoked_at: str | None = None
-    last_used_at: str | None = None
-
-
-class NewKey(msgspec.Struct, frozen=True):
-    """A new API key: ``secret`` is shown once."""
-
-    key: KeyView
-    secret: str
-
-
-class KeyList(msgspec.Struct, frozen=True):
-    """All API keys of the tenant."""
-
-    keys: tuple[KeyView, ...]
-
-
-class TokenExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST orchestrator/token``: RFC 8693 token exchange, by the gateway with its service token."""
-
-    subject_token: str
-    subject_token_type: Literal["urn:octollm:api-key"] = "urn:octollm:api-key"
-    grant_type: str = "urn:ietf:params:oauth:grant-type:token-exchange"
-
-
-def json_null() -> msgspec.Raw:
-    """Return JSON's null, as a default that a schema generator need not encode."""
-    return msgspec.Raw(b"null")
-
-
-class ReserveRequest(msgspec.Struct, frozen=True):
-    """``POST orchestrator/budget/reserve`` by models, before a call. ``prompt_tokens`` is exact or an upper bound.
-
-    ``token_usd`` is the highest price of a token of this model in US dollars; ``None`` for an unknown price.
-    """
-
-    bearer: str
-    key: str
-    prompt_tokens: Count
-    max_completion_tokens: Count | None
-    model: str
-    token_usd: float | None = None
-
-
-class ReserveResponse(msgspec.Struct, frozen=True):
-    """The reservation; or, in ``journal``, the response that this very call got before."""
-
-    reservation: str
-    max_completion_tokens: int
-    task: str
-    journal: msgspec.Raw = msgspec.field(default_factory=json_null)
-
-
-class SettleRequest(msgspec.Struct, frozen=True):
-    """``POST orchestrator/budget/settle`` by models, after a call. A whole ``answer`` is stored for repeats."""
-
-    reservation: str
-    usage: Usage
-    answer: msgspec.Raw = msgspec.field(default_factory=json_null)
-
-
-MAX_CLAIM_BATCH = 1000
-"""Claims, or updates of claims, in one request."""
-
-
-class ClaimRequest(msgspec.Struct, frozen=True):
-    """A claim of ``POST orchestrator/idempotency/claim``, by a service for a call that it serves."""
-
-    bearer: str
-    operation: str
-    key: str
-    body_digest: str
-    repeatable: bool
-
-
-class ClaimBatch(msgspec.Struct, frozen=True):
-    """The body of ``/idempotency/claim``: claims of concurrent calls, made together."""
-
-    claims: Annotated[tuple[ClaimRequest, ...], Meta(max_length=MAX_CLAIM_BATCH)]
-
-
-class ClaimResponse(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The outcome of a claim; ``answer`` is the stored body in base64, with its stored ``headers``.
-
-    A ``refused`` claim has a ``problem``; it does not affect the others of its batch.
-    """
-
-    outcome: Literal["claimed", "stored", "in_flight", "conflict", "unknown", "refused"]
-    run: int = 0
-    status: int = 0
-    answer: bytes = b""
-    headers: dict[str, str] = {}
-    problem: Problem | None = None
-
-
-class ClaimResponseBatch(msgspec.Struct, frozen=True):
-    """The outcomes of the claims, in their order."""
-
-    answers: tuple[ClaimResponse, ...]
-
-
-class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A claim to renew, complete or release, identified as it was made."""
-
-    tenant: str
-    subject: str
-    operation: str
-    key: str
-    run: Count
-    status: Annotated[int, Meta(ge=0, le=599)] = 0
-    answer: bytes = b""
-    headers: dict[str, str] = {}
-
-
-class ClaimUpdateBatch(msgspec.Struct, frozen=True):
-    """The body of ``/idempotency/renew``, ``…/complete`` and ``…/release``."""
-
-    updates: Annotated[tuple[ClaimUpdate, ...], Meta(max_length=MAX_CLAIM_BATCH)]
-
-
-class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST orchestrator/arms/register`` by an arm at its start; its name is that of its service token.
-
-    ``instance`` names the process among the arm's replicas, and ``url`` is its address. ``about`` describes each
-    operation in a sentence. A call that begins with ``?`` is optional. ``calls`` are those of all operations together;
-    ``operation_calls`` has the calls of the operations that declare their own.
-    """
-
-    description: str
-    operations: tuple[str, ...]
-    calls: tuple[str, ...]
-    accepts: tuple[str, ...]
-    url: str
-    instance: str = ""
-    about: dict[str, str] = {}
-    operation_calls: dict[str, tuple[str, ...]] = {}

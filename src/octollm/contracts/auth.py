@@ -1,4 +1,4 @@
-"""Credentials of the public API: API keys, tokens, browser sessions, OpenID Connect logins, revocations."""
+"""Credentials of the public API: API keys, access tokens, browser sessions, OpenID Connect logins, revocations."""
 
 from __future__ import annotations
 
@@ -117,3 +117,67 @@ class RevocationUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     revocations: Annotated[tuple[RevocationView, ...], Meta(max_length=MAX_REVOCATION_BATCH)] = ()
     floor: float | None = None
     whole: bool = False
+
+
+class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST /token`` at the gateway: a token for direct calls, which belong to an ad-hoc task of their own."""
+
+    scope: str
+    aud: str
+    lifetime_seconds: int = 3600
+
+
+class TokenResponse(msgspec.Struct, frozen=True):
+    """An access token and its lifetime in seconds, in the form of RFC 6749 section 5.1."""
+
+    access_token: str
+    expires_in: int
+    scope: str
+    task_id: str = ""
+    token_type: Literal["Bearer"] = "Bearer"
+    issued_token_type: str = "urn:ietf:params:oauth:token-type:access_token"
+    tenant: str = ""
+
+
+class KeyRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST /keys``: ``scope`` has presets (``user``, ``admin``) and scopes, separated by spaces.
+
+    ``tenant`` defaults to the caller's own. Only the installation's first tenant creates keys of other tenants.
+    """
+
+    name: str
+    scope: str = "user"
+    tenant: Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9._-]{0,62}\Z")] | None = None
+
+
+class KeyView(msgspec.Struct, frozen=True):
+    """An API key without its secret."""
+
+    id: str
+    name: str
+    tenant: str
+    scope: str
+    created_at: str
+    revoked_at: str | None = None
+    last_used_at: str | None = None
+
+
+class NewKey(msgspec.Struct, frozen=True):
+    """A new API key: ``secret`` is shown once."""
+
+    key: KeyView
+    secret: str
+
+
+class KeyList(msgspec.Struct, frozen=True):
+    """All API keys of the tenant."""
+
+    keys: tuple[KeyView, ...]
+
+
+class TokenExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST orchestrator/token``: RFC 8693 token exchange, by the gateway with its service token."""
+
+    subject_token: str
+    subject_token_type: Literal["urn:octollm:api-key"] = "urn:octollm:api-key"
+    grant_type: str = "urn:ietf:params:oauth:grant-type:token-exchange"

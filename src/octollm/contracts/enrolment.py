@@ -1,4 +1,4 @@
-"""Messages between an arm and the orchestrator: enrolment, key rotation, heartbeat, and the enrolment tokens."""
+"""Messages about arms: the list of arms, and enrolment, key rotation, registration and heartbeat of an arm."""
 
 from __future__ import annotations
 
@@ -82,3 +82,41 @@ class EnrolmentTokenList(msgspec.Struct, frozen=True):
     """The enrolment tokens of the tenant, newest first."""
 
     joins: tuple[EnrolmentTokenView, ...]
+
+
+class ArmView(msgspec.Struct, frozen=True):
+    """A registered arm."""
+
+    name: str
+    description: str
+    operations: tuple[str, ...]
+    calls: tuple[str, ...]
+    url: str
+    registered_at: str
+    state: str = "healthy"
+    urls: tuple[str, ...] = ()
+    """The URL of each of its processes."""
+
+
+class ArmList(msgspec.Struct, frozen=True):
+    """All arms of the tenant."""
+
+    arms: tuple[ArmView, ...]
+
+
+class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST orchestrator/arms/register`` by an arm at its start; its name is that of its service token.
+
+    ``instance`` names the process among the arm's replicas, and ``url`` is its address. ``about`` describes each
+    operation in a sentence. A call that begins with ``?`` is optional. ``calls`` are those of all operations together;
+    ``operation_calls`` has the calls of the operations that declare their own.
+    """
+
+    description: str
+    operations: tuple[str, ...]
+    calls: tuple[str, ...]
+    accepts: tuple[str, ...]
+    url: str
+    instance: str = ""
+    about: dict[str, str] = {}
+    operation_calls: dict[str, tuple[str, ...]] = {}

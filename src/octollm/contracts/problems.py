@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm.errors import OctoError, RemoteError
+from octollm.errors import FieldError, OctoError, RemoteError
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +109,6 @@ ERROR_KINDS: dict[str, ErrorKind] = {
 }
 
 
-class FieldErrorView(msgspec.Struct, frozen=True):
-    """One fault of a body: ``pointer`` is a JSON Pointer (RFC 6901)."""
-
-    pointer: str
-    detail: str
-
-
 class Problem(msgspec.Struct, frozen=True, omit_defaults=False):
     """An error body: RFC 9457 ``application/problem+json`` with our extension members."""
 
@@ -126,7 +119,7 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=False):
     retryable: bool
     request_id: str = ""
     type: str = "about:blank"
-    errors: tuple[FieldErrorView, ...] = ()
+    errors: tuple[FieldError, ...] = ()
     retry_after: float | msgspec.UnsetType = msgspec.UNSET
     """Seconds to wait at least, if any. It is there for streams, too, whose headers are sent before the failure."""
 
@@ -144,7 +137,7 @@ def to_problem(error: OctoError, request_id: str = "") -> Problem:
         code=error.code,
         retryable=retryable,
         request_id=request_id,
-        errors=tuple(FieldErrorView(f.pointer, f.detail) for f in error.field_errors),
+        errors=error.field_errors,
         retry_after=msgspec.UNSET if error.retry_after is None else error.retry_after,
     )
 

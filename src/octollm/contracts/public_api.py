@@ -12,24 +12,28 @@ from types import NoneType
 from octollm.contracts.api import (
     LAST_EVENT_ID_DESCRIPTION,
     Acknowledgement,
-    ArmList,
     AuditQuery,
     EventList,
     EventQuery,
-    KeyList,
-    KeyRequest,
-    NewKey,
     PageQuery,
     StepTexts,
     TaskList,
     TaskQuery,
     TaskView,
+)
+from octollm.contracts.auth import (
+    CurrentUser,
+    IssuerList,
+    KeyList,
+    KeyRequest,
+    NewKey,
+    RevocationRequest,
+    SessionRequest,
     TokenRequest,
     TokenResponse,
 )
-from octollm.contracts.auth import CurrentUser, IssuerList, RevocationRequest, SessionRequest
 from octollm.contracts.declarations import ANY_MEDIA_TYPE, EVENT_STREAM, DeclaredOperation, OperationTable
-from octollm.contracts.enrolment import EnrolmentTokenList, EnrolmentTokenRequest, NewEnrolmentToken
+from octollm.contracts.enrolment import ArmList, EnrolmentTokenList, EnrolmentTokenRequest, NewEnrolmentToken
 from octollm.contracts.observability import AuditPage, TraceView
 from octollm.contracts.operations import FILE_NAME_DESCRIPTION, StoredFile
 from octollm.contracts.screening import MAX_SCREENED, PreprocessRequest, ScreeningResult

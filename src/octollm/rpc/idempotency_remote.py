@@ -11,7 +11,7 @@ import msgspec
 
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
-from octollm.contracts.api import (
+from octollm.contracts.internal import (
     ClaimBatch,
     ClaimRequest,
     ClaimResponse,

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from octollm import __version__
-from octollm.contracts.api import KeyRequest, TokenRequest
+from octollm.contracts.auth import KeyRequest, TokenRequest
 from octollm.contracts.enrolment import EnrolmentTokenRequest
 from octollm.contracts.operations import (
     AcceptRequest,

@@ -12,7 +12,6 @@ from octollm.capability import ScopeSet
 from octollm.clock import Clock
 from octollm.contracts.api import TaskFailure
 from octollm.contracts.operations import DocumentIn
-from octollm.contracts.problems import FieldErrorView
 from octollm.contracts.stream import StreamEvent
 from octollm.contracts.task import ArmInfo, ExecuteResult, Plan, PlanRequest, PlanStep
 from octollm.errors import OctoError
@@ -239,7 +238,7 @@ class TaskRunner:
         if self._span is not None:
             self._span.record_error(error)
         reasons = error.reasons if isinstance(error, StepError) else ()
-        faults = tuple(FieldErrorView(fault.pointer, fault.detail) for fault in error.field_errors)
+        faults = error.field_errors
         reason = TaskFailure(error.code, error.detail, reasons, faults)
         await tools.store.change(
             task.task_id,

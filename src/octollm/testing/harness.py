@@ -30,8 +30,8 @@ from octollm.capability import (
 )
 from octollm.capability.verification import Verifier
 from octollm.clock import SystemClock, Uuid7Generator
-from octollm.contracts.api import (
-    ArmRegistration,
+from octollm.contracts.enrolment import ArmRegistration, InstanceRef
+from octollm.contracts.internal import (
     ClaimBatch,
     ClaimRequest,
     ClaimResponse,
@@ -41,7 +41,6 @@ from octollm.contracts.api import (
     ReserveResponse,
     SettleRequest,
 )
-from octollm.contracts.enrolment import InstanceRef
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.problems import to_problem
 from octollm.contracts.services import SERVICES, service_of

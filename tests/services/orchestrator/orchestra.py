@@ -14,7 +14,8 @@ from starlette.applications import Starlette
 
 from octollm.arm import Arm, Context, build_arm
 from octollm.config import read_settings
-from octollm.contracts.api import TaskView, TokenResponse
+from octollm.contracts.api import TaskView
+from octollm.contracts.auth import TokenResponse
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.services import SERVICES
 from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, Task

@@ -13,8 +13,7 @@ from sqlalchemy import select, update
 from octollm.capability import DeclaredCall, Principal, ScopeSet, SigningKey
 from octollm.capability.enrolment import EnrolmentClaim, EnrolmentToken, EnrolmentTokenIssuer, arm_proof
 from octollm.clock import Uuid7Generator
-from octollm.contracts.api import ArmRegistration
-from octollm.contracts.enrolment import EnrolmentRequest, EnrolmentTokenRequest
+from octollm.contracts.enrolment import ArmRegistration, EnrolmentRequest, EnrolmentTokenRequest
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.services.orchestrator.accounts import Accounts, expand_scopes

@@ -8,7 +8,7 @@ import pytest
 from orchestra import Orchestra, Script, problem
 
 from octollm.arm import Context
-from octollm.contracts.api import (
+from octollm.contracts.internal import (
     ClaimBatch,
     ClaimRequest,
     ClaimResponseBatch,

@@ -19,7 +19,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from octollm.capability import DirectoryEntry, SigningKey, verify_service_token
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import Settings, read_settings
-from octollm.contracts.api import EventList, StepText, StepTexts, TaskView, TokenExchangeRequest, TokenResponse
+from octollm.contracts.api import EventList, StepText, StepTexts, TaskView
+from octollm.contracts.auth import TokenExchangeRequest, TokenResponse
 from octollm.contracts.events import Event
 from octollm.errors import OctoError
 from octollm.rpc.discovery import StaticDiscovery

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
 from octollm.concurrency import run_until_first
-from octollm.contracts.api import TokenResponse
+from octollm.contracts.auth import TokenResponse
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import CallFailure, RetryPolicy

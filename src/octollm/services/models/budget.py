@@ -10,7 +10,7 @@ import msgspec
 
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
-from octollm.contracts.api import ReserveRequest, ReserveResponse, SettleRequest
+from octollm.contracts.internal import ReserveRequest, ReserveResponse, SettleRequest
 from octollm.contracts.problems import to_problem
 from octollm.contracts.services import OperationKind
 from octollm.contracts.task import Usage

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET
 
 from octollm.clock import Clock, IdGenerator
-from octollm.contracts.api import ReserveRequest, ReserveResponse
+from octollm.contracts.internal import ReserveRequest, ReserveResponse
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.llm.catalogue import cost_usd

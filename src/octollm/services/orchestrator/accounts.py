@@ -17,8 +17,7 @@ from sqlalchemy import select, update
 
 from octollm.capability import PRESETS, Principal, ScopeSet, preset_scopes
 from octollm.clock import Clock, IdGenerator, format_rfc3339
-from octollm.contracts.api import KeyList, KeyView, NewKey
-from octollm.contracts.auth import IssuerView, LoginCode
+from octollm.contracts.auth import IssuerView, KeyList, KeyView, LoginCode, NewKey
 from octollm.errors import OctoError
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record_audit
 from octollm.services.orchestrator.oidc import (

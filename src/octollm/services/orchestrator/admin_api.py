@@ -10,8 +10,8 @@ from typing import Any
 
 from octollm.clock import Clock
 from octollm.contracts import public_api
-from octollm.contracts.api import Acknowledgement, AuditQuery, KeyList, KeyRequest, NewKey
-from octollm.contracts.auth import RevocationRequest
+from octollm.contracts.api import Acknowledgement, AuditQuery
+from octollm.contracts.auth import KeyList, KeyRequest, NewKey, RevocationRequest
 from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.observability import AuditPage
 from octollm.errors import OctoError

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from octollm.contracts import public_api
-from octollm.contracts.api import Acknowledgement, ArmList, ArmRegistration
+from octollm.contracts.api import Acknowledgement
 from octollm.contracts.enrolment import (
+    ArmList,
+    ArmRegistration,
     EnrolmentNonce,
     EnrolmentRequest,
     EnrolmentResponse,

@@ -17,7 +17,7 @@ from sqlalchemy import delete, exists, func, select, update
 
 from octollm.capability.enrolment import check_operation_name, parse_declared_calls, scopes_of
 from octollm.concurrency import run_in_background
-from octollm.contracts.api import ArmRegistration
+from octollm.contracts.enrolment import ArmRegistration
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.errors import OctoError
 from octollm.events import EventLog

@@ -20,7 +20,7 @@ from octollm.capability.enrolment import parse_declared_calls
 from octollm.capability.keyring import PublicKeyRing
 from octollm.clock import Clock, format_rfc3339
 from octollm.concurrency import run_in_background
-from octollm.contracts.api import ArmList, ArmView
+from octollm.contracts.enrolment import ArmList, ArmView
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
 from octollm.errors import OctoError

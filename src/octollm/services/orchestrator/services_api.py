@@ -10,8 +10,8 @@ import msgspec
 
 from octollm.capability import PublicKey, TaskRef, VerifiedChain, Verifier
 from octollm.clock import Clock
-from octollm.contracts.api import (
-    Acknowledgement,
+from octollm.contracts.api import Acknowledgement
+from octollm.contracts.internal import (
     ClaimBatch,
     ClaimRequest,
     ClaimResponse,

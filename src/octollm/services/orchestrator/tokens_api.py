@@ -16,12 +16,7 @@ from octollm.capability.inspection import read_chain
 from octollm.capability.keyring import KeyRing, TrustedRoots
 from octollm.clock import Clock, IdGenerator
 from octollm.contracts import public_api
-from octollm.contracts.api import (
-    Acknowledgement,
-    TokenExchangeRequest,
-    TokenRequest,
-    TokenResponse,
-)
+from octollm.contracts.api import Acknowledgement
 from octollm.contracts.auth import (
     SESSION_LIFETIME_SECONDS,
     SESSION_TOKEN_PREFIX,
@@ -30,6 +25,9 @@ from octollm.contracts.auth import (
     IssuerList,
     RevocationList,
     SessionResponse,
+    TokenExchangeRequest,
+    TokenRequest,
+    TokenResponse,
 )
 from octollm.contracts.services import service_of
 from octollm.contracts.stream import NDJSON

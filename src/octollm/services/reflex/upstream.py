@@ -15,7 +15,8 @@ import msgspec
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
 from octollm.context import current_context
-from octollm.contracts.api import StepTexts, TaskView, TokenExchangeRequest, TokenResponse
+from octollm.contracts.api import StepTexts, TaskView
+from octollm.contracts.auth import TokenExchangeRequest, TokenResponse
 from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.events import Event
 from octollm.contracts.public_api import CANCEL_TASK, READ_TASK, TASK_HISTORY, TASK_TEXTS
