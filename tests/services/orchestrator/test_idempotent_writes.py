@@ -14,7 +14,7 @@ import pytest
 from orchestra import Orchestra, problem
 
 from octollm.arm import Context
-from octollm.contracts.api import NewKey, TokenResponse
+from octollm.contracts.auth import NewKey, TokenResponse
 from octollm.contracts.enrolment import NewEnrolmentToken
 from octollm.contracts.public_api import PUBLIC_OPERATIONS
 from octollm.contracts.task import ExecuteResult, Task
