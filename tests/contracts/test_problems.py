@@ -8,13 +8,13 @@ from octollm.contracts.problems import ERROR_KINDS, allows_new_attempt, to_probl
 from octollm.errors import OctoError, RemoteError
 
 
-class _Stop(OctoError):
+class _StopError(OctoError):
     @property
     def retryable(self) -> bool:
         return False
 
 
-class _Again(OctoError):
+class _RetryError(OctoError):
     @property
     def retryable(self) -> bool:
         return True
@@ -30,8 +30,8 @@ def test_a_code_says_whether_the_same_request_can_help(code: str) -> None:
 
 
 def test_an_error_that_knows_better_than_its_code_is_heeded() -> None:
-    assert to_problem(_Stop("no", code="unavailable")).retryable is False
-    assert to_problem(_Again("not now", code="state_conflict")).retryable is True
+    assert to_problem(_StopError("no", code="unavailable")).retryable is False
+    assert to_problem(_RetryError("not now", code="state_conflict")).retryable is True
     assert to_problem(_remote("model_failed", retryable=False)).retryable is False
 
 
@@ -74,4 +74,4 @@ def test_otherwise_the_problem_document_decides() -> None:
     assert not allows_new_attempt(_remote("model_failed", retryable=False))
     assert allows_new_attempt(_remote("out_of_stock", retryable=True))
     assert not allows_new_attempt(_remote("out_of_stock", retryable=False))
-    assert allows_new_attempt(_Again("not now", code="state_conflict"))
+    assert allows_new_attempt(_RetryError("not now", code="state_conflict"))
