@@ -251,7 +251,9 @@ class Context(Generic[StateT_co]):
         audience = service_of(service)
         bearer = await self._bearer(":".join((service, operation, *path.values())))
         key = None
-        if route.kind != "read_only":
+        if route.method != "GET":
+            # Also where the callee claims no key: those of the calls that it makes itself follow from it, so that
+            # the model's answers to a repeat come from the journal.
             key = self._keys.next(audience, operation, body or b"")
         filled = route.path.format(**{name: quote(value, safe="") for name, value in path.items()})
         return OutgoingCall(

@@ -17,6 +17,7 @@ from octollm.arm.completion import extract_problem
 from octollm.arm.context import Context
 from octollm.arm.registration import ArmRegistrar
 from octollm.arm.validation import EXECUTE
+from octollm.contracts.service_operations import route_of
 from octollm.contracts.task import ExecuteResult
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs
@@ -88,6 +89,7 @@ def build_arm(
             handler=serve,
             scope=f"{arm.name}:{declared.name}",
             kind=declared.kind,
+            claims_key=route_of(arm.name, declared.name).claims_key,
             body=declared.body,
             response=answer_type(declared),
             summary=declared.summary,

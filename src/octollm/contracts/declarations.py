@@ -54,6 +54,8 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
     """The path at that service, where it differs from the public one."""
     scope: str = ""
     kind: OperationKind = "read_only"
+    claims_key: bool = True
+    """Whether an ``Idempotency-Key`` is claimed and the response stored; false where a repeat is harmless anyway."""
     query: type[msgspec.Struct] | None = None
     """The parameters that the query may hold."""
     body: type[BodyT]

@@ -71,6 +71,8 @@ class AcceptRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     result: ExecuteResult
     criteria: tuple[str, ...] = ()
     files: tuple[FileRef, ...] = ()
+    texts: dict[str, str] = {}
+    """Texts of small artifacts of the result, by digest; the judge reads the others itself."""
 
 
 class AcceptResult(msgspec.Struct, frozen=True):

@@ -182,6 +182,8 @@ STORE_FILE = DeclaredOperation(
     summary="Store a file. The body is its content.",
     scope="files:write",
     kind="idempotent",
+    # Files are stored by their digest.
+    claims_key=False,
     body=bytes,
     response=StoredFile,
     status=201,

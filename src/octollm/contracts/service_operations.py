@@ -64,6 +64,8 @@ RUN = DeclaredOperation(
     service="executor",
     scope="executor:run",
     kind="idempotent",
+    # A sandbox has no network and is thrown away, so a second run changes nothing that anybody sees.
+    claims_key=False,
     body=RunRequest,
     response=RunResult,
     calls=("?files:read",),
@@ -200,9 +202,13 @@ class Route:
     method: str
     path: str
     kind: OperationKind
+    claims_key: bool = True
 
 
-_ROUTES = {declared.id: Route(declared.method, declared.path, declared.kind) for declared in SERVICE_OPERATIONS}
+_ROUTES = {
+    declared.id: Route(declared.method, declared.path, declared.kind, declared.claims_key)
+    for declared in SERVICE_OPERATIONS
+}
 
 
 def route_of(service: str, operation: str) -> Route:

@@ -126,6 +126,8 @@ class Operation:
     handler: Handler
     scope: str = ""
     kind: OperationKind = "read_only"
+    claims_key: bool = True
+    """Whether an ``Idempotency-Key`` is claimed and the response stored; false where a repeat is harmless anyway."""
     auth: AuthKind = "capability"
     query: Any = None
     """A Struct of what the query may hold."""
@@ -148,6 +150,11 @@ class Operation:
     """Seconds for a call that names no deadline."""
     summary: str = ""
     docs: OperationDocs = field(default_factory=OperationDocs)
+
+    @property
+    def takes_key(self) -> bool:
+        """Say whether an ``Idempotency-Key`` makes a difference."""
+        return self.claims_key and self.kind != "read_only"
 
     @property
     def streams(self) -> bool:
@@ -176,6 +183,7 @@ def implement(
         handler,
         scope=declared.scope,
         kind=declared.kind,
+        claims_key=declared.claims_key,
         auth=auth,
         query=declared.query,
         body=None if declared.body is NoneType else declared.body,

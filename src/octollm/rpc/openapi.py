@@ -159,7 +159,7 @@ def _parameters(op: Operation, schemas: _Schemas) -> list[dict[str, Any]]:
     headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in op.docs.headers.items()}
     if op.cacheable:
         headers["If-None-Match"] = {"description": _IF_NONE_MATCH_DOCS, "schema": {"type": "string"}}
-    if op.kind != "read_only":
+    if op.takes_key:
         key = {"type": "string", "minLength": 1, "maxLength": 200}
         headers["Idempotency-Key"] = {"description": _IDEMPOTENCY_KEY_DOCS, "schema": key}
     return [*found, *({"name": name, "in": "header", "required": False, **rest} for name, rest in headers.items())]
@@ -251,7 +251,7 @@ def error_codes(op: Operation) -> list[str]:
             codes += ["invalid_json", "invalid_body"]
             if op.strict or op.auth == "door":
                 codes.append("unknown_field")
-    if op.kind != "read_only":
+    if op.takes_key:
         codes += ["idempotency_conflict", "outcome_unknown"]
     return sorted({*codes, *op.docs.error_codes})
 
@@ -292,7 +292,7 @@ def response_headers(op: Operation, status: int) -> dict[str, Any]:
         names.append("Location")
     if op.cacheable and status in (200, 304):
         names += ["ETag", "Cache-Control"]
-    if op.kind != "read_only" and status < 300:
+    if op.takes_key and status < 300:
         names.append("Idempotent-Replayed")
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 

@@ -260,7 +260,7 @@ class OperationEndpoint:
     async def _run_idempotent(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
         """Run the handler within the deadline, behind the idempotency key where there is one."""
         operation, idempotent, verified = self._operation, self._idempotent, call.verified
-        if operation.kind == "read_only" or call.key is None or idempotent is None or verified is None:
+        if not operation.takes_key or call.key is None or idempotent is None or verified is None:
             return await self._run_handler(call, value)
         scope = call.request.scope
         keyed = KeyedCall(

@@ -84,9 +84,21 @@ class TaskCalls:
         self._task = task
         self._allowed_scopes = allowed_scopes
 
-    async def plan(self, request: PlanRequest, deadline: Deadline, on_event: OnEvent) -> Plan:
-        """Ask the planner for a plan."""
-        return await self._call("planner:plan", request, Plan, deadline, step="plan", on_event=on_event)
+    async def plan(self, request: PlanRequest, deadline: Deadline, on_event: OnEvent, *, attempt: int) -> Plan:
+        """Ask the planner for a plan.
+
+        The planner stores nothing under the key, but the keys of its model calls follow from it: after a takeover the
+        model journal answers them, and they cost nothing.
+        """
+        return await self._call(
+            "planner:plan",
+            request,
+            Plan,
+            deadline,
+            step="plan",
+            key=f"{self._task.task_id}:{attempt}:plan",
+            on_event=on_event,
+        )
 
     async def execute(
         self, arm: str, contract: Task, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
@@ -108,7 +120,10 @@ class TaskCalls:
     async def accept(
         self, request: AcceptRequest, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
     ) -> AcceptResult:
-        """Ask the judge about a step's result. It may read the task's files and what the step made."""
+        """Ask the judge about a step's result. It may read the task's files and what the step made.
+
+        The key serves the judge's model calls, as that of :meth:`plan` does the planner's.
+        """
         files = {file.digest for file in request.files if file.digest is not None}
         files |= {artifact.digest for artifact in request.result.artifacts}
         return await self._call(
@@ -119,6 +134,7 @@ class TaskCalls:
             step=step,
             attempt=attempt,
             files=tuple(sorted(files)),
+            key=f"{self._task.task_id}:{step}:{attempt}:accept",
             on_event=on_event,
         )
 

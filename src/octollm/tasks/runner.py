@@ -23,7 +23,7 @@ from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.state import PLANNED_PROGRESS, assemble_result, compute_progress, find_ready_steps
-from octollm.tasks.step import StepDependencies, StepError, run_step
+from octollm.tasks.step import LoadTexts, StepDependencies, StepError, run_step
 from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger, Metrics, Span, Tracer
 
@@ -51,6 +51,8 @@ class RunnerDependencies:
     """What the planner is told of the arms of a tenant."""
     load_documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
     """The texts among a task's files, which are put into memory before planning."""
+    load_texts: LoadTexts
+    """Reads the small artifacts of a result, which the judge gets with its request."""
 
 
 class TaskRunner:
@@ -126,13 +128,14 @@ class TaskRunner:
             contract.acceptance_criteria,
             reasons,
         )
+        attempt = 2 if reasons else 1
         text = LiveText(
             self._deps.store,
             self._deps.stream,
             self._deps.log,
             task_id=task.task_id,
             step="plan",
-            attempt=2 if reasons else 1,
+            attempt=attempt,
             epoch=task.epoch,
         )
 
@@ -142,7 +145,7 @@ class TaskRunner:
 
         with self._deps.tracer.span("plan"):
             async with text:
-                return await calls.plan(request, deadline, on_line)
+                return await calls.plan(request, deadline, on_line, attempt=attempt)
 
     async def _replan(self, plan: Plan, calls: TaskCalls, deadline: Deadline, failed: StepError) -> Plan:
         """Return a plan for the rest, once; raise ``failed`` when there is none but the same again."""
@@ -167,7 +170,14 @@ class TaskRunner:
         results = {name: record.result for name, record in records.items() if record.result is not None}
         self._done = {name for name in results if records[name].status == "completed"}
         step_tools = StepDependencies(
-            tools.store, tools.stream, calls, tools.clock, tools.log, tools.tracer, self._progress_reporter(plan)
+            tools.store,
+            tools.stream,
+            calls,
+            tools.clock,
+            tools.log,
+            tools.tracer,
+            self._progress_reporter(plan),
+            tools.load_texts,
         )
         running: dict[asyncio.Task[ExecuteResult], PlanStep] = {}
         begun: set[str] = set()

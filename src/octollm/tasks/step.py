@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -12,7 +12,7 @@ from octollm.clock import Clock
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.problems import allows_new_attempt
 from octollm.contracts.stream import StreamEvent
-from octollm.contracts.task import ExecuteResult, PlanStep, Task, TaskContext
+from octollm.contracts.task import Artifact, ExecuteResult, PlanStep, Task, TaskContext
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline
 from octollm.storage.text_stream import TextStream
@@ -25,6 +25,10 @@ from octollm.telemetry import Logger, Tracer
 
 DEFAULT_RETRIES = 1
 MAX_OUTPUT_IN_EVENT = 2000
+
+
+LoadTexts = Callable[[str, Sequence[Artifact]], Awaitable[dict[str, str]]]
+"""Returns the texts of a tenant's small artifacts by digest; those that are large or no text are left out."""
 
 
 class StepError(OctoError):
@@ -47,6 +51,7 @@ class StepDependencies:
     log: Logger
     tracer: Tracer
     on_progress: Callable[[str, float], Awaitable[None]]
+    load_texts: LoadTexts
 
 
 async def run_step(
@@ -85,7 +90,7 @@ async def _run_attempts(
         try:
             with deps.tracer.span(f"attempt {attempt}") as span:
                 result, length = await _execute(deps, task, spec, contract, attempt, deadline)
-                verdict = await _judge(deps, spec, contract, result, attempt, deadline)
+                verdict = await _judge(deps, task, spec, contract, result, attempt, deadline)
                 if verdict.accepted:
                     await _complete_step(deps, task, spec, result, verdict, attempt, length)
                     return result
@@ -144,6 +149,7 @@ async def _execute(
 
 async def _judge(
     deps: StepDependencies,
+    task: TaskRecord,
     spec: PlanStep,
     contract: Task,
     result: ExecuteResult,
@@ -153,7 +159,9 @@ async def _judge(
     async def ignore(_line: StreamEvent) -> None:
         """Ignore a line: a verdict is told whole, the stream only keeps the connection alive."""
 
-    request = AcceptRequest(spec.goal, result, spec.acceptance_criteria, contract.context.files)
+    # What is small goes along: each file that the judge had to fetch would be a call back to where it comes from.
+    texts = await deps.load_texts(task.tenant, result.artifacts)
+    request = AcceptRequest(spec.goal, result, spec.acceptance_criteria, contract.context.files, texts)
     with deps.tracer.span("accept") as span:
         verdict = await deps.calls.accept(request, deadline, step=spec.id, attempt=attempt, on_event=ignore)
         span.attributes |= {"octollm.accepted": verdict.accepted, "octollm.score": verdict.score}

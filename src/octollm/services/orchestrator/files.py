@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Sequence
 from urllib.parse import unquote
 
 from sqlalchemy import select
@@ -11,12 +13,15 @@ from starlette.responses import Response
 from octollm.clock import Clock
 from octollm.contracts import public_api
 from octollm.contracts.operations import StoredFile
+from octollm.contracts.task import Artifact
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.storage import Database
 from octollm.storage.tables import files
 
 MAX_NAME_LENGTH = 200
+MAX_TEXTS_BYTES = 128 * 1024
+"""Bytes of artifacts that go to the judge with its request, in all."""
 
 
 class FileStore:
@@ -53,6 +58,37 @@ class FileStore:
         if row is None:
             raise OctoError("There is no file with that digest.", code="file_not_found")
         return StoredFile(row["name"], row["digest"], row["size"], row["media_type"]), row["body"]
+
+    async def small_texts(self, tenant: str, artifacts: Sequence[Artifact]) -> dict[str, str]:
+        """Return the texts of artifacts by digest, up to :data:`MAX_TEXTS_BYTES` in all, the first ones first.
+
+        Left out are those that do not fit, are not stored or are not UTF-8.
+        """
+        room, digests = MAX_TEXTS_BYTES, list[str]()
+        for artifact in artifacts:
+            if artifact.size <= room and artifact.digest not in digests:
+                digests.append(artifact.digest)
+                room -= artifact.size
+        if not digests:
+            return {}
+        async with self._db.read() as conn:
+            query = select(files.c.digest, files.c.body).where(
+                # An arm says the size of its artifacts; the stored one counts.
+                files.c.tenant == tenant,
+                files.c.digest.in_(digests),
+                files.c.size <= MAX_TEXTS_BYTES,
+            )
+            rows = await conn.all(query)
+        bodies = {str(row["digest"]): bytes(row["body"]) for row in rows}
+        texts: dict[str, str] = {}
+        room = MAX_TEXTS_BYTES
+        for digest in digests:
+            body = bodies.get(digest)
+            if body is not None and len(body) <= room:
+                with contextlib.suppress(UnicodeDecodeError):
+                    texts[digest] = body.decode()
+                    room -= len(body)
+        return texts
 
     async def find_missing(self, tenant: str, digests: list[str]) -> set[str]:
         """Return the digests that are not stored."""

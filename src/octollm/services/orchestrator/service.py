@@ -145,6 +145,7 @@ async def orchestrator_service(
             load_allowed_scopes=_allowed_scopes_loader(accounts),
             list_arms=list_arms,
             load_documents=_documents_loader(files),
+            load_texts=files.small_texts,
         )
         holder = base.ids.hex()
         connect = partial(open_database, database_url(settings, "orchestrator"), clock=base.clock)

@@ -38,6 +38,8 @@ def judge_arm(settings: Settings) -> Arm:
         """Say whether a step's result is what was asked."""
 
         async def read_file(digest: str) -> bytes:
+            if digest in request.texts:
+                return request.texts[digest].encode()
             return await ctx.artifacts.read(FileRef(digest[:12], digest=digest))
 
         ask = ModelAsk(ctx) if is_capable_model(settings) and ctx.allows("models:chat") else None
