@@ -1,4 +1,7 @@
-"""The orchestrator's own calls for a task (plan, execute, accept, store a document), each with a token minted for just that scope."""
+"""The orchestrator's own calls for a task: plan, execute, accept, store a document.
+
+Each carries a token that is minted for just its scope.
+"""
 
 from __future__ import annotations
 

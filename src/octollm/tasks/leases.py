@@ -1,4 +1,7 @@
-"""Task leases with a fencing token (the epoch, column `run`), and the thread that renews them. The renewer has its own database connection, so a busy event loop or an exhausted pool does not lose a lease."""
+"""Task leases with a fencing token (the epoch, column `run`), and the thread that renews them.
+
+The renewer has its own database connection, so a busy event loop or an exhausted pool does not lose a lease.
+"""
 
 from __future__ import annotations
 

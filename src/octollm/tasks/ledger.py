@@ -1,4 +1,7 @@
-"""The budget ledger: tokens and cost are reserved before a model call and settled after it, so that a budget is never exceeded. A repeated call is answered from the journal and costs nothing."""
+"""The budget ledger: tokens and cost are reserved before a model call and settled after it.
+
+So a budget is never exceeded. A repeated call is answered from the model journal and costs nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pure rules of a task: legal state transitions, which steps are ready, how far the task is, and what its result is. No I/O."""
+"""The pure rules of a task: legal state transitions, ready steps, progress and the result. No I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The task store: each state change and its event are one transaction, refused when the transition is illegal or the fencing token is stale."""
+"""The task store: each state change and its event are one transaction.
+
+A change is refused when the transition is illegal or the fencing token is stale.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The worker: acquires task leases, runs tasks concurrently, and stops those that were cancelled or whose lease was lost. Cancellations at other replicas arrive by Pub/Sub, or at the latest with the next lease renewal."""
+"""The worker: acquires task leases, runs tasks concurrently, and stops those that were cancelled or lost.
+
+Cancellations at other replicas arrive by Pub/Sub, or at the latest with the next lease renewal.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The models service over HTTP: OpenAI's chat completions, whole or as server-sent events, for callers with a capability."""
+"""The models service over HTTP: OpenAI's chat completions, whole or as server-sent events.
+
+Callers authenticate with a capability token.
+"""
 
 from __future__ import annotations
 

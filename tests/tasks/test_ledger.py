@@ -1,0 +1,296 @@
+"""The budget ledger: what it grants, and that reserved and spent tokens never exceed the budget."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from sqlalchemy import select, update
+
+from octollm.clock import SystemClock, Uuid7Generator
+from octollm.contracts.task import Budget, Task, Usage
+from octollm.errors import OctoError
+from octollm.events import EventLog
+from octollm.storage import Database, open_database
+from octollm.storage.migrations import migrate
+from octollm.storage.tables import budgets, tasks
+from octollm.tasks.ledger import (
+    MIN_COMPLETION_TOKENS,
+    BudgetLedger,
+    Reservation,
+    ReservationRequest,
+)
+from octollm.tasks.store import NewTask, TaskStore
+
+CLOCK = SystemClock()
+IDS = Uuid7Generator(CLOCK)
+MAX_TOKENS = 1000
+T = TypeVar("T")
+REQUEST = ReservationRequest("t", "", "s1", 1, None, "k1", "fake", 100, 200)
+
+
+@dataclass(frozen=True)
+class Money:
+    """The budget of a task as it is stored."""
+
+    used: int
+    reserved: int
+    used_cost: float
+    reserved_cost: float
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True)
+class Books:
+    """A ledger over a database in memory, with one task."""
+
+    db: Database
+    ledger: BudgetLedger
+    task_id: str
+
+    async def reserve(
+        self, key: str = "k1", prompt: int = 100, completion: int | None = 200, **more: Any
+    ) -> Reservation:
+        request = replace(
+            REQUEST, task_id=self.task_id, key=key, prompt_tokens=prompt, max_completion_tokens=completion, **more
+        )
+        return await self.ledger.reserve(request)
+
+    async def money(self) -> Money:
+        async with self.db.read() as conn:
+            row = await conn.first(select(budgets).where(budgets.c.task_id == self.task_id))
+        assert row is not None
+        return Money(
+            row["used_tokens"],
+            row["reserved_tokens"],
+            row["used_cost_usd"],
+            row["reserved_cost_usd"],
+            row["prompt_tokens"],
+            row["completion_tokens"],
+        )
+
+
+@contextlib.asynccontextmanager
+async def open_books(budget: Budget) -> AsyncGenerator[Books]:
+    async with open_database("memory://", clock=CLOCK) as db:
+        await migrate(db, "orchestrator")
+        task_id = f"task-{IDS.hex()}"
+        store = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK)
+        task = Task("do it", budget=budget)
+        await store.create(NewTask(task_id, "t", "s", "c", "", task, "corr", "", CLOCK.now() + 600))
+        yield Books(db, BudgetLedger(db, CLOCK, IDS), task_id)
+
+
+@pytest.fixture
+async def books() -> AsyncGenerator[Books]:
+    async with open_books(Budget(max_tokens=MAX_TOKENS)) as opened:
+        yield opened
+
+
+async def test_a_call_is_granted_what_it_asks_for_and_pays_what_it_used(books: Books) -> None:
+    reserved = await books.reserve()
+    assert (reserved.max_completion_tokens, reserved.journal) == (200, None)
+    assert await books.money() == Money(0, 300, 0, 0, 0, 0)
+    await books.ledger.settle(reserved.id, Usage(90, 40), b'{"text": "yes"}')
+    assert await books.money() == Money(130, 0, 0, 0, 90, 40)
+    assert await books.ledger.usage(books.task_id) == Usage(90, 40)
+
+
+async def test_settling_again_changes_nothing(books: Books) -> None:
+    reserved = await books.reserve()
+    await books.ledger.settle(reserved.id, Usage(90, 40), b"1")
+    await books.ledger.settle(reserved.id, Usage(500, 500), b"2")
+    assert await books.money() == Money(130, 0, 0, 0, 90, 40)
+    assert (await books.reserve()).journal == b"1"
+
+
+async def test_a_repeat_is_answered_from_the_journal_and_reserves_nothing(books: Books) -> None:
+    reserved = await books.reserve()
+    await books.ledger.settle(reserved.id, Usage(90, 40), b'{"text": "yes"}')
+    before = await books.money()
+    assert await books.reserve() == Reservation("", 40, b'{"text": "yes"}')
+    assert await books.money() == before
+
+
+async def test_a_call_that_failed_is_not_in_the_journal_and_returns_what_it_did_not_use(books: Books) -> None:
+    reserved = await books.reserve()
+    await books.ledger.settle(reserved.id, Usage(), None)
+    assert await books.money() == Money(0, 0, 0, 0, 0, 0)
+    assert (await books.reserve()).journal is None
+
+
+async def test_a_call_that_was_cut_off_is_paid_in_full_when_it_is_repeated(books: Books) -> None:
+    lost = await books.reserve()
+    again = await books.reserve()
+    assert again.id != lost.id
+    assert await books.money() == Money(300, 300, 0, 0, 0, 0)
+    # The first one turns up after all: it was accounted for.
+    await books.ledger.settle(lost.id, Usage(1, 1), b"late")
+    assert (await books.money()).used == 300
+
+
+async def test_of_calls_that_come_together_no_two_get_the_same_tokens(books: Books) -> None:
+    results = await asyncio.gather(
+        *(books.reserve(f"k{number}", 100, 300) for number in range(5)), return_exceptions=True
+    )
+    granted = [each for each in results if isinstance(each, Reservation)]
+    refused = [each for each in results if isinstance(each, OctoError)]
+    assert [each.max_completion_tokens for each in granted] == [300, 300, 100]
+    assert {each.code for each in refused} == {"budget_exhausted"}
+    assert (await books.money()).reserved == MAX_TOKENS
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(books: Books) -> None:
+    with pytest.raises(OctoError, match=f"may use {MAX_TOKENS} tokens; 0 are used, 0 are reserved") as caught:
+        await books.reserve(prompt=MAX_TOKENS)
+    assert caught.value.code == "budget_exhausted"
+    assert (await books.money()).reserved == 0
+
+
+async def test_money_is_bounded_like_tokens() -> None:
+    async with open_books(Budget(max_tokens=MAX_TOKENS, max_cost_usd=0.5)) as books:
+        reserved = await books.reserve(token_usd=0.001)
+        assert (await books.money()).reserved_cost == pytest.approx(0.3)
+        with pytest.raises(OctoError, match="US dollars") as caught:
+            await books.reserve("k2", token_usd=0.001)
+        assert caught.value.code == "budget_exhausted"
+        await books.ledger.settle(reserved.id, Usage(100, 100, 0.2), b"1")
+        assert (await books.money()).used_cost == pytest.approx(0.2)
+        await books.reserve("k2", token_usd=0.001)
+
+
+async def test_a_model_without_a_price_is_refused_where_money_is_bounded() -> None:
+    async with open_books(Budget(max_tokens=MAX_TOKENS, max_cost_usd=0.5)) as books:
+        with pytest.raises(OctoError, match="price of fake is not known") as caught:
+            await books.reserve(token_usd=None)
+        assert caught.value.code == "budget_exhausted"
+
+
+@pytest.mark.parametrize(
+    ("columns", "request_", "code"),
+    [
+        ({"status": "cancelled"}, {}, "state_conflict"),
+        ({"run": 3}, {"epoch": 2}, "fence_lost"),
+        ({}, {"tenant": "another"}, "task_not_found"),
+    ],
+)
+async def test_no_call_is_made_for_a_task_that_is_not_the_callers_to_work_on(
+    books: Books, columns: dict[str, Any], request_: dict[str, Any], code: str
+) -> None:
+    async with books.db.transaction() as tx:
+        await tx.execute(
+            update(tasks).where(tasks.c.task_id == books.task_id).values(status="running", **columns)
+            if "status" not in columns
+            else update(tasks).values(**columns)
+        )
+    with pytest.raises(OctoError) as caught:
+        await books.reserve(**request_)
+    assert caught.value.code == code
+    assert (await books.money()).reserved == 0
+
+
+async def test_a_reservation_that_never_was_is_not_found(books: Books) -> None:
+    with pytest.raises(OctoError) as caught:
+        await books.ledger.settle("nothing", Usage(), None)
+    assert caught.value.code == "not_found"
+
+
+@dataclass
+class Open:
+    """A reservation of the model that the machine compares with."""
+
+    id: str
+    key: str
+    tokens: int
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Reservations and settlements in any order, beside a plain account of what they must come to."""
+
+    open_ones = Bundle("open_ones")
+    settled_ones = Bundle("settled_ones")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.stack = contextlib.AsyncExitStack()
+        self.used = 0
+        self.open: dict[str, Open] = {}
+        self.journal: dict[str, bytes] = {}
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(work)
+
+    @initialize()
+    def begin(self) -> None:
+        self.books = self.run(self.stack.enter_async_context(open_books(Budget(max_tokens=MAX_TOKENS))))
+
+    @rule(
+        target=open_ones,
+        key=st.sampled_from("abcdef"),
+        prompt=st.integers(0, 400),
+        completion=st.none() | st.integers(MIN_COMPLETION_TOKENS, 400),
+    )
+    def reserve(self, key: str, prompt: int, completion: int | None) -> Any:
+        abandoned = self.open.get(key)
+        try:
+            reserved = self.run(self.books.reserve(key, prompt, completion))
+        except OctoError as error:
+            assert error.code == "budget_exhausted"
+            # A refusal leaves everything as it was, the abandoned reservation of the same call too.
+            assert MAX_TOKENS - self.used - self.reserved < prompt + MIN_COMPLETION_TOKENS
+            return multiple()
+        if key in self.journal:
+            assert reserved.journal == self.journal[key]
+            assert reserved.id == ""
+            return multiple()
+        if abandoned is not None:
+            self.used += abandoned.tokens
+        taken = Open(reserved.id, key, prompt + reserved.max_completion_tokens)
+        self.open[key] = taken
+        assert completion is None or reserved.max_completion_tokens <= completion
+        return taken
+
+    @rule(target=settled_ones, reserved=consumes(open_ones), share=st.floats(0, 1), whole=st.booleans())
+    def settle(self, reserved: Open, share: float, whole: bool) -> Open:
+        used = int(reserved.tokens * share)
+        answer = f"answer {reserved.id}".encode()
+        self.run(self.books.ledger.settle(reserved.id, Usage(used - used // 2, used // 2), answer if whole else None))
+        if self.open.get(reserved.key) is reserved:
+            del self.open[reserved.key]
+            self.used += used
+            if whole:
+                self.journal[reserved.key] = answer
+        return reserved
+
+    @rule(reserved=settled_ones, used=st.integers(0, MAX_TOKENS))
+    def settle_again(self, reserved: Open, used: int) -> None:
+        self.run(self.books.ledger.settle(reserved.id, Usage(used, used), b"another"))
+
+    @property
+    def reserved(self) -> int:
+        return sum(each.tokens for each in self.open.values())
+
+    @invariant()
+    def nothing_is_lost_and_nothing_exceeds_the_budget(self) -> None:
+        money = self.run(self.books.money())
+        assert (money.used, money.reserved) == (self.used, self.reserved)
+        assert 0 <= money.used + money.reserved <= MAX_TOKENS
+
+    def teardown(self) -> None:
+        self.run(self.stack.aclose())
+        self.runner.close()
+
+
+LedgerMachine.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestLedgerMachine = LedgerMachine.TestCase
