@@ -144,3 +144,32 @@ async def test_nobody_elses_trace_is_read(door: Door) -> None:
     answer = await door.client.get(f"/tasks/{task_id}/trace", headers={"Authorization": f"Bearer {secret}"})
     assert (answer.status_code, answer.json()["code"]) == (403, "scope_missing")
     await door.finished(task_id)
+
+
+async def test_a_take_over_of_planning_pays_for_no_model_call_again(
+    tmp_path: Path, model: ScriptedModel, mind: Any
+) -> None:
+    settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url}
+
+    def designs() -> int:
+        return sum(asked.system.startswith("You plan work for a team") for asked in model.requests)
+
+    # The model's plan cannot be used, twice; then the planner asks for titles, and dies while it waits for them.
+    mind.answer = lambda asked: (
+        ScriptedReply("{", hangs=True)
+        if asked.system.startswith("You plan work. Write for each step")
+        else answers(asked)
+    )
+    async with (
+        installation(tmp_path / "home", environment=settings) as system,
+        httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
+    ):
+        task_id = await Door(system, client).submit(GOAL)
+        await wait_until(lambda: model.active == 1 and designs() == 2, description="the titles are asked for")
+    mind.answer = answers
+    async with (
+        installation(tmp_path / "home", environment=settings) as system,
+        httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
+    ):
+        assert (await Door(system, client).finished(task_id))["status"] == "completed"
+    assert designs() == 2

@@ -1,4 +1,7 @@
-"""The SQL database of one service: short write transactions, snapshot reads, a pool for single statements by key on PostgreSQL, one kind of error, and the lock order."""
+"""The SQL database of one service: short write transactions, snapshot reads, one kind of error, the lock order.
+
+On PostgreSQL, single statements by key have a pool of their own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""SQL engines by URL scheme: SQLite in a file (WAL, one writer beside its readers) and PostgreSQL on a server (bounded pools, time-outs, reconnects)."""
+"""SQL engines by URL scheme.
+
+SQLite in a file (WAL, one writer beside its readers) and PostgreSQL on a server (bounded pools, timeouts, reconnects).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Documents of a tenant, stored as passages, and full-text search over them: SQLite FTS5 or PostgreSQL tsquery for candidates, BM25 for the order."""
+"""Documents of a tenant, stored as passages, and full-text search over them.
+
+SQLite FTS5 or PostgreSQL tsquery finds the candidates; BM25 orders them.
+"""
 
 from __future__ import annotations
 

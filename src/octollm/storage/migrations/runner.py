@@ -1,4 +1,4 @@
-"""Migrations: which schema a database has, whether this version can work with it, and bringing a service's database to the newest one."""
+"""Migrations: the schema that a database has, whether this version works with it, and bringing it to the newest."""
 
 from __future__ import annotations
 

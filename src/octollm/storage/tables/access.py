@@ -1,4 +1,4 @@
-"""Tables of access: API keys, sessions, revocations, the audit log, arms with their enrolment tokens, keys and instances."""
+"""Tables of access: API keys, sessions, revocations, the audit log, arms with enrolment tokens, keys, instances."""
 
 from __future__ import annotations
 
