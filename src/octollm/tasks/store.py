@@ -65,33 +65,34 @@ class TaskStore:
         """Begin a transaction of the store's database."""
         return self._db.transaction()
 
-    async def create(self, new: NewTask, hook: TransactionHook | None = None) -> None:
-        """Store a task with its budget, its files and ``task.accepted``; one of kind ``adhoc`` has no events.
+    async def create(self, new: NewTask, hook: TransactionHook | None = None) -> TaskView:
+        """Store a task with its budget, its files and ``task.accepted``, and return it as its owner sees it.
 
-        What ``also`` writes is part of the same transaction.
+        A task of kind ``adhoc`` has no such event. What ``hook`` writes is part of the same transaction.
         """
+        now = self._clock.now()
+        row: dict[str, Any] = {
+            "task_id": new.task_id,
+            "tenant": new.tenant,
+            "kind": new.kind,
+            "sub": new.sub,
+            "cred": new.cred,
+            "authority": new.authority,
+            "goal": new.contract.goal,
+            "contract": new.contract,
+            "priority": new.contract.priority,
+            "parent_task_id": new.contract.parent_task_id,
+            "correlation_id": new.correlation_id,
+            "traceparent": new.traceparent,
+            "status": "running" if new.kind == "adhoc" else "accepted",
+            # The first event of a new subject has version 1.
+            "version": 1 if new.kind == "task" else 0,
+            "created_at": now,
+            "updated_at": now,
+            "deadline_at": new.deadline_at,
+        }
         async with self._db.transaction() as tx:
-            now = self._clock.now()
-            await tx.execute(
-                tx.insert(tasks).values(
-                    task_id=new.task_id,
-                    tenant=new.tenant,
-                    kind=new.kind,
-                    sub=new.sub,
-                    cred=new.cred,
-                    authority=new.authority,
-                    goal=new.contract.goal,
-                    contract=new.contract,
-                    priority=new.contract.priority,
-                    parent_task_id=new.contract.parent_task_id,
-                    correlation_id=new.correlation_id,
-                    traceparent=new.traceparent,
-                    status="running" if new.kind == "adhoc" else "accepted",
-                    created_at=now,
-                    updated_at=now,
-                    deadline_at=new.deadline_at,
-                )
-            )
+            await tx.execute(tx.insert(tasks).values(**row))
             await tx.execute(
                 tx.insert(budgets).values(
                     task_id=new.task_id,
@@ -109,9 +110,19 @@ class TaskStore:
             if hook is not None:
                 await hook(tx)
             if new.kind == "task":
-                await self._append_event(
-                    tx, new.task_id, "task.accepted", {"goal": new.contract.goal[:2000], "progress": 0.0}
+                await self._log.append(
+                    tx,
+                    "task.accepted",
+                    subject=task_subject(new.task_id),
+                    tenant=new.tenant,
+                    source=EVENT_SOURCE,
+                    data={"task_id": new.task_id, "goal": new.contract.goal[:2000], "progress": 0.0},
+                    correlation_id=new.correlation_id,
+                    traceparent=new.traceparent,
                 )
+        # Built from what was written: reading it back would cost four queries and decode the contract again.
+        empty = dict.fromkeys(("started_at", "finished_at", "output", "result", "error"))
+        return build_task_view({**row, **empty, "progress": 0.0}, [], Usage(), "")
 
     async def change(
         self,

@@ -110,7 +110,7 @@ class TasksApi:
             if key:
                 await self.idempotency.record_effect(tx, key, task_id)
 
-        await self.store.create(
+        view = await self.store.create(
             NewTask(
                 task_id=task_id,
                 tenant=principal.tenant,
@@ -126,7 +126,6 @@ class TasksApi:
         )
         call.span.attributes[TASK_ATTRIBUTE] = task_id
         self.worker.wake()
-        view = await self.store.view(task_id, principal.tenant)
         return OperationResponse(view, 201, {"Location": f"/tasks/{task_id}"})
 
     async def record_refusal(self, call: IncomingCall, body: RejectedGoal) -> Acknowledgement:
