@@ -252,9 +252,9 @@ class OutboxPublisher:
         """Yield messages in batches of bounded size, each with the last ``seq`` in it."""
         if not batch:
             return
-        # Channels without a subscriber are published to as well. PUBSUB NUMSUB counts neither patterns nor the other nodes
-        # of a cluster, and a subscriber that arrives between the count and the publish would miss its first event without
-        # noticing a gap. The publishes of a batch share one round trip anyway.
+        # Channels without a subscriber are published to as well: PUBSUB NUMSUB counts neither patterns nor the other
+        # nodes of a cluster, and a subscriber that arrives between count and publish would miss its first event
+        # without noticing a gap. The publishes of a batch share one round trip anyway.
         messages: list[tuple[str, bytes]] = []
         batch_payloads: list[bytes] = []
         size = last = 0

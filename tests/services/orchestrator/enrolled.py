@@ -1,4 +1,4 @@
-"""Arms of one's own in a test: they join a real orchestrator over sockets, which finds them by its registry alone."""
+"""Enrolled arms in a test: they enrol at a real orchestrator over sockets, which finds them by its registry alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from octollm.rpc.transport import listen
 
 @dataclass
 class EnrolledArm:
-    """An arm that joined, and serves."""
+    """An enrolled arm that serves."""
 
     base: ServiceBase
     service: Service

@@ -76,7 +76,7 @@ async def tells(handler: Handler, folder: Path, seconds: float) -> dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("handler", "told"),
+    ("handler", "text"),
     [
         (another_shape, "malformed response"),
         (a_page, "malformed response"),
@@ -85,10 +85,10 @@ async def tells(handler: Handler, folder: Path, seconds: float) -> dict[str, Any
         (a_line_without_end, "a line that is too long"),
     ],
 )
-async def test_what_is_not_understood_is_not_taken(tmp_path: Path, handler: Handler, told: str) -> None:
+async def test_what_is_not_understood_is_not_taken(tmp_path: Path, handler: Handler, text: str) -> None:
     found = await tells(handler, tmp_path, 15)
     assert found["code"] == "peer_protocol"
-    assert told in found["said"]
+    assert text in found["said"]
     assert "coder" in found["said"]
 
 

@@ -1,4 +1,4 @@
-"""The registry in SQL: two orchestrators and a restart agree, and silent processes are dropped, each told once."""
+"""The registry in SQL: two orchestrators and a restart agree, and silent instances are dropped, each with one event."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Replica:
             EnrolmentRequest(secret.id, name, key.public.to_jwk(), calls, claim.nonce, proof), ASKER
         )  # fmt: skip
 
-    async def told(self) -> list[tuple[str, str]]:
+    async def events(self) -> list[tuple[str, str]]:
         async with self.db.read() as conn:
             rows = await conn.all(select(events).order_by(events.c.row_id).limit(100))
         return [(row["event_type"], row["tenant"]) for row in rows]
@@ -114,8 +114,8 @@ async def test_what_one_replica_learns_the_other_knows(tmp_path: Path) -> None:
             assert [(call.scope, call.optional) for call in calls] == [("models:chat", True)]
             assert "translator" in each.admitted_arms("acme")
             assert "translator" not in each.admitted_arms("other")
-            [told] = [arm for arm in each.list_arms("acme") if arm.name == "translator"]
-            assert told.description == "Translates text. Names it."
+            [info] = [arm for arm in each.list_arms("acme") if arm.name == "translator"]
+            assert info.description == "Translates text. Names it."
             assert not each.list_arms("other")
             assert not (await each.list_arm_views("other")).arms
         # A nonce of one is good at the other, once.
@@ -167,7 +167,7 @@ async def test_silent_processes_are_dropped_and_each_change_is_told_once(tmp_pat
         assert (await one.instances.sweep(), await two.instances.sweep()) == (1, 0)
         await one.registry.refresh()
         assert one.registry.addresses("translator") == ("http://b:1",)
-        assert [name for name, _ in await one.told()] == ["arm.registered", "arm.registered"]
+        assert [name for name, _ in await one.events()] == ["arm.registered", "arm.registered"]
         one.clock.time += HEARTBEAT_TIMEOUT_SECONDS
         assert (await two.instances.sweep(), await one.instances.sweep()) == (1, 0)
         await one.registry.refresh()
@@ -177,7 +177,7 @@ async def test_silent_processes_are_dropped_and_each_change_is_told_once(tmp_pat
             await one.instances.heartbeat("translator", "i1")
         assert caught.value.code == "not_found"
         await one.instances.register("translator", registration("i1", "http://a:1"))
-        assert await one.told() == [
+        assert await one.events() == [
             ("arm.registered", "acme"),
             ("arm.registered", "acme"),
             ("arm.unhealthy", "acme"),
@@ -197,7 +197,7 @@ async def test_a_process_that_starts_again_takes_its_address_over(tmp_path: Path
         assert (await one.registry.list_arm_views("acme")).arms[0].state == "healthy"
         await one.instances.deregister("translator", "i2")
         assert (await one.registry.list_arm_views("acme")).arms[0].state == "unhealthy"
-        assert [name for name, _ in await one.told()].count("arm.unhealthy") == 1
+        assert [name for name, _ in await one.events()].count("arm.unhealthy") == 1
 
 
 async def test_a_replaced_key_is_good_for_an_hour(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ async def test_what_a_removed_arm_was_lent_is_revoked(tmp_path: Path) -> None:
         assert [(kind, value, tenant) for kind, value, _at, tenant in two.revocations.revocations.entries()] == [
             ("aud", "translator", "acme")
         ]
-        assert (await one.told())[-1] == ("arm.removed", "acme")
+        assert (await one.events())[-1] == ("arm.removed", "acme")
         assert [each.state for each in (await one.tokens.list("acme")).joins] == ["revoked"]
 
 

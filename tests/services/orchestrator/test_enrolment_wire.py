@@ -63,8 +63,8 @@ async def test_an_arm_joins_is_found_by_the_registry_and_works(orch: Orchestra) 
         view = await orch.run({"goal": "good morning", "assigned_arm": "translator"})
         assert (view.status, view.output) == ("completed", "hola: good morning")
         listed = msgspec.json.decode((await orch.send("GET", "/arms")).body)["arms"]
-        [told] = [each for each in listed if each["name"] == "translator"]
-        assert (told["state"], told["urls"], told["operations"]) == ("healthy", [arm.url], ["execute"])
+        [view] = [each for each in listed if each["name"] == "translator"]
+        assert (view["state"], view["urls"], view["operations"]) == ("healthy", [arm.url], ["execute"])
         ready = msgspec.json.decode((await orch.house.http.send("GET", arm.url + "/ready", {}, None, seconds=5)).body)
         assert ready["dependencies"]["registration"]["ok"]
     # Drained in order: nothing of it is left to be called.
@@ -83,8 +83,8 @@ async def _has_event(orch: Orchestra, event: str) -> bool:
 async def test_the_planner_is_told_of_it_while_it_answers(orch: Orchestra) -> None:
     async with enrolled(orch, translator()):
         await orch.run({"goal": "one"})
-        [told] = [arm for arm in orch.script.planned[-1].arms if arm.name == "translator"]
-        assert told.description.startswith("Translates text")
+        [info] = [arm for arm in orch.script.planned[-1].arms if arm.name == "translator"]
+        assert info.description.startswith("Translates text")
     await orch.run({"goal": "two"})
     assert "translator" not in {arm.name for arm in orch.script.planned[-1].arms}
 

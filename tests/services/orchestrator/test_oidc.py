@@ -119,7 +119,7 @@ class World:
     clock: HandClock
 
     def claims(self, **more: Any) -> dict[str, Any]:
-        told = {
+        claims = {
             "iss": self.provider.url,
             "aud": "octollm",
             "sub": "ada",
@@ -128,7 +128,7 @@ class World:
             "groups": ["staff"],
             **more,
         }
-        return {name: value for name, value in told.items() if value is not None}
+        return {name: value for name, value in claims.items() if value is not None}
 
     def token(self, key: Any = RSA, alg: str = "RS256", header: dict[str, Any] | None = None, **claims: Any) -> str:
         return jwt.encode(self.claims(**claims), key, algorithm=alg, headers={"kid": "rsa", **(header or {})})
@@ -468,7 +468,7 @@ def test_the_file_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "detail"),
     [
         ("", "issuer"),
         ("nonsense", "oidc.toml"),
@@ -481,11 +481,11 @@ def test_the_file_is_read(tmp_path: Path) -> None:
         (GOOD.replace('audience = "octollm"', 'audience = "octollm"\nalgorithms = ["HS256"]'), "HS256"),
     ],
 )
-def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, told: str) -> None:
+def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, detail: str) -> None:
     (tmp_path / "oidc.toml").write_text(text)
     with pytest.raises(SettingError, match="OCTOLLM_OIDC") as caught:
         load_issuers(tmp_path / "oidc.toml")
-    assert told in caught.value.detail
+    assert detail in caught.value.detail
     with pytest.raises(SettingError, match="cannot be read"):
         load_issuers(tmp_path / "none.toml")
 

@@ -47,10 +47,10 @@ async def pair(backend: Backend) -> AsyncGenerator[Pair]:
 
 
 class Listener:
-    """A service that follows; ``told`` is what it was told in all."""
+    """A service that follows; ``received`` holds all revocations so far."""
 
     def __init__(self, stream: AsyncIterator[bytes]) -> None:
-        self.told: list[tuple[str, str, str]] = []
+        self.received: list[tuple[str, str, str]] = []
         self.lines: list[RevocationUpdate] = []
         self.ended = False
         self._stream = stream
@@ -60,7 +60,7 @@ class Listener:
         async for line in self._stream:
             news = msgspec.json.decode(line, type=RevocationUpdate)
             self.lines.append(news)
-            self.told += [(view.tenant, view.kind, view.value) for view in news.revocations]
+            self.received += [(view.tenant, view.kind, view.value) for view in news.revocations]
         self.ended = True
 
     async def close(self) -> None:
@@ -89,14 +89,14 @@ async def test_a_listener_is_told_what_is_in_force_and_then_each(pair: Pair) -> 
         assert [len(line.revocations) for line in listener.lines] == [500, 500, 200, 0]
         await pair.revoke("fresh")
         await wait_until(
-            lambda: ("acme", "task", "fresh") in listener.told, description="the new one is told", timeout=1
+            lambda: ("acme", "task", "fresh") in listener.received, description="the new one is told", timeout=1
         )
 
 
 async def test_another_replica_knows_within_a_moment(pair: Pair) -> None:
     async with pair.two.run(surely), listening(pair.two) as listener:
         await pair.revoke("t1")
-        await wait_until(lambda: ("acme", "task", "t1") in listener.told, description="it is told", timeout=1)
+        await wait_until(lambda: ("acme", "task", "t1") in listener.received, description="it is told", timeout=1)
         assert len(pair.two.revocations) == 1
 
 
@@ -148,7 +148,7 @@ async def test_a_slow_listener_is_cut_off_and_begins_again_with_all(
         await pair.revoke(f"t{number}")
     assert [line async for line in stream] == [], "the stream ends"
     async with listening(pair.one) as listener:
-        await wait_until(lambda: len(listener.told) == 5, description="all are told")
+        await wait_until(lambda: len(listener.received) == 5, description="all are told")
 
 
 async def test_a_listener_is_let_go_when_the_service_shuts_down(pair: Pair) -> None:

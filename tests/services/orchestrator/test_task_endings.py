@@ -200,11 +200,11 @@ async def test_the_orchestrator_ends_the_task_of_a_minted_token(orch: Orchestra)
     answer = await orch.send("POST", "/tokens", body)
     task_id = msgspec.json.decode(answer.body)["task_id"]
 
-    async def told() -> bool:
+    async def has_ended() -> bool:
         page = msgspec.json.decode((await orch.send("GET", "/events?limit=500")).body)
         return any(e["subject"] == f"task/{task_id}" and e["event_type"] == "task.completed" for e in page["events"])
 
-    await wait_until(told, timeout=30, description="the task of the expired token has ended")
+    await wait_until(has_ended, timeout=30, description="the task of the expired token has ended")
     assert 'octollm_tasks_total{status="completed"} 1.0' in await scrape(orch)
 
 

@@ -10,10 +10,10 @@ async def test_without_the_monitor_tasks_go_on_and_the_trace_says_why_it_is_not_
     task = await orch.run({"goal": "Do it"})
     assert task.status == "completed"
     answer = await orch.send("GET", f"/tasks/{task.task_id}/trace")
-    told = problem(answer)
-    assert (answer.status, told["code"], told["retryable"]) == (503, "unavailable", True)
-    assert "monitor" in told["detail"]
-    assert "Tasks run without it" in told["detail"]
+    refusal = problem(answer)
+    assert (answer.status, refusal["code"], refusal["retryable"]) == (503, "unavailable", True)
+    assert "monitor" in refusal["detail"]
+    assert "Tasks run without it" in refusal["detail"]
 
     async def degraded() -> bool:
         ready = await orch.house.send("orchestrator", "GET", "/ready")

@@ -1,4 +1,4 @@
-"""The keys of an arm, kept with the orchestrator: claimed and completed together, each for itself."""
+"""Idempotency keys of an arm, stored by the orchestrator: batched, with an outcome for each."""
 
 from __future__ import annotations
 
