@@ -46,3 +46,13 @@ async def test_it_ends_with_its_process(tmp_path):
     await process.communicate()
     async with file_lock(path, 5):
         pass
+
+
+async def test_a_lock_is_given_back_after_a_failure_and_its_file_stays(tmp_path):
+    path = tmp_path / "lock"
+    with pytest.raises(ValueError, match="inside"):
+        async with file_lock(path, 1):
+            raise ValueError("inside")
+    inode = path.stat().st_ino
+    async with file_lock(path, 0):
+        assert path.stat().st_ino == inode

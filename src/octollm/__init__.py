@@ -27,7 +27,25 @@ if TYPE_CHECKING:
         planner,
         retriever,
     )
-    from octollm.client import connect, connect_sync
+    from octollm.client import (
+        APIError,
+        AsyncClient,
+        AuthenticationError,
+        Client,
+        Conflict,
+        DeadlineExceeded,
+        InvalidRequest,
+        NotFound,
+        OutputInvalid,
+        PermissionDenied,
+        RateLimited,
+        ServerError,
+        TaskCancelled,
+        TaskFailed,
+        Unavailable,
+        connect,
+        connect_sync,
+    )
     from octollm.contracts.task import Artifact, Check, Citation, Evidence, ExecuteResult, FileRef, Task, Usage
     from octollm.errors import ArmError, FieldError, OctoError, RetryStep, StopStep
 
@@ -60,6 +78,8 @@ __all__ = [  # noqa: RUF022  (grouped by what they are for)
     "FileRef",
     "Usage",
     # A client of an installation
+    "AsyncClient",
+    "Client",
     "connect",
     "connect_sync",
     # Errors
@@ -68,6 +88,19 @@ __all__ = [  # noqa: RUF022  (grouped by what they are for)
     "OctoError",
     "RetryStep",
     "StopStep",
+    "APIError",
+    "AuthenticationError",
+    "Conflict",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "NotFound",
+    "PermissionDenied",
+    "RateLimited",
+    "ServerError",
+    "Unavailable",
+    "OutputInvalid",
+    "TaskCancelled",
+    "TaskFailed",
     # This package
     "__version__",
 ]
@@ -105,6 +138,21 @@ _PLACES = {
     "memory": ("octollm.arm", "memory"),
     "planner": ("octollm.arm", "planner"),
     "retriever": ("octollm.arm", "retriever"),
+    "APIError": ("octollm.client", "APIError"),
+    "AuthenticationError": ("octollm.client", "AuthenticationError"),
+    "Conflict": ("octollm.client", "Conflict"),
+    "DeadlineExceeded": ("octollm.client", "DeadlineExceeded"),
+    "InvalidRequest": ("octollm.client", "InvalidRequest"),
+    "NotFound": ("octollm.client", "NotFound"),
+    "OutputInvalid": ("octollm.client", "OutputInvalid"),
+    "PermissionDenied": ("octollm.client", "PermissionDenied"),
+    "RateLimited": ("octollm.client", "RateLimited"),
+    "ServerError": ("octollm.client", "ServerError"),
+    "TaskCancelled": ("octollm.client", "TaskCancelled"),
+    "TaskFailed": ("octollm.client", "TaskFailed"),
+    "Unavailable": ("octollm.client", "Unavailable"),
+    "AsyncClient": ("octollm.client", "AsyncClient"),
+    "Client": ("octollm.client", "Client"),
 }
 """Where each public name lives: a module, and what the name is called there."""
 

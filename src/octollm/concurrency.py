@@ -1,13 +1,14 @@
-"""Concurrency helpers: a supervised background task whose failure surfaces, waiting for an event with a timeout, and a lock between processes by a file."""
+"""Concurrency helpers: supervised background tasks, waiting for an event with a timeout, a lock between processes."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 
 class BackgroundTask:
@@ -79,37 +80,35 @@ async def wait_for_event(event: asyncio.Event, timeout: float, *, clear: bool = 
 
 _POLL_SECONDS = 0.1
 
-if sys.platform == "win32":  # pragma: no cover
-    import msvcrt
-
-    def _try_lock(file: BinaryIO) -> bool:
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import fcntl
-
-    def _try_lock(file: BinaryIO) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
 
 @asynccontextmanager
 async def file_lock(path: Path, wait_seconds: float) -> AsyncGenerator[None]:
-    """Hold the lock at ``path``. Raises :class:`LockTimeout` after ``wait_seconds``, and ``OSError``."""
-    with path.open("ab") as file:
-        try:
-            async with asyncio.timeout(wait_seconds):
-                while not _try_lock(file):  # noqa: ASYNC110 - another process cannot set our events
-                    await asyncio.sleep(_POLL_SECONDS)
-        except TimeoutError as exc:
-            raise LockTimeout(str(path)) from exc
-        yield  # closing the file gives the lock back
+    """Hold the lock at ``path`` against other processes and other holders in this one; 0 seconds is one attempt.
+
+    The operating system releases it when the process dies. Raises :class:`LockTimeout` after ``wait_seconds``, and
+    ``OSError`` where the file cannot be opened or its file system has no locks.
+    """
+    # The file stays: a process that waits for a deleted one would hold another lock than the next to come.
+    lock = FileLock(path, thread_local=False, preserve_lock_file=True, fallback_to_soft=False)
+    try:
+        async with asyncio.timeout(wait_seconds):
+            while not _try_lock(lock):  # noqa: ASYNC110 - another process cannot set our events
+                await asyncio.sleep(_POLL_SECONDS)
+    except TimeoutError as exc:
+        raise LockTimeout(str(path)) from exc
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _try_lock(lock: BaseFileLock) -> bool:
+    # One attempt at a time: waiting inside filelock would block the event loop.
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
 
 
 class LockTimeout(Exception):  # noqa: N818 - named for what happened, as the built-in TimeoutError is

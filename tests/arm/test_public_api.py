@@ -31,6 +31,21 @@ PUBLIC = {
     "Tool",
     "ToolCall",
     "Usage",
+    "APIError",
+    "AsyncClient",
+    "AuthenticationError",
+    "Client",
+    "Conflict",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "NotFound",
+    "OutputInvalid",
+    "PermissionDenied",
+    "RateLimited",
+    "ServerError",
+    "TaskCancelled",
+    "TaskFailed",
+    "Unavailable",
     "__version__",
     "coder",
     "connect",
@@ -54,7 +69,7 @@ def test_every_public_name_is_there(name):
 
 
 def test_another_name_is_answered_with_what_there_is():
-    with pytest.raises(AttributeError, match="no attribute 'Arms'; it offers Arm, "):
+    with pytest.raises(AttributeError, match="no attribute 'Arms'; it offers APIError, Arm, "):
         octollm.Arms  # noqa: B018  the access is what fails
 
 

@@ -1,4 +1,4 @@
-"""Join secrets, their proofs and nonces: what fits is accepted, and nothing else is."""
+"""Enrolment tokens, their proofs and nonces: what fits is accepted, and nothing else is."""
 
 from __future__ import annotations
 

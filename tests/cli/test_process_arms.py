@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-import typer
 from cli_support import CODE, GOAL
 
-from octollm.cli.app import app
+from octollm.cli.app import load_commands
 from octollm.contracts.services import BUILT_IN_ARMS
 
 WITHOUT_JSON = {
@@ -32,14 +31,14 @@ def commands(group, prefix="octollm"):
 def test_every_command_that_prints_data_has_json():
     without = {
         name
-        for name, command in commands(typer.main.get_command(app))
+        for name, command in commands(load_commands())
         if not any("--json" in parameter.opts for parameter in command.params)
     }
     assert without == set(WITHOUT_JSON)
 
 
 def test_every_command_option_and_argument_is_explained():
-    for name, command in commands(typer.main.get_command(app)):
+    for name, command in commands(load_commands()):
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", ""), f"{name} {parameter.name}"

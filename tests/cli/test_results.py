@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from octollm.cli.goals import results_folder, sanitize_path, save_outcome
 from octollm.client import AsyncTaskHandle
 from octollm.contracts.api import TaskView
+from octollm.contracts.public_api import TASK_ARTIFACT
 from octollm.contracts.task import Artifact, Usage
 from octollm.errors import OctoError
-from octollm.rpc.http_client import HttpResponse
 
 TASK = TaskView("task-" + "0" * 32, "completed", "goal", 100.0, 9, "", "", output="done", usage=Usage(3, 4, 0.0))
 
@@ -33,19 +33,20 @@ def test_ordinary_names_stay_as_they_are():
     assert sanitize_path("src/slugify.py") == PurePosixPath("src/slugify.py")
 
 
-class FakeDoor:
+class FakeTransport:
     """Answers artifacts from a dictionary of bytes by digest."""
 
     def __init__(self, *contents: bytes) -> None:
         self.stored = {hashlib.sha256(content).hexdigest(): content for content in contents}
 
-    async def send(self, method, path, **_how):
-        assert method == "GET"
-        return HttpResponse(200, {}, self.stored[path.rpartition("/")[2]])
+    async def call(self, operation, *, task_id, digest):
+        assert operation is TASK_ARTIFACT
+        assert task_id == TASK.task_id
+        return self.stored[digest]
 
 
-def made_by(door):
-    return AsyncTaskHandle(door, TASK.task_id)
+def made_by(transport):
+    return AsyncTaskHandle(transport, TASK.task_id)
 
 
 def artifact(name, content):
@@ -55,7 +56,7 @@ def artifact(name, content):
 async def test_artifacts_and_the_result_are_saved(tmp_path):
     made = (artifact("a/x.py", b"one"), artifact("a/x.py", b"two"), artifact("result.json", b"three"))
     task = msgspec.structs.replace(TASK, artifacts=made)
-    outcome = await save_outcome(made_by(FakeDoor(b"one", b"two", b"three")), task, tmp_path)
+    outcome = await save_outcome(made_by(FakeTransport(b"one", b"two", b"three")), task, tmp_path)
     assert (tmp_path / "a/x.py").read_bytes() == b"one"
     assert (tmp_path / "a/x-2.py").read_bytes() == b"two"
     assert (tmp_path / "result-2.json").read_bytes() == b"three"
@@ -70,17 +71,17 @@ async def test_artifacts_and_the_result_are_saved(tmp_path):
 
 async def test_bytes_that_are_not_the_digests_are_refused(tmp_path):
     wrong = artifact("x", b"right")
-    door = FakeDoor()
-    door.stored[wrong.digest] = b"wrong"
+    transport = FakeTransport()
+    transport.stored[wrong.digest] = b"wrong"
     with pytest.raises(OctoError, match="did not arrive whole"):
-        await save_outcome(made_by(door), msgspec.structs.replace(TASK, artifacts=(wrong,)), tmp_path)
+        await save_outcome(made_by(transport), msgspec.structs.replace(TASK, artifacts=(wrong,)), tmp_path)
     assert not (tmp_path / "x").exists()
 
 
 async def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OctoError, match="cannot be written"):
-        await save_outcome(made_by(FakeDoor()), TASK, tmp_path / "file")
+        await save_outcome(made_by(FakeTransport()), TASK, tmp_path / "file")
 
 
 def test_the_folder_is_named_after_the_task(tmp_path):

@@ -53,7 +53,7 @@ def shown(make, updates, **options):
     with make(console) as view:
         for update in updates:
             view.show(update)
-    return console.file.getvalue(), view.story
+    return console.file.getvalue(), view.state
 
 
 def test_a_log_has_every_stage_in_order_and_the_text_whole():

@@ -92,6 +92,8 @@ class Awaited:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._inner, name)
+        if isinstance(method, SyncFacade):
+            return Awaited(method)
         if not callable(method):
             return method
 

@@ -59,14 +59,14 @@ async def test_pages_are_walked_to_the_end(octo):
     assert not {task.task_id for task in page.tasks} & {task.task_id for task in following.tasks}
     assert set(made) <= {task.task_id async for task in octo.tasks()}
     for task_id in made:
-        await octo.task(task_id).ended()
+        await octo.task(task_id).wait()
 
 
 async def test_one_key_is_one_task(octo):
     key = f"key-{id(octo)}"
-    first, second = [await octo.submit(GOAL, files=FILES, key=key) for _ in range(2)]
+    first, second = [await octo.submit(GOAL, files=FILES, idempotency_key=key) for _ in range(2)]
     assert first.id == second.id
-    await first.ended()
+    await first.wait()
 
 
 @pytest.mark.parametrize("file", [b"plain", ("a.txt", "text"), ("b.txt", b"bytes")])
@@ -127,15 +127,15 @@ async def test_what_is_not_there_is_not_found(octo):
 
 
 async def test_keys_open_what_their_scope_says(octo, world):
-    made = await octo.create_key("reader", scope="tasks:read")
-    assert made.secret not in repr(await octo.keys())
+    made = await octo.admin.create_key("reader", scope="tasks:read")
+    assert made.secret not in repr(await octo.admin.keys())
     async with octollm.connect(world.url, made.secret) as reader:
-        assert made.secret not in repr(reader.transport)
+        assert made.secret not in repr(reader._transport)
         assert (await reader.task_page()).tasks is not None
         with pytest.raises(PermissionDenied) as caught:
             await reader.submit(GOAL)
         assert caught.value.code == "scope_missing"
-    await octo.revoke_key(made.key.id)
+    await octo.admin.revoke_key(made.key.id)
     async with octollm.connect(world.url, made.secret) as reader:
         with pytest.raises(AuthenticationError):
             await reader.task_page()
@@ -145,15 +145,15 @@ async def test_keys_open_what_their_scope_says(octo, world):
 
 
 async def test_a_token_opens_its_service_only(octo):
-    token = await octo.mint_token("judge:validate", aud="judge", lifetime_seconds=60)
+    token = await octo.admin.mint_token("judge:validate", aud="judge", lifetime_seconds=60)
     assert token.scope == "judge:validate"
     with pytest.raises(InvalidRequest):
-        await octo.mint_token("judge:validate", aud="coder")
+        await octo.admin.mint_token("judge:validate", aud="coder")
 
 
 async def test_the_log_is_followed_from_where_one_says(octo):
     task = await octo.submit(GOAL, files=FILES)
-    await task.ended()
+    await task.wait()
     seen = []
     async with asyncio.timeout(20), contextlib.aclosing(octo.events()) as events:
         async for event in events:
@@ -257,7 +257,7 @@ async def test_every_public_endpoint_has_a_method(world):
     clock = SystemClock()
     door = Noting([world.url], None, clock=clock, ids=Uuid7Generator(clock))
     door.asked = set()
-    async with AsyncClient(door) as octo, httpx.AsyncClient(base_url=world.url) as plain:
+    async with AsyncClient._from_transport(door) as octo, httpx.AsyncClient(base_url=world.url) as plain:
         task = await octo.submit(GOAL, files=FILES)
         async for _ in task.updates():
             pass
@@ -273,18 +273,18 @@ async def test_every_public_endpoint_has_a_method(world):
         async with contextlib.aclosing(octo.events()) as events:
             await anext(events)
         await octo.arms()
-        made = await octo.create_key("all")
-        await octo.keys()
-        await octo.revoke_key(made.key.id)
+        made = await octo.admin.create_key("all")
+        await octo.admin.keys()
+        await octo.admin.revoke_key(made.key.id)
         await task.trace()
-        joined = await octo.create_enrolment_token("translator", calls=["models:chat"])
-        assert [join.id for join in await octo.enrolment_tokens()] == [joined.join.id]
-        await octo.revoke_enrolment_token(joined.join.id)
+        joined = await octo.admin.create_enrolment_token("translator", calls=["models:chat"])
+        assert [join.id for join in await octo.admin.enrolment_tokens()] == [joined.join.id]
+        await octo.admin.revoke_enrolment_token(joined.join.id)
         with contextlib.suppress(InvalidRequest):
-            await octo.remove_arm("translator")
-        await octo.mint_token("judge:validate", aud="judge")
-        await octo.revoke_token("no-such-token")
-        await octo.audit()
+            await octo.admin.remove_arm("translator")
+        await octo.admin.mint_token("judge:validate", aud="judge")
+        await octo.admin.revoke_token("no-such-token")
+        await octo.admin.audit()
         await octo.who_am_i()
         await octo.preprocess(GOAL)
         await octo.health()
@@ -315,4 +315,4 @@ async def test_leaving_cancels_nothing(world):
     async with octollm.connect(world.url) as octo:
         assert (await octo.task(task.id).read()).status == "running"
         await octo.task(task.id).cancel()
-        await wait_until(lambda: world.model.running == 0, description="the model has stopped")
+        await wait_until(lambda: world.model.active == 0, description="the model has stopped")

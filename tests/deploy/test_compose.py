@@ -12,10 +12,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-import typer
 from compose import FILE, MissingVariableError, compose
 
-from octollm.cli.app import app
+from octollm.cli.app import load_commands
 from octollm.config import PREFIX, SETTING_SPECS, read_settings, unknown_settings
 from octollm.contracts.services import BUILT_IN_ARMS, SERVICES
 from octollm.installation.services import REDIS_SERVICES
@@ -67,7 +66,7 @@ def test_every_service_is_served_by_its_name_in_a_cluster():
 
 
 def test_every_command_is_one_of_the_program():
-    commands = typer.main.get_command(app).commands
+    commands = load_commands().commands
     for name, service in compose(VARIABLES)["services"].items():
         if service["image"] == "octollm" and "entrypoint" not in service:
             group = commands[service["command"][0]]

@@ -8,11 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import typer
 from prometheus_client import Counter, Gauge
 
 from octollm.capability import PRESETS
-from octollm.cli.app import DEMO_GOAL, app
+from octollm.cli.app import load_commands
+from octollm.cli.up import DEMO_GOAL
 from octollm.config import PREFIX, SETTING_SPECS
 from octollm.contracts.events import EVENT_CATALOGUE
 from octollm.contracts.problems import ERROR_KINDS
@@ -157,7 +157,7 @@ def test_the_length_of_an_idempotency_key_is_the_one_that_is_checked():
 
 def test_every_command_is_told():
     text = (DOCS / "operations.md").read_text()
-    group = typer.main.get_command(app)
+    group = load_commands()
     for name in group.commands:
         assert f"`octollm {name}" in text
 

@@ -83,7 +83,7 @@ async def test_what_cannot_be_served_is_said_with_what_to_do(tmp_path: Path) -> 
     place = Place(tmp_path, {"OCTOLLM_STARTUP_TIMEOUT": "1"})
     (place.work / "mine.py").write_text("from octollm import Arm\narm = Arm('mine', description='Mine')\nx = 1\n")
     for target, told in [
-        ("mine:arm", "octollm keys join --name mine"),
+        ("mine:arm", "octollm keys enrol --name mine"),
         ("mine:x", "arms in it: arm"),
         ("mine:", "module:name"),
         ("nowhere:arm", "There is no module nowhere"),
@@ -93,5 +93,5 @@ async def test_what_cannot_be_served_is_said_with_what_to_do(tmp_path: Path) -> 
         assert told in ended.err
     place.settings["OCTOLLM_ENROLMENT_TOKEN"] = "nonsense"
     ended = await place.run("serve", "mine:arm")
-    assert "no join secret" in ended.err
+    assert "no enrolment token" in ended.err
     assert ended.code != 0

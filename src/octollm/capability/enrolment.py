@@ -62,7 +62,7 @@ class EnrolmentToken:
         """Parse an enrolment token; raise ``join_refused`` for any other text."""
         match = _TOKEN_PATTERN.fullmatch(text)
         if match is None:
-            raise OctoError("That is no enrolment token; `octollm keys join` makes one.", code="join_refused")
+            raise OctoError("That is no enrolment token; `octollm keys enrol` makes one.", code="join_refused")
         try:
             return cls(match[1], b64decode(match[2]))
         except CapabilityError:

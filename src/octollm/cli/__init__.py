@@ -1,7 +1,7 @@
-"""The command line: what a person types, and what is printed.
+"""The command line: commands, their options, and what they print.
 
-It talks to the public door like any other client, and starts an installation in its own process for ``up`` and
-``demo``. Nothing below it prints, reads the environment or ends the process.
+It talks to the gateway like any other client; ``up`` and ``demo`` start an installation in their own process. Only
+this package prints, reads the environment of the process and exits. One module holds one noun (``tasks``, ``keys``).
 """
 
 from octollm.cli.entry import main

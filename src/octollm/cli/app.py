@@ -1,25 +1,91 @@
-"""Every command and its options. What a command does is in a module of its own, imported when it is called."""
+"""The command group: every top-level command by name, each imported only when it is called."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from octollm import __version__
-from octollm.cli.arms import arms_app
-from octollm.cli.audit import audit_app
-from octollm.cli.completion import complete_service
-from octollm.cli.keys import keys_app, models_app, token_app
-from octollm.cli.new import new_app
-from octollm.cli.tasks import TaskId, events_app, task_app
 
-DEMO_GOAL = "Write a Python function is_palindrome(text) with tests"
-"""What `octollm demo` asks for when it is given nothing else."""
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "demo": ("up", "Start", "Start everything in this process, do one goal live, save the result, and stop."),
+    "up": ("up", "Start", "Run every service on this machine until Ctrl-C."),
+    "run": ("tasks", "Tasks", "Submit a goal, watch it live, and save the result to ./octollm-results."),
+    "serve": (
+        "serve",
+        "Start",
+        "Serve one service, or an arm of your own, until SIGTERM or Ctrl-C, which drains it.",
+    ),
+    "watch": ("tasks", "Tasks", "Follow a task live from its beginning and save its result; Ctrl-C leaves it running."),
+    "trace": (
+        "traces",
+        "Tasks",
+        "Show where the time of a task went: every call of every service, as a tree with failures and tokens.",
+    ),
+    "migrate": (
+        "serve",
+        "Installation",
+        "Migrate the schemas of every service to this version, in the database that OCTOLLM_DATABASE_URL names.",
+    ),
+    "doctor": ("doctor", "Installation", "Check everything that an installation needs, and say how to repair it."),
+    "config": ("config", "Installation", "Show every setting: its value (secrets masked) and where it comes from."),
+    "task": ("tasks", "Tasks", "List, show and cancel tasks."),
+    "events": ("events", "Tasks", "Follow the event log."),
+    "arms": (
+        "arms",
+        "Installation",
+        "List the arms: what each does, which operations it offers and calls, and its addresses.",
+    ),
+    "models": ("models", "Installation", "Fetch and list the embedded models."),
+    "keys": ("keys", "Access", "Manage API keys, signing keys and enrolment tokens."),
+    "token": ("tokens", "Access", "Make API keys, and tokens for direct calls; inspect and revoke them."),
+    "audit": ("audit", "Access", "Export the audit log, and check that nothing in it was changed."),
+    "new": ("new", "Arms", "Make a package to begin with."),
+}
+"""Module of this package, help panel and short help of each top-level command, in the order of the help page.
+
+A test compares panel and help with the commands themselves.
+"""
+
+
+class LazyGroup(TyperGroup):
+    """A group that imports the module of a command when the command is called.
+
+    Help and completion of the top level use ``COMMANDS`` alone: importing every module takes seconds.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the top-level commands, in the order of the help page."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the loaded command, else a stub with its help; ``None`` for an unknown name."""
+        if cmd_name in self.commands or cmd_name not in COMMANDS:
+            return self.commands.get(cmd_name)
+        _module, panel, text = COMMANDS[cmd_name]
+        return TyperCommand(cmd_name, help=text, rich_help_panel=panel)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Load the command that ``args`` name, then resolve it. An unknown name is answered with similar ones."""
+        if args and args[0] in COMMANDS:
+            self.load(args[0])
+        else:
+            # typer takes the suggestions from ``commands``.
+            self.commands.update({name: self.get_command(ctx, name) for name in COMMANDS})
+        return super().resolve_command(ctx, args)
+
+    def load(self, name: str) -> None:
+        """Import the module of a command and register the command."""
+        module = import_module(f"octollm.cli.{COMMANDS[name][0]}")
+        self.commands[name] = typer.main.get_group(module.app).commands[name]
+
 
 app = typer.Typer(
     name="octollm",
+    cls=LazyGroup,
     help="Run a team of LLM agents as secure, observable services.\n\n"
     "Start one installation with [bold]octollm up[/], give it goals with [bold]octollm run[/].",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted. "
@@ -30,18 +96,10 @@ app = typer.Typer(
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(task_app, rich_help_panel="Tasks")
-app.add_typer(events_app, rich_help_panel="Tasks")
-app.add_typer(arms_app, rich_help_panel="Installation")
-app.add_typer(models_app, rich_help_panel="Installation")
-app.add_typer(keys_app, rich_help_panel="Access")
-app.add_typer(token_app, rich_help_panel="Access")
-app.add_typer(audit_app, rich_help_panel="Access")
-app.add_typer(new_app, rich_help_panel="Arms")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"octollm {__version__}")
         raise typer.Exit
 
@@ -49,153 +107,16 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Declare the options that belong to no command."""
 
 
-@app.command(rich_help_panel="Start")
-def demo(
-    goal: Annotated[str, typer.Argument(help="What the team is to do.")] = DEMO_GOAL,
-) -> None:
-    """Start everything in this process, do one goal live, save the result, and stop."""
-    from octollm.cli.tasks import demo_command  # noqa: PLC0415
-
-    raise typer.Exit(demo_command(goal))
-
-
-@app.command(rich_help_panel="Start")
-def up(
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--arm", help="An arm of your own as module:name, served too; may be given several times.", metavar="ARM"
-        ),
-    ] = None,
-) -> None:
-    """Run every service on this machine until Ctrl-C."""
-    from octollm.cli.tasks import up_command  # noqa: PLC0415
-
-    raise typer.Exit(up_command(arm or []))
-
-
-@app.command(rich_help_panel="Tasks")
-def run(
-    goal: Annotated[str, typer.Argument(help="What the team is to do.", metavar="GOAL")],
-    file: Annotated[
-        list[Path] | None,
-        typer.Option("--file", "-f", help="A file that the goal is about; may be given several times.", metavar="PATH"),
-    ] = None,
-    criterion: Annotated[
-        list[str] | None,
-        typer.Option("--criterion", "-c", help="What the result has to satisfy; may be given several times."),
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens that the task may use.", min=1)] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Seconds that the task may take.", min=1)] = None,
-    max_cost: Annotated[float | None, typer.Option(help="US dollars that the task may cost.", min=0)] = None,
-    start: Annotated[
-        bool, typer.Option(help="Where none runs on this machine, start an installation for this goal alone.")
-    ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object to standard output, and the rest to standard error.")
-    ] = False,
-) -> None:
-    """Give a goal to the installation that runs, watch it live, and save the result to ./octollm-results.
-
-    Where none runs, one is started in this process for the goal, and stopped after it; never with OCTOLLM_URL set.
-    Ctrl-C cancels the task. The exit code is 0 only when the task completed.
-    """
-    from octollm.cli.tasks import run_goal_command  # noqa: PLC0415
-    from octollm.contracts.task import Budget  # noqa: PLC0415
-
-    budget = Budget(max_tokens=max_tokens, max_cost_usd=max_cost, max_time_seconds=max_seconds)
-    raise typer.Exit(run_goal_command(goal, file or [], criterion or [], budget, as_json=as_json, start=start))
-
-
-@app.command(rich_help_panel="Start")
-def serve(
-    service: Annotated[
-        str,
-        typer.Argument(
-            help="A built-in service, e.g. coder; or an arm of your own as module:name, e.g. my_arm:arm.",
-            autocompletion=complete_service,
-        ),
-    ],
-    port: Annotated[
-        int | None,
-        typer.Option(help="Listen on this port, in place of OCTOLLM_PORT.", min=1, max=65535, metavar="PORT"),
-    ] = None,
-) -> None:
-    """Serve one service, or an arm of your own, in this process until SIGTERM or Ctrl-C, which drains it.
-
-    Everything is set by environment variables. It waits for what it needs (OCTOLLM_STARTUP_TIMEOUT), says for what, and
-    writes its log as JSON lines to standard error. An arm of your own joins the first time, with OCTOLLM_ENROLMENT_TOKEN
-    (`octollm keys join`); beside an installation of your own on this machine it needs none.
-    """
-    from octollm.cli.serve import serve_command  # noqa: PLC0415
-
-    raise typer.Exit(serve_command(service, port))
-
-
-@app.command(rich_help_panel="Tasks")
-def watch(
-    task_id: TaskId,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each frame as one line of JSON.")] = False,
-) -> None:
-    """Follow a task live, from its beginning, and save its result; Ctrl-C leaves it running."""
-    from octollm.cli.tasks import watch_command  # noqa: PLC0415
-
-    raise typer.Exit(watch_command(task_id, as_json=as_json))
-
-
-@app.command(rich_help_panel="Tasks")
-def trace(
-    task_id: TaskId,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Show the services' own bookkeeping too: budgets, keys, the directory.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the spans as JSON.")] = False,
-) -> None:
-    """Show where the time of a task went: every call of every service, as a tree with its failures and tokens."""
-    from octollm.cli.traces import trace_command  # noqa: PLC0415
-
-    raise typer.Exit(trace_command(task_id, show_internal=everything, as_json=as_json))
-
-
-@app.command(rich_help_panel="Installation")
-def migrate(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Bring the tables of every service to this version, in the database that OCTOLLM_DATABASE_URL names.
-
-    Run it once before services of a new version start; those of the version before go on working meanwhile. Each
-    service's schema changes whole or not at all. Services on SQLite do it by themselves.
-    """
-    from octollm.cli.serve import migrate_command  # noqa: PLC0415
-
-    raise typer.Exit(migrate_command(as_json=as_json))
-
-
-@app.command(rich_help_panel="Installation")
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Look at everything that an installation needs, and say what to do about what is wrong.
-
-    Looks at Python, the settings, the home, disk and ports, the model, the sandbox, Redis, and every service that
-    runs. Each check ends within 20 seconds. The exit code is 1 when something is broken; warnings leave it 0.
-    """
-    from octollm.cli.doctor import doctor_command  # noqa: PLC0415
-
-    raise typer.Exit(doctor_command(as_json=as_json))
-
-
-@app.command(rich_help_panel="Installation")
-def config(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show every setting: its value (secrets masked), and where it comes from."""
-    from octollm.cli.config import config_command  # noqa: PLC0415
-
-    raise typer.Exit(config_command(as_json=as_json))
+def load_commands() -> LazyGroup:
+    """Return the group with every command loaded, for tools that walk the tree of commands."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, LazyGroup)
+    for name in COMMANDS:
+        group.load(name)
+    return group

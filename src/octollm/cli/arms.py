@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import msgspec
 import typer
 from rich.table import Table
 from rich.text import Text
-from typer._click.shell_completion import CompletionItem  # pyright: ignore[reportPrivateUsage]
+from typer._click.shell_completion import CompletionItem  # pyright: ignore[reportPrivateUsage]  typer's own click
 from typer.core import TyperGroup
 
 from octollm.cli.completion import complete_arm
 from octollm.cli.output import output
-from octollm.cli.runtime import EXIT_DONE, command_settings, open_client, run_command
+from octollm.cli.runtime import (
+    EXIT_DONE,
+    AsJson,
+    async_command,
+    command_settings,
+    open_client,
+    print_json,
+    run_command,
+)
 from octollm.contracts.enrolment import ArmList, ArmView
 from octollm.errors import OctoError
 
-# typer carries its own copy of click and gives this class no public name.
+app = typer.Typer()
 
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ArmName = Annotated[str, typer.Argument(help="The arm's name.", metavar="NAME", autocompletion=complete_arm)]
 
 
@@ -28,9 +33,9 @@ class _ArmsGroup(TyperGroup):
     """A group in which a word that is no command is the name of an arm."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that the words name; ``show`` for an arm's name."""
-        known = args[0] in self.commands or args[0].startswith("-")
-        return super().resolve_command(ctx, args if known else ["show", *args])
+        """Return the command that ``args`` name; ``show`` for the name of an arm."""
+        is_command = args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if is_command else ["show", *args])
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[CompletionItem]:
         """Offer commands and arms."""
@@ -43,53 +48,49 @@ arms_app = typer.Typer(name="arms", cls=_ArmsGroup, invoke_without_command=True)
 
 @arms_app.callback()
 def list_arms(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """List the arms: what each does, what it offers and calls, and where it answers."""
-    if ctx.invoked_subcommand is None:
-        raise typer.Exit(arms_command(None, as_json=as_json))
-
-
-@arms_app.command("show")
-def show_arm(name: ArmName, as_json: AsJson = False) -> None:
-    """Tell all about one arm; `octollm arms NAME` does the same."""
-    raise typer.Exit(arms_command(name, as_json=as_json))
-
-
-@arms_app.command("remove")
-def remove_arm(name: ArmName, as_json: AsJson = False) -> None:
-    """Remove an arm of one's own: its key, its join secrets and what it was lent end, and its name is free."""
-    raise typer.Exit(remove_command(name, as_json=as_json))
-
-
-def arms_command(name: str | None, *, as_json: bool) -> int:
-    """List the arms, or tell all about one."""
+    """List the arms: what each does, which operations it offers and calls, and its addresses."""
+    if ctx.invoked_subcommand is not None:
+        return
 
     async def work() -> int:
-        async with open_client(command_settings()) as octo:
-            arms = await octo.arms()
-        if name is not None:
-            _print_arm(_find_arm(name, arms), as_json=as_json)
-        elif as_json:
-            print(msgspec.json.encode(ArmList(arms)).decode())
+        async with open_client(command_settings()) as client:
+            arms = await client.arms()
+        if as_json:
+            print_json(ArmList(arms))
         else:
             _print_table(arms)
         return EXIT_DONE
 
-    return run_command(work)
+    raise typer.Exit(run_command(work))
 
 
-def remove_command(name: str, *, as_json: bool) -> int:
-    """Remove an arm of one's own."""
+app.add_typer(arms_app, rich_help_panel="Installation")
 
-    async def work() -> int:
-        async with open_client(command_settings()) as octo:
-            await octo.remove_arm(name)
-        if as_json:
-            print(msgspec.json.encode({"name": name, "state": "removed"}).decode())
-        else:
-            output().print(Text(f"The arm {name} is removed: what it holds is worth nothing here, its name is free."))
-        return EXIT_DONE
 
-    return run_command(work)
+@arms_app.command("show")
+@async_command
+async def show_arm(name: ArmName, as_json: AsJson = False) -> int:
+    """Show everything about one arm; `octollm arms NAME` does the same."""
+    async with open_client(command_settings()) as client:
+        arm = _find_arm(name, await client.arms())
+    if as_json:
+        print_json(arm)
+    else:
+        _print_arm(arm)
+    return EXIT_DONE
+
+
+@arms_app.command("remove")
+@async_command
+async def remove_arm(name: ArmName, as_json: AsJson = False) -> int:
+    """Remove an arm of your own: its keys, enrolment tokens and grants are revoked, and its name is free."""
+    async with open_client(command_settings()) as client:
+        await client.admin.remove_arm(name)
+    if as_json:
+        print_json({"name": name, "state": "removed"})
+    else:
+        output().print(Text(f"The arm {name} is removed: its keys and grants are revoked, and its name is free."))
+    return EXIT_DONE
 
 
 def _find_arm(name: str, arms: tuple[ArmView, ...]) -> ArmView:
@@ -112,10 +113,7 @@ def _print_table(arms: tuple[ArmView, ...]) -> None:
     output().print(table)
 
 
-def _print_arm(arm: ArmView, *, as_json: bool) -> None:
-    if as_json:
-        print(msgspec.json.encode(arm).decode())
-        return
+def _print_arm(arm: ArmView) -> None:
     console = output()
     rows = {
         "Arm": arm.name,

@@ -13,27 +13,59 @@ from rich.text import Text
 from octollm.capability import PublicKey
 from octollm.capability.audit_chain import AuditChainError, AuditChainVerifier
 from octollm.cli.output import output
-from octollm.cli.runtime import EXIT_DONE, EXIT_FAILED, command_settings, open_client, run_command
+from octollm.cli.runtime import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    AsJson,
+    async_command,
+    command_settings,
+    open_client,
+    print_json,
+)
 from octollm.client import AsyncClient
 from octollm.contracts.observability import AuditHead, AuditRow
 from octollm.errors import OctoError
 from octollm.installation.provisioning import load_trusted_roots
 
+_PAGE = 500
+
+app = typer.Typer()
 audit_app = typer.Typer(name="audit", help="Export the audit log, and check that nothing in it was changed.")
+app.add_typer(audit_app, rich_help_panel="Access")
 
 SystemOption = Annotated[
     bool, typer.Option("--system", help="The rows of no tenant, such as credentials that were refused.")
 ]
 
 
+class _ExportTrailer(msgspec.Struct, frozen=True):
+    """The last line of an export."""
+
+    head: AuditHead
+
+
+class AuditReport(msgspec.Struct, frozen=True):
+    """The result of verifying an audit log; ``faults`` is empty when its chain is intact."""
+
+    tenant: str
+    rows: int
+    head: AuditHead
+    faults: tuple[AuditChainError, ...]
+
+
 @audit_app.command("export")
-def export_log(system: SystemOption = False) -> None:
-    """Print the audit log of your tenant, a JSON object a line, and where its chain stands on the last line."""
-    raise typer.Exit(export_command(system=system))
+@async_command
+async def export_log(system: SystemOption = False) -> int:
+    """Print the audit log of your tenant, a JSON object a line; the last line is the head of its chain."""
+    async with open_client(command_settings()) as client:
+        async for line in _fetch_lines(client, system=system):
+            print(msgspec.json.encode(_ExportTrailer(line) if isinstance(line, AuditHead) else line).decode())
+    return EXIT_DONE
 
 
 @audit_app.command("verify")
-def verify_log(
+@async_command
+async def verify_log(
     file: Annotated[
         Path | None, typer.Argument(help="An export; else the installation is asked.", metavar="[EXPORT]")
     ] = None,
@@ -46,70 +78,31 @@ def verify_log(
         typer.Option(help="An earlier export that the log must begin with.", metavar="EXPORT"),
     ] = None,
     system: SystemOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Check the chain of the audit log: every row that was changed, removed or moved is named.
+    as_json: AsJson = False,
+) -> int:
+    """Verify the hash chain of the audit log, and name every row that was changed, removed or moved.
 
-    An earlier export shows, too, when the end of the log was cut off. Exit code 1 when something is wrong.
+    With an earlier export, a log whose end was cut off is detected, too. Exit code 1 when something is wrong.
     """
-    raise typer.Exit(verify_command(file, roots=roots, against=against, system=system, as_json=as_json))
-
-
-_PAGE = 500
-
-
-class _ExportTrailer(msgspec.Struct, frozen=True):
-    """The last line of an export."""
-
-    head: AuditHead
-
-
-class AuditReport(msgspec.Struct, frozen=True):
-    """What a check found."""
-
-    tenant: str
-    rows: int
-    head: AuditHead
-    faults: tuple[AuditChainError, ...]
-
-
-def export_command(*, system: bool) -> int:
-    """Print every row and the head."""
-
-    async def work() -> int:
-        async with open_client(command_settings()) as octo:
-            async for line in _fetch_lines(octo, system=system):
-                print(msgspec.json.encode(_ExportTrailer(line) if isinstance(line, AuditHead) else line).decode())
-        return EXIT_DONE
-
-    return run_command(work)
-
-
-def verify_command(file: Path | None, *, roots: Path | None, against: Path | None, system: bool, as_json: bool) -> int:
-    """Check an export, or what the installation answers."""
-
-    async def work() -> int:
-        settings = command_settings()
-        reading = _LogVerifier(load_trusted_roots(settings, roots), None if against is None else _read_head(against))
-        if file is not None:
-            for line in _read_export(file):
-                reading.check(line)
-        else:
-            async with open_client(settings) as octo:
-                async for line in _fetch_lines(octo, system=system):
-                    reading.check(line)
-        verdict = reading.report()
-        if as_json:
-            print(msgspec.json.encode(verdict).decode())
-        else:
-            _print_report(verdict)
-        return EXIT_FAILED if verdict.faults else EXIT_DONE
-
-    return run_command(work)
+    settings = command_settings()
+    verifier = _LogVerifier(load_trusted_roots(settings, roots), None if against is None else _read_head(against))
+    if file is not None:
+        for line in _read_export(file):
+            verifier.check(line)
+    else:
+        async with open_client(settings) as client:
+            async for line in _fetch_lines(client, system=system):
+                verifier.check(line)
+    report = verifier.report()
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+    return EXIT_FAILED if report.faults else EXIT_DONE
 
 
 class _LogVerifier:
-    """The check of one log while its lines are read; ``earlier`` is where an earlier export of it ended."""
+    """Verifies one log line by line; ``earlier`` is the head of an earlier export."""
 
     def __init__(self, roots: Mapping[str, PublicKey], earlier: AuditHead | None) -> None:
         self._roots = roots
@@ -119,7 +112,7 @@ class _LogVerifier:
         self._head: AuditHead | None = None
 
     def check(self, line: AuditRow | AuditHead) -> None:
-        """Check a line."""
+        """Verify the next line."""
         if self._chain is None:
             self._chain = AuditChainVerifier(line.tenant, self._roots)
         if isinstance(line, AuditHead):
@@ -130,7 +123,7 @@ class _LogVerifier:
             self._contains_earlier = line.hash == self._earlier.hash
 
     def report(self) -> AuditReport:
-        """Return what was found; raise ``file_invalid`` when there was no whole log."""
+        """Return the report; raise ``file_invalid`` when the log had no head."""
         if self._chain is None or self._head is None:
             raise OctoError("The export has no last line that says where the log ends.", code="file_invalid")
         self._chain.check_head(self._head)
@@ -140,21 +133,21 @@ class _LogVerifier:
         return AuditReport(self._head.tenant, self._chain.rows, self._head, tuple(faults))
 
 
-def _print_report(verdict: AuditReport) -> None:
+def _print_report(report: AuditReport) -> None:
     console = output()
-    for fault in verdict.faults:
+    for fault in report.faults:
         place = f"row {fault.seq}" if fault.seq else "the end"
         console.print(Text(f"✗ {place}: {fault.what}", "octo.bad"))
-    rows = f"{verdict.rows} row{'' if verdict.rows == 1 else 's'} of {verdict.tenant}"
-    if verdict.faults:
+    rows = f"{report.rows} row{'' if report.rows == 1 else 's'} of {report.tenant}"
+    if report.faults:
         console.print(Text(f"{rows}: not as they were sealed."))
     else:
-        console.print(Text(f"✓ {rows}, as they were sealed. The chain stands at {verdict.head.hash or 'nothing'}."))
+        console.print(Text(f"✓ {rows}, as they were sealed. The chain stands at {report.head.hash or 'nothing'}."))
 
 
-async def _fetch_lines(octo: AsyncClient, *, system: bool) -> AsyncIterator[AuditRow | AuditHead]:
-    """Yield every row up to the head of the moment, and then that."""
-    first = await octo.audit(limit=_PAGE, system=system)
+async def _fetch_lines(client: AsyncClient, *, system: bool) -> AsyncIterator[AuditRow | AuditHead]:
+    """Yield every row up to the head of the first page, and then that head: rows that come later are left out."""
+    first = await client.admin.audit(limit=_PAGE, system=system)
     page, after = first, 0
     while page.rows and after < first.head.seq:
         for row in page.rows:
@@ -162,7 +155,7 @@ async def _fetch_lines(octo: AsyncClient, *, system: bool) -> AsyncIterator[Audi
                 yield row
         after = page.rows[-1].seq
         if after < first.head.seq:
-            page = await octo.audit(after=after, limit=_PAGE, system=system)
+            page = await client.admin.audit(after=after, limit=_PAGE, system=system)
     yield first.head
 
 

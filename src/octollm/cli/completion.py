@@ -2,64 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from octollm.client import AsyncClient
+
+T = TypeVar("T")
 
 COMPLETION_TIMEOUT_SECONDS = 1.0
-"""How long somebody who pressed Tab waits at most."""
+"""Upper bound of the wait after Tab."""
 MAX_TASKS = 50
+"""The newest tasks that are offered."""
+
+# Imports are inside the functions: this module is loaded by every command that has an argument to complete.
 
 
 def complete_model(incomplete: str) -> list[tuple[str, str]]:
-    """Return the catalogue's models that begin so."""
-    from octollm.llm.catalogue import MODEL_CATALOGUE  # noqa: PLC0415  Tab should cost nothing elsewhere
+    """Return the models of the catalogue whose name begins with ``incomplete``, with their titles."""
+    from octollm.llm.catalogue import MODEL_CATALOGUE  # noqa: PLC0415
 
     return [(entry.name, entry.title) for entry in MODEL_CATALOGUE if entry.name.startswith(incomplete)]
 
 
 def complete_service(incomplete: str) -> list[str]:
-    """Return the built-in services that begin so."""
-    from octollm.contracts.services import SERVICES  # noqa: PLC0415  as above
+    """Return the built-in services whose name begins with ``incomplete``."""
+    from octollm.contracts.services import SERVICES  # noqa: PLC0415
 
     return [name for name in SERVICES if name.startswith(incomplete)]
 
 
 def complete_arm(incomplete: str) -> list[tuple[str, str]]:
-    """Return the registered arms that begin so."""
-    from octollm.contracts.enrolment import ArmList  # noqa: PLC0415  as above
-
-    found = _fetch("/arms", ArmList)
-    return [(arm.name, arm.description) for arm in found.arms if arm.name.startswith(incomplete)] if found else []
+    """Return the registered arms whose name begins with ``incomplete``, with their descriptions."""
+    arms = _query(lambda client: client.arms()) or ()
+    return [(arm.name, arm.description) for arm in arms if arm.name.startswith(incomplete)]
 
 
 def complete_task(incomplete: str) -> list[tuple[str, str]]:
-    """Return the newest tasks that begin so, with their goals."""
-    from octollm.contracts.api import TaskList  # noqa: PLC0415  as above
-
-    found = _fetch(f"/tasks?limit={MAX_TASKS}", TaskList)
-    if found is None:
-        return []
+    """Return the newest tasks whose id begins with ``incomplete``, with their goals."""
+    page = _query(lambda client: client.task_page(limit=MAX_TASKS))
     return [
-        (task.task_id, " ".join(task.goal.split())[:60]) for task in found.tasks if task.task_id.startswith(incomplete)
+        (task.task_id, " ".join(task.goal.split())[:60])
+        for task in (page.tasks if page else ())
+        if task.task_id.startswith(incomplete)
     ]
 
 
-def _fetch(path: str, kind: type[_T]) -> _T | None:
-    import asyncio  # noqa: PLC0415  as above
+def _query(request: Callable[[AsyncClient], Awaitable[T]]) -> T | None:
+    import asyncio  # noqa: PLC0415
 
-    from octollm.cli.runtime import (
-        command_settings,
-        open_transport,
-    )
-    from octollm.errors import OctoError  # noqa: PLC0415  as above
+    from octollm.cli.runtime import command_settings, open_client  # noqa: PLC0415
+    from octollm.errors import OctoError  # noqa: PLC0415
 
-    async def ask() -> _T:
-        async with asyncio.timeout(COMPLETION_TIMEOUT_SECONDS), open_transport(command_settings(warn=False)) as door:
-            return await door.get(path, kind)
+    async def query() -> T:
+        async with asyncio.timeout(COMPLETION_TIMEOUT_SECONDS), open_client(command_settings(warn=False)) as client:
+            return await request(client)
 
     try:
-        return asyncio.run(ask())
+        return asyncio.run(query())
     except (OctoError, TimeoutError):
-        # A shell that completes has no place for an error.
+        # The shell would print an error into the command line.
         return None

@@ -1,23 +1,26 @@
-"""Where the process begins and ends: arguments in, exit code out."""
+"""The process's entry point: runs the command line and exits with its code."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from octollm.cli.runtime import EXIT_FAILED, EXIT_INTERRUPTED
-
 
 def main() -> None:
-    """Run the command line and leave the process with its exit code."""
+    """Run the command line and exit the process with its exit code."""
     try:
-        # Imported here, so that Ctrl-C in the first tenths of a second is answered like any other.
+        # Imported inside the try, so that Ctrl-C during the import ends the process cleanly.
         from octollm.cli.app import app  # noqa: PLC0415
 
         app(prog_name="octollm")
     except KeyboardInterrupt:
+        from octollm.cli.runtime import EXIT_INTERRUPTED  # noqa: PLC0415  imports the client
+
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has enough of it (`octollm events tail | head`); nothing more can be said there.
+        from octollm.cli.runtime import EXIT_FAILED  # noqa: PLC0415  imports the client
+
+        # The reader of our output closed the pipe (`octollm events tail | head`). Point stdout elsewhere, so that the
+        # flush at exit does not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)

@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Annotated
 
 import msgspec
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from octollm.cli.output import output
-from octollm.cli.runtime import EXIT_DONE, command_settings, open_client, run_command
+from octollm.cli.runtime import EXIT_DONE, async_command, command_settings, open_client
 from octollm.client import AsyncClient
 from octollm.contracts.events import Event
 
 _PAGE = 500
 
-
-def tail_command(after: int | None, *, as_json: bool) -> int:
-    """Print events until interrupted, going on where a broken connection stopped."""
-
-    async def work() -> int:
-        console = output()
-        async with open_client(command_settings()) as octo:
-            # Asked first in any case: a door that is not there is told at once.
-            position = await _last_position(octo) if after is None else after
-            await octo.event_page(after=position, limit=1)
-            async with contextlib.aclosing(octo.events(after=position)) as events:
-                async for event in events:
-                    _print_event(event, console, as_json=as_json)
-        return EXIT_DONE
-
-    return run_command(work)
+app = typer.Typer()
+events_app = typer.Typer(name="events", help="Follow the event log.", no_args_is_help=True)
+app.add_typer(events_app, rich_help_panel="Tasks")
 
 
-async def _last_position(octo: AsyncClient) -> int:
-    """Return the position of the last event that there is."""
+@events_app.command("tail")
+@async_command
+async def tail(
+    after: Annotated[
+        int | None, typer.Option(help="Begin after this position of the log; 0 is its start.", min=0)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event's envelope as one line of JSON.")] = False,
+) -> int:
+    """Print events as they happen, until Ctrl-C."""
+    console = output()
+    async with open_client(command_settings()) as client:
+        # Read a page first: events() would retry for a minute before it reports a gateway that is not there.
+        position = await _last_position(client) if after is None else after
+        await client.event_page(after=position, limit=1)
+        async with contextlib.aclosing(client.events(after=position)) as events:
+            async for event in events:
+                _print_event(event, console, as_json=as_json)
+    return EXIT_DONE
+
+
+async def _last_position(client: AsyncClient) -> int:
+    """Return the position of the newest event in the log."""
     position = 0
-    while (page := await octo.event_page(after=position, limit=_PAGE)).events:
+    while (page := await client.event_page(after=position, limit=_PAGE)).events:
         position = page.after
     return position
 

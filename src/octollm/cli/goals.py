@@ -21,12 +21,17 @@ from octollm.contracts.media_types import file_kind, media_type_of, suffix_of
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES, MAX_GOAL, Budget, TaskStatus, Usage
 from octollm.errors import OctoError
 
+CANCEL_SECONDS = 1.0
+"""How long an interrupted command waits for the cancellation of its task."""
+RESULTS_FOLDER = "octollm-results"
 _PARQUET = b"PAR1"
+"""Magic bytes at both ends of a Parquet file."""
+_UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f<>:"|?*\\]')
 
 
 @dataclass(frozen=True, slots=True)
 class GoalFile:
-    """A file that may be sent."""
+    """A file that passed the checks for sending."""
 
     name: str
     content: bytes
@@ -34,7 +39,7 @@ class GoalFile:
 
 
 def validate_goal(goal: str) -> str:
-    """Return the goal without the space around it. Raises ``goal_invalid``."""
+    """Return the goal without surrounding white space. Raises ``goal_invalid`` when it is empty or too long."""
     text = goal.strip()
     if not text:
         raise OctoError('The goal is empty. Say what is to be done: octollm run "GOAL".', code="goal_invalid")
@@ -48,7 +53,7 @@ def validate_goal(goal: str) -> str:
 
 
 def read_goal_files(paths: Sequence[Path]) -> list[GoalFile]:
-    """Read every file. Raises ``file_invalid`` naming the first that cannot be sent, and why."""
+    """Read the files. Raises ``file_invalid`` naming the first that cannot be sent, with the reason."""
     if len(paths) > MAX_FILES:
         raise _file_error(f"{len(paths)} files are too many: a goal may have {MAX_FILES}.")
     files = [_read_file(path) for path in paths]
@@ -67,9 +72,9 @@ def _read_file(path: Path) -> GoalFile:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise _file_error(f"{path} has {size / 2**20:,.1f} MiB; a file may have {MAX_FILE_BYTES // 2**20} MiB.")
-        # One byte more than is allowed tells of a file that grew, or that has no size (a pipe).
-        with path.open("rb") as opened:
-            content = opened.read(MAX_FILE_BYTES + 1)
+        # Reading one byte past the limit detects a file that grew since stat(), and a pipe, which has no size.
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as error:
         raise _file_error(f"There is no file {path}.") from error
     except OSError as error:
@@ -83,13 +88,13 @@ def _read_file(path: Path) -> GoalFile:
 def _validate_content(path: Path, content: bytes) -> None:
     if suffix_of(path.name) == ".parquet":
         if not (content.startswith(_PARQUET) and content.endswith(_PARQUET)):
-            raise _file_error(f"{path} is called .parquet and is no Parquet file.")
+            raise _file_error(f"{path} has the suffix .parquet, but is no Parquet file.")
         return
-    # Whether an arm reads what is neither text nor table, the installation knows.
+    # Other binary formats are left to the installation, which knows which of them its arms read.
     if file_kind(path.name, content) != "binary" and not _is_utf8(content):
         raise _file_error(
-            f"{path} is called a text, and has other bytes than text in UTF-8. Convert it, or give it the suffix that"
-            " it should have."
+            f"{path} has the suffix of a text file, but is not UTF-8 text. Convert it, or rename it with the suffix of"
+            " its real type."
         )
 
 
@@ -105,12 +110,8 @@ def _file_error(detail: str) -> OctoError:
     return OctoError(detail, code="file_invalid")
 
 
-RESULTS_FOLDER = "octollm-results"
-_UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f<>:"|?*\\]')
-
-
 class SavedArtifact(msgspec.Struct, frozen=True):
-    """An artifact and where it was saved."""
+    """An artifact and the path of its copy."""
 
     name: str
     digest: str
@@ -120,7 +121,7 @@ class SavedArtifact(msgspec.Struct, frozen=True):
 
 
 class TaskOutcome(msgspec.Struct, frozen=True):
-    """What `octollm run --json` prints last."""
+    """The JSON document of `octollm run --json` and of ``result.json``."""
 
     task_id: str
     status: TaskStatus
@@ -136,17 +137,18 @@ def results_folder(task_id: str, root: Path) -> Path:
 
 
 def sanitize_path(name: str) -> PurePosixPath:
-    """Return ``name`` as a relative path that stays inside its folder, with no character that a system forbids."""
+    """Return ``name`` as a relative path inside its folder, without characters that a file system forbids."""
     parts = [_UNSAFE_CHARACTERS.sub("_", part) for part in name.replace("\\", "/").split("/")]
-    kept = [part[:120] for part in parts if part.strip(". ")]
-    return PurePosixPath(*kept) if kept else PurePosixPath("unnamed")
+    # Parts of dots and spaces alone go: `..` would leave the folder.
+    safe = [part[:120] for part in parts if part.strip(". ")]
+    return PurePosixPath(*safe) if safe else PurePosixPath("unnamed")
 
 
 async def save_outcome(handle: AsyncTaskHandle, task: TaskView, folder: Path) -> TaskOutcome:
-    """Fetch the artifacts of a finished task, check their digests, and save them with ``result.json`` in ``folder``.
+    """Fetch the artifacts of a finished task, verify their digests, and save them with ``result.json`` in ``folder``.
 
-    Raises what the door answers, ``file_invalid`` for bytes that are not what their digest says, and
-    ``home_unusable`` when the folder cannot be written.
+    Raises the client's errors, ``file_invalid`` for content that does not match its digest, and ``home_unusable`` when
+    the folder cannot be written.
     """
     saved: list[SavedArtifact] = []
     taken: set[PurePosixPath] = {PurePosixPath("result.json")}
@@ -163,12 +165,12 @@ async def save_outcome(handle: AsyncTaskHandle, task: TaskView, folder: Path) ->
 
 
 def _unique_name(name: PurePosixPath, taken: set[PurePosixPath]) -> PurePosixPath:
-    number, free = 1, name
-    while free in taken:
+    number, unique = 1, name
+    while unique in taken:
         number += 1
-        free = name.with_name(f"{name.stem}-{number}{name.suffix}")
-    taken.add(free)
-    return free
+        unique = name.with_name(f"{name.stem}-{number}{name.suffix}")
+    taken.add(unique)
+    return unique
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -179,12 +181,9 @@ def _write(path: Path, content: bytes) -> None:
         raise OctoError(f"{path} cannot be written: {error.strerror}.", code="home_unusable") from error
 
 
-CANCEL_SECONDS = 1.0
-
-
 @dataclass(frozen=True, slots=True)
 class GoalRequest:
-    """What is asked for."""
+    """A goal with its files, budget and acceptance criteria."""
 
     goal: str
     files: Sequence[GoalFile] = ()
@@ -192,14 +191,14 @@ class GoalRequest:
     criteria: Sequence[str] = ()
 
 
-async def submit_goal(octo: AsyncClient, request: GoalRequest) -> AsyncTaskHandle:
-    """Send the files, then the goal; return the accepted task."""
+async def submit_goal(client: AsyncClient, request: GoalRequest) -> AsyncTaskHandle:
+    """Upload the files, then submit the goal; return the accepted task."""
     files = [(file.name, file.content) for file in request.files]
-    return await octo.submit(request.goal, files=files, budget=request.budget, criteria=request.criteria)
+    return await client.submit(request.goal, files=files, budget=request.budget, criteria=request.criteria)
 
 
 async def follow_task(task: AsyncTaskHandle, console: Console) -> TaskView:
-    """Show a task until it ends; return it as it ended."""
+    """Show a task's progress until it ends; return the ended task."""
     with create_view(console) as view:
         async with contextlib.aclosing(task.updates()) as updates:
             async for update in updates:
@@ -208,7 +207,7 @@ async def follow_task(task: AsyncTaskHandle, console: Console) -> TaskView:
 
 
 async def print_updates(task: AsyncTaskHandle) -> TaskView:
-    """Print a task's updates until it ends, one line of JSON each; return it as it ended."""
+    """Print a task's updates until it ends, one line of JSON each; return the ended task."""
     async with contextlib.aclosing(task.updates()) as updates:
         async for update in updates:
             print(msgspec.json.encode(update).decode(), flush=True)
@@ -216,35 +215,41 @@ async def print_updates(task: AsyncTaskHandle) -> TaskView:
 
 
 async def run_goal(
-    octo: AsyncClient, request: GoalRequest, console: Console, *, root: Path, as_json: bool = False, page_url: str = ""
+    client: AsyncClient,
+    request: GoalRequest,
+    console: Console,
+    *,
+    root: Path,
+    as_json: bool = False,
+    page_url: str = "",
 ) -> int:
     """Submit a goal, follow it, save its results under ``root`` and print them; return the exit code.
 
-    ``console`` gets what a person reads; with ``as_json`` standard output gets one JSON object, last. Cancelling
-    cancels the task.
+    ``console`` shows progress and outcome; with ``as_json`` the last line of standard output is one JSON object.
+    Cancelling this call cancels the task.
     """
-    task = await submit_goal(octo, request)
+    task = await submit_goal(client, request)
     console.print(Text.assemble(("Task ", "octo.title"), task.id))
     console.print(Text.assemble(("Goal ", "octo.title"), request.goal))
     try:
-        ended = await follow_task(task, console)
+        final = await follow_task(task, console)
     except asyncio.CancelledError:
         console.print(Text(f"Stopping; {task.id} is cancelled.", "octo.warn"))
         await _cancel(task)
         raise
     folder = results_folder(task.id, root)
-    outcome = await save_outcome(task, ended, folder)
-    print_outcome(outcome, console, folder, page_url=page_url or f"{octo.transport.url}/")
+    outcome = await save_outcome(task, final, folder)
+    print_outcome(outcome, console, folder, page_url=page_url or f"{client.url}/")
     if as_json:
         print(msgspec.json.encode(outcome).decode(), flush=True)
     return EXIT_DONE if outcome.status == "completed" else EXIT_FAILED
 
 
 def print_outcome(outcome: TaskOutcome, console: Console, folder: Path, *, page_url: str) -> None:
-    """Print how a task ended and where to find what it made; ``page`` is where to look at it."""
+    """Print a task's result, its saved artifacts and its usage; ``page_url`` is the address of the dashboard."""
     console.print()
     if outcome.status == "completed":
-        # Why it did not complete was told as its last update.
+        # Otherwise the last update has shown the reason.
         console.print(Text("Result", "octo.title"))
         console.print(Text(outcome.output.rstrip()))
         console.print()
@@ -252,24 +257,24 @@ def print_outcome(outcome: TaskOutcome, console: Console, folder: Path, *, page_
         size = (f"  {artifact.size:,} bytes", "octo.quiet")
         console.print(Text.assemble(("Saved ", "octo.title"), _relative_path(Path(artifact.path)), size))
     console.print(Text.assemble(("All   ", "octo.title"), f"{_relative_path(folder)}/"))
-    used = outcome.usage
+    usage = outcome.usage
     console.print(
         Text.assemble(
             ("Used  ", "octo.title"),
-            f"{used.total_tokens:,} tokens ({used.prompt_tokens:,} read, {used.completion_tokens:,} written)",
+            f"{usage.total_tokens:,} tokens ({usage.prompt_tokens:,} read, {usage.completion_tokens:,} written)",
         )
     )
     console.print(Text.assemble(("Page  ", "octo.title"), page_url))
 
 
 def _relative_path(path: Path) -> str:
-    """Return a path as it is shortest from here."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    """Return the path relative to the current folder if it is inside, else absolute."""
+    cwd = Path.cwd()
+    return str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
 
 
 async def _cancel(task: AsyncTaskHandle) -> None:
-    """Cancel the task of an interrupted command, if the door still answers; the command ends either way."""
+    """Cancel the task of an interrupted command if the gateway still answers; the command ends either way."""
     with contextlib.suppress(OctoError, TimeoutError):
         async with asyncio.timeout(CANCEL_SECONDS):
             await task.cancel()

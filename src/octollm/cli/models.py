@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Annotated
 
-import msgspec
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
+from octollm.cli.completion import complete_model
 from octollm.cli.output import output
-from octollm.cli.runtime import EXIT_DONE, command_settings, run_command
+from octollm.cli.runtime import EXIT_DONE, AsJson, async_command, command_settings, print_json
 from octollm.config import Settings
 from octollm.errors import OctoError
 from octollm.llm.cache import ModelCache
@@ -21,11 +23,72 @@ from octollm.llm.fetch import fetch_model
 from octollm.llm.sources import FetchOptions
 
 _PROGRESS_STEP = 20
-"""Without a terminal, a line for every so many percent."""
+"""Percent between two lines of progress where output is no terminal."""
+
+app = typer.Typer()
+models_app = typer.Typer(name="models", help="Fetch and list the embedded models.", no_args_is_help=True)
+app.add_typer(models_app, rich_help_panel="Installation")
+
+
+@models_app.command("pull")
+@async_command
+async def pull_model(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A name of `octollm models list`; else the smallest.", autocompletion=complete_model),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Take the model from this file, not the network.", metavar="PATH"),
+    ] = None,
+) -> int:
+    """Fetch an embedded model into the cache; an interrupted download is resumed."""
+    settings, console = command_settings(), output()
+    cache = ModelCache(settings.model_cache)
+    entry = find_entry(name) if name else SMALLEST_MODEL
+    await fetch_with_progress(entry, cache, console, FetchOptions(path=source))
+    console.print(Text(f"{entry.name} is at {cache.path_of(entry)}"))
+    return EXIT_DONE
+
+
+@models_app.command("list")
+@async_command
+async def list_models(as_json: AsJson = False) -> int:
+    """List the embedded models: which are in the cache, and which one is used."""
+    settings = command_settings()
+    cache = ModelCache(settings.model_cache)
+    selected = select_model_entry(settings, cache)
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": entry.name,
+                    "title": entry.title,
+                    "bytes": entry.size,
+                    "licence": entry.licence,
+                    "here": cache.has(entry),
+                    "used": entry == selected,
+                }
+                for entry in MODEL_CATALOGUE
+            ]
+        )
+        return EXIT_DONE
+    table = Table("Name", "Model", "Size", "Licence", "Here", "Used", box=None)
+    for entry in MODEL_CATALOGUE:
+        table.add_row(
+            entry.name,
+            entry.title,
+            f"{entry.size / 1e6:,.0f} MB",
+            entry.licence,
+            "yes" if cache.has(entry) else "no",
+            "yes" if entry == selected else "",
+        )
+    output().print(table)
+    return EXIT_DONE
 
 
 def select_model_entry(settings: Settings, cache: ModelCache) -> ModelEntry | None:
-    """Return the embedded model that the settings ask for; ``None`` when they ask for a provider's."""
+    """Return the embedded model of the settings; ``None`` when they name a provider's model."""
     kind, _, name = settings.model.partition(":")
     if kind != "embedded":
         return None
@@ -33,9 +96,9 @@ def select_model_entry(settings: Settings, cache: ModelCache) -> ModelEntry | No
 
 
 async def ensure_model(settings: Settings, console: Console) -> ModelEntry | None:
-    """See to it that the model of the settings is on this machine.
+    """Fetch the embedded model of the settings unless it is in the cache; ``None`` for a provider's model.
 
-    Raises ``no_model`` when the part that runs it is not installed, and ``model_download_failed``.
+    Raises ``no_model`` when its runtime is not installed, and ``model_download_failed``.
     """
     cache = ModelCache(settings.model_cache)
     entry = select_model_entry(settings, cache)
@@ -43,7 +106,7 @@ async def ensure_model(settings: Settings, console: Console) -> ModelEntry | Non
         return None
     if importlib.util.find_spec("xllamacpp") is None:
         raise OctoError(
-            "The embedded model needs a part that is not installed: `pip install 'octollm[local]'`. Or use a"
+            "The embedded model needs a package that is not installed: `pip install 'octollm[local]'`. Or use a"
             " provider: OCTOLLM_MODEL=openai:NAME, with OCTOLLM_MODEL_URL and OCTOLLM_MODEL_API_KEY.",
             code="no_model",
         )
@@ -52,7 +115,7 @@ async def ensure_model(settings: Settings, console: Console) -> ModelEntry | Non
 
 
 async def fetch_with_progress(entry: ModelEntry, cache: ModelCache, console: Console, options: FetchOptions) -> None:
-    """Fetch a model unless it is there, showing how far it is. One that is damaged is told and fetched again."""
+    """Fetch a model unless it is in the cache, with a progress bar. A damaged one is reported and fetched again."""
     if cache.has(entry) and options.path is None:
         try:
             await cache.verify(entry)
@@ -77,7 +140,7 @@ async def fetch_with_progress(entry: ModelEntry, cache: ModelCache, console: Con
             console=console,
             transient=True,
         ) as progress:
-            bar = progress.add_task("looking for it", total=entry.size)
+            bar = progress.add_task("connecting", total=entry.size)
 
             def show(done: int, total: int, source: str) -> None:
                 progress.update(bar, completed=done, total=total, description=source)
@@ -87,66 +150,15 @@ async def fetch_with_progress(entry: ModelEntry, cache: ModelCache, console: Con
 
 
 class _LineProgress:
-    """Progress where there is no terminal: a line now and then."""
+    """Download progress as plain lines, for output that is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._next = 0
 
     def __call__(self, done: int, total: int, source: str) -> None:
-        """Print a line at every 20 percent."""
+        """Print a line every ``_PROGRESS_STEP`` percent."""
         percent = 100 * done // max(total, 1)
         if percent >= self._next:
             self._next = percent - percent % _PROGRESS_STEP + _PROGRESS_STEP
             self._console.print(Text(f"      {percent:3d} % from {source}"))
-
-
-def pull_model_command(name: str | None, source: Path | None) -> int:
-    """Fetch a model into the cache."""
-
-    async def work() -> int:
-        settings, console = command_settings(), output()
-        cache = ModelCache(settings.model_cache)
-        entry = find_entry(name) if name else SMALLEST_MODEL
-        await fetch_with_progress(entry, cache, console, FetchOptions(path=source))
-        console.print(Text(f"{entry.name} is at {cache.path_of(entry)}"))
-        return EXIT_DONE
-
-    return run_command(work)
-
-
-def list_models_command(*, as_json: bool) -> int:
-    """List the catalogue."""
-
-    async def work() -> int:
-        settings = command_settings()
-        cache = ModelCache(settings.model_cache)
-        wanted = select_model_entry(settings, cache)
-        rows = [
-            {
-                "name": entry.name,
-                "title": entry.title,
-                "bytes": entry.size,
-                "licence": entry.licence,
-                "here": cache.has(entry),
-                "used": entry == wanted,
-            }
-            for entry in MODEL_CATALOGUE
-        ]
-        if as_json:
-            print(msgspec.json.encode(rows).decode())
-            return EXIT_DONE
-        table = Table("Name", "Model", "Size", "Licence", "Here", "Used", box=None)
-        for row in rows:
-            table.add_row(
-                str(row["name"]),
-                str(row["title"]),
-                f"{find_entry(str(row['name'])).size / 1e6:,.0f} MB",
-                str(row["licence"]),
-                "yes" if row["here"] else "no",
-                "yes" if row["used"] else "",
-            )
-        output().print(table)
-        return EXIT_DONE
-
-    return run_command(work)

@@ -15,27 +15,8 @@ from rich.text import Text
 from octollm import __version__
 from octollm.arm.validation import check_name
 from octollm.cli.output import output
-from octollm.cli.runtime import EXIT_DONE, run_command
+from octollm.cli.runtime import EXIT_DONE, async_command
 from octollm.errors import ArmError, OctoError
-
-new_app = typer.Typer(name="new", help="Make a package to begin with.", no_args_is_help=True)
-
-
-@new_app.callback()
-def kinds() -> None:
-    """Keep the kind a word of its own: there may be others."""
-
-
-@new_app.command("arm")
-def new_arm(
-    name: Annotated[str, typer.Argument(help="The arm's name, e.g. translator.")],
-    parent: Annotated[
-        Path, typer.Option("--dir", help="Make its folder in this one.", metavar="PATH", file_okay=False)
-    ] = Path(),
-) -> None:
-    """Make a package with an arm and a test that passes."""
-    raise typer.Exit(new_arm_command(name, parent))
-
 
 _TEMPLATES = {
     "pyproject.toml.in": "pyproject.toml",
@@ -44,27 +25,39 @@ _TEMPLATES = {
     "arm.py.in": "src/{module}/arm.py",
     "test.py.in": "tests/test_{module}.py",
 }
-"""Each template, and where it is written."""
+"""Each template and the path of its file in the package."""
 _RESERVED_NAMES = frozenset({"octollm", "tests", "pytest"})
 
+app = typer.Typer()
+new_app = typer.Typer(name="new", help="Make a package to begin with.", no_args_is_help=True)
+app.add_typer(new_app, rich_help_panel="Arms")
 
-def new_arm_command(name: str, parent: Path) -> int:
-    """Make the package and say what to do next."""
 
-    async def work() -> int:
-        folder = write_arm_package(name, parent)
-        console = output()
-        console.print(Text.assemble(("Made ", "octo.title"), str(folder)))
-        for command in (
-            f"cd {folder}",
-            "pip install -e '.[dev]'",
-            "pytest",
-            f"octollm up --arm {module_name(name)}.arm:arm",
-        ):
-            console.print(Text(f"  {command}", "octo.quiet"))
-        return EXIT_DONE
+@new_app.callback()
+def options() -> None:
+    """Keep ``arm`` a subcommand: typer folds the only command of a group into the group."""
 
-    return run_command(work)
+
+@new_app.command("arm")
+@async_command
+async def new_arm(
+    name: Annotated[str, typer.Argument(help="The arm's name, e.g. translator.")],
+    parent: Annotated[
+        Path, typer.Option("--dir", help="Make its folder in this one.", metavar="PATH", file_okay=False)
+    ] = Path(),
+) -> int:
+    """Make a package with an arm and a test that passes."""
+    folder = write_arm_package(name, parent)
+    console = output()
+    console.print(Text.assemble(("Made ", "octo.title"), str(folder)))
+    for command in (
+        f"cd {folder}",
+        "pip install -e '.[dev]'",
+        "pytest",
+        f"octollm up --arm {module_name(name)}.arm:arm",
+    ):
+        console.print(Text(f"  {command}", "octo.quiet"))
+    return EXIT_DONE
 
 
 def module_name(name: str) -> str:
@@ -73,10 +66,10 @@ def module_name(name: str) -> str:
 
 
 def write_arm_package(name: str, parent: Path) -> Path:
-    """Write the package of an arm below ``parent`` and return its folder.
+    """Write the package of an arm into a folder in ``parent`` and return that folder.
 
-    Raises ``arm_invalid`` for a name that no arm, or no Python package, can have, and ``invalid_parameter`` where
-    something is there already, or nothing can be written.
+    Raises ``arm_invalid`` for a name that is invalid for an arm or a Python package, and ``invalid_parameter`` when the
+    folder exists and is not empty or cannot be written.
     """
     check_name(name, built_in=False)
     module = module_name(name)

@@ -10,6 +10,7 @@ from octollm.errors import OctoError
 from octollm.telemetry import mask
 
 _PIPE_WIDTH = 200
+"""Columns of a table where output is no terminal, which has no width of its own."""
 
 THEME = Theme(
     {
@@ -24,32 +25,31 @@ THEME = Theme(
 
 
 def output() -> Console:
-    """Return the console for what a command was asked for. rich honours ``NO_COLOR`` and what is no terminal."""
+    """Return the console for the data of a command (standard output). rich honours ``NO_COLOR``."""
     console = Console(theme=THEME, highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        # A pipe has no width; tables need not be cut for it.
         console.width = _PIPE_WIDTH
     return console
 
 
 def messages() -> Console:
-    """Return the console for everything else: errors, warnings, progress of a command whose output is data."""
+    """Return the console for everything but data (standard error): errors, warnings, progress."""
     return Console(theme=THEME, highlight=False, soft_wrap=True, stderr=True)
 
 
 def show_error(error: OctoError, console: Console | None = None) -> None:
-    """Print a failure: what happened and what to do, then its code."""
-    said = console or messages()
+    """Print an error with its code, and the field of each fault in the input."""
+    console = console or messages()
     line = Text.assemble(("octollm: ", "octo.bad"), str(mask(error.detail)))
     line.append(f" [{error.code}]", "octo.quiet")
-    said.print(line)
+    console.print(line)
     for fault in error.field_errors:
         where = fault.pointer or "body"
-        said.print(Text.assemble(("  at ", "octo.quiet"), where, ": ", fault.detail))
+        console.print(Text.assemble(("  at ", "octo.quiet"), where, ": ", fault.detail))
     if error.code == "internal":
-        said.print(Text("  The service's log has the reason: OCTOLLM_HOME/logs/octollm.jsonl", "octo.quiet"))
+        console.print(Text("  The service's log has the reason: OCTOLLM_HOME/logs/octollm.jsonl", "octo.quiet"))
 
 
 def show_warning(sentence: str) -> None:
-    """Print something that somebody should look at one day."""
+    """Print a warning."""
     messages().print(Text.assemble(("octollm: ", "octo.warn"), sentence))

@@ -15,12 +15,17 @@ from rich.text import Text
 from octollm.client import Update
 from octollm.contracts.task import TaskStatus
 
+_SHOWN_CHARS = 400
+"""Characters of an unfinished line that the live view shows."""
+_MAX_LINE_CHARS = 64 * 1024
+"""Longer lines of model text are split."""
+
 Tone = Literal["plain", "title", "step", "good", "bad", "warn", "quiet"]
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressLine:
-    """One line for the reader."""
+    """A line of output and its style."""
 
     text: str
     tone: Tone = "plain"
@@ -28,14 +33,14 @@ class ProgressLine:
 
 @dataclass(slots=True)
 class TaskProgress:
-    """A task as told so far. ``status`` is the last that was heard, ``progress`` from 0 to 100."""
+    """The state of a task, reduced from its updates: ``progress`` is 0 to 100, ``running`` maps steps to titles."""
 
     status: TaskStatus | Literal[""] = ""
     progress: float = 0.0
     running: dict[str, str] = field(default_factory=dict[str, str])
 
     def apply(self, update: Update) -> list[ProgressLine]:
-        """Take an update that is no token; return what to say about it."""
+        """Apply an update that is no token; return the lines that describe it."""
         self.progress = max(self.progress, update.progress)
         data = update.data
         match str(data.get("event_type", "")):
@@ -77,7 +82,7 @@ class TaskProgress:
 
     @property
     def activity(self) -> str:
-        """Return in a few words what goes on."""
+        """Return the running steps, else the status, in a few words."""
         if self.running:
             return ", ".join(self.running.values())
         return {"": "accepted", "accepted": "planning"}.get(self.status, self.status)
@@ -112,13 +117,13 @@ def _plan_line(number: int, step: dict[str, object]) -> str:
 
 def _reason_lines(data: dict[str, object]) -> list[ProgressLine]:
     reasons = data.get("reasons")
-    listed = cast("Sequence[object]", reasons) if isinstance(reasons, list) else ()
-    return [ProgressLine(f"    · {reason}", "quiet") for reason in listed]
+    items = cast("Sequence[object]", reasons) if isinstance(reasons, list) else ()
+    return [ProgressLine(f"    · {reason}", "quiet") for reason in items]
 
 
 def _dicts(value: object) -> list[dict[str, object]]:
-    listed = cast("list[object]", value) if isinstance(value, list) else []
-    return [cast("dict[str, object]", item) for item in listed if isinstance(item, dict)]
+    items = cast("list[object]", value) if isinstance(value, list) else []
+    return [cast("dict[str, object]", item) for item in items if isinstance(item, dict)]
 
 
 def _text(data: dict[str, object], name: str) -> str:
@@ -134,8 +139,8 @@ def _format_tokens(data: dict[str, object]) -> str:
     usage = data.get("usage")
     if not isinstance(usage, dict):
         return ""
-    used = cast("dict[str, object]", usage)
-    counts = (used.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    members = cast("dict[str, object]", usage)
+    counts = (members.get(name) for name in ("prompt_tokens", "completion_tokens"))
     count = sum(value for value in counts if isinstance(value, int))
     return f", {count:,} tokens" if count else ""
 
@@ -144,14 +149,8 @@ def _format_seconds(milliseconds: object) -> str:
     return f"{milliseconds / 1000:.1f} s" if isinstance(milliseconds, int | float) else "unknown time"
 
 
-_SHOWN_CHARS = 400
-"""Characters of an unfinished line that are shown."""
-_MAX_LINE_CHARS = 64 * 1024
-"""An unfinished line longer than this is broken."""
-
-
 class ProgressView(Protocol):
-    """Shows updates; used with ``with``."""
+    """Shows updates while its context is open."""
 
     state: TaskProgress
 
@@ -167,17 +166,17 @@ class ProgressView(Protocol):
 
 
 def create_view(console: Console) -> ProgressView:
-    """Return the view that fits the console."""
+    """Return a live view for a terminal, else a plain one."""
     return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
 
 
 def style_line(line: ProgressLine) -> Text:
-    """Return a line with its colour, which a console without colours leaves out."""
+    """Return the line in its style."""
     return Text(line.text, style="" if line.tone == "plain" else f"octo.{line.tone}")
 
 
 class PlainView:
-    """Lines as they come, and the model's text as it is written: for logs and pipes."""
+    """Prints lines and model text as they arrive: for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self.state = TaskProgress()
@@ -201,9 +200,9 @@ class PlainView:
             return
         if update.data.get("event_type") == "step.started":
             self._written.discard(str(update.data.get("step", "")))
-        for said in self.state.apply(update):
+        for line in self.state.apply(update):
             self._end_line()
-            self._console.print(Text(f"[{self.state.progress:3.0f}%] ").append(said.text))
+            self._console.print(Text(f"[{self.state.progress:3.0f}%] ").append(line.text))
 
     def _token(self, update: Update) -> None:
         again = update.reset and update.step in self._written
@@ -227,7 +226,7 @@ class PlainView:
 
 
 class LiveView:
-    """A progress bar at the foot of the terminal, with whole lines scrolling above it."""
+    """A progress bar at the foot of the terminal; finished lines scroll above it."""
 
     def __init__(self, console: Console) -> None:
         self.state = TaskProgress()
@@ -261,12 +260,12 @@ class LiveView:
         if update.type == "token":
             self._token(update)
         else:
-            said = self.state.apply(update)
+            lines = self.state.apply(update)
             if update.type == "step":
                 self._flush(str(update.data.get("step", "")))
-            elif said:
+            elif lines:
                 self._flush("plan")
-            for line in said:
+            for line in lines:
                 self._console.print(style_line(line))
         self._progress.update(self._bar, completed=self.state.progress, description=_truncate(self.state.activity))
         self._live.update(self._footer())

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any
+from typing import Annotated, Any, ParamSpec
+
+import msgspec
+import typer
 
 from octollm.cli.output import show_error, show_warning
 from octollm.client import APIError, AsyncClient, connect
-from octollm.client._transport import GatewayTransport
+from octollm.client._transport import GatewayTransport, create_transport
 from octollm.config import Settings, read_settings, unknown_settings
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.contracts.services import SERVICES, local_url
@@ -21,18 +25,34 @@ from octollm.errors import OctoError
 from octollm.installation.home import find_running, read_local_key
 from octollm.resilience import RetryPolicy
 
+P = ParamSpec("P")
+
 EXIT_DONE = 0
-"""What was asked for is done; for a goal: it completed."""
+"""The command succeeded; for a goal: the task completed."""
 EXIT_FAILED = 1
-"""It failed, and the reason was said."""
+"""The command failed and printed the reason."""
 EXIT_USAGE = 2
 """Wrong usage or input: nothing was sent or started."""
 EXIT_INTERRUPTED = 130
 """Stopped by Ctrl-C or a signal (128 + SIGINT)."""
 
+KILL_AFTER_SECONDS = 2.8
+"""A command exits within this time after a signal, whatever is still running."""
+PROBE_SECONDS = 2.0
+"""Timeout of the check whether an installation runs on this machine."""
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document on a line of standard output."""
+    print(msgspec.json.encode(value, enc_hook=str).decode(), flush=True)
+
 
 def exit_code_for(error: OctoError) -> int:
-    """Return the exit code for a failure: faults of input, settings and declarations are the user's to mend."""
+    """Return the exit code for an error: ``EXIT_USAGE`` when the input, a setting or an arm's declaration is wrong."""
     kind = ERROR_KINDS.get(error.code)
     if error.code in ("setting_invalid", "arm_invalid") or (kind is not None and kind.status in (400, 413)):
         return EXIT_USAGE
@@ -40,21 +60,18 @@ def exit_code_for(error: OctoError) -> int:
 
 
 def command_settings(*, warn: bool = True) -> Settings:
-    """Read the settings from the environment; ``warn`` of names that nothing reads. Raises ``setting_invalid``."""
+    """Read the settings from the environment. Raises ``setting_invalid``.
+
+    ``warn`` prints a warning for each ``OCTOLLM_*`` variable that is no setting.
+    """
     services = tuple(SERVICES)
     for sentence in unknown_settings(os.environ, services) if warn else ():
         show_warning(sentence)
     return read_settings(os.environ, services)
 
 
-KILL_AFTER_SECONDS = 2.8
-"""After a signal a command ends within this time, whatever still runs."""
-
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
 class InterruptHandler:
-    """Turns the first signal into a cancellation, and sees to it that the process ends soon after."""
+    """Cancel the command on the first signal; end the process on the second, or ``kill_after`` seconds later."""
 
     def __init__(self, kill_after: float) -> None:
         self.task: asyncio.Task[int] | None = None
@@ -63,7 +80,7 @@ class InterruptHandler:
         self._timer.daemon = True
 
     def handle_signal(self) -> None:
-        """Cancel the work; on the second signal, end at once."""
+        """Cancel the command; on the second signal, exit at once."""
         if self.is_interrupted:
             _exit_now()
         self.is_interrupted = True
@@ -72,14 +89,14 @@ class InterruptHandler:
             self.task.cancel()
 
     def disarm(self) -> None:
-        """Note that the work has ended by itself, with its threads."""
+        """Stop the kill timer: the command has ended, and so have its threads."""
         self._timer.cancel()
         if self._timer.is_alive():
             self._timer.join()
 
 
 def _exit_now() -> None:
-    """End the process without waiting for anything. Children notice by their closed pipes."""
+    """Exit without waiting for anything. Child processes notice their closed pipes."""
     os._exit(EXIT_INTERRUPTED)
 
 
@@ -94,7 +111,7 @@ async def _run_interruptible(
     try:
         return await task
     except BaseException:
-        # What an interrupted piece of work dies of is not what the user has to hear.
+        # Errors caused by the cancellation itself would only confuse the user.
         if interrupt.is_interrupted:
             return interrupted_code
         raise
@@ -114,10 +131,10 @@ def run_command(
     kill_after: float = KILL_AFTER_SECONDS,
     interrupted_code: int = EXIT_INTERRUPTED,
 ) -> int:
-    """Run ``work`` and return its exit code; a failure is printed, a signal stops it.
+    """Run ``work`` and return its exit code. Errors are printed; a signal cancels ``work``.
 
-    ``last_resort`` is how many seconds after a signal the process ends, whatever still runs; ``interrupted`` is the
-    exit code of work that a signal stopped in order.
+    ``kill_after`` seconds after a signal the process exits, whatever is still running. ``interrupted_code`` is the
+    exit code when a signal stopped ``work`` cleanly.
     """
     interrupt = InterruptHandler(kill_after)
     try:
@@ -130,16 +147,26 @@ def run_command(
         interrupt.disarm()
 
 
-PROBE_SECONDS = 2.0
+def async_command(work: Callable[P, Coroutine[Any, Any, int]]) -> Callable[P, None]:
+    """Make a typer command of a coroutine function that returns the exit code.
+
+    The wrapper keeps the signature and docstring, from which typer builds options and help.
+    """
+
+    @functools.wraps(work)
+    def command(*args: P.args, **kwargs: P.kwargs) -> None:
+        raise typer.Exit(run_command(functools.partial(work, *args, **kwargs)))
+
+    return command
 
 
 async def has_no_installation(settings: Settings) -> bool:
-    """Say whether no installation answers on this machine, and none elsewhere is meant."""
+    """Report whether no gateway answers on this machine and the settings name none elsewhere."""
     if settings.urls or await find_running(settings.home) is not None:
         return False
-    async with connect(_local_url(settings), timeout=PROBE_SECONDS, retry=RetryPolicy(max_attempts=1)) as octo:
+    async with connect(_local_url(settings), timeout=PROBE_SECONDS, retry=RetryPolicy(max_attempts=1)) as client:
         try:
-            await octo.health()
+            await client.health()
         except APIError as error:
             return error.code == "connect_failed"
         return False
@@ -147,25 +174,32 @@ async def has_no_installation(settings: Settings) -> bool:
 
 @contextlib.asynccontextmanager
 async def open_client(settings: Settings) -> AsyncGenerator[AsyncClient]:
-    """Open a client of the door that the settings name: ``OCTOLLM_URL``, else this machine's.
-
-    The home's own key is shown only to the process that holds this home, and only when it wants one.
-    """
-    urls, key = settings.urls, settings.api_key
-    if not urls:
-        running = await find_running(settings.home)
-        urls = (running.url if running else _local_url(settings),)
-        if running and key is None and not settings.trust_loopback:
-            key = read_local_key(settings.home)
-    async with connect(urls, key) as octo:
-        yield octo
+    """Open a client of the gateway: at ``OCTOLLM_URL``, else on this machine."""
+    urls, key = await _gateway_address(settings)
+    async with connect(urls, key) as client:
+        yield client
 
 
 @contextlib.asynccontextmanager
 async def open_transport(settings: Settings) -> AsyncGenerator[GatewayTransport]:
-    """Open the same door for requests that the client has no method for."""
-    async with open_client(settings) as octo:
-        yield octo.transport
+    """Open the transport to the same gateway, for requests that are no part of the public API."""
+    transport = create_transport(*await _gateway_address(settings))
+    try:
+        yield transport
+    finally:
+        await transport.aclose()
+
+
+async def _gateway_address(settings: Settings) -> tuple[tuple[str, ...], str | None]:
+    """Return the URLs of the gateway and the API key to send."""
+    if settings.urls:
+        return settings.urls, settings.api_key
+    running = await find_running(settings.home)
+    key = settings.api_key
+    # Another process may listen on the local port: send the home's own key only to the process that locks this home.
+    if running and key is None and not settings.trust_loopback:
+        key = read_local_key(settings.home)
+    return (running.url if running else _local_url(settings),), key
 
 
 def _local_url(settings: Settings) -> str:

@@ -2,71 +2,65 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import msgspec
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from octollm.arm import Arm
+from octollm.cli.completion import complete_service
 from octollm.cli.output import messages, output, show_error
-from octollm.cli.runtime import EXIT_DONE, command_settings, exit_code_for, open_client, run_command
+from octollm.cli.runtime import (
+    EXIT_DONE,
+    AsJson,
+    async_command,
+    command_settings,
+    exit_code_for,
+    open_client,
+    print_json,
+    run_command,
+)
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import Settings
 from octollm.errors import OctoError
 from octollm.installation.arm_host import load_arm, open_arm_keys, serve_arm
 from octollm.installation.home import find_running
 from octollm.installation.network import transport_from_settings
-from octollm.installation.provisioning import provision_keys
 from octollm.installation.service_host import ServiceHost, tune_garbage_collector
 from octollm.storage.migrations import migrate_all
 from octollm.telemetry import configure_logging
 
-
-async def with_enrolment_token(arm: Arm[Any], settings: Settings, console: Console) -> Settings:
-    """Return the settings with a join secret, where this home's own installation can be asked for one.
-
-    Whoever owns the home may let in what they like; elsewhere an administrator hands a secret out.
-    """
-    if settings.enrolment_token is not None or settings.urls or await find_running(settings.home) is None:
-        return settings
-    if (await open_arm_keys(settings, arm.name, Uuid7Generator(SystemClock()))).is_enrolled:
-        return settings
-    async with open_client(settings) as octo:
-        made = await octo.create_enrolment_token(arm.name, calls=arm.declared_calls, lifetime_seconds=600)
-    console.print(Text.assemble(("Joins ", "octo.title"), f"{arm.name}, with the calls that it declares"))
-    return replace(settings, enrolment_token=made.secret)
-
-
-def migrate_command(*, as_json: bool) -> int:
-    """Migrate every service's schema, and say what was done with each."""
-
-    async def work() -> int:
-        done = await migrate_all(command_settings(), SystemClock())
-        if as_json:
-            print(msgspec.json.encode({"schemas": done}).decode())
-            return EXIT_DONE
-        for schema in done:
-            changed = (
-                f"{schema.before or 'nothing'} → {schema.after}" if schema.before != schema.after else schema.after
-            )
-            output().print(Text.assemble((schema.service, "octo.title"), f"  {changed}"))
-        return EXIT_DONE
-
-    return run_command(work)
-
-
 KILL_MARGIN_SECONDS = 10.0
-"""What stopping may take beyond draining before the process just ends."""
+"""Time that stopping may take beyond ``shutdown_grace`` before the process just exits."""
+
+app = typer.Typer()
 
 
-def serve_command(target: str, port: int | None = None) -> int:
-    """Serve one service, or the arm that ``module:name`` names, until a signal; ``port`` is for OCTOLLM_PORT."""
+@app.command(rich_help_panel="Start")
+def serve(
+    service: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in service, e.g. coder; or an arm of your own as module:name, e.g. my_arm:arm.",
+            autocompletion=complete_service,
+        ),
+    ],
+    port: Annotated[
+        int | None,
+        typer.Option(help="Listen on this port, in place of OCTOLLM_PORT.", min=1, max=65535, metavar="PORT"),
+    ] = None,
+) -> None:
+    """Serve one service, or an arm of your own, until SIGTERM or Ctrl-C, which drains it.
+
+    Everything is set by environment variables. The process waits for its dependencies (OCTOLLM_STARTUP_TIMEOUT), names
+    those that are missing, and writes its log as JSON lines to standard error. An arm of your own enrols at its first
+    start with OCTOLLM_ENROLMENT_TOKEN (`octollm keys enrol`); beside an installation of your own on this machine it
+    needs none.
+    """
     console = messages()
     try:
         settings = command_settings()
@@ -74,14 +68,16 @@ def serve_command(target: str, port: int | None = None) -> int:
             settings = replace(settings, port=port)
     except OctoError as error:
         show_error(error)
-        return exit_code_for(error)
+        raise typer.Exit(exit_code_for(error)) from None
 
-    def tell(what: str) -> None:
-        console.print(Text(f"Waiting for {what}", "octo.quiet"))
+    def report(names: str) -> None:
+        console.print(Text(f"Waiting for {names}", "octo.quiet"))
 
     async def work() -> int:
         serving = (
-            _serve_arm(target, settings, console, tell) if ":" in target else _serve_builtin(target, settings, tell)
+            _serve_arm(service, settings, console, report)
+            if ":" in service
+            else _serve_builtin(service, settings, report)
         )
         async with serving as host:
             tune_garbage_collector()
@@ -89,8 +85,10 @@ def serve_command(target: str, port: int | None = None) -> int:
             await host.wait()
         return EXIT_DONE
 
-    # To be told to stop is the usual end of a service: an orchestrator of containers takes anything else for a failure.
-    return run_command(work, kill_after=settings.shutdown_grace + KILL_MARGIN_SECONDS, interrupted_code=EXIT_DONE)
+    # A signal is the normal end of a service: container orchestrators treat any exit code but 0 as a crash.
+    raise typer.Exit(
+        run_command(work, kill_after=settings.shutdown_grace + KILL_MARGIN_SECONDS, interrupted_code=EXIT_DONE)
+    )
 
 
 @contextlib.asynccontextmanager
@@ -115,19 +113,35 @@ async def _serve_arm(
                 yield host
 
 
-def provision_command(folder: Path, *, as_json: bool) -> int:
-    """Make keys and say which files were written."""
+async def with_enrolment_token(arm: Arm[Any], settings: Settings, console: Console) -> Settings:
+    """Return the settings with an enrolment token, where this home's own installation can issue one.
 
-    async def work() -> int:
-        clock = SystemClock()
-        written = await asyncio.to_thread(provision_keys, folder, Uuid7Generator(clock))
-        if as_json:
-            print(msgspec.json.encode({"written": [str(path) for path in written]}).decode())
-            return EXIT_DONE
-        for path in written:
-            output().print(Text(str(path)))
-        if not written:
-            messages().print(Text("All keys are there already.", "octo.quiet"))
+    The owner of the home administers its installation; at another one, its administrator hands the token out.
+    """
+    if settings.enrolment_token is not None or settings.urls or await find_running(settings.home) is None:
+        return settings
+    if (await open_arm_keys(settings, arm.name, Uuid7Generator(SystemClock()))).is_enrolled:
+        return settings
+    async with open_client(settings) as client:
+        token = await client.admin.create_enrolment_token(arm.name, calls=arm.declared_calls, lifetime_seconds=600)
+    console.print(Text.assemble(("Enrol ", "octo.title"), f"{arm.name}, with the calls that it declares"))
+    return replace(settings, enrolment_token=token.secret)
+
+
+@app.command(rich_help_panel="Installation")
+@async_command
+async def migrate(as_json: AsJson = False) -> int:
+    """Migrate the schemas of every service to this version, in the database that OCTOLLM_DATABASE_URL names.
+
+    Run it once before services of a new version start; those of the previous version keep working meanwhile. Each
+    schema changes in one transaction. Services on SQLite migrate at their start.
+    """
+    migrations = await migrate_all(command_settings(), SystemClock())
+    if as_json:
+        print_json({"schemas": migrations})
         return EXIT_DONE
-
-    return run_command(work)
+    for schema in migrations:
+        changed = schema.before != schema.after
+        text = f"{schema.before or 'nothing'} → {schema.after}" if changed else schema.after
+        output().print(Text.assemble((schema.service, "octo.title"), f"  {text}"))
+    return EXIT_DONE

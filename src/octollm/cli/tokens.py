@@ -5,24 +5,42 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from octollm.capability import CapabilityError, PublicKey
 from octollm.capability.inspection import Hop, Inspection, explain_reason, find_refusal_reason, inspect, read_chain
+from octollm.cli.keys import create_key
 from octollm.cli.output import output
-from octollm.cli.runtime import EXIT_DONE, EXIT_FAILED, command_settings, open_client, run_command
+from octollm.cli.runtime import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    AsJson,
+    async_command,
+    command_settings,
+    open_client,
+    print_json,
+)
 from octollm.clock import Clock, SystemClock, format_rfc3339
 from octollm.errors import OctoError, SettingError
 from octollm.installation.provisioning import load_trusted_roots
 
 _MAX_TOKEN_CHARS = 65_536
 
+app = typer.Typer()
+token_app = typer.Typer(
+    name="token", help="Make API keys, and tokens for direct calls; inspect and revoke them.", no_args_is_help=True
+)
+app.add_typer(token_app, rich_help_panel="Access")
+token_app.command("create")(create_key)
+
 
 class TokenVerdict(msgspec.Struct, frozen=True):
-    """Whether a service would take the token; ``reason`` is why not, empty when it would."""
+    """Whether a service would accept the token; ``reason`` is a code and ``why`` explains it, both empty if so."""
 
     service: str
     accepted: bool
@@ -31,65 +49,105 @@ class TokenVerdict(msgspec.Struct, frozen=True):
 
 
 class TokenReport(msgspec.Struct, frozen=True):
-    """What ``--json`` prints."""
+    """The JSON document of ``token inspect --json``."""
 
     says: Inspection
     verdicts: tuple[TokenVerdict, ...]
 
 
-def inspect_token_command(token: str, *, services: tuple[str, ...], roots: Path | None, as_json: bool) -> int:
-    """Draw a token's chain. Nothing leaves this machine."""
-
-    async def work() -> int:
-        bearer = _read_token(token)
-        clock = SystemClock()
-        try:
-            says = inspect(bearer)
-        except CapabilityError as error:
-            raise OctoError(
-                f"That is no capability token ({error.reason}): {explain_reason(error.reason)}",
-                code="invalid_parameter",
-            ) from error
-        known = _load_roots(roots)
-        asked = services or (says.audience,)
-        verdicts = () if known is None else tuple(_check_service(bearer, service, known, clock) for service in asked)
-        if as_json:
-            print(msgspec.json.encode(TokenReport(says, verdicts)).decode())
-        else:
-            _print_chain(says, output(), clock.now())
-            _print_verdicts(verdicts, output())
-        return EXIT_DONE if all(each.accepted for each in verdicts) else EXIT_FAILED
-
-    return run_command(work)
+@token_app.command("mint")
+@async_command
+async def mint_token(
+    scope: Annotated[str, typer.Option(help='Scopes, separated by spaces, e.g. "coder:execute".')],
+    aud: Annotated[str, typer.Option(help="The one service that accepts the token, e.g. coder.", metavar="SERVICE")],
+    lifetime: Annotated[int, typer.Option(help="Seconds until it expires.", min=1, max=3600)] = 3600,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with its lifetime.")] = False,
+) -> int:
+    """Print a token for direct calls to one service, and nothing else."""
+    async with open_client(command_settings()) as client:
+        response = await client.admin.mint_token(scope, aud=aud, lifetime_seconds=lifetime)
+    if as_json:
+        print_json(response)
+    else:
+        print(response.access_token, flush=True)
+    return EXIT_DONE
 
 
-def revoke_token_command(token: str | None, *, service: str | None, principal: str | None, as_json: bool) -> int:
-    """Revoke a token, a service or a principal. Of a token it is every link, so that nothing under it goes on."""
+@token_app.command("inspect")
+@async_command
+async def inspect_token(
+    token: Annotated[str, typer.Argument(help="The token, or - to read it from standard input.")],
+    service: Annotated[
+        list[str] | None,
+        typer.Option("--for", help="Say whether this service would accept it; may be repeated.", metavar="SERVICE"),
+    ] = None,
+    roots: Annotated[
+        Path | None, typer.Option(help="The root keys to trust, a JWK Set; else those of this machine.", metavar="PATH")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Draw the delegation chain of a token: each hop's issuer and holder, what it dropped and what is left.
 
-    async def work() -> int:
-        if sum(each is not None for each in (token, service, principal)) != 1:
-            raise OctoError("Name one thing: a token, --service or --principal.", code="invalid_parameter")
-        text = "" if token is None else _read_token(token)
-        ids = [link.jti for link in read_chain(text).links] if "." in text else [text] if text else []
-        async with open_client(command_settings()) as octo:
-            for jti in ids:
-                await octo.revoke_token(jti)
-            if service is not None:
-                await octo.revoke_service(service)
-            if principal is not None:
-                await octo.revoke_principal(principal)
-        revoked = [*ids, *(each for each in (service, principal) if each is not None)]
-        if as_json:
-            print(msgspec.json.encode({"revoked": revoked}).decode())
-        else:
-            output().print(Text(f"Revoked: {', '.join(revoked)}. Every service refuses it within a second."))
-        return EXIT_DONE
+    It also says which services would refuse the token. Nothing is sent anywhere. Exit code 1 when one would.
+    """
+    bearer = _read_token(token)
+    clock = SystemClock()
+    try:
+        inspection = inspect(bearer)
+    except CapabilityError as error:
+        raise OctoError(
+            f"That is no capability token ({error.reason}): {explain_reason(error.reason)}",
+            code="invalid_parameter",
+        ) from error
+    trusted = _load_roots(roots)
+    services = tuple(service or (inspection.audience,))
+    verdicts = () if trusted is None else tuple(_check_service(bearer, name, trusted, clock) for name in services)
+    if as_json:
+        print_json(TokenReport(inspection, verdicts))
+    else:
+        _print_chain(inspection, output(), clock.now())
+        _print_verdicts(verdicts, output())
+    return EXIT_DONE if all(verdict.accepted for verdict in verdicts) else EXIT_FAILED
 
-    return run_command(work)
+
+@token_app.command("revoke")
+@async_command
+async def revoke_token(
+    token: Annotated[
+        str | None, typer.Argument(help="The token, its jti, or - to read it from standard input.")
+    ] = None,
+    service: Annotated[str | None, typer.Option(help="Revoke every grant to this service until now.")] = None,
+    principal: Annotated[
+        str | None, typer.Option(help="Revoke every token of this principal until now, and cancel its tasks.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Revoke a token with everything derived from it, or the grants to a service or principal.
+
+    Every service refuses it within a second.
+    """
+    if sum(value is not None for value in (token, service, principal)) != 1:
+        raise OctoError("Name one thing: a token, --service or --principal.", code="invalid_parameter")
+    text = "" if token is None else _read_token(token)
+    # Every link of a chain is revoked: a sibling minted from the same parent must not survive.
+    ids = [link.jti for link in read_chain(text).links] if "." in text else [text] if text else []
+    async with open_client(command_settings()) as client:
+        for jti in ids:
+            await client.admin.revoke_token(jti)
+        if service is not None:
+            await client.admin.revoke_service(service)
+        if principal is not None:
+            await client.admin.revoke_principal(principal)
+    revoked = [*ids, *(name for name in (service, principal) if name is not None)]
+    if as_json:
+        print_json({"revoked": revoked})
+    else:
+        output().print(Text(f"Revoked: {', '.join(revoked)}. Every service refuses it within a second."))
+    return EXIT_DONE
 
 
 def _read_token(token: str) -> str:
-    """Return the token; ``-`` reads it from standard input, where no list of processes shows it."""
+    """Return the token; ``-`` reads it from standard input, so that it is in no process list and no shell history."""
     text = sys.stdin.read(_MAX_TOKEN_CHARS) if token == "-" else token  # noqa: S105  the usual name of standard input
     return text.strip().removeprefix("Bearer ").strip()
 
@@ -108,17 +166,19 @@ def _check_service(bearer: str, service: str, roots: Mapping[str, PublicKey], cl
     return TokenVerdict(service, reason is None, reason or "", "" if reason is None else explain_reason(reason))
 
 
-def _print_chain(says: Inspection, console: Console, now: float) -> None:
-    who = f"{says.subject} (credential {says.credential}, tenant {says.tenant})"
-    console.print(Text.assemble(("For      ", "octo.title"), who))
-    if says.task is not None:
-        work = says.task
-        named = (("step", work.step), ("attempt", work.attempt), ("run", work.run))
-        rest = "".join(f", {name} {value}" for name, value in named if value is not None)
-        console.print(Text.assemble(("Work     ", "octo.title"), f"{work.task}{rest}"))
-    console.print(Text.assemble(("Size     ", "octo.title"), f"{says.chars:,} characters, {len(says.hops)} tokens"))
+def _print_chain(inspection: Inspection, console: Console, now: float) -> None:
+    owner = f"{inspection.subject} (credential {inspection.credential}, tenant {inspection.tenant})"
+    console.print(Text.assemble(("For      ", "octo.title"), owner))
+    if inspection.task is not None:
+        task = inspection.task
+        fields = (("step", task.step), ("attempt", task.attempt), ("run", task.run))
+        rest = "".join(f", {name} {value}" for name, value in fields if value is not None)
+        console.print(Text.assemble(("Work     ", "octo.title"), f"{task.task}{rest}"))
+    console.print(
+        Text.assemble(("Size     ", "octo.title"), f"{inspection.chars:,} characters, {len(inspection.hops)} tokens")
+    )
     console.print()
-    for depth, hop in enumerate(says.hops):
+    for depth, hop in enumerate(inspection.hops):
         _print_hop(hop, console, "  " * depth, now)
 
 
@@ -135,7 +195,7 @@ def _print_hop(hop: Hop, console: Console, indent: str, now: float) -> None:
         console.print(Text(f"{indent}  {'dropped' if number == 0 else ' ' * 7}  {path}", "octo.quiet"))
     if hop.kind == "grant":
         hops = f"{hop.hops} call{'' if hop.hops == 1 else 's'} deep at most"
-        console.print(Text(f"{indent}  left     {hops}, by whoever has the key that it confirms", "octo.quiet"))
+        console.print(Text(f"{indent}  left     {hops}, by the holder of the key that it names", "octo.quiet"))
     console.print(Text(f"{indent}  jti {hop.jti}, signed by {hop.key}", "octo.quiet"))
 
 
@@ -150,11 +210,11 @@ def _print_verdicts(verdicts: tuple[TokenVerdict, ...], console: Console) -> Non
     if not verdicts:
         console.print(
             Text(
-                "No root key is known on this machine, so nothing of this is proved; name it with --roots.", "octo.warn"
+                "No root key is known on this machine, so no signature was verified; name it with --roots.", "octo.warn"
             )
         )
-    for each in verdicts:
-        if each.accepted:
-            console.print(Text(f"✓ {each.service} takes it, unless it was revoked.", "octo.good"))
+    for verdict in verdicts:
+        if verdict.accepted:
+            console.print(Text(f"✓ {verdict.service} takes it, unless it was revoked.", "octo.good"))
         else:
-            console.print(Text(f"✗ {each.service} refuses it: {each.reason}. {each.why}", "octo.bad"))
+            console.print(Text(f"✗ {verdict.service} refuses it: {verdict.reason}. {verdict.why}", "octo.bad"))

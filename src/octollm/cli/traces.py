@@ -5,26 +5,52 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-import msgspec
+import typer
 from rich.console import Console
 from rich.text import Text
 
 from octollm.cli.output import output
-from octollm.cli.runtime import EXIT_DONE, command_settings, open_client, run_command
+from octollm.cli.runtime import EXIT_DONE, async_command, command_settings, open_client, print_json
+from octollm.cli.tasks import TaskId
 from octollm.contracts.observability import SpanView, TraceView
 
 ORPHAN_NOTE = "its caller left no span"
+BAR_WIDTH = 24
+_LABEL_WIDTH = 44
+_MAX_PLACES = 8
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel="Tasks")
+@async_command
+async def trace(
+    task_id: TaskId,
+    show_internal: Annotated[
+        bool, typer.Option("--all", help="Show the services' own bookkeeping too: budgets, keys, the directory.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the spans as JSON.")] = False,
+) -> int:
+    """Show where the time of a task went: every call of every service, as a tree with failures and tokens."""
+    async with open_client(command_settings()) as client:
+        view = await client.task(task_id).trace()
+    if as_json:
+        print_json(view)
+    else:
+        print_trace(view, output(), show_internal=show_internal)
+    return EXIT_DONE
 
 
 @dataclass(slots=True)
 class SpanNode:
-    """A span and what was done within it, by start."""
+    """A span and its children, ordered by start."""
 
     span: SpanView
     children: list[SpanNode] = field(default_factory=list["SpanNode"])
     is_orphan: bool = False
-    """Its caller left no span: the process that would have told of it died, or has not told yet."""
+    """The span of its caller is missing: that process died, or has not exported it yet."""
 
     @property
     def end(self) -> float:
@@ -46,7 +72,7 @@ class TraceRow:
 
 
 def build_tree(spans: Sequence[SpanView]) -> list[SpanNode]:
-    """Return the roots, by start; those whose caller is missing are put below the first."""
+    """Return the roots, ordered by start; spans whose caller is missing hang below the first root."""
     nodes = [SpanNode(span) for span in sorted(spans, key=lambda span: (span.start, -span.duration_ms))]
     by_id: dict[str, SpanNode] = {}
     for node in nodes:
@@ -68,44 +94,46 @@ def build_tree(spans: Sequence[SpanView]) -> list[SpanNode]:
 
 
 def _is_below(node: SpanNode, other: SpanNode) -> bool:
-    return any(each is node for each in _walk(other))
+    return any(descendant is node for descendant in _walk(other))
 
 
 def _walk(node: SpanNode) -> Iterator[SpanNode]:
-    waiting = [node]
-    while waiting:
-        found = waiting.pop()
-        yield found
-        waiting += found.children
+    # A loop with a stack: a trace may be deeper than Python's recursion limit.
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        stack += current.children
 
 
 def build_rows(roots: Sequence[SpanNode], *, show_internal: bool) -> tuple[list[TraceRow], int]:
-    """Return the lines, and how many calls of the services' own bookkeeping were left out of them.
+    """Return the rows, and the number of bookkeeping calls between services that were left out.
 
-    A call and its serving are one line, as long as the call. ``everything`` leaves nothing out.
+    A client span and its server span share one row, as long as the client's. ``show_internal`` leaves nothing out.
     """
     if not roots:
         return [], 0
     zero = min(root.span.start for root in roots)
     rows: list[TraceRow] = []
     hidden = 0
-    waiting = [(root, 0) for root in reversed(roots)]
-    while waiting:
-        node, depth = waiting.pop()
+    stack = [(root, 0) for root in reversed(roots)]
+    while stack:
+        node, depth = stack.pop()
         served = node
         if node.span.kind == "client" and len(node.children) == 1 and node.children[0].span.kind == "server":
             [served] = node.children
+        # Calls between services carry the caller's name; a failed one is shown in any case.
         if not show_internal and "octollm.peer" in served.span.attributes and not served.span.code:
             hidden += 1
             continue
         rows.append(_build_row(node, served, depth, zero))
-        waiting += [(child, depth + 1) for child in reversed(served.children)]
+        stack += [(child, depth + 1) for child in reversed(served.children)]
     return rows, hidden
 
 
 def _build_row(node: SpanNode, served: SpanNode, depth: int, zero: float) -> TraceRow:
-    span, told = node.span, served.span
-    attributes = {**span.attributes, **told.attributes}
+    span, server = node.span, served.span
+    attributes = {**span.attributes, **server.attributes}
     notes: list[str] = []
     tokens = [attributes.get(f"gen_ai.usage.{kind}_tokens") for kind in ("input", "output")]
     if None not in tokens:
@@ -126,20 +154,20 @@ def _build_row(node: SpanNode, served: SpanNode, depth: int, zero: float) -> Tra
         notes.append(f"stopped by {attributes['octollm.limit']}")
     if node.is_orphan:
         notes.append(ORPHAN_NOTE)
-    failed = told if told.code else span
+    failed = server if server.code else span
     why = f"{failed.code}: {failed.message}" if failed.message else failed.code
-    return TraceRow(depth, told.service, told.name, span.start - zero, span.duration_ms / 1000, tuple(notes), why)
+    return TraceRow(depth, server.service, server.name, span.start - zero, span.duration_ms / 1000, tuple(notes), why)
 
 
 def self_time_by_place(roots: Sequence[SpanNode]) -> dict[str, float]:
-    """Return the seconds that were spent in each place itself, not in what it waited for, most first.
+    """Return the self time of each place in seconds, the largest first.
 
-    A place is a service, a model, a sandbox, or ``on the way``: between a call and its serving.
+    A place is a service, a model, a sandbox, or ``on the way``: between a client span and its server span.
     """
-    found: dict[str, float] = defaultdict(float)
-    for node in (each for root in roots for each in _walk(root)):
-        found[_place(node)] += _self_time(node)
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    totals: dict[str, float] = defaultdict(float)
+    for node in (descendant for root in roots for descendant in _walk(root)):
+        totals[_place(node)] += _self_time(node)
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def _place(node: SpanNode) -> str:
@@ -150,7 +178,7 @@ def _place(node: SpanNode) -> str:
 
 
 def _self_time(node: SpanNode) -> float:
-    """Return the seconds of a span in which none of its children was running."""
+    """Return the seconds of a span during which none of its children was running."""
     seconds, reached = 0.0, node.span.start
     for child in sorted(node.children, key=lambda child: child.span.start):
         seconds += max(0.0, min(child.span.start, node.end) - reached)
@@ -168,26 +196,6 @@ def sum_usage(spans: Sequence[SpanView]) -> tuple[int, float]:
         price = span.attributes.get("octollm.cost_usd", 0.0)
         cost += price if isinstance(price, float) else 0.0
     return tokens, cost
-
-
-BAR_WIDTH = 24
-_LABEL_WIDTH = 44
-_MAX_PLACES = 8
-
-
-def trace_command(task_id: str, *, show_internal: bool, as_json: bool) -> int:
-    """Show the trace of one task."""
-
-    async def work() -> int:
-        async with open_client(command_settings()) as octo:
-            trace = await octo.task(task_id).trace()
-        if as_json:
-            print(msgspec.json.encode(trace).decode())
-        else:
-            print_trace(trace, output(), show_internal=show_internal)
-        return EXIT_DONE
-
-    return run_command(work)
 
 
 def print_trace(trace: TraceView, console: Console, *, show_internal: bool) -> None:

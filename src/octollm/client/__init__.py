@@ -1,11 +1,12 @@
-"""The Python client of an installation: one for asyncio, and the same one for plain code.
+"""The Python client of an installation: ``AsyncClient`` for asyncio, ``Client`` for synchronous code.
 
-Here live connecting, the requests of the public door with their retries, live updates that survive a broken
-connection, and failures as types. It uses the public API and nothing else: no service, no storage, no setting
-but where the door is and the key to it.
+It has the requests of the public API with their retries, live updates that resume after a disconnect, typed results,
+and errors as types. It uses the public API and nothing else: no service, no storage, and of the settings only the
+gateway's address, the API key and TLS.
 """
 
-from octollm.client.async_client import AsyncClient
+from octollm.client.admin import AsyncAdmin
+from octollm.client.async_client import AsyncClient, connect
 from octollm.client.errors import (
     APIError,
     AuthenticationError,
@@ -13,6 +14,7 @@ from octollm.client.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NotFound,
+    OutputInvalid,
     PermissionDenied,
     RateLimited,
     ServerError,
@@ -21,8 +23,8 @@ from octollm.client.errors import (
     Unavailable,
 )
 from octollm.client.streams import Update
-from octollm.client.sync_client import Client, TaskHandle, connect, connect_sync
-from octollm.client.task import AsyncTaskHandle
+from octollm.client.sync_client import Admin, Client, TaskHandle, connect_sync
+from octollm.client.task import AsyncTaskHandle, TaskResult
 
 __all__ = [  # noqa: RUF022  grouped by what they are for
     # Connecting
@@ -30,22 +32,27 @@ __all__ = [  # noqa: RUF022  grouped by what they are for
     "Client",
     "connect",
     "connect_sync",
+    # Administration
+    "AsyncAdmin",
+    "Admin",
     # Tasks
-    "TaskHandle",
     "AsyncTaskHandle",
+    "TaskHandle",
+    "TaskResult",
     "Update",
-    # Failures of a request
+    # Errors of a request
+    "APIError",
     "AuthenticationError",
     "Conflict",
     "DeadlineExceeded",
-    "APIError",
     "InvalidRequest",
     "NotFound",
     "PermissionDenied",
     "RateLimited",
     "ServerError",
     "Unavailable",
-    # Failures of a task
+    # Errors of a task
+    "OutputInvalid",
     "TaskCancelled",
     "TaskFailed",
 ]

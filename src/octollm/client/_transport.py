@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import re
 import ssl
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import TypeVar
-from urllib.parse import urlsplit
+from typing import Any, TypeVar, cast
+from urllib.parse import urlencode, urlsplit
 
 import msgspec
 
@@ -21,28 +22,34 @@ from octollm.client.errors import (
     error_from_response,
     error_from_transport,
 )
-from octollm.clock import Clock, IdGenerator
+from octollm.clock import Clock, IdGenerator, SystemClock, Uuid7Generator
+from octollm.config import read_client_settings
+from octollm.contracts.declarations import DeclaredOperation
+from octollm.contracts.services import local_url
 from octollm.errors import OctoError, SettingError
 from octollm.resilience import CallFailure, Deadline, RetryPolicy
 from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.http_client import ETagCache, HttpClient, HttpResponse, StreamedResponse, TransportError, cache_key
+from octollm.rpc.tls import client_context
 
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
 TRANSFER_TIMEOUT_SECONDS = 120.0
+"""Timeout of an upload or download."""
 LOAD_SHEDDING_CODES = frozenset({"overloaded", "draining", "rate_limited"})
-"""Refusals that come before anything is done, so that repeating is safe whatever was asked for."""
+"""Refusals before a handler runs: the request may be repeated whatever its method."""
 MAX_ERROR_BODY = 64 * 1024
+"""Bytes of an error response that are read."""
 _API_KEY = re.compile(r"[!-~]{1,512}")
 
 
 class GatewayTransport:
-    """Sends requests to the door at one of ``urls``, showing ``key`` if there is one.
+    """Sends requests to the gateway at one of ``urls``, with ``api_key`` as the bearer token.
 
-    The first address that answers is kept; when it is gone, the next one is tried. ``seconds`` is how long a call
-    may take with all its retries, unless it says otherwise. ``tls`` is what ``https`` addresses are asked with, in
-    place of what the system believes.
+    The client stays with the first address that answers, and fails over to the next when that one is down. ``timeout``
+    bounds a call with all its retries, in seconds. ``tls`` replaces the system's TLS configuration for ``https``.
+    Raises ``setting_invalid`` for a malformed URL or key.
     """
 
     def __init__(
@@ -58,7 +65,7 @@ class GatewayTransport:
     ) -> None:
         self._urls = tuple(validate_url(url) for url in urls)
         if not self._urls:
-            raise SettingError("At least one URL of a public door is needed.")
+            raise SettingError("At least one URL of a gateway is needed.")
         if api_key is not None and not _API_KEY.fullmatch(api_key):
             raise SettingError("An API key has 1 to 512 printable characters and no spaces.")
         self._api_key = api_key
@@ -72,21 +79,21 @@ class GatewayTransport:
         self._etag_cache = ETagCache()
 
     def __repr__(self) -> str:
-        return f"Door({', '.join(self._urls)})"
+        return f"GatewayTransport({', '.join(self._urls)})"
 
     @property
     def url(self) -> str:
-        """Return the address that is used now."""
+        """The address in use."""
         return self._urls[self._current]
 
     @property
     def auth_headers(self) -> dict[str, str]:
-        """Return the headers that open the door."""
+        """The headers that authenticate a request."""
         return {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
 
     @property
     def http(self) -> HttpClient:
-        """Return what sends the requests."""
+        """The HTTP client, for requests to other services than the gateway."""
         return self._http
 
     async def aclose(self) -> None:
@@ -94,19 +101,50 @@ class GatewayTransport:
         await self._http.aclose()
 
     def fail_over(self, url: str) -> None:
-        """Go on to the address after ``url``, which is gone. Of calls that notice at the same time, the first moves."""
+        """Use the address after ``url``, which is down."""
+        # Of concurrent calls that notice the same failure, only the first moves on.
         if url == self.url:
             self._current = (self._current + 1) % len(self._urls)
 
-    async def get(self, path: str, kind: type[T]) -> T:
-        """Return what is at ``path``. Raises :class:`APIError`, as all methods here do."""
-        return self.decode(await self.send("GET", path), kind)
+    async def call(
+        self,
+        operation: DeclaredOperation[Any, T],
+        body: object = None,
+        *,
+        query: Mapping[str, object] | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+        **path_parameters: str,
+    ) -> T:
+        """Call a declared operation and return its response. Raises :class:`APIError`, as all methods here do.
 
-    async def post(self, path: str, body: object, kind: type[T], *, idempotency_key: str | None = None) -> T:
-        """Send ``body`` (``None``: nothing) and return the answer. ``key`` is its ``Idempotency-Key``."""
-        encoded = b"" if body is None else msgspec.json.encode(body)
-        headers = {"Content-Type": "application/json"}
-        return self.decode(await self.send("POST", path, encoded, headers, idempotency_key=idempotency_key), kind)
+        ``body`` is a message, or bytes for a file. Members of ``query`` that are ``None`` are left out. A request
+        whose response was lost is repeated unless the operation is ``at_most_once``.
+        """
+        path = operation.format_path(**path_parameters)
+        parameters = {name: value for name, value in (query or {}).items() if value is not None}
+        if parameters:
+            path = f"{path}?{urlencode(parameters)}"
+        content = body if isinstance(body, bytes) else None if body is None else msgspec.json.encode(body)
+        if operation.method == "POST":
+            content = content or b""
+            headers = {"Content-Type": "application/json", **(headers or {})}
+        # The key lets the server recognize a repeated request, so that repeating it does nothing twice.
+        if idempotency_key is None and operation.kind == "idempotent":
+            idempotency_key = self.ids.hex()
+        response = await self.send(
+            operation.method,
+            path,
+            content,
+            headers,
+            timeout,
+            idempotency_key=idempotency_key,
+            is_read_only=operation.kind == "read_only",
+        )
+        if operation.response is bytes:
+            return cast("T", response.body)
+        return self.decode(response, operation.response)
 
     async def send(
         self,
@@ -117,28 +155,28 @@ class GatewayTransport:
         timeout: float | None = None,
         *,
         idempotency_key: str | None = None,
+        is_read_only: bool = False,
         accepted_statuses: frozenset[int] = frozenset(),
     ) -> HttpResponse:
-        """Send a request; a status of 400 or more that is not ``accepted`` is raised.
+        """Send a request; raise a status of 400 or more unless it is in ``accepted_statuses``.
 
-        A request that may have begun is repeated only when it is a GET or carries a ``key``, so that nothing is done
-        twice; one that surely did not begin is repeated in any case.
+        A request that may have reached a handler is repeated only when it reads, or carries an idempotency key. One
+        that surely did not is repeated in any case.
         """
         deadline = Deadline.after(self.clock, self._timeout if timeout is None else timeout)
-        sent = {
+        request_headers = {
             **self.auth_headers,
             **(headers or {}),
             **({"Idempotency-Key": idempotency_key} if idempotency_key else {}),
         }
-        tried = 0
+        is_idempotent = method == "GET" or is_read_only or idempotency_key is not None
+        attempt = 0
         while True:
-            tried += 1
+            attempt += 1
             try:
-                return await self._send_once(method, path, body, sent, deadline, accepted_statuses)
+                return await self._send_once(method, path, body, request_headers, deadline, accepted_statuses)
             except APIError as error:
-                delay = self._retry_delay(
-                    error, tried, deadline, repeats_safely=method == "GET" or idempotency_key is not None
-                )
+                delay = self._retry_delay(error, attempt, deadline, is_idempotent=is_idempotent)
                 if delay is None:
                     raise
                 await asyncio.sleep(delay)
@@ -155,40 +193,41 @@ class GatewayTransport:
         url = self.url
         headers = {**headers, "X-Timeout-Ms": deadline.to_header()}
         key = cache_key(path, "") if method == "GET" else None
-        kept = None if key is None else self._etag_cache.add_validator(key, headers)
+        cached = None if key is None else self._etag_cache.add_validator(key, headers)
         try:
-            answer = await self._http.send(method, url + path, headers, body, seconds=deadline.remaining())
-        except OctoError as error:
+            response = await self._http.send(method, url + path, headers, body, seconds=deadline.remaining())
+        except OctoError as failure:
             self.fail_over(url)
-            raise _translate_error(error, url) from error
+            raise _translate_error(failure, url) from failure
         if key is not None:
-            answer = self._etag_cache.store(key, kept, answer)
-        if answer.status < 400 or answer.status in accepted_statuses:
-            return answer
-        refusal = error_from_response(answer)
-        if isinstance(refusal, Unavailable):
+            response = self._etag_cache.store(key, cached, response)
+        if response.status < 400 or response.status in accepted_statuses:
+            return response
+        error = error_from_response(response)
+        if isinstance(error, Unavailable):
             self.fail_over(url)
-        raise refusal
+        raise error
 
-    def _retry_delay(self, error: APIError, tried: int, deadline: Deadline, *, repeats_safely: bool) -> float | None:
-        """Return the seconds until the next try; ``None`` for no more."""
-        began = error.request_sent and error.code not in LOAD_SHEDDING_CODES
-        if isinstance(error, Unavailable) and not began and tried < len(self._urls):
-            # Another address has not been asked yet: it need not wait.
+    def _retry_delay(self, error: APIError, attempt: int, deadline: Deadline, *, is_idempotent: bool) -> float | None:
+        """Return the seconds to wait before the next attempt; ``None`` to give up."""
+        may_have_started = error.request_sent and error.code not in LOAD_SHEDDING_CODES
+        if isinstance(error, Unavailable) and not may_have_started and attempt < len(self._urls):
+            # The next address may be up: try it without a pause.
             return 0.0 if deadline.remaining() > 0 else None
         return self._retry.next_delay(
-            CallFailure(error.retryable, began, error.retry_after),
-            attempt=max(1, tried - len(self._urls) + 1),
-            is_idempotent=repeats_safely,
+            CallFailure(error.retryable, may_have_started, error.retry_after),
+            # Attempts at further addresses do not count against the policy.
+            attempt=max(1, attempt - len(self._urls) + 1),
+            is_idempotent=is_idempotent,
             remaining=deadline.remaining(),
             random=random.random(),  # noqa: S311  jitter is no secret
         )
 
     @contextlib.asynccontextmanager
     async def stream(self, path: str, accept: str, timeout: float) -> AsyncGenerator[StreamedResponse]:
-        """Get ``path`` and hand its answer over as it comes, for at most ``seconds``; it is tried once.
+        """Stream the response to a GET of ``path`` for at most ``timeout`` seconds, in one attempt.
 
-        Raises :class:`APIError`; a connection that breaks is ``retryable``, and the next try goes to the next address.
+        Raises :class:`APIError`. A broken connection is ``retryable``; the next attempt goes to the next address.
         """
         url = self.url
         try:
@@ -205,28 +244,57 @@ class GatewayTransport:
             self.fail_over(url)
             raise _translate_error(error, url) from error
 
-    def decode(self, answer: HttpResponse, kind: type[T]) -> T:
-        """Read an answer. Raises :class:`ServerError` (``peer_protocol``) for one in another form."""
+    def decode(self, response: HttpResponse, kind: type[T]) -> T:
+        """Decode a JSON response. Raises :class:`ServerError` (``peer_protocol``) for any other content."""
         try:
-            return msgspec.json.decode(answer.body, type=kind)
+            return msgspec.json.decode(response.body, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise protocol_error(self.url) from error
 
 
+def create_transport(
+    url: str | Sequence[str] | None,
+    api_key: str | None,
+    *,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    retry: RetryPolicy | None = None,
+) -> GatewayTransport:
+    """Build a transport; read what is ``None`` from the environment. See :func:`octollm.connect`."""
+    settings = read_client_settings(os.environ)
+    if url is None:
+        local = local_url("reflex", port_offset=settings.port_offset, tls=settings.tls_cert is not None)
+        urls: Sequence[str] = settings.urls or (local,)
+    else:
+        urls = [part.strip() for part in url.split(",") if part.strip()] if isinstance(url, str) else url
+    tls = None
+    if any(address.startswith("https:") for address in urls):
+        tls = client_context(settings.tls_ca, settings.tls_cert, settings.tls_key)
+    clock = SystemClock()
+    return GatewayTransport(
+        urls,
+        api_key or settings.api_key,
+        clock=clock,
+        ids=Uuid7Generator(clock),
+        timeout=timeout,
+        retry=retry,
+        tls=tls,
+    )
+
+
 def validate_url(url: str) -> str:
-    """Return the address of a door without a slash at its end. Raises ``setting_invalid``."""
+    """Return the URL of a gateway without a trailing slash. Raises ``setting_invalid``."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise SettingError("The URL of a public door must be like http://localhost:8000 or https://octo.example.")
+        raise SettingError("The URL of a gateway must be like http://localhost:8000 or https://octo.example.")
     if parts.username is not None or parts.password is not None:
-        raise SettingError("The URL of a public door holds no name or password: give the API key as api_key.")
+        raise SettingError("The URL of a gateway holds no name or password: give the API key as api_key.")
     return url.rstrip("/")
 
 
 def protocol_error(url: str) -> APIError:
-    """Return what to say of an answer in a form that is not ours."""
+    """Return the error for a response that no OctoLLM of this version sends."""
     return ServerError(
-        f"What answers at {url} is not an OctoLLM of this version. Is another program on that port?",
+        f"The server at {url} is not an OctoLLM of this version. Is another program on that port?",
         code="peer_protocol",
     )
 

@@ -1,56 +1,93 @@
-"""AsyncClient: a method for each operation of the public API."""
+"""AsyncClient: a method for each operation of the public API; administration is under ``client.admin``."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
-from urllib.parse import quote, urlencode
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import msgspec
 
-from octollm.client._transport import TRANSFER_TIMEOUT_SECONDS, GatewayTransport
+from octollm.client._transport import (
+    DEFAULT_TIMEOUT_SECONDS,
+    TRANSFER_TIMEOUT_SECONDS,
+    GatewayTransport,
+    create_transport,
+)
+from octollm.client.admin import AsyncAdmin
 from octollm.client.files import FileContent, FileInput, load_file, load_files, verify_digest
 from octollm.client.streams import RECONNECT_TIMEOUT_SECONDS, stream_events
 from octollm.client.task import AsyncTaskHandle
-from octollm.contracts.api import Acknowledgement, EventList, TaskList, TaskSummary, TaskView
-from octollm.contracts.auth import (
-    CurrentUser,
-    KeyList,
-    KeyRequest,
-    KeyView,
-    NewKey,
-    RevocationRequest,
-    TokenRequest,
-    TokenResponse,
-)
-from octollm.contracts.enrolment import (
-    ArmList,
-    ArmView,
-    EnrolmentTokenList,
-    EnrolmentTokenRequest,
-    EnrolmentTokenView,
-    NewEnrolmentToken,
-)
+from octollm.client.typed_output import OutputT, describe_output
+from octollm.contracts.api import EventList, TaskList, TaskSummary
+from octollm.contracts.auth import CurrentUser
+from octollm.contracts.enrolment import ArmView
 from octollm.contracts.events import Event
-from octollm.contracts.observability import AuditPage, Health, Readiness
+from octollm.contracts.observability import Health, Readiness
 from octollm.contracts.operations import StoredFile
+from octollm.contracts.public_api import (
+    LIST_ARMS,
+    LIST_TASKS,
+    READ_EVENTS,
+    READ_FILE,
+    READ_SESSION,
+    SCREEN_TEXT,
+    STORE_FILE,
+    SUBMIT_TASK,
+)
 from octollm.contracts.screening import PreprocessRequest, ScreeningResult
 from octollm.contracts.task import Budget, FileRef, Task, TaskContext, TaskStatus
 
+if TYPE_CHECKING:
+    from octollm.resilience import RetryPolicy
+
 _PAGE = 200
-_READY = frozenset({503})
+_READY_STATUSES = frozenset({503})
+"""``/ready`` answers 503 with a normal body when the installation is not ready."""
 
 
 class AsyncClient:
-    """An installation, seen through its public door. Close it by ``async with`` or :meth:`aclose`.
+    """A client of an installation, for asyncio. Close it by ``async with`` or :meth:`aclose`.
 
-    Every method raises a :class:`APIError` of the type that tells what is wrong. What may pass was tried again
-    within the timeout by then, if that could do nothing twice. Cancelling a call closes its connection.
+    ``url`` is the address of the gateway; several addresses of one installation are a list, or separated by commas.
+    Without it the client uses ``OCTOLLM_URL``, else this machine. ``api_key`` defaults to ``OCTOLLM_API_KEY``.
+    ``timeout`` bounds each call with its retries, in seconds; uploads and downloads have 120 s, and streams have no
+    limit. ``retry`` defaults to four attempts. Nothing is sent before the first call.
+
+    An ``https`` gateway must have a certificate signed by an authority of the system, or of ``OCTOLLM_TLS_CA``. The
+    client uses no proxy and follows no redirect, so that the API key reaches nobody else.
+
+    Raises ``setting_invalid`` for a malformed URL or key. Every method raises an :class:`APIError` whose type says what
+    is wrong. Cancelling a call closes its connection.
     """
 
-    def __init__(self, transport: GatewayTransport) -> None:
-        self.transport = transport
+    admin: AsyncAdmin
+    """Keys, enrolment tokens, arms, tokens, revocation and the audit log."""
+
+    def __init__(
+        self,
+        url: str | Sequence[str] | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        self._set_transport(create_transport(url, api_key, timeout=timeout, retry=retry))
+
+    @classmethod
+    def _from_transport(cls, transport: GatewayTransport) -> AsyncClient:
+        client = cls.__new__(cls)
+        client._set_transport(transport)
+        return client
+
+    def _set_transport(self, transport: GatewayTransport) -> None:
+        self._transport = transport
+        self.admin = AsyncAdmin(transport)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -61,13 +98,19 @@ class AsyncClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections. Tasks go on."""
-        await self.transport.aclose()
+        """Close the connections. Tasks continue."""
+        await self._transport.aclose()
+
+    @property
+    def url(self) -> str:
+        """The gateway's address in use."""
+        return self._transport.url
 
     async def submit(
         self,
         goal: str,
         *,
+        output: type[OutputT] = str,
         files: Iterable[FileInput] = (),
         criteria: Iterable[str] = (),
         constraints: Iterable[str] = (),
@@ -78,21 +121,26 @@ class AsyncClient:
         priority: int = 0,
         parent: str | None = None,
         idempotency_key: str | None = None,
-    ) -> AsyncTaskHandle:
-        """Submit a task and return it as soon as it is accepted.
+    ) -> AsyncTaskHandle[OutputT]:
+        """Submit a task and return it once it is stored.
 
-        ``criteria`` are what the result has to satisfy, ``constraints`` what the work has to keep to, ``context``
-        free notes. ``budget`` has ``max_tokens``, ``max_cost_usd`` (US dollars), ``max_time_seconds`` and
-        ``max_retries``. ``arm`` names the one that is to do it. ``deadline`` needs an offset from UTC. ``parent`` is
-        the task that this one belongs to. With the same ``key`` the same task is submitted once, also from another
-        process; without one a repeat after a lost answer is safe all the same. Raises :class:`InvalidRequest`.
+        ``output`` is the type of the result's ``value``: a ``msgspec.Struct``, a dataclass, a Pydantic model, or any
+        other type that msgspec decodes. Its JSON Schema is sent as a constraint for the arm and as a criterion that the
+        judge verifies. ``criteria`` must hold for the result, ``constraints`` for the work; ``context`` has free notes.
+        ``budget`` has ``max_tokens``, ``max_cost_usd``, ``max_time_seconds`` and ``max_retries``. ``arm`` assigns the
+        task to one arm, without a plan. ``deadline`` needs a UTC offset. ``parent`` is the id of the task that this one
+        belongs to.
+
+        A second submission with the same ``idempotency_key`` returns the first task, also from another process. Without
+        one, retries within this call are safe all the same. Raises :class:`InvalidRequest`.
         """
+        requirements = describe_output(output)
         stored = [await self._store(content) for content in await load_files(files)]
         contract = Task(
             goal=goal,
             context=TaskContext(files=tuple(FileRef(file.name, file.digest) for file in stored), text=context),
-            constraints=tuple(constraints),
-            acceptance_criteria=tuple(criteria),
+            constraints=(*constraints, *requirements),
+            acceptance_criteria=(*criteria, *requirements),
             budget=budget if isinstance(budget, Budget) else Budget(),
             priority=priority,
             parent_task_id=parent,
@@ -101,19 +149,22 @@ class AsyncClient:
         )
         body: dict[str, object] = msgspec.to_builtins(contract)
         if isinstance(budget, Mapping):
-            # As it is: a member that is misspelt is refused by the door, not dropped here.
+            # Sent as it is: the server points at a misspelt member, which a conversion here would drop.
             body["budget"] = dict(budget)
-        task = await self.transport.post(
-            "/tasks", body, TaskView, idempotency_key=idempotency_key or self.transport.ids.hex()
-        )
-        return self.task(task.task_id)
+        task = await self._transport.call(SUBMIT_TASK, body, idempotency_key=idempotency_key)
+        return AsyncTaskHandle(self._transport, task.task_id, output)
 
-    def task(self, task_id: str) -> AsyncTaskHandle:
-        """Return the task with that id. Nothing is asked: whether there is one shows when it is used."""
-        return AsyncTaskHandle(self.transport, task_id)
+    def task(
+        self,
+        task_id: str,
+        *,
+        output: type[OutputT] = str,
+    ) -> AsyncTaskHandle[OutputT]:
+        """Return a handle of an existing task; ``output`` as for :meth:`submit`. Nothing is sent."""
+        return AsyncTaskHandle(self._transport, task_id, output)
 
     async def tasks(self, *, status: TaskStatus | None = None) -> AsyncGenerator[TaskSummary]:
-        """Yield all tasks, newest first, page by page as they are taken."""
+        """Yield all tasks, newest first, fetched page by page."""
         cursor = None
         while True:
             page = await self.task_page(limit=_PAGE, cursor=cursor, status=status)
@@ -126,129 +177,63 @@ class AsyncClient:
     async def task_page(
         self, *, limit: int = 50, cursor: str | None = None, status: TaskStatus | None = None
     ) -> TaskList:
-        """Return up to ``limit`` (1 to 200) tasks, newest first, behind those that ``cursor`` ends."""
-        query = {"limit": limit, "cursor": cursor, "status": status}
-        return await self.transport.get(f"/tasks?{_query(query)}", TaskList)
+        """Return up to ``limit`` (1 to 200) tasks, newest first; ``cursor`` is that of the page before."""
+        return await self._transport.call(LIST_TASKS, query={"limit": limit, "cursor": cursor, "status": status})
 
     async def upload(self, file: FileInput) -> StoredFile:
-        """Store a file; the same bytes are stored once. ``submit`` does this for its files."""
+        """Store a file; equal content is stored once. :meth:`submit` uploads its files by itself."""
         return await self._store(await load_file(file))
 
     async def download(self, file: StoredFile | str) -> bytes:
-        """Return the bytes of a stored file, by what :meth:`upload` returned or its digest, checked against that."""
+        """Return the content of a stored file, by the result of :meth:`upload` or its digest, and verify the digest."""
         digest = file if isinstance(file, str) else file.digest
-        answer = await self.transport.send("GET", f"/files/{quote(digest, safe='')}", timeout=TRANSFER_TIMEOUT_SECONDS)
-        return verify_digest(answer.body, digest)
+        content = await self._transport.call(READ_FILE, timeout=TRANSFER_TIMEOUT_SECONDS, digest=digest)
+        return verify_digest(content, digest)
 
     def events(self, *, after: int = 0, reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS) -> AsyncGenerator[Event]:
-        """Yield the events of the log behind position ``after``, and go on as they happen, for ever.
+        """Yield the events of the log after position ``after``, and then new ones as they happen, without end.
 
-        A broken connection is taken up again and no event comes twice; :class:`Unavailable` is raised when no door
-        is back after ``patience`` seconds.
+        A broken connection is resumed, and every event comes once. Raises :class:`Unavailable` when no gateway answers
+        for ``reconnect_timeout`` seconds.
         """
-        return stream_events(self.transport, after=after, reconnect_timeout=reconnect_timeout)
+        return stream_events(self._transport, after=after, reconnect_timeout=reconnect_timeout)
 
     async def event_page(self, *, after: int = 0, limit: int = 200) -> EventList:
-        """Return up to ``limit`` (1 to 500) events behind position ``after`` that there are already."""
-        return await self.transport.get(f"/events?{_query({'after': after, 'limit': limit})}", EventList)
+        """Return up to ``limit`` (1 to 500) existing events after position ``after``."""
+        return await self._transport.call(READ_EVENTS, query={"after": after, "limit": limit})
 
     async def arms(self) -> tuple[ArmView, ...]:
-        """Return the arms that may be called."""
-        return (await self.transport.get("/arms", ArmList)).arms
-
-    async def remove_arm(self, name: str) -> None:
-        """Remove an arm of one's own: its key and what it was lent end, and its name is free."""
-        await self.transport.send("DELETE", f"/arms/{quote(name, safe='')}", idempotency_key=self.transport.ids.hex())
-
-    async def enrolment_tokens(self) -> tuple[EnrolmentTokenView, ...]:
-        """Return the join secrets, without what is secret of them."""
-        return (await self.transport.get("/joins", EnrolmentTokenList)).joins
-
-    async def create_enrolment_token(
-        self, name: str, *, calls: Iterable[str] = (), lifetime_seconds: int = 86_400
-    ) -> NewEnrolmentToken:
-        """Make a secret with which the arm ``name`` joins; it may declare at most ``calls``. It is shown this once.
-
-        Not repeated when an answer is lost, as with :meth:`create_key`.
-        """
-        return await self.transport.post(
-            "/joins", EnrolmentTokenRequest(name, tuple(calls), lifetime_seconds), NewEnrolmentToken
-        )
-
-    async def revoke_enrolment_token(self, token_id: str) -> None:
-        """Revoke a join secret, by its id; an arm that joined with it stays."""
-        await self.transport.send(
-            "DELETE", f"/joins/{quote(token_id, safe='')}", idempotency_key=self.transport.ids.hex()
-        )
-
-    async def keys(self) -> tuple[KeyView, ...]:
-        """Return the API keys, without their secrets."""
-        return (await self.transport.get("/keys", KeyList)).keys
-
-    async def create_key(self, name: str, *, scope: str = "user", tenant: str | None = None) -> NewKey:
-        """Make an API key; its ``secret`` is in the answer, this once. ``scope`` has presets and scopes, with spaces.
-
-        ``tenant`` is one's own; whoever runs the installation makes the first key of another.
-
-        Not repeated when an answer is lost: a key whose secret nobody got would stay behind.
-        """
-        return await self.transport.post("/keys", KeyRequest(name, scope, tenant), NewKey)
-
-    async def revoke_key(self, key_id: str) -> None:
-        """Revoke an API key, by its id; its tokens and tasks end with it."""
-        await self.transport.send("DELETE", f"/keys/{quote(key_id, safe='')}", idempotency_key=self.transport.ids.hex())
+        """Return the registered arms."""
+        return (await self._transport.call(LIST_ARMS)).arms
 
     async def preprocess(self, text: str) -> ScreeningResult:
-        """Return what the door finds in a text, and whether it would refuse it as a goal. Nothing is kept."""
-        return await self.transport.post("/preprocess", PreprocessRequest(text), ScreeningResult)
-
-    async def mint_token(self, scope: str, *, aud: str, lifetime_seconds: int = 3600) -> TokenResponse:
-        """Make a token for direct calls of the one service ``aud``, with a task and a budget of its own."""
-        return await self.transport.post("/token", TokenRequest(scope, aud, lifetime_seconds), TokenResponse)
-
-    async def revoke_token(self, jti: str) -> None:
-        """Revoke a token by its ``jti``; every service refuses it, and what was minted under it, within a second."""
-        await self._revoke(RevocationRequest("jti", jti))
-
-    async def revoke_principal(self, sub: str) -> None:
-        """Revoke what a principal was given until now, and cancel its tasks."""
-        await self._revoke(RevocationRequest("sub", sub))
-
-    async def audit(self, *, after: int = 0, limit: int = 200, system: bool = False) -> AuditPage:
-        """Return audit rows behind the row ``after``, oldest first, and where the chain stands.
-
-        ``system`` asks for what belongs to no tenant, such as credentials that were refused.
-        """
-        of = "&of=system" if system else ""
-        return await self.transport.get(f"/audit?after={after}&limit={limit}{of}", AuditPage)
+        """Screen a text: return the findings, and whether it would be refused as a goal. Nothing is stored."""
+        return await self._transport.call(SCREEN_TEXT, PreprocessRequest(text))
 
     async def who_am_i(self) -> CurrentUser:
-        """Return the tenant and the scopes at the orchestrator of whoever this client is."""
-        return await self.transport.get("/session", CurrentUser)
+        """Return the tenant and scopes of this client's credential."""
+        return await self._transport.call(READ_SESSION)
 
     async def health(self) -> Health:
-        """Return the door's version. Raises :class:`Unavailable` when it does not answer."""
-        return await self.transport.get("/health", Health)
+        """Return the gateway's version. Raises :class:`Unavailable` when it does not answer."""
+        return self._transport.decode(await self._transport.send("GET", "/health"), Health)
 
     async def ready(self) -> Readiness:
-        """Return whether the installation may be given work, and what it lacks; also when it is not ready."""
-        answer = await self.transport.send("GET", "/ready", accepted_statuses=_READY)
-        return self.transport.decode(answer, Readiness)
-
-    async def revoke_service(self, name: str) -> None:
-        """Revoke what a service was lent until now: its key may have been in other hands."""
-        await self._revoke(RevocationRequest("aud", name))
-
-    async def _revoke(self, request: RevocationRequest) -> None:
-        await self.transport.post("/token/revoke", request, Acknowledgement, idempotency_key=self.transport.ids.hex())
+        """Return whether the installation accepts work, with the state of its dependencies."""
+        response = await self._transport.send("GET", "/ready", accepted_statuses=_READY_STATUSES)
+        return self._transport.decode(response, Readiness)
 
     async def _store(self, content: FileContent) -> StoredFile:
         headers = {"Content-Type": content.media_type, "X-File-Name": quote(content.name, safe="")}
-        answer = await self.transport.send(
-            "POST", "/files", content.body, headers, TRANSFER_TIMEOUT_SECONDS, idempotency_key=self.transport.ids.hex()
-        )
-        return self.transport.decode(answer, StoredFile)
+        return await self._transport.call(STORE_FILE, content.body, headers=headers, timeout=TRANSFER_TIMEOUT_SECONDS)
 
 
-def _query(parameters: Mapping[str, object]) -> str:
-    return urlencode({name: value for name, value in parameters.items() if value is not None})
+def connect(
+    url: str | Sequence[str] | None = None,
+    api_key: str | None = None,
+    *,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    retry: RetryPolicy | None = None,
+) -> AsyncClient:
+    """Return an :class:`AsyncClient` with these arguments."""
+    return AsyncClient(url, api_key, timeout=timeout, retry=retry)

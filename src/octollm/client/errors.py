@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -14,14 +14,14 @@ from octollm.rpc.http_client import HttpResponse, TransportError
 
 
 class APIError(OctoError):
-    """A request that the door did not grant.
+    """A request that failed.
 
-    ``code`` is one of ``docs/errors.md``, ``status`` the HTTP status that belongs to it, ``faults`` point into the
-    body, ``retry_after`` is in seconds, and ``request_id`` finds the request in the services' logs. ``began`` is
-    false when the request surely never reached a handler.
+    ``code`` is one of ``docs/errors.md``, ``status`` its HTTP status, ``field_errors`` point into the request body,
+    ``retry_after`` is in seconds, and ``request_id`` identifies the request in the services' logs. ``request_sent`` is
+    false only when the request surely never reached a handler.
     """
 
-    retryable: ClassVar[bool] = False
+    _is_retryable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -29,59 +29,64 @@ class APIError(OctoError):
         *,
         code: str,
         status: int | None = None,
-        faults: Sequence[FieldError] = (),
+        field_errors: Sequence[FieldError] = (),
         retry_after: float | None = None,
         request_id: str = "",
         request_sent: bool = True,
     ) -> None:
-        super().__init__(detail, code=code, field_errors=faults, retry_after=retry_after)
+        super().__init__(detail, code=code, field_errors=field_errors, retry_after=retry_after)
         self.status = ERROR_KINDS[code].status if status is None else status
         self.request_id = request_id
         self.request_sent = request_sent
 
+    @property
+    def retryable(self) -> bool:
+        """Whether the same call may succeed later; it depends on the type alone."""
+        return self._is_retryable
+
 
 class InvalidRequest(APIError):
-    """The request itself is wrong; ``faults`` say where (JSON Pointers, RFC 6901)."""
+    """The request itself is wrong; ``field_errors`` say where (JSON Pointers, RFC 6901)."""
 
 
 class AuthenticationError(APIError):
-    """The door does not know who asks: there is no API key, or it is wrong or revoked."""
+    """The API key is missing, wrong or revoked."""
 
 
 class PermissionDenied(APIError):
-    """Who asks is known, and may not do this."""
+    """The API key does not have the scope for this."""
 
 
 class NotFound(APIError):
-    """There is no such task, file or key, or it is another tenant's."""
+    """The task, file or key does not exist, or belongs to another tenant."""
 
 
 class Conflict(APIError):
-    """The state of things does not allow this, for instance cancelling a task that has ended."""
+    """The state of the resource does not allow this, for instance cancelling a task that has ended."""
 
 
 class DeadlineExceeded(APIError):
-    """The time for this call was used up. What was asked for may still happen."""
+    """The timeout of the call expired. The request may still take effect."""
 
 
 class ServerError(APIError):
-    """The installation cannot do this, and asking again would not help."""
+    """The installation cannot do this; a retry would not help."""
 
 
 class RateLimited(APIError):
-    """Too many requests; ``retry_after`` says when to go on. It was waited for as long as the timeout allowed."""
+    """Too many requests. The client has waited and retried within its timeout; ``retry_after`` is in seconds."""
 
-    retryable = True
+    _is_retryable = True
 
 
 class Unavailable(APIError):
-    """No door could be reached, or something behind it is away; the same call may succeed later."""
+    """No gateway answers, or a service behind it is down; the same call may succeed later."""
 
-    retryable = True
+    _is_retryable = True
 
 
 class TaskFailed(OctoError):
-    """A task that ended without a result: ``code`` and ``reasons`` say why, ``task`` is all there is to know of it."""
+    """A task failed: ``code`` and ``reasons`` say why; ``task`` is its final state."""
 
     def __init__(self, task: TaskView) -> None:
         error = task.error
@@ -95,12 +100,31 @@ class TaskFailed(OctoError):
 
 
 class TaskCancelled(OctoError):
-    """A task that was cancelled; ``task`` is all there is to know of it."""
+    """A task was cancelled; ``task`` is its final state."""
 
     code = "cancelled"
 
     def __init__(self, task: TaskView) -> None:
         super().__init__(f"{task.task_id} was cancelled.")
+        self.task = task
+
+
+class OutputInvalid(OctoError):
+    """A completed task's output does not fit the type given to ``submit``.
+
+    ``field_errors`` point into the output (JSON Pointers, RFC 6901); ``task`` is the completed task, with the output as
+    text.
+    """
+
+    code = "output_invalid"
+
+    def __init__(self, task: TaskView, output: type[Any], field_errors: Sequence[FieldError]) -> None:
+        name = getattr(output, "__name__", str(output))
+        first = field_errors[0]
+        super().__init__(
+            f"The output of {task.task_id} is no {name}: {first.pointer or 'the document'}: {first.detail}",
+            field_errors=field_errors,
+        )
         self.task = task
 
 
@@ -115,9 +139,9 @@ _BY_STATUS: dict[int, type[APIError]] = {
 
 
 def error_type_for(status: int, *, retryable: bool) -> type[APIError]:
-    """Return the type of a refusal with this status; ``retryable`` is the door's own word on it.
+    """Return the error type for a status; ``retryable`` is the server's statement.
 
-    Statuses that are not named are the request's fault below 500, and the installation's from there.
+    Unlisted statuses below 500 are the request's fault, the others the installation's.
     """
     if retryable:
         return RateLimited if status == 429 else Unavailable
@@ -125,21 +149,21 @@ def error_type_for(status: int, *, retryable: bool) -> type[APIError]:
 
 
 def error_from_code(code: str, detail: str, *, retry_after: float | None = None) -> APIError:
-    """Return a failure that is known by its ``code`` alone, as when a WebSocket is closed."""
+    """Return the error for a code without a response, as when a WebSocket is closed."""
     kind = ERROR_KINDS[code]
     return error_type_for(kind.status, retryable=kind.retryable)(detail, code=code, retry_after=retry_after)
 
 
 def error_from_response(response: HttpResponse) -> APIError:
-    """Return the failure that an answer of status 400 or more tells, also one that is no problem document."""
+    """Return the error for a response of status 400 or more, whether or not it is a problem document (RFC 9457)."""
     text = response.headers.get("retry-after", "")
     after = float(text) if text.isascii() and text.isdigit() and len(text) <= 9 else None
     try:
         problem = msgspec.json.decode(response.body, type=Problem)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # Something that stands before the door, or another program.
+        # A proxy before the gateway, or another program, sent it.
         return error_type_for(response.status, retryable=response.status in (429, 502, 503, 504))(
-            f"The door answered {response.status} without saying why. Is another program or a proxy at that address?",
+            f"The server answered {response.status} without a reason. Is another program or a proxy at that address?",
             code="peer_protocol",
             status=response.status,
             retry_after=after,
@@ -148,14 +172,14 @@ def error_from_response(response: HttpResponse) -> APIError:
         problem.detail or problem.title,
         code=problem.code,
         status=response.status,
-        faults=[FieldError(fault.pointer, fault.detail) for fault in problem.errors],
+        field_errors=[FieldError(fault.pointer, fault.detail) for fault in problem.errors],
         retry_after=after,
         request_id=problem.request_id,
     )
 
 
 def error_from_transport(error: TransportError, url: str) -> Unavailable:
-    """Return what to say when ``url`` gave no whole answer."""
+    """Return the error for a connection to ``url`` that failed or broke."""
     if error.request_sent:
         return Unavailable(f"{error.detail} See whether it still runs: {url}/ready", code=error.code)
     return Unavailable(

@@ -27,14 +27,16 @@ from octollm.contracts.stream import FrameType
 from octollm.resilience import CallFailure, RetryPolicy
 from octollm.rpc.http_client import HttpResponse
 
+MAX_OFFSETS = 64
+"""Running steps whose text position is sent on reconnect: the gateway accepts no more."""
 RECONNECT_TIMEOUT_SECONDS = 60.0
-"""How long the door may be away before a watcher gives up."""
+"""How long a stream tries to reconnect before it gives up."""
 _RECONNECT_POLICY = RetryPolicy(max_attempts=1_000_000, base_delay=0.2, max_delay=2.0)
-"""The time bounds the tries, not their number."""
+"""Reconnecting is bounded by time, not by the number of attempts."""
 
 
 class ReconnectBackoff:
-    """Counts from the moment when the door was lost to the one when it is back."""
+    """Delays between attempts to reconnect, within ``timeout`` seconds of the disconnect."""
 
     def __init__(self, transport: GatewayTransport, timeout: float) -> None:
         self._transport = transport
@@ -43,15 +45,14 @@ class ReconnectBackoff:
         self._attempts = 0
 
     def reset(self) -> None:
-        """Note that the door has told something."""
+        """End the outage: the gateway has sent something."""
         self._until = None
         self._attempts = 0
 
     def next_delay(self, error: APIError, hint: str) -> float:
-        """Return the seconds until the next try.
+        """Return the seconds to wait before the next attempt.
 
-        Raises ``error`` itself when trying again cannot help, and :class:`Unavailable` when the time is used up;
-        ``what`` says how to go on then.
+        Raises ``error`` itself when a retry cannot help, and :class:`Unavailable` with ``hint`` after the timeout.
         """
         if not error.retryable:
             raise error
@@ -73,17 +74,13 @@ class ReconnectBackoff:
         return delay
 
 
-MAX_OFFSETS = 64
-"""Running steps whose text the door goes on with."""
-
-
 class Update(msgspec.Struct, frozen=True):
-    """One thing that a task's watcher is told.
+    """An update of a task: one of its events, or a piece of the text that a step writes (``type`` is ``token``).
 
     ``seq`` counts the task's events without gaps; ``progress`` is from 0 to 100 and never falls. ``data`` holds the
-    event's members, first of all ``event_type``. The last five members belong to ``token`` updates: ``offset`` is the
-    place of ``text`` in what ``step`` writes in this ``attempt`` and ``run``, in code points; with ``reset`` all that
-    the step wrote before is void.
+    event's members, among them ``event_type``. The last five members belong to ``token`` updates: ``offset`` is the
+    position of ``text``, in code points, within the text of this ``step``, ``attempt`` and ``run``. With ``reset``, the
+    earlier text of the step is void.
     """
 
     task_id: str
@@ -100,29 +97,29 @@ class Update(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """Return what a token update adds to the step's text."""
+        """The text of a token update; empty for others."""
         return str(self.data.get("text", ""))
 
 
 class StreamGapError(Exception):
-    """A frame does not join on to those before it: something between was lost."""
+    """A frame does not follow the one before: frames between them were lost."""
 
 
 @dataclass(slots=True)
 class StreamPosition:
-    """What was seen: the last ``seq``, and per step how much of the text of which attempt and run."""
+    """The last ``seq`` received, and for each step the attempt, run and length of the text received."""
 
     seq: int = 0
     texts: dict[str, tuple[int, int, int]] = field(default_factory=dict[str, tuple[int, int, int]])
 
     def to_query(self) -> str:
-        """Return the query string that goes on from here."""
+        """Return the query string that resumes the stream at this position."""
         latest = list(self.texts.items())[-MAX_OFFSETS:]
         offsets = [("offset", f"{step}.{attempt}.{run}.{end}") for step, (attempt, run, end) in latest]
         return urlencode([("after", str(self.seq)), *offsets])
 
     def advance(self, update: Update) -> Update | None:
-        """Note an update; return what is new of it, ``None`` when nothing is. Raises :class:`StreamGapError`."""
+        """Apply an update; return the new part of it, or ``None``. Raises :class:`StreamGapError`."""
         if update.type == "ping":
             return None
         if update.type == "token":
@@ -151,7 +148,7 @@ class StreamPosition:
             if start < seen:
                 start, text = seen, text[seen - start :]
                 update = msgspec.structs.replace(update, offset=start, data={**update.data, "text": text})
-        # Taken out first, so that the step written last is also the last here.
+        # Removed first, so that the latest steps are last: to_query() sends only those.
         self.texts.pop(update.step, None)
         self.texts[update.step] = (update.attempt, update.run, start + len(text))
         return update
@@ -160,10 +157,10 @@ class StreamPosition:
 _MAX_FRAME = 8 * 1024 * 1024
 _OPEN_SECONDS = 10.0
 KEEPALIVE_SECONDS = 10.0
-"""A door is asked as often whether it is still there, and has as long to answer; after both it counts as gone."""
+"""Interval of the pings, and the time to answer one before the connection counts as broken."""
 _DONE, _MALFORMED = 1000, 1008
 _CLOSE_CODES = {
-    4401: ("token_missing", "The door wants a valid API key: set OCTOLLM_API_KEY, or give it to connect()."),
+    4401: ("token_missing", "The gateway needs a valid API key: set OCTOLLM_API_KEY, or pass it to the client."),
     4403: ("scope_missing", "The API key does not allow this task to be watched."),
     4404: ("task_not_found", "There is no task {task_id}."),
 }
@@ -177,14 +174,13 @@ async def stream_updates(
     reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS,
     keepalive: float = KEEPALIVE_SECONDS,
 ) -> AsyncGenerator[Update]:
-    """Yield a task's updates behind ``after`` until its last, going on where a broken connection stopped.
+    """Yield a task's updates after ``after`` to its last one; resume a broken connection at the last position.
 
-    Raises :class:`NotFound`, :class:`AuthenticationError`, :class:`PermissionDenied`, and :class:`Unavailable` when
-    no door is back after ``patience`` seconds. A door that is asked after ``silence`` seconds and says nothing for as
-    long counts as gone.
+    Raises :class:`NotFound`, :class:`AuthenticationError`, :class:`PermissionDenied`, and :class:`Unavailable` when no
+    gateway answers for ``reconnect_timeout`` seconds. ``keepalive`` is the interval of pings and their timeout.
     """
     position = StreamPosition(after)
-    bearing = ReconnectBackoff(transport, reconnect_timeout)
+    backoff = ReconnectBackoff(transport, reconnect_timeout)
     while True:
         url = transport.url
         try:
@@ -193,14 +189,14 @@ async def stream_updates(
                     update = msgspec.json.decode(message, type=Update)
                     new = position.advance(update)
                     if new is not None or update.type == "ping":
-                        bearing.reset()
+                        backoff.reset()
                     if new is not None:
                         yield new
             error = _error_from_close_code(socket.close_code, task_id, url)
         except ConnectionClosed as closed:
             error = _error_from_close_code(closed.rcvd.code if closed.rcvd else None, task_id, url)
         except StreamGapError:
-            error = Unavailable(f"{url} left out a part of the updates.", code="connection_lost")
+            error = Unavailable(f"{url} left out some of the updates.", code="connection_lost")
         except InvalidStatus as refused:
             response = refused.response
             after_text = response.headers.get("Retry-After", "")
@@ -216,8 +212,8 @@ async def stream_updates(
             return
         transport.fail_over(url)
         await asyncio.sleep(
-            bearing.next_delay(
-                error, f"The task may go on: `octollm watch {task_id}` follows it once the door is back."
+            backoff.next_delay(
+                error, f"The task may go on: `octollm watch {task_id}` follows it once the gateway is back."
             )
         )
 
@@ -241,14 +237,14 @@ def _connect(
 
 
 def _error_from_close_code(code: int | None, task_id: str, url: str) -> APIError | None:
-    """Return what a close code means: ``None`` after the last update."""
+    """Return the error for a close code; ``None`` for the normal end after the last update."""
     if code == _DONE:
         return None
     if code in _CLOSE_CODES:
         name, detail = _CLOSE_CODES[code]
         return error_from_code(name, detail.format(task_id=task_id))
     if code == _MALFORMED:
-        return Conflict(f"{url} did not accept how the updates were asked for.", code="state_conflict")
+        return Conflict(f"{url} refused the position in the request for updates.", code="state_conflict")
     return _connection_lost(url)
 
 
@@ -257,36 +253,39 @@ def _connection_lost(url: str) -> APIError:
 
 
 _STREAM_SECONDS = 3600.0
+"""An event stream is renewed after this time."""
 _MAX_EVENT = 4 * 1024 * 1024
+"""Bytes of one line of an event stream."""
 
 
 async def stream_events(
     transport: GatewayTransport, *, after: int = 0, reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS
 ) -> AsyncGenerator[Event]:
-    """Yield events behind the position ``after``, and go on for ever, also over a broken connection.
+    """Yield events after position ``after`` without end; resume a broken connection at the last position.
 
-    Raises what the door refuses with, and :class:`Unavailable` when no door is back after ``patience`` seconds.
+    Raises the gateway's refusal as :class:`APIError`, and :class:`Unavailable` when no gateway answers for
+    ``reconnect_timeout`` seconds.
     """
-    bearing = ReconnectBackoff(transport, reconnect_timeout)
+    backoff = ReconnectBackoff(transport, reconnect_timeout)
     while True:
         try:
             async with contextlib.aclosing(_read_connection(transport, after)) as events:
                 async for event in events:
-                    bearing.reset()
+                    backoff.reset()
                     if event is not None and event.seq > after:
                         after = event.seq
                         yield event
             error: APIError = _stream_ended(transport)
         except DeadlineExceeded:
-            # The stream was open for as long as one may be.
+            # The stream reached its maximum age: reconnect.
             error = _stream_ended(transport)
         except APIError as broken:
             error = broken
-        await asyncio.sleep(bearing.next_delay(error, f"Go on with after={after} once it is back."))
+        await asyncio.sleep(backoff.next_delay(error, f"Go on with after={after} once it is back."))
 
 
 async def _read_connection(transport: GatewayTransport, after: int) -> AsyncGenerator[Event | None]:
-    """Yield the events of one connection, and ``None`` for each sign of life."""
+    """Yield the events of one connection, and ``None`` for each comment that keeps it alive."""
     async with transport.stream(f"/events?after={after}", "text/event-stream", _STREAM_SECONDS) as streamed:
         rest = b""
         async for chunk in streamed.chunks:

@@ -1,56 +1,64 @@
-"""Client: AsyncClient for synchronous code, on an event loop in a thread; connect() and connect_sync()."""
+"""Client: AsyncClient for synchronous code, on an event loop in a thread.
+
+Each method is derived from the one of the asynchronous class, with its signature and docstring. A test asserts that
+both sides have the same methods.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
-import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
-from octollm.client._transport import DEFAULT_TIMEOUT_SECONDS, GatewayTransport
+from octollm.client._transport import DEFAULT_TIMEOUT_SECONDS
+from octollm.client.admin import AsyncAdmin
 from octollm.client.async_client import AsyncClient
 from octollm.client.task import AsyncTaskHandle
-from octollm.clock import SystemClock, Uuid7Generator
-from octollm.config import read_client_settings
-from octollm.contracts.services import local_url
+from octollm.client.typed_output import OutputT
 from octollm.errors import OctoError
-from octollm.resilience import RetryPolicy
-from octollm.rpc.tls import client_context
 
+if TYPE_CHECKING:
+    from octollm.resilience import RetryPolicy
+
+A = TypeVar("A")
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _CANCEL_GRACE_SECONDS = 5.0
-"""How long an interrupted call is given to close what it has open."""
+"""How long an interrupted call may take to close its connections."""
 _END = object()
 
 
 class Portal:
-    """Runs coroutines on its loop and waits for them. Threads may share it; :meth:`close` ends its thread."""
+    """An event loop in a thread, on which other threads run coroutines. :meth:`close` ends the thread.
+
+    anyio's blocking portal has no daemon thread and does not close generators that the caller abandons.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._generators: set[AsyncGenerator[Any]] = set()
-        # A program that forgets to close is not kept from ending.
+        # A daemon thread: a program that forgets to close its client still ends.
         self._thread = threading.Thread(target=self._serve, name="octollm-client", daemon=True)
         self._thread.start()
 
     @property
     def is_closed(self) -> bool:
-        """Say whether it was closed."""
+        """Whether it was closed."""
         return not self._thread.is_alive()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` and return what it returns. An exception here, as by Ctrl-C, cancels it and waits for its end.
+        """Run ``work`` and return its result. An exception in the waiting thread, such as Ctrl-C, cancels it.
 
         Raises ``state_conflict`` after :meth:`close`.
         """
-        over = threading.Event()
-        future = self._start(_run_and_signal(work, over))
+        ended = threading.Event()
+        future = self._start(_run_and_signal(work, ended))
         if future is None:
             work.close()
             raise _closed_error()
@@ -61,11 +69,11 @@ class Portal:
         except BaseException:
             if not future.done():
                 future.cancel()
-                over.wait(_CANCEL_GRACE_SECONDS)
+                ended.wait(_CANCEL_GRACE_SECONDS)
             raise
 
     def iterate(self, items: AsyncGenerator[T]) -> Iterator[T]:
-        """Yield what ``items`` yields; leaving early closes them."""
+        """Iterate over ``items``; leaving the loop early closes them."""
         self._generators.add(items)
         try:
             while (item := self.run(_next(items))) is not _END:
@@ -74,7 +82,7 @@ class Portal:
             self._close_items(items)
 
     def close(self) -> None:
-        """Close what is being yielded, cancel what still runs, and end the thread. Calling it again does nothing."""
+        """Close open generators, cancel running calls, and end the thread. Calling it again does nothing."""
         if self._thread.is_alive():
             for items in tuple(self._generators):
                 self._close_items(items)
@@ -85,13 +93,13 @@ class Portal:
         if items in self._generators:
             self._generators.discard(items)
             closing = self._start(_close(items))
-            # The garbage collector may come here on any thread: the loop's own must not wait for itself.
+            # The garbage collector may call this on any thread; the loop's own thread must not wait for itself.
             if closing is not None and threading.current_thread() is not self._thread:
                 with contextlib.suppress(CancelledError, TimeoutError):
                     closing.result(_CANCEL_GRACE_SECONDS)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> Future[T] | None:
-        """Hand ``work`` to the loop; ``None`` when the portal is closed."""
+        """Schedule ``work`` on the loop; return ``None`` when the portal is closed."""
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
         except RuntimeError:
@@ -103,11 +111,11 @@ class Portal:
             runner.get_loop().run_forever()
 
 
-async def _run_and_signal(work: Coroutine[Any, Any, T], over: threading.Event) -> T:
+async def _run_and_signal(work: Coroutine[Any, Any, T], ended: threading.Event) -> T:
     try:
         return await work
     finally:
-        over.set()
+        ended.set()
 
 
 async def _next(items: AsyncGenerator[object]) -> object:
@@ -115,7 +123,7 @@ async def _next(items: AsyncGenerator[object]) -> object:
 
 
 async def _close(items: AsyncGenerator[object]) -> None:
-    # One that another thread waits on is busy; it is cancelled with all that runs.
+    # A generator that another thread iterates is running and cannot be closed; closing the loop cancels it.
     with contextlib.suppress(RuntimeError):
         await items.aclose()
 
@@ -124,25 +132,31 @@ def _closed_error() -> OctoError:
     return OctoError("The client is closed.", code="state_conflict")
 
 
-A = TypeVar("A")
-P = ParamSpec("P")
-
-
 class SyncFacade(Generic[A]):
-    """Plain code's view of something for asyncio."""
+    """The synchronous view of an asynchronous object."""
 
     def __init__(self, portal: Portal, inner: A) -> None:
-        self.portal = portal
-        self.inner = inner
+        self._portal = portal
+        self._inner = inner
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.inner!r})"
+        return f"{type(self).__name__}({self._inner!r})"
+
+    @property
+    def portal(self) -> Portal:
+        """The event loop on which the calls run."""
+        return self._portal
+
+    @property
+    def inner(self) -> A:
+        """The asynchronous object."""
+        return self._inner
 
 
 def to_sync(
     method: Callable[Concatenate[A, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[SyncFacade[A], P], T]:
-    """Return ``method`` as one that waits."""
+    """Derive a method that waits for the coroutine of ``method``."""
 
     @functools.wraps(method)
     def call(self: SyncFacade[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -154,7 +168,7 @@ def to_sync(
 def to_sync_iterator(
     method: Callable[Concatenate[A, P], AsyncGenerator[T]],
 ) -> Callable[Concatenate[SyncFacade[A], P], Iterator[T]]:
-    """Return ``method`` as one that gives a plain iterator; leaving the loop closes what it has open."""
+    """Derive a method that returns a plain iterator; leaving its loop closes the stream."""
 
     @functools.wraps(method)
     def call(self: SyncFacade[A], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
@@ -163,42 +177,84 @@ def to_sync_iterator(
     return call
 
 
-def to_sync_task(
-    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, AsyncTaskHandle]],
-) -> Callable[Concatenate[SyncFacade[AsyncClient], P], TaskHandle]:
-    """Return ``method`` as one that waits and gives the task for plain code."""
+def to_sync_handle(
+    method: Callable[Concatenate[AsyncClient, P], AsyncTaskHandle[OutputT]],
+) -> Callable[Concatenate[SyncFacade[AsyncClient], P], TaskHandle[OutputT]]:
+    """Derive a method that returns the synchronous handle of a task."""
 
     @functools.wraps(method)
-    def call(self: SyncFacade[AsyncClient], /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle:
+    def call(self: SyncFacade[AsyncClient], /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[OutputT]:
+        return TaskHandle(self.portal, method(self.inner, *args, **kwargs))
+
+    return call
+
+
+def to_sync_submit(
+    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, AsyncTaskHandle[OutputT]]],
+) -> Callable[Concatenate[SyncFacade[AsyncClient], P], TaskHandle[OutputT]]:
+    """Derive a method that waits and returns the synchronous handle of a task."""
+
+    @functools.wraps(method)
+    def call(self: SyncFacade[AsyncClient], /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[OutputT]:
         return TaskHandle(self.portal, self.portal.run(method(self.inner, *args, **kwargs)))
 
     return call
 
 
-class TaskHandle(SyncFacade[AsyncTaskHandle]):
-    """A task by its ``id``: :class:`TaskHandle` for plain code."""
+class TaskHandle(SyncFacade[AsyncTaskHandle[OutputT]], Generic[OutputT]):
+    """A task by its ``id``: :class:`AsyncTaskHandle` for synchronous code."""
 
     @property
     def id(self) -> str:
-        """Return the task's id."""
+        """The task's id."""
         return self.inner.id
 
-    read = to_sync(AsyncTaskHandle.read)
-    cancel = to_sync(AsyncTaskHandle.cancel)
-    updates = to_sync_iterator(AsyncTaskHandle.updates)
-    result = to_sync(AsyncTaskHandle.result)
-    wait = to_sync(AsyncTaskHandle.wait)
-    history = to_sync_iterator(AsyncTaskHandle.history)
-    texts = to_sync(AsyncTaskHandle.texts)
-    artifact = to_sync(AsyncTaskHandle.artifact)
-    trace = to_sync(AsyncTaskHandle.trace)
+    read = to_sync(AsyncTaskHandle[OutputT].read)
+    cancel = to_sync(AsyncTaskHandle[OutputT].cancel)
+    updates = to_sync_iterator(AsyncTaskHandle[OutputT].updates)
+    result = to_sync(AsyncTaskHandle[OutputT].result)
+    wait = to_sync(AsyncTaskHandle[OutputT].wait)
+    history = to_sync_iterator(AsyncTaskHandle[OutputT].history)
+    texts = to_sync(AsyncTaskHandle[OutputT].texts)
+    artifact = to_sync(AsyncTaskHandle[OutputT].artifact)
+    trace = to_sync(AsyncTaskHandle[OutputT].trace)
+
+
+class Admin(SyncFacade[AsyncAdmin]):
+    """Administration of an installation: :class:`AsyncAdmin` for synchronous code."""
+
+    keys = to_sync(AsyncAdmin.keys)
+    create_key = to_sync(AsyncAdmin.create_key)
+    revoke_key = to_sync(AsyncAdmin.revoke_key)
+    enrolment_tokens = to_sync(AsyncAdmin.enrolment_tokens)
+    create_enrolment_token = to_sync(AsyncAdmin.create_enrolment_token)
+    revoke_enrolment_token = to_sync(AsyncAdmin.revoke_enrolment_token)
+    remove_arm = to_sync(AsyncAdmin.remove_arm)
+    mint_token = to_sync(AsyncAdmin.mint_token)
+    revoke_token = to_sync(AsyncAdmin.revoke_token)
+    revoke_service = to_sync(AsyncAdmin.revoke_service)
+    revoke_principal = to_sync(AsyncAdmin.revoke_principal)
+    audit = to_sync(AsyncAdmin.audit)
 
 
 class Client(SyncFacade[AsyncClient]):
-    """An installation, seen through its public door: :class:`Client` for plain code. Close it by ``with``.
+    """A client of an installation for synchronous code, with the arguments of :class:`AsyncClient`.
 
-    Ctrl-C cancels the call that is waited for. Threads may share one client.
+    Close it by ``with`` or :meth:`close`. Ctrl-C cancels the running call. Threads may share one client.
     """
+
+    def __init__(
+        self,
+        url: str | Sequence[str] | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        retry: RetryPolicy | None = None,
+    ) -> None:
+        # The inner client first: a wrong argument starts no thread.
+        inner = AsyncClient(url, api_key, timeout=timeout, retry=retry)
+        super().__init__(Portal(), inner)
+        self.admin = Admin(self.portal, inner.admin)
 
     def __enter__(self) -> Client:
         return self
@@ -209,7 +265,7 @@ class Client(SyncFacade[AsyncClient]):
         self.close()
 
     def close(self) -> None:
-        """Close the connections and end the thread; calling it again does nothing. Tasks go on."""
+        """Close the connections and end the thread; calling it again does nothing. Tasks continue."""
         if self.portal.is_closed:
             return
         try:
@@ -217,11 +273,13 @@ class Client(SyncFacade[AsyncClient]):
         finally:
             self.portal.close()
 
-    def task(self, task_id: str) -> TaskHandle:
-        """Return the task with that id. Nothing is asked: whether there is one shows when it is used."""
-        return TaskHandle(self.portal, self.inner.task(task_id))
+    @property
+    def url(self) -> str:
+        """The gateway's address in use."""
+        return self.inner.url
 
-    submit = to_sync_task(AsyncClient.submit)
+    submit = to_sync_submit(AsyncClient.submit)
+    task = to_sync_handle(AsyncClient.task)
     tasks = to_sync_iterator(AsyncClient.tasks)
     task_page = to_sync(AsyncClient.task_page)
     upload = to_sync(AsyncClient.upload)
@@ -229,48 +287,10 @@ class Client(SyncFacade[AsyncClient]):
     events = to_sync_iterator(AsyncClient.events)
     event_page = to_sync(AsyncClient.event_page)
     arms = to_sync(AsyncClient.arms)
-    remove_arm = to_sync(AsyncClient.remove_arm)
-    enrolment_tokens = to_sync(AsyncClient.enrolment_tokens)
-    create_enrolment_token = to_sync(AsyncClient.create_enrolment_token)
-    revoke_enrolment_token = to_sync(AsyncClient.revoke_enrolment_token)
-    keys = to_sync(AsyncClient.keys)
-    create_key = to_sync(AsyncClient.create_key)
-    revoke_key = to_sync(AsyncClient.revoke_key)
-    mint_token = to_sync(AsyncClient.mint_token)
+    preprocess = to_sync(AsyncClient.preprocess)
+    who_am_i = to_sync(AsyncClient.who_am_i)
     health = to_sync(AsyncClient.health)
     ready = to_sync(AsyncClient.ready)
-
-
-def connect(
-    url: str | Sequence[str] | None = None,
-    api_key: str | None = None,
-    *,
-    timeout: float = DEFAULT_TIMEOUT_SECONDS,
-    retry: RetryPolicy | None = None,
-) -> AsyncClient:
-    """Return a client of the installation whose public door is at ``url``. Nothing is asked yet.
-
-    Several addresses, in a list or with commas, are doors of the same installation: when one is gone, the next is
-    used. Without ``url`` it is ``OCTOLLM_URL``, else this machine's; without ``api_key`` it is ``OCTOLLM_API_KEY``.
-    ``timeout`` bounds each call with its retries, in seconds, but not the transfer of files nor what is watched.
-    An ``https`` address has to show a certificate that the system's authorities signed, or those of
-    ``OCTOLLM_TLS_CA``. Connections are direct: no proxy is used and no redirect followed, so that the key goes nowhere
-    else. Raises ``setting_invalid``.
-    """
-    settings = read_client_settings(os.environ)
-    if url is None:
-        local = local_url("reflex", port_offset=settings.port_offset, tls=settings.tls_cert is not None)
-        urls: Sequence[str] = settings.urls or (local,)
-    else:
-        urls = [part.strip() for part in url.split(",") if part.strip()] if isinstance(url, str) else url
-    clock = SystemClock()
-    key = api_key or settings.api_key
-    tls = None
-    if any(url.startswith("https:") for url in urls):
-        tls = client_context(settings.tls_ca, settings.tls_cert, settings.tls_key)
-    return AsyncClient(
-        GatewayTransport(urls, key, clock=clock, ids=Uuid7Generator(clock), timeout=timeout, retry=retry, tls=tls)
-    )
 
 
 def connect_sync(
@@ -280,6 +300,5 @@ def connect_sync(
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     retry: RetryPolicy | None = None,
 ) -> Client:
-    """Return a client for plain code; see :func:`connect`. It runs on a thread of its own until it is closed."""
-    inner = connect(url, api_key, timeout=timeout, retry=retry)
-    return Client(Portal(), inner)
+    """Return a :class:`Client` with these arguments."""
+    return Client(url, api_key, timeout=timeout, retry=retry)

@@ -5,47 +5,60 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from urllib.parse import quote
+from typing import Generic
 
 from octollm.client._transport import GatewayTransport
 from octollm.client.errors import Conflict, DeadlineExceeded, ServerError, TaskCancelled, TaskFailed
 from octollm.client.files import verify_digest
 from octollm.client.streams import RECONNECT_TIMEOUT_SECONDS, Update, stream_updates
-from octollm.contracts.api import EventList, StepText, StepTexts, TaskView
+from octollm.client.typed_output import OutputT, decode_output
+from octollm.contracts.api import StepText, TaskView
 from octollm.contracts.events import Event
 from octollm.contracts.observability import TraceView
+from octollm.contracts.public_api import (
+    CANCEL_TASK,
+    READ_TASK,
+    TASK_ARTIFACT,
+    TASK_HISTORY,
+    TASK_TEXTS,
+    TASK_TRACE,
+)
 from octollm.contracts.task import Artifact
 
-_FINAL = frozenset({"completed", "failed", "cancelled"})
+_FINAL_STATUSES = frozenset({"completed", "failed", "cancelled"})
 _PAGE = 500
 
 
-class AsyncTaskHandle:
-    """A task by its ``id``. Making one asks nothing; leaving it, or the client, does not cancel the task."""
+class TaskResult(TaskView, Generic[OutputT], frozen=True, kw_only=True):
+    """A completed task: everything of :class:`TaskView`, and ``value``, its output as the type given to ``submit``."""
 
-    def __init__(self, transport: GatewayTransport, task_id: str) -> None:
+    value: OutputT
+
+
+class AsyncTaskHandle(Generic[OutputT]):
+    """A task by its ``id``. Neither leaving the handle nor closing the client cancels the task."""
+
+    def __init__(self, transport: GatewayTransport, task_id: str, output: type[OutputT] = str) -> None:
         self._transport = transport
+        self._output = output
         self.id = task_id
-        self._path = f"/tasks/{quote(task_id, safe='')}"
 
     def __repr__(self) -> str:
-        return f"TaskHandle({self.id})"
+        return f"{type(self).__name__}({self.id!r})"
 
     async def read(self) -> TaskView:
-        """Return the task as it is now. Raises :class:`NotFound`."""
-        return await self._transport.get(self._path, TaskView)
+        """Return the task's present state. Raises :class:`NotFound`."""
+        return await self._transport.call(READ_TASK, task_id=self.id)
 
     async def cancel(self) -> TaskView:
-        """Cancel the task, and return it; one that is cancelled already stays so.
+        """Cancel the task and return it. A task that is already cancelled stays so.
 
-        Raises :class:`Conflict` when it has ended otherwise.
+        Raises :class:`Conflict` when it completed or failed before.
         """
         try:
-            return await self._transport.post(
-                f"{self._path}/cancel", None, TaskView, idempotency_key=self._transport.ids.hex()
-            )
+            return await self._transport.call(CANCEL_TASK, task_id=self.id)
         except Conflict:
-            # Also when the answer to a first try was lost on its way.
+            # An earlier attempt of this call may have cancelled it, with the response lost.
             task = await self.read()
             if task.status != "cancelled":
                 raise
@@ -54,19 +67,20 @@ class AsyncTaskHandle:
     def updates(
         self, *, after: int = 0, reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS
     ) -> AsyncGenerator[Update]:
-        """Yield what happens to the task, from its beginning or behind the update with ``seq`` ``after``, to its end.
+        """Yield the task's updates to its end: all of them, or those after the update with ``seq`` ``after``.
 
-        A broken connection is taken up again, at another address if there is one: nothing is lost and nothing comes
-        twice, token text included. Raises :class:`NotFound`, :class:`AuthenticationError`,
-        :class:`PermissionDenied`, and :class:`Unavailable` when no door is back after ``patience`` seconds.
+        A broken connection is resumed, at another address if there is one: every update and every piece of token text
+        comes once. Raises :class:`NotFound`, :class:`AuthenticationError`, :class:`PermissionDenied`, and
+        :class:`Unavailable` when no gateway answers for ``reconnect_timeout`` seconds.
         """
         return stream_updates(self._transport, self.id, after=after, reconnect_timeout=reconnect_timeout)
 
-    async def result(self, *, timeout: float | None = None) -> TaskView:
-        """Wait until the task completed and return it: ``output``, ``artifacts``, ``usage``, ``steps``.
+    async def result(self, *, timeout: float | None = None) -> TaskResult[OutputT]:
+        """Wait until the task completes; return it with its ``value``, ``output``, ``artifacts``, ``usage``, ``steps``.
 
-        Raises :class:`TaskFailed`, :class:`TaskCancelled`, and :class:`DeadlineExceeded` after ``timeout`` seconds;
-        the task goes on then, and may be waited for again.
+        Raises :class:`TaskFailed`, :class:`TaskCancelled`, :class:`OutputInvalid` when the output does not fit the type
+        given to ``submit``, and :class:`DeadlineExceeded` after ``timeout`` seconds; the task continues then, and
+        ``result`` may be called again.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -79,25 +93,27 @@ class AsyncTaskHandle:
             raise TaskFailed(task)
         if task.status == "cancelled":
             raise TaskCancelled(task)
-        return task
+        fields = {name: getattr(task, name) for name in TaskView.__struct_fields__}
+        return TaskResult(**fields, value=decode_output(task, self._output))
 
     async def wait(self) -> TaskView:
-        """Wait until the task has ended, however it did, and return it."""
+        """Wait until the task has ended, in whatever way, and return it."""
         task = await self.read()
-        if task.status in _FINAL:
+        if task.status in _FINAL_STATUSES:
             return task
         async with contextlib.aclosing(self.updates(after=task.version)) as updates:
             async for _update in updates:
                 pass
+        # The last update has no steps and no artifacts.
         task = await self.read()
-        if task.status not in _FINAL:
+        if task.status not in _FINAL_STATUSES:
             raise ServerError(f"The updates of {self.id} ended before it did ({task.status}).", code="peer_protocol")
         return task
 
     async def history(self, *, after: int = 0) -> AsyncGenerator[Event]:
-        """Yield the events that the task has had behind version ``after``, in order."""
+        """Yield the task's past events after version ``after``, in order."""
         while True:
-            page = await self._transport.get(f"{self._path}/history?after={after}&limit={_PAGE}", EventList)
+            page = await self._transport.call(TASK_HISTORY, query={"after": after, "limit": _PAGE}, task_id=self.id)
             for event in page.events:
                 yield event
             if not page.events:
@@ -105,15 +121,14 @@ class AsyncTaskHandle:
             after = page.events[-1].version
 
     async def texts(self) -> tuple[StepText, ...]:
-        """Return what the task's steps have written, as last saved."""
-        return (await self._transport.get(f"{self._path}/texts", StepTexts)).texts
+        """Return the text that each step has written, as last saved."""
+        return (await self._transport.call(TASK_TEXTS, task_id=self.id)).texts
 
     async def trace(self) -> TraceView:
-        """Return the spans of the task: every call of it over every service, as far as they are kept."""
-        return await self._transport.get(f"{self._path}/trace", TraceView)
+        """Return the task's spans: every call of every service, as far as they are retained."""
+        return await self._transport.call(TASK_TRACE, task_id=self.id)
 
     async def artifact(self, artifact: Artifact | str) -> bytes:
-        """Return the bytes of a file that the task made, by its artifact or digest, checked against that."""
+        """Return the content of one of the task's files, by the artifact or its digest, and verify the digest."""
         digest = artifact if isinstance(artifact, str) else artifact.digest
-        answer = await self._transport.send("GET", f"{self._path}/artifacts/{quote(digest, safe='')}")
-        return verify_digest(answer.body, digest)
+        return verify_digest(await self._transport.call(TASK_ARTIFACT, task_id=self.id, digest=digest), digest)

@@ -7,6 +7,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+API_KEY_PREFIX = "octo_"
+"""An API key is ``octo_<id>_<secret>``."""
+LOCAL_KEY_ID = "local"
+"""The id of the API key of an installation's owner."""
 SESSION_TOKEN_PREFIX = "octosess_"
 SESSION_LIFETIME_SECONDS = 12 * 3600
 

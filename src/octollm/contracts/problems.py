@@ -37,6 +37,7 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "goal_invalid": ErrorKind(400, "The goal is empty or too long"),
     "goal_refused": ErrorKind(403, "The goal was refused by the screening"),
     "budget_invalid": ErrorKind(400, "The budget is wrong"),
+    "output_type_invalid": ErrorKind(400, "The type of the output has no JSON Schema that can be sent"),
     "deadline_invalid": ErrorKind(400, "The deadline is in the past or not a time"),
     "file_invalid": ErrorKind(400, "A file is missing, too large, or binary where text is wanted"),
     "arm_unknown": ErrorKind(400, "No arm has that name"),
@@ -62,7 +63,7 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "origin_refused": ErrorKind(403, "Requests from that origin are refused"),
     "authority_missing": ErrorKind(403, "The authority for a needed call is missing"),
     "join_refused": ErrorKind(403, "The join was refused"),
-    "join_unproven": ErrorKind(503, "Who answered did not prove that it knows the join secret"),
+    "join_unproven": ErrorKind(503, "Who answered did not prove that it knows the enrolment token"),
     # State
     "idempotency_conflict": ErrorKind(409, "The idempotency key was used with another body", new_attempt=True),
     "outcome_unknown": ErrorKind(409, "An earlier call with this key may have taken effect"),
@@ -94,6 +95,7 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "step_stopped": ErrorKind(409, "The arm says that the step cannot succeed"),
     "step_retry": ErrorKind(503, "The arm asks for another attempt of the step", retryable=True, new_attempt=True),
     "not_accepted": ErrorKind(409, "The result was not accepted", new_attempt=True),
+    "output_invalid": ErrorKind(409, "The output does not fit its type"),
     "peer_protocol": ErrorKind(503, "A service answered in a form that is not understood", new_attempt=True),
     # Start
     "arm_invalid": ErrorKind(500, "An arm is declared wrongly"),

@@ -22,25 +22,25 @@ from octollm.errors import ArmError, OctoError, SettingError
 from octollm.installation.home import Home, open_keys, write_private
 from octollm.installation.network import advertised_url, resolve_addresses, transport_from_settings
 from octollm.installation.provisioning import read_key_ring, read_roots
-from octollm.installation.service_host import ServiceHost, start_service_host, wait_for_dependencies
+from octollm.installation.service_host import ServiceHost, start_when_ready
 from octollm.rpc.discovery import Discovery, DnsResolver, StaticDiscovery
 from octollm.rpc.enrolment import enrol
 from octollm.rpc.http_client import HttpClient
 from octollm.rpc.identity import ServiceIdentity
-from octollm.rpc.service import Service, build_base
+from octollm.rpc.service import build_base
 from octollm.rpc.transport import listen
 
 FIRST_ARM_PORT = 8110
 """The first port after those of the built-in services: for an arm without OCTOLLM_PORT."""
 MAX_ARM_PORTS = 20
 UNKNOWN_KEY_CODES = frozenset({"token_invalid", "token_revoked", "token_malformed"})
-"""What an arm is told whose key the installation does not know, or knows no more."""
+"""Codes for an arm whose key is not, or no longer, known to the installation."""
 
 
 def load_arm(target: str) -> Arm[Any]:
-    """Return the arm that ``module:name`` names; the current folder and its ``src`` are looked in, too.
+    """Import the arm ``module:name``; the current folder and its ``src`` are searched, too.
 
-    Raises ``setting_invalid`` when there is no such module or no arm of that name in it.
+    Raises ``setting_invalid`` when the module or the arm in it does not exist.
     """
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
@@ -80,7 +80,7 @@ def load_arms(targets: Sequence[str]) -> list[Arm[Any]]:
 
 
 class ArmKeyStore:
-    """The key of an arm and the roots that it pinned when it joined, in the home or in ``OCTOLLM_KEYS``."""
+    """The key of an arm and the root keys that it pinned at its enrolment, in the home or in ``OCTOLLM_KEYS``."""
 
     def __init__(self, folder: Path, name: str, ids: IdGenerator) -> None:
         self._key_file = folder / f"{name}.jwk"
@@ -90,11 +90,11 @@ class ArmKeyStore:
 
     @property
     def is_enrolled(self) -> bool:
-        """Say whether the arm has joined an installation."""
+        """Whether the arm has enrolled at an installation."""
         return self._roots_file.exists()
 
     def load_key(self) -> SigningKey:
-        """Return the arm's newest key, made if it is not there; raise ``setting_invalid`` for a damaged one."""
+        """Return the arm's newest key; create it if missing. Raises ``setting_invalid`` for a damaged file."""
         if not self._key_file.exists():
             text = msgspec.json.encode(SigningKey.generate(self._name).to_jwk(private=True))
             write_private(self._key_file, text, self._ids)
@@ -102,16 +102,16 @@ class ArmKeyStore:
         return newest.key
 
     def load_roots(self) -> Mapping[str, PublicKey]:
-        """Return the pinned roots; raise ``setting_invalid`` when there are none."""
-        return {key.thumbprint: key for key, _made in read_roots(self._roots_file)}
+        """Return the pinned root keys by thumbprint. Raises ``setting_invalid`` when there are none."""
+        return {key.thumbprint: key for key, _created_at in read_roots(self._roots_file)}
 
     def pin_roots(self, roots: Mapping[str, PublicKey]) -> None:
-        """Keep the roots for the next start."""
+        """Save the root keys for the next start."""
         write_private(self._roots_file, msgspec.json.encode(to_jwks(roots)), self._ids)
 
 
 async def open_arm_keys(settings: Settings, name: str, ids: IdGenerator) -> ArmKeyStore:
-    """Return where the keys of the arm ``name`` are, with the folder made."""
+    """Return the key store of the arm ``name``; create its folder if missing."""
     if settings.keys is not None:
         return ArmKeyStore(settings.keys, name, ids)
     async with open_keys(settings.home) as home:
@@ -128,22 +128,22 @@ async def serve_arm(
     ids: IdGenerator,
     on_wait: Callable[[str], None],
 ) -> AsyncGenerator[ServiceHost]:
-    """Serve ``arm`` for as long as the context is open; leaving drains and deregisters.
+    """Serve ``arm`` while the context is open; leaving it drains and deregisters the arm.
 
-    The first time it joins with ``OCTOLLM_ENROLMENT_TOKEN``, and pins the root keys that it is told; later starts need
-    no secret. Raises ``setting_invalid`` without either, what :func:`octollm.rpc.enrolment.join` raises,
-    ``port_taken``, and ``unavailable`` when the orchestrator does not come in time.
+    At its first start the arm enrols with ``OCTOLLM_ENROLMENT_TOKEN`` and pins the root keys of the installation; later
+    starts need no token. Raises ``setting_invalid`` when it has neither, what :func:`octollm.rpc.enrolment.enrol`
+    raises, ``port_taken``, and ``unavailable`` when the orchestrator does not answer in time.
     """
     keys = await open_arm_keys(settings, arm.name, ids)
     port = settings.port or _first_free_port(settings)
     async with contextlib.AsyncExitStack() as stack:
-        names = await stack.enter_async_context(DnsResolver())
-        discovery = StaticDiscovery(resolve_addresses(settings), names)
+        resolver = await stack.enter_async_context(DnsResolver())
+        discovery = StaticDiscovery(resolve_addresses(settings), resolver)
         own = await asyncio.to_thread(keys.load_key)
         if not keys.is_enrolled:
             await _enrol(arm, own, keys, settings, http, discovery, clock, ids)
 
-        async def started() -> ServiceHost:
+        async def start() -> ServiceHost:
             roots = TrustedRoots(keys.load_roots(), keys.pin_roots)
             identity = ServiceIdentity(arm.name, own, roots, clock, ids)
             base = build_base(
@@ -155,17 +155,27 @@ async def serve_arm(
                 transport=transport_from_settings(settings),
             )
 
-            address = (settings.host, port)
-            return await _start_host(arm, lambda: open_arm(arm, base), address, settings, clock, on_wait)
+            return await start_when_ready(
+                arm.name,
+                lambda: open_arm(arm, base),
+                (settings.host, port),
+                drain=settings.shutdown_grace,
+                checks={},
+                # Opening an arm registers it.
+                opening="orchestrator",
+                clock=clock,
+                timeout=settings.startup_timeout,
+                on_wait=on_wait,
+            )
 
         try:
-            host = await started()
+            host = await start()
         except OctoError as error:
             if error.code not in UNKNOWN_KEY_CODES or settings.enrolment_token is None:
                 raise
-            # It was removed, or this is another installation than the one that it joined.
+            # The arm was removed, or this is another installation than the one where it enrolled: enrol again.
             await _enrol(arm, own, keys, settings, http, discovery, clock, ids)
-            host = await started()
+            host = await start()
         stack.push_async_callback(host.close, settings.shutdown_grace + 2)
         yield host
 
@@ -192,12 +202,11 @@ async def _enrol(
     ids: IdGenerator,
 ) -> None:
     if settings.enrolment_token is None:
-        listed = " ".join(arm.declared_calls)
-        calls = f' --calls "{listed}"' if listed else ""
+        scopes = " ".join(arm.declared_calls)
+        calls = f' --calls "{scopes}"' if scopes else ""
         raise SettingError(
-            f"{arm.name} has not joined an installation yet. Let its administrator run `octollm keys join --name"
-            f" {arm.name}{calls}` and start it once with OCTOLLM_ENROLMENT_TOKEN set to"
-            " what that prints."
+            f"{arm.name} has not enrolled at an installation yet. Let its administrator run `octollm keys enrol --name"
+            f" {arm.name}{calls}` and start the arm once with OCTOLLM_ENROLMENT_TOKEN set to its output."
         )
     roots = await enrol(
         http,
@@ -211,22 +220,3 @@ async def _enrol(
         max_wait=settings.startup_timeout,
     )
     await asyncio.to_thread(keys.pin_roots, roots)
-
-
-async def _start_host(
-    arm: Arm[Any],
-    open_service: Callable[[], contextlib.AbstractAsyncContextManager[Service]],
-    address: tuple[str, int],
-    settings: Settings,
-    clock: Clock,
-    on_wait: Callable[[str], None],
-) -> ServiceHost:
-    hosts: list[ServiceHost] = []
-
-    async def opened() -> None:
-        hosts.append(await start_service_host(arm.name, open_service, *address, drain=settings.shutdown_grace))
-
-    await wait_for_dependencies(
-        {"orchestrator": opened}, clock=clock, timeout=settings.startup_timeout, on_wait=on_wait
-    )
-    return hosts[0]

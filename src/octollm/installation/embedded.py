@@ -30,9 +30,9 @@ from octollm.storage import MemoryServers, open_redis
 from octollm.telemetry import configure_logging, get_logger
 
 STOP_SECONDS = 2.4
-"""How long stopping may take before what is left is cancelled."""
+"""How long stopping may take before the remaining services are cancelled."""
 DRAIN_SECONDS = 2.0
-"""How long calls in flight may take to end when a service stops: the caller is in this process and stops too."""
+"""How long calls in flight may take to end on shutdown: their callers in this process stop, too."""
 READY_SECONDS = 150.0
 """How long the services may take to become ready; loading a model is most of it."""
 
@@ -42,7 +42,7 @@ START_STAGES: Sequence[tuple[str, ...]] = (
     ("judge", "executor", "retriever", "coder", "planner"),
     ("reflex",),
 )
-"""Services in the order of their dependencies; those of one stage start together."""
+"""Services in the order of their dependencies; those of one stage start concurrently."""
 
 STOP_STAGES: Sequence[tuple[str, ...]] = (
     ("reflex",),
@@ -51,19 +51,19 @@ STOP_STAGES: Sequence[tuple[str, ...]] = (
     ("memory", "models"),
     ("monitor",),
 )
-"""The way of a call: whoever calls stops first, which ends its calls, so that the callee has nothing left to drain.
-The monitor is last: the others hand their last spans to it."""
+"""Callers stop before their callees, which then have no calls left to drain. The monitor is last: the others export
+their last spans to it."""
 
 OnStage = Callable[[str], None]
 
 
 def _ignore_stage(_name: str) -> None:
-    """Tell nobody."""
+    """Ignore the stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """A running installation. ``urls`` are the services' addresses as this machine reaches them."""
+    """A running installation. ``urls`` maps each service to its address on this machine."""
 
     home: Home
     settings: Settings
@@ -73,13 +73,13 @@ class Installation:
 
     @property
     def gateway_url(self) -> str:
-        """Return the URL of the public door."""
+        """The URL of the gateway."""
         return self.urls["reflex"]
 
     async def wait_ready(self, *, timeout: float = READY_SECONDS, on_ready: OnStage = _ignore_stage) -> None:
-        """Wait until every service is ready, calling ``on_ready`` with the name of each that is.
+        """Wait until every service is ready; call ``on_ready`` with the name of each.
 
-        Raises ``unavailable`` after ``seconds``, naming what is not ready and why.
+        Raises ``unavailable`` after ``timeout`` seconds, naming the services that are not ready, with the reasons.
         """
         end = time.monotonic() + timeout
         waiting = dict.fromkeys(self.urls, "it does not answer")
@@ -98,7 +98,7 @@ class Installation:
                 await asyncio.sleep(0.05)
 
     async def _unready_reason(self, name: str) -> str | None:
-        """Return why a service is not ready, or ``None``."""
+        """Return the reason why a service is not ready; ``None`` when it is."""
         try:
             answer = await self.http.send("GET", self.urls[name] + "/ready", {}, None, seconds=10)
         except TransportError as error:
@@ -106,11 +106,11 @@ class Installation:
         if answer.status == 200:
             return None
         try:
-            found = msgspec.json.decode(answer.body, type=Readiness)
+            readiness = msgspec.json.decode(answer.body, type=Readiness)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return f"/ready answers {answer.status}"
-        lacking = (f"{key} ({state.detail})" for key, state in found.dependencies.items() if not state.ok)
-        return ", ".join(lacking) or found.status
+        missing = (f"{key} ({state.detail})" for key, state in readiness.dependencies.items() if not state.ok)
+        return ", ".join(missing) or readiness.status
 
 
 @contextlib.asynccontextmanager
@@ -123,34 +123,35 @@ async def embedded_installation(
     overrides: Mapping[str, ServiceFactory] | None = None,
     on_stage: OnStage = _ignore_stage,
 ) -> AsyncGenerator[Installation]:
-    """Run every service in this process for as long as the context is open.
+    """Run every service in this process while the context is open.
 
-    The sockets come first, so that a taken port is said before anything starts. ``ports`` overrides single ports
-    (0: any free one); ``overrides`` puts other factories in place of services. ``on_stage`` is called with what
-    starts next. When a service dies, the body is cancelled and the reason raised. Leaving stops all in under 3 s.
-    Raises ``home_in_use``, ``port_taken``, ``setting_invalid`` and what the services raise at their start.
+    ``ports`` overrides single ports (0 is any free one), ``overrides`` the factories of single services. ``on_stage``
+    is called with the names of the services that start next. When a service dies, the body is cancelled and the reason
+    raised. Leaving the context stops everything in less than 3 s. Raises ``home_in_use``, ``port_taken``,
+    ``setting_invalid`` and what the services raise at their start.
     """
     async with contextlib.AsyncExitStack() as stack:
         home = await stack.enter_async_context(open_home(settings.home))
-        wire = transport_from_settings(settings)
-        bound = stack.enter_context(bind_all(settings.host, settings.port_offset, ports, scheme=wire.scheme))
+        transport = transport_from_settings(settings)
+        # All sockets are bound before anything starts, so a port in use is reported at once.
+        bound = stack.enter_context(bind_all(settings.host, settings.port_offset, ports, scheme=transport.scheme))
         async with open_keys(settings.home):
             keys = await asyncio.to_thread(load_home_keys, home, ids)
         stack.enter_context(configure_logging(home.log_file, level=settings.log_level, clock=clock))
-        http = await stack.enter_async_context(wire.create_client())
+        http = await stack.enter_async_context(transport.create_client())
         redis = await stack.enter_async_context(open_redis(settings.redis_url, servers=MemoryServers()))
         system = Installation(home, settings, bound.urls, keys.local, http)
-        supplies = ServiceResources(
+        resources = ServiceResources(
             settings, redis, RootKeys(keys.root, keys.public, keys.local), keys.local, is_loopback(settings.host)
         )
         hosts = {
             name: ServiceHost(
                 name,
-                bind_service_factory(name, base, supplies, override=(overrides or {}).get(name)),
+                bind_service_factory(name, base, resources, override=(overrides or {}).get(name)),
                 bound.sockets[name],
                 drain=DRAIN_SECONDS,
             )
-            for name, base in _build_bases(system, keys, wire, clock, ids).items()
+            for name, base in _build_bases(system, keys, transport, clock, ids).items()
         }
         try:
             for stage in START_STAGES:
@@ -165,18 +166,17 @@ async def embedded_installation(
 
 
 def _build_bases(
-    system: Installation, keys: HomeKeys, wire: TransportConfig, clock: Clock, ids: IdGenerator
+    system: Installation, keys: HomeKeys, transport: TransportConfig, clock: Clock, ids: IdGenerator
 ) -> dict[str, ServiceBase]:
-    own = {name: (url,) for name, url in system.urls.items()}
-    discovery = StaticDiscovery({**own, **system.settings.service_urls})
-    share = system.settings.trace_sample_ratio
+    addresses = {name: (url,) for name, url in system.urls.items()}
+    discovery = StaticDiscovery({**addresses, **system.settings.service_urls})
     return {
         name: build_base(
             ServiceIdentity(name, key, keys.roots(clock.now()), clock, ids),
             system.http,
             discovery,
-            trace_sample_ratio=share,
-            transport=server_transport(wire, name),
+            trace_sample_ratio=system.settings.trace_sample_ratio,
+            transport=server_transport(transport, name),
             follow_revocations=name != "orchestrator",
         )
         for name, key in keys.services.items()
@@ -184,7 +184,7 @@ def _build_bases(
 
 
 async def _stop_hosts(hosts: Mapping[str, ServiceHost]) -> None:
-    """Stop the stages in their order; every service is told, whatever others raise."""
+    """Stop the services stage by stage; an error of one is logged and does not keep the others from stopping."""
     end = time.monotonic() + STOP_SECONDS
     failures: list[BaseException] = []
     for stage in STOP_STAGES:

@@ -17,13 +17,13 @@ from octollm.concurrency import LockTimeout, file_lock
 from octollm.errors import OctoError, SettingError
 
 KEYS_LOCK_SECONDS = 20.0
-"""How long a start waits for another process that makes the keys."""
+"""How long a start waits for another process that creates the keys."""
 HOME_LOCK_SECONDS = 1.0
-"""How long a start waits for the home: longer than somebody takes who only looks whether it is in use."""
+"""How long a start waits for the home: longer than :func:`find_running` holds the lock."""
 
 
 class RunningInstallation(msgspec.Struct, frozen=True):
-    """Who uses a home: its process and the address of its public door."""
+    """The process that uses a home, and the address of its gateway."""
 
     pid: int
     url: str
@@ -37,45 +37,46 @@ class Home:
 
     @property
     def data(self) -> Path:
-        """Return the folder of the databases."""
+        """The folder of the databases."""
         return self.root / "data"
 
     @property
     def keys(self) -> Path:
-        """Return the folder of the keys, open to its owner only."""
+        """The folder of the keys, accessible to its owner only."""
         return self.root / "keys"
 
     @property
     def local_key_file(self) -> Path:
-        """Return the file of the local user's API key."""
+        """The file of the owner's API key."""
         return self.keys / "local.key"
 
     @property
     def log_file(self) -> Path:
-        """Return the file that every service of the process logs to, one JSON object a line."""
+        """The log of every service of the process, one JSON object a line."""
         return self.root / "logs" / "octollm.jsonl"
 
     @property
     def lock_file(self) -> Path:
-        """Return the file whose lock says that the home is in use. It is never deleted."""
+        """The file that is locked while the home is in use."""
         return self.root / "lock"
 
     @property
     def keys_lock_file(self) -> Path:
-        """Return the file whose lock is held while keys are made. It is never deleted."""
+        """The file that is locked while keys are read or created."""
         return self.root / "keys.lock"
 
     @property
     def running_file(self) -> Path:
-        """Return the file that names the process that uses the home; it has a meaning only while the lock is held."""
+        """The file that names the process that uses the home; valid only while the lock is held."""
         return self.root / "running.json"
 
 
 def write_private(path: Path, content: bytes, ids: IdGenerator) -> None:
-    """Write ``content`` to ``path`` whole or not at all, readable by its owner only.
+    """Write ``content`` to ``path`` atomically, readable by its owner only.
 
     Raises ``home_unusable`` when it cannot be written.
     """
+    # A new file replaces the old one: a crash leaves one of the two, never half of the new one.
     fresh = path.with_name(f".{path.name}.{ids.hex()}")
     try:
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -91,14 +92,14 @@ def write_private(path: Path, content: bytes, ids: IdGenerator) -> None:
 
 
 def check_private(path: Path) -> None:
-    """Raise :class:`SettingError`, with what to do, when others than the owner may read or write ``path``."""
+    """Raise :class:`SettingError` when others than the owner may read or write ``path``."""
     if os.name != "posix":
         return
     state = path.lstat()
     kind = "link" if stat.S_ISLNK(state.st_mode) else ""
     if kind or state.st_uid != os.geteuid():
         raise SettingError(
-            f"{path} holds secrets and belongs to somebody else or is a link. Make it yours"
+            f"{path} holds secrets and belongs to another user or is a link. Make it yours"
             f" (`chown -R {os.geteuid()} {path}`), or set OCTOLLM_HOME to another folder."
         )
     if state.st_mode & 0o077:
@@ -108,13 +109,13 @@ def check_private(path: Path) -> None:
 
 
 def read_private(path: Path) -> str:
-    """Return the text of a secret file. Raises ``setting_invalid`` when others may read it."""
+    """Read the text of a secret file. Raises ``setting_invalid`` when others may read it."""
     check_private(path)
     return path.read_text(encoding="utf-8").strip()
 
 
 def read_local_key(root: Path) -> str | None:
-    """Return the API key of the home's owner, or ``None`` where there is none or it is not ours to read."""
+    """Read the API key of the home's owner; ``None`` when it is missing or unreadable."""
     try:
         return read_private(Home(root).local_key_file)
     except OSError:
@@ -138,16 +139,16 @@ def _make_folders(home: Home) -> None:
 
 def _clean_keys(home: Home) -> None:
     for leftover in home.keys.glob(".*"):
-        # A process that died while it wrote a key.
+        # write_private() of a process that died left it.
         leftover.unlink(missing_ok=True)
 
 
 @contextlib.asynccontextmanager
 async def open_keys(root: Path) -> AsyncGenerator[Home]:
-    """Make the folders of a home and hold its keys for this process, for as long as it takes to read or make them.
+    """Create the folders of a home and lock its keys while the context is open, to read or create them.
 
-    Unlike :func:`open_home` it lets others use the home: each service in a process of its own does. Raises
-    ``home_in_use`` when another process holds the keys for long, and what :func:`open_home` raises.
+    Unlike :func:`open_home` it does not lock the home, which services in separate processes share. Raises
+    ``home_in_use`` when another process holds the lock for too long, and as :func:`open_home`.
     """
     home = Home(root)
     await asyncio.to_thread(_make_folders, home)
@@ -156,14 +157,16 @@ async def open_keys(root: Path) -> AsyncGenerator[Home]:
             await asyncio.to_thread(_clean_keys, home)
             yield home
     except LockTimeout as error:
-        raise OctoError(f"Another process has been making the keys of {root} for long.", code="home_in_use") from error
+        raise OctoError(
+            f"Another process has held the keys of {root} for more than {KEYS_LOCK_SECONDS:g} s.", code="home_in_use"
+        ) from error
 
 
 @contextlib.asynccontextmanager
 async def open_home(root: Path) -> AsyncGenerator[Home]:
-    """Make the folders of a home and hold it for this process.
+    """Create the folders of a home and lock it for this process.
 
-    Raises ``home_in_use`` when another process does, ``home_unusable`` when it cannot be written, and
+    Raises ``home_in_use`` when another process has locked it, ``home_unusable`` when it cannot be written, and
     ``setting_invalid`` when others may read its keys.
     """
     home = Home(root)
@@ -194,7 +197,7 @@ def _read_running(home: Home) -> RunningInstallation | None:
 
 
 async def find_running(root: Path) -> RunningInstallation | None:
-    """Return who uses the home at ``root`` now, or ``None``."""
+    """Return the installation that uses the home at ``root`` now; ``None`` when none does."""
     home = Home(root)
     if not await asyncio.to_thread(home.lock_file.exists):
         return None

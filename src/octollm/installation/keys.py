@@ -13,34 +13,37 @@ from octollm.capability import CapabilityError, PublicKey, SigningKey
 from octollm.capability.jose import to_published_jwk
 from octollm.capability.keyring import DatedKey, KeyRing, PublicKeyRing
 from octollm.clock import IdGenerator
+from octollm.contracts.auth import API_KEY_PREFIX, LOCAL_KEY_ID
 from octollm.contracts.services import SERVICES
 from octollm.errors import SettingError
 from octollm.installation.home import Home, read_private, write_private
-from octollm.services.orchestrator.accounts import KEY_PREFIX, LOCAL_KEY_ID
 
 ROOT = "root"
+"""The name of the root key, beside those of the services."""
+_CREATED_AT = "iat"
+"""The member of a JWK in our files for when the key was made, in epoch seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class HomeKeys:
-    """The keys of a home. ``local`` opens the public door for the home's owner; it is shown nowhere."""
+    """The keys of a home. ``local`` is the API key of the home's owner; it is printed nowhere."""
 
     root: KeyRing
     services: Mapping[str, KeyRing]
     local: str = field(repr=False)
 
     def roots(self, now: float) -> Mapping[str, PublicKey]:
-        """Return the root keys that are believed at ``now`` (epoch seconds), by thumbprint."""
+        """Return the root keys that are trusted at ``now`` (epoch seconds), by thumbprint."""
         return self.root.trusted_keys(now)
 
     @property
     def public(self) -> Mapping[str, PublicKeyRing]:
-        """Return the services' public keys by name."""
+        """The services' public keys, by name."""
         return {name: ring.public for name, ring in self.services.items()}
 
 
 def load_home_keys(home: Home, ids: IdGenerator) -> HomeKeys:
-    """Read the keys of ``home``, making those that are not there yet.
+    """Read the keys of ``home``, and create those that are missing.
 
     Raises ``setting_invalid`` for a file that others may read or that is no key.
     """
@@ -69,11 +72,8 @@ def _load_or_create_local_key(home: Home, ids: IdGenerator) -> str:
 
 
 def generate_local_key() -> str:
-    """Return a fresh credential for the first user of an installation, as a line of text."""
-    return f"{KEY_PREFIX}{LOCAL_KEY_ID}_{secrets.token_urlsafe(32)}\n"
-
-
-_CREATED_AT = "iat"
+    """Return a new API key for the owner of an installation, as a line of text."""
+    return f"{API_KEY_PREFIX}{LOCAL_KEY_ID}_{secrets.token_urlsafe(32)}\n"
 
 
 class _JwkSetFile(msgspec.Struct, frozen=True):
@@ -81,12 +81,12 @@ class _JwkSetFile(msgspec.Struct, frozen=True):
 
 
 def decode_key_ring(content: bytes, name: str) -> KeyRing:
-    """Return the key pairs of a file; raise ``CapabilityError`` (``key_malformed``) for any other content."""
+    """Decode the key pairs of a private file. Raises ``CapabilityError`` (``key_malformed``)."""
     return KeyRing(DatedKey(SigningKey.from_jwk(jwk, name), made) for jwk, made in _parse_members(content))
 
 
 def encode_key_ring(ring: KeyRing) -> bytes:
-    """Return the content of a private file; one key that signs at once is a plain JWK."""
+    """Encode a private file: a JWK Set, or a plain JWK for one key without a creation time."""
     keys = [(each.key.to_jwk(private=True), each.created_at) for each in ring]
     if len(keys) == 1 and keys[0][1] == 0:
         return msgspec.json.encode(keys[0][0])
@@ -94,23 +94,23 @@ def encode_key_ring(ring: KeyRing) -> bytes:
 
 
 def decode_public_keys(content: bytes) -> list[tuple[PublicKey, float]]:
-    """Return the public keys of a file, with when each was made; raise ``CapabilityError`` (``key_malformed``)."""
+    """Decode the public keys of a file, with their creation times. Raises ``CapabilityError`` (``key_malformed``)."""
     return [(PublicKey.from_jwk(jwk), made) for jwk, made in _parse_members(content)]
 
 
 def encode_public_keys(keys: list[tuple[PublicKey, float]]) -> bytes:
-    """Return the content of a file of public keys."""
+    """Encode a file of public keys with their creation times."""
     return msgspec.json.encode(_JwkSetFile([_public_member(key, made) for key, made in keys]))
 
 
 def decode_public_rings(content: bytes) -> dict[str, PublicKeyRing]:
-    """Return the public keys of a file that has those of several names."""
-    found = _decode(content, dict[str, dict[str, Any]])
-    return {name: PublicKeyRing(decode_public_keys(msgspec.json.encode(value))) for name, value in found.items()}
+    """Decode a file with the public keys of several names. Raises ``CapabilityError`` (``key_malformed``)."""
+    sets = _decode(content, dict[str, dict[str, Any]])
+    return {name: PublicKeyRing(decode_public_keys(msgspec.json.encode(value))) for name, value in sets.items()}
 
 
 def encode_public_rings(rings: Mapping[str, KeyRing]) -> bytes:
-    """Return the content of a file of the public keys of several names."""
+    """Encode a file with the public keys of several names."""
     return msgspec.json.encode(
         {
             name: _JwkSetFile([_public_member(each.key.public, each.created_at) for each in ring])
@@ -125,10 +125,10 @@ def _public_member(key: PublicKey, made: float) -> dict[str, Any]:
 
 
 def _parse_members(content: bytes) -> list[tuple[dict[str, object], float]]:
-    found = _decode(content, dict[str, Any])
-    listed = _decode(content, _JwkSetFile).keys if "keys" in found else [found]
+    document = _decode(content, dict[str, Any])
+    keys = _decode(content, _JwkSetFile).keys if "keys" in document else [document]
     members: list[tuple[dict[str, object], float]] = []
-    for jwk in listed:
+    for jwk in keys:
         made = jwk.get(_CREATED_AT, 0.0)
         if not isinstance(made, int | float) or isinstance(made, bool):
             raise CapabilityError("key_malformed")

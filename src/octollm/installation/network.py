@@ -16,19 +16,20 @@ from octollm.errors import SettingError
 from octollm.rpc.tls import TlsConfig
 from octollm.rpc.transport import TransportConfig, listen
 
+GATEWAY = "reflex"
 _WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  compared with, not bound to
 
 
 @dataclass(frozen=True, slots=True)
 class BoundSockets:
-    """The bound socket of each service, and the URL by which this machine reaches it."""
+    """The bound socket of each service, and its URL on this machine."""
 
     sockets: Mapping[str, socket.socket]
     urls: Mapping[str, str]
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether what listens on ``host`` is reached from this machine only."""
+    """Report whether a server bound to ``host`` is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -41,9 +42,10 @@ def is_loopback(host: str) -> bool:
 def bind_all(
     host: str, shift: int, ports: Mapping[str, int] | None, *, scheme: str = "http"
 ) -> Generator[BoundSockets]:
-    """Bind a socket for each service; close those that nobody took over.
+    """Bind a socket for each service; leaving the context closes them.
 
-    ``ports`` overrides single ports; 0 is any free one. Raises ``port_taken`` naming the first that is taken.
+    ``shift`` is added to the default ports; ``ports`` overrides single ones, where 0 is any free port. Raises
+    ``port_taken`` naming the first that is in use.
     """
     own = ports or {}
     with contextlib.ExitStack() as stack:
@@ -58,15 +60,12 @@ def bind_all(
 
 
 def _url(scheme: str, host: str, port: int) -> str:
-    reached = _WILDCARD_HOSTS.get(host, host)
-    return f"{scheme}://[{reached}]:{port}" if ":" in reached else f"{scheme}://{reached}:{port}"
-
-
-GATEWAY = "reflex"
+    # A wildcard address can be bound, but not connected to on every platform.
+    return f"{scheme}://{url_host(_WILDCARD_HOSTS.get(host, host))}:{port}"
 
 
 def transport_from_settings(settings: Settings) -> TransportConfig:
-    """Return how services are served and called. Raises ``setting_invalid`` for half of what TLS needs."""
+    """Return HTTP version and TLS of the services. Raises ``setting_invalid`` for a certificate without its key."""
     if settings.tls_cert is None or settings.tls_key is None:
         if settings.tls_cert is not None or settings.tls_key is not None or settings.mtls:
             raise SettingError("TLS needs a certificate and its key: set both OCTOLLM_TLS_CERT and OCTOLLM_TLS_KEY.")
@@ -77,7 +76,7 @@ def transport_from_settings(settings: Settings) -> TransportConfig:
 
 
 def server_transport(transport: TransportConfig, service: str) -> TransportConfig:
-    """Return how one service is served: who comes to the public door has a key to show, not a certificate."""
+    """Return the server side of ``transport``: clients of the gateway show an API key, not a certificate."""
     if service != GATEWAY or transport.tls is None:
         return transport
     return TransportConfig(transport.http_version, msgspec.structs.replace(transport.tls, mutual=False))
@@ -86,20 +85,20 @@ def server_transport(transport: TransportConfig, service: str) -> TransportConfi
 def resolve_addresses(settings: Settings) -> Mapping[str, tuple[str, ...]]:
     """Return the base URLs of every built-in service.
 
-    They are those of ``OCTOLLM_<SERVICE>_URL``; without one, a process that listens on loopback expects the others
-    beside it, and any other expects each at its host name in a cluster, e.g. ``http://coder-arm:8102``.
+    ``OCTOLLM_<SERVICE>_URL`` takes precedence. Without it, a process that listens on loopback expects the others on
+    this machine, and any other expects each at its host name in a cluster, e.g. ``http://coder-arm:8102``.
     """
-    beside = is_loopback(settings.host)
+    is_local = is_loopback(settings.host)
     scheme = transport_from_settings(settings).scheme
-    found: dict[str, tuple[str, ...]] = {}
+    urls: dict[str, tuple[str, ...]] = {}
     for name, info in SERVICES.items():
-        host = url_host(settings.host) if beside else info.host
-        found[name] = settings.service_urls.get(name) or (f"{scheme}://{host}:{info.port + settings.port_offset}",)
-    return found
+        host = url_host(settings.host) if is_local else info.host
+        urls[name] = settings.service_urls.get(name) or (f"{scheme}://{host}:{info.port + settings.port_offset}",)
+    return urls
 
 
 def advertised_url(settings: Settings, port: int) -> str:
-    """Return the URL by which others reach what this process serves on ``port``."""
+    """Return the URL at which other services reach this process's server on ``port``."""
     if settings.advertise_url is not None:
         return settings.advertise_url
     host = settings.host if is_loopback(settings.host) else socket.gethostname()
@@ -107,5 +106,5 @@ def advertised_url(settings: Settings, port: int) -> str:
 
 
 def url_host(host: str) -> str:
-    """Return a host as it stands in a URL (RFC 3986 section 3.2.2: an IPv6 address in brackets)."""
+    """Return a host for use in a URL: an IPv6 address in brackets (RFC 3986 section 3.2.2)."""
     return f"[{host}]" if ":" in host else host

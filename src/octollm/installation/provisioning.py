@@ -23,6 +23,7 @@ from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError, SettingError
 from octollm.installation.home import Home, open_keys, write_private
 from octollm.installation.keys import (
+    ROOT,
     decode_key_ring,
     decode_public_keys,
     decode_public_rings,
@@ -33,6 +34,8 @@ from octollm.installation.keys import (
     load_home_keys,
 )
 
+KEY_NAMES = (ROOT, *SERVICES)
+"""The keys that can be rotated."""
 ROOT_FILE = "root.jwk"
 ROOTS_FILE = "roots.jwks"
 SERVICES_FILE = "services.json"
@@ -42,7 +45,7 @@ ORCHESTRATOR = "orchestrator"
 
 @dataclass(frozen=True, slots=True)
 class RootKeys:
-    """What the orchestrator alone has: the root key, the services' public keys, the first credential."""
+    """The keys that only the orchestrator has: the root key, the services' public keys, the owner's API key."""
 
     root: KeyRing
     services: Mapping[str, PublicKeyRing]
@@ -51,7 +54,7 @@ class RootKeys:
 
 @dataclass(frozen=True, slots=True)
 class ServiceKeys:
-    """A service's own key and the roots that it trusts; ``root`` is the orchestrator's."""
+    """A service's own keys and the root keys that it trusts; ``root`` is set for the orchestrator only."""
 
     own: KeyRing
     roots: Mapping[str, PublicKey]
@@ -59,10 +62,10 @@ class ServiceKeys:
 
 
 async def load_service_keys(settings: Settings, name: str, ids: IdGenerator, now: float) -> ServiceKeys:
-    """Return the keys of the built-in service ``name``, with the roots that are believed at ``now`` (epoch seconds).
+    """Return the keys of the built-in service ``name``, with the root keys trusted at ``now`` (epoch seconds).
 
-    ``OCTOLLM_KEYS`` names a folder made by :func:`provision`; without it they are those of the home, made if they
-    are not there. Raises ``setting_invalid`` for keys that are missing, damaged or open to others.
+    ``OCTOLLM_KEYS`` names a folder made by :func:`provision_keys`; without it the keys of the home are used, and
+    created if missing. Raises ``setting_invalid`` for keys that are missing, damaged or readable by others.
     """
     if settings.keys is not None:
         return load_provisioned_keys(settings.keys, name, now)
@@ -73,14 +76,14 @@ async def load_service_keys(settings: Settings, name: str, ids: IdGenerator, now
 
 
 def provision_keys(folder: Path, ids: IdGenerator) -> list[Path]:
-    """Make a folder of keys for each built-in service below ``folder``, and return the files that were written.
+    """Make a folder of keys for each built-in service below ``folder``; return the files written.
 
-    A file that is there is kept, so that it can be run again; ``orchestrator/`` alone gets the root key. Raises
+    Existing files are kept, so that it can be run again. Only ``orchestrator/`` gets the root key. Raises
     ``home_unusable`` when a file cannot be written, ``setting_invalid`` for a damaged one.
     """
     written: list[Path] = []
 
-    def kept_or_made(path: Path, content: bytes) -> bytes:
+    def load_or_write(path: Path, content: bytes) -> bytes:
         if path.exists():
             return path.read_bytes()
         write_private(path, content, ids)
@@ -94,33 +97,33 @@ def provision_keys(folder: Path, ids: IdGenerator) -> list[Path]:
         own = {
             name: _decode_ring(
                 folder / name / f"{name}.jwk",
-                kept_or_made(folder / name / f"{name}.jwk", encode_key_ring(KeyRing.of(SigningKey.generate(name)))),
+                load_or_write(folder / name / f"{name}.jwk", encode_key_ring(KeyRing.of(SigningKey.generate(name)))),
                 name,
             )
             for name in SERVICES
         }
-        made = kept_or_made(top / ROOT_FILE, encode_key_ring(KeyRing.of(SigningKey.generate("root"))))
-        root = _decode_ring(top / ROOT_FILE, made, "root")
+        made = load_or_write(top / ROOT_FILE, encode_key_ring(KeyRing.of(SigningKey.generate(ROOT))))
+        root = _decode_ring(top / ROOT_FILE, made, ROOT)
         roots = encode_public_keys([(each.key.public, each.created_at) for each in root])
         for name in SERVICES:
-            kept_or_made(folder / name / ROOTS_FILE, roots)
-        kept_or_made(top / SERVICES_FILE, encode_public_rings(own))
-        kept_or_made(top / LOCAL_FILE, generate_local_key().encode())
+            load_or_write(folder / name / ROOTS_FILE, roots)
+        load_or_write(top / SERVICES_FILE, encode_public_rings(own))
+        load_or_write(top / LOCAL_FILE, generate_local_key().encode())
     except OSError as error:
         raise OctoError(f"{folder} cannot be written: {error.strerror}.", code="home_unusable") from error
     return written
 
 
 def load_provisioned_keys(folder: Path, name: str, now: float) -> ServiceKeys:
-    """Return the keys that were provisioned for ``name`` in ``folder``, with the roots that are believed at ``now``.
+    """Return the keys provisioned for ``name`` in ``folder``, with the root keys trusted at ``now``.
 
-    Raises ``setting_invalid`` for a file that is missing, damaged, or open to every user of the machine.
+    Raises ``setting_invalid`` for a file that is missing, damaged, or readable by every user of the machine.
     """
     own = read_key_ring(folder / f"{name}.jwk", name)
     roots = PublicKeyRing(read_roots(folder / ROOTS_FILE)).trusted_keys(now)
     if name != ORCHESTRATOR:
         return ServiceKeys(own, roots)
-    root = read_key_ring(folder / ROOT_FILE, "root")
+    root = read_key_ring(folder / ROOT_FILE, ROOT)
     try:
         services = decode_public_rings(_read_secret(folder / SERVICES_FILE))
     except CapabilityError as error:
@@ -132,12 +135,12 @@ def load_provisioned_keys(folder: Path, name: str, now: float) -> ServiceKeys:
 
 
 def read_key_ring(path: Path, name: str) -> KeyRing:
-    """Return the private keys of ``name``; raise ``setting_invalid`` for a file that is damaged or open to others."""
+    """Read the private keys of ``name``. Raises ``setting_invalid`` for a file that is damaged or world-readable."""
     return _decode_ring(path, _read_secret(path), name)
 
 
 def read_roots(path: Path) -> list[tuple[PublicKey, float]]:
-    """Return every key of a JWK Set (RFC 7517 section 5), with when it was made; raise ``setting_invalid``."""
+    """Read a JWK Set (RFC 7517 section 5): each key with its creation time. Raises ``setting_invalid``."""
     try:
         return decode_public_keys(_read_secret(path))
     except CapabilityError as error:
@@ -145,7 +148,7 @@ def read_roots(path: Path) -> list[tuple[PublicKey, float]]:
 
 
 def _read_secret(path: Path) -> bytes:
-    """Read a secret of a folder that was provisioned: a container's secrets may be links, owned by root."""
+    # Less strict than check_private(): the secrets of a container may be links, owned by root and readable by a group.
     try:
         if os.name == "posix" and path.stat().st_mode & 0o007:
             raise SettingError(f"{path} holds secrets and every user may read it. Run `chmod o-rwx {path}`.")
@@ -172,11 +175,10 @@ def _damaged_error(path: Path) -> SettingError:
 
 
 def load_trusted_roots(settings: Settings, file: Path | None = None) -> Mapping[str, PublicKey]:
-    """Return the root keys of ``file`` (a JWK Set), of ``OCTOLLM_KEYS``, or of the home, whichever is first.
+    """Return the root keys of ``file`` (a JWK Set), else of ``OCTOLLM_KEYS``, else of the home.
 
-    Those that are out of use are among them: they signed what was sealed in their time.
-
-    Raises ``setting_invalid`` where there are none, with what to do.
+    Retired keys are included: audit checkpoints of their time are signed by them. Raises ``setting_invalid`` when there
+    is none of the three.
     """
     if file is not None:
         return _by_thumbprint(read_roots(file))
@@ -184,7 +186,7 @@ def load_trusted_roots(settings: Settings, file: Path | None = None) -> Mapping[
         return _by_thumbprint(read_roots(settings.keys / ROOTS_FILE))
     root = Home(settings.home).keys / ROOT_FILE
     if root.exists():
-        return _by_thumbprint((each.key.public, each.created_at) for each in read_key_ring(root, "root"))
+        return _by_thumbprint((each.key.public, each.created_at) for each in read_key_ring(root, ROOT))
     raise SettingError(
         "No root key is known on this machine. Save the installation's from a place that you trust, such as the file"
         " roots.jwks that `octollm keys provision` wrote, and name it with --roots."
@@ -195,13 +197,9 @@ def _by_thumbprint(keys: Iterable[tuple[PublicKey, float]]) -> Mapping[str, Publ
     return {key.thumbprint: key for key, _made in keys}
 
 
-ROOT = "root"
-KEY_NAMES = (ROOT, *SERVICES)
-
-
 @dataclass(frozen=True, slots=True)
 class KeyRotationResult:
-    """What was done. The key ``fresh`` signs from ``signs_at`` on; the one before is believed until ``until``."""
+    """The key ``fresh`` signs from ``signs_at`` on; the key ``before`` is trusted until ``until`` (epoch seconds)."""
 
     name: str
     fresh: str
@@ -216,9 +214,8 @@ def rotate_signing_key(
 ) -> KeyRotationResult:
     """Make a new key for ``name`` (a built-in service, or ``root``) in the keys of a home or in provisioned folders.
 
-    Each file is written whole, and those of whoever has to believe the new key before that of who signs with it.
-    ``at_once`` is for a key that somebody else may have: the new one signs immediately, and the old one is believed
-    no more. Raises ``setting_invalid`` for keys that are not there.
+    With ``is_compromised`` the new key signs immediately and the old one is no longer trusted. Raises
+    ``setting_invalid`` for keys that are missing.
     """
     if name not in KEY_NAMES:
         raise SettingError(f"There is no key of {name}. There are {', '.join(KEY_NAMES)}.")
@@ -227,19 +224,21 @@ def rotate_signing_key(
     path = (folder / owner if provisioned else folder) / (ROOT_FILE if name == ROOT else f"{name}.jwk")
     old = read_key_ring(path, name)
     before = old.signing_key(now)
+    # A backdated key is past its overlap, so it signs at once.
     made = now - OVERLAP_SECONDS - TRUST_SECONDS if is_compromised else now
     fresh = SigningKey.generate(name)
     ring = KeyRing([*([] if is_compromised else _believed_keys(old, now)), DatedKey(fresh, made)])
     files: dict[Path, bytes] = {}
     if provisioned and name == ROOT:
         for service in SERVICES:
-            there = folder / service / ROOTS_FILE
-            files[there] = encode_public_keys(_with_new_root(read_roots(there), fresh.public, made))
+            roots_file = folder / service / ROOTS_FILE
+            files[roots_file] = encode_public_keys(_with_new_root(read_roots(roots_file), fresh.public, made))
     elif provisioned:
         files[folder / ORCHESTRATOR / SERVICES_FILE] = encode_public_rings(_load_service_rings(folder) | {name: ring})
     files[path] = encode_key_ring(ring)
-    for there, content in files.items():
-        write_private(there, content, ids)
+    # The verifiers' files come first: nobody signs with a key that the others do not know yet.
+    for file, content in files.items():
+        write_private(file, content, ids)
     until = now if is_compromised else made + OVERLAP_SECONDS + TRUST_SECONDS
     return KeyRotationResult(
         name, fresh.thumbprint, before.thumbprint, max(now, made + OVERLAP_SECONDS), until, tuple(files)
@@ -248,16 +247,16 @@ def rotate_signing_key(
 
 def _believed_keys(ring: KeyRing, now: float) -> list[DatedKey]:
     dated = list(ring)
-    kept = [dated[index] for index in trusted_indices([each.created_at for each in dated], now)]
-    if len(kept) >= MAX_KEYS:
+    trusted = [dated[index] for index in trusted_indices([key.created_at for key in dated], now)]
+    if len(trusted) >= MAX_KEYS:
         raise OctoError(f"The key was changed {MAX_KEYS - 1} times within a day.", code="state_conflict")
-    return kept
+    return trusted
 
 
 def _with_new_root(
     roots: list[tuple[PublicKey, float]], fresh: PublicKey, made: float
 ) -> list[tuple[PublicKey, float]]:
-    """Return public root keys with a new one. The old ones stay: audit checkpoints of their time bear their names."""
+    """Add a new public root key. Old ones stay: audit checkpoints of their time name them."""
     older = [(key, min(at, made - 1)) for key, at in roots]
     return [*older[-(MAX_KEYS - 1) :], (fresh, made)]
 

@@ -16,13 +16,22 @@ from octollm.rpc.service import Service
 from octollm.rpc.transport import listen
 
 ServiceContextFactory = Callable[[], AbstractAsyncContextManager[Service]]
+"""Opens a service."""
+DependencyCheck = Callable[[], Awaitable[None]]
+"""Returns when a dependency is available; raises an ``OctoError`` with the reason when it is not."""
 
 KILL_SECONDS = 0.4
-"""How long a cancelled service may take to clean up before it is left alone."""
+"""How long a cancelled service may take to clean up before it is abandoned."""
+POLL_SECONDS = 0.5
+"""Pause between two rounds of dependency checks."""
+REPORT_SECONDS = 5.0
+"""An unchanged list of missing dependencies is reported again after this time."""
+GC_THRESHOLD = 10_000
+"""Net allocations before a collection of the youngest generation; Python's default is 700."""
 
 
 class ServiceHost:
-    """A service that is opened and served until it is told to stop; then calls in flight get ``drain`` seconds."""
+    """A service in this process: opened, served, and drained for up to ``drain`` seconds when it is closed."""
 
     def __init__(self, name: str, open_service: ServiceContextFactory, bound: socket.socket, *, drain: float) -> None:
         self.name = name
@@ -35,7 +44,7 @@ class ServiceHost:
 
     @property
     def address(self) -> str:
-        """Return where it listens, as ``host:port``."""
+        """The address it listens on, as ``host:port``."""
         host, port = self._bound.getsockname()[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -45,7 +54,7 @@ class ServiceHost:
             await self._stop.wait()
 
     async def start(self) -> None:
-        """Open the service and serve it. Raises what its opening raises."""
+        """Open the service and serve it. Raises what opening it raises."""
         self._task = asyncio.create_task(self._run(), name=f"service {self.name}")
         up = asyncio.create_task(self._is_up.wait())
         try:
@@ -56,7 +65,7 @@ class ServiceHost:
             self._task.result()
 
     async def wait(self) -> None:
-        """Wait until the service ends by itself, which it should not, and raise why."""
+        """Wait until the service ends. Raises ``internal`` with the cause when it was not closed."""
         if self._task is None:
             raise AssertionError(f"{self.name} was not started")
         await asyncio.wait({self._task})
@@ -67,12 +76,12 @@ class ServiceHost:
         )
 
     async def close(self, timeout: float) -> None:
-        """Drain and close the service, cancelling what is left of it after ``seconds``."""
+        """Drain and close the service; cancel it after ``timeout`` seconds."""
         if self._task is None:
             return
         self._stop.set()
         if not self._is_up.is_set():
-            # It is still opening: there is nothing to drain.
+            # Still opening: there are no calls to drain.
             self._task.cancel()
         await asyncio.wait({self._task}, timeout=timeout)
         if not self._task.done():
@@ -86,24 +95,24 @@ class ServiceHost:
 async def start_service_host(
     name: str, open_service: ServiceContextFactory, host: str, port: int, *, drain: float
 ) -> ServiceHost:
-    """Bind a socket, open the service and serve it there; on a failure nothing of it stays.
+    """Bind a socket, open the service and serve it there; on failure everything is closed.
 
-    Raises ``port_taken`` and what the opening raises.
+    Raises ``port_taken`` and what opening the service raises.
     """
     bound = listen(host, port, name)
-    hosted = ServiceHost(name, open_service, bound, drain=drain)
+    service = ServiceHost(name, open_service, bound, drain=drain)
     try:
-        await hosted.start()
+        await service.start()
     except BaseException:
-        await hosted.close(0)
+        await service.close(0)
         bound.close()
         raise
-    return hosted
+    return service
 
 
 @contextlib.asynccontextmanager
 async def supervise_hosts(hosts: Iterable[ServiceHost]) -> AsyncGenerator[None]:
-    """Cancel the body when a service ends by itself, and raise why."""
+    """Cancel the body of the context when one of ``hosts`` ends, and raise the reason."""
     try:
         async with asyncio.TaskGroup() as group:
             guards = [group.create_task(host.wait()) for host in hosts]
@@ -116,30 +125,23 @@ async def supervise_hosts(hosts: Iterable[ServiceHost]) -> AsyncGenerator[None]:
         raise failures.exceptions[0] from failures.exceptions[0].__cause__
 
 
-POLL_SECONDS = 0.5
-REPORT_SECONDS = 5.0
-"""What is waited for is told again after so long."""
-
-DependencyCheck = Callable[[], Awaitable[None]]
-"""Returns when something is there; raises an ``OctoError`` that says what is wrong with it."""
-
-
 async def wait_for_dependencies(
     checks: Mapping[str, DependencyCheck], *, clock: Clock, timeout: float, on_wait: Callable[[str], None]
 ) -> None:
-    """Wait until every one of ``needs`` is there, at most ``seconds``; ``tell`` is given what is waited for.
+    """Wait until every check passes, for at most ``timeout`` seconds.
 
-    Raises ``unavailable`` naming what did not come, and at once what waiting cannot mend.
+    ``on_wait`` is called with the missing dependencies and their reasons when they change, and every
+    ``REPORT_SECONDS``. Raises ``unavailable`` after the timeout, and immediately errors that waiting cannot repair.
     """
     end = clock.monotonic() + timeout
-    told, told_at = "", -REPORT_SECONDS
+    reported, reported_at = "", -REPORT_SECONDS
     waiting = dict(checks)
     while True:
         reasons: dict[str, str] = {}
-        for name, need in tuple(waiting.items()):
+        for name, check in tuple(waiting.items()):
             try:
                 async with asyncio.timeout(max(1.0, end - clock.monotonic())):
-                    await need()
+                    await check()
                 del waiting[name]
             except TimeoutError:
                 reasons[name] = "It does not answer."
@@ -157,21 +159,47 @@ async def wait_for_dependencies(
                 " OCTOLLM_STARTUP_TIMEOUT to wait longer.",
                 code="unavailable",
             )
-        if sentence != told or now - told_at >= REPORT_SECONDS:
-            told, told_at = sentence, now
+        if sentence != reported or now - reported_at >= REPORT_SECONDS:
+            reported, reported_at = sentence, now
             on_wait(sentence)
         await asyncio.sleep(POLL_SECONDS)
 
 
-GC_THRESHOLD = 10_000
-"""Objects that are made, beyond those that are gone, before the collector looks at the new ones; Python has 700."""
+async def start_when_ready(
+    name: str,
+    open_service: ServiceContextFactory,
+    address: tuple[str, int],
+    *,
+    drain: float,
+    checks: Mapping[str, DependencyCheck],
+    opening: str,
+    clock: Clock,
+    timeout: float,
+    on_wait: Callable[[str], None],
+) -> ServiceHost:
+    """Wait for ``checks``, then start the service on ``address``, all within ``timeout`` seconds.
+
+    Opening it may need more than the checks cover, such as a registration: an attempt that fails with an outage is
+    repeated, and reported under the name ``opening``. Raises as :func:`wait_for_dependencies`.
+    """
+    hosts: list[ServiceHost] = []
+
+    async def start() -> None:
+        hosts.append(await start_service_host(name, open_service, *address, drain=drain))
+
+    end = clock.monotonic() + timeout
+    if checks:
+        await wait_for_dependencies(checks, clock=clock, timeout=timeout, on_wait=on_wait)
+    left = max(1.0, end - clock.monotonic()) if checks else timeout
+    await wait_for_dependencies({opening: start}, clock=clock, timeout=left, on_wait=on_wait)
+    return hosts[0]
 
 
 def tune_garbage_collector() -> None:
-    """Tell the collector that what a started process consists of stays.
+    """Exclude the objects of a started process from garbage collection, and collect less often.
 
-    Modules, classes and caches are some hundred thousand objects, which a full collection looks at one by one, during a
-    call, to find that none of them is gone.
+    Modules, classes and caches are some hundred thousand objects. A full collection during a call would visit each of
+    them and free none.
     """
     gc.collect()
     gc.freeze()

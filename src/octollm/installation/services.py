@@ -24,8 +24,7 @@ from octollm.installation.service_host import (
     DependencyCheck,
     ServiceContextFactory,
     ServiceHost,
-    start_service_host,
-    wait_for_dependencies,
+    start_when_ready,
 )
 from octollm.rpc.discovery import Discovery, DnsResolver, StaticDiscovery
 from octollm.rpc.http_client import HttpClient
@@ -45,10 +44,10 @@ from octollm.storage import RedisClient, open_redis
 from octollm.telemetry import configure_logging, get_logger
 
 ServiceFactory = Callable[[ServiceBase, Settings], AbstractAsyncContextManager[Service]]
-"""Opens a service that needs nothing but what every service has."""
+"""Opens a service from its base and the settings alone."""
 
 REDIS_SERVICES = frozenset({"orchestrator", "monitor", "reflex"})
-"""The services that are given Redis."""
+"""The services that use Redis."""
 
 _SIMPLE_SERVICES: Mapping[str, ServiceFactory] = {
     "memory": memory_service,
@@ -63,10 +62,10 @@ _SIMPLE_SERVICES: Mapping[str, ServiceFactory] = {
 
 @dataclass(frozen=True, slots=True)
 class ServiceResources:
-    """What the services of a process are given besides what every service has.
+    """What single services need besides their base.
 
-    ``root`` is for the orchestrator alone. ``local_key`` is the credential that the door uses for a local peer where
-    ``loopback_only`` says that nobody else can connect; ``None`` where no peer is trusted.
+    ``root`` is for the orchestrator alone. The gateway uses ``local_key`` as the credential of peers without one if
+    ``loopback_only`` (only this machine can connect); ``None`` trusts no peer.
     """
 
     settings: Settings
@@ -79,9 +78,9 @@ class ServiceResources:
 def bind_service_factory(
     name: str, base: ServiceBase, resources: ServiceResources, *, override: ServiceFactory | None = None
 ) -> ServiceContextFactory:
-    """Return what opens the built-in service ``name``; ``override`` stands in place of one that needs nothing special.
+    """Return the factory of the built-in service ``name``; ``override`` replaces a :data:`ServiceFactory`.
 
-    Raises ``setting_invalid`` when something that it needs is not supplied.
+    Raises ``setting_invalid`` when a resource that it needs is missing.
     """
     settings = resources.settings
     if name in _SIMPLE_SERVICES:
@@ -111,16 +110,17 @@ def bind_service_factory(
 
 
 HEALTH_SECONDS = 5.0
+"""Timeout of a check of the orchestrator."""
 
 
 @contextlib.asynccontextmanager
 async def serve_builtin_service(
     name: str, settings: Settings, *, clock: Clock, ids: IdGenerator, on_wait: Callable[[str], None]
 ) -> AsyncGenerator[ServiceHost]:
-    """Serve the built-in service ``name`` for as long as the context is open; leaving drains.
+    """Serve the built-in service ``name`` while the context is open; leaving it drains.
 
-    It waits for what it needs, and ``tell`` is given in words what that is. Raises ``setting_invalid`` for a name or
-    keys that are wrong, ``port_taken``, ``unavailable`` when what it needs does not come in time.
+    It waits for its dependencies and calls ``on_wait`` with those that are missing. Raises ``setting_invalid`` for a
+    wrong name or wrong keys, ``port_taken``, and ``unavailable`` when a dependency does not answer in time.
     """
     if name not in SERVICES:
         raise SettingError(f"There is no service {name}. There are {', '.join(SERVICES)}.")
@@ -129,11 +129,11 @@ async def serve_builtin_service(
     keys = await load_service_keys(settings, name, ids, clock.now())
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(configure_logging(None, level=settings.log_level, clock=clock))
-        wire = transport_from_settings(settings)
-        http = await stack.enter_async_context(wire.create_client())
-        names = await stack.enter_async_context(DnsResolver())
+        transport = transport_from_settings(settings)
+        http = await stack.enter_async_context(transport.create_client())
+        resolver = await stack.enter_async_context(DnsResolver())
         port = settings.port or SERVICES[name].port + settings.port_offset
-        discovery = StaticDiscovery(resolve_addresses(settings), names)
+        discovery = StaticDiscovery(resolve_addresses(settings), resolver)
         redis = await stack.enter_async_context(open_redis(settings.redis_url)) if name in REDIS_SERVICES else None
         identity = ServiceIdentity(name, keys.own, keys.roots, clock, ids)
         base = build_base(
@@ -142,45 +142,24 @@ async def serve_builtin_service(
             discovery,
             advertised_url=advertised_url(settings, port),
             trace_sample_ratio=settings.trace_sample_ratio,
-            transport=server_transport(wire, name),
+            transport=server_transport(transport, name),
             follow_revocations=name != "orchestrator",
         )
-        supplies = ServiceResources(settings, redis, keys.root, None, is_loopback(settings.host))
-        opener = bind_service_factory(name, base, supplies)
-        needs = _dependency_checks(name, redis, http, discovery)
-        yield await _start_host(
-            name, opener, needs, (settings.host, port), settings=settings, clock=clock, on_wait=on_wait, stack=stack
+        resources = ServiceResources(settings, redis, keys.root, None, is_loopback(settings.host))
+        host = await start_when_ready(
+            name,
+            bind_service_factory(name, base, resources),
+            (settings.host, port),
+            drain=settings.shutdown_grace,
+            checks=_dependency_checks(name, redis, http, discovery),
+            opening=name,
+            clock=clock,
+            timeout=settings.startup_timeout,
+            on_wait=on_wait,
         )
-
-
-async def _start_host(
-    name: str,
-    open_service: ServiceContextFactory,
-    checks: dict[str, DependencyCheck],
-    address: tuple[str, int],
-    *,
-    settings: Settings,
-    clock: Clock,
-    on_wait: Callable[[str], None],
-    stack: contextlib.AsyncExitStack,
-) -> ServiceHost:
-    """Wait for what the service needs, then open and serve it; opening it is the last of its needs."""
-    started: list[ServiceHost] = []
-
-    async def opened() -> None:
-        started.append(await start_service_host(name, open_service, *address, drain=settings.shutdown_grace))
-
-    async def close() -> None:
-        for host in started:
-            await host.close(settings.shutdown_grace + 2)
-
-    stack.push_async_callback(close)
-    end = clock.monotonic() + settings.startup_timeout
-    await wait_for_dependencies(checks, clock=clock, timeout=settings.startup_timeout, on_wait=on_wait)
-    left = max(1.0, end - clock.monotonic())
-    await wait_for_dependencies({name: opened}, clock=clock, timeout=left, on_wait=on_wait)
-    get_logger(name).info("service.up", address=f"{address[0]}:{address[1]}")
-    return started[0]
+        stack.push_async_callback(host.close, settings.shutdown_grace + 2)
+        get_logger(name).info("service.up", address=f"{settings.host}:{port}")
+        yield host
 
 
 def _dependency_checks(
@@ -196,9 +175,9 @@ def _dependency_checks(
         if answer.status != 200:
             raise OctoError(f"{url}/health answers {answer.status}.", code="unavailable")
 
-    needs: dict[str, DependencyCheck] = {}
+    checks: dict[str, DependencyCheck] = {}
     if redis is not None:
-        needs["redis"] = redis_answers
+        checks["redis"] = redis_answers
     if name != "orchestrator":
-        needs["orchestrator"] = orchestrator_answers
-    return needs
+        checks["orchestrator"] = orchestrator_answers
+    return checks

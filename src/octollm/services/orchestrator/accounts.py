@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 
 from octollm.capability import PRESETS, Principal, ScopeSet, preset_scopes
 from octollm.clock import Clock, IdGenerator, format_rfc3339
-from octollm.contracts.auth import IssuerView, KeyList, KeyView, LoginCode, NewKey
+from octollm.contracts.auth import API_KEY_PREFIX, LOCAL_KEY_ID, IssuerView, KeyList, KeyView, LoginCode, NewKey
 from octollm.errors import OctoError
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record_audit
 from octollm.services.orchestrator.oidc import (
@@ -30,8 +30,6 @@ from octollm.services.orchestrator.oidc import (
 from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import api_keys
 
-KEY_PREFIX = "octo_"
-LOCAL_KEY_ID = "local"
 LOCAL_TENANT = "local"
 LAST_USED_INTERVAL = 60.0
 """Seconds between two writes of one key's ``last_used_at``."""
@@ -90,7 +88,7 @@ class Accounts:
         )
         prefix, _, rest = credential.partition("_")
         key_id, _, _secret = rest.partition("_")
-        if prefix + "_" != KEY_PREFIX or not key_id or len(credential) > 200:
+        if prefix + "_" != API_KEY_PREFIX or not key_id or len(credential) > 200:
             raise refused
         row = await self._load_row(key_id)
         # An unknown id is compared as well, so that timing does not reveal which ids exist.
@@ -169,7 +167,7 @@ class Accounts:
         if not requested.is_subset(expand_scopes(row["scopes"], self._arms(tenant))):
             raise OctoError("A key may not have scopes that its creator lacks.", code="scope_missing")
         key_id = self._ids.hex()
-        secret = f"{KEY_PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
+        secret = f"{API_KEY_PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
         now = self._clock.now()
         async with self._db.transaction() as tx:
             await tx.execute(

@@ -390,9 +390,9 @@ class EnrolmentAuthority:
 def _find_fault(row: Mapping[str, Any], calls: Sequence[str], now: float) -> tuple[str, str] | None:
     """Return the reason why a proved token admits no arm with these calls, and its text; ``None`` if it does."""
     if row["revoked_at"] is not None:
-        return "revoked", "The enrolment token was revoked; create another with `octollm keys join`."
+        return "revoked", "The enrolment token was revoked; create another with `octollm keys enrol`."
     if row["expires_at"] <= now:
-        return "expired", "The enrolment token has expired; create another with `octollm keys join`."
+        return "expired", "The enrolment token has expired; create another with `octollm keys enrol`."
     excess = sorted(set(calls) - set(row["calls"]))
     if excess:
         admitted = ", ".join(row["calls"]) or "no calls"

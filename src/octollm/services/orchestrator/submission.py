@@ -10,6 +10,7 @@ import msgspec
 
 from octollm.clock import Clock
 from octollm.contracts.media_types import accepts_file, file_kind, media_type_of
+from octollm.contracts.output_schema import MAX_OUTPUT_SCHEMA
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import (
     MAX_FILE_BYTES,
@@ -25,7 +26,8 @@ from octollm.errors import FieldError, OctoError
 from octollm.services.orchestrator.files import FileStore, validate_file_name
 
 MAX_LIST_ITEMS = 32
-MAX_ITEM_LENGTH = 2000
+MAX_ITEM_LENGTH = MAX_OUTPUT_SCHEMA
+"""Characters of a constraint or criterion; a criterion may be the JSON Schema of the output."""
 MAX_TASK_SECONDS = 3600.0
 
 

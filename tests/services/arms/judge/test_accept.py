@@ -5,6 +5,7 @@ import json
 import pytest
 
 from octollm.contracts.operations import AcceptRequest, AcceptResult
+from octollm.contracts.output_schema import format_output_criterion
 from octollm.contracts.task import Artifact, Citation, Evidence, ExecuteResult, FileRef
 from octollm.errors import OctoError
 from octollm.services.arms.judge.acceptance import accept, find_test_weakness
@@ -210,3 +211,40 @@ async def test_criteria_are_put_to_the_model_after_the_checks(run) -> None:
     ask = _saying({"accepted": False, "reason": "No currency."})
     assert (await accept(request, run, ask, _read({}))).reasons == ("No currency.",)
     assert (await accept(request, run, None, _read({}))).accepted
+
+
+COUNT = {"type": "object", "properties": {"count": {"type": "integer"}}, "required": ["count"]}
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ('{"count": 8}', []),
+        ('```json\n{"count": 8}\n```', []),
+        ('{"count": "eight"}', ["at /count", "integer"]),
+        ('{"other": 1}', ["at the top", "count"]),
+        ("eight", ["no JSON document"]),
+        ("[" * 100_000 + "1", ["no JSON document"]),
+    ],
+)
+async def test_an_output_is_verified_against_its_schema(run, output, words):
+    request = AcceptRequest("Count.", ExecuteResult(output), (format_output_criterion(COUNT),))
+    verdict = await accept(request, run, None, _read({}))
+    assert verdict.accepted is (not words)
+    assert all(word in " ".join(verdict.reasons) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        ({"type": "no such type"}, "invalid"),
+        ({"$ref": "http://127.0.0.1:9/schema.json"}, "invalid"),
+        ({"pattern": "(a+)+$"}, "does not fit"),
+    ],
+)
+async def test_a_schema_of_the_client_does_no_harm(run, schema, word):
+    output = '"' + "a" * 5000 + '!"'
+    request = AcceptRequest("Go", ExecuteResult(output), (format_output_criterion(schema),))
+    verdict = await accept(request, run, None, _read({}))
+    assert not verdict.accepted
+    assert word in " ".join(verdict.reasons)

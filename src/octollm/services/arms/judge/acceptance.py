@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from itertools import islice
+from typing import Any
 
+import jsonschema_rs
 import msgspec
 
 from octollm import Citation, Evidence, FileRef, Message, OctoError
@@ -22,6 +25,7 @@ from octollm.contracts.operations import (
     format_cell,
     parse_result_set,
 )
+from octollm.contracts.output_schema import extract_json, find_output_schema
 from octollm.services.arms.completion import PromptFunction
 from octollm.services.arms.judge.validation import Run, parse_python, validate
 from octollm.text.lexical import content_words, extract_numbers, extract_numbers_and_words, stems
@@ -274,7 +278,35 @@ def _reads_any(node: ast.AST, names: set[str]) -> bool:
     )
 
 
-_EMPTY_OUTPUT = re.compile(r"^\W*(?:none|null|n/?a|todo)?\W*$", re.IGNORECASE)
+MAX_OUTPUT_FAULTS = 5
+
+
+def find_output_faults(output: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return why an output is not valid against a JSON Schema, each with a JSON Pointer; nothing when it is valid."""
+    try:
+        document = msgspec.json.decode(extract_json(output))
+    except (msgspec.DecodeError, RecursionError) as error:
+        return (f"The output is no JSON document: {error}",)
+    try:
+        # The schema is the client's: patterns run in linear time, and references to other hosts are not followed.
+        validator = jsonschema_rs.validator_for(
+            dict(schema), pattern_options=jsonschema_rs.RegexOptions(), offline=True
+        )
+    except (jsonschema_rs.ValidationError, ValueError) as error:
+        return (f"The JSON Schema of the output is invalid: {str(error)[:200]}",)
+    return tuple(
+        f"The output does not fit its JSON Schema at {_json_pointer(error.instance_path) or 'the top'}: "
+        f"{error.message[:200]}"
+        for error in islice(validator.iter_errors(document), MAX_OUTPUT_FAULTS)
+    )
+
+
+def _json_pointer(path: list[str | int]) -> str:
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+
+
+_EMPTY_OUTPUT = re.compile(r"^\W*+(?:none|null|n/?a|todo)?\W*+$", re.IGNORECASE)
+"""Possessive quantifiers: backtracking over a long run of brackets would take quadratic time."""
 _UNCHECKED_SCORE = 0.5
 """The score of a text that nobody could check."""
 
@@ -289,6 +321,9 @@ async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, r
     evidence = request.result.evidence
     if _EMPTY_OUTPUT.match(request.result.output) and not request.result.artifacts:
         return AcceptResult(accepted=False, reasons=("The result is empty.",), score=0.0)
+    schema = find_output_schema(request.criteria)
+    if schema is not None and (faults := find_output_faults(request.result.output, schema)):
+        return AcceptResult(accepted=False, reasons=faults, score=0.0)
     if evidence is None or evidence.kind == "text":
         return await ask_opinion(request, ask) if ask else AcceptResult(accepted=True, score=_UNCHECKED_SCORE)
     if evidence.kind == "documents":

@@ -1,4 +1,4 @@
-"""Arms of one's own: join secrets, admitted names and keys, and the processes of every arm."""
+"""Arms of one's own: enrolment tokens, admitted names and keys, and the processes of every arm."""
 
 # pyright: reportUnknownArgumentType=false
 # SQLAlchemy's numeric types are generic in what the driver returns, which a schema does not care about.
