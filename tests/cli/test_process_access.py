@@ -127,7 +127,7 @@ async def test_keys_are_changed_and_the_work_goes_on(place):
     for name in ("judge", "root"):
         rotated = await place.run("keys", "rotate", name)
         assert rotated.code == 0, rotated.err
-        assert "Start the orchestrator" in rotated.out
+        assert "Restart the orchestrator" in rotated.out
     up = await place.up()
     try:
         assert await status_of(place, 8103, "/validate", token) == 200, "what the old keys signed is good still"
