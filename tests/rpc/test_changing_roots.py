@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from kit import IDS
 from wires import CURRENT
 
@@ -52,7 +50,8 @@ async def test_roots_come_and_go_while_a_service_runs(monkeypatch):
                 transport=CURRENT.wire,
                 follow_revocations=False,
             )
-            refreshing = asyncio.create_task(service.directory.refresh_periodically())
+            refreshing = service.directory.refresh_loop()
+            refreshing.start()
             verifier = service.identity.verifier()
             alice = Principal("alice", "key-1", "acme")
             first = minter.mint_access(alice, "svc", "svc:work", 86_400)
@@ -66,5 +65,4 @@ async def test_roots_come_and_go_while_a_service_runs(monkeypatch):
             clock.ahead = OVERLAP_SECONDS + TRUST_SECONDS + 1
             await wait_until(lambda: set(roots) == {new.thumbprint}, description="the old root is forgotten")
             assert told == [{old.thumbprint, new.thumbprint}, {new.thumbprint}]
-            refreshing.cancel()
-            await asyncio.wait({refreshing})
+            await refreshing.aclose()

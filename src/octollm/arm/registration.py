@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import msgspec
 
 from octollm.arm.arm import Arm
-from octollm.concurrency import BackgroundTask
+from octollm.concurrency import BackgroundLoop, retry
 from octollm.contracts.enrolment import ArmRegistration, InstanceRef
 from octollm.errors import OctoError, RemoteError
-from octollm.resilience import Deadline
+from octollm.resilience import Deadline, retry_until
 from octollm.rpc.client import CallTarget, OutgoingCall
 from octollm.rpc.health import DependencyStatus
 from octollm.rpc.http_client import TransportError
@@ -36,8 +35,14 @@ class ArmRegistrar:
         self._arm = arm
         self._base = base
         self._instance = base.ids.hex()
-        self._failure = "not registered yet"
-        self._background = BackgroundTask(f"registration of {arm.name}")
+        self._heartbeats = BackgroundLoop(
+            f"heartbeat of {arm.name}",
+            self._heartbeat,
+            interval=HEARTBEAT_SECONDS,
+            initial_delay=HEARTBEAT_SECONDS,
+            log=base.log,
+        )
+        self._heartbeats.failure = "not registered yet"
 
     @contextlib.asynccontextmanager
     async def keep_registered(self) -> AsyncGenerator[None]:
@@ -45,47 +50,28 @@ class ArmRegistrar:
 
         Raises what the orchestrator answers, or ``unavailable`` and the like when it has not been there for 60 s.
         """
-        await self._register_with_retry()
-        self._background.start(self._heartbeat_loop())
+        deadline = Deadline.after(self._base.clock, REGISTER_SECONDS)
+        await retry(self._register, retry_until(deadline, _RETRY_SECONDS, self._is_worth_waiting))
+        self._heartbeats.report_success()
         try:
-            yield
+            async with self._heartbeats:
+                yield
         finally:
-            with contextlib.suppress(Exception):  # what it died of is in ``checkup``
-                await self._background.stop()
             await self._deregister()
 
     async def checkup(self) -> DependencyStatus:
         """Say whether the orchestrator knows of this process."""
-        failure = self._failure
-        if (died := self._background.failure) is not None:
-            failure = f"the heartbeat stopped: {type(died).__name__}"
-        return DependencyStatus(ok=not failure, detail=failure, required=False)
+        return await self._heartbeats.check_health()
 
-    async def _register_with_retry(self) -> None:
-        end = Deadline.after(self._base.clock, REGISTER_SECONDS)
-        while True:
-            try:
-                return await self._register()
-            except OctoError as error:
-                if not _is_transient(error) or end.remaining() <= _RETRY_SECONDS:
-                    raise
-                self._base.log.info("arm.waits", error=error)
-            await asyncio.sleep(_RETRY_SECONDS)
-
-    async def _heartbeat_loop(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            try:
-                await self._heartbeat()
-            except OctoError as error:
-                if not self._failure:
-                    self._base.log.warning("arm.not_heard", error=error)
-                self._failure = error.detail
+    def _is_worth_waiting(self, error: OctoError) -> bool:
+        if not _is_transient(error):
+            return False
+        self._base.log.info("arm.waits", error=error)
+        return True
 
     async def _heartbeat(self) -> None:
         try:
             await self._send("heartbeat", InstanceRef(self._instance), _CALL_SECONDS)
-            self._failure = ""
         except RemoteError as error:
             if error.code != "not_found":
                 raise
@@ -108,7 +94,6 @@ class ArmRegistrar:
             about={declared.name: declared.summary for declared in arm.operations if declared.summary},
         )
         await self._send("register", registration, _CALL_SECONDS)
-        self._failure = ""
 
     async def _deregister(self) -> None:
         with contextlib.suppress(OctoError):  # its heartbeat then times out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import random
@@ -23,6 +22,7 @@ from octollm.client.errors import (
     error_from_transport,
 )
 from octollm.clock import Clock, IdGenerator, SystemClock, Uuid7Generator
+from octollm.concurrency import retry
 from octollm.config import read_client_settings
 from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.services import local_url
@@ -170,16 +170,10 @@ class GatewayTransport:
             **({"Idempotency-Key": idempotency_key} if idempotency_key else {}),
         }
         is_idempotent = method == "GET" or is_read_only or idempotency_key is not None
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                return await self._send_once(method, path, body, request_headers, deadline, accepted_statuses)
-            except APIError as error:
-                delay = self._retry_delay(error, attempt, deadline, is_idempotent=is_idempotent)
-                if delay is None:
-                    raise
-                await asyncio.sleep(delay)
+        return await retry(
+            lambda: self._send_once(method, path, body, request_headers, deadline, accepted_statuses),
+            lambda error, attempt: self._retry_delay(error, attempt, deadline, is_idempotent=is_idempotent),
+        )
 
     async def _send_once(
         self,
@@ -208,8 +202,10 @@ class GatewayTransport:
             self.fail_over(url)
         raise error
 
-    def _retry_delay(self, error: APIError, attempt: int, deadline: Deadline, *, is_idempotent: bool) -> float | None:
+    def _retry_delay(self, error: OctoError, attempt: int, deadline: Deadline, *, is_idempotent: bool) -> float | None:
         """Return the seconds to wait before the next attempt; ``None`` to give up."""
+        if not isinstance(error, APIError):
+            return None
         may_have_started = error.request_sent and error.code not in LOAD_SHEDDING_CODES
         if isinstance(error, Unavailable) and not may_have_started and attempt < len(self._urls):
             # The next address may be up: try it without a pause.

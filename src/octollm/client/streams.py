@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import random
 from collections.abc import AsyncGenerator
@@ -22,8 +21,10 @@ from octollm.client.errors import (
     error_from_code,
     error_from_response,
 )
+from octollm.concurrency import Retries
 from octollm.contracts.events import Event
 from octollm.contracts.stream import FrameType
+from octollm.errors import OctoError
 from octollm.resilience import CallFailure, RetryPolicy
 from octollm.rpc.http_client import HttpResponse
 
@@ -49,12 +50,12 @@ class ReconnectBackoff:
         self._until = None
         self._attempts = 0
 
-    def next_delay(self, error: APIError, hint: str) -> float:
+    def next_delay(self, error: OctoError, hint: str) -> float:
         """Return the seconds to wait before the next attempt.
 
         Raises ``error`` itself when a retry cannot help, and :class:`Unavailable` with ``hint`` after the timeout.
         """
-        if not error.retryable:
+        if not isinstance(error, APIError) or not error.retryable:
             raise error
         now = self._transport.clock.monotonic()
         if self._until is None:
@@ -181,7 +182,8 @@ async def stream_updates(
     """
     position = StreamPosition(after)
     backoff = ReconnectBackoff(transport, reconnect_timeout)
-    while True:
+    hint = f"The task may go on: `octollm watch {task_id}` follows it once the gateway is back."
+    async for attempt in Retries(lambda error, _number: backoff.next_delay(error, hint)):
         url = transport.url
         try:
             async with _connect(transport, url, task_id, position, keepalive) as socket:
@@ -211,11 +213,8 @@ async def stream_updates(
         if error is None:
             return
         transport.fail_over(url)
-        await asyncio.sleep(
-            backoff.next_delay(
-                error, f"The task may go on: `octollm watch {task_id}` follows it once the gateway is back."
-            )
-        )
+        with attempt:
+            raise error
 
 
 def _connect(
@@ -267,7 +266,11 @@ async def stream_events(
     ``reconnect_timeout`` seconds.
     """
     backoff = ReconnectBackoff(transport, reconnect_timeout)
-    while True:
+
+    def next_delay(error: OctoError, _number: int) -> float | None:
+        return backoff.next_delay(error, f"Go on with after={after} once it is back.")
+
+    async for attempt in Retries(next_delay):
         try:
             async with contextlib.aclosing(_read_connection(transport, after)) as events:
                 async for event in events:
@@ -281,7 +284,8 @@ async def stream_events(
             error = _stream_ended(transport)
         except APIError as broken:
             error = broken
-        await asyncio.sleep(backoff.next_delay(error, f"Go on with after={after} once it is back."))
+        with attempt:
+            raise error
 
 
 async def _read_connection(transport: GatewayTransport, after: int) -> AsyncGenerator[Event | None]:

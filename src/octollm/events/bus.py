@@ -17,10 +17,11 @@ from typing import Literal
 import msgspec
 
 from octollm.clock import Clock, IdGenerator, format_rfc3339
-from octollm.concurrency import BackgroundTask
+from octollm.concurrency import BackgroundLoop
 from octollm.contracts.events import EVENT_CATALOGUE, Event, channel_of
 from octollm.errors import OctoError
 from octollm.events.log import validate_event
+from octollm.resilience import Backoff
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
 
@@ -28,8 +29,8 @@ QUEUE_CAPACITY = 1000
 """Events queued for a subscriber that is busy; later ones become one gap."""
 READY_SECONDS = 5.0
 """Seconds that a new subscription waits for the confirmation of Redis."""
-BACKOFF_INITIAL, BACKOFF_MAX = 0.1, 5.0
-"""Pause in seconds before a reconnect; it doubles with each failure."""
+RECONNECT_BACKOFF = Backoff(0.1, 5.0)
+"""Pauses before a reconnect while Redis is away."""
 RECEIVE_SECONDS = 30.0
 """Seconds of one wait for a message; an idle connection is waited on again."""
 
@@ -98,23 +99,28 @@ class Subscription:
         self._wakeup = asyncio.Event()
         self._ready = asyncio.Event()
         self._gap_detector = GapDetector()
-        self._background = BackgroundTask("subscription")
+        self._listener = BackgroundLoop(
+            "event subscription", self._listen, backoff=RECONNECT_BACKOFF, on_crash=lambda _error: self._on_crash()
+        )
         self.gaps = 0
         """Gaps reported so far."""
         self.malformed = 0
         """Messages received that are not declared events."""
-        self.degraded: str | None = None
-        """Why no events arrive now; ``None`` while they do."""
+
+    @property
+    def degraded(self) -> str | None:
+        """Return why no events arrive now; ``None`` while they do."""
+        return self._listener.failure or None
 
     async def __aenter__(self) -> Subscription:
         """Subscribe and wait for the confirmation of Redis. Raises ``unavailable`` after five seconds."""
-        self._background.start(self._listen(), on_end=self._on_listener_end)
+        self._listener.start()
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await self._ready.wait()
-            self._background.raise_if_failed()
+            self._listener.raise_if_crashed()
         except BaseException as error:
-            await self._background.stop()
+            await self._listener.aclose()
             if isinstance(error, TimeoutError):
                 raise OctoError(self.degraded or "Redis does not answer.", code="unavailable") from error
             raise
@@ -124,9 +130,10 @@ class Subscription:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the subscription and close its connection."""
-        await self._background.stop()
+        await self._listener.aclose()
+        self._listener.raise_if_crashed()
 
-    def _on_listener_end(self) -> None:
+    def _on_crash(self) -> None:
         self._ready.set()
         self._wakeup.set()
 
@@ -149,7 +156,7 @@ class Subscription:
             if self._overflow_gap is not None:
                 gap, self._overflow_gap = self._overflow_gap, None
                 return gap
-            self._background.raise_if_failed()
+            self._listener.raise_if_crashed()
             self._wakeup.clear()
             await self._wakeup.wait()
         return self._items.popleft()
@@ -165,22 +172,15 @@ class Subscription:
         self._wakeup.set()
 
     async def _listen(self) -> None:
-        pause = BACKOFF_INITIAL
-        while True:
-            pubsub = self._redis.pubsub()
-            try:
-                await self._subscribe(pubsub)
-                pause = BACKOFF_INITIAL
-                while True:
-                    message = await pubsub.receive(RECEIVE_SECONDS)
-                    if message is not None and not message.subscribed:
-                        self._on_message(message)
-            except OctoError as error:
-                self.degraded = error.detail
-            finally:
-                await close_pubsub(pubsub)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, BACKOFF_MAX)
+        pubsub = self._redis.pubsub()
+        try:
+            await self._subscribe(pubsub)
+            while True:
+                message = await pubsub.receive(RECEIVE_SECONDS)
+                if message is not None and not message.subscribed:
+                    self._on_message(message)
+        finally:
+            await close_pubsub(pubsub)
 
     async def _subscribe(self, pubsub: PubSub) -> None:
         await pubsub.psubscribe(*self._patterns)
@@ -194,7 +194,7 @@ class Subscription:
                 unconfirmed.discard(message.name)
             else:
                 self._on_message(message)
-        self.degraded = None
+        self._listener.report_success()
         if self._ready.is_set():
             self._put(Gap("reconnected", self._gap_detector.latest))
         self._ready.set()

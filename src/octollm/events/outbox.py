@@ -7,6 +7,7 @@ the others stand by and take over when the lease expires.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -14,11 +15,12 @@ from types import TracebackType
 import msgspec
 
 from octollm.clock import Clock, IdGenerator
-from octollm.concurrency import BackgroundTask, wait_for_event
+from octollm.concurrency import BackgroundLoop, wait_for_event
 from octollm.contracts.events import Event, channel_of
 from octollm.errors import OctoError
 from octollm.events.log import TASK_PREFIX, EventLog
 from octollm.events.sequencer import Sequencer, SequencerLease
+from octollm.resilience import Backoff
 from octollm.storage import Database
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import RedisClient
@@ -44,9 +46,10 @@ class OutboxPolicy:
     batch: int = 200
     batch_bytes: int = 1024 * 1024
 
-    def backoff(self, failures: int) -> float:
-        """Return the pause in seconds after that many consecutive failures."""
-        return min(self.backoff_initial * 2 ** min(failures - 1, 16), self.backoff_max)
+    @property
+    def backoff(self) -> Backoff:
+        """Return the pauses while the database or Redis is away."""
+        return Backoff(self.backoff_initial, self.backoff_max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,9 @@ class OutboxHealth:
 class OutboxPublisher:
     """Sequences and publishes the log's events within ``async with``, while this replica holds the lease.
 
-    One task sequences and another publishes, so sequencing continues while Redis is down. Both retry an ``OctoError``
-    forever and report it in :attr:`health`. Any other exception is a bug: it ends the publisher, shows in
-    :attr:`health`, and is raised by :meth:`wait` and at the end of the ``async with``.
+    One loop sequences and another publishes, so sequencing continues while Redis is down. Both retry an ``OctoError``
+    forever and report it in :attr:`health`. Any other exception is a bug: it ends its loop, shows in :attr:`health`,
+    and is raised at the end of the ``async with``.
     """
 
     def __init__(
@@ -94,14 +97,15 @@ class OutboxPublisher:
         self._position_changed = asyncio.Condition()
         self._latest_batch: list[Event] = []  # saves the publisher a read of events that were just sequenced
         self._saved_cursor = 0  # the publish cursor as stored in SQL
-        self._failures: dict[str, str] = {}
-        self._background = BackgroundTask("relay")
+        self._sequencing = BackgroundLoop("outbox sequencing", self._sequence_round, backoff=self._policy.backoff)
+        self._publishing = BackgroundLoop("outbox publishing", self._publish_round, backoff=self._policy.backoff)
         self._remove_listener: Callable[[], None] | None = None
 
     async def __aenter__(self) -> OutboxPublisher:
         """Start both tasks. Neither the database nor Redis needs to be up yet."""
         self._remove_listener = self._log.on_commit(self.wake)
-        self._background.start(self._run())
+        self._sequencing.start()
+        self._publishing.start()
         return self
 
     async def __aexit__(
@@ -111,16 +115,14 @@ class OutboxPublisher:
         remove_listener, self._remove_listener = self._remove_listener, None
         if remove_listener is not None:
             remove_listener()
-        try:
-            await self._background.stop()
-        finally:
-            if self._lease is not None:
-                lease, self._lease = self._lease, None
-                try:
-                    await self._sequencer.release(lease.fence, lease.last_published)
-                except OctoError:
-                    # The lease expires by itself; the next holder only waits for that.
-                    self._failures["database"] = "The lease could not be released."
+        await self._publishing.aclose()
+        await self._sequencing.aclose()
+        if self._lease is not None:
+            lease, self._lease = self._lease, None
+            # Otherwise the lease expires by itself; the next holder only waits for that.
+            with contextlib.suppress(OctoError):
+                await self._sequencer.release(lease.fence, lease.last_published)
+        self._raise_if_crashed()
 
     def wake(self) -> None:
         """Signal new events. The log calls it after each commit of an event in this process."""
@@ -129,16 +131,14 @@ class OutboxPublisher:
     @property
     def health(self) -> OutboxHealth:
         """Return the current state."""
-        if (failure := self._background.failure) is not None:
-            return OutboxHealth(degraded=f"The outbox publisher stopped: {type(failure).__name__}.")
-        degraded = " ".join(self._failures[part] for part in sorted(self._failures)) or None
-        if self._lease is None:
+        degraded = " ".join(filter(None, (self._sequencing.failure, self._publishing.failure))) or None
+        if self._lease is None or self._sequencing.crash or self._publishing.crash:
             return OutboxHealth(degraded=degraded)
         return OutboxHealth(True, degraded, self._lease.last_sequenced, self._lease.last_published)
 
-    async def wait(self) -> None:
-        """Wait until the publisher ends, and raise the exception that ended it."""
-        await self._background.wait()
+    def _raise_if_crashed(self) -> None:
+        self._sequencing.raise_if_crashed()
+        self._publishing.raise_if_crashed()
 
     async def flush(self, timeout: float) -> bool:
         """Wait until all events committed so far are published; return whether that took at most ``timeout`` seconds.
@@ -149,7 +149,7 @@ class OutboxPublisher:
         try:
             async with asyncio.timeout(timeout):
                 while await self._sequencer.backlog() != "none" or not self._is_all_published():
-                    self._background.raise_if_failed()
+                    self._raise_if_crashed()
                     async with self._position_changed:
                         try:
                             async with asyncio.timeout(self._policy.poll):
@@ -163,27 +163,20 @@ class OutboxPublisher:
     def _is_all_published(self) -> bool:
         return self._lease is not None and self._lease.last_published >= self._lease.last_sequenced
 
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._retry_forever("database", self._sequence_once), name="relay-number")
-            group.create_task(self._retry_forever("redis", self._publish_once), name="relay-publish")
+    async def _sequence_round(self) -> None:
+        await self._while_leased(self._sequence_once())
 
-    async def _retry_forever(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Repeat ``work`` forever, with exponential backoff while it fails."""
-        failures = 0
-        while True:
-            try:
-                await work()
-                failures = 0
-                self._failures.pop(part, None)
-            except OctoError as error:
-                if error.code == "fence_lost":
-                    # Another replica took the lease over; stand by, which is no failure.
-                    self._lease = None
-                    continue
-                failures += 1
-                self._failures[part] = error.detail
-                await asyncio.sleep(self._policy.backoff(failures))
+    async def _publish_round(self) -> None:
+        await self._while_leased(self._publish_once())
+
+    async def _while_leased(self, work: Awaitable[None]) -> None:
+        """Wait for ``work``; a lost lease is no failure: another replica has it, and this one applies again."""
+        try:
+            await work
+        except OctoError as error:
+            if error.code != "fence_lost":
+                raise
+            self._lease = None
 
     async def _sequence_once(self) -> None:
         """Acquire or renew the lease, sequence one batch, or wait for new events."""

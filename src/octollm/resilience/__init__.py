@@ -4,9 +4,18 @@ Values go in, a decision comes out; the caller does the waiting and the I/O. Not
 """
 
 from octollm.resilience.load_balancing import Balancer, CallOutcome, Ejection, EjectionPolicy, Instance
-from octollm.resilience.retry import CallFailure, Deadline, OutageRetry, RetryBudget, RetryPolicy
+from octollm.resilience.retry import (
+    Backoff,
+    CallFailure,
+    Deadline,
+    OutageRetry,
+    RetryBudget,
+    RetryPolicy,
+    retry_until,
+)
 
 __all__ = [
+    "Backoff",
     "Balancer",
     "CallFailure",
     "CallOutcome",
@@ -17,4 +26,5 @@ __all__ = [
     "OutageRetry",
     "RetryBudget",
     "RetryPolicy",
+    "retry_until",
 ]

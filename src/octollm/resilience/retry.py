@@ -5,6 +5,7 @@ The time left for a call, exponential backoff with full jitter, the retry budget
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -111,6 +112,31 @@ class OutageRetry:
         if not failure.is_outage or (failure.may_have_started and not is_idempotent):
             return None
         return self.interval if elapsed + self.interval <= self.max_seconds and self.interval < remaining else None
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Pauses of a loop after failures in a row: ``first`` seconds, doubled each time up to ``limit``."""
+
+    first: float
+    limit: float
+
+    def pause(self, failures: int) -> float:
+        """Return the seconds to wait after that many failures in a row, at least one."""
+        # The exponent is bounded, since a float overflows after a thousand failures.
+        return min(self.limit, self.first * 2.0 ** min(failures - 1, 64))
+
+
+def retry_until(
+    deadline: Deadline, interval: float, is_transient: Callable[[OctoError], bool]
+) -> Callable[[OctoError, int], float | None]:
+    """Return a decision that retries transient failures every ``interval`` seconds until ``deadline``."""
+
+    def next_delay(error: OctoError, attempt: int) -> float | None:
+        del attempt
+        return interval if is_transient(error) and deadline.remaining() > interval else None
+
+    return next_delay
 
 
 class RetryBudget:

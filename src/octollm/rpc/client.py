@@ -6,7 +6,6 @@ breaker is open, balances over the rest, and returns a whole response or a strea
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import msgspec
 from prometheus_client import Counter
 
 from octollm.clock import Clock, IdGenerator
+from octollm.concurrency import retry
 from octollm.context import current_context
 from octollm.contracts.problems import to_problem
 from octollm.contracts.services import OperationKind
@@ -241,33 +241,39 @@ class ServiceClient:
         headers = self._headers(call, span)
         progress = _CallProgress(self._clock.monotonic())
         reason: OctoError | None = None
-        while True:
+
+        async def attempt_once() -> T:
             progress.tries += 1
-            try:
-                call.deadline.raise_if_passed()
-                result = await self._attempt(call, attempt, headers, state, progress)
-            except OctoError as error:
-                self._count(target, error.code)
-                if reason is None or isinstance(error, TransportError | RemoteError):
-                    reason = error
-                delay = self._retry_delay(call, error, state, progress)
-                if delay is None:
-                    # The last failure of an instance explains more than "no instance may be called now".
-                    seconds = self._clock.monotonic() - progress.began
-                    reason.call_attempts = CallAttempts(
-                        target.service, target.operation, progress.instance, progress.tries, seconds
-                    )
-                    if reason is error:
-                        raise
-                    raise reason from error
+            call.deadline.raise_if_passed()
+            return await self._attempt(call, attempt, headers, state, progress)
+
+        def next_delay(error: OctoError, _number: int) -> float | None:
+            nonlocal reason
+            self._count(target, error.code)
+            # The last failure of an instance explains more than "no instance may be called now".
+            if reason is None or isinstance(error, TransportError | RemoteError):
+                reason = error
+            delay = self._retry_delay(call, error, state, progress)
+            if delay is not None:
                 self._metrics.call_retries.labels(self._service, target.service).inc()
-                await asyncio.sleep(delay)
-            else:
-                self._count(target, "ok")
-                return result
-            finally:
-                if reason is not None or span.trace.sampled:
-                    span.attributes |= {"octollm.attempts": progress.tries, "octollm.instance": progress.instance}
+            return delay
+
+        try:
+            result = await retry(attempt_once, next_delay)
+        except OctoError as error:
+            final = reason or error
+            seconds = self._clock.monotonic() - progress.began
+            final.call_attempts = CallAttempts(
+                target.service, target.operation, progress.instance, progress.tries, seconds
+            )
+            if final is error:
+                raise
+            raise final from error
+        finally:
+            if reason is not None or span.trace.sampled:
+                span.attributes |= {"octollm.attempts": progress.tries, "octollm.instance": progress.instance}
+        self._count(target, "ok")
+        return result
 
     def _retry_delay(
         self, call: OutgoingCall, error: OctoError, state: _ServiceState, progress: _CallProgress

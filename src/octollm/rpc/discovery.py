@@ -17,6 +17,7 @@ import dns.asyncresolver
 import dns.exception
 import dns.resolver
 
+from octollm.concurrency import BackgroundLoop
 from octollm.errors import OctoError
 
 
@@ -90,11 +91,11 @@ async def resolve_addresses(name: str) -> DnsRecords:
 
 
 class _HostRecord:
-    """The last known addresses of a name, and the task that refreshes them."""
+    """The last known addresses of a name, and the loop that refreshes them."""
 
     def __init__(self) -> None:
         self.addresses: tuple[str, ...] = ()
-        self.task: asyncio.Task[None] | None = None
+        self.loop: BackgroundLoop | None = None
 
 
 class DnsResolver:
@@ -113,10 +114,8 @@ class DnsResolver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
-        tasks = [name.task for name in self._names.values() if name.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        loops = [name.loop for name in self._names.values() if name.loop is not None]
+        await asyncio.gather(*(loop.aclose() for loop in loops))
 
     def expand(self, urls: Sequence[str]) -> tuple[str, ...]:
         """Return ``urls`` with one URL for each current address of its host name.
@@ -145,20 +144,20 @@ class DnsResolver:
             if len(self._names) >= MAX_NAMES:
                 return name
             self._names[host] = name
-        if self._open and (name.task is None or name.task.done()):
-            name.task = asyncio.create_task(self._refresh(host, name), name=f"dns {host}")
+        if self._open and name.loop is None:
+            name.loop = BackgroundLoop(f"dns {host}", lambda: self._refresh(host, name), restart=True)
+            name.loop.start()
         return name
 
     async def _refresh(self, host: str, name: _HostRecord) -> None:
-        """Repeat the lookup whenever the records expire."""
-        while True:
-            try:
-                records = await self._resolve(host)
-            except LookupError:
-                await asyncio.sleep(FAILED_TTL)
-                continue
-            name.addresses = records.addresses
-            await asyncio.sleep(min(max(records.ttl, MIN_TTL), MAX_TTL))
+        """Look a name up, and wait until its records expire."""
+        try:
+            records = await self._resolve(host)
+        except LookupError:
+            await asyncio.sleep(FAILED_TTL)
+            return
+        name.addresses = records.addresses
+        await asyncio.sleep(min(max(records.ttl, MIN_TTL), MAX_TTL))
 
 
 def _is_address(host: str) -> bool:

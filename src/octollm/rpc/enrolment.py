@@ -5,7 +5,6 @@ The arm proves possession of its enrolment token and learns which root keys to t
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -24,9 +23,10 @@ from octollm.capability.enrolment import (
 )
 from octollm.capability.jose import b64encode
 from octollm.clock import Clock, IdGenerator
+from octollm.concurrency import retry
 from octollm.contracts.enrolment import EnrolmentNonce, EnrolmentRequest, EnrolmentResponse, KeyRotation
 from octollm.errors import OctoError, RemoteError
-from octollm.resilience import Deadline
+from octollm.resilience import Deadline, retry_until
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.discovery import Discovery
 from octollm.rpc.http_client import HttpClient, TransportError
@@ -60,14 +60,10 @@ async def enrol(
     token = EnrolmentToken.parse(enrolment_token.strip())
     scopes = scopes_of(parse_declared_calls(calls))
     client = ServiceClient(name, http, discovery, clock=clock, ids=ids, metrics=Metrics(name))
-    deadline = Deadline.after(clock, max_wait)
-    while True:
-        try:
-            return await _enrol_once(client, clock, name, key, token, scopes)
-        except OctoError as error:
-            if not _is_transient(error) or deadline.remaining() <= _PAUSE_SECONDS:
-                raise
-        await asyncio.sleep(_PAUSE_SECONDS)
+    return await retry(
+        lambda: _enrol_once(client, clock, name, key, token, scopes),
+        retry_until(Deadline.after(clock, max_wait), _PAUSE_SECONDS, _is_transient),
+    )
 
 
 async def rotate_key(client: ServiceClient, identity: ServiceIdentity, new_key: SigningKey) -> None:

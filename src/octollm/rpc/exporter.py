@@ -13,12 +13,12 @@ from typing import Generic, TypeVar
 from octollm import __version__
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
+from octollm.concurrency import BackgroundLoop
 from octollm.context import RequestContext, current_context, set_context, start_trace
 from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
-from octollm.resilience import Deadline
+from octollm.resilience import Backoff, Deadline
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
-from octollm.rpc.health import DependencyStatus
 from octollm.telemetry import ExportBuffer, Logger, Metrics, Span
 from octollm.telemetry.otlp import encode_spans
 
@@ -52,24 +52,28 @@ class BatchExporter(Generic[T]):
         self._log = log
         self._metrics = metrics
         self._dropped_counted = 0
-        self.failure = ""
-        """Why the last export failed; empty after one that succeeded."""
+        self._loop = BackgroundLoop(
+            f"export to {name}", self._export_batch, backoff=Backoff(EXPORT_SECONDS, LONGEST_PAUSE), log=log
+        )
+        self.check_readiness = self._loop.check_health
+
+    @property
+    def failure(self) -> str:
+        """Return why the last export failed; empty after one that succeeded."""
+        return self._loop.failure
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncGenerator[None]:
         """Export while the context is open; leaving it flushes the buffer."""
-        exporting = asyncio.create_task(self._export_forever(), name=f"export to {self._name}")
-        exporting.add_done_callback(self._on_task_done)
         try:
-            yield
+            async with self._loop:
+                yield
         finally:
-            exporting.cancel()
-            await asyncio.wait({exporting})
             await self.flush()
 
     async def flush(self) -> None:
         """Send the buffered items, or log how many are lost after half a second."""
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, OctoError):
             # In a task of its own: _disable_tracing must not change the context of the caller.
             async with asyncio.timeout(FLUSH_SECONDS):
                 await asyncio.create_task(self._export_rest())
@@ -77,55 +81,37 @@ class BatchExporter(Generic[T]):
         if len(self._buffer):
             self._log.warning("spans.lost", to=self._name, count=len(self._buffer))
 
-    async def check_readiness(self) -> DependencyStatus:
-        """Return the state of the export for ``/ready``; a service works without it."""
-        return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
-
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.failure = f"The export to {self._name} has crashed; the log has the reason."
-            self._log.error("spans.crashed", to=self._name, error=error)
-
-    async def _export_forever(self) -> None:
+    async def _export_batch(self) -> None:
         _disable_tracing()
-        pause = EXPORT_SECONDS
-        while True:
-            await self._buffer.has_items.wait()
-            await asyncio.sleep(pause)
-            pause = EXPORT_SECONDS if await self._export() else min(2 * pause, LONGEST_PAUSE)
+        await self._buffer.has_items.wait()
+        await asyncio.sleep(EXPORT_SECONDS)  # the first item of a batch waits for others
+        await self._export()
 
     async def _export_rest(self) -> None:
         _disable_tracing()
         await self._export()
 
-    async def _export(self) -> bool:
-        """Send every buffered batch; return whether all were accepted."""
+    async def _export(self) -> None:
+        """Send every buffered batch. Raises ``OctoError`` when one is not accepted."""
         while batch := self._buffer.take(MAX_BATCH):
             try:
                 await self._send(batch)
             except OctoError as error:
-                self._on_error(batch, error)
-                return False
+                self._handle_rejected(batch, error)
+                raise OctoError(f"{self._name} does not accept spans: {error.detail}", code=error.code) from error
             except BaseException:
                 self._buffer.requeue(batch)
                 raise
             self._metrics.spans.labels(self._name, "exported").inc(len(batch))
-            if self.failure:
-                self.failure = ""
-                self._log.info("spans.export_restored", to=self._name)
         self._count_dropped()
-        return True
 
-    def _on_error(self, batch: list[T], error: OctoError) -> None:
+    def _handle_rejected(self, batch: list[T], error: OctoError) -> None:
         if to_problem(error).retryable or error.code == "deadline_exceeded":
             self._buffer.requeue(batch)
         else:
             # Sent again, the same batch would be refused again.
             self._buffer.dropped += len(batch)
         self._count_dropped()
-        if not self.failure:
-            self._log.warning("spans.not_exported", to=self._name, error=error)
-        self.failure = f"{self._name} does not accept spans: {error.detail}"
 
     def _count_dropped(self) -> None:
         uncounted, self._dropped_counted = self._buffer.dropped - self._dropped_counted, self._buffer.dropped

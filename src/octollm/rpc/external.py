@@ -6,7 +6,6 @@ circuit breaker of internal calls.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -14,6 +13,7 @@ from typing import TypeVar
 from pyqwest import HTTPTransport
 
 from octollm.clock import Clock
+from octollm.concurrency import Retries
 from octollm.contracts.problems import to_problem
 from octollm.errors import CallAttempts, OctoError
 from octollm.resilience import (
@@ -92,34 +92,35 @@ class ExternalClient:
         """
         self._budget.earn()
         began = self._clock.monotonic()
-        attempts = 0
         reason: OctoError | None = None
-        while True:
+
+        def next_delay(error: OctoError, attempts: int) -> float | None:
+            nonlocal reason
+            reason = error
+            self._metrics.calls.labels(self._service, self._name, operation, error.code).inc()
+            delay = self._retry.next_delay(
+                CallFailure(to_problem(error).retryable, may_have_started=True, retry_after=error.retry_after),
+                attempt=attempts,
+                is_idempotent=is_repeatable(),
+                remaining=deadline.remaining(),
+                random=random.random(),  # noqa: S311  jitter is no secret
+            )
+            if delay is None or not self._budget.spend():
+                seconds = self._clock.monotonic() - began
+                error.call_attempts = CallAttempts(self._name, operation, self._name, attempts, seconds)
+                return None
+            self._metrics.call_retries.labels(self._service, self._name).inc()
+            return delay
+
+        async for retried in Retries(next_delay):
+            # Outside the attempt: a deadline that has passed, or an open circuit, is final.
             deadline.raise_if_passed()
             instance = self._pick(operation, reason)
-            attempts += 1
-            try:
+            with retried:
                 result = await self._attempt(instance, operation, attempt)
-            except OctoError as error:
-                reason = error
-                self._metrics.calls.labels(self._service, self._name, operation, error.code).inc()
-                delay = self._retry.next_delay(
-                    CallFailure(to_problem(error).retryable, may_have_started=True, retry_after=error.retry_after),
-                    attempt=attempts,
-                    is_idempotent=is_repeatable(),
-                    remaining=deadline.remaining(),
-                    random=random.random(),  # noqa: S311  jitter is no secret
-                )
-                if delay is None or not self._budget.spend():
-                    error.call_attempts = CallAttempts(
-                        self._name, operation, self._name, attempts, self._clock.monotonic() - began
-                    )
-                    raise
-                self._metrics.call_retries.labels(self._service, self._name).inc()
-                await asyncio.sleep(delay)
-            else:
                 self._metrics.calls.labels(self._service, self._name, operation, "ok").inc()
                 return result
+        raise AssertionError("an attempt that fails for the last time raises its error")
 
     def _pick(self, operation: str, reason: OctoError | None) -> Instance:
         now = self._clock.monotonic()

@@ -6,7 +6,6 @@ The directory is signed by a root key. It maps names to key thumbprints and, for
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from octollm.capability import (
 )
 from octollm.capability.keyring import KeyRing, TrustedRoots
 from octollm.clock import Clock, IdGenerator
+from octollm.concurrency import BackgroundLoop
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
@@ -73,12 +73,11 @@ class ServiceDirectory:
         await self._read_if_older(MIN_REFRESH_SECONDS if fresh else REFRESH_SECONDS)
         return self._entries
 
-    async def refresh_periodically(self) -> None:
-        """Read the directory once a minute, for ever, so that a service without calls also follows the root keys."""
-        while True:
-            with contextlib.suppress(OctoError):  # a later lookup reads again, and raises what is wrong
-                await self._read_if_older(REFRESH_SECONDS)
-            await asyncio.sleep(REFRESH_SECONDS)
+    def refresh_loop(self) -> BackgroundLoop:
+        """Return the loop that reads the directory every minute, so that a service without calls follows the roots."""
+        return BackgroundLoop(
+            "directory refresh", lambda: self._read_if_older(REFRESH_SECONDS), interval=REFRESH_SECONDS, restart=True
+        )
 
     def _max_age(self, service: str) -> float:
         """Return how old the copy may be for an entry of ``service``, in seconds."""

@@ -5,20 +5,20 @@ While the copy is stale, the service refuses calls that are not read-only: a tok
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator
 
 import msgspec
 
 from octollm.capability import Revocations, ServiceTokenSigner
 from octollm.clock import Clock
+from octollm.concurrency import BackgroundLoop
 from octollm.context import RequestContext, current_context, set_context, start_trace
 from octollm.contracts.auth import RevocationUpdate
 from octollm.contracts.observability import DependencyStatus
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
-from octollm.resilience import Deadline
+from octollm.resilience import Backoff, Deadline
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.http_client import StreamedResponse
 from octollm.telemetry import Logger
@@ -45,12 +45,22 @@ class RevocationSubscriber:
         self._client = client
         self._signer = signer
         self._clock = clock
-        self._log = log
         self._updated_at: float | None = None
         self._pruned = clock.monotonic()
-        self._failing_since = 0.0
-        self._outage_logged = False
-        self.failure = ""
+        # A short interruption is not logged, since services restart now and then.
+        self._loop = BackgroundLoop(
+            "revocations",
+            self._read,
+            interval=FIRST_PAUSE,
+            backoff=Backoff(FIRST_PAUSE, LONGEST_PAUSE),
+            log=log,
+            log_after=QUIET_SECONDS,
+        )
+
+    @property
+    def failure(self) -> str:
+        """Return why the last connection failed; empty while updates arrive."""
+        return self._loop.failure
 
     def check(self, *, read_only: bool) -> None:
         """Raise ``revocations_unknown`` when this service may not know of a revocation.
@@ -78,48 +88,14 @@ class RevocationSubscriber:
         )
 
     @contextlib.asynccontextmanager
-    async def run(self, *also: Callable[[], Coroutine[object, object, None]]) -> AsyncGenerator[None]:
-        """Follow the stream while the context is open, beside the tasks ``also``."""
-        tasks = {asyncio.create_task(work(), name="revocations") for work in (self._follow, *also)}
-        for task in tasks:
-            task.add_done_callback(self._on_task_done)
-        try:
+    async def run(self) -> AsyncGenerator[None]:
+        """Follow the stream while the context is open."""
+        async with self._loop:
             yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.failure = "The revocation subscriber has crashed; the log has the reason."
-            self._log.error("revocations.crashed", error=error)
-
-    async def _follow(self) -> None:
-        # A stream without an end belongs to no call: an unsampled trace keeps its span from being exported.
-        set_context(RequestContext(current_context().service, trace=start_trace()))
-        pause = FIRST_PAUSE
-        while True:
-            began = self._clock.monotonic()
-            try:
-                await self._read()
-            except OctoError as error:
-                self._on_failure(error)
-            if self._updated_at is not None and self._updated_at > began:
-                pause = FIRST_PAUSE
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
-    def _on_failure(self, error: OctoError) -> None:
-        """Record why the stream broke; log it only when that lasts, since services restart now and then."""
-        now = self._clock.monotonic()
-        self._failing_since = self._failing_since or now
-        self.failure = error.detail
-        if not self._outage_logged and now - self._failing_since > QUIET_SECONDS:
-            self._outage_logged = True
-            self._log.warning("revocations.stream_lost", error=error)
 
     async def _read(self) -> None:
+        # A stream without an end belongs to no call: an unsampled trace keeps its span from being exported.
+        set_context(RequestContext(current_context().service, trace=start_trace()))
         call = OutgoingCall(
             _TARGET,
             self._signer.sign_token("orchestrator"),
@@ -155,11 +131,7 @@ class RevocationSubscriber:
         # The first list comes in several batches, and the one marked whole ends it. Later, an empty one is a heartbeat.
         if batch.whole or (self._updated_at is not None and not batch.revocations):
             self._updated_at = now
-            self.failure = ""
-            self._failing_since = 0.0
-            if self._outage_logged:
-                self._outage_logged = False
-                self._log.info("revocations.stream_restored")
+            self._loop.report_success()
 
 
 def _revocations_unknown(detail: str) -> OctoError:

@@ -162,13 +162,11 @@ class Service:
 
         They get ``shutdown_grace`` seconds, and are cancelled then.
         """
-        revoked = self.base.revocations
-        subscription = (
-            contextlib.nullcontext() if revoked is None else revoked.run(self.base.directory.refresh_periodically)
-        )
+        subscriber = self.base.revocations
         async with (
             self.exporter.run(),
-            subscription,
+            contextlib.nullcontext() if subscriber is None else subscriber.run(),
+            contextlib.nullcontext() if subscriber is None else self.base.directory.refresh_loop(),
             serve_app(self.app, bound, shutdown_grace=shutdown_grace, transport=self.base.transport),
         ):
             self.base.log.info("service.started", address="{}:{}".format(*bound.getsockname()[:2]))

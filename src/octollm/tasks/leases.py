@@ -150,6 +150,7 @@ class LeaseRenewer:
             try:
                 asyncio.run(self._renew_until(stopped, report))
             except BaseException as error:
+                self.failure = f"The renewal of leases stopped: {type(error).__name__}."
                 report(lambda error=error: on_failure(error))
             finally:
                 report(ended.set)

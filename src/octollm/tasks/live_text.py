@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from types import TracebackType
 
+from octollm.concurrency import BackgroundLoop
 from octollm.errors import OctoError
 from octollm.storage.text_stream import MAX_TEXT, TextStream
 from octollm.tasks.store import TaskStore
@@ -40,19 +41,19 @@ class LiveText:
         self._reset = True
         self._dirty = False
         self._wakeup = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._saved_at = 0.0
+        self._flushing = BackgroundLoop("live text", self._flush_round, log=log)
 
     async def __aenter__(self) -> LiveText:
-        self._task = asyncio.create_task(self._flush_loop())
+        self._saved_at = asyncio.get_running_loop().time()
+        self._flushing.start()
         return self
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await self._flushing.aclose()
+        self._flushing.raise_if_crashed()
         await self._flush()
         await self._save()
 
@@ -75,17 +76,15 @@ class LiveText:
             self._dirty = True
             self._wakeup.set()
 
-    async def _flush_loop(self) -> None:
-        loop = asyncio.get_running_loop()
-        saved = loop.time()
-        while True:
-            await self._wakeup.wait()
-            await asyncio.sleep(FLUSH_SECONDS)
-            self._wakeup.clear()
-            await self._flush()
-            if loop.time() - saved >= SAVE_SECONDS:
-                saved = loop.time()
-                await self._save()
+    async def _flush_round(self) -> None:
+        await self._wakeup.wait()
+        await asyncio.sleep(FLUSH_SECONDS)  # text that follows at once is sent with this one
+        self._wakeup.clear()
+        await self._flush()
+        now = asyncio.get_running_loop().time()
+        if now - self._saved_at >= SAVE_SECONDS:
+            self._saved_at = now
+            await self._save()
 
     async def _flush(self) -> None:
         while self._pending:

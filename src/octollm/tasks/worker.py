@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 
+from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.context import RequestContext, parse_traceparent, set_context
 from octollm.errors import OctoError
 from octollm.storage import RedisClient
@@ -41,14 +42,13 @@ class Worker:
         self._service = service
         self._max = max_tasks
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._wakeup = asyncio.Event()
+        self._claims = BackgroundLoop("worker", self._claim_all, interval=SWEEP_SECONDS, restart=True, log=deps.log)
         self._is_draining = False
-        self._failure = ""
 
     @property
     def failure(self) -> str:
-        """Return why the worker cannot do its work just now; empty when it can."""
-        return self._failure or self._renewer.failure
+        """Return why the worker cannot do its work at present; empty when it can."""
+        return self._claims.failure or self._renewer.failure
 
     @property
     def _log(self) -> Logger:
@@ -56,7 +56,7 @@ class Worker:
 
     def wake(self) -> None:
         """Look for tasks now."""
-        self._wakeup.set()
+        self._claims.wake()
 
     async def stop(self, task_id: str) -> None:
         """Stop working on a task that was cancelled, if this worker does, and wait until its calls are closed."""
@@ -81,39 +81,14 @@ class Worker:
             task.cancel()
 
     @contextlib.asynccontextmanager
-    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Work for as long as the context is open; on leaving, tasks in hand are given back unfinished.
-
-        ``on_failure`` is given what ends the work by itself.
-        """
-
-        def failed(error: BaseException) -> None:
-            self._failure = f"The worker stopped: {type(error).__name__}."
-            on_failure(error)
-
-        async with self._renewer.run(failed):
-            looking = asyncio.create_task(self._claim_loop(), name="worker")
-            looking.add_done_callback(lambda done: _report_failure(done, failed))
+    async def run(self) -> AsyncGenerator[None]:
+        """Work while the context is open; on leaving, running tasks are handed back unfinished."""
+        async with self._renewer.run(lambda error: self._log.error("leases.crashed", error=error)):
             try:
-                yield
+                async with self._claims:
+                    yield
             finally:
-                looking.cancel()
                 await self.drain()
-                await asyncio.gather(looking, return_exceptions=True)
-
-    async def _claim_loop(self) -> None:
-        while True:
-            try:
-                await self._claim_all()
-                self._failure = ""
-            except OctoError as error:
-                # The database cannot be used just now: said in /ready, and tried again.
-                self._failure = error.detail
-                self._log.error("worker.no_database", error=error)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SWEEP_SECONDS):
-                    await self._wakeup.wait()
-            self._wakeup.clear()
 
     async def _claim_all(self) -> None:
         while len(self._running) < self._max and not self._is_draining:
@@ -130,7 +105,7 @@ class Worker:
     def _on_task_done(self, task_id: str, epoch: int) -> None:
         self._running.pop(task_id, None)
         self._renewer.remove(task_id, epoch)
-        self._wakeup.set()
+        self._claims.wake()
 
     async def _run_task(self, task: TaskRecord) -> None:
         # A run that takes over goes on in the trace that the task was submitted in.
@@ -159,28 +134,30 @@ class Worker:
             await TaskRunner(self._deps, task).fail(OctoError(detail))
 
 
-def _report_failure(done: asyncio.Task[None], on_failure: Callable[[BaseException], None]) -> None:
-    if not done.cancelled() and (error := done.exception()) is not None:
-        on_failure(error)
-
-
 CANCEL_RECEIVE_SECONDS = 5.0
 CANCEL_RETRY_SECONDS = 1.0
 
 
-async def listen_for_cancellations(redis: RedisClient, channel: str, stop: Callable[[str], Awaitable[None]]) -> None:
-    """Call ``stop`` with the id of every task that is announced on ``channel``, until this is cancelled."""
-    while True:
+def cancellation_listener(
+    redis: RedisClient, channel: str, stop: Callable[[str], Awaitable[None]], log: LoopLogger | None = None
+) -> BackgroundLoop:
+    """Return the loop that calls ``stop`` with the id of every task that is announced on ``channel``.
+
+    A cancellation that is missed while Redis is away is found by the next renewal of the task's lease.
+    """
+
+    async def listen() -> None:
         pubsub = redis.pubsub()
         try:
             await pubsub.subscribe(channel)
             while True:
                 message = await pubsub.receive(CANCEL_RECEIVE_SECONDS)
+                loop.report_success()
                 if message is not None and not message.subscribed:
                     await stop(message.data.decode("ascii", errors="replace"))
-        except OctoError:
-            # Redis is away, which /ready tells; what was missed meanwhile the renewals find.
-            await asyncio.sleep(CANCEL_RETRY_SECONDS)
         finally:
             with suppress(OctoError):
                 await pubsub.close()
+
+    loop = BackgroundLoop("cancellations", listen, interval=CANCEL_RETRY_SECONDS, restart=True, log=log)
+    return loop

@@ -10,12 +10,13 @@ import msgspec
 
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
+from octollm.concurrency import retry
 from octollm.contracts.internal import ReserveRequest, ReserveResponse, SettleRequest
 from octollm.contracts.problems import to_problem
 from octollm.contracts.services import OperationKind
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
-from octollm.resilience import Deadline
+from octollm.resilience import Deadline, retry_until
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.telemetry import Logger
 
@@ -83,16 +84,15 @@ class BudgetClient:
 
     async def _settle(self, settled: SettleRequest) -> None:
         deadline = Deadline.after(self._clock, SETTLE_SECONDS)
-        while True:
-            try:
-                # The orchestrator settles a reservation once, so this may be said again.
-                await self._caller.send(self._build_call("settle", "read_only", settled, deadline))
-                return
-            except OctoError as error:
-                if not to_problem(error).retryable or deadline.remaining() <= _RETRY_SECONDS:
-                    self._log.error("budget.not_settled", reservation=settled.reservation, error=error)
-                    return
-            await asyncio.sleep(_RETRY_SECONDS)
+
+        async def send() -> None:
+            # The orchestrator settles a reservation once, so the request may be repeated.
+            await self._caller.send(self._build_call("settle", "read_only", settled, deadline))
+
+        try:
+            await retry(send, retry_until(deadline, _RETRY_SECONDS, lambda error: to_problem(error).retryable))
+        except OctoError as error:
+            self._log.error("budget.not_settled", reservation=settled.reservation, error=error)
 
     def _build_call(self, action: str, kind: OperationKind, body: object, deadline: Deadline) -> OutgoingCall:
         target = CallTarget("orchestrator", f"budget.{action}", "POST", f"/budget/{action}", kind)

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from octollm.clock import format_rfc3339
+from octollm.concurrency import BackgroundLoop
 from octollm.contracts.events import Event
 from octollm.errors import OctoError
 from octollm.events import EventBus
@@ -145,42 +146,30 @@ class HealthMonitor:
         self._bus = bus
         self._services = tuple(services)
         self._history = history
-        self._subscription_error = "The event subscription has not started yet."
-        self._tasks: list[asyncio.Task[None]] = []
+        self._polling = BackgroundLoop("monitor polling", self._poll, interval=POLL_SECONDS, log=base.log)
+        self._events = BackgroundLoop(
+            "monitor events", self._follow_events, interval=RESUBSCRIBE_SECONDS, restart=True, log=base.log
+        )
+        self._events.failure = "The first subscription is not established yet."
+        self.check_events = self._events.check_health
 
     async def __aenter__(self) -> HealthMonitor:
-        self._tasks = [
-            asyncio.create_task(self._poll(), name="monitor poll"),
-            asyncio.create_task(self._follow_events(), name="monitor events"),
-        ]
-        for task in self._tasks:
-            task.add_done_callback(self._log_crash)
+        self._polling.start()
+        self._events.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.wait(self._tasks)
-
-    async def check_events(self) -> DependencyStatus:
-        """Check the event subscription. Without it, health still comes from probes."""
-        return DependencyStatus(ok=not self._subscription_error, detail=self._subscription_error, required=False)
+        await self._events.aclose()
+        await self._polling.aclose()
 
     async def check_polling(self) -> DependencyStatus:
-        """Check that the probe loop runs."""
-        ended = self._tasks[0].done() if self._tasks else True
-        return DependencyStatus(ok=not ended, detail="Polling has ended; the log says why." if ended else "")
-
-    def _log_crash(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._base.log.error("monitor.crashed", task=task.get_name(), error=error)
+        """Return whether the services are probed, which this service exists for."""
+        return DependencyStatus(ok=not self._polling.failure, detail=self._polling.failure)
 
     async def _poll(self) -> None:
-        while True:
-            async with asyncio.TaskGroup() as probes:
-                for service in self._services:
-                    probes.create_task(self._probe_service(service))
-            await asyncio.sleep(POLL_SECONDS)
+        async with asyncio.TaskGroup() as probes:
+            for service in self._services:
+                probes.create_task(self._probe_service(service))
 
     async def _probe_service(self, service: str) -> None:
         urls: tuple[str, ...] = ()
@@ -200,15 +189,8 @@ class HealthMonitor:
         return response.status == 200, seconds, reason
 
     async def _follow_events(self) -> None:
-        while True:
-            try:
-                async with self._bus.subscribe(ALL_EVENTS) as events:
-                    self._subscription_error = ""
-                    async for event in events:
-                        self._subscription_error = ""
-                        self._history.record_event(event)
-                        self._base.metrics.events.labels(event.event_type).inc()
-            except OctoError as error:
-                self._subscription_error = error.detail
-                self._base.log.warning("monitor.deaf", error=error)
-            await asyncio.sleep(RESUBSCRIBE_SECONDS)
+        async with self._bus.subscribe(ALL_EVENTS) as events:
+            self._events.report_success()
+            async for event in events:
+                self._history.record_event(event)
+                self._base.metrics.events.labels(event.event_type).inc()

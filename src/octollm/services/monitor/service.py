@@ -21,7 +21,7 @@ from octollm.rpc.health import ReadinessCheck
 from octollm.rpc.http_client import HttpClient
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.monitor.health import HealthHistory, HealthMonitor, ServiceStates
-from octollm.services.monitor.span_store import SpanPruner, SpanStore
+from octollm.services.monitor.span_store import SpanStore, prune_loop
 from octollm.storage import RedisClient, RedisKeys
 from octollm.storage.migrations import open_service_database
 from octollm.telemetry import ExportBuffer, Span
@@ -79,12 +79,12 @@ async def monitor_service(
     async with contextlib.AsyncExitStack() as stack:
         db = await stack.enter_async_context(open_service_database(settings, "monitor", clock=base.clock))
         store = SpanStore(db)
-        pruner = await stack.enter_async_context(SpanPruner(store, base.log))
+        pruning = await stack.enter_async_context(prune_loop(store, base.log))
         monitor = await stack.enter_async_context(HealthMonitor(base, bus, SERVICES, history))
         checks: dict[str, ReadinessCheck] = {
             "events": monitor.check_events,
             "polling": monitor.check_polling,
-            "spans": pruner.check,
+            "spans": pruning.check_health,
         }
         export = await stack.enter_async_context(run_span_export(base, settings))
         if export is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from typing import Any
 
 from sqlalchemy import delete, func, select
 
+from octollm.concurrency import BackgroundLoop
 from octollm.contracts.observability import SpanView, TraceView
 from octollm.contracts.services import SERVICES
-from octollm.errors import OctoError
-from octollm.rpc.health import DependencyStatus
 from octollm.storage import Database, row_to_dict
 from octollm.storage.tables import spans
 from octollm.telemetry import Logger, Span, mask
@@ -190,41 +188,11 @@ def _build_view(row: Mapping[str, Any]) -> SpanView:
 PRUNE_SECONDS = 60.0
 
 
-class SpanPruner:
-    """Prunes the store in the background. A failure shows in ``/ready``."""
+def prune_loop(store: SpanStore, log: Logger) -> BackgroundLoop:
+    """Return the loop that keeps ``store`` within its bounds."""
 
-    def __init__(self, store: SpanStore, log: Logger) -> None:
-        self._store = store
-        self._log = log
-        self._task: asyncio.Task[None] | None = None
-        self._failure = ""
+    async def prune() -> None:
+        while await store.prune():
+            pass
 
-    async def __aenter__(self) -> SpanPruner:
-        self._task = asyncio.create_task(self._run(), name="monitor prune")
-        self._task.add_done_callback(self._log_crash)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-
-    async def check(self) -> DependencyStatus:
-        """Check that pruning works."""
-        return DependencyStatus(ok=not self._failure, detail=self._failure, required=False)
-
-    def _log_crash(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._failure = "Old spans are no longer deleted; the log has the reason."
-            self._log.error("spans.pruning_crashed", error=error)
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                while await self._store.prune():
-                    pass
-                self._failure = ""
-            except OctoError as error:
-                self._failure = f"Old spans cannot be deleted: {error.detail}"
-                self._log.warning("spans.not_pruned", error=error)
-            await asyncio.sleep(PRUNE_SECONDS)
+    return BackgroundLoop("span pruning", prune, interval=PRUNE_SECONDS, restart=True, log=log)

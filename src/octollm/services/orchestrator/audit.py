@@ -6,9 +6,8 @@ inserted later is detected.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +18,11 @@ from octollm.capability import DirectoryEntry, Principal, SigningKey
 from octollm.capability.audit_chain import row_hash, sign_checkpoint
 from octollm.capability.keyring import KeyRing
 from octollm.clock import Clock
-from octollm.concurrency import run_in_background
+from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.config import SETTING_SPECS, Settings
 from octollm.contracts.observability import AuditHead, AuditPage, AuditRow
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall
-from octollm.rpc.health import DependencyStatus
 from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import audit, audit_heads
 from octollm.telemetry.masking import MASK, mask_text
@@ -83,31 +81,29 @@ SEAL_LOCK_ROW = ""
 class AuditSealer:
     """Seals rows in insertion order. Replicas take turns: while one seals, the others skip the round."""
 
-    def __init__(self, db: Database, root: SigningKey | KeyRing, clock: Clock) -> None:
+    def __init__(self, db: Database, root: SigningKey | KeyRing, clock: Clock, log: LoopLogger | None = None) -> None:
         self._db = db
         self._ring = KeyRing.of(root)
         self._clock = clock
-        self.failure = ""
-        """Why rows cannot be sealed at present; empty when they can."""
+        self._loop = BackgroundLoop(
+            "audit sealing",
+            self._seal_all,
+            interval=SEAL_SECONDS,
+            initial_delay=SEAL_SECONDS,
+            restart=True,
+            log=log,
+        )
+        self.check_health = self._loop.check_health
 
     @contextlib.asynccontextmanager
-    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Seal in the background while the context is open, and once more on exit."""
-
-        def crashed(failure: BaseException) -> None:
-            self.failure = f"The audit sealer stopped: {type(failure).__name__}."
-            on_failure(failure)
-
+    async def run(self) -> AsyncGenerator[None]:
+        """Seal for as long as the context is open, and once more on leaving."""
         try:
-            async with run_in_background("audit sealing", self._seal_loop(), crashed):
+            async with self._loop:
                 yield
         finally:
             with contextlib.suppress(OctoError):
                 await self.seal()
-
-    async def check_health(self) -> DependencyStatus:
-        """Report to ``/ready`` whether rows are being sealed. Unsealed rows are stored all the same."""
-        return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
 
     async def seal(self) -> int:
         """Seal up to :data:`SEAL_BATCH` rows and return their number."""
@@ -153,15 +149,9 @@ class AuditSealer:
                     .on_conflict_do_update(index_elements=[audit_heads.c.tenant], set_=end)
                 )
 
-    async def _seal_loop(self) -> None:
-        while True:
-            await asyncio.sleep(SEAL_SECONDS)
-            try:
-                while await self.seal() == SEAL_BATCH:
-                    pass
-                self.failure = ""
-            except OctoError as error:
-                self.failure = error.detail
+    async def _seal_all(self) -> None:
+        while await self.seal() == SEAL_BATCH:
+            pass
 
 
 async def read_audit_page(db: Database, tenant: str, after: int, limit: int) -> AuditPage:

@@ -5,18 +5,16 @@ Every replica may do each of these; a change and its event are one transaction, 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import ipaddress
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from sqlalchemy import delete, exists, func, select, update
 
 from octollm.capability.enrolment import check_operation_name, parse_declared_calls, scopes_of
-from octollm.concurrency import run_in_background
+from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.contracts.enrolment import ArmRegistration
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.errors import OctoError
@@ -41,10 +39,21 @@ _PRINTABLE_ASCII = re.compile(r"[!-~]+")
 class InstanceRegistry:
     """Records which instances of arms are up."""
 
-    def __init__(self, db: Database, log: EventLog, registry: ServiceRegistry) -> None:
+    def __init__(
+        self, db: Database, log: EventLog, registry: ServiceRegistry, loop_log: LoopLogger | None = None
+    ) -> None:
         self._db = db
         self._log = log
         self._registry = registry
+        # The first sweep comes late: while no orchestrator ran, no arm could send a heartbeat.
+        self.sweep_loop = BackgroundLoop(
+            "arm sweep",
+            self.sweep,
+            interval=SWEEP_SECONDS,
+            initial_delay=HEARTBEAT_TIMEOUT_SECONDS,
+            restart=True,
+            log=loop_log,
+        )
 
     async def register(self, name: str, arm: ArmRegistration) -> None:
         """Register an instance of the arm ``name``; a new one appends ``arm.registered``.
@@ -110,22 +119,6 @@ class InstanceRegistry:
             await self._mark_unhealthy(tx)
         await self._registry.refresh()
         return dropped.rowcount
-
-    @contextlib.asynccontextmanager
-    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Sweep in the background while the context is open.
-
-        The first sweep waits for one timeout: while no orchestrator ran, no arm could send a heartbeat.
-        """
-        async with run_in_background("arms", self._sweep_loop(), on_failure):
-            yield
-
-    async def _sweep_loop(self) -> None:
-        await asyncio.sleep(HEARTBEAT_TIMEOUT_SECONDS)
-        while True:
-            with contextlib.suppress(OctoError):  # no database, which /ready reports; the next round retries
-                await self.sweep()
-            await asyncio.sleep(SWEEP_SECONDS)
 
     async def _authorize_registration(self, tx: Transaction, name: str, arm: ArmRegistration) -> str:
         """Return the arm's tenant; refuse a service that is not an arm, and calls that were not admitted."""

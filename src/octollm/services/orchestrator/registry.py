@@ -7,8 +7,7 @@ replica, and when an unknown caller appears.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +18,10 @@ from octollm.capability import BUILT_IN_CALLS, Declarations, DeclaredCall, Direc
 from octollm.capability.enrolment import parse_declared_calls
 from octollm.capability.keyring import PublicKeyRing
 from octollm.clock import Clock, format_rfc3339
-from octollm.concurrency import run_in_background
+from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.contracts.enrolment import ArmList, ArmView
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
-from octollm.errors import OctoError
 from octollm.storage import Database
 from octollm.storage.tables import admissions, arm_instances, arm_keys, arms
 
@@ -58,15 +56,27 @@ class _Snapshot:
 class ServiceRegistry:
     """Built-in services by the keys given at start; enrolled arms by their admission and registration."""
 
-    def __init__(self, db: Database, clock: Clock, keys: Mapping[str, PublicKey | PublicKeyRing]) -> None:
+    def __init__(
+        self,
+        db: Database,
+        clock: Clock,
+        keys: Mapping[str, PublicKey | PublicKeyRing],
+        log: LoopLogger | None = None,
+    ) -> None:
         self._db = db
         self._clock = clock
         self._keys = {name: PublicKeyRing.of(key) for name, key in keys.items()}
         self._snapshot = _Snapshot(self._built_in(clock.now()))
         self._refreshed_at = float("-inf")
         self._lock = asyncio.Lock()
-        self.failure: str = ""
-        """Why the snapshot may be stale; empty while it is current."""
+        self.refresh_loop = BackgroundLoop(
+            "registry refresh",
+            self.refresh,
+            interval=REFRESH_SECONDS,
+            initial_delay=REFRESH_SECONDS,
+            restart=True,
+            log=log,
+        )
 
     def _built_in(self, now: float) -> dict[str, DirectoryEntry]:
         """Return the built-in services, with the keys that are trusted at ``now``."""
@@ -111,27 +121,12 @@ class ServiceRegistry:
             now = self._clock.now()
             self._snapshot = _build_snapshot(self._built_in(now), admitted, keys, rows, instances, now)
             self._refreshed_at = self._clock.monotonic()
-            self.failure = ""
+            self.refresh_loop.report_success()
 
     async def refresh_on_miss(self) -> None:
         """Refresh because of an unknown caller, whom another replica may have admitted; rate-limited."""
         if self._clock.monotonic() - self._refreshed_at >= MISS_REFRESH_INTERVAL:
             await self.refresh()
-
-    @contextlib.asynccontextmanager
-    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Refresh in the background while the context is open."""
-        await self.refresh()
-        async with run_in_background("registry", self._refresh_loop(), on_failure):
-            yield
-
-    async def _refresh_loop(self) -> None:
-        while True:
-            await asyncio.sleep(REFRESH_SECONDS)
-            try:
-                await self.refresh()
-            except OctoError as error:
-                self.failure = error.detail
 
     def arm_names(self, tenant: str) -> frozenset[str]:
         """Return the names of the registered arms that a task of ``tenant`` may be assigned to."""

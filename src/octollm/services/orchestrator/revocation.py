@@ -7,9 +7,8 @@ issued until then.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import msgspec
@@ -18,11 +17,9 @@ from sqlalchemy import delete, select
 from octollm.capability import RevocationKind, Revocations
 from octollm.capability.revocations import RETENTION_SECONDS
 from octollm.clock import Clock
-from octollm.concurrency import run_in_background
+from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.contracts.auth import MAX_REVOCATION_BATCH, RevocationList, RevocationUpdate, RevocationView
 from octollm.contracts.stream import HEARTBEAT_SECONDS
-from octollm.errors import OctoError
-from octollm.rpc.health import DependencyStatus
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import revocations
 
@@ -46,7 +43,7 @@ MAX_QUEUED = 5000
 class RevocationStore:
     """Writes revocations, mirrors those of every replica in memory, and streams them to subscribers."""
 
-    def __init__(self, db: Database, clock: Clock) -> None:
+    def __init__(self, db: Database, clock: Clock, log: LoopLogger | None = None) -> None:
         self._db = db
         self._clock = clock
         self.revocations = Revocations()
@@ -54,8 +51,15 @@ class RevocationStore:
         self._seen: OrderedDict[int, float] = OrderedDict()
         self._polled_at = clock.monotonic()
         self._subscribers: set[_Subscriber] = set()
-        self.failure = ""
-        """Why the last poll failed; empty when it succeeded."""
+        self._pruned_at = clock.monotonic()
+        self.poll_loop = BackgroundLoop(
+            "revocation poll",
+            self._poll_and_prune,
+            interval=POLL_SECONDS,
+            initial_delay=POLL_SECONDS,
+            restart=True,
+            log=log,
+        )
 
     async def load(self) -> None:
         """Read the revocations in force from the database."""
@@ -75,21 +79,6 @@ class RevocationStore:
     def list(self) -> RevocationList:
         """Return the revocations in force."""
         return RevocationList(tuple(self._views()), self.revocations.floor)
-
-    @contextlib.asynccontextmanager
-    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Poll for revocations of other replicas while the context is open."""
-
-        def crashed(failure: BaseException) -> None:
-            self.failure = f"The poll for revocations stopped: {type(failure).__name__}."
-            on_failure(failure)
-
-        async with run_in_background("revocations", self._poll_loop(), crashed):
-            yield
-
-    async def check_health(self) -> DependencyStatus:
-        """Report to ``/ready`` whether revocations of other replicas arrive here."""
-        return DependencyStatus(ok=not self.failure, detail=self.failure, required=False)
 
     async def stream(self, draining: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield NDJSON lines of :class:`RevocationUpdate` until the service drains or the subscriber is too slow."""
@@ -119,19 +108,12 @@ class RevocationStore:
             self._subscribers.discard(subscriber)
             await _cancel_and_wait(stopped)
 
-    async def _poll_loop(self) -> None:
-        pruned_at = self._clock.monotonic()
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            try:
-                now = self._clock.now()
-                await self._poll(now)
-                self.failure = ""
-                if self._clock.monotonic() - pruned_at > PRUNE_SECONDS:
-                    pruned_at = self._clock.monotonic()
-                    self.revocations.prune(now)
-            except OctoError as error:
-                self.failure = error.detail
+    async def _poll_and_prune(self) -> None:
+        now = self._clock.now()
+        await self._poll(now)
+        if self._clock.monotonic() - self._pruned_at > PRUNE_SECONDS:
+            self._pruned_at = self._clock.monotonic()
+            self.revocations.prune(now)
 
     async def _poll(self, now: float) -> None:
         """Apply every row that may have been committed since the last poll."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from functools import partial
 
 from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Verifier, run_value
 from octollm.capability.enrolment import EnrolmentTokenIssuer
 from octollm.capability.keyring import KeyRing, PublicKeyRing, TrustedRoots
-from octollm.concurrency import run_in_background
 from octollm.config import Settings
 from octollm.contracts.media_types import file_kind
 from octollm.contracts.operations import DocumentIn
@@ -50,38 +49,7 @@ from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerDependencies
 from octollm.tasks.store import TaskStore
-from octollm.tasks.worker import Worker, listen_for_cancellations
-from octollm.telemetry import Logger
-
-
-@contextlib.asynccontextmanager
-async def run_maintenance(
-    registry: ServiceRegistry,
-    instances: InstanceRegistry,
-    revocation_store: RevocationStore,
-    sealer: AuditSealer,
-    adhoc_expiry: AdhocTaskExpiry,
-    cancellation_listener: Coroutine[object, object, None],
-    log: Logger,
-) -> AsyncGenerator[None]:
-    """Run the background loops while the context is open. A crash is logged and shows in ``/ready``."""
-
-    def crashed(name: str) -> Callable[[BaseException], None]:
-        return lambda error: log.error(f"{name}.crashed", error=error)
-
-    def arms_crashed(error: BaseException) -> None:
-        registry.failure = f"The loop that maintains the registry stopped: {type(error).__name__}."
-        log.error("registry.crashed", error=error)
-
-    async with (
-        sealer.run(crashed("audit")),
-        revocation_store.run(crashed("revocations")),
-        registry.run(arms_crashed),
-        instances.run(arms_crashed),
-        adhoc_expiry.run(crashed("adhoc_expiry")),
-        run_in_background("cancel hints", cancellation_listener, crashed("cancel_hints")),
-    ):
-        yield
+from octollm.tasks.worker import Worker, cancellation_listener
 
 
 @contextlib.asynccontextmanager
@@ -105,10 +73,10 @@ async def orchestrator_service(
         db = await stack.enter_async_context(open_service_database(settings, "orchestrator", clock=base.clock))
         log = EventLog(db, base.clock, base.ids)
         outbox = await stack.enter_async_context(OutboxPublisher(db, log, redis, base.clock, base.ids, keys=keys))
-        revocation_store = RevocationStore(db, base.clock)
+        revocation_store = RevocationStore(db, base.clock, base.log)
         await revocation_store.load()
-        sealer = AuditSealer(db, root_key, base.clock)
-        registry = ServiceRegistry(db, base.clock, service_keys)
+        sealer = AuditSealer(db, root_key, base.clock, base.log)
+        registry = ServiceRegistry(db, base.clock, service_keys, base.log)
         oidc = await stack.enter_async_context(_open_oidc_client(base, settings))
         accounts = Accounts(db, base.clock, base.ids, registry.admitted_arms, oidc)
         if local_key is not None:
@@ -156,6 +124,7 @@ async def orchestrator_service(
 
         leases = partial(LeaseRenewer, connect, holder, base.clock)
         worker = Worker(deps, TaskLeases(db, holder, revoke_epoch), leases, service=base.name)
+        cancellations = cancellation_listener(redis, keys.cancel, worker.stop, base.log)
         idempotency = SqlIdempotencyStore(db, base.ids.hex())
         verifier = Verifier(base.name, roots, base.clock, revocations=revocation_store.revocations)
 
@@ -195,7 +164,8 @@ async def orchestrator_service(
             roots=roots,
         )
         services_api = ServicesApi(ledger, store, idempotency, revocation_store, roots, base.clock)
-        instances = InstanceRegistry(db, log, registry)
+        instances = InstanceRegistry(db, log, registry, base.log)
+        adhoc_expiry = AdhocTaskExpiry(store, ledger, base.clock, base.metrics).expiry_loop(base.log)
         token_issuer = EnrolmentTokenIssuer(ring)
         arms_api = ArmsApi(
             registry,
@@ -222,24 +192,30 @@ async def orchestrator_service(
             response_cipher=ResponseCipher(lambda: ring.derive_keys("octollm stored responses v1", base.clock.now())),
             readiness_checks={
                 **_build_health_checks(db, redis, outbox, worker, registry),
-                "revocations": revocation_store.check_health,
+                "revocations": revocation_store.poll_loop.check_health,
                 "audit": sealer.check_health,
+                "arms": instances.sweep_loop.check_health,
+                "adhoc_tasks": adhoc_expiry.check_health,
+                "cancellations": cancellations.check_health,
             },
             draining=draining,
             public_keys=lambda: {**ring.trusted_keys(base.clock.now()), **base.identity.trusted_keys()},
             max_concurrent=128,
             # The worker stops before calls in flight are awaited: it gives its tasks back to other replicas first.
-            lifespan=lambda: worker.run(lambda error: base.log.error("worker.crashed", error=error)),
+            lifespan=worker.run,
         )
 
         await record_startup(db, settings, registry.directory(), list(roots), base.clock)
-        adhoc_expiry = AdhocTaskExpiry(store, ledger, base.clock, base.metrics)
-        cancellation_listener = listen_for_cancellations(redis, keys.cancel, worker.stop)
-        await stack.enter_async_context(
-            run_maintenance(
-                registry, instances, revocation_store, sealer, adhoc_expiry, cancellation_listener, base.log
-            )
-        )
+        await registry.refresh()
+        await stack.enter_async_context(sealer.run())
+        for loop in (
+            revocation_store.poll_loop,
+            registry.refresh_loop,
+            instances.sweep_loop,
+            adhoc_expiry,
+            cancellations,
+        ):
+            await stack.enter_async_context(loop)
         yield service
 
 
@@ -307,13 +283,10 @@ def _build_health_checks(
     async def check_worker() -> DependencyStatus:
         return DependencyStatus(ok=not worker.failure, detail=worker.failure)
 
-    async def check_registry() -> DependencyStatus:
-        return DependencyStatus(ok=not registry.failure, detail=registry.failure, required=False)
-
     return {
         "database": check_database,
         "redis": check_redis,
         "relay": check_outbox,
         "worker": check_worker,
-        "registry": check_registry,
+        "registry": registry.refresh_loop.check_health,
     }

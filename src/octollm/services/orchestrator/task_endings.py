@@ -6,13 +6,11 @@ expires.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from octollm.clock import Clock
-from octollm.concurrency import run_in_background
+from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.errors import OctoError
 from octollm.services.orchestrator.audit import Actor, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore
@@ -112,15 +110,11 @@ class AdhocTaskExpiry:
                 count += 1
         return count
 
-    @contextlib.asynccontextmanager
-    async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Sweep in the background while the context is open."""
-        async with run_in_background("ad-hoc task expiry", self._sweep_loop(), on_failure):
-            yield
+    def expiry_loop(self, log: LoopLogger) -> BackgroundLoop:
+        """Return the loop that sweeps in the background."""
 
-    async def _sweep_loop(self) -> None:
-        while True:
-            with contextlib.suppress(OctoError):  # no database, which /ready reports; the next round retries
-                while await self.sweep() == SWEEP_BATCH:
-                    pass
-            await asyncio.sleep(SWEEP_SECONDS)
+        async def sweep_all() -> None:
+            while await self.sweep() == SWEEP_BATCH:
+                pass
+
+        return BackgroundLoop("ad-hoc task expiry", sweep_all, interval=SWEEP_SECONDS, restart=True, log=log)
