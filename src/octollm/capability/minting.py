@@ -14,7 +14,6 @@ from octollm.capability.errors import CapabilityError
 from octollm.capability.grants import DelegationTree
 from octollm.capability.jose import SigningKey, digest_of, encode_jws
 from octollm.capability.keyring import KeyRing
-from octollm.capability.lru import LruCache
 from octollm.capability.revocations import Revocations
 from octollm.capability.scopes import Principal, Scope, ScopeSet
 from octollm.capability.service_tokens import (
@@ -44,6 +43,7 @@ from octollm.capability.tokens import (
 from octollm.capability.verification import VerifiedChain
 from octollm.clock import Clock, IdGenerator
 from octollm.contracts.services import service_of
+from octollm.lru import LruCache
 
 CALL_TOKEN_SECONDS = 60.0
 """The life of an access token for one call, in seconds."""
@@ -216,7 +216,7 @@ class Delegator:
         self._clock = clock
         self._ids = ids
         self._revocations = revocations
-        self._grants: LruCache[_MintedGrant] = LruCache(MAX_CACHED_GRANTS)
+        self._grants: LruCache[str, _MintedGrant] = LruCache(MAX_CACHED_GRANTS)
 
     def delegate(
         self,

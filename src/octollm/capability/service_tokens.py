@@ -11,10 +11,10 @@ from msgspec import Meta
 from octollm.capability.errors import CapabilityError
 from octollm.capability.grants import DeclaredCall
 from octollm.capability.jose import Jwk, PublicKey, Thumbprint, b64decode, decode_jws, pinned_root
-from octollm.capability.lru import LruCache
 from octollm.capability.scopes import MAX_SCOPE_CHARS, Scope
 from octollm.capability.tokens import ROOT_ISSUER, NumericDate, ServiceName, TokenName, check_times
 from octollm.clock import Clock
+from octollm.lru import LruCache
 
 MAX_SERVICE_SECONDS = 60.0
 """The longest life of a ``svc+jwt``."""
@@ -98,7 +98,7 @@ class ServiceTokenVerifier:
     def __init__(self, aud: str, clock: Clock, cache_size: int = 1024) -> None:
         self._aud = aud
         self._clock = clock
-        self._verified: LruCache[tuple[ServiceClaims, str]] = LruCache(cache_size)
+        self._verified: LruCache[str, tuple[ServiceClaims, str]] = LruCache(cache_size)
 
     def verify(self, token: str | None, directory: Directory) -> str:
         """Return the name of the service; raises as :func:`verify_service_token` does."""

@@ -26,7 +26,6 @@ from octollm.capability.chain import (
 )
 from octollm.capability.errors import CapabilityError
 from octollm.capability.jose import PublicKey, digest_of
-from octollm.capability.lru import LruCache
 from octollm.capability.revocations import Revocations
 from octollm.capability.scopes import Principal, Scope, ScopeSet
 from octollm.capability.tokens import (
@@ -38,6 +37,7 @@ from octollm.capability.tokens import (
     TaskRef,
 )
 from octollm.clock import Clock
+from octollm.lru import LruCache
 
 _HASH_CHUNK = 2000
 _MAX_FITTING_SCOPES = 64
@@ -136,9 +136,9 @@ class Verifier:
         self.revocations = Revocations() if revocations is None else revocations
         self._roots = roots
         self._clock = clock
-        self._verdicts: LruCache[_Verdict] = LruCache(cache_size)
-        self._verified_grants: LruCache[_VerifiedGrants] = LruCache(cache_size)
-        self._grants: LruCache[_KnownGrant] = LruCache(cache_size)
+        self._verdicts: LruCache[bytes, _Verdict] = LruCache(cache_size)
+        self._verified_grants: LruCache[bytes, _VerifiedGrants] = LruCache(cache_size)
+        self._grants: LruCache[str, _KnownGrant] = LruCache(cache_size)
 
     def verify(self, bearer: str | None) -> VerifiedChain:
         """Return what ``bearer``, the text after ``Bearer`` in the header, proves at this moment.
@@ -159,7 +159,7 @@ class Verifier:
             try:
                 self._recheck(entry.conditions)
             except CapabilityError:
-                self._verdicts.discard(key)
+                self._verdicts.pop(key)
                 raise
             return entry.verified
         entry = self._verify_uncached(bearer)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
@@ -16,6 +15,7 @@ from typing import Self
 import msgspec
 
 from octollm.errors import OctoError
+from octollm.lru import LruCache
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
@@ -124,17 +124,15 @@ class ETagCache:
     """
 
     def __init__(self, entries: int = MAX_CACHE_ENTRIES, size: int = MAX_CACHE_BYTES) -> None:
-        self._entries = entries
-        self._size = size
-        self._used = 0
-        self._responses: OrderedDict[bytes, HttpResponse] = OrderedDict()
+        self._responses: LruCache[bytes, HttpResponse] = LruCache(
+            entries, max_weight=size, weigh=lambda response: len(response.body)
+        )
 
     def add_validator(self, key: bytes, headers: dict[str, str]) -> HttpResponse | None:
         """Return the response cached under ``key``, and add ``If-None-Match`` for it to ``headers``."""
         cached = self._responses.get(key)
         if cached is None or IF_NONE_MATCH in headers:
             return None
-        self._responses.move_to_end(key)
         headers[IF_NONE_MATCH] = cached.headers["etag"]
         return cached
 
@@ -143,18 +141,10 @@ class ETagCache:
         if response.status == 304 and cached is not None:
             # RFC 9111 section 4.3.4: header fields of the 304 replace the cached ones.
             return msgspec.structs.replace(cached, headers={**cached.headers, **_updated_headers(response.headers)})
-        self._drop(key)
+        self._responses.pop(key)
         if _is_storable(response):
-            self._responses[key] = response
-            self._used += len(response.body)
-            while len(self._responses) > self._entries or self._used > self._size:
-                self._drop(next(iter(self._responses)))
+            self._responses.put(key, response)
         return response
-
-    def _drop(self, key: bytes) -> None:
-        dropped = self._responses.pop(key, None)
-        if dropped is not None:
-            self._used -= len(dropped.body)
 
 
 def cache_key(url: str, bearer: str) -> bytes:

@@ -7,7 +7,6 @@ root keys. Failed attempts are audited and throttled by address.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -45,6 +44,7 @@ from octollm.contracts.enrolment import (
 from octollm.contracts.services import SERVICES
 from octollm.errors import FieldError, OctoError
 from octollm.events import EventLog
+from octollm.lru import LruCache
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, record_audit
 from octollm.services.orchestrator.registry import MAX_ENROLLED_ARMS, ServiceRegistry
 from octollm.services.orchestrator.revocation import RevocationStore
@@ -73,11 +73,11 @@ class FailedEnrolmentThrottle:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._failures: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._failures: LruCache[str, tuple[float, int]] = LruCache(MAX_ADDRESSES)
 
     def check(self, address: str) -> None:
         """Raise ``rate_limited`` for an address with too many failed attempts in the current window."""
-        began, count = self._failures.get(address, (0.0, 0))
+        began, count = self._failures.get(address) or (0.0, 0)
         remaining = began + THROTTLE_WINDOW_SECONDS - self._clock.monotonic()
         if count >= MAX_FAILURES and remaining > 0:
             raise OctoError(
@@ -87,12 +87,10 @@ class FailedEnrolmentThrottle:
     def record_failure(self, address: str) -> None:
         """Count a failed attempt."""
         now = self._clock.monotonic()
-        began, count = self._failures.pop(address, (now, 0))
+        began, count = self._failures.get(address) or (now, 0)
         if now - began >= THROTTLE_WINDOW_SECONDS:
             began, count = now, 0
-        self._failures[address] = (began, count + 1)
-        while len(self._failures) > MAX_ADDRESSES:
-            self._failures.popitem(last=False)
+        self._failures.put(address, (began, count + 1))
 
 
 class EnrolmentTokens:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections import OrderedDict
 from collections.abc import AsyncGenerator
 
 from limits import RateLimitItem, parse
@@ -14,6 +13,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
+from octollm.lru import LruCache
 
 
 def get_address_bucket(address: str) -> str:
@@ -70,7 +70,7 @@ class FailedLoginThrottle:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._attempts: OrderedDict[str, _FailedAttempts] = OrderedDict()
+        self._attempts: LruCache[str, _FailedAttempts] = LruCache(MAX_KEYS)
 
     def delay(self, key_id: str) -> float:
         """Return the seconds that the next attempt on a key has to wait."""
@@ -103,9 +103,9 @@ class FailedLoginThrottle:
     async def wait(self, key_id: str) -> None:
         """Wait for the delay of a key. Raises ``rate_limited`` when :data:`MAX_WAITING` attempts wait already."""
         seconds = self.delay(key_id)
-        if not seconds:
+        attempts = self._attempts.get(key_id)
+        if not seconds or attempts is None:
             return
-        attempts = self._attempts[key_id]
         if attempts.waiting >= MAX_WAITING:
             raise OctoError("Too many attempts on that key.", code="rate_limited", retry_after=LONGEST_SECONDS)
         attempts.waiting += 1
@@ -116,10 +116,8 @@ class FailedLoginThrottle:
 
     def record_failure(self, key_id: str) -> None:
         """Count a failed attempt."""
-        attempts = self._attempts.setdefault(key_id, _FailedAttempts())
-        self._attempts.move_to_end(key_id)
+        attempts = self._attempts.get(key_id) or _FailedAttempts()
+        self._attempts.put(key_id, attempts)
         now = self._clock.monotonic()
         attempts.failures = 1 if now - attempts.last_failed_at > FORGET_SECONDS else attempts.failures + 1
         attempts.last_failed_at = now
-        if len(self._attempts) > MAX_KEYS:
-            self._attempts.popitem(last=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -22,6 +21,7 @@ from octollm.contracts.events import Event
 from octollm.contracts.public_api import CANCEL_TASK, READ_TASK, TASK_HISTORY, TASK_TEXTS
 from octollm.contracts.services import OperationKind
 from octollm.errors import OctoError, RemoteError
+from octollm.lru import LruCache
 from octollm.resilience import CallFailure, Deadline, RetryPolicy
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.http_client import HttpResponse, StreamedResponse
@@ -57,7 +57,7 @@ class TokenExchangeClient:
         self._caller = caller
         self._signer = signer
         self._clock = clock
-        self._cache: OrderedDict[str, CachedToken] = OrderedDict()
+        self._cache: LruCache[str, CachedToken] = LruCache(MAX_CACHED_TOKENS)
         self._pending: dict[str, asyncio.Task[CachedToken]] = {}
 
     def is_cached(self, digest: str) -> bool:
@@ -73,7 +73,6 @@ class TokenExchangeClient:
         digest = hash_credential(credential)
         cached = self._cache.get(digest)
         if cached is not None and cached.expires_at > self._clock.monotonic():
-            self._cache.move_to_end(digest)
             return cached.token
         # Concurrent callers of one credential share one exchange. Cancelling one must not cancel it for the others.
         pending = self._pending.get(digest)
@@ -97,7 +96,7 @@ class TokenExchangeClient:
 
     def invalidate(self, credential: str) -> None:
         """Drop the cached token of a credential."""
-        self._cache.pop(hash_credential(credential), None)
+        self._cache.pop(hash_credential(credential))
 
     async def close(self) -> None:
         """Cancel the pending exchanges."""
@@ -112,9 +111,7 @@ class TokenExchangeClient:
         del self._pending[digest]
         if done.cancelled() or done.exception() is not None:
             return
-        self._cache[digest] = done.result()
-        while len(self._cache) > MAX_CACHED_TOKENS:
-            self._cache.popitem(last=False)
+        self._cache.put(digest, done.result())
 
     async def _exchange(self, credential: str) -> CachedToken:
         call = OutgoingCall(
