@@ -258,6 +258,7 @@ SELF_MADE_LOOPS = {
     "rpc/transport.py:serve_app": "uvicorn sets a flag when it has started, and no event",
     "services/orchestrator/events_api.py:_stream": "pauses between two pages of one response",
     "tasks/leases.py:_renew_until": "runs in its own thread, with an event loop that ends with it",
+    "tasks/step.py:_run_attempts": "each attempt of a step is an event in SQL, and a restart goes on with its number",
     "testing/polling.py:wait_until": "polls a predicate of a test",
 }
 """Loops that repeat and pause outside the supervisor and the retry loop, each with its reason."""
@@ -274,10 +275,7 @@ def _self_made_loops() -> set[str]:
             if not isinstance(function, ast.AsyncFunctionDef):
                 continue
             for loop in ast.walk(function):
-                endless = (
-                    isinstance(loop, ast.While) and isinstance(loop.test, ast.Constant) and loop.test.value is True
-                )
-                if endless and any(_is_sleep(node) for node in ast.walk(loop)):
+                if isinstance(loop, ast.While) and any(_is_sleep(node) for node in ast.walk(loop)):
                     found.add(f"{path.relative_to(root).as_posix()}:{function.name}")
     return found
 

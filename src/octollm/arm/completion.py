@@ -15,6 +15,7 @@ from octollm.arm.messages import ToolCall
 from octollm.contracts.problems import ERROR_KINDS, Problem
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError, RemoteError
+from octollm.framing import LineTooLongError, iter_sse
 from octollm.rpc.http_client import StreamedResponse, TransportError
 from octollm.rpc.problems import remote_error
 
@@ -113,7 +114,7 @@ async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) ->
     text: list[str] = []
     tool_calls: list[ToolCall] = []
     finish, usage, model = "stop", Usage(), ""
-    async for data in _sse_data(streamed.chunks):
+    async for data in _iter_events(streamed.chunks):
         if data == b"[DONE]":
             return ModelCompletion("".join(text), finish, usage, model, tuple(tool_calls))
         try:
@@ -136,13 +137,10 @@ async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) ->
     raise TransportError("models ended its answer early.", code="connection_lost", request_sent=True)
 
 
-async def _sse_data(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the data of server-sent events (WHATWG HTML section 9.2), one line of data each."""
-    rest = b""
-    async for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > _MAX_EVENT_BYTES:
-            raise OctoError("models sent a line that is too long.", code="peer_protocol")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
+async def _iter_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        async for data in iter_sse(chunks, _MAX_EVENT_BYTES):
+            if data is not None:
+                yield data
+    except LineTooLongError as error:
+        raise OctoError("models sent a line that is too long.", code="peer_protocol") from error

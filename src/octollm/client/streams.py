@@ -25,6 +25,7 @@ from octollm.concurrency import Retries
 from octollm.contracts.events import Event
 from octollm.contracts.stream import FrameType
 from octollm.errors import OctoError
+from octollm.framing import iter_sse
 from octollm.resilience import CallFailure, RetryPolicy
 from octollm.rpc.http_client import HttpResponse
 
@@ -291,24 +292,12 @@ async def stream_events(
 async def _read_connection(transport: GatewayTransport, after: int) -> AsyncGenerator[Event | None]:
     """Yield the events of one connection, and ``None`` for each comment that keeps it alive."""
     async with transport.stream(f"/events?after={after}", "text/event-stream", _STREAM_SECONDS) as streamed:
-        rest = b""
-        async for chunk in streamed.chunks:
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) > _MAX_EVENT:
-                raise protocol_error(transport.url)
-            for line in lines:
-                if line.startswith(b"data:"):
-                    yield _decode_event(line[5:], transport)
-                elif line.startswith(b":"):
-                    yield None
+        try:
+            async for data in iter_sse(streamed.chunks, _MAX_EVENT):
+                yield None if data is None else msgspec.json.decode(data, type=Event)
+        except ValueError as error:  # msgspec's errors are of this type, too
+            raise protocol_error(transport.url) from error
 
 
 def _stream_ended(transport: GatewayTransport) -> APIError:
     return Unavailable(f"{transport.url} ended the stream of events.", code="connection_lost")
-
-
-def _decode_event(data: bytes, transport: GatewayTransport) -> Event:
-    try:
-        return msgspec.json.decode(data, type=Event)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise protocol_error(transport.url) from error

@@ -21,7 +21,9 @@ from pyqwest import (
 )
 
 from octollm.errors import OctoError, RemoteError, SettingError
+from octollm.framing import iter_sse
 from octollm.llm.openai_protocol import (
+    MAX_EVENT_BYTES,
     OpenAIChunk,
     OpenAIError,
     OpenAIErrorBody,
@@ -29,7 +31,6 @@ from octollm.llm.openai_protocol import (
     OpenAIUsage,
     ToolCallAccumulator,
     build_request,
-    iter_sse_data,
     parse_finish_reason,
 )
 from octollm.llm.types import (
@@ -148,8 +149,10 @@ class OpenAICompatibleModel:
         tool_calls = ToolCallAccumulator()
         written = 0
         try:
-            async with aclosing(iter_sse_data(response.content)) as events:
+            async with aclosing(iter_sse(response.content, MAX_EVENT_BYTES)) as events:
                 async for data in events:
+                    if data is None:
+                        continue
                     if data == _DONE:
                         break
                     chunk = msgspec.json.decode(data, type=OpenAIChunk)

@@ -13,6 +13,7 @@ import msgspec
 from octollm.contracts.problems import Problem
 from octollm.contracts.stream import HEARTBEAT_SECONDS, NDJSON, StreamEvent
 from octollm.errors import OctoError
+from octollm.framing import LineDecoder, LineTooLongError, encode_ndjson
 from octollm.rpc.http_client import StreamedResponse, TransportError
 from octollm.rpc.problems import parse_problem, remote_error
 
@@ -50,26 +51,21 @@ async def read_events(service: str, streamed: StreamedResponse, sink: StreamSink
     """
     if not streamed.headers.get("content-type", "").startswith(NDJSON):
         return await _read_single(service, streamed)
-    rest = b""
+    decoder = LineDecoder(_MAX_LINE)
     async for chunk in streamed.chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > _MAX_LINE:
-            raise OctoError(f"{service} sent a line that is too long.", code="peer_protocol")
-        for line in lines:
-            event = _parse_event(service, line)
+        try:
+            events = [msgspec.json.decode(line, type=StreamEvent) for line in decoder.feed(chunk)]
+        except LineTooLongError as error:
+            raise OctoError(f"{service} sent a line that is too long.", code="peer_protocol") from error
+        except ValueError as error:
+            raise OctoError(f"{service} sent a malformed line.", code="peer_protocol") from error
+        for event in events:
             if event.type == "result":
                 return bytes(event.result)
             if event.type == "problem" and event.problem is not None:
                 raise remote_error(event.problem, service)
             await sink.emit(event)
     raise TransportError(f"{service} ended its response without a result.", code="connection_lost", request_sent=True)
-
-
-def _parse_event(service: str, text: bytes) -> StreamEvent:
-    try:
-        return msgspec.json.decode(text, type=StreamEvent)
-    except msgspec.DecodeError as error:
-        raise OctoError(f"{service} sent a malformed line.", code="peer_protocol") from error
 
 
 async def _read_single(service: str, streamed: StreamedResponse) -> bytes:
@@ -95,7 +91,7 @@ async def raise_for_status(service: str, streamed: StreamedResponse) -> None:
 
 
 _QUEUE = 256
-_HEARTBEAT = msgspec.json.encode(StreamEvent(type="heartbeat")) + b"\n"
+_HEARTBEAT = encode_ndjson(StreamEvent(type="heartbeat"))
 
 
 class NdjsonEmitter:
@@ -123,7 +119,7 @@ class NdjsonEmitter:
         await self._queue.put(None)
 
     async def _put(self, event: StreamEvent) -> None:
-        await self._queue.put(msgspec.json.encode(event) + b"\n")
+        await self._queue.put(encode_ndjson(event))
 
     async def iter_lines(self) -> AsyncIterator[bytes]:
         """Yield encoded lines up to the last, and a heartbeat after each silence of four seconds."""

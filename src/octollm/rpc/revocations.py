@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator
 
-import msgspec
-
 from octollm.capability import Revocations, ServiceTokenSigner
 from octollm.clock import Clock
 from octollm.concurrency import BackgroundLoop
@@ -18,6 +16,7 @@ from octollm.contracts.auth import RevocationUpdate
 from octollm.contracts.observability import DependencyStatus
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
+from octollm.framing import iter_ndjson
 from octollm.resilience import Backoff, Deadline
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
 from octollm.rpc.http_client import StreamedResponse
@@ -105,19 +104,13 @@ class RevocationSubscriber:
         await self._client.stream(call, self._consume)
 
     async def _consume(self, streamed: StreamedResponse) -> None:
-        rest = b""
-        async for chunk in streamed.chunks:
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) > MAX_LINE:
-                raise OctoError("The orchestrator sent a line that is too long.", code="peer_protocol")
-            for line in lines:
-                try:
-                    batch = msgspec.json.decode(line, type=RevocationUpdate)
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    raise OctoError(
-                        "The orchestrator sent a malformed revocation update.", code="peer_protocol"
-                    ) from error
-                self._apply(batch)
+        try:
+            async for update in iter_ndjson(streamed.chunks, RevocationUpdate, MAX_LINE):
+                self._apply(update)
+        except ValueError as error:
+            raise OctoError(
+                f"The orchestrator sent a malformed revocation update: {error}", code="peer_protocol"
+            ) from error
 
     def _apply(self, batch: RevocationUpdate) -> None:
         for each in batch.revocations:

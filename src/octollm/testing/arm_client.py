@@ -28,6 +28,7 @@ from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.stream import NDJSON, StreamEvent
 from octollm.contracts.task import FileRef
 from octollm.errors import OctoError
+from octollm.framing import iter_ndjson
 from octollm.llm.selection import ModelChoice
 from octollm.llm.types import ChatModel
 from octollm.rpc.codec import decode, encode
@@ -47,6 +48,7 @@ from octollm.testing.scripted_service import (
     scripted_service,
 )
 
+_MAX_LINE = 8 * 1024 * 1024
 CALL_SECONDS = 60.0
 _TASK = "task-" + "0" * 32
 
@@ -190,18 +192,14 @@ class ArmTestClient:
         }
         url = f"{self._harness.urls[self.arm.name]}/{operation}"
         async with self._harness.http.stream("POST", url, headers, body, seconds=CALL_SECONDS) as streamed:
-            rest, lines = b"", list[bytes]()
-            async for chunk in streamed.chunks:
-                *lines, rest = (rest + chunk).split(b"\n")
-                if streamed.status >= 400:
-                    rest = b"\n".join((*lines, rest))
-                    continue
-                for text in lines:
-                    line = msgspec.json.decode(text, type=StreamEvent)
-                    if line.type == "result":
-                        return bytes(line.result)
-                    self._record(line)
-            raise parse_problem(self.arm.name, streamed.status, rest, None)
+            if streamed.status >= 400:
+                body = b"".join([chunk async for chunk in streamed.chunks])
+                raise parse_problem(self.arm.name, streamed.status, body, None)
+            async for event in iter_ndjson(streamed.chunks, StreamEvent, _MAX_LINE):
+                if event.type == "result":
+                    return bytes(event.result)
+                self._record(event)
+            raise parse_problem(self.arm.name, streamed.status, b"", None)
 
     def _record(self, line: StreamEvent) -> None:
         if line.type == "problem":

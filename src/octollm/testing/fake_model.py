@@ -18,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from octollm.errors import OctoError, RemoteError
+from octollm.framing import encode_sse
 from octollm.llm.types import (
     ChatMessage,
     ChatRequest,
@@ -269,7 +270,7 @@ def _completion(asked: ScriptedRequest, reply: ScriptedReply) -> dict[str, Any]:
 
 def _chunk_event(data: dict[str, Any]) -> bytes:
     chunk = {"id": "scripted", "object": "chat.completion.chunk", "created": 0, "model": "scripted", **data}
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+    return encode_sse(chunk)
 
 
 def _json_response(data: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -171,7 +171,7 @@ async def test_while_the_database_cannot_be_read_nobody_is_told_that_nothing_is_
 
         monkeypatch.setattr(pair.db, "read", lost)
         await wait_until(lambda: pair.one.poll_loop.failure, description="the loss is noticed")
-        assert not (await pair.one.check_health()).ok
+        assert not (await pair.one.poll_loop.check_health()).ok
 
         async def silent() -> bool:
             before = len(listener.lines)

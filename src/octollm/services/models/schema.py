@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from octollm.contracts.problems import Problem
+from octollm.framing import encode_sse
 from octollm.llm.types import (
     ChatChoice,
     ChatChunk,
@@ -100,7 +101,7 @@ class ChunkEncoder:
             ChunkChoice(ChatDelta(), completion.finish_reason)
         )
         if with_usage:
-            events += encode_event(ChatChunk(self._id, self._created, self._model, (), completion.usage))
+            events += encode_sse(ChatChunk(self._id, self._created, self._model, (), completion.usage))
         return events + DONE_EVENT
 
     def _encode_tool_calls(self, completion: PricedChatCompletion) -> bytes:
@@ -108,14 +109,9 @@ class ChunkEncoder:
         return self._encode_choice(ChunkChoice(ChatDelta(tool_calls=deltas))) if deltas else b""
 
     def _encode_choice(self, choice: ChunkChoice) -> bytes:
-        return encode_event(ChatChunk(self._id, self._created, self._model, (choice,)))
-
-
-def encode_event(data: object) -> bytes:
-    """Return one server-sent event with ``data`` as JSON."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+        return encode_sse(ChatChunk(self._id, self._created, self._model, (choice,)))
 
 
 def encode_error_event(problem: Problem) -> bytes:
     """Return the event that ends a stream which cannot go on."""
-    return encode_event(_ErrorChunk(problem))
+    return encode_sse(_ErrorChunk(problem))

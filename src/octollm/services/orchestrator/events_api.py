@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import msgspec
 from starlette.responses import StreamingResponse
 
 from octollm.contracts import public_api
@@ -16,6 +15,7 @@ from octollm.contracts.events import EVENT_CATALOGUE, Event
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventLog
+from octollm.framing import KEEPALIVE_COMMENT, encode_sse
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs, implement
 from octollm.storage import Database
 
@@ -61,13 +61,13 @@ class EventsApi:
                 page = await self.log.read(after, PAGE_SIZE, tenant=tenant)
                 for event in page:
                     after = event.seq
-                    yield _encode_sse(event)
+                    yield encode_sse(event, event_id=event.seq, event=event.event_type)
                 if page:
                     idle = 0.0
                     continue
                 if idle >= PING_SECONDS:
                     idle = 0.0
-                    yield b": ping\n\n"
+                    yield KEEPALIVE_COMMENT
                 pause = 0.1 if wakeup.is_set() else POLL_SECONDS
                 wakeup.clear()
                 with contextlib.suppress(TimeoutError):
@@ -118,7 +118,3 @@ class EventsApi:
                 docs=OperationDocs(error_codes=("scope_missing", "invalid_body")),
             ),
         ]
-
-
-def _encode_sse(event: Event) -> bytes:
-    return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.seq, event.event_type.encode(), msgspec.json.encode(event))

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-import msgspec
 from sqlalchemy import delete, select
 
 from octollm.capability import RevocationKind, Revocations
@@ -20,6 +19,7 @@ from octollm.clock import Clock
 from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.contracts.auth import MAX_REVOCATION_BATCH, RevocationList, RevocationUpdate, RevocationView
 from octollm.contracts.stream import HEARTBEAT_SECONDS
+from octollm.framing import encode_ndjson
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import revocations
 
@@ -90,8 +90,8 @@ class RevocationStore:
         try:
             views = list(self._views())
             for start in range(0, len(views), MAX_REVOCATION_BATCH):
-                yield _encode_line(RevocationUpdate(tuple(views[start : start + MAX_REVOCATION_BATCH])))
-            yield _encode_line(RevocationUpdate(floor=self.revocations.floor, whole=True))
+                yield encode_ndjson(RevocationUpdate(tuple(views[start : start + MAX_REVOCATION_BATCH])))
+            yield encode_ndjson(RevocationUpdate(floor=self.revocations.floor, whole=True))
             while not stopped.done() and not subscriber.has_overflowed and self._clock.monotonic() < end:
                 wakeup = asyncio.create_task(subscriber.wakeup.wait())
                 try:
@@ -101,9 +101,9 @@ class RevocationStore:
                 finally:
                     await _cancel_and_wait(wakeup)
                 if batch := subscriber.take(MAX_REVOCATION_BATCH):
-                    yield _encode_line(RevocationUpdate(tuple(batch), self.revocations.floor))
+                    yield encode_ndjson(RevocationUpdate(tuple(batch), self.revocations.floor))
                 elif not stopped.done() and self._clock.monotonic() - self._polled_at < STALE_SECONDS:
-                    yield _encode_line(RevocationUpdate())
+                    yield encode_ndjson(RevocationUpdate())
         finally:
             self._subscribers.discard(subscriber)
             await _cancel_and_wait(stopped)
@@ -182,7 +182,3 @@ class _Subscriber:
 async def _cancel_and_wait(task: asyncio.Task[Any]) -> None:
     task.cancel()
     await asyncio.wait({task})
-
-
-def _encode_line(update: RevocationUpdate) -> bytes:
-    return msgspec.json.encode(update) + b"\n"

@@ -11,7 +11,6 @@ import re
 from collections.abc import Awaitable, Generator
 from dataclasses import dataclass, field
 
-import msgspec
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,6 +20,7 @@ from octollm.concurrency import run_until_first
 from octollm.contracts.public_api import WATCH_TASK
 from octollm.errors import OctoError
 from octollm.events import TaskWatchHub
+from octollm.framing import encode_sse
 from octollm.live import LiveFrame, LiveSession, SessionTiming, parse_resume_position
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.limits import wait_for_disconnect
@@ -116,7 +116,7 @@ _RETRY_EVENT = b"retry: 1000\n\n"
 
 def encode_frame_event(frame: LiveFrame) -> bytes:
     """Return a frame as an event. Its id is the ``seq``, from which a client resumes."""
-    return b"id: %d\ndata: %s\n\n" % (frame.seq, msgspec.json.encode(frame))
+    return encode_sse(frame, event_id=frame.seq)
 
 
 class FrameEventResponse(Response):
