@@ -205,7 +205,7 @@ async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker
             await wait_until(lambda: len(seen) == 2, description="the batch was sent again")
 
             async def is_accepted() -> bool:
-                return (await outside.checkup()).ok
+                return (await outside.check()).ok
 
             # Only then: a batch whose response is still under way would be sent once more on leaving.
             await wait_until(is_accepted, description="the second response arrived")
@@ -216,7 +216,7 @@ async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker
 
 async def test_a_collector_that_refuses_is_told_with_what_to_look_at() -> None:
     async with served([]) as svc, Http1Client() as http:
-        with pytest.raises(OctoError, match="answers 404; see OTEL_EXPORTER_OTLP_ENDPOINT") as caught:
+        with pytest.raises(OctoError, match="returns 404; see OTEL_EXPORTER_OTLP_ENDPOINT") as caught:
             await build_collector_sender(http, svc.url, ())([])
     assert caught.value.code == "peer_protocol"
 
