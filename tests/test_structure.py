@@ -18,6 +18,8 @@ SHARED_CLASSES: dict[str, str] = {
 
 SMALL_FILES = {
     "octollm.__main__": "the program of `python -m octollm`",
+    "octollm.cli.config": "one noun of the command line a file, loaded when it is used",
+    "octollm.cli.events": "one noun of the command line a file, loaded when it is used",
     "octollm.cli.entry": "the program of the command, which imports nothing before Ctrl-C is handled",
     "octollm.services.arms.coder.probe_program": "a program that is run in the sandbox",
     "octollm.services.arms.judge.testing_program": "a program that is run in the sandbox",

@@ -30,7 +30,7 @@ _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 
 
-class Http1Connection(Protocol):
+class Http1Transport(Protocol):
     """What an exchange needs of its connection."""
 
     @property
@@ -103,7 +103,7 @@ class Http1Exchange:
         "started",
     )  # fmt: skip
 
-    def __init__(self, connection: Http1Connection, head: RequestHead) -> None:
+    def __init__(self, connection: Http1Transport, head: RequestHead) -> None:
         self._connection = connection
         self._method = head.method
         self._version = head.version
