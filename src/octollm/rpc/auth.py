@@ -99,6 +99,7 @@ def parse_bearer_token(request: Request) -> str:
             code="token_missing",
         )
     scheme, _, token = values[0].decode("latin-1").partition(" ")
+    # Of two headers, which one counts would be up to the reader: neither is accepted.
     if len(values) > 1 or scheme.lower() != "bearer" or not token.strip():
         raise OctoError("The Authorization header must be one `Bearer <token>`.", code="token_malformed")
     return token.strip()
@@ -131,9 +132,11 @@ class CapabilityAuthenticator:
         scope = self._parsed_scopes.get(operation.scope)
         if scope is None:
             text = required_scope(request, operation)
+            # Deny by default: an operation that declares no scope is closed to everyone.
             if not text:
                 raise OctoError("No scope allows this operation.", code="scope_missing")
             scope = Scope(text)
+            # A scope with selectors differs from call to call: cached, it would grow without a bound.
             if text == operation.scope:
                 self._parsed_scopes[text] = scope
         if not verified.scopes.allows(scope):

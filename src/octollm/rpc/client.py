@@ -68,8 +68,10 @@ def classify_failure(error: OctoError) -> CallFailure:
 def classify_outcome(error: OctoError) -> CallOutcome:
     """Return what a failed attempt means for the instance that was called."""
     if isinstance(error, TransportError):
+        # The connection pool is ours: waiting for it says nothing about the instance.
         return "unknown" if error.code == "pool_timeout" else "failed"
     if isinstance(error, RemoteError):
+        # Any other problem comes from an instance that works, or from a service further down.
         return "erred" if error.code in ("internal", "peer_protocol") and error.status >= 500 else "answered"
     if error.code == "deadline_exceeded":
         return "late"
@@ -222,6 +224,7 @@ class ServiceClient:
             return await self._call_with_retries(call, attempt, span)
         except BaseException as error:
             span.record_error(error)
+            # A failed call keeps its span although its trace is not sampled. A poll would keep too many.
             keep = (
                 target.operation not in UNSAMPLED_OPERATIONS
                 and isinstance(error, OctoError)
@@ -314,6 +317,7 @@ class ServiceClient:
         began = self._clock.monotonic()
         outcome: CallOutcome = "unknown"
         try:
+            # A copy: an attempt adds If-None-Match or Accept, which the next one must not take for the call's own.
             result = await attempt(instance.url + call.target.path, dict(headers))
             outcome = "answered"
             return result
@@ -321,6 +325,7 @@ class ServiceClient:
             outcome = classify_outcome(error)
             progress.failed.add(instance.url)
             if error.code in SHED_CODES and error.retry_after:
+                # Until then the balancer prefers the other instances.
                 instance.busy_until = self._clock.monotonic() + error.retry_after
             raise
         finally:

@@ -119,6 +119,7 @@ def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
             "The body is not valid JSON.", code="invalid_json", field_errors=(FieldError("", str(error)),)
         ) from error
     if strict:
+        # A second pass, because calls between services share these types and ignore unknown members.
         unknown = list(_unknown_fields(msgspec.json.decode(data), kind, "", 0))
         if unknown:
             raise OctoError(
@@ -196,6 +197,7 @@ async def read_body(scope: Scope, headers: Mapping[bytes, bytes], receive: Recei
     length = headers.get(b"content-length")
     if length is None and b"transfer-encoding" not in headers and scope["http_version"] in ("1.0", "1.1"):
         return b""  # RFC 9112 section 6.3: without either header there is no body
+    # An announced length is refused before any of the body is buffered.
     if length is not None and length.isdigit() and int(length) > limit:
         raise body_too_large(limit)
     parts: list[bytes] = []
@@ -208,6 +210,7 @@ async def read_body(scope: Scope, headers: Mapping[bytes, bytes], receive: Recei
                     raise ClientDisconnect
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
+                # Chunks and HTTP/2 announce no length, so the limit is checked as the bytes come too.
                 if size > limit:
                     raise body_too_large(limit)
                 if not message.get("more_body", False):

@@ -74,6 +74,7 @@ async def resolve_addresses(name: str) -> DnsRecords:
     """
     resolver = dns.asyncresolver.Resolver()
     resolver.lifetime = LOOKUP_SECONDS
+    # Exceptions are collected, since a name with records of one family only is complete.
     answers = await asyncio.gather(
         *(resolver.resolve(name, kind, search=True) for kind in ("A", "AAAA")), return_exceptions=True
     )
@@ -141,6 +142,7 @@ class DnsResolver:
         name = self._names.get(host)
         if name is None:
             name = _HostRecord()
+            # Past the bound a name is not followed: its URL stays as it is, and the operating system resolves it.
             if len(self._names) >= MAX_NAMES:
                 return name
             self._names[host] = name

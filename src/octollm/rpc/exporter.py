@@ -100,6 +100,7 @@ class BatchExporter(Generic[T]):
                 self._handle_rejected(batch, error)
                 raise OctoError(f"{self._name} does not accept spans: {error.detail}", code=error.code) from error
             except BaseException:
+                # Cancelled while it was sent: the flush sends it again, and the monitor stores a repeated span once.
                 self._buffer.requeue(batch)
                 raise
             self._metrics.spans.labels(self._name, "exported").inc(len(batch))

@@ -99,6 +99,7 @@ class ExternalClient:
             reason = error
             self._metrics.calls.labels(self._service, self._name, operation, error.code).inc()
             delay = self._retry.next_delay(
+                # The service may have begun in any case, so ``is_repeatable`` alone decides whether to try again.
                 CallFailure(to_problem(error).retryable, may_have_started=True, retry_after=error.retry_after),
                 attempt=attempts,
                 is_idempotent=is_repeatable(),

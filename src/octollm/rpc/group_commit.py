@@ -60,6 +60,7 @@ class GroupCommit(Generic[I, R]):
 
     async def wait(self, item: I) -> R:
         """Queue an item and return its result. Cancelling the waiter does not cancel the item."""
+        # The shield keeps the item in its batch: the effect was asked for, whether or not the caller waits.
         return await asyncio.shield(self.put(item))
 
     async def _run(self) -> None:
@@ -81,6 +82,7 @@ class GroupCommit(Generic[I, R]):
             item, future = self._waiting[0]
             if not future.done():
                 weight += 0 if self._weight_of is None else self._weight_of(item)
+                # The item stays in the queue and opens the next batch; alone, it may weigh more than the limit.
                 if batch and weight > self._max_weight and self._weight_of is not None:
                     break
                 batch.append((item, future))

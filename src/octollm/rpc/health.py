@@ -82,6 +82,7 @@ def health_operations(
             path,
             handler,
             auth="public",
+            # Outside the concurrency limit, so that an overloaded service still answers its probes.
             limited=False,
             max_body=0,
             summary=summary,

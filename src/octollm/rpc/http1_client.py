@@ -91,6 +91,7 @@ class Http1Client(HttpClient):
         origin, request = self._prepare(method, url, headers, body)
         try:
             async with asyncio.timeout(seconds):
+                # No limit of its own: the timeout around it covers the wait for a connection as well.
                 connection = await self._acquire(origin, math.inf)
                 try:
                     connection.write(request, head=method == "HEAD")
@@ -139,6 +140,7 @@ class Http1Client(HttpClient):
         await self._acquire_slot(origin, until)
         try:
             while origin.idle:
+                # The most recently used connection first: those that are not needed reach their idle limit.
                 connection, _ = origin.idle.pop()
                 if connection.is_idle:
                     return connection
@@ -190,6 +192,7 @@ class Http1Client(HttpClient):
                 _, connection = await loop.create_connection(
                     lambda: Http1Connection(origin.host), origin.name, origin.port, ssl=tls
                 )
+        # TimeoutError is an OSError too, so it has to come first.
         except TimeoutError as error:
             if loop.time() >= until:
                 raise deadline_exceeded(origin.host, until - began) from error
@@ -226,6 +229,7 @@ class Http1Client(HttpClient):
         loop = asyncio.get_running_loop()
         before = loop.time() - IDLE_SECONDS
         for origin in self._origins.values():
+            # The deque is ordered by time, so the first connection that is young enough ends the search.
             while origin.idle and origin.idle[0][1] <= before:
                 self._close_oldest_idle(origin)
         waiting = any(origin.idle for origin in self._origins.values())

@@ -184,6 +184,7 @@ class Http1Connection(asyncio.Protocol):
         if self._is_over:
             return
         status = self._parser.get_status_code()
+        # The count of header bytes goes on, so interim responses cannot exceed its limit together.
         if 100 <= status < 200:
             self.headers = {}
             return
@@ -195,6 +196,7 @@ class Http1Connection(asyncio.Protocol):
             self._reusable = False
             self._done = True
         elif "content-length" not in self.headers and "transfer-encoding" not in self.headers:
+            # RFC 9112 section 6.3: without a length only the close ends the body, except where there is no body.
             self._until_close = status not in (204, 304)
         self._wake()
 
@@ -211,6 +213,7 @@ class Http1Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Mark the response as complete."""
+        # The end of an interim response comes here too, before the headers of the final one.
         if self._has_headers and not self._is_over:
             self._done = True
             self._wake()
@@ -225,6 +228,7 @@ class Http1Connection(asyncio.Protocol):
             await self._waiter
         finally:
             self._waiter = None
+        # A fault after the last byte takes nothing away from a whole response.
         if self._fault is not None and not self._done:
             raise self._fault
 
@@ -235,8 +239,10 @@ class Http1Connection(asyncio.Protocol):
     def _pop_chunk(self) -> bytes:
         chunk = self._chunks.popleft()
         self._waiting_bytes -= len(chunk)
+        # Half of the mark, so that reading does not stop and start again for every chunk.
         if self._paused and self._waiting_bytes <= HIGH_WATER // 2 and self._transport is not None:
             self._paused = False
+            # The silence was ours: the read timeout begins anew.
             self._last_read_at = self._loop.time()
             self._transport.resume_reading()
         return chunk

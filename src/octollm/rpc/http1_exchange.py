@@ -189,6 +189,7 @@ class Http1Exchange:
             parts += (b"connection", b": ", b"close", b"\r\n")
         parts.append(b"\r\n")
         head = b"".join(parts)
+        # One line break for each line; any other would begin a header or a response (response splitting).
         lines = (len(parts) + 6) // 4
         if head.count(b"\n") != lines or head.count(b"\r") != lines or b"\0" in head:
             raise ValueError("A header of the answer has a line break.")
@@ -207,6 +208,7 @@ class Http1Exchange:
 
     async def receive(self) -> dict[str, Any]:
         """Return the next part of the body, then that the client is gone or has its response."""
+        # Only now does the application ask for the body: a refusal before this spares the client the upload.
         if self._expects_continue and not self.ended and not self.started and not self.disconnected:
             self._expects_continue = False
             self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -21,6 +21,7 @@ MAX_HEADER_BYTES = 32 * 1024
 """Bytes of all header fields of a request, and of its trailers."""
 MAX_URL_BYTES = 8 * 1024
 """Bytes of a request target. RFC 9110 section 4.1 asks for 8000 at least."""
+# Room for the method and the version, which the length of the target does not count.
 _MAX_LINE_BYTES = MAX_URL_BYTES + 64
 _MAX_CHUNK_LINE_BYTES = 4 * 1024
 _FIELDS_LIMIT = MAX_HEADER_BYTES + 2
@@ -119,6 +120,7 @@ class Http1Parser:
         buffer, line_end = self._buffer, self._line_end
         # Three bytes back: the empty line may have been cut.
         end = buffer.find(b"\r\n\r\n", max(line_end - 2, self._scanned - 3))
+        # A head that is over the limit and not whole yet can only grow: both cases refuse the same heads.
         too_large = (len(buffer) if end < 0 else end + 4) - line_end > _FIELDS_LIMIT
         if (end < 0 or too_large) and _BARE_LF.search(
             buffer, max(line_end, self._scanned) - 1, line_end + _FIELDS_LIMIT

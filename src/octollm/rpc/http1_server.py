@@ -174,6 +174,7 @@ class Http1ServerProtocol(asyncio.Protocol):
             self._refuse(error)
             return
         if self._exchange is None and self._parser.buffered and not (self._awaits_head or self._is_refusing):
+            # The first bytes of a head end the keep-alive time: from here on the time limit of a head counts.
             self._awaits_head = True
             self._set_deadline(HEADER_SECONDS)
 
@@ -209,6 +210,7 @@ class Http1ServerProtocol(asyncio.Protocol):
         """Hand the connection to uvicorn's WebSocket protocol, which reads the head again."""
         transport = self._transport
         assert transport is not None
+        # The WebSocket protocol registers itself for the shutdown.
         self._state.connections.discard(self)
         self._deadline = None
         fields = b"".join([name + b": " + value + b"\r\n" for name, value in head.headers])
@@ -297,6 +299,7 @@ class Http1ServerProtocol(asyncio.Protocol):
         self._is_refusing = True
         if exchange is not None:  # its body turned out to be wrong
             exchange.disconnect()
+            # A second response would be read as a part of the body of the first.
             if exchange.started:
                 self._close()
                 return
@@ -347,6 +350,7 @@ class Http1ServerProtocol(asyncio.Protocol):
             return
         if self._deadline > self._loop.time():
             self._timer = self._loop.call_at(self._deadline, self._on_timer)
+        # A client that has begun a head waits for an answer; an idle connection is closed without one.
         elif self._exchange is None and self._parser.buffered and not self._is_refusing:
             self._refuse(OctoError(f"The headers did not arrive in {HEADER_SECONDS:g} s.", code="request_timeout"))
         else:

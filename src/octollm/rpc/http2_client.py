@@ -83,6 +83,7 @@ class Http2Client(HttpClient):
         """Close every connection; calls in flight fail with ``connection_lost``."""
         self._closed = True
         for timer in self._active_timeouts:
+            # Ends the calls in flight at once; ``_closed`` tells this timeout from a missed deadline.
             timer.reschedule(0)
         await self._transport.aclose()
 
@@ -94,6 +95,7 @@ class Http2Client(HttpClient):
         host = host_of(url)
         sent = False
         try:
+            # The deadline is the outer one, so that it covers the wait for a slot too.
             async with self._in_time(seconds), self._slot(host):
                 response = await self._transport.execute(Request(method, url, Headers(list(headers.items())), body))
                 sent = True

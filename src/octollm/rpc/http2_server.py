@@ -86,6 +86,7 @@ class Http2ServerProtocol(asyncio.Protocol):
         self._state.connections.add(self)
         self._scope = {**connection_scope(self._transport), "http_version": "2"}
         self._h2.initiate_connection()
+        # Settings change the window of streams only (RFC 9113 section 6.9.2): that of the connection is raised here.
         self._h2.increment_flow_control_window(CONNECTION_WINDOW - _DEFAULT_WINDOW)
         self._flush()
         self._start_timer(HEADER_SECONDS)
@@ -118,6 +119,7 @@ class Http2ServerProtocol(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Take no more from a peer that takes nothing."""
         self._writable = False
+        # Frames such as PING need an answer each: read on, and the answers would pile up here.
         if self._transport is not None:
             self._transport.pause_reading()
 
@@ -169,6 +171,7 @@ class Http2ServerProtocol(asyncio.Protocol):
         left = self._discarding.get(event.stream_id, 0) - size
         if left > 0:
             self._discarding[event.stream_id] = left
+        # The bytes are dropped, but they count against the window that all requests of the connection share.
         self._h2.acknowledge_received_data(size, event.stream_id)
         if left <= 0:
             self._reset_discarded(event.stream_id)

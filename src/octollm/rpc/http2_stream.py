@@ -105,6 +105,7 @@ class Http2Stream:
     def _take(self) -> bytes:
         body = bytes(self._body)
         self._body.clear()
+        # Only bytes that the application took open the window again: a slow handler slows the peer.
         if self._unacknowledged:
             self._connection.acknowledge(self, self._unacknowledged)
             self._unacknowledged = 0
@@ -167,6 +168,7 @@ class Http2Stream:
                 self._connection.send_data(self, bytes(rest[:room]), last=not more and len(rest) <= room)
                 rest = rest[room:]
             else:
+                # Room for any stream ends the wait, so the window of this one is asked for again.
                 await self._wait_for_window()
             if self.disconnected:
                 return

@@ -186,6 +186,7 @@ class CancellableClaims(Generic[I]):
         """Return the outcome of ``item``, a claim of ``key``."""
         outcome = self._batches.put(item)
         try:
+            # The shield lets the claim end: a claim without a caller has to be known to be released.
             return await asyncio.shield(outcome)
         except asyncio.CancelledError:
             outcome.add_done_callback(lambda ended: self._release_claimed(key, ended))
@@ -299,6 +300,7 @@ class IdempotentHandler:
         if held is None:
             await asyncio.sleep(seconds)
         else:
+            # The future tells of the end of the call at once, so the next poll may come later.
             await asyncio.wait({held[1]}, timeout=seconds * 10)
 
     async def _run_claimed(self, call: KeyedCall, epoch: int, work: Work) -> BufferedResponse | Response:
@@ -308,6 +310,7 @@ class IdempotentHandler:
             response = await work()
         except OctoError as error:
             problem = to_problem(error, call.request_id)
+            # A refusal by the operation itself is final: a repeat of the call gets the same one.
             if 400 <= problem.status < 500 and problem.status not in NEVER_STORED:
                 stored = StoredResponse(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
                 await self._store.complete(key, epoch, stored)
@@ -332,6 +335,7 @@ class IdempotentHandler:
     async def _release(self, key: IdempotencyKey, epoch: int) -> None:
         # A claim that cannot be released ends with its lease.
         with contextlib.suppress(OctoError):
+            # A cancelled call releases its claim too, and its cancellation must not stop that.
             await asyncio.shield(self._store.release(key, epoch))
 
     def _hold(self, key: IdempotencyKey, epoch: int) -> tuple[int, asyncio.Future[None]]:
@@ -347,6 +351,7 @@ class IdempotentHandler:
         if not self._held:
             return
         self._timer = asyncio.get_running_loop().call_later(LEASE_SECONDS / 3, self._renew_soon)
+        # A slow store gets no second renewal on top of the first.
         if self._renewing is None or self._renewing.done():
             self._renewing = asyncio.create_task(self._renew(), name="idempotency leases")
 

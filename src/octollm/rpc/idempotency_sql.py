@@ -68,6 +68,7 @@ class SqlIdempotencyStore:
         return await self._claiming.claim(NewClaim(key, body_digest, idempotent, task_id), key)
 
     async def _claim_all(self, claims: Sequence[NewClaim]) -> Sequence[ClaimOutcome | OctoError]:
+        # Of equal keys in one batch the first is inserted; the others then find a key that is in flight.
         first: dict[IdempotencyKey, NewClaim] = {}
         for claim in claims:
             first.setdefault(claim.key, claim)
@@ -118,6 +119,7 @@ class SqlIdempotencyStore:
 
     async def _resolve_existing(self, tx: Transaction, claim: NewClaim) -> ClaimOutcome:
         """Return the state of a claimed key; take the claim over when its lease has expired."""
+        # The row lock lets one process alone take over a claim whose lease has expired.
         row = await tx.first(select(table).where(_key_is(claim.key)).with_for_update())
         if row is None:
             return InFlight()  # released meanwhile: the next poll finds the key free
@@ -217,6 +219,7 @@ class SqlIdempotencyStore:
                 .with_for_update(skip_locked=True)
             )
             done = await tx.execute(delete(table).where(tuple_(*_COLUMNS).in_(old)))
+        # A full batch leaves more to delete: the next claims go on with it.
         self._until_prune = 0 if done.rowcount >= PRUNE_BATCH else PRUNE_EVERY
 
 
@@ -234,6 +237,7 @@ def _key_parameters(key: IdempotencyKey) -> dict[str, object]:
 
 
 def _decide(row: Mapping[str, Any], body_digest: str, now: float, *, idempotent: bool) -> ClaimOutcome:
+    # First of all: another body is a conflict, whatever became of the call with this key.
     if row["body_digest"] != body_digest:
         return KeyConflict()
     if row["state"] == "completed":
@@ -242,6 +246,7 @@ def _decide(row: Mapping[str, Any], body_digest: str, now: float, *, idempotent:
         return OutcomeUnknown()
     if row["lease_until"] > now:
         return InFlight()
+    # The holder is gone. Only an operation that may run again runs again.
     return Claimed(row["fence"] + 1) if idempotent else OutcomeUnknown()
 
 

@@ -104,6 +104,7 @@ class ServiceDirectory:
         response = await self._client.call(call, DirectoryResponse)
         self._entries, roots = verify_directory(response.directory, self._roots, self._clock)
         self._roots.replace(roots)
+        # Last, so that a directory that fails verification is read again at the next call.
         self._fetched_at = self._clock.monotonic()
 
 

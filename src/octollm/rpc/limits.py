@@ -42,6 +42,7 @@ class ConcurrencyLimiter:
             async with asyncio.timeout(MAX_QUEUE_SECONDS):
                 await turn  # a call that ends hands its place over, so nobody overtakes the queue
         except BaseException as error:
+            # The place may have been handed over in the same moment as the timeout or cancellation.
             if turn.done() and not turn.cancelled():
                 self._release()
             elif turn in self._waiting:
@@ -78,6 +79,7 @@ class DeadlineScope:
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> None:
+        # A timer fires at the next turn of the event loop: by then the handler would have begun.
         self._deadline.raise_if_passed()
         self._task = asyncio.current_task()
         self._timer = asyncio.get_running_loop().call_later(self._deadline.remaining(), self._expire)

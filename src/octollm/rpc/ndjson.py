@@ -85,6 +85,7 @@ async def raise_for_status(service: str, streamed: StreamedResponse) -> None:
     body = b""
     async for chunk in streamed.chunks:
         body += chunk
+        # Nobody needs a longer problem: cut off, it is no JSON, and the status alone is reported.
         if len(body) > _MAX_PROBLEM:
             break
     raise parse_problem(service, streamed.status, body, streamed.headers.get("retry-after"))
@@ -125,6 +126,7 @@ class NdjsonEmitter:
         """Yield encoded lines up to the last, and a heartbeat after each silence of four seconds."""
         while True:
             try:
+                # Earlier than promised, which leaves time for the way to the reader.
                 async with asyncio.timeout(HEARTBEAT_SECONDS * 0.8):
                     line = await self._queue.get()
             except TimeoutError:

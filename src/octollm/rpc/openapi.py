@@ -193,6 +193,7 @@ def _response_object(op: Operation, status: int, schemas: _Schemas) -> dict[str,
 _EXAMPLE_CODE = "def add(a, b):\n    return a + b\n"
 _EXAMPLE_NOTES = "The office closes at six.\nIt opens at nine.\n"
 
+# Examples are values of the contract's own types, so that a change of a type cannot leave one behind.
 _EXAMPLES = (
     Task(
         "Write a Python function that adds two numbers, with tests",
@@ -335,6 +336,7 @@ _MAX_OUTLINE_DEPTH = 6
 def render_docs_page(api: dict[str, Any]) -> tuple[str, str]:
     """Return the page of a description, and the Content-Security-Policy that it goes with."""
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+    # The page needs no script, and its one style is allowed by its hash.
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
     return "".join(_page_html(api)), f"{policy}; frame-ancestors 'none'"
 

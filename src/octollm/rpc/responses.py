@@ -120,6 +120,7 @@ async def compress(body: bytes, headers: Headers, accept: bytes) -> tuple[bytes,
     named = dict(headers)
     if _COMPRESSIBLE.match(named.get(b"content-type", b"")) is None or b"content-encoding" in named:
         return body, headers
+    # On the plain response as well: a cache has to keep the two apart.
     varied = [*headers, (b"vary", b"Accept-Encoding")]
     if not accepts_gzip(accept):
         return body, varied

@@ -136,6 +136,7 @@ class OperationEndpoint:
                     # The caller sees the code alone; the rule that it broke is for the operator.
                     context.metrics.rejected_tokens.labels(context.service, error.reason).inc()
                     context.log.warning("token.refused", operation=operation.name, reason=error.reason)
+                # The head is sent, so no problem can follow it: the server closes a response that is not whole.
                 if writer.status:
                     raise
                 await writer.send_response(problem_response(error, request_id), scope)
@@ -182,6 +183,7 @@ class OperationEndpoint:
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)
         seconds = parse_timeout_ms(header_text(headers.get(b"x-timeout-ms")))
         deadline = Deadline.after(context.clock, operation.timeout if seconds is None else min(seconds, 3600.0))
+        # Before the body is read: a stranger cannot make the service buffer and decode one.
         auth = writer.auth = await context.authenticators[operation.auth].authenticate(received.request, operation)
         extension = writer.extension
         body = None if extension is None else extension.whole_body()
@@ -255,6 +257,7 @@ class OperationEndpoint:
                 scope, receive, send
             )
         finally:
+            # A reader that leaves ends the work as well.
             await _cancel_tasks(working)
 
     async def _run_idempotent(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
@@ -280,6 +283,7 @@ class OperationEndpoint:
         return await idempotent.run(keyed, lambda: self._run_handler(call, value), call.deadline)
 
     async def _run_handler(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
+        # Around the handler alone: storing its response is not cut off by the deadline.
         with DeadlineScope(call.deadline):
             result = await self._operation.handler(call, value)
         if isinstance(result, Response):

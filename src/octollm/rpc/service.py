@@ -164,7 +164,9 @@ class Service:
         """
         subscriber = self.base.revocations
         async with (
+            # Entered first, so left last: the spans of calls that end during the drain are exported too.
             self.exporter.run(),
+            # Before the server: no call is served by a process that does not follow the revocations.
             contextlib.nullcontext() if subscriber is None else subscriber.run(),
             contextlib.nullcontext() if subscriber is None else self.base.directory.refresh_loop(),
             serve_app(self.app, bound, shutdown_grace=shutdown_grace, transport=self.base.transport),

@@ -190,6 +190,7 @@ async def serve_app(
         access_log=False,
         server_header=False,
         date_header=True,
+        # The gateway decides by the peer's real address who is local, so no header may replace it.
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(shutdown_grace),
