@@ -33,11 +33,11 @@ def test_a_chain_is_as_deep_as_it_says(depth: int) -> None:
 
 
 def test_every_measure_does_its_work() -> None:
-    from capabilities.__main__ import measures, refusal_of_a_megabyte, timed  # noqa: PLC0415
+    from capabilities.__main__ import benchmarks, measure_microseconds, rejection_of_a_megabyte  # noqa: PLC0415
     from capabilities.chains import chain_of  # noqa: PLC0415
 
-    for work in (*measures({depth: chain_of(depth) for depth in (1, 3)}).values(), refusal_of_a_megabyte()):
-        assert timed(work, 0) > 0
+    for work in (*benchmarks({depth: chain_of(depth) for depth in (1, 3)}).values(), rejection_of_a_megabyte()):
+        assert measure_microseconds(work, 0) > 0
 
 
 def test_a_third_hop_fits_its_bound() -> None:

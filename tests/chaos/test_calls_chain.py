@@ -73,15 +73,15 @@ async def test_the_last_of_a_chain_sees_what_is_left_and_all_stop_with_it() -> N
     async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(max_attempts=1)) as caller:
         began = time.monotonic()
         with pytest.raises(OctoError) as caught:
-            await caller.call(outgoing(executing(None), made.realm.token(), seconds=0.2), Nothing)
+            await caller.call(outgoing(executing(None), made.realm.token(), seconds=1.0), Nothing)
         stopped = time.monotonic()
         assert caught.value.code == "deadline_exceeded"
-        assert 0 < made.left[0] < 0.2
+        assert 0 < made.left[0] < 1.0
         await wait_until(lambda: set(made.ended) == {"a", "b", "c"}, description="all three stopped")
         await wait_until(lambda: handlers() == 0, description="no task is left")
         # Nothing waits longer than the time that was given, but for what a busy machine adds.
         latest = max(*made.ended.values(), stopped)
-        assert latest - began < 2
+        assert latest - began < 3
 
 
 @pytest.mark.parametrize("how", ["cancelled", "cut"])
