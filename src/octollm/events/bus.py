@@ -65,6 +65,7 @@ class GapDetector:
             return True, None
         channel = channel_of(event.event_type)
         known = self._channels.get(channel)
+        # After a crash the publisher sends its last events again, with the same `seq`.
         if known is not None and event.seq <= known:
             return False, None
         self._channels[channel] = event.seq
@@ -119,6 +120,7 @@ class Subscription:
             async with asyncio.timeout(READY_SECONDS):
                 await self._ready.wait()
             self._listener.raise_if_crashed()
+        # Also on cancellation: `__aexit__` is not called, and the listener would keep its connection.
         except BaseException as error:
             await self._listener.aclose()
             if isinstance(error, TimeoutError):
@@ -153,6 +155,7 @@ class Subscription:
 
     async def _take(self) -> Event | Gap:
         while not self._items:
+            # The gap follows what was queued before it, so that the subscriber gets both in order.
             if self._overflow_gap is not None:
                 gap, self._overflow_gap = self._overflow_gap, None
                 return gap
@@ -195,6 +198,7 @@ class Subscription:
             else:
                 self._on_message(message)
         self._listener.report_success()
+        # Not the first connection: what was published since the last one broke did not arrive.
         if self._ready.is_set():
             self._put(Gap("reconnected", self._gap_detector.latest))
         self._ready.set()

@@ -120,6 +120,7 @@ class EventLog:
         )
         values = msgspec.structs.asdict(event) | {"seq": None, "prev": None, "channel": channel_of(event_type)}
         await tx.execute(tx.insert(events).values(values))
+        # Not before the commit: the readers that it wakes would not see the event yet.
         tx.after_commit(self._notify_listeners)
         return event
 
@@ -181,6 +182,7 @@ class EventLog:
 
 
 async def _lock_subject(tx: Transaction, tenant: str, subject: str) -> None:
+    # A row must exist to be locked; version 0 stands for a subject without events.
     await tx.execute(tx.insert(subjects).values(tenant=tenant, subject=subject, version=0).on_conflict_do_nothing())
     where = (subjects.c.tenant == tenant, subjects.c.subject == subject)
     await tx.execute(select(subjects.c.version).where(*where).with_for_update())

@@ -115,6 +115,7 @@ class OutboxPublisher:
         remove_listener, self._remove_listener = self._remove_listener, None
         if remove_listener is not None:
             remove_listener()
+        # Both loops end before the release, so that the publish cursor in the lease is final.
         await self._publishing.aclose()
         await self._sequencing.aclose()
         if self._lease is not None:
@@ -187,16 +188,20 @@ class OutboxPublisher:
                 return
             self._lease, self._renewed_at = acquired, self._clock.monotonic()
             self._saved_cursor = acquired.last_published
+            # The last holder may have sequenced events that it did not publish.
             self._publish_wakeup.set()
         lease = self._lease
         woken = self._sequence_wakeup.is_set()
+        # The lease is renewed after a third of its life, which leaves time for retries.
         due = self._clock.monotonic() - self._renewed_at >= self._policy.lease / 3
         if not woken and not due and (backlog := await self._sequencer.backlog()) != "ready":
+            # The wake-up is not cleared here: only a round that reads the events may do so.
             pause = self._policy.poll if backlog == "none" else self._policy.blocked_pause
             await wait_for_event(self._sequence_wakeup, pause, clear=False)
             return
         # Cleared before the read: a commit during it sets the event again and is found by the next round.
         self._sequence_wakeup.clear()
+        # Taken before the statement, so that the lease in the database ends later than this replica believes.
         started = self._clock.monotonic()
         batch, last_sequenced = await self._sequencer.assign(lease.fence, self._policy.batch)
         self._renewed_at = started
@@ -204,6 +209,7 @@ class OutboxPublisher:
         if batch:
             self._latest_batch = batch
             self._publish_wakeup.set()
+        # A full batch leaves more events behind, for which no further wake-up may come.
         if len(batch) == self._policy.batch:
             self._sequence_wakeup.set()
 

@@ -52,6 +52,7 @@ class Sequencer:
             state = await _load_state(tx)
             assert state is not None
             now = await tx.now()
+            # Checked again under the row lock: another replica may have acquired the lease since the read.
             if _is_held(state, now):
                 return None
             fence = int(state["fence"]) + 1
@@ -66,6 +67,7 @@ class Sequencer:
         """Return whether events wait for a sequence number, and whether some are ready for it."""
         async with self._db.read() as connection:
             unsequenced = exists().where(events.c.seq.is_(None))
+            # SQLite has one writer at a time, so no event waits for an older transaction.
             if connection.dialect == "sqlite":
                 return "ready" if await connection.scalar(select(unsequenced)) else "none"
             row = await connection.first(
@@ -174,6 +176,7 @@ def _is_held(state: RowMapping, now: float) -> bool:
 
 async def _load_state(connection: DatabaseConnection) -> RowMapping | None:
     query = select(relay_state).where(relay_state.c.name == _STATE_ROW)
+    # A transaction checks the fence on this row and holds it until the commit; a plain read need not wait for that.
     if isinstance(connection, Transaction):
         query = query.with_for_update()
     return await connection.first(query)

@@ -74,6 +74,7 @@ class TaskSubscription:
                 await self._wakeup.wait()
         except TimeoutError:
             return Hint(events=True, text=True)
+        # The wake-up may come from the listener's crash (`_notify_all`).
         self._hub.check()
         hint = Hint(self._events, self._text)
         self._events = self._text = False
@@ -133,6 +134,7 @@ class TaskWatchHub:
         """Add a subscription. Called by :class:`TaskSubscription` only."""
         channel = self._keys.watch(subscription.task_id)
         first = channel not in self._subscriptions
+        # Before Redis is told: a listener that reconnects meanwhile subscribes to this channel as well.
         self._subscriptions.setdefault(channel, set()).add(subscription)
         if first:
             await self._update_channel(channel, subscribe=True)
@@ -163,6 +165,7 @@ class TaskWatchHub:
     async def _listen(self) -> None:
         pubsub = self._redis.pubsub()
         try:
+            # Under the lock: a channel that is added meanwhile waits, and is then sent on this connection.
             async with self._send_lock:
                 await pubsub.subscribe(self._idle_channel, *self._subscriptions)
                 self._pubsub = pubsub

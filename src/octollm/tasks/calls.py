@@ -52,11 +52,13 @@ class TaskTokenMinter:
         read. Raises ``authority_missing``, naming the scopes, before anything runs.
         """
         service = service_of(scope.split(":", 1)[0])
+        # The callee reads the files of this call only: `files:read` becomes one scope for each digest.
         bind: Mapping[str, tuple[str, ...]] = {"files:read": tuple(f"files:read:{digest}" for digest in files)}
         may, missing = attenuate(scope, self._declarations(), authority, bindings=bind)
         if missing:
             raise OctoError(f"The task lacks the authority for {', '.join(missing)}.", code="authority_missing")
         ref = TaskRef(task.task_id, step, attempt, task.epoch)
+        # The access token only begins the call; the grant serves the nested calls until the deadline.
         left = max(1.0, deadline.remaining())
         return self._minter.mint_access(
             Principal(task.sub, task.cred, task.tenant),
@@ -143,6 +145,7 @@ class TaskCalls:
 
     async def store_document(self, document: DocumentIn, deadline: Deadline) -> DocumentOut:
         """Put a document that came with the task into memory."""
+        # Hashed: a file's name may have characters that an idempotency key may not.
         key = hashlib.sha256(f"{self._task.task_id}:{document.name}:{document.digest}".encode()).hexdigest()
         return await self._call("memory:write", document, DocumentOut, deadline, key=key)
 

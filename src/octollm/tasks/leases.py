@@ -66,12 +66,14 @@ class TaskLeases:
             )
             if row is None:
                 return None
+            # Each claim raises the fencing token, so that the writes of an earlier holder are refused.
             run = int(row["run"]) + 1
             await tx.execute(
                 update(tasks)
                 .where(tasks.c.task_id == row["task_id"])
                 .values(run=run, lease_holder=self._holder, lease_until=now + LEASE_SECONDS)
             )
+            # A lease that was released has no end: its holder stopped. That of an expired one may still work.
             if row["lease_until"] is not None and self._on_takeover is not None:
                 await self._on_takeover(tx, ExpiredLease(str(row["task_id"]), str(row["tenant"]), run - 1))
             return str(row["task_id"]), run
@@ -86,6 +88,7 @@ class TaskLeases:
             ours = or_(*(and_(tasks.c.task_id == task_id, tasks.c.run == run) for task_id, run in held.items()))
             kept = await tx.all(
                 update(tasks)
+                # An ended task is not renewed: a worker that missed its cancellation learns of it here.
                 .where(ours, tasks.c.status.in_(_RENEWABLE))
                 .values(lease_until=until)
                 .returning(tasks.c.task_id)
@@ -184,8 +187,10 @@ class LeaseRenewer:
         if not held:
             self.failure = ""
             return
+        # Taken before the statement, so that the lease in the database ends later than this holder believes.
         began = self._clock.monotonic()
         try:
+            # Bounded: a database that stays silent must leave time to stop the calls before the lease ends.
             async with asyncio.timeout(RENEW_DEADLINE_SECONDS - RENEW_SECONDS):
                 kept = await leases.renew(held)
         except TimeoutError:
@@ -197,6 +202,7 @@ class LeaseRenewer:
         self.failure = ""
         with self._lock:
             for task_id in kept:
+                # The event loop may have dropped the task while the statement ran, which is without the lock.
                 if task_id in self._held and self._held[task_id][0] == held[task_id]:
                     self._held[task_id] = (held[task_id], began)
         for task_id in held.keys() - kept:

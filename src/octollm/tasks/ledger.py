@@ -57,6 +57,7 @@ def allocate_completion(*, remaining: int, open_steps: int, prompt: int, request
 
     A step may spend (what is left ÷ open steps); a missing limit is what is left of that.
     """
+    # An even share: one open step cannot take the tokens of the others. While planning there are no steps.
     share = remaining // max(1, open_steps)
     room = share - prompt
     if room < MIN_COMPLETION_TOKENS:
@@ -84,12 +85,14 @@ class BudgetLedger:
                 raise OctoError("There is no task of that id.", code="task_not_found")
             if is_final(task["status"]):
                 raise OctoError(f"The task is {task['status']}.", code="state_conflict")
+            # Fence: a worker that lost its lease spends no more tokens. An ad-hoc task has no worker and no runs.
             if request.epoch is not None and task["kind"] == "task" and request.epoch != task["run"]:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
             # One call after another from here on, whoever serves them: nothing is granted twice.
             budget = await _lock_budget(tx, request.task_id)
             if budget is None:
                 raise OctoError("The task has no budget.", code="budget_exhausted")
+            # Read under the lock: if the same call was settled meanwhile, its answer is found and not paid twice.
             stored = await tx.first(
                 select(model_journal).where(
                     model_journal.c.tenant == request.tenant, model_journal.c.key == request.key
@@ -97,6 +100,7 @@ class BudgetLedger:
             )
             if stored is not None:
                 return Reservation("", stored["completion_tokens"], stored["answer"])
+            # An earlier attempt under this key may have reached the model, so its whole reservation counts as used.
             if await self._settle_abandoned(tx, request):
                 budget = await _lock_budget(tx, request.task_id) or budget
             return await self._reserve_tokens(tx, request, budget)
@@ -194,6 +198,8 @@ class BudgetLedger:
             query = select(reservations).where(reservations.c.id == reservation)
             row = await tx.first(query)
             if row is not None:
+                # The first read finds the task; the state is read again under the lock, so one of two settlements
+                # counts.
                 await _lock_budget(tx, row["task_id"])
                 row = await tx.first(query)
             if row is None:
@@ -240,6 +246,7 @@ class BudgetLedger:
                         model=row["model"],
                         created_at=now,
                     )
+                    # The first answer stays: its caller may have acted on it.
                     .on_conflict_do_nothing()
                 )
 
@@ -281,5 +288,6 @@ def _bound_cost(request: ReservationRequest, tokens: int, budget: Mapping[str, A
 
 def encode_journal_entry(answer: msgspec.Raw) -> bytes | None:
     """Return a journal entry of an answer; ``None`` for JSON's null."""
+    # Null stands for a call without a whole answer: it is not journaled, and a repeat asks the model again.
     data = bytes(answer)
     return None if data in (b"", b"null") else data

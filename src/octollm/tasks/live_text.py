@@ -52,6 +52,7 @@ class LiveText:
     async def __aexit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        # The loop ends before the last flush: two flushes at once could append their pieces out of order.
         await self._flushing.aclose()
         self._flushing.raise_if_crashed()
         await self._flush()
@@ -109,6 +110,7 @@ class LiveText:
     async def _save(self) -> None:
         if not self._dirty:
             return
+        # Cleared before the write: text that is added during it sets the flag again.
         self._dirty = False
         try:
             await self._store.save_text(

@@ -81,8 +81,10 @@ class TaskRunner:
         except TimeoutError:
             await self.fail(OctoError("The task's time is used up.", code="deadline_exceeded"))
         except OctoError as error:
+            # A newer run has the task and will record its end.
             if error.code == "fence_lost":
                 raise
+            # The task was ended from outside, for example cancelled; its end is recorded already.
             if error.code == "state_conflict" and await self._has_ended():
                 return
             await self.fail(error)
@@ -90,6 +92,7 @@ class TaskRunner:
     async def _run(self, deadline: Deadline) -> None:
         tools, task = self._deps, self._task
         calls = TaskCalls(tools.client, tools.token_minter, task, await tools.load_allowed_scopes(task))
+        # A run that takes over continues with the stored plan. The documents were in memory before it was stored.
         if task.plan is None:
             await tools.store.begin_planning(task.task_id, task.epoch)
             for document in await tools.load_documents(task):
@@ -101,6 +104,7 @@ class TaskRunner:
         try:
             results = await self._run_steps(plan, calls, deadline)
         except StepError as failed:
+            # Only a rejected result is replanned: the judge's reasons are what the new plan is made from.
             if failed.code != "not_accepted":
                 raise
             plan = await self._replan(plan, calls, deadline, failed)
@@ -128,6 +132,7 @@ class TaskRunner:
             contract.acceptance_criteria,
             reasons,
         )
+        # A replan is attempt 2 of the plan: its key and its live text are not those of the first.
         attempt = 2 if reasons else 1
         text = LiveText(
             self._deps.store,
@@ -150,10 +155,12 @@ class TaskRunner:
     async def _replan(self, plan: Plan, calls: TaskCalls, deadline: Deadline, failed: StepError) -> Plan:
         """Return a plan for the rest, once; raise ``failed`` when there is none but the same again."""
         tools, task = self._deps, self._task
+        # Asked of the database, because an earlier run may have used the one replan.
         if task.contract.assigned_arm is not None or await tools.store.was_replanned(task.task_id):
             raise failed
         fresh = await self._plan(calls, deadline, failed.reasons)
         rest = [step for step in fresh.steps if step.id not in self._done]
+        # The same work would be rejected again, so the task fails with the reasons instead.
         before = {(step.arm, step.goal, step.files) for step in plan.steps}
         if all((step.arm, step.goal, step.files) in before for step in rest):
             raise failed
@@ -168,6 +175,7 @@ class TaskRunner:
         tools, task = self._deps, self._task
         records = {record.step: record for record in await tools.store.steps(task.task_id)}
         results = {name: record.result for name, record in records.items() if record.result is not None}
+        # What an earlier run or the first plan completed is not run again.
         self._done = {name for name in results if records[name].status == "completed"}
         step_tools = StepDependencies(
             tools.store,
@@ -200,6 +208,7 @@ class TaskRunner:
         finally:
             for each in running:
                 each.cancel()
+            # Awaited, so that the calls of the cancelled steps are closed before the task's end is recorded.
             await asyncio.gather(*running, return_exceptions=True)
         return results
 
@@ -210,6 +219,7 @@ class TaskRunner:
             self._step_progress[step] = max(self._step_progress.get(step, 0.0), percent)
             progress = compute_progress(plan.steps, self._done, self._step_progress)
             if progress - self._reported_progress >= MIN_PROGRESS_DELTA:
+                # Set before the write: while it waits, the other steps do not report the same rise.
                 self._reported_progress = progress
                 await self._deps.store.change(
                     self._task.task_id, "task.progress", {"step": step}, epoch=self._task.epoch, progress=progress
@@ -286,6 +296,7 @@ def _rename_steps(steps: list[PlanStep], taken: set[str]) -> list[PlanStep]:
         msgspec.structs.replace(
             step,
             id=names[step.id],
+            # A dependency that is neither planned nor completed is dropped: the step would wait for it for ever.
             depends_on=tuple(names.get(need, need) for need in step.depends_on if need in names or need in taken),
         )
         for step in steps

@@ -98,6 +98,7 @@ def assemble_result(
     for step in ends:
         for artifact in results[step.id].artifacts:
             name = artifact.name
+            # Two steps may make different files of one name: both are kept. The same file twice is listed once.
             if name in artifacts and artifacts[name].digest != artifact.digest:
                 name = f"{step.id}-{name}"
             artifacts[name] = msgspec.structs.replace(artifact, name=name)

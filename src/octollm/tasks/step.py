@@ -81,6 +81,7 @@ async def _run_attempts(
 ) -> ExecuteResult:
     retries = task.contract.budget.max_retries
     last = 1 + (DEFAULT_RETRIES if retries is None else retries)
+    # A takeover continues the recorded attempt: the keys of its calls are the same, and finished calls are replayed.
     attempt = max(1, record.attempt)
     reasons = record.reasons
     while True:
@@ -97,6 +98,7 @@ async def _run_attempts(
                 reasons = verdict.reasons or ("The judge did not accept the result and gave no reason.",)
                 span.code, span.message = code, reasons[0]
         except OctoError as error:
+            # No failure of this step: a newer run has the task, or the work was cancelled.
             if error.code in ("fence_lost", "cancelled"):
                 raise
             code, reasons = error.code, _failure_reasons(error)
@@ -104,6 +106,7 @@ async def _run_attempts(
             # An arm that is asked again sooner than it said would only refuse again, at the cost of an attempt.
             can_retry = allows_new_attempt(error) and pause < deadline.remaining()
         final = attempt >= last or not can_retry
+        # The event and the number of the next attempt are one transaction, so a takeover neither repeats nor skips one.
         await deps.store.change(
             task.task_id,
             "step.failed",
@@ -124,6 +127,7 @@ async def _start_attempt(deps: StepDependencies, task: TaskRecord, spec: PlanSte
         "step.started",
         {"step": spec.id, "title": spec.title, "arm": spec.arm, "attempt": attempt, "run": task.epoch},
         epoch=task.epoch,
+        # The saved text is emptied, or a watcher would get the last attempt's as this one's.
         step=(spec.id, {"status": "running", "attempt": attempt, "run": task.epoch, "text": "", "started_at": now}),
     )
 
@@ -142,6 +146,7 @@ async def _execute(
         elif line.type == "progress":
             await deps.on_progress(spec.id, line.progress)
 
+    # Leaving it flushes and saves the text, so that its length is final when `step.completed` carries it.
     async with text:
         result = await deps.calls.execute(spec.arm, contract, deadline, step=spec.id, attempt=attempt, on_event=on_line)
     return result, text.length

@@ -108,6 +108,7 @@ class TaskStore:
                         .on_conflict_do_nothing()
                     )
             if hook is not None:
+                # Before the event: the lock on the event's subject comes last (the order is in `database.py`).
                 await hook(tx)
             if new.kind == "task":
                 await self._log.append(
@@ -144,6 +145,7 @@ class TaskStore:
         """
         async with self._db.transaction() as tx:
             row = await self._load_row(tx, task_id)
+            # The fence comes first: a stale run gets `fence_lost`, also when the newer run has ended the task.
             if epoch is not None and row["run"] != epoch:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
             if is_final(row["status"]):
@@ -151,6 +153,7 @@ class TaskStore:
             if new_status is not None:
                 check_transition(row["status"], new_status)
                 columns["status"] = new_status
+            # Progress never falls, in whatever order the reports of parallel steps are committed.
             risen = max(row["progress"], progress or 0.0)
             columns["progress"] = risen
             columns["updated_at"] = self._clock.now()
@@ -197,6 +200,7 @@ class TaskStore:
                         created_at=now,
                         updated_at=now,
                     )
+                    # The completed steps are in the new plan too; their rows, with the results, stay.
                     .on_conflict_do_nothing()
                 )
             risen = max(row["progress"], 10.0)
@@ -283,6 +287,7 @@ class TaskStore:
     async def view(self, task_id: str, tenant: str) -> TaskView:
         """Return a task as its owner sees it; another tenant's is ``task_not_found``."""
         async with self._db.read() as conn:
+            # One snapshot: a live session continues from `version`, which must agree with the status and the steps.
             row = await self._load_row(conn, task_id, tenant)
             budget = await conn.first(select(budgets).where(budgets.c.task_id == task_id))
             usage = Usage()
@@ -303,6 +308,7 @@ class TaskStore:
             wanted.append(tasks.c.status == status)
         if cursor:
             at, last = _decode_cursor(cursor)
+            # The id orders tasks of one moment; by time alone a page would skip or repeat some of them.
             wanted.append(or_(tasks.c.created_at < at, and_(tasks.c.created_at == at, tasks.c.task_id < last)))
         query = (
             select(tasks).where(*wanted).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit + 1)
@@ -358,6 +364,7 @@ class TaskStore:
             correlation_id=row["correlation_id"],
             traceparent=row["traceparent"],
         )
+        # In the same transaction, so that whoever reads this version also finds its event in the history.
         await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(version=appended.version))
 
     async def _load_row(self, conn: DatabaseConnection, task_id: str, tenant: str | None = None) -> Mapping[str, Any]:

@@ -63,10 +63,13 @@ class Worker:
         task = self._running.get(task_id)
         if task is not None:
             task.cancel()
+            # Bounded: the task has ended in the database already; whoever cancelled it does not wait for a call that
+            # hangs.
             await asyncio.wait({task}, timeout=5)
 
     async def drain(self) -> None:
         """Claim nothing more, and give what is in hand back unfinished, so that another worker goes on with it."""
+        # Before the cancellations: each task that ends wakes the claim loop, which would claim it again.
         self._is_draining = True
         tasks = tuple(self._running.values())
         for task in tasks:
@@ -83,6 +86,7 @@ class Worker:
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncGenerator[None]:
         """Work while the context is open; on leaving, running tasks are handed back unfinished."""
+        # The renewer ends last: tasks keep their leases until they are handed back.
         async with self._renewer.run(lambda error: self._log.error("leases.crashed", error=error)):
             try:
                 async with self._claims:
@@ -96,6 +100,7 @@ class Worker:
             if claimed is None:
                 return
             task_id, run = claimed
+            # The run that was claimed, not the row's: after a takeover in between, the fence must refuse this one.
             record = replace(await self._deps.store.get(task_id), epoch=run)
             self._renewer.add(task_id, run)
             work = asyncio.create_task(self._run_task(record), name=f"task {task_id}")
@@ -117,6 +122,7 @@ class Worker:
             await TaskRunner(self._deps, task).run()
         except asyncio.CancelledError:
             with contextlib.suppress(OctoError):
+                # Shielded against a second cancellation: once released, another worker takes the task at once.
                 await asyncio.shield(self._task_leases.release(task.task_id, task.epoch))
             raise
         except OctoError as error:
@@ -124,6 +130,7 @@ class Worker:
             self._log.warning("task.let_go", error=error)
         except Exception as error:
             self._log.error("task.crashed", error=error)
+            # A task that is left open is claimed again and would crash one worker after another.
             await self._fail_crashed(task, error)
         finally:
             gauge.dec()
