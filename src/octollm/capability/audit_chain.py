@@ -66,6 +66,7 @@ def verify_checkpoint(token: str, roots: Mapping[str, PublicKey]) -> Checkpoint:
     if len(token) > MAX_CHECKPOINT_CHARS or not token.isascii():
         raise CapabilityError("bearer_malformed")
     jws = decode_jws(token, "audit+jwt")
+    # The signature first: nothing that a checkpoint says counts before a root is known to have said it.
     jws.check_signature(pinned_root(jws.header, roots))
     try:
         claims = msgspec.convert(jws.claims, Checkpoint)
@@ -97,6 +98,7 @@ class AuditChainVerifier:
             self._fault(row.seq, f"it is of another tenant, {row.tenant[:64]!r}")
         elif row.hash != row_hash(self._last.hash, row):
             self._fault(row.seq, f"it was changed: {row.action} by {row.sub} does not have the hash that was sealed")
+        # The stored hash goes on, not the computed one: a changed row is one fault, and not one of every later row.
         self._last = AuditHead(self._tenant, row.seq, row.hash)
         if row.checkpoint is not None:
             self._check_signed(row.seq, row.hash, row.checkpoint)

@@ -119,6 +119,7 @@ def assemble_chain(access: ChainPart[AccessClaims], grants: Sequence[ChainPart[G
     if access.claims.gnt is not None:
         if not proofs or proofs[-1].digest != access.claims.gnt:
             raise CapabilityError("grant_mismatch")
+        # The callee's grant is the last part. It has to be minted under the same grant as the access token.
         own = proofs.pop()
         if own.claims.prf != access.claims.prf:
             raise CapabilityError("proof_mismatch")
@@ -164,6 +165,7 @@ def expected_key(
     header = part.jws.header
     if parent is None:
         return pinned_root(header, roots)
+    # A key named by ``kid`` would be looked up somewhere: below the root, only the parent says which key signs.
     if header.kid is not None:
         raise CapabilityError("key_unexpected")
     if part.embedded is None:
@@ -202,6 +204,7 @@ def check_access_claims(chain: Chain, audience: str) -> None:
     if access.aud != audience:
         raise CapabilityError("audience_wrong")
     _check_issuer(access, chain.parent)
+    # One grant stands for all, since they were found to be for the same work before.
     _check_same_work(chain.grants[0].claims, access)
 
 
@@ -217,6 +220,7 @@ def check_access_scopes(chain: Chain) -> None:
         raise CapabilityError("scope_foreign")
     if chain.callee_grant is not None and chain.callee_grant.claims.aud != access.aud:
         raise CapabilityError("audience_wrong")
+    # A root minted it, and a root's authority has no bounds that it could exceed.
     if chain.parent is None:
         return
     allowed: list[DelegationTree] = []

@@ -134,6 +134,7 @@ class EnrolmentTokenIssuer:
         body, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
         if len(body) != _MAC_BYTES + _STAMP_BYTES:
             return False
+        # Any trusted root counts, so that a nonce outlives the rotation of the root key.
         if not any(hmac.compare_digest(mac, _nonce_mac(root, body)) for root in self._roots(now)):
             return False
         remaining = int.from_bytes(body[-_STAMP_BYTES:]) / 1000 - now
@@ -181,6 +182,7 @@ def parse_declared_calls(calls: Sequence[str]) -> tuple[DeclaredCall, ...]:
         scope = text.removeprefix(OPTIONAL_MARK)
         _check_call(scope)
         declared.setdefault(scope, DeclaredCall(scope, optional=text.startswith(OPTIONAL_MARK)))
+    # Sorted, because the proofs of both sides cover the calls and need them in one order.
     return tuple(declared[scope] for scope in sorted(declared))
 
 

@@ -140,6 +140,7 @@ def intersect(left: DelegationTree, right: DelegationTree) -> DelegationTree:
     """Return the tree of the calls that both trees allow."""
     entries: dict[Scope, DelegationTree] = {}
     for scope, under in left.items():
+        # Every pair, because scopes overlap: an operation may match a wildcard of the other side.
         for other, other_under in right.items():
             common = scope.intersection(other)
             if common is not None:
@@ -183,6 +184,7 @@ def attenuate(
     missing = dict.fromkeys([] if authority.allows(root) else [root.text])
     for call in builder.calls_of(root):
         bound = builder.bound(call.scope)
+        # Bound to nothing means withheld on purpose, which is not the same as missing.
         if bound and not call.optional and not any(builder.allowed(scope) for scope in bound):
             missing[call.scope] = None
     return builder.tree(root, max_depth), list(missing)
@@ -204,6 +206,7 @@ class _TreeBuilder:
     def calls_of(self, scope: Scope) -> Iterator[DeclaredCall]:
         """Yield the declared calls of every operation that a call of ``scope`` can reach."""
         for operation, calls in self._declared:
+            # Both directions: a wildcard reaches every operation below it, so it needs the calls of all of them.
             if operation.contains(scope) or scope.contains(operation):
                 yield from calls
 

@@ -118,6 +118,7 @@ def _hop(part: ChainPart[TokenClaims], parent: ChainPart[GrantClaims] | None) ->
 def _dropped(may: DelegationTree, claims: TokenClaims) -> tuple[str, ...]:
     """Return the paths that the parent allows and this link does not."""
     if isinstance(claims, GrantClaims):
+        # A grant says what may follow its own call, so entries for other services end at this hop.
         others = [scope.text for scope in may if service_of(scope.family) != claims.aud]
         under = [below for scope, below in may.items() if service_of(scope.family) == claims.aud]
         paths = dict.fromkeys(path for tree in under for path in _paths(tree))

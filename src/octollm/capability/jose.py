@@ -252,6 +252,7 @@ def pinned_root(header: JwsHeader, roots: Mapping[str, PublicKey]) -> PublicKey:
     if header.kid is None:
         raise CapabilityError("key_missing")
     root = roots.get(header.kid)
+    # The name in the mapping is not proof: the key itself has to have that thumbprint.
     if root is None or root.thumbprint != header.kid:
         raise CapabilityError("root_unknown")
     return root
@@ -288,6 +289,7 @@ def decode_jws(
     if not dot or "." in payload_text or len(header_text) > MAX_HEADER_CHARS:
         raise CapabilityError("bearer_malformed")
     header = _parse_header(header_text)
+    # Before the payload: a token of another algorithm or kind is refused without parsing its claims.
     if header.alg != ALGORITHM:
         raise CapabilityError("algorithm_refused")
     if header.typ != typ:
@@ -324,6 +326,7 @@ _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_members, parse_constant=_ref
 
 
 def _parse_json(data: bytes, max_brackets: int) -> object:
+    # Counted first, since a deep nesting costs the parser more than the count.
     if data.count(b"{") + data.count(b"[") > max_brackets:
         raise CapabilityError("json_malformed")
     try:

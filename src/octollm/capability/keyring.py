@@ -33,6 +33,7 @@ class DatedKey:
 def signing_index(created_at: Sequence[float], now: float) -> int:
     """Return the index of the key that signs at ``now``, given the keys' times of creation, oldest first."""
     ready = [index for index, at in enumerate(created_at) if at + OVERLAP_SECONDS <= now]
+    # Without a key that is old enough the oldest signs, so a new installation can sign at once.
     return ready[-1] if ready else 0
 
 
@@ -41,6 +42,7 @@ def trusted_indices(created_at: Sequence[float], now: float) -> list[int]:
     return [
         index
         for index in range(len(created_at))
+        # A key signs until the overlap of its successor ends; its last token then lives for TRUST_SECONDS at most.
         if index + 1 == len(created_at) or now < created_at[index + 1] + OVERLAP_SECONDS + TRUST_SECONDS
     ]
 
@@ -87,6 +89,7 @@ class KeyRing:
         if isinstance(key, KeyRing):
             return key
         keys = (key,) if isinstance(key, SigningKey) else tuple(key)
+        # Dated an overlap apart, so that the first is the newest and signs at once.
         return cls(DatedKey(each, -float(index) * OVERLAP_SECONDS) for index, each in enumerate(keys))
 
     def signing_key(self, now: float) -> SigningKey:
@@ -130,6 +133,7 @@ class TrustedRoots(Mapping[str, PublicKey]):
 
     def replace(self, keys: Mapping[str, PublicKey]) -> bool:
         """Trust these keys and no others; return whether that changes anything. An empty mapping is ignored."""
+        # Without any root no later directory could be verified: the service would never trust a key again.
         if not keys or self._keys == dict(keys):
             return False
         self._keys = dict(keys)

@@ -254,6 +254,7 @@ class Delegator:
         if parent is None:
             raise CapabilityError("grant_absent", f"{self._name} was given no authority to call {scope}.")
         below = parent.may.subtree(requested)
+        # Each of these every verifier would refuse; here the error names the scope.
         if below is None or service_of(requested.family) != aud or parent.aud != self._name:
             raise CapabilityError("not_in_may", f"{self._name} may not call {scope} at {aud} for this work.")
         key = self._ring.find(parent.cnf.jkt)
@@ -262,6 +263,7 @@ class Delegator:
                 "holder_unknown", f"The grant for calling {scope} is for another key of {self._name}."
             )
         now = self._clock.now()
+        # No skew here: a child may not outlive its parent, so it would have no life left.
         if now >= parent.exp:
             raise CapabilityError("expired", f"The authority to call {scope} has expired.")
         _check_lifetime(lifetime, MAX_ACCESS_SECONDS)
@@ -377,7 +379,9 @@ class ServiceTokenSigner:
         last = self._tokens.get(aud)
         if last is not None:
             token, claims, signed_by = last
+            # The upper bound keeps a caller who asked for a short life from getting an older, longer token.
             is_long_enough = now + lifetime * REUSE_SHARE <= claims.exp <= now + lifetime + ROUNDING_SECONDS
+            # After a rotation the new key signs at once, since peers stop trusting the old one.
             if signed_by is key and is_long_enough and not _is_from_future(claims.iat, now):
                 return token
         claims = ServiceClaims(

@@ -55,8 +55,10 @@ class Revocations:
         if len(self._at) > self._max_entries:
             # The first entry is about the oldest; raising the floor keeps refusing what it refused.
             dropped = next(iter(self._at))
+            # These kinds refused tokens whatever their issuer's clock said: the floor has to allow for that clock.
             margin = SKEW_SECONDS if dropped[1] in _PERMANENT_KINDS else 0.0
             self._floor = max(self._floor, self._at.pop(dropped) + margin)
+        # A new version has every cached verdict checked against the list once more.
         self.version += 1
 
     @property

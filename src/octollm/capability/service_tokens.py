@@ -117,6 +117,7 @@ class ServiceTokenVerifier:
         key = jws.embedded_key()
         if claims.iss != claims.sub:
             raise CapabilityError("issuer_wrong")
+        # The directory before the signature: a key that it does not list proves nothing, and costs no check.
         _check_registered(claims.iss, key.thumbprint, directory)
         if key.thumbprint != jws.header.kid:
             raise CapabilityError("key_mismatch")
@@ -148,6 +149,7 @@ def verify_directory(
     if len(token) > MAX_DIRECTORY_CHARS:
         raise CapabilityError("bearer_too_large")
     jws = decode_jws(token, "dir+jwt", max_brackets=_MAX_DIRECTORY_BRACKETS)
+    # The signature before the claims: the list of roots in them would otherwise vouch for itself.
     root = pinned_root(jws.header, roots)
     jws.check_signature(root)
     claims = _read(jws.claims, DirectoryClaims)

@@ -205,6 +205,7 @@ def _parse_short_scopes(text: str) -> ScopeSet:
 
 def _from_plain(kind: type, value: Any) -> object:
     if kind is ScopeSet and isinstance(value, str):
+        # Only short texts are cached, which bounds the memory of the cache as well as its entries.
         return _parse_short_scopes(value) if len(value) <= _MAX_CACHED_SCOPE_CHARS else ScopeSet.parse(value)
     if kind is DelegationTree:
         return parse_delegation_tree(value)

@@ -148,6 +148,7 @@ class Verifier:
         """
         if not bearer:
             raise CapabilityError("bearer_missing")
+        # Before any work on the text: refusing a megabyte costs nothing.
         if len(bearer) > MAX_BEARER_CHARS:
             raise CapabilityError("bearer_too_large")
         try:
@@ -199,6 +200,7 @@ class Verifier:
         check_authority(chain, self.audience)
         if self.revocations.is_revoked(chain.links):
             raise CapabilityError("revoked")
+        # After every check: a chain that is refused leaves nothing in the caches.
         for grant in chain.grants:
             self._grants.put(grant.digest, _KnownGrant(grant, keys[grant.digest]))
         roots = tuple(keys[part.digest] for part, parent in chain.parts_with_parents() if parent is None)
@@ -256,6 +258,7 @@ class Verifier:
         for part, parent in chain.parts_with_parents():
             key = expected_key(part, parent, self._roots)
             known = self._grants.get(part.digest)
+            # A signature counts for the key that made it: under another parent the grant is verified again.
             if known is None or known.key != key:
                 part.jws.check_signature(key)
             keys[part.digest] = key
