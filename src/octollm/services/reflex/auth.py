@@ -74,6 +74,7 @@ class CredentialAuthenticator:
         return credential
 
     def _read_credential(self, connection: HTTPConnection, peer: str) -> str:
+        # An explicit key comes first: what a browser sends by itself needs a check of its origin, a key does not.
         values = connection.headers.getlist("authorization")
         if values:
             scheme, _, key = values[0].partition(" ")

@@ -154,6 +154,7 @@ def _build_response(response: HttpResponse, declared: AnyOperation) -> Response:
     if declared.returns_file:
         # A file may hold a page with scripts: the browser saves it and never shows it under this origin.
         headers.setdefault("content-disposition", "attachment")
+        # The digest of a file is its address, so what is behind an address never changes.
         headers["cache-control"] = "private, max-age=31536000, immutable"
     else:
         headers["cache-control"] = "private, no-cache" if declared.cacheable else "no-store"

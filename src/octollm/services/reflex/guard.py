@@ -121,6 +121,7 @@ def check_request(scope: Scope, allowed_hosts: AllowedHosts, *, exempts_probes: 
         raise OctoError(
             "This server does not have that Host; OCTOLLM_ALLOWED_HOSTS names further ones.", code="host_refused"
         )
+    # A WebSocket counts as a change: its handshake is a GET that any page may make, and it carries messages.
     changes = scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS
     if changes and any(not allowed_hosts.allows_origin(origin, port) for origin in headers.getlist("origin")):
         raise OctoError("A page of another origin may not do this.", code="origin_refused")
@@ -172,6 +173,7 @@ def check_local_user(headers: Headers, peer: str, port: int, allowed_hosts: Allo
         raise OctoError("A page of another origin may not do this.", code="origin_refused")
     if not is_loopback(peer):
         raise _token_missing("only this machine is trusted without one")
+    # Behind a proxy on this machine every stranger has a loopback address.
     if any(name in ("forwarded", "via") or name.startswith("x-forwarded-") for name in headers):
         raise _token_missing("a proxied request is not trusted without one")
     if any(value.strip().lower() == "cross-site" for value in headers.getlist("sec-fetch-site")):
@@ -204,4 +206,5 @@ def read_session_cookie(connection: HTTPConnection, allowed_hosts: AllowedHosts)
 
 
 def _is_cross_site(headers: Headers) -> bool:
+    # SameSite=Strict lets pages of other ports and sibling hosts send the cookie: they are refused here.
     return any(value.strip().lower() in ("cross-site", "same-site") for value in headers.getlist("sec-fetch-site"))

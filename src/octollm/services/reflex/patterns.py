@@ -50,6 +50,7 @@ def _is_phone_number(text: str) -> bool:
     return 8 <= sum(char.isdigit() for char in text) <= 15
 
 
+# Gaps between words are bounded and end at a full stop or line break: separate sentences are no match together.
 _OVERRIDE = (
     r"\b(?:ignore|disregard|forget|override|bypass|do not follow|don't follow)\b[^.\n]{0,40}"
     r"\b(?:all|any|the|your|my|these|those|previous|prior|above|earlier|preceding|system)\b[^.\n]{0,30}"

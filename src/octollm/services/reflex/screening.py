@@ -64,6 +64,7 @@ class Screener:
                 if pattern.check is not None and not pattern.check(match[0]):
                     continue
                 kinds.add(pattern.name)
+                # The list is bounded and the decision is not: kinds past the bound of the list count too.
                 if len(findings) < MAX_FINDINGS:
                     findings.append(_build_finding(pattern, match, places))
         findings.sort(key=lambda each: (each.start, each.end))

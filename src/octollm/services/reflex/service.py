@@ -59,6 +59,7 @@ class DependencyReadiness:
 
     def _check(self, name: str) -> ReadinessCheck:
         async def check() -> DependencyStatus:
+            # The lock lets the checks of one /ready, and of several at a time, share one round of calls.
             async with self._lock:
                 if self._clock.monotonic() - self._checked_at > READINESS_CACHE_SECONDS:
                     results = await asyncio.gather(*(self._check_service(each) for each in self._names))
@@ -171,6 +172,7 @@ async def reflex_service(
                 expose_headers=CORS_EXPOSED,
                 max_age=600,
             )
+        # Added last, so that it is the outermost: the guard sees a request before anything else, CORS included.
         service.app.add_middleware(
             RequestGuardMiddleware,
             allowed_hosts=allowed_hosts,

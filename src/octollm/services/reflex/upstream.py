@@ -120,6 +120,7 @@ class TokenExchangeClient:
             Deadline.after(self._clock, EXCHANGE_SECONDS),
             msgspec.json.encode(TokenExchangeRequest(credential)),
         )
+        # The life counts from the request, so that a slow response cannot make a token seem younger than it is.
         requested_at = self._clock.monotonic()
         try:
             token = await self._caller.call(call, TokenResponse)
@@ -131,6 +132,7 @@ class TokenExchangeClient:
                 ) from error
             raise
         lifetime = min(float(token.expires_in), MAX_CACHE_SECONDS)
+        # A token with a short life is still used for half of it, rather than exchanged for every call.
         expires_at = requested_at + max(lifetime - EXPIRY_MARGIN_SECONDS, lifetime / 2)
         return CachedToken(token.access_token, token.tenant, token.scope, expires_at)
 

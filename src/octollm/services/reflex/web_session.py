@@ -113,12 +113,14 @@ class SessionHandlers:
     async def open(self, call: IncomingCall, body: SessionRequest) -> Response:
         """Open a session for an API key and set its cookie."""
         request = call.request
+        # Otherwise a foreign page could log the browser in as somebody else (login CSRF).
         if not self._allowed_hosts.are_own_origins(request.headers.getlist("origin"), get_server_port(request.scope)):
             raise OctoError("Only pages of this server may use a session.", code="origin_refused")
         await self._rate_limiter.hit(get_address_bucket(request.client.host if request.client is not None else ""))
         if (body.api_key is None) == (body.login is None):
             raise OctoError("A session needs either an API key or a login.", code="invalid_body")
         credentials = CreateSessionRequest(body.api_key, body.login)
+        # This operation is public, so a session could otherwise be used to guess keys without the delay.
         async with self._throttle.attempt(body.api_key or ""):
             session = await self._request("sessions.open", "/sessions", credentials, SessionResponse)
         user = CurrentUser(session.tenant, session.scope, session=True)

@@ -143,6 +143,7 @@ class TaskWebSockets:
                 await self._handle_message(message_type, credential, task_id)
             except OctoError as error:
                 session.add_note({"type": message_type, "code": error.code, "detail": error.detail})
+            # Wakes the sender, which then sends the note, or the frame that the message caused.
             hints.notify(events=True, text=False)
 
     async def _handle_message(self, message_type: str, credential: str, task_id: str) -> None:
