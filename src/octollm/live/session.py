@@ -120,6 +120,7 @@ class LiveSession:
         """Read the task. Raises the error that refuses the client, before any frame."""
         self._view = await self._source.view()
         version = self._view.version
+        # A larger `after` is cut to the version: otherwise the client would never get the events in between.
         self._acknowledged = version if self._position.after is None else min(self._position.after, version)
 
     @property
@@ -168,6 +169,7 @@ class LiveSession:
                 async with contextlib.aclosing(self._events(hints)) as frames:
                     async for frame in frames:
                         yield frame
+                # Text waits until the events that the client has are read: they say which attempts run.
                 if self._ended or self._fetched_version < self._acknowledged:
                     return
             was_early = self._early_since is not None
@@ -213,6 +215,7 @@ class LiveSession:
             return
         end = self._clock.monotonic() + self._timing.max_text_wait
         while self._tracker.get_offset(step, attempt) < length and self._clock.monotonic() < end:
+            # The stream may have lost this text: it expires, and Redis can be flushed. SQL has what was saved.
             await self._restore(force=True)
             await self._read_stream()
             for frame in self._drain_text():
@@ -254,6 +257,7 @@ class LiveSession:
                 if not await self._add_entries(await self._text_source.read(self._task_id, self._last_id)):
                     break
             self._is_stream_down = False
+            # A step that is silent in the stream may have its text in SQL alone.
             if not self._has_read_stream and self._tracker.has_silent_step:
                 await self._restore(force=True)
             self._has_read_stream = True
@@ -306,6 +310,7 @@ class LiveSession:
         return [self._builder.build_token(chunk, now) for chunk in self._tracker.drain()]
 
     async def _next_hint(self, hints: AsyncIterator[Hint], seconds: float) -> Hint:
+        # Text or events are known to exist and were not read; no further hint may come for them.
         unsettled = self._failing_since is not None or self._early_since is not None or self._has_gap
         if unsettled:
             seconds = min(seconds, self._timing.retry_interval)

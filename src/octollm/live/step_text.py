@@ -175,12 +175,14 @@ class StepTextTracker:
         if entry.run > text.run:
             text.restart(entry.run, entry.offset if entry.reset else 0)
             text.reset_id = at if entry.reset else (0, 0)
+        # After a gap the stream is read from its beginning: this entry lies before a reset that was applied.
         if at < text.reset_id:
             return EntryResult.ACCEPTED
         if entry.reset and at > text.reset_id:
             text.reset_id = at
             if text.is_claimed and entry.offset < text.end:
                 text.base = entry.offset  # The client has text after this reset, so it has seen the reset.
+            # The first entry of an attempt carries `reset` too; where there is no text yet, nothing is void.
             elif not (text.needs_reset and text.base == text.end == entry.offset):
                 text.restart(text.run, entry.offset)
         return EntryResult.ACCEPTED if text.extend(entry.offset, entry.text) else EntryResult.GAP
@@ -191,6 +193,7 @@ class StepTextTracker:
         if text is None or not text.is_open or saved.attempt < text.attempt or saved.run < text.run:
             return
         if text.is_claimed and saved.run == text.run and saved.base < text.end:
+            # The client has text after this base, so it has seen the reset before it: its text is not void.
             text.base = saved.base
         elif saved.run > text.run or saved.base > text.base:
             text.restart(saved.run, saved.base)
@@ -212,6 +215,7 @@ class StepTextTracker:
             whole = "".join(text.pending)
             text.pending.clear()
             offset = text.end - len(whole)
+            # At least one chunk: a reset without new text is sent as well.
             for start in range(0, max(len(whole), 1), MAX_CHUNK):
                 part = whole[start : start + MAX_CHUNK]
                 chunks.append(TextChunk(step, text.attempt, text.run, offset + start, part, text.needs_reset))
@@ -234,6 +238,7 @@ class StepTextTracker:
         claim = self._claims.get(step)
         if claim is None or claim.attempt != attempt or claim.count == 0:
             return _StepText(attempt, run)
+        # The text that the client has is of an older run, and the newer run began again.
         if claim.run < run:
             return _StepText(attempt, run, has_stale_text=True)
         return _StepText(attempt, claim.run, end=claim.count, needs_reset=False, is_claimed=True)

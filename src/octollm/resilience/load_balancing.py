@@ -59,6 +59,7 @@ class CircuitBreaker:
     def begin_probe(self, now: float, policy: EjectionPolicy) -> None:
         """Record that a call goes out: if it is a probe, the next call waits for its outcome."""
         if self._until is not None:
+            # Bounded: a probe whose outcome is never recorded does not block the instance for ever.
             self._probe_until = now + policy.base_ejection_seconds
 
     def seconds_until_allowed(self, now: float) -> float:
@@ -67,6 +68,7 @@ class CircuitBreaker:
 
     def record(self, outcome: CallOutcome, *, slow: bool) -> None:
         """Count the outcome of a call; a successful probe closes the circuit."""
+        # Also after an unknown outcome, so that the next call may be the probe.
         self._probe_until = 0.0
         if outcome == "unknown":
             return
@@ -86,6 +88,7 @@ class CircuitBreaker:
     def open(self, now: float, policy: EjectionPolicy) -> float:
         """Open the circuit and return for how many seconds."""
         seconds = min(policy.max_ejection_seconds, policy.base_ejection_seconds * 2.0**self._times)
+        # The exponent is bounded, since a float overflows after a thousand ejections.
         self._times = min(self._times + 1, 16)
         self._until = now + seconds
         self.opened_at = now
@@ -222,6 +225,7 @@ class Balancer:
         if outcome == "erred" and alone:
             outcome = "answered"  # a lone instance stays in use: one failing operation must not block the others
         slow = outcome in ("answered", "late") and self._is_slow(instance, operation, seconds)
+        # A missed deadline may mean that the caller allowed too little: it counts when the peers are far faster.
         health.record("unknown" if outcome == "late" and not slow else outcome, slow=slow)
         if not health.should_open(self._policy):
             if not health.is_open and now - max(instance.forgiven_at, health.opened_at) > _RECOVERY_SECONDS:

@@ -84,11 +84,13 @@ class RetryPolicy:
         """
         if attempt >= self.max_attempts or not failure.retryable:
             return None
+        # It may have taken effect, and a repeat would take effect a second time.
         if failure.may_have_started and not is_idempotent:
             return None
         delay = random * min(self.max_delay, self.base_delay * 2.0 ** (attempt - 1))
         if failure.retry_after is not None:
             delay = max(delay, failure.retry_after)
+        # A pause past the deadline would only delay the failure.
         return delay if delay < remaining else None
 
 

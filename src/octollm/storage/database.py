@@ -223,6 +223,9 @@ class Database:
         ``unavailable`` when the database cannot be used (a commit that was cut off may have taken effect),
         ``state_conflict`` when a constraint refuses a row.
         """
+        # Lock order: arms, tasks, budgets, reservations, steps, idempotency, subjects; relay_state, events, channels;
+        # documents, passages. Rows of one table go by key. Who keeps to it cannot deadlock.
+
         task = asyncio.current_task()
         if task in self._writing:
             raise RuntimeError("a transaction inside a transaction of the same task would wait for itself")

@@ -44,6 +44,7 @@ def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
     )
     pragmas = [
         f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}",
+        # A power failure may take the last commits, never the consistency; a temporary file need not survive one.
         f"PRAGMA synchronous={'NORMAL' if durable else 'OFF'}",
         "PRAGMA foreign_keys=ON",
         "PRAGMA journal_size_limit=67108864",
@@ -51,6 +52,7 @@ def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
     ]
     if writer:
         pragmas.insert(1, "PRAGMA journal_mode=WAL")
+    # A writer takes the write lock at once: a reader that turned writer could fail instead of waiting for it.
     begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
 
     def connected(connection: DBAPIConnection, _record: object) -> None:
@@ -135,6 +137,7 @@ RECYCLE_SECONDS = 1800.0
 """The age at which a connection is replaced, so that one through a proxy or a fail-over does not live for ever."""
 
 
+# Repeatable read: all statements of one read see the same snapshot.
 _READONLY = {"default_transaction_read_only": "on", "default_transaction_isolation": "repeatable read"}
 _KEY_LOOKUP = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
 """A table that grows has no statistics yet, and without them the server reads all of it for a few keys."""

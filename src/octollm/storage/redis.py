@@ -39,6 +39,7 @@ async def _translate_redis_errors() -> AsyncGenerator[None]:
     try:
         async with asyncio.timeout(RESPONSE_SECONDS):
             yield
+    # Before ConnectionError, of which redis-py makes AuthenticationError a subclass.
     except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
         raise OctoError("Redis refused the user or its password.", code="unavailable") from error
     except (exceptions.ConnectionError, exceptions.TimeoutError, OSError, TimeoutError) as error:
@@ -124,7 +125,7 @@ class ServerRedis:
             "protocol": 2,
             "socket_connect_timeout": CONNECT_SECONDS,
             # redis-py would keep to its own limit with asyncio.wait_for, which on Python 3.11 loses a cancellation
-            # that comes as the inner task ends. The limit is _bounded's instead.
+            # that comes as the inner task ends. The limit is that of _translate_redis_errors instead.
             "socket_timeout": None,
         }
         # redis-py's own annotations are partial, so its clients are taken as untyped.
@@ -198,6 +199,7 @@ class ServerRedis:
         async with _translate_redis_errors(), self._commands.pipeline(transaction=False) as pipeline:
             pipeline.xadd(key, dict(fields), maxlen=maxlen, approximate=True)
             pipeline.expire(key, ttl)
+            # After the entry, so that whoever the hint wakes finds it.
             if announce is not None:
                 pipeline.publish(*announce)
             answers: list[Any] = await pipeline.execute()
