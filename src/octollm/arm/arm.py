@@ -183,6 +183,7 @@ class Arm(Generic[StateT]):
     def _optional(self) -> tuple[Scope, ...]:
         required = self._required()
         own = (scope for declared in self.operations for scope in declared.optional_calls)
+        # What one operation requires the arm requires, although another operation could do without it.
         return tuple(scope for scope in dict.fromkeys((*self.optional_scopes, *own)) if scope not in required)
 
     @asynccontextmanager

@@ -33,6 +33,7 @@ def extract_problem(error: BaseException | None) -> RemoteError | None:
         except msgspec.ValidationError:
             error = error.__cause__ or error.__context__
             continue
+        # The body of another program may have the same members: only our own codes count.
         return remote_error(problem, "models") if problem.code in ERROR_KINDS else None
     return None
 

@@ -144,6 +144,7 @@ class Context(Generic[StateT_co]):
         self._delegator = delegator
         self._call = call
         self._declared = declared
+        # Without a key the request id takes its place, since the retries of a call keep it.
         parent_key = call.key or call.request_id
         self._keys = NestedKeys(parent_key)
         self._call_digest = hashlib.sha256(parent_key.encode()).hexdigest()
@@ -278,6 +279,7 @@ class Context(Generic[StateT_co]):
     async def _bearer(self, scope: str, lifetime: float | None = None) -> str:
         """Return a bearer string for ``scope``: one for calls of this arm, or a new one that lives for ``lifetime``."""
         requested = Scope(scope)
+        # Before the directory and the grant are asked: this error can name the declaration that is missing.
         if not any(declared.contains(requested) for declared in self._declared):
             raise OctoError(
                 f"{self._call.service}:{self._call.operation} does not declare the call {requested.operation}: write "
@@ -287,6 +289,7 @@ class Context(Generic[StateT_co]):
         audience = service_of(requested.family)
         holder = await self._base.directory.thumbprint(audience)
         authority = self._call.authority
+        # A key for a client of the author's own leaves this process, so it is never one that other calls use.
         if lifetime is not None:
             return self._delegator.delegate(
                 authority, audience, scope, holder, lifetime=lifetime, call=self._call_digest

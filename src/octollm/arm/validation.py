@@ -64,6 +64,7 @@ def check_calls(name: str, calls: Iterable[CallTo] | CallTo) -> tuple[Scope, ...
     """Return declared calls as scopes; raise ``arm_invalid`` for a malformed one, and for one call without a list."""
     if isinstance(calls, OperationReference):
         raise ArmError(f"calls of the arm {name} is a list: calls=[{calls}].")
+    # A string is a sequence as well: each of its characters would be taken for a call.
     if isinstance(calls, str):
         raise ArmError(f"calls of the arm {name} is a list: calls=[{calls!r}].")
     scopes: list[Scope] = []

@@ -186,6 +186,7 @@ class GatewayTransport:
     ) -> HttpResponse:
         url = self.url
         headers = {**headers, "X-Timeout-Ms": deadline.to_header()}
+        # A transport has one credential, and its addresses are of one installation: the path says enough.
         key = cache_key(path, "") if method == "GET" else None
         cached = None if key is None else self._etag_cache.add_validator(key, headers)
         try:
@@ -263,6 +264,7 @@ def create_transport(
     else:
         urls = [part.strip() for part in url.split(",") if part.strip()] if isinstance(url, str) else url
     tls = None
+    # Only for an address that needs them: a wrong certificate setting must not stop a client of http.
     if any(address.startswith("https:") for address in urls):
         tls = client_context(settings.tls_ca, settings.tls_cert, settings.tls_key)
     clock = SystemClock()

@@ -137,6 +137,7 @@ class StreamPosition:
 
     def _advance_text(self, update: Update) -> Update | None:
         attempt, run, seen = self.texts.get(update.step, (-1, -1, 0))
+        # A late piece of an attempt, or of a worker, that another one has replaced.
         if (update.attempt, update.run) < (attempt, run):
             return None
         if (update.attempt, update.run) > (attempt, run):
@@ -191,12 +192,14 @@ async def stream_updates(
                 async for message in socket:
                     update = msgspec.json.decode(message, type=Update)
                     new = position.advance(update)
+                    # A ping ends the outage as well: the gateway is back, although the task has nothing new.
                     if new is not None or update.type == "ping":
                         backoff.reset()
                     if new is not None:
                         yield new
             error = _error_from_close_code(socket.close_code, task_id, url)
         except ConnectionClosed as closed:
+            # Only a code that the gateway sent says why; without one the connection broke.
             error = _error_from_close_code(closed.rcvd.code if closed.rcvd else None, task_id, url)
         except StreamGapError:
             error = Unavailable(f"{url} left out some of the updates.", code="connection_lost")
@@ -232,6 +235,7 @@ def _connect(
         ping_interval=keepalive,
         ping_timeout=keepalive,
         close_timeout=1,
+        # The client uses no proxy, so that the API key reaches nobody else.
         proxy=None,
     )
 

@@ -107,6 +107,7 @@ class Portal:
             return None
 
     def _serve(self) -> None:
+        # The runner cancels what still runs once the loop is stopped, and closes the loop.
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.get_loop().run_forever()
 

@@ -101,6 +101,7 @@ class AsyncTaskHandle(Generic[OutputT]):
         task = await self.read()
         if task.status in _FINAL_STATUSES:
             return task
+        # From the version that was read, so that an update between the two calls is not missed.
         async with contextlib.aclosing(self.updates(after=task.version)) as updates:
             async for _update in updates:
                 pass

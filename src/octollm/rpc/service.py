@@ -173,6 +173,7 @@ class Service:
         ):
             self.base.log.info("service.started", address="{}:{}".format(*bound.getsockname()[:2]))
             try:
+                # It ends before the drain begins: an arm leaves the registry first, so callers turn to other instances.
                 async with self.lifespan() if self.lifespan is not None else contextlib.nullcontext():
                     yield
             finally:

@@ -135,6 +135,7 @@ def copy_once(source: Path, names: list[str], caches: tuple[Path, ...]) -> Path:
     target = cache / state.hexdigest()[:32]
     if target.is_dir():
         return target
+    # Copied beside the target and renamed: a copy is there whole or not at all.
     growing = Path(tempfile.mkdtemp(dir=cache))
     try:
         growing.chmod(0o755)
@@ -160,6 +161,7 @@ def _first_writable(caches: tuple[Path, ...]) -> Path:
             status = cache.lstat()
         except OSError:
             continue
+        # Everyone may write to /tmp: a folder of another user could hold another interpreter.
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and os.access(cache, os.W_OK):
             return cache
     tried = ", ".join(map(str, caches))
@@ -231,6 +233,7 @@ class Bubblewrap:
         self._user = user
         self._clock = clock
         self._supervisor = Path(inside.__file__).read_text()
+        # Two filters, because the supervisor has to fork the program, which itself may not fork.
         self._base_filter = build_filter(architecture, allow_processes=True)
         self._program_filter = build_filter(architecture, allow_processes=False)
 
@@ -297,6 +300,7 @@ class Bubblewrap:
             *_environment_options(self._interpreter),
             *self._file_system(job),
             *("--chdir", "/", "--seccomp", str(filter_fd)),
+            # Isolated (-I -S): the supervisor imports no file that the job brings, and no third-party package.
             *("--", self._interpreter.executable, "-I", "-S", "-c", self._supervisor, str(result), str(life)),
         ]
 
@@ -316,6 +320,7 @@ class Bubblewrap:
         sizes = _tmpfs_sizes(job.limits, sum(map(len, job.files.values())))
         for folder, size in zip((WORK_FOLDER, TEMPORARY_FOLDER), sizes, strict=True):
             options += ["--size", str(size), "--tmpfs", folder]
+        # The root becomes read-only last, since each mount above needs its mount point in it.
         return [*options, "--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/"]
 
 

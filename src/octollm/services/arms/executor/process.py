@@ -111,6 +111,7 @@ async def run_bounded(
                 stderr=subprocess.PIPE,
                 pass_fds=(result_out.fileno(), life_in.fileno(), *pass_fds),
                 cwd="/",
+                # Never this process's own environment, which has the settings of the service.
                 env=env or {},
                 start_new_session=True,
                 user=forking.uid if forking else None,
@@ -119,6 +120,7 @@ async def run_bounded(
             )
         except (OSError, subprocess.SubprocessError) as exc:
             raise OctoError(f"the sandbox could not be started: {exc}", code="sandbox_failed") from exc
+        # From here on the child alone holds these ends, so the result channel ends with the child.
         result_out.close()
         life_in.close()
         watcher = _ProcessMonitor(process, limits)
@@ -177,6 +179,7 @@ class _ProcessMonitor:
 
     def kill(self) -> None:
         """Kill the process and its group, if it has not been collected yet."""
+        # Once collected, its number may belong to another process group.
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -211,6 +214,7 @@ def parse_result(data: bytes, limits: Limits) -> tuple[SandboxReport, tuple[Outp
     if len(report.files) > limits.result_files:
         return None
     for name, size in report.files:
+        # The sandbox wrote this, so no size and no name in it is believed.
         if not 0 <= size <= min(len(rest), limits.result_file_bytes):
             return None
         content, rest = rest[:size], rest[size:]
@@ -242,10 +246,12 @@ def infer_limit_reason(report: SandboxReport, stderr: str, limits: Limits) -> Li
     code = report.exit_code
     if code == 0:
         return ""
+    # A program that ignores SIGXCPU is ended by SIGKILL a second later.
     if code == -signal.SIGXCPU or (code == -signal.SIGKILL and report.cpu_seconds >= limits.cpu_seconds):
         return "timeout"
     if code > 0:
         return "memory" if _OUT_OF_MEMORY.search(stderr[-2000:]) else ""
+    # A failed allocation may end in any signal: with half of its memory in use, memory is the likely reason.
     if code == -signal.SIGKILL or report.peak_bytes > limits.memory_bytes // 2:
         return "memory"
     return "killed"

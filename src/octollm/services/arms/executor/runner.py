@@ -87,6 +87,7 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job
     if not query.strip() or len(query) > MAX_QUERY:
         raise OctoError(f"a query has from 1 to {MAX_QUERY} characters", code="invalid_body")
     tables = derive_tables(files)
+    # Numbered names, so that no file of the request takes the place of the runner or of its input.
     placed = {
         table.file: f"data/{number}{PurePosixPath(table.file).suffix.lower()}" for number, table in enumerate(tables)
     }
@@ -155,6 +156,7 @@ class Runner:
         Raises ``OctoError``: ``invalid_body`` or ``file_invalid`` for what cannot be run, ``overloaded`` when too
         many wait, ``no_sandbox`` for SQL where the sandbox has no DuckDB, ``sandbox_failed``.
         """
+        # Checked before it waits: a request that cannot run takes no slot.
         job = self._job(request, files)
         async with self._slot():
             outcome = await self._sandbox.run(job)

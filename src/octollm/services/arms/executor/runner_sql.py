@@ -139,6 +139,7 @@ def answer(connection: duckdb.DuckDBPyConnection, query: str, max_rows: int, max
             if not room:
                 break
             rows.append(cells)
+        # The rows that do not fit are counted all the same: the caller learns how many there are.
         count += len(batch)
     return {"columns": columns, "types": types, "rows": rows, "row_count": count, "truncated": count > len(rows)}
 
@@ -213,6 +214,8 @@ def main() -> int:
             faults.append(f"{item['file']} could not be loaded: {error}")
     if len(request["tables"]) == 1 and loaded and loaded[0][0] != "data":
         connection.execute(f"CREATE VIEW data AS SELECT * FROM {quoted(loaded[0][0])}")  # noqa: S608
+    # After the tables are loaded from files, and before the query, which may read no file.
+    # The lock keeps the query from allowing it again.
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     try:

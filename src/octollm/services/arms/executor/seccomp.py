@@ -154,8 +154,10 @@ def build_filter(architecture: Architecture, *, allow_processes: bool) -> bytes:
     """
     refuse, unknown = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS
     column = architecture.column
+    # The architecture first: the numbers below would name other calls on another one.
     program = [_op(_LD_ABS, _ARCH), _op(_JEQ, architecture.audit, 1, 0), _op(_RET, KILL_PROCESS), _op(_LD_ABS, _NR)]
     if architecture is X86_64:
+        # x32 has the architecture number of x86-64 and numbers of its own, which no entry of the list would match.
         program += [_op(_JGE, _X32_BIT, 0, 1), _op(_RET, KILL_PROCESS)]
     program += [_op(_JGT, _NEWEST, 0, 1), _op(_RET, unknown)]
     for number in sorted(denied_calls(architecture, allow_processes=allow_processes).values()):
@@ -180,4 +182,5 @@ def _op(code: int, value: int, when_true: int = 0, when_false: int = 0) -> bytes
 
 def _for_call(number: int, body: list[bytes]) -> list[bytes]:
     """Do ``body`` for the call ``number`` alone; falling out of it allows the call."""
+    # The body loads an argument over the number of the call, so no other call may be compared after it.
     return [_op(_JEQ, number, 0, len(body) + 1), *body, _op(_RET, ALLOW)]

@@ -100,6 +100,7 @@ class RunnerProvider:
         failure = self._failure
         if failure is not None and self._clock.monotonic() - self._failed_at < RETRY_SECONDS:
             raise OctoError(failure.detail, code=failure.code) from failure
+        # The shield: all runs share the selection, and one that gives up must not end it.
         return await asyncio.shield(self.start())
 
     async def checkup(self) -> DependencyStatus:
@@ -128,6 +129,7 @@ class RunnerProvider:
             self._failure = None
             self._log.info("sandbox.chosen", sandbox=choosing.result().sandbox)
             return
+        # Forgotten, so that a run after RETRY_SECONDS starts another selection.
         self._selection = None
         self._failed_at = self._clock.monotonic()
         self._failure = error if isinstance(error, OctoError) else OctoError(f"No sandbox: {error}", code="no_sandbox")

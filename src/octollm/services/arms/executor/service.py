@@ -145,6 +145,7 @@ async def run_in_sandbox(
     names = [file.name for file in request.files]
     if len(set(names)) != len(names):
         raise OctoError("Two files of a run have the same name.", code="file_invalid")
+    # Before the files are fetched: without a sandbox nobody needs them.
     runner = await runner_provider.get()
     files = {file.name: await ctx.artifacts.read(file) for file in request.files}
     outcome = "failed"

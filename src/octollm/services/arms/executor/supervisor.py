@@ -82,6 +82,7 @@ def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes:
 def _read_text_file(path: str, most_bytes: int) -> bytes | None:
     try:
         path.encode()
+        # O_NONBLOCK, because opening a pipe would wait for its writer; O_NOFOLLOW, because a link may lead anywhere.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         return None
@@ -128,6 +129,7 @@ def _exec_program(header: dict[str, Any], libc: ctypes.CDLL) -> None:
     os.chdir(header["root"])
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
+    # The program must not reach the result channel, where it could write a report of its own.
     os.closerange(3, 1024)
     for kind, value in (
         (resource.RLIMIT_CORE, 0),
@@ -142,6 +144,7 @@ def _exec_program(header: dict[str, Any], libc: ctypes.CDLL) -> None:
         resource.setrlimit(kind, (value, most))
     code = ctypes.create_string_buffer(bytes.fromhex(header["filter"]))
     program = _FilterProgram((len(code) - 1) // 8, ctypes.cast(code, ctypes.c_void_p))
+    # The kernel takes a filter from an unprivileged process only after it gave up new privileges (seccomp(2)).
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
         _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0
     ):
@@ -160,6 +163,7 @@ def _supervise(child: int, life: int, header: dict[str, Any]) -> str:
     while True:
         ready = [descriptor for descriptor, _ in poll.poll(_TICK_MS)]
         if life in ready:
+            # Nobody waits for the result any more. As process 1 this ends everything in the sandbox.
             os._exit(1)
         if ended in ready:
             return reason

@@ -103,6 +103,7 @@ def compile_wasi_python(source: Path, cache_dir: Path) -> Path:
     status = cache_dir.stat()
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OctoError(f"{cache_dir} can be written by other users", code="no_sandbox")
+    # Machine code fits one interpreter, one version of wasmtime and one kind of machine: its name has all three.
     target = cache_dir / f"{WASM_SHA256[:16]}-wasmtime-{version('wasmtime')}-{os.uname().machine}.cwasm"
     engine = new_engine()
     if target.is_file():
@@ -217,6 +218,7 @@ class Wasi:
                     env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 )
         finally:
+            # The shield: a run that is cancelled leaves no folder behind either.
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
 
 

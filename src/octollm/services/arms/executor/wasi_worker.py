@@ -27,6 +27,7 @@ _PAGE = 64 * 1024
 
 def drop_privileges(user: tuple[int, int]) -> None:
     """Become the sandbox's user."""
+    # The user last: without root's rights the groups could not be changed any more.
     os.setgroups([])
     os.setgid(user[1])
     os.setuid(user[0])
@@ -131,12 +132,14 @@ def main(result: int, life: int) -> None:
     header = read_header(stream)
     limits = header["limits"]
     engine = new_engine()
+    # Before privileges are dropped: only the service's own user can read the cache.
     module = wasmtime.Module.deserialize_file(engine, header["module"])
     os.chdir(header["folder"])
     if header["identity"]:
         drop_privileges(header["identity"])
     before = unpack_files(stream, header["files"], "work", limits["result_file_bytes"])
     os.close(0)
+    # After unpacking, since a file of the job may be larger than any that the program may write.
     apply_rlimits(limits)
     size, _ = measure_usage(("work",), limits["disk_entries"])
     watch = ResourceMonitor(engine, life, limits, size + limits["disk_bytes"])
@@ -145,6 +148,7 @@ def main(result: int, life: int) -> None:
     made = collect_files("work", before, limits["result_files"], limits["result_file_bytes"])
     report = {
         "exit_code": code,
+        # A program that ended by itself just before a limit took hold was not ended by that limit.
         "reason": watch.reason if interrupted else "",
         "peak_bytes": peak,
         "cpu_seconds": time.process_time(),
