@@ -104,6 +104,7 @@ class DocumentStore:
         What was remembered under that digest before is replaced, unless it is the same. Raises ``body_too_large``
         for a text of too many passages.
         """
+        # Before the transaction, which is to be short, and in a thread: a long text would hold up the event loop.
         split, lines = await asyncio.to_thread(_split_text, document.text)
         out = DocumentOut(document.name, document.digest, len(split), lines)
         # Found without the lock, the common repeat writes nothing.
@@ -176,6 +177,7 @@ class DocumentStore:
         wanted = [documents.c.tenant == tenant]
         if cursor:
             at, last = decode_cursor(cursor)
+            # The digest orders documents of one moment; by time alone a page would skip or repeat some of them.
             wanted.append(
                 or_(documents.c.created_at < at, and_(documents.c.created_at == at, documents.c.digest < last))
             )

@@ -49,6 +49,7 @@ class BudgetClient:
         within = Deadline.after(self._clock, min(RESERVE_SECONDS, deadline.remaining()))
         # Repeated only when it surely did not arrive: a second reservation would hold what nobody uses.
         call = self._build_call("reserve", "at_most_once", request, within)
+        # Shielded: if the request were cut off, a reservation could exist whose id nobody knows.
         reserving = self._track(self._caller.call(call, ReserveResponse), "reserve")
         try:
             return await asyncio.shield(reserving)

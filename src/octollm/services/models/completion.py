@@ -96,6 +96,7 @@ class ChatCompletionRunner:
         try:
             async with asyncio.timeout(call.deadline.remaining()):
                 model = await self._loader.get(request.model)
+                # The reservation follows inside: a call that waits for its turn holds no tokens.
                 async with self._slots:
                     answer, settling = await self._complete_within_budget(call, request, model, on_text)
                 if settling is not None:
@@ -103,6 +104,7 @@ class ChatCompletionRunner:
                     await asyncio.wait({settling}, timeout=JOURNAL_SECONDS)
                 return answer
         except TimeoutError as error:
+            # A timeout of something inside, not of this call's deadline.
             if call.deadline.remaining() > 0:
                 raise
             raise OctoError("The time for this call is used up.", code="deadline_exceeded") from error
@@ -146,6 +148,7 @@ class ChatCompletionRunner:
                     _limit_request(request, granted), model, progress, on_text, span, prompt, deadline
                 )
         except BaseException:
+            # Also on cancellation: what was written counts as used, whoever still listens.
             self._budget.settle(reserved.reservation, progress.used)
             raise
         assert progress.final is not None
@@ -168,6 +171,7 @@ class ChatCompletionRunner:
         began = self._clock.monotonic()
 
         async def heard(text: str) -> None:
+            # The piece is in `parts` already: only the first one is alone there.
             if not progress.parts[1:]:
                 span.attributes["octollm.first_token_ms"] = round((self._clock.monotonic() - began) * 1000, 1)
             await on_text(text)

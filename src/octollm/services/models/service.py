@@ -68,6 +68,7 @@ class ChatStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. Raises what the call raised before its first word, and ``ClientDisconnect``."""
+        # Bounded: a client that reads slowly holds the model back instead of filling the memory.
         items: asyncio.Queue[str | PricedChatCompletion | Exception] = asyncio.Queue(_QUEUE_SIZE)
         tasks: list[asyncio.Task[Any]] = [
             asyncio.create_task(self._pump(items)),

@@ -81,6 +81,7 @@ class Accounts:
 
     async def authenticate(self, credential: str) -> Account:
         """Return the account of a credential; raise ``api_key_invalid`` for an invalid one, without a reason."""
+        # `eyJ` is `{"` in base64url: the credential is a token of an issuer, not a key of ours.
         if self._oidc is not None and credential.startswith("eyJ"):
             return await self._upsert_login(*await self._oidc.verify(credential))
         refused = OctoError(
@@ -163,6 +164,7 @@ class Accounts:
         if tenant != own and (own != LOCAL_TENANT or tenant == SYSTEM_TENANT):
             raise OctoError("You may create keys only in your own tenant.", code="scope_missing")
         requested = expand_scopes(scope, self._arms(tenant))
+        # The creator's scopes of today, not those of its token: they may have been reduced since.
         row = await self._load_active_row(actor.principal.cred)
         if not requested.is_subset(expand_scopes(row["scopes"], self._arms(tenant))):
             raise OctoError("A key may not have scopes that its creator lacks.", code="scope_missing")
@@ -200,6 +202,7 @@ class Accounts:
     async def revoke(self, key_id: str, actor: Actor, tx: Transaction) -> None:
         """Revoke a key of the actor's tenant in ``tx``; raise ``not_found`` for another's."""
         now = self._clock.now()
+        # The condition decides between two revocations: the second changes no row and is not audited.
         result = await tx.execute(
             update(api_keys)
             .where(

@@ -54,8 +54,10 @@ class AdminApi:
         """Revoke a key and everything issued for it, and cancel the tasks submitted with it."""
         key_id, actor = call.path["key_id"], actor_from_call(call)
         async with self.db.transaction() as tx:
+            # One transaction: a crash leaves no revoked key whose tokens are still valid.
             await self.accounts.revoke(key_id, actor, tx)
             await self.revocation_store.add(tx, "cred", key_id, call.tenant)
+        # After the commit: the revoked key submits no further task while its open ones are cancelled.
         await self.canceller.cancel_all(actor, "The API key that it was submitted with was revoked.", cred=key_id)
         return Acknowledgement()
 

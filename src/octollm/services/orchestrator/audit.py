@@ -107,6 +107,7 @@ class AuditSealer:
 
     async def seal(self) -> int:
         """Seal up to :data:`SEAL_BATCH` rows and return their number."""
+        # A plain read first: every replica looks each second and must not begin a write for nothing.
         async with self._db.read() as conn:
             if await conn.scalar(select(audit.c.position).where(audit.c.seq.is_(None)).limit(1)) is None:
                 return 0

@@ -223,6 +223,7 @@ class EnrolmentAuthority:
         Raises ``join_refused``, with a reason only if the token was proved, and ``rate_limited`` for an address with
         too many failed attempts. Each refusal is audited.
         """
+        # Before any query: the sender is not authenticated, and guessing must cost the installation little.
         self._throttle.check(requester.address)
         row, key, secret = await self._verify_proof(request, requester)
         claim = _build_claim(request, key)
@@ -326,6 +327,7 @@ class EnrolmentAuthority:
         """Admit an arm and audit it; on refusal return the reason for the audit log and its text."""
         async with self._db.transaction() as tx:
             now = await tx.now()
+            # A refusal is returned, not raised: an exception would roll back the nonce, which could then be used again.
             fault = await self._admit(tx, row, jkt, request.nonce, now)
             if fault is None:
                 detail = {"join": row["id"], "jkt": jkt, "calls": row["calls"]}
@@ -372,6 +374,7 @@ class EnrolmentAuthority:
         self, requester: Requester, request: EnrolmentRequest, reason: str, detail: str, tenant: str = SYSTEM_TENANT
     ) -> NoReturn:
         self._throttle.record_failure(requester.address)
+        # A transaction of its own, so that the refusal is audited although nothing was admitted.
         async with self._db.transaction() as tx:
             audit_detail = {"reason": reason, "join": request.join[:64], "address": requester.address}
             await record_audit(

@@ -53,6 +53,7 @@ class EventsApi:
 
     async def _stream(self, tenant: str, after: int) -> AsyncIterator[bytes]:
         wakeup = asyncio.Event()
+        # Before the first read, so that no commit falls between a read and the wait after it.
         remove_listener = self.log.on_commit(wakeup.set)
         idle = 0.0
         try:
@@ -68,6 +69,7 @@ class EventsApi:
                 if idle >= PING_SECONDS:
                     idle = 0.0
                     yield KEEPALIVE_COMMENT
+                # An event that was committed during the read may not have its sequence number yet: look again soon.
                 pause = 0.1 if wakeup.is_set() else POLL_SECONDS
                 wakeup.clear()
                 with contextlib.suppress(TimeoutError):

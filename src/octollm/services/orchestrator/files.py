@@ -47,6 +47,7 @@ class FileStore:
                     body=body,
                     created_at=self._clock.now(),
                 )
+                # The digest names the bytes, so there is nothing to replace; the first name and media type stay.
                 .on_conflict_do_nothing()
             )
         return StoredFile(name, digest, len(body), media_type)

@@ -65,6 +65,7 @@ class InstanceRegistry:
         async with self._db.transaction() as tx:
             tenant = await self._authorize_registration(tx, name, arm)
             now = await tx.now()
+            # Locked: of two instances that register at once, only one ends the outage with `arm.healthy`.
             before = await tx.first(select(arms.c.state).where(arms.c.name == name).with_for_update())
             values = {
                 "description": arm.description,
@@ -110,6 +111,7 @@ class InstanceRegistry:
     async def sweep(self) -> int:
         """Drop silent instances, mark arms without one as unhealthy, and return the number dropped."""
         async with self._db.read() as conn:
+            # A plain read first: every replica sweeps, and mostly there is nothing to drop.
             oldest = await conn.scalar(select(func.min(arm_instances.c.seen_at)))
             if oldest is None or oldest >= await conn.now() - HEARTBEAT_TIMEOUT_SECONDS:
                 return 0

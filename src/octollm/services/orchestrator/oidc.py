@@ -311,10 +311,12 @@ class OidcClient:
         """Return the claimed issuer of a token, and its header. Nothing is verified yet."""
         if len(token) > MAX_TOKEN_LENGTH or token.count(".") != 2:
             raise _invalid_login()
+        # Read unverified only to choose the issuer, whose keys then verify the whole token.
         header = jwt.get_unverified_header(token)
         claims = jwt.decode(token, options={"verify_signature": False})
         issuer = self._issuers.get(str(claims.get("iss")))
         typ = str(header.get("typ", "JWT")).upper()
+        # An extension that `crit` names must be understood or the token refused (RFC 7515 section 4.1.11).
         if issuer is None or "crit" in header or typ not in _TOKEN_TYPES or header.get("alg") not in issuer.algorithms:
             raise _invalid_login()
         return issuer, header
@@ -369,6 +371,7 @@ class OidcClient:
         async def fetch() -> tuple[_ProviderMetadata, dict[str, jwt.PyJWK]]:
             url = f"{issuer.url.rstrip('/')}/.well-known/openid-configuration"
             metadata = await self._get_json(url, _ProviderMetadata)
+            # The two must be the same (OpenID Connect Discovery section 4.3), or one issuer could speak for another.
             if metadata.issuer != issuer.url:
                 raise OctoError(f"{issuer.url} names another issuer in its metadata.", code="peer_protocol")
             if not self._is_trusted_url(issuer, metadata.jwks_uri):

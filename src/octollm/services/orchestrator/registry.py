@@ -110,6 +110,7 @@ class ServiceRegistry:
 
     async def refresh(self) -> None:
         """Read the snapshot from the database."""
+        # One refresh at a time: a slow one must not replace the snapshot of a later one.
         async with self._lock:
             async with self._db.read() as conn:
                 admitted = await conn.all(select(admissions).order_by(admissions.c.name).limit(MAX_ENROLLED_ARMS))

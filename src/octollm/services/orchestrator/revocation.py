@@ -68,6 +68,7 @@ class RevocationStore:
     async def add(self, tx: Transaction, kind: RevocationKind, value: str, tenant: str) -> None:
         """Revoke in ``tenant`` everything issued before now, effective when ``tx`` is committed."""
         at = self._clock.now()
+        # Skipping locked rows, two revocations at once delete different rows instead of waiting for each other.
         expired = select(revocations.c.position).where(revocations.c.until < at).limit(PRUNE_BATCH)
         await tx.execute(
             delete(revocations).where(revocations.c.position.in_(expired.with_for_update(skip_locked=True)))
@@ -136,6 +137,7 @@ class RevocationStore:
                     # All transactions that old have ended, so no row at or below this position can still appear.
                     self._watermark = max(self._watermark, position)
                 else:
+                    # A lower position may still be committed, so the watermark stays and this row is only remembered.
                     self._seen[position] = began
             if len(rows) < PAGE_SIZE:
                 break
@@ -149,6 +151,7 @@ class RevocationStore:
         for view in views:
             before = self.revocations.version
             self.revocations.add(view.kind, view.value, view.at, view.tenant)
+            # The poll also finds what this replica added itself; subscribers get each revocation once.
             if self.revocations.version != before:
                 for subscriber in self._subscribers:
                     subscriber.push(view)

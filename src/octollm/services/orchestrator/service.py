@@ -74,6 +74,7 @@ async def orchestrator_service(
         log = EventLog(db, base.clock, base.ids)
         outbox = await stack.enter_async_context(OutboxPublisher(db, log, redis, base.clock, base.ids, keys=keys))
         revocation_store = RevocationStore(db, base.clock, base.log)
+        # Before the first token is verified: what was revoked stays revoked over a restart.
         await revocation_store.load()
         sealer = AuditSealer(db, root_key, base.clock, base.log)
         registry = ServiceRegistry(db, base.clock, service_keys, base.log)
@@ -271,6 +272,7 @@ def _build_health_checks(
 
     async def check_redis() -> DependencyStatus:
         try:
+            # Not required: without Redis, events are polled and texts come from SQL.
             await redis.ping()
         except OctoError as error:
             return DependencyStatus(ok=False, detail=error.detail, required=False)

@@ -88,6 +88,7 @@ class ServicesApi:
                 step=task.step or "",
                 attempt=task.attempt or 0,
                 epoch=task.run,
+                # The caller chooses the key; with the task in front, it cannot meet that of another task.
                 key=f"{task.task}:{key}",
                 model=body.model,
                 prompt_tokens=body.prompt_tokens,
@@ -119,6 +120,7 @@ class ServicesApi:
 
     def _verify_claim(self, peer: str, claim: ClaimRequest) -> _VerifiedClaim | OctoError:
         try:
+            # Returned, not raised: a claim that is refused must not fail the others of its batch.
             verified = self._verify_bearer(peer, claim.bearer)
             check_key(claim.key)
         except OctoError as error:
@@ -132,6 +134,7 @@ class ServicesApi:
         if isinstance(verified, OctoError):
             return ClaimResponse("refused", problem=to_problem(verified, request_id))
         task = verified.task
+        # Fence: a worker that lost the task begins no more calls.
         if task is not None and task.run is not None and task.run < epochs.get(task.task, 0):
             lost = OctoError("A newer run holds the task.", code="fence_lost")
             return ClaimResponse("refused", problem=to_problem(lost, request_id))

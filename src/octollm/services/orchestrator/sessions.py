@@ -72,6 +72,7 @@ class SessionStore:
     async def add_token(self, session_id: str, jti: str) -> None:
         """Record an access token that was issued to a session."""
         async with self._db.transaction() as tx:
+            # Locked: two exchanges at once would each write a list without the other's token.
             row = await tx.first(select(sessions).where(sessions.c.id == session_id).with_for_update())
             if row is not None:
                 tokens = [*row["tokens"], jti][-MAX_SESSION_TOKENS:]

@@ -43,6 +43,7 @@ class TaskCanceller:
         now = self.clock.now()
 
         async def revoke_and_audit(tx: Transaction) -> None:
+            # In the transaction of the end: a crash leaves no cancelled task whose tokens are still valid.
             await self.revocation_store.add(tx, "task", task_id, tenant)
             await record_audit(tx, actor, "task.cancelled", task_id, now, {"reason": reason} if reason else None)
 
@@ -52,6 +53,7 @@ class TaskCanceller:
         )
         # Counted here and not by the worker: a task may be cancelled before any worker has it.
         self.metrics.tasks.labels("cancelled").inc()
+        # After the commit: a worker that stops releases its lease, and an open task would be claimed again.
         await self.worker.stop(task_id)
         await self.announce(task_id)
 
@@ -85,6 +87,7 @@ class AdhocTaskExpiry:
             now = self.clock.now()
 
             async def settle(tx: Transaction, task_id: str = task_id) -> None:
+                # In the transaction of the end, so that the final usage includes what was still reserved.
                 await self.ledger.settle_open(tx, task_id)
 
             data = {

@@ -148,6 +148,7 @@ class TasksApi:
     async def cancel(self, call: IncomingCall, _body: object) -> TaskView:
         """Cancel a task: its tokens are revoked and its calls are stopped."""
         task_id = call.path["task_id"]
+        # Refuses another tenant's task: the cancellation itself goes by the id alone.
         await self.store.view(task_id, call.tenant)
         await self.canceller.cancel(task_id, actor_from_call(call))
         return await self.store.view(task_id, call.tenant)
@@ -164,6 +165,7 @@ class TasksApi:
     async def trace(self, call: IncomingCall, _body: object) -> TraceView:
         """Return the spans of a task from the monitor."""
         task_id = call.path["task_id"]
+        # Refuses another tenant's task before the monitor is asked.
         await self.store.view(task_id, call.tenant)
         return await self.traces.fetch_task_trace(call.authority.principal, task_id, call.deadline)
 

@@ -140,6 +140,7 @@ class TokensApi:
             detail = {"scope": body.scope, "aud": body.aud}
             await record_audit(tx, actor_from_call(call), "token.issued", task_id, now, detail)
 
+        # Stored before the token exists: a token without its task would have no budget and no end.
         await self.store.create(
             NewTask(
                 task_id=task_id,
