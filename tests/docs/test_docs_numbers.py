@@ -56,7 +56,7 @@ QUOTED: list[tuple[str, str, str, float]] = [
     ("concepts/telemetry.md", "spans beyond {} are dropped", "telemetry.spans.MAX_BUFFERED_SPANS", 1),
     ("concepts/telemetry.md", "up to {} s late", "telemetry.logs.FLUSH_SECONDS", 1),
     ("concepts/telemetry.md", "every service every {} s", "services.monitor.health.POLL_SECONDS", 1),
-    ("errors.md", "`Idempotency-Key` of more than {} characters", "rpc.idempotency.MAX_KEY", 1),
+    ("errors.md", "an `Idempotency-Key` that does not have 1 to {} printable", "rpc.idempotency.MAX_KEY", 1),
     ("errors.md", "more than {:,} characters. Attach", "contracts.task.MAX_GOAL", 1),
     ("errors.md", "has more than {} MiB, or has an unsupported type", "contracts.task.MAX_FILE_BYTES", MIB),
     ("errors.md", "more than {} KiB together. Send long", "rpc.http1_parser.MAX_URL_BYTES", KIB),
