@@ -9,19 +9,25 @@ from databases import Backend
 from sqlalchemy import update
 
 from octollm.clock import SystemClock
+from octollm.errors import OctoError
+from octollm.resilience import Deadline
 from octollm.rpc.idempotency import (
     LEASE_SECONDS,
+    MAX_STORED_BYTES,
     RETENTION_SECONDS,
     AlreadyCompleted,
     Claimed,
     IdempotencyKey,
+    IdempotentHandler,
     InFlight,
     KeyConflict,
+    KeyedCall,
     NestedKeys,
     OutcomeUnknown,
     StoredResponse,
 )
-from octollm.rpc.idempotency_sql import MAX_STORED_BYTES, PRUNE_EVERY, SqlIdempotencyStore
+from octollm.rpc.idempotency_sql import PRUNE_EVERY, SqlIdempotencyStore
+from octollm.rpc.responses import BufferedResponse
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import idempotency as table
@@ -135,6 +141,30 @@ async def test_a_dead_holders_once_call_is_never_done_again(store: SqlIdempotenc
     await pass_time(db, LEASE_SECONDS + 1)
     assert await claim(store, repeatable=False) == OutcomeUnknown()
     assert await claim(store, repeatable=False) == OutcomeUnknown()
+
+
+@pytest.mark.parametrize("idempotent", [True, False])
+async def test_a_response_too_large_to_store_never_lets_an_at_most_once_call_run_again(
+    store: SqlIdempotencyStore, db: Database, idempotent: bool
+) -> None:
+    runs: list[int] = []
+
+    async def work() -> BufferedResponse:
+        runs.append(1)
+        return BufferedResponse(200, b"x" * (MAX_STORED_BYTES + 1), [])
+
+    handler = IdempotentHandler(store)
+    call = KeyedCall(KEY, "digest", idempotent, "", "req-1")
+    deadline = Deadline.after(SystemClock(), 5)
+    assert len((await handler.run(call, work, deadline)).body) == MAX_STORED_BYTES + 1
+    await pass_time(db, LEASE_SECONDS + 1)
+    if idempotent:
+        await handler.run(call, work, deadline)
+        assert len(runs) == 2
+        return
+    with pytest.raises(OctoError) as caught:
+        await handler.run(call, work, deadline)
+    assert (caught.value.code, len(runs)) == ("outcome_unknown", 1)
 
 
 async def test_old_keys_are_dropped_and_huge_answers_are_not_kept(store: SqlIdempotencyStore, db: Database) -> None:

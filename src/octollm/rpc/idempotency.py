@@ -28,6 +28,8 @@ from octollm.rpc.responses import BufferedResponse
 LEASE_SECONDS = 5.0
 MAX_KEY = 200
 RETENTION_SECONDS = 24 * 3600.0
+MAX_STORED_BYTES = 1024 * 1024
+"""Largest response that is stored: an idempotent call with a larger one runs again when it is repeated."""
 NEVER_STORED = frozenset({401, 403, 408, 413, 429})
 """Client errors that do not come from the operation itself; responses of 500 and more are not stored either."""
 
@@ -324,7 +326,12 @@ class IdempotentHandler:
             raise
         else:
             stored = _stored_response(response)
-            await self._store.complete(key, epoch, stored if call.cipher is None else call.cipher.encrypt(key, stored))
+            if call.cipher is not None:
+                stored = call.cipher.encrypt(key, stored)
+            # The store releases the claim of a response that is too large for it. An at-most-once call must not run
+            # again, so its claim stays, and its outcome becomes unknown when the lease ends.
+            if call.idempotent or len(stored.body) <= MAX_STORED_BYTES:
+                await self._store.complete(key, epoch, stored)
             return response
         finally:
             # After an expired lease another call of this process may hold the key by now.

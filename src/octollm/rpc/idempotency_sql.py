@@ -16,6 +16,7 @@ from octollm.errors import OctoError
 from octollm.rpc.group_commit import GroupCommit
 from octollm.rpc.idempotency import (
     LEASE_SECONDS,
+    MAX_STORED_BYTES,
     RETENTION_SECONDS,
     AlreadyCompleted,
     CancellableClaims,
@@ -32,8 +33,6 @@ from octollm.rpc.idempotency import (
 from octollm.storage import Database, DirectPool, Transaction, row_to_dict
 from octollm.storage.tables import idempotency as table
 
-MAX_STORED_BYTES = 1024 * 1024
-"""Largest response that is stored; a call with a larger one runs again when repeated."""
 PRUNE_BATCH = 1000
 """Expired keys that are deleted at a time."""
 PRUNE_EVERY = 500
