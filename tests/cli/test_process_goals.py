@@ -112,10 +112,10 @@ async def test_up_ends_with_a_signal_and_leaves_nothing(place, number):
 async def test_a_demo_that_is_interrupted_while_it_writes_leaves_nothing(place, mind):
     mind.answer = hanging
     process = await place.start("demo", GOAL)
-    await wait_until(lambda: place.model.running > 0, description="the model writes", timeout=60)
+    await wait_until(lambda: place.model.active > 0, description="the model writes", timeout=60)
     ended = await place.interrupt(process)
     assert ended.code == 130, ended.err
-    await wait_until(lambda: place.model.running == 0, description="the model was left")
+    await wait_until(lambda: place.model.active == 0, description="the model was left")
     assert place.ports_are_free()
     assert place.processes_left(process.pid) == []
     assert place.left_behind == []
@@ -126,10 +126,10 @@ async def test_a_demo_that_is_interrupted_while_it_writes_leaves_nothing(place, 
 async def test_a_run_that_is_interrupted_cancels_its_task(place, up, mind):
     mind.answer = hanging
     process = await place.start("run", GOAL)
-    await wait_until(lambda: place.model.running > 0, description="the model writes", timeout=60)
+    await wait_until(lambda: place.model.active > 0, description="the model writes", timeout=60)
     ended = await place.interrupt(process)
     assert ended.code == 130
-    await wait_until(lambda: place.model.running == 0, description="the model was left")
+    await wait_until(lambda: place.model.active == 0, description="the model was left")
     async with httpx.AsyncClient() as client:
         [task] = (await client.get(f"{place.door}/tasks")).json()["tasks"]
     assert task["status"] == "cancelled"
@@ -140,12 +140,12 @@ async def test_a_watch_that_is_interrupted_leaves_the_task_alone(place, up, mind
     async with httpx.AsyncClient() as client:
         task_id = (await client.post(f"{place.door}/tasks", json={"goal": GOAL})).json()["task_id"]
         process = await place.start("watch", task_id)
-        await wait_until(lambda: place.model.running > 0, description="the model writes", timeout=60)
+        await wait_until(lambda: place.model.active > 0, description="the model writes", timeout=60)
         line = await process.stdout.readline()
         assert b"plan writes" in line or b"Plan" in line, line
         assert (await place.interrupt(process)).code == 130
         assert (await client.get(f"{place.door}/tasks/{task_id}")).json()["status"] == "running"
-        assert place.model.running > 0
+        assert place.model.active > 0
 
 
 async def test_a_task_goes_on_after_its_process_was_killed(place, mind):
@@ -153,7 +153,7 @@ async def test_a_task_goes_on_after_its_process_was_killed(place, mind):
     first = await place.up()
     async with httpx.AsyncClient() as client:
         task_id = (await client.post(f"{place.door}/tasks", json={"goal": GOAL})).json()["task_id"]
-    await wait_until(lambda: place.model.running > 0, description="the model writes", timeout=60)
+    await wait_until(lambda: place.model.active > 0, description="the model writes", timeout=60)
     first.kill()
     await first.wait()
     mind.answer = answers
