@@ -393,12 +393,12 @@ async def test_a_tool_that_fits_is_called_and_its_result_told(model):
 SCRIPT = """
 import asyncio, sys
 from pathlib import Path
-from octollm.llm.catalogue import SMALLEST
+from octollm.llm.catalogue import SMALLEST_MODEL
 from octollm.llm.embedded import EmbeddedModel
 from octollm.llm.types import ChatMessage, ChatRequest
 
 async def main():
-    model = EmbeddedModel(SMALLEST, Path(sys.argv[1]))
+    model = EmbeddedModel(SMALLEST_MODEL, Path(sys.argv[1]))
     await model.start()
     print(model.pid, flush=True)
     async for piece in model.stream(ChatRequest("x", (ChatMessage("user", sys.argv[2]),))):

@@ -117,7 +117,7 @@ class Operation:
 
     ``scope`` may hold ``{names}`` of path parameters: they become selectors. ``body`` is ``None`` when there is
     none, or ``bytes`` for raw ones. The handler returns a value that becomes JSON, a :class:`Reply`, or a
-    Starlette response. ``about`` is what only its description needs.
+    Starlette response. ``docs`` is what only its description needs.
     """
 
     name: str

@@ -171,9 +171,9 @@ async def serve_app(
 ) -> AsyncGenerator[None]:
     """Serve ``app`` on a bound socket for as long as the context is open; leaving drains and closes it.
 
-    Draining takes no new connection and gives requests in flight ``drain`` seconds to end, then cancels them.
-    ``wire`` is how it talks; HTTP/1.1 is understood in any case. Raises ``unavailable`` when the server does not start
-    in 10 s, and ``setting_invalid`` for the files of TLS.
+    Draining takes no new connection and gives requests in flight ``shutdown_grace`` seconds to end, then cancels them.
+    ``transport`` has the HTTP version and TLS; HTTP/1.1 is always accepted. Raises ``unavailable`` if the server does
+    not start in 10 s, and ``setting_invalid`` for unusable TLS files.
     """
     tls = transport.server_tls()
     config = uvicorn.Config(

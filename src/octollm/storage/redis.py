@@ -21,7 +21,7 @@ CONNECT_SECONDS = 5.0
 RESPONSE_SECONDS = 5.0
 """The longest wait for an answer; more than ``MAX_BLOCK_MS``."""
 LISTEN_SECONDS = 2.0
-"""One wait for a message; less than ``ANSWER_SECONDS``."""
+"""One wait for a message; less than ``RESPONSE_SECONDS``."""
 MAX_CONNECTIONS = 32
 """Connections for commands; a command waits up to ``CONNECT_SECONDS`` for one."""
 MAX_LISTENERS = 256
@@ -32,7 +32,7 @@ IDLE_PROBE_SECONDS = 10.0
 
 @asynccontextmanager
 async def _translate_redis_errors() -> AsyncGenerator[None]:
-    """End a command after ``ANSWER_SECONDS``, and raise redis-py's errors as ours.
+    """End a command after ``RESPONSE_SECONDS``, and raise redis-py's errors as ours.
 
     Its texts name host and port at most, never the password.
     """

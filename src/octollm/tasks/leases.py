@@ -25,7 +25,7 @@ _RENEWABLE = (*_CLAIMABLE, "waiting")
 
 
 class ExpiredLease(NamedTuple):
-    """A task whose holder did not renew its lease, and the ``run`` that it held it in."""
+    """A task whose holder did not renew its lease, and the ``epoch`` that it held it in."""
 
     task_id: str
     tenant: str
@@ -39,7 +39,7 @@ class TaskLeases:
     """Leases of tasks for one holder, on the database's clock."""
 
     def __init__(self, db: Database, holder: str, on_takeover: OnTakeover | None = None) -> None:
-        """``on_take_over`` is called in the transaction that takes a task from a holder that may still be at work."""
+        """``on_takeover`` is called in the transaction that takes a task from a holder that may still be at work."""
         self._db = db
         self._holder = holder
         self._on_takeover = on_takeover
@@ -47,7 +47,7 @@ class TaskLeases:
     async def acquire(self, *, exclude: frozenset[str]) -> tuple[str, int] | None:
         """Claim the task that has waited longest among the most urgent; return its id and run.
 
-        ``besides`` are those that this process works on already: a slow renewal is no reason to begin again.
+        ``exclude`` are those that this process works on already: a slow renewal is no reason to begin again.
         """
         async with self._db.transaction() as tx:
             now = await tx.now()

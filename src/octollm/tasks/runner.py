@@ -35,7 +35,10 @@ MIN_PROGRESS_DELTA = 4.0
 
 @dataclass(frozen=True, slots=True)
 class RunnerDependencies:
-    """What a runner needs. ``allowed`` is what a task's authority and its principal's of today have in common."""
+    """The collaborators of a runner.
+
+    ``load_allowed_scopes`` returns the intersection of a task's authority and its principal's current scopes.
+    """
 
     store: TaskStore
     ledger: BudgetLedger

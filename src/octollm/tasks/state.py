@@ -63,7 +63,7 @@ def find_ready_steps(steps: Sequence[PlanStep], done: Collection[str], started: 
 
 
 def compute_progress(steps: Sequence[PlanStep], done: Collection[str], step_progress: Mapping[str, float]) -> float:
-    """Return a task's progress from 10 to 99; ``within`` is how far running steps are, from 0 to 100."""
+    """Return a task's progress from 10 to 99; ``step_progress`` is how far running steps are, from 0 to 100."""
     if not steps:
         return PLANNED_PROGRESS
     share = (99.0 - PLANNED_PROGRESS) / len(steps)

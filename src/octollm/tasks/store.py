@@ -140,7 +140,7 @@ class TaskStore:
     ) -> float:
         """Change a task (and one step), record ``event``, and return the task's progress.
 
-        ``run`` is the fence: raises ``fence_lost`` when a newer run holds the task. Raises ``state_conflict`` for
+        ``epoch`` is the fence: raises ``fence_lost`` when a newer run holds the task. Raises ``state_conflict`` for
         an illegal move and for any change of a task that has ended.
         """
         async with self._db.transaction() as tx:
@@ -348,7 +348,13 @@ class TaskStore:
         async with self._db.transaction() as tx:
             await tx.execute(
                 update(steps)
-                .where(steps.c.task_id == task_id, steps.c.step == step, steps.c.attempt == attempt)
+                .where(
+                    steps.c.task_id == task_id,
+                    steps.c.step == step,
+                    steps.c.attempt == attempt,
+                    # The fence: the flush of a former holder must not overwrite the text of the present one.
+                    or_(steps.c.run.is_(None), steps.c.run <= epoch),
+                )
                 .values(text=text, text_base=base, run=epoch)
             )
 

@@ -140,12 +140,11 @@ class ScriptedRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScriptedReply:
-    """An answer. ``hang`` writes ``text`` and then nothing more until the client leaves.
+    """An answer. ``hangs`` writes ``text`` and then nothing more until the client leaves.
 
-    ``until`` holds all but the first piece of the text back until the event is set.
-    ``fail`` is an HTTP status when there is no text; with text the stream breaks off after it. ``silent`` leaves
-    out the usage. ``finish`` is the finish reason. ``tools`` are functions that it wants called: names and arguments
-    as JSON.
+    ``release`` holds all but the first piece of the text back until the event is set.
+    ``error_status`` is the HTTP status of a reply without text; with text, the stream breaks off after the text.
+    ``omits_usage`` leaves out the usage. ``tool_calls`` are the requested function calls: names and arguments as JSON.
     """
 
     text: str = ""
@@ -165,7 +164,7 @@ ModelScript = Iterable[str | ScriptedReply] | Callable[[ScriptedRequest], str | 
 
 @dataclass(slots=True)
 class ScriptedModel:
-    """The model. ``asked`` has every question; ``left`` counts the clients that left before the end."""
+    """The model. ``requests`` has every question; ``disconnects`` counts the clients that left before the end."""
 
     script: ModelScript
     url: str = ""

@@ -59,9 +59,9 @@ LOCAL = "127.0.0.1"
 
 @dataclass(slots=True)
 class OrchestratorRecords:
-    """What the orchestrator of a test was asked for. ``tokens`` is the budget; ``refusal`` makes reserving fail.
+    """What the orchestrator of a test was asked for. ``tokens`` is the budget; ``reserve_error`` makes reserving fail.
 
-    A reservation is made at once but answered only when ``gate`` is set, if there is one.
+    A reservation is made at once but answered only when ``reserve_event`` is set, if there is one.
     """
 
     tokens: int = 100_000
@@ -191,7 +191,7 @@ async def start_harness(*arms: str) -> AsyncGenerator[Harness]:
 
 @contextlib.asynccontextmanager
 async def fake_orchestrator(harness: Harness) -> AsyncGenerator[Service]:
-    """Yield the test's orchestrator: it knows the services whose keys ``house`` has at this moment."""
+    """Yield the test's orchestrator: it knows the services whose keys ``harness`` has at this moment."""
     directory = {name: DirectoryEntry((key.thumbprint,)) for name, key in harness.keys.items()}
     orchestrator = _FakeOrchestrator(harness, harness.minter.sign_directory(directory))
     base = harness.base("orchestrator")

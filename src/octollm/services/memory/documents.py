@@ -47,7 +47,7 @@ _NORMALIZE_BY_LENGTH = 1
 
 
 def build_match_query(dialect: str, terms: Sequence[str], filters: Sequence[ColumnElement[bool]]) -> Any:
-    """Return the query for the best candidates among the passages ``mine``, with a ``score``: higher is better."""
+    """Return the query for the best candidates among the passages ``filters``, with a ``score``: higher is better."""
     return _build_postgres_query(terms, filters) if dialect == "postgresql" else _build_sqlite_query(terms, filters)
 
 

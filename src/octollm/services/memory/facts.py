@@ -27,8 +27,8 @@ class FactStore:
     ) -> tuple[Fact, bool]:
         """Set a fact; return it, and whether it is new. The same value again changes nothing.
 
-        With ``expected`` the present version has to be that one (0: none yet). Raises ``state_conflict`` otherwise,
-        ``invalid_body`` for a value of null.
+        With ``expected_version`` the current version must be that one (0: none yet). Raises ``state_conflict``
+        otherwise, and ``invalid_body`` for a value of null.
         """
         value = msgspec.json.decode(fact.value)
         if value is None:

@@ -16,7 +16,7 @@ _MAX_CURSOR = 400
 
 
 def encode_cursor(created_at: float, last: str) -> str:
-    """Return the cursor after the row ``last``, made at ``at`` (epoch seconds)."""
+    """Return the cursor after the row ``last``, made at ``created_at`` (epoch seconds)."""
     return base64.urlsafe_b64encode(msgspec.json.encode([created_at, last])).decode().rstrip("=")
 
 

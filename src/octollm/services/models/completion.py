@@ -60,9 +60,9 @@ class _Generation:
 
 
 class ChatCompletionRunner:
-    """Answers chat calls with the one model; at most ``parallel`` at a time, the others wait in turn.
+    """Answers chat calls with the one model; at most ``max_concurrency`` at a time, the others wait in turn.
 
-    ``outside`` has the policies of calls to a provider; a model in this process needs none.
+    ``external`` has the policies of calls to a provider; a model in this process needs none.
     """
 
     def __init__(

@@ -15,7 +15,10 @@ from octollm.text.lexical import extract_numbers
 
 @dataclass(frozen=True, slots=True)
 class RequiredFunction:
-    """A function that a question ``asks`` for; ``done_by`` is how a query has it, empty where it has other ways."""
+    """An SQL function that a question asks for.
+
+    ``trigger`` matches such questions, and ``satisfied_by`` the queries that use it; empty where there are other ways.
+    """
 
     sql: str
     trigger: str
@@ -79,7 +82,7 @@ _ASKS_FOR_NAME = re.compile(r"\W*(?:which|who|whose)\b", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class QueryIssue:
-    """A reason to mistrust a query, in words that help to mend it. A query with a ``hard`` one is no answer."""
+    """A reason to mistrust a query, in words that help to mend it. A query with a ``is_fatal`` one is no answer."""
 
     text: str
     is_fatal: bool = False

@@ -53,7 +53,7 @@ class Interpreter:
 def find_interpreter(user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_CACHES) -> Interpreter:
     """Find the interpreter that runs this process, without its virtual environment.
 
-    ``identity`` is the user that the sandbox runs as, ``None`` for this process's own.
+    ``user`` is the user that the sandbox runs as, ``None`` for this process's own.
     Raises ``OctoError`` (``no_sandbox``) when it can be neither bound nor copied.
     """
     prefix = Path(sys.base_prefix).resolve()

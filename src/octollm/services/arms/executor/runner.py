@@ -121,7 +121,7 @@ _RETRY_SECONDS = 1.0
 
 
 class Runner:
-    """Runs requests in ``sandbox``: at most ``concurrency`` at once, at most ``queue`` waiting."""
+    """Runs requests in ``sandbox``: at most ``concurrency`` at once, at most ``max_waiting`` waiting."""
 
     def __init__(
         self,

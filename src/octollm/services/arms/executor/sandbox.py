@@ -90,7 +90,7 @@ class Limits:
     """One file that comes back; a larger one stays behind."""
 
     def clamp(self, maxima: Limits) -> Limits:
-        """Return these limits, each cut to that of ``most``."""
+        """Return these limits, each cut to that of ``maxima``."""
         return Limits(**{f.name: min(getattr(self, f.name), getattr(maxima, f.name)) for f in fields(self)})
 
 

@@ -138,7 +138,7 @@ def detect_architecture(name: str | None = None) -> Architecture | None:
 
 
 def denied_calls(architecture: Architecture, *, allow_processes: bool) -> dict[str, int]:
-    """Return the calls that are always denied, by name with their number; ``processes`` are allowed or not."""
+    """Return the calls that are always denied, by name with their number; ``allow_processes`` are allowed or not."""
     table = _DENIED_CALLS if allow_processes else _DENIED_CALLS | _PROCESS_CALLS
     numbers = {name: columns[architecture.column] for name, columns in table.items()}
     return {name: number for name, number in numbers.items() if number is not None}
@@ -147,7 +147,7 @@ def denied_calls(architecture: Architecture, *, allow_processes: bool) -> dict[s
 def build_filter(architecture: Architecture, *, allow_processes: bool) -> bytes:
     """Return the filter as an array of ``struct sock_filter``.
 
-    Without ``processes`` the filter denies fork too, and leaves clone for threads alone. A call of another
+    Without ``allow_processes`` the filter denies fork too, and leaves clone for threads alone. A call of another
     architecture, or of the x32 ABI, kills the process. Denied calls fail with ``EPERM``; ``clone3`` and calls newer
     than this table with ``ENOSYS``, so that the C library takes the older way (clone3's flags lie in memory, where
     a filter cannot read them).

@@ -78,7 +78,7 @@ RETRY_SECONDS = 60.0
 
 
 class RunnerProvider:
-    """Holds the runner once there is a sandbox. ``choose`` finds one or raises ``no_sandbox``."""
+    """Holds the runner once there is a sandbox. ``select`` finds one or raises ``no_sandbox``."""
 
     def __init__(self, select: Callable[[], Awaitable[Sandbox]], *, clock: Clock, log: Logger) -> None:
         self._select = select

@@ -177,7 +177,7 @@ async def executor_service(
     """Yield the executor as a service; its sandbox is chosen in the background.
 
     Without a sandbox the service still starts, and says in ``/ready`` and in each answer how to get one; a program is
-    never run outside of one. ``choose`` finds another sandbox than the settings name.
+    never run outside of one. ``select`` finds another sandbox than the settings name.
     """
 
     async def by_settings() -> Sandbox:

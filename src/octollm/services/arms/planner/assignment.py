@@ -76,10 +76,10 @@ class Assignment:
 def assign_arms(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, wants_code: bool) -> list[Assignment]:
     """Split a goal into parts that need nothing of each other.
 
-    An arm of somebody's own comes first: it takes the goal if it accepts ``kind:<word>`` and the goal has that word,
-    or the files whose media type it accepts, or the goal if its description fits. Tables go to the coder, which
-    queries them; other texts to the retriever, which cites them, or to the coder when a ``program`` is wanted. Raises
-    ``OctoError`` (``file_invalid``) for a file that no arm can read.
+    A third-party arm comes first: it takes the goal if it accepts ``kind:<word>`` and the goal has that word, or the
+    files whose media type it accepts, or the goal if its description fits. Tables go to the coder, which queries
+    them. Other texts go to the retriever, which cites them, or with ``wants_code`` to the coder. Raises ``OctoError``
+    (``file_invalid``) for a file that no arm can read.
     """
     own = [arm for arm in arms if arm.name not in BUILT_IN_ARMS]
     said = stems(goal)
@@ -146,7 +146,7 @@ class _WordingAnswer(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class StepWording:
-    """How a step is worded; ``by_model`` is false where the model's words could not be used."""
+    """How a step is worded; ``is_by_model`` is false where the model's words could not be used."""
 
     title: str
     criteria: tuple[str, ...]

@@ -28,11 +28,11 @@ _YES_NO = re.compile(r"\W*(?:yes|no)\b", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CitationSupport:
-    """How far passages carry an answer.
+    """How far passages support an answer.
 
-    ``answered`` is the share of the answer's own words that the cited lines hold; ``asked`` the share of the
-    question's words that the passages of the citations hold; ``numbers_missing`` the answer's numbers that the cited
-    lines do not have; ``echo`` says that the answer has no word beyond the question's, and is no plain yes or no.
+    ``answer_coverage`` is the share of the answer's own words in the cited lines, ``question_coverage`` the share of
+    the question's words in the cited passages. ``missing_numbers`` are the answer's numbers that the cited lines lack.
+    ``is_echo`` marks an answer without a word beyond the question's that is not a plain yes or no.
     """
 
     citations: tuple[Citation, ...]
@@ -111,7 +111,10 @@ _STRUCTURED_LINE = re.compile(r"^\s*(?:[-*|#>]|\d+[.)]|```|E?\d+:)")
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A sentence, list item or table row; ``asked`` the question's words in it, ``weight`` their rarity added up."""
+    """A sentence, list item or table row.
+
+    ``question_words`` are the question's words in it, and ``weight`` is the sum of their rarity.
+    """
 
     passage: int
     text: str
