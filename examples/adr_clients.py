@@ -35,7 +35,7 @@ LIMITS = httpx.Limits(max_keepalive_connections=20, max_connections=100)
 
 
 def mint(scope: str, aud: str) -> str:
-    """Return a capability token; the command talks to the public door."""
+    """Return a capability token; the command talks to the gateway."""
     command = [sys.executable, "-c", "from octollm.cli import main; main()"]
     arguments = ["token", "mint", "--scope", scope, "--aud", aud]
     return subprocess.run([*command, *arguments], check=True, capture_output=True, text=True).stdout.strip()
@@ -68,7 +68,7 @@ async def validate_code(client: httpx.AsyncClient, code: str) -> bool:
 
 
 async def submit(client: httpx.AsyncClient, goal: str) -> str:
-    """Submit a goal at the public door; return the task's id."""
+    """Submit a goal at the gateway; return the task's id."""
     response = await client.post(f"{DOOR}/tasks", json={"goal": goal}, headers=KEY)
     response.raise_for_status()
     return response.json()["task_id"]

@@ -45,7 +45,7 @@ _SCHEMES = {
         "type": "http",
         "scheme": "bearer",
         "bearerFormat": "JWT chain",
-        "description": "A capability, or an API key at the public door.",
+        "description": "A capability, or an API key at the gateway.",
     },
     "service": {
         "type": "http",
