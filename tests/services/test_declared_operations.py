@@ -160,7 +160,7 @@ async def test_openapi_describes_what_is_declared(services: Services) -> None:
         assert operation.get("x-scope", "") == declared.scope
         assert {name for place, name in parameters if place == "query"} == set(declared.query_parameters)
         assert {name for place, name in parameters if place == "path"} == set(declared.path_parameters)
-        assert (("header", "Idempotency-Key") in parameters) == (declared.kind != "read_only")
+        assert (("header", "Idempotency-Key") in parameters) == (declared.kind != "read_only" and declared.claims_key)
         assert ("requestBody" in operation) == (declared.body is not NoneType)
 
 

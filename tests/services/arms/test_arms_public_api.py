@@ -15,6 +15,7 @@ EXCEPTIONS = {
     # Contracts: bodies and answers of the built-in operations, and rules about files that clients share.
     "octollm.contracts.media_types",
     "octollm.contracts.operations",
+    "octollm.contracts.output_schema",
     "octollm.contracts.service_operations",
     "octollm.contracts.services",
     "octollm.contracts.stream",
