@@ -351,7 +351,9 @@ async def stranger(live: Attacked) -> str:
 
 
 @pytest.mark.parametrize(
-    "public", [each for each in PUBLIC_OPERATIONS if "{" in each.path], ids=lambda each: f"{each.method} {each.path}"
+    "public",
+    [each for each in PUBLIC_OPERATIONS if "{" in each.path and each.service == "orchestrator"],
+    ids=lambda each: f"{each.method} {each.path}",
 )
 async def test_another_tenants_things_are_not_there(live: Attacked, task: str, stranger: str, public) -> None:
     view = (await live.door("GET", f"/tasks/{task}")).body
