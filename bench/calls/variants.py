@@ -59,7 +59,7 @@ def variants(keys: octo.Keys, sqlite: str, postgres: str | None, keeper_port: in
     found = [
         ours(MINTED, targets=((FULL_GRPC, 2),), minted=True),
         ours(REUSED, targets=((REFERENCE, 2.5), (FULL_GRPC, 4), (WRITTEN, 20), *((x, 1.25) for x in OTHERS))),
-        ours("every call traced", targets=((REFERENCE, 2),), sampled=1.0),
+        ours("every call traced", targets=((REFERENCE, 2.2),), sampled=1.0),
         ours("key in SQLite", store=sqlite),
     ]
     if postgres is not None:
