@@ -1,0 +1,115 @@
+"""What reading a file returns: a document of sections and raw tables, or a :class:`DocumentError`."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from typing import Literal
+
+import msgspec
+
+from octollm.errors import OctoError
+
+DocumentKind = Literal[
+    "text", "code", "markdown", "html", "csv", "tsv", "json", "jsonl",
+    "pdf", "docx", "pptx", "xlsx", "xls", "ods", "email", "zip", "parquet",
+]  # fmt: skip
+"""What a file is by its content, whatever its name says."""
+
+RawCell = str | int | float | bool | date | datetime | None
+"""A cell as the file holds it; ``None`` is an empty one. A formula counts as its stored result."""
+
+
+class Location(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where in a file a section or a table stands. What does not apply is 0 or empty; numbers start at 1."""
+
+    page: int = 0
+    slide: int = 0
+    sheet: str = ""
+    cells: str = ""
+    """The range of cells in A1 notation, for example ``A1:D20``."""
+    line_start: int = 0
+    line_end: int = 0
+    part: str = ""
+    """The part of an e-mail: ``headers``, ``body``, or the name of an attachment."""
+    member: str = ""
+    """The path of a member of an archive. A member of an inner archive follows the path of that archive."""
+
+    def label(self) -> str:
+        """Return the location for a reader, for example ``page 3`` or ``sheet Prices A1:D20``; empty for a whole file.
+
+        Lines are left out, because whoever shows a location shows them beside it.
+        """
+        words = [self.member, f"part {self.part}" if self.part else "", f"page {self.page}" if self.page else ""]
+        words += [f"slide {self.slide}" if self.slide else "", f"sheet {self.sheet}" if self.sheet else ""]
+        return ", ".join(word for word in words if word) + (f" {self.cells}" if self.cells else "")
+
+
+class Section(msgspec.Struct, frozen=True):
+    """A piece of text that stands in one place: a page, a slide, a sheet, a member, or the whole file.
+
+    Its lines end with LF. It has no NUL and no lone surrogate.
+    """
+
+    text: str
+    location: Location = Location()
+
+
+class RawTable(msgspec.Struct, frozen=True):
+    """A table as the file holds it: nothing is a header yet, and no text is a number yet. Rows may differ in length."""
+
+    name: str
+    """The name of the sheet, or the caption of the table; empty when it has none."""
+    rows: list[list[RawCell]]
+    origin: Location = Location()
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A file that was read.
+
+    ``kind`` is by content. ``notes`` are the assumptions that were made and the parts that could not be read, each a
+    short sentence for the user. A file of rows in text (CSV, JSON) has its text in ``sections`` and no table yet.
+    """
+
+    name: str
+    kind: DocumentKind
+    sections: tuple[Section, ...] = ()
+    tables: tuple[RawTable, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The whole text: the sections in order, each beginning on a new line."""
+        return "\n".join(section.text for section in self.sections)
+
+
+DocumentErrorCode = Literal["file_unreadable", "file_encrypted", "file_limit_exceeded"]
+
+
+class DocumentError(OctoError):
+    """A file cannot be read.
+
+    ``code`` is ``file_unreadable`` (damaged, or no kind that is read), ``file_encrypted`` (it needs a password), or
+    ``file_limit_exceeded``; ``detail`` then names the limit and its value.
+    """
+
+    def __init__(self, detail: str, *, code: DocumentErrorCode = "file_unreadable") -> None:
+        super().__init__(detail, code=code)
+
+
+class ReadLimits(msgspec.Struct, frozen=True):
+    """Bounds of reading one file, members of archives and attachments included."""
+
+    pages: int = 2000
+    """Pages of a PDF, or slides of a presentation."""
+    cells: int = 2_000_000
+    """Cells of all tables together."""
+    characters: int = 32_000_000
+    """Characters of all sections together."""
+    members: int = 1000
+    """Members of an archive, or parts of an e-mail."""
+    nesting: int = 3
+    """Archives and e-mails inside one another."""
+    expanded_bytes: int = 256 * 1024 * 1024
+    """Bytes of all members of archives after decompression, those of Office files included."""
+    expansion_ratio: int = 200
+    """Bytes after decompression for each byte before it, counted from the first MiB on."""
