@@ -19,6 +19,7 @@ import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
+from octollm.concurrency import wait_for_event
 from octollm.errors import OctoError, SettingError
 from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.http1_server import HEADER_SECONDS, Http1ServerProtocol, ServerConfig, ServerState
@@ -130,12 +131,47 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than a client keeps an idle connection, so that it is the client who closes it."""
 
 
+DATE_SECONDS = 1.0
+"""How often the ``Date`` header is refreshed."""
+DRAIN_POLL_SECONDS = 0.01
+
+
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process that hosts services owns the signals."""
+    """uvicorn without its signal handlers and its polling.
+
+    The process that hosts services owns the signals. uvicorn looks every 0.1 s whether it should end, and its shutdown
+    pauses for as long: services that stop one after the other would take seconds.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._stopping.set()
 
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]
         yield
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            await wait_for_event(self._stopping, DATE_SECONDS, clear=False)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in [*self.servers, *(sockets or [])]:
+            listener.close()
+        state = self.server_state
+        for connection in list(state.connections):
+            connection.shutdown()
+        try:
+            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+                while state.connections or state.tasks:  # noqa: ASYNC110 - uvicorn has no event for it
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+        except TimeoutError:
+            for task in list(state.tasks):
+                task.cancel()
 
 
 def listen(host: str, port: int, service: str) -> socket.socket:
@@ -206,7 +242,7 @@ async def serve_app(
                 await asyncio.sleep(0.005)
         yield
     finally:
-        server.should_exit = True
+        server.stop()
         try:
             async with asyncio.timeout(math.ceil(shutdown_grace) + 1):
                 await asyncio.shield(running)
