@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 from octollm.capability import PRESETS
 from octollm.cli.app import load_commands
@@ -136,7 +136,9 @@ def test_every_metric_has_its_row():
 
 
 def test_every_label_of_a_metric_is_in_its_row():
-    instruments = [each for each in vars(Metrics("orchestrator")).values() if isinstance(each, Counter | Gauge)]
+    instruments = [
+        each for each in vars(Metrics("orchestrator")).values() if isinstance(each, Counter | Gauge | Histogram)
+    ]
     assert instruments
     rows = metric_rows()
     for each in instruments:

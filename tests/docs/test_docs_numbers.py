@@ -29,7 +29,7 @@ QUOTED: list[tuple[str, str, str, float]] = [
     ("concepts/calls.md", "{} connections to a host", "rpc.http_client.MAX_CONNECTIONS", 1),
     ("concepts/calls.md", "no byte accepted for {} s", "rpc.http_client.WRITE_SECONDS", 1),
     ("concepts/calls.md", "`read_timeout` ({} s of silence)", "rpc.http_client.READ_SECONDS", 1),
-    ("concepts/calls.md", "more wait for at most {} s", "rpc.limits.MAX_QUEUE_SECONDS", 1),
+    ("concepts/calls.md", "more wait for at most {} s", "rpc.server.MAX_QUEUE_SECONDS", 1),
     ("concepts/calls.md", "stored for a day, up to {} MiB", "rpc.idempotency.MAX_STORED_BYTES", MIB),
     ("concepts/calls.md", "died, at least {} s ago", "rpc.idempotency.LEASE_SECONDS", 1),
     ("concepts/calls.md", "at most {} concurrent", "rpc.http2_server.MAX_STREAMS", 1),

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.rpc import http1_client as http1
-from octollm.rpc import http1_connection
+from octollm.rpc import http1_connection, http_client
 from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.http_client import MAX_KEEPALIVE, HttpClient, TransportError
 from octollm.testing import wait_until
@@ -316,8 +315,8 @@ async def test_a_slow_reader_slows_the_peer() -> None:
 
 
 async def test_a_pool_that_is_exhausted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http1, "MAX_CONNECTIONS", 2)
-    monkeypatch.setattr(http1, "POOL_SECONDS", 0.2)
+    monkeypatch.setattr(http_client, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(http_client, "POOL_SECONDS", 0.2)
     async with peer(_silent) as server, Http1Client() as client:
         calls = [asyncio.ensure_future(get(client, server.url, seconds=20)) for _ in range(2)]
         await wait_until(lambda: len(server.heads) == 2, description="two calls are under way")

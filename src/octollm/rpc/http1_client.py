@@ -16,34 +16,33 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter
 from octollm.rpc.http1_connection import Http1Connection
 from octollm.rpc.http_client import (
     CONNECT_SECONDS,
     IDLE_SECONDS,
-    MAX_CONNECTIONS,
     MAX_KEEPALIVE,
-    POOL_SECONDS,
+    MAX_ORIGINS,
     HttpClient,
     HttpResponse,
     StreamedResponse,
     TransportError,
+    create_connection_limiter,
     deadline_exceeded,
 )
 
 _TARGET = re.compile(r"/[!-~]*")
-MAX_ORIGINS = 1024
 
 
 @dataclass(slots=True)
 class _Origin:
-    """One address with its idle connections, most recently used last, and the calls that wait for a slot."""
+    """One address with the limiter of its connections, and the idle ones, most recently used last."""
 
     host: str
     name: str
     port: int
     secure: bool
-    busy: int = 0
-    waiting: deque[asyncio.Future[None]] = field(default_factory=deque[asyncio.Future[None]])
+    limiter: ConcurrencyLimiter
     idle: deque[tuple[Http1Connection, float]] = field(default_factory=deque[tuple[Http1Connection, float]])
 
 
@@ -130,14 +129,16 @@ class Http1Client(HttpClient):
         if len(self._origins) >= MAX_ORIGINS:
             # Addresses of pods come and go; drop those without a connection.
             for key, known in list(self._origins.items()):
-                if not known.idle and not known.busy:
+                if not known.idle and not known.limiter.running:
                     del self._origins[key]
         secure = parts.scheme == "https"
-        return _Origin(host, parts.hostname, parts.port or (443 if secure else 80), secure)
+        port = parts.port or (443 if secure else 80)
+        return _Origin(host, parts.hostname, port, secure, create_connection_limiter(host))
 
     async def _acquire(self, origin: _Origin, until: float) -> Http1Connection:
         """Return a connection by the loop time ``until``; :meth:`_release` returns it to the pool."""
-        await self._acquire_slot(origin, until)
+        if not origin.limiter.try_acquire():
+            await origin.limiter.acquire(until - asyncio.get_running_loop().time())
         try:
             while origin.idle:
                 # The most recently used connection first: those that are not needed reach their idle limit.
@@ -147,41 +148,8 @@ class Http1Client(HttpClient):
                 self._connections.discard(connection)
             return await self._connect(origin, until)
         except BaseException:
-            self._release_slot(origin)
+            origin.limiter.release()
             raise
-
-    async def _acquire_slot(self, origin: _Origin, until: float) -> None:
-        if origin.busy < MAX_CONNECTIONS:
-            origin.busy += 1
-            return
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[None] = loop.create_future()
-        origin.waiting.append(waiter)
-        try:
-            async with asyncio.timeout_at(min(until, loop.time() + POOL_SECONDS)):
-                await waiter
-        except BaseException as error:
-            # The slot may have been handed over in the same moment as the timeout or cancellation.
-            if waiter.done() and not waiter.cancelled():
-                self._release_slot(origin)
-            if not isinstance(error, TimeoutError):
-                raise
-            if loop.time() >= until:
-                raise deadline_exceeded(origin.host, POOL_SECONDS) from error
-            raise TransportError(
-                f"No connection to {origin.host} came free in {POOL_SECONDS:g} s.",
-                code="pool_timeout",
-                request_sent=False,
-            ) from error
-
-    def _release_slot(self, origin: _Origin) -> None:
-        # Hand the slot to the first waiter, so that no newcomer overtakes the queue.
-        while origin.waiting:
-            waiter = origin.waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-        origin.busy -= 1
 
     async def _connect(self, origin: _Origin, until: float) -> Http1Connection:
         loop = asyncio.get_running_loop()
@@ -214,7 +182,7 @@ class Http1Client(HttpClient):
             origin.idle.append((connection, asyncio.get_running_loop().time()))
         else:
             self._connections.discard(connection)
-        self._release_slot(origin)
+        origin.limiter.release()
         if len(origin.idle) > MAX_KEEPALIVE:
             self._close_oldest_idle(origin)
         if reusable and self._sweep is None:

@@ -23,16 +23,17 @@ from pyqwest import (
 )
 
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter
 from octollm.rpc.http_client import (
     CONNECT_SECONDS,
     IDLE_SECONDS,
-    MAX_CONNECTIONS,
     MAX_KEEPALIVE,
-    POOL_SECONDS,
+    MAX_ORIGINS,
     READ_SECONDS,
     HttpClient,
     StreamedResponse,
     TransportError,
+    create_connection_limiter,
     deadline_exceeded,
     host_of,
 )
@@ -75,7 +76,7 @@ class Http2Client(HttpClient):
 
     def __init__(self, tls: TlsConfig | None = None, *, transport: HTTPTransport | None = None) -> None:
         self._transport = transport or _internal_transport(tls)
-        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._limiters: dict[str, ConcurrencyLimiter] = {}
         self._active_timeouts: set[asyncio.Timeout] = set()
         self._closed = False
 
@@ -96,7 +97,7 @@ class Http2Client(HttpClient):
         sent = False
         try:
             # The deadline is the outer one, so that it covers the wait for a slot too.
-            async with self._in_time(seconds), self._slot(host):
+            async with self._in_time(seconds), self._limiter(host):
                 response = await self._transport.execute(Request(method, url, Headers(list(headers.items())), body))
                 sent = True
                 async with response:
@@ -126,20 +127,14 @@ class Http2Client(HttpClient):
             finally:
                 self._active_timeouts.discard(timer)
 
-    @contextlib.asynccontextmanager
-    async def _slot(self, host: str) -> AsyncGenerator[None]:
-        slots = self._slots.setdefault(host, asyncio.Semaphore(MAX_CONNECTIONS))
-        try:
-            async with asyncio.timeout(POOL_SECONDS):
-                await slots.acquire()
-        except TimeoutError:
-            raise TransportError(
-                f"No connection to {host} came free in {POOL_SECONDS:g} s.", code="pool_timeout", request_sent=False
-            ) from None
-        try:
-            yield
-        finally:
-            slots.release()
+    def _limiter(self, host: str) -> ConcurrencyLimiter:
+        limiter = self._limiters.get(host)
+        if limiter is None:
+            if len(self._limiters) >= MAX_ORIGINS:
+                # Addresses of pods come and go; drop those without a call.
+                self._limiters = {name: known for name, known in self._limiters.items() if known.running}
+            limiter = self._limiters[host] = create_connection_limiter(host)
+        return limiter
 
 
 def _tls_options(tls: TlsConfig | None) -> _TlsFiles:

@@ -15,6 +15,7 @@ from typing import Self
 import msgspec
 
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, Refusal
 from octollm.lru import LruCache
 
 CONNECT_SECONDS = 5.0
@@ -22,7 +23,11 @@ READ_SECONDS = 30.0
 WRITE_SECONDS = 10.0
 POOL_SECONDS = 5.0
 MAX_CONNECTIONS = 100
+MAX_QUEUED = 4096
+"""Calls that wait for one of :data:`MAX_CONNECTIONS` connections to a host; a further one is refused."""
 MAX_KEEPALIVE = 20
+MAX_ORIGINS = 1024
+"""Addresses that a pool knows before it forgets those without a connection."""
 IDLE_SECONDS = 60.0
 """How long an idle connection is kept open."""
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024
@@ -107,6 +112,24 @@ def response_too_large(host: str) -> OctoError:
 def deadline_exceeded(host: str, seconds: float) -> OctoError:
     """Return the error for a response that missed the caller's deadline."""
     return OctoError(f"{host} did not answer in the {seconds:.1f} s that were left.", code="deadline_exceeded")
+
+
+def create_connection_limiter(host: str) -> ConcurrencyLimiter:
+    """Return the limiter of a pool's connections to ``host``; it raises ``pool_timeout`` and ``deadline_exceeded``."""
+    policy = ConcurrencyPolicy(MAX_CONNECTIONS, MAX_QUEUED, POOL_SECONDS)
+
+    def refuse(refusal: Refusal) -> OctoError:
+        if refusal == "deadline_exceeded":
+            return OctoError(f"No connection to {host} came free before the deadline.", code="deadline_exceeded")
+        return TransportError(
+            f"No connection to {host} came free in {POOL_SECONDS:g} s."
+            if refusal == "wait_expired"
+            else f"{MAX_QUEUED} calls wait for a connection to {host} already.",
+            code="pool_timeout",
+            request_sent=False,
+        )
+
+    return ConcurrencyLimiter(f"The connection pool of {host}", policy, refusal=refuse)
 
 
 MAX_CACHE_ENTRIES = 256

@@ -1,14 +1,12 @@
-"""Limits of an incoming call.
+"""Limits of an incoming call: a deadline scope, and a scope that cancels the handler when the client disconnects.
 
-A concurrency limiter (bulkhead with a bounded queue), a deadline scope, and a scope that cancels the handler when the
-client disconnects.
+The bound on concurrent calls is :class:`octollm.limiter.ConcurrencyLimiter`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from types import TracebackType
 from typing import Any
 
@@ -18,53 +16,6 @@ from starlette.types import Receive
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.asgi_extension import WholeRequestExtension
-
-MAX_QUEUE_SECONDS = 10.0
-
-
-class ConcurrencyLimiter:
-    """Bounded concurrency (bulkhead) with a bounded queue; past both a call is refused with ``overloaded``."""
-
-    def __init__(self, max_concurrent: int, max_queued: int) -> None:
-        self._free = max_concurrent
-        self._queued = max_queued
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def __aenter__(self) -> None:
-        if self._free > 0:
-            self._free -= 1
-            return
-        if len(self._waiting) >= self._queued:
-            raise OctoError("The service is at its limit of concurrent calls.", code="overloaded", retry_after=1)
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            async with asyncio.timeout(MAX_QUEUE_SECONDS):
-                await turn  # a call that ends hands its place over, so nobody overtakes the queue
-        except BaseException as error:
-            # The place may have been handed over in the same moment as the timeout or cancellation.
-            if turn.done() and not turn.cancelled():
-                self._release()
-            elif turn in self._waiting:
-                self._waiting.remove(turn)
-            if isinstance(error, TimeoutError):
-                raise OctoError(
-                    f"No place came free in {MAX_QUEUE_SECONDS:g} s.", code="overloaded", retry_after=2
-                ) from None
-            raise
-
-    async def __aexit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
 
 
 class DeadlineScope:

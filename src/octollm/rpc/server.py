@@ -20,10 +20,11 @@ from starlette.types import Receive, Scope, Send
 
 from octollm.capability import CapabilityError
 from octollm.clock import Clock, IdGenerator
-from octollm.context import RequestContext, parse_traceparent, set_context
+from octollm.context import RequestContext, TraceContext, parse_traceparent, set_context
 from octollm.contracts.problems import to_problem
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy
 from octollm.resilience import Deadline
 from octollm.resilience.retry import parse_timeout_ms
 from octollm.rpc.asgi_extension import take_extension
@@ -39,7 +40,7 @@ from octollm.rpc.idempotency import (
     body_digest,
     check_key,
 )
-from octollm.rpc.limits import ConcurrencyLimiter, DeadlineScope, DisconnectScope
+from octollm.rpc.limits import DeadlineScope, DisconnectScope
 from octollm.rpc.ndjson import NdjsonEmitter
 from octollm.rpc.problems import problem_response
 from octollm.rpc.responses import BufferedResponse, ResponseWriter, apply_etag
@@ -47,6 +48,10 @@ from octollm.telemetry import AccessLog, Logger, Metrics, Span, Tracer
 from octollm.telemetry.spans import SLOW_SECONDS, UNSAMPLED_OPERATIONS
 
 _NDJSON = NDJSON.encode()
+MAX_CONCURRENT = 64
+MAX_QUEUE_SECONDS = 10.0
+DEFAULT_CONCURRENCY = ConcurrencyPolicy(MAX_CONCURRENT, max_queued=256, max_wait=MAX_QUEUE_SECONDS)
+"""The bounds on the calls that a service runs at once, and on those that wait."""
 
 
 class Authenticator(Protocol):
@@ -72,8 +77,7 @@ class ServerContext:
     idempotency: IdempotencyStore | None = None
     response_cipher: ResponseCipher | None = None
     """For stored responses that hold a secret."""
-    max_concurrent: int = 64
-    max_queued: int = 256
+    concurrency: ConcurrencyPolicy = DEFAULT_CONCURRENCY
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the service shuts down: new calls are refused with ``draining``."""
 
@@ -113,9 +117,7 @@ class OperationEndpoint:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         request_id = id_or_new(headers.get(b"x-request-id"), context.ids, "req-")
         correlation_id = id_or_new(headers.get(b"x-correlation-id"), context.ids, "corr-")
-        parent = parse_traceparent(header_text(headers.get(b"traceparent")))
-        if parent is not None and len(headers) < len(scope["headers"]) and _is_repeated(scope, b"traceparent"):
-            parent = None  # W3C Trace Context section 3.2.1 has one: of two, neither is to be believed
+        parent = _read_traceparent(scope, headers)
         span = context.tracer.receive(operation.name, parent, sampled=operation.traced)
         set_context(RequestContext(context.service, request_id, correlation_id, span.trace))
         writer = ResponseWriter(
@@ -125,11 +127,14 @@ class OperationEndpoint:
         received = _ReceivedRequest(Request(scope, receive), headers, request_id, correlation_id, span)
         try:
             try:
-                if operation.limited:
-                    async with self._limiter:
-                        await self._serve(received, scope, receive, writer)
-                else:
+                # Without a coroutine for each call: a slot is nearly always free.
+                if operation.limited and not self._limiter.try_acquire():
+                    await self._limiter.acquire()
+                try:
                     await self._serve(received, scope, receive, writer)
+                finally:
+                    if operation.limited:
+                        self._limiter.release()
             except OctoError as error:
                 span.record_error(error)
                 if isinstance(error, CapabilityError):
@@ -301,8 +306,13 @@ async def _cancel_tasks(*tasks: asyncio.Task[Any]) -> None:
             await task
 
 
-def _is_repeated(scope: Scope, name: bytes) -> bool:
-    return sum(other == name for other, _ in scope["headers"]) > 1
+def _read_traceparent(scope: Scope, headers: Mapping[bytes, bytes]) -> TraceContext | None:
+    parent = parse_traceparent(header_text(headers.get(b"traceparent")))
+    if parent is not None and len(headers) < len(scope["headers"]):
+        # W3C Trace Context section 3.2.1 has one header: of two, neither is to be believed.
+        repeated = sum(name == b"traceparent" for name, _ in scope["headers"]) > 1
+        return None if repeated else parent
+    return parent
 
 
 def _innermost_line(error: BaseException) -> str:

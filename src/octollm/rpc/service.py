@@ -21,6 +21,7 @@ from octollm.capability import PublicKey
 from octollm.capability.keyring import TrustedRoots
 from octollm.clock import Clock, IdGenerator
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter
 from octollm.resilience import EjectionPolicy
 from octollm.rpc.asgi_extension import EXTENSION, SendOnlyExtension, take_extension
 from octollm.rpc.auth import CapabilityAuthenticator, PublicAuthenticator
@@ -34,10 +35,9 @@ from octollm.rpc.http_client import HttpClient
 from octollm.rpc.idempotency import IdempotencyStore, IdempotentHandler, ResponseCipher
 from octollm.rpc.idempotency_remote import RemoteIdempotencyStore
 from octollm.rpc.identity import ServiceDirectory, ServiceIdentity
-from octollm.rpc.limits import ConcurrencyLimiter
 from octollm.rpc.problems import problem_response
 from octollm.rpc.revocations import RevocationSubscriber
-from octollm.rpc.server import Authenticator, OperationEndpoint, ServerContext
+from octollm.rpc.server import DEFAULT_CONCURRENCY, MAX_CONCURRENT, Authenticator, OperationEndpoint, ServerContext
 from octollm.rpc.transport import PLAINTEXT, TransportConfig, serve_app
 from octollm.telemetry import ExportBuffer, Logger, Metrics, Span, Tracer, get_logger
 from octollm.telemetry.spans import DEFAULT_SAMPLE_RATIO
@@ -190,7 +190,7 @@ def build_service(
     response_cipher: ResponseCipher | None = None,
     readiness_checks: Mapping[str, ReadinessCheck] | None = None,
     extra_routes: Sequence[BaseRoute] = (),
-    max_concurrent: int = 64,
+    max_concurrent: int = MAX_CONCURRENT,
     lifespan: Lifespan | None = None,
     draining: asyncio.Event | None = None,
     reports_export: bool = True,
@@ -219,7 +219,7 @@ def build_service(
         },
         idempotency=idempotency,
         response_cipher=response_cipher,
-        max_concurrent=max_concurrent,
+        concurrency=replace(DEFAULT_CONCURRENCY, max_concurrent=max_concurrent),
         draining=draining or asyncio.Event(),
     )
     exporter = BatchExporter(
@@ -245,7 +245,7 @@ def build_app(
 
     Raises ``ValueError`` for two operations with one name or with one method and path.
     """
-    limiter = ConcurrencyLimiter(context.max_concurrent, context.max_queued)
+    limiter = ConcurrencyLimiter("The service", context.concurrency, on_queued=context.metrics.queue_observer("calls"))
     idempotent = None if context.idempotency is None else IdempotentHandler(context.idempotency)
     routes: list[BaseRoute] = []
     by_path: dict[str, dict[str, OperationEndpoint]] = {}

@@ -24,11 +24,15 @@ from sqlalchemy.sql.schema import Table
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, Refusal
 from octollm.storage.errors import is_connection_lost, to_octo_error, translate_errors, unreachable_error
 
 DIRECT_CONNECTIONS = 4
 """Statements of one process at a time; a further one waits for its turn."""
-DIRECT_WAIT_SECONDS = 10.0
+MAX_QUEUED = 4096
+"""Callers of one process that wait for a turn; a further one is refused as overload."""
+WAIT_SECONDS = 10.0
+"""How long a caller waits for its turn, or for a connection, before it is told ``overloaded``."""
 Rows = Sequence[Sequence[object]]
 
 
@@ -37,7 +41,9 @@ class DirectPool:
 
     def __init__(self, connect: Callable[[], Awaitable[Any]]) -> None:
         self._connect = connect
-        self._turns = asyncio.Semaphore(DIRECT_CONNECTIONS)
+        self._turns = ConcurrencyLimiter(
+            "The database", ConcurrencyPolicy(DIRECT_CONNECTIONS, MAX_QUEUED, WAIT_SECONDS)
+        )
         self._idle: deque[Any] = deque()
         self._closed = False
 
@@ -47,17 +53,8 @@ class DirectPool:
         Raises ``overloaded`` when no connection comes free in 10 s, ``unavailable`` when the server is away (what was
         cut off may have taken effect).
         """
-        try:
-            async with asyncio.timeout(DIRECT_WAIT_SECONDS):
-                await self._turns.acquire()
-        except TimeoutError as error:
-            raise OctoError(
-                f"No turn at the database within {DIRECT_WAIT_SECONDS:g} s.", code="overloaded", retry_after=1.0
-            ) from error
-        try:
+        async with self._turns:
             return await self._run(await self._take(), statement, parameters)
-        finally:
-            self._turns.release()
 
     async def _take(self) -> Any:
         while self._idle:
@@ -92,9 +89,6 @@ class DirectPool:
             with contextlib.suppress(Exception):  # it is given up in any case
                 await connection.close(timeout=1)
 
-
-WAIT_SECONDS = 10.0
-"""How long a caller waits for its turn before it is told ``overloaded``."""
 
 Parameters = Mapping[str, object] | Sequence[Mapping[str, object]]
 
@@ -191,7 +185,9 @@ class Database:
         self._writer = writer
         self._reader = reader
         self._clock = clock
-        self._turns = asyncio.Semaphore(writers)
+        self._turns = ConcurrencyLimiter(
+            "The database", ConcurrencyPolicy(writers, MAX_QUEUED, WAIT_SECONDS), refusal=_refuse_writer
+        )
         self._writing: set[asyncio.Task[Any] | None] = set()
         self.location = location
         """Where the data lies, in words for error messages; holds no secret."""
@@ -229,13 +225,7 @@ class Database:
         task = asyncio.current_task()
         if task in self._writing:
             raise RuntimeError("a transaction inside a transaction of the same task would wait for itself")
-        try:
-            async with asyncio.timeout(timeout):
-                await self._turns.acquire()
-        except TimeoutError as error:
-            raise OctoError(
-                f"No turn to write to the database within {timeout:g} s.", code="overloaded", retry_after=1.0
-            ) from error
+        await self._turns.acquire(timeout)
         self._writing.add(task)
         try:
             with translate_errors():
@@ -269,6 +259,11 @@ class Database:
         with translate_errors():
             async with self._reader.connect() as raw:
                 await raw.exec_driver_sql("SELECT 1")
+
+
+def _refuse_writer(_refusal: Refusal) -> OctoError:
+    # The timeout of a transaction is no deadline of the call: the same call can succeed later.
+    return OctoError("No turn to write to the database came in time.", code="overloaded", retry_after=1.0)
 
 
 def encode_json(value: object) -> str:

@@ -95,6 +95,7 @@ class Worker:
                 await self.drain()
 
     async def _claim_all(self) -> None:
+        # No limiter: nobody waits for a slot here, the database holds the queue.
         while len(self._running) < self._max and not self._is_draining:
             claimed = await self._task_leases.acquire(exclude=frozenset(self._running))
             if claimed is None:

@@ -7,9 +7,9 @@ lock for each value, and a request has five.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
@@ -131,12 +131,27 @@ class Metrics:
             ["language", "outcome"],
             registry=registry,
         )
+        self.limiter_queue = Histogram(
+            "octollm_limiter_queue_seconds",
+            "Seconds in the queue of a concurrency limiter that had no slot free, by outcome.",
+            ["service", "limiter", "outcome"],
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
         self.spans = Counter(
             "octollm_spans_total",
             "Spans that were exported, or dropped when the buffer was full.",
             ["to", "outcome"],
             registry=registry,
         )
+
+    def queue_observer(self, limiter: str) -> Callable[[str, float], None]:
+        """Return the metrics hook of a concurrency limiter: it records the outcome and the seconds in the queue."""
+
+        def observe(outcome: str, seconds: float) -> None:
+            self.limiter_queue.labels(self.service, limiter, outcome).observe(seconds)
+
+        return observe
 
     def text(self) -> bytes:
         """Return all metrics in the text exposition format."""

@@ -14,6 +14,7 @@ from octollm.clock import Clock, IdGenerator
 from octollm.contracts.internal import ReserveRequest, ReserveResponse
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy
 from octollm.llm.catalogue import cost_usd
 from octollm.llm.types import (
     ChatChoice,
@@ -60,7 +61,7 @@ class _Generation:
 
 
 class ChatCompletionRunner:
-    """Answers chat calls with the one model; at most ``max_concurrency`` at a time, the others wait in turn.
+    """Answers chat calls with the one model; ``concurrency`` bounds how many run at once and how many wait.
 
     ``external`` has the policies of calls to a provider; a model in this process needs none.
     """
@@ -70,7 +71,7 @@ class ChatCompletionRunner:
         loader: ModelLoader,
         budget: BudgetClient,
         *,
-        max_concurrency: int,
+        concurrency: ConcurrencyPolicy,
         clock: Clock,
         ids: IdGenerator,
         metrics: Metrics,
@@ -79,7 +80,7 @@ class ChatCompletionRunner:
     ) -> None:
         self._loader = loader
         self._budget = budget
-        self._slots = asyncio.Semaphore(max_concurrency)
+        self._limiter = ConcurrencyLimiter("The model", concurrency, on_queued=metrics.queue_observer("model"))
         self._clock = clock
         self._ids = ids
         self._metrics = metrics
@@ -97,7 +98,7 @@ class ChatCompletionRunner:
             async with asyncio.timeout(call.deadline.remaining()):
                 model = await self._loader.get(request.model)
                 # The reservation follows inside: a call that waits for its turn holds no tokens.
-                async with self._slots:
+                async with self._limiter:
                     answer, settling = await self._complete_within_budget(call, request, model, on_text)
                 if settling is not None:
                     # An answer that a caller has acted on must be in the journal, or a repeat would get another.

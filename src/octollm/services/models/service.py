@@ -18,6 +18,7 @@ from octollm.config import Settings
 from octollm.contracts.problems import to_problem
 from octollm.contracts.stream import HEARTBEAT_SECONDS
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyPolicy
 from octollm.llm.cache import ModelCache
 from octollm.llm.embedded import EmbeddedSettings
 from octollm.llm.openai_compatible import OPENAI_URL
@@ -130,6 +131,8 @@ CHAT_SECONDS = 600.0
 """Seconds for a call that names no deadline: a prompt on a small machine takes its time."""
 REMOTE_PARALLEL = 16
 """Calls to a provider at a time."""
+PROVIDER_CONCURRENCY = ConcurrencyPolicy(REMOTE_PARALLEL, max_queued=256, max_wait=CHAT_SECONDS)
+"""The call's own deadline usually ends the wait before."""
 
 
 @contextlib.asynccontextmanager
@@ -173,7 +176,7 @@ def build_models(base: ServiceBase, settings: Settings, loader: ModelLoader, bud
     answering = ChatCompletionRunner(
         loader,
         budget,
-        max_concurrency=EmbeddedSettings().slots if embedded else REMOTE_PARALLEL,
+        concurrency=EmbeddedSettings().concurrency if embedded else PROVIDER_CONCURRENCY,
         clock=base.clock,
         ids=base.ids,
         metrics=base.metrics,

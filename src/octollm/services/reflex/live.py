@@ -21,6 +21,7 @@ from octollm.contracts.public_api import WATCH_TASK
 from octollm.errors import OctoError
 from octollm.events import TaskWatchHub
 from octollm.framing import encode_sse
+from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy
 from octollm.live import LiveFrame, LiveSession, SessionTiming, parse_resume_position
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.limits import wait_for_disconnect
@@ -40,6 +41,11 @@ class SlowConsumerError(Exception):
     """The client does not read: a frame waited longer than the send timeout."""
 
 
+def create_connection_limiter() -> ConcurrencyLimiter:
+    """Return the limiter of live connections. It has no queue: a client tries again by itself."""
+    return ConcurrencyLimiter("The gateway", ConcurrencyPolicy(MAX_WATCHERS, max_queued=0, max_wait=0.0))
+
+
 @dataclass(slots=True)
 class LiveConnections:
     """Opens live sessions, and bounds how many there are."""
@@ -53,8 +59,7 @@ class LiveConnections:
     draining: asyncio.Event
     timing: SessionTiming = field(default_factory=SessionTiming)
     send_timeout: float = SEND_TIMEOUT_SECONDS
-    max_watchers: int = MAX_WATCHERS
-    _open: int = 0
+    limiter: ConcurrencyLimiter = field(default_factory=create_connection_limiter)
 
     async def open_session(self, credential: str, connection: HTTPConnection) -> LiveSession:
         """Return an open session on the task in the path, from the position in the query or ``Last-Event-ID``.
@@ -86,14 +91,13 @@ class LiveConnections:
     @contextlib.contextmanager
     def count_connection(self, kind: str) -> Generator[None]:
         """Count a connection while the context is open. Raises ``overloaded`` past the bound."""
-        if self._open >= self.max_watchers:
+        if not self.limiter.try_acquire():
             raise OctoError("Too many live connections are open here.", code="overloaded", retry_after=5)
-        self._open += 1
         self.metrics.live_connections.labels(kind).inc()
         try:
             yield
         finally:
-            self._open -= 1
+            self.limiter.release()
             self.metrics.live_connections.labels(kind).dec()
 
     async def send_within_timeout(self, sending: Awaitable[None]) -> None:

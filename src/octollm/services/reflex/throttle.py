@@ -13,6 +13,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
+from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, Refusal
 from octollm.lru import LruCache
 
 
@@ -56,12 +57,19 @@ MAX_KEYS = 4096
 """Keys with failures; the least recently failed is evicted first."""
 
 
+_DELAYED_ATTEMPTS = ConcurrencyPolicy(MAX_WAITING, max_queued=0, max_wait=0.0)
+
+
+def _refuse_attempt(_refusal: Refusal) -> OctoError:
+    return OctoError("Too many attempts on that key.", code="rate_limited", retry_after=LONGEST_SECONDS)
+
+
 class _FailedAttempts:
-    __slots__ = ("failures", "last_failed_at", "waiting")
+    __slots__ = ("failures", "last_failed_at", "limiter")
 
     def __init__(self) -> None:
         self.failures = 0
-        self.waiting = 0
+        self.limiter = ConcurrencyLimiter("The key", _DELAYED_ATTEMPTS, refusal=_refuse_attempt)
         self.last_failed_at = 0.0
 
 
@@ -106,13 +114,8 @@ class FailedLoginThrottle:
         attempts = self._attempts.get(key_id)
         if not seconds or attempts is None:
             return
-        if attempts.waiting >= MAX_WAITING:
-            raise OctoError("Too many attempts on that key.", code="rate_limited", retry_after=LONGEST_SECONDS)
-        attempts.waiting += 1
-        try:
+        async with attempts.limiter:
             await asyncio.sleep(seconds)
-        finally:
-            attempts.waiting -= 1
 
     def record_failure(self, key_id: str) -> None:
         """Count a failed attempt."""

@@ -5,17 +5,16 @@ A job is a Python program or one SQL query over data files; concurrency and queu
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from octollm import FileRef, OctoError
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
+from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, OnQueued
 from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, Sandbox, SandboxResult, check_names
 
 DESCRIBE = "--describe"
@@ -117,11 +116,15 @@ MAX_ARGUMENT_BYTES = 64 * 1024
 """One argument of a command; Linux itself takes 128 KiB."""
 
 _SQL_MEMORY = 1024 * MIB
-_RETRY_SECONDS = 1.0
+MAX_QUEUE_SECONDS = 300.0
+"""The call's own deadline usually ends the wait before."""
 
 
 class Runner:
-    """Runs requests in ``sandbox``: at most ``concurrency`` at once, at most ``max_waiting`` waiting."""
+    """Runs requests in ``sandbox``: at most ``concurrency`` at once, at most ``max_waiting`` waiting.
+
+    ``on_queued`` is the metrics hook of its concurrency limiter.
+    """
 
     def __init__(
         self,
@@ -131,14 +134,14 @@ class Runner:
         max_waiting: int = 16,
         defaults: Limits | None = None,
         maxima: Limits = MAX_LIMITS,
+        on_queued: OnQueued | None = None,
     ) -> None:
         self._sandbox = sandbox
-        self._concurrency = concurrency
-        self._queue = max_waiting
         self._defaults = defaults or Limits()
         self._maxima = maxima
-        self._slots = asyncio.Semaphore(concurrency)
-        self._active = 0
+        self._limiter = ConcurrencyLimiter(
+            "The sandbox", ConcurrencyPolicy(concurrency, max_waiting, MAX_QUEUE_SECONDS), on_queued=on_queued
+        )
 
     @property
     def sandbox(self) -> str:
@@ -148,7 +151,7 @@ class Runner:
     @property
     def active(self) -> int:
         """Return how many runs there are, waiting ones included."""
-        return self._active
+        return self._limiter.running + self._limiter.queued
 
     async def run(self, request: RunRequest, files: Mapping[str, bytes]) -> RunResult:
         """Run ``request`` over ``files``, the bytes of its files by name.
@@ -158,7 +161,7 @@ class Runner:
         """
         # Checked before it waits: a request that cannot run takes no slot.
         job = self._job(request, files)
-        async with self._slot():
+        async with self._limiter:
             outcome = await self._sandbox.run(job)
         return _to_run_result(outcome, self._sandbox.name, with_files=request.language == "python")
 
@@ -178,17 +181,6 @@ class Runner:
             if "\0" in argument or len(argument.encode("utf-8", "replace")) > MAX_ARGUMENT_BYTES:
                 raise OctoError(f"an argument has no NUL and at most {MAX_ARGUMENT_BYTES} bytes", code="invalid_body")
         return Job(request.command, dict(files), resolve_limits(request.limits, self._defaults, self._maxima))
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncGenerator[None]:
-        if self._active >= self._concurrency + self._queue:
-            raise OctoError("too many runs are waiting", code="overloaded", retry_after=_RETRY_SECONDS)
-        self._active += 1
-        try:
-            async with self._slots:
-                yield
-        finally:
-            self._active -= 1
 
 
 def resolve_limits(requested: RunLimits, defaults: Limits, maxima: Limits, *, memory: int | None = None) -> Limits:

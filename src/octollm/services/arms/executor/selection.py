@@ -12,6 +12,7 @@ from typing import Literal
 
 from octollm import OctoError
 from octollm.clock import Clock
+from octollm.limiter import OnQueued
 from octollm.rpc.health import DependencyStatus
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.runner import Runner
@@ -78,10 +79,21 @@ RETRY_SECONDS = 60.0
 
 
 class RunnerProvider:
-    """Holds the runner once there is a sandbox. ``select`` finds one or raises ``no_sandbox``."""
+    """Holds the runner once there is a sandbox. ``select`` finds one or raises ``no_sandbox``.
 
-    def __init__(self, select: Callable[[], Awaitable[Sandbox]], *, clock: Clock, log: Logger) -> None:
+    ``on_queued`` is as for :class:`Runner`.
+    """
+
+    def __init__(
+        self,
+        select: Callable[[], Awaitable[Sandbox]],
+        *,
+        clock: Clock,
+        log: Logger,
+        on_queued: OnQueued | None = None,
+    ) -> None:
         self._select = select
+        self._on_queued = on_queued
         self._clock = clock
         self._log = log
         self._selection: asyncio.Task[Runner] | None = None
@@ -119,7 +131,7 @@ class RunnerProvider:
             await asyncio.wait({self._selection})
 
     async def _create_runner(self) -> Runner:
-        return Runner(await self._select())
+        return Runner(await self._select(), on_queued=self._on_queued)
 
     def _on_selected(self, choosing: asyncio.Task[Runner]) -> None:
         if choosing.cancelled():

@@ -189,7 +189,12 @@ async def executor_service(
             on_refused=lambda why: base.log.warning("sandbox.refused", reason=why),
         )
 
-    holder = RunnerProvider(select or by_settings, clock=base.clock, log=base.log)
+    holder = RunnerProvider(
+        select or by_settings,
+        clock=base.clock,
+        log=base.log,
+        on_queued=base.metrics.queue_observer("sandbox"),
+    )
     holder.start()
     try:
         yield build_arm(
