@@ -13,19 +13,19 @@ from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest,
 from octollm.contracts.stream import StreamEvent
 
 MAX_NOTES = 20_000
-"""Characters of the notes of earlier steps that an arm reads."""
+"""Characters of the notes and outputs of earlier steps."""
 
 
 class ModelAsk:
-    """Asks the model in the name of one call, and streams what it writes to whoever watches.
+    """Asks the model on behalf of one call, and streams its text to clients that watch the task.
 
-    The object itself is a ``PromptFunction``, and :meth:`write` is its ``on_text``: a further answer voids the text
-    before it.
+    The object itself is a ``PromptFunction``, and :meth:`write` is its ``on_text``. The first text of a further answer
+    tells clients to discard the text of the answer before it.
     """
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._written = False
+        self._has_written = False
         self._reset = False
 
     async def __call__(
@@ -40,7 +40,7 @@ class ModelAsk:
     ) -> str:
         """Return the model's whole answer; see :class:`octollm.services.arms.completion.PromptFunction`."""
         if on_text is not None:
-            self._reset = self._written
+            self._reset = self._has_written
         completion = await self._ctx.model.chat(
             messages,
             max_tokens=max_tokens,
@@ -52,9 +52,9 @@ class ModelAsk:
         return completion.text
 
     async def write(self, text: str) -> None:
-        """Stream a piece of the answer that is being written."""
+        """Stream a piece of the current answer."""
         await self._ctx.emit(text, reset=self._reset)
-        self._written, self._reset = True, False
+        self._has_written, self._reset = True, False
 
 
 async def discard_event(_line: StreamEvent) -> None:
@@ -62,7 +62,7 @@ async def discard_event(_line: StreamEvent) -> None:
 
 
 def bind_run(ctx: Context) -> Callable[[RunRequest], Awaitable[RunResult]]:
-    """Return the executor's ``run``, called for this call."""
+    """Return the executor's ``run`` with the authority and deadline of this call."""
 
     async def run(request: RunRequest) -> RunResult:
         return await ctx.send(executor.run, request, on_event=discard_event)
@@ -71,7 +71,7 @@ def bind_run(ctx: Context) -> Callable[[RunRequest], Awaitable[RunResult]]:
 
 
 def bind_validate(ctx: Context) -> Callable[[ValidateRequest], Awaitable[ValidateResult]]:
-    """Return the judge's ``validate``, called for this call."""
+    """Return the judge's ``validate`` with the authority and deadline of this call."""
 
     async def validate(request: ValidateRequest) -> ValidateResult:
         return await ctx.send(judge.validate, request, on_event=discard_event)
@@ -80,17 +80,17 @@ def bind_validate(ctx: Context) -> Callable[[ValidateRequest], Awaitable[Validat
 
 
 async def read_file_text(ctx: Context, file: FileRef) -> str:
-    """Return a file's text; bytes that are no UTF-8 are marked. Raises what reading it raises."""
+    """Return a file's text; invalid UTF-8 becomes U+FFFD. Raises what reading it raises."""
     return (await ctx.artifacts.read(file)).decode("utf-8-sig", errors="replace")
 
 
 def is_capable_model(settings: Settings) -> bool:
-    """Say whether the model can design plans and judge results: a provider's can, the small embedded ones cannot."""
+    """Return whether the model can design plans and judge results: a provider's can, the embedded are too small."""
     return settings.model.startswith("openai:")
 
 
 def goal_with_constraints(task: Task) -> str:
-    """Return the goal with the constraints that it came with."""
+    """Return the goal followed by the task's constraints as a list."""
     goal = task.goal.strip()
     if not task.constraints:
         return goal
@@ -98,6 +98,6 @@ def goal_with_constraints(task: Task) -> str:
 
 
 def collect_notes(task: Task) -> str:
-    """Return the notes that came with a task, and the outputs of earlier steps, cut to ``MAX_NOTES`` characters."""
+    """Return the task's notes and the outputs of earlier steps, at most ``MAX_NOTES`` characters."""
     parts = [task.context.text, *task.context.inputs.values()]
     return "\n\n".join(part.strip() for part in parts if part.strip())[:MAX_NOTES]

@@ -86,7 +86,7 @@ async def test_solutions_that_differ_are_not_given(scripted, validate, run) -> N
 
     few = "assert double(1) == 2\nassert double(5) == 10\nassert double(0) == 0"
     ask = scripted(capped(1), few, capped(2), capped(3), capped(4))
-    with pytest.raises(OctoError, match="do not do the same"):
+    with pytest.raises(OctoError, match="their behaviour differs"):
         await write_code(GOAL, ask, validate, run)
 
 

@@ -58,7 +58,7 @@ async def test_tests_that_prove_nothing_are_refused(run) -> None:
     request, texts = _code(CODE, empty)
     verdict = await accept(request, run, None, _read(texts))
     assert not verdict.accepted
-    assert "less than 2 things" in verdict.reasons[0]
+    assert "less than 2 assertions" in verdict.reasons[0]
 
 
 async def test_code_without_files_is_refused(run) -> None:
@@ -102,11 +102,11 @@ async def test_a_citation_that_carries_the_answer(run) -> None:
 @pytest.mark.parametrize(
     ("output", "citation", "reason"),
     [
-        ("Staff have 27 days.", Citation("handbook.md", 4, 4, GOOD.text), "does not read as cited"),
+        ("Staff have 27 days.", Citation("handbook.md", 4, 4, GOOD.text), "does not contain the cited text"),
         ("Staff have 27 days.", Citation("handbook.md", 3, 9, GOOD.text), "has 5 lines"),
         ("Staff have 27 days.", Citation("other.md", 3, 3, GOOD.text), "was not given that file"),
         ("Staff have 30 days.", GOOD, "has 30, the cited lines do not"),
-        ("The canteen opens at noon.", GOOD, "do not carry the answer"),
+        ("The canteen opens at noon.", GOOD, "do not support the answer"),
     ],
 )
 async def test_citations_that_do_not_hold(run, output: str, citation: Citation, reason: str) -> None:

@@ -85,6 +85,13 @@ def test_a_file_that_an_arm_accepts_comes_before_words() -> None:
     assert part.arm == "reader"
 
 
+def test_equal_scores_go_to_the_first_name() -> None:
+    twins = [ArmInfo(name, "Translates texts", (), ("execute",)) for name in ("beta", "alpha", "gamma")]
+    arm = find_matching_arm("Translate the letter", twins, with_files=False)
+    assert arm is not None
+    assert arm.name == "alpha"
+
+
 @given(goal=st.text(max_size=200))
 def test_whoever_comes_first_in_the_list_is_no_better(goal: str) -> None:
     forward, backward = (

@@ -111,7 +111,7 @@ async def test_a_designed_plan_is_mended_once_then_code_chooses() -> None:
     good = {"steps": [_step("a", "coder")]}
     ask = Asked(bad, good)
     assert len((await make_plan(_request("Explain x"), ask, is_capable=True)).steps) == 1
-    assert "in a circle" in ask.prompts[1]
+    assert "in a cycle" in ask.prompts[1]
     ask = Asked(bad, "prose", _worded("Explain it"))
     assert (await make_plan(_request("Explain x"), ask, is_capable=True)).steps[0].title == "Explain it"
 
@@ -136,7 +136,7 @@ async def test_why_an_earlier_plan_failed_is_told() -> None:
         ((PlanStep("a", "t", "coder", "g", depends_on=("a",)),), "itself"),
         (
             (PlanStep("a", "t", "coder", "g", depends_on=("b",)), PlanStep("b", "t", "coder", "g", depends_on=("a",))),
-            "circle",
+            "cycle",
         ),
         ((PlanStep("a", "t" * 201, "coder", "g"),), "title"),
         ((PlanStep("a", "t", "coder", "g", acceptance_criteria=("c",) * 11),), "criteria"),

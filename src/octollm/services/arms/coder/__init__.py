@@ -1,5 +1,5 @@
-"""The coder: code with tests that pass, answers from tables by SQL, and texts.
+"""The coder arm: writes code with passing tests, answers questions over tables with SQL, and writes texts.
 
-Its thinking lives here as plain functions over callables, and the HTTP service that binds them. No other arm's code
-may be imported, and what a model wrote is never run here, only by the executor.
+The logic is plain functions over callables; ``service.py`` binds them to HTTP. This package imports no other arm, and
+never runs what a model wrote: only the executor does.
 """

@@ -1,6 +1,6 @@
-"""Writes Python: ask the model, run the tests, repair with the reasons, until a solution is accepted.
+"""Writes Python: asks the model, runs the tests, and repairs with the reasons until a solution is accepted.
 
-This is the plain loop. Which solution is accepted is decided in :mod:`octollm.services.arms.coder.cross_check`.
+This is the plain loop; :mod:`octollm.services.arms.coder.cross_check` decides which solution is accepted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from octollm.services.arms.coder.solution import (
 from octollm.services.arms.completion import PromptFunction
 
 ATTEMPTS = 4
-"""Solutions at most: the first, then in turn an independent one and a repaired one."""
+"""Solutions at most: the first, then alternately an independent one and a repaired one."""
 MAX_CODE_TOKENS = 600
 MAX_CLASS_TOKENS = 700
 MIN_ASSERTIONS = 3
@@ -63,19 +63,19 @@ async def write_code(
     reasons: Sequence[str] = (),
     on_text: OnText | None = None,
 ) -> CodeSolution:
-    """Write what ``goal`` asks for, with tests that pass.
+    """Write the code that ``goal`` asks for, with passing tests.
 
-    The tests come from the goal alone, so code and tests are two opinions; a second solution is a third. Accepted is
+    The tests are derived from the goal alone, so code and tests are independent of each other; a second solution is
+    independent of both. A solution is accepted when
 
-    - a solution that passes every example and agrees with another solution on generated inputs; or
-    - one that two solutions, written apart, agree on, and that breaks examples of the model (never the goal's): a few
-      are dropped, many are replaced once by new ones, which it must pass; or
-    - the only one that passes every example, once these have shown that they tell right from wrong by failing another
-      solution, or after all attempts.
+    - it passes every example and agrees with another solution on generated inputs; or
+    - it agrees with another independent solution but fails examples that the model wrote (never the goal's own): a few
+      such examples are dropped, many are replaced once by new ones, which it must pass; or
+    - it is the only one that passes every example, and the examples have failed another solution (so they can tell
+      right from wrong) or all attempts are used up.
 
-    ``texts`` are (name, text) of files to work from; ``reasons`` say why an earlier answer was refused. Raises
-    ``OctoError``: ``not_accepted`` with the judge's reasons when nothing is accepted, and what ``ask``, ``validate``
-    and ``run`` raise.
+    ``texts`` are (name, text) of input files; ``reasons`` say why an earlier answer was rejected. Raises ``OctoError``:
+    ``not_accepted`` with the judge's reasons when nothing is accepted; what ``ask``, ``validate`` and ``run`` raise.
     """
     language = detect_other_language(goal)
     if language:
@@ -84,7 +84,8 @@ async def write_code(
     check: CrossCheck | None = None
     previous, faults = "", list[str]()
     for attempt in range(ATTEMPTS):
-        # Even attempts repair the last solution; odd ones start over, so that there are independent opinions.
+        # Even attempts repair the last solution; odd ones start over, since only independent solutions can confirm
+        # each other.
         is_repair = attempt > 0 and attempt % 2 == 0 and bool(previous) and bool(faults)
         messages = repair_messages(base, previous, faults) if is_repair else base
         answer = await ask(
@@ -115,13 +116,13 @@ async def write_code(
     if accepted:
         return accepted
     if check and check.passing:
-        faults = ["Several solutions pass the tests, but they do not do the same, so none is given as the answer."]
+        faults = ["Several solutions pass the tests, but their behaviour differs, so none is returned."]
     raise OctoError(f"No solution was accepted: {' '.join(faults)[:900]}", code="not_accepted")
 
 
 def _target_definition(goal: str, code: str) -> ast.FunctionDef | ast.ClassDef | None:
-    named = find_name_in_goal(goal)
-    return (find_definition(code, named) if named else None) or find_main_definition(code)
+    name = find_name_in_goal(goal)
+    return (find_definition(code, name) if name else None) or find_main_definition(code)
 
 
 async def write_class(
@@ -135,7 +136,7 @@ async def write_class(
 ) -> CodeSolution:
     """Test the class ``node`` of ``code``; where its tests fail, find out whether the class or the tests are wrong.
 
-    In turn: a second class written apart, which passes, or fails the same few tests, which are then dropped; second
+    The order is: a second, independent class, which passes, or fails the same few tests, which are then dropped; new
     tests; a repaired class. Raises ``not_accepted`` with the reasons when nothing passes.
     """
     session = _ClassSession(goal, node.name, module_name(node.name), ask, validate)
@@ -156,7 +157,7 @@ async def write_class(
             retried = await session.validate_tests(code, remaining)
             if retried.is_valid:
                 return session.build_solution(
-                    code, remaining, retried, "tests that two classes written apart both fail were dropped"
+                    code, remaining, retried, "tests that two independent classes both fail were dropped"
                 )
 
     tests = await session.write_tests(node, seed=2, temperature=_SECOND_TESTS_TEMPERATURE)
@@ -177,7 +178,7 @@ async def write_class(
 
 @dataclass(frozen=True, slots=True)
 class _ClassSession:
-    """What every try for one class shares."""
+    """The inputs that every attempt at one class shares."""
 
     goal: str
     name: str
@@ -206,20 +207,22 @@ class _ClassSession:
 
 
 def find_test_fault(tests: str, name: str) -> str:
-    """Say what is wrong with a test module for ``name``: it must make one and assert several things of it."""
+    """Return the fault of a test module for class ``name``: it must create an instance and assert several times."""
     tree = try_parse(tests)
     if tree is None or not tests.strip():
         return "The tests are not Python."
-    made = any(isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == name for n in ast.walk(tree))
-    if not made:
-        return f"The tests never make a {name}."
+    is_instantiated = any(
+        isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == name for n in ast.walk(tree)
+    )
+    if not is_instantiated:
+        return f"The tests never create a {name}."
     if sum(_is_meaningful_assertion(n) for n in ast.walk(tree)) < MIN_ASSERTIONS:
         return "The tests assert too little."
     return ""
 
 
 def _is_meaningful_assertion(node: ast.AST) -> bool:
-    """Return whether a node is an assertion about something that is computed."""
+    """Return whether a node asserts something about a computed value; ``assert True`` does not."""
     if isinstance(node, ast.Assert):
         parts: list[ast.expr] = [node.test]
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("assert"):
@@ -230,7 +233,7 @@ def _is_meaningful_assertion(node: ast.AST) -> bool:
 
 
 def _import_class(tests: str, module: str, name: str) -> str:
-    """Return the tests with the class imported from its module: no copy of it, nor an import from elsewhere."""
+    """Return the tests with the class imported from its module; the model's copies and other imports are removed."""
     tree = try_parse(tests)
     if tree is None:
         return tests

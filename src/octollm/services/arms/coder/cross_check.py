@@ -48,7 +48,7 @@ _PROBE_SECONDS = 10.0
 
 @dataclass(slots=True)
 class CrossCheck:
-    """The solutions of one goal, each judged beside those before it."""
+    """The solutions of one goal; each new one is compared with those before it."""
 
     goal: str
     name: str
@@ -57,18 +57,18 @@ class CrossCheck:
     run: Run
     examples: list[Example]
     independent: list[str] = field(default_factory=list[str])
-    """Solutions that were written from the goal alone."""
+    """Solutions written from the goal alone, without sight of another."""
     passing: list[tuple[str, ValidateResult]] = field(default_factory=list[tuple[str, ValidateResult]])
     """Solutions that pass every example, with the judge's verdict."""
 
     has_failing_tests: bool = False
-    """Whether the tests have failed a solution that was otherwise sound."""
+    """Whether the tests rejected a solution that parses and runs: evidence that they can tell right from wrong."""
 
     has_new_examples: bool = False
-    """Whether the model's examples were replaced; that happens once."""
+    """Whether the model's examples were replaced: once at most, or they could be replaced until they fit the code."""
 
     async def find_fault(self, code: str, seed: int) -> str:
-        """Say why a solution cannot be tried, else return an empty text; weak examples are collected again first."""
+        """Return why a solution cannot be tested, or an empty string. Collects more examples first if there are few."""
         node = find_definition(code, self.name)
         if not isinstance(node, ast.FunctionDef):
             return f"There is no function {self.name} in the answer."
@@ -78,9 +78,9 @@ class CrossCheck:
         return "" if are_sufficient(self.examples) else "The tests are too few to tell right from wrong."
 
     async def evaluate(self, code: str, *, is_independent: bool) -> tuple[CodeSolution | None, list[str]]:
-        """Judge one more solution: return the accepted one, or the reasons against this one.
+        """Evaluate one more solution: return the accepted one, or the reasons against this one.
 
-        ``is_independent`` says that it was written from the goal alone, not repaired from another.
+        ``is_independent`` means that it was written from the goal alone, not repaired from another.
         """
         verdict = await validate_examples(code, self.name, self.examples, self.validate)
         passing = [solution for solution, _ in self.passing]
@@ -88,11 +88,12 @@ class CrossCheck:
         if is_independent:
             self.independent.append(code)
         if verdict.is_valid and hardcodes_answers(code, self.examples):
-            return None, ["The code holds the answers of the tests instead of computing them."]
+            return None, ["The code hard-codes the answers of the tests instead of computing them."]
         if verdict.is_valid:
             self.passing.append((code, verdict))
         elif any(check.name == "tests" for check in verdict.checks):
-            # The tests fail a sound program, so they tell right from wrong: a sole passing solution counts from here.
+            # The program runs and the tests reject it, so they can tell right from wrong. From here on a single
+            # passing solution is enough.
             self.has_failing_tests = True
         else:
             return None, list(verdict.reasons)
@@ -101,14 +102,17 @@ class CrossCheck:
         return await self._find_agreement(code, rivals, is_independent=is_independent), list(verdict.reasons)
 
     def conclude(self) -> CodeSolution | None:
-        """Return the solution that passes every example, if there is just one."""
+        """Return the solution that passes every example, if there is exactly one.
+
+        Several that passed were compared already without agreement, so none of them can be trusted.
+        """
         if len(self.passing) != 1:
             return None
         code, verdict = self.passing[0]
         return build_solution(code, self.name, self.examples, verdict, INDEPENDENT_TESTS)
 
     async def _find_agreement(self, code: str, rivals: Sequence[str], *, is_independent: bool) -> CodeSolution | None:
-        """Return what is accepted because ``code`` and one of its rivals give the same outputs, if that is so."""
+        """Return the solution to accept when ``code`` and one of its rivals give the same outputs, else ``None``."""
         calls = [*self.examples, *(Example(call, "None") for call in generate_calls(self.examples, self.name))]
         result, *rival_results = await probe_solutions([code, *rivals], calls, self.name, self.run)
         verdicts = dict(self.passing)
@@ -119,17 +123,17 @@ class CrossCheck:
                 continue
             for candidate in (code, rival):
                 if candidate in verdicts:
-                    note = "two solutions do the same on more inputs"
+                    note = "two solutions agree on further inputs"
                     return build_solution(candidate, self.name, self.examples, verdicts[candidate], note)
-            # Both break examples. Only two opinions formed apart outweigh the tests.
+            # Both fail examples. Only two independent solutions outweigh the tests: a repaired one inherits mistakes.
             if is_independent and rival in self.independent:
                 return await self._override_examples(code, result)
         return None
 
     async def _override_examples(self, code: str, result: SolutionProbe) -> CodeSolution | None:
-        """Return ``code`` although it breaks examples, if another solution agrees and the examples are to blame.
+        """Accept ``code``, which another solution agrees with, although it fails examples that the model wrote.
 
-        A few broken examples are dropped; many are replaced by new ones, once. The goal's own are never overridden.
+        A few failed examples are dropped; many are replaced by new ones, once. The goal's own are never overridden.
         """
         outcomes = list(zip(self.examples, result.passed, strict=False))
         if any(example.is_from_goal and not passed for example, passed in outcomes):
@@ -149,7 +153,7 @@ class CrossCheck:
 
 
 async def collect_examples(goal: str, node: ast.FunctionDef, ask: PromptFunction, seed: int = 0) -> list[Example]:
-    """Return examples of a function: those in the goal, and those that the model writes from its signature."""
+    """Return examples of a function: those in the goal, and those that the model derives from its signature."""
     from_goal = parse_goal_examples(goal, node.name, len(node.args.args))
     answer = await ask(
         example_messages(goal, format_signature(node)),
@@ -161,13 +165,17 @@ async def collect_examples(goal: str, node: ast.FunctionDef, ask: PromptFunction
 
 
 def _passing_examples(examples: list[Example], result: SolutionProbe) -> list[Example]:
-    """Return the examples that hold, if they are most of them and tell right from wrong."""
+    """Return the examples that ``result`` passes if they are sufficient and at least two thirds, else none."""
     passing = [example for example, passed in zip(examples, result.passed, strict=False) if passed]
     return passing if are_sufficient(passing) and len(passing) * 3 >= len(examples) * 2 else []
 
 
 def solutions_agree(one: SolutionProbe, other: SolutionProbe, examples: int) -> bool:
-    """Return whether two solutions gave the same for every example and for most of the calls after them."""
+    """Return whether two solutions gave the same output for every example and for most of the generated calls.
+
+    Most is enough, since a generated input may lie outside what the goal defines. Solutions that raise on every call
+    do not agree: any two broken programs would.
+    """
     if one.outputs[:examples] != other.outputs[:examples] or all(gave.startswith("raises ") for gave in one.outputs):
         return False
     more = list(zip(one.outputs[examples:], other.outputs[examples:], strict=True))
@@ -175,23 +183,26 @@ def solutions_agree(one: SolutionProbe, other: SolutionProbe, examples: int) -> 
 
 
 def hardcodes_answers(code: str, examples: Sequence[Example]) -> bool:
-    """Return whether code holds the inputs of most examples: an answer learnt by heart, not computed."""
+    """Return whether ``code`` contains the string inputs of most examples: it looks answers up, not computes them."""
     tree = try_parse(code)
-    held: set[str] = set()
+    constants: set[str] = set()
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            held.add(node.value)
+            constants.add(node.value)
     inputs = [
         {n.value for n in ast.walk(ast.parse(e.call)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         for e in examples
     ]
     long = [{text for text in texts if len(text) > 3} for texts in inputs]
     long = [texts for texts in long if texts]
-    return len(long) >= 2 and sum(bool(texts & held) for texts in long) * 2 > len(long)
+    return len(long) >= 2 and sum(bool(texts & constants) for texts in long) * 2 > len(long)
 
 
 def drop_test_methods(tests: str, statements: frozenset[str]) -> str:
-    """Return the tests without the methods that hold any of ``statements``; empty if too few methods would be left."""
+    """Return the tests without the methods that contain any of ``statements``.
+
+    Empty when no method does, or more than a third of them: then the class is more likely wrong than its tests.
+    """
     tree = try_parse(tests)
     methods = [
         node
@@ -199,26 +210,26 @@ def drop_test_methods(tests: str, statements: frozenset[str]) -> str:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
     ]
     lines = tests.split("\n")
-    blamed = [
+    failed_methods = [
         node
         for node in methods
         if any(lines[at].strip() in statements for at in range(node.lineno - 1, node.end_lineno or node.lineno))
     ]
-    if not blamed or len(blamed) * 3 > len(methods):
+    if not failed_methods or len(failed_methods) * 3 > len(methods):
         return ""
-    for node in sorted(blamed, key=lambda each: -each.lineno):
+    for node in sorted(failed_methods, key=lambda each: -each.lineno):
         del lines[node.lineno - 1 : node.end_lineno]
     return "\n".join(lines)
 
 
 def failed_statements(verdict: ValidateResult) -> frozenset[str]:
-    """Return the statements of tests that a verdict names."""
+    """Return the test statements that a verdict names as failed (the inverse of the judge's ``describe_failure``)."""
     return frozenset(reason.split(" failed: ")[0].removesuffix(" is not so") for reason in verdict.reasons)
 
 
 @dataclass(frozen=True, slots=True)
 class SolutionProbe:
-    """What one solution made of the examples, in their order."""
+    """Results of one solution for the examples, in their order: whether each passed, and its output."""
 
     passed: tuple[bool, ...]
     outputs: tuple[str, ...]
@@ -227,9 +238,9 @@ class SolutionProbe:
 async def probe_solutions(
     solutions: Sequence[str], examples: Sequence[Example], name: str, run: Run
 ) -> list[SolutionProbe | None]:
-    """Return the outcome of each solution; ``None`` for one that ended the program or took too long.
+    """Return the result of each solution; ``None`` for one that ended the process or exceeded its time.
 
-    Each runs apart from the others, so that one without an end spoils only itself. Raises what ``run`` raises.
+    Each runs in a sandbox of its own, so that an endless loop loses only its own result. Raises what ``run`` raises.
     """
     return [await _probe_one(solution, examples, name, run) for solution in solutions]
 

@@ -27,14 +27,14 @@ OnText = Callable[[str], Awaitable[None]]
 MAX_QUERY_TOKENS = 220
 """Tokens of one answer of the model."""
 MAX_REPAIRS = 2
-"""How often one draft is mended."""
+"""Repairs of one draft."""
 MAX_DRAFTS = 3
 """Drafts at most; two that agree are enough."""
 MAX_NOTES = 2000
 MAX_SHOWN_ROWS = 50
-"""Rows of the answer that are shown."""
+"""Rows in the text of the answer."""
 NO_ROWS_TEXT = "No rows match."
-"""What is said of an empty result."""
+"""The text of an empty result."""
 _TEMPERATURES = (0.0, 0.6, 0.9)
 _SQL_PROMPT = (
     "You write DuckDB SQL. Answer every part of the question with one query over the tables: a column for each value "
@@ -45,12 +45,12 @@ _PROMPT_VARIANTS = (
     "Reply with exactly one SELECT statement that computes what is asked, and selects only that.",
     "Think about which rows count, then reply with one DuckDB query.",
 )
-"""What is said after the question, so that drafts differ while the model's cache keeps all that comes before."""
+"""Appended to the prompt, so that drafts differ and the model's prefix cache still covers everything before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueryDraft:
-    """A query that ran, its rows, and what is doubtful about it."""
+    """A query that ran, its rows, and the issues found in it."""
 
     query: str
     table: ResultSet
@@ -58,7 +58,7 @@ class QueryDraft:
 
     @property
     def is_sound(self) -> bool:
-        """Return whether nothing speaks against the query for certain."""
+        """Return whether the query has no fatal issue."""
         return not any(doubt.is_fatal for doubt in self.issues)
 
 
@@ -71,10 +71,10 @@ async def answer_data(
     reasons: Sequence[str] = (),
     on_text: OnText | None = None,
 ) -> ExecuteResult:
-    """Answer ``goal`` with the output of a query over all rows; the answer shows the query.
+    """Answer ``goal`` with the output of a query over all rows; the answer includes the query.
 
-    ``notes`` are what earlier steps found; ``reasons`` say why an earlier answer was refused. Raises ``OctoError``:
-    ``not_accepted`` when no query runs or the drafts disagree, ``file_invalid`` when the files are no tables, and what
+    ``notes`` are results of earlier steps; ``reasons`` say why an earlier answer was rejected. Raises ``OctoError``:
+    ``not_accepted`` when no query runs or the drafts disagree, ``file_invalid`` when a file is not a table, and what
     ``ask`` and ``run_sql`` raise.
     """
     tables = await describe_tables(run_sql)
@@ -98,10 +98,10 @@ async def answer_data(
 
 
 def results_agree(one: ResultSet, other: ResultSet) -> bool:
-    """Return whether two results say the same: as many rows, each holding the other's cells or a part of them.
+    """Return whether two results are equivalent: the same number of rows, each with the other's cells or a subset.
 
-    The order of rows and columns, and the names of the columns, do not matter; nor does, in three rows or more with
-    the same measure, how the rows are labelled (a month as 3 or as 2024-03-01).
+    The order of rows and columns and the names of columns are ignored. With three or more rows and a measure in
+    common, row labels are ignored too (a month as 3 or as 2024-03-01).
     """
     if one.row_count != other.row_count or len(one.rows) != len(other.rows):
         return False
@@ -119,7 +119,7 @@ def results_agree(one: ResultSet, other: ResultSet) -> bool:
 
 
 def render_answer(table: ResultSet, query: str) -> str:
-    """Write the answer: each value beside its column's name, then the query."""
+    """Return the answer as text: each value with its column's name, then the query."""
     columns = table.columns
     if not table.rows:
         body = NO_ROWS_TEXT
@@ -144,7 +144,7 @@ async def _write_draft(
     failures: list[str],
     on_text: OnText | None,
 ) -> QueryDraft | None:
-    """Write a query and mend it until it runs without a doubt; the last that ran otherwise."""
+    """Return a query repaired until it has no issues, else the best one that ran; ``None`` when none did."""
     best: QueryDraft | None = None
     for attempt in range(1 + MAX_REPAIRS):
         answer = await ask(
@@ -182,7 +182,7 @@ async def _write_draft(
 
 
 def _failure_message(drafts: Sequence[QueryDraft], failures: Sequence[str]) -> str:
-    """Say why there is no answer: what the drafts gave, or what kept them from giving anything."""
+    """Return why there is no answer: the results of the drafts, or the errors of the queries."""
     against = list(dict.fromkeys(doubt.text for one in drafts for doubt in one.issues if doubt.is_fatal))
     attempts = "; ".join(f"[{one.query}] gave {_summarise_table(one.table)}" for one in drafts)
     if not drafts:
@@ -216,7 +216,7 @@ def _build_result(draft: QueryDraft, why: str) -> ExecuteResult:
 
 
 def _distinct_measures(table: ResultSet) -> set[tuple[str, ...]]:
-    """Return the columns of fractional numbers that tell rows apart, each sorted."""
+    """Return the float columns whose values are mostly distinct, each sorted."""
     measures: set[tuple[str, ...]] = set()
     for cells in zip(*table.rows, strict=True):
         if all(isinstance(cell, float) for cell in cells) and len(set(cells)) * 2 > len(cells):
@@ -234,7 +234,7 @@ def _contains_cells(many: list[str], few: list[str]) -> bool:
 
 
 def _normalise_cell(cell: Cell) -> str:
-    """Return a cell for comparing: numbers to nine digits, however they are typed."""
+    """Return a cell in comparable form: numbers, of whatever type, to nine significant digits."""
     if isinstance(cell, str):
         try:
             cell = float(cell)

@@ -31,21 +31,21 @@ _BUILTIN_ERRORS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """``call`` (a Python expression) must equal ``expected`` (one too), or raise the error named there."""
+    """A Python expression ``call`` that must equal the expression ``expected``, or raise the error it names."""
 
     call: str
     expected: str
     is_from_goal: bool = False
-    """Whether the goal itself says so; then it is never given up."""
+    """Whether the goal itself states it; such an example is never dropped."""
     kind: Literal["equal", "raises"] = "equal"
 
     def text(self) -> str:
-        """Return the example as one reads it."""
+        """Return the example in readable form, such as ``f(2) == 4``."""
         return f"{self.call} {'raises' if self.kind == 'raises' else '=='} {self.expected}"
 
 
 def parse_examples(answer: str, name: str) -> list[Example]:
-    """Read the assertions of a model's answer that call ``name`` and compare it with a value. Others are left out."""
+    """Return the assertions in a model's answer that compare a call of ``name`` with a value; ignore the others."""
     examples: list[Example] = []
     for raw in answer.replace("```python", "").replace("```", "").split("\n"):
         line = re.sub(r"^\s*(?:\d+[.)]|[-*])\s+", "", raw).strip()
@@ -56,7 +56,7 @@ def parse_examples(answer: str, name: str) -> list[Example]:
 
 
 def parse_goal_examples(goal: str, name: str, parameters: int) -> list[Example]:
-    """Read the examples that a goal gives: ``f(2) == 4``; with one parameter also ``'a' becomes 'b'``."""
+    """Return the examples that a goal gives: ``f(2) == 4``; with one parameter also ``'a' becomes 'b'``."""
     examples: list[Example] = []
     for match in re.finditer(rf"\b{re.escape(name)}\(", goal):
         call = _expression_prefix(goal[match.start() :], lambda node: _is_call_of(node, name))
@@ -71,7 +71,7 @@ def parse_goal_examples(goal: str, name: str, parameters: int) -> list[Example]:
 
 
 def deduplicate(examples: list[Example]) -> list[Example]:
-    """Return the first example of each call: two that contradict each other are not both kept."""
+    """Return the first example of each call, so that no two contradict each other."""
     return list({example.call: example for example in reversed(examples)}.values())[::-1]
 
 
@@ -81,7 +81,7 @@ def are_sufficient(examples: list[Example]) -> bool:
 
 
 def render_tests(examples: Sequence[Example], module: str, name: str) -> str:
-    """Write the examples as a ``unittest`` module, one method each."""
+    """Return the examples as the source of a ``unittest`` module, one method each."""
     lines = [
         "import unittest",
         "",
@@ -147,7 +147,7 @@ def _parse_expected(call: str, rest: str) -> list[Example]:
 
 
 def _expression_prefix(text: str, fits: Callable[[ast.expr], bool]) -> str:
-    """Return the shortest beginning of ``text``, up to a closing mark, that is an expression which ``fits``."""
+    """Return the shortest prefix of ``text``, ending with a closing bracket or quote, whose expression ``fits``."""
     number = re.match(r"-?\d+(?:\.\d+)?|True|False|None", text)
     ends = [number.end()] if number else [m.end() for m in re.finditer(r"['\")\]}]", text[:_MAX_CHARS])]
     for end in ends:
@@ -158,7 +158,7 @@ def _expression_prefix(text: str, fits: Callable[[ast.expr], bool]) -> str:
 
 
 def _is_call_of(node: ast.AST, name: str) -> bool:
-    """Return whether ``node`` is a call of ``name`` with plain values, or a call of a method or item of one."""
+    """Return whether ``node`` calls ``name``, also as an argument of a built-in, or with an attribute or item of it."""
     if isinstance(node, ast.Attribute | ast.Subscript):
         return _is_call_of(node.value, name)
     if not isinstance(node, ast.Call):
@@ -176,9 +176,9 @@ def _uses_name(node: ast.AST, name: str) -> bool:
 
 
 def _is_value(node: ast.AST) -> bool:
-    """Return whether ``node`` is a value that needs no name of the code under test."""
-    allowed = {"set", "frozenset", "dict", "list", "tuple", "float", "range", "True", "False", "None"}
-    return all(not isinstance(n, ast.Name) or n.id in allowed for n in ast.walk(node)) and not isinstance(
+    """Return whether ``node`` is a value built from literals and built-in types only."""
+    builtin_names = {"set", "frozenset", "dict", "list", "tuple", "float", "range", "True", "False", "None"}
+    return all(not isinstance(n, ast.Name) or n.id in builtin_names for n in ast.walk(node)) and not isinstance(
         node, ast.Compare | ast.BoolOp | ast.Lambda
     )
 
@@ -203,31 +203,31 @@ InputValue = object
 
 
 def generate_calls(examples: Sequence[Example], name: str) -> list[str]:
-    """Return calls of ``name`` with inputs near those of the examples: between them, put together, cut, mixed.
+    """Return calls of ``name`` with variations of the examples' inputs: interpolated, joined, cut, recombined.
 
-    They stay near on purpose: what a solution makes of an input that the task never meant says nothing.
+    Inputs stay close to the examples on purpose: the output for an input that the goal does not define proves nothing.
     """
     rows = [row for row in (_arguments(example.call, name) for example in examples) if row]
     if not rows:
         return []
     width = max(len(row) for row in rows)
     rows = [row for row in rows if len(row) == width]
-    made: list[tuple[InputValue, ...]] = []
+    rows_generated: list[tuple[InputValue, ...]] = []
     for at in range(width):
         pool = [row[at] for row in rows]
         variants = _nearby_values(pool)
         for number, value in enumerate(variants):
             base = rows[number % len(rows)]
-            made.append((*base[:at], value, *base[at + 1 :]))
+            rows_generated.append((*base[:at], value, *base[at + 1 :]))
     if width > 1:
-        made.extend((*row[:-1], rows[-1 - number][-1]) for number, row in enumerate(rows))
+        rows_generated.extend((*row[:-1], rows[-1 - number][-1]) for number, row in enumerate(rows))
     known = {example.call for example in examples}
-    calls = [f"{name}({', '.join(map(repr, row))})" for row in made]
+    calls = [f"{name}({', '.join(map(repr, row))})" for row in rows_generated]
     return [call for call in dict.fromkeys(calls) if call not in known][:MAX_CALLS]
 
 
 def _arguments(call: str, name: str) -> tuple[InputValue, ...] | None:
-    """Return the plain positional arguments of the call of ``name`` within ``call``."""
+    """Return the literal positional arguments of the call of ``name`` within ``call``, or ``None``."""
     calls = [
         node
         for node in ast.walk(ast.parse(call))
@@ -242,7 +242,7 @@ def _arguments(call: str, name: str) -> tuple[InputValue, ...] | None:
 
 
 def _nearby_values(pool: Sequence[InputValue]) -> list[InputValue]:
-    """Return new values of the kind that most of ``pool`` are of."""
+    """Return new values of the most frequent type in ``pool``."""
     ints = [value for value in pool if isinstance(value, int) and not isinstance(value, bool)]
     floats = [value for value in pool if isinstance(value, float)]
     texts = [value for value in pool if isinstance(value, str)]
@@ -273,6 +273,7 @@ def _nearby_texts(pool: Sequence[str]) -> Iterable[str]:
 
 
 def _nearby_lists(pool: Sequence[list[InputValue]]) -> Iterable[list[InputValue]]:
+    # Sorted in every example means that the goal may require it, as a binary search does.
     ordered = all(_is_sorted(value) for value in pool)
     for one, other in zip(pool, [*pool[1:], pool[0]], strict=True):
         joined = (one + other)[:_MAX_ITEMS]
@@ -296,6 +297,6 @@ def _is_sorted(values: list[InputValue]) -> bool:
 
 
 def _exclude_known(values: Iterable[InputValue], pool: Sequence[InputValue]) -> list[InputValue]:
-    """Return the values once each, those of the pool left out."""
+    """Return the distinct values that are not in ``pool``."""
     known = {repr(value) for value in pool}
     return list({repr(value): value for value in values if repr(value) not in known}.values())

@@ -1,7 +1,4 @@
-"""Python source as a model writes it.
-
-Extraction from an answer, reduction to definitions, and the standard library's missing imports.
-"""
+"""Python source written by a model: extract it from an answer, reduce it to definitions, add missing imports."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ _MAX_LINES = 400
 
 
 def extract_code(answer: str) -> str:
-    """Return the code of a model's answer: its Python blocks, or the lines of it that are code; empty for none.
+    """Return the code of a model's answer: its Python blocks, or the lines that are code; empty when there is none.
 
-    A fence may be left open, a block may end in the middle of a statement, and prose may stand around bare code.
+    A fence may be unclosed, a block may end within a statement, and prose may surround code without a fence.
     """
     blocks = [body for language, body in _FENCE.findall(answer.replace("\r\n", "\n")) if language.lower() in _PYTHON]
     blocks = [block for block in (_longest_valid_prefix(block) for block in blocks) if block]
@@ -42,14 +39,14 @@ def try_parse(code: str) -> ast.Module | None:
 
 
 def keep_definitions(code: str) -> str:
-    """Return ``code`` without what a module need not do when imported: calls, prints, asserts and tests.
+    """Return ``code`` without the statements that a module does not need: calls, prints, asserts and tests.
 
-    Imports, definitions, and assignments that a definition reads stay as they were written, comments included.
+    Imports, definitions, and assignments that a definition reads are kept verbatim, with their comments.
     """
     tree = try_parse(code)
     if tree is None:
         return code
-    read = {
+    read_names = {
         node.id
         for part in tree.body
         if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and _is_kept(part, set())
@@ -57,20 +54,23 @@ def keep_definitions(code: str) -> str:
         if isinstance(node, ast.Name)
     }
     lines = code.split("\n")
-    keep: list[str] = []
+    kept_lines: list[str] = []
     at = 0
     for part in tree.body:
         start, end = _first_line(part) - 1, part.end_lineno or part.lineno
-        if _is_kept(part, read):
-            keep.extend(lines[at:end])
+        if _is_kept(part, read_names):
+            kept_lines.extend(lines[at:end])
         else:
-            keep.extend(_without_comments(lines[at:start]))
+            kept_lines.extend(_without_comments(lines[at:start]))
         at = end
-    return "\n".join(keep).strip("\n") + "\n"
+    return "\n".join(kept_lines).strip("\n") + "\n"
 
 
 def find_main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
-    """Return the first public class, else the last public function, of ``code``: what it was written for."""
+    """Return the main definition of ``code``: its first public class, else its last public function.
+
+    Helper functions usually come before the function that uses them.
+    """
     tree = try_parse(code)
     if tree is None:
         return None
@@ -80,7 +80,7 @@ def find_main_definition(code: str) -> ast.FunctionDef | ast.ClassDef | None:
 
 
 def find_definition(code: str, name: str) -> ast.FunctionDef | ast.ClassDef | None:
-    """Return the definition of ``name`` at the top of ``code``."""
+    """Return the module-level definition of ``name``, or ``None``."""
     tree = try_parse(code)
     definitions = (
         n for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name
@@ -89,7 +89,7 @@ def find_definition(code: str, name: str) -> ast.FunctionDef | ast.ClassDef | No
 
 
 def format_signature(node: ast.FunctionDef | ast.ClassDef) -> str:
-    """Return the head of a definition as one line; for a class, with those of its public methods."""
+    """Return the signature of a function as one line; of a class, with those of its public methods."""
     if isinstance(node, ast.FunctionDef):
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         return f"def {node.name}({ast.unparse(node.args)}){returns}"
@@ -102,7 +102,7 @@ def format_signature(node: ast.FunctionDef | ast.ClassDef) -> str:
 
 
 def _longest_valid_prefix(block: str) -> str:
-    """Return ``block``, or, when its end is cut off, the part before that which parses."""
+    """Return the longest prefix of whole lines that parses: an answer that hit its token limit ends anywhere."""
     lines = block.rstrip().split("\n")[:_MAX_LINES]
     while lines:
         text = "\n".join(lines)
@@ -125,13 +125,13 @@ def _extract_unfenced(answer: str) -> str:
 
 
 def _has_redefinition(blocks: list[str]) -> bool:
-    seen: set[str] = set()
+    previous: set[str] = set()
     for block in blocks:
         tree = try_parse(block)
         names = {n.name for n in (tree.body if tree else []) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-        if names & seen:
+        if names & previous:
             return True
-        seen |= names
+        previous |= names
     return False
 
 
@@ -141,19 +141,19 @@ def _first_line(node: ast.stmt) -> int:
     return node.lineno
 
 
-def _is_kept(node: ast.stmt, read: set[str]) -> bool:
+def _is_kept(node: ast.stmt, read_names: set[str]) -> bool:
     if isinstance(node, ast.Import | ast.ImportFrom):
         names = {alias.asname or alias.name.split(".")[0] for alias in node.names}
         module = node.module if isinstance(node, ast.ImportFrom) else ""
-        return module == "__future__" or "*" in names or bool(names & read)
+        return module == "__future__" or "*" in names or bool(names & read_names)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return not node.name.startswith("test_")
     if isinstance(node, ast.ClassDef):
         return not any("TestCase" in ast.unparse(base) for base in node.bases)
     if isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        stored = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-        return bool(stored & read)
+        target_names = {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        return bool(target_names & read_names)
     return isinstance(node, ast.Try) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
@@ -181,7 +181,7 @@ _MODULE_OF_NAME: dict[str, str] = {
 
 
 def add_imports(code: str) -> str:
-    """Return ``code`` with an import for each name that it reads, does not define, and the library is known for."""
+    """Return ``code`` with an import for each undefined name that the standard library is known for."""
     tree = try_parse(code)
     if tree is None:
         return code

@@ -35,7 +35,7 @@ WorkKind = Literal["data", "code", "text"]
 
 
 def classify_goal(goal: str, files: Sequence[str]) -> WorkKind:
-    """Return ``data`` for a goal with tables, ``code`` for one that wants a program, else ``text``."""
+    """Return ``data`` for a goal with tables, ``code`` for one that asks for a program, else ``text``."""
     if any(file_kind(name) == "table" for name in files):
         return "data"
     return "code" if is_programming_goal(goal, has_files=bool(files)) else "text"
@@ -57,7 +57,7 @@ async def write_text(
     max_tokens: int = MAX_TEXT_TOKENS,
     on_text: OnText | None = None,
 ) -> ExecuteResult:
-    """Return the model's text, marked as not checked. ``notes`` are what earlier steps found.
+    """Return the model's text, marked as unchecked. ``notes`` are results of earlier steps.
 
     Raises ``OctoError`` (``model_output_invalid``) for an empty answer, and what ``ask`` raises.
     """
@@ -106,7 +106,7 @@ def coder_arm() -> Arm:
 
 
 async def solve_data_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
-    """Answer a question over the tables among the task's files. Raises what the thinking and the executor raise."""
+    """Answer a question over the tables among the task's files. Raises what ``answer_data`` raises."""
     tables = tuple(file for file in task.context.files if file_kind(file.name) == "table")
     run = bind_run(ctx)
 
@@ -120,12 +120,12 @@ async def solve_data_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
 
 
 async def solve_code_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
-    """Write code and its tests, and store both. Raises what the thinking, the judge and the executor raise."""
+    """Write code and its tests, and store both as artifacts. Raises what ``write_code`` and storing raise."""
     ask = ModelAsk(ctx)
     texts = await _read_texts(task, ctx)
     if notes := collect_notes(task):
         texts.append(("notes.txt", notes))
-    written = await write_code(
+    solution = await write_code(
         goal,
         ask,
         bind_validate(ctx),
@@ -135,29 +135,29 @@ async def solve_code_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
         on_text=ask.write,
     )
     artifacts = (
-        await ctx.artifacts.write(written.filename, written.code.encode(), PYTHON_MEDIA_TYPE),
-        await ctx.artifacts.write(written.tests_filename, written.tests.encode(), PYTHON_MEDIA_TYPE),
+        await ctx.artifacts.write(solution.filename, solution.code.encode(), PYTHON_MEDIA_TYPE),
+        await ctx.artifacts.write(solution.tests_filename, solution.tests.encode(), PYTHON_MEDIA_TYPE),
     )
     return ExecuteResult(
-        output=_format_solution(written), artifacts=artifacts, evidence=Evidence(kind="code", checks=written.checks)
+        output=_format_solution(solution), artifacts=artifacts, evidence=Evidence(kind="code", checks=solution.checks)
     )
 
 
-def _format_solution(written: CodeSolution) -> str:
+def _format_solution(solution: CodeSolution) -> str:
     return (
-        f"{written.filename}:\n```python\n{written.code.strip()}\n```\n\n"
-        f"{written.tests_filename}:\n```python\n{written.tests.strip()}\n```"
+        f"{solution.filename}:\n```python\n{solution.code.strip()}\n```\n\n"
+        f"{solution.tests_filename}:\n```python\n{solution.tests.strip()}\n```"
     )
 
 
 async def _read_texts(task: Task, ctx: Context) -> list[tuple[str, str]]:
-    """Return (name, text) of the texts among the task's files; others cannot be shown to a model."""
+    """Return (name, text) of the text files of a task; a model cannot read the others."""
     texts = [file for file in task.context.files if file_kind(file.name) == "text"]
     return [(file.name, await read_file_text(ctx, file)) for file in texts]
 
 
 @contextlib.asynccontextmanager
 async def coder_service(base: ServiceBase, settings: Settings) -> AsyncGenerator[Service]:
-    """Yield the coder as a service. It holds nothing: what it makes is stored with the orchestrator."""
+    """Yield the coder service. It keeps no state: artifacts are stored by the orchestrator."""
     del settings
     yield build_arm(coder_arm(), base)

@@ -1,7 +1,4 @@
-"""What every strategy for writing code shares.
-
-The prompts, the module extracted from an answer, validation with tests, and the solution.
-"""
+"""The parts that every strategy for writing code shares: prompts, module extraction, validation, the solution."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ MAX_FILE_CHARS = 4000
 
 
 def find_name_in_goal(goal: str) -> str | None:
-    """Return the name that a goal gives to what is to be written: ``name(…)``, "called name", "function some_name"."""
+    """Return the name that a goal requires for the definition: ``name(…)``, "called name", "function some_name"."""
     for pattern in (_NAME_AFTER_CALLED, _NAME_BEFORE_PAREN, _NAME_AFTER_KEYWORD):
         for name in pattern.findall(goal):
             plain_word = pattern is _NAME_AFTER_KEYWORD and "_" not in name and name[:1].islower()
@@ -69,19 +66,22 @@ def detect_other_language(goal: str) -> str | None:
 
 
 def strip_test_request(goal: str) -> str:
-    """Return a goal without its wish for tests, which are written apart: a model asked for both writes them twice."""
+    """Return a goal without its request for tests.
+
+    Tests are written in a call of their own; a small model asked for both in one prompt writes them into the code.
+    """
     return _TEST_REQUEST.sub("", goal).strip() or goal
 
 
 def code_messages(goal: str, texts: Sequence[tuple[str, str]], reasons: Sequence[str]) -> list[Message]:
-    """Ask for the code. ``texts`` are (name, text) of files that the goal comes with."""
+    """Return the prompt for the code. ``texts`` are (name, text) of the goal's files."""
     file_texts = "".join(f"File {name}:\n{text[:MAX_FILE_CHARS]}\n\n" for name, text in texts)
     refused = f"\n\nAn earlier answer was refused: {' '.join(reasons)[:600]}" if reasons else ""
     return [Message.system(_CODE_PROMPT), Message.user(f"{file_texts}{strip_test_request(goal)}{refused}")]
 
 
 def repair_messages(base: Sequence[Message], code: str, reasons: Sequence[str]) -> list[Message]:
-    """Ask for better code, with the reasons why the last was not valid."""
+    """Return the prompt for a repair, with the reasons why ``code`` was not valid."""
     listed = "\n".join(f"- {reason}" for reason in reasons[:4])
     return [
         *base,
@@ -91,12 +91,12 @@ def repair_messages(base: Sequence[Message], code: str, reasons: Sequence[str]) 
 
 
 def example_messages(goal: str, head: str) -> list[Message]:
-    """Ask for examples, from the goal and the head of the function only: the code is not shown."""
+    """Return the prompt for examples. It has the signature but not the code, so that the examples are independent."""
     return [Message.system(_EXAMPLES_PROMPT), Message.user(f"Task: {goal}\nThe function: {head}")]
 
 
 def class_test_messages(goal: str, head: str, module: str) -> list[Message]:
-    """Ask for test cases of a class, from the goal and its head only."""
+    """Return the prompt for test cases of a class, from the goal and its signature only."""
     return [Message.system(_TESTS_PROMPT), Message.user(f"Task: {goal}\nThe class, in module {module}: {head}")]
 
 
@@ -107,7 +107,7 @@ OnText = Callable[[str], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class CodeSolution:
-    """Code that the judge found valid, its tests, and the checks that were done."""
+    """Code that the judge found valid, its tests, and the checks that passed."""
 
     filename: str
     code: str
@@ -122,7 +122,7 @@ def extract_module(answer: str) -> str:
 
 
 def module_name(name: str) -> str:
-    """Return the module's name for what is called ``name``: lower case with underscores, never one of the library's."""
+    """Return the module name for the definition ``name``: snake case, never a module of the standard library."""
     snake = "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))
     module = snake.replace("__", "_").strip("_") or "solution"
     return f"{module}_solution" if module in sys.stdlib_module_names else module

@@ -1,6 +1,6 @@
-"""Heuristics for small models that write SQL: text rules, no model call.
+"""Text rules, without a model call, that check the SQL of small models.
 
-SQL functions that a question requires, and issues that make a query implausible.
+They find the SQL functions that a question requires, and issues that make a query implausible.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ _REQUIRED_FUNCTIONS = (
 
 
 def find_required_functions(goal: str, tables: tuple[TableSchema, ...]) -> list[RequiredFunction]:
-    """Return what a question wants; a word that is the name of a column asks for nothing."""
+    """Return the functions that a question requires; a word that is also a column's name is not a request."""
     columns = {column.name.lower() for table in tables for column in table.columns}
     required: list[RequiredFunction] = []
     for function in _REQUIRED_FUNCTIONS:
-        said = re.search(function.trigger, goal, re.IGNORECASE)
-        if said and (said.groupdict().get("column") or said.group()).lower() not in columns:
+        match = re.search(function.trigger, goal, re.IGNORECASE)
+        if match and (match.groupdict().get("column") or match.group()).lower() not in columns:
             required.append(function)
     return required
 
 
 def required_functions_hint(goal: str, tables: tuple[TableSchema, ...]) -> str:
-    """Name what a question wants when it is more than one thing, of which small models forget one; else empty."""
+    """Return a prompt line with the required functions if there are several (small models forget one), else empty."""
     names = list(dict.fromkeys(function.sql for function in find_required_functions(goal, tables)))
     return f"The query needs {' and '.join(names)}." if len(names) > 1 else ""
 
@@ -82,18 +82,18 @@ _ASKS_FOR_NAME = re.compile(r"\W*(?:which|who|whose)\b", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class QueryIssue:
-    """A reason to mistrust a query, in words that help to mend it. A query with a ``is_fatal`` one is no answer."""
+    """A reason to distrust a query, worded as an instruction to repair it. A fatal one rules the query out."""
 
     text: str
     is_fatal: bool = False
 
 
 def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[TableSchema, ...]) -> list[QueryIssue]:
-    """Say what makes a query or its rows doubtful. None found is no proof."""
+    """Return the issues of a query and its rows. An empty list is no proof that the query is right."""
     issues = find_unknown_values(query, tables)
     cells = [cell for row in table.rows for cell in row]
     if not issues and not _has_only_known_values(query, tables):
-        # With values that are surely there, an empty result may well be the answer.
+        # An empty result is suspicious only if a condition may be wrong: with known values it may be the answer.
         if not cells:
             issues.append(QueryIssue("The query gives no rows. Check its conditions.", is_fatal=True))
         elif all(cell is None for cell in cells):
@@ -113,8 +113,8 @@ def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[Tab
         for function in find_required_functions(goal, tables)
         if function.satisfied_by and not re.search(function.satisfied_by, query, re.IGNORECASE)
     )
-    named = any(isinstance(cell, str) for cell in cells)
-    if cells and not named and _ASKS_FOR_NAME.match(goal) and any(c.is_text for t in tables for c in t.columns):
+    has_text_cell = any(isinstance(cell, str) for cell in cells)
+    if cells and not has_text_cell and _ASKS_FOR_NAME.match(goal) and any(c.is_text for t in tables for c in t.columns):
         issues.append(
             QueryIssue("The question asks which one, but the query gives no name. Select the column that names it.")
         )
@@ -122,9 +122,9 @@ def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[Tab
 
 
 def _has_only_known_values(query: str, tables: tuple[TableSchema, ...]) -> bool:
-    """Return whether a query compares with something, and each text in it is a column's value, a number or a date.
+    """Return whether a query has a condition, and each text in it is a known value of a column, a number or a date.
 
-    A date that a column must equal is not enough: it may stand for a month or for a year.
+    Equality with a date does not count: the question may mean a whole month or year.
     """
     if _DATE_EQUALITY.search(query):
         return False
@@ -135,7 +135,7 @@ def _has_only_known_values(query: str, tables: tuple[TableSchema, ...]) -> bool:
 
 
 def find_unknown_values(query: str, tables: tuple[TableSchema, ...]) -> list[QueryIssue]:
-    """Say which text values a query compares a column with although the column never holds them."""
+    """Return an issue for each text value that a query compares with a column that never contains it."""
     known: dict[str, set[str]] = {}
     for table in tables:
         for column in table.columns:

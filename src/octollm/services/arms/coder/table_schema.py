@@ -1,4 +1,4 @@
-"""The schema of tables, and a model's SQL made to fit it.
+"""Schemas of tables, and the adaptation of a model's SQL to them.
 
 The executor reports the schema and prompts include it; queries are extracted, and identifiers quoted and checked.
 """
@@ -17,10 +17,10 @@ RunSql = Callable[[str], Awaitable[RunResult]]
 """Run one query over the files of the step; ``stdout`` is a table (``contracts.tables``)."""
 
 DESCRIBE = "--describe"
-"""What the executor takes in place of a query, to say what the tables hold."""
+"""Sent to the executor in place of a query, to get the schema of the tables."""
 MAX_JOINS = 6
 MAX_COLUMNS = 60
-"""Columns that a prompt shows, over all tables."""
+"""Columns in a prompt, over all tables."""
 _SHOWN_CHARS = 40
 _RESERVED_WORDS = frozenset(
     {"ALL", "AND", "ANY", "ARRAY", "AS", "ASC", "BOTH", "CASE", "CAST", "CHECK", "COLUMN", "DEFAULT", "DESC",
@@ -28,11 +28,11 @@ _RESERVED_WORDS = frozenset(
      "NOT", "NULL", "OFFSET", "ON", "ONLY", "OR", "ORDER", "PRIMARY", "REFERENCES", "SELECT", "SHOW", "SOME", "TABLE",
      "THEN", "TO", "UNION", "UNIQUE", "USER", "USING", "WHEN", "WHERE", "WINDOW", "WITH"}
 )  # fmt: skip
-"""Words that SQL wants in quotes when they are names; USER is one that DuckDB would read as a function."""
+"""Keywords that must be quoted when they are column names; DuckDB would read USER as a function."""
 
 
 class TableColumn(msgspec.Struct, frozen=True):
-    """A column; ``values`` are all of its text values when they are few, ``min`` and ``max`` the range of others."""
+    """A column: ``values`` are its distinct texts if they are few, ``min`` and ``max`` the range of other types."""
 
     name: str
     type: str
@@ -66,9 +66,9 @@ def quote_identifier(name: str) -> str:
 
 
 async def describe_tables(run_sql: RunSql) -> tuple[TableSchema, ...]:
-    """Ask the executor what the tables hold.
+    """Ask the executor for the schemas of the tables.
 
-    Raises ``OctoError``: ``file_invalid`` when no file could be read as a table, ``peer_protocol``.
+    Raises ``OctoError``: ``file_invalid`` when a file cannot be read as a table, ``peer_protocol``.
     """
     result = await run_sql(DESCRIBE)
     if result.exit_code != 0:
@@ -85,7 +85,7 @@ async def describe_tables(run_sql: RunSql) -> tuple[TableSchema, ...]:
 
 
 def format_schema(tables: tuple[TableSchema, ...]) -> str:
-    """Describe tables to a model, a line per column, and how they belong together."""
+    """Return a description of the tables for a prompt: one line per column, then the join conditions."""
     lines: list[str] = []
     for table in tables:
         lines.append(f"Table {_identifier(table.table)} ({table.row_count} rows):")
@@ -98,7 +98,7 @@ def format_schema(tables: tuple[TableSchema, ...]) -> str:
 
 
 def find_join_conditions(tables: tuple[TableSchema, ...]) -> list[str]:
-    """Return how tables can be joined: the columns that bear the same name in two of them."""
+    """Return the join conditions of tables: an equality for each column name that two of them share."""
     conditions: list[str] = []
     for number, one in enumerate(tables):
         for other in tables[number + 1 :]:
@@ -134,7 +134,7 @@ _MISSING_COLUMN = re.compile(r'column "?([^"\n]+?)"? (?:not found|that does not 
 
 
 def extract_query(answer: str) -> str | None:
-    """Return the one query of a model's answer, fenced or bare, without its semicolon; ``None`` if there is none."""
+    """Return the first query of a model's answer, fenced or bare, without its semicolon; ``None`` if there is none."""
     blocks = [block for block in _FENCE.findall(answer) if _QUERY_START.search(block)]
     text = blocks[0] if blocks else answer.replace("```sql", "").replace("```", "")
     text = re.sub(r"--[^\n]*", "", text)
@@ -160,7 +160,7 @@ def _first_statement(text: str) -> str:
 
 
 def quote_names(query: str, tables: tuple[TableSchema, ...]) -> str:
-    """Return ``query`` with names put right that a model wrote as one word: ``unit_price`` for "Unit Price"."""
+    """Return ``query`` with names corrected that a model wrote in snake case: ``unit_price`` for "Unit Price"."""
     known = {column.name.lower() for table in tables for column in table.columns}
     for name in {column.name for table in tables for column in table.columns}:
         word = re.sub(r"\W+", "_", name).strip("_").lower()
@@ -176,7 +176,7 @@ def quote_names(query: str, tables: tuple[TableSchema, ...]) -> str:
 
 
 def missing_column_hint(error: str, tables: tuple[TableSchema, ...]) -> str:
-    """Say where the column is that a database's error misses, if a table has it; empty otherwise."""
+    """Return a hint in which table the column of a "not found" error is, or an empty string."""
     match = _MISSING_COLUMN.search(error)
     if match is None:
         return ""

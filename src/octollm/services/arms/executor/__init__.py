@@ -1,5 +1,5 @@
-"""The executor arm: strangers' programs and queries, run where they can reach nothing.
+"""The executor arm: runs untrusted programs and queries in a sandbox.
 
-Here live the sandboxes, the runs of Python and of SQL in them, and the service that offers them. What decides
-whether a result is good belongs to the judge, and no program is ever run as a bare subprocess.
+This package has the sandboxes, the jobs for Python and SQL, and the service. Whether a result is good is the judge's
+decision. No program is ever run as a bare subprocess.
 """

@@ -1,7 +1,7 @@
 """The bubblewrap sandbox.
 
-Namespaces without the host, a system-call filter, limits, and a read-only Python interpreter with DuckDB that the
-sandbox user can read.
+It combines namespaces, a system-call filter, resource limits, and a read-only Python interpreter with DuckDB that the
+sandbox's user can read.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from octollm.services.arms.executor.sandbox import Job, Limits, SandboxResult, c
 from octollm.services.arms.executor.seccomp import Architecture, build_filter, detect_architecture
 
 PYTHON_HOME = "/opt/python"
-"""Where an interpreter that is not under /usr stands in the sandbox."""
+"""Mount point of an interpreter that is not under /usr."""
 DUCKDB_HOME = "/opt/duckdb"
-"""The folder in the sandbox that holds the DuckDB package and nothing else."""
+"""Mount point of the DuckDB package, the only third-party one inside."""
 
 ROOT_CACHES = (Path("/var/cache/octollm"), Path("/tmp/octollm-sandbox"))  # noqa: S108 - its owner is checked
-"""Where a service that runs as root keeps the copies; the first one that can be written."""
+"""Caches for copies of the interpreter when the service runs as root; the first writable one is used."""
 
 BindMounts = tuple[tuple[Path, str], ...]
 """Host path → path inside, read-only."""
@@ -41,12 +41,12 @@ _EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "idleli
 
 @dataclass(frozen=True, slots=True)
 class Interpreter:
-    """What the sandbox binds (host path → path inside, read-only) to have Python, and how it is called there."""
+    """The bind mounts (host path → path inside, read-only) that provide Python, and its executable inside."""
 
     executable: str
     bind_mounts: BindMounts
     masked_folders: tuple[str, ...]
-    """Folders of third-party packages, hidden so that a program finds the standard library alone."""
+    """Folders of third-party packages, hidden so that a program can import only the standard library."""
     env: tuple[tuple[str, str], ...]
 
 
@@ -107,14 +107,17 @@ def _host_path(inside: str, sources: dict[str, Path]) -> Path:
 
 
 def can_read(user: SandboxUser | None, *paths: Path) -> bool:
-    """Say whether the identity can walk to ``paths`` and read them, by their permission bits."""
+    """Return whether ``user`` can traverse to ``paths`` and read them, by permission bits.
+
+    The bits, because ``access(2)`` answers only for this process's own user.
+    """
     if user is None:
         return all(os.access(path, os.R_OK) for path in paths)
     for path in paths:
-        whole = path.resolve()
-        if not all(_has_permission(user, part, 0o1) for part in whole.parents):
+        resolved = path.resolve()
+        if not all(_has_permission(user, part, 0o1) for part in resolved.parents):
             return False
-        if not _has_permission(user, whole, 0o5 if whole.is_dir() else 0o4):
+        if not _has_permission(user, resolved, 0o5 if resolved.is_dir() else 0o4):
             return False
     return True
 
@@ -126,7 +129,8 @@ def _has_permission(user: SandboxUser, path: Path, permission: int) -> bool:
 
 
 def copy_once(source: Path, names: list[str], caches: tuple[Path, ...]) -> Path:
-    """Copy ``names`` of ``source`` into a cache, once for this state of them, and return the folder."""
+    """Copy ``names`` of ``source`` into a cache, once per version of the files, and return the folder."""
+    # Inode, size and time stand for the content: hashing a whole interpreter at each start would take seconds.
     state = hashlib.sha256(str(source).encode())
     for name in names:
         status = (source / name).stat()
@@ -135,21 +139,21 @@ def copy_once(source: Path, names: list[str], caches: tuple[Path, ...]) -> Path:
     target = cache / state.hexdigest()[:32]
     if target.is_dir():
         return target
-    # Copied beside the target and renamed: a copy is there whole or not at all.
-    growing = Path(tempfile.mkdtemp(dir=cache))
+    # Copied beside the target and renamed, since a rename is atomic: no process ever sees half a copy.
+    staging = Path(tempfile.mkdtemp(dir=cache))
     try:
-        growing.chmod(0o755)
+        staging.chmod(0o755)
         for name in names:
-            _copy_tree(source / name, growing / name)
+            _copy_tree(source / name, staging / name)
         try:
-            growing.rename(target)
+            staging.rename(target)
         except OSError:
             if not target.is_dir():  # another process was first
                 raise
     except OSError as exc:
         raise OctoError(f"{source} cannot be copied for the sandbox's user: {exc}", code="no_sandbox") from exc
     finally:
-        shutil.rmtree(growing, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
@@ -161,12 +165,12 @@ def _first_writable(caches: tuple[Path, ...]) -> Path:
             status = cache.lstat()
         except OSError:
             continue
-        # Everyone may write to /tmp: a folder of another user could hold another interpreter.
+        # /tmp is writable by everyone: another user could create this folder first, with an interpreter of theirs.
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and os.access(cache, os.W_OK):
             return cache
-    tried = ", ".join(map(str, caches))
+    locations = ", ".join(map(str, caches))
     raise OctoError(
-        f"the sandbox's user cannot reach the interpreter, and no copy can be kept in {tried}; "
+        f"the sandbox's user cannot reach the interpreter, and no copy can be kept in {locations}; "
         "install Python where every user can read it",
         code="no_sandbox",
     )
@@ -187,7 +191,7 @@ def _ignored_names(_: str, names: list[str]) -> set[str]:
 
 
 def _link_or_copy(source: str, target: str) -> str:
-    """Link ``source`` when everyone may read it and the file system allows, else copy it readable."""
+    """Hard-link ``source`` if everyone may read it and the file system allows it, else copy it as readable."""
     path = Path(source).resolve()
     mode = path.stat().st_mode
     if mode & 0o004:
@@ -196,23 +200,24 @@ def _link_or_copy(source: str, target: str) -> str:
             return target
         except OSError:
             pass
-    shutil.copy2(path, target)  # with its time, or the byte code beside it counts as stale
+    shutil.copy2(path, target)  # keeps the modification time, without which cached bytecode would be stale
     Path(target).chmod(0o755 if mode & 0o100 else 0o644)
     return target
 
 
 WORK_FOLDER = "/work"
-"""The work folder inside."""
+"""The program's working directory."""
 TEMPORARY_FOLDER = "/tmp"  # noqa: S108 - the sandbox's own
 SANDBOX_USER = SandboxUser(61717, 61717)
-"""The user that a service which runs as root gives its sandbox; no system hands this number out."""
+"""The sandbox's user when the service runs as root; distributions do not assign this number."""
 
 
 class Bubblewrap:
-    """Runs each job in namespaces of its own.
+    """Runs each job in its own namespaces.
 
-    Nothing of the host can be written. Read-only are ``/usr``, the interpreter and, for SQL, the DuckDB package;
-    ``/tmp`` and the work folder are in memory and sized; there is no ``/proc``. Made by :meth:`open`.
+    The program can write nothing of the host. ``/usr``, the interpreter and, for SQL, the DuckDB package are read-only;
+    ``/tmp`` and the working directory are size-limited tmpfs. There is no ``/proc``: started by root, a program could
+    write ``/proc/sys/kernel/core_pattern`` through it. Created by :meth:`open`.
     """
 
     name = "bubblewrap"
@@ -233,7 +238,7 @@ class Bubblewrap:
         self._user = user
         self._clock = clock
         self._supervisor = Path(inside.__file__).read_text()
-        # Two filters, because the supervisor has to fork the program, which itself may not fork.
+        # Two filters, because the supervisor must fork to start the program, which itself must not fork.
         self._base_filter = build_filter(architecture, allow_processes=True)
         self._program_filter = build_filter(architecture, allow_processes=False)
 
@@ -243,7 +248,8 @@ class Bubblewrap:
     ) -> Bubblewrap:
         """Find bubblewrap and an interpreter for it. Copies the interpreter where the sandbox's user cannot read it.
 
-        Raises ``OctoError`` (``no_sandbox``) saying what is missing. Whether the kernel allows it shows in a run.
+        Raises ``OctoError`` (``no_sandbox``) that names what is missing. Whether the kernel permits namespaces is only
+        known after a run; see :func:`octollm.services.arms.executor.selection.probe_sandbox`.
         """
         bwrap = executable or shutil.which("bwrap")
         if bwrap is None:
@@ -263,7 +269,7 @@ class Bubblewrap:
             "PATH": "/usr/bin:/bin",
             "HOME": WORK_FOLDER,
             "LANG": "C.UTF-8",
-            # Otherwise each thread reserves 64 MiB of the address space, which is what the limit counts.
+            # Otherwise glibc reserves 64 MiB of address space for each thread, and RLIMIT_AS counts address space.
             "MALLOC_ARENA_MAX": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONNOUSERSITE": "1",
@@ -300,7 +306,7 @@ class Bubblewrap:
             *_environment_options(self._interpreter),
             *self._file_system(job),
             *("--chdir", "/", "--seccomp", str(filter_fd)),
-            # Isolated (-I -S): the supervisor imports no file that the job brings, and no third-party package.
+            # Isolated (-I -S): the supervisor imports neither files of the job nor third-party packages.
             *("--", self._interpreter.executable, "-I", "-S", "-c", self._supervisor, str(result), str(life)),
         ]
 
@@ -320,7 +326,7 @@ class Bubblewrap:
         sizes = _tmpfs_sizes(job.limits, sum(map(len, job.files.values())))
         for folder, size in zip((WORK_FOLDER, TEMPORARY_FOLDER), sizes, strict=True):
             options += ["--size", str(size), "--tmpfs", folder]
-        # The root becomes read-only last, since each mount above needs its mount point in it.
+        # The root becomes read-only last: bubblewrap creates the mount points of all mounts above in it.
         return [*options, "--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/"]
 
 
@@ -329,5 +335,5 @@ def _environment_options(interpreter: Interpreter) -> list[str]:
 
 
 def _tmpfs_sizes(limits: Limits, input_bytes: int) -> tuple[int, int]:
-    """Return the sizes of the work folder and of ``/tmp``; each file of the job takes whole pages."""
+    """Return the sizes of the working directory and of ``/tmp``; 64 pages extra, since tmpfs rounds each file up."""
     return input_bytes + limits.disk_bytes + 64 * 4096, limits.disk_bytes

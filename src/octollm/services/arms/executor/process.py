@@ -28,13 +28,13 @@ from octollm.services.arms.executor.sandbox import Job, LimitReason, Limits, Out
 _CHUNK = 64 * 1024
 _REAP_SECONDS = 5.0
 _HEADER_BYTES = 64 * 1024
-"""The line of JSON before the files that come back."""
+"""Bytes of the JSON line before the result files."""
 _OUT_OF_MEMORY = re.compile(r"^(MemoryError\b|.*\bOut of Memory Error:)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxUser:
-    """The user and group that a sandbox's process runs as, where the parent may choose."""
+    """User and group of a sandbox's process; only a service that runs as root can choose them."""
 
     uid: int
     gid: int
@@ -51,22 +51,22 @@ class SandboxReport(msgspec.Struct, frozen=True):
 
 
 def create_job_file(job: Job, header: dict[str, Any]) -> FileIO:
-    """Return an unnamed file with the job, as the first process inside reads it."""
-    whole = header | {
+    """Return an anonymous file with the job, in the format that the sandbox's first process reads."""
+    document = header | {
         "files": [[name, len(data)] for name, data in job.files.items()],
         "limits": asdict(job.limits),
     }
-    head = json.dumps(whole).encode()
-    return create_anonymous_file([len(head).to_bytes(4, "big"), head, *job.files.values()])
+    encoded = json.dumps(document).encode()
+    return create_anonymous_file([len(encoded).to_bytes(4, "big"), encoded, *job.files.values()])
 
 
 def create_anonymous_file(parts: Sequence[bytes]) -> FileIO:
-    """Return a file, at its start, that has no name and holds ``parts``."""
+    """Return a file without a name that contains ``parts``, positioned at its start."""
     if hasattr(os, "memfd_create"):
         file = FileIO(os.memfd_create("octollm"), "r+")
     else:
-        with tempfile.TemporaryFile() as named_by_nobody:
-            file = FileIO(os.dup(named_by_nobody.fileno()), "r+")
+        with tempfile.TemporaryFile() as temporary:
+            file = FileIO(os.dup(temporary.fileno()), "r+")
     try:
         for part in parts:
             rest = memoryview(part)
@@ -89,21 +89,22 @@ async def run_bounded(
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
 ) -> SandboxResult:
-    """Run one sandbox process to its end and return the outcome.
+    """Run one sandbox process to its end and return the result.
 
-    ``command`` is told the descriptors of the result channel and of the lifeline (whose other end closes when this
-    process dies) and returns the argument list. The process leads a session of its own and is killed with its
-    group when it exceeds its wall time or output, and when this call is cancelled.
-    Raises ``OctoError`` (``sandbox_failed``) when the sandbox did not come up.
+    ``command`` maps the descriptors of the result channel and of the lifeline (whose other end closes when this
+    process dies) to the argument list. The process leads its own session. It is killed with its process group when it
+    exceeds its wall time or output, or when this call is cancelled.
+    Raises ``OctoError`` (``sandbox_failed``) when the sandbox does not start.
     """
     started = clock.monotonic()
     setpriv = shutil.which("setpriv") if user else None
-    forking = user if setpriv is None else None
+    popen_user = user if setpriv is None else None
     with contextlib.ExitStack() as stack:
         result_in, result_out = _open_pipe(stack)
         life_in, life_out = _open_pipe(stack)
         try:
-            # In this thread: bubblewrap is told to die with the *thread* that started it, and the loop's lasts.
+            # Not in a worker thread: --die-with-parent (PR_SET_PDEATHSIG) kills the sandbox when the *thread* that
+            # started it ends. The event loop's thread lives as long as the service.
             process = subprocess.Popen(  # noqa: ASYNC220, S603
                 [*_setpriv_prefix(setpriv, user), *command(result_out.fileno(), life_in.fileno())],
                 stdin=job,
@@ -111,16 +112,16 @@ async def run_bounded(
                 stderr=subprocess.PIPE,
                 pass_fds=(result_out.fileno(), life_in.fileno(), *pass_fds),
                 cwd="/",
-                # Never this process's own environment, which has the settings of the service.
+                # Never this process's own environment: it contains the service's settings and secrets.
                 env=env or {},
                 start_new_session=True,
-                user=forking.uid if forking else None,
-                group=forking.gid if forking else None,
-                extra_groups=[] if forking else None,
+                user=popen_user.uid if popen_user else None,
+                group=popen_user.gid if popen_user else None,
+                extra_groups=[] if popen_user else None,
             )
         except (OSError, subprocess.SubprocessError) as exc:
             raise OctoError(f"the sandbox could not be started: {exc}", code="sandbox_failed") from exc
-        # From here on the child alone holds these ends, so the result channel ends with the child.
+        # Only the child has these ends from here on, so the result channel reaches its end when the child dies.
         result_out.close()
         life_in.close()
         watcher = _ProcessMonitor(process, limits)
@@ -134,10 +135,10 @@ async def run_bounded(
 
 
 def _setpriv_prefix(setpriv: str | None, identity: SandboxUser | None) -> list[str]:
-    """Return what changes the user before the command.
+    """Return the ``setpriv`` command that changes the user, or nothing.
 
-    It costs a millisecond. Without it Python forks to do so itself, which for a large process takes a tenth of a
-    second in which the loop stands still.
+    It takes a millisecond. With ``user=``, ``Popen`` cannot use ``vfork``; copying the page tables of a large process
+    blocks the event loop for a tenth of a second.
     """
     if setpriv is None or identity is None:
         return []
@@ -150,13 +151,13 @@ def _open_pipe(stack: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
 
 
 async def _reap(process: subprocess.Popen[bytes]) -> None:
-    """Collect a process that was killed; a thread goes on with it if this call is cancelled."""
+    """Wait for a killed process, so that it does not stay a zombie; if this call is cancelled, the thread continues."""
     if process.poll() is None:
         await asyncio.to_thread(process.wait, _REAP_SECONDS)
 
 
 class _ProcessMonitor:
-    """Reads the three channels of one process up to their bounds."""
+    """Reads standard output, standard error and the result channel of one process, up to their bounds."""
 
     def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
         self._process = process
@@ -165,7 +166,7 @@ class _ProcessMonitor:
         self.reason: LimitReason = ""
 
     async def run(self, result: FileIO) -> None:
-        """Read until all channels are closed, a bound is exceeded, or the wall time is over."""
+        """Read until all channels are closed, a bound is exceeded, or the wall time has passed."""
         most = _HEADER_BYTES + self._limits.result_files * self._limits.result_file_bytes
         assert self._process.stdout is not None
         assert self._process.stderr is not None
@@ -178,8 +179,8 @@ class _ProcessMonitor:
             self.reason = "timeout"
 
     def kill(self) -> None:
-        """Kill the process and its group, if it has not been collected yet."""
-        # Once collected, its number may belong to another process group.
+        """Kill the process and its group, unless it was waited for already."""
+        # After a wait, the kernel may reuse the number for another process group.
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -198,33 +199,33 @@ class _ProcessMonitor:
                 into += chunk[: max(0, left)]
                 if len(chunk) > left:
                     self.reason = "output"
-                    self.kill()  # the channels close with it
+                    self.kill()  # closes the channels, which ends this loop and the other two
         finally:
             transport.close()
 
 
 def parse_result(data: bytes, limits: Limits) -> tuple[SandboxReport, tuple[OutputFile, ...]] | None:
-    """Return what the result channel says, or ``None`` when it does not say it whole and within the bounds."""
+    """Return the report and files from the result channel, or ``None`` when they are incomplete or exceed a bound."""
     line, _, rest = data.partition(b"\n")
     try:
         report = msgspec.json.decode(line, type=SandboxReport)
     except msgspec.DecodeError:
         return None
-    made: list[OutputFile] = []
+    files: list[OutputFile] = []
     if len(report.files) > limits.result_files:
         return None
     for name, size in report.files:
-        # The sandbox wrote this, so no size and no name in it is believed.
+        # The sandbox is not trusted: a program that broke out of the supervisor's control could have written this.
         if not 0 <= size <= min(len(rest), limits.result_file_bytes):
             return None
         content, rest = rest[:size], rest[size:]
         if find_name_fault(name):
             continue
         try:
-            made.append(OutputFile(name, content.decode()))
+            files.append(OutputFile(name, content.decode()))
         except UnicodeDecodeError:
             continue
-    return report, tuple(made)
+    return report, tuple(files)
 
 
 def _build_result(watcher: _ProcessMonitor, returncode: int | None, limits: Limits, duration_ms: int) -> SandboxResult:
@@ -233,8 +234,8 @@ def _build_result(watcher: _ProcessMonitor, returncode: int | None, limits: Limi
         return SandboxResult(-signal.SIGKILL, stdout, stderr, (), watcher.reason, duration_ms)
     parsed = parse_result(bytes(watcher.result), limits)
     if parsed is None:
-        said = stderr.strip().splitlines()
-        detail = said[-1][:300] if said else f"it ended with {returncode}"
+        lines = stderr.strip().splitlines()
+        detail = lines[-1][:300] if lines else f"it exited with status {returncode}"
         raise OctoError(f"the sandbox did not finish its run: {detail}", code="sandbox_failed")
     report, files = parsed
     reason = report.reason or infer_limit_reason(report, stderr, limits)
@@ -242,16 +243,17 @@ def _build_result(watcher: _ProcessMonitor, returncode: int | None, limits: Limi
 
 
 def infer_limit_reason(report: SandboxReport, stderr: str, limits: Limits) -> LimitReason:
-    """Say which limit ended a program, from its exit code, its use and the last thing that it said."""
+    """Return which limit ended a program, inferred from its exit code, its usage and its last output."""
     code = report.exit_code
     if code == 0:
         return ""
-    # A program that ignores SIGXCPU is ended by SIGKILL a second later.
+    # A program that ignores SIGXCPU is killed by SIGKILL a second later (the hard limit).
     if code == -signal.SIGXCPU or (code == -signal.SIGKILL and report.cpu_seconds >= limits.cpu_seconds):
         return "timeout"
     if code > 0:
         return "memory" if _OUT_OF_MEMORY.search(stderr[-2000:]) else ""
-    # A failed allocation may end in any signal: with half of its memory in use, memory is the likely reason.
+    # A failed allocation may end in any signal (SIGSEGV, SIGABRT). With more than half of its memory in use, that is
+    # the likely cause.
     if code == -signal.SIGKILL or report.peak_bytes > limits.memory_bytes // 2:
         return "memory"
     return "killed"

@@ -1,6 +1,6 @@
-"""The runner: a request becomes a sandbox job within limits.
+"""The runner: turns a request into a sandbox job within limits, and bounds concurrency and queue.
 
-A job is a Python program or one SQL query over data files; concurrency and queue are bounded.
+A job is a Python program, or one SQL query over data files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, OnQueued
 from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, Sandbox, SandboxResult, check_names
 
 DESCRIBE = "--describe"
-"""In place of a query: print what the tables hold."""
+"""In place of a query: print the schemas of the tables."""
 MAX_ROWS = 1000
 MAX_QUERY = 20_000
 """Characters of a query."""
@@ -33,12 +33,12 @@ _TABLE_FORMATS = {
     ".parquet": "parquet",
 }
 _OUTPUT_SHARE = 0.6
-"""The part of the output's bound that rows may take, counted in characters of which few take more than one byte."""
+"""Share of ``output_bytes`` for rows. Rows are counted in characters; the rest is room for multi-byte ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataTable:
-    """A data file and the table that it becomes."""
+    """A data file and the table that it is loaded into."""
 
     file: str
     table: str
@@ -46,18 +46,18 @@ class DataTable:
 
 
 def is_tabular(name: str) -> bool:
-    """Say whether a file of that name can be a table."""
+    """Return whether the extension of a file name is that of a table."""
     return PurePosixPath(name).suffix.lower() in _TABLE_FORMATS
 
 
 def derive_tables(names: Iterable[str]) -> tuple[DataTable, ...]:
-    """Return the tables that files of these names become, in their order.
+    """Return the tables for files of these names, in the same order; files that are not tabular are skipped.
 
-    A table is called like its file's stem, in lower case, with ``_`` for all that is no letter, digit or ``_``; a
-    second one of a name gets ``_2``. Files that are not tabular are left out.
+    A table is named after its file's stem, in lower case, with ``_`` for other characters than letters and digits. A
+    second table of the same name gets the suffix ``_2``.
     """
     tables: list[DataTable] = []
-    taken: set[str] = set()
+    used_names: set[str] = set()
     for name in names:
         path = PurePosixPath(name)
         kind = _TABLE_FORMATS.get(path.suffix.lower())
@@ -67,33 +67,32 @@ def derive_tables(names: Iterable[str]) -> tuple[DataTable, ...]:
         if stem[0].isdigit():
             stem = "t_" + stem
         table, number = stem, 1
-        while table in taken:
+        while table in used_names:
             number += 1
             table = f"{stem}_{number}"
-        taken.add(table)
+        used_names.add(table)
         tables.append(DataTable(name, table, kind))
     return tuple(tables)
 
 
 def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job:
-    """Return the job that answers ``query`` (or :data:`DESCRIBE`) over the tabular ones of ``files``.
+    """Return the job that answers ``query`` (or :data:`DESCRIBE`) over the tabular files among ``files``.
 
-    It prints one JSON object: ``columns``, ``types``, ``rows`` (at most 1000), ``row_count``, ``truncated``; or for
-    a description ``tables``, ``faults`` and ``text``, lines fit for a prompt. A query that is wrong ends with exit
-    code 1 and DuckDB's words on standard error. Raises ``OctoError`` (``invalid_body``) for a query that is empty or
-    too long.
+    It prints one JSON object: ``columns``, ``types``, ``rows`` (at most 1000), ``row_count``, ``truncated``; for a
+    description ``tables``, ``faults`` and ``text``, which is made for a prompt. A wrong query exits with status 1 and
+    DuckDB's message on standard error. Raises ``OctoError`` (``invalid_body``) for an empty or too long query.
     """
     if not query.strip() or len(query) > MAX_QUERY:
         raise OctoError(f"a query has from 1 to {MAX_QUERY} characters", code="invalid_body")
     tables = derive_tables(files)
-    # Numbered names, so that no file of the request takes the place of the runner or of its input.
-    placed = {
+    # Numbered names, so that no file of the request can overwrite the runner or its input.
+    paths = {
         table.file: f"data/{number}{PurePosixPath(table.file).suffix.lower()}" for number, table in enumerate(tables)
     }
     request = {
         "mode": "describe" if query == DESCRIBE else "query",
         "query": query,
-        "tables": [{"table": t.table, "file": t.file, "kind": t.kind, "path": placed[t.file]} for t in tables],
+        "tables": [{"table": t.table, "file": t.file, "kind": t.kind, "path": paths[t.file]} for t in tables],
         "memory_bytes": limits.memory_bytes,
         "max_rows": MAX_ROWS,
         "max_bytes": int(limits.output_bytes * _OUTPUT_SHARE),
@@ -104,7 +103,7 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job
         files={
             "runner_sql.py": runner,
             "request.json": json.dumps(request).encode(),
-            **{placed[t.file]: files[t.file] for t in tables},
+            **{paths[t.file]: files[t.file] for t in tables},
         },
         limits=limits,
         needs_duckdb=True,
@@ -113,7 +112,7 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job
 
 MAX_ARGUMENTS = 64
 MAX_ARGUMENT_BYTES = 64 * 1024
-"""One argument of a command; Linux itself takes 128 KiB."""
+"""Bytes of one argument; Linux allows 128 KiB (MAX_ARG_STRLEN)."""
 
 _SQL_MEMORY = 1024 * MIB
 MAX_QUEUE_SECONDS = 300.0
@@ -150,7 +149,7 @@ class Runner:
 
     @property
     def active(self) -> int:
-        """Return how many runs there are, waiting ones included."""
+        """Return the number of runs, including those that wait."""
         return self._limiter.running + self._limiter.queued
 
     async def run(self, request: RunRequest, files: Mapping[str, bytes]) -> RunResult:
@@ -159,7 +158,7 @@ class Runner:
         Raises ``OctoError``: ``invalid_body`` or ``file_invalid`` for what cannot be run, ``overloaded`` when too
         many wait, ``no_sandbox`` for SQL where the sandbox has no DuckDB, ``sandbox_failed``.
         """
-        # Checked before it waits: a request that cannot run takes no slot.
+        # Validated before waiting, so that an invalid request takes no slot.
         job = self._job(request, files)
         async with self._limiter:
             outcome = await self._sandbox.run(job)
@@ -184,9 +183,9 @@ class Runner:
 
 
 def resolve_limits(requested: RunLimits, defaults: Limits, maxima: Limits, *, memory: int | None = None) -> Limits:
-    """Return the limits of a run: what is asked, or the default, and never more than the maximum.
+    """Return the limits of a run: those requested, or the defaults, capped at the maxima.
 
-    ``memory`` replaces the default of memory. Processor time is twice the wall time, for programs with threads.
+    ``memory`` replaces the default of memory. CPU time is twice the wall time, to allow for threads.
     Raises ``OctoError`` (``invalid_body``) for a limit that is not positive.
     """
     wall = defaults.wall_seconds if requested.wall_seconds is None else requested.wall_seconds
@@ -211,12 +210,12 @@ def resolve_limits(requested: RunLimits, defaults: Limits, maxima: Limits, *, me
 
 
 def _to_run_result(outcome: SandboxResult, sandbox: str, *, with_files: bool) -> RunResult:
-    made = outcome.files if with_files else ()
+    files = outcome.files if with_files else ()
     return RunResult(
         exit_code=outcome.exit_code,
         stdout=outcome.stdout,
         stderr=outcome.stderr,
-        files=tuple(FileRef(name=file.name, text=file.text) for file in made),
+        files=tuple(FileRef(name=file.name, text=file.text) for file in files),
         reason=outcome.reason,
         sandbox=sandbox,
         duration_ms=outcome.duration_ms,

@@ -1,9 +1,9 @@
 """The program that answers one SQL query over data files; it runs inside the sandbox.
 
-Its text is given to the sandbox's interpreter, so it imports the standard library and DuckDB alone. It reads
-``request.json`` beside it: ``mode`` (``query`` or ``describe``), ``query``, ``tables`` (each ``table``, ``file``,
-``kind``), ``memory_bytes``, ``max_rows`` and ``max_bytes``. It prints one JSON object. What is wrong with the query or
-the data goes to standard error, with exit code 1.
+It is sent to the sandbox as text, so it imports only the standard library and DuckDB. It reads ``request.json`` in its
+folder: ``mode`` (``query`` or ``describe``), ``query``, ``tables`` (each ``table``, ``file``, ``kind``),
+``memory_bytes``, ``max_rows`` and ``max_bytes``. It prints one JSON object. Errors in the query or the data go to
+standard error, with exit code 1.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import duckdb
 
 THREADS = 2
 _READ_ONLY = {"SELECT", "EXPLAIN", "MULTI"}
-"""MULTI is PIVOT, which DuckDB runs as several statements."""
+"""DuckDB reports PIVOT as MULTI, because it runs it as several statements."""
 _MAX_COLUMNS = 60
-"""Columns of a table that are described."""
+"""Columns of a table in a description."""
 _FEW_VALUES = 12
 _MAX_CELL = 80
 """Characters of a value in a description."""
@@ -91,7 +91,7 @@ def _csv_options(connection: duckdb.DuckDBPyConnection, path: Path, kind: str) -
 
 
 def plain(value: Any) -> Any:
-    """Return a cell as JSON can say it; dates as ISO 8601, bytes as hexadecimal digits."""
+    """Return a cell as a JSON value; dates as ISO 8601, bytes as hexadecimal digits."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -111,7 +111,7 @@ def plain(value: Any) -> Any:
 
 
 def check(query: str) -> str:
-    """Return the one statement of ``query``, which only reads. Raises ``RefusedError`` otherwise."""
+    """Return the single, read-only statement of ``query``. Raises ``RefusedError`` for any other query."""
     statements = duckdb.extract_statements(query)
     if len(statements) != 1:
         raise RefusedError(f"exactly one SQL statement is wanted, not {len(statements)}")
@@ -139,7 +139,7 @@ def answer(connection: duckdb.DuckDBPyConnection, query: str, max_rows: int, max
             if not room:
                 break
             rows.append(cells)
-        # The rows that do not fit are counted all the same: the caller learns how many there are.
+        # Rows beyond the limits are counted too, so that the caller learns the total.
         count += len(batch)
     return {"columns": columns, "types": types, "rows": rows, "row_count": count, "truncated": count > len(rows)}
 
@@ -176,7 +176,7 @@ def _short(value: Any) -> Any:
 
 
 def as_text(tables: Sequence[dict[str, Any]]) -> str:
-    """Return the description as a few lines for a prompt, with identifiers as SQL wants them."""
+    """Return the description as lines for a prompt, with quoted identifiers."""
     lines: list[str] = []
     for table in tables:
         lines.append(f"table {quoted(table['table'])} ({table['row_count']} rows, from {table['file']})")
@@ -195,7 +195,7 @@ def main() -> int:
     """Answer the request; return the exit code."""
     request = json.loads(Path("request.json").read_text("utf-8"))
     csv.field_size_limit(1 << 20)
-    # From the beginning, or there is a thread with a stack for every processor.
+    # At connect, not later: DuckDB would start a thread per processor first, and their stacks count as memory.
     connection = duckdb.connect(":memory:", config={"threads": THREADS})
     for setting in (
         f"memory_limit = '{int(request['memory_bytes'] * 0.6) // 1048576}MiB'",
@@ -214,8 +214,8 @@ def main() -> int:
             faults.append(f"{item['file']} could not be loaded: {error}")
     if len(request["tables"]) == 1 and loaded and loaded[0][0] != "data":
         connection.execute(f"CREATE VIEW data AS SELECT * FROM {quoted(loaded[0][0])}")  # noqa: S608
-    # After the tables are loaded from files, and before the query, which may read no file.
-    # The lock keeps the query from allowing it again.
+    # After the files are loaded and before the query, which must not read files.
+    # The lock keeps the query from enabling access again.
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     try:

@@ -10,9 +10,9 @@ from typing import Literal, Protocol
 from octollm import OctoError
 
 MAX_NAME = 200
-"""Bytes of a whole relative name."""
+"""Bytes of a relative path."""
 MAX_DEPTH = 8
-"""Parts of a relative name."""
+"""Components of a relative path."""
 MAX_JOB_FILES = 64
 MAX_JOB_BYTES = 128 * 1024 * 1024
 """All files of a job together."""
@@ -21,7 +21,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 def find_name_fault(name: str) -> str:
-    """Say what is wrong with a relative file name, or return the empty string."""
+    """Return the fault of a relative file name, or an empty string."""
     if not name:
         return "a file needs a name"
     try:
@@ -43,7 +43,7 @@ def find_name_fault(name: str) -> str:
 
 
 def check_names(files: Mapping[str, bytes]) -> None:
-    """Raise ``OctoError`` (``file_invalid``) unless ``files`` may enter a work folder together."""
+    """Raise ``OctoError`` (``file_invalid``) unless ``files`` can be written into one working directory."""
     if len(files) > MAX_JOB_FILES:
         raise OctoError(f"a run takes at most {MAX_JOB_FILES} files", code="file_invalid")
     if sum(map(len, files.values())) > MAX_JOB_BYTES:
@@ -68,7 +68,7 @@ MIB = 1024 * KIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds of one run. The defaults are those of a run that asks for nothing."""
+    """Bounds of one run. The defaults apply to a run that requests no limits."""
 
     wall_seconds: float = 10.0
     cpu_seconds: int = 10
@@ -80,17 +80,17 @@ class Limits:
     file_bytes: int = 16 * MIB
     """One file that the program writes."""
     disk_bytes: int = 64 * MIB
-    """What the work folder may hold besides the job's files; the same again for ``/tmp``."""
+    """Bytes in the working directory in addition to the job's files, and the same again in ``/tmp``."""
     disk_entries: int = 10_000
-    """Files and folders in the work folder, and again in ``/tmp``."""
+    """Files and folders in the working directory, and the same again in ``/tmp``."""
     open_files: int = 64
     result_files: int = 16
-    """Files that come back."""
+    """Files that are returned."""
     result_file_bytes: int = 64 * KIB
-    """One file that comes back; a larger one stays behind."""
+    """Bytes of one returned file; larger files are not returned."""
 
     def clamp(self, maxima: Limits) -> Limits:
-        """Return these limits, each cut to that of ``maxima``."""
+        """Return these limits, each capped at that of ``maxima``."""
         return Limits(**{f.name: min(getattr(self, f.name), getattr(maxima, f.name)) for f in fields(self)})
 
 
@@ -106,15 +106,15 @@ MAX_LIMITS = Limits(
     result_files=64,
     result_file_bytes=256 * KIB,
 )
-"""The most that any run may have."""
+"""Upper bounds for what a run can request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One program to run: ``command`` is what follows the interpreter, ``files`` the work folder by relative name.
+    """One program to run: ``command`` are the interpreter's arguments, ``files`` the working directory by path.
 
-    The names have passed :func:`octollm.services.arms.executor.sandbox.check_names`. A job that ``needs_duckdb``
-    finds the DuckDB package importable.
+    The names have passed :func:`octollm.services.arms.executor.sandbox.check_names`. With ``needs_duckdb`` the
+    DuckDB package can be imported.
     """
 
     command: tuple[str, ...]
@@ -125,7 +125,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A small text file that the program made or changed."""
+    """A small text file that the program created or changed."""
 
     name: str
     text: str
@@ -133,7 +133,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class SandboxResult:
-    """How a run ended. ``exit_code`` is negative for a signal; ``reason`` says which limit ended it, if one did."""
+    """The result of a run. ``exit_code`` is negative for a signal; ``reason`` is the limit that ended it, if any."""
 
     exit_code: int
     stdout: str
@@ -144,18 +144,18 @@ class SandboxResult:
 
 
 class Sandbox(Protocol):
-    """A place where a stranger's program runs without reaching anything."""
+    """Runs an untrusted program in isolation."""
 
     @property
     def name(self) -> str:
-        """Return which kind it is, e.g. ``bubblewrap``."""
+        """Return the kind of sandbox, e.g. ``bubblewrap``."""
         ...
 
     async def run(self, job: Job) -> SandboxResult:
-        """Run ``job`` within its limits and return how it ended.
+        """Run ``job`` within its limits and return the result.
 
-        Whatever the program does is an outcome. ``OctoError`` is raised only where the sandbox could not do its
-        part: ``sandbox_failed`` (it did not start), ``no_sandbox`` (it cannot run this kind of job). When the
-        call is cancelled the program is killed before the cancellation goes on.
+        Whatever the program does is a result. ``OctoError`` is raised only for faults of the sandbox:
+        ``sandbox_failed`` (it did not start), ``no_sandbox`` (it cannot run this kind of job). When the call is
+        cancelled, the program is killed before the cancellation propagates.
         """
         ...

@@ -1,7 +1,7 @@
 """The system-call filter of a run: a classic BPF program (seccomp(2), linux/filter.h), built by hand.
 
-The *base* filter holds for everything in the sandbox. The *program* filter is added for the stranger's program:
-it denies new processes too, so that only threads are left.
+The *base* filter applies to everything in the sandbox. The *program* filter is added for the untrusted program: it
+denies new processes as well and allows only threads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _AF_UNIX = 1
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 _NEWEST = 462
-"""The last system call that was looked at (mseal, Linux 6.10). Numbers are shared by the machines from 424 on."""
+"""The newest system call reviewed for this table (mseal, Linux 6.10). From 424 on, numbers are the same everywhere."""
 
 # name: (x86_64, aarch64); None where the machine has no such call.
 _DENIED_CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -58,7 +58,7 @@ _DENIED_CALLS: dict[str, tuple[int | None, int | None]] = {
     "process_mrelease": (448, 448),
     "pidfd_getfd": (438, 438),
     "kcmp": (312, 272),
-    # parts of the kernel with a long record of faults
+    # parts of the kernel with many known vulnerabilities
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -132,13 +132,13 @@ AARCH64 = Architecture("aarch64", 0xC00000B7, 1)
 
 
 def detect_architecture(name: str | None = None) -> Architecture | None:
-    """Return the machine called ``name`` (by default this one), or ``None`` when no filter is known for it."""
+    """Return the architecture called ``name`` (by default this machine's), or ``None`` when it has no filter."""
     name = name or platform.machine()
     return {"x86_64": X86_64, "amd64": X86_64, "aarch64": AARCH64, "arm64": AARCH64}.get(name.lower())
 
 
 def denied_calls(architecture: Architecture, *, allow_processes: bool) -> dict[str, int]:
-    """Return the calls that are always denied, by name with their number; ``allow_processes`` are allowed or not."""
+    """Return the numbers of the denied calls by name; ``fork`` and ``vfork`` only without ``allow_processes``."""
     table = _DENIED_CALLS if allow_processes else _DENIED_CALLS | _PROCESS_CALLS
     numbers = {name: columns[architecture.column] for name, columns in table.items()}
     return {name: number for name, number in numbers.items() if number is not None}
@@ -147,17 +147,17 @@ def denied_calls(architecture: Architecture, *, allow_processes: bool) -> dict[s
 def build_filter(architecture: Architecture, *, allow_processes: bool) -> bytes:
     """Return the filter as an array of ``struct sock_filter``.
 
-    Without ``allow_processes`` the filter denies fork too, and leaves clone for threads alone. A call of another
-    architecture, or of the x32 ABI, kills the process. Denied calls fail with ``EPERM``; ``clone3`` and calls newer
-    than this table with ``ENOSYS``, so that the C library takes the older way (clone3's flags lie in memory, where
-    a filter cannot read them).
+    Without ``allow_processes`` the filter denies fork, and permits clone only for threads. A call of another
+    architecture, or of the x32 ABI, kills the process. Denied calls fail with ``EPERM``. ``clone3`` and calls newer
+    than this table fail with ``ENOSYS``, so that the C library falls back to older calls: the flags of clone3 are in
+    memory, which a filter cannot read.
     """
     refuse, unknown = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS
     column = architecture.column
-    # The architecture first: the numbers below would name other calls on another one.
+    # The architecture first, because the same number is another call on another architecture.
     program = [_op(_LD_ABS, _ARCH), _op(_JEQ, architecture.audit, 1, 0), _op(_RET, KILL_PROCESS), _op(_LD_ABS, _NR)]
     if architecture is X86_64:
-        # x32 has the architecture number of x86-64 and numbers of its own, which no entry of the list would match.
+        # x32 reports the architecture of x86-64, but its call numbers have bit 30 set, so the list would not match.
         program += [_op(_JGE, _X32_BIT, 0, 1), _op(_RET, KILL_PROCESS)]
     program += [_op(_JGT, _NEWEST, 0, 1), _op(_RET, unknown)]
     for number in sorted(denied_calls(architecture, allow_processes=allow_processes).values()):
@@ -167,12 +167,12 @@ def build_filter(architecture: Architecture, *, allow_processes: bool) -> bytes:
     if not allow_processes:
         clone += [_op(_JSET, _CLONE_THREAD, 1, 0), _op(_RET, refuse)]
     program += _for_call(_CLONE[column], clone)
-    # A pair of connected local sockets reaches nobody, and every asyncio event loop wants one.
+    # A pair of connected Unix sockets reaches nothing outside, and every asyncio event loop needs one.
     program += _for_call(_SOCKETPAIR[column], [_op(_LD_ABS, _ARG0), _op(_JEQ, _AF_UNIX, 1, 0), _op(_RET, refuse)])
-    typing = [_op(_LD_ABS, _ARG1)]  # pushing characters into a terminal's input
+    terminal = [_op(_LD_ABS, _ARG1)]  # TIOCSTI inserts characters into a terminal's input
     for request in (_TIOCSTI, _TIOCLINUX):
-        typing += [_op(_JEQ, request, 0, 1), _op(_RET, refuse)]
-    program += _for_call(_IOCTL[column], typing)
+        terminal += [_op(_JEQ, request, 0, 1), _op(_RET, refuse)]
+    program += _for_call(_IOCTL[column], terminal)
     return b"".join([*program, _op(_RET, ALLOW)])
 
 
@@ -181,6 +181,6 @@ def _op(code: int, value: int, when_true: int = 0, when_false: int = 0) -> bytes
 
 
 def _for_call(number: int, body: list[bytes]) -> list[bytes]:
-    """Do ``body`` for the call ``number`` alone; falling out of it allows the call."""
-    # The body loads an argument over the number of the call, so no other call may be compared after it.
+    """Return ``body``, executed only for the call ``number``; reaching its end allows the call."""
+    # The body overwrites the accumulator with an argument, so the call number cannot be compared after it.
     return [_op(_JEQ, number, 0, len(body) + 1), *body, _op(_RET, ALLOW)]

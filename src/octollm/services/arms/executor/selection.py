@@ -1,7 +1,4 @@
-"""Selects the sandbox.
-
-Candidates are probed in the background with a trial run; the first run waits for the outcome.
-"""
+"""Selects the sandbox: candidates are probed in the background with a trial run; the first run waits for the result."""
 
 from __future__ import annotations
 
@@ -37,11 +34,11 @@ async def select_sandbox(
     clock: Clock | None = None,
     on_refused: Callable[[str], None] | None = None,
 ) -> Sandbox:
-    """Return the first sandbox that runs a program: bubblewrap, else WASI; or the one that is preferred.
+    """Return the first sandbox that works: bubblewrap, then WASI; or the preferred one.
 
-    ``on_refused`` is told why one that comes first does not work. ``cache_dir`` holds the WASI interpreter, which is
-    downloaded into it if need be and allowed by ``fetch``. Raises ``OctoError`` (``no_sandbox``) when there is none,
-    saying why not and how to get one.
+    ``on_refused`` is called with the reason for each that does not work. ``cache_dir`` stores the WASI interpreter,
+    which is downloaded if it is missing and ``fetch`` allows it. Raises ``OctoError`` (``no_sandbox``) when none
+    works, with the reasons and how to install one.
     """
     refusals: list[str] = []
     for kind in ("bubblewrap", "wasi") if preference == "auto" else (preference,):
@@ -70,16 +67,16 @@ async def probe_sandbox(sandbox: Sandbox) -> None:
     """Run a small program. Raises ``OctoError`` (``sandbox_failed``) unless it does what it should."""
     outcome = await sandbox.run(_PROBE_JOB)
     if outcome.exit_code != 0 or outcome.stdout != _PROBE_OUTPUT:
-        said = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.exit_code}"])[-1]
-        raise OctoError(f"a trial run failed: {said[:300]}", code="sandbox_failed")
+        last_line = (outcome.stderr.strip().splitlines() or [f"exit code {outcome.exit_code}"])[-1]
+        raise OctoError(f"a trial run failed: {last_line[:300]}", code="sandbox_failed")
 
 
 RETRY_SECONDS = 60.0
-"""How long it is believed that there is no sandbox, before a run has them tried again."""
+"""Seconds for which a failed selection is remembered, before a run tries again."""
 
 
 class RunnerProvider:
-    """Holds the runner once there is a sandbox. ``select`` finds one or raises ``no_sandbox``.
+    """Provides the runner once a sandbox is selected. ``select`` returns one or raises ``no_sandbox``.
 
     ``on_queued`` is as for :class:`Runner`.
     """
@@ -101,22 +98,25 @@ class RunnerProvider:
         self._failed_at = 0.0
 
     def start(self) -> asyncio.Task[Runner]:
-        """Start to choose, unless that was done."""
+        """Start the selection, unless it is running or done."""
         if self._selection is None:
             self._selection = asyncio.create_task(self._create_runner(), name="choose a sandbox")
             self._selection.add_done_callback(self._on_selected)
         return self._selection
 
     async def get(self) -> Runner:
-        """Return the runner. Raises ``no_sandbox`` with how to get one."""
+        """Return the runner. Raises ``no_sandbox``, with instructions how to install one."""
         failure = self._failure
         if failure is not None and self._clock.monotonic() - self._failed_at < RETRY_SECONDS:
             raise OctoError(failure.detail, code=failure.code) from failure
-        # The shield: all runs share the selection, and one that gives up must not end it.
+        # Shielded, because all runs wait for the same selection, and a cancelled run must not cancel it.
         return await asyncio.shield(self.start())
 
     async def checkup(self) -> DependencyStatus:
-        """Say for ``/ready`` which sandbox is in use. Without one the executor still answers: how to get one."""
+        """Return the sandbox in use, for ``/ready``.
+
+        It is not a required dependency: without a sandbox the executor still answers, with how to install one.
+        """
         if self._failure is not None:
             return DependencyStatus(ok=False, detail=self._failure.detail, required=False)
         choosing = self._selection
@@ -125,7 +125,7 @@ class RunnerProvider:
         return DependencyStatus(ok=True, detail=choosing.result().sandbox, required=False)
 
     async def aclose(self) -> None:
-        """Stop choosing."""
+        """Cancel the selection."""
         if self._selection is not None:
             self._selection.cancel()
             await asyncio.wait({self._selection})
@@ -141,7 +141,7 @@ class RunnerProvider:
             self._failure = None
             self._log.info("sandbox.chosen", sandbox=choosing.result().sandbox)
             return
-        # Forgotten, so that a run after RETRY_SECONDS starts another selection.
+        # Cleared, so that a run after RETRY_SECONDS starts another selection.
         self._selection = None
         self._failed_at = self._clock.monotonic()
         self._failure = error if isinstance(error, OctoError) else OctoError(f"No sandbox: {error}", code="no_sandbox")

@@ -1,4 +1,4 @@
-"""The executor as a service: programs and SQL queries of a request or of a task, run in the sandbox of this machine."""
+"""The executor service: runs the programs and SQL queries of requests and tasks in this machine's sandbox."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MAX_REASON = 400
 
 
 def build_run_request(files: Sequence[FileRef], query: str | None) -> RunRequest:
-    """Return the run of a task's files: ``main.py``, else the only program, or ``query``, the text of its SQL file.
+    """Return the run for a task's files: ``query`` (the text of its SQL file), ``main.py``, or the only program.
 
-    Raises ``file_invalid`` when it is not plain what to run.
+    Raises ``file_invalid`` when it is ambiguous what to run.
     """
     if query is not None:
         tables = tuple(file for file in files if not file.name.endswith(".sql"))
@@ -49,19 +49,17 @@ def find_sql_file(files: Sequence[FileRef]) -> FileRef | None:
 
 
 def summarise_run(request: RunRequest, result: RunResult) -> tuple[str, Evidence]:
-    """Return what a run that ended well put out, and what that stands on. Raises ``not_accepted`` for another."""
+    """Return the output of a successful run and its evidence. Raises ``not_accepted`` for a failed one."""
     if result.reason or result.exit_code != 0:
         raise OctoError(f"The run failed: {_failure_reason(result)}", code="not_accepted")
-    check = Check("run", True, f"ended well in {result.duration_ms} ms in {result.sandbox}")
+    check = Check("run", True, f"succeeded in {result.duration_ms} ms in {result.sandbox}")
     if request.language == "sql":
         table = parse_result_set(result.stdout)
         query = request.command[0]
         return _format_table(table, query), Evidence(
             kind="data", query=query, columns=table.columns, rows=table.row_count, checks=(check,)
         )
-    return result.stdout.strip() or "The program ended well and printed nothing.", Evidence(
-        kind="text", checks=(check,)
-    )
+    return result.stdout.strip() or "The program succeeded and printed nothing.", Evidence(kind="text", checks=(check,))
 
 
 def _failure_reason(result: RunResult) -> str:
@@ -94,7 +92,7 @@ class HttpRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class HttpAnswer(msgspec.Struct, frozen=True):
-    """What that server answered."""
+    """The response of that server."""
 
     status: int
     headers: dict[str, str]
@@ -128,9 +126,9 @@ def executor_arm(runner_provider: RunnerProvider, metrics: Metrics, tracer: Trac
 
     @arm.operation(kind="at_most_once", example=HttpRequest("GET", "https://example.org/"), codes=["not_configured"])
     async def http(request: HttpRequest, ctx: Context) -> HttpAnswer:
-        """Call a server outside, where that is configured."""
+        """Call an external server, if that is configured."""
         del request, ctx
-        raise OctoError("Calls to servers outside are not configured here.", code="not_configured")
+        raise OctoError("Calls to external servers are not configured here.", code="not_configured")
 
     del run, execute, http
     return arm
@@ -145,7 +143,7 @@ async def run_in_sandbox(
     names = [file.name for file in request.files]
     if len(set(names)) != len(names):
         raise OctoError("Two files of a run have the same name.", code="file_invalid")
-    # Before the files are fetched: without a sandbox nobody needs them.
+    # Before the files are fetched, which would be wasted without a sandbox.
     runner = await runner_provider.get()
     files = {file.name: await ctx.artifacts.read(file) for file in request.files}
     outcome = "failed"
@@ -164,7 +162,7 @@ async def run_in_sandbox(
 
 
 async def _store_artifacts(result: RunResult, ctx: Context) -> tuple[Artifact, ...]:
-    """Store what a program made, where the authority of the call allows it."""
+    """Store the files that a program wrote, if the token of the call allows it."""
     if not ctx.allows("files:write"):
         return ()
     return tuple([await ctx.artifacts.write(file.name, (file.text or "").encode()) for file in result.files])
@@ -174,10 +172,10 @@ async def _store_artifacts(result: RunResult, ctx: Context) -> tuple[Artifact, .
 async def executor_service(
     base: ServiceBase, settings: Settings, *, select: Callable[[], Awaitable[Sandbox]] | None = None
 ) -> AsyncGenerator[Service]:
-    """Yield the executor as a service; its sandbox is chosen in the background.
+    """Yield the executor service; its sandbox is selected in the background.
 
-    Without a sandbox the service still starts, and says in ``/ready`` and in each answer how to get one; a program is
-    never run outside of one. ``select`` finds another sandbox than the settings name.
+    Without a sandbox the service still starts, and explains in ``/ready`` and in each answer how to install one; it
+    never runs a program without one. ``select`` overrides the settings.
     """
 
     async def by_settings() -> Sandbox:
@@ -189,16 +187,16 @@ async def executor_service(
             on_refused=lambda why: base.log.warning("sandbox.refused", reason=why),
         )
 
-    holder = RunnerProvider(
+    provider = RunnerProvider(
         select or by_settings,
         clock=base.clock,
         log=base.log,
         on_queued=base.metrics.queue_observer("sandbox"),
     )
-    holder.start()
+    provider.start()
     try:
         yield build_arm(
-            executor_arm(holder, base.metrics, base.tracer), base, readiness_checks={"sandbox": holder.checkup}
+            executor_arm(provider, base.metrics, base.tracer), base, readiness_checks={"sandbox": provider.checkup}
         )
     finally:
-        await holder.aclose()
+        await provider.aclose()

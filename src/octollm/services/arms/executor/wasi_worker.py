@@ -21,20 +21,20 @@ from octollm.services.arms.executor.wasi import new_engine
 
 _TICK_MS = 50
 _CPU_GRACE = 5
-"""Seconds between the limit that the watch keeps and the one that the kernel keeps."""
+"""Seconds by which the kernel's limit exceeds the monitor's, so that the monitor can report the reason first."""
 _PAGE = 64 * 1024
 
 
 def drop_privileges(user: tuple[int, int]) -> None:
-    """Become the sandbox's user."""
-    # The user last: without root's rights the groups could not be changed any more.
+    """Change to the sandbox's user."""
+    # The user last: without root privileges the groups could not be changed any more.
     os.setgroups([])
     os.setgid(user[1])
     os.setuid(user[0])
 
 
 def apply_rlimits(limits: dict[str, Any]) -> None:
-    """Take on the kernel's limits, as a second line behind the engine's."""
+    """Apply the kernel's limits, as a second line of defence behind the engine's."""
     cpu = limits["cpu_seconds"] + _CPU_GRACE
     for kind, value in (
         (resource.RLIMIT_CORE, 0),
@@ -48,27 +48,27 @@ def apply_rlimits(limits: dict[str, Any]) -> None:
 
 
 def measure_usage(folders: tuple[str, ...], most_entries: int) -> tuple[int, int]:
-    """Return the bytes and entries under ``folders``, counting on no further than ``most_entries``."""
+    """Return the bytes and entries under ``folders``; counting stops after ``most_entries``."""
     size = entries = 0
-    waiting = list(folders)
-    while waiting and entries <= most_entries:
+    pending = list(folders)
+    while pending and entries <= most_entries:
         try:
-            with os.scandir(waiting.pop()) as found:
-                for entry in found:
+            with os.scandir(pending.pop()) as entries_iterator:
+                for entry in entries_iterator:
                     entries += 1
                     if entries > most_entries:
                         break
                     if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
+                        pending.append(entry.path)
                     else:
                         size += entry.stat(follow_symlinks=False).st_blocks * 512
         except OSError:
-            continue  # it was removed while we looked
+            continue  # the program removed it during the scan
     return size, entries
 
 
 class ResourceMonitor(threading.Thread):
-    """Interrupts the program when it fills the disk, uses up its processor time, or the parent is gone."""
+    """Interrupts the program when it exceeds its disk or CPU limit; ends the process when the parent is gone."""
 
     def __init__(self, engine: wasmtime.Engine, life: int, limits: dict[str, Any], most_bytes: int) -> None:
         super().__init__(daemon=True)
@@ -79,7 +79,7 @@ class ResourceMonitor(threading.Thread):
         self.reason = ""
 
     def run(self) -> None:
-        """Look every few milliseconds until there is a reason to stop."""
+        """Check the limits every ``_TICK_MS`` until one is exceeded."""
         poll = select.poll()
         poll.register(self._life, select.POLLIN)
         while not self.reason:
@@ -95,7 +95,7 @@ class ResourceMonitor(threading.Thread):
 
 
 def run_program(engine: wasmtime.Engine, module: wasmtime.Module, header: dict[str, Any]) -> tuple[int, int, bool]:
-    """Run the program to its end; return its exit code, the bytes of its memory, and whether it was interrupted."""
+    """Run the program to its end; return its exit code, its memory in bytes, and whether it was interrupted."""
     store = wasmtime.Store(engine)
     store.set_limits(memory_size=header["limits"]["memory_bytes"])
     store.set_epoch_deadline(1)
@@ -116,8 +116,8 @@ def run_program(engine: wasmtime.Engine, module: wasmtime.Module, header: dict[s
     code, interrupted = 0, False
     try:
         start(store)
-    except wasmtime.ExitTrap as ended:
-        code = ended.code
+    except wasmtime.ExitTrap as exit_trap:
+        code = exit_trap.code
     except wasmtime.Trap as trap:
         interrupted = trap.trap_code == wasmtime.TrapCode.INTERRUPT
         code = -signal.SIGKILL if interrupted else -signal.SIGABRT
@@ -127,33 +127,33 @@ def run_program(engine: wasmtime.Engine, module: wasmtime.Module, header: dict[s
 
 
 def main(result: int, life: int) -> None:
-    """Run the job that stands on descriptor 0."""
+    """Run the job from descriptor 0."""
     stream = open(0, "rb", closefd=False)  # noqa: SIM115
     header = read_header(stream)
     limits = header["limits"]
     engine = new_engine()
-    # Before privileges are dropped: only the service's own user can read the cache.
+    # Before dropping privileges, because only the service's own user can read the cache.
     module = wasmtime.Module.deserialize_file(engine, header["module"])
     os.chdir(header["folder"])
     if header["identity"]:
         drop_privileges(header["identity"])
     before = unpack_files(stream, header["files"], "work", limits["result_file_bytes"])
     os.close(0)
-    # After unpacking, since a file of the job may be larger than any that the program may write.
+    # After unpacking, because a file of the job may be larger than the program may write (RLIMIT_FSIZE).
     apply_rlimits(limits)
     size, _ = measure_usage(("work",), limits["disk_entries"])
-    watch = ResourceMonitor(engine, life, limits, size + limits["disk_bytes"])
-    watch.start()
+    monitor = ResourceMonitor(engine, life, limits, size + limits["disk_bytes"])
+    monitor.start()
     code, peak, interrupted = run_program(engine, module, header)
-    made = collect_files("work", before, limits["result_files"], limits["result_file_bytes"])
+    files = collect_files("work", before, limits["result_files"], limits["result_file_bytes"])
     report = {
         "exit_code": code,
-        # A program that ended by itself just before a limit took hold was not ended by that limit.
-        "reason": watch.reason if interrupted else "",
+        # A program that exited by itself just before the interrupt was not ended by the limit.
+        "reason": monitor.reason if interrupted else "",
         "peak_bytes": peak,
         "cpu_seconds": time.process_time(),
     }
-    send_report(result, report, made)
+    send_report(result, report, files)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The judge says whether code is valid, and whether a step's result is what was asked.
+"""The judge arm: decides whether code is valid, and whether a step's result meets its goal.
 
-Its checks live here as plain functions over callables, and the HTTP service that binds them. No other arm's code may
-be imported, and the code under judgement is never run here, only by the executor.
+The checks are plain functions over callables; ``service.py`` binds them to HTTP. This package imports no other arm, and
+never runs the code that it judges: only the executor does.
 """

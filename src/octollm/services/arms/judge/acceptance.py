@@ -1,7 +1,7 @@
-"""Accepts a step's result by its evidence.
+"""Accepts or rejects a step's result by its evidence.
 
-Code is validated again, a query is run again, citations are looked up; a capable model judges what code cannot check
-(LLM as a judge).
+The judge validates code again, runs a query again and looks up citations; a capable model judges what rules cannot
+check (LLM as a judge).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ReadFile = Callable[[str], Awaitable[bytes]]
 
 
 async def read_text(file: FileRef, read_file: ReadFile) -> str:
-    """Return a file's text: what stands in place, else what is stored. Bytes that are no UTF-8 are marked."""
+    """Return a file's text: its inline text, otherwise the stored content. Invalid UTF-8 becomes U+FFFD."""
     if file.text is not None:
         return file.text
     if file.digest is None:
@@ -67,21 +67,21 @@ class _Opinion(msgspec.Struct, frozen=True):
 
 
 async def ask_opinion(request: AcceptRequest, ask: PromptFunction) -> AcceptResult:
-    """Return what the model thinks of the result. Raises ``OctoError`` (``model_output_invalid``) if it is not JSON."""
+    """Return the model's verdict on a result. Raises ``OctoError`` (``model_output_invalid``) if it is not JSON."""
     answer = await ask(_opinion_messages(request), max_tokens=MAX_OPINION_TOKENS, schema=_OPINION_SCHEMA)
     try:
-        said = msgspec.json.decode(answer.encode(), type=_Opinion)
+        opinion = msgspec.json.decode(answer.encode(), type=_Opinion)
     except msgspec.DecodeError as exc:
         raise OctoError("The model's verdict could not be read.", code="model_output_invalid") from exc
-    reasons = () if said.accepted else (said.reason.strip() or "The result does not do what was asked.",)
-    return AcceptResult(accepted=said.accepted, reasons=reasons, score=1.0 if said.accepted else 0.0)
+    reasons = () if opinion.accepted else (opinion.reason.strip() or "The result does not do what was asked.",)
+    return AcceptResult(accepted=opinion.accepted, reasons=reasons, score=1.0 if opinion.accepted else 0.0)
 
 
 def _opinion_messages(request: AcceptRequest) -> list[Message]:
     criteria = "".join(f"\n- {criterion}" for criterion in request.criteria[:10])
     listed = f"\n\nCriteria:{criteria}" if criteria else ""
     output = request.result.output[:MAX_SHOWN_CHARS]
-    # The result may hold text that speaks to the judge; the marks say where it begins and ends.
+    # The result may contain instructions to the judge (prompt injection); the tags mark it as data.
     return [
         Message.system(_OPINION_PROMPT),
         Message.user(f"Asked:\n{request.goal}{listed}\n\n<result>\n{output}\n</result>"),
@@ -89,22 +89,22 @@ def _opinion_messages(request: AcceptRequest) -> list[Message]:
 
 
 MIN_SUPPORT = 0.5
-"""Share of the answer's own words that the cited lines must hold."""
+"""Share of the answer's own words that the cited lines must contain."""
 MAX_CITED_LINES = 12
 _DENIALS = ("not found", "not stated", "not mentioned")
 
 
 async def check_documents(request: AcceptRequest, evidence: Evidence, read_file: ReadFile) -> tuple[list[str], int]:
-    """Return the reasons against an answer from documents, and how many checks were done.
+    """Return the reasons against an answer from documents, and the number of checks.
 
-    That nothing was found is an honest answer, unless the words of the question stand together in one line.
+    "Not found" is a valid answer, provided that the text of the result says so and cites nothing.
     """
     output = request.result.output
     if not evidence.found:
         if evidence.citations:
             return ["The answer says that nothing was found, and cites something."], 1
-        said = output.lower().startswith(_DENIALS)
-        return ([] if said else ["Nothing was found, but the answer does not say so."]), 1
+        is_denial = output.lower().startswith(_DENIALS)
+        return ([] if is_denial else ["Nothing was found, but the answer does not say so."]), 1
     if not evidence.citations:
         return ["The answer cites nothing."], 1
     reasons: list[str] = []
@@ -115,18 +115,18 @@ async def check_documents(request: AcceptRequest, evidence: Evidence, read_file:
     answer = _strip_references(output, evidence.citations)
     cited = "\n".join(citation.text for citation in evidence.citations)
     own = (stems(answer) - stems(request.goal)) or stems(answer)
-    carried = len(own & stems(cited)) / len(own) if own else 0.0
-    if own and carried < MIN_SUPPORT:
+    coverage = len(own & stems(cited)) / len(own) if own else 0.0
+    if own and coverage < MIN_SUPPORT:
         missing = [word for word in content_words(answer) if stems(word) <= own - stems(cited)][:5]
-        reasons.append(f"The cited lines do not carry the answer: they lack {', '.join(missing)}.")
-    strange = sorted(extract_numbers(answer) - extract_numbers_and_words(cited) - extract_numbers(request.goal))
-    if strange:
-        reasons.append(f"The answer has {', '.join(strange)}, the cited lines do not.")
+        reasons.append(f"The cited lines do not support the answer: they lack {', '.join(missing)}.")
+    unsupported = sorted(extract_numbers(answer) - extract_numbers_and_words(cited) - extract_numbers(request.goal))
+    if unsupported:
+        reasons.append(f"The answer has {', '.join(unsupported)}, the cited lines do not.")
     return reasons, len(evidence.citations) + 2
 
 
 async def _find_citation_fault(citation: Citation, request: AcceptRequest, read_file: ReadFile) -> str:
-    """Say what is wrong with a citation, or return the empty string."""
+    """Return the fault of a citation, or an empty string."""
     where = f"{citation.file}:{citation.line_start}-{citation.line_end}"
     file = next((file for file in request.files if file.name == citation.file), None)
     if file is None:
@@ -136,9 +136,9 @@ async def _find_citation_fault(citation: Citation, request: AcceptRequest, read_
         return f"{where} is cited, but the file has {len(lines)} lines."
     if citation.line_end - citation.line_start >= MAX_CITED_LINES:
         return f"{where} is too long for a citation."
-    there = "\n".join(lines[citation.line_start - 1 : citation.line_end])
-    if not citation.text.strip() or _collapse_whitespace(citation.text) not in _collapse_whitespace(there):
-        return f"{where} does not read as cited."
+    cited_text = "\n".join(lines[citation.line_start - 1 : citation.line_end])
+    if not citation.text.strip() or _collapse_whitespace(citation.text) not in _collapse_whitespace(cited_text):
+        return f"{where} does not contain the cited text."
     return ""
 
 
@@ -153,12 +153,12 @@ def _collapse_whitespace(text: str) -> str:
 
 
 MAX_COMPARED_ROWS = 50
-"""Rows of the query's output that the answer has to show."""
+"""Rows of the query's output that are compared with the answer."""
 _TABLE_REFERENCE = re.compile(r"\b(?:from|join)\b", re.IGNORECASE)
 
 
 async def check_data(request: AcceptRequest, evidence: Evidence, run: Run) -> tuple[list[str], int]:
-    """Return the reasons against an answer from data, and how many checks were done."""
+    """Return the reasons against an answer from data, and the number of checks."""
     query, output = evidence.query, request.result.output
     if not query:
         return ["The answer names no query."], 1
@@ -167,11 +167,13 @@ async def check_data(request: AcceptRequest, evidence: Evidence, run: Run) -> tu
         reasons.append("The query reads no table.")
     if _collapse_query_whitespace(query) not in _collapse_query_whitespace(output):
         reasons.append("The answer does not show its query.")
-    ran = await run(RunRequest(language="sql", command=(query,), files=request.files))
-    if ran.exit_code != 0:
-        reasons.append(f"The query fails when it is run again: {(ran.stderr.strip() or ran.reason)[:300]}")
+    run_result = await run(RunRequest(language="sql", command=(query,), files=request.files))
+    if run_result.exit_code != 0:
+        reasons.append(
+            f"The query fails when it is run again: {(run_result.stderr.strip() or run_result.reason)[:300]}"
+        )
         return reasons, 3
-    table = parse_result_set(ran.stdout)
+    table = parse_result_set(run_result.stdout)
     if not table.rows and not output.lower().startswith("no rows"):
         reasons.append("The query gives no rows, but the answer does not say so.")
     reasons.extend(_find_differences(table, evidence, output))
@@ -203,7 +205,7 @@ MIN_ASSERTIONS = 2
 
 
 async def check_code(texts: dict[str, str], run: Run) -> tuple[list[str], int]:
-    """Return the reasons against the Python files ``texts`` (name → text), and how many checks were done."""
+    """Return the reasons against the Python files ``texts`` (name → text), and the number of checks."""
     tests = [name for name in texts if name.startswith("test")]
     modules = [name for name in texts if name not in tests]
     if not modules:
@@ -226,18 +228,25 @@ async def check_code(texts: dict[str, str], run: Run) -> tuple[list[str], int]:
 
 
 def find_test_weakness(tests: str, module: str) -> str:
-    """Say why tests prove nothing of ``module``; empty when they import it and compare several of its results."""
+    """Return why tests prove nothing about ``module``, or an empty string.
+
+    Sound tests import the module and assert several different things about its results.
+    """
     tree, fault = parse_python(tests, "the tests")
     if tree is None:
         return fault
     names = _imported_names(tree, module)
     if not names:
         return f"The tests do not import {module}."
-    made = _derived_names(tree, names)
-    held = {ast.unparse(node) for node in ast.walk(tree) if _is_assertion(node) and _reads_any(node, names | made)}
-    if len(held) < MIN_ASSERTIONS:
-        return f"The tests assert less than {MIN_ASSERTIONS} things of {module}."
+    derived = _derived_names(tree, names)
+    # A set of sources, so that the same assertion repeated counts once.
+    assertions = {
+        ast.unparse(node) for node in ast.walk(tree) if _is_assertion(node) and _reads_any(node, names | derived)
+    }
+    if len(assertions) < MIN_ASSERTIONS:
+        return f"The tests make less than {MIN_ASSERTIONS} assertions about {module}."
     if any(isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in names for n in ast.walk(tree)):
+        # Otherwise the tests would test their own copy.
         return f"The tests define what they should import from {module}."
     return ""
 
@@ -253,14 +262,14 @@ def _imported_names(tree: ast.Module, module: str) -> set[str]:
 
 
 def _derived_names(tree: ast.Module, names: set[str]) -> set[str]:
-    """Return the variables and attributes that hold something made with ``names``, by what is read of them."""
-    made: set[str] = set()
+    """Return the variables and attributes whose values are computed with ``names``, directly or through another."""
+    derived: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and _reads_any(node.value, names | made):
-            made.update(ast.unparse(target) for target in node.targets)
+        if isinstance(node, ast.Assign) and _reads_any(node.value, names | derived):
+            derived.update(ast.unparse(target) for target in node.targets)
         elif isinstance(node, ast.withitem) and node.optional_vars and _reads_any(node.context_expr, names):
-            made.add(ast.unparse(node.optional_vars))
-    return made
+            derived.add(ast.unparse(node.optional_vars))
+    return derived
 
 
 def _is_assertion(node: ast.AST) -> bool:
@@ -288,7 +297,8 @@ def find_output_faults(output: str, schema: Mapping[str, Any]) -> tuple[str, ...
     except (msgspec.DecodeError, RecursionError) as error:
         return (f"The output is no JSON document: {error}",)
     try:
-        # The schema is the client's: patterns run in linear time, and references to other hosts are not followed.
+        # The client wrote the schema. So patterns use the engine with linear run time (no ReDoS), and remote
+        # references are not fetched (no SSRF).
         validator = jsonschema_rs.validator_for(
             dict(schema), pattern_options=jsonschema_rs.RegexOptions(), offline=True
         )
@@ -308,15 +318,15 @@ def _json_pointer(path: list[str | int]) -> str:
 _EMPTY_OUTPUT = re.compile(r"^\W*+(?:none|null|n/?a|todo)?\W*+$", re.IGNORECASE)
 """Possessive quantifiers: backtracking over a long run of brackets would take quadratic time."""
 _UNCHECKED_SCORE = 0.5
-"""The score of a text that nobody could check."""
+"""The score of a text that could not be checked."""
 
 
 async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, read_file: ReadFile) -> AcceptResult:
-    """Judge a result. Code is validated anew, a query is run anew, citations are looked up in their files.
+    """Judge a result by its evidence: validate code again, run a query again, look up citations in their files.
 
-    What can be checked decides. ``ask`` is a model that is able to judge, or ``None``: its opinion is asked of plain
-    text, and of criteria once the checks have passed. ``score`` is the share of checks that passed. Raises what
-    ``run``, ``ask`` and ``read_file`` raise.
+    These checks take precedence over a model's opinion. ``ask`` is a model capable of judging, or ``None``: it judges
+    plain text, and the criteria of a result that passed its checks. ``score`` is the share of checks that passed.
+    Raises what ``run``, ``ask`` and ``read_file`` raise.
     """
     evidence = request.result.evidence
     if _EMPTY_OUTPUT.match(request.result.output) and not request.result.artifacts:
@@ -331,8 +341,8 @@ async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, r
     elif evidence.kind == "data":
         reasons, checks = await check_data(request, evidence, run)
     else:
-        made = [FileRef(a.name, digest=a.digest) for a in request.result.artifacts if a.name.endswith(".py")]
-        reasons, checks = await check_code({file.name: await read_text(file, read_file) for file in made}, run)
+        sources = [FileRef(a.name, digest=a.digest) for a in request.result.artifacts if a.name.endswith(".py")]
+        reasons, checks = await check_code({file.name: await read_text(file, read_file) for file in sources}, run)
     if not reasons and request.criteria and ask:
         return await ask_opinion(request, ask)
     failed = min(len(reasons), checks)

@@ -1,4 +1,4 @@
-"""The judge as a service: it checks code, and whether a result is what was asked for."""
+"""The judge service: validates code, and accepts or rejects results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def judge_arm(settings: Settings) -> Arm:
     """Return the judge."""
     arm = Arm.built_in(
         "judge",
-        "Checks code by running its tests, and results by what they stand on.",
+        "Checks code by running its tests, and results by their evidence.",
         calls=calls_of("judge"),
         accepts=("files:text",),
     )
@@ -55,10 +55,10 @@ def judge_arm(settings: Settings) -> Arm:
 
 
 async def validate_files(task: Task, ctx: Context) -> ExecuteResult:
-    """Validate every module among a task's files; the output is a verdict for each.
+    """Validate every module among a task's files; the output has a verdict for each.
 
-    A file whose name begins with ``test`` holds tests, of the module that its name has in it. Raises
-    ``file_invalid`` without a module to check, and what reading and running raise.
+    A file whose name begins with ``test`` has the tests of the module that its name contains. Raises ``file_invalid``
+    without a module to check, and what reading and running raise.
     """
     names = [file for file in task.context.files if file.name.endswith(".py")]
     if len(names) > MAX_CODE_FILES:
@@ -76,12 +76,12 @@ async def validate_files(task: Task, ctx: Context) -> ExecuteResult:
         request = ValidateRequest(code, "python", name, tests.get(own, ""), own or "test_solution.py")
         verdict = await validate_code(request, bind_run(ctx))
         checks.extend(verdict.checks)
-        said = "valid" if verdict.is_valid else "not valid"
-        verdicts.append("\n".join((f"{name}: {said}", *(f"- {reason}" for reason in verdict.reasons))))
+        verdict_text = "valid" if verdict.is_valid else "not valid"
+        verdicts.append("\n".join((f"{name}: {verdict_text}", *(f"- {reason}" for reason in verdict.reasons))))
     return ExecuteResult(output="\n".join(verdicts), evidence=Evidence(kind="text", checks=tuple(checks)))
 
 
 @contextlib.asynccontextmanager
 async def judge_service(base: ServiceBase, settings: Settings) -> AsyncGenerator[Service]:
-    """Yield the judge as a service. It holds nothing."""
+    """Yield the judge service. It keeps no state."""
     yield build_arm(judge_arm(settings), base)

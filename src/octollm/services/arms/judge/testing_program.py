@@ -1,4 +1,4 @@
-"""The program that runs tests inside the sandbox. It is sent there as text and needs the standard library only.
+"""The program that runs tests inside the sandbox. It is sent as text and uses the standard library only.
 
 Usage: ``python <this file> MODULE``. It prints one line: the marker, then JSON with ``ran`` and ``failures``.
 """
@@ -20,7 +20,7 @@ MAX_TEXT = 300
 
 def main(name: str) -> None:
     """Run the tests of module ``name``: unittest cases, and functions whose name begins with ``test``."""
-    printed, sys.stdout = sys.stdout, io.StringIO()
+    real_stdout, sys.stdout = sys.stdout, io.StringIO()
     failures: list[dict[str, str]] = []
     ran = 0
     try:
@@ -36,14 +36,14 @@ def main(name: str) -> None:
             failures.append({"test": name, "error": "a test passed that was expected to fail", "source": ""})
     except BaseException:
         failures.append({"test": "import", **explain(traceback.format_exc(), name)})
-    printed.write("\n" + MARKER + json.dumps({"ran": ran, "failures": failures}) + "\n")
-    printed.flush()
-    # What the code under test has left for the end of the program may not add a line of its own.
+    real_stdout.write("\n" + MARKER + json.dumps({"ran": ran, "failures": failures}) + "\n")
+    real_stdout.flush()
+    # Not sys.exit: an atexit handler or thread of the code under test could print a forged result line.
     os._exit(0)
 
 
 def collect(module: types.ModuleType) -> unittest.TestSuite:
-    """Return the cases of a module, its test functions among them."""
+    """Return the test cases of a module, including its plain test functions without parameters."""
     suite = unittest.defaultTestLoader.loadTestsFromModule(module)
     for name, value in vars(module).items():
         if name.startswith("test") and isinstance(value, types.FunctionType) and not value.__code__.co_argcount:
@@ -52,7 +52,7 @@ def collect(module: types.ModuleType) -> unittest.TestSuite:
 
 
 def explain(text: str, name: str) -> dict[str, str]:
-    """Return the statement of the tests that failed and the error, out of a traceback's text."""
+    """Return the failed statement of the tests and the error, parsed from the text of a traceback."""
     lines = text.rstrip().split("\n")
     source = ""
     for line in lines:

@@ -19,11 +19,11 @@ from octollm.contracts.operations import RunLimits, RunRequest, RunResult, Valid
 from octollm.services.arms.judge.testing_program import MARKER
 
 MAX_CODE_CHARS = 200_000
-"""Characters of code that are looked at; more is refused."""
+"""Characters of one file; a longer one is rejected."""
 
 
 def parse_python(code: str, filename: str) -> tuple[ast.Module | None, str]:
-    """Return the tree of ``code``, or ``None`` and the reason why there is none."""
+    """Return the syntax tree of ``code``, or ``None`` and the reason."""
     if len(code) > MAX_CODE_CHARS:
         return None, f"{filename} is longer than {MAX_CODE_CHARS} characters."
     if not code.strip():
@@ -32,6 +32,7 @@ def parse_python(code: str, filename: str) -> tuple[ast.Module | None, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(code, filename=filename)
+            # Compiling finds what parsing does not, such as ``return`` outside of a function.
             compile(tree, filename, "exec", dont_inherit=True)
     except SyntaxError as error:
         line = (error.text or "").strip()[:120]
@@ -63,7 +64,7 @@ _LINT_ERRORS = (
 
 
 def lint(tree: ast.Module, filename: str) -> list[str]:
-    """Return the real errors that pyflakes sees, in the order of their lines, at most a few."""
+    """Return the errors that pyflakes finds, without its style warnings, by line, at most ``MAX_LINT_REASONS``."""
     messages = [
         message for message in checker.Checker(tree, filename=filename).messages if isinstance(message, _LINT_ERRORS)
     ]
@@ -98,14 +99,14 @@ class SuiteReport(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """How the tests ended: how many ran, and why they are not passed."""
+    """Result of a test run: the number of tests, and the reasons why they failed, empty when all passed."""
 
     ran: int
     reasons: tuple[str, ...]
 
 
 async def run_tests(request: ValidateRequest, run: Run) -> SuiteResult:
-    """Run the tests of ``request`` with the executor. No test run at all counts as failed.
+    """Run the tests of ``request`` with the executor. A run without any test counts as failed.
 
     Raises what ``run`` raises.
     """
@@ -136,7 +137,7 @@ async def run_tests(request: ValidateRequest, run: Run) -> SuiteResult:
 
 
 def describe_failure(failure: FailedTest) -> str:
-    """Say what failed: the statement of the test, then what happened."""
+    """Return a failure as text: the failed statement, then the error."""
     error = failure.error.removeprefix("AssertionError: ")
     where = failure.source or failure.test
     return f"{where} failed: {error}"[:MAX_REASON_CHARS] if error != "AssertionError" else f"{where} is not so"
@@ -160,9 +161,9 @@ PYTHON_NAMES = frozenset({"python", "python3", "py"})
 
 
 async def validate(request: ValidateRequest, run: Run) -> ValidateResult:
-    """Validate code, and its tests where there are any. Nothing of it runs outside of ``run``.
+    """Validate code, and run its tests if it has any. Only ``run`` executes code.
 
-    Other languages than Python are not valid here, with that as the reason. Raises what ``run`` raises.
+    Languages other than Python are not valid. Raises what ``run`` raises.
     """
     if request.language.strip().lower() not in PYTHON_NAMES:
         return _rejection((), "language", [f"Only Python can be checked here, not {request.language[:40]}."])
@@ -180,10 +181,10 @@ async def validate(request: ValidateRequest, run: Run) -> ValidateResult:
         return _rejection(passed, "lint", faults)
     passed.append(Check("lint", True))
     if request.tests.strip():
-        tested = await run_tests(request, run)
-        if tested.reasons:
-            return _rejection(passed, "tests", list(tested.reasons))
-        passed.append(Check("tests", True, f"{tested.ran} passed"))
+        result = await run_tests(request, run)
+        if result.reasons:
+            return _rejection(passed, "tests", list(result.reasons))
+        passed.append(Check("tests", True, f"{result.ran} passed"))
     return ValidateResult(is_valid=True, checks=tuple(passed))
 
 

@@ -1,5 +1,5 @@
-"""The planner: a goal becomes a plan of steps, or is worked off with a few programs.
+"""The planner arm: turns a goal into a plan of steps, or reaches it with a few generated programs.
 
-Its thinking lives here as plain functions over callables, and the HTTP service that binds them. No other arm's code
-may be imported, and nothing here runs code or reads a file by itself.
+The logic is plain functions over callables; ``service.py`` binds them to HTTP. This package imports no other arm, and
+never runs code or reads a file itself.
 """

@@ -1,6 +1,6 @@
-"""Plans by rule, for small models.
+"""Rule-based planning, for small models.
 
-Code assigns files and goal to arms by media type and matching words; the model only words titles and criteria.
+Rules assign files and goal to arms by media type and matching words; the model writes only titles and criteria.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from octollm.text.intent import is_programming_goal
 from octollm.text.lexical import stem, stems, tokenize
 
 MIN_MATCH_SCORE = 2
-"""Points from which on an arm fits. One word in common is an accident."""
+"""The score at which an arm matches. A single word in common is too weak: it is often accidental."""
 
 _POLITE_TEXT = """
 please kindly can could would will you i we want need like let us to me my the a an just help have get
@@ -36,28 +36,33 @@ _NAME_PART = re.compile(r"[a-z0-9]+")
 
 
 def leading_stem(text: str) -> str:
-    """Return the stem of the word that ``text`` begins with, politeness passed over: what it is about to do."""
+    """Return the stem of the first word that is no polite filler: usually the verb, as in *please translate …*."""
     return next((stem(word) for word in tokenize(text) if word not in _POLITE_WORDS), "")
 
 
 def score_arm(goal: str, arm: ArmInfo) -> int:
-    """Return how well ``arm`` fits ``goal``, in points.
+    """Return how well ``arm`` matches ``goal``, as a score.
 
-    A point for each word of meaning that its description and the goal share, one for each part of its name that the
-    goal has, and one more when the goal begins with a word of the description: *Translate …* for an arm that
-    *translates*. Words that fit any goal, such as *write* and *text*, count nothing.
+    One point for each significant word that the description and the goal share, one for each part of the arm's name
+    that occurs in the goal, and one more when the goal begins with a word of the description: *Translate …* for an
+    arm that *translates*. Generic words such as *write* and *text* score nothing.
     """
-    described = (stems(arm.description) | {leading_stem(arm.description)}) - _GENERAL_STEMS
-    said = (stems(goal) | {leading_stem(goal)}) - _GENERAL_STEMS
-    named = {stem(part) for part in _NAME_PART.findall(arm.name)} - _GENERAL_STEMS
-    return len(described & said) + len(named & said) + (leading_stem(goal) in described)
+    description_words = (stems(arm.description) | {leading_stem(arm.description)}) - _GENERAL_STEMS
+    goal_words = (stems(goal) | {leading_stem(goal)}) - _GENERAL_STEMS
+    name_words = {stem(part) for part in _NAME_PART.findall(arm.name)} - _GENERAL_STEMS
+    return (
+        len(description_words & goal_words) + len(name_words & goal_words) + (leading_stem(goal) in description_words)
+    )
 
 
 def find_matching_arm(goal: str, arms: Sequence[ArmInfo], *, with_files: bool) -> ArmInfo | None:
-    """Return the arm that fits best, the first by name of equals; ``None`` when none fits, or a program is wanted."""
+    """Return the arm with the highest score; ``None`` when no arm matches or the goal asks for a program.
+
+    Ties go to the first name in alphabetical order, so that the same goal always gets the same plan.
+    """
     if is_programming_goal(goal, has_files=with_files):
         return None
-    best = max(sorted(arms, key=lambda arm: arm.name, reverse=True), key=lambda arm: score_arm(goal, arm), default=None)
+    best = min(arms, key=lambda arm: (-score_arm(goal, arm), arm.name), default=None)
     return best if best is not None and score_arm(goal, best) >= MIN_MATCH_SCORE else None
 
 
@@ -66,7 +71,7 @@ _KIND_PREFIX = "kind:"
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A part of a goal: the arm that does it, the files it is given, and a plain title."""
+    """A part of a goal: its arm, its files, and a title that needs no model."""
 
     arm: str
     files: tuple[str, ...]
@@ -74,18 +79,18 @@ class Assignment:
 
 
 def assign_arms(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, wants_code: bool) -> list[Assignment]:
-    """Split a goal into parts that need nothing of each other.
+    """Split a goal into independent parts.
 
-    A third-party arm comes first: it takes the goal if it accepts ``kind:<word>`` and the goal has that word, or the
-    files whose media type it accepts, or the goal if its description fits. Tables go to the coder, which queries
-    them. Other texts go to the retriever, which cites them, or with ``wants_code`` to the coder. Raises ``OctoError``
-    (``file_invalid``) for a file that no arm can read.
+    Third-party arms take precedence: an arm gets the goal if it accepts ``kind:<word>`` and the goal contains that
+    word, or the files whose media type it accepts, or the goal if its description matches. Tables go to the coder,
+    which queries them. Other texts go to the retriever, which cites them, or with ``wants_code`` to the coder. Raises
+    ``OctoError`` (``file_invalid``) for a file that no arm can read.
     """
     own = [arm for arm in arms if arm.name not in BUILT_IN_ARMS]
-    said = stems(goal)
+    goal_words = stems(goal)
     for arm in own:
         if any(
-            stem(word.removeprefix(_KIND_PREFIX).lower()) in said
+            stem(word.removeprefix(_KIND_PREFIX).lower()) in goal_words
             for word in arm.accepts
             if word.startswith(_KIND_PREFIX)
         ):
@@ -125,10 +130,10 @@ def _title(arm: str, names: Sequence[str]) -> str:
 OnText = Callable[[str], Awaitable[None]]
 
 MAX_GOAL_CHARS = 1500
-"""Characters of the goal that the model is shown: enough to word a title."""
+"""Characters of the goal in the prompt: enough to write a title."""
 _TOKENS_PER_STEP = 80
 _MAX_TITLE, _MAX_CRITERION = 70, 120
-"""Characters; a criterion of that length was cut by the schema and is left out."""
+"""Characters. A criterion of exactly this length was cut off by the schema, and is dropped."""
 _WORDING_PROMPT = (
     "You plan work. Write for each step a short title, and one criterion that its result must meet, in at most twelve "
     "words. Reply with JSON."
@@ -146,7 +151,7 @@ class _WordingAnswer(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class StepWording:
-    """How a step is worded; ``is_by_model`` is false where the model's words could not be used."""
+    """Title and criteria of a step; ``is_by_model`` is false where the model's answer could not be used."""
 
     title: str
     criteria: tuple[str, ...]
@@ -156,7 +161,7 @@ class StepWording:
 async def word_steps(
     goal: str, assignments: Sequence[Assignment], ask: PromptFunction, *, on_text: OnText | None = None
 ) -> list[StepWording]:
-    """Return a wording for each part, in order; plain titles for all of them when the model's answer does not parse.
+    """Return a wording for each part, in order; when the model's answer does not parse, the plain titles for all.
 
     Raises what ``ask`` raises.
     """
@@ -167,12 +172,15 @@ async def word_steps(
         on_text=on_text,
     )
     try:
-        said = msgspec.json.decode(answer.encode(), type=_WordingAnswer).steps
+        steps = msgspec.json.decode(answer.encode(), type=_WordingAnswer).steps
     except msgspec.DecodeError:
-        said = ()
-    if len(said) != len(assignments) or not all(step.title.strip() for step in said):
+        steps = ()
+    # All or none: with a step missing or empty, the model's titles may belong to other steps than their position says.
+    if len(steps) != len(assignments) or not all(step.title.strip() for step in steps):
         return [StepWording(part.title, (), is_by_model=False) for part in assignments]
-    return [StepWording(_single_line(step.title), _complete_criteria(step.criteria), is_by_model=True) for step in said]
+    return [
+        StepWording(_single_line(step.title), _complete_criteria(step.criteria), is_by_model=True) for step in steps
+    ]
 
 
 def _wording_messages(goal: str, parts: Sequence[Assignment]) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Making a plan: a capable model designs the steps, else rules assign them; every plan is validated."""
+"""Plan creation: a capable model designs the steps, otherwise rules assign them; every plan is validated."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MAX_CRITERIA = 10
 
 
 def validate_plan(plan: Plan, arms: Collection[str], files: Collection[str]) -> Plan:
-    """Return ``plan`` if it can be run with ``arms`` (the built-in ones always count) and the task's ``files``.
+    """Return ``plan`` if it can run with ``arms`` (and the built-in ones) and the task's ``files``.
 
-    Raises ``OctoError`` (``plan_invalid``) with every fault found: no or too many steps, ids that repeat, arms, files
-    or dependencies that are not known, a circle of dependencies, a goal that is empty or too long.
+    Raises ``OctoError`` (``plan_invalid``) with the faults: no or too many steps, duplicate ids, unknown arms, files
+    or dependencies, a dependency cycle, a goal that is empty or too long.
     """
     faults = find_plan_faults(plan, {*arms, *BUILT_IN_ARMS}, set(files))
     if faults:
@@ -32,7 +32,7 @@ def validate_plan(plan: Plan, arms: Collection[str], files: Collection[str]) -> 
 
 
 def find_plan_faults(plan: Plan, arms: Collection[str], files: Collection[str]) -> list[str]:
-    """Return what is wrong with ``plan``, in words; nothing when it can be run."""
+    """Return the faults of ``plan`` as messages; empty when it is valid."""
     steps = plan.steps
     if not 1 <= len(steps) <= MAX_STEPS:
         return [f"it has {len(steps)} steps, from 1 to {MAX_STEPS} are possible"]
@@ -41,19 +41,20 @@ def find_plan_faults(plan: Plan, arms: Collection[str], files: Collection[str]) 
     for step in steps:
         faults.extend(f"step {step.id!r}: {fault}" for fault in _find_step_faults(step, set(ids), arms, files))
     if not faults and not is_acyclic(steps):
-        faults.append("the steps depend on each other in a circle")
+        # Only for a plan without other faults: a dependency on an unknown step would look like a cycle.
+        faults.append("the steps depend on each other in a cycle")
     return faults
 
 
 def is_acyclic(steps: Collection[PlanStep]) -> bool:
-    """Return whether the steps can be put in an order in which each comes after what it depends on."""
-    waiting = {step.id: set(step.depends_on) for step in steps}
-    while waiting:
-        free = [name for name, needs in waiting.items() if not needs & waiting.keys()]
-        if not free:
+    """Return whether the dependencies of the steps have no cycle (Kahn's algorithm)."""
+    pending = {step.id: set(step.depends_on) for step in steps}
+    while pending:
+        ready = [name for name, needs in pending.items() if not needs & pending.keys()]
+        if not ready:
             return False
-        for name in free:
-            del waiting[name]
+        for name in ready:
+            del pending[name]
     return True
 
 
@@ -99,7 +100,7 @@ class _PlanAnswer(msgspec.Struct, frozen=True):
 
 
 async def design_plan(request: PlanRequest, ask: PromptFunction) -> Plan | None:
-    """Return a plan of the model's, or ``None`` when it gave none that can be run. Raises what ``ask`` raises."""
+    """Return the model's plan, or ``None`` when no attempt was valid. Raises what ``ask`` raises."""
     arms = available_arms(request.arms)
     names = [arm.name for arm in arms]
     files = [file.name for file in request.context.files]
@@ -115,6 +116,7 @@ async def design_plan(request: PlanRequest, ask: PromptFunction) -> Plan | None:
             if not faults:
                 return plan
             fault = "; ".join(faults[:5])
+        # Only the last attempt is in the prompt: earlier ones would use up the context and repeat their mistakes.
         messages = [
             *messages[:2],
             Message.assistant(answer[:4000]),
@@ -124,9 +126,9 @@ async def design_plan(request: PlanRequest, ask: PromptFunction) -> Plan | None:
 
 
 def available_arms(arms: Sequence[ArmInfo]) -> list[ArmInfo]:
-    """Return the built-in arms that do steps, then those that others registered."""
-    known = {arm.name for arm in _BUILT_IN_ARMS} | {"executor", "judge"}
-    return [*_BUILT_IN_ARMS, *(arm for arm in arms if arm.name not in known)]
+    """Return the built-in arms that execute steps, then the registered ones."""
+    built_in = {arm.name for arm in _BUILT_IN_ARMS} | {"executor", "judge"}
+    return [*_BUILT_IN_ARMS, *(arm for arm in arms if arm.name not in built_in)]
 
 
 def _plan_messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[Message]:
@@ -168,11 +170,11 @@ def _plan_schema(arms: Sequence[str], files: Sequence[str]) -> dict[str, object]
 async def make_plan(
     request: PlanRequest, ask: PromptFunction, *, is_capable: bool = False, on_text: OnText | None = None
 ) -> Plan:
-    """Plan a goal: a capable model designs the steps; without one, or where its design is invalid, rules choose them.
+    """Plan a goal: a capable model designs the steps; without one, or where its plan is invalid, rules assign them.
 
-    Code gives each kind of file to its arm, as steps that run side by side, and each step the whole goal; the
-    model words titles and criteria. The criteria of the request hold for every step. Raises ``OctoError``:
-    ``goal_invalid``, ``file_invalid`` for a file that no arm reads, ``plan_invalid``, and what ``ask`` raises.
+    The rules make one step for each kind of file, to run in parallel, each with the whole goal; the model writes
+    titles and criteria. The criteria of the request apply to every step. Raises ``OctoError``: ``goal_invalid``,
+    ``file_invalid`` for a file that no arm reads, ``plan_invalid``, and what ``ask`` raises.
     """
     goal = request.goal.strip()
     if not goal or len(goal) > MAX_GOAL:

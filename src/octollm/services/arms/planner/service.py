@@ -1,4 +1,4 @@
-"""The planner as a service: a goal becomes a plan, or a few programs that the executor runs one after the other."""
+"""The planner service: turns a goal into a plan, or into a few programs that the executor runs in order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_PROGRAM_CHARS = 1200
 MAX_PROGRAMS_TOKENS = 900
 PROGRAM_SECONDS = 20.0
 MAX_SHOWN_CHARS = 4000
-"""Characters of one program's output that the transcript shows."""
+"""Characters of one program's output in the transcript."""
 MAX_FILES = 32
 _PROGRAMS_PROMPT = (
     "You reach a goal with short Python programs that run one after the other in one folder, with the standard "
@@ -55,11 +55,11 @@ async def plan_and_execute(
     reasons: Sequence[str] = (),
     on_text: OnText | None = None,
 ) -> ExecuteResult:
-    """Write programs for ``goal`` and run them; the output is the transcript of what they printed.
+    """Write programs for ``goal`` and run them in order; the output is the transcript of what they printed.
 
-    A file that a program leaves is there for the next. ``reasons`` say why an earlier result was refused. Raises
-    ``OctoError``: ``model_output_invalid`` when there is no program, ``not_accepted`` with the reason at the first
-    program that fails or prints nothing at all, and what ``ask`` and ``run`` raise.
+    Files that a program writes are available to the next. ``reasons`` say why an earlier result was rejected. Raises
+    ``OctoError``: ``model_output_invalid`` when there is no program, ``not_accepted`` when a program fails or none
+    prints anything, and what ``ask`` and ``run`` raise.
     """
     answer = await ask(
         _program_messages(goal, files, reasons),
@@ -77,11 +77,12 @@ async def plan_and_execute(
     transcript: list[str] = []
     for number, program in enumerate(programs, start=1):
         name = f"program_{number}.py"
-        sent = (*folder.values(), FileRef(name, text=program.program))
+        job_files = (*folder.values(), FileRef(name, text=program.program))
         limits = RunLimits(wall_seconds=PROGRAM_SECONDS)
-        result = await run(RunRequest(language="python", command=(name,), files=sent, limits=limits))
+        result = await run(RunRequest(language="python", command=(name,), files=job_files, limits=limits))
         if result.exit_code != 0 or result.reason:
             raise OctoError(f"{program.title} failed: {_failure_reason(result)}", code="not_accepted")
+        # A title line alone, without a line break after it, is a program that printed nothing.
         transcript.append(f"{number}. {program.title}\n{result.stdout.strip()[:MAX_SHOWN_CHARS]}".rstrip())
         for file in result.files[: MAX_FILES - len(folder)]:
             folder[file.name] = file
@@ -89,7 +90,7 @@ async def plan_and_execute(
         raise OctoError("The programs ran but printed nothing.", code="not_accepted")
     return ExecuteResult(
         output="\n\n".join(transcript),
-        evidence=Evidence(kind="text", checks=(Check("run", True, f"{len(programs)} programs ended well"),)),
+        evidence=Evidence(kind="text", checks=(Check("run", True, f"{len(programs)} programs succeeded"),)),
     )
 
 
@@ -137,8 +138,8 @@ def planner_arm(settings: Settings) -> Arm:
     async def plan(request: PlanRequest, ctx: Context) -> Plan:
         """Plan a goal."""
         ask = ModelAsk(ctx)
-        made = await make_plan(request, ask, is_capable=is_capable_model(settings), on_text=ask.write)
-        return msgspec.structs.replace(made, usage=ctx.model.usage)
+        result = await make_plan(request, ask, is_capable=is_capable_model(settings), on_text=ask.write)
+        return msgspec.structs.replace(result, usage=ctx.model.usage)
 
     @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
@@ -159,5 +160,5 @@ def planner_arm(settings: Settings) -> Arm:
 
 @contextlib.asynccontextmanager
 async def planner_service(base: ServiceBase, settings: Settings) -> AsyncGenerator[Service]:
-    """Yield the planner as a service. It holds nothing."""
+    """Yield the planner service. It keeps no state."""
     yield build_arm(planner_arm(settings), base)

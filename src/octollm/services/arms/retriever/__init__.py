@@ -1,5 +1,5 @@
-"""The retriever: passages for a question, and answers with the lines that carry them.
+"""The retriever arm: finds passages for a question, and answers with citations.
 
-Its thinking lives here as plain functions over callables, and the HTTP service that binds them. No other arm's code
-may be imported, and documents themselves are kept by the memory service.
+The logic is plain functions over callables; ``service.py`` binds them to HTTP. This package imports no other arm, and
+the memory service stores the documents.
 """
