@@ -1,6 +1,6 @@
 """The orchestrator's own calls for a task: plan, execute, accept, store a document.
 
-Each carries a token that is minted for just its scope.
+Each call has its own token, minted for its scope alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from octollm.tasks.records import TaskRecord
 
 
 class TaskTokenMinter:
-    """Mints for tasks. ``thumbprint`` finds a service's key."""
+    """Mints the tokens for the calls of tasks. ``thumbprint`` returns the thumbprint of a service's key."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ class TaskTokenMinter:
         attempt: int | None = None,
         files: tuple[str, ...] = (),
     ) -> str:
-        """Return a bearer string for one call of ``scope`` in the name of the task.
+        """Return a bearer token for one call of ``scope`` on behalf of the task.
 
-        ``authority`` is what the task was given and its principal still has; ``files`` are the digests that may be
-        read. Raises ``authority_missing``, naming the scopes, before anything runs.
+        ``authority`` are the task's scopes that its principal still has; ``files`` are the digests that the callee
+        may read. Raises ``authority_missing``, naming the scopes, before anything runs.
         """
         service = service_of(scope.split(":", 1)[0])
         # The callee reads the files of this call only: `files:read` becomes one scope for each digest.
@@ -58,8 +58,8 @@ class TaskTokenMinter:
         if missing:
             raise OctoError(f"The task lacks the authority for {', '.join(missing)}.", code="authority_missing")
         ref = TaskRef(task.task_id, step, attempt, task.epoch)
-        # The access token only begins the call; the grant serves the nested calls until the deadline.
-        left = max(1.0, deadline.remaining())
+        # The access token only starts the call, so 60 s suffice; the grant covers the nested calls until the deadline.
+        remaining = max(1.0, deadline.remaining())
         return self._minter.mint_access(
             Principal(task.sub, task.cred, task.tenant),
             service,
@@ -68,18 +68,18 @@ class TaskTokenMinter:
             task=ref,
             delegation=may,
             holder_jkt=self._thumbprint(service),
-            grant_lifetime=min(left, 3600.0),
+            grant_lifetime=min(remaining, 3600.0),
         )
 
 
 T = TypeVar("T")
 
 OUTAGE_RETRY = OutageRetry(20.0)
-"""A task waits so long for a service that is away: longer than a process takes to start again."""
+"""Seconds that a call rides out an outage of the callee: longer than a service takes to restart."""
 
 
 class TaskCalls:
-    """Calls made in the name of one task, each with just the authority that it needs."""
+    """The calls of one task, each with only the authority that it needs."""
 
     def __init__(
         self, client: ServiceClient, token_minter: TaskTokenMinter, task: TaskRecord, allowed_scopes: ScopeSet
@@ -92,8 +92,8 @@ class TaskCalls:
     async def plan(self, request: PlanRequest, deadline: Deadline, on_event: OnEvent, *, attempt: int) -> Plan:
         """Ask the planner for a plan.
 
-        The planner stores nothing under the key, but the keys of its model calls follow from it: after a takeover the
-        model journal answers them, and they cost nothing.
+        The operation is read-only, so the planner stores no response under the key. But the keys of its model calls
+        are derived from it: after a takeover they are answered from the model journal, at no cost.
         """
         return await self._call(
             "planner:plan",
@@ -108,7 +108,11 @@ class TaskCalls:
     async def execute(
         self, arm: str, contract: Task, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
     ) -> ExecuteResult:
-        """Have an arm do a step. The key names task, step and attempt, so that a repeat is answered alike."""
+        """Have an arm execute a step.
+
+        The key is derived from task, step and attempt but not from the epoch, so a worker that takes over repeats the
+        call with the same key and gets the stored response.
+        """
         files = tuple(file.digest for file in contract.context.files if file.digest is not None)
         return await self._call(
             f"{arm}:execute",
@@ -125,9 +129,9 @@ class TaskCalls:
     async def accept(
         self, request: AcceptRequest, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
     ) -> AcceptResult:
-        """Ask the judge about a step's result. It may read the task's files and what the step made.
+        """Ask the judge about a step's result. It may read the task's files and the step's artifacts.
 
-        The key serves the judge's model calls, as that of :meth:`plan` does the planner's.
+        The key serves the judge's model calls, like that of :meth:`plan`.
         """
         files = {file.digest for file in request.files if file.digest is not None}
         files |= {artifact.digest for artifact in request.result.artifacts}
@@ -145,7 +149,7 @@ class TaskCalls:
 
     async def store_document(self, document: DocumentIn, deadline: Deadline) -> DocumentOut:
         """Put a document that came with the task into memory."""
-        # Hashed: a file's name may have characters that an idempotency key may not.
+        # Hashed, because a file name may contain characters that an idempotency key must not.
         key = hashlib.sha256(f"{self._task.task_id}:{document.name}:{document.digest}".encode()).hexdigest()
         return await self._call("memory:write", document, DocumentOut, deadline, key=key)
 

@@ -1,6 +1,6 @@
 """Task leases with a fencing token (the epoch, column `run`), and the thread that renews them.
 
-The renewer has its own database connection, so a busy event loop or an exhausted pool does not lose a lease.
+The renewer has its own thread and database connection, so that a busy event loop or an exhausted pool loses no lease.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from octollm.errors import OctoError
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import tasks
 
+# Four renewals fit into one lease, so a single slow or failed one does not lose it. A shorter lease would resume tasks
+# of a killed worker sooner, but turn any pause of the database into takeovers.
 LEASE_SECONDS = 2.0
-"""How long a task stays with a holder that says nothing."""
+"""The time after its last renewal at which another worker may take a task over."""
 _CLAIMABLE = ("accepted", "planning", "running")
 _RENEWABLE = (*_CLAIMABLE, "waiting")
 
 
 class ExpiredLease(NamedTuple):
-    """A task whose holder did not renew its lease, and the ``epoch`` that it held it in."""
+    """A task whose holder did not renew its lease, and the holder's ``epoch``."""
 
     task_id: str
     tenant: str
@@ -39,15 +41,16 @@ class TaskLeases:
     """Leases of tasks for one holder, on the database's clock."""
 
     def __init__(self, db: Database, holder: str, on_takeover: OnTakeover | None = None) -> None:
-        """``on_takeover`` is called in the transaction that takes a task from a holder that may still be at work."""
+        """``on_takeover`` runs in the transaction that takes a task from a holder that may still be working on it."""
         self._db = db
         self._holder = holder
         self._on_takeover = on_takeover
 
     async def acquire(self, *, exclude: frozenset[str]) -> tuple[str, int] | None:
-        """Claim the task that has waited longest among the most urgent; return its id and run.
+        """Claim the oldest of the tasks with the highest priority; return its id and the new epoch.
 
-        ``exclude`` are those that this process works on already: a slow renewal is no reason to begin again.
+        ``exclude`` are the tasks that this process runs already. If its own renewals were late, their leases look
+        expired, and claiming them would start the same work twice in one process.
         """
         async with self._db.transaction() as tx:
             now = await tx.now()
@@ -61,42 +64,43 @@ class TaskLeases:
                 )
                 .order_by(tasks.c.priority.desc(), tasks.c.created_at)
                 .limit(1)
-                # What another holder is taking at this moment is not waited for.
+                # Rows locked by another worker's claim are skipped rather than waited for, so claims run in parallel.
                 .with_for_update(skip_locked=True, key_share=True)
             )
             if row is None:
                 return None
-            # Each claim raises the fencing token, so that the writes of an earlier holder are refused.
+            # Each claim increments the fencing token, so that the store rejects writes of earlier holders.
             run = int(row["run"]) + 1
             await tx.execute(
                 update(tasks)
                 .where(tasks.c.task_id == row["task_id"])
                 .values(run=run, lease_holder=self._holder, lease_until=now + LEASE_SECONDS)
             )
-            # A lease that was released has no end: its holder stopped. That of an expired one may still work.
+            # A released lease is NULL, and its holder has stopped. An expired one means that the holder may be dead or
+            # only slow: in that case its tokens are revoked.
             if row["lease_until"] is not None and self._on_takeover is not None:
                 await self._on_takeover(tx, ExpiredLease(str(row["task_id"]), str(row["tenant"]), run - 1))
             return str(row["task_id"]), run
 
     async def renew(self, held: Mapping[str, int]) -> frozenset[str]:
-        """Prolong the leases of tasks (id to run), in one statement; return those that are still held.
+        """Extend the leases of tasks (id → epoch) in one statement; return the ids that were extended.
 
-        The others are held by a newer run or have ended.
+        The others have ended, or a newer epoch holds them.
         """
         async with self._db.transaction() as tx:
             until = await tx.now() + LEASE_SECONDS
             ours = or_(*(and_(tasks.c.task_id == task_id, tasks.c.run == run) for task_id, run in held.items()))
-            kept = await tx.all(
+            renewed = await tx.all(
                 update(tasks)
-                # An ended task is not renewed: a worker that missed its cancellation learns of it here.
+                # Ended tasks are not renewed. So a worker that missed a cancellation learns of it here, within 0.5 s.
                 .where(ours, tasks.c.status.in_(_RENEWABLE))
                 .values(lease_until=until)
                 .returning(tasks.c.task_id)
             )
-            return frozenset(str(row["task_id"]) for row in kept)
+            return frozenset(str(row["task_id"]) for row in renewed)
 
     async def release(self, task_id: str, epoch: int) -> None:
-        """Give a lease back, so that another holder takes the task at once."""
+        """Release a lease, so that another worker can claim the task immediately."""
         async with self._db.transaction() as tx:
             await tx.execute(
                 update(tasks)
@@ -107,14 +111,15 @@ class TaskLeases:
 
 RENEW_SECONDS = 0.5
 RENEW_DEADLINE_SECONDS = 1.5
-"""A holder that could not renew for so long stops its calls by itself, before another takes the task over."""
+"""A holder that could not renew for this long cancels its work. The rest of the lease (0.5 s) is for closing its calls
+before another worker can start."""
 THREAD_JOIN_SECONDS = 5.0
 
 Connect = Callable[[], AbstractAsyncContextManager[Database]]
 
 
 class LeaseRenewer:
-    """The leases of one holder. ``on_lost`` is called in the event loop with the id of each task that was lost."""
+    """Renews the leases of one holder. ``on_lost`` is called in the event loop with the id of each lost task."""
 
     def __init__(self, connect: Connect, holder: str, clock: Clock, on_lost: Callable[[str], None]) -> None:
         self._connect = connect
@@ -122,59 +127,62 @@ class LeaseRenewer:
         self._clock = clock
         self._on_lost = on_lost
         self._lock = threading.Lock()
-        # Task to its run and the time on the monotonic clock when it was last known to be ours.
-        self._held: dict[str, tuple[int, float]] = {}
+        # Task id → epoch, and the monotonic time at which the lease was last known to be held. The event loop and the
+        # renewal thread both use it, hence the lock; it is never held across an await.
+        self._leases: dict[str, tuple[int, float]] = {}
         self.failure = ""
-        """Why leases are not renewed just now; empty when they are."""
+        """Why leases cannot be renewed at present; empty when they can."""
 
     def add(self, task_id: str, epoch: int) -> None:
-        """Renew the lease of a task that was claimed just now."""
+        """Start renewing the lease of a task that was just claimed."""
         with self._lock:
-            self._held[task_id] = (epoch, self._clock.monotonic())
+            self._leases[task_id] = (epoch, self._clock.monotonic())
 
     def remove(self, task_id: str, epoch: int) -> None:
-        """Renew it no more."""
+        """Stop renewing the lease. A newer epoch of the same task is not affected."""
         with self._lock:
-            if self._held.get(task_id, (epoch, 0.0))[0] == epoch:
-                self._held.pop(task_id, None)
+            if self._leases.get(task_id, (epoch, 0.0))[0] == epoch:
+                self._leases.pop(task_id, None)
 
     @asynccontextmanager
     async def run(self, on_failure: Callable[[BaseException], None]) -> AsyncGenerator[None]:
-        """Renew for as long as the context is open; ``on_failure`` is given what the thread died of, in the loop."""
+        """Renew while the context is open; ``on_failure`` gets an exception that ends the thread, in the event loop."""
         loop = asyncio.get_running_loop()
-        stopped = threading.Event()
-        ended = asyncio.Event()
+        stop_event = threading.Event()
+        thread_done = asyncio.Event()
 
         def report(callback: Callable[[], None]) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            with suppress(RuntimeError):  # the event loop is closed, so nothing needs the report
                 loop.call_soon_threadsafe(callback)
 
         def run() -> None:
             try:
-                asyncio.run(self._renew_until(stopped, report))
+                asyncio.run(self._renew_until(stop_event, report))
             except BaseException as error:
                 self.failure = f"The renewal of leases stopped: {type(error).__name__}."
                 report(lambda error=error: on_failure(error))
             finally:
-                report(ended.set)
+                report(thread_done.set)
 
         thread = threading.Thread(target=run, name="leases", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            stopped.set()
-            with suppress(TimeoutError):  # it is a daemon: it holds nothing that outlives the process
+            stop_event.set()
+            # Waits for an event rather than joins, which would block the event loop. The timeout is safe: the thread is
+            # a daemon, and the leases that it would renew expire by themselves.
+            with suppress(TimeoutError):
                 async with asyncio.timeout(THREAD_JOIN_SECONDS):
-                    await ended.wait()
+                    await thread_done.wait()
 
-    async def _renew_until(self, stopped: threading.Event, report: Callable[[Callable[[], None]], None]) -> None:
-        """Renew twice a second, over one connection for as long as that is good."""
-        while not stopped.is_set():
+    async def _renew_until(self, stop_event: threading.Event, report: Callable[[Callable[[], None]], None]) -> None:
+        """Renew every ``RENEW_SECONDS``; reconnect after an error."""
+        while not stop_event.is_set():
             try:
                 async with self._connect() as db:
                     claims = TaskLeases(db, self._holder)
-                    while not stopped.is_set():
+                    while not stop_event.is_set():
                         await self._renew(claims, report)
                         await asyncio.sleep(RENEW_SECONDS)
             except OctoError as error:
@@ -183,16 +191,17 @@ class LeaseRenewer:
 
     async def _renew(self, leases: TaskLeases, report: Callable[[Callable[[], None]], None]) -> None:
         with self._lock:
-            held = {task_id: run for task_id, (run, _since) in self._held.items()}
+            held = {task_id: run for task_id, (run, _since) in self._leases.items()}
+        # ``held`` is a copy, because the event loop adds and removes leases while the statement runs.
         if not held:
             self.failure = ""
             return
-        # Taken before the statement, so that the lease in the database ends later than this holder believes.
-        began = self._clock.monotonic()
+        # Read before the statement, so that the database's lease always ends later than this process assumes.
+        started_at = self._clock.monotonic()
         try:
-            # Bounded: a database that stays silent must leave time to stop the calls before the lease ends.
+            # Bounded, because an unresponsive database must leave time to cancel the work before the lease ends.
             async with asyncio.timeout(RENEW_DEADLINE_SECONDS - RENEW_SECONDS):
-                kept = await leases.renew(held)
+                renewed = await leases.renew(held)
         except TimeoutError:
             self._record_failure("The database did not answer in time.", report)
             return
@@ -201,26 +210,29 @@ class LeaseRenewer:
             return
         self.failure = ""
         with self._lock:
-            for task_id in kept:
-                # The event loop may have dropped the task while the statement ran, which is without the lock.
-                if task_id in self._held and self._held[task_id][0] == held[task_id]:
-                    self._held[task_id] = (held[task_id], began)
-        for task_id in held.keys() - kept:
+            for task_id in renewed:
+                # The event loop may have removed the task, or claimed it again, while the statement ran.
+                if task_id in self._leases and self._leases[task_id][0] == held[task_id]:
+                    self._leases[task_id] = (held[task_id], started_at)
+        for task_id in held.keys() - renewed:
             self._report_lost(task_id, held[task_id], report)
 
     def _record_failure(self, why: str, report: Callable[[Callable[[], None]], None]) -> None:
-        """Stop the work on every task that has not been known to be ours for too long."""
+        """Report every task as lost whose last renewal is older than ``RENEW_DEADLINE_SECONDS``."""
         self.failure = why
         now = self._clock.monotonic()
         with self._lock:
-            late = [(task_id, run) for task_id, (run, at) in self._held.items() if now - at >= RENEW_DEADLINE_SECONDS]
-        for task_id, run in late:
+            stale = [
+                (task_id, run) for task_id, (run, at) in self._leases.items() if now - at >= RENEW_DEADLINE_SECONDS
+            ]
+        for task_id, run in stale:
             self._report_lost(task_id, run, report)
 
     def _report_lost(self, task_id: str, epoch: int, report: Callable[[Callable[[], None]], None]) -> None:
+        # Checked and removed under one lock, so that a loss is reported once, and only for the epoch that was lost.
         with self._lock:
-            ours = self._held.get(task_id, (None, 0.0))[0] == epoch
+            ours = self._leases.get(task_id, (None, 0.0))[0] == epoch
             if ours:
-                del self._held[task_id]
+                del self._leases[task_id]
         if ours:
             report(lambda: self._on_lost(task_id))

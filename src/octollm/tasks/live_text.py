@@ -1,4 +1,8 @@
-"""The text that a running step writes: streamed to Redis as it comes, saved to SQL every second."""
+"""The text of a running step: streamed to Redis within milliseconds, saved to SQL every second.
+
+Redis makes it live, SQL makes it durable: after a loss of Redis, or when a client connects late, the text is rebuilt
+from SQL.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,16 @@ from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger
 
 FLUSH_SECONDS = 0.04
+"""Text is collected for this long before it is sent: 25 updates a second look continuous, and a model that writes
+hundreds of tokens a second causes no more Redis commands than that."""
 SAVE_SECONDS = 1.0
+"""The time between two saves to SQL, and the most text in seconds that is lost when both worker and Redis die."""
 MAX_STEP_TEXT = 1024 * 1024
-"""Code points of one attempt's text; what is written past it is not kept for watchers."""
+"""Code points of one attempt's live text; the rest is dropped from the live view, not from the result."""
 
 
 class LiveText:
-    """One attempt's text. ``async with`` it around the call that writes."""
+    """The live text of one attempt. Use ``async with`` around the call that produces it."""
 
     def __init__(
         self, store: TaskStore, stream: TextStream, log: Logger, *, task_id: str, step: str, attempt: int, epoch: int
@@ -32,42 +39,42 @@ class LiveText:
         self._attempt = attempt
         self._epoch = epoch
         self._parts: list[str] = []
-        # Offsets count all that this attempt and run wrote, so that one never means two places: a reset moves
-        # the base and takes nothing back.
+        # Offsets count every code point that this attempt and epoch wrote, including discarded ones. A reset therefore
+        # moves the base forward rather than back to 0, and an offset that a client remembers is never ambiguous.
         self._length = 0
         self._base = 0
-        self._sent = 0
+        self._sent_offset = 0
         self._pending: list[str] = []
         self._reset = True
         self._dirty = False
         self._wakeup = asyncio.Event()
         self._saved_at = 0.0
-        self._flushing = BackgroundLoop("live text", self._flush_round, log=log)
+        self._flush_loop = BackgroundLoop("live text", self._flush_round, log=log)
 
     async def __aenter__(self) -> LiveText:
         self._saved_at = asyncio.get_running_loop().time()
-        self._flushing.start()
+        self._flush_loop.start()
         return self
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        # The loop ends before the last flush: two flushes at once could append their pieces out of order.
-        await self._flushing.aclose()
-        self._flushing.raise_if_crashed()
+        # The loop ends before the last flush, because two concurrent flushes could append out of order.
+        await self._flush_loop.aclose()
+        self._flush_loop.raise_if_crashed()
         await self._flush()
         await self._save()
 
     @property
     def length(self) -> int:
-        """Return the offset behind the text, what was voided included."""
+        """Return the offset after the last code point, discarded text included."""
         return self._length
 
     def add(self, text: str, *, reset: bool = False) -> None:
-        """Take text that was written; ``reset`` voids what was written before."""
+        """Append text; ``reset`` discards what was written before."""
         if reset:
             self._parts, self._pending = [], []
-            self._base = self._sent = self._length
+            self._base = self._sent_offset = self._length
             self._reset = True
         text = text[: max(0, MAX_STEP_TEXT - (self._length - self._base))]
         if text or reset:
@@ -79,7 +86,8 @@ class LiveText:
 
     async def _flush_round(self) -> None:
         await self._wakeup.wait()
-        await asyncio.sleep(FLUSH_SECONDS)  # text that follows at once is sent with this one
+        await asyncio.sleep(FLUSH_SECONDS)  # coalesces the text that arrives in the meantime
+        # Cleared before the flush, so that text added while it waits for Redis starts another round.
         self._wakeup.clear()
         await self._flush()
         now = asyncio.get_running_loop().time()
@@ -90,12 +98,13 @@ class LiveText:
     async def _flush(self) -> None:
         while self._pending:
             text, self._pending = "".join(self._pending), []
-            piece, rest = text[:MAX_TEXT], text[MAX_TEXT:]
-            if rest:
-                self._pending.insert(0, rest)
-            offset, reset = self._sent, self._reset
-            self._sent, self._reset = offset + len(piece), False
-            # Without Redis nobody can be told now; the text is saved to SQL and read from there.
+            piece, remainder = text[:MAX_TEXT], text[MAX_TEXT:]
+            if remainder:
+                self._pending.insert(0, remainder)
+            offset, reset = self._sent_offset, self._reset
+            self._sent_offset, self._reset = offset + len(piece), False
+            # Advanced before the await and not rolled back on failure: without Redis this text is missing from the
+            # stream, readers notice the gap in the offsets, and read it from SQL.
             with contextlib.suppress(OctoError):
                 await self._stream.append(
                     self._task_id,
@@ -110,7 +119,7 @@ class LiveText:
     async def _save(self) -> None:
         if not self._dirty:
             return
-        # Cleared before the write: text that is added during it sets the flag again.
+        # Cleared before the write, so that text added during it sets the flag again.
         self._dirty = False
         try:
             await self._store.save_text(

@@ -95,7 +95,7 @@ def step_from_row(row: Row) -> StepRecord:
 
 
 def build_task_view(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskView:
-    """Return a task as its owner sees it; ``model`` is the one that it used last."""
+    """Return the API's view of a task; ``model`` is the one that it used last."""
     contract = msgspec.convert(row["contract"], Task)
     result: dict[str, Any] = row["result"] or {}
     traceparent = cast("str", row["traceparent"])
@@ -127,7 +127,7 @@ def build_task_view(row: Row, steps: Sequence[Row], usage: Usage, model: str) ->
 
 
 def build_task_summary(row: Row) -> TaskSummary:
-    """Return a task as it stands in a list."""
+    """Return the API's view of a task in a list."""
     return TaskSummary(
         row["task_id"],
         row["status"],

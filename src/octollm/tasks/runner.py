@@ -1,4 +1,8 @@
-"""Running one task: plan, run steps in parallel as their dependencies allow, replan once, assemble the result."""
+"""Runs one task: plans, runs steps in parallel as their dependencies allow, replans once, assembles the result.
+
+Every state change is committed before the next action. So a worker that takes over after a crash loads the plan and the
+completed steps, and repeats at most the calls that were in flight, with the same idempotency keys.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +32,10 @@ from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger, Metrics, Span, Tracer
 
 MAX_PARALLEL = 4
+"""Steps of one task at a time, so that a wide plan does not occupy all arms."""
 MAX_OUTPUT_IN_EVENT = 4000
 MIN_PROGRESS_DELTA = 4.0
-"""Progress is told when it rose by so much."""
+"""Percentage points between two progress events: each is a durable event, so a long text must not cause hundreds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +56,15 @@ class RunnerDependencies:
     tracer: Tracer
     load_allowed_scopes: Callable[[TaskRecord], Awaitable[ScopeSet]]
     list_arms: Callable[[str], Awaitable[tuple[ArmInfo, ...]]]
-    """What the planner is told of the arms of a tenant."""
+    """Returns the arms of a tenant, for the planner."""
     load_documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
-    """The texts among a task's files, which are put into memory before planning."""
+    """Returns the text files of a task, which are stored in memory before planning."""
     load_texts: LoadTexts
-    """Reads the small artifacts of a result, which the judge gets with its request."""
+    """Reads the small artifacts of a result, which are sent to the judge with its request."""
 
 
 class TaskRunner:
-    """One run of one task. Cancelling :meth:`run` closes its calls, and so cancels the work all the way down."""
+    """Runs one task in one epoch. Cancelling :meth:`run` closes its calls, which cancels the work of every callee."""
 
     def __init__(self, deps: RunnerDependencies, task: TaskRecord) -> None:
         self._deps = deps
@@ -70,7 +75,7 @@ class TaskRunner:
         self._span: Span | None = None
 
     async def run(self) -> None:
-        """Run the task to its end and record that. Only ``fence_lost`` and cancellation leave it open."""
+        """Run the task to its end and record the result. Only ``fence_lost`` and cancellation leave it open."""
         with self._deps.tracer.span("task") as self._span:
             self._span.attributes["octollm.run"] = self._task.epoch
             await self._run_to_end()
@@ -82,9 +87,9 @@ class TaskRunner:
             async with asyncio.timeout(deadline.remaining()):
                 await self._run(deadline)
         except TimeoutError:
-            await self.fail(OctoError("The task's time is used up.", code="deadline_exceeded"))
+            await self.fail(OctoError("The task exceeded its time limit.", code="deadline_exceeded"))
         except OctoError as error:
-            # A newer run has the task and will record its end.
+            # A worker with a newer epoch runs the task and will record its end.
             if error.code == "fence_lost":
                 raise
             # The task was ended from outside, for example cancelled; its end is recorded already.
@@ -95,7 +100,8 @@ class TaskRunner:
     async def _run(self, deadline: Deadline) -> None:
         tools, task = self._deps, self._task
         calls = TaskCalls(tools.client, tools.token_minter, task, await tools.load_allowed_scopes(task))
-        # A run that takes over continues with the stored plan. The documents were in memory before it was stored.
+        # After a takeover the stored plan is used. Its documents are in memory, since they are stored before the plan.
+        # A crash before ``set_plan`` repeats the planning; its model calls are answered from the journal.
         if task.plan is None:
             await tools.store.begin_planning(task.task_id, task.epoch)
             for document in await tools.load_documents(task):
@@ -106,11 +112,12 @@ class TaskRunner:
             plan = task.plan
         try:
             results = await self._run_steps(plan, calls, deadline)
-        except StepError as failed:
-            # Only a rejected result is replanned: the judge's reasons are what the new plan is made from.
-            if failed.code != "not_accepted":
+        except StepError as error:
+            # Only a rejected result is worth a new plan, which is made from the judge's reasons. After another failure
+            # (an arm that is down, no budget) a new plan would meet the same obstacle.
+            if error.code != "not_accepted":
                 raise
-            plan = await self._replan(plan, calls, deadline, failed)
+            plan = await self._replan(plan, calls, deadline, error)
             results = await self._run_steps(plan, calls, deadline)
         await self._complete(plan, results)
 
@@ -135,7 +142,7 @@ class TaskRunner:
             contract.acceptance_criteria,
             reasons,
         )
-        # A replan is attempt 2 of the plan: its key and its live text are not those of the first.
+        # A replan counts as attempt 2 of the plan, so that it has its own idempotency key and live text.
         attempt = 2 if reasons else 1
         text = LiveText(
             self._deps.store,
@@ -155,30 +162,30 @@ class TaskRunner:
             async with text:
                 return await calls.plan(request, deadline, on_line, attempt=attempt)
 
-    async def _replan(self, plan: Plan, calls: TaskCalls, deadline: Deadline, failed: StepError) -> Plan:
-        """Return a plan for the rest, once; raise ``failed`` when there is none but the same again."""
+    async def _replan(self, plan: Plan, calls: TaskCalls, deadline: Deadline, error: StepError) -> Plan:
+        """Return a new plan for the remaining work, once at most; raise ``error`` when it would repeat the old one."""
         tools, task = self._deps, self._task
-        # Asked of the database, because an earlier run may have used the one replan.
+        # From the database, because the replan may have happened in an earlier epoch.
         if task.contract.assigned_arm is not None or await tools.store.was_replanned(task.task_id):
-            raise failed
-        fresh = await self._plan(calls, deadline, failed.reasons)
-        rest = [step for step in fresh.steps if step.id not in self._done]
-        # The same work would be rejected again, so the task fails with the reasons instead.
+            raise error
+        new_plan = await self._plan(calls, deadline, error.reasons)
+        new_steps = [step for step in new_plan.steps if step.id not in self._done]
+        # The same work would be rejected again, so the task fails with the judge's reasons instead.
         before = {(step.arm, step.goal, step.files) for step in plan.steps}
-        if all((step.arm, step.goal, step.files) in before for step in rest):
-            raise failed
-        kept = [step for step in plan.steps if step.id in self._done]
-        merged = Plan((*kept, *_rename_steps(rest, self._done)), fresh.usage)
+        if all((step.arm, step.goal, step.files) in before for step in new_steps):
+            raise error
+        completed_steps = [step for step in plan.steps if step.id in self._done]
+        merged = Plan((*completed_steps, *_rename_steps(new_steps, self._done)), new_plan.usage)
         await tools.store.begin_planning(task.task_id, task.epoch)
-        await tools.store.set_plan(task.task_id, merged, task.epoch, replan=True, reasons=failed.reasons)
+        await tools.store.set_plan(task.task_id, merged, task.epoch, replan=True, reasons=error.reasons)
         return merged
 
     async def _run_steps(self, plan: Plan, calls: TaskCalls, deadline: Deadline) -> dict[str, ExecuteResult]:
-        """Run the plan's steps; the first that fails cancels those beside it."""
+        """Run the plan's steps; the first failure cancels the others."""
         tools, task = self._deps, self._task
         records = {record.step: record for record in await tools.store.steps(task.task_id)}
         results = {name: record.result for name, record in records.items() if record.result is not None}
-        # What an earlier run or the first plan completed is not run again.
+        # Steps that completed in an earlier epoch or in the first plan are not run again.
         self._done = {name for name in results if records[name].status == "completed"}
         step_tools = StepDependencies(
             tools.store,
@@ -191,18 +198,18 @@ class TaskRunner:
             tools.load_texts,
         )
         running: dict[asyncio.Task[ExecuteResult], PlanStep] = {}
-        begun: set[str] = set()
+        started: set[str] = set()
         try:
             while len(self._done) < len(plan.steps):
-                for step in find_ready_steps(plan.steps, self._done, begun):
+                for step in find_ready_steps(plan.steps, self._done, started):
                     if len(running) >= MAX_PARALLEL:
                         break
-                    begun.add(step.id)
+                    started.add(step.id)
                     inputs = {need: results[need].output for need in step.depends_on}
                     work = run_step(step_tools, task, step, records[step.id], inputs, deadline)
                     running[asyncio.create_task(work, name=f"step {step.id}")] = step
                 if not running:
-                    raise OctoError("The plan has steps that wait for each other.", code="plan_invalid")
+                    raise OctoError("The plan has steps that depend on each other in a cycle.", code="plan_invalid")
                 finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for each in finished:
                     step = running.pop(each)
@@ -211,24 +218,24 @@ class TaskRunner:
         finally:
             for each in running:
                 each.cancel()
-            # Awaited, so that the calls of the cancelled steps are closed before the task's end is recorded.
+            # Awaited, so that the calls of the cancelled steps are closed before the end of the task is recorded.
             await asyncio.gather(*running, return_exceptions=True)
         return results
 
     def _progress_reporter(self, plan: Plan) -> Callable[[str, float], Awaitable[None]]:
         self._reported_progress = max(self._reported_progress, PLANNED_PROGRESS)
 
-        async def tell(step: str, percent: float) -> None:
+        async def report(step: str, percent: float) -> None:
             self._step_progress[step] = max(self._step_progress.get(step, 0.0), percent)
             progress = compute_progress(plan.steps, self._done, self._step_progress)
             if progress - self._reported_progress >= MIN_PROGRESS_DELTA:
-                # Set before the write: while it waits, the other steps do not report the same rise.
+                # Set before the write, so that the other steps do not report the same rise while it waits.
                 self._reported_progress = progress
                 await self._deps.store.change(
                     self._task.task_id, "task.progress", {"step": step}, epoch=self._task.epoch, progress=progress
                 )
 
-        return tell
+        return report
 
     async def _complete(self, plan: Plan, results: Mapping[str, ExecuteResult]) -> None:
         tools, task = self._deps, self._task
@@ -292,15 +299,15 @@ class TaskRunner:
         return int((self._deps.clock.now() - self._task.created_at) * 1000)
 
 
-def _rename_steps(steps: list[PlanStep], taken: set[str]) -> list[PlanStep]:
-    """Return new steps under ids of their own, so that they never meet those of the first plan."""
+def _rename_steps(steps: list[PlanStep], completed: set[str]) -> list[PlanStep]:
+    """Return the steps of a new plan with new ids, which cannot collide with those of the first plan."""
     names = {step.id: f"{step.id}-again" for step in steps}
     return [
         msgspec.structs.replace(
             step,
             id=names[step.id],
-            # A dependency that is neither planned nor completed is dropped: the step would wait for it for ever.
-            depends_on=tuple(names.get(need, need) for need in step.depends_on if need in names or need in taken),
+            # A dependency that is neither in the new plan nor completed is dropped: the step would wait for ever.
+            depends_on=tuple(names.get(need, need) for need in step.depends_on if need in names or need in completed),
         )
         for step in steps
     ]

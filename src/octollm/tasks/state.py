@@ -1,4 +1,4 @@
-"""The pure rules of a task: legal state transitions, ready steps, progress and the result. No I/O."""
+"""The rules of a task as pure functions: legal state transitions, ready steps, progress, result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASK_TRANSITIONS: dict[TaskStatus, frozenset[TaskStatus]] = {
     "failed": frozenset(),
     "cancelled": frozenset(),
 }
-"""Each state of a task and those that may follow it. A replan is running → planning."""
+"""State of a task → states that may follow. A replan is running → planning."""
 
 STEP_TRANSITIONS: dict[StepStatus, frozenset[StepStatus]] = {
     "pending": frozenset({"running", "failed", "cancelled"}),
@@ -29,7 +29,7 @@ STEP_TRANSITIONS: dict[StepStatus, frozenset[StepStatus]] = {
     "failed": frozenset(),
     "cancelled": frozenset(),
 }
-"""Each state of a step and those that may follow it; running → running is a new attempt or run."""
+"""State of a step → states that may follow. running → running is a new attempt or a takeover."""
 
 
 OPEN_STATES: tuple[TaskStatus, ...] = tuple(status for status in TASK_TRANSITIONS if status not in _FINAL_STATES)
@@ -37,24 +37,24 @@ OPEN_STATES: tuple[TaskStatus, ...] = tuple(status for status in TASK_TRANSITION
 
 
 def is_final(status: TaskStatus) -> bool:
-    """Say whether a task in this state never changes again."""
+    """Return whether a task in this state never changes again."""
     return status in _FINAL_STATES
 
 
 def check_transition(current: TaskStatus, to: TaskStatus) -> None:
-    """Raise ``state_conflict`` unless a task may go from ``current`` to ``to``."""
+    """Raise ``state_conflict`` unless the transition from ``current`` to ``to`` is legal."""
     if to not in TASK_TRANSITIONS[current]:
         raise OctoError(f"The task is {current}; it cannot become {to}.", code="state_conflict")
 
 
 TYPICAL_STEP_CHARACTERS = 1500
-"""What a step writes, about; at so many characters it is counted as half done."""
+"""Typical length of a step's text. At about this length the step counts as half done."""
 PLANNED_PROGRESS = 10.0
-"""Progress of a task whose plan is made; its steps share the rest evenly."""
+"""Progress of a task with a plan; its steps share the remaining 90 % evenly."""
 
 
 def find_ready_steps(steps: Sequence[PlanStep], done: Collection[str], started: Collection[str]) -> list[PlanStep]:
-    """Return the steps whose dependencies are done and that have not begun, in the plan's order."""
+    """Return the steps that have not started and whose dependencies are done, in the plan's order."""
     return [
         step
         for step in steps
@@ -63,7 +63,10 @@ def find_ready_steps(steps: Sequence[PlanStep], done: Collection[str], started: 
 
 
 def compute_progress(steps: Sequence[PlanStep], done: Collection[str], step_progress: Mapping[str, float]) -> float:
-    """Return a task's progress from 10 to 99; ``step_progress`` is how far running steps are, from 0 to 100."""
+    """Return a task's progress from 10 to 99; ``step_progress`` has that of its running steps, from 0 to 100.
+
+    100 is left to the event that completes the task.
+    """
     if not steps:
         return PLANNED_PROGRESS
     share = (99.0 - PLANNED_PROGRESS) / len(steps)
@@ -74,9 +77,9 @@ def compute_progress(steps: Sequence[PlanStep], done: Collection[str], step_prog
 
 
 def estimate_step_progress(characters: int) -> float:
-    """Return how far a step is that has written so many characters and says nothing better, from 0 to under 95.
+    """Estimate the progress of a step that reports none, from the characters that it has written: 0 to below 95.
 
-    Nobody knows how much a model will write; so it rises with what is written and slows as it does.
+    The final length is unknown, so the estimate rises ever more slowly and never reaches its end.
     """
     return 95.0 * characters / (characters + TYPICAL_STEP_CHARACTERS)
 
@@ -84,9 +87,9 @@ def estimate_step_progress(characters: int) -> float:
 def assemble_result(
     steps: Sequence[PlanStep], results: Mapping[str, ExecuteResult]
 ) -> tuple[str, tuple[Artifact, ...]]:
-    """Return a task's output and artifacts: those of the steps that no other step builds on.
+    """Return a task's output and artifacts: those of the steps that no other step depends on.
 
-    One such step's output stands alone; several stand under their titles.
+    The output of a single such step is used as it is; several are joined under their titles.
     """
     needed = {need for step in steps for need in step.depends_on}
     ends = [step for step in steps if step.id not in needed]
@@ -98,7 +101,7 @@ def assemble_result(
     for step in ends:
         for artifact in results[step.id].artifacts:
             name = artifact.name
-            # Two steps may make different files of one name: both are kept. The same file twice is listed once.
+            # Different files of the same name from two steps are both kept; the same file is listed once.
             if name in artifacts and artifacts[name].digest != artifact.digest:
                 name = f"{step.id}-{name}"
             artifacts[name] = msgspec.structs.replace(artifact, name=name)

@@ -28,11 +28,11 @@ MAX_OUTPUT_IN_EVENT = 2000
 
 
 LoadTexts = Callable[[str, Sequence[Artifact]], Awaitable[dict[str, str]]]
-"""Returns the texts of a tenant's small artifacts by digest; those that are large or no text are left out."""
+"""Returns the texts of a tenant's artifacts by digest, without those that are large or not text."""
 
 
 class StepError(OctoError):
-    """A step whose attempts are used up; ``reasons`` are the judge's or the failure's."""
+    """A step failed in all of its attempts; ``reasons`` are the judge's, or those of the failure."""
 
     def __init__(self, step: str, code: str, detail: str, reasons: tuple[str, ...]) -> None:
         super().__init__(detail, code=code)
@@ -42,7 +42,7 @@ class StepError(OctoError):
 
 @dataclass(frozen=True, slots=True)
 class StepDependencies:
-    """What running a step needs."""
+    """The collaborators of a step."""
 
     store: TaskStore
     stream: TextStream
@@ -64,7 +64,7 @@ async def run_step(
 ) -> ExecuteResult:
     """Run ``spec`` until a result is accepted; raise :class:`StepError` when the attempts are used up.
 
-    A step that was begun by an earlier run goes on with the attempt that it was at.
+    A step that an earlier epoch started continues with the attempt that is recorded for it.
     """
     with deps.tracer.span(f"step {spec.id}") as span:
         span.attributes |= {"octollm.arm": spec.arm, "octollm.title": spec.title}
@@ -80,8 +80,9 @@ async def _run_attempts(
     deadline: Deadline,
 ) -> ExecuteResult:
     retries = task.contract.budget.max_retries
-    last = 1 + (DEFAULT_RETRIES if retries is None else retries)
-    # A takeover continues the recorded attempt: the keys of its calls are the same, and finished calls are replayed.
+    max_attempts = 1 + (DEFAULT_RETRIES if retries is None else retries)
+    # A takeover continues the recorded attempt. Its idempotency keys are the same, so finished calls are answered from
+    # their stored responses. Only the decision to retry below increments the attempt.
     attempt = max(1, record.attempt)
     reasons = record.reasons
     while True:
@@ -98,15 +99,15 @@ async def _run_attempts(
                 reasons = verdict.reasons or ("The judge did not accept the result and gave no reason.",)
                 span.code, span.message = code, reasons[0]
         except OctoError as error:
-            # No failure of this step: a newer run has the task, or the work was cancelled.
+            # Not a failure of this step: a newer epoch holds the task, or it was cancelled.
             if error.code in ("fence_lost", "cancelled"):
                 raise
             code, reasons = error.code, _failure_reasons(error)
             pause = error.retry_after or 0.0
-            # An arm that is asked again sooner than it said would only refuse again, at the cost of an attempt.
+            # Calling before ``retry_after`` has passed would waste an attempt on the same refusal.
             can_retry = allows_new_attempt(error) and pause < deadline.remaining()
-        final = attempt >= last or not can_retry
-        # The event and the number of the next attempt are one transaction, so a takeover neither repeats nor skips one.
+        final = attempt >= max_attempts or not can_retry
+        # One transaction for the event and the next attempt's number, so that a takeover neither repeats nor skips one.
         await deps.store.change(
             task.task_id,
             "step.failed",
@@ -127,7 +128,7 @@ async def _start_attempt(deps: StepDependencies, task: TaskRecord, spec: PlanSte
         "step.started",
         {"step": spec.id, "title": spec.title, "arm": spec.arm, "attempt": attempt, "run": task.epoch},
         epoch=task.epoch,
-        # The saved text is emptied, or a watcher would get the last attempt's as this one's.
+        # The saved text is cleared, or clients would get the previous attempt's text as that of this one.
         step=(spec.id, {"status": "running", "attempt": attempt, "run": task.epoch, "text": "", "started_at": now}),
     )
 
@@ -146,7 +147,7 @@ async def _execute(
         elif line.type == "progress":
             await deps.on_progress(spec.id, line.progress)
 
-    # Leaving it flushes and saves the text, so that its length is final when `step.completed` carries it.
+    # Leaving the context flushes and saves the text, so that the `text_length` of `step.completed` is final.
     async with text:
         result = await deps.calls.execute(spec.arm, contract, deadline, step=spec.id, attempt=attempt, on_event=on_line)
     return result, text.length
@@ -162,9 +163,9 @@ async def _judge(
     deadline: Deadline,
 ) -> AcceptResult:
     async def ignore(_line: StreamEvent) -> None:
-        """Ignore a line: a verdict is told whole, the stream only keeps the connection alive."""
+        """Ignore a line: the verdict comes at the end, and the stream only keeps the connection alive."""
 
-    # What is small goes along: each file that the judge had to fetch would be a call back to where it comes from.
+    # Small artifacts are sent with the request: the judge would otherwise fetch each with a call back to here.
     texts = await deps.load_texts(task.tenant, result.artifacts)
     request = AcceptRequest(spec.goal, result, spec.acceptance_criteria, contract.context.files, texts)
     with deps.tracer.span("accept") as span:

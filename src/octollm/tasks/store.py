@@ -1,6 +1,6 @@
 """The task store: each state change and its event are one transaction.
 
-A change is refused when the transition is illegal or the fencing token is stale.
+It rejects illegal transitions, and changes with an outdated fencing token.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from octollm.tasks.state import OPEN_STATES, check_transition, is_final
 
 EVENT_SOURCE = "orchestrator"
 TransactionHook = Callable[[Transaction], Awaitable[None]]
-"""Writes something of the caller's in the same transaction."""
+"""Called in the same transaction, for further writes of the caller."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewTask:
-    """A task to be stored. ``deadline_at`` in epoch seconds."""
+    """A task to store. ``deadline_at`` is in seconds since the Unix epoch."""
 
     task_id: str
     tenant: str
@@ -66,9 +66,9 @@ class TaskStore:
         return self._db.transaction()
 
     async def create(self, new: NewTask, hook: TransactionHook | None = None) -> TaskView:
-        """Store a task with its budget, its files and ``task.accepted``, and return it as its owner sees it.
+        """Store a task with its budget, its files and its ``task.accepted`` event, and return its view.
 
-        A task of kind ``adhoc`` has no such event. What ``hook`` writes is part of the same transaction.
+        A task of kind ``adhoc`` has no event. The writes of ``hook`` are part of the same transaction.
         """
         now = self._clock.now()
         row: dict[str, Any] = {
@@ -108,7 +108,7 @@ class TaskStore:
                         .on_conflict_do_nothing()
                     )
             if hook is not None:
-                # Before the event: the lock on the event's subject comes last (the order is in `database.py`).
+                # Before the event, because the lock on the event's subject comes last (lock order in `database.py`).
                 await hook(tx)
             if new.kind == "task":
                 await self._log.append(
@@ -121,7 +121,7 @@ class TaskStore:
                     correlation_id=new.correlation_id,
                     traceparent=new.traceparent,
                 )
-        # Built from what was written: reading it back would cost four queries and decode the contract again.
+        # Built from the written values: reading them back would cost four queries and decode the contract again.
         empty = dict.fromkeys(("started_at", "finished_at", "output", "result", "error"))
         return build_task_view({**row, **empty, "progress": 0.0}, [], Usage(), "")
 
@@ -140,12 +140,13 @@ class TaskStore:
     ) -> float:
         """Change a task (and one step), record ``event``, and return the task's progress.
 
-        ``epoch`` is the fence: raises ``fence_lost`` when a newer run holds the task. Raises ``state_conflict`` for
-        an illegal move and for any change of a task that has ended.
+        ``epoch`` is the fencing token: raises ``fence_lost`` when a newer one holds the task. Raises
+        ``state_conflict`` for an illegal transition and for any change of a task that has ended.
         """
         async with self._db.transaction() as tx:
             row = await self._load_row(tx, task_id)
-            # The fence comes first: a stale run gets `fence_lost`, also when the newer run has ended the task.
+            # The fence first: an outdated worker gets `fence_lost` even if the newer one has ended the task already.
+            # With `state_conflict` it would look up and report an end that is not its own.
             if epoch is not None and row["run"] != epoch:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
             if is_final(row["status"]):
@@ -154,8 +155,8 @@ class TaskStore:
                 check_transition(row["status"], new_status)
                 columns["status"] = new_status
             # Progress never falls, in whatever order the reports of parallel steps are committed.
-            risen = max(row["progress"], progress or 0.0)
-            columns["progress"] = risen
+            new_progress = max(row["progress"], progress or 0.0)
+            columns["progress"] = new_progress
             columns["updated_at"] = self._clock.now()
             await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(**columns))
             if step is not None:
@@ -173,11 +174,11 @@ class TaskStore:
                 )
             if hook is not None:
                 await hook(tx)
-            await self._append_event(tx, task_id, event, {**data, "progress": risen})
-            return float(risen)
+            await self._append_event(tx, task_id, event, {**data, "progress": new_progress})
+            return float(new_progress)
 
     async def set_plan(self, task_id: str, plan: Plan, epoch: int, *, replan: bool, reasons: Sequence[str]) -> None:
-        """Store a plan and its steps: the task runs from here on. A replan drops the steps that did not complete."""
+        """Store a plan with its steps and set the task running. A replan deletes the steps that did not complete."""
         async with self._db.transaction() as tx:
             row = await self._load_row(tx, task_id)
             if row["run"] != epoch:
@@ -200,17 +201,17 @@ class TaskStore:
                         created_at=now,
                         updated_at=now,
                     )
-                    # The completed steps are in the new plan too; their rows, with the results, stay.
+                    # The new plan includes the completed steps; their rows, which have the results, are kept.
                     .on_conflict_do_nothing()
                 )
-            risen = max(row["progress"], 10.0)
+            new_progress = max(row["progress"], 10.0)
             await tx.execute(
                 update(tasks)
                 .where(tasks.c.task_id == task_id)
                 .values(
                     plan=plan,
                     status="running",
-                    progress=risen,
+                    progress=new_progress,
                     updated_at=now,
                     started_at=row["started_at"] or now,
                 )
@@ -218,15 +219,15 @@ class TaskStore:
             listed = [
                 {"step": s.id, "title": s.title, "arm": s.arm, "depends_on": list(s.depends_on)} for s in plan.steps
             ]
-            data: dict[str, object] = {"steps": listed, "progress": risen}
+            data: dict[str, object] = {"steps": listed, "progress": new_progress}
             if replan:
                 data["reasons"] = list(reasons)
             await self._append_event(tx, task_id, "task.replanned" if replan else "task.planned", data)
             if not replan:
-                await self._append_event(tx, task_id, "task.started", {"progress": risen})
+                await self._append_event(tx, task_id, "task.started", {"progress": new_progress})
 
     async def begin_planning(self, task_id: str, epoch: int) -> None:
-        """Move a task to ``planning``; it has no event of its own. Does nothing when it is there already."""
+        """Move a task to ``planning``, without an event. Does nothing when it is in that state already."""
         async with self._db.transaction() as tx:
             row = await self._load_row(tx, task_id)
             if row["run"] != epoch:
@@ -237,7 +238,7 @@ class TaskStore:
                 await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(**values))
 
     async def was_replanned(self, task_id: str) -> bool:
-        """Say whether the task has had its one replan."""
+        """Return whether the task was replanned."""
         async with self._db.read() as conn:
             query = select(steps.c.step).where(steps.c.task_id == task_id, steps.c.plan_number > 1).limit(1)
             return await conn.first(query) is not None
@@ -248,7 +249,7 @@ class TaskStore:
             return task_from_row(await self._load_row(conn, task_id))
 
     async def epochs(self, task_ids: Set[str]) -> dict[str, int]:
-        """Return the run that holds each task; one that is not stored has none."""
+        """Return the current epoch of each task; unknown tasks are omitted."""
         if not task_ids:
             return {}
         async with self._db.read() as conn:
@@ -258,7 +259,7 @@ class TaskStore:
     async def list_open(
         self, tenant: str, *, sub: str | None = None, cred: str | None = None, limit: int = 100
     ) -> list[str]:
-        """Return ids of tasks of a principal or credential that have not ended, oldest first."""
+        """Return the ids of open tasks of a principal or credential, oldest first."""
         query = select(tasks.c.task_id).where(
             tasks.c.tenant == tenant, tasks.c.kind == "task", tasks.c.status.in_(OPEN_STATES)
         )
@@ -271,7 +272,7 @@ class TaskStore:
         return [str(row["task_id"]) for row in rows]
 
     async def list_expired_adhoc(self, limit: int) -> list[tuple[str, float]]:
-        """Return id and creation time of open ad-hoc tasks whose deadline has passed, the longest expired first."""
+        """Return id and creation time of open ad-hoc tasks past their deadline, the longest expired first."""
         query = select(tasks.c.task_id, tasks.c.created_at).where(
             tasks.c.kind == "adhoc", tasks.c.status.in_(OPEN_STATES), tasks.c.deadline_at <= self._clock.now()
         )
@@ -285,9 +286,9 @@ class TaskStore:
             return [step_from_row(row) for row in await _load_steps(conn, task_id)]
 
     async def view(self, task_id: str, tenant: str) -> TaskView:
-        """Return a task as its owner sees it; another tenant's is ``task_not_found``."""
+        """Return the API's view of a task; raise ``task_not_found``, also for another tenant's."""
         async with self._db.read() as conn:
-            # One snapshot: a live session continues from `version`, which must agree with the status and the steps.
+            # All from one snapshot: a live session continues from `version`, which must agree with status and steps.
             row = await self._load_row(conn, task_id, tenant)
             budget = await conn.first(select(budgets).where(budgets.c.task_id == task_id))
             usage = Usage()
@@ -302,16 +303,19 @@ class TaskStore:
             return build_task_view(row, await _load_steps(conn, task_id), usage, str(await conn.scalar(latest) or ""))
 
     async def list(self, tenant: str, *, limit: int, cursor: str, status: str | None) -> TaskList:
-        """Return a page of tasks, newest first; raise ``invalid_parameter`` for a cursor that is not ours."""
-        wanted = [tasks.c.tenant == tenant, tasks.c.kind == "task"]
+        """Return a page of tasks, newest first; raise ``invalid_parameter`` for an invalid cursor."""
+        conditions = [tasks.c.tenant == tenant, tasks.c.kind == "task"]
         if status is not None:
-            wanted.append(tasks.c.status == status)
+            conditions.append(tasks.c.status == status)
         if cursor:
             at, last = _decode_cursor(cursor)
-            # The id orders tasks of one moment; by time alone a page would skip or repeat some of them.
-            wanted.append(or_(tasks.c.created_at < at, and_(tasks.c.created_at == at, tasks.c.task_id < last)))
+            # The id breaks ties: with the time alone, a page would skip or repeat tasks created at the same moment.
+            conditions.append(or_(tasks.c.created_at < at, and_(tasks.c.created_at == at, tasks.c.task_id < last)))
         query = (
-            select(tasks).where(*wanted).order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc()).limit(limit + 1)
+            select(tasks)
+            .where(*conditions)
+            .order_by(tasks.c.created_at.desc(), tasks.c.task_id.desc())
+            .limit(limit + 1)
         )
         async with self._db.read() as conn:
             rows = await conn.all(query)
@@ -328,7 +332,7 @@ class TaskStore:
         return EventList(tuple(events), events[-1].version if events else after)
 
     async def texts(self, task_id: str, tenant: str) -> StepTexts:
-        """Return the text of each step as it was last saved."""
+        """Return the last saved text of each step."""
         async with self._db.read() as conn:
             await self._load_row(conn, task_id, tenant)
             rows = await _load_steps(conn, task_id)
@@ -341,9 +345,9 @@ class TaskStore:
         )
 
     async def save_text(self, task_id: str, step: str, *, attempt: int, epoch: int, base: int, text: str) -> None:
-        """Save the text that stands of a running step, which begins at offset ``base``.
+        """Save the current text of a running step, which begins at offset ``base``.
 
-        No event: its frames come from the stream.
+        There is no event for it: clients get token frames from the stream.
         """
         async with self._db.transaction() as tx:
             await tx.execute(
@@ -352,7 +356,7 @@ class TaskStore:
                     steps.c.task_id == task_id,
                     steps.c.step == step,
                     steps.c.attempt == attempt,
-                    # The fence: the flush of a former holder must not overwrite the text of the present one.
+                    # The fence: the last flush of an earlier holder must not overwrite the text of the current one.
                     or_(steps.c.run.is_(None), steps.c.run <= epoch),
                 )
                 .values(text=text, text_base=base, run=epoch)
@@ -370,13 +374,14 @@ class TaskStore:
             correlation_id=row["correlation_id"],
             traceparent=row["traceparent"],
         )
-        # In the same transaction, so that whoever reads this version also finds its event in the history.
+        # In the same transaction, so that a reader of this version also finds its event in the history.
         await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(version=appended.version))
 
     async def _load_row(self, conn: DatabaseConnection, task_id: str, tenant: str | None = None) -> Mapping[str, Any]:
         query = select(tasks).where(tasks.c.task_id == task_id)
         if isinstance(conn, Transaction):
-            # What is decided from the row holds until the commit. Rows that refer to it may come beside (key share).
+            # Locked, so that what is decided from the row is still true at the commit. FOR NO KEY UPDATE rather than
+            # FOR UPDATE: foreign keys to the row (a journal entry, a reservation) take KEY SHARE, and must not wait.
             query = query.with_for_update(key_share=True)
         row = await conn.first(query)
         if row is None or (tenant is not None and (row["tenant"] != tenant or row["kind"] != "task")):
@@ -398,4 +403,4 @@ def _decode_cursor(cursor: str) -> tuple[float, str]:
         padded = cursor + "=" * (-len(cursor) % 4)
         return msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])
     except (msgspec.DecodeError, binascii.Error, ValueError) as error:
-        raise OctoError("The cursor is not one that a list gave.", code="invalid_parameter") from error
+        raise OctoError("The cursor is invalid. Use the one that a list returned.", code="invalid_parameter") from error

@@ -1,6 +1,6 @@
 """The worker: acquires task leases, runs tasks concurrently, and stops those that were cancelled or lost.
 
-Cancellations at other replicas arrive by Pub/Sub, or at the latest with the next lease renewal.
+Cancellations at other replicas arrive by Pub/Sub, or at the latest with the next lease renewal (0.5 s).
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from octollm.tasks.runner import RunnerDependencies, TaskRunner
 from octollm.telemetry import Logger
 
 SWEEP_SECONDS = 1.0
+"""The interval at which the database is checked for claimable tasks, for lost wake-ups and expired leases."""
 MAX_TASKS = 8
+"""Tasks of one worker at a time. They mostly wait for arms; the bound limits what a crash delays."""
 
 
 class Worker:
-    """Runs the tasks that it claims. The database says which; :meth:`wake` only makes it look sooner."""
+    """Claims and runs tasks. The database is the queue; :meth:`wake` only saves waiting for the next sweep."""
 
     def __init__(
         self,
@@ -42,13 +44,13 @@ class Worker:
         self._service = service
         self._max = max_tasks
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._claims = BackgroundLoop("worker", self._claim_all, interval=SWEEP_SECONDS, restart=True, log=deps.log)
+        self._claim_loop = BackgroundLoop("worker", self._claim_all, interval=SWEEP_SECONDS, restart=True, log=deps.log)
         self._is_draining = False
 
     @property
     def failure(self) -> str:
-        """Return why the worker cannot do its work at present; empty when it can."""
-        return self._claims.failure or self._renewer.failure
+        """Return why the worker cannot claim or renew at present; empty when it can."""
+        return self._claim_loop.failure or self._renewer.failure
 
     @property
     def _log(self) -> Logger:
@@ -56,20 +58,20 @@ class Worker:
 
     def wake(self) -> None:
         """Look for tasks now."""
-        self._claims.wake()
+        self._claim_loop.wake()
 
     async def stop(self, task_id: str) -> None:
-        """Stop working on a task that was cancelled, if this worker does, and wait until its calls are closed."""
+        """Stop running a cancelled task, if this worker runs it, and wait up to 5 s until its calls are closed."""
         task = self._running.get(task_id)
         if task is not None:
             task.cancel()
-            # Bounded: the task has ended in the database already; whoever cancelled it does not wait for a call that
-            # hangs.
+            # Bounded: the task has ended in the database already, so a call that hangs must not delay the response to
+            # the cancellation.
             await asyncio.wait({task}, timeout=5)
 
     async def drain(self) -> None:
-        """Claim nothing more, and give what is in hand back unfinished, so that another worker goes on with it."""
-        # Before the cancellations: each task that ends wakes the claim loop, which would claim it again.
+        """Stop claiming, and release the running tasks unfinished, so that another worker continues them."""
+        # Set before the cancellations: each task that ends wakes the claim loop, which would claim it again.
         self._is_draining = True
         tasks = tuple(self._running.values())
         for task in tasks:
@@ -77,7 +79,7 @@ class Worker:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _on_lease_lost(self, task_id: str) -> None:
-        """Stop the work on a task that is not ours any more, or may not be."""
+        """Stop running a task whose lease is lost, or could not be renewed in time."""
         task = self._running.get(task_id)
         if task is not None:
             self._log.warning("task.lost", task_id=task_id)
@@ -85,11 +87,11 @@ class Worker:
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncGenerator[None]:
-        """Work while the context is open; on leaving, running tasks are handed back unfinished."""
-        # The renewer ends last: tasks keep their leases until they are handed back.
+        """Claim and run tasks while the context is open; on exit, release the running tasks unfinished."""
+        # The renewer stops last, so that tasks keep their leases until they are released.
         async with self._renewer.run(lambda error: self._log.error("leases.crashed", error=error)):
             try:
-                async with self._claims:
+                async with self._claim_loop:
                     yield
             finally:
                 await self.drain()
@@ -101,7 +103,8 @@ class Worker:
             if claimed is None:
                 return
             task_id, run = claimed
-            # The run that was claimed, not the row's: after a takeover in between, the fence must refuse this one.
+            # The epoch of the claim, not that of the row just read: if another worker took the task over in between,
+            # the fence must reject this worker, not the other.
             record = replace(await self._deps.store.get(task_id), epoch=run)
             self._renewer.add(task_id, run)
             work = asyncio.create_task(self._run_task(record), name=f"task {task_id}")
@@ -111,10 +114,10 @@ class Worker:
     def _on_task_done(self, task_id: str, epoch: int) -> None:
         self._running.pop(task_id, None)
         self._renewer.remove(task_id, epoch)
-        self._claims.wake()
+        self._claim_loop.wake()
 
     async def _run_task(self, task: TaskRecord) -> None:
-        # A run that takes over goes on in the trace that the task was submitted in.
+        # The trace of the submission, also after a takeover, so that a task has one trace over all of its epochs.
         trace = parse_traceparent(task.traceparent)
         set_context(RequestContext(self._service, "", task.correlation_id, trace, task.task_id, tenant=task.tenant))
         gauge = self._deps.metrics.tasks_running
@@ -123,15 +126,16 @@ class Worker:
             await TaskRunner(self._deps, task).run()
         except asyncio.CancelledError:
             with contextlib.suppress(OctoError):
-                # Shielded against a second cancellation: once released, another worker takes the task at once.
+                # Shielded from a second cancellation. Without the release, others would wait for the lease to expire.
                 await asyncio.shield(self._task_leases.release(task.task_id, task.epoch))
             raise
         except OctoError as error:
-            # Another run holds the task now, or its end could not be written: the sweep goes on with it.
+            # Another worker holds the task now, or its end could not be written. Then the lease expires, and the sweep
+            # of some worker continues it.
             self._log.warning("task.let_go", error=error)
         except Exception as error:
             self._log.error("task.crashed", error=error)
-            # A task that is left open is claimed again and would crash one worker after another.
+            # Fail the task: left open, it would be claimed again and crash one worker after another.
             await self._fail_crashed(task, error)
         finally:
             gauge.dec()
@@ -149,9 +153,9 @@ CANCEL_RETRY_SECONDS = 1.0
 def cancellation_listener(
     redis: RedisClient, channel: str, stop: Callable[[str], Awaitable[None]], log: LoopLogger | None = None
 ) -> BackgroundLoop:
-    """Return the loop that calls ``stop`` with the id of every task that is announced on ``channel``.
+    """Return a loop that calls ``stop`` with the id of every task announced on ``channel``.
 
-    A cancellation that is missed while Redis is away is found by the next renewal of the task's lease.
+    The next lease renewal finds cancellations that are missed while Redis is unavailable.
     """
 
     async def listen() -> None:
