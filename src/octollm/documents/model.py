@@ -105,6 +105,8 @@ class ReadLimits(msgspec.Struct, frozen=True):
     """Cells of all tables together."""
     characters: int = 32_000_000
     """Characters of all sections together."""
+    elements: int = 500_000
+    """Elements of an HTML page."""
     members: int = 1000
     """Members of an archive, or parts of an e-mail."""
     nesting: int = 3
@@ -113,3 +115,65 @@ class ReadLimits(msgspec.Struct, frozen=True):
     """Bytes of all members of archives after decompression, those of Office files included."""
     expansion_ratio: int = 200
     """Bytes after decompression for each byte before it, counted from the first MiB on."""
+
+
+class ReadBudget:
+    """Counts what is read of one file, members and attachments included, against its limits.
+
+    Every method raises :class:`DocumentError` (``file_limit_exceeded``), naming the limit and its value.
+    """
+
+    def __init__(self, limits: ReadLimits) -> None:
+        self.limits = limits
+        self._pages = self._cells = self._characters = self._members = self._expanded = self._depth = 0
+        self._elements = 0
+
+    def add_pages(self, number: int) -> None:
+        """Count pages or slides."""
+        self._pages += number
+        _check(self._pages, self.limits.pages, "pages")
+
+    def add_cells(self, number: int) -> None:
+        """Count cells of tables."""
+        self._cells += number
+        _check(self._cells, self.limits.cells, "cells")
+
+    def add_characters(self, number: int) -> None:
+        """Count characters of text."""
+        self._characters += number
+        _check(self._characters, self.limits.characters, "characters of text")
+
+    def add_element(self) -> None:
+        """Count one element of an HTML page."""
+        self._elements += 1
+        if self._elements > self.limits.elements:
+            _check(self._elements, self.limits.elements, "elements")
+
+    def add_members(self, number: int) -> None:
+        """Count members of an archive, or parts of an e-mail."""
+        self._members += number
+        _check(self._members, self.limits.members, "members")
+
+    def add_expanded(self, size: int, compressed: int) -> None:
+        """Count the bytes of a member before and after decompression. Called before it is decompressed."""
+        self._expanded += size
+        _check(self._expanded, self.limits.expanded_bytes, "bytes after decompression")
+        if size > 1024 * 1024 and size > compressed * self.limits.expansion_ratio:
+            raise DocumentError(
+                f"A part of the file grows more than {self.limits.expansion_ratio} times when it is decompressed.",
+                code="file_limit_exceeded",
+            )
+
+    def enter(self) -> None:
+        """Begin a file inside this one; :meth:`leave` ends it."""
+        self._depth += 1
+        _check(self._depth, self.limits.nesting, "files inside one another")
+
+    def leave(self) -> None:
+        """End a file inside this one."""
+        self._depth -= 1
+
+
+def _check(count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise DocumentError(f"The file has more than {limit} {what}.", code="file_limit_exceeded")
