@@ -1,7 +1,7 @@
 """SQL and Redis: engines, tables, migrations, and every key in one file.
 
-A backend is picked by its URL's scheme, and foreign errors end here. What the stored things mean, and every rule on
-them, belongs to the layers above.
+The scheme of a URL selects the backend, and errors of other libraries are translated here. What the stored data means,
+and every rule about it, belongs to the layers above.
 """
 
 from octollm.storage.database import Database, DatabaseConnection, DirectPool, Transaction, row_to_dict

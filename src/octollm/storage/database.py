@@ -1,6 +1,6 @@
-"""The SQL database of one service: short write transactions, snapshot reads, one kind of error, the lock order.
+"""The SQL database of one service: short write transactions, snapshot reads, translated errors, the lock order.
 
-On PostgreSQL, single statements by key have a pool of their own.
+On PostgreSQL, single statements by key have their own pool.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ Rows = Sequence[Sequence[object]]
 
 
 class DirectPool:
-    """A few connections for single statements that look rows up by their key, and for nothing else."""
+    """A few connections for single statements that look up rows by key.
+
+    Transactions have other connections, so a slow one cannot delay these statements.
+    """
 
     def __init__(self, connect: Callable[[], Awaitable[Any]]) -> None:
         self._connect = connect
@@ -48,7 +51,7 @@ class DirectPool:
         self._closed = False
 
     async def fetch(self, statement: str, *parameters: object) -> Rows:
-        """Run a statement in PostgreSQL's own words, with ``$1`` and so on, and return its rows.
+        """Run a statement in PostgreSQL's SQL, with ``$1`` and so on, and return its rows.
 
         Raises ``overloaded`` when no connection comes free in 10 s, ``unavailable`` when the server is away (what was
         cut off may have taken effect).
@@ -75,18 +78,19 @@ class DirectPool:
             good = not is_connection_lost(error)
             raise to_octo_error(error) from error
         finally:
-            # Whoever is cancelled in the middle leaves a connection that still waits for its answer.
+            # A call cancelled in the middle leaves a connection whose response is still to come, and which the next
+            # statement would read as its own. Such a connection is not reused.
             if good and not self._closed and not connection.is_closed():
                 self._idle.append(connection)
             else:
                 connection.terminate()
 
     async def aclose(self) -> None:
-        """Close the connections that nothing uses; those in use are closed when they come back."""
+        """Close the idle connections; those in use are closed when they are returned."""
         self._closed = True
         while self._idle:
             connection = self._idle.pop()
-            with contextlib.suppress(Exception):  # it is given up in any case
+            with contextlib.suppress(Exception):  # abandoned in any case
                 await connection.close(timeout=1)
 
 
@@ -99,7 +103,7 @@ def row_to_dict(row: RowMapping) -> dict[str, Any]:
 
 
 class DatabaseConnection:
-    """A snapshot of the database to read from. Used inside ``async with`` only."""
+    """A snapshot of the database, for reading. Valid only inside its ``async with``."""
 
     def __init__(self, raw: AsyncConnection, clock: Clock) -> None:
         self.raw = raw
@@ -116,10 +120,10 @@ class DatabaseConnection:
         return self._clock
 
     async def now(self) -> float:
-        """Return epoch seconds on the clock that leases in this database are held against.
+        """Return epoch seconds by the clock that leases in this database are compared with.
 
-        That is the server's clock on PostgreSQL, which is one for all machines (asked anew each time), and the
-        injected clock on SQLite, which is used on one machine.
+        On PostgreSQL that is the server's clock, since the clocks of replicas differ; it is queried on each call. On
+        SQLite, which is used on one machine, it is the injected clock.
         """
         if self.dialect == "postgresql":
             return float(await self.scalar(select(func.extract("epoch", func.clock_timestamp()))))
@@ -143,7 +147,7 @@ class DatabaseConnection:
 
 
 class Transaction(DatabaseConnection):
-    """A write transaction: everything in it happens, or nothing."""
+    """A write transaction: all of its statements take effect, or none."""
 
     def __init__(self, raw: AsyncConnection, clock: Clock) -> None:
         super().__init__(raw, clock)
@@ -156,21 +160,22 @@ class Transaction(DatabaseConnection):
         return sqlite_insert(table)
 
     def after_commit(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once the transaction is committed and the lock released; never if it rolls back.
+        """Call ``callback`` after the commit, once its locks are released; never after a rollback.
 
-        A process that dies in between never calls it: it is for hints. One callback is called once.
+        It is for hints only: a process that dies after the commit never calls it. A callback that is registered twice
+        is called once.
         """
         if callback not in self._callbacks:
             self._callbacks.append(callback)
 
     def run_callbacks(self) -> None:
-        """Run the callbacks. For the database alone."""
+        """Run the callbacks. Called by :class:`Database` only."""
         for callback in self._callbacks:
             callback()
 
 
 class Database:
-    """One service's database. Made by :func:`open_database`."""
+    """One service's database. Created by :func:`open_database`."""
 
     def __init__(
         self,
@@ -190,7 +195,7 @@ class Database:
         )
         self._writing: set[asyncio.Task[Any] | None] = set()
         self.location = location
-        """Where the data lies, in words for error messages; holds no secret."""
+        """The location of the data, for error messages; contains no secret."""
         self.direct_pool = direct_pool
         """Runs single statements on PostgreSQL; ``None`` on SQLite."""
 
@@ -208,19 +213,20 @@ class Database:
     async def transaction(self, *, timeout: float = WAIT_SECONDS, single: bool = False) -> AsyncGenerator[Transaction]:
         """Write; commit at the end, roll back on any exception.
 
-        On SQLite it holds the one write lock. On PostgreSQL others write beside it (READ COMMITTED), so lock what
-        you read and depend on, in the order that this module names. Writers of this process that find all
-        connections taken queue up in order. Keep it short and await nothing but the database inside.
+        On SQLite it holds the only write lock. On PostgreSQL transactions run in parallel (READ COMMITTED), so lock
+        the rows that a decision depends on, in the order given below. Writers of this process wait in order when all
+        connections are in use. Keep transactions short, and await nothing but the database inside.
 
-        ``single`` says that there will be one statement, which PostgreSQL makes a transaction by itself: that saves
-        two of three questions to the server.
+        ``single`` promises exactly one statement, which PostgreSQL makes a transaction by itself: that saves two of
+        three round trips (BEGIN and COMMIT).
 
-        Raises ``overloaded`` after ``timeout`` seconds in the queue and when another transaction stood in the way,
-        ``unavailable`` when the database cannot be used (a commit that was cut off may have taken effect),
-        ``state_conflict`` when a constraint refuses a row.
+        Raises ``overloaded`` after ``timeout`` seconds in the queue, and after a conflict with another transaction,
+        ``unavailable`` when the database cannot be used (an interrupted commit may have taken effect),
+        ``state_conflict`` when a row violates a constraint.
         """
         # Lock order: arms, tasks, budgets, reservations, steps, idempotency, subjects; relay_state, events, channels;
-        # documents, passages. Rows of one table go by key. Who keeps to it cannot deadlock.
+        # documents, passages. Rows of one table are locked by ascending key. Transactions that follow this order cannot
+        # deadlock.
 
         task = asyncio.current_task()
         if task in self._writing:
@@ -245,17 +251,17 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncGenerator[DatabaseConnection]:
-        """Hold a consistent snapshot for reading; a write in it is refused.
+        """Read from a consistent snapshot; a write in it fails.
 
-        Raises ``overloaded`` when no connection comes free in 10 seconds, ``unavailable`` when the database
-        cannot be used.
+        Raises ``overloaded`` when no connection is available within 10 s, ``unavailable`` when the database cannot be
+        used.
         """
         with translate_errors():
             async with self._reader.connect() as raw:
                 yield DatabaseConnection(raw, self._clock)
 
     async def check(self) -> None:
-        """Make sure that the database answers. Raises ``unavailable`` when it does not."""
+        """Raise ``unavailable`` unless the database responds."""
         with translate_errors():
             async with self._reader.connect() as raw:
                 await raw.exec_driver_sql("SELECT 1")
@@ -267,5 +273,5 @@ def _refuse_writer(_refusal: Refusal) -> OctoError:
 
 
 def encode_json(value: object) -> str:
-    """Return JSON as a column keeps it."""
+    """Return the JSON text of a value for a column."""
     return msgspec.json.encode(value).decode()

@@ -1,6 +1,6 @@
 """SQL engines by URL scheme.
 
-SQLite in a file (WAL, one writer beside its readers) and PostgreSQL on a server (bounded pools, timeouts, reconnects).
+SQLite in a file (WAL, one writer, several readers), and PostgreSQL on a server (bounded pools, timeouts, reconnects).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from octollm.storage.database import WAIT_SECONDS, Database, DirectPool, encode_
 from octollm.storage.errors import is_connection_lost, to_octo_error, translate_errors, unreachable_error
 
 BUSY_SECONDS = 5.0
-"""How long SQLite itself waits for another process's write lock."""
+"""Seconds that SQLite waits for the write lock of another process."""
 SQLITE_READERS = 4
-"""Connections for reading; SQLite in WAL mode lets them go on beside the writer."""
+"""Connections for reading. In WAL mode they do not block the writer, nor the writer them."""
 
 
 def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
@@ -44,7 +44,8 @@ def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
     )
     pragmas = [
         f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}",
-        # A power failure may take the last commits, never the consistency; a temporary file need not survive one.
+        # NORMAL: a power failure may lose the last commits but not corrupt the file, and a crash of the process loses
+        # nothing. A temporary file need not survive either.
         f"PRAGMA synchronous={'NORMAL' if durable else 'OFF'}",
         "PRAGMA foreign_keys=ON",
         "PRAGMA journal_size_limit=67108864",
@@ -52,34 +53,35 @@ def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
     ]
     if writer:
         pragmas.insert(1, "PRAGMA journal_mode=WAL")
-    # A writer takes the write lock at once: a reader that turned writer could fail instead of waiting for it.
+    # IMMEDIATE takes the write lock at once. A transaction that began as a reader and then writes would fail with
+    # SQLITE_BUSY, without waiting, if another one had written in between.
     begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
 
-    def connected(connection: DBAPIConnection, _record: object) -> None:
-        # The driver would otherwise begin transactions by itself, late and without IMMEDIATE.
+    def on_connect(connection: DBAPIConnection, _record: object) -> None:
+        # Otherwise the driver begins transactions by itself, before the first write and without IMMEDIATE.
         connection.isolation_level = None  # pyright: ignore[reportAttributeAccessIssue]
         cursor = connection.cursor()
         for pragma in pragmas:
             cursor.execute(pragma)
         cursor.close()
 
-    def begun(connection: Any) -> None:
+    def on_begin(connection: Any) -> None:
         connection.exec_driver_sql(begin)
 
-    def abandoned(connection: DBAPIConnection, _record: object, _error: BaseException | None) -> None:
-        # A cancelled statement ends its connection. SQLite keeps a closed connection, and its write lock, until its
-        # last half-read statement is collected as garbage; so the transaction is ended first.
-        with suppress(sqlite3.Error):  # it is closed next, whatever its state
+    def on_invalidate(connection: DBAPIConnection, _record: object, _error: BaseException | None) -> None:
+        # A cancelled statement invalidates its connection. SQLite keeps a closed connection, and its write lock, until
+        # its last unfinished statement is garbage collected. So the transaction is rolled back first.
+        with suppress(sqlite3.Error):  # closed next, whatever its state
             connection.rollback()
 
-    event.listen(engine.sync_engine, "connect", connected)
-    event.listen(engine.sync_engine, "begin", begun)
-    event.listen(engine.sync_engine, "invalidate", abandoned)
+    event.listen(engine.sync_engine, "connect", on_connect)
+    event.listen(engine.sync_engine, "begin", on_begin)
+    event.listen(engine.sync_engine, "invalidate", on_invalidate)
     return engine
 
 
 async def _check_sqlite_file(engine: AsyncEngine, place: str) -> None:
-    """Read the file's header and schema, which finds a damaged one, and make sure of write-ahead logging."""
+    """Read the file's header and schema, which detects a damaged file, and verify that WAL is in use."""
     with translate_errors():
         async with engine.begin() as raw:
             mode = (await raw.exec_driver_sql("PRAGMA journal_mode")).scalar()
@@ -90,14 +92,14 @@ async def _check_sqlite_file(engine: AsyncEngine, place: str) -> None:
 
 def _make_private(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.touch(mode=0o600)  # its log files take their permissions from it
+    path.touch(mode=0o600)  # SQLite creates the WAL files with the permissions of this one
 
 
 @asynccontextmanager
 async def open_sqlite(path: Path, clock: Clock, *, durable: bool) -> AsyncGenerator[Database]:
-    """Open a database file, made if it is not there, and close it at the end.
+    """Open a database file, which is created if it is missing, and close it at the end.
 
-    ``durable`` says whether it outlives the process. Raises ``unavailable`` when it cannot be used or is damaged.
+    ``durable`` means that it must outlive the process. Raises ``unavailable`` when it cannot be used or is damaged.
     """
     place = f"the database file {path}"
     try:
@@ -115,47 +117,50 @@ async def open_sqlite(path: Path, clock: Clock, *, durable: bool) -> AsyncGenera
             raise OctoError(f"Cannot use {place}. {error.detail}", code=error.code) from error
         yield Database(writer, reader, clock, location=place)
     finally:
-        # The writer last: closing the last connection folds the write-ahead log into the file.
+        # The writer last, because the last connection to close merges the write-ahead log into the file.
         await reader.dispose()
         await writer.dispose()
 
 
 POSTGRES_WRITERS = 5
-"""Transactions of one process at a time; a further one waits for its turn."""
+"""Parallel transactions of one process; further ones wait. Pools are small on purpose: with the readers and the direct
+connections it is 14 connections a process, and PostgreSQL allows 100 by default."""
 POSTGRES_READERS = 5
-"""Snapshots of one process at a time."""
+"""Parallel snapshots of one process."""
 CONNECT_SECONDS = 5.0
 STATEMENT_SECONDS = 10.0
-"""How long the server works on one statement."""
+"""Server-side limit for one statement (``statement_timeout``)."""
 LOCK_SECONDS = 5.0
-"""How long a statement waits for a row that another transaction has locked."""
+"""Server-side limit for the wait on a locked row (``lock_timeout``)."""
 IDLE_SECONDS = 30.0
-"""How long the server keeps a transaction, and its locks, whose holder says nothing."""
+"""Server-side limit for an idle transaction (``idle_in_transaction_session_timeout``). It frees the locks of a process
+that is suspended or unreachable."""
 RESPONSE_GRACE_SECONDS = 5.0
-"""How much longer than the server may work this process waits for its answer, in case the server is gone."""
+"""Added to the statement limit for the wait in this process, in case the server is unreachable."""
 RECYCLE_SECONDS = 1800.0
-"""The age at which a connection is replaced, so that one through a proxy or a fail-over does not live for ever."""
+"""Age at which a connection is replaced, so that connections move to a new server after a failover behind a proxy."""
 
 
 # Repeatable read: all statements of one read see the same snapshot.
 _READONLY = {"default_transaction_read_only": "on", "default_transaction_isolation": "repeatable read"}
 _KEY_LOOKUP = {"enable_seqscan": "off", "enable_hashjoin": "off", "enable_mergejoin": "off"}
-"""A table that grows has no statistics yet, and without them the server reads all of it for a few keys."""
+"""Planner settings for lookups by key. Without statistics, which a fast-growing table lacks at first, the server would
+scan the whole table for a few keys."""
 
 
 def schema_of(url: str) -> str | None:
-    """Return the one schema that a ``postgresql://`` URL names in ``search_path``, ``None`` for none."""
-    found = parse_qs(urlsplit(url).query).get("search_path")
-    return found[-1] if found else None
+    """Return the schema that a ``postgresql://`` URL names in ``search_path``, or ``None``."""
+    values = parse_qs(urlsplit(url).query).get("search_path")
+    return values[-1] if values else None
 
 
 @asynccontextmanager
 async def open_postgres(url: str, clock: Clock, statement_seconds: float) -> AsyncGenerator[Database]:
     """Open a pool of connections to ``postgresql://user:password@host:5432/database`` and close it at the end.
 
-    What asyncpg knows may follow, as ``?sslmode=verify-full``; any other name is a setting of the connection. The
-    server is asked for at once. Raises ``SettingError`` for a malformed URL or a missing driver, ``unavailable``
-    when the server does not take the connection.
+    asyncpg's options may follow, such as ``?sslmode=verify-full``; any other name is a server setting of the
+    connection. The server must be reachable. Raises ``SettingError`` for a malformed URL or a missing driver,
+    ``unavailable`` when the server does not accept the connection.
     """
     if importlib.util.find_spec("asyncpg") is None:
         raise SettingError("PostgreSQL needs the driver asyncpg; install it with: pip install 'octollm[postgres]'")
@@ -186,8 +191,8 @@ def _postgres_location(url: str) -> str:
 def _connector(
     url: str, statement_seconds: float, further: Mapping[str, str] | None = None
 ) -> Callable[[], Awaitable[Any]]:
-    """Return what opens a connection, with ``further`` settings of the server's."""
-    # The driver is an extra, so it is imported by whoever uses PostgreSQL.
+    """Return a function that opens a connection, with ``further`` server settings."""
+    # The driver is an optional dependency, so it is imported only when PostgreSQL is used.
     import asyncpg  # noqa: PLC0415
 
     settings = {
@@ -195,7 +200,7 @@ def _connector(
         "statement_timeout": f"{statement_seconds:g}s",
         "lock_timeout": f"{LOCK_SECONDS:g}s",
         "idle_in_transaction_session_timeout": f"{IDLE_SECONDS:g}s",
-        # Compiling a statement costs more than any of ours takes.
+        # JIT compilation of a statement takes longer than running any of ours.
         "jit": "off",
         **(further or {}),
     }
@@ -213,9 +218,9 @@ def _connector(
         except asyncpg.PostgresError as error:
             raise to_octo_error(error) from error
         except (asyncpg.InterfaceError, ValueError) as error:
-            # The driver's words may repeat parts of the URL.
+            # The driver's message may repeat parts of the URL, with its password.
             raise SettingError(
-                f"The database URL is not one that the driver takes ({type(error).__name__}); write"
+                f"The driver does not accept the database URL ({type(error).__name__}); write"
                 " postgresql://user:password@host:5432/database, with special characters percent-encoded."
             ) from error
 
@@ -235,14 +240,14 @@ def _postgres_engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncE
         hide_parameters=True,
     )
 
-    def checked_out(_connection: object, record: Any, _proxy: object) -> None:
-        # The server's going away is noticed while a connection lies unused; the pool then makes another, without
-        # a question to the server each time.
+    def on_checkout(_connection: object, record: Any, _proxy: object) -> None:
+        # asyncpg notices a closed socket while a connection is idle. Checking that is enough to replace it, and saves
+        # the round trip of SQLAlchemy's pre-ping on every checkout.
         if record.driver_connection.is_closed():
             raise exc.DisconnectionError("The server closed the connection.")
 
-    def failed(context: ExceptionContext) -> BaseException | None:
-        """Drop connections that are of no use any more, and give the driver's plain errors a meaning."""
+    def on_error(context: ExceptionContext) -> BaseException | None:
+        """Discard connections that are unusable after an error, and translate the driver's plain errors."""
         error = context.original_exception
         if isinstance(error, OSError):  # with TimeoutError, when no answer came
             context.is_disconnect = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -251,8 +256,8 @@ def _postgres_engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncE
             context.is_disconnect = True  # pyright: ignore[reportAttributeAccessIssue]
         return None
 
-    event.listen(engine.sync_engine, "checkout", checked_out)
-    event.listen(engine.sync_engine, "handle_error", failed)
+    event.listen(engine.sync_engine, "checkout", on_checkout)
+    event.listen(engine.sync_engine, "handle_error", on_error)
     return engine
 
 
@@ -262,10 +267,10 @@ async def open_database(
 ) -> AsyncGenerator[Database]:
     """Open a database by its URL and close it at the end.
 
-    ``sqlite:///relative.db``, ``sqlite:////absolute.db``: a file, made if it is not there, readable by its owner
-    only. ``memory://``: a database of its own that vanishes at the end; the same engine over a temporary file.
-    ``postgresql://user:password@host/database?search_path=schema``: a server, which works
-    on one statement for at most ``statement_seconds``.
+    ``sqlite:///relative.db``, ``sqlite:////absolute.db``: a file, created if it is missing, readable only by its owner.
+    ``memory://``: a private database that is deleted at the end (SQLite over a temporary file).
+    ``postgresql://user:password@host/database?search_path=schema``: a server, with ``statement_seconds`` as the limit
+    for one statement.
     Raises ``SettingError`` for another URL, ``unavailable`` when the database cannot be used.
     """
     scheme, separator, rest = url.partition("://")

@@ -27,9 +27,9 @@ _CONNECTION_LOST = "The connection to the database server was lost. Try again."
 _LOGIN_REFUSED = "The database server refused the user or its password. Check OCTOLLM_DATABASE_URL and pg_hba.conf."
 _POSTGRES = {
     # https://www.postgresql.org/docs/current/errcodes-appendix.html: a code, or the class of its first two letters.
-    "40001": ("overloaded", "Two changes stood in each other's way, and this one was undone. Try again."),
-    "40P01": ("overloaded", "Two changes waited for each other, and this one was undone. Try again."),
-    "55P03": ("overloaded", "Another change holds what this one needs. Try again."),
+    "40001": ("overloaded", "Two transactions conflicted, and this one was rolled back. Try again."),
+    "40P01": ("overloaded", "Two transactions deadlocked, and this one was rolled back. Try again."),
+    "55P03": ("overloaded", "Another transaction holds a lock that this one needs. Try again."),
     "57014": ("overloaded", "The database server did not finish a statement in time. Try again."),
     "53100": ("unavailable", "The disk of the database server is full. Free space there, then try again."),
     "53200": ("unavailable", "The database server is out of memory. Give it more, or less to do."),
@@ -37,17 +37,17 @@ _POSTGRES = {
         "unavailable",
         "The database server has no connection left. Raise its max_connections, or run fewer processes.",
     ),
-    "53": ("unavailable", "The database server lacks something that it needs. See its log."),
+    "53": ("unavailable", "The database server lacks resources. See its log."),
     "25006": ("unavailable", "The database is read-only here: a standby, or a connection for reading."),
-    "25P03": ("unavailable", "A transaction said nothing for too long, and the database server ended it. Try again."),
+    "25P03": ("unavailable", "A transaction was idle for too long, and the database server ended it. Try again."),
     "28": ("unavailable", _LOGIN_REFUSED),
     "3D000": (
         "unavailable",
-        "The database server has no database of that name. Make it (createdb), or check OCTOLLM_DATABASE_URL.",
+        "The database server has no database of that name. Create it (createdb), or check OCTOLLM_DATABASE_URL.",
     ),
     "42501": (
         "unavailable",
-        "The database user may not do this. Let it own the schemas octollm_*, or grant it what it needs.",
+        "The database user lacks a permission. Let it own the schemas octollm_*, or grant it the permission.",
     ),
     "57P03": ("unavailable", "The database server is starting or in recovery. It is tried again."),
     "57P": ("unavailable", "The database server is shutting down. It is tried again."),
@@ -55,15 +55,15 @@ _POSTGRES = {
     "58": ("unavailable", "The disk of the database server failed. See its log."),
     "XX001": ("unavailable", "A page of the database is damaged. Restore it from a backup."),
     "XX002": ("unavailable", "An index of the database is damaged. Rebuild it (REINDEX)."),
-    "22001": ("invalid_body", "A text is longer than the database keeps it."),
-    "22021": ("invalid_body", "A text holds a character that the database cannot keep (U+0000)."),
-    "22P05": ("invalid_body", "A text holds a character that the database cannot keep (U+0000)."),
-    "23": ("state_conflict", "The database refused a row that breaks one of its constraints."),
+    "22001": ("invalid_body", "A text is too long for its database column."),
+    "22021": ("invalid_body", "A text contains a character that the database cannot store (U+0000)."),
+    "22P05": ("invalid_body", "A text contains a character that the database cannot store (U+0000)."),
+    "23": ("state_conflict", "The database rejected a row that violates a constraint."),
 }
 
 
 def unreachable_error(error: OSError) -> OctoError:
-    """Return what a database server that cannot be reached, or stays silent, is to the caller."""
+    """Return the ``unavailable`` error for a database server that is unreachable or does not respond."""
     if isinstance(error, TimeoutError):
         detail = "The database server did not answer in time."
     else:
@@ -72,30 +72,30 @@ def unreachable_error(error: OSError) -> OctoError:
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Say whether the connection to a PostgreSQL server is of no use after ``error``."""
+    """Return whether a connection to a PostgreSQL server is unusable after ``error``."""
     state = _sqlstate(error) or ""
     return state.startswith(("08", "57P")) or state == "25P03"
 
 
 def to_octo_error(error: Exception) -> OctoError:
-    """Return the ``OctoError`` that ``error`` stands for.
+    """Return the ``OctoError`` for a database error.
 
-    Codes: ``unavailable`` (busy, full, damaged or unreachable), ``overloaded`` (no connection came free, or two
-    changes stood in each other's way), ``state_conflict`` (a constraint refused the row), ``invalid_body`` (a value
-    that the database cannot keep), ``internal`` (the statement itself is wrong).
+    Codes: ``unavailable`` (busy, full, damaged or unreachable), ``overloaded`` (no free connection, or a conflict of
+    transactions), ``state_conflict`` (a row violates a constraint), ``invalid_body`` (a value that the database cannot
+    store), ``internal`` (the statement itself is wrong).
     """
     if isinstance(error, exc.TimeoutError):
-        return OctoError("No database connection came free in time.", code="overloaded", retry_after=1.0)
+        return OctoError("No database connection was available in time.", code="overloaded", retry_after=1.0)
     if isinstance(error, exc.IntegrityError | sqlite3.IntegrityError):
-        return OctoError("The database refused a row that breaks one of its constraints.", code="state_conflict")
+        return OctoError("The database rejected a row that violates a constraint.", code="state_conflict")
     number = _sqlite_code(error)
     if number is not None and number in _SQLITE:
         return OctoError(_SQLITE[number], code="unavailable", retry_after=1.0)
     state = _sqlstate(error)
     if state is not None:
-        for known in (state, state[:3], state[:2]):
-            if known in _POSTGRES:
-                code, detail = _POSTGRES[known]
+        for sqlstate in (state, state[:3], state[:2]):
+            if sqlstate in _POSTGRES:
+                code, detail = _POSTGRES[sqlstate]
                 return OctoError(detail, code=code, retry_after=1.0 if code in ("unavailable", "overloaded") else None)
     if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
         return OctoError("The connection to the database was lost.", code="unavailable", retry_after=1.0)
@@ -106,18 +106,19 @@ def to_octo_error(error: Exception) -> OctoError:
 
 @contextmanager
 def translate_errors() -> Generator[None]:
-    """Raise what a database call raises as an ``OctoError``; the caller's own exceptions pass unchanged."""
+    """Translate errors of database calls to ``OctoError``; other exceptions pass unchanged."""
     try:
         yield
     except Exception as error:
-        # The driver's own errors come bare from what SQLAlchemy does with a new connection. It may not be installed.
+        # When SQLAlchemy sets up a new connection, asyncpg's errors are not wrapped. They are recognised by their
+        # module's name, because asyncpg may not be installed.
         if isinstance(error, exc.SQLAlchemyError | sqlite3.Error) or type(error).__module__.startswith("asyncpg."):
             raise to_octo_error(error) from error
         raise
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Give ``error``, what the driver raised, and what caused that; a chain is never long."""
+    """Yield ``error``, the driver's error, and its causes, at most eight."""
     if isinstance(error, exc.DBAPIError):
         error = error.orig
     for _ in range(8):
@@ -128,16 +129,16 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _sqlite_code(error: BaseException) -> int | None:
-    """Return the primary SQLite result code of ``error`` or of what caused it."""
+    """Return the primary SQLite result code of ``error`` or of one of its causes."""
     for each in _causes(error):
         code = getattr(each, "sqlite_errorcode", None)
         if isinstance(code, int):
-            return code & 0xFF  # the low byte is the primary code, the rest says more about it
+            return code & 0xFF  # the low byte is the primary code (https://www.sqlite.org/rescode.html)
     return None
 
 
 def _sqlstate(error: BaseException) -> str | None:
-    """Return PostgreSQL's code of ``error`` or of what caused it."""
+    """Return PostgreSQL's SQLSTATE of ``error`` or of one of its causes."""
     for each in _causes(error):
         state = getattr(each, "sqlstate", None)
         if isinstance(state, str):

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 TEXT_TTL_SECONDS = 3600
-"""Life of a task's token stream after its last write; SQL holds the text too."""
+"""Lifetime of a task's token stream after its last write; the text is also in SQL."""
 TEXT_MAX_ENTRIES = 10_000
 """Entries of a task's token stream; older ones are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyInfo:
-    """One name: ``name`` as written with its parts in braces, ``ttl`` in words."""
+    """One key or channel: ``name`` with placeholders in braces, ``ttl`` as text."""
 
     name: str
     kind: Literal["channel", "stream"]
@@ -33,13 +33,13 @@ REDIS_KEYS: tuple[KeyInfo, ...] = (
         f"{TEXT_TTL_SECONDS} s after the last write, {TEXT_MAX_ENTRIES} entries",
     ),
 )
-"""The register of all names, for the documentation and for those who look into a running Redis."""
+"""The register of all names, for the documentation and for operators who inspect Redis."""
 
 
 class RedisKeys:
-    """The names, with a ``prefix`` in front of each, which is empty except in tests.
+    """The names, each with a ``prefix``, which is empty except in tests.
 
-    ``octollm:`` names belong to this project; ``events:*`` channels are the ADR's and so are public.
+    ``octollm:`` names are private to this project; the ``events:*`` channels are public.
     """
 
     def __init__(self, prefix: str = "") -> None:

@@ -1,4 +1,4 @@
-"""Redis by its URL: a server through redis-py, or the one inside this process."""
+"""Redis by its URL: a server, through redis-py, or an in-process one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from octollm.storage.redis_protocol import MAX_BLOCK_MS, PubSub, PubSubMessage, 
 
 CONNECT_SECONDS = 5.0
 RESPONSE_SECONDS = 5.0
-"""The longest wait for an answer; more than ``MAX_BLOCK_MS``."""
+"""Limit for the response to a command; longer than ``MAX_BLOCK_MS``, for which XREAD may block."""
 LISTEN_SECONDS = 2.0
 """One wait for a message; less than ``RESPONSE_SECONDS``."""
 MAX_CONNECTIONS = 32
@@ -27,14 +27,15 @@ MAX_CONNECTIONS = 32
 MAX_LISTENERS = 256
 """Connections for subscriptions."""
 IDLE_PROBE_SECONDS = 10.0
-"""A subscription that hears nothing for so long asks whether the server is there, and gives it as long again."""
+"""After this time without a message a subscription sends a ping, and after twice the time without a reply it fails.
+TCP alone would not notice a server that disappeared: a subscriber only reads."""
 
 
 @asynccontextmanager
 async def _translate_redis_errors() -> AsyncGenerator[None]:
-    """End a command after ``RESPONSE_SECONDS``, and raise redis-py's errors as ours.
+    """Limit a command to ``RESPONSE_SECONDS``, and translate redis-py's errors.
 
-    Its texts name host and port at most, never the password.
+    Their messages contain host and port at most, never the password.
     """
     try:
         async with asyncio.timeout(RESPONSE_SECONDS):
@@ -51,13 +52,13 @@ async def _translate_redis_errors() -> AsyncGenerator[None]:
 
 
 class ServerPubSub:
-    """A subscription on a connection of its own, which is never reconnected in silence."""
+    """A subscription on its own connection, which never reconnects silently: that would hide lost messages."""
 
     def __init__(self, pubsub: Any, monotonic: Callable[[], float]) -> None:
         self._pubsub = pubsub
         self._monotonic = monotonic
-        self._heard = monotonic()
-        self._asked = False
+        self._last_message_at = monotonic()
+        self._has_pinged = False
 
     async def subscribe(self, *channels: str) -> None:
         """Listen to channels."""
@@ -78,12 +79,12 @@ class ServerPubSub:
         """Return the next message, or ``None`` after ``timeout`` seconds without one."""
         end = self._monotonic() + timeout
         while True:
-            left = max(end - self._monotonic(), 0.0)
+            remaining = max(end - self._monotonic(), 0.0)
             async with _translate_redis_errors():
                 await self._probe()
-                raw = await self._pubsub.get_message(timeout=min(left, LISTEN_SECONDS))
+                raw = await self._pubsub.get_message(timeout=min(remaining, LISTEN_SECONDS))
             if raw is not None:
-                self._heard, self._asked = self._monotonic(), False
+                self._last_message_at, self._has_pinged = self._monotonic(), False
                 message = _parse_message(raw)
                 if message is not None:
                     return message
@@ -93,17 +94,17 @@ class ServerPubSub:
     async def _probe(self) -> None:
         connection = self._pubsub.connection
         if connection is None or not connection.is_connected:
-            # redis-py would connect again here, and hide what was missed.
-            raise exceptions.ConnectionError("the connection is gone")
-        silent = self._monotonic() - self._heard
-        if silent > 2 * IDLE_PROBE_SECONDS and self._asked:
+            # redis-py would reconnect here, and so hide lost messages.
+            raise exceptions.ConnectionError("the connection was lost")
+        idle = self._monotonic() - self._last_message_at
+        if idle > 2 * IDLE_PROBE_SECONDS and self._has_pinged:
             raise exceptions.TimeoutError("no answer to a ping")
-        if silent > IDLE_PROBE_SECONDS and not self._asked:
+        if idle > IDLE_PROBE_SECONDS and not self._has_pinged:
             await self._pubsub.ping()
-            self._asked = True
+            self._has_pinged = True
 
     async def close(self) -> None:
-        """Give the connection back."""
+        """Return the connection to the pool."""
         async with _translate_redis_errors():
             await self._pubsub.aclose()
 
@@ -124,15 +125,15 @@ class ServerRedis:
         common: dict[str, Any] = {
             "protocol": 2,
             "socket_connect_timeout": CONNECT_SECONDS,
-            # redis-py would keep to its own limit with asyncio.wait_for, which on Python 3.11 loses a cancellation
-            # that comes as the inner task ends. The limit is that of _translate_redis_errors instead.
+            # redis-py applies its own timeout with asyncio.wait_for, which on Python 3.11 loses a cancellation that
+            # arrives as the inner task ends. _translate_redis_errors limits the time instead.
             "socket_timeout": None,
         }
         # redis-py's own annotations are partial, so its clients are taken as untyped.
         blocking: Any = BlockingConnectionPool
         plain: Any = ConnectionPool
         try:
-            # One more try at once: a pooled connection may have died while it lay unused.
+            # One immediate retry, because a pooled connection may have been closed while it was idle.
             commands = blocking.from_url(
                 url,
                 max_connections=MAX_CONNECTIONS,
@@ -140,7 +141,7 @@ class ServerRedis:
                 retry=Retry(NoBackoff(), 1),
                 **common,
             )
-            # No retry: a listener that reconnected in silence would hide what it missed.
+            # No retry, because a subscription that reconnects silently would hide lost messages.
             listeners = plain.from_url(url, max_connections=MAX_LISTENERS, retry=Retry(NoBackoff(), 0), **common)
         except ValueError as error:
             raise SettingError("The Redis URL is malformed; write redis://user:password@host:6379/0.") from error
@@ -155,7 +156,7 @@ class ServerRedis:
             await self._listeners.aclose()
 
     async def ping(self) -> None:
-        """Make sure that Redis answers."""
+        """Raise ``unavailable`` unless Redis responds."""
         async with _translate_redis_errors():
             await self._commands.execute_command("PING")
 
@@ -177,12 +178,12 @@ class ServerRedis:
             return bool(await self._commands.set(key, value, ex=ttl, nx=only_if_absent))
 
     async def delete(self, *keys: str) -> int:
-        """Return how many there were."""
+        """Return how many of the keys existed."""
         async with _translate_redis_errors():
             return int(await self._commands.delete(*keys)) if keys else 0
 
     async def ttl(self, key: str) -> int:
-        """Return the seconds left, -1 without an end, -2 without a key."""
+        """Return the remaining seconds, -1 for a key without expiry, -2 for a missing key."""
         async with _translate_redis_errors():
             return int(await self._commands.ttl(key))
 
@@ -195,29 +196,29 @@ class ServerRedis:
         ttl: int,
         announce: tuple[str, bytes] | None = None,
     ) -> str:
-        """Append, renew the life, announce, in one round trip."""
+        """Append an entry, renew the expiry and publish ``announce``, in one round trip."""
         async with _translate_redis_errors(), self._commands.pipeline(transaction=False) as pipeline:
             pipeline.xadd(key, dict(fields), maxlen=maxlen, approximate=True)
             pipeline.expire(key, ttl)
-            # After the entry, so that whoever the hint wakes finds it.
+            # After XADD, so that a reader that the hint wakes finds the entry.
             if announce is not None:
                 pipeline.publish(*announce)
             answers: list[Any] = await pipeline.execute()
         return str(answers[0], "ascii")
 
     async def stream_read(self, key: str, *, after: str, count: int, block_ms: int = 0) -> Sequence[StreamEntry]:
-        """Return entries behind ``after``, waiting for one if asked to."""
+        """Return the entries after ``after``; wait up to ``block_ms`` for one."""
         block = min(block_ms, MAX_BLOCK_MS) or None
         async with _translate_redis_errors():
-            found: Any = await self._commands.xread({key: after}, count=count, block=block)
+            response: Any = await self._commands.xread({key: after}, count=count, block=block)
         return tuple(
             StreamEntry(entry.decode(), {name.decode(): value.decode() for name, value in fields.items()})
-            for _, entries in found or ()
+            for _, entries in response or ()
             for entry, fields in entries
         )
 
     def pubsub(self) -> PubSub:
-        """Return a new connection that listens."""
+        """Return a subscription with its own connection."""
         return ServerPubSub(self._listeners.pubsub(), self._monotonic)
 
 
@@ -236,9 +237,9 @@ __all__ = [
 async def open_redis(url: str, *, servers: MemoryServers | None = None) -> AsyncGenerator[RedisClient]:
     """Open Redis by its URL and close it at the end.
 
-    ``redis://``, ``rediss://`` (TLS), ``unix://``: a server. ``memory://name``: one inside this process; the same
-    name in the same ``servers`` is the same one, and without ``servers`` it is private. A server need not be up
-    yet: the first command says so. Raises ``SettingError`` for another URL.
+    ``redis://``, ``rediss://`` (TLS), ``unix://``: a server. ``memory://name``: an in-process one, shared by all users
+    of the same name and the same ``servers``; without ``servers`` it is private. A server need not be up yet: the
+    first command connects. Raises ``SettingError`` for another URL.
     """
     scheme, separator, name = url.partition("://")
     if separator and scheme == "memory":

@@ -1,7 +1,7 @@
-"""Redis inside this process: burner-redis for keys and streams, our own fan-out for channels.
+"""An in-process Redis: burner-redis for keys and streams, our own fan-out for channels.
 
-burner-redis reads each subscription in a thread of its own, ten times a second; a hundred watchers would starve
-every other use of threads. A fan-out within one event loop needs none.
+burner-redis polls each subscription in its own thread, ten times a second; a hundred subscriptions would exhaust the
+thread pool. A fan-out within one event loop needs no thread.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from octollm.errors import OctoError
 from octollm.storage.redis_protocol import MAX_BLOCK_MS, PubSub, PubSubMessage, StreamEntry
 
 MAX_PENDING = 10_000
-"""Messages kept for a subscription that does not read; past it, it is closed, as a server would."""
+"""Pending messages of a subscription that does not read. When exceeded, it is closed, as a Redis server does
+(``client-output-buffer-limit``)."""
 
 COMMANDS = ("delete", "expire", "get", "set", "ttl", "xadd", "xread", "xtrim", "aclose")
-"""What is asked of burner-redis. PING has no meaning in process; PUBLISH and SUBSCRIBE are the fan-out's."""
+"""The commands used of burner-redis. PING is meaningless in process; PUBLISH and SUBSCRIBE are the fan-out's."""
 
 
 @contextmanager
@@ -43,12 +44,12 @@ class MemoryPubSub:
         self._channels: set[str] = set()
         self._patterns: set[str] = set()
         self._pending: deque[PubSubMessage] = deque()
-        self._news = asyncio.Event()
+        self._wakeup = asyncio.Event()
         self._lost = False
         self._closed = False
 
     def deliver(self, channel: str, payload: bytes) -> None:
-        """Take a published message, if it is for this subscription; once for each name that matches."""
+        """Queue a published message once for each channel and pattern that matches it, as Redis does."""
         times = (channel in self._channels) + sum(fnmatchcase(channel, pattern) for pattern in self._patterns)
         for _ in range(times):
             self._put(PubSubMessage(channel, payload))
@@ -59,7 +60,7 @@ class MemoryPubSub:
             self._pending.clear()
         if not self._lost:
             self._pending.append(message)
-        self._news.set()
+        self._wakeup.set()
 
     async def subscribe(self, *channels: str) -> None:
         """Listen to channels."""
@@ -84,10 +85,10 @@ class MemoryPubSub:
     async def receive(self, timeout: float) -> PubSubMessage | None:
         """Return the next message, or ``None`` after ``timeout`` seconds without one."""
         if not self._pending and not self._lost and not self._closed:
-            self._news.clear()
+            self._wakeup.clear()
             try:
                 async with asyncio.timeout(timeout):
-                    await self._news.wait()
+                    await self._wakeup.wait()
             except TimeoutError:
                 return None
         if self._pending:
@@ -103,18 +104,18 @@ class MemoryPubSub:
         self._server.listeners.discard(self)
         self._closed = True
         self._pending.clear()
-        self._news.set()
+        self._wakeup.set()
 
 
 class MemoryServer:
-    """One Redis inside this process, bound to the event loop it was made in."""
+    """One in-process Redis, bound to the event loop that it was created in."""
 
     def __init__(self) -> None:
         self.keys: Any = BurnerRedis()  # the extension module carries no types
         self.listeners: set[MemoryPubSub] = set()
 
     def publish(self, channel: str, payload: bytes) -> None:
-        """Hand a message to every subscription that wants it."""
+        """Deliver a message to every matching subscription."""
         for listener in tuple(self.listeners):
             listener.deliver(channel, payload)
 
@@ -132,10 +133,10 @@ class MemoryRedis:
         self._server = server
 
     async def ping(self) -> None:
-        """Do nothing: a server in this process is always there."""
+        """Do nothing: an in-process server always responds."""
 
     async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
-        """Hand each message to those who listen, in order."""
+        """Publish each message, in order."""
         for channel, payload in messages:
             self._server.publish(channel, payload)
 
@@ -148,11 +149,11 @@ class MemoryRedis:
         return bool(await self._call(self._server.keys.set(key, value, ex=ttl, nx=only_if_absent)))
 
     async def delete(self, *keys: str) -> int:
-        """Return how many there were."""
+        """Return how many of the keys existed."""
         return await self._call(self._server.keys.delete(*keys)) if keys else 0
 
     async def ttl(self, key: str) -> int:
-        """Return the seconds left, -1 without an end, -2 without a key."""
+        """Return the remaining seconds, -1 for a key without expiry, -2 for a missing key."""
         return await self._call(self._server.keys.ttl(key))
 
     async def stream_add(
@@ -164,9 +165,9 @@ class MemoryRedis:
         ttl: int,
         announce: tuple[str, bytes] | None = None,
     ) -> str:
-        """Append, renew the life, announce."""
+        """Append an entry, renew the expiry and publish ``announce``."""
         entry: bytes = await self._call(self._server.keys.xadd(key, dict(fields)))
-        # burner-redis takes XADD's MAXLEN and does not keep to it.
+        # burner-redis accepts XADD's MAXLEN but does not apply it.
         await self._call(self._server.keys.xtrim(key, maxlen=maxlen))
         await self._call(self._server.keys.expire(key, ttl))
         if announce is not None:
@@ -174,12 +175,12 @@ class MemoryRedis:
         return entry.decode()
 
     async def stream_read(self, key: str, *, after: str, count: int, block_ms: int = 0) -> Sequence[StreamEntry]:
-        """Return entries behind ``after``, waiting for one if asked to."""
+        """Return the entries after ``after``; wait up to ``block_ms`` for one."""
         block = min(block_ms, MAX_BLOCK_MS) or None
-        found: Any = await self._call(self._server.keys.xread({key: after}, count=count, block=block))
+        response: Any = await self._call(self._server.keys.xread({key: after}, count=count, block=block))
         return tuple(
             StreamEntry(entry.decode(), {name.decode(): value.decode() for name, value in fields.items()})
-            for _, entries in found or ()
+            for _, entries in response or ()
             for entry, fields in entries
         )
 
@@ -193,7 +194,7 @@ class MemoryRedis:
 
 
 class MemoryServers:
-    """The in-process servers of one installation, by name. Pass it to all that are to share them."""
+    """The in-process servers of one installation, by name. Components that get the same object share them."""
 
     def __init__(self) -> None:
         self._servers: dict[str, MemoryServer] = {}
@@ -201,7 +202,7 @@ class MemoryServers:
 
     @asynccontextmanager
     async def lease(self, name: str) -> AsyncGenerator[MemoryRedis]:
-        """Use the server of that name, made at the first use; the last one to leave closes it."""
+        """Use the server of that name, which is created at the first use and closed after the last."""
         if name not in self._servers:
             self._servers[name] = MemoryServer()
         self._leases[name] = self._leases.get(name, 0) + 1

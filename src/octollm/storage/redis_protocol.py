@@ -1,4 +1,4 @@
-"""The Redis commands that this project uses, as one small interface; the adapters stand beside it."""
+"""The Redis commands that this project uses, as one small interface with two implementations."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 MAX_BLOCK_MS = 2000
-"""The longest that one read of a stream waits; callers loop."""
+"""Upper bound for the blocking time of one stream read; callers loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class PubSubMessage:
-    """What a subscription hands over.
+    """A message of a subscription.
 
-    ``subscribed`` is true for the confirmation that ``name`` (a channel or pattern) is in effect from here on;
-    then ``data`` is empty. Else ``name`` is the channel published on.
+    With ``subscribed`` it confirms that ``name`` (a channel or pattern) is in effect, and ``data`` is empty. Otherwise
+    ``name`` is the channel that was published to.
     """
 
     name: str
@@ -32,14 +32,14 @@ class StreamEntry:
 
 
 class PubSub(Protocol):
-    """A connection that listens. It has one reader; it is not used again once a call on it has failed."""
+    """A subscription connection with a single reader. After a failed call it must not be used again."""
 
     async def subscribe(self, *channels: str) -> None:
-        """Listen to channels. The confirmations come out of :meth:`receive`."""
+        """Subscribe to channels; :meth:`receive` returns the confirmations."""
         ...
 
     async def psubscribe(self, *patterns: str) -> None:
-        """Listen to glob patterns. The confirmations come out of :meth:`receive`."""
+        """Subscribe to glob patterns; :meth:`receive` returns the confirmations."""
         ...
 
     async def unsubscribe(self, *channels: str) -> None:
@@ -49,25 +49,25 @@ class PubSub(Protocol):
     async def receive(self, timeout: float) -> PubSubMessage | None:
         """Return the next message, or ``None`` after ``timeout`` seconds without one.
 
-        Raises ``unavailable`` when the connection is lost or messages had to be dropped: what was published
-        since the last message may be missed.
+        Raises ``unavailable`` when the connection is lost or messages were dropped; then messages since the last one
+        may be missing.
         """
         ...
 
     async def close(self) -> None:
-        """Stop listening and give the connection back."""
+        """Unsubscribe and return the connection."""
         ...
 
 
 class RedisClient(Protocol):
-    """Every Redis command that this project uses. Each raises ``unavailable`` when Redis does not answer.
+    """Every Redis command that this project uses. Each raises ``unavailable`` when Redis does not respond.
 
-    Values are bytes; times to live are whole seconds. Commands may be sent twice when a connection breaks, so
-    readers of streams and channels expect to see something again.
+    Values are bytes; times to live are whole seconds. A command may be executed twice when a connection breaks, so
+    readers of streams and channels must tolerate duplicates.
     """
 
     async def ping(self) -> None:
-        """PING: make sure that Redis answers."""
+        """PING: raise ``unavailable`` unless Redis responds."""
         ...
 
     async def publish(self, messages: Sequence[tuple[str, bytes]]) -> None:
@@ -83,11 +83,11 @@ class RedisClient(Protocol):
         ...
 
     async def delete(self, *keys: str) -> int:
-        """DEL: return how many there were."""
+        """DEL: return how many of the keys existed."""
         ...
 
     async def ttl(self, key: str) -> int:
-        """TTL: return the seconds left, -1 without an end, -2 without a key."""
+        """TTL: return the remaining seconds, -1 for a key without expiry, -2 for a missing key."""
         ...
 
     async def stream_add(
@@ -103,12 +103,12 @@ class RedisClient(Protocol):
         ...
 
     async def stream_read(self, key: str, *, after: str, count: int, block_ms: int = 0) -> Sequence[StreamEntry]:
-        """XREAD: return up to ``count`` entries behind the id ``after`` (``0``: from the first one kept).
+        """XREAD: return up to ``count`` entries after the id ``after`` (``0``: from the oldest).
 
-        Waits for one up to ``block_ms`` (0: not at all; at most ``MAX_BLOCK_MS``).
+        Waits up to ``block_ms`` for one (0: returns at once; at most ``MAX_BLOCK_MS``).
         """
         ...
 
     def pubsub(self) -> PubSub:
-        """Return a new connection that listens; close it."""
+        """Return a new subscription connection, which the caller closes."""
         ...

@@ -14,15 +14,15 @@ MAX_TEXT = 64 * 1024
 READ_COUNT = 500
 """Entries of one read."""
 TEXT_HINT = b"text"
-"""What is published on the task's watch channel when its text grew."""
+"""Payload on the task's watch channel when its text grew."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextEntry:
     """A piece of a step's text. ``offset`` is that of its first code point in the text of this attempt and run.
 
-    ``reset`` says that what came before in this step is void. Readers drop entries of a ``run`` older than one
-    they have seen, and code points below the offset that they have reached.
+    ``reset`` voids the earlier text of the step. Readers drop entries of an older ``run`` than the newest they have
+    seen, and code points below the offset that they have reached; so duplicates and late writes do no harm.
     """
 
     id: str
@@ -35,7 +35,7 @@ class TextEntry:
 
 
 class TextStream:
-    """Writes and reads the streams."""
+    """Writes and reads the token streams, one for each task."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class TextStream:
         text: str,
         reset: bool = False,
     ) -> str:
-        """Add a piece, renew the stream's life and hint at it on the task's watch channel; return its id.
+        """Append a piece, renew the stream's expiry and publish a hint on the task's watch channel; return its id.
 
         Raises ``invalid_body`` for more than ``MAX_TEXT`` code points, ``unavailable`` without Redis.
         """
@@ -84,15 +84,15 @@ class TextStream:
         )
 
     async def read(self, task_id: str, last_id: str = "0", *, block_ms: int = 0) -> Sequence[TextEntry]:
-        """Return up to 500 entries behind ``last_id`` (``"0"``: from the oldest kept), oldest first.
+        """Return up to 500 entries after ``last_id`` (``"0"``: from the oldest), oldest first.
 
-        With ``block_ms`` it waits so long for one, at most two seconds; that holds a connection, so whoever watches
-        many tasks should wait for hints instead. Raises ``peer_protocol`` for an entry of another form.
+        With ``block_ms`` it waits for one, up to two seconds. That occupies a connection, so a process that watches
+        many tasks should wait for hints instead. Raises ``peer_protocol`` for a malformed entry.
         """
-        found = await self._redis.stream_read(
+        entries = await self._redis.stream_read(
             self._keys.text(task_id), after=last_id, count=READ_COUNT, block_ms=block_ms
         )
-        return tuple(_parse_entry(entry) for entry in found)
+        return tuple(_parse_entry(entry) for entry in entries)
 
     async def delete(self, task_id: str) -> None:
         """Drop a task's stream."""
@@ -112,4 +112,4 @@ def _parse_entry(entry: StreamEntry) -> TextEntry:
             reset=fields["reset"] == "1",
         )
     except (KeyError, ValueError) as error:
-        raise OctoError("A token stream holds an entry of another form.", code="peer_protocol") from error
+        raise OctoError("A token stream has a malformed entry.", code="peer_protocol") from error

@@ -1,9 +1,9 @@
-"""The steps that bring a database to the schema of this version, one folder per service.
+"""The revisions of the database schemas, one folder for each service.
 
 A revision is a file ``rNNNN_name.py`` in the service's folder with ``revision``, ``down_revision`` and
-``upgrade(op)``. Revisions are never changed once released, and import nothing of this project. They only add, so that
-the version before goes on working beside this one; one that takes something away names in ``serves`` the oldest
-revision whose code can still work with it.
+``upgrade(op)``. Revisions are never changed once released, and import nothing of this project. They normally only add,
+so that the previous version keeps working during a rolling upgrade. One that removes something names in ``serves`` the
+oldest revision whose code can still work with the schema.
 """
 
 from octollm.storage.migrations.runner import (

@@ -1,4 +1,4 @@
-"""Migrations: the schema that a database has, whether this version works with it, and bringing it to the newest."""
+"""Migrations: which schema a database has, whether this version can work with it, and the upgrade to the newest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ DatabaseService = Literal["orchestrator", "memory", "monitor"]
 
 VERSION_TABLE = "schema_version"
 compatibility_table = Table("schema_serves", MetaData(), Column("oldest", String(32), nullable=False))
-"""One row beside the version: the oldest revision whose code can work with the schema."""
+"""One row: the oldest revision whose code can work with the schema. It lets an older version run during a rolling
+upgrade, after the newer one has migrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Revisions:
 
     @property
     def head(self) -> str:
-        """Return the one that this version wants."""
+        """Return the newest revision, which this version needs."""
         return self.names[-1]
 
 
@@ -53,21 +54,21 @@ def load_revisions(service: DatabaseService) -> Revisions:
     walked = list(scripts.walk_revisions())
     if not walked:
         raise OctoError(f"The package carries no schema for {service}.", code="internal")
-    named = (getattr(script.module, "serves", None) for script in walked)
+    declared = (getattr(script.module, "serves", None) for script in walked)
     names = tuple(script.revision for script in reversed(walked))
-    return Revisions(scripts, names, next((name for name in named if name is not None), names[0]))
+    return Revisions(scripts, names, next((name for name in declared if name is not None), names[0]))
 
 
 @dataclass(frozen=True, slots=True)
 class SchemaVersion:
-    """What a database says of its schema: its revision, and the oldest that it serves; ``None`` for nothing."""
+    """The schema of a database: its revision, and the oldest revision that it serves; ``None`` without a schema."""
 
     revision: str | None
     serves: str | None
 
 
 def read_schema(connection: SyncConnection) -> SchemaVersion:
-    """Return what the database says."""
+    """Return the version of a database's schema."""
     heads = migration_context(connection).get_current_heads()
     serves = None
     if inspect(connection).has_table(compatibility_table.name):
@@ -76,28 +77,28 @@ def read_schema(connection: SyncConnection) -> SchemaVersion:
 
 
 def migration_context(connection: SyncConnection, **options: Any) -> MigrationContext:
-    """Return alembic's view of a database."""
+    """Return alembic's migration context for a database."""
     return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, **options})
 
 
 def check_schema(found: SchemaVersion, known: Iterable[str], head: str, place: str) -> None:
     """Raise ``schema_mismatch`` unless code of the revision ``head`` can work with the schema ``found``.
 
-    A newer schema is accepted when it says that it still serves a revision of the ``known`` ones.
+    A newer schema is accepted if it serves one of the ``known`` revisions.
     """
     if found.revision == head:
         return
     if found.revision is None:
-        raise _mismatch(f"There is no schema of this program in {place}. Make it with: octollm migrate")
+        raise _mismatch(f"There is no schema of this program in {place}. Create it with: octollm migrate")
     if found.revision in known:
         raise _mismatch(
-            f"The schema of {place} is at revision {found.revision}, and this version needs {head}. Bring it there"
-            " with: octollm migrate"
+            f"The schema of {place} is at revision {found.revision}, and this version needs {head}. Upgrade it with:"
+            " octollm migrate"
         )
     if found.serves is None or found.serves not in known:
         raise _mismatch(
-            f"The schema of {place} is at revision {found.revision}, which this version does not know: a newer version"
-            " made it. Install that version, or restore the backup from before it."
+            f"The schema of {place} is at revision {found.revision}, which this version does not know: it is of a newer"
+            " version. Install that version, or restore the backup from before it."
         )
 
 
@@ -116,13 +117,13 @@ async def require_schema(db: Database, service: DatabaseService) -> str:
 
 
 LOCK_ATTEMPTS = 12
-"""Tries to get SQLite's write lock, each waiting as long as SQLite does: another process may be migrating."""
+"""Attempts to get SQLite's write lock, each as long as ``BUSY_SECONDS``: another process may be migrating."""
 MIGRATION_LOCK_SECONDS = 60
-"""How long one waits on PostgreSQL while another process migrates the same schema."""
+"""Seconds that a process waits on PostgreSQL while another migrates the same schema."""
 
 
 class MigrationResult(msgspec.Struct, frozen=True):
-    """What was done: the revision ``before`` (``None``: no schema) and ``after``, the same where nothing was to do."""
+    """The revisions ``before`` (``None``: no schema) and ``after`` a migration; equal when there was nothing to do."""
 
     service: str
     before: str | None
@@ -130,11 +131,11 @@ class MigrationResult(msgspec.Struct, frozen=True):
 
 
 async def migrate(db: Database, service: DatabaseService) -> MigrationResult:
-    """Bring ``db`` to the newest schema of ``service`` in one transaction.
+    """Upgrade ``db`` to the newest schema of ``service``, in one transaction.
 
-    Safe when two start at once: the second waits, then finds nothing to do. A newer schema that serves this version
-    is left as it is. Raises ``schema_mismatch`` for one that does not, ``unavailable`` when the database cannot be
-    written to, ``overloaded`` when a running service holds a table; then nothing has changed.
+    Safe when two processes start it: the second waits, then finds nothing to do. A newer schema that serves this
+    version is left unchanged. Raises ``schema_mismatch`` for one that does not, ``unavailable`` when the database
+    cannot be written, ``overloaded`` when a running service locks a table; then nothing has changed.
     """
     known = await asyncio.to_thread(load_revisions, service)
     for attempt in range(1, LOCK_ATTEMPTS + 1):
@@ -152,28 +153,30 @@ async def migrate(db: Database, service: DatabaseService) -> MigrationResult:
 
 
 async def _acquire_migration_lock(tx: Transaction) -> None:
-    """Wait until no other process migrates this schema, and make it if it is not there."""
+    """Wait until no other process migrates this schema, and create the schema if it is missing."""
     schema = str(await tx.scalar(select(func.current_setting("search_path"))))
     await tx.execute(text(f"SET LOCAL lock_timeout = '{MIGRATION_LOCK_SECONDS}s'"))
     await tx.execute(select(func.pg_advisory_xact_lock(func.hashtext(literal(f"octollm migrate {schema}")))))
-    # A statement that waits for a table stands in the way of all that come after it: it gives up soon.
+    # While DDL waits for a table's lock, every later statement on that table queues behind it. So it gives up soon.
     await tx.execute(text("SET LOCAL lock_timeout = '5s'"))
-    there = select(text("1")).select_from(text("pg_namespace")).where(text("nspname = :name").bindparams(name=schema))
-    if await tx.scalar(there) is None:
+    schema_exists = (
+        select(text("1")).select_from(text("pg_namespace")).where(text("nspname = :name").bindparams(name=schema))
+    )
+    if await tx.scalar(schema_exists) is None:
         await tx.execute(CreateSchema(schema))
 
 
 def _upgrade(connection: SyncConnection, known: Revisions, place: str) -> tuple[str | None, str]:
     def steps(current: Any, _context: MigrationContext) -> Iterable[Any]:
-        # What alembic's own `upgrade` command runs; there is no public name for it.
+        # What alembic's own `upgrade` command calls; it has no public name.
         return known.scripts._upgrade_revs("head", current)  # pyright: ignore[reportPrivateUsage]
 
     found = read_schema(connection)
     if found.revision is not None and found.revision not in known.names:
         check_schema(found, known.names, known.head, place)
         return found.revision, found.revision
-    # The operations are handed to each revision: alembic's global `op` would be shared by two databases that
-    # migrate at the same time.
+    # The operations are passed to each revision, because two databases that migrate at the same time would share
+    # alembic's global `op`.
     context = migration_context(connection, fn=steps, script=known.scripts)
     context.run_migrations(op=Operations(context))
     if found.serves != known.serves:
@@ -184,11 +187,11 @@ def _upgrade(connection: SyncConnection, known: Revisions, place: str) -> tuple[
 
 
 MIGRATION_STATEMENT_SECONDS = 3600.0
-"""How long one statement of a migration may take on a server: an index over a large table takes its time."""
+"""Limit for one statement of a migration on a server: an index on a large table takes long."""
 
 
 def database_url(settings: Settings, service: DatabaseService) -> str:
-    """Return where a service's tables are: a schema of its own on the server, else a file of its own in the home."""
+    """Return the URL of a service's database: its own schema on the server, otherwise its own file in the home."""
     url = settings.database_url
     if url is None:
         return f"sqlite:///{settings.home / 'data' / service}.db"
@@ -201,8 +204,8 @@ async def open_service_database(
 ) -> AsyncGenerator[Database]:
     """Open a service's database with a schema that this version can work with.
 
-    A file is brought to it here: nobody else uses it. A server's schema is only looked at, for other processes work
-    with it, of another version perhaps; `octollm migrate` changes it. Raises ``unavailable``, ``schema_mismatch``.
+    A file is upgraded here, since only this process uses it. A server's schema is only checked, because processes of
+    another version may be using it; `octollm migrate` upgrades it. Raises ``unavailable``, ``schema_mismatch``.
     """
     async with open_database(database_url(settings, service), clock=clock) as db:
         if db.dialect == "sqlite":
@@ -213,13 +216,13 @@ async def open_service_database(
 
 
 async def migrate_all(settings: Settings, clock: Clock) -> Sequence[MigrationResult]:
-    """Bring the schema of every service to this version, one after the other, and return what was done.
+    """Upgrade the schema of every service, one after the other, and return the results.
 
-    Raises as :func:`migrate` does; the services before the one that failed have their new schema then.
+    Raises as :func:`migrate` does; the services before the failed one have been upgraded then.
     """
-    done: list[MigrationResult] = []
+    results: list[MigrationResult] = []
     for service in get_args(DatabaseService):
         url = database_url(settings, service)
         async with open_database(url, clock=clock, statement_seconds=MIGRATION_STATEMENT_SECONDS) as db:
-            done.append(await migrate(db, service))
-    return done
+            results.append(await migrate(db, service))
+    return results

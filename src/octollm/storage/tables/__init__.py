@@ -1,9 +1,9 @@
 """The tables of each service that has SQL, and nothing else.
 
-Each service has a ``MetaData`` of its own; no service opens another's tables. Changes come with a migration.
+Each service has its own ``MetaData``; no service opens another's tables. Each change needs a migration.
 
-``MEMORY`` has documents, facts and passages, ``MONITOR`` spans; every other table is of ``ORCHESTRATOR``.
-Times are epoch seconds (UTC), money is US dollars, ids are text. JSON columns take msgspec Structs and give plain
+``MEMORY`` has documents, facts and passages, ``MONITOR`` has spans; every other table belongs to ``ORCHESTRATOR``.
+Times are epoch seconds (UTC), money is US dollars, ids are text. JSON columns accept msgspec Structs and return plain
 Python values.
 """
 
