@@ -1,7 +1,7 @@
-"""The API of an arm's author: Arm, Context, operations, references, messages.
+"""The API for authors of arms: Arm, Context, operations, references, messages.
 
-An arm is plain HTTP with a key of its own: it holds no Redis, SQL or provider credential, and reaches other services
-only by calls through its Context.
+An arm is a plain HTTP service with its own key. It has no credential for Redis, SQL or a provider, and reaches other
+services only through its Context.
 """
 
 from octollm.arm.arm import Arm, ArmOperation

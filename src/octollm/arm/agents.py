@@ -1,7 +1,7 @@
 """A Pydantic AI agent as an arm.
 
-Its model calls go to ``models`` with the authority of the call that it works for. No global is patched: each run has
-a model with a client of its own that is closed with it. Needs the extra ``agents``.
+Its model calls go to ``models`` with the authority of the current call. Nothing global is patched: each run has its own
+model object and HTTP client. Needs the extra ``agents``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from octollm.contracts.task import Task, Usage
 from octollm.errors import ArmError, OctoError
 
 READ_TIMEOUT = 120.0
-"""The longest silence of the models service; it sends comments while a model thinks."""
+"""Seconds without a byte from the models service, which sends comments as keep-alives while a model computes."""
 
 
 def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[Task, Context], Awaitable[object]]:
@@ -37,12 +37,12 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[Task, Context],
         )
 
     async def execute(task: Task, ctx: Context) -> object:
-        """Do the task with the agent."""
+        """Execute the task with the agent."""
         streamer = _TextStreamer(ctx)
         async with _openai_client(await ctx.model.endpoint()) as client:
             model = OpenAIChatModel("default", provider=OpenAICompatibleProvider("octollm", openai_client=client))
             try:
-                ran = await agent.run(
+                run_result = await agent.run(
                     build_prompt(task),
                     model=model,
                     deps=None if deps_type is type(None) else ctx,
@@ -50,8 +50,8 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[Task, Context],
                 )
             except AgentRunError as error:
                 raise _translate_error(error) from error
-        ctx.model.add_usage(Usage(ran.usage.input_tokens, ran.usage.output_tokens))
-        output: object = ran.output
+        ctx.model.add_usage(Usage(run_result.usage.input_tokens, run_result.usage.output_tokens))
+        output: object = run_result.output
         if isinstance(output, str):
             return output
         kind: type[Any] = type(output)
@@ -61,7 +61,7 @@ def execute_with(agent: Agent[Any, Any], name: str) -> Callable[[Task, Context],
 
 
 def build_prompt(task: Task) -> str:
-    """Return a task in words: its goal, what holds for it, what is known, and why an earlier answer was refused."""
+    """Return the prompt for a task: goal, constraints, criteria, files, earlier rejections and context."""
     parts = [task.goal]
     for title, lines in (
         ("Keep to this:", task.constraints),
@@ -71,21 +71,21 @@ def build_prompt(task: Task) -> str:
     ):
         if lines:
             parts.append("\n".join((title, *(f"- {line}" for line in lines))))
-    known = [text for text in (task.context.text, *task.context.inputs.values()) if text]
-    if known:
-        parts.append("\n\n".join(("What is known:", *known)))
+    context_texts = [text for text in (task.context.text, *task.context.inputs.values()) if text]
+    if context_texts:
+        parts.append("\n\n".join(("What is known:", *context_texts)))
     return "\n\n".join(parts)
 
 
 class _TextStreamer:
-    """Streams what the agent writes; the text of a further answer takes the place of the one before."""
+    """Streams the agent's text; each further answer replaces the one before."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._written = False
+        self._has_written = False
 
     async def follow(self, _run: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
-        reset = self._written
+        reset = self._has_written
         async for event in events:
             text = ""
             if isinstance(event, PartStartEvent) and isinstance(event.part, TextPart):
@@ -94,11 +94,11 @@ class _TextStreamer:
                 text = event.delta.content_delta
             if text:
                 await self._ctx.emit(text, reset=reset)
-                self._written, reset = True, False
+                self._has_written, reset = True, False
 
 
 def _openai_client(endpoint: ModelEndpoint) -> AsyncOpenAI:
-    # Proxies of the environment are for the outside; this call, and its key, stay inside.
+    # trust_env=False: the proxies of the environment are for external hosts, and must not see this call and its key.
     timeout = Timeout(READ_TIMEOUT, connect=5.0)
     return AsyncOpenAI(
         base_url=endpoint.base_url,
@@ -110,9 +110,9 @@ def _openai_client(endpoint: ModelEndpoint) -> AsyncOpenAI:
 
 
 def _translate_error(error: AgentRunError) -> OctoError:
-    """Return what ended a run: the problem that ``models`` told if there was one, else the agent's own."""
+    """Return the error of a failed run: the problem document of ``models``, if any, otherwise the agent's error."""
     problem = extract_problem(error)
     if problem is not None:
         return problem
     code = "model_failed" if isinstance(error, ModelAPIError) else "model_output_invalid"
-    return OctoError(f"The agent came to no result: {error}"[:500], code=code)
+    return OctoError(f"The agent failed: {error}"[:500], code=code)

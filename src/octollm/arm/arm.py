@@ -1,4 +1,4 @@
-"""Arm: a name, what it does, what it calls, and its operations."""
+"""Arm: its name, description, declared calls and operations."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ else:
 BodyT = TypeVar("BodyT")
 AnswerT = TypeVar("AnswerT")
 Lifespan = Callable[[], AbstractAsyncContextManager[StateT]]
-"""Opens what every call of an arm shares, such as a database pool, and closes it: a function with
-``@asynccontextmanager``."""
+"""An ``@asynccontextmanager`` function that opens and closes what all calls share, such as a database pool."""
 
 OPERATION_SECONDS = 600.0
+"""Time limit of an operation whose caller sets no deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArmOperation:
-    """One operation: ``POST /<name>``, opened by the scope ``<arm>:<name>``; types from the function's annotations.
+    """One operation: ``POST /<name>`` with the scope ``<arm>:<name>``; the types come from the function's annotations.
 
-    ``calls`` and ``optional_calls`` are all that it may call; ``has_own_calls`` says that they are not the arm's.
+    It may call only ``calls`` and ``optional_calls``; ``has_own_calls`` is true if they replace the arm's.
     """
 
     name: str
@@ -65,20 +65,21 @@ class ArmOperation:
 
     @property
     def declared_calls(self) -> tuple[str, ...]:
-        """Return the calls as the orchestrator reads them: ``?`` before one without which the operation still works."""
+        """Return the calls in the format of the registration: optional ones are prefixed with ``?``."""
         return _mark_optional(self.calls, self.optional_calls)
 
 
 class Arm(Generic[StateT]):
     """An arm.
 
-    ``calls`` are the operations of other services that its operations call, as scopes or references; nothing else will
-    be allowed. Where the caller's authority does not cover one of them, the work is refused before it begins; without
-    one of ``optional_calls`` it is done, and ``ctx.allows`` tells. An operation may declare its own in their place.
-    ``accepts`` holds words by which code chooses arms, such as ``files:tabular``, ``files:text`` or ``files:none``.
+    ``calls`` are the operations of other services that its operations may call, as scopes or references; all others
+    are refused. If the caller's authority does not cover one of ``calls``, the request is refused before it starts;
+    if it does not cover one of ``optional_calls``, the request runs, and ``ctx.allows`` returns ``False``. An operation
+    may declare its own calls instead. ``accepts`` has the kinds of work for the rule-based planner, such as
+    ``files:tabular``, ``files:text`` or ``files:none``.
 
-    ``lifespan`` opens what the calls share, before the arm serves, and closes it after the last call; what it yields
-    is ``ctx.state``. Raises ``arm_invalid`` for whatever is wrong.
+    ``lifespan`` opens shared resources before the arm serves, and closes them after the last call; the value that it
+    yields is ``ctx.state``. Raises ``arm_invalid`` for an invalid declaration.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Arm(Generic[StateT]):
     def built_in(
         cls, name: str, description: str, *, calls: Sequence[CallTo] = (), accepts: Sequence[str] = ()
     ) -> Arm[StateT]:
-        """Return one of OctoLLM's own arms, whose names are reserved."""
+        """Return one of OctoLLM's built-in arms, whose names are reserved."""
         arm = cls.__new__(cls)
         arm._initialise(name, description, calls, (), accepts, None, built_in=True)
         return arm
@@ -145,11 +146,11 @@ class Arm(Generic[StateT]):
     ) -> Arm[StateT]:
         """Return an arm whose ``execute`` runs a Pydantic AI agent on the task's goal.
 
-        Its model calls go to the ``models`` service with the authority of the call, whatever model the agent names.
-        An agent with ``deps_type=Context`` has the call's context as its dependencies. Needs the extra ``agents``.
+        Its model calls go to the ``models`` service with the authority of the call; the agent's own model setting is
+        ignored. An agent with ``deps_type=Context`` gets the call's context. Needs the extra ``agents``.
         """
         try:
-            from octollm.arm.agents import execute_with  # noqa: PLC0415  the extra is needed here alone
+            from octollm.arm.agents import execute_with  # noqa: PLC0415  only this method needs the extra
         except ImportError as error:
             raise ArmError("An agent as an arm needs Pydantic AI: pip install 'octollm[agents]'.") from error
         arm = cls(name, description, calls=calls, optional_calls=optional_calls, accepts=accepts)
@@ -163,11 +164,11 @@ class Arm(Generic[StateT]):
 
     @property
     def declared_calls(self) -> tuple[str, ...]:
-        """Return all declared calls as the orchestrator reads them: ``?`` before those that no operation requires."""
+        """Return all declared calls in the format of the registration: those that no operation requires have ``?``."""
         return _mark_optional(self._required(), self._optional())
 
     def declarations(self) -> Declarations:
-        """Return what each operation calls directly: what a caller's grant has to hold follows from it."""
+        """Return the direct calls of each operation, from which the grants of its callers are derived."""
         return {
             f"{self.name}:{declared.name}": (
                 *(DeclaredCall(scope.text) for scope in declared.calls),
@@ -183,14 +184,14 @@ class Arm(Generic[StateT]):
     def _optional(self) -> tuple[Scope, ...]:
         required = self._required()
         own = (scope for declared in self.operations for scope in declared.optional_calls)
-        # What one operation requires the arm requires, although another operation could do without it.
+        # A call that one operation requires is required of the arm, even if another operation declares it optional.
         return tuple(scope for scope in dict.fromkeys((*self.optional_scopes, *own)) if scope not in required)
 
     @asynccontextmanager
     async def open_state(self) -> AsyncGenerator[StateT]:
         """Open the lifespan and yield its state (``None`` without one); close it at the end.
 
-        Raises ``arm_start_failed`` with the cause when the lifespan fails to open; an ``OctoError`` stays as it is.
+        Raises ``arm_start_failed`` with the cause when the lifespan fails to open; an ``OctoError`` passes unchanged.
         """
         if self._lifespan is None:
             yield None  # pyright: ignore[reportReturnType]  without a lifespan StateT is None
@@ -243,12 +244,12 @@ class Arm(Generic[StateT]):
     ) -> Any:
         """Declare ``async def handler(body, ctx)`` as an operation, bare or with arguments.
 
-        Its name is the function's unless ``name`` is another. ``kind`` is ``read_only`` for one without effects,
-        ``idempotent`` for one that may be repeated under the same key, ``at_most_once`` for one that must never be
-        done twice. ``calls`` and ``optional_calls``, where either is given, are all that this operation may call, in
-        place of the arm's. ``timeout`` is in seconds, for a caller without a deadline. ``execute`` is what the
-        orchestrator calls with a ``Task``; its answer becomes an ``ExecuteResult``. ``example`` is a body and
-        ``codes`` are error codes for the arm's description. Returns the function itself; raises ``arm_invalid``.
+        ``name`` is by default that of the function. ``kind`` is ``read_only`` for an operation without effects,
+        ``idempotent`` for one that may be repeated under the same key, ``at_most_once`` for one that must never run
+        twice. ``calls`` and ``optional_calls``, if either is set, replace those of the arm. ``timeout`` in seconds
+        applies to callers without a deadline. The orchestrator calls the operation ``execute`` with a ``Task``; its
+        return value becomes an ``ExecuteResult``. ``example`` (a body) and ``codes`` (error codes) go into the API
+        description. Returns the function itself; raises ``arm_invalid``.
         """
 
         def declare(handler: Callable[[Any, Context[Any]], Awaitable[Any]]) -> Any:

@@ -1,7 +1,7 @@
-"""The model's answer as an arm reads it: streamed chat chunks and problem documents.
+"""Parsing of the model's answer: streamed chat chunks and problem documents.
 
-`models` streams OpenAI chat completion chunks as server-sent events; they become one ModelCompletion. A client of
-the author's own reports failures by its own exceptions; the problem document is taken out of them.
+`models` streams OpenAI chat completion chunks as server-sent events, which are combined into one ModelCompletion. If
+the author uses another client, its exceptions carry the problem document, which is extracted from them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from octollm.rpc.http_client import StreamedResponse, TransportError
 from octollm.rpc.problems import remote_error
 
 _MAX_CAUSES = 8
-"""How far the causes of an exception are followed."""
+"""The maximum length of an exception's chain of causes."""
 
 
 def extract_problem(error: BaseException | None) -> RemoteError | None:
-    """Return the problem that ``models`` answered, if ``error`` comes of one: OpenAI's SDK keeps it as ``body``."""
+    """Return the problem document of ``models`` that caused ``error``, or ``None``. OpenAI's SDK has it as ``body``."""
     for _ in range(_MAX_CAUSES):
         if error is None:
             return None
@@ -33,7 +33,7 @@ def extract_problem(error: BaseException | None) -> RemoteError | None:
         except msgspec.ValidationError:
             error = error.__cause__ or error.__context__
             continue
-        # The body of another program may have the same members: only our own codes count.
+        # The error body of another server may have the same members, so only our own codes are accepted.
         return remote_error(problem, "models") if problem.code in ERROR_KINDS else None
     return None
 
@@ -44,9 +44,9 @@ _MAX_EVENT_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ModelCompletion:
-    """What the model wrote, and the tools that it wants called.
+    """The text of the model, and the tool calls that it requests.
 
-    ``finish_reason`` is ``length`` when the text was cut at the limit, ``tool_calls`` when tools are to be called.
+    ``finish_reason`` is ``length`` when the text was cut off at the limit, ``tool_calls`` when it requests tool calls.
     """
 
     text: str
@@ -90,7 +90,7 @@ class _Chunk(msgspec.Struct, frozen=True):
 
 
 class TextDeduplicator:
-    """Hands text on once: a call that is made again after it broke begins with what was heard already."""
+    """Delivers text once: after a broken connection the call is repeated, and its stream starts from the beginning."""
 
     def __init__(self, on_text: OnText | None) -> None:
         self._on_text = on_text
@@ -98,11 +98,11 @@ class TextDeduplicator:
         self._position = 0
 
     def start(self) -> None:
-        """Begin an answer."""
+        """Start an answer, or its repetition."""
         self._position = 0
 
     async def write(self, text: str) -> None:
-        """Take a piece of the answer, and hand on what is new of it."""
+        """Deliver the part of a piece that was not delivered before."""
         self._position += len(text)
         new = self._position - self._delivered
         if self._on_text is not None and new > 0:
@@ -111,7 +111,7 @@ class TextDeduplicator:
 
 
 async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) -> ModelCompletion:
-    """Read one streamed answer to its end; raise what ``models`` says, and ``connection_lost`` when it breaks off."""
+    """Read a streamed answer to its end; raise the error that it reports, and ``connection_lost`` if it is cut off."""
     text: list[str] = []
     tool_calls: list[ToolCall] = []
     finish, usage, model = "stop", Usage(), ""
@@ -121,7 +121,7 @@ async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) ->
         try:
             chunk = msgspec.json.decode(data, type=_Chunk)
         except msgspec.DecodeError as error:
-            raise OctoError("models sent a chunk that is not understood.", code="peer_protocol") from error
+            raise OctoError("models sent a malformed chunk.", code="peer_protocol") from error
         if chunk.error is not None:
             raise remote_error(chunk.error, "models")
         model = chunk.model or model
@@ -129,7 +129,7 @@ async def read_completion(streamed: StreamedResponse, sink: TextDeduplicator) ->
             usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cost_usd)
         for choice in chunk.choices:
             finish = choice.finish_reason or finish
-            # `models` sends each tool call whole, in one chunk.
+            # Unlike OpenAI, `models` sends each tool call complete in one chunk, so no fragments need to be joined.
             calls = choice.delta.tool_calls or ()
             tool_calls.extend(ToolCall(call.id, call.function.name, call.function.arguments) for call in calls)
             if choice.delta.content:

@@ -1,7 +1,7 @@
-"""Context: what an operation of an arm works with.
+"""Context: the API of an arm's operation.
 
-Calls to other services with attenuated authority, the model, files, streamed output, the arm's state, and facts about
-the call.
+It has calls to other services with attenuated authority, the model, files, streamed output, the arm's state, and
+information about the call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from octollm.telemetry import Logger
 
 
 class PrepareCall(Protocol):
-    """Makes a call ready: authority, key and route."""
+    """Prepares a call: token, idempotency key and route."""
 
     def __call__(self, service: str, operation: str, body: bytes | None, **path: str) -> Awaitable[OutgoingCall]:
         """Return the call. ``path`` parameters become selectors."""
@@ -50,10 +50,10 @@ class Artifacts:
         self._written: dict[str, Artifact] = {}
 
     async def read(self, file: FileRef | Artifact) -> bytes:
-        """Return the bytes of a file: its text, or what is stored under its digest.
+        """Return the bytes of a file: its inline text, or the content stored under its digest.
 
-        Raises ``file_not_found``, ``file_invalid`` for one with neither, and ``authority_missing`` for a digest that
-        is not the task's.
+        Raises ``file_not_found``, ``file_invalid`` for a reference with neither, and ``authority_missing`` for a
+        digest that is not the task's.
         """
         if isinstance(file, FileRef) and file.text is not None:
             return file.text.encode()
@@ -65,29 +65,29 @@ class Artifacts:
     async def write(self, name: str, content: bytes | str, media_type: str | None = None) -> Artifact:
         """Store ``content`` under a name, as an artifact of the task; the same bytes are stored once.
 
-        Without ``media_type`` the name's suffix tells. Raises ``body_too_large`` and ``authority_missing``.
+        ``media_type`` is by default derived from the name's suffix. Raises ``body_too_large``, ``authority_missing``.
         """
         body = content.encode() if isinstance(content, str) else content
         if len(body) > MAX_FILE_BYTES:
             raise OctoError(f"The artifact {name} has more than {MAX_FILE_BYTES} bytes.", code="body_too_large")
         kind = media_type or media_type_of(name)
         outgoing = await self._prepare_call("files", "write", body)
-        stored = await self._caller.call(_with_file_headers(outgoing, name, kind), StoredFile)
-        self._written[name] = to_artifact(stored)
+        response = await self._caller.call(_with_file_headers(outgoing, name, kind), StoredFile)
+        self._written[name] = to_artifact(response)
         return self._written[name]
 
     def list(self) -> tuple[Artifact, ...]:
-        """Return the artifacts that this call has written, in order; of two with one name the later."""
+        """Return the artifacts that this call has written, in order; of two with the same name the later."""
         return tuple(self._written.values())
 
 
 def _with_file_headers(outgoing: OutgoingCall, name: str, media_type: str) -> OutgoingCall:
-    """Return an upload that names its file: the name travels in a header, percent-encoded (RFC 8187 style)."""
+    """Return an upload with the file's name in a header, percent-encoded, since headers are ASCII (RFC 8187)."""
     return msgspec.structs.replace(outgoing, content_type=media_type, headers={"X-File-Name": quote(name)})
 
 
 if TYPE_CHECKING:
-    # A type variable with a default (PEP 696): Python 3.11 has none, and at run time none is needed.
+    # PEP 696: Python 3.11 has no defaults for type variables, and they are not needed at run time.
     from typing_extensions import TypeVar
 
     StateT_co = TypeVar("StateT_co", covariant=True, default=Any)
@@ -100,17 +100,17 @@ P = ParamSpec("P")
 
 MIN_ENDPOINT_SECONDS = 1.0
 OUTAGE_RETRY = OutageRetry(15.0)
-"""How long an arm's call waits out an outage of its callee: the work done so far is worth more than the wait."""
+"""Seconds that an arm's call rides out an outage of its callee. Failing earlier would lose the work done so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallInfo:
-    """Facts about a call, for logs and decisions. None of it is authority: that is in the token.
+    """Information about a call, for logs and decisions. It grants nothing: authority is in the token alone.
 
-    ``task_id``, ``step``, ``attempt`` (from 1) and ``run`` are of the step that the call works for; ``step``,
-    ``attempt`` and ``run`` are ``None`` for work that is no step. ``run`` rises when another worker takes the task
-    over. ``principal`` is whom the work is for. ``budget_left`` is an upper bound: the task's budget less what this
-    call has used; other steps of the task may have used more. Its ``max_time_seconds`` is the time to the deadline.
+    ``task_id``, ``step``, ``attempt`` (from 1) and ``run`` identify the step that the call belongs to; ``step``,
+    ``attempt`` and ``run`` are ``None`` outside of a step. ``run`` rises when another worker takes the task over.
+    ``principal`` is the user that the work is for. ``budget_left`` is an upper bound: the task's budget minus the usage
+    of this call, without that of other steps. Its ``max_time_seconds`` is the time to the deadline.
     """
 
     task_id: str
@@ -125,9 +125,9 @@ class CallInfo:
 class Context(Generic[StateT_co]):
     """One call of an arm's operation.
 
-    ``state`` is what the arm's ``lifespan`` yielded, ``model`` asks the language model, ``artifacts`` reads and writes
-    files, ``task`` is the task that the call was given (``None`` where its body is something else). ``Context[Pool]``
-    gives ``state`` its type.
+    ``state`` is the value that the arm's ``lifespan`` yielded, ``model`` is the client of the language model,
+    ``artifacts`` reads and writes files, ``task`` is the body if it is a ``Task``, otherwise ``None``.
+    ``Context[Pool]`` gives ``state`` its type.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Context(Generic[StateT_co]):
         self._delegator = delegator
         self._call = call
         self._declared = declared
-        # Without a key the request id takes its place, since the retries of a call keep it.
+        # Without a key the request id takes its place, because it is the same over the retries of a call.
         parent_key = call.key or call.request_id
         self._keys = NestedKeys(parent_key)
         self._call_digest = hashlib.sha256(parent_key.encode()).hexdigest()
@@ -155,11 +155,11 @@ class Context(Generic[StateT_co]):
 
     @property
     def info(self) -> CallInfo:
-        """Return the step, attempt and run, the tenant, the principal, and the budget that is left."""
+        """Return the step, attempt and run, the tenant, the principal, and the remaining budget."""
         authority = self._call.authority
         work = authority.task
         budget = Budget() if self.task is None else self.task.budget
-        used = self.model.usage
+        usage = self.model.usage
         tokens, cost = budget.max_tokens, budget.max_cost_usd
         return CallInfo(
             task_id=self.task_id,
@@ -170,8 +170,8 @@ class Context(Generic[StateT_co]):
             principal=authority.subject,
             budget_left=msgspec.structs.replace(
                 budget,
-                max_tokens=None if tokens is None else max(0, tokens - used.total_tokens),
-                max_cost_usd=None if cost is None else max(0.0, cost - used.cost_usd),
+                max_tokens=None if tokens is None else max(0, tokens - usage.total_tokens),
+                max_cost_usd=None if cost is None else max(0.0, cost - usage.cost_usd),
                 max_time_seconds=max(0.0, self.deadline.remaining()),
             ),
         )
@@ -183,25 +183,25 @@ class Context(Generic[StateT_co]):
 
     @property
     def task_id(self) -> str:
-        """Return the task that the caller's token stands for; empty when it stands for none."""
+        """Return the task that the caller's token is bound to; empty without one."""
         task = self._call.authority.task
         return (task.task or "") if task is not None else ""
 
     @property
     def log(self) -> Logger:
-        """Return the arm's log; lines carry the ids of this call."""
+        """Return the arm's log; its lines include the ids of this call."""
         return self._base.log
 
     async def emit(self, text: str, *, reset: bool = False) -> None:
-        """Stream text to whoever watches the step; ``reset`` voids what was streamed before."""
+        """Stream text to the clients that watch the step; ``reset`` discards the text streamed before."""
         await self._call.emit.token(text, reset=reset)
 
     async def progress(self, percent: float, message: str = "") -> None:
-        """Tell how far the work is, from 0 to 100."""
+        """Report the progress of the work, from 0 to 100."""
         await self._call.emit.progress(percent, message)
 
     def allows(self, call: CallTo) -> bool:
-        """Say whether this call may use an optional one: its grant covers the scope, and the operation declares it."""
+        """Return whether this call may make an optional one: the operation declares it, and the grant covers it."""
         scope = Scope(str(call))
         grant = self._call.authority.grant
         if grant is None or not any(declared.contains(scope) for declared in self._declared):
@@ -223,9 +223,9 @@ class Context(Generic[StateT_co]):
         """Call another service's operation with attenuated authority, this call's deadline and its trace.
 
         By reference, ``call(retriever.search, query="…")``: the arguments are the fields of the body. By name,
-        ``call("retriever", "search", body, Answer)``: ``body`` is anything with a JSON form, and without ``Answer`` the
-        result is decoded JSON. Raises ``authority_missing`` when the operation does not declare the call or the
-        caller's authority does not cover it, and what the callee raises.
+        ``call("retriever", "search", body, Answer)``: ``body`` is any value that can be encoded as JSON; without
+        ``Answer`` the result is decoded JSON. Raises ``authority_missing`` when the operation does not declare the
+        call or the caller's authority does not cover it, and the callee's errors.
         """
         if isinstance(target, OperationReference):
             reference = cast("OperationReference[..., Any]", target)
@@ -233,7 +233,7 @@ class Context(Generic[StateT_co]):
         return await self._call_by_name(target, *args, **kwargs)
 
     async def send(self, operation: OperationReference[..., T], body: object, *, on_event: OnEvent | None = None) -> T:
-        """Call an operation with a body that is made already; ``on_event`` is called with what the callee streams."""
+        """Call an operation with a complete body; ``on_event`` is called with each event that the callee streams."""
         outgoing = await self.prepare_call(operation.service, operation.operation, encode(body))
         return await self._base.client.call(outgoing, operation.answer, on_event=on_event)
 
@@ -244,7 +244,7 @@ class Context(Generic[StateT_co]):
         return await self._base.client.call(outgoing, answer, on_event=on_event)
 
     async def prepare_call(self, service: str, operation: str, body: bytes | None, **path: str) -> OutgoingCall:
-        """Return a call ready to be made: authority, key and route. ``path`` parameters become selectors.
+        """Return a prepared call with token, idempotency key and route. ``path`` parameters become selectors.
 
         Raises ``authority_missing``.
         """
@@ -253,8 +253,8 @@ class Context(Generic[StateT_co]):
         bearer = await self._bearer(":".join((service, operation, *path.values())))
         key = None
         if route.method != "GET":
-            # Also where the callee claims no key: those of the calls that it makes itself follow from it, so that
-            # the model's answers to a repeat come from the journal.
+            # Also for a callee that stores no responses: the keys of its own calls are derived from this one, so when
+            # the call is repeated, its model calls are answered from the journal.
             key = self._keys.next(audience, operation, body or b"")
         filled = route.path.format(**{name: quote(value, safe="") for name, value in path.items()})
         return OutgoingCall(
@@ -267,7 +267,7 @@ class Context(Generic[StateT_co]):
         )
 
     async def _endpoint(self) -> ModelEndpoint:
-        """Return where any OpenAI client finds the models, with a key that lives as long as this call may."""
+        """Return the endpoint for an OpenAI client, with a key that is valid until this call's deadline."""
         bearer = await self._bearer("models:chat", max(MIN_ENDPOINT_SECONDS, self.deadline.remaining()))
         headers = {
             "X-Correlation-ID": self._call.correlation_id,
@@ -277,9 +277,9 @@ class Context(Generic[StateT_co]):
         return ModelEndpoint(self._base.discovery.instances("models")[0] + "/v1", bearer, headers)
 
     async def _bearer(self, scope: str, lifetime: float | None = None) -> str:
-        """Return a bearer string for ``scope``: one for calls of this arm, or a new one that lives for ``lifetime``."""
+        """Return a token for ``scope``: a cached one for calls of this arm, or a new one valid for ``lifetime``."""
         requested = Scope(scope)
-        # Before the directory and the grant are asked: this error can name the declaration that is missing.
+        # Checked before the grant, because this error can name the missing declaration.
         if not any(declared.contains(requested) for declared in self._declared):
             raise OctoError(
                 f"{self._call.service}:{self._call.operation} does not declare the call {requested.operation}: write "
@@ -289,7 +289,7 @@ class Context(Generic[StateT_co]):
         audience = service_of(requested.family)
         holder = await self._base.directory.thumbprint(audience)
         authority = self._call.authority
-        # A key for a client of the author's own leaves this process, so it is never one that other calls use.
+        # A key for the author's own client is handed to other code, so it is never shared with other calls.
         if lifetime is not None:
             return self._delegator.delegate(
                 authority, audience, scope, holder, lifetime=lifetime, call=self._call_digest

@@ -1,4 +1,4 @@
-"""What is said to a model: messages, images, and the tools that it may call."""
+"""Input for a model: messages, images, and the tools that it may call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image in a message. ``detail="high"`` shows the model more of it, and counts for more tokens."""
+    """An image in a message. ``detail="high"`` gives a higher resolution, and costs more tokens."""
 
     data: bytes
     media_type: ImageType = "image/png"
@@ -31,7 +31,7 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the model asks for. ``arguments`` is JSON as written: :meth:`Tool.arguments_of` reads it."""
+    """A tool call that the model requests. ``arguments`` is unparsed JSON; :meth:`Tool.arguments_of` decodes it."""
 
     id: str
     name: str
@@ -40,9 +40,9 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Tool(Generic[T]):
-    """A function that the model may ask to be called, with arguments of the type ``parameters``.
+    """A function that the model may request to call, with arguments of the type ``parameters``.
 
-    ``parameters`` is a dataclass, a msgspec Struct or a Pydantic model; the model is shown its JSON schema.
+    ``parameters`` is a dataclass, a msgspec Struct or a Pydantic model; its JSON schema is sent to the model.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Tool(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation. The class methods say what each role has."""
+    """One message of a conversation, created by the class method of its role."""
 
     role: Role
     content: str = ""
@@ -73,17 +73,17 @@ class Message:
 
     @classmethod
     def system(cls, content: str) -> Message:
-        """Return instructions that hold for the whole conversation."""
+        """Return instructions for the whole conversation."""
         return cls("system", content)
 
     @classmethod
     def user(cls, content: str, *, images: Sequence[Image] = ()) -> Message:
-        """Return what the user says, with images for a model that reads them."""
+        """Return a message of the user, with images for a model that supports them."""
         return cls("user", content, tuple(images))
 
     @classmethod
     def assistant(cls, content: str = "", *, tool_calls: Sequence[ToolCall] = ()) -> Message:
-        """Return what the model said before, with the tools that it called."""
+        """Return an earlier answer of the model, with its tool calls."""
         return cls("assistant", content, tool_calls=tuple(tool_calls))
 
     @classmethod

@@ -1,7 +1,4 @@
-"""The model client of an arm.
-
-Messages in, text out: whole, streamed, or structured by a strict JSON schema; tool calls; and the usage added up.
-"""
+"""The model client of an arm: completions (complete, streamed or structured by a JSON schema), tool calls, usage."""
 
 from __future__ import annotations
 
@@ -25,14 +22,14 @@ T = TypeVar("T")
 ToolChoice = Literal["auto", "none", "required"] | Tool[Any]
 
 _MAX_QUEUED = 64
-"""Pieces by which the model may be ahead of its reader."""
+"""Pieces of text between the model and a slow reader of :meth:`ModelClient.stream`; then the model waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelEndpoint:
-    """Where any OpenAI client finds the models. ``api_key`` is this call's narrowed authority: it ends with it.
+    """The endpoint of ``models`` for any OpenAI client. ``api_key`` is a token for ``models:chat`` in this call only.
 
-    ``headers`` say which work a request belongs to, and when that ends.
+    ``headers`` carry correlation id, trace and deadline.
     """
 
     base_url: str
@@ -41,11 +38,11 @@ class ModelEndpoint:
 
 
 class ModelClient:
-    """Calls ``models`` in the OpenAI protocol. ``prepare_call`` turns a body into a call with the authority for it.
+    """Calls ``models`` with the OpenAI protocol. ``prepare_call`` turns a body into a call with token and key.
 
-    Every method raises ``authority_missing`` where the arm does not declare ``models:chat``, ``budget_exhausted``,
-    ``no_model``, ``context_too_long``, ``model_failed`` and the transport's failures. ``usage`` is what was used so
-    far by this call.
+    Every method raises ``authority_missing`` if the arm does not declare ``models:chat``, ``budget_exhausted``,
+    ``no_model``, ``context_too_long``, ``model_failed``, and transport errors. ``usage`` is the total of this call so
+    far.
     """
 
     def __init__(
@@ -63,7 +60,7 @@ class ModelClient:
     async def complete(
         self, prompt: str, *, system: str = "", max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> str:
-        """Return the model's answer to one prompt. ``temperature`` is 0 to 2; ``seed`` makes other answers."""
+        """Return the model's answer to one prompt. ``temperature`` is 0 to 2; another ``seed`` gives another sample."""
         messages = _messages(prompt, system)
         return (await self.chat(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)).text
 
@@ -79,8 +76,8 @@ class ModelClient:
     ) -> T:
         """Return the model's answer as an ``answer``: a dataclass, a Struct or a Pydantic model.
 
-        The model is held to its JSON schema. Raises ``model_output_invalid`` when the answer does not fit all the
-        same, as when it was cut at ``max_tokens``.
+        The model's output is constrained to its JSON schema. Raises ``model_output_invalid`` when the answer still
+        does not fit, for example because it was cut off at ``max_tokens``.
         """
         completion = await self.chat(
             _messages(prompt, system),
@@ -102,7 +99,7 @@ class ModelClient:
     async def stream(
         self, prompt: str, *, system: str = "", max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> AsyncGenerator[str]:
-        """Yield the model's answer to one prompt as it is written; leaving the loop stops the model."""
+        """Yield the model's answer to one prompt as it arrives; leaving the loop cancels the model call."""
         pieces: asyncio.Queue[str | None] = asyncio.Queue(_MAX_QUEUED)
 
         async def run_chat() -> ModelCompletion:
@@ -115,7 +112,8 @@ class ModelClient:
                     on_text=pieces.put,
                 )
             finally:
-                # Wakes the reader at the end. Without room for it there are pieces to read, or nobody reads any more.
+                # Wakes the reader at the end. A full queue needs no wake-up: it has pieces to read, and when they are
+                # read, ``_next_piece`` sees that the task is done.
                 with contextlib.suppress(asyncio.QueueFull):
                     pieces.put_nowait(None)
 
@@ -141,11 +139,11 @@ class ModelClient:
         seed: int = 0,
         on_text: OnText | None = None,
     ) -> ModelCompletion:
-        """Ask the model; a message may also be a pair of role and content.
+        """Call the model; a message may also be a pair of role and content.
 
-        With ``schema`` the answer is JSON that fits it. With ``tools`` it may be ``tool_calls`` instead of text:
-        ``tool_choice`` is ``auto``, ``none``, ``required`` for any of them, or the one that must be called. ``on_text``
-        is called with each piece as it is written. Raises ``no_model`` for images where the model reads none.
+        With ``schema`` the answer is JSON that conforms to it. With ``tools`` it may have ``tool_calls`` instead of
+        text: ``tool_choice`` is ``auto``, ``none``, ``required`` (any tool), or the tool that must be called.
+        ``on_text`` is called with each piece of text. Raises ``no_model`` for images if the model supports none.
         """
         request: dict[str, Any] = {
             "model": "default",
@@ -185,25 +183,25 @@ class ModelClient:
         return completion
 
     async def endpoint(self) -> ModelEndpoint:
-        """Return ``base_url``, ``api_key`` and ``headers`` for an OpenAI client of one's own.
+        """Return ``base_url``, ``api_key`` and ``headers`` for another OpenAI client.
 
-        Its calls are budgeted, journaled and cancelled like those of this client. The key lives as long as this
-        call may, opens nothing but ``models:chat``, and must not be kept.
+        Its calls are budgeted, journaled and cancelled like those of this client. The key is valid until this call's
+        deadline, for ``models:chat`` only, and must not be stored.
         """
         return await self._endpoint()
 
     def add_usage(self, usage: Usage) -> None:
-        """Count what a client of one's own used, so that the result tells it. The budget knows it anyway."""
+        """Add the usage of another client, for the result's ``usage``. The budget ledger counts it by itself."""
         self.usage = self.usage + usage
 
     async def aclose(self) -> None:
-        """Stop what still runs: a stream that was left open does not outlive its call."""
+        """Cancel running streams, so that one that was not read to its end does not outlive its call."""
         for task in tuple(self._running):
             await _cancel_and_wait(task)
 
 
 async def _next_piece(pieces: asyncio.Queue[str | None], task: asyncio.Task[ModelCompletion]) -> str | None:
-    """Return the next piece; ``None`` once there is none left and the answer has ended."""
+    """Return the next piece; ``None`` at the end of the answer."""
     if pieces.empty() and task.done():
         return None
     return await pieces.get()
@@ -211,7 +209,7 @@ async def _next_piece(pieces: asyncio.Queue[str | None], task: asyncio.Task[Mode
 
 async def _cancel_and_wait(task: asyncio.Task[ModelCompletion]) -> None:
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, OctoError):  # its failure was raised where it was awaited
+    with contextlib.suppress(asyncio.CancelledError, OctoError):  # `stream` has raised a failure already
         await task
 
 
@@ -225,7 +223,7 @@ _REF_PREFIX = "#/components/schemas/"
 def strict_schema(kind: object) -> dict[str, Any]:
     """Return the strict JSON schema of ``kind``, self-contained with ``$defs``; raise ``TypeError`` if it has none.
 
-    Strict is what providers ask for: every property required, no further ones, no defaults.
+    Strict as OpenAI's structured outputs require: all properties required, no additional ones, no defaults.
     """
     [schema], components = json_schemas([kind])
     root = str(schema.get("$ref", "")).removeprefix(_REF_PREFIX)
@@ -241,16 +239,16 @@ def strict_schema(kind: object) -> dict[str, Any]:
 
 
 def _is_referenced(name: str, schema: object, components: dict[str, Any]) -> bool:
-    """Say whether ``schema``, or what it refers to, refers to the component ``name``."""
-    seen: set[str] = set()
-    waiting = [schema]
-    while waiting:
-        for ref in _find_refs(waiting.pop()):
+    """Return whether ``schema`` refers to the component ``name``, directly or through other components."""
+    visited: set[str] = set()
+    pending = [schema]
+    while pending:
+        for ref in _find_refs(pending.pop()):
             if ref == name:
                 return True
-            if ref not in seen:
-                seen.add(ref)
-                waiting.append(components[ref])
+            if ref not in visited:
+                visited.add(ref)
+                pending.append(components[ref])
     return False
 
 
@@ -271,15 +269,15 @@ def _make_strict(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     members = cast("dict[str, Any]", schema)
-    made: dict[str, Any] = {}
+    strict: dict[str, Any] = {}
     for name, item in members.items():
         if name == "properties":  # below it are the author's names, not the schema's
-            made[name] = {own: _make_strict(member) for own, member in item.items()}
+            strict[name] = {own: _make_strict(member) for own, member in item.items()}
         elif name == "$ref":
-            made[name] = "#/$defs/" + item.removeprefix(_REF_PREFIX)
+            strict[name] = "#/$defs/" + item.removeprefix(_REF_PREFIX)
         elif name != "default":
-            made[name] = _make_strict(item)
-    if made.get("type") == "object" and "properties" in made:
-        made["additionalProperties"] = False
-        made["required"] = list(made["properties"])
-    return made
+            strict[name] = _make_strict(item)
+    if strict.get("type") == "object" and "properties" in strict:
+        strict["additionalProperties"] = False
+        strict["required"] = list(strict["properties"])
+    return strict

@@ -1,4 +1,4 @@
-"""Typed references to operations: what a call names, sends and gets, as one object.
+"""Typed references to operations: service, operation, body type and answer type of a call.
 
 ``await ctx.call(retriever.search, query="…")`` is checked by a type checker; ``ctx.call("retriever", "search", …)`` is
 the same call by name.
@@ -31,9 +31,9 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True, slots=True)
 class OperationReference(Generic[P, AnswerT]):
-    """An operation of a service: ``body`` makes what is sent, ``answer`` is the type of what comes back.
+    """An operation of a service: ``body`` constructs the request, ``answer`` is the type of the response.
 
-    Make one for an arm of your own: ``lookup = OperationReference("glossary", "lookup", Word, Meaning)``.
+    For your own arm: ``lookup = OperationReference("glossary", "lookup", Word, Meaning)``.
     """
 
     service: str
@@ -43,7 +43,7 @@ class OperationReference(Generic[P, AnswerT]):
 
     @property
     def scope(self) -> str:
-        """Return the scope that opens the operation, as ``calls`` declare it."""
+        """Return the scope of the operation, in the format of ``calls``."""
         return f"{self.service}:{self.operation}"
 
     def __str__(self) -> str:
@@ -59,10 +59,10 @@ class OperationReference(Generic[P, AnswerT]):
 
 
 CallTo = str | OperationReference[..., Any]
-"""A call as it is declared: a scope such as ``"retriever:search"``, or a reference."""
+"""A declared call: a scope such as ``"retriever:search"``, or a reference."""
 
 
-class planner:  # noqa: N801  a namespace: it is written as retriever.search
+class planner:  # noqa: N801  used as a namespace, as in planner.plan
     """The planner's operations."""
 
     plan = OperationReference("planner", "plan", PlanRequest, Plan)

@@ -1,4 +1,4 @@
-"""Registers an arm with the orchestrator while it serves: register, heartbeat, deregister."""
+"""Registration of an arm with the orchestrator while it serves: register, heartbeat, deregister."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from octollm.rpc.http_client import TransportError
 from octollm.rpc.service import ServiceBase
 
 HEARTBEAT_SECONDS = 5.0
-"""The orchestrator drops an instance after 20 s without a heartbeat."""
+"""Interval of heartbeats. The orchestrator drops an instance after 20 s without one, so a few lost ones do no harm."""
 REGISTER_SECONDS = 60.0
-"""How long a start waits for the orchestrator."""
+"""Time limit for the first registration, so that services can be started in any order."""
 DEREGISTER_SECONDS = 0.5
-"""A drain waits no longer for the deregistration: a missing heartbeat has the same effect a little later."""
+"""Time limit for the deregistration during a drain. If it fails, the missing heartbeat has the same effect later."""
 _CALL_SECONDS = 4.0
 _RETRY_SECONDS = 0.5
 
 
 class ArmRegistrar:
-    """One process of an arm. ``checkup`` is degraded while the orchestrator does not know of it."""
+    """Registers one process of an arm. ``checkup`` is degraded while it is not registered."""
 
     def __init__(self, arm: Arm[Any], base: ServiceBase) -> None:
         self._arm = arm
@@ -46,9 +46,9 @@ class ArmRegistrar:
 
     @contextlib.asynccontextmanager
     async def keep_registered(self) -> AsyncGenerator[None]:
-        """Register, send heartbeats while the context is open, and leave at its end.
+        """Register, send heartbeats while the context is open, and deregister at its end.
 
-        Raises what the orchestrator answers, or ``unavailable`` and the like when it has not been there for 60 s.
+        Raises the orchestrator's refusal, or the transport's error if it stays unavailable for 60 s.
         """
         deadline = Deadline.after(self._base.clock, REGISTER_SECONDS)
         await retry(self._register, retry_until(deadline, _RETRY_SECONDS, self._is_worth_waiting))
@@ -60,7 +60,7 @@ class ArmRegistrar:
             await self._deregister()
 
     async def checkup(self) -> DependencyStatus:
-        """Say whether the orchestrator knows of this process."""
+        """Return whether this process is registered."""
         return await self._heartbeats.check_health()
 
     def _is_worth_waiting(self, error: OctoError) -> bool:
@@ -75,7 +75,7 @@ class ArmRegistrar:
         except RemoteError as error:
             if error.code != "not_found":
                 raise
-            # Its heartbeat timed out, or the orchestrator lost its registrations.
+            # The registration expired, or the orchestrator lost it.
             await self._register()
 
     async def _register(self) -> None:
@@ -87,7 +87,7 @@ class ArmRegistrar:
             accepts=tuple(arm.accepts),
             url=self._base.url,
             instance=self._instance,
-            # Either none, or all: an operation that is not named here has every call of the arm.
+            # Either none or all: an operation that is missing here gets all calls of the arm.
             operation_calls={declared.name: declared.declared_calls for declared in arm.operations}
             if any(declared.has_own_calls for declared in arm.operations)
             else {},
@@ -96,11 +96,12 @@ class ArmRegistrar:
         await self._send("register", registration, _CALL_SECONDS)
 
     async def _deregister(self) -> None:
-        with contextlib.suppress(OctoError):  # its heartbeat then times out
+        with contextlib.suppress(OctoError):  # otherwise the registration expires
             await self._send("leave", InstanceRef(self._instance), DEREGISTER_SECONDS)
 
     async def _send(self, action: str, body: object, seconds: float) -> None:
-        # Each may be repeated: it names the instance.
+        # Marked read-only, so that retries need no idempotency key: each request names the instance, and repeating it
+        # changes nothing.
         call = OutgoingCall(
             CallTarget("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", "read_only"),
             self._base.identity.signer().sign_token("orchestrator"),
@@ -111,7 +112,7 @@ class ArmRegistrar:
 
 
 def _is_transient(error: OctoError) -> bool:
-    """Say whether waiting may help: the orchestrator is not there yet, or at its limit."""
+    """Return whether waiting may help: the orchestrator is not up yet, or overloaded."""
     if isinstance(error, RemoteError):
         return error.retryable
     return isinstance(error, TransportError) or error.code in ("unavailable", "deadline_exceeded")

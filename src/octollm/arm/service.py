@@ -1,7 +1,4 @@
-"""An arm as a service.
-
-Its operations with a Context each, the answers that they give, and its agent card (A2A 1.0).
-"""
+"""An arm as a service: its operations, each with a Context, their answers, and the agent card (A2A 1.0)."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from octollm.rpc.service import Service, ServiceBase, build_service
 
 CARD_PATH = "/.well-known/agent-card.json"
 BINDING = "urn:octollm:arm"
-"""``protocolBinding`` is an open string; this one says: ``POST <url>/<skill>``, as ``<url>/openapi.json`` tells."""
+"""A2A's ``protocolBinding`` is an open string. This one: ``POST <url>/<skill>``, described by ``<url>/openapi.json``."""
 _JSON_MODES = ("application/json",)
 _PASSED_ON_CODES = (
     "authority_missing",
@@ -60,7 +57,7 @@ def build_arm(
     readiness_checks: Mapping[str, ReadinessCheck] | None = None,
     state: object = None,
 ) -> Service:
-    """Return ``arm`` as a service, with ``state`` open already. Its idempotency keys are kept by the orchestrator."""
+    """Return ``arm`` as a service, with its ``state`` already open. The orchestrator stores its idempotency keys."""
     delegator = base.identity.delegator(None if base.revocations is None else base.revocations.revocations)
     registrar = ArmRegistrar(arm, base)
 
@@ -74,7 +71,7 @@ def build_arm(
             except OctoError:
                 raise
             except Exception as error:
-                # A client of the author's own wraps the problem of `models` in an exception of its own.
+                # If the author uses another client, its exception wraps the problem document of `models`.
                 problem = extract_problem(error)
                 if problem is None:
                     raise
@@ -122,16 +119,15 @@ def build_arm(
 
 
 def answer_type(declared: ArmOperation) -> Any:
-    """Return the type that an operation answers: ``execute`` always an ``ExecuteResult``, others what they declare."""
+    """Return the answer type of an operation: ``ExecuteResult`` for ``execute``, otherwise the declared one."""
     return ExecuteResult if declared.name == EXECUTE else declared.answer
 
 
 def build_answer(declared: ArmOperation, returned: object, ctx: Context[Any]) -> object:
-    """Return the answer for what a handler returned.
+    """Return the answer for the value that a handler returned.
 
-    What ``execute`` returns becomes the ``output``: text as it is, anything else as JSON. The files written and the
-    tokens used are added, unless the handler set them. Raises ``TypeError`` where the handler returned something else
-    than the class that it declares.
+    The value of ``execute`` becomes the ``output``: text unchanged, anything else as JSON. Artifacts and usage are
+    added, unless the handler set them. Raises ``TypeError`` if the value is not of the declared class.
     """
     declared_type = declared.answer
     if (
@@ -155,7 +151,7 @@ def _is_instance(value: object, declared_type: type) -> bool:
 
 
 class AgentInterface(msgspec.Struct, frozen=True, rename="camel"):
-    """Where an arm answers, and how it is spoken to."""
+    """The URL of an arm and its protocol."""
 
     url: str
     protocol_binding: str = BINDING
@@ -163,7 +159,7 @@ class AgentInterface(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class AgentSkill(msgspec.Struct, frozen=True, rename="camel"):
-    """One operation. ``id`` is its name; the scope that opens it is among the tags."""
+    """One operation. ``id`` is its name; the tags include its scope."""
 
     id: str
     name: str
@@ -174,7 +170,7 @@ class AgentSkill(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class AgentCapabilities(msgspec.Struct, frozen=True, rename="camel"):
-    """``streaming``: every operation also answers line by line while it works."""
+    """``streaming``: every operation can also stream its answer as NDJSON."""
 
     streaming: bool = True
     push_notifications: bool = False
@@ -196,7 +192,7 @@ class AgentCard(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def build_card(arm: Arm[Any], urls: tuple[str, ...]) -> AgentCard:
-    """Return the card of ``arm`` as it answers at ``urls``."""
+    """Return the card of ``arm`` with the addresses ``urls``."""
     return AgentCard(
         name=arm.name,
         description=arm.description,

@@ -1,6 +1,6 @@
-"""Validation of an arm's declaration, before anything runs.
+"""Validation of an arm's declaration, before anything runs: name, calls, operations and types.
 
-Name, calls, operations and types are checked; each error says what to write instead.
+Each error says what to write instead.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from octollm.errors import ArmError
 from octollm.rpc.codec import json_schemas
 
 EXECUTE = "execute"
-"""The operation that the orchestrator calls: a step of a task goes in, its result comes out."""
+"""The operation that the orchestrator calls with a step of a task."""
 MAX_DESCRIPTION = 500
-"""Characters of a description: every planning prompt holds it."""
+"""Characters of a description. It is part of every planning prompt, so its tokens are paid for each task."""
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _OPERATION = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _RESERVED_PATHS = frozenset({"health", "ready", "metrics", "docs"})
@@ -29,7 +29,7 @@ _HANDLER_FORM = "async def {name}(body: Type, ctx: Context) -> Type"
 
 
 def check_name(name: str, *, built_in: bool) -> None:
-    """Raise ``arm_invalid`` unless an arm may have this name."""
+    """Raise ``arm_invalid`` unless the name is valid and not reserved."""
     if built_in:
         if name not in BUILT_IN_ARMS:
             raise ArmError(f"{name!r} is no built-in arm; write Arm({name!r}, …).")
@@ -44,7 +44,7 @@ def check_name(name: str, *, built_in: bool) -> None:
 
 
 def check_description(name: str, description: str) -> None:
-    """Raise ``arm_invalid`` for a description that tells a planner nothing, or too much."""
+    """Raise ``arm_invalid`` for a description that is empty or too long."""
     if not description.strip() or len(description) > MAX_DESCRIPTION:
         raise ArmError(
             f"The arm {name} needs a description of up to {MAX_DESCRIPTION} characters: the planner chooses arms by it."
@@ -52,7 +52,7 @@ def check_description(name: str, description: str) -> None:
 
 
 def check_lifespan(name: str, lifespan: object) -> None:
-    """Raise ``arm_invalid`` for a lifespan that cannot be called, or that yields without ``@asynccontextmanager``."""
+    """Raise ``arm_invalid`` for a lifespan that is not callable, or lacks ``@asynccontextmanager``."""
     right = "write @asynccontextmanager above `async def lifespan():`, which yields the state once."
     if lifespan is not None and not callable(lifespan):
         raise ArmError(f"The lifespan of the arm {name} is no function: {right}")
@@ -61,10 +61,10 @@ def check_lifespan(name: str, lifespan: object) -> None:
 
 
 def check_calls(name: str, calls: Iterable[CallTo] | CallTo) -> tuple[Scope, ...]:
-    """Return declared calls as scopes; raise ``arm_invalid`` for a malformed one, and for one call without a list."""
+    """Return declared calls as scopes; raise ``arm_invalid`` for a malformed one, and for one that is not in a list."""
     if isinstance(calls, OperationReference):
         raise ArmError(f"calls of the arm {name} is a list: calls=[{calls}].")
-    # A string is a sequence as well: each of its characters would be taken for a call.
+    # A string is a sequence too, so each of its characters would be taken for a call.
     if isinstance(calls, str):
         raise ArmError(f"calls of the arm {name} is a list: calls=[{calls!r}].")
     scopes: list[Scope] = []
@@ -80,15 +80,15 @@ def check_calls(name: str, calls: Iterable[CallTo] | CallTo) -> tuple[Scope, ...
     return tuple(scopes)
 
 
-def check_operation(arm: str, name: str, kind: str, taken: Iterable[str]) -> None:
-    """Raise ``arm_invalid`` for an operation's name that is malformed or taken, or a kind that there is not."""
+def check_operation(arm: str, name: str, kind: str, existing: Iterable[str]) -> None:
+    """Raise ``arm_invalid`` for an operation with a malformed or duplicate name, or an unknown kind."""
     if _OPERATION.fullmatch(name) is None:
         raise ArmError(
             f"{arm} cannot have an operation {name!r}: a name is 1 to 40 of a-z, 0-9 and _, and begins with a letter."
         )
     if name in _RESERVED_PATHS:
         raise ArmError(f"{arm} cannot have an operation {name!r}: every service answers /{name} itself.")
-    if name in taken:
+    if name in existing:
         raise ArmError(f"{arm} has an operation {name!r} already; give this one another name: @arm.operation('…').")
     kinds = get_args(OperationKind)
     if kind not in kinds:
@@ -96,7 +96,7 @@ def check_operation(arm: str, name: str, kind: str, taken: Iterable[str]) -> Non
 
 
 def resolve_types(arm: str, name: str, handler: Callable[..., Any]) -> tuple[Any, Any]:
-    """Return the types of a handler's body and answer; raise ``arm_invalid`` where they do not serve."""
+    """Return the types of a handler's body and answer; raise ``arm_invalid`` if they are missing or unsupported."""
     form = _HANDLER_FORM.format(name=name)
     if not inspect.iscoroutinefunction(handler):
         raise ArmError(f"{arm}:{name} must be a coroutine: {form}.")
