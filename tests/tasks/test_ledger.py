@@ -169,7 +169,7 @@ async def test_money_is_bounded_like_tokens() -> None:
 
 async def test_a_model_without_a_price_is_refused_where_money_is_bounded() -> None:
     async with open_books(Budget(max_tokens=MAX_TOKENS, max_cost_usd=0.5)) as books:
-        with pytest.raises(OctoError, match="price of fake is not known") as caught:
+        with pytest.raises(OctoError, match="price of fake is unknown") as caught:
             await books.reserve(token_usd=None)
         assert caught.value.code == "budget_exhausted"
 

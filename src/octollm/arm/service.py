@@ -24,7 +24,7 @@ from octollm.rpc.service import Service, ServiceBase, build_service
 
 CARD_PATH = "/.well-known/agent-card.json"
 BINDING = "urn:octollm:arm"
-"""A2A's ``protocolBinding`` is an open string. This one: ``POST <url>/<skill>``, described by ``<url>/openapi.json``."""
+"""A2A's ``protocolBinding`` is an open string. This one: ``POST <url>/<skill>``, as in ``<url>/openapi.json``."""
 _JSON_MODES = ("application/json",)
 _PASSED_ON_CODES = (
     "authority_missing",
