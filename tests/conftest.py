@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
+import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -10,6 +13,10 @@ from hypothesis import HealthCheck, settings
 from wires import CURRENT, NAMES, wire_named
 
 from octollm.rpc.transport import PLAINTEXT
+
+# The tests start hundreds of processes: without bytecode files each of them would compile the package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # How fast a busy machine makes examples, and runs them, says nothing of what is tested.
 settings.register_profile("octollm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -23,6 +30,21 @@ E2E = ("bench", "chaos", "cli", "deploy", "docs", "e2e")
 """Tests that start processes or whole installations. Longest first: a long file at the end leaves a core idle."""
 SERVERS = {"backend", "every_wire", "postgres", "postgres_server"}
 """Fixtures that make a test need a server or sockets."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m unit` import only the files that can have unit tests."""
+    if config.option.markexpr == "unit" and collection_path.suffix == ".py":
+        inside = collection_path.is_relative_to(HERE)
+        return None if inside and collection_path.relative_to(HERE).parts[0] in UNIT else True
+    return None
+
+
+def pytest_collection_finish() -> None:
+    """Exclude modules and test items from garbage collection: each full collection would visit them and free none."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

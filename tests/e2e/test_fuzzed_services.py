@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from whole import answers
 
 from octollm.capability import Principal, RootMinter, ServiceTokenSigner
 from octollm.clock import SystemClock, Uuid7Generator
+from octollm.concurrency import BackgroundLoop
 from octollm.contracts.services import SERVICES
 from octollm.installation.embedded import Installation
 from octollm.installation.keys import load_home_keys
@@ -57,6 +59,20 @@ def environment(postgres: Backend) -> dict[str, str]:
     return {**postgres.environment, "OCTOLLM_RATE_LIMIT": "100000/minute"}
 
 
+HOOKS = """
+from pathlib import Path
+import schemathesis
+
+@schemathesis.auth(refresh_interval=None)
+class BearerToken:
+    def get(self, case, context):
+        return Path({token!r}).read_text()
+
+    def set(self, case, data, context):
+        case.headers = {{**(case.headers or {{}}), "Authorization": f"Bearer {{data}}"}}
+"""
+RENEW_SECONDS = 10.0
+"""A service's token is valid for a minute."""
 PROGRAMS = '{"programs": [{"title": "Add", "program": "print(1 + 1)"}]}'
 
 
@@ -100,21 +116,31 @@ def part(api: dict[str, Any], *, of_services: bool) -> dict[str, Any]:
     return {**api, "paths": paths}
 
 
-async def fuzz(api: dict[str, Any], url: str, token: str, folder: Path) -> None:
-    described = folder / "openapi.json"
+async def fuzz(api: dict[str, Any], url: str, create_token: Callable[[], str], folder: Path) -> None:
+    """Run schemathesis once over all operations; it reads the token, which is renewed, from a file."""
+    described, token, hooks = folder / "openapi.json", folder / "token", folder / "fuzz_hooks.py"
     described.write_text(json.dumps(api))
+    token.write_text(create_token())
+    hooks.write_text(HOOKS.format(token=str(token)))
     process = await asyncio.create_subprocess_exec(
         str(Path(sys.executable).with_name("schemathesis")),
-        *("run", str(described), "--url", url, "--header", f"Authorization: Bearer {token}"),
+        *("run", str(described), "--url", url),
         *("--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing", "--max-examples", EXAMPLES),
         *("--seed", SEED, "--request-timeout", "20", "--warnings", "off", "--continue-on-failure", "--no-color"),
         cwd=folder,
-        env={**os.environ, "SCHEMATHESIS_HOOKS": ""},
+        env={**os.environ, "SCHEMATHESIS_HOOKS": hooks.stem, "PYTHONPATH": str(folder)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
+
+    async def renew_token() -> None:
+        new = token.with_suffix(".new")
+        new.write_text(create_token())
+        new.replace(token)
+
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), 900)
+        async with BackgroundLoop("token", renew_token, interval=RENEW_SECONDS):
+            output, _ = await asyncio.wait_for(process.communicate(), 900)
     finally:
         if process.returncode is None:
             process.kill()
@@ -128,14 +154,12 @@ async def test_a_service_answers_as_it_is_described(door, name: str, tmp_path: P
         token = await bearer(door.system, name, client)
     for path in SHARED if name != "judge" else ():
         del api["paths"][path]
-    await fuzz(part(api, of_services=False), door.system.urls[name], token, tmp_path)
+    await fuzz(part(api, of_services=False), door.system.urls[name], lambda: token, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["orchestrator", "monitor"])
 async def test_what_services_ask_of_each_other_is_answered_as_described(door, name: str, tmp_path: Path) -> None:
     async with httpx.AsyncClient() as client:
         api = (await client.get(door.system.urls[name] + "/openapi.json")).json()
-    for path, methods in part(api, of_services=True)["paths"].items():
-        # A service's token lives for a minute.
-        token = signer(door.system, "models").sign_token(name)
-        await fuzz({**api, "paths": {path: methods}}, door.system.urls[name], token, tmp_path)
+    own = signer(door.system, "models")
+    await fuzz(part(api, of_services=True), door.system.urls[name], lambda: own.sign_token(name), tmp_path)

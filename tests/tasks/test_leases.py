@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select, update
 
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.task import Task
@@ -17,6 +18,7 @@ from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.storage import Database, Transaction, open_database
 from octollm.storage.migrations import migrate
+from octollm.storage.tables import tasks
 from octollm.tasks import leases
 from octollm.tasks.leases import LEASE_SECONDS, ExpiredLease, LeaseRenewer, TaskLeases
 from octollm.tasks.store import NewTask, TaskStore
@@ -45,6 +47,11 @@ async def accepted(db: Database) -> str:
     return task_id
 
 
+async def expire_lease(db: Database, task_id: str) -> None:
+    async with db.transaction() as tx:
+        await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(lease_until=await tx.now() - 0.001))
+
+
 async def test_of_two_holders_one_gets_a_task(db: Database):
     task_id = await accepted(db)
     first, second = TaskLeases(db, "a"), TaskLeases(db, "b")
@@ -66,25 +73,21 @@ async def test_a_take_over_is_told_with_what_the_last_holder_had_and_nothing_els
     await first.release(task_id, 1)
     assert await second.acquire(exclude=frozenset()) == (task_id, 2)
     assert told == [], "it was given back"
-
-    async def expired() -> bool:
-        return await first.acquire(exclude=frozenset()) == (task_id, 3)
-
-    await wait_until(expired, description="the lease runs out", timeout=LEASE_SECONDS + 3)
+    assert await first.acquire(exclude=frozenset()) is None
+    await expire_lease(db, task_id)
+    assert await first.acquire(exclude=frozenset()) == (task_id, 3)
     assert told == [ExpiredLease(task_id, "t", 2)]
 
 
 async def test_a_holder_that_says_nothing_loses_its_task(db: Database):
     task_id = await accepted(db)
     assert await TaskLeases(db, "a").acquire(exclude=frozenset()) == (task_id, 1)
-    found: list[tuple[str, int] | None] = []
-
-    async def taken() -> bool:
-        found.append(await TaskLeases(db, "b").acquire(exclude=frozenset()))
-        return found[-1] is not None
-
-    await wait_until(taken, description="the lease has run out", timeout=LEASE_SECONDS + 5)
-    assert found[-1] == (task_id, 2)
+    async with db.read() as connection:
+        until = await connection.scalar(select(tasks.c.lease_until).where(tasks.c.task_id == task_id))
+        now = await connection.now()
+    assert now < until <= now + LEASE_SECONDS
+    await expire_lease(db, task_id)
+    assert await TaskLeases(db, "b").acquire(exclude=frozenset()) == (task_id, 2)
     # The older run is not renewed any more.
     assert await TaskLeases(db, "a").renew({task_id: 1}) == frozenset()
 
@@ -96,7 +99,7 @@ async def test_a_busy_loop_is_no_death(db: Database, url: str):
     held = LeaseRenewer(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
     async with held.run(lambda error: pytest.fail(str(error))):
         held.add(task_id, 1)
-        end = time.monotonic() + LEASE_SECONDS + 1
+        end = time.monotonic() + LEASE_SECONDS + 0.5
         while time.monotonic() < end:
             sum(range(1000))  # the loop gets no turn
         assert await TaskLeases(db, "b").acquire(exclude=frozenset()) is None

@@ -50,18 +50,18 @@ class Money:
 
 @dataclass(frozen=True)
 class Books:
-    """A ledger over a database in memory, with one task."""
+    """A ledger over a database in memory, and one task of a tenant of its own: the journal is by tenant and key."""
 
     db: Database
     ledger: BudgetLedger
     task_id: str
+    tenant: str
 
     async def reserve(
         self, key: str = "k1", prompt: int = 100, completion: int | None = 200, **more: Any
     ) -> Reservation:
-        request = replace(
-            REQUEST, task_id=self.task_id, key=key, prompt_tokens=prompt, max_completion_tokens=completion, **more
-        )
+        own = {"task_id": self.task_id, "tenant": self.tenant, **more}
+        request = replace(REQUEST, key=key, prompt_tokens=prompt, max_completion_tokens=completion, **own)
         return await self.ledger.reserve(request)
 
     async def money(self) -> Money:
@@ -79,14 +79,24 @@ class Books:
 
 
 @contextlib.asynccontextmanager
-async def open_books(budget: Budget) -> AsyncGenerator[Books]:
+async def open_ledger_database() -> AsyncGenerator[Database]:
     async with open_database("memory://", clock=CLOCK) as db:
         await migrate(db, "orchestrator")
-        task_id = f"task-{IDS.hex()}"
-        store = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK)
-        task = Task("do it", budget=budget)
-        await store.create(NewTask(task_id, "t", "s", "c", "", task, "corr", "", CLOCK.now() + 600))
-        yield Books(db, BudgetLedger(db, CLOCK, IDS), task_id)
+        yield db
+
+
+async def add_task(db: Database, budget: Budget) -> Books:
+    task_id, tenant = f"task-{IDS.hex()}", IDS.hex()
+    store = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK)
+    task = Task("do it", budget=budget)
+    await store.create(NewTask(task_id, tenant, "s", "c", "", task, "corr", "", CLOCK.now() + 600))
+    return Books(db, BudgetLedger(db, CLOCK, IDS), task_id, tenant)
+
+
+@contextlib.asynccontextmanager
+async def open_books(budget: Budget) -> AsyncGenerator[Books]:
+    async with open_ledger_database() as db:
+        yield await add_task(db, budget)
 
 
 @pytest.fixture
@@ -218,10 +228,11 @@ class LedgerMachine(RuleBasedStateMachine):
     open_ones = Bundle("open_ones")
     settled_ones = Bundle("settled_ones")
 
+    runner: asyncio.Runner
+    db: Database
+
     def __init__(self) -> None:
         super().__init__()
-        self.runner = asyncio.Runner()
-        self.stack = contextlib.AsyncExitStack()
         self.used = 0
         self.open: dict[str, Open] = {}
         self.journal: dict[str, bytes] = {}
@@ -231,7 +242,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.books = self.run(self.stack.enter_async_context(open_books(Budget(max_tokens=MAX_TOKENS))))
+        self.books = self.run(add_task(self.db, Budget(max_tokens=MAX_TOKENS)))
 
     @rule(
         target=open_ones,
@@ -285,12 +296,18 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (money.used, money.reserved) == (self.used, self.reserved)
         assert 0 <= money.used + money.reserved <= MAX_TOKENS
 
-    def teardown(self) -> None:
-        self.run(self.stack.aclose())
-        self.runner.close()
 
+class TestLedgerMachine(LedgerMachine.TestCase):
+    """Every example has a task of its own in one database: migrating a database for each would take longer."""
 
-LedgerMachine.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-TestLedgerMachine = LedgerMachine.TestCase
+    settings = settings(
+        max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        LedgerMachine.runner = asyncio.Runner()
+        cls.addClassCleanup(LedgerMachine.runner.close)
+        stack = contextlib.AsyncExitStack()
+        LedgerMachine.db = LedgerMachine.runner.run(stack.enter_async_context(open_ledger_database()))
+        cls.addClassCleanup(lambda: LedgerMachine.runner.run(stack.aclose()))
