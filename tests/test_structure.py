@@ -22,6 +22,7 @@ SMALL_FILES = {
     "octollm.cli.events": "one noun of the command line a file, loaded when it is used",
     "octollm.cli.entry": "the program of the command, which imports nothing before Ctrl-C is handled",
     "octollm.services.arms.coder.probe_program": "a program that is run in the sandbox",
+    "octollm.services.arms.executor.runner_read": "a program that is run in the sandbox",
     "octollm.services.arms.judge.testing_program": "a program that is run in the sandbox",
     "octollm.testing.polling": "for tests, which import it without the harness",
     "octollm.testing.system": "for tests of a whole installation, which an arm's author does not load",

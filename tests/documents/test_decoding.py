@@ -17,6 +17,7 @@ LEGACY = {
         [
             "Der Preis beträgt 1.200 € für Müller & Söhne",
             "café",
+            "grüße",
             "naïve façade – “quoted”",
             "name;city\nMüller;Köln\n",
             "£ 12.50",

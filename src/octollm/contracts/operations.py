@@ -9,7 +9,7 @@ import msgspec
 from octollm.contracts.task import Artifact, Check, ExecuteResult, FileRef
 from octollm.errors import OctoError
 
-Language = Literal["python", "sql"]
+Language = Literal["python", "sql", "read"]
 
 
 class RunLimits(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -25,7 +25,8 @@ class RunRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     With ``python``, ``command`` is the argument list after the interpreter (``["-m", "unittest"]``, ``["main.py"]``),
     run in a folder with ``files``. With ``sql``, ``command`` is one query; each tabular file is a table, named by the
-    stem of the file's name.
+    stem of the file's name. With ``read``, the one file is read whatever its format; ``stdout`` of the result is then a
+    JSON object with its ``text``, the ``locations`` in it and ``notes``.
     """
 
     language: Language

@@ -52,6 +52,8 @@ _SUPERSETS = {
 """The encoding that Windows and browsers use where another one is declared (https://encoding.spec.whatwg.org/#names)."""
 _NON_ASCII_RUN = re.compile(rb"[\x00-\x7f]{0,40}(?:[\x80-\xff]+[\x00-\x7f]{0,40})+")
 _HIGH_RUN = re.compile(rb"[\x80-\xff]+")
+_WORD = re.compile(rb"[A-Za-z\x80-\xff]+")
+_ASCII_LETTER = re.compile(rb"[A-Za-z]")
 _SIGN_IN_WORD = re.compile(r"[a-z][¡-¿×÷‚ƒ„…†‡ˆ‰‹›•˜™¨¸]+[a-z]")
 _CONTROLS = re.compile(r"[\x01-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 _BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -263,11 +265,16 @@ def _is_consistent(sample: bytes, name: str) -> bool:
 
 
 def _has_latin_letters(sample: bytes) -> bool:
-    """Say whether the bytes from 0x80 on are single letters among ASCII ones."""
+    """Say whether the bytes from 0x80 on are letters among ASCII ones: single, or a few in one word with them."""
     high = sum(byte >= 0x80 for byte in sample)
     letters = high + sum(chr(byte).isalnum() for byte in sample if byte < 0x80)
     runs = _HIGH_RUN.findall(sample)
-    return high < 0.5 * letters and sum(len(run) == 1 for run in runs) >= 0.5 * len(runs)
+    if high >= 0.5 * letters:
+        return False
+    words = [word for word in _WORD.findall(sample) if not word.isascii()]
+    mixed = sum(_ASCII_LETTER.search(word) is not None for word in words)
+    is_mixed = mixed >= 0.5 * len(words) and max(map(len, runs)) <= 3
+    return is_mixed or sum(len(run) == 1 for run in runs) >= 0.5 * len(runs)
 
 
 def _choose_latin(sample: bytes, names: Sequence[str]) -> str:

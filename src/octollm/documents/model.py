@@ -82,6 +82,83 @@ class Document(msgspec.Struct, frozen=True):
         return "\n".join(section.text for section in self.sections)
 
 
+class FlatDocument(msgspec.Struct, frozen=True):
+    """A document as one text. ``locations`` are the lines (from 1) where sections begin, each with its label."""
+
+    name: str
+    kind: DocumentKind
+    text: str
+    locations: tuple[tuple[int, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def flatten(document: Document) -> FlatDocument:
+    """Return a document as one text, with the lines where its sections begin. A section without a label has none."""
+    locations: list[tuple[int, str]] = []
+    line = 1
+    for section in document.sections:
+        label = section.location.label()
+        if label or locations:
+            locations.append((line, label))
+        line += section.text.count("\n") + 1
+    return FlatDocument(document.name, document.kind, document.text, tuple(locations), document.notes)
+
+
+_EncodedCell = str | int | float | bool | dict[str, str] | None
+
+
+class _EncodedTable(msgspec.Struct, frozen=True):
+    name: str
+    rows: list[list[_EncodedCell]]
+    origin: Location
+
+
+class _EncodedDocument(msgspec.Struct, frozen=True):
+    name: str
+    kind: DocumentKind
+    sections: tuple[Section, ...]
+    tables: tuple[_EncodedTable, ...]
+    notes: tuple[str, ...]
+
+
+def encode_document(document: Document) -> bytes:
+    """Return a document as JSON, in which a date is an object, so that it is told from a text."""
+
+    def encode(cell: RawCell) -> _EncodedCell:
+        if isinstance(cell, datetime):
+            return {"datetime": cell.isoformat()}
+        return {"date": cell.isoformat()} if isinstance(cell, date) else cell
+
+    tables = tuple(
+        _EncodedTable(table.name, [[encode(cell) for cell in row] for row in table.rows], table.origin)
+        for table in document.tables
+    )
+    return msgspec.json.encode(
+        _EncodedDocument(document.name, document.kind, document.sections, tables, document.notes)
+    )
+
+
+def decode_document(data: bytes) -> Document:
+    """Return the document of :func:`encode_document`. Raises :class:`DocumentError` for any other data."""
+
+    def decode(cell: _EncodedCell) -> RawCell:
+        if not isinstance(cell, dict):
+            return cell
+        if "datetime" in cell:
+            return datetime.fromisoformat(cell["datetime"])
+        return date.fromisoformat(cell["date"])
+
+    try:
+        found = msgspec.json.decode(data, type=_EncodedDocument)
+        tables = tuple(
+            RawTable(table.name, [[decode(cell) for cell in row] for row in table.rows], table.origin)
+            for table in found.tables
+        )
+    except (msgspec.DecodeError, KeyError, ValueError) as exc:
+        raise DocumentError("What was read of the file is damaged.") from exc
+    return Document(found.name, found.kind, found.sections, tables, found.notes)
+
+
 DocumentErrorCode = Literal["file_unreadable", "file_encrypted", "file_limit_exceeded"]
 
 

@@ -126,7 +126,7 @@ async def test_the_command_of_a_job() -> None:
     assert result.files == ()
     python, sql = gate.jobs
     assert (python.command, python.files, python.limits.wall_seconds) == (("main.py", "--x"), {"main.py": b"1"}, 60)
-    assert sql.needs_duckdb
+    assert sql.packages == ("duckdb",)
     assert set(sql.files) == {"runner_sql.py", "request.json", "data/0.csv"}
 
 

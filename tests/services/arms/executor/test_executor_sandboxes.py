@@ -162,7 +162,7 @@ asyncio.run(Bubblewrap.open().run(job))
 
 async def test_sql_is_not_for_wasi(wasi: Wasi) -> None:
     with pytest.raises(OctoError) as caught:
-        await wasi.run(Job(("-c", ""), needs_duckdb=True))
+        await wasi.run(Job(("-c", ""), packages=("duckdb",)))
     assert caught.value.code == "no_sandbox"
 
 

@@ -1,19 +1,19 @@
 """The bubblewrap sandbox.
 
-It combines namespaces, a system-call filter, resource limits, and a read-only Python interpreter with DuckDB that the
+It combines namespaces, a system-call filter, resource limits, and a read-only Python interpreter with packages that the
 sandbox's user can read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,10 @@ from octollm.services.arms.executor.seccomp import Architecture, build_filter, d
 
 PYTHON_HOME = "/opt/python"
 """Mount point of an interpreter that is not under /usr."""
-DUCKDB_HOME = "/opt/duckdb"
-"""Mount point of the DuckDB package, the only third-party one inside."""
+PACKAGES_HOME = "/opt/packages"
+"""Mount point of the distributions of a job, the only third-party ones inside."""
+SANDBOX_PACKAGES = ("duckdb", "msgspec", "charset-normalizer", "lxml", "pypdfium2", "python-calamine")
+"""Distributions that a job may have."""
 
 ROOT_CACHES = (Path("/var/cache/octollm"), Path("/tmp/octollm-sandbox"))  # noqa: S108 - its owner is checked
 """Caches for copies of the interpreter when the service runs as root; the first writable one is used."""
@@ -76,23 +78,22 @@ def find_interpreter(user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_C
     )
 
 
-def find_duckdb(user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_CACHES) -> BindMounts | None:
-    """Return the binds that make DuckDB importable from :data:`DUCKDB_HOME`; ``None`` when it is not installed.
+def find_package(distribution: str, user: SandboxUser | None, caches: tuple[Path, ...] = ROOT_CACHES) -> BindMounts:
+    """Return the binds that make a distribution importable from :data:`PACKAGES_HOME`; none if it is not installed.
 
     Raises ``OctoError`` (``no_sandbox``) when it can be neither bound nor copied.
     """
-    names: list[Path] = []
-    for module in ("duckdb", "_duckdb"):
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
-            return None
-        origin = Path(spec.origin)
-        names.append(origin.parent if spec.submodule_search_locations else origin)
-    folder = names[0].parent
-    names += folder.glob("duckdb-*.dist-info")  # the package asks for its own version
-    if not can_read(user, *names, names[0] / "__init__.py"):
-        folder = copy_once(folder, [name.name for name in names], caches)
-    return tuple((folder / name.name, f"{DUCKDB_HOME}/{name.name}") for name in names)
+    try:
+        found = importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    folder = Path(str(found.locate_file("")))
+    # The metadata goes along, because a package may ask for its own version.
+    names = sorted({file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")})
+    paths = [folder / name for name in names]
+    if not can_read(user, *paths, *(path / "__init__.py" for path in paths if (path / "__init__.py").is_file())):
+        folder = copy_once(folder, names, caches)
+    return tuple((folder / name, f"{PACKAGES_HOME}/{name}") for name in names)
 
 
 def _shared_libraries(prefix: Path) -> list[str]:
@@ -215,7 +216,7 @@ SANDBOX_USER = SandboxUser(61717, 61717)
 class Bubblewrap:
     """Runs each job in its own namespaces.
 
-    The program can write nothing of the host. ``/usr``, the interpreter and, for SQL, the DuckDB package are read-only;
+    The program can write nothing of the host. ``/usr``, the interpreter and the packages of the job are read-only;
     ``/tmp`` and the working directory are size-limited tmpfs. There is no ``/proc``: started by root, a program could
     write ``/proc/sys/kernel/core_pattern`` through it. Created by :meth:`open`.
     """
@@ -227,14 +228,14 @@ class Bubblewrap:
         executable: str,
         architecture: Architecture,
         interpreter: Interpreter,
-        duckdb: BindMounts | None,
+        packages: Mapping[str, BindMounts],
         user: SandboxUser | None,
         *,
         clock: Clock,
     ) -> None:
         self._executable = executable
         self._interpreter = interpreter
-        self._duckdb = duckdb
+        self._packages = packages
         self._user = user
         self._clock = clock
         self._supervisor = Path(inside.__file__).read_text()
@@ -259,8 +260,8 @@ class Bubblewrap:
             raise OctoError(f"no system-call filter for {os.uname().machine}", code="no_sandbox")
         identity = SANDBOX_USER if os.geteuid() == 0 else None
         interpreter = find_interpreter(identity, caches)
-        duckdb = find_duckdb(identity, caches)
-        return cls(bwrap, machine, interpreter, duckdb, identity, clock=clock or SystemClock())
+        packages = {name: find_package(name, identity, caches) for name in SANDBOX_PACKAGES}
+        return cls(bwrap, machine, interpreter, packages, identity, clock=clock or SystemClock())
 
     async def run(self, job: Job) -> SandboxResult:
         """Run ``job``; see :class:`octollm.services.arms.executor.sandbox.Sandbox`."""
@@ -276,10 +277,11 @@ class Bubblewrap:
             "PYTHONUNBUFFERED": "1",
             **dict(self._interpreter.env),
         }
-        if job.needs_duckdb:
-            if self._duckdb is None:
-                raise OctoError("SQL needs the duckdb package", code="no_sandbox")
-            env["PYTHONPATH"] = DUCKDB_HOME
+        missing = [name for name in job.packages if not self._packages.get(name)]
+        if missing:
+            raise OctoError(f"the job needs {', '.join(missing)}, which is not installed", code="no_sandbox")
+        if job.packages:
+            env["PYTHONPATH"] = PACKAGES_HOME
         header = {
             "command": [self._interpreter.executable, *job.command],
             "env": env,
@@ -318,8 +320,8 @@ class Bubblewrap:
                 options += ["--symlink", str(host.readlink()), str(host)]
             elif host.is_dir():
                 options += ["--ro-bind", str(host), str(host)]
-        duckdb = self._duckdb or () if job.needs_duckdb else ()
-        for source, place in (*self._interpreter.bind_mounts, *duckdb):
+        packages = [bind for name in job.packages for bind in self._packages[name]]
+        for source, place in (*self._interpreter.bind_mounts, *packages):
             options += ["--ro-bind", str(source), place]
         for folder in self._interpreter.masked_folders:
             options += ["--tmpfs", folder, "--remount-ro", folder]

@@ -12,9 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import msgspec
+
 from octollm import FileRef, OctoError
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
+from octollm.documents.model import flatten
 from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, OnQueued
+from octollm.services.arms.executor.reader import read_in_sandbox
 from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, Sandbox, SandboxResult, check_names
 
 DESCRIBE = "--describe"
@@ -106,7 +110,7 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job
             **{paths[t.file]: files[t.file] for t in tables},
         },
         limits=limits,
-        needs_duckdb=True,
+        packages=("duckdb",),
     )
 
 
@@ -156,13 +160,26 @@ class Runner:
         """Run ``request`` over ``files``, the bytes of its files by name.
 
         Raises ``OctoError``: ``invalid_body`` or ``file_invalid`` for what cannot be run, ``overloaded`` when too
-        many wait, ``no_sandbox`` for SQL where the sandbox has no DuckDB, ``sandbox_failed``.
+        many wait, ``no_sandbox`` for SQL or a binary format where the sandbox has no packages, ``sandbox_failed``, and
+        for ``read`` what is wrong with the file.
         """
+        if request.language == "read":
+            return await self._read(files)
         # Validated before waiting, so that an invalid request takes no slot.
         job = self._job(request, files)
         async with self._limiter:
             outcome = await self._sandbox.run(job)
         return _to_run_result(outcome, self._sandbox.name, with_files=request.language == "python")
+
+    async def _read(self, files: Mapping[str, bytes]) -> RunResult:
+        check_names(files)
+        if len(files) != 1:
+            raise OctoError("a run that reads takes one file", code="invalid_body")
+        [(name, data)] = files.items()
+        async with self._limiter:
+            document = await read_in_sandbox(self._sandbox, name, data)
+        text = msgspec.json.encode(flatten(document)).decode()
+        return RunResult(exit_code=0, stdout=text, stderr="", sandbox=self._sandbox.name)
 
     def _job(self, request: RunRequest, files: Mapping[str, bytes]) -> Job:
         check_names(files)

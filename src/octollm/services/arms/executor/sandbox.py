@@ -113,14 +113,14 @@ MAX_LIMITS = Limits(
 class Job:
     """One program to run: ``command`` are the interpreter's arguments, ``files`` the working directory by path.
 
-    The names have passed :func:`octollm.services.arms.executor.sandbox.check_names`. With ``needs_duckdb`` the
-    DuckDB package can be imported.
+    The names have passed :func:`octollm.services.arms.executor.sandbox.check_names`. The
+    distributions of ``packages`` can be imported.
     """
 
     command: tuple[str, ...]
     files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     limits: Limits = Limits()
-    needs_duckdb: bool = False
+    packages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,9 +194,10 @@ class Wasi:
 
     async def run(self, job: Job) -> SandboxResult:
         """Run ``job``; see :class:`octollm.services.arms.executor.sandbox.Sandbox`."""
-        if job.needs_duckdb:
+        if job.packages:
             raise OctoError(
-                "SQL needs the bubblewrap sandbox; the WASI sandbox in use runs Python alone", code="no_sandbox"
+                f"{', '.join(job.packages)} need the bubblewrap sandbox; the WASI sandbox in use runs Python alone",
+                code="no_sandbox",
             )
         check_names(job.files)
         folder = await asyncio.to_thread(_create_run_folder, self._user)
