@@ -44,30 +44,30 @@ def test_every_command_option_and_argument_is_explained():
             assert getattr(parameter, "help", ""), f"{name} {parameter.name}"
 
 
-async def test_arms_are_listed_and_told(place, up):
-    ended = await place.run("arms")
+async def test_arms_are_listed_and_told(shared_place):
+    ended = await shared_place.run("arms")
     assert ended.code == 0, ended.err
     for name in BUILT_IN_ARMS:
         assert name in ended.out
-    listed = json.loads((await place.run("arms", "--json")).out)["arms"]
+    listed = json.loads((await shared_place.run("arms", "--json")).out)["arms"]
     assert {arm["name"] for arm in listed} == set(BUILT_IN_ARMS)
-    one = await place.run("arms", "coder")
+    one = await shared_place.run("arms", "coder")
     assert "coder:execute" in one.out
-    assert json.loads((await place.run("arms", "coder", "--json")).out)["name"] == "coder"
+    assert json.loads((await shared_place.run("arms", "coder", "--json")).out)["name"] == "coder"
 
 
-async def test_an_unknown_arm_is_refused_with_those_that_there_are(place, up):
-    ended = await place.run("arms", "painter")
+async def test_an_unknown_arm_is_refused_with_those_that_there_are(shared_place):
+    ended = await shared_place.run("arms", "painter")
     assert ended.code == 2
     assert "judge" in ended.err
 
 
-async def test_keys_tokens_and_cancelled_tasks_as_json(place, up):
-    made = json.loads((await place.run("keys", "create", "ci", "--json")).out)
+async def test_keys_tokens_and_cancelled_tasks_as_json(shared_place):
+    made = json.loads((await shared_place.run("keys", "create", "ci", "--json")).out)
     assert made["secret"].startswith("octo_")
-    gone = json.loads((await place.run("keys", "revoke", made["key"]["id"], "--json")).out)
+    gone = json.loads((await shared_place.run("keys", "revoke", made["key"]["id"], "--json")).out)
     assert gone == {"id": made["key"]["id"], "state": "revoked"}
-    ended = await place.run("token", "mint", "--scope", "judge:validate", "--aud", "judge", "--json")
+    ended = await shared_place.run("token", "mint", "--scope", "judge:validate", "--aud", "judge", "--json")
     assert json.loads(ended.out)["access_token"]
 
 
@@ -81,9 +81,9 @@ async def test_run_starts_an_installation_where_none_runs(place):
     assert place.ports_are_free()
 
 
-async def test_watch_prints_frames_as_json(place, up):
-    task_id = json.loads((await place.run("run", GOAL, "--json")).out)["task_id"]
-    ended = await place.run("watch", task_id, "--json")
+async def test_watch_prints_frames_as_json(shared_place):
+    task_id = json.loads((await shared_place.run("run", GOAL, "--json")).out)["task_id"]
+    ended = await shared_place.run("watch", task_id, "--json")
     assert ended.code == 0, ended.err
     frames = [json.loads(line) for line in ended.out.splitlines()]
     assert frames[-1]["type"] == "result"
@@ -103,10 +103,10 @@ async def complete(place, words: str) -> str:
             del place.settings[name]
 
 
-async def test_the_shell_completes_commands_arms_and_models(place, up):
-    assert "doctor" in await complete(place, "octollm doc")
-    assert "coder" in await complete(place, "octollm arms co")
-    assert "qwen2.5-coder-0.5b" in await complete(place, "octollm models pull qw")
+async def test_the_shell_completes_commands_arms_and_models(shared_place):
+    assert "doctor" in await complete(shared_place, "octollm doc")
+    assert "coder" in await complete(shared_place, "octollm arms co")
+    assert "qwen2.5-coder-0.5b" in await complete(shared_place, "octollm models pull qw")
 
 
 async def test_completion_is_silent_where_nothing_runs(place):

@@ -51,8 +51,8 @@ async def test_a_demo_that_fails_says_why(place, mind):
     assert "Task failed" in ended.out
 
 
-async def test_json_is_all_that_standard_output_gets(place, up):
-    ended = await place.run("run", GOAL, "--json")
+async def test_json_is_all_that_standard_output_gets(shared_place):
+    ended = await shared_place.run("run", GOAL, "--json")
     assert ended.code == 0, ended.err
     outcome = json.loads(ended.out)
     assert list(outcome)[:5] == ["task_id", "status", "output", "artifacts", "usage"]
@@ -61,26 +61,26 @@ async def test_json_is_all_that_standard_output_gets(place, up):
     assert outcome["usage"]["prompt_tokens"] > 0
     for artifact in outcome["artifacts"]:
         assert Path(artifact["path"]).stat().st_size == artifact["size"]
-        assert Path(artifact["path"]).is_relative_to(place.work / "octollm-results" / outcome["task_id"])
+        assert Path(artifact["path"]).is_relative_to(shared_place.work / "octollm-results" / outcome["task_id"])
     assert "Plan" in ended.err
 
 
-async def test_a_failed_goal_is_exit_code_1_with_json(place, up, mind):
-    mind.answer = wrong
-    ended = await place.run("run", GOAL, "--json")
+async def test_a_failed_goal_is_exit_code_1_with_json(shared_place):
+    shared_place.mind.answer = wrong
+    ended = await shared_place.run("run", GOAL, "--json")
     assert ended.code == 1
     outcome = json.loads(ended.out)
     assert outcome["status"] == "failed"
     assert outcome["error"]["code"] == "not_accepted"
 
 
-async def test_a_budget_is_sent(place, up):
-    ended = await place.run("run", GOAL, "--max-tokens", "5", "--json")
+async def test_a_budget_is_sent(shared_place):
+    ended = await shared_place.run("run", GOAL, "--max-tokens", "5", "--json")
     assert ended.code == 1
     assert json.loads(ended.out)["error"]["code"] == "budget_exhausted"
 
 
-async def test_a_file_goes_along(place, up, mind):
+async def test_a_file_goes_along(shared_place):
     seen = []
 
     def reading(asked):
@@ -89,9 +89,9 @@ async def test_a_file_goes_along(place, up, mind):
             return "```sql\nSELECT sum(amount) AS total FROM sales\n```"
         return answers(asked)
 
-    mind.answer = reading
-    (place.work / "sales.csv").write_text("region,amount\nnorth,150\nsouth,90\n")
-    ended = await place.run("run", "What is the total amount?", "--file", "sales.csv", "--json")
+    shared_place.mind.answer = reading
+    (shared_place.work / "sales.csv").write_text("region,amount\nnorth,150\nsouth,90\n")
+    ended = await shared_place.run("run", "What is the total amount?", "--file", "sales.csv", "--json")
     assert ended.code == 0, ended.err
     assert "240" in json.loads(ended.out)["output"]
     assert any("amount" in text for text in seen)
@@ -123,15 +123,21 @@ async def test_a_demo_that_is_interrupted_while_it_writes_leaves_nothing(place, 
     assert "Traceback" not in ended.err + ended.out
 
 
-async def test_a_run_that_is_interrupted_cancels_its_task(place, up, mind):
-    mind.answer = hanging
-    process = await place.start("run", GOAL)
-    await wait_until(lambda: place.model.active > 0, description="the model writes", timeout=60)
-    ended = await place.interrupt(process)
+async def test_a_run_that_is_interrupted_cancels_its_task(shared_place):
+    async def tasks():
+        async with httpx.AsyncClient() as client:
+            listed = (await client.get(f"{shared_place.door}/tasks")).json()["tasks"]
+        return {task["task_id"]: task for task in listed}
+
+    before = await tasks()
+    shared_place.mind.answer = hanging
+    process = await shared_place.start("run", GOAL)
+    await wait_until(lambda: shared_place.model.active > 0, description="the model writes", timeout=60)
+    ended = await shared_place.interrupt(process)
     assert ended.code == 130
-    await wait_until(lambda: place.model.active == 0, description="the model was left")
-    async with httpx.AsyncClient() as client:
-        [task] = (await client.get(f"{place.door}/tasks")).json()["tasks"]
+    await wait_until(lambda: shared_place.model.active == 0, description="the model was left")
+    after = await tasks()
+    [task] = [after[task_id] for task_id in after.keys() - before.keys()]
     assert task["status"] == "cancelled"
 
 

@@ -102,57 +102,57 @@ async def test_a_taken_port_is_named_before_anything_starts(place):
     assert place.ports_are_free()
 
 
-async def test_a_second_installation_in_one_home_is_refused(place, up):
-    ended = await place.run("demo", GOAL)
+async def test_a_second_installation_in_one_home_is_refused(shared_place):
+    ended = await shared_place.run("demo", GOAL)
     assert ended.code == 1
     assert "home_in_use" in ended.err
-    assert place.door in ended.err
+    assert shared_place.door in ended.err
 
 
-async def test_keys_open_the_door_until_they_are_revoked(place, up):
-    made = await place.run("keys", "create", "ci", "--scope", "tasks:read")
+async def test_keys_open_the_door_until_they_are_revoked(shared_place):
+    made = await shared_place.run("keys", "create", "ci", "--scope", "tasks:read")
     assert made.code == 0, made.err
     secret = made.out.strip()
     assert secret.startswith("octo_")
     assert secret not in made.err
-    listed = json.loads((await place.run("keys", "list", "--json")).out)["keys"]
+    listed = json.loads((await shared_place.run("keys", "list", "--json")).out)["keys"]
     [key] = [key for key in listed if key["name"] == "ci"]
     assert secret not in json.dumps(listed)
-    place.settings["OCTOLLM_API_KEY"] = secret
-    assert (await place.run("task", "list")).code == 0
-    refused = await place.run("run", GOAL)
+    shared_place.settings["OCTOLLM_API_KEY"] = secret
+    assert (await shared_place.run("task", "list")).code == 0
+    refused = await shared_place.run("run", GOAL)
     assert refused.code == 1
     assert "scope_missing" in refused.err
-    del place.settings["OCTOLLM_API_KEY"]
-    assert (await place.run("keys", "revoke", key["id"])).code == 0
-    place.settings["OCTOLLM_API_KEY"] = secret
-    ended = await place.run("task", "list")
+    del shared_place.settings["OCTOLLM_API_KEY"]
+    assert (await shared_place.run("keys", "revoke", key["id"])).code == 0
+    shared_place.settings["OCTOLLM_API_KEY"] = secret
+    ended = await shared_place.run("task", "list")
     assert ended.code == 1
     assert "api_key_invalid" in ended.err or "token_revoked" in ended.err
 
 
-async def test_a_token_is_printed_alone_and_opens_its_service_only(place, up):
-    minted = await place.run("token", "mint", "--scope", "judge:validate", "--aud", "judge")
+async def test_a_token_is_printed_alone_and_opens_its_service_only(shared_place):
+    minted = await shared_place.run("token", "mint", "--scope", "judge:validate", "--aud", "judge")
     assert minted.code == 0, minted.err
     [token] = minted.out.splitlines()
     async with httpx.AsyncClient(headers={"Authorization": f"Bearer {token}"}) as client:
         body = {"code": "def f():\n    return 1\n", "language": "python"}
-        answer = await client.post(f"http://127.0.0.1:{8103 + place.shift}/validate", json=body)
+        answer = await client.post(f"http://127.0.0.1:{8103 + shared_place.shift}/validate", json=body)
         assert answer.json()["is_valid"] is True
-        other = await client.post(f"http://127.0.0.1:{8102 + place.shift}/execute", json={"goal": "x"})
+        other = await client.post(f"http://127.0.0.1:{8102 + shared_place.shift}/execute", json={"goal": "x"})
         assert other.status_code == 401
 
 
 @pytest.mark.parametrize(("scope", "aud"), [("judge:vali date", "judge"), ("judge:validate", "coder"), ("x", "judge")])
-async def test_a_token_that_cannot_be_is_refused(place, up, scope, aud):
-    ended = await place.run("token", "mint", "--scope", scope, "--aud", aud)
+async def test_a_token_that_cannot_be_is_refused(shared_place, scope, aud):
+    ended = await shared_place.run("token", "mint", "--scope", scope, "--aud", aud)
     assert ended.code == 2
     assert ended.out == ""
 
 
-async def test_a_task_that_is_not_there(place, up):
+async def test_a_task_that_is_not_there(shared_place):
     for arguments in (["task", "show", "task-x"], ["task", "cancel", "task-x"], ["watch", "task-x"]):
-        ended = await place.run(*arguments)
+        ended = await shared_place.run(*arguments)
         assert ended.code == 1
         assert "task_not_found" in ended.err
 

@@ -45,20 +45,24 @@ class Ended:
 
 @dataclass
 class Place:
-    """Where commands run. ``settings`` are further environment variables."""
+    """Where commands run. ``settings`` are further environment variables.
+
+    With ``installation`` they use the home and the ports of that place, beside a working folder of their own.
+    """
 
     root: Path
     settings: dict[str, str] = field(default_factory=dict)
+    installation: Place | None = None
 
     def __post_init__(self) -> None:
-        self.shift = free_shift()
+        self.shift = free_shift() if self.installation is None else self.installation.shift
         self.work = self.root / "work"
         for folder in (self.work, self.root / "tmp"):
             folder.mkdir()
 
     @property
     def home(self) -> Path:
-        return self.root / "home"
+        return self.root / "home" if self.installation is None else self.installation.home
 
     @property
     def door(self) -> str:
