@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 from databases import BACKENDS, SERVER_URL, Backend, PostgresServer
 from hypothesis import HealthCheck, settings
-from wires import CURRENT, NAMES, wire_named
-
-from octollm.rpc.transport import PLAINTEXT
+from wires import CURRENT, DIRECT, PROXIED
 
 # The tests start hundreds of processes: without bytecode files each of them would compile the package.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -105,9 +103,11 @@ async def postgres(postgres_server: PostgresServer) -> AsyncIterator[Backend]:
         yield Backend(url)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*DIRECT, *PROXIED])
 def every_wire(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Have a test's services talk in one way after the other."""
-    CURRENT.wire = wire_named(request.param)
-    yield
-    CURRENT.wire = PLAINTEXT
+    """Have a test's services called in one way after the other: HTTP/1.1 and HTTP/2, in plain text and in TLS.
+
+    A test of what a client sees of an instance that is away has ``parametrize("every_wire", DIRECT, indirect=True)``.
+    """
+    with CURRENT.use(request.param):
+        yield

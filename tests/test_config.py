@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 
 from octollm.config import (
+    REMOVED,
     RENAMED,
     SETTING_SPECS,
     Settings,
@@ -100,6 +101,16 @@ def test_a_renamed_setting_is_refused_with_its_new_name(old: str, new: str) -> N
         assert old in caught.value.detail
         assert f"Did you mean {new}?" in caught.value.detail
     assert new in {spec.variable for spec in SETTING_SPECS.values()}
+
+
+@pytest.mark.parametrize(("old", "remedy"), REMOVED.items())
+@pytest.mark.parametrize("value", ["1.1", "2", ""])
+def test_a_removed_setting_is_refused_with_what_to_do(old: str, remedy: str, value: str) -> None:
+    for read in (lambda env: read_settings(env, SERVICES), read_client_settings):
+        with pytest.raises(SettingError) as caught:
+            read({old: value})
+        assert caught.value.detail == f"{old} is not a setting any more. {remedy}"
+    assert old not in {spec.variable for spec in SETTING_SPECS.values()}
 
 
 def test_every_setting_has_a_meaning_and_a_valid_default() -> None:

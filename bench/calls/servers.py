@@ -13,7 +13,7 @@ from granian.constants import HTTPModes, Interfaces
 from granian.server.embed import Server
 from starlette.types import ASGIApp
 
-from octollm.rpc.http2_client import Http2Client
+from octollm.rpc.external import PyqwestClient
 from octollm.rpc.http_client import HttpClient, HttpResponse, StreamedResponse
 
 
@@ -33,7 +33,7 @@ async def granian(app: ASGIApp, port: int) -> None:
 
 def pyqwest_client() -> HttpClient:
     """Return a client on pyqwest over HTTP/1.1, in the adapter that we have for it."""
-    return Http2Client(transport=pyqwest.HTTPTransport(http_version=pyqwest.HTTPVersion.HTTP1, enable_otel=False))
+    return PyqwestClient(pyqwest.HTTPTransport(http_version=pyqwest.HTTPVersion.HTTP1, enable_otel=False))
 
 
 class AiohttpClient(HttpClient):

@@ -255,12 +255,6 @@ class Settings(ClientSettings):
         "URL at which other services reach this process; empty is its host name and port.",
         _optional_url("http", "https"),
     )
-    http: Literal["1.1", "2"] = _setting(
-        "OCTOLLM_HTTP",
-        "1.1",
-        "HTTP version of calls between services; with `2` a server accepts both.",
-        _choice("1.1", "2"),
-    )
     mtls: bool = _setting(
         "OCTOLLM_MTLS", "off", "`on`: mutual TLS, each caller of a service presents a certificate.", _switch
     )
@@ -351,11 +345,19 @@ RENAMED = {
 }
 """Former names of settings, each with the name that replaced it."""
 
+REMOVED = {
+    "OCTOLLM_HTTP": (
+        "Remove it: services call each other over HTTP/1.1. For HTTP/2 towards clients, put a proxy in front of the"
+        " gateway, as deploy/haproxy.cfg does."
+    ),
+}
+"""Former settings without a successor, each with what to do instead."""
+
 
 def read_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> Settings:
     """Read all settings from ``environment``; ``services`` are the names that may have a ``_URL``.
 
-    Raises :class:`SettingError` that names the first invalid or renamed one.
+    Raises :class:`SettingError` that names the first invalid, renamed or removed one.
     """
     service_urls = {service: urls for service in services if (urls := _service_urls(service, environment))}
     return _read(Settings, environment, service_urls=service_urls)
@@ -370,10 +372,13 @@ SettingsT = TypeVar("SettingsT", bound=ClientSettings)
 
 
 def _read(kind: type[SettingsT], environment: Mapping[str, str], **others: object) -> SettingsT:
-    # A renamed setting is refused, not ignored: its old value may be what keeps an installation closed.
+    # A former setting is refused, not ignored: its value may be what keeps an installation closed.
     for old, new in RENAMED.items():
         if old in environment:
             raise SettingError(f"{old} is not a setting any more. Did you mean {new}?")
+    for old, remedy in REMOVED.items():
+        if old in environment:
+            raise SettingError(f"{old} is not a setting any more. {remedy}")
     values = {
         each.name: _value(SETTING_SPECS[each.name], environment) for each in fields(kind) if each.name in SETTING_SPECS
     }

@@ -1,4 +1,4 @@
-"""A whole installation in mutual TLS and HTTP/2: `octollm up`, and the command line as its client."""
+"""A whole installation in mutual TLS: `octollm up`, and the command line as its client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ def secured(place):
     """Put TLS into the place's settings, before anything starts there."""
     tls = certificates()
     place.settings |= {
-        "OCTOLLM_HTTP": "2",
         "OCTOLLM_TLS_CERT": str(tls.certificate),
         "OCTOLLM_TLS_KEY": str(tls.key),
         "OCTOLLM_TLS_CA": str(tls.ca),
@@ -26,7 +25,7 @@ def secured(place):
     return place
 
 
-async def test_a_goal_is_done_over_http2_in_tls(secured, up):
+async def test_a_goal_is_done_in_tls(secured, up):
     ended = await secured.run("run", GOAL, "--json")
     assert ended.code == 0, ended.err
     assert CODE in json.loads(ended.out)["output"]
@@ -45,7 +44,7 @@ async def test_a_goal_is_done_over_http2_in_tls(secured, up):
         ({"OCTOLLM_TLS_KEY": ""}, "set both OCTOLLM_TLS_CERT and OCTOLLM_TLS_KEY"),
         ({"OCTOLLM_TLS_CA": "/nowhere.pem"}, "OCTOLLM_TLS_CA (/nowhere.pem)"),
         ({"OCTOLLM_TLS_CERT": "/nowhere.pem"}, "No such file"),
-        ({"OCTOLLM_HTTP": "3"}, "one of 1.1, 2"),
+        ({"OCTOLLM_HTTP": "2"}, "deploy/haproxy.cfg"),
     ],
 )
 async def test_settings_that_do_not_fit_are_refused_with_what_to_do(secured, change, words):

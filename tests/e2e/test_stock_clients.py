@@ -1,23 +1,24 @@
-"""An arm called without a line of our client: by curl, by httpx and by a browser, over HTTP/1.1 and HTTP/2."""
+"""An arm called without a line of our client: by curl, by httpx and by a browser.
+
+HTTP/2 is spoken by the proxy in front of it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from browser_kit import browser
+from proxy import HaProxy
 from whole import Door
 
 pytestmark = pytest.mark.sandbox
 CODE = "def add(a, b):\n    return a + b\n"
-
-
-@pytest.fixture(params=["1.1", "2"])
-def environment(request: pytest.FixtureRequest) -> dict[str, str]:
-    return {"OCTOLLM_HTTP": request.param}
 
 
 @pytest.fixture
@@ -39,22 +40,37 @@ async def curl(*arguments: str) -> tuple[str, str]:
     return body, version
 
 
-async def test_curl_and_httpx(door: Door, environment: dict[str, str], token: str) -> None:
-    url = door.system.urls["judge"] + "/validate"
+@pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
+async def test_curl_and_httpx(door: Door, token: str, http2: bool) -> None:
+    judge = door.system.urls["judge"]
+    with proxy_of(judge) if http2 else contextlib.nullcontext(judge) as base:
+        await _curl_and_httpx(base + "/validate", token, http2=http2)
+
+
+@contextlib.contextmanager
+def proxy_of(url: str) -> Iterator[str]:
+    proxy = HaProxy(httpx.URL(url).port or 0)
+    proxy.start()
+    try:
+        yield proxy.url
+    finally:
+        proxy.stop()
+
+
+async def _curl_and_httpx(url: str, token: str, *, http2: bool) -> None:
     authorization = f"Authorization: Bearer {token}"
     call = (url, "--header", authorization, "--data", json.dumps({"code": CODE}))
     body, version = await curl(*call)
     assert (json.loads(body)["is_valid"], version) == (True, "1.1")
     lines, _ = await curl(*call, "--header", "Accept: application/x-ndjson")
     assert json.loads(lines.strip().splitlines()[-1])["result"]["is_valid"] is True
-    if environment["OCTOLLM_HTTP"] == "2":
+    if http2:
         body, version = await curl("--http2-prior-knowledge", *call)
         assert (json.loads(body)["is_valid"], version) == (True, "2")
-    prior = environment["OCTOLLM_HTTP"] == "2"
-    async with httpx.AsyncClient(http1=not prior, http2=prior) as client:
+    async with httpx.AsyncClient(http1=not http2, http2=http2) as client:
         answer = await client.post(url, json={"code": "def f(:"}, headers={"Authorization": f"Bearer {token}"})
     assert answer.json()["is_valid"] is False
-    assert answer.http_version == ("HTTP/2" if prior else "HTTP/1.1")
+    assert answer.http_version == ("HTTP/2" if http2 else "HTTP/1.1")
 
 
 @pytest.mark.browser

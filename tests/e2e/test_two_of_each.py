@@ -1,19 +1,15 @@
-"""Two processes of every service in mutual TLS: goals complete while one of each is stopped, and started anew.
-
-Those that are started anew speak HTTP/2: so an installation is switched, one process at a time.
-"""
+"""Two processes of every service in mutual TLS: goals complete while one of each is stopped, and started anew."""
 
 from __future__ import annotations
 
 import asyncio
-import ssl
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from servers import own_servers
-from spread import Spread, spread_out, trusting
+from spread import Spread, spread_out
 from two_of_each import GOALS, completed
 from whole import answers
 from wires import certificates
@@ -29,7 +25,6 @@ async def _roll(spread: Spread) -> dict[str, int]:
     for name in SERVICES:
         first = spread.replicas[name][0]
         codes[name] = await first.stop()
-        first.environment["OCTOLLM_HTTP"] = "2"
         await first.start()
         await first.ready()
     return codes
@@ -58,7 +53,6 @@ async def test_goals_complete_while_one_of_each_is_stopped_and_started(tmp_path:
         # Stopping is no failure.
         assert codes == dict.fromkeys(SERVICES, 0)
         await _both_doors_know(spread, done[0]["task_id"])
-        await _both_versions_are_spoken(spread)
 
 
 async def _both_doors_know(spread: Spread, task_id: str) -> None:
@@ -66,16 +60,3 @@ async def _both_doors_know(spread: Spread, task_id: str) -> None:
         async with spread.client(door) as client:
             answer: httpx.Response = await client.get(f"/tasks/{task_id}")
             assert answer.json()["status"] == "completed"
-
-
-def offering_both(spread: Spread) -> ssl.SSLContext:
-    context = trusting(spread.environment)
-    assert isinstance(context, ssl.SSLContext)
-    context.set_alpn_protocols(["h2", "http/1.1"])
-    return context
-
-
-async def _both_versions_are_spoken(spread: Spread) -> None:
-    for replica, version in zip(spread.replicas["judge"], ("HTTP/2", "HTTP/1.1"), strict=True):
-        async with httpx.AsyncClient(http2=True, verify=offering_both(spread)) as client:
-            assert (await client.get(f"{replica.url}/health")).http_version == version

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from kit import CLOCK, IDS, base_for
 from ports import free_port
-from wires import CURRENT
+from wires import CURRENT, DIRECT
 
 from octollm.contracts.stream import StreamEvent
 from octollm.errors import OctoError
@@ -59,6 +59,7 @@ def work(handler) -> Operation:
     return Operation("work", "POST", "/work", handler, auth="public", response=Answer)
 
 
+@pytest.mark.parametrize("every_wire", DIRECT, indirect=True)
 @pytest.mark.usefixtures("every_wire")
 async def test_a_dead_instance_costs_nothing_but_a_try():
     dead, alive = free_port(), free_port()
@@ -145,6 +146,7 @@ async def test_text_that_comes_again_voids_what_was_told():
     assert [line.reset for line in lines if line.type == "token"].count(True) == 1
 
 
+@pytest.mark.parametrize("every_wire", DIRECT, indirect=True)
 @pytest.mark.usefixtures("every_wire")
 async def test_a_failure_tells_what_was_tried():
     port = free_port()

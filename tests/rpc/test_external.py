@@ -15,8 +15,6 @@ from octollm.llm.types import ChatMessage, ChatRequest, TextDelta
 from octollm.resilience import Deadline, EjectionPolicy, RetryPolicy
 from octollm.rpc.external import ExternalClient, create_external_http_client
 from octollm.rpc.http1_client import Http1Client
-from octollm.rpc.http2_client import Http2Client
-from octollm.rpc.http_client import HttpClient
 from octollm.rpc.tls import TlsConfig
 from octollm.rpc.transport import PLAINTEXT, TransportConfig, listen, serve_app
 from octollm.telemetry import Metrics, get_logger
@@ -228,7 +226,7 @@ async def test_providers_are_called_through_the_proxy_of_the_environment(
 
 async def test_and_with_the_authorities_of_the_environment(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     files = certificates()
-    wire = TransportConfig("1.1", TlsConfig(files.certificate, files.key))
+    wire = TransportConfig(TlsConfig(files.certificate, files.key))
     async with provider(wire) as url:
         with pytest.raises(OctoError) as caught:
             await said(url)
@@ -240,11 +238,9 @@ async def test_and_with_the_authorities_of_the_environment(proxy: Proxy, monkeyp
     assert proxy.asked == [f"CONNECT {url.removeprefix('https://')}"]
 
 
-@pytest.mark.parametrize("name", ["http1", "http2"])
-async def test_calls_between_services_know_no_proxy(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+async def test_calls_between_services_know_no_proxy(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
         monkeypatch.setenv(variable, proxy.url)
-    http: HttpClient = Http1Client() if name == "http1" else Http2Client()
-    async with provider(TransportConfig("2")) as url, http:
+    async with provider() as url, Http1Client() as http:
         assert (await http.send("GET", url + "/v1/models", {}, None, seconds=5)).status == 200
     assert proxy.asked == []

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from kit import served
-from wires import CURRENT
+from kit import CLOCK, served
+from wires import CURRENT, DIRECT
 
 from octollm.contracts.stream import StreamEvent
 from octollm.errors import OctoError, RemoteError
@@ -146,6 +146,34 @@ async def test_a_caller_that_goes_away_cancels_the_work(streamed: bool) -> None:
             await ended.wait()
 
 
+async def test_the_wait_for_a_place_counts_against_the_deadline() -> None:
+    began, finish = asyncio.Event(), asyncio.Event()
+    left: list[float] = []
+
+    async def work(call: IncomingCall, _body: object) -> Answer:
+        left.append(call.deadline.remaining())
+        began.set()
+        await finish.wait()
+        return Answer("done")
+
+    operation = post(work)
+    async with served([operation], max_concurrent=1) as svc:
+        first = asyncio.create_task(svc.caller.call(svc.out(operation), Answer))
+        await began.wait()
+        async with CURRENT.stock() as client:
+            answer = await client.post(svc.url + "/op", json={}, headers={"X-Timeout-Ms": "200"})
+            assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+            assert len(left) == 1, "the call that waited too long never began"
+            waiting = asyncio.create_task(client.post(svc.url + "/op", json={}, headers={"X-Timeout-Ms": "9000"}))
+            await wait_until(lambda: svc.base.metrics.requests.in_flight == 2, description="another call waits")
+            since = CLOCK.monotonic()
+            await wait_until(lambda: CLOCK.monotonic() - since > 0.3, description="it has waited for 0.3 s")
+            finish.set()
+            assert (await waiting).status_code == 200
+        await first
+    assert left[1] < 9 - 0.3
+
+
 async def test_the_deadline_travels_and_ends_the_work() -> None:
     left: list[float] = []
     ended = asyncio.Event()
@@ -210,6 +238,7 @@ async def test_what_may_have_begun_is_not_repeated_without_a_key() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("every_wire", DIRECT, indirect=True)
 async def test_a_dead_peer_is_named_and_its_breaker_opens() -> None:
     operation = post(echo)
     async with served([operation]) as svc:

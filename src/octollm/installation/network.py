@@ -1,4 +1,4 @@
-"""Sockets, addresses and transport (HTTP version, TLS) of an installation's services."""
+"""Sockets, addresses and TLS of an installation's services."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from octollm.config import Settings
 from octollm.contracts.services import SERVICES
 from octollm.errors import SettingError
 from octollm.rpc.tls import TlsConfig
-from octollm.rpc.transport import TransportConfig, listen
+from octollm.rpc.transport import PLAINTEXT, TransportConfig, listen
 
 GATEWAY = "reflex"
 _WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  compared with, not bound to
@@ -65,21 +65,19 @@ def _url(scheme: str, host: str, port: int) -> str:
 
 
 def transport_from_settings(settings: Settings) -> TransportConfig:
-    """Return HTTP version and TLS of the services. Raises ``setting_invalid`` for a certificate without its key."""
+    """Return how the services talk. Raises ``setting_invalid`` for a certificate without its key."""
     if settings.tls_cert is None or settings.tls_key is None:
         if settings.tls_cert is not None or settings.tls_key is not None or settings.mtls:
             raise SettingError("TLS needs a certificate and its key: set both OCTOLLM_TLS_CERT and OCTOLLM_TLS_KEY.")
-        return TransportConfig(settings.http)
-    return TransportConfig(
-        settings.http, TlsConfig(settings.tls_cert, settings.tls_key, settings.tls_ca, settings.mtls)
-    )
+        return PLAINTEXT
+    return TransportConfig(TlsConfig(settings.tls_cert, settings.tls_key, settings.tls_ca, settings.mtls))
 
 
 def server_transport(transport: TransportConfig, service: str) -> TransportConfig:
     """Return the server side of ``transport``: clients of the gateway show an API key, not a certificate."""
     if service != GATEWAY or transport.tls is None:
         return transport
-    return TransportConfig(transport.http_version, msgspec.structs.replace(transport.tls, mutual=False))
+    return TransportConfig(msgspec.structs.replace(transport.tls, mutual=False))
 
 
 def resolve_addresses(settings: Settings) -> Mapping[str, tuple[str, ...]]:

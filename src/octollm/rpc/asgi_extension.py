@@ -1,4 +1,4 @@
-"""An ASGI extension of our HTTP servers: a whole request gets its response in one write.
+"""An ASGI extension of our HTTP server: a whole request gets its response in one write.
 
 It saves a coroutine for each ASGI message. Everything works without it too.
 """

@@ -1,21 +1,25 @@
 """Calls to external services: model providers, collectors, identity providers.
 
-They use the environment's proxies and the system's certificates, with the retry policy, the retry budget and the
-circuit breaker of internal calls.
+The HTTP client for them is pyqwest, which speaks HTTP/1.1 and HTTP/2 (RFC 9113) and uses the environment's proxies and
+the system's certificates. Calls have the retry policy, the retry budget and the circuit breaker of internal calls.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
+import pyqwest
 from pyqwest import HTTPTransport
 
 from octollm.clock import Clock
 from octollm.concurrency import Retries
 from octollm.contracts.problems import to_problem
 from octollm.errors import CallAttempts, OctoError
+from octollm.limiter import ConcurrencyLimiter
 from octollm.resilience import (
     Balancer,
     CallFailure,
@@ -26,8 +30,16 @@ from octollm.resilience import (
     RetryBudget,
     RetryPolicy,
 )
-from octollm.rpc.http2_client import Http2Client
-from octollm.rpc.http_client import CONNECT_SECONDS, HttpClient
+from octollm.rpc.http_client import (
+    CONNECT_SECONDS,
+    MAX_ORIGINS,
+    HttpClient,
+    StreamedResponse,
+    TransportError,
+    create_connection_limiter,
+    deadline_exceeded,
+    host_of,
+)
 from octollm.telemetry import Logger, Metrics
 
 T = TypeVar("T")
@@ -38,8 +50,8 @@ def create_external_http_client(*, read_timeout: float) -> HttpClient:
 
     It follows no redirects, which would carry an API key to another host.
     """
-    return Http2Client(
-        transport=HTTPTransport(
+    return PyqwestClient(
+        HTTPTransport(
             connect_timeout=CONNECT_SECONDS,
             read_timeout=read_timeout,
             tls_include_system_certs=True,
@@ -47,6 +59,88 @@ def create_external_http_client(*, read_timeout: float) -> HttpClient:
             enable_cookie_store=False,
             enable_otel=False,
         )
+    )
+
+
+class PyqwestClient(HttpClient):
+    """An HTTP client on a transport of pyqwest; at most 100 requests to a host are in flight at once."""
+
+    def __init__(self, transport: HTTPTransport) -> None:
+        self._transport = transport
+        self._limiters: dict[str, ConcurrencyLimiter] = {}
+        self._active_timeouts: set[asyncio.Timeout] = set()
+        self._closed = False
+
+    async def aclose(self) -> None:
+        """Close every connection; calls in flight fail with ``connection_lost``."""
+        self._closed = True
+        for timer in self._active_timeouts:
+            # Ends the calls in flight at once; ``_closed`` tells this timeout from a missed deadline.
+            timer.reschedule(0)
+        await self._transport.aclose()
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, *, seconds: float
+    ) -> AsyncGenerator[StreamedResponse]:
+        """Send a request and yield its response as it arrives; leaving early cancels the request."""
+        host = host_of(url)
+        sent = False
+        request = pyqwest.Request(method, url, pyqwest.Headers(list(headers.items())), body)
+        try:
+            # The deadline is the outer one, so that it covers the wait for a slot too.
+            async with self._in_time(seconds), self._limiter(host):
+                response = await self._transport.execute(request)
+                sent = True
+                async with response:
+                    names = {name.lower(): value for name, value in response.headers.items()}
+                    yield StreamedResponse(response.status, names, _chunks(response))
+        except pyqwest.ConnectTimeout as error:
+            raise TransportError(
+                f"{host} did not accept a connection in {CONNECT_SECONDS:g} s.",
+                code="connect_timeout",
+                request_sent=False,
+            ) from error
+        except TimeoutError as error:
+            if self._closed:
+                raise _connection_lost(host) from error
+            # asyncio's timeout has no text; the transport's read timeout has one.
+            if str(error):
+                raise TransportError(
+                    f"{host} sent nothing for too long.", code="read_timeout", request_sent=True
+                ) from error
+            raise deadline_exceeded(host, seconds) from error
+        except ConnectionError as error:
+            raise TransportError(f"{host} could not be reached.", code="connect_failed", request_sent=sent) from error
+        except (pyqwest.ReadError, pyqwest.WriteError, pyqwest.RemoteProtocolError, pyqwest.StreamError) as error:
+            raise _connection_lost(host) from error
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self, seconds: float) -> AsyncGenerator[None]:
+        async with asyncio.timeout(seconds) as timer:
+            self._active_timeouts.add(timer)
+            try:
+                yield
+            finally:
+                self._active_timeouts.discard(timer)
+
+    def _limiter(self, host: str) -> ConcurrencyLimiter:
+        limiter = self._limiters.get(host)
+        if limiter is None:
+            if len(self._limiters) >= MAX_ORIGINS:
+                self._limiters = {name: known for name, known in self._limiters.items() if known.running}
+            limiter = self._limiters[host] = create_connection_limiter(host)
+        return limiter
+
+
+async def _chunks(response: pyqwest.Response) -> AsyncIterator[bytes]:
+    async for chunk in response.content:
+        yield bytes(chunk)
+
+
+def _connection_lost(host: str) -> TransportError:
+    return TransportError(
+        f"The connection to {host} broke before its response was complete.", code="connection_lost", request_sent=True
     )
 
 

@@ -47,7 +47,7 @@ class ServerState(Protocol):
     default_headers: Headers
 
 
-def connection_scope(transport: asyncio.BaseTransport) -> dict[str, Any]:
+def _connection_scope(transport: asyncio.BaseTransport) -> dict[str, Any]:
     """Return what the ASGI scopes of all requests of a connection have in common."""
 
     def address(name: str) -> tuple[str, int] | None:
@@ -101,7 +101,7 @@ class Http1ServerProtocol(asyncio.Protocol):
         """Start the clock: a connection that never sends a head is closed."""
         self._transport = cast("asyncio.Transport", transport)
         self._state.connections.add(self)
-        self._scope = connection_scope(transport)
+        self._scope = _connection_scope(transport)
         self._set_deadline(HEADER_SECONDS)
 
     def data_received(self, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """The HTTP client interface of service calls, its limits, its failure types, and a private ETag cache.
 
-The clients for HTTP/1.1 and HTTP/2 implement :class:`HttpClient`. The cache revalidates (RFC 9111 section 4.3).
+The clients for service calls and for external services implement :class:`HttpClient`. The cache revalidates (RFC 9111
+section 4.3).
 """
 
 from __future__ import annotations

@@ -127,11 +127,13 @@ class OperationEndpoint:
         received = _ReceivedRequest(Request(scope, receive), headers, request_id, correlation_id, span)
         try:
             try:
+                # Before the queue: the wait for a slot is a part of the caller's time.
+                deadline = self._read_deadline(headers)
                 # Without a coroutine for each call: a slot is nearly always free.
                 if operation.limited and not self._limiter.try_acquire():
-                    await self._limiter.acquire()
+                    await self._limiter.acquire(deadline.remaining())
                 try:
-                    await self._serve(received, scope, receive, writer)
+                    await self._serve(received, deadline, scope, receive, writer)
                 finally:
                     if operation.limited:
                         self._limiter.release()
@@ -182,12 +184,16 @@ class OperationEndpoint:
             }
         context.tracer.end(span, keep=keep)
 
-    async def _serve(self, received: _ReceivedRequest, scope: Scope, receive: Receive, writer: ResponseWriter) -> None:
+    def _read_deadline(self, headers: Mapping[bytes, bytes]) -> Deadline:
+        seconds = parse_timeout_ms(header_text(headers.get(b"x-timeout-ms")))
+        return Deadline.after(self._context.clock, self._operation.timeout if seconds is None else seconds)
+
+    async def _serve(
+        self, received: _ReceivedRequest, deadline: Deadline, scope: Scope, receive: Receive, writer: ResponseWriter
+    ) -> None:
         context, operation, headers = self._context, self._operation, received.headers
         if context.draining.is_set():
             raise OctoError("The service is shutting down.", code="draining", retry_after=1)
-        seconds = parse_timeout_ms(header_text(headers.get(b"x-timeout-ms")))
-        deadline = Deadline.after(context.clock, operation.timeout if seconds is None else min(seconds, 3600.0))
         # Before the body is read: a stranger cannot make the service buffer and decode one.
         auth = writer.auth = await context.authenticators[operation.auth].authenticate(received.request, operation)
         extension = writer.extension

@@ -25,12 +25,12 @@ class TlsConfig(msgspec.Struct, frozen=True):
     ca: Path | None = None
     mutual: bool = False
 
-    def server_context(self, alpn: list[str]) -> ssl.SSLContext:
+    def server_context(self) -> ssl.SSLContext:
         """Return the context of a server. Raises ``setting_invalid`` for a file that cannot be loaded."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         _load_certificate(context, self.certificate, self.key)
-        context.set_alpn_protocols(alpn)
+        context.set_alpn_protocols(["http/1.1"])
         if self.mutual:
             _load_authorities(context, self.ca)
             context.verify_mode = ssl.CERT_REQUIRED

@@ -1,7 +1,6 @@
-"""How services talk: HTTP version and TLS, the HTTP client for that, and the uvicorn server for it.
+"""How services talk: HTTP/1.1 (RFC 9112), in TLS or plain text, with the HTTP client and the uvicorn server for it.
 
-A server that speaks HTTP/2 accepts HTTP/1.1 on the same port: the version is negotiated by ALPN (RFC 7301), or in plain
-text recognised by the connection preface (RFC 9113 section 3.3).
+HTTP/2 (RFC 9113) is the business of a proxy in front of them: ``deploy/haproxy.cfg``.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import errno
 import math
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Mapping
-from typing import Any, Literal, cast
+from collections.abc import AsyncGenerator
 
 import msgspec
 import uvicorn
@@ -22,19 +20,14 @@ from starlette.types import ASGIApp
 from octollm.concurrency import wait_for_event
 from octollm.errors import OctoError, SettingError
 from octollm.rpc.http1_client import Http1Client
-from octollm.rpc.http1_server import HEADER_SECONDS, Http1ServerProtocol, ServerConfig, ServerState
-from octollm.rpc.http2_client import Http2Client
-from octollm.rpc.http2_server import Http2ServerProtocol
+from octollm.rpc.http1_server import Http1ServerProtocol
 from octollm.rpc.http_client import HttpClient
 from octollm.rpc.tls import TlsConfig
-
-HttpVersion = Literal["1.1", "2"]
 
 
 class TransportConfig(msgspec.Struct, frozen=True):
     """How services of an installation talk; the same for all of them."""
 
-    http_version: HttpVersion = "1.1"
     tls: TlsConfig | None = None
 
     @property
@@ -44,87 +37,14 @@ class TransportConfig(msgspec.Struct, frozen=True):
 
     def create_client(self) -> HttpClient:
         """Return a client for calls among them."""
-        if self.http_version == "2":
-            return Http2Client(self.tls)
         return Http1Client(None if self.tls is None else self.tls.client_context())
 
     def server_tls(self) -> ssl.SSLContext | None:
         """Return what a server of theirs shows, ``None`` in plain text."""
-        if self.tls is None:
-            return None
-        return self.tls.server_context(["h2", "http/1.1"] if self.http_version == "2" else ["http/1.1"])
+        return None if self.tls is None else self.tls.server_context()
 
 
 PLAINTEXT = TransportConfig()
-
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-
-class NegotiatingProtocol(asyncio.Protocol):
-    """Takes the first bytes of a connection, and hands it to the protocol that they belong to."""
-
-    def __init__(
-        self,
-        config: ServerConfig,
-        server_state: ServerState,
-        app_state: Mapping[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        self._config = config
-        self._state = server_state
-        self._app_state = app_state
-        self._loop = _loop or asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
-        self._received = b""
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Hand it on at once where TLS has decided."""
-        self._transport = cast("asyncio.Transport", transport)
-        self._state.connections.add(self)
-        tls = transport.get_extra_info("ssl_object")
-        if tls is not None:
-            self._delegate(http2=tls.selected_alpn_protocol() == "h2")
-        else:
-            self._timer = self._loop.call_later(HEADER_SECONDS, self.shutdown)
-
-    def data_received(self, data: bytes) -> None:
-        """Look whether these are the first bytes of HTTP/2."""
-        self._received += data
-        if self._received.startswith(PREFACE):
-            self._delegate(http2=True)
-        elif not PREFACE.startswith(self._received):
-            self._delegate(http2=False)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
-        del exc
-        self._unregister()
-
-    def shutdown(self) -> None:
-        """Close a connection that has asked for nothing."""
-        if self._transport is not None:
-            self._transport.close()
-
-    def _delegate(self, *, http2: bool) -> None:
-        transport = self._transport
-        assert transport is not None
-        self._unregister()
-        if http2:
-            found: asyncio.Protocol = Http2ServerProtocol(self._config, self._state, self._app_state, self._loop)
-        else:
-            found = Http1ServerProtocol(self._config, self._state, dict(self._app_state), self._loop)
-        transport.set_protocol(found)
-        found.connection_made(transport)
-        if self._received:
-            found.data_received(self._received)
-
-    def _unregister(self) -> None:
-        self._state.connections.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 KEEP_ALIVE_SECONDS = 75
@@ -208,13 +128,12 @@ async def serve_app(
     """Serve ``app`` on a bound socket for as long as the context is open; leaving drains and closes it.
 
     Draining takes no new connection and gives requests in flight ``shutdown_grace`` seconds to end, then cancels them.
-    ``transport`` has the HTTP version and TLS; HTTP/1.1 is always accepted. Raises ``unavailable`` if the server does
-    not start in 10 s, and ``setting_invalid`` for unusable TLS files.
+    Raises ``unavailable`` if the server does not start in 10 s, and ``setting_invalid`` for unusable TLS files.
     """
     tls = transport.server_tls()
     config = uvicorn.Config(
         app,
-        http=NegotiatingProtocol if transport.http_version == "2" else Http1ServerProtocol,
+        http=Http1ServerProtocol,
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         ws="websockets-sansio",
         ws_per_message_deflate=False,
