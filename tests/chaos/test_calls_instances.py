@@ -8,6 +8,7 @@ import time
 
 import pytest
 from call_kit import Nothing, Realm, executing, outgoing
+from wires import DIRECT
 
 from octollm.errors import OctoError
 from octollm.resilience import RetryPolicy
@@ -118,6 +119,7 @@ async def test_when_every_instance_fails_half_of_them_stay_in_use() -> None:
         assert sum(arrived) == sum(before) + 20
 
 
+@pytest.mark.parametrize("every_wire", DIRECT, indirect=True)
 @pytest.mark.usefixtures("every_wire")
 async def test_an_instance_that_is_gone_costs_its_callers_a_try() -> None:
     realm = Realm.make()
