@@ -9,7 +9,7 @@ import socket
 import ssl
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import h2.config
 import h2.connection
@@ -272,11 +272,17 @@ async def test_a_connection_without_a_request_is_closed() -> None:
             proxy.stop()
 
 
+class InFlight(NamedTuple):
+    """A client whose call is in flight; the service and its socket; ``finish`` lets the call end."""
+
+    client: Peer
+    bound: socket.socket
+    serving: contextlib.AbstractAsyncContextManager[None]
+    finish: asyncio.Event
+
+
 @contextlib.asynccontextmanager
-async def working() -> AsyncGenerator[
-    tuple[Peer, socket.socket, contextlib.AbstractAsyncContextManager[None], asyncio.Event]
-]:
-    """Yield a client whose call is in flight, the socket of the service, the service, and what lets the call end."""
+async def working() -> AsyncGenerator[InFlight]:
     began, finish = asyncio.Event(), asyncio.Event()
 
     async def work(_call: IncomingCall, body: Text) -> Text:
@@ -296,7 +302,7 @@ async def working() -> AsyncGenerator[
             client.h2.send_data(stream, b'{"text":"a"}', end_stream=True)
             client.send()
             await began.wait()
-            yield client, bound, serving, finish
+            yield InFlight(client, bound, serving, finish)
 
 
 async def test_a_service_that_drains_answers_the_calls_in_flight() -> None:
