@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from octollm.contracts.task import Artifact, Check, ExecuteResult, FileRef
+from octollm.contracts.task import Artifact, Assumption, Check, ExecuteResult, FileRef
 from octollm.errors import OctoError
 
 Language = Literal["python", "sql", "read"]
@@ -155,11 +155,15 @@ Cell = str | int | float | bool | list[object] | dict[str, object] | None
 
 
 class ResultSet(msgspec.Struct, frozen=True):
-    """The result of a query. A row has a cell for each column; ``row_count`` includes rows that were left out."""
+    """The result of a query. A row has a cell for each column; ``row_count`` includes rows that were left out.
+
+    ``assumptions`` are those of the tables and columns that the query reads.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     row_count: int
+    assumptions: tuple[Assumption, ...] = ()
 
 
 def parse_result_set(stdout: str) -> ResultSet:
@@ -184,3 +188,18 @@ def format_cell(cell: Cell) -> str:
     if isinstance(cell, list | dict):
         return msgspec.json.encode(cell).decode()
     return " ".join(str(cell).split("\n"))
+
+
+MAX_SHOWN_ASSUMPTIONS = 20
+
+
+def format_assumptions(assumptions: tuple[Assumption, ...]) -> str:
+    """Return the assumptions as lines for a reader, those that are not decided first; empty without any."""
+    lines: list[str] = []
+    for title, decided in (("Not decided by the file, so the answer may be wrong:", False), ("Assumptions:", True)):
+        texts = list(dict.fromkeys(each.text for each in assumptions if each.decided is decided))
+        if texts:
+            lines += [title, *(f"- {text}" for text in texts[:MAX_SHOWN_ASSUMPTIONS])]
+        if len(texts) > MAX_SHOWN_ASSUMPTIONS:
+            lines.append(f"- and {len(texts) - MAX_SHOWN_ASSUMPTIONS} more")
+    return "\n".join(lines)

@@ -117,6 +117,18 @@ class Check(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class Assumption(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a table was read where its file leaves a choice. ``column`` is empty for the whole table.
+
+    ``decided`` is false when nothing in the file settles the choice, so that the answer may be wrong.
+    """
+
+    text: str
+    table: str = ""
+    column: str = ""
+    decided: bool = True
+
+
 class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
     """What supports a result, for the judge and for the reader."""
 
@@ -125,6 +137,8 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
     query: str | None = None
     columns: tuple[str, ...] = ()
     rows: int | None = None
+    assumptions: tuple[Assumption, ...] = ()
+    """Those of the tables and columns that the query reads."""
     checks: tuple[Check, ...] = ()
     found: bool = True
 

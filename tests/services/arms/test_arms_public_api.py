@@ -20,6 +20,13 @@ EXCEPTIONS = {
     "octollm.contracts.services",
     "octollm.contracts.stream",
     "octollm.contracts.task",
+    # Reading of files and tables, without I/O.
+    "octollm.documents",
+    "octollm.documents.detection",
+    "octollm.documents.layout",
+    "octollm.documents.model",
+    "octollm.documents.reading",
+    "octollm.documents.tables",
     # Rules of words, without I/O.
     "octollm.text.intent",
     "octollm.text.lexical",
@@ -30,6 +37,7 @@ EXCEPTIONS = {
     "octollm.rpc.service",
     # The executor watches its sandbox and measures its runs.
     "octollm.clock",
+    "octollm.limiter",
     "octollm.rpc.health",
     "octollm.telemetry",
 }

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.contracts.operations import ResultSet, RunResult
+from octollm.contracts.task import Assumption
 from octollm.errors import OctoError
 from octollm.services.arms.coder.data import answer_data, render_answer, results_agree
 from octollm.services.arms.coder.sql_heuristics import find_query_issues as find_doubts
-from octollm.services.arms.coder.sql_heuristics import find_unknown_values, required_functions_hint
+from octollm.services.arms.coder.sql_heuristics import find_unknown_values, required_functions_hint, row_count_query
 from octollm.services.arms.coder.table_schema import describe_tables, extract_query, format_schema, missing_column_hint
 
 SALES = (
@@ -231,3 +234,66 @@ def test_long_results_are_cut_and_say_so() -> None:
     assert "49 | x49" in text
     assert "50 | x50" not in text
     assert "… 20 more rows" in text
+
+
+async def test_the_answer_says_what_was_assumed(scripted) -> None:
+    undecided = {"text": "amount: undecided", "table": "sales", "column": "amount", "decided": False}
+    found = {"columns": ["s"], "rows": [[3734]], "row_count": 1, "assumptions": [undecided]}
+
+    async def run_sql(query: str) -> RunResult:
+        if query == "--describe":
+            table = {"table": "sales", "row_count": 2, "columns": [{"name": "amount", "type": "BIGINT"}]}
+            return RunResult(0, json.dumps({"tables": [table]}), "")
+        return RunResult(0, json.dumps(found), "")
+
+    query = "SELECT sum(amount) AS s FROM sales"
+    result = await answer_data("What is the total amount?", scripted(query, query), run_sql)
+    assert result.output.startswith(
+        "s: 3734\n\nNot decided by the file, so the answer may be wrong:\n- amount: undecided\n\nQuery:"
+    )
+    assert result.evidence is not None
+    assert result.evidence.assumptions == (Assumption("amount: undecided", "sales", "amount", decided=False),)
+
+
+@pytest.mark.parametrize(
+    ("goal", "is_count"),
+    [
+        ("How many rows?", True),
+        ("How many rows are there in the table?", True),
+        ("how many records does sales.csv have?", True),
+        ("What is the number of rows in this file?", True),
+        ("Wie viele Zeilen hat die Tabelle?", True),
+        ("How many rows have amount > 100?", False),
+        ("How many rows are there per region?", False),
+        ("How many regions are there?", False),
+    ],
+)
+async def test_a_question_for_the_rows_alone_asks_no_model(sql, goal: str, is_count: bool) -> None:
+    tables = await describe_tables(sql(SALES))
+    assert row_count_query(goal, tables) == ('SELECT count(*) AS row_count FROM "sales"' if is_count else None)
+    assert row_count_query(goal, (*tables, *tables)) is None
+
+
+async def test_the_rows_of_a_header_alone_are_none(scripted, sql) -> None:
+    empty = "CREATE TABLE people (name VARCHAR, age BIGINT)"
+    result = await answer_data("How many rows?", scripted(), sql(empty))
+    assert result.output.startswith("row_count: 0")
+    query = "SELECT sum(age) AS s FROM people"
+    result = await answer_data("What is the total age?", scripted(query, query), sql(empty))
+    assert result.output.startswith("s: NULL")
+
+
+async def test_a_query_that_failed_is_not_run_or_mended_again(scripted, sql) -> None:
+    runs: list[str] = []
+    run_sql = sql(SALES)
+
+    async def counted(query: str) -> RunResult:
+        runs.append(query)
+        return await run_sql(query)
+
+    broken = "SELECT count(*), sum(amnt) FROM sales WHERE amount > 100"
+    ask = scripted(broken, f"{broken};", broken)
+    with pytest.raises(OctoError, match="repeats a query that failed"):
+        await answer_data(GOAL, ask, counted)
+    assert runs == ["--describe", broken]
+    assert len(ask.asked) == 3

@@ -127,7 +127,8 @@ async def test_the_command_of_a_job() -> None:
     python, sql = gate.jobs
     assert (python.command, python.files, python.limits.wall_seconds) == (("main.py", "--x"), {"main.py": b"1"}, 60)
     assert sql.packages == ("duckdb",)
-    assert set(sql.files) == {"runner_sql.py", "request.json", "data/0.csv"}
+    assert {"runner_sql.py", "request.json", "data/0.csv", "octollm/documents/tables.py"} <= set(sql.files)
+    assert not any("notes" in name for name in sql.files)
 
 
 @pytest.mark.sandbox

@@ -111,6 +111,7 @@ class TestQueries:
             "rows": [["south", 4.0], ["north", 2.5]],
             "row_count": 2,
             "truncated": False,
+            "assumptions": [],
         }
 
     async def test_joined_formats(self, bubblewrap: Bubblewrap) -> None:
@@ -166,8 +167,11 @@ class TestStrangeFiles:
     async def test_a_header_of_all_sorts(self, bubblewrap: Bubblewrap) -> None:
         text = 'id;"my ""q"" col";id; spaced name ;ünï;\n1;"two\nlines";2;"1,234";x;\n'
         found = await answer(bubblewrap, "FROM data", odd__csv=text)
-        assert found["columns"][:5] == ["id", 'my "q" col', "id_1", "spaced name", "ünï"]
-        assert found["rows"][0][:5] == [1, "two\nlines", 2, "1,234", "x"]
+        assert found["columns"][:5] == ["id", 'my "q" col', "id_2", "spaced name", "ünï"]
+        assert found["rows"][0][:5] == [1, "two\nlines", 2, 1.234, "x"]
+        (undecided,) = [each for each in found["assumptions"] if not each["decided"]]
+        assert undecided["column"] == "spaced name"
+        assert "'1,234' can be 1,234 or 1.234; read as 1.234" in undecided["text"]
 
     async def test_leading_zeros_stay_text(self, bubblewrap: Bubblewrap) -> None:
         found = await answer(bubblewrap, "SELECT zip FROM data ORDER BY 1", zips__csv="zip,n\n00123,1\n10000,2\n")
@@ -281,4 +285,4 @@ class TestDescribe:
         assert "\"my region\" VARCHAR: 'north', 'south'" in found["text"]
 
     async def test_nothing_to_describe(self, bubblewrap: Bubblewrap) -> None:
-        assert await answer(bubblewrap, DESCRIBE) == {"tables": [], "faults": [], "text": ""}
+        assert await answer(bubblewrap, DESCRIBE) == {"tables": [], "faults": [], "text": "", "assumptions": []}

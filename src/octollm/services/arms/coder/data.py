@@ -9,8 +9,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from octollm import Check, Evidence, ExecuteResult, Message, OctoError
-from octollm.contracts.operations import Cell, ResultSet, format_cell, parse_result_set
-from octollm.services.arms.coder.sql_heuristics import QueryIssue, find_query_issues, required_functions_hint
+from octollm.contracts.operations import Cell, ResultSet, RunResult, format_assumptions, format_cell, parse_result_set
+from octollm.services.arms.coder.sql_heuristics import (
+    QueryIssue,
+    find_query_issues,
+    required_functions_hint,
+    row_count_query,
+)
 from octollm.services.arms.coder.table_schema import (
     RunSql,
     TableSchema,
@@ -78,15 +83,24 @@ async def answer_data(
     ``ask`` and ``run_sql`` raise.
     """
     tables = await describe_tables(run_sql)
+    counted = row_count_query(goal, tables)
+    if counted is not None:
+        ran = await run_sql(counted)
+        if ran.exit_code == 0:
+            draft = QueryDraft(counted, parse_result_set(ran.stdout), ())
+            return _build_result(draft, "the question asks for the rows alone, so no model was asked")
     schema, wanted = format_schema(tables), required_functions_hint(goal, tables)
     drafts: list[QueryDraft] = []
     failures: list[str] = []
+    runs = _QueryRuns(run_sql)
     for number in range(MAX_DRAFTS):
+        if len(drafts) + MAX_DRAFTS - number < 2:
+            break  # no two drafts can agree any more
         messages = [
             Message.system(_SQL_PROMPT),
             Message.user(_question_prompt(schema, goal, notes, reasons, [wanted, _PROMPT_VARIANTS[number]])),
         ]
-        draft = await _write_draft(goal, tables, messages, ask, run_sql, number, failures, on_text)
+        draft = await _write_draft(goal, tables, messages, ask, runs, number, failures, on_text)
         if draft is None:
             continue
         for other in drafts:
@@ -119,7 +133,7 @@ def results_agree(one: ResultSet, other: ResultSet) -> bool:
 
 
 def render_answer(table: ResultSet, query: str) -> str:
-    """Return the answer as text: each value with its column's name, then the query."""
+    """Return the answer as text: each value with its column's name, then the assumptions and the query."""
     columns = table.columns
     if not table.rows:
         body = NO_ROWS_TEXT
@@ -131,7 +145,32 @@ def render_answer(table: ResultSet, query: str) -> str:
         if table.row_count > MAX_SHOWN_ROWS:
             lines.append(f"… {table.row_count - MAX_SHOWN_ROWS} more rows")
         body = "\n".join(lines)
-    return f"{body}\n\nQuery:\n```sql\n{query}\n```"
+    parts = (body, format_assumptions(table.assumptions), f"Query:\n```sql\n{query}\n```")
+    return "\n\n".join(filter(None, parts))
+
+
+class _QueryRuns:
+    """Runs each query once; the tables do not change between two runs."""
+
+    def __init__(self, run_sql: RunSql) -> None:
+        self._run_sql = run_sql
+        self._results: dict[str, RunResult] = {}
+
+    def has_failed(self, query: str) -> bool:
+        """Return whether the query was run and failed."""
+        result = self._results.get(_normalise_query(query))
+        return result is not None and result.exit_code != 0
+
+    async def run(self, query: str) -> RunResult:
+        """Return the result of a query."""
+        key = _normalise_query(query)
+        if key not in self._results:
+            self._results[key] = await self._run_sql(query)
+        return self._results[key]
+
+
+def _normalise_query(query: str) -> str:
+    return " ".join(query.split()).rstrip("; ")
 
 
 async def _write_draft(
@@ -139,13 +178,17 @@ async def _write_draft(
     tables: tuple[TableSchema, ...],
     messages: list[Message],
     ask: PromptFunction,
-    run_sql: RunSql,
+    runs: _QueryRuns,
     number: int,
     failures: list[str],
     on_text: OnText | None,
 ) -> QueryDraft | None:
-    """Return a query repaired until it has no issues, else the best one that ran; ``None`` when none did."""
+    """Return a query repaired until it has no issues, else the best one that ran; ``None`` when none did.
+
+    A query that failed before ends the attempts: the model repeats itself.
+    """
     best: QueryDraft | None = None
+    answers: set[str] = set()
     for attempt in range(1 + MAX_REPAIRS):
         answer = await ask(
             messages,
@@ -156,10 +199,15 @@ async def _write_draft(
         )
         query = extract_query(answer)
         query = quote_names(query, tables) if query else None
+        is_repeated = answer.strip() in answers or (query is not None and runs.has_failed(query))
+        answers.add(answer.strip())
+        if is_repeated:
+            failures.append("The model repeats a query that failed.")
+            return best
         if query is None:
             problem = "There is no SELECT statement in the answer."
         else:
-            ran = await run_sql(query)
+            ran = await runs.run(query)
             if ran.exit_code == 0:
                 table = parse_result_set(ran.stdout)
                 issues = find_query_issues(goal, query, table, tables)
@@ -210,6 +258,7 @@ def _build_result(draft: QueryDraft, why: str) -> ExecuteResult:
             query=draft.query,
             columns=draft.table.columns,
             rows=draft.table.row_count,
+            assumptions=draft.table.assumptions,
             checks=tuple(checks),
         ),
     )

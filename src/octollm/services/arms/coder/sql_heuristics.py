@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from octollm.contracts.operations import ResultSet
-from octollm.services.arms.coder.table_schema import TableSchema
+from octollm.services.arms.coder.table_schema import TableSchema, quote_identifier
 from octollm.text.lexical import extract_numbers
 
 
@@ -62,6 +62,22 @@ def find_required_functions(goal: str, tables: tuple[TableSchema, ...]) -> list[
     return required
 
 
+_ROW_COUNT = re.compile(
+    r"(?:please )?(?:how many|(?:what is |tell me )?the number of|count(?: all)?(?: the)?) (?:data )?"
+    r"(?:rows|records|entries|lines|zeilen)(?: of data)?"
+    r"(?: (?:are|is|does|do|has|have|there|it|in|of|this|that|the|file|table|data|csv|sheet|spreadsheet|contains?"
+    r"|holds?|[\w.-]+\.\w{2,4}))*\W*|wie viele zeilen(?: \w+){0,4}\W*",
+    re.IGNORECASE,
+)
+
+
+def row_count_query(goal: str, tables: tuple[TableSchema, ...]) -> str | None:
+    """Return the query that answers ``goal``, when that asks for nothing but the rows of the only table."""
+    if len(tables) != 1 or not _ROW_COUNT.fullmatch(goal.strip()):
+        return None
+    return f"SELECT count(*) AS row_count FROM {quote_identifier(tables[0].table)}"  # noqa: S608
+
+
 def required_functions_hint(goal: str, tables: tuple[TableSchema, ...]) -> str:
     """Return a prompt line with the required functions if there are several (small models forget one), else empty."""
     names = list(dict.fromkeys(function.sql for function in find_required_functions(goal, tables)))
@@ -92,7 +108,9 @@ def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[Tab
     """Return the issues of a query and its rows. An empty list is no proof that the query is right."""
     issues = find_unknown_values(query, tables)
     cells = [cell for row in table.rows for cell in row]
-    if not issues and not _has_only_known_values(query, tables):
+    # Of tables without a row, no rows, NULL and 0 are the right answers.
+    has_rows = not tables or any(each.row_count for each in tables)
+    if has_rows and not issues and not _has_only_known_values(query, tables):
         # An empty result is suspicious only if a condition may be wrong: with known values it may be the answer.
         if not cells:
             issues.append(QueryIssue("The query gives no rows. Check its conditions.", is_fatal=True))

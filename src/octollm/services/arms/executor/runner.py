@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -18,7 +18,7 @@ from octollm import FileRef, OctoError
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
 from octollm.documents.model import flatten
 from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, OnQueued
-from octollm.services.arms.executor.reader import read_in_sandbox
+from octollm.services.arms.executor.reader import document_sources, read_in_sandbox
 from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, Sandbox, SandboxResult, check_names
 
 DESCRIBE = "--describe"
@@ -36,6 +36,8 @@ _TABLE_FORMATS = {
     ".ndjson": "json",
     ".parquet": "parquet",
 }
+_ROWS_FILE_BYTES = MAX_LIMITS.file_bytes
+"""The rows of one table, as text, which the runner of queries writes before it loads them."""
 _OUTPUT_SHARE = 0.6
 """Share of ``output_bytes`` for rows. Rows are counted in characters; the rest is room for multi-byte ones."""
 
@@ -83,8 +85,9 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job
     """Return the job that answers ``query`` (or :data:`DESCRIBE`) over the tabular files among ``files``.
 
     It prints one JSON object: ``columns``, ``types``, ``rows`` (at most 1000), ``row_count``, ``truncated``; for a
-    description ``tables``, ``faults`` and ``text``, which is made for a prompt. A wrong query exits with status 1 and
-    DuckDB's message on standard error. Raises ``OctoError`` (``invalid_body``) for an empty or too long query.
+    description ``tables``, ``faults`` and ``text``, which is made for a prompt. Both have ``assumptions``, those of the
+    tables and columns in use. A wrong query exits with status 1 and DuckDB's message on standard error. Raises
+    ``OctoError`` (``invalid_body``) for an empty or too long query.
     """
     if not query.strip() or len(query) > MAX_QUERY:
         raise OctoError(f"a query has from 1 to {MAX_QUERY} characters", code="invalid_body")
@@ -106,10 +109,11 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job
         command=("runner_sql.py",),
         files={
             "runner_sql.py": runner,
+            **document_sources(),
             "request.json": json.dumps(request).encode(),
             **{paths[t.file]: files[t.file] for t in tables},
         },
-        limits=limits,
+        limits=replace(limits, file_bytes=max(limits.file_bytes, _ROWS_FILE_BYTES)),
         packages=("duckdb",),
     )
 

@@ -1,9 +1,9 @@
 """The program that answers one SQL query over data files; it runs inside the sandbox.
 
-It is sent to the sandbox as text, so it imports only the standard library and DuckDB. It reads ``request.json`` in its
-folder: ``mode`` (``query`` or ``describe``), ``query``, ``tables`` (each ``table``, ``file``, ``kind``),
-``memory_bytes``, ``max_rows`` and ``max_bytes``. It prints one JSON object. Errors in the query or the data go to
-standard error, with exit code 1.
+It is sent to the sandbox as text, so it imports only the standard library, DuckDB, and the modules of
+``octollm.documents`` that come with it. It reads ``request.json`` in its folder: ``mode`` (``query`` or ``describe``),
+``query``, ``tables`` (each ``table``, ``file``, ``kind``), ``memory_bytes``, ``max_rows`` and ``max_bytes``. It prints
+one JSON object. Errors in the query or the data go to standard error, with exit code 1.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
@@ -20,74 +22,95 @@ from typing import Any
 
 import duckdb
 
+from octollm.documents.layout import Layout, LayoutError, parse_lines
+from octollm.documents.tables import TableAssumption, create_typed_table, quote_name, quote_text
+
 THREADS = 2
 _READ_ONLY = {"SELECT", "EXPLAIN", "MULTI"}
 """DuckDB reports PIVOT as MULTI, because it runs it as several statements."""
 _MAX_COLUMNS = 60
 """Columns of a table in a description."""
 _FEW_VALUES = 12
+_SPACES = " \t\r\n\u00a0\u202f\ufeff"
+MAX_LINE = 8 * 1024 * 1024
+"""Bytes of one row."""
 _MAX_CELL = 80
 """Characters of a value in a description."""
 _ENCODINGS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\xbb\xbf", "utf-8-sig"))
-_DELIMITERS = ",;\t|"
+_MAX_CONTROLS = 8
+"""Control characters in a text; more mean that it is none."""
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f]")
 
 
 class RefusedError(Exception):
     """The query or a file cannot be used; the text says why."""
 
 
-def quoted(name: str) -> str:
-    """Return ``name`` as an SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
+def as_utf8(path: Path) -> list[TableAssumption]:
+    """Rewrite a text file as UTF-8: by its byte order mark, else as Windows-1252 when it is not UTF-8 already.
 
-
-def literal(text: str) -> str:
-    """Return ``text`` as an SQL string."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def as_utf8(path: Path) -> None:
-    """Rewrite a text file as UTF-8: by its byte order mark, else as Windows-1252 when it is not UTF-8 already."""
+    Raises ``RefusedError`` for a file that is empty, or no text.
+    """
     data = path.read_bytes()
     encoding = next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8")
+    notes: list[TableAssumption] = []
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
         encoding = "cp1252"
         text = data.decode(encoding, "replace")
+        notes.append(TableAssumption("The file is read as Windows-1252, because it is not UTF-8."))
     if not text.strip():
         raise RefusedError("the file is empty")
+    controls = _CONTROLS.findall(text[:65536])
+    if len(controls) > _MAX_CONTROLS:
+        where = _CONTROLS.search(text)
+        raise RefusedError(f"it is no text: there is a control character at offset {where.start() if where else 0}")
     if encoding != "utf-8":
         path.write_text(text, "utf-8", newline="")
+    return notes
 
 
-def load(connection: duckdb.DuckDBPyConnection, table: str, path: Path, kind: str) -> None:
-    """Load one file into a table. Types are inferred from the whole file."""
-    if kind == "parquet":
-        source = f"read_parquet({literal(str(path))})"
-    else:
-        as_utf8(path)
-        if kind == "json":
-            source = f"read_json({literal(str(path))}, sample_size=-1, maximum_object_size=134217728)"
-        else:
-            source = f"read_csv({literal(str(path))}, {_csv_options(connection, path, kind)})"
-    connection.execute(f"CREATE TABLE {quoted(table)} AS SELECT * FROM {source}")  # noqa: S608
+def load(connection: duckdb.DuckDBPyConnection, table: str, path: Path, kind: str) -> list[TableAssumption]:
+    """Load one file into a table and return what was assumed. Types are inferred from the whole file.
 
-
-def _csv_options(connection: duckdb.DuckDBPyConnection, path: Path, kind: str) -> str:
-    """Return the options of ``read_csv``; a table of uneven lines is read leniently rather than as one column."""
-    options = "sample_size=-1" + (", delim='\t'" if kind == "tsv" else "")
-    try:
-        found = connection.execute(f"FROM sniff_csv({literal(str(path))}, {options})").fetchone()
-        columns: list[Any] = found[7] if found else []
-        if len(columns) != 1 or not any(mark in columns[0]["name"] for mark in _DELIMITERS):
-            return options
-    except duckdb.Error:
-        pass  # the sniffer gave up: decide here
+    Raises ``RefusedError`` or ``duckdb.Error`` for a file that is no table.
+    """
+    if kind in ("parquet", "json"):
+        notes = as_utf8(path) if kind == "json" else []
+        options = ", sample_size=-1, maximum_object_size=134217728" if kind == "json" else ""
+        connection.execute(
+            f"CREATE TABLE {quote_name(table)} AS SELECT * FROM read_{kind}({quote_text(str(path))}{options})"  # noqa: S608
+        )
+        return notes
+    notes = as_utf8(path)
     with path.open(encoding="utf-8", newline="") as file:
-        first = file.readline(65536)
-    mark = max(_DELIMITERS, key=first.count)
-    return f"sample_size=-1, delim={literal(mark)}, header=true, null_padding=true, strict_mode=false"
+        try:
+            layout, rows = parse_lines(file, "\t" if kind == "tsv" else None)
+            return notes + load_rows(connection, table, layout, rows, path.with_suffix(".rows"))
+        except LayoutError as error:
+            raise RefusedError(str(error)) from error
+
+
+def load_rows(
+    connection: duckdb.DuckDBPyConnection, table: str, layout: Layout, rows: Iterable[list[str]], path: Path
+) -> list[TableAssumption]:
+    """Load rows of text into a typed table, by way of a file at ``path``."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    names = [f"c{number}" for number in range(len(layout.header))]
+    raw = quote_name(f"{table} raw")
+    columns = ", ".join(f"{quote_text(name)}: 'VARCHAR'" for name in names)
+    # Quoted in each case, since a cell of one column alone would be no line.
+    cells = ", ".join(f"nullif(trim({name}, {quote_text(_SPACES)}), '') AS {name}" for name in names)
+    connection.execute(
+        f"CREATE TABLE {raw} AS SELECT {cells} FROM read_csv({quote_text(str(path))}, auto_detect=false, header=false, "  # noqa: S608
+        f"delim=',', quote='\"', escape='\"', new_line='\\n', max_line_size={MAX_LINE}, columns={{{columns}}})"
+    )
+    path.unlink()
+    assumptions = create_typed_table(lambda query: connection.execute(query).fetchall(), raw, quote_name(table), layout)
+    connection.execute(f"DROP TABLE {raw}")
+    return assumptions
 
 
 def plain(value: Any) -> Any:
@@ -144,9 +167,39 @@ def answer(connection: duckdb.DuckDBPyConnection, query: str, max_rows: int, max
     return {"columns": columns, "types": types, "rows": rows, "row_count": count, "truncated": count > len(rows)}
 
 
+Assumptions = dict[str, list[TableAssumption]]
+"""What was assumed for each table."""
+
+
+def used_assumptions(
+    connection: duckdb.DuckDBPyConnection, query: str, assumptions: Assumptions
+) -> list[dict[str, Any]]:
+    """Return the assumptions of the tables that a query reads, and of the columns that it names.
+
+    A ``*`` names every column. A name that the query uses for something else counts as well, for it is better to say
+    one assumption too many.
+    """
+    try:
+        used: set[str] = {str(name).strip('"').lower() for name in connection.get_table_names(query)}
+    except duckdb.Error:
+        used = set[str]()
+    text = re.sub(r"count\s*\(\s*\*\s*\)", "", query.lower())
+    takes_all = "*" in text or "select" not in text or "columns" in text
+    found: list[dict[str, Any]] = []
+    for table, notes in assumptions.items():
+        if used and table.lower() not in used and not ("data" in used and len(assumptions) == 1):
+            continue
+        found.extend(
+            {"table": table, **asdict(note)}
+            for note in notes
+            if not note.column or takes_all or re.search(rf"(?<!\w){re.escape(note.column.lower())}(?!\w)", text)
+        )
+    return found
+
+
 def describe(connection: duckdb.DuckDBPyConnection, table: str, file: str) -> dict[str, Any]:
     """Return a table's columns with their types and ranges, its row count and three of its rows."""
-    name = quoted(table)
+    name = quote_name(table)
     shown = connection.execute(f"SELECT * FROM {name} LIMIT 3")  # noqa: S608
     described = [(str(column[0]), str(column[1])) for column in shown.description or []]
     sample = [[_short(plain(cell)) for cell in row[:_MAX_COLUMNS]] for row in shown.fetchall()]
@@ -158,7 +211,7 @@ def describe(connection: duckdb.DuckDBPyConnection, table: str, file: str) -> di
 def _range(connection: duckdb.DuckDBPyConnection, table: str, column: str, kind: str) -> dict[str, Any]:
     if kind.startswith(("STRUCT", "MAP", "BLOB", "JSON")) or kind.endswith("]"):
         return {}
-    name = quoted(column)
+    name = quote_name(column)
     if kind == "VARCHAR":
         few = connection.execute(
             f"SELECT DISTINCT {name} AS v FROM {table} WHERE v IS NOT NULL ORDER BY v LIMIT {_FEW_VALUES + 1}"  # noqa: S608
@@ -179,11 +232,11 @@ def as_text(tables: Sequence[dict[str, Any]]) -> str:
     """Return the description as lines for a prompt, with quoted identifiers."""
     lines: list[str] = []
     for table in tables:
-        lines.append(f"table {quoted(table['table'])} ({table['row_count']} rows, from {table['file']})")
+        lines.append(f"table {quote_name(table['table'])} ({table['row_count']} rows, from {table['file']})")
         for column in table["columns"]:
-            line = f"  {quoted(column['name'])} {column['type']}"
+            line = f"  {quote_name(column['name'])} {column['type']}"
             if "values" in column:
-                line += ": " + ", ".join(literal(str(value)) for value in column["values"])
+                line += ": " + ", ".join(quote_text(str(value)) for value in column["values"])
             elif "min" in column:
                 line += f": from {column['min']} to {column['max']}"
             lines.append(line)
@@ -206,14 +259,15 @@ def main() -> int:
         connection.execute(f"SET {setting}")
     faults: list[str] = []
     loaded: list[tuple[str, str]] = []
+    assumptions: Assumptions = {}
     for item in request["tables"]:
         try:
-            load(connection, item["table"], Path(item["path"]), item["kind"])
+            assumptions[item["table"]] = load(connection, item["table"], Path(item["path"]), item["kind"])
             loaded.append((item["table"], item["file"]))
         except (RefusedError, duckdb.Error) as error:
             faults.append(f"{item['file']} could not be loaded: {error}")
     if len(request["tables"]) == 1 and loaded and loaded[0][0] != "data":
-        connection.execute(f"CREATE VIEW data AS SELECT * FROM {quoted(loaded[0][0])}")  # noqa: S608
+        connection.execute(f"CREATE VIEW data AS SELECT * FROM {quote_name(loaded[0][0])}")  # noqa: S608
     # After the files are loaded and before the query, which must not read files.
     # The lock keeps the query from enabling access again.
     connection.execute("SET enable_external_access = false")
@@ -222,8 +276,12 @@ def main() -> int:
         if request["mode"] == "describe":
             tables = [describe(connection, table, file) for table, file in loaded]
             result: dict[str, Any] = {"tables": tables, "faults": faults, "text": as_text(tables)}
+            result["assumptions"] = [
+                {"table": table, **asdict(note)} for table, notes in assumptions.items() for note in notes
+            ]
         else:
             result = answer(connection, request["query"], request["max_rows"], request["max_bytes"])
+            result["assumptions"] = used_assumptions(connection, request["query"], assumptions)
     except (RefusedError, duckdb.Error) as error:
         sys.stderr.write("\n".join([str(error), *faults]) + "\n")
         return 1

@@ -10,7 +10,14 @@ import msgspec
 from octollm import Arm, Artifact, Check, Context, Evidence, ExecuteResult, FileRef, OctoError, Task
 from octollm.arm import build_arm
 from octollm.config import Settings
-from octollm.contracts.operations import ResultSet, RunRequest, RunResult, format_cell, parse_result_set
+from octollm.contracts.operations import (
+    ResultSet,
+    RunRequest,
+    RunResult,
+    format_assumptions,
+    format_cell,
+    parse_result_set,
+)
 from octollm.contracts.service_operations import calls_of
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import read_file_text
@@ -57,7 +64,12 @@ def summarise_run(request: RunRequest, result: RunResult) -> tuple[str, Evidence
         table = parse_result_set(result.stdout)
         query = request.command[0]
         return _format_table(table, query), Evidence(
-            kind="data", query=query, columns=table.columns, rows=table.row_count, checks=(check,)
+            kind="data",
+            query=query,
+            columns=table.columns,
+            rows=table.row_count,
+            assumptions=table.assumptions,
+            checks=(check,),
         )
     return result.stdout.strip() or "The program succeeded and printed nothing.", Evidence(kind="text", checks=(check,))
 
@@ -75,7 +87,8 @@ def _format_table(table: ResultSet, query: str) -> str:
     else:
         rows = [" | ".join(format_cell(cell) for cell in row) for row in table.rows[:MAX_SHOWN_ROWS]]
         body = "\n".join((" | ".join(table.columns), " | ".join("---" for _ in table.columns), *rows))
-    return f"{body}\n\nQuery:\n```sql\n{query}\n```"
+    parts = (body, format_assumptions(table.assumptions), f"Query:\n```sql\n{query}\n```")
+    return "\n\n".join(filter(None, parts))
 
 
 MAX_FILES = 64

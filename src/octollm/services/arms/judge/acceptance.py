@@ -17,6 +17,7 @@ import msgspec
 
 from octollm import Citation, Evidence, FileRef, Message, OctoError
 from octollm.contracts.operations import (
+    MAX_SHOWN_ASSUMPTIONS,
     AcceptRequest,
     AcceptResult,
     ResultSet,
@@ -177,7 +178,12 @@ async def check_data(request: AcceptRequest, evidence: Evidence, run: Run) -> tu
     if not table.rows and not output.lower().startswith("no rows"):
         reasons.append("The query gives no rows, but the answer does not say so.")
     reasons.extend(_find_differences(table, evidence, output))
-    return reasons, 4
+    reasons.extend(
+        f"The answer does not say that this is undecided: {each.text}"
+        for each in table.assumptions[:MAX_SHOWN_ASSUMPTIONS]
+        if not each.decided and each.text not in output
+    )
+    return reasons, 5
 
 
 def _find_differences(table: ResultSet, evidence: Evidence, output: str) -> list[str]:
