@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What `make test` runs; override it to choose tests: make test PYTEST=".venv/bin/python -m pytest tests/cli"
-# Most tests wait for processes and servers, so that two at a time take half as long even on two busy cores.
-PYTEST ?= $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Many tests wait for processes and servers, so that three files at a time keep two cores busy.
+PYTEST ?= $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 # What `make demo` asks for; empty is the command's own example.
 GOAL ?=
 FUZZ_SECONDS ?= 600

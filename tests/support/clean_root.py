@@ -61,27 +61,47 @@ def _without(reason: str) -> None:
 
 
 class CleanRoot:
-    """A copy of the clean Debian. Commands in it see its files, this machine's network, and nothing else."""
+    """A Debian to change. Commands in it see its files, this machine's network, and nothing else.
+
+    ``path`` has the files that were changed or added. Every command runs in an overlay (overlayfs) of it over the clean
+    Debian, which so is neither copied nor deleted; where the kernel refuses that, ``path`` is a whole copy.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        subprocess.run(["cp", "-a", "--reflink=auto", f"{need_clean_root()}/.", str(folder)], check=True, timeout=120)
+        self._is_copy = False
+        self._mount = [f"{self.path}.root", "overlay", f"lowerdir={need_clean_root()},upperdir={self.path}"]
+        self._mount[2] += f",workdir={self.path}.work"
+        for beside in (".root", ".work"):
+            Path(f"{self.path}{beside}").mkdir()
+        tried = subprocess.run(self._entering("/bin/true"), capture_output=True, timeout=60, check=False)
+        self._is_copy = tried.returncode != 0
+        if self._is_copy:
+            copy = ["cp", "-a", "--reflink=auto", f"{need_clean_root()}/.", str(folder)]
+            subprocess.run(copy, check=True, timeout=120)
+        (folder / "etc/ssl/certs").mkdir(parents=True, exist_ok=True)
         shutil.copyfile("/etc/resolv.conf", folder / "etc/resolv.conf")
         for name in FROM_HOST:
             # How this machine reaches package indexes is not what is tested.
             if Path(name).is_dir():
                 shutil.copytree(name, folder / name[1:], dirs_exist_ok=True)
             elif Path(name).exists():
+                (folder / name[1:]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(name, folder / name[1:])
 
-    def command(self, *words: str, user: str = "0", folder: str = "/") -> list[str]:
+    def _entering(self, *words: str) -> list[str]:
         """Return what runs ``words`` in the root, in namespaces that end with it."""
+        unshare = ("/usr/bin/unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+        if self._is_copy:
+            return [*unshare, "/usr/sbin/chroot", str(self.path), *words]
+        mounted = '/usr/bin/mount -t "$2" "$2" -o "$3" "$1" && root=$1 && shift 3 && exec /usr/sbin/chroot "$root" "$@"'
+        return [*unshare, "/bin/sh", "-c", mounted, "sh", *self._mount, *words]
+
+    def command(self, *words: str, user: str = "0", folder: str = "/") -> list[str]:
+        """Return what runs ``words`` in the root as a user."""
         become = f"exec /usr/bin/setpriv --reuid={user} --regid={user} --clear-groups"
         inner = f'/bin/mount -t proc proc /proc; cd "$1"; shift; {become} "$@"'
-        return [
-            *("/usr/bin/unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
-            *("/usr/sbin/chroot", str(self.path), "/bin/sh", "-c", inner, "sh", folder, *words),
-        ]
+        return self._entering("/bin/sh", "-c", inner, "sh", folder, *words)
 
     def run(self, *words: str, environment: dict[str, str], user: str = "0", folder: str = "/", seconds: float = 400):
         """Run a command to its end; a failure has its last words."""

@@ -13,8 +13,12 @@ import socket
 from octollm.contracts.services import SERVICES
 
 
+WORKERS = 4
+"""The processes of pytest-xdist that have ports of their own; with more, two may try the same port."""
+
+
 def _worker() -> int:
-    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 2
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
 
 
 def _is_free(address: str, port: int) -> bool:
@@ -28,8 +32,8 @@ def _is_free(address: str, port: int) -> bool:
 
 def free_port(address: str = "127.0.0.1") -> int:
     """Return a free port. Tests that run at the same time are given different ones, and none of a `free_shift`."""
-    start = 20_000 + 6_000 * _worker()
-    for port in random.sample(range(start, start + 6_000), 200):
+    start = 20_000 + 3_000 * _worker()
+    for port in random.sample(range(start, start + 3_000), 200):
         if _is_free(address, port):
             return port
     raise AssertionError("no free port")
@@ -37,8 +41,8 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 def free_shift() -> int:
     """Return a port shift whose ports are all free. Tests that run at the same time are given different ones."""
-    start = 1_000 + 5_000 * _worker()
-    for shift in random.sample(range(start, start + 5_000), 200):
+    start = 1_000 + 2_500 * _worker()
+    for shift in random.sample(range(start, start + 2_500), 200):
         if all(_is_free("127.0.0.1", info.port + shift) for info in SERVICES.values()):
             return shift
     raise AssertionError("no free ports")
