@@ -32,7 +32,6 @@ QUOTED: list[tuple[str, str, str, float]] = [
     ("concepts/calls.md", "more wait for at most {} s", "rpc.server.MAX_QUEUE_SECONDS", 1),
     ("concepts/calls.md", "stored for a day, up to {} MiB", "rpc.idempotency.MAX_STORED_BYTES", MIB),
     ("concepts/calls.md", "died, at least {} s ago", "rpc.idempotency.LEASE_SECONDS", 1),
-    ("concepts/calls.md", "at most {} concurrent", "rpc.http2_server.MAX_STREAMS", 1),
     ("concepts/calls.md", "(between {} and", "rpc.discovery.MIN_TTL", 1),
     ("concepts/calls.md", "and {} s). The address", "rpc.discovery.MAX_TTL", 1),
     ("concepts/capabilities.md", "at most {} KiB and eight parts", "capability.tokens.MAX_BEARER_CHARS", KIB),

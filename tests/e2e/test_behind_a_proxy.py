@@ -8,6 +8,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 
+import h2.connection
+import h2.events
+import h2.settings
 import httpx
 import msgspec
 import pytest
@@ -87,6 +90,43 @@ async def test_a_task_is_run_and_watched(proxied: Proxied) -> None:
         same = [msgspec.json.decode(line[5:]) for line in lines if line.startswith("data:")]
         assert same[-1]["seq"] == frames[-1]["seq"]
         assert (await client.get(f"/tasks/{task_id}")).json()["status"] == "completed"
+
+
+async def test_a_websocket_shares_the_connection_of_other_calls(proxied: Proxied) -> None:
+    """Browsers do this where the server offers it: extended CONNECT, RFC 8441."""
+    context = trusted()
+    context.set_alpn_protocols(["h2"])
+    port = httpx.URL(proxied.url).port
+    async with proxied.client(**proxied.headers) as client:
+        submitted = await client.post("/tasks", json={"goal": GOAL, "context": {"files": []}})
+    reader, writer = await asyncio.open_connection("localhost", port, ssl=context)
+    connection = h2.connection.H2Connection()
+    connection.initiate_connection()
+    writer.write(connection.data_to_send())
+    received = b""
+    status = ""
+    async with asyncio.timeout(30):
+        while b'"task_id"' not in received:
+            for event in connection.receive_data(await reader.read(65536)):
+                if isinstance(event, h2.events.RemoteSettingsChanged):
+                    assert event.changed_settings[h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL].new_value == 1
+                    head = [
+                        (":method", "CONNECT"),
+                        (":protocol", "websocket"),
+                        (":scheme", "https"),
+                        (":authority", f"localhost:{port}"),
+                        (":path", f"/ws/tasks/{submitted.json()['task_id']}?after=0"),
+                        ("sec-websocket-version", "13"),
+                        ("authorization", f"Bearer {proxied.key}"),
+                    ]
+                    connection.send_headers(connection.get_next_available_stream_id(), head)
+                elif isinstance(event, h2.events.ResponseReceived):
+                    status = dict(event.headers)[b":status"].decode()
+                elif isinstance(event, h2.events.DataReceived):
+                    received += event.data or b""
+            writer.write(connection.data_to_send())
+    writer.close()
+    assert status == "200"
 
 
 async def test_a_client_of_the_proxy_is_not_the_local_user(proxied: Proxied) -> None:

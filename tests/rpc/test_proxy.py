@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Iterator
@@ -21,18 +22,22 @@ import msgspec
 import pytest
 import trustme
 from kit import base_for, served
-from proxy import HaProxy
+from proxy import CONFIGURATION, HaProxy
 from starlette.responses import Response
 from wires import CURRENT, certificates, http2_transport
 
+from octollm.config import SETTING_SPECS
 from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
+from octollm.resilience.retry import MAX_DEADLINE_SECONDS
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.external import PyqwestClient
+from octollm.rpc.http1_parser import MAX_HEADER_BYTES
+from octollm.rpc.http1_server import HEADER_SECONDS, SEND_SECONDS
 from octollm.rpc.http_client import TransportError
 from octollm.rpc.service import build_service
 from octollm.rpc.tls import TlsConfig, client_context
-from octollm.rpc.transport import PLAINTEXT, TransportConfig, listen, serve_app
+from octollm.rpc.transport import KEEP_ALIVE_SECONDS, PLAINTEXT, TransportConfig, listen, serve_app
 from octollm.testing import wait_until
 
 E = TypeVar("E", bound=h2.events.Event)
@@ -333,6 +338,23 @@ async def test_a_proxy_that_drains_says_so_and_answers_the_calls_in_flight() -> 
         client._writer.close()  # as a client does after a GOAWAY
         assert await asyncio.to_thread(proxy.wait) == 0
         await serving.__aexit__(None, None, None)
+
+
+def test_the_limits_of_the_proxy_fit_those_of_the_services() -> None:
+    text = CONFIGURATION.read_text()
+
+    def value(name: str) -> int:
+        (found,) = re.findall(rf"(?m)^ +{re.escape(name)} (\d+)s?$", text)
+        return int(found)
+
+    assert value("tune.bufsize") == 2 * MAX_HEADER_BYTES
+    assert value("hard-stop-after") > float(SETTING_SPECS["shutdown_grace"].default)
+    assert value("timeout http-request") == HEADER_SECONDS
+    assert value("timeout http-keep-alive") == KEEP_ALIVE_SECONDS
+    assert value("timeout client") == SEND_SECONDS
+    assert value("timeout server") == MAX_DEADLINE_SECONDS
+    streams = value("tune.h2.max-concurrent-streams")
+    assert f"at most {streams} concurrent calls" in (CONFIGURATION.parents[1] / "docs/spread-out.md").read_text()
 
 
 async def test_a_service_that_is_away_is_a_problem_document() -> None:
