@@ -31,7 +31,6 @@ from octollm.installation.arm_host import load_arm, open_arm_keys, serve_arm
 from octollm.installation.home import find_running
 from octollm.installation.network import transport_from_settings
 from octollm.installation.service_host import ServiceHost, tune_garbage_collector
-from octollm.storage.migrations import migrate_all
 from octollm.telemetry import configure_logging
 
 KILL_MARGIN_SECONDS = 10.0
@@ -136,6 +135,8 @@ async def migrate(as_json: AsJson = False) -> int:
     Run it once before services of a new version start; those of the previous version keep working meanwhile. Each
     schema changes in one transaction. Services on SQLite migrate at their start.
     """
+    from octollm.storage.migrations import migrate_all  # noqa: PLC0415  brings in SQLAlchemy, which arms do not need
+
     migrations = await migrate_all(command_settings(), SystemClock())
     if as_json:
         print_json({"schemas": migrations})
