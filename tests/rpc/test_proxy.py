@@ -18,6 +18,7 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
+import httpx
 import msgspec
 import pytest
 import trustme
@@ -411,13 +412,31 @@ async def test_a_client_without_a_certificate_of_the_authority_is_not_served() -
             assert answer.status == 200
 
 
-async def test_a_server_without_a_certificate_of_the_authority_is_not_called(tmp_path: Path) -> None:
-    other = trustme.CA().issue_cert("localhost")
-    other.private_key_pem.write_to_path(tmp_path / "key.pem")
-    other.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
-    foreign = TransportConfig(TlsConfig(tmp_path / "cert.pem", tmp_path / "key.pem"))
+@pytest.mark.parametrize(
+    ("own_authority", "name", "status"), [(True, "localhost", 200), (False, "localhost", 503), (True, "elsewhere", 503)]
+)
+async def test_only_the_named_server_with_a_certificate_of_the_authority_is_called(
+    tmp_path: Path, own_authority: bool, name: str, status: int
+) -> None:
+    authority, other = trustme.CA(), trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    def issue(by: trustme.CA, host: str, file: str) -> TlsConfig:
+        issued = by.issue_cert(host)
+        files = TlsConfig(tmp_path / f"{file}.pem", tmp_path / f"{file}.key", tmp_path / "ca.pem")
+        issued.cert_chain_pems[0].write_to_path(files.certificate)
+        issued.private_key_pem.write_to_path(files.key)
+        return files
+
+    shown = issue(authority if own_authority else other, name, "server")
     bound = listen("127.0.0.1", 0, "svc")
-    with CURRENT.use("tls-http2"):
-        async with serve_app(Response("served"), bound, transport=foreign), CURRENT.stock() as client:
-            answer = await client.get(CURRENT.url(bound.getsockname()[1]))
-    assert answer.status_code == 503
+    proxy = HaProxy(bound.getsockname()[1], issue(authority, "localhost", "proxy"))
+    proxy.start()
+    try:
+        async with (
+            serve_app(Response("served"), bound, transport=TransportConfig(shown)),
+            httpx.AsyncClient(http1=False, http2=True, verify=client_context(tmp_path / "ca.pem")) as client,
+        ):
+            assert (await client.get(f"https://localhost:{proxy.port}")).status_code == status
+    finally:
+        proxy.stop()

@@ -12,7 +12,6 @@ import socket
 
 from octollm.contracts.services import SERVICES
 
-
 WORKERS = 4
 """The processes of pytest-xdist that have ports of their own; with more, two may try the same port."""
 
