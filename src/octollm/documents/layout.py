@@ -43,7 +43,7 @@ _FOOTER = re.compile(
 )
 _SUMMARY = re.compile(
     r"(?:Σ|(?:grand[- ]?|sub[- ]?|sous[- ]?|overall |sub)?total\w{0,2}|gesamt\w*|insgesamt|(?:zwischen|end)?summe|sum"
-    r"|somme|somma|suma|totaal|subtotaal|average|mean|mittelwert|durchschnitt|moyenne|media|promedio)\b.{0,60}",
+    r"|somme|somma|suma|totaal|subtotaal|average|mean|mittelwert|durchschnitt|moyenne|media|promedio)\b(?P<more>.{0,60})",
     re.IGNORECASE,
 )
 
@@ -52,9 +52,10 @@ class LayoutError(ValueError):
     """The rows are no table; the text says why and where."""
 
 
-def is_summary_label(text: str) -> bool:
-    """Say whether a cell labels a total, a subtotal or an average."""
-    return bool(_SUMMARY.fullmatch(text.strip()))
+def is_summary_label(text: str, *, exactly: bool = False) -> bool:
+    """Say whether a cell labels a total, a subtotal or an average; ``exactly`` allows no further words."""
+    match = _SUMMARY.fullmatch(text.strip())
+    return match is not None and not (exactly and match["more"].strip(" :"))
 
 
 def strip_cell(text: str) -> str:
@@ -118,7 +119,9 @@ def find_delimiter(lines: Sequence[str]) -> str:
         has_header = _is_label_row(block[0])
         if sum(counted.values()) == len(rows) and (share >= 0.6 or (start == 0 and _is_label_row(rows[0]))):
             in_each_row = in_each_row or delimiter
-        if (share < 0.6 and coverage < 0.6) or not (has_header or coverage == 1):
+        # "Hello, world" is prose, not two cells.
+        is_prose = start > 0 and all(cell.startswith(" ") for row in block for cell in row[1:])
+        if is_prose or (share < 0.6 and coverage < 0.6) or not (has_header or coverage == 1):
             continue
         key = (has_header or coverage == 1, round(coverage, 1), -rank, width)
         if best is None or key > best[0]:
@@ -153,8 +156,7 @@ class Layout:
         first: dict[str, int] = {}
         after_blank = False
         label = self.label_row[0] if self.label_row else ""
-        for number, raw in enumerate(rows, self.start + 1):
-            row = raw
+        for number, row in enumerate(rows, self.start + 1):
             # The first condition holds for nearly every row of a long file, and costs little.
             if len(row) != width or after_blank or not row[0][:1].isalnum() or row[0] == label:
                 cells = _filled(row)
@@ -166,18 +168,18 @@ class Layout:
                         f"A second table begins in {self.row_noun} {number} ({', '.join(cells)[:80]}); it is not read."
                     )
                     break
-                row = self._fit(row, number, counts, first)
                 if all(map(_RULE_LINE.fullmatch, cells)):
                     continue
-                if tuple(row) == self.label_row:
+                if self.label_row and cells == _filled(self.label_row):
                     counts["header"] += 1
                     continue
             held.append((number, after_blank, row))
             after_blank = False
             if len(held) > TAIL_ROWS:
-                yield held.popleft()[2]
-        kept = self._without_footers(list(held))
-        yield from (row for _, _, row in kept)
+                at, _, kept = held.popleft()
+                yield kept if len(kept) == width else self._fit(kept, at, counts, first)
+        for at, _, kept in self._without_footers(list(held)):
+            yield self._fit(kept, at, counts, first)
         self._note_counts(counts, first)
 
     def _fit(self, row: list[str], number: int, counts: Counter[str], first: dict[str, int]) -> list[str]:

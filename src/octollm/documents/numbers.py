@@ -145,7 +145,9 @@ def parse_number_shape(shape: Shape) -> NumberShape | None:
         unit=match["before"] or match["after"] or "",
         is_grouped=separators > (1 if any(fraction.values()) else 0),
         has_leading_zero=first_is_zero and len(core) > 1 and core[1] == "9",
-        has_plain_sign=not signs or (match["sign1"] == "-" and start == 1),
+        has_plain_sign=match["sign1"] == "-" and start == 1
+        if signs
+        else not (match["open"] or match["side"] or match["dash"]),
     )
 
 

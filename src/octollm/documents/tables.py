@@ -380,6 +380,7 @@ def _keep_lossy_text(query: Query, raw: str, target: str, column: _Column, left_
 def _find_summary_rows(query: Query, raw: str, layout: Layout) -> list[int]:
     """Return the rows that may be totals: by their label, or as the last row without a key."""
     found: set[int] = set()
+    exact: set[int] = set()
     for number in range(min(_LABEL_COLUMNS, len(layout.header))):
         # A coarse filter first: the words of labels begin so in every language that is known.
         rows = query(
@@ -388,8 +389,18 @@ def _find_summary_rows(query: Query, raw: str, layout: Layout) -> list[int]:
             f"medi|prom)') AND length(c{number}) < 80 LIMIT {MAX_SUMMARIES * 10}"
         )
         found.update(int(row) for row, text in rows if is_summary_label(str(text)))
+        exact.update(int(row) for row, text in rows if is_summary_label(str(text), exactly=True))
+    if found:
+        # A merchant's name may begin with "Total"; the row of a total has fewer cells than the others.
+        filled = " + ".join(f"(c{number} IS NOT NULL)::INT" for number in range(len(layout.header)))
+        sparse = query(
+            f"SELECT rowid FROM {raw} WHERE {filled} < (SELECT median({filled}) FROM {raw}) "  # noqa: S608
+            f"AND rowid IN ({', '.join(map(str, sorted(found)))})"
+        )
+        found = exact | {int(row) for (row,) in sparse}
     if len(found) > MAX_SUMMARIES:
-        return []  # a column of words such as these is no column of labels
+        layout.doubts.append(f"{len(found)} rows have labels of totals; all of them are kept as data.")
+        return []
     if len(layout.header) > 1 and not found:
         last = query(f"SELECT rowid FROM {raw} WHERE c0 IS NULL ORDER BY rowid DESC LIMIT 2")  # noqa: S608
         ((count,),) = query(f"SELECT count(*) FROM {raw}")  # noqa: S608

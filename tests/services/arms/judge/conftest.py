@@ -25,10 +25,15 @@ def run(tmp_path: Path) -> Callable[[RunRequest], Awaitable[RunResult]]:
             (folder / file.name).write_text(file.text or "", "utf-8")
         if request.language == "sql":
             connection = duckdb.connect()
-            for file in request.files:
-                runner_sql.load(connection, Path(file.name).stem, folder / file.name, "csv")
+            query = request.command[0]
+            assumptions = {
+                stem: runner_sql.load(connection, stem, folder / f"{stem}.csv", "csv")
+                for stem in (Path(file.name).stem for file in request.files)
+            }
             try:
-                return RunResult(0, json.dumps(runner_sql.answer(connection, request.command[0], 1000, 100_000)), "")
+                found = runner_sql.answer(connection, query, 1000, 100_000)
+                found["assumptions"] = runner_sql.used_assumptions(connection, query, assumptions)
+                return RunResult(0, json.dumps(found), "")
             except duckdb.Error as error:
                 return RunResult(1, "", str(error))
         process = await asyncio.create_subprocess_exec(

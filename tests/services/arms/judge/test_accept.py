@@ -158,6 +158,21 @@ async def test_data_that_does_not_hold(run, request_: AcceptRequest, reason: str
     assert any(reason in each for each in verdict.reasons)
 
 
+async def test_an_answer_says_what_its_file_does_not_decide(run) -> None:
+    query = "SELECT sum(amount) AS s FROM fees"
+    undecided = "amount: undecided: '1.234' can be 1.234 or 1,234; read as 1,234, because semicolons separate the cells"
+    files = (FileRef("fees.csv", text="name;amount\na;1.234\nb;2.500\n"),)
+
+    def answer(statement: str) -> AcceptRequest:
+        evidence = Evidence("data", query=query, columns=("s",), rows=1)
+        result = ExecuteResult(f"s: 3734\n\n{statement}\n\n{query}", evidence=evidence)
+        return AcceptRequest("What is the total amount?", result, files=files)
+
+    assert (await accept(answer(f"- {undecided}"), run, None, _read({}))).accepted
+    verdict = await accept(answer(""), run, None, _read({}))
+    assert verdict.reasons == (f"The answer does not say that this is undecided: {undecided}",)
+
+
 async def test_no_rows_may_be_the_answer(run) -> None:
     query = "SELECT id FROM sales WHERE id > 9"
     assert (await accept(_data(f"No rows match.\n\n{query}", query=query, rows=0), run, None, _read({}))).accepted
