@@ -13,7 +13,7 @@ def documented(name: str) -> bool:
 
 def test_every_name_is_in_the_register() -> None:
     keys = RedisKeys()
-    names = [keys.log, keys.cancel, keys.watch("t"), keys.text("t")]
+    names = [keys.cancel, keys.watch("t"), keys.text("t")]
     names += [keys.channel(channel_of(kind)) for kind in EVENT_CATALOGUE]
     assert [name for name in names if not documented(name)] == []
 
@@ -21,13 +21,11 @@ def test_every_name_is_in_the_register() -> None:
 def test_the_channels_are_the_public_names() -> None:
     assert RedisKeys().channel("events:task:completed") == "events:task:completed"
     assert RedisKeys().watch("task-1") == "octollm:watch:task-1"
-    assert RedisKeys().log == "octollm:log"
 
 
 def test_a_prefix_goes_in_front_of_all() -> None:
     keys = RedisKeys(prefix="p:")
     names = [
-        keys.log,
         keys.cancel,
         keys.channel("events:*"),
         keys.watch("t"),

@@ -137,7 +137,7 @@ async def test_unsubscribing(redis: RedisClient, keys: RedisKeys) -> None:
 
 async def test_receiving_without_a_message_returns(redis: RedisClient, keys: RedisKeys) -> None:
     pubsub = redis.pubsub()
-    await pubsub.subscribe(keys.log)
+    await pubsub.subscribe(keys.cancel)
     await messages(pubsub, 1)
     assert await pubsub.receive(0.01) is None
     await pubsub.close()

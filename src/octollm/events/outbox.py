@@ -34,8 +34,8 @@ class OutboxPolicy:
     """Intervals in seconds and batch sizes.
 
     ``poll`` is the fallback for a lost wake-up. ``blocked_pause`` applies while a running transaction blocks events
-    before the commit horizon: its end sends no wake-up. ``batch`` counts events. ``batch_bytes`` bounds one publish
-    to Redis and thereby one message on ``octollm:log``, except for a single larger event.
+    before the commit horizon: its end sends no wake-up. ``batch`` counts events. ``batch_bytes`` bounds the events
+    of one publish to Redis, except for a single larger event.
     """
 
     lease: float = 5.0
@@ -255,21 +255,15 @@ class OutboxPublisher:
         # nodes of a cluster, and a subscriber that arrives between count and publish would miss its first event
         # without noticing a gap. The publishes of a batch share one round trip anyway.
         messages: list[tuple[str, bytes]] = []
-        batch_payloads: list[bytes] = []
         size = last = 0
         for event in batch:
             payload = msgspec.json.encode(event)
-            if batch_payloads and size + len(payload) > self._policy.batch_bytes:
-                yield [*messages, (self._keys.log, _join_json_array(batch_payloads))], last
-                messages, batch_payloads, size = [], [], 0
+            if messages and size + len(payload) > self._policy.batch_bytes:
+                yield messages, last
+                messages, size = [], 0
             messages.append((self._keys.channel(channel_of(event.event_type)), payload))
             if event.subject.startswith(TASK_PREFIX):
                 messages.append((self._keys.watch(event.subject.removeprefix(TASK_PREFIX)), payload))
-            batch_payloads.append(payload)
             size += len(payload)
             last = event.seq
-        yield [*messages, (self._keys.log, _join_json_array(batch_payloads))], last
-
-
-def _join_json_array(parts: Sequence[bytes]) -> bytes:
-    return b"[" + b",".join(parts) + b"]"
+        yield messages, last

@@ -23,7 +23,6 @@ class KeyInfo:
 
 REDIS_KEYS: tuple[KeyInfo, ...] = (
     KeyInfo("events:{entity}:{action}", "channel", "One event as JSON: the ADR's envelope.", "none"),
-    KeyInfo("octollm:log", "channel", "A batch of events, in order of seq, as a JSON array.", "none"),
     KeyInfo("octollm:watch:{task_id}", "channel", "A hint: the event of a task as JSON, or 'text'.", "none"),
     KeyInfo("octollm:cancel", "channel", "A hint: the task_id of a task that was cancelled.", "none"),
     KeyInfo(
@@ -44,7 +43,6 @@ class RedisKeys:
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
-        self.log = f"{prefix}octollm:log"
         self.cancel = f"{prefix}octollm:cancel"
 
     def channel(self, channel: str) -> str:
