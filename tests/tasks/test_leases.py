@@ -1,16 +1,19 @@
-"""Leases are renewed beside a busy loop, lost to a newer run, and let go when the database stays away."""
+"""Task leases: claims, expiry and takeover, and the thread that renews them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
-from sqlalchemy import select, update
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from task_kit import ManualClock, TaskKit
 
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.task import Task
@@ -18,131 +21,242 @@ from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.storage import Database, Transaction, open_database
 from octollm.storage.migrations import migrate
-from octollm.storage.tables import tasks
-from octollm.tasks import leases
-from octollm.tasks.leases import LEASE_SECONDS, ExpiredLease, LeaseRenewer, TaskLeases
+from octollm.tasks.leases import (
+    LEASE_SECONDS,
+    RENEW_DEADLINE_SECONDS,
+    RENEW_SECONDS,
+    ExpiredLease,
+    LeaseRenewer,
+    TaskLeases,
+)
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.testing import wait_until
 
-CLOCK = SystemClock()
-IDS = Uuid7Generator(CLOCK)
+NONE: frozenset[str] = frozenset()
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'orchestrator.db'}"
+async def test_one_of_two_workers_gets_a_task(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    assert await TaskLeases(kit.db, "a").acquire(exclude=NONE) == (task_id, 1)
+    assert await TaskLeases(kit.db, "b").acquire(exclude=NONE) is None
 
 
-@pytest.fixture
-async def db(url: str) -> AsyncGenerator[Database]:
-    async with open_database(url, clock=CLOCK) as database:
-        await migrate(database, "orchestrator")
-        yield database
+async def test_claims_go_by_priority_then_age(kit: TaskKit) -> None:
+    created: list[tuple[int, str]] = []
+    for priority in (0, 5, 0, 5, -1):
+        created.append((priority, await kit.submit(priority=priority)))
+        kit.clock.advance(1)
+    leases = TaskLeases(kit.db, "a")
+    claims = [await leases.acquire(exclude=NONE) for _ in created]
+    # The sort is stable: tasks of the same priority stay in the order of their creation.
+    expected = [task_id for _, task_id in sorted(created, key=lambda each: -each[0])]
+    assert [claim and claim[0] for claim in claims] == expected
 
 
-async def accepted(db: Database) -> str:
-    store = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK)
-    task_id = f"task-{IDS.hex()}"
-    await store.create(NewTask(task_id, "t", "s", "c", "", Task("do it"), "corr", "", CLOCK.now() + 600, "task"))
-    return task_id
+async def test_excluded_tasks_are_not_claimed_again(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    leases = TaskLeases(kit.db, "a")
+    await leases.acquire(exclude=NONE)
+    kit.clock.advance(LEASE_SECONDS + 1)
+    assert await leases.acquire(exclude=frozenset({task_id})) is None
+    assert await leases.acquire(exclude=NONE) == (task_id, 2)
 
 
-async def expire_lease(db: Database, task_id: str) -> None:
-    async with db.transaction() as tx:
-        await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(lease_until=await tx.now() - 0.001))
-
-
-async def test_of_two_holders_one_gets_a_task(db: Database):
-    task_id = await accepted(db)
-    first, second = TaskLeases(db, "a"), TaskLeases(db, "b")
-    assert await first.acquire(exclude=frozenset()) == (task_id, 1)
-    assert await second.acquire(exclude=frozenset()) is None
-
-
-async def test_a_take_over_is_told_with_what_the_last_holder_had_and_nothing_else_is(db: Database):
-    told: list[ExpiredLease] = []
-
-    async def taken_over(tx: Transaction, task: ExpiredLease) -> None:
-        assert isinstance(tx, Transaction)
-        told.append(task)
-
-    task_id = await accepted(db)
-    first, second = TaskLeases(db, "a", taken_over), TaskLeases(db, "b", taken_over)
-    assert await first.acquire(exclude=frozenset()) == (task_id, 1)
-    assert told == [], "nobody had it before"
+async def test_a_lease_can_be_taken_over_only_after_it_expired(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    first, second = TaskLeases(kit.db, "a"), TaskLeases(kit.db, "b")
+    await first.acquire(exclude=NONE)
+    kit.clock.advance(LEASE_SECONDS)
+    assert await second.acquire(exclude=NONE) is None
+    assert await first.renew({task_id: 1}) == {task_id}
+    kit.clock.advance(LEASE_SECONDS + 0.001)
+    assert await second.acquire(exclude=NONE) == (task_id, 2)
+    assert await first.renew({task_id: 1}) == NONE
+    # The release of the earlier holder does not end the lease of the present one.
     await first.release(task_id, 1)
-    assert await second.acquire(exclude=frozenset()) == (task_id, 2)
-    assert told == [], "it was given back"
-    assert await first.acquire(exclude=frozenset()) is None
-    await expire_lease(db, task_id)
-    assert await first.acquire(exclude=frozenset()) == (task_id, 3)
-    assert told == [ExpiredLease(task_id, "t", 2)]
+    assert await first.acquire(exclude=NONE) is None
 
 
-async def test_a_holder_that_says_nothing_loses_its_task(db: Database):
-    task_id = await accepted(db)
-    assert await TaskLeases(db, "a").acquire(exclude=frozenset()) == (task_id, 1)
-    async with db.read() as connection:
-        until = await connection.scalar(select(tasks.c.lease_until).where(tasks.c.task_id == task_id))
-        now = await connection.now()
-    assert now < until <= now + LEASE_SECONDS
-    await expire_lease(db, task_id)
-    assert await TaskLeases(db, "b").acquire(exclude=frozenset()) == (task_id, 2)
-    # The older run is not renewed any more.
-    assert await TaskLeases(db, "a").renew({task_id: 1}) == frozenset()
+async def test_only_a_takeover_of_an_expired_lease_is_reported(kit: TaskKit) -> None:
+    reported: list[ExpiredLease] = []
+
+    async def on_takeover(tx: Transaction, task: ExpiredLease) -> None:
+        assert isinstance(tx, Transaction)
+        reported.append(task)
+
+    task_id = await kit.submit()
+    leases = TaskLeases(kit.db, "a", on_takeover)
+    await leases.acquire(exclude=NONE)
+    await leases.release(task_id, 1)
+    assert await leases.acquire(exclude=NONE) == (task_id, 2)
+    assert reported == []
+    kit.clock.advance(LEASE_SECONDS + 1)
+    assert await leases.acquire(exclude=NONE) == (task_id, 3)
+    assert reported == [ExpiredLease(task_id, "acme", 2)]
 
 
-async def test_a_busy_loop_is_no_death(db: Database, url: str):
-    task_id = await accepted(db)
-    assert await TaskLeases(db, "a").acquire(exclude=frozenset()) == (task_id, 1)
+async def test_failed_takeover_hook_rolls_the_claim_back(kit: TaskKit) -> None:
+    async def fail(_tx: Transaction, _task: ExpiredLease) -> None:
+        raise OctoError("No revocation.", code="unavailable")
+
+    task_id = await kit.submit()
+    await TaskLeases(kit.db, "a").acquire(exclude=NONE)
+    kit.clock.advance(LEASE_SECONDS + 1)
+    with pytest.raises(OctoError):
+        await TaskLeases(kit.db, "b", fail).acquire(exclude=NONE)
+    assert (await kit.store.get(task_id)).epoch == 1
+
+
+async def test_ended_tasks_are_neither_renewed_nor_claimed(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    leases = TaskLeases(kit.db, "a")
+    await leases.acquire(exclude=NONE)
+    await kit.store.change(task_id, "task.cancelled", {"status": "cancelled"}, new_status="cancelled")
+    assert await leases.renew({task_id: 1}) == NONE
+    kit.clock.advance(LEASE_SECONDS + 1)
+    assert await leases.acquire(exclude=NONE) is None
+
+
+class ScriptedLeases:
+    """In the place of ``TaskLeases``: each renewal is a function of the leases that it is given."""
+
+    def __init__(self, renew: Callable[[Mapping[str, int]], frozenset[str]]) -> None:
+        self._renew = renew
+
+    async def renew(self, held: Mapping[str, int]) -> frozenset[str]:
+        return self._renew(held)
+
+
+class Renewals:
+    """A renewer without its thread: :meth:`renew` does one round."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.lost: list[str] = []
+        self.renewer = LeaseRenewer(_no_connection, "a", self.clock, self.lost.append)
+
+    async def renew(self, script: Callable[[Mapping[str, int]], frozenset[str]]) -> None:
+        leases = cast("TaskLeases", ScriptedLeases(script))
+        await self.renewer._renew(leases, lambda report: report())
+
+
+@contextlib.asynccontextmanager
+async def _no_connection() -> AsyncGenerator[Database]:
+    raise OctoError("The database is away.", code="unavailable")
+    yield
+
+
+def _fail(_held: Mapping[str, int]) -> frozenset[str]:
+    raise OctoError("The database is away.", code="unavailable")
+
+
+async def test_a_lease_of_a_newer_claim_survives_the_loss_of_the_older_one() -> None:
+    renewals = Renewals()
+    renewals.renewer.add("t", 1)
+
+    def claim_again(held: Mapping[str, int]) -> frozenset[str]:
+        # While the statement runs, the event loop drops the task and claims it anew.
+        renewals.renewer.remove("t", 1)
+        renewals.renewer.add("t", 2)
+        return NONE
+
+    await renewals.renew(claim_again)
+    assert renewals.lost == []
+    await renewals.renew(lambda held: frozenset(held) if held == {"t": 2} else NONE)
+    assert renewals.lost == []
+
+
+async def test_removing_an_older_claim_leaves_the_newer_one() -> None:
+    renewals = Renewals()
+    renewals.renewer.add("t", 2)
+    renewals.renewer.remove("t", 1)
+    seen: list[dict[str, int]] = []
+    await renewals.renew(lambda held: seen.append(dict(held)) or frozenset(held))
+    assert seen == [{"t": 2}]
+
+
+async def test_a_slow_renewal_counts_from_its_start() -> None:
+    renewals = Renewals()
+    renewals.renewer.add("t", 1)
+
+    def slow(held: Mapping[str, int]) -> frozenset[str]:
+        renewals.clock.advance(1.0)
+        return frozenset(held)
+
+    await renewals.renew(slow)
+    renewals.clock.advance(RENEW_DEADLINE_SECONDS - 1.0)
+    await renewals.renew(_fail)
+    assert renewals.lost == ["t"]
+    assert renewals.renewer.failure == "The database is away."
+
+
+STEPS = st.lists(st.tuples(st.booleans(), st.floats(0, 1, allow_nan=False)), max_size=12)
+
+
+@given(steps=STEPS)
+@settings(max_examples=100)
+def test_a_task_is_reported_lost_once_the_last_renewal_is_too_old(steps: list[tuple[bool, float]]) -> None:
+    async def check() -> None:
+        renewals = Renewals()
+        renewals.renewer.add("t", 1)
+        renewed_at, is_lost = renewals.clock.now(), False
+        for succeeds, seconds in steps:
+            renewals.clock.advance(seconds)
+            await renewals.renew(frozenset if succeeds else _fail)
+            if is_lost:
+                continue
+            if succeeds:
+                renewed_at = renewals.clock.now()
+            is_lost = not succeeds and renewals.clock.now() - renewed_at >= RENEW_DEADLINE_SECONDS
+        assert renewals.lost == (["t"] if is_lost else [])
+
+    asyncio.run(check())
+
+
+def test_a_holder_gives_up_before_its_lease_can_be_taken() -> None:
+    assert RENEW_DEADLINE_SECONDS + RENEW_SECONDS <= LEASE_SECONDS
+
+
+async def test_the_renewal_thread_reports_leases_that_it_cannot_renew() -> None:
+    clock = ManualClock()
     lost: list[str] = []
-    held = LeaseRenewer(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
-    async with held.run(lambda error: pytest.fail(str(error))):
-        held.add(task_id, 1)
-        end = time.monotonic() + LEASE_SECONDS + 0.5
-        while time.monotonic() < end:
-            sum(range(1000))  # the loop gets no turn
-        assert await TaskLeases(db, "b").acquire(exclude=frozenset()) is None
-    assert lost == []
+    renewer = LeaseRenewer(_no_connection, "a", clock, lost.append)
+    async with renewer.run(lambda error: pytest.fail(str(error))):
+        renewer.add("task-1", 1)
+        clock.advance(RENEW_DEADLINE_SECONDS)
+        await wait_until(lambda: lost == ["task-1"], description="the loss is reported")
+        assert renewer.failure == "The database is away."
 
 
-async def test_a_task_that_was_taken_over_or_ended_is_told(db: Database, url: str):
-    task_id = await accepted(db)
-    await TaskLeases(db, "a").acquire(exclude=frozenset())
-    lost: list[str] = []
-    held = LeaseRenewer(partial(open_database, url, clock=CLOCK), "a", CLOCK, lost.append)
-    async with held.run(lambda error: pytest.fail(str(error))):
-        held.add(task_id, 0)  # an older run than the one that holds it
-        await wait_until(lambda: lost == [task_id], description="the loss is told", timeout=5)
-
-
-async def test_a_holder_that_cannot_renew_stops_before_its_lease_ends(monkeypatch: pytest.MonkeyPatch):
-    @contextlib.asynccontextmanager
-    async def away() -> AsyncGenerator[Database]:
-        raise OctoError("The database is away.", code="unavailable")
-        yield
-
-    lost: list[tuple[str, float]] = []
-    began = CLOCK.monotonic()
-    held = LeaseRenewer(away, "a", CLOCK, lambda task_id: lost.append((task_id, CLOCK.monotonic() - began)))
-    async with held.run(lambda error: pytest.fail(str(error))):
-        held.add("task-1", 1)
-        await wait_until(lambda: bool(lost), description="the task is let go", timeout=10)
-        assert held.failure == "The database is away."
-    ((task_id, after),) = lost
-    assert task_id == "task-1"
-    assert after >= leases.RENEW_DEADLINE_SECONDS
-    assert leases.RENEW_DEADLINE_SECONDS + leases.RENEW_SECONDS <= LEASE_SECONDS
-
-
-async def test_what_the_thread_dies_of_is_told():
+async def test_an_exception_that_ends_the_renewal_thread_is_reported() -> None:
     @contextlib.asynccontextmanager
     async def broken() -> AsyncGenerator[Database]:
         raise ZeroDivisionError
         yield
 
     failures: list[BaseException] = []
-    async with LeaseRenewer(broken, "a", CLOCK, print).run(failures.append):
-        await wait_until(lambda: bool(failures), description="the failure is told")
+    renewer = LeaseRenewer(broken, "a", SystemClock(), print)
+    async with renewer.run(failures.append):
+        await wait_until(lambda: bool(failures), description="the failure is reported")
     assert isinstance(failures[0], ZeroDivisionError)
-    await asyncio.sleep(0)
+    assert "ZeroDivisionError" in renewer.failure
+
+
+async def test_a_blocked_event_loop_loses_no_lease(tmp_path: Path) -> None:
+    """The real thread over a real connection and clock, while the loop gets no turn for longer than a lease."""
+    clock, url = SystemClock(), f"sqlite:///{tmp_path / 'orchestrator.db'}"
+    async with open_database(url, clock=clock) as db:
+        await migrate(db, "orchestrator")
+        store = TaskStore(db, EventLog(db, clock, Uuid7Generator(clock)), clock)
+        await store.create(NewTask("task-1", "acme", "ada", "c", "", Task("do it"), "corr", "", None))
+        lost: list[str] = []
+        renewer = LeaseRenewer(partial(open_database, url, clock=clock), "a", clock, lost.append)
+        async with renewer.run(lambda error: pytest.fail(str(error))):
+            claim = await TaskLeases(db, "a").acquire(exclude=NONE)
+            assert claim == ("task-1", 1)
+            renewer.add(*claim)
+            end = time.monotonic() + LEASE_SECONDS + 0.5
+            while time.monotonic() < end:
+                sum(range(1000))
+            assert await TaskLeases(db, "b").acquire(exclude=NONE) is None
+        assert lost == []

@@ -6,19 +6,22 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import pytest
+from databases import Backend
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
+from task_kit import open_task_database
 
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.task import Budget, Task, Usage
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.storage import Database, open_database
+from octollm.storage import Database, Transaction, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import budgets, tasks
 from octollm.tasks.ledger import (
@@ -28,6 +31,7 @@ from octollm.tasks.ledger import (
     ReservationRequest,
 )
 from octollm.tasks.store import NewTask, TaskStore
+from octollm.testing import wait_until
 
 CLOCK = SystemClock()
 IDS = Uuid7Generator(CLOCK)
@@ -80,8 +84,7 @@ class Books:
 
 @contextlib.asynccontextmanager
 async def open_ledger_database() -> AsyncGenerator[Database]:
-    async with open_database("memory://", clock=CLOCK) as db:
-        await migrate(db, "orchestrator")
+    async with open_task_database(CLOCK) as db:
         yield db
 
 
@@ -211,6 +214,35 @@ async def test_a_reservation_that_never_was_is_not_found(books: Books) -> None:
     with pytest.raises(OctoError) as caught:
         await books.ledger.settle("nothing", Usage(), None)
     assert caught.value.code == "not_found"
+
+
+async def test_a_reservation_sees_the_end_of_its_task_that_it_had_to_wait_for(postgres: Backend) -> None:
+    """The end of a task locks the budget and settles what is open; a reservation must not slip in after it."""
+    async with open_database(postgres.url("octollm_orchestrator"), clock=CLOCK) as db:
+        await migrate(db, "orchestrator")
+        store, ledger = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK), BudgetLedger(db, CLOCK, IDS)
+        task = Task("token", budget=Budget(max_tokens=MAX_TOKENS))
+        await store.create(NewTask("adhoc-1", "t", "s", "c", "", task, "corr", "", CLOCK.now(), kind="adhoc"))
+        waiting: list[asyncio.Task[Reservation]] = []
+
+        async def settle(tx: Transaction) -> None:
+            await ledger.settle_open(tx, "adhoc-1")
+            waiting.append(asyncio.create_task(ledger.reserve(replace(REQUEST, task_id="adhoc-1"))))
+            await wait_until(partial(is_waiting_for_lock, db), description="the reservation waits for the budget")
+
+        data = {"status": "completed", "duration_ms": 1, "reason": "expired"}
+        await store.change("adhoc-1", "task.completed", data, new_status="completed", hook=settle)
+        with pytest.raises(OctoError) as caught:
+            await waiting[0]
+        assert caught.value.code == "state_conflict"
+
+
+async def is_waiting_for_lock(db: Database) -> bool:
+    async with db.read() as conn:
+        blocked = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        return await conn.scalar(blocked) > 0
 
 
 @dataclass

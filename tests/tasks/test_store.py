@@ -1,17 +1,21 @@
-"""The task store without HTTP: fencing of a former holder's writes, and isolation of tenants."""
+"""The task store without HTTP: fencing, transactions, replanning, pages, and isolation of tenants."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from task_kit import TaskKit, open_task_database, open_task_kit, plan_step
 
 from octollm.clock import SystemClock, Uuid7Generator
-from octollm.contracts.task import Plan, PlanStep, Task
+from octollm.contracts.task import ExecuteResult, Plan, PlanStep, Task
 from octollm.errors import OctoError
 from octollm.events import EventLog
-from octollm.storage import open_database
-from octollm.storage.migrations import migrate
+from octollm.storage import Transaction
 from octollm.tasks.store import NewTask, TaskStore
 
 CLOCK = SystemClock()
@@ -22,8 +26,7 @@ PLAN = Plan((PlanStep("s1", "Do it", "coder", "do it"),))
 
 @pytest.fixture
 async def store() -> AsyncGenerator[TaskStore]:
-    async with open_database("memory://", clock=CLOCK) as db:
-        await migrate(db, "orchestrator")
+    async with open_task_database(CLOCK) as db:
         opened = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK)
         await opened.create(NewTask(TASK, "acme", "ada", "c", "", Task("do it"), "corr", "", CLOCK.now() + 600))
         await opened.begin_planning(TASK, 0)
@@ -66,3 +69,99 @@ async def test_another_tenant_finds_no_task(store: TaskStore) -> None:
         with pytest.raises(OctoError) as caught:
             await read
         assert caught.value.code == "task_not_found"
+
+
+async def test_progress_never_falls_in_whatever_order_reports_are_committed(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    values = [await kit.store.change(task_id, "task.progress", {}, progress=each) for each in (30.0, 20.0, None, 40.0)]
+    assert values == [30.0, 30.0, 30.0, 40.0]
+    assert [data["progress"] for name, data in await kit.events(task_id) if name == "task.progress"] == values
+
+
+async def test_an_ended_task_refuses_every_change(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    cancel: dict[str, Any] = {"status": "cancelled"}
+    await kit.store.change(task_id, "task.cancelled", cancel, new_status="cancelled")
+    before = await kit.events(task_id)
+    for change in (
+        kit.store.change(task_id, "task.cancelled", cancel, new_status="cancelled"),
+        kit.store.change(task_id, "task.progress", {}, progress=50.0),
+        kit.store.begin_planning(task_id, 0),
+        kit.store.set_plan(task_id, PLAN, 0, replan=False, reasons=()),
+    ):
+        with pytest.raises(OctoError) as caught:
+            await change
+        assert caught.value.code == "state_conflict"
+    assert await kit.events(task_id) == before
+
+
+async def test_a_failing_hook_leaves_neither_change_nor_event(kit: TaskKit) -> None:
+    async def fail(_tx: Transaction) -> None:
+        raise OctoError("No audit.", code="unavailable")
+
+    task_id = await kit.submit()
+    before = await kit.events(task_id)
+    with pytest.raises(OctoError):
+        await kit.store.change(task_id, "task.cancelled", {"status": "cancelled"}, new_status="cancelled", hook=fail)
+    assert (await kit.store.get(task_id)).status == "accepted"
+    assert await kit.events(task_id) == before
+
+
+async def test_the_end_of_a_task_cancels_its_open_steps_only(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    await kit.store.begin_planning(task_id, 0)
+    plan = Plan((plan_step("a"), plan_step("b"), plan_step("c")))
+    await kit.store.set_plan(task_id, plan, 0, replan=False, reasons=())
+    done = {"step": "a", "attempt": 1, "output": "", "artifacts": [], "usage": {}, "text_length": 0}
+    await kit.store.change(task_id, "step.completed", done, step=("a", {"status": "completed"}))
+    await kit.store.change(task_id, "task.progress", {}, step=("b", {"status": "running"}))
+    await kit.store.change(task_id, "task.cancelled", {"status": "cancelled"}, new_status="cancelled")
+    assert {step.step: step.status for step in await kit.store.steps(task_id)} == {
+        "a": "completed",
+        "b": "cancelled",
+        "c": "cancelled",
+    }
+
+
+async def test_a_replan_keeps_completed_steps_with_their_results(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    await kit.store.begin_planning(task_id, 0)
+    await kit.store.set_plan(task_id, Plan((plan_step("a"), plan_step("b"))), 0, replan=False, reasons=())
+    result = ExecuteResult("kept")
+    done = {"step": "a", "attempt": 1, "output": "", "artifacts": [], "usage": {}, "text_length": 0}
+    await kit.store.change(task_id, "step.completed", done, step=("a", {"status": "completed", "result": result}))
+    assert not await kit.store.was_replanned(task_id)
+    await kit.store.begin_planning(task_id, 0)
+    await kit.store.set_plan(task_id, Plan((plan_step("a"), plan_step("c", "a"))), 0, replan=True, reasons=("no",))
+    assert await kit.store.was_replanned(task_id)
+    assert [(step.step, step.result) for step in await kit.store.steps(task_id)] == [("a", result), ("c", None)]
+
+
+@given(gaps=st.lists(st.sampled_from([0.0, 0.0, 1.0]), max_size=9), limit=st.integers(1, 4))
+@settings(max_examples=15)
+def test_pages_of_a_list_have_every_task_once_newest_first(gaps: list[float], limit: int) -> None:
+    """Also where tasks were created at the same moment: the id breaks the tie."""
+
+    async def check() -> None:
+        async with open_task_kit() as kit:
+            created: list[tuple[float, str]] = []
+            for gap in gaps:
+                kit.clock.advance(gap)
+                created.append((kit.clock.now(), await kit.submit()))
+            listed: list[str] = []
+            cursor: str | None = ""
+            while cursor is not None:
+                page = await kit.store.list("acme", limit=limit, cursor=cursor, status=None)
+                assert len(page.tasks) <= limit
+                listed += [task.task_id for task in page.tasks]
+                cursor = page.cursor
+            assert listed == [task_id for _, task_id in sorted(created, reverse=True)]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("cursor", ["x", "AAAA", "W10", "bnVsbA", "é"])
+async def test_a_malformed_cursor_is_refused(kit: TaskKit, cursor: str) -> None:
+    with pytest.raises(OctoError) as caught:
+        await kit.store.list("acme", limit=5, cursor=cursor, status=None)
+    assert caught.value.code == "invalid_parameter"

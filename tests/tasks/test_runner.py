@@ -1,0 +1,205 @@
+"""One task from plan to result: order of steps, replanning, takeover, and its ends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from task_kit import ServiceRequest, TaskKit, answer, plan_of, plan_step, raises
+
+from octollm.contracts.operations import AcceptResult
+from octollm.contracts.task import ExecuteResult, Plan, PlanStep
+from octollm.errors import OctoError, RemoteError
+from octollm.tasks.runner import MAX_PARALLEL, TaskRunner
+
+
+async def run_new_task(kit: TaskKit, *steps: PlanStep, **contract: Any) -> str:
+    """Submit, claim and run a task with this plan; return its id."""
+    task_id = await kit.submit(**contract)
+    kit.services.handlers["planner.plan"] = plan_of(*steps)
+    await TaskRunner(kit.deps, await kit.claim()).run()
+    return task_id
+
+
+async def echo(request: ServiceRequest) -> ExecuteResult:
+    inputs = request.body["context"].get("inputs", {})
+    return ExecuteResult(f"{request.body['goal']}({','.join(inputs.values())})")
+
+
+def goals(kit: TaskKit, operation: str = "coder.execute") -> list[str]:
+    return [each.body["goal"] for each in kit.services.requests if each.operation == operation]
+
+
+async def test_steps_run_after_their_dependencies_with_their_outputs(kit: TaskKit) -> None:
+    kit.services.handlers["coder.execute"] = echo
+    task_id = await run_new_task(kit, plan_step("b", "a"), plan_step("a"))
+    view = await kit.store.view(task_id, "acme")
+    assert (view.status, view.progress, view.output) == ("completed", 100.0, "goal of b(goal of a())")
+    assert goals(kit) == ["goal of a", "goal of b"]
+    types = await kit.event_types(task_id)
+    assert types[:3] == ["task.accepted", "task.planned", "task.started"]
+    assert types[-1] == "task.completed"
+
+
+async def test_parallel_steps_are_bounded(kit: TaskKit) -> None:
+    running, most = 0, 0
+    full = asyncio.Event()
+
+    async def execute(_request: ServiceRequest) -> ExecuteResult:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        if running == MAX_PARALLEL:
+            full.set()
+        await full.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        running -= 1
+        return ExecuteResult("done")
+
+    kit.services.handlers["coder.execute"] = execute
+    task_id = await run_new_task(kit, *(plan_step(f"s{n}") for n in range(MAX_PARALLEL + 3)))
+    assert (await kit.store.view(task_id, "acme")).status == "completed"
+    assert most == MAX_PARALLEL
+
+
+async def test_assigned_arm_needs_no_planner(kit: TaskKit) -> None:
+    kit.services.handlers["retriever.execute"] = answer("found")
+    task_id = await kit.submit(assigned_arm="retriever")
+    await TaskRunner(kit.deps, await kit.claim()).run()
+    assert (await kit.store.view(task_id, "acme")).output == "found"
+    assert [each.operation for each in kit.services.requests] == ["retriever.execute", "judge.accept"]
+
+
+async def test_rejected_step_is_replanned_once_with_the_reasons(kit: TaskKit) -> None:
+    plans = [(plan_step("a"), plan_step("b", "a")), (plan_step("c", "a"),)]
+
+    async def plan(_request: ServiceRequest) -> Plan:
+        return Plan(plans.pop(0))
+
+    async def accept(request: ServiceRequest) -> AcceptResult:
+        return AcceptResult(request.body["goal"] != "goal of b", ("Wrong.",))
+
+    task_id = await kit.submit()
+    kit.services.handlers |= {"planner.plan": plan, "coder.execute": echo, "judge.accept": accept}
+    await TaskRunner(kit.deps, await kit.claim()).run()
+    view = await kit.store.view(task_id, "acme")
+    # The completed step is kept, and its output is the input of the new one.
+    assert (view.status, view.output) == ("completed", "goal of c(goal of a())")
+    assert goals(kit).count("goal of a") == 1
+    second = [each for each in kit.services.requests if each.operation == "planner.plan"][1]
+    assert (second.body["reasons"], second.key) == (["Wrong."], f"{task_id}:2:plan")
+    assert (await kit.event_types(task_id)).count("task.replanned") == 1
+
+
+async def test_replan_that_repeats_the_work_fails_with_the_reasons(kit: TaskKit) -> None:
+    async def reject(_request: ServiceRequest) -> AcceptResult:
+        return AcceptResult(accepted=False, reasons=("Wrong.",))
+
+    kit.services.handlers |= {"coder.execute": echo, "judge.accept": reject}
+    task_id = await run_new_task(kit, plan_step("a"))
+    view = await kit.store.view(task_id, "acme")
+    assert view.status == "failed"
+    assert view.error is not None
+    assert (view.error.code, view.error.reasons) == ("not_accepted", ("Wrong.",))
+    assert len(kit.services.keys_of("planner.plan")) == 2
+    assert "task.replanned" not in await kit.event_types(task_id)
+
+
+async def test_other_failures_are_not_replanned(kit: TaskKit) -> None:
+    refused = RemoteError("No.", code="authority_missing", status=403, retryable=False)
+    kit.services.handlers["coder.execute"] = raises(refused)
+    task_id = await run_new_task(kit, plan_step("a"))
+    view = await kit.store.view(task_id, "acme")
+    assert view.error is not None
+    assert (view.status, view.error.code) == ("failed", "authority_missing")
+    assert len(kit.services.keys_of("planner.plan")) == 1
+
+
+async def test_first_failure_cancels_the_parallel_steps(kit: TaskKit) -> None:
+    cancelled: list[str] = []
+    started = asyncio.Event()
+
+    async def execute(request: ServiceRequest) -> ExecuteResult:
+        if request.body["goal"] == "goal of a":
+            await started.wait()
+            raise RemoteError("No.", code="authority_missing", status=403, retryable=False)
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(request.body["goal"])
+            raise
+        raise AssertionError
+
+    kit.services.handlers["coder.execute"] = execute
+    task_id = await run_new_task(kit, plan_step("a"), plan_step("b"))
+    assert cancelled == ["goal of b"]
+    statuses = {step.step: step.status for step in await kit.store.steps(task_id)}
+    assert statuses == {"a": "failed", "b": "cancelled"}
+
+
+async def test_takeover_keeps_the_plan_and_the_completed_steps(kit: TaskKit) -> None:
+    async def stop_at_b(request: ServiceRequest) -> ExecuteResult:
+        if request.body["goal"] == "goal of b":
+            raise asyncio.CancelledError
+        return await echo(request)
+
+    task_id = await kit.submit()
+    kit.services.handlers |= {
+        "planner.plan": plan_of(plan_step("a"), plan_step("b", "a")),
+        "coder.execute": stop_at_b,
+    }
+    with pytest.raises(asyncio.CancelledError):
+        await TaskRunner(kit.deps, await kit.claim()).run()
+    kit.clock.advance(10)
+    kit.services.handlers["coder.execute"] = echo
+    await TaskRunner(kit.deps, await kit.claim("w2")).run()
+    assert (await kit.store.view(task_id, "acme")).output == "goal of b(goal of a())"
+    assert goals(kit) == ["goal of a", "goal of b", "goal of b"]
+    assert len(kit.services.keys_of("planner.plan")) == 1
+    assert kit.services.keys_of("coder.execute")[1:] == ["b:1", "b:1"]
+
+
+async def test_worker_with_an_outdated_epoch_records_nothing(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    first = await kit.claim()
+    kit.clock.advance(10)
+    await kit.claim("w2")
+    kit.services.handlers |= {"planner.plan": plan_of(plan_step("a")), "coder.execute": echo}
+    before = await kit.event_types(task_id)
+    with pytest.raises(OctoError) as caught:
+        await TaskRunner(kit.deps, first).run()
+    assert caught.value.code == "fence_lost"
+    assert await kit.event_types(task_id) == before
+
+
+async def test_task_cancelled_meanwhile_stays_cancelled(kit: TaskKit) -> None:
+    async def cancel(_request: ServiceRequest) -> ExecuteResult:
+        await kit.store.change(task_id, "task.cancelled", {"status": "cancelled"}, new_status="cancelled")
+        return ExecuteResult("late")
+
+    task_id = await kit.submit()
+    kit.services.handlers |= {"planner.plan": plan_of(plan_step("a")), "coder.execute": cancel}
+    await TaskRunner(kit.deps, await kit.claim()).run()
+    assert (await kit.store.view(task_id, "acme")).status == "cancelled"
+    assert (await kit.event_types(task_id))[-1] == "task.cancelled"
+
+
+async def test_expired_task_fails_without_a_call(kit: TaskKit) -> None:
+    task_id = await kit.submit(seconds=30.0)
+    kit.clock.advance(30)
+    await TaskRunner(kit.deps, await kit.claim()).run()
+    view = await kit.store.view(task_id, "acme")
+    assert view.error is not None
+    assert (view.status, view.error.code) == ("failed", "deadline_exceeded")
+    assert kit.services.requests == []
+
+
+async def test_cyclic_plan_fails(kit: TaskKit) -> None:
+    kit.services.handlers["coder.execute"] = echo
+    task_id = await run_new_task(kit, plan_step("a", "b"), plan_step("b", "a"))
+    view = await kit.store.view(task_id, "acme")
+    assert view.error is not None
+    assert view.error.code == "plan_invalid"

@@ -1,0 +1,155 @@
+"""The worker: claims, its bound, and what becomes of tasks that it stops, loses or crashes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from task_kit import ServiceRequest, TaskKit, answer, plan_of, plan_step
+
+from octollm.contracts.task import ExecuteResult
+from octollm.tasks.leases import LeaseRenewer, TaskLeases
+from octollm.tasks.worker import Worker
+from octollm.testing import wait_until
+
+
+class FakeRenewer:
+    """Holds leases without renewing them; ``lose`` reports one as lost."""
+
+    failure = ""
+
+    def __init__(self, on_lost: Callable[[str], None]) -> None:
+        self.lose = on_lost
+        self.leases: dict[str, int] = {}
+
+    def add(self, task_id: str, epoch: int) -> None:
+        self.leases[task_id] = epoch
+
+    def remove(self, task_id: str, epoch: int) -> None:
+        assert self.leases.pop(task_id) == epoch
+
+    @asynccontextmanager
+    async def run(self, _on_failure: object) -> AsyncGenerator[None]:
+        yield
+
+
+class Blocking:
+    """An arm that answers once it is released."""
+
+    def __init__(self) -> None:
+        self.running: list[str] = []
+        self.released = asyncio.Event()
+
+    async def __call__(self, request: ServiceRequest) -> ExecuteResult:
+        self.running.append(request.token)
+        await self.released.wait()
+        return ExecuteResult("done")
+
+
+def make_worker(kit: TaskKit, **options: Any) -> tuple[Worker, FakeRenewer]:
+    kit.services.handlers["planner.plan"] = plan_of(plan_step("a"))
+    renewers: list[FakeRenewer] = []
+
+    def create_renewer(on_lost: Callable[[str], None]) -> LeaseRenewer:
+        renewers.append(FakeRenewer(on_lost))
+        return cast("LeaseRenewer", renewers[0])
+
+    worker = Worker(kit.deps, TaskLeases(kit.db, "w1"), create_renewer, service="orchestrator", **options)
+    return worker, renewers[0]
+
+
+async def has_status(kit: TaskKit, task_id: str, status: str) -> bool:
+    return (await kit.store.get(task_id)).status == status
+
+
+async def test_worker_runs_the_tasks_that_it_finds(kit: TaskKit) -> None:
+    kit.services.handlers["coder.execute"] = answer("done")
+    ids = [await kit.submit() for _ in range(3)]
+    worker, renewer = make_worker(kit)
+    async with worker.run():
+        for task_id in ids:
+            await wait_until(lambda: has_status(kit, task_id, "completed"), description="the task completes")  # noqa: B023
+        await wait_until(lambda: not renewer.leases, description="no lease is renewed any more")
+
+
+async def test_worker_claims_no_more_than_its_bound(kit: TaskKit) -> None:
+    arm = Blocking()
+    kit.services.handlers["coder.execute"] = arm
+    ids = [await kit.submit() for _ in range(3)]
+    worker, renewer = make_worker(kit, max_tasks=2)
+    async with worker.run():
+        await wait_until(lambda: len(arm.running) == 2, description="two tasks run")
+        worker.wake()
+        assert len(renewer.leases) == 2
+        assert await has_status(kit, ids[2], "accepted")
+        arm.released.set()
+        await wait_until(lambda: has_status(kit, ids[2], "completed"), description="the third task follows")
+
+
+async def test_drain_releases_tasks_for_another_worker(kit: TaskKit) -> None:
+    arm = Blocking()
+    kit.services.handlers["coder.execute"] = arm
+    task_id = await kit.submit()
+    worker, _ = make_worker(kit)
+    async with worker.run():
+        await wait_until(lambda: bool(arm.running), description="the task runs")
+    # At once, without waiting for the lease to expire: the clock stands still.
+    assert await TaskLeases(kit.db, "w2").acquire(exclude=frozenset()) == (task_id, 2)
+    assert await has_status(kit, task_id, "running")
+
+
+async def test_lost_lease_stops_the_task_and_leaves_it_open(kit: TaskKit) -> None:
+    arm = Blocking()
+    kit.services.handlers["coder.execute"] = arm
+    task_id = await kit.submit()
+    worker, renewer = make_worker(kit)
+    async with worker.run():
+        await wait_until(lambda: bool(arm.running), description="the task runs")
+        kit.clock.advance(10)
+        assert await TaskLeases(kit.db, "w2").acquire(exclude=frozenset()) == (task_id, 2)
+        renewer.lose(task_id)
+        await wait_until(lambda: not renewer.leases, description="the work is stopped")
+        # The other worker's lease is untouched: the release names the lost epoch.
+        assert await TaskLeases(kit.db, "w3").acquire(exclude=frozenset()) is None
+        assert await has_status(kit, task_id, "running")
+
+
+async def test_stop_waits_until_the_call_is_closed(kit: TaskKit) -> None:
+    closed: list[bool] = []
+    started = asyncio.Event()
+
+    async def execute(_request: ServiceRequest) -> ExecuteResult:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            closed.append(True)
+        raise AssertionError
+
+    kit.services.handlers["coder.execute"] = execute
+    task_id = await kit.submit()
+    worker, _ = make_worker(kit)
+    async with worker.run():
+        await asyncio.wait_for(started.wait(), 10)
+        await kit.store.change(task_id, "task.cancelled", {"status": "cancelled"}, new_status="cancelled")
+        await worker.stop(task_id)
+        assert closed == [True]
+        await worker.stop("unknown")
+
+
+async def test_crash_fails_the_task_instead_of_repeating_it(kit: TaskKit) -> None:
+    async def crash(_request: ServiceRequest) -> ExecuteResult:
+        raise ZeroDivisionError
+
+    kit.services.handlers["coder.execute"] = crash
+    task_id = await kit.submit()
+    worker, _ = make_worker(kit)
+    async with worker.run():
+        await wait_until(lambda: has_status(kit, task_id, "failed"), description="the task fails")
+    view = await kit.store.view(task_id, "acme")
+    assert view.error is not None
+    assert view.error.code == "internal"
+    assert "ZeroDivisionError" in view.error.detail
+    assert "task.crashed" in cast("Any", kit.deps.log).events
