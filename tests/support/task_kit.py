@@ -21,6 +21,7 @@ from octollm.contracts.task import Budget, ExecuteResult, Plan, PlanStep, Task
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.storage import Database, RedisKeys, TextStream, open_database, open_redis
+from octollm.storage.engines import open_sqlite
 from octollm.storage.migrations import migrate
 from octollm.tasks.calls import TaskCalls, TaskTokenMinter
 from octollm.tasks.leases import TaskLeases
@@ -70,7 +71,7 @@ async def open_task_database(clock: Clock) -> AsyncGenerator[Database]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "orchestrator.db"
         path.write_bytes(_migrated_file())
-        async with open_database(f"sqlite:///{path}", clock=clock) as db:
+        async with open_sqlite(path, clock, durable=False) as db:
             yield db
 
 
