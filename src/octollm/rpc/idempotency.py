@@ -21,6 +21,7 @@ from starlette.responses import Response
 from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
+from octollm.rpc.call import IncomingCall
 from octollm.rpc.group_commit import GroupCommit
 from octollm.rpc.problems import PROBLEM_JSON
 from octollm.rpc.responses import BufferedResponse
@@ -42,6 +43,13 @@ class IdempotencyKey(msgspec.Struct, frozen=True, order=True):
     service: str
     operation: str
     key: str
+
+    @classmethod
+    def of(cls, call: IncomingCall) -> IdempotencyKey | None:
+        """Return the key of a call that is being served; ``None`` for one without a key or without a capability."""
+        if call.key is None or call.verified is None:
+            return None
+        return cls(call.verified.tenant, call.verified.subject, call.service, call.operation, call.key)
 
 
 @dataclass(frozen=True, slots=True)

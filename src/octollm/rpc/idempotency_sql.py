@@ -139,14 +139,22 @@ class SqlIdempotencyStore:
             await tx.execute(update(table).where(_key_is(claim.key)).values(values))
         return outcome
 
-    async def find_effect(self, key: IdempotencyKey) -> str | None:
+    async def find_effect(self, key: IdempotencyKey | None) -> str | None:
         """Return the effect recorded by an earlier holder that died before its response was stored."""
+        if key is None:
+            return None
         async with self._db.read() as conn:
             headers = await conn.scalar(select(table.c.headers).where(_key_is(key)))
         return None if headers is None else headers.get("done")
 
-    async def record_effect(self, tx: Transaction, key: IdempotencyKey, effect: str) -> None:
-        """Record the effect in the transaction that has it, so that no later holder repeats the work."""
+    async def record_effect(self, tx: Transaction, key: IdempotencyKey | None, effect: str) -> None:
+        """Record the effect in the transaction that has it, so that no later holder repeats the work.
+
+        Without it, a call that was cut off between its effect and its response would answer its repeat with a refusal:
+        the task is cancelled already, the credential is gone. A call without a key records nothing.
+        """
+        if key is None:
+            return
         await tx.execute(update(table).where(_key_is(key)).values(headers={"done": effect}))
 
     async def renew(self, claims: Sequence[tuple[IdempotencyKey, int]]) -> None:

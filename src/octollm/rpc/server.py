@@ -273,12 +273,12 @@ class OperationEndpoint:
 
     async def _run_idempotent(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
         """Run the handler within the deadline, behind the idempotency key where there is one."""
-        operation, idempotent, verified = self._operation, self._idempotent, call.verified
-        if not operation.takes_key or call.key is None or idempotent is None or verified is None:
+        operation, idempotent, key = self._operation, self._idempotent, IdempotencyKey.of(call)
+        if not operation.takes_key or key is None or idempotent is None:
             return await self._run_handler(call, value)
         scope = call.request.scope
         keyed = KeyedCall(
-            IdempotencyKey(verified.tenant, verified.subject, call.service, call.operation, call.key),
+            key,
             body_digest(
                 operation.method,
                 scope["path"],

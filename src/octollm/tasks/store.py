@@ -280,6 +280,22 @@ class TaskStore:
             rows = await conn.all(query.order_by(tasks.c.deadline_at).limit(limit))
         return [(str(row["task_id"]), float(row["created_at"])) for row in rows]
 
+    async def list_ended_with_reservations(self, ended_before: float, limit: int) -> list[str]:
+        """Return ids of tasks that ended before a moment and still have open reservations."""
+        query = (
+            select(tasks.c.task_id)
+            .join(reservations, reservations.c.task_id == tasks.c.task_id)
+            .where(
+                reservations.c.state == "open",
+                tasks.c.status.not_in(OPEN_STATES),
+                tasks.c.finished_at <= ended_before,
+            )
+            .distinct()
+            .limit(limit)
+        )
+        async with self._db.read() as conn:
+            return [str(row["task_id"]) for row in await conn.all(query)]
+
     async def steps(self, task_id: str) -> list[StepRecord]:
         """Return a task's steps in the plan's order."""
         async with self._db.read() as conn:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,26 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 from orchestra import Orchestra, problem
+from sqlalchemy import update
 
 from octollm.arm import Context
 from octollm.contracts.auth import NewKey, TokenResponse
 from octollm.contracts.enrolment import NewEnrolmentToken
 from octollm.contracts.public_api import PUBLIC_OPERATIONS
 from octollm.contracts.task import ExecuteResult, Task
+from octollm.errors import OctoError
 from octollm.rpc.call import Operation
 from octollm.rpc.http_client import HttpResponse
 from octollm.rpc.idempotency import MAX_KEY
+from octollm.rpc.idempotency_sql import SqlIdempotencyStore
+from octollm.services.orchestrator.accounts import LOCAL_TENANT
 from octollm.services.orchestrator.admin_api import AdminApi
 from octollm.services.orchestrator.arms_api import ArmsApi
 from octollm.services.orchestrator.files import file_operations
 from octollm.services.orchestrator.tasks_api import TasksApi
 from octollm.services.orchestrator.tokens_api import TokensApi
+from octollm.storage import Database, open_database
+from octollm.storage.tables import admissions, idempotency
 from octollm.testing import wait_until
 
 KEY = "client-chosen-key-1"
@@ -142,6 +149,52 @@ async def test_a_change_takes_effect_once_and_a_repeat_gets_the_same_response(
     assert (again.status, again.body) == (first.status, first.body)
     assert again.headers["idempotent-replayed"] == "true"
     assert await audit_length(orch) == audited + 1
+
+
+async def new_arm(orch: Orchestra) -> str:
+    async with orchestrator_database(orch) as db, db.transaction() as tx:
+        await tx.execute(
+            tx.insert(admissions).values(name="weather", tenant=LOCAL_TENANT, calls=[], join_id="j", admitted_at=1.0)
+        )
+    return "weather"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "make", "body"),
+    [*CHANGE, ("DELETE", "/arms/{id}", new_arm, None)],
+    ids=[f"{row[0]} {row[1]}" for row in [*CHANGE, ("DELETE", "/arms/{id}")]],
+)
+async def test_a_change_whose_response_was_lost_to_a_crash_is_answered_alike(
+    orch: Orchestra,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    path: str,
+    make: Callable[[Orchestra], Awaitable[str]],
+    body: Any,
+) -> None:
+    """The process dies after the transaction of the change and before its response is stored."""
+    path = path.replace("{id}", await make(orch))
+
+    async def die(*_: object) -> None:
+        raise OctoError("The process died.", code="unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SqlIdempotencyStore, "complete", die)
+        assert (await orch.send(method, path, body, Idempotency_Key=KEY)).status == 503
+    async with orchestrator_database(orch) as db, db.transaction() as tx:
+        await tx.execute(update(idempotency).values(lease_until=0.0))
+    again = await orch.send(method, path, body, Idempotency_Key=KEY)
+    assert again.status in (200, 201), again.body
+    if body is None:
+        # Without the key of the first call, the change is refused as done already.
+        assert (await orch.send(method, path, body)).status in (400, 404, 409)
+
+
+@contextlib.asynccontextmanager
+async def orchestrator_database(orch: Orchestra) -> AsyncGenerator[Database]:
+    [file] = [file for file in orch.home.rglob("*.db") if "orchestrator" in file.name]
+    async with open_database(f"sqlite:///{file}", clock=orch.house.clock) as db:
+        yield db
 
 
 async def audit_length(orch: Orchestra) -> int:

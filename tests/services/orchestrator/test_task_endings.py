@@ -19,7 +19,7 @@ from octollm.clock import Uuid7Generator
 from octollm.contracts.task import Budget, ExecuteResult, Task, Usage
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
-from octollm.services.orchestrator.task_endings import AdhocTaskExpiry
+from octollm.services.orchestrator.task_endings import ORPHAN_SECONDS, AdhocTaskExpiry
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import budgets, reservations, tasks
@@ -156,6 +156,28 @@ async def test_open_reservations_settle_at_their_bound(replica: Replica) -> None
     with pytest.raises(OctoError) as caught:
         await replica.reserve("adhoc-1", "c")
     assert caught.value.code == "state_conflict"
+
+
+async def test_an_orphaned_reservation_of_an_ended_task_settles_at_its_bound(replica: Replica) -> None:
+    for name in ("task-ended", "task-running"):
+        await replica.add(name, kind="task", lifetime=3600)
+    settled, orphaned = await replica.reserve("task-ended", "a"), await replica.reserve("task-ended", "b")
+    await replica.reserve("task-running", "c")
+    await replica.ledger.settle(settled, Usage(20, 5), None)
+    await replica.store.change(
+        "task-ended", "task.failed", {"status": "failed"}, new_status="failed", finished_at=replica.clock.now()
+    )
+    # A call that the end cut off still settles what it used.
+    assert await replica.expiry.settle_orphans() == 0
+    assert await replica.budget("task-ended") == (120, 25)
+    replica.clock.time += ORPHAN_SECONDS
+    other = Replica(replica.db, replica.clock)
+    await asyncio.gather(replica.expiry.settle_orphans(), other.expiry.settle_orphans())
+    assert await replica.budget("task-ended") == (0, 145)
+    assert await replica.budget("task-running") == (120, 0)
+    assert await replica.expiry.settle_orphans() == 0
+    await replica.ledger.settle(orphaned, Usage(20, 1), None)
+    assert await replica.budget("task-ended") == (0, 145)
 
 
 async def test_a_submitted_task_is_left_to_its_worker(replica: Replica) -> None:

@@ -16,6 +16,8 @@ from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.observability import AuditPage
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, implement
+from octollm.rpc.idempotency import IdempotencyKey
+from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.services.orchestrator.accounts import LOCAL_TENANT, Accounts
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, actor_from_call, read_audit_page, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore
@@ -38,6 +40,7 @@ class AdminApi:
     accounts: Accounts
     revocation_store: RevocationStore
     canceller: TaskCanceller
+    idempotency: SqlIdempotencyStore
     clock: Clock
 
     async def list_keys(self, call: IncomingCall, _body: object) -> KeyList:
@@ -52,11 +55,13 @@ class AdminApi:
 
     async def revoke_key(self, call: IncomingCall, _body: object) -> Acknowledgement:
         """Revoke a key and everything issued for it, and cancel the tasks submitted with it."""
-        key_id, actor = call.path["key_id"], actor_from_call(call)
-        async with self.db.transaction() as tx:
-            # One transaction: a crash leaves no revoked key whose tokens are still valid.
-            await self.accounts.revoke(key_id, actor, tx)
-            await self.revocation_store.add(tx, "cred", key_id, call.tenant)
+        key_id, actor, key = call.path["key_id"], actor_from_call(call), IdempotencyKey.of(call)
+        if not await self.idempotency.find_effect(key):
+            async with self.db.transaction() as tx:
+                # One transaction: a crash leaves no revoked key whose tokens are still valid.
+                await self.accounts.revoke(key_id, actor, tx)
+                await self.revocation_store.add(tx, "cred", key_id, call.tenant)
+                await self.idempotency.record_effect(tx, key, "revoked")
         # After the commit: the revoked key submits no further task while its open ones are cancelled.
         await self.canceller.cancel_all(actor, "The API key that it was submitted with was revoked.", cred=key_id)
         return Acknowledgement()

@@ -21,6 +21,8 @@ from octollm.contracts.enrolment import (
     NewEnrolmentToken,
 )
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs, implement
+from octollm.rpc.idempotency import IdempotencyKey
+from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.services.orchestrator.audit import actor_from_call
 from octollm.services.orchestrator.enrolment import EnrolmentAuthority, EnrolmentTokens, Requester
 from octollm.services.orchestrator.instances import InstanceRegistry
@@ -39,6 +41,7 @@ class ArmsApi:
     instances: InstanceRegistry
     enrolment_tokens: EnrolmentTokens
     enrolment: EnrolmentAuthority
+    idempotency: SqlIdempotencyStore
 
     async def list_arms(self, call: IncomingCall, _body: object) -> ArmList:
         """Return the arms that the tenant's users may call."""
@@ -46,7 +49,13 @@ class ArmsApi:
 
     async def remove(self, call: IncomingCall, _body: object) -> Acknowledgement:
         """Remove an enrolled arm."""
-        await self.enrolment.remove(call.path["name"], actor_from_call(call))
+        key = IdempotencyKey.of(call)
+        if not await self.idempotency.find_effect(key):
+            await self.enrolment.remove(
+                call.path["name"],
+                actor_from_call(call),
+                hook=lambda tx: self.idempotency.record_effect(tx, key, "removed"),
+            )
         return Acknowledgement()
 
     async def create_enrolment_token(self, call: IncomingCall, body: EnrolmentTokenRequest) -> NewEnrolmentToken:
@@ -59,7 +68,13 @@ class ArmsApi:
 
     async def revoke_enrolment_token(self, call: IncomingCall, _body: object) -> Acknowledgement:
         """Revoke an enrolment token."""
-        await self.enrolment_tokens.revoke(call.path["join_id"], actor_from_call(call))
+        key = IdempotencyKey.of(call)
+        if not await self.idempotency.find_effect(key):
+            await self.enrolment_tokens.revoke(
+                call.path["join_id"],
+                actor_from_call(call),
+                hook=lambda tx: self.idempotency.record_effect(tx, key, "revoked"),
+            )
         return Acknowledgement()
 
     async def issue_nonce(self, _call: IncomingCall, _body: object) -> EnrolmentNonce:

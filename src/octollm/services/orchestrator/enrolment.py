@@ -50,6 +50,7 @@ from octollm.services.orchestrator.registry import MAX_ENROLLED_ARMS, ServiceReg
 from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Database, Transaction, row_to_dict
 from octollm.storage.tables import admissions, arm_keys, arms, join_nonces, joins
+from octollm.tasks.store import TransactionHook
 
 MAX_FAILURES = 10
 """Failed attempts of one address within the window, before further ones are refused unread."""
@@ -138,8 +139,11 @@ class EnrolmentTokens:
         now = self._clock.now()
         return EnrolmentTokenList(tuple(_token_view_from_row(row_to_dict(row), now) for row in rows))
 
-    async def revoke(self, token_id: str, actor: Actor) -> None:
-        """Revoke a token of the actor's tenant; raise ``not_found`` for another's. Arms it admitted stay enrolled."""
+    async def revoke(self, token_id: str, actor: Actor, *, hook: TransactionHook | None = None) -> None:
+        """Revoke a token of the actor's tenant; raise ``not_found`` for another's. Arms it admitted stay enrolled.
+
+        What ``hook`` writes is part of the same transaction.
+        """
         now = self._clock.now()
         async with self._db.transaction() as tx:
             result = await tx.execute(
@@ -154,6 +158,8 @@ class EnrolmentTokens:
             if result.rowcount != 1:
                 raise OctoError("There is no such enrolment token, or it is revoked already.", code="not_found")
             await record_audit(tx, actor, "join.revoked", token_id, now)
+            if hook is not None:
+                await hook(tx)
 
 
 def terms_from_row(row: Mapping[str, Any]) -> EnrolmentTerms:
@@ -273,10 +279,11 @@ class EnrolmentAuthority:
             )
         await self._registry.refresh()
 
-    async def remove(self, name: str, actor: Actor) -> None:
+    async def remove(self, name: str, actor: Actor, *, hook: TransactionHook | None = None) -> None:
         """Remove an arm and free its name: its keys, its grants and its enrolment tokens become invalid.
 
-        Raises ``arm_unknown`` for a name that is not enrolled in the actor's tenant.
+        Raises ``arm_unknown`` for a name that is not enrolled in the actor's tenant. What ``hook`` writes is part of
+        the same transaction.
         """
         if name in SERVICES:
             raise OctoError(f"{name} belongs to the installation itself and cannot be removed.", code="arm_unknown")
@@ -293,6 +300,8 @@ class EnrolmentAuthority:
                 update(joins).where(joins.c.name == name, joins.c.revoked_at.is_(None)).values(revoked_at=now)
             )
             await self._revocation_store.add(tx, "aud", name, tenant)
+            if hook is not None:
+                await hook(tx)
             await self._log.append(
                 tx, "arm.removed", subject=f"arm/{name}", tenant=tenant, source="orchestrator", data={"arm": name}
             )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy import ColumnElement, delete, exists, func, select, update
 
 from octollm.capability.enrolment import check_operation_name, parse_declared_calls, scopes_of
 from octollm.concurrency import BackgroundLoop, LoopLogger
@@ -20,7 +20,7 @@ from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.services.orchestrator.audit import SYSTEM_TENANT
-from octollm.services.orchestrator.registry import MAX_INSTANCES, ServiceRegistry
+from octollm.services.orchestrator.registry import MAX_ENROLLED_ARMS, MAX_INSTANCES, ServiceRegistry
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import admissions, arm_instances, arms
 
@@ -104,6 +104,7 @@ class InstanceRegistry:
     async def deregister(self, name: str, instance: str) -> None:
         """Remove an instance that shuts down; an unknown one is ignored."""
         async with self._db.transaction() as tx:
+            await _lock_arms(tx, arms.c.name == name)
             await tx.execute(delete(arm_instances).where(_match_instance(name, instance)))
             await self._mark_unhealthy(tx)
         await self._registry.refresh()
@@ -117,6 +118,7 @@ class InstanceRegistry:
                 return 0
         async with self._db.transaction() as tx:
             silent = arm_instances.c.seen_at < await tx.now() - HEARTBEAT_TIMEOUT_SECONDS
+            await _lock_arms(tx, arms.c.name.in_(select(arm_instances.c.name).where(silent)))
             dropped = await tx.execute(delete(arm_instances).where(silent))
             await self._mark_unhealthy(tx)
         await self._registry.refresh()
@@ -154,6 +156,13 @@ class InstanceRegistry:
         await self._log.append(
             tx, event, subject=f"arm/{name}", tenant=tenant, source="orchestrator", data={"arm": name, **(more or {})}
         )
+
+
+async def _lock_arms(tx: Transaction, condition: ColumnElement[bool]) -> None:
+    """Lock the rows of arms before those of their instances, as a registration does."""
+    # The opposite order would deadlock with an instance that registers at the same moment.
+    most = MAX_ENROLLED_ARMS + len(BUILT_IN_ARMS)
+    await tx.all(select(arms.c.name).where(condition).order_by(arms.c.name).limit(most).with_for_update())
 
 
 async def _upsert_instance(tx: Transaction, name: str, arm: ArmRegistration, now: float) -> bool:

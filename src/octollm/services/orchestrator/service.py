@@ -173,6 +173,7 @@ async def orchestrator_service(
             instances,
             EnrolmentTokens(db, token_issuer, base.clock, base.ids),
             EnrolmentAuthority(db, log, token_issuer, roots, registry, revocation_store, base.clock, base.ids),
+            idempotency,
         )
         service = build_service(
             base,
@@ -183,7 +184,7 @@ async def orchestrator_service(
                 *tokens_api.operations(),
                 *services_api.operations(),
                 *arms_api.operations(),
-                *AdminApi(db, accounts, revocation_store, canceller, base.clock).operations(),
+                *AdminApi(db, accounts, revocation_store, canceller, idempotency, base.clock).operations(),
             ],
             authenticators={
                 "capability": CapabilityAuthenticator(verifier),

@@ -19,7 +19,7 @@ from octollm.errors import OctoError
 from octollm.services.orchestrator.accounts import hash_credential
 from octollm.services.orchestrator.audit import Actor, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore
-from octollm.storage import Database, row_to_dict
+from octollm.storage import Database, DatabaseConnection, Transaction, row_to_dict
 from octollm.storage.tables import sessions
 
 MAX_SESSIONS = 100
@@ -66,41 +66,50 @@ class SessionStore:
 
         Raises ``api_key_invalid`` for any other session, without a reason.
         """
-        row = await self._load_row(session)
+        async with self._db.read() as conn:
+            row = await self._load_row(conn, session)
         return row["id"], row["cred"]
 
     async def add_token(self, session_id: str, jti: str) -> None:
-        """Record an access token that was issued to a session."""
+        """Record an access token that is issued to a session; raise ``api_key_invalid`` when it has ended."""
         async with self._db.transaction() as tx:
             # Locked: two exchanges at once would each write a list without the other's token.
             row = await tx.first(select(sessions).where(sessions.c.id == session_id).with_for_update())
-            if row is not None:
-                tokens = [*row["tokens"], jti][-MAX_SESSION_TOKENS:]
-                await tx.execute(update(sessions).where(sessions.c.id == session_id).values(tokens=tokens))
+            if row is None:
+                # It ended since its secret was checked, so nothing would revoke this token.
+                raise _session_ended()
+            tokens = [*row["tokens"], jti][-MAX_SESSION_TOKENS:]
+            await tx.execute(update(sessions).where(sessions.c.id == session_id).values(tokens=tokens))
 
     async def end(self, session: str) -> None:
         """End a session and revoke its access tokens; ending it again changes nothing."""
-        try:
-            row = await self._load_row(session)
-        except OctoError:
-            return
-        now = self._clock.now()
         async with self._db.transaction() as tx:
+            # Read under the lock: a token that an exchange adds meanwhile is revoked too, or is not issued.
+            try:
+                row = await self._load_row(tx, session)
+            except OctoError as error:
+                if error.code != "api_key_invalid":
+                    raise
+                return
+            now = self._clock.now()
             await tx.execute(delete(sessions).where(sessions.c.id == row["id"]))
             for jti in row["tokens"]:
                 await self._revocation_store.add(tx, "jti", jti, row["tenant"])
             actor = Actor(Principal("", row["cred"], row["tenant"]))
             await record_audit(tx, actor, "session.ended", row["id"], now)
 
-    async def _load_row(self, session: str) -> Mapping[str, Any]:
-        refused = OctoError("The session has ended: log in again.", code="api_key_invalid")
+    async def _load_row(self, conn: DatabaseConnection, session: str) -> Mapping[str, Any]:
         session_id = session.removeprefix(SESSION_TOKEN_PREFIX).partition("_")[0]
         if not session.startswith(SESSION_TOKEN_PREFIX) or len(session) > 200:
-            raise refused
-        async with self._db.read() as conn:
-            result = await conn.first(select(sessions).where(sessions.c.id == session_id))
+            raise _session_ended()
+        query = select(sessions).where(sessions.c.id == session_id)
+        result = await conn.first(query.with_for_update() if isinstance(conn, Transaction) else query)
         row = None if result is None else row_to_dict(result)
         is_match = hmac.compare_digest("" if row is None else row["hash"], hash_credential(session))
         if row is None or not is_match or row["expires_at"] <= self._clock.now():
-            raise refused
+            raise _session_ended()
         return row
+
+
+def _session_ended() -> OctoError:
+    return OctoError("The session has ended: log in again.", code="api_key_invalid")

@@ -1,4 +1,4 @@
-"""Tasks that end from outside their worker: cancellation, and the expiry of ad-hoc tasks.
+"""Tasks that end from outside their worker: cancellation, the expiry of ad-hoc tasks, and what either leaves reserved.
 
 An ad-hoc task stands for a token that was issued for direct calls. No worker runs it, so a sweep ends it when the token
 expires.
@@ -16,13 +16,15 @@ from octollm.services.orchestrator.audit import Actor, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Transaction
 from octollm.tasks.ledger import BudgetLedger
-from octollm.tasks.store import TaskStore
+from octollm.tasks.store import TaskStore, TransactionHook
 from octollm.tasks.worker import Worker
 from octollm.telemetry import Metrics
 
 SWEEP_SECONDS = 2.0
 """Seconds between two looks for expired ad-hoc tasks."""
 SWEEP_BATCH = 100
+ORPHAN_SECONDS = 60.0
+"""Seconds after a task's end until an open reservation is orphaned: twice as long as a settlement is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,13 @@ class TaskCanceller:
     announce: Callable[[str], Awaitable[None]]
     """Announces a cancelled task id to the other replicas."""
 
-    async def cancel(self, task_id: str, actor: Actor, reason: str = "") -> None:
-        """Cancel a task of the actor's tenant; raise ``state_conflict`` for one that has ended."""
+    async def cancel(
+        self, task_id: str, actor: Actor, reason: str = "", *, hook: TransactionHook | None = None
+    ) -> None:
+        """Cancel a task of the actor's tenant; raise ``state_conflict`` for one that has ended.
+
+        What ``hook`` writes is part of the same transaction.
+        """
         tenant = actor.principal.tenant
         now = self.clock.now()
 
@@ -46,6 +53,8 @@ class TaskCanceller:
             # In the transaction of the end: a crash leaves no cancelled task whose tokens are still valid.
             await self.revocation_store.add(tx, "task", task_id, tenant)
             await record_audit(tx, actor, "task.cancelled", task_id, now, {"reason": reason} if reason else None)
+            if hook is not None:
+                await hook(tx)
 
         data = {"status": "cancelled", **({"reason": reason} if reason else {})}
         await self.store.change(
@@ -54,6 +63,10 @@ class TaskCanceller:
         # Counted here and not by the worker: a task may be cancelled before any worker has it.
         self.metrics.tasks.labels("cancelled").inc()
         # After the commit: a worker that stops releases its lease, and an open task would be claimed again.
+        await self.stop_work(task_id)
+
+    async def stop_work(self, task_id: str) -> None:
+        """Stop the worker of a cancelled task, here or at another replica; harmless when it has stopped."""
         await self.worker.stop(task_id)
         await self.announce(task_id)
 
@@ -113,11 +126,25 @@ class AdhocTaskExpiry:
                 count += 1
         return count
 
+    async def settle_orphans(self) -> int:
+        """Settle, at its upper bound, what is still reserved for tasks that ended a while ago; return their number.
+
+        A model call that dies with its process leaves a reservation that nobody settles.
+        """
+        # Later than the end: a call that is cut off by it settles what it really used within this time.
+        task_ids = await self.store.list_ended_with_reservations(self.clock.now() - ORPHAN_SECONDS, SWEEP_BATCH)
+        for task_id in task_ids:
+            async with self.store.transaction() as tx:
+                await self.ledger.settle_open(tx, task_id)
+        return len(task_ids)
+
     def expiry_loop(self, log: LoopLogger) -> BackgroundLoop:
         """Return the loop that sweeps in the background."""
 
         async def sweep_all() -> None:
             while await self.sweep() == SWEEP_BATCH:
+                pass
+            while await self.settle_orphans() == SWEEP_BATCH:
                 pass
 
         return BackgroundLoop("ad-hoc task expiry", sweep_all, interval=SWEEP_SECONDS, restart=True, log=log)

@@ -86,8 +86,8 @@ class TasksApi:
     async def submit(self, call: IncomingCall, contract: Task) -> OperationResponse:
         """Validate and store a task, and wake the worker. A key whose task is stored already returns that task."""
         principal = call.authority.principal
-        key = call.key and IdempotencyKey(principal.tenant, principal.sub, call.service, call.operation, call.key)
-        if key and (stored := await self.idempotency.find_effect(key)):
+        key = IdempotencyKey.of(call)
+        if stored := await self.idempotency.find_effect(key):
             return OperationResponse(
                 await self.store.view(stored, principal.tenant), 201, {"Location": f"/tasks/{stored}"}
             )
@@ -107,8 +107,7 @@ class TasksApi:
                 tx, actor_from_call(call), "task.created", task_id, self.clock.now(), _screening_detail(call)
             )
             # In the same transaction as the task: a repeat after a crash finds the task and does not store another.
-            if key:
-                await self.idempotency.record_effect(tx, key, task_id)
+            await self.idempotency.record_effect(tx, key, task_id)
 
         view = await self.store.create(
             NewTask(
@@ -150,7 +149,16 @@ class TasksApi:
         task_id = call.path["task_id"]
         # Refuses another tenant's task: the cancellation itself goes by the id alone.
         await self.store.view(task_id, call.tenant)
-        await self.canceller.cancel(task_id, actor_from_call(call))
+        key = IdempotencyKey.of(call)
+        if await self.idempotency.find_effect(key):
+            # This call cancelled the task and was cut off, perhaps before it stopped the work.
+            await self.canceller.stop_work(task_id)
+        else:
+            await self.canceller.cancel(
+                task_id,
+                actor_from_call(call),
+                hook=lambda tx: self.idempotency.record_effect(tx, key, "cancelled"),
+            )
         return await self.store.view(task_id, call.tenant)
 
     async def history(self, call: IncomingCall, _body: object) -> EventList:

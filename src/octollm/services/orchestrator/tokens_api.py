@@ -81,7 +81,11 @@ class TokensApi:
         token = self.minter.mint_access(account.principal, "orchestrator", scopes, ACCESS_TOKEN_SECONDS)
         if session_id:
             # Recorded, so that the end of the session revokes it.
-            await self.sessions.add_token(session_id, read_chain(token).access.claims.jti)
+            try:
+                await self.sessions.add_token(session_id, read_chain(token).access.claims.jti)
+            except OctoError:
+                await self._audit_refusal(call)
+                raise
         return TokenResponse(token, ACCESS_TOKEN_SECONDS, str(scopes), tenant=account.principal.tenant)
 
     async def open_session(self, call: IncomingCall, body: CreateSessionRequest) -> SessionResponse:

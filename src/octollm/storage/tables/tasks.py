@@ -177,6 +177,10 @@ reservations = Table(
     time("settled_at", nullable=True),
     Index(None, "task_id", "state"),
     Index(None, "task_id", "key"),
+    # Few are open at a time: the sweep for orphaned ones does not read the settled ones.
+    Index(
+        "ix_reservations_open", "task_id", sqlite_where=sql("state = 'open'"), postgresql_where=sql("state = 'open'")
+    ),
 )
 
 model_journal = Table(
