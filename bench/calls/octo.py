@@ -32,7 +32,6 @@ from octollm.capability import (
 )
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.context import RequestContext, set_context, start_trace
-from octollm.events import EventLog
 from octollm.installation.service_host import tune_garbage_collector
 from octollm.resilience import Deadline
 from octollm.rpc.auth import ServiceAuthenticator
@@ -52,7 +51,6 @@ from octollm.services.orchestrator.services_api import ServicesApi
 from octollm.storage import open_database
 from octollm.storage.migrations import migrate
 from octollm.tasks.ledger import BudgetLedger
-from octollm.tasks.store import TaskStore
 from octollm.telemetry import Span, configure_logging
 from octollm.telemetry.otlp import encode_spans
 
@@ -149,11 +147,9 @@ async def keep(port: int, keys: Keys, store: str) -> None:
         )
         db = await stack.enter_async_context(open_database(store, clock=CLOCK))
         await migrate(db, "orchestrator")
-        log = EventLog(db, CLOCK, IDS)
         revoking = RevocationStore(db, CLOCK)
-        tasks = TaskStore(db, log, CLOCK)
         api = ServicesApi(
-            BudgetLedger(db, CLOCK, IDS), tasks, SqlIdempotencyStore(db, "bench"), revoking, identity.roots, CLOCK
+            BudgetLedger(db, CLOCK, IDS), SqlIdempotencyStore(db, "bench"), revoking, identity.roots, CLOCK
         )
         entries = {"judge": DirectoryEntry((keys.judge.thumbprint,))}
         opener = ServiceAuthenticator("orchestrator", lambda: entries, CLOCK)

@@ -15,7 +15,7 @@ from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
 
 pytestmark = pytest.mark.sandbox
 GOAL = "Write a Python function double(number) with tests"
-MAX_CALLS = 30
+MAX_CALLS = 24
 KEY_OPERATIONS = ("idempotency.claim", "idempotency.complete", "idempotency.release")
 PLAN = (
     '{"steps": [{"id": "s1", "title": "Write it", "arm": "coder", "goal": "' + GOAL + '", "depends_on": [],'

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from octollm.errors import OctoError
 from octollm.rpc import group_commit as module
 from octollm.rpc.group_commit import GroupCommit
+from octollm.testing import wait_until
 
 WHO = contextvars.ContextVar("who", default="nobody")
 
@@ -34,8 +35,7 @@ async def test_what_comes_meanwhile_is_done_together_and_each_gets_its_own() -> 
     work = Work()
     batches: GroupCommit[int, int] = GroupCommit(work, name="numbers")
     waiting = [asyncio.create_task(batches.wait(item)) for item in range(6)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await wait_until(lambda: bool(work.batches), description="the first batch runs")
     waiting += [asyncio.create_task(batches.wait(item)) for item in range(6, 9)]
     await asyncio.sleep(0)
     work.go.set()
@@ -43,6 +43,18 @@ async def test_what_comes_meanwhile_is_done_together_and_each_gets_its_own() -> 
     assert [result for result in results if isinstance(result, int)] == [0, 4, 8, 12, 16]
     assert all(isinstance(result, OctoError) for result in results[1::2])
     assert work.batches == [[0, 1, 2, 3, 4, 5], [6, 7, 8]]
+
+
+async def test_those_that_a_batch_wakes_share_the_next_one() -> None:
+    work = Work(hold=False)
+    batches: GroupCommit[int, int] = GroupCommit(work, name="numbers")
+
+    async def two_in_turn(item: int) -> None:
+        await batches.wait(item)
+        await batches.wait(item)
+
+    await asyncio.gather(*(two_in_turn(item) for item in range(0, 12, 2)))
+    assert work.batches == [[0, 2, 4, 6, 8, 10]] * 2
 
 
 @given(st.lists(st.integers(0, 12).map(lambda number: number * 2), max_size=60))
@@ -61,8 +73,7 @@ async def test_who_leaves_before_is_left_out_and_who_leaves_later_takes_nobody_a
     work = Work()
     batches: GroupCommit[int, int] = GroupCommit(work, name="numbers")
     first = asyncio.create_task(batches.wait(2))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await wait_until(lambda: bool(work.batches), description="the first batch runs")
     gone, second = batches.put(4), batches.put(6)
     gone.cancel()
     first.cancel()

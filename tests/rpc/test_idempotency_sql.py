@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 
+import msgspec
 import pytest
 from databases import Backend
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from octollm.clock import SystemClock
 from octollm.errors import OctoError
@@ -23,16 +26,35 @@ from octollm.rpc.idempotency import (
     KeyConflict,
     KeyedCall,
     NestedKeys,
+    NewClaim,
     OutcomeUnknown,
     StoredResponse,
 )
 from octollm.rpc.idempotency_sql import PRUNE_EVERY, SqlIdempotencyStore
 from octollm.rpc.responses import BufferedResponse
 from octollm.storage import Database, open_database
+from octollm.storage.database import Rows
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import idempotency as table
+from octollm.storage.tables import tasks
+from octollm.testing import wait_until
 
 KEY = IdempotencyKey("t1", "user", "coder", "execute", "k")
+TASK_ROW = {
+    "task_id": "task-1",
+    "tenant": "t1",
+    "sub": "user",
+    "cred": "key-1",
+    "authority": "",
+    "goal": "do it",
+    "contract": {},
+    "correlation_id": "corr-1",
+    "traceparent": "",
+    "status": "running",
+    "run": 7,
+    "created_at": 1.0,
+    "updated_at": 1.0,
+}
 
 
 @pytest.fixture
@@ -60,11 +82,18 @@ async def claim(
     return await store.claim(key, body, idempotent=repeatable, bearer="")
 
 
+async def claimed_epoch(store: SqlIdempotencyStore, key: IdempotencyKey = KEY) -> int:
+    """Claim a free key and return the epoch of the claim."""
+    outcome = await claim(store, key)
+    assert isinstance(outcome, Claimed)
+    return outcome.epoch
+
+
 async def test_a_key_is_claimed_once_and_its_answer_is_kept(store: SqlIdempotencyStore) -> None:
     found = await asyncio.gather(*(claim(store) for _ in range(20)))
-    assert found.count(Claimed(1)) == 1
+    [epoch] = [outcome.epoch for outcome in found if isinstance(outcome, Claimed)]
     assert found.count(InFlight()) == 19
-    await store.complete(KEY, 1, StoredResponse(200, b"answer", {"etag": "1"}))
+    await store.complete(KEY, epoch, StoredResponse(200, b"answer", {"etag": "1"}))
     assert await claim(store) == AlreadyCompleted(StoredResponse(200, b"answer", {"etag": "1"}))
     assert await claim(store, body="other") == KeyConflict()
 
@@ -107,32 +136,97 @@ async def test_one_of_many_claimers_in_two_processes_wins_each_time(postgres: Ba
 
 @pytest.mark.parametrize("field", ["tenant", "subject", "service", "operation", "key"])
 async def test_a_key_is_nobody_elses(store: SqlIdempotencyStore, field: str) -> None:
-    await claim(store)
-    await store.complete(KEY, 1, StoredResponse(200, b"mine"))
+    await store.complete(KEY, await claimed_epoch(store), StoredResponse(200, b"mine"))
     parts = {name: getattr(KEY, name) for name in ("tenant", "subject", "service", "operation", "key")}
-    assert await claim(store, IdempotencyKey(**{**parts, field: "another"})) == Claimed(1)
+    assert await claimed_epoch(store, IdempotencyKey(**{**parts, field: "another"}))
 
 
 async def test_a_released_key_may_be_claimed_again(store: SqlIdempotencyStore) -> None:
-    await claim(store)
-    await store.release(KEY, 1)
-    assert await claim(store) == Claimed(1)
+    await store.release(KEY, await claimed_epoch(store))
+    assert await claimed_epoch(store)
+
+
+async def test_a_key_that_is_claimed_anew_never_gets_the_epoch_of_a_lost_claim(
+    store: SqlIdempotencyStore, db: Database
+) -> None:
+    """A crash of the database server may take an unfinished claim along; its holder still runs."""
+    lost = await claimed_epoch(store)
+    async with db.transaction() as tx:
+        await tx.execute(delete(table))
+    await pass_clock_tick()
+    epoch = await claimed_epoch(store)
+    assert epoch > lost
+    await store.complete(KEY, lost, StoredResponse(200, b"late"))
+    assert await claim(store) == InFlight()
+    await store.complete(KEY, epoch, StoredResponse(200, b"right"))
+    assert await claim(store) == AlreadyCompleted(StoredResponse(200, b"right"))
+
+
+async def pass_clock_tick() -> None:
+    """Wait until a millisecond, the resolution of an epoch, has passed."""
+    began = time.monotonic()
+    await wait_until(lambda: time.monotonic() > began + 0.002, description="two milliseconds have passed")
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(("idempotent", "setting"), [(True, "off"), (False, "on")])
+async def test_only_the_claim_of_an_at_most_once_call_waits_for_the_disk(
+    postgres: Backend, idempotent: bool, setting: str
+) -> None:
+    async with open_database(postgres.url("octollm_orchestrator"), clock=SystemClock()) as db:
+        await migrate(db, "orchestrator")
+        recorded: list[str] = []
+        assert db.direct_pool is not None
+        assert db.lazy_pool is not None
+        for pool in (db.direct_pool, db.lazy_pool):
+            [[value]] = await pool.fetch("SELECT current_setting('synchronous_commit')")
+            pool.fetch = partial(_record_fetch, pool.fetch, recorded, str(value))  # type: ignore[method-assign]
+        store = SqlIdempotencyStore(db, "holder")
+        outcome = await claim(store, repeatable=idempotent)
+        assert isinstance(outcome, Claimed)
+        await store.complete(KEY, outcome.epoch, StoredResponse(200, b"x"))
+        assert recorded == [setting, "on"]
+
+
+async def _record_fetch(
+    fetch: Callable[..., Awaitable[Rows]], recorded: list[str], setting: str, statement: str, *parameters: object
+) -> Rows:
+    recorded.append(setting)
+    return await fetch(statement, *parameters)
+
+
+async def test_a_claim_for_an_older_run_of_a_task_is_refused(store: SqlIdempotencyStore, db: Database) -> None:
+    async with db.transaction() as tx:
+        await tx.execute(tx.insert(tasks).values(**TASK_ROW))
+    held = [
+        NewClaim(msgspec.structs.replace(KEY, key=f"k{epoch}"), "b", True, "task-1", epoch) for epoch in (6, 7, 8, None)
+    ]
+    outcomes = await store.claim_many(held)
+    assert [type(outcome) for outcome in outcomes] == [OctoError, Claimed, Claimed, Claimed]
+    assert isinstance(outcomes[0], OctoError)
+    assert outcomes[0].code == "fence_lost"
+    # The stale claim left nothing: the present run may use the key.
+    assert isinstance((await store.claim_many([msgspec.structs.replace(held[0], epoch=7)]))[0], Claimed)
+    # A stale run learns nothing of a key that is claimed, either.
+    [again] = await store.claim_many([msgspec.structs.replace(held[1], epoch=6)])
+    assert isinstance(again, OctoError)
+    assert again.code == "fence_lost"
 
 
 async def test_a_dead_holders_repeatable_call_is_done_again_and_its_answer_is_refused(
     store: SqlIdempotencyStore, db: Database
 ) -> None:
-    await claim(store)
+    epoch = await claimed_epoch(store)
     await pass_time(db, LEASE_SECONDS - 2)
     await store.renew([])
-    await store.renew([(KEY, 1)])
+    await store.renew([(KEY, epoch)])
     await pass_time(db, LEASE_SECONDS - 2)
     assert await claim(store) == InFlight()
     await pass_time(db, LEASE_SECONDS)
-    assert await claim(store) == Claimed(2)
-    await store.complete(KEY, 1, StoredResponse(200, b"from the dead"))
+    assert await claim(store) == Claimed(epoch + 1)
+    await store.complete(KEY, epoch, StoredResponse(200, b"from the dead"))
     assert await claim(store) == InFlight()
-    await store.complete(KEY, 2, StoredResponse(200, b"right"))
+    await store.complete(KEY, epoch + 1, StoredResponse(200, b"right"))
     assert await claim(store) == AlreadyCompleted(StoredResponse(200, b"right"))
 
 
@@ -168,16 +262,14 @@ async def test_a_response_too_large_to_store_never_lets_an_at_most_once_call_run
 
 
 async def test_old_keys_are_dropped_and_huge_answers_are_not_kept(store: SqlIdempotencyStore, db: Database) -> None:
-    await claim(store)
-    await store.complete(KEY, 1, StoredResponse(200, b"x" * (MAX_STORED_BYTES + 1)))
-    assert await claim(store) == Claimed(1)
-    await store.complete(KEY, 1, StoredResponse(200, b"x"))
+    await store.complete(KEY, await claimed_epoch(store), StoredResponse(200, b"x" * (MAX_STORED_BYTES + 1)))
+    await store.complete(KEY, await claimed_epoch(store), StoredResponse(200, b"x"))
     await pass_time(db, RETENTION_SECONDS + 1)
     # It is not looked for with every claim, but soon enough.
     await asyncio.gather(
         *(claim(store, IdempotencyKey("t", "s", "x", "y", f"new-{number}")) for number in range(PRUNE_EVERY))
     )
-    assert await claim(store) == Claimed(1)
+    assert await claimed_epoch(store)
 
 
 def test_nested_keys_repeat_with_their_parent() -> None:

@@ -7,6 +7,7 @@ information about the call.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, cast, overload
@@ -21,7 +22,16 @@ from octollm.contracts.media_types import media_type_of
 from octollm.contracts.operations import StoredFile, to_artifact
 from octollm.contracts.service_operations import route_of
 from octollm.contracts.services import service_of
-from octollm.contracts.task import MAX_FILE_BYTES, Artifact, Budget, FileRef, Task
+from octollm.contracts.task import (
+    INLINE_ARTIFACTS_HEADER,
+    MAX_FILE_BYTES,
+    Artifact,
+    Budget,
+    ExecuteResult,
+    FileRef,
+    StepResult,
+    Task,
+)
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry
 from octollm.rpc.call import IncomingCall
@@ -42,12 +52,18 @@ class PrepareCall(Protocol):
 
 
 class Artifacts:
-    """Reads the files of a task and writes new ones. The arm declares ``files:read`` and ``files:write``."""
+    """Reads the files of a task and writes new ones. The arm declares ``files:read`` and ``files:write``.
 
-    def __init__(self, caller: ServiceClient, prepare_call: PrepareCall) -> None:
+    ``inline_bytes`` is how many bytes of texts the caller takes in the response and stores itself.
+    """
+
+    def __init__(self, caller: ServiceClient, prepare_call: PrepareCall, inline_bytes: int = 0) -> None:
         self._caller = caller
         self._prepare_call = prepare_call
         self._written: dict[str, Artifact] = {}
+        self._room = inline_bytes
+        self._inline: dict[str, tuple[Artifact, str]] = {}
+        """Artifacts that are not stored yet, with their texts, by digest."""
 
     async def read(self, file: FileRef | Artifact) -> bytes:
         """Return the bytes of a file: its inline text, or the content stored under its digest.
@@ -71,14 +87,67 @@ class Artifacts:
         if len(body) > MAX_FILE_BYTES:
             raise OctoError(f"The artifact {name} has more than {MAX_FILE_BYTES} bytes.", code="body_too_large")
         kind = media_type or media_type_of(name)
-        outgoing = await self._prepare_call("files", "write", body)
-        response = await self._caller.call(_with_file_headers(outgoing, name, kind), StoredFile)
-        self._written[name] = to_artifact(response)
+        # Also for one that travels in the response: an arm without the authority is refused here and now.
+        outgoing = _with_file_headers(await self._prepare_call("files", "write", body), name, kind)
+        text = _inline_text(name, body, self._room)
+        if text is None:
+            self._written[name] = await self._upload(outgoing)
+        else:
+            artifact = Artifact(name, hashlib.sha256(body).hexdigest(), len(body), kind)
+            self._written[name] = artifact
+            self._inline[artifact.digest] = artifact, text
+            self._room -= len(body)
         return self._written[name]
+
+    async def _upload(self, outgoing: OutgoingCall) -> Artifact:
+        return to_artifact(await self._caller.call(outgoing, StoredFile))
+
+    async def store(self) -> None:
+        """Store what would travel in the response. A call that may refer to it by its digest is about to be made."""
+        while self._inline:
+            _, (artifact, text) = self._inline.popitem()
+            body = text.encode()
+            outgoing = await self._prepare_call("files", "write", body)
+            await self._upload(_with_file_headers(outgoing, artifact.name, artifact.media_type))
+
+    async def attach(self, result: ExecuteResult) -> ExecuteResult:
+        """Return the result with the texts of its artifacts that are not stored; store those that are not in it."""
+        listed = {artifact.digest for artifact in result.artifacts}
+        texts = {digest: self._inline.pop(digest)[1] for digest in list(self._inline) if digest in listed}
+        await self.store()
+        if not texts:
+            return result
+        fields = {name: getattr(result, name) for name in ExecuteResult.__struct_fields__}
+        return StepResult(**fields, texts=texts)
 
     def list(self) -> tuple[Artifact, ...]:
         """Return the artifacts that this call has written, in order; of two with the same name the later."""
         return tuple(self._written.values())
+
+
+_PLAIN_NAME = re.compile(r"[\w-][\w. -]{0,199}", re.ASCII)
+"""Names that every file store takes; the store itself decides about others."""
+
+
+def _inline_text(name: str, body: bytes, room: int) -> str | None:
+    """Return the text of an artifact that may travel in the response, else ``None``."""
+    if len(body) > room or not _PLAIN_NAME.fullmatch(name):
+        return None
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _inline_bytes(call: IncomingCall) -> int:
+    """Return how many bytes of artifacts the caller takes in the response of this call."""
+    given = call.request.headers.get(INLINE_ARTIFACTS_HEADER, "")
+    if call.operation != "execute" or not _INLINE_BYTES.fullmatch(given):
+        return 0
+    return int(given)
+
+
+_INLINE_BYTES = re.compile(r"[0-9]{1,7}", re.ASCII)
 
 
 def _with_file_headers(outgoing: OutgoingCall, name: str, media_type: str) -> OutgoingCall:
@@ -150,7 +219,7 @@ class Context(Generic[StateT_co]):
         self._call_digest = hashlib.sha256(parent_key.encode()).hexdigest()
         self._tokens: CallTokens | None = None
         self.task = body if isinstance(body, Task) else None
-        self.artifacts = Artifacts(base.client, self.prepare_call)
+        self.artifacts = Artifacts(base.client, self._prepare, _inline_bytes(call))
         self.model = ModelClient(base.client, lambda body: self.prepare_call("models", "chat", body), self._endpoint)
 
     @property
@@ -248,6 +317,12 @@ class Context(Generic[StateT_co]):
 
         Raises ``authority_missing``.
         """
+        # A model is given texts; any other service may be given the digest of an artifact, and look for it.
+        if service != "models":
+            await self.artifacts.store()
+        return await self._prepare(service, operation, body, **path)
+
+    async def _prepare(self, service: str, operation: str, body: bytes | None, **path: str) -> OutgoingCall:
         route = route_of(service, operation)
         audience = service_of(service)
         bearer = await self._bearer(":".join((service, operation, *path.values())))

@@ -67,7 +67,8 @@ def build_arm(
         async def serve(call: IncomingCall, body: Any) -> object:
             context = Context[Any](base, delegator, call, scopes, body, state)
             try:
-                return build_answer(declared, await declared.handler(body, context), context)
+                answer = build_answer(declared, await declared.handler(body, context), context)
+                return await context.artifacts.attach(answer) if isinstance(answer, ExecuteResult) else answer
             except OctoError:
                 raise
             except Exception as error:

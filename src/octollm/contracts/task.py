@@ -152,6 +152,16 @@ class ExecuteResult(msgspec.Struct, frozen=True):
     evidence: Evidence | None = None
 
 
+INLINE_ARTIFACTS_HEADER = "X-Inline-Artifacts"
+"""Of a call of ``execute``: how many bytes of artifacts the caller takes in the response, and stores itself."""
+
+
+class StepResult(ExecuteResult, frozen=True, omit_defaults=True):
+    """The response of ``POST /execute`` to a caller that takes artifacts in it, with their texts by digest."""
+
+    texts: dict[str, str] = {}
+
+
 class PlanStep(msgspec.Struct, frozen=True, omit_defaults=True):
     """One node of a plan: an arm's ``execute`` with a goal of its own."""
 

@@ -18,6 +18,8 @@ R = TypeVar("R")
 
 MAX_BATCH_ITEMS = 200
 """Most items of one batch."""
+MAX_YIELDS = 4
+"""Turns of the event loop in which a batch may still grow before it runs."""
 MAX_WAITING = 10_000
 """Most items that may wait for the running batch; more are refused as overload."""
 
@@ -66,6 +68,7 @@ class GroupCommit(Generic[I, R]):
     async def _run(self) -> None:
         try:
             while self._waiting:
+                await self._collect()
                 batch = self._next_batch()
                 if batch:
                     await self._run_batch(batch)
@@ -74,6 +77,16 @@ class GroupCommit(Generic[I, R]):
             # Without this a cancelled batch would leave the waiters of the next one waiting for ever.
             for _, future in self._waiting:
                 future.cancel()
+
+    async def _collect(self) -> None:
+        """Let the tasks that can run add their items; return as soon as a turn of the event loop adds none."""
+        # The end of a batch wakes many tasks at once, whose next items come within a few turns. A batch that did not
+        # wait for them would hold the first item alone, and the others would wait for its whole round trip.
+        for _ in range(MAX_YIELDS):
+            before = len(self._waiting)
+            await asyncio.sleep(0)
+            if len(self._waiting) == before:
+                return
 
     def _next_batch(self) -> list[tuple[I, asyncio.Future[R]]]:
         batch: list[tuple[I, asyncio.Future[R]]] = []

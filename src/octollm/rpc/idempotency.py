@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -90,12 +91,13 @@ class OutcomeUnknown:
 
 
 class NewClaim(msgspec.Struct, frozen=True):
-    """A claim to make; ``task_id`` is set for work on a task."""
+    """A claim to make; ``task_id`` is set for work on a task, and ``epoch`` is the run of that task."""
 
     key: IdempotencyKey
     body_digest: str
     idempotent: bool
-    task_id: str | None
+    task_id: str | None = None
+    epoch: int | None = None
 
 
 class ClaimCompletion(msgspec.Struct, frozen=True):
@@ -199,8 +201,23 @@ class CancellableClaims(Generic[I]):
             # The shield lets the claim end: a claim without a caller has to be known to be released.
             return await asyncio.shield(outcome)
         except asyncio.CancelledError:
-            outcome.add_done_callback(lambda ended: self._release_claimed(key, ended))
+            outcome.add_done_callback(partial(self._release_claimed, key))
             raise
+
+    async def claim_many(self, items: Sequence[tuple[I, IdempotencyKey]]) -> list[ClaimOutcome | OctoError]:
+        """Return the outcomes of several claims, in their order; an error is returned in the place of its claim."""
+        outcomes: list[asyncio.Future[ClaimOutcome]] = []
+        try:
+            for item, _ in items:
+                outcomes.append(self._batches.put(item))
+            if outcomes:
+                # Unlike gather, wait leaves the claims alone when it is cancelled, so that they can be released.
+                await asyncio.wait(outcomes)
+        except BaseException:
+            for (_, key), outcome in zip(items, outcomes, strict=False):
+                outcome.add_done_callback(partial(self._release_claimed, key))
+            raise
+        return [_outcome_of(outcome) for outcome in outcomes]
 
     def _release_claimed(self, key: IdempotencyKey, ended: asyncio.Future[ClaimOutcome]) -> None:
         if ended.cancelled() or ended.exception() is not None:
@@ -214,6 +231,13 @@ class CancellableClaims(Generic[I]):
     async def _release_quietly(self, key: IdempotencyKey, epoch: int) -> None:
         with contextlib.suppress(OctoError):  # unreleased, the claim ends with its lease
             await self._release(key, epoch)
+
+
+def _outcome_of(ended: asyncio.Future[ClaimOutcome]) -> ClaimOutcome | OctoError:
+    try:
+        return ended.result()
+    except OctoError as error:
+        return error
 
 
 REPLAYED = "Idempotent-Replayed"

@@ -5,6 +5,7 @@ On PostgreSQL a batch is one statement over arrays, passed straight to the drive
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from octollm.rpc.idempotency import (
 )
 from octollm.storage import Database, DirectPool, Transaction, row_to_dict
 from octollm.storage.tables import idempotency as table
+from octollm.storage.tables import tasks
 
 PRUNE_BATCH = 1000
 """Expired keys that are deleted at a time."""
@@ -58,13 +60,14 @@ class SqlIdempotencyStore:
     async def claim(self, key: IdempotencyKey, body_digest: str, *, idempotent: bool, bearer: str) -> ClaimOutcome:
         """Claim the key, or return its state."""
         del bearer  # the caller was authorized before
-        return await self.claim_for_task(key, body_digest, idempotent=idempotent, task_id=None)
+        return await self._claiming.claim(NewClaim(key, body_digest, idempotent), key)
 
-    async def claim_for_task(
-        self, key: IdempotencyKey, body_digest: str, *, idempotent: bool, task_id: str | None
-    ) -> ClaimOutcome:
-        """Claim the key for work on a task, or return its state."""
-        return await self._claiming.claim(NewClaim(key, body_digest, idempotent, task_id), key)
+    async def claim_many(self, claims: Sequence[NewClaim]) -> list[ClaimOutcome | OctoError]:
+        """Claim several keys, and return their outcomes in order.
+
+        The outcome of a claim for an older run of its task is ``fence_lost``.
+        """
+        return await self._claiming.claim_many([(claim, claim.key) for claim in claims])
 
     async def _claim_all(self, claims: Sequence[NewClaim]) -> Sequence[ClaimOutcome | OctoError]:
         # Of equal keys in one batch the first is inserted; the others then find a key that is in flight.
@@ -73,7 +76,7 @@ class SqlIdempotencyStore:
             first.setdefault(claim.key, claim)
         fresh = await self._insert([first[key] for key in sorted(first)])
         outcomes: dict[int, ClaimOutcome | OctoError] = {
-            id(claim): Claimed(1) for claim in first.values() if claim.key in fresh
+            id(claim): Claimed(fresh[claim.key]) for claim in first.values() if claim.key in fresh
         }
         rest = sorted((claim for claim in claims if id(claim) not in outcomes), key=lambda claim: claim.key)
         # The claims above are committed: a failure from here on must not fail their callers.
@@ -85,36 +88,50 @@ class SqlIdempotencyStore:
             await self._prune(len(claims))
         return [outcomes[id(claim)] for claim in claims]
 
-    async def _resolve_all(self, claims: Sequence[NewClaim]) -> dict[int, ClaimOutcome]:
+    async def _resolve_all(self, claims: Sequence[NewClaim]) -> dict[int, ClaimOutcome | OctoError]:
         if not claims:
             return {}
+        outcomes: dict[int, ClaimOutcome | OctoError] = {}
         async with self._db.transaction() as tx:
-            return {id(claim): await self._resolve_existing(tx, claim) for claim in claims}
+            stale = await _find_stale(tx, claims)
+            for claim in claims:
+                outcomes[id(claim)] = _fence_lost() if claim in stale else await self._resolve_existing(tx, claim)
+        return outcomes
 
-    async def _insert(self, claims: Sequence[NewClaim]) -> set[IdempotencyKey]:
-        """Claim the keys that are free and return them."""
-        if self._db.direct_pool is not None:
-            return await claim_new(self._db.direct_pool, claims, self._holder)
+    async def _insert(self, claims: Sequence[NewClaim]) -> dict[IdempotencyKey, int]:
+        """Claim the keys that are free and return them, each with its fence."""
+        pool = self._db.direct_pool
+        if all(claim.idempotent for claim in claims):
+            # A claim is a lease: what has to be durable is the response. A crash of the database server may take the
+            # claim of a running call along, and then a repeat runs beside it, as after the end of a lease; an
+            # idempotent operation may. An at-most-once operation may not, so its claim waits for the disk.
+            pool = self._db.lazy_pool
+        if pool is not None:
+            return await claim_new(pool, claims, self._holder)
         async with self._db.transaction() as tx:
+            stale = await _find_stale(tx, claims)
+            if len(stale) == len(claims):
+                return {}
             now = tx.clock.now()
             statement = (
                 tx.insert(table)
                 .values(
                     state="claimed",
                     holder=self._holder,
-                    fence=1,
+                    fence=_first_fence(now),
                     lease_until=now + LEASE_SECONDS,
                     created_at=now,
                 )
                 .on_conflict_do_nothing()
-                .returning(*_COLUMNS)
+                .returning(*_COLUMNS, table.c.fence)
             )
             rows = [
                 {**_key_columns(claim.key), "body_digest": claim.body_digest, "task_id": claim.task_id}
                 for claim in claims
+                if claim not in stale
             ]
             done = await tx.execute(statement, rows)
-            return {IdempotencyKey(*row) for row in done.all()}
+            return {IdempotencyKey(*map(str, row[:-1])): int(row[-1]) for row in done.all()}
 
     async def _resolve_existing(self, tx: Transaction, claim: NewClaim) -> ClaimOutcome:
         """Return the state of a claimed key; take the claim over when its lease has expired."""
@@ -177,6 +194,18 @@ class SqlIdempotencyStore:
             return
         await self._completions.wait(ClaimCompletion(key, epoch, response))
 
+    async def complete_many(self, completions: Sequence[ClaimCompletion]) -> None:
+        """Store the responses of several claimed calls, as :meth:`complete` does."""
+        for each in completions:
+            if len(each.response.body) > MAX_STORED_BYTES:
+                await self.release(each.key, each.epoch)
+        waiting = [self._completions.put(each) for each in completions if len(each.response.body) <= MAX_STORED_BYTES]
+        if waiting:
+            # Unlike gather, wait leaves the completions alone when it is cancelled.
+            await asyncio.wait(waiting)
+            for completion in waiting:
+                completion.result()
+
     async def _complete_all(self, completions: Sequence[ClaimCompletion]) -> Sequence[None]:
         ordered = sorted(completions, key=lambda each: each.key)
         if self._db.direct_pool is not None:
@@ -230,6 +259,25 @@ class SqlIdempotencyStore:
         self._until_prune = 0 if done.rowcount >= PRUNE_BATCH else PRUNE_EVERY
 
 
+def _first_fence(now: float) -> int:
+    """Return the fence of a new row: milliseconds, so that a key claimed anew never gets the fence of a lost claim."""
+    return int(now * 1000)
+
+
+def _fence_lost() -> OctoError:
+    return OctoError("A newer run holds the task.", code="fence_lost")
+
+
+async def _find_stale(tx: Transaction, claims: Sequence[NewClaim]) -> set[NewClaim]:
+    """Return the claims of workers that lost their task: a newer run holds it."""
+    fenced = {claim.task_id for claim in claims if claim.epoch is not None}
+    if not fenced:
+        return set()
+    rows = await tx.all(select(tasks.c.task_id, tasks.c.run).where(tasks.c.task_id.in_(fenced)))
+    runs = {row["task_id"]: int(row["run"]) for row in rows}
+    return {claim for claim in claims if claim.epoch is not None and claim.epoch < runs.get(claim.task_id, 0)}
+
+
 def _now(tx: Transaction) -> Any:
     """Return the time of a statement, as SQL where the server's clock counts: that saves a query."""
     return func.extract("epoch", func.clock_timestamp()) if tx.dialect == "postgresql" else tx.clock.now()
@@ -266,11 +314,12 @@ _CLAIM_SQL = f"""
 INSERT INTO idempotency
     (tenant, subject, service, operation, key, body_digest, task_id, state, holder, fence, lease_until, created_at)
 SELECT of.tenant, of.subject, of.service, of.operation, of.key, of.body_digest, of.task_id,
-    'claimed', $8, 1, moment.now + $9, moment.now
-FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[])
-    AS of(tenant, subject, service, operation, key, body_digest, task_id), {_MOMENT_SQL}
+    'claimed', $8, floor(moment.now * 1000)::bigint, moment.now + $9, moment.now
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $10::bigint[])
+    AS of(tenant, subject, service, operation, key, body_digest, task_id, run), {_MOMENT_SQL}
+WHERE NOT EXISTS (SELECT FROM tasks WHERE tasks.task_id = of.task_id AND tasks.run > of.run)
 ON CONFLICT DO NOTHING
-RETURNING tenant, subject, service, operation, key
+RETURNING tenant, subject, service, operation, key, fence
 """  # noqa: S608  nothing of a call is in it
 _COMPLETE_SQL = f"""
 UPDATE idempotency AS mine
@@ -283,8 +332,11 @@ WHERE mine.tenant = of.tenant AND mine.subject = of.subject AND mine.service = o
 """  # noqa: S608
 
 
-async def claim_new(direct: DirectPool, claims: Sequence[NewClaim], holder: str) -> set[IdempotencyKey]:
-    """Claim the keys that are free and return them."""
+async def claim_new(direct: DirectPool, claims: Sequence[NewClaim], holder: str) -> dict[IdempotencyKey, int]:
+    """Claim the keys that are free, and return them with their fences; an older run of a task claims none.
+
+    The fence is checked by the statement that claims: a query of its own would cost as much as the claim.
+    """
     rows = await direct.fetch(
         _CLAIM_SQL,
         *_key_arrays([claim.key for claim in claims]),
@@ -292,8 +344,9 @@ async def claim_new(direct: DirectPool, claims: Sequence[NewClaim], holder: str)
         [claim.task_id for claim in claims],
         holder,
         LEASE_SECONDS,
+        [claim.epoch for claim in claims],
     )
-    return {IdempotencyKey(*map(str, row)) for row in rows}
+    return {IdempotencyKey(*map(str, row[:-1])): int(str(row[-1])) for row in rows}
 
 
 async def complete_all(direct: DirectPool, completions: Sequence[ClaimCompletion]) -> None:

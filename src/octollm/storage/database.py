@@ -186,6 +186,7 @@ class Database:
         location: str,
         writers: int = 1,
         direct_pool: DirectPool | None = None,
+        lazy_pool: DirectPool | None = None,
     ) -> None:
         self._writer = writer
         self._reader = reader
@@ -198,6 +199,8 @@ class Database:
         """The location of the data, for error messages; contains no secret."""
         self.direct_pool = direct_pool
         """Runs single statements on PostgreSQL; ``None`` on SQLite."""
+        self.lazy_pool = lazy_pool
+        """As ``direct_pool``, but a crash of the server may take the last second of what was committed here."""
 
     @property
     def dialect(self) -> str:
@@ -224,8 +227,8 @@ class Database:
         ``unavailable`` when the database cannot be used (an interrupted commit may have taken effect),
         ``state_conflict`` when a row violates a constraint.
         """
-        # Lock order: arms, arm_instances, tasks, budgets, reservations, steps, idempotency, subjects; relay_state, events,
-        # channels; documents, passages. Rows of one table are locked by ascending key. Transactions that follow this
+        # Lock order: arms, arm_instances, tasks, budgets, reservations, steps, idempotency, subjects; relay_state,
+        # events, channels; documents, passages. Rows of one table are locked by ascending key. Transactions that follow this
         # order cannot deadlock.
 
         task = asyncio.current_task()

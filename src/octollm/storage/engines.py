@@ -167,14 +167,22 @@ async def open_postgres(url: str, clock: Clock, statement_seconds: float) -> Asy
     writer = _postgres_engine(_connector(url, statement_seconds), POSTGRES_WRITERS)
     reader = _postgres_engine(_connector(url, statement_seconds, _READONLY), POSTGRES_READERS)
     direct = DirectPool(_connector(url, statement_seconds, _KEY_LOOKUP))
+    lazy = DirectPool(_connector(url, statement_seconds, {**_KEY_LOOKUP, "synchronous_commit": "off"}))
     try:
         database = Database(
-            writer, reader, clock, location=_postgres_location(url), writers=POSTGRES_WRITERS, direct_pool=direct
+            writer,
+            reader,
+            clock,
+            location=_postgres_location(url),
+            writers=POSTGRES_WRITERS,
+            direct_pool=direct,
+            lazy_pool=lazy,
         )
         await database.check()
         yield database
     finally:
         await direct.aclose()
+        await lazy.aclose()
         await reader.dispose()
         await writer.dispose()
 

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import msgspec
 
-from octollm.capability import Declarations, Principal, RootMinter, ScopeSet, TaskRef, attenuate
+from octollm.capability import Declarations, Principal, RootMinter, Scope, ScopeSet, TaskRef, attenuate
 from octollm.contracts.operations import AcceptRequest, AcceptResult, DocumentIn, DocumentOut
 from octollm.contracts.service_operations import route_of
 from octollm.contracts.services import service_of
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, Task
+from octollm.contracts.task import INLINE_ARTIFACTS_HEADER, Plan, PlanRequest, StepResult, Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry
 from octollm.rpc.client import CallTarget, OnEvent, OutgoingCall, ServiceClient
@@ -71,9 +71,16 @@ class TaskTokenMinter:
             grant_lifetime=min(remaining, 3600.0),
         )
 
+    def may_call(self, scope: str, call: str, authority: ScopeSet) -> bool:
+        """Say whether the grant that goes with a call of ``scope`` allows its callee the call ``call``."""
+        may, _ = attenuate(scope, self._declarations(), authority)
+        return may.subtree(Scope(call)) is not None
+
 
 T = TypeVar("T")
 
+MAX_INLINE_BYTES = 128 * 1024
+"""Bytes of artifacts that an arm may send with its result, in all; larger ones it uploads."""
 OUTAGE_RETRY = OutageRetry(20.0)
 """Seconds that a call rides out an outage of the callee: longer than a service takes to restart."""
 
@@ -107,24 +114,41 @@ class TaskCalls:
 
     async def execute(
         self, arm: str, contract: Task, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
+<<<<<<< HEAD
     ) -> ExecuteResult:
         """Have an arm execute a step.
 
         The key is derived from task, step and attempt but not from the epoch, so a worker that takes over repeats the
         call with the same key and gets the stored response.
+=======
+    ) -> StepResult:
+        """Have an arm do a step. The key names task, step and attempt, so that a repeat is answered alike.
+
+        Small artifacts come with the result, because the files of tasks are stored on this side: each upload would be a
+        call back. Raises ``authority_missing`` for those of an arm that may not write files, ``peer_protocol`` for a
+        text that is not the artifact's.
+>>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
         """
         files = tuple(file.digest for file in contract.context.files if file.digest is not None)
-        return await self._call(
-            f"{arm}:execute",
+        scope = f"{arm}:execute"
+        result = await self._call(
+            scope,
             contract,
-            ExecuteResult,
+            StepResult,
             deadline,
             step=step,
             attempt=attempt,
             files=files,
             key=f"{self._task.task_id}:{step}:{attempt}",
             on_event=on_event,
+            headers={INLINE_ARTIFACTS_HEADER: str(MAX_INLINE_BYTES)},
         )
+        if result.texts and not self._token_minter.may_call(scope, "files:write", self._allowed_scopes):
+            raise OctoError(f"The arm {arm} made files without the authority files:write.", code="authority_missing")
+        for digest, text in result.texts.items():
+            if hashlib.sha256(text.encode()).hexdigest() != digest:
+                raise OctoError(f"The arm {arm} sent a text that is not the artifact's.", code="peer_protocol")
+        return result
 
     async def accept(
         self, request: AcceptRequest, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
@@ -165,6 +189,7 @@ class TaskCalls:
         files: tuple[str, ...] = (),
         key: str | None = None,
         on_event: OnEvent | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> T:
         family, operation = scope.split(":", 1)
         route = route_of(family, operation)
@@ -177,6 +202,7 @@ class TaskCalls:
             deadline,
             msgspec.json.encode(body),
             key,
+            headers=headers or {},
             outage_retry=OUTAGE_RETRY,
         )
         return await self._client.call(outgoing, answer, on_event=on_event)

@@ -27,7 +27,7 @@ from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.state import PLANNED_PROGRESS, assemble_result, compute_progress, find_ready_steps
-from octollm.tasks.step import LoadTexts, StepDependencies, StepError, run_step
+from octollm.tasks.step import LoadTexts, StepDependencies, StepError, StoreTexts, run_step
 from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger, Metrics, Span, Tracer
 
@@ -60,7 +60,13 @@ class RunnerDependencies:
     load_documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
     """Returns the text files of a task, which are stored in memory before planning."""
     load_texts: LoadTexts
+<<<<<<< HEAD
     """Reads the small artifacts of a result, which are sent to the judge with its request."""
+=======
+    """Reads the small artifacts of a result, which the judge gets with its request."""
+    store_texts: StoreTexts
+    """Stores the small artifacts that come with a result."""
+>>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
 
 
 class TaskRunner:
@@ -196,6 +202,7 @@ class TaskRunner:
             tools.tracer,
             self._progress_reporter(plan),
             tools.load_texts,
+            tools.store_texts,
         )
         running: dict[asyncio.Task[ExecuteResult], PlanStep] = {}
         started: set[str] = set()

@@ -27,6 +27,8 @@ DEFAULT_RETRIES = 1
 MAX_OUTPUT_IN_EVENT = 2000
 
 
+StoreTexts = Callable[[str, Sequence[Artifact], Mapping[str, str]], Awaitable[None]]
+"""Stores a tenant's artifacts whose texts are given by digest."""
 LoadTexts = Callable[[str, Sequence[Artifact]], Awaitable[dict[str, str]]]
 """Returns the texts of a tenant's artifacts by digest, without those that are large or not text."""
 
@@ -52,6 +54,7 @@ class StepDependencies:
     tracer: Tracer
     on_progress: Callable[[str, float], Awaitable[None]]
     load_texts: LoadTexts
+    store_texts: StoreTexts
 
 
 async def run_step(
@@ -150,7 +153,10 @@ async def _execute(
     # Leaving the context flushes and saves the text, so that the `text_length` of `step.completed` is final.
     async with text:
         result = await deps.calls.execute(spec.arm, contract, deadline, step=spec.id, attempt=attempt, on_event=on_line)
-    return result, text.length
+    # Before the judge or a later step reads them. A takeover gets the same response again, and stores the same bytes.
+    await deps.store_texts(task.tenant, result.artifacts, result.texts)
+    fields = {name: getattr(result, name) for name in ExecuteResult.__struct_fields__}
+    return ExecuteResult(**fields), text.length
 
 
 async def _judge(

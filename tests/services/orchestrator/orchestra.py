@@ -57,7 +57,7 @@ async def done(contract: Task, ctx: Context) -> ExecuteResult:
 
 def arms(script: Script) -> list[Arm]:
     planner = Arm.built_in("planner", "plans", accepts=["files:none"])
-    coder = Arm.built_in("coder", "codes", calls=["models:chat", "judge:validate"])
+    coder = Arm.built_in("coder", "codes", calls=["models:chat", "judge:validate", "files:write"])
     judge = Arm.built_in("judge", "judges")
 
     @planner.operation(kind="read_only")

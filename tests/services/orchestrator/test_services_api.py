@@ -45,9 +45,10 @@ async def test_what_comes_together_is_claimed_and_completed_together(orch: Orche
 
     found = await asyncio.gather(*(claim(f"k{number % MANY}") for number in range(2 * MANY)))
     assert [type(outcome) for outcome in found] == [Claimed] * MANY + [InFlight] * MANY
+    epochs = [outcome.epoch for outcome in found if isinstance(outcome, Claimed)]
     await asyncio.gather(
         *(
-            keys.complete(key(f"k{number}"), 1, StoredResponse(200, f"{number}".encode(), {"etag": '"1"'}))
+            keys.complete(key(f"k{number}"), epochs[number], StoredResponse(200, f"{number}".encode(), {"etag": '"1"'}))
             for number in range(MANY)
         )
     )
@@ -69,7 +70,7 @@ async def test_one_that_is_refused_takes_no_other_along(orch: Orchestra) -> None
         keys.claim(key(""), "d", idempotent=True, bearer=bearer),
         return_exceptions=True,
     )
-    assert good == Claimed(1)
+    assert isinstance(good, Claimed)
     assert isinstance(forged, OctoError)
     assert forged.code == "token_invalid"
     assert isinstance(wrong, OctoError)

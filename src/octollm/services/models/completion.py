@@ -101,7 +101,9 @@ class ChatCompletionRunner:
                 async with self._limiter:
                     answer, settling = await self._complete_within_budget(call, request, model, on_text)
                 if settling is not None:
-                    # An answer that a caller has acted on must be in the journal, or a repeat would get another.
+                    # An answer that a caller has acted on must be in the journal, or a repeat would get another. So the
+                    # settlement is a request of its own. Carried by the task's next reservation it would save one,
+                    # but a crash that takes the caller along (one process, when embedded) would pay for a call twice.
                     await asyncio.wait({settling}, timeout=JOURNAL_SECONDS)
                 return answer
         except TimeoutError as error:

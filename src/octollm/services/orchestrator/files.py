@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import unquote
 
 from sqlalchemy import select
@@ -20,6 +20,7 @@ from octollm.storage import Database
 from octollm.storage.tables import files
 
 MAX_NAME_LENGTH = 200
+MAX_MEDIA_TYPE_LENGTH = 100
 MAX_TEXTS_BYTES = 128 * 1024
 """Bytes of artifacts that go to the judge with its request, in all."""
 
@@ -51,6 +52,13 @@ class FileStore:
                 .on_conflict_do_nothing()
             )
         return StoredFile(name, digest, len(body), media_type)
+
+    async def put_texts(self, tenant: str, artifacts: Sequence[Artifact], texts: Mapping[str, str]) -> None:
+        """Store the artifacts whose texts are given by digest. Raises ``file_invalid`` for an invalid name."""
+        for artifact in artifacts:
+            text = texts.get(artifact.digest)
+            if text is not None:
+                await self.put(tenant, artifact.name, artifact.media_type[:MAX_MEDIA_TYPE_LENGTH], text.encode())
 
     async def get(self, tenant: str, digest: str) -> tuple[StoredFile, bytes]:
         """Return a file and its bytes; raise ``file_not_found``, also for another tenant's file."""
@@ -122,7 +130,7 @@ def file_operations(store: FileStore) -> list[Operation]:
 
     async def put(call: IncomingCall, body: bytes) -> StoredFile:
         name = unquote(call.request.headers.get("x-file-name", ""))
-        media_type = call.request.headers.get("content-type", "application/octet-stream")[:100]
+        media_type = call.request.headers.get("content-type", "application/octet-stream")[:MAX_MEDIA_TYPE_LENGTH]
         return await store.put(call.tenant, name, media_type, body)
 
     async def get(call: IncomingCall, _body: object) -> Response:

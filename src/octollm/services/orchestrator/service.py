@@ -115,6 +115,7 @@ async def orchestrator_service(
             list_arms=list_arms,
             load_documents=_documents_loader(files),
             load_texts=files.small_texts,
+            store_texts=files.put_texts,
         )
         holder = base.ids.hex()
         connect = partial(open_database, database_url(settings, "orchestrator"), clock=base.clock)
@@ -164,7 +165,7 @@ async def orchestrator_service(
             ring=ring,
             roots=roots,
         )
-        services_api = ServicesApi(ledger, store, idempotency, revocation_store, roots, base.clock)
+        services_api = ServicesApi(ledger, idempotency, revocation_store, roots, base.clock)
         instances = InstanceRegistry(db, log, registry, base.log)
         adhoc_expiry = AdhocTaskExpiry(store, ledger, base.clock, base.metrics).expiry_loop(base.log)
         token_issuer = EnrolmentTokenIssuer(ring)

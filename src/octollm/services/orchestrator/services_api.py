@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from octollm.capability import PublicKey, TaskRef, VerifiedChain, Verifier
+from octollm.capability import PublicKey, VerifiedChain, Verifier
 from octollm.clock import Clock
 from octollm.contracts.api import Acknowledgement
 from octollm.contracts.internal import (
@@ -27,10 +27,13 @@ from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.rpc.idempotency import (
     AlreadyCompleted,
+    ClaimCompletion,
     Claimed,
+    ClaimOutcome,
     IdempotencyKey,
     InFlight,
     KeyConflict,
+    NewClaim,
     OutcomeUnknown,
     StoredResponse,
     check_key,
@@ -38,17 +41,9 @@ from octollm.rpc.idempotency import (
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.tasks.ledger import BudgetLedger, ReservationRequest, encode_journal_entry
-from octollm.tasks.store import TaskStore
 
 MAX_CLAIMS_BODY = 8 * 1024 * 1024
 """Bytes of a batch; one stored answer has up to 1 MiB, plus a third for base64."""
-
-
-class _VerifiedClaim(msgspec.Struct, frozen=True):
-    """An authorised claim: its key, and the task that it works for."""
-
-    key: IdempotencyKey
-    task: TaskRef | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +51,6 @@ class ServicesApi:
     """The operations for built-in services."""
 
     ledger: BudgetLedger
-    store: TaskStore
     idempotency: SqlIdempotencyStore
     revocation_store: RevocationStore
     roots: Mapping[str, PublicKey]
@@ -107,18 +101,16 @@ class ServicesApi:
     async def claim(self, call: IncomingCall, body: ClaimBatch) -> ClaimResponseBatch:
         """Claim idempotency keys for calls that the peer serves; a claim of a stale run gets ``fence_lost``."""
         verified = [self._verify_claim(call.peer, claim) for claim in body.claims]
-        epochs = await self.store.epochs(
-            {each.task.task for each in verified if isinstance(each, _VerifiedClaim) and each.task}
-        )
-        responses = await asyncio.gather(
-            *(
-                self._claim(claim, each, epochs, call.request_id)
-                for claim, each in zip(body.claims, verified, strict=True)
+        claims = [each for each in verified if isinstance(each, NewClaim)]
+        outcomes = iter(await self.idempotency.claim_many(claims))
+        return ClaimResponseBatch(
+            tuple(
+                _to_response(each if isinstance(each, OctoError) else next(outcomes), call.request_id)
+                for each in verified
             )
         )
-        return ClaimResponseBatch(tuple(responses))
 
-    def _verify_claim(self, peer: str, claim: ClaimRequest) -> _VerifiedClaim | OctoError:
+    def _verify_claim(self, peer: str, claim: ClaimRequest) -> NewClaim | OctoError:
         try:
             # Returned, not raised: a claim that is refused must not fail the others of its batch.
             verified = self._verify_bearer(peer, claim.bearer)
@@ -126,36 +118,11 @@ class ServicesApi:
         except OctoError as error:
             return error
         key = IdempotencyKey(verified.tenant, verified.subject, peer, claim.operation, claim.key)
-        return _VerifiedClaim(key, verified.task)
-
-    async def _claim(
-        self, claim: ClaimRequest, verified: _VerifiedClaim | OctoError, epochs: Mapping[str, int], request_id: str
-    ) -> ClaimResponse:
-        if isinstance(verified, OctoError):
-            return ClaimResponse("refused", problem=to_problem(verified, request_id))
         task = verified.task
-        # Fence: a worker that lost the task begins no more calls.
-        if task is not None and task.run is not None and task.run < epochs.get(task.task, 0):
-            lost = OctoError("A newer run holds the task.", code="fence_lost")
-            return ClaimResponse("refused", problem=to_problem(lost, request_id))
-        task_id = None if task is None else task.task
-        try:
-            outcome = await self.idempotency.claim_for_task(
-                verified.key, claim.body_digest, idempotent=claim.repeatable, task_id=task_id
-            )
-        except OctoError as error:
-            return ClaimResponse("refused", problem=to_problem(error, request_id))
-        match outcome:
-            case Claimed(epoch):
-                return ClaimResponse("claimed", epoch)
-            case AlreadyCompleted(stored):
-                return ClaimResponse("stored", 0, stored.status, stored.body, dict(stored.headers))
-            case InFlight():
-                return ClaimResponse("in_flight")
-            case KeyConflict():
-                return ClaimResponse("conflict")
-            case OutcomeUnknown():
-                return ClaimResponse("unknown")
+        if task is None:
+            return NewClaim(key, claim.body_digest, claim.repeatable)
+        # The run is the fence: a worker that lost the task begins no more calls.
+        return NewClaim(key, claim.body_digest, claim.repeatable, task.task, task.run)
 
     async def renew(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
         """Renew the leases of claims."""
@@ -164,14 +131,7 @@ class ServicesApi:
 
     async def complete(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
         """Store the responses of claimed calls."""
-        await asyncio.gather(
-            *(
-                self.idempotency.complete(
-                    _idempotency_key(call, each), each.run, StoredResponse(each.status, each.answer, each.headers)
-                )
-                for each in body.updates
-            )
-        )
+        await self.idempotency.complete_many([_to_completion(call, each) for each in body.updates])
         return Acknowledgement()
 
     async def release(self, call: IncomingCall, body: ClaimUpdateBatch) -> Acknowledgement:
@@ -261,3 +221,25 @@ class ServicesApi:
 
 def _idempotency_key(call: IncomingCall, body: ClaimUpdate) -> IdempotencyKey:
     return IdempotencyKey(body.tenant, body.subject, call.peer, body.operation, body.key)
+
+
+def _to_completion(call: IncomingCall, body: ClaimUpdate) -> ClaimCompletion:
+    return ClaimCompletion(
+        _idempotency_key(call, body), body.run, StoredResponse(body.status, body.answer, body.headers)
+    )
+
+
+def _to_response(outcome: ClaimOutcome | OctoError, request_id: str) -> ClaimResponse:
+    match outcome:
+        case Claimed(epoch):
+            return ClaimResponse("claimed", epoch)
+        case AlreadyCompleted(stored):
+            return ClaimResponse("stored", 0, stored.status, stored.body, dict(stored.headers))
+        case InFlight():
+            return ClaimResponse("in_flight")
+        case KeyConflict():
+            return ClaimResponse("conflict")
+        case OutcomeUnknown():
+            return ClaimResponse("unknown")
+        case OctoError():
+            return ClaimResponse("refused", problem=to_problem(outcome, request_id))

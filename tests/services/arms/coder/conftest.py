@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -55,15 +56,17 @@ def run(tmp_path: Path) -> Callable[[RunRequest], Awaitable[RunResult]]:
         folder.mkdir()
         for file in request.files:
             (folder / file.name).write_text(file.text or "", "utf-8")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *request.command,
-            cwd=folder,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        out, err = await process.communicate()
-        return RunResult(process.returncode or 0, out.decode(), err.decode())
+        out, err = folder / "stdout", folder / "stderr"
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, *request.command, cwd=folder, stdout=stdout, stderr=stderr
+            )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), request.limits.wall_seconds)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        return RunResult(process.returncode or 0, out.read_text("utf-8"), err.read_text("utf-8"))
 
     return run_python
 

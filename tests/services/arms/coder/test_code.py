@@ -4,8 +4,14 @@ import pytest
 
 from octollm import Message
 from octollm.errors import OctoError
+from octollm.services.arms.coder import cross_check
 from octollm.services.arms.coder.code import write_code
-from octollm.services.arms.coder.cross_check import SolutionProbe, hardcodes_answers, solutions_agree
+from octollm.services.arms.coder.cross_check import (
+    SolutionProbe,
+    hardcodes_answers,
+    probe_solutions,
+    solutions_agree,
+)
 from octollm.services.arms.coder.examples import Example
 from octollm.services.arms.coder.solution import (
     detect_other_language,
@@ -36,6 +42,45 @@ async def test_accepts_what_passes_and_agrees(scripted, validate, run) -> None:
     shown = "".join(message.content for message in ask.asked[1])
     assert "def double(n: int) -> int" in shown
     assert "return" not in shown.split("Task:")[1], "the tests are written without sight of the code"
+
+
+class Counted:
+    """Counts the calls of what it stands for."""
+
+    def __init__(self, work) -> None:
+        self.work, self.requests = work, []
+
+    async def __call__(self, request):
+        self.requests.append(request)
+        return await self.work(request)
+
+
+async def test_the_judge_is_asked_about_the_accepted_solution_only(scripted, validate, run) -> None:
+    validate, run = Counted(validate), Counted(run)
+    written = await write_code(GOAL, scripted(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
+    assert [request.code for request in validate.requests] == [written.code]
+    assert len(run.requests) == 1, "both solutions are compared in one run"
+
+
+async def test_the_first_solution_is_judged_once_the_second_is_refused(scripted, validate, run) -> None:
+    validate = Counted(validate)
+    written = await write_code(GOAL, scripted(GOOD, EXAMPLES, BAD), validate, run)
+    assert "n * 2" in written.code
+    assert ["n ** 2" in request.code for request in validate.requests] == [True, False]
+
+
+async def test_a_solution_without_an_end_spoils_only_itself(run, monkeypatch) -> None:
+    monkeypatch.setattr(cross_check, "_PROBE_SECONDS", 2.0)
+    endless = "def double(n):\n    while n == 5:\n        pass\n    return 2 * n\n"
+    ends_program = "import os\ndef double(n):\n    os._exit(0)\n"
+    good = "def double(n):\n    return 2 * n\n"
+    examples = [Example("double(1)", "2"), Example("double(5)", "10")]
+    run = Counted(run)
+    first, hung, ended, last = await probe_solutions([good, endless, ends_program, good], examples, "double", run)
+    assert first is not None
+    assert first.passed == (True, True)
+    assert (hung, ended) == (None, None)
+    assert last == first
 
 
 async def test_mends_with_the_judges_reasons(scripted, validate, run) -> None:

@@ -106,13 +106,17 @@ async def write_code(
         if fault:
             previous, faults = "", [fault]
             continue
-        accepted, faults = await check.evaluate(code, is_independent=not is_repair)
         previous = code
+        if attempt == 0:
+            # The next solution starts over, whatever the judge says of this one.
+            check.add_first(code)
+            continue
+        accepted, faults = await check.evaluate(code, is_independent=not is_repair)
         if not accepted and check.has_failing_tests:
-            accepted = check.conclude()
+            accepted = await check.conclude()
         if accepted:
             return accepted
-    accepted = check.conclude() if check else None
+    accepted = await check.conclude() if check else None
     if accepted:
         return accepted
     if check and check.passing:

@@ -7,6 +7,7 @@ one is accepted because two agree, not because one passes tests that may be wron
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -67,6 +68,18 @@ class CrossCheck:
     has_new_examples: bool = False
     """Whether the model's examples were replaced: once at most, or they could be replaced until they fit the code."""
 
+    unvalidated: str | None = None
+    """The first solution, until its verdict is needed."""
+
+    def add_first(self, code: str) -> None:
+        """Take the first solution, without a verdict.
+
+        Alone it is never accepted, and where the second one passes and agrees with it, its verdict changes nothing. So
+        the judge is asked about it only when the second one is not accepted.
+        """
+        self.independent.append(code)
+        self.unvalidated = code
+
     async def find_fault(self, code: str, seed: int) -> str:
         """Return why a solution cannot be tested, or an empty string. Collects more examples first if there are few."""
         node = find_definition(code, self.name)
@@ -82,13 +95,27 @@ class CrossCheck:
 
         ``is_independent`` means that it was written from the goal alone, not repaired from another.
         """
-        verdict = await validate_examples(code, self.name, self.examples, self.validate)
         passing = [solution for solution, _ in self.passing]
         rivals = [*passing, *(solution for solution in self.independent if solution not in passing)]
         if is_independent:
             self.independent.append(code)
+        is_sound, reasons = await self._validate(code)
+        accepted = None
+        if is_sound and rivals:
+            accepted = await self._find_agreement(code, rivals, is_independent=is_independent)
+        if accepted is None:
+            await self._validate_first()
+        return accepted, reasons
+
+    async def _validate(self, code: str) -> tuple[bool, list[str]]:
+        """Record the verdict on a solution; return whether it is a sound program, and the reasons against it."""
+        verdict = await validate_examples(code, self.name, self.examples, self.validate)
         if verdict.is_valid and hardcodes_answers(code, self.examples):
+<<<<<<< HEAD
             return None, ["The code hard-codes the answers of the tests instead of computing them."]
+=======
+            return False, ["The code holds the answers of the tests instead of computing them."]
+>>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
         if verdict.is_valid:
             self.passing.append((code, verdict))
         elif any(check.name == "tests" for check in verdict.checks):
@@ -96,16 +123,26 @@ class CrossCheck:
             # passing solution is enough.
             self.has_failing_tests = True
         else:
-            return None, list(verdict.reasons)
-        if not rivals:
-            return None, list(verdict.reasons)
-        return await self._find_agreement(code, rivals, is_independent=is_independent), list(verdict.reasons)
+            return False, list(verdict.reasons)
+        return True, list(verdict.reasons)
 
+<<<<<<< HEAD
     def conclude(self) -> CodeSolution | None:
         """Return the solution that passes every example, if there is exactly one.
 
         Several that passed were compared already without agreement, so none of them can be trusted.
         """
+=======
+    async def _validate_first(self) -> None:
+        """Ask the judge about the first solution, unless that has been done."""
+        if self.unvalidated is not None:
+            code, self.unvalidated = self.unvalidated, None
+            await self._validate(code)
+
+    async def conclude(self) -> CodeSolution | None:
+        """Return the solution that passes every example, if there is just one."""
+        await self._validate_first()
+>>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
         if len(self.passing) != 1:
             return None
         code, verdict = self.passing[0]
@@ -115,13 +152,16 @@ class CrossCheck:
         """Return the solution to accept when ``code`` and one of its rivals give the same outputs, else ``None``."""
         calls = [*self.examples, *(Example(call, "None") for call in generate_calls(self.examples, self.name))]
         result, *rival_results = await probe_solutions([code, *rivals], calls, self.name, self.run)
-        verdicts = dict(self.passing)
         for rival, rival_result in zip(rivals, rival_results, strict=True):
             if result is None or rival_result is None:
                 continue
             if not solutions_agree(result, rival_result, len(self.examples)):
                 continue
             for candidate in (code, rival):
+                verdicts = dict(self.passing)
+                if candidate not in verdicts and candidate == self.unvalidated:
+                    await self._validate_first()
+                    verdicts = dict(self.passing)
                 if candidate in verdicts:
                     note = "two solutions agree on further inputs"
                     return build_solution(candidate, self.name, self.examples, verdicts[candidate], note)
@@ -240,33 +280,51 @@ async def probe_solutions(
 ) -> list[SolutionProbe | None]:
     """Return the result of each solution; ``None`` for one that ended the process or exceeded its time.
 
+<<<<<<< HEAD
     Each runs in a sandbox of its own, so that an endless loop loses only its own result. Raises what ``run`` raises.
+=======
+    Raises what ``run`` raises.
+>>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
     """
-    return [await _probe_one(solution, examples, name, run) for solution in solutions]
+    # Most solutions end: one run serves them all. Where one has no end, or ends the program, those without an outcome
+    # run again, each apart, so that it spoils only itself.
+    outcomes = await _probe_together(solutions, examples, name, run)
+    if len(solutions) == 1:
+        return outcomes
+    return [
+        outcome or (await _probe_together([solution], examples, name, run))[0]
+        for solution, outcome in zip(solutions, outcomes, strict=True)
+    ]
 
 
-async def _probe_one(solution: str, examples: Sequence[Example], name: str, run: Run) -> SolutionProbe | None:
+async def _probe_together(
+    solutions: Sequence[str], examples: Sequence[Example], name: str, run: Run
+) -> list[SolutionProbe | None]:
     cases = [[example.call, example.expected, example.kind] for example in examples]
+    modules = [f"candidate_{number}" for number in range(len(solutions))]
     result = await run(
         RunRequest(
             language="python",
-            command=(_PROGRAM, name, "candidate"),
+            command=(_PROGRAM, name, *modules),
             files=(
-                FileRef("candidate.py", text=solution),
+                *(FileRef(f"{module}.py", text=solution) for module, solution in zip(modules, solutions, strict=True)),
                 FileRef("examples.json", text=msgspec.json.encode(cases).decode()),
                 FileRef(_PROGRAM, text=files(__package__ or "").joinpath("probe_program.py").read_text("utf-8")),
             ),
             limits=RunLimits(wall_seconds=_PROBE_SECONDS),
         )
     )
-    lines = [line for line in result.stdout.split("\n") if line.startswith(MARKER)]
-    if not lines:
-        return None
-    try:
-        report = msgspec.json.decode(lines[-1].removeprefix(MARKER).encode(), type=dict[str, list[tuple[bool, str]]])
-    except msgspec.DecodeError:
-        return None
-    rows = report.get("candidate", [])
-    if len(rows) != len(examples):
+    report: dict[str, list[tuple[bool, str]]] = {}
+    for line in result.stdout.split("\n"):
+        if line.startswith(MARKER):
+            with contextlib.suppress(msgspec.DecodeError):
+                report |= msgspec.json.decode(
+                    line.removeprefix(MARKER).encode(), type=dict[str, list[tuple[bool, str]]]
+                )
+    return [_to_probe(report.get(module, []), len(examples)) for module in modules]
+
+
+def _to_probe(rows: Sequence[tuple[bool, str]], examples: int) -> SolutionProbe | None:
+    if len(rows) != examples:
         return None
     return SolutionProbe(tuple(row[0] for row in rows), tuple(row[1] for row in rows))
