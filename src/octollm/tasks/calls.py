@@ -114,20 +114,13 @@ class TaskCalls:
 
     async def execute(
         self, arm: str, contract: Task, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
-<<<<<<< HEAD
-    ) -> ExecuteResult:
+    ) -> StepResult:
         """Have an arm execute a step.
 
         The key is derived from task, step and attempt but not from the epoch, so a worker that takes over repeats the
-        call with the same key and gets the stored response.
-=======
-    ) -> StepResult:
-        """Have an arm do a step. The key names task, step and attempt, so that a repeat is answered alike.
-
-        Small artifacts come with the result, because the files of tasks are stored on this side: each upload would be a
-        call back. Raises ``authority_missing`` for those of an arm that may not write files, ``peer_protocol`` for a
-        text that is not the artifact's.
->>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
+        call with the same key and gets the stored response. Small artifacts come with the result, because this process
+        stores the files of tasks: each upload would be a call back. Raises ``authority_missing`` for artifacts of an
+        arm that may not write files, and ``peer_protocol`` for a text that does not match its digest.
         """
         files = tuple(file.digest for file in contract.context.files if file.digest is not None)
         scope = f"{arm}:execute"

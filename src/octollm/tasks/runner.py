@@ -60,13 +60,9 @@ class RunnerDependencies:
     load_documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
     """Returns the text files of a task, which are stored in memory before planning."""
     load_texts: LoadTexts
-<<<<<<< HEAD
     """Reads the small artifacts of a result, which are sent to the judge with its request."""
-=======
-    """Reads the small artifacts of a result, which the judge gets with its request."""
     store_texts: StoreTexts
     """Stores the small artifacts that come with a result."""
->>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
 
 
 class TaskRunner:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -111,11 +112,7 @@ class CrossCheck:
         """Record the verdict on a solution; return whether it is a sound program, and the reasons against it."""
         verdict = await validate_examples(code, self.name, self.examples, self.validate)
         if verdict.is_valid and hardcodes_answers(code, self.examples):
-<<<<<<< HEAD
-            return None, ["The code hard-codes the answers of the tests instead of computing them."]
-=======
-            return False, ["The code holds the answers of the tests instead of computing them."]
->>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
+            return False, ["The code hard-codes the answers of the tests instead of computing them."]
         if verdict.is_valid:
             self.passing.append((code, verdict))
         elif any(check.name == "tests" for check in verdict.checks):
@@ -126,13 +123,6 @@ class CrossCheck:
             return False, list(verdict.reasons)
         return True, list(verdict.reasons)
 
-<<<<<<< HEAD
-    def conclude(self) -> CodeSolution | None:
-        """Return the solution that passes every example, if there is exactly one.
-
-        Several that passed were compared already without agreement, so none of them can be trusted.
-        """
-=======
     async def _validate_first(self) -> None:
         """Ask the judge about the first solution, unless that has been done."""
         if self.unvalidated is not None:
@@ -140,9 +130,11 @@ class CrossCheck:
             await self._validate(code)
 
     async def conclude(self) -> CodeSolution | None:
-        """Return the solution that passes every example, if there is just one."""
+        """Return the solution that passes every example, if there is exactly one.
+
+        Several that passed were compared already without agreement, so none of them can be trusted.
+        """
         await self._validate_first()
->>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
         if len(self.passing) != 1:
             return None
         code, verdict = self.passing[0]
@@ -280,11 +272,7 @@ async def probe_solutions(
 ) -> list[SolutionProbe | None]:
     """Return the result of each solution; ``None`` for one that ended the process or exceeded its time.
 
-<<<<<<< HEAD
-    Each runs in a sandbox of its own, so that an endless loop loses only its own result. Raises what ``run`` raises.
-=======
     Raises what ``run`` raises.
->>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
     """
     # Most solutions end: one run serves them all. Where one has no end, or ends the program, those without an outcome
     # run again, each apart, so that it spoils only itself.
@@ -301,13 +289,15 @@ async def _probe_together(
     solutions: Sequence[str], examples: Sequence[Example], name: str, run: Run
 ) -> list[SolutionProbe | None]:
     cases = [[example.call, example.expected, example.kind] for example in examples]
-    modules = [f"candidate_{number}" for number in range(len(solutions))]
+    # Named by content: a solution cannot guess the name of another to import it.
+    modules = [f"candidate_{hashlib.sha256(solution.encode()).hexdigest()[:16]}" for solution in solutions]
+    sources = dict(zip(modules, solutions, strict=True))
     result = await run(
         RunRequest(
             language="python",
-            command=(_PROGRAM, name, *modules),
+            command=(_PROGRAM, name, *sources),
             files=(
-                *(FileRef(f"{module}.py", text=solution) for module, solution in zip(modules, solutions, strict=True)),
+                *(FileRef(f"{module}.py", text=source) for module, source in sources.items()),
                 FileRef("examples.json", text=msgspec.json.encode(cases).decode()),
                 FileRef(_PROGRAM, text=files(__package__ or "").joinpath("probe_program.py").read_text("utf-8")),
             ),

@@ -1,12 +1,7 @@
 """The program that calls solutions with the same examples in the sandbox, to compare their outputs.
 
-<<<<<<< HEAD
-Usage: ``python <this file> NAME MODULE…``; ``examples.json`` holds ``[[call, expected, kind], …]``. It prints one line:
-the marker, then JSON: for each module, for each example, ``[passed, output]``.
-=======
 Usage: ``python <this file> NAME MODULE…``; ``examples.json`` holds ``[[call, expected, kind], …]``. It prints one line
-as each module ends: the marker, then JSON with the module and, for each example, ``[passed, what it gave]``.
->>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
+as each module ends: the marker, then JSON with the module and, for each example, ``[passed, output]``.
 """
 
 import importlib
@@ -24,19 +19,12 @@ def main(name: str, modules: list[str]) -> None:
     """Call every solution with every example."""
     real_stdout, sys.stdout = sys.stdout, io.StringIO()
     examples = json.loads(pathlib.Path("examples.json").read_text("utf-8"))
-<<<<<<< HEAD
-    outcomes = {module: [probe(module, name, *example) for example in examples] for module in modules}
-    real_stdout.write("\n" + MARKER + json.dumps(outcomes) + "\n")
-    real_stdout.flush()
-    # Not sys.exit: an atexit handler or thread of a solution could print a forged result line.
-=======
     for module in modules:
         outcomes = [probe(module, name, *example) for example in examples]
-        # Flushed: what a module gave is known even if the next one has no end.
-        printed.write("\n" + MARKER + json.dumps({module: outcomes}) + "\n")
-        printed.flush()
-    # What a solution has left for the end of the program may not add a line of its own.
->>>>>>> bacf0e3 (Fewer calls for a step: artifacts in the response, one probe, cached test runs; cheaper key claims)
+        # Flushed, so that the output of this module is known even if the next one never ends.
+        real_stdout.write("\n" + MARKER + json.dumps({module: outcomes}) + "\n")
+        real_stdout.flush()
+    # Not sys.exit: an atexit handler or thread of a solution could print a forged result line.
     os._exit(0)
 
 
