@@ -227,9 +227,9 @@ class Database:
         ``unavailable`` when the database cannot be used (an interrupted commit may have taken effect),
         ``state_conflict`` when a row violates a constraint.
         """
-        # Lock order: arms, arm_instances, tasks, budgets, reservations, steps, idempotency, subjects; relay_state,
-        # events, channels; documents, passages. Rows of one table are locked by ascending key. Transactions that follow this
-        # order cannot deadlock.
+        # Lock order: arms, arm_instances, tasks, budgets, reservations, steps, idempotency, subjects; then relay_state,
+        # events, channels; documents, passages. Rows of one table are locked by ascending key. Transactions that follow
+        # this order cannot deadlock.
 
         task = asyncio.current_task()
         if task in self._writing:
