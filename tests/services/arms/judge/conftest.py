@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,7 +11,11 @@ import duckdb
 import pytest
 
 from octollm.contracts.operations import RunRequest, RunResult
+from octollm.errors import OctoError
 from octollm.services.arms.executor import runner_sql
+from octollm.services.arms.executor.bubblewrap import Bubblewrap
+from octollm.services.arms.executor.runner import Runner
+from octollm.services.arms.executor.selection import probe_sandbox
 
 
 @pytest.fixture
@@ -45,5 +50,26 @@ def run(tmp_path: Path) -> Callable[[RunRequest], Awaitable[RunResult]]:
         )
         out, err = await process.communicate()
         return RunResult(process.returncode or 0, out.decode(), err.decode())
+
+    return run_request
+
+
+@pytest.fixture(scope="session")
+def sandbox_runner() -> Runner:
+    """Return the executor's runner with a real sandbox, which hostile code needs."""
+    try:
+        sandbox = Bubblewrap.open()
+        asyncio.run(probe_sandbox(sandbox))
+    except OctoError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"bubblewrap is needed in CI: {error.detail}")
+        pytest.skip(f"bubblewrap does not work here: {error.detail}")
+    return Runner(sandbox)
+
+
+@pytest.fixture
+def run_sandboxed(sandbox_runner: Runner) -> Callable[[RunRequest], Awaitable[RunResult]]:
+    async def run_request(request: RunRequest) -> RunResult:
+        return await sandbox_runner.run(request, {file.name: (file.text or "").encode() for file in request.files})
 
     return run_request

@@ -47,7 +47,7 @@ async def test_code_that_fails_its_tests_is_refused_whatever_the_arm_says(run) -
     request, texts = _code(CODE, TESTS.format(expected=7))
     verdict = await accept(request, run, None, _read(texts))
     assert not verdict.accepted
-    assert verdict.reasons == ("self.assertEqual(double(3), 7) failed: 6 != 7",)
+    assert verdict.reasons == ("self.assertEqual(double(3), 7) failed: expected 7, got 6",)
 
 
 async def test_tests_that_prove_nothing_are_refused(run) -> None:

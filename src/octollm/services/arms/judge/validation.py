@@ -6,17 +6,20 @@ The first stage that fails gives the reasons.
 from __future__ import annotations
 
 import ast
+import asyncio
+import json
+import secrets
 import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.resources import files
 
-import msgspec
 from pyflakes import checker, messages
 
 from octollm import Check, FileRef
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult, ValidateRequest, ValidateResult
-from octollm.services.arms.judge.testing_program import MARKER
+from octollm.services.arms.judge.instrumentation import instrument
+from octollm.services.arms.judge.observations import ENDED_EARLY, Verdict, judge_report
 
 MAX_CODE_CHARS = 200_000
 """Characters of one file; a longer one is rejected."""
@@ -32,7 +35,6 @@ def parse_python(code: str, filename: str) -> tuple[ast.Module | None, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(code, filename=filename)
-            # Compiling finds what parsing does not, such as ``return`` outside of a function.
             compile(tree, filename, "exec", dont_inherit=True)
     except SyntaxError as error:
         line = (error.text or "").strip()[:120]
@@ -77,80 +79,78 @@ Run = Callable[[RunRequest], Awaitable[RunResult]]
 """The executor's ``run``."""
 
 TESTING_PROGRAM = "octollm_testing_program.py"
+TEST_PAYLOAD = "octollm_tests.json"
 TEST_SECONDS = 10.0
 """Wall time of one run of the tests."""
+TEST_OUTPUT_BYTES = 1024 * 1024
+"""Bytes of the report and of what the code prints past it."""
 MAX_REASON_CHARS = 300
-
-
-class FailedTest(msgspec.Struct, frozen=True):
-    """A test that failed: its name, its error, and the statement of the tests that raised it."""
-
-    test: str
-    error: str
-    source: str = ""
-
-
-class SuiteReport(msgspec.Struct, frozen=True):
-    """What the testing program prints."""
-
-    ran: int
-    failures: tuple[FailedTest, ...] = ()
+_NONCE_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """Result of a test run: the number of tests, and the reasons why they failed, empty when all passed."""
+    """Result of a test run: the number of tests, the reasons why they failed, and what the evidence is worth."""
 
     ran: int
     reasons: tuple[str, ...]
+    detail: str = ""
 
 
 async def run_tests(request: ValidateRequest, run: Run) -> SuiteResult:
-    """Run the tests of ``request`` with the executor. A run without any test counts as failed.
+    """Run the tests of ``request`` with the executor, and compare its observations. A run without a test has failed.
 
-    Raises what ``run`` raises.
+    The expected values stay in this process (:mod:`octollm.services.arms.judge.instrumentation`). Raises what ``run``
+    raises.
     """
+    nonce = secrets.token_hex(_NONCE_BYTES)
+    control = (f"test_{secrets.token_hex(_NONCE_BYTES)}", secrets.token_hex(_NONCE_BYTES))
+    try:
+        # In a thread: long tests take a while.
+        tests = await asyncio.to_thread(instrument, request.tests, control)
+    except RecursionError:
+        return SuiteResult(0, (f"{request.tests_filename} is nested too deeply.",))
+    payload = {
+        "module": request.tests_filename.removesuffix(".py"),
+        "filename": request.tests_filename,
+        "tests": tests.program,
+        "nonce": nonce,
+    }
     result = await run(
         RunRequest(
             language="python",
-            command=(TESTING_PROGRAM, request.tests_filename.removesuffix(".py")),
+            command=(TESTING_PROGRAM, TEST_PAYLOAD),
             files=(
                 FileRef(request.filename, text=request.code),
-                FileRef(request.tests_filename, text=request.tests),
+                FileRef(TEST_PAYLOAD, text=json.dumps(payload)),
                 FileRef(TESTING_PROGRAM, text=_read_program()),
             ),
-            limits=RunLimits(wall_seconds=TEST_SECONDS),
+            limits=RunLimits(wall_seconds=TEST_SECONDS, output_bytes=TEST_OUTPUT_BYTES),
         )
     )
     if result.reason == "timeout":
         return SuiteResult(0, ("The tests did not end in time: look for a loop without an end.",))
     if result.reason:
         return SuiteResult(0, (f"The tests were stopped by a limit: {result.reason}.",))
-    report = _parse_report(result.stdout)
-    if report is None:
+    verdict = judge_report(result.stdout, nonce, tests, control)
+    reasons = [reason[:MAX_REASON_CHARS] for reason in verdict.reasons]
+    if reasons and reasons[0].startswith(ENDED_EARLY):
         last = (result.stderr.strip().split("\n") or [""])[-1][:MAX_REASON_CHARS]
-        return SuiteResult(0, (f"The code ended the program before its tests were done. {last}".strip(),))
-    reasons = [describe_failure(failure) for failure in report.failures]
-    if not reasons and report.ran == 0:
+        reasons[0] = f"{reasons[0]} {last}".strip()
+    if not reasons and verdict.ran == 0:
         reasons.append("There are no tests: none was run.")
-    return SuiteResult(report.ran, tuple(dict.fromkeys(reasons)))
+    return SuiteResult(verdict.ran, tuple(dict.fromkeys(reasons)), _describe_evidence(verdict))
 
 
-def describe_failure(failure: FailedTest) -> str:
-    """Return a failure as text: the failed statement, then the error."""
-    error = failure.error.removeprefix("AssertionError: ")
-    where = failure.source or failure.test
-    return f"{where} failed: {error}"[:MAX_REASON_CHARS] if error != "AssertionError" else f"{where} is not so"
-
-
-def _parse_report(stdout: str) -> SuiteReport | None:
-    lines = [line for line in stdout.split("\n") if line.startswith(MARKER)]
-    if not lines:
-        return None
-    try:
-        return msgspec.json.decode(lines[-1].removeprefix(MARKER).encode(), type=SuiteReport)
-    except msgspec.DecodeError:
-        return None
+def _describe_evidence(verdict: Verdict) -> str:
+    """Say how many tests passed, and how many of their assertions only the sandbox has checked."""
+    inside, compared = verdict.compared_inside, verdict.compared
+    if not compared:
+        return f"{verdict.ran} passed; they compare nothing that can be checked outside the sandbox"
+    if not inside:
+        return f"{verdict.ran} passed"
+    share = "all assertions" if inside == compared else f"{inside} of {compared} assertions"
+    return f"{verdict.ran} passed; {share} checked inside the sandbox only"
 
 
 def _read_program() -> str:
@@ -184,7 +184,7 @@ async def validate(request: ValidateRequest, run: Run) -> ValidateResult:
         result = await run_tests(request, run)
         if result.reasons:
             return _rejection(passed, "tests", list(result.reasons))
-        passed.append(Check("tests", True, f"{result.ran} passed"))
+        passed.append(Check("tests", True, result.detail))
     return ValidateResult(is_valid=True, checks=tuple(passed))
 
 
