@@ -46,7 +46,8 @@ _MAX_EVENT_BYTES = 1024 * 1024
 class ModelCompletion:
     """The text of the model, and the tool calls that it requests.
 
-    ``finish_reason`` is ``length`` when the text was cut off at the limit, ``tool_calls`` when it requests tool calls.
+    ``finish_reason`` is ``length`` when the text was cut at the limit, ``content_filter`` when the provider's filter
+    withheld the rest, ``tool_calls`` when tools are to be called.
     """
 
     text: str
@@ -54,6 +55,25 @@ class ModelCompletion:
     usage: Usage
     model: str
     tool_calls: tuple[ToolCall, ...] = ()
+
+
+def check_not_filtered(completion: ModelCompletion) -> None:
+    """Raise ``OctoError`` (``model_output_filtered``) for an answer that the provider's filter withheld."""
+    if completion.finish_reason == "content_filter":
+        raise OctoError("The provider's content filter withheld the model's answer.", code="model_output_filtered")
+
+
+def check_whole(completion: ModelCompletion, max_tokens: int | None) -> None:
+    """Raise ``OctoError`` for an answer that is not whole; one cut at the caller's own ``max_tokens`` is what it wants.
+
+    The codes are ``model_output_filtered`` and ``model_output_truncated``.
+    """
+    check_not_filtered(completion)
+    if completion.finish_reason == "length" and max_tokens is None:
+        raise OctoError(
+            f"The model's answer was cut at {completion.usage.completion_tokens} tokens.",
+            code="model_output_truncated",
+        )
 
 
 class _Function(msgspec.Struct, frozen=True):

@@ -10,7 +10,14 @@ from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
-from octollm.arm.completion import ModelCompletion, OnText, TextDeduplicator, read_completion
+from octollm.arm.completion import (
+    ModelCompletion,
+    OnText,
+    TextDeduplicator,
+    check_not_filtered,
+    check_whole,
+    read_completion,
+)
 from octollm.arm.messages import Message, Tool, tool_to_chat
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
@@ -60,9 +67,15 @@ class ModelClient:
     async def complete(
         self, prompt: str, *, system: str = "", max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> str:
-        """Return the model's answer to one prompt. ``temperature`` is 0 to 2; another ``seed`` gives another sample."""
+        """Return the model's answer to one prompt. ``temperature`` is 0 to 2; another ``seed`` gives another sample.
+
+        Raises ``model_output_filtered`` where the provider's filter withheld the answer, and without ``max_tokens``
+        ``model_output_truncated`` where the budget or the model's context cut it.
+        """
         messages = _messages(prompt, system)
-        return (await self.chat(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)).text
+        completion = await self.chat(messages, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        check_whole(completion, max_tokens)
+        return completion.text
 
     async def structured(
         self,
@@ -86,6 +99,7 @@ class ModelClient:
             seed=seed,
             schema=strict_schema(answer),
         )
+        check_not_filtered(completion)
         try:
             return decode(completion.text.encode(), answer)
         except OctoError as error:
@@ -99,7 +113,10 @@ class ModelClient:
     async def stream(
         self, prompt: str, *, system: str = "", max_tokens: int | None = None, temperature: float = 0.0, seed: int = 0
     ) -> AsyncGenerator[str]:
-        """Yield the model's answer to one prompt as it arrives; leaving the loop cancels the model call."""
+        """Yield the model's answer to one prompt as it arrives; leaving the loop cancels the model call.
+
+        Raises at the end as :meth:`complete` does.
+        """
         pieces: asyncio.Queue[str | None] = asyncio.Queue(_MAX_QUEUED)
 
         async def run_chat() -> ModelCompletion:
@@ -123,7 +140,7 @@ class ModelClient:
         try:
             while (piece := await _next_piece(pieces, task)) is not None:
                 yield piece
-            await task
+            check_whole(await task, max_tokens)
         finally:
             await _cancel_and_wait(task)
 

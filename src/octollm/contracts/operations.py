@@ -77,11 +77,12 @@ class AcceptRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AcceptResult(msgspec.Struct, frozen=True):
-    """The judge's verdict on a step; ``score`` is from 0 to 1."""
+    """The judge's verdict on a step; ``score`` is from 0 to 1. ``checks`` say what it stands on, and who checked it."""
 
     accepted: bool
     reasons: tuple[str, ...] = ()
     score: float = 0.0
+    checks: tuple[Check, ...] = ()
 
 
 class SearchFilters(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -91,6 +91,8 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "no_model": ErrorKind(503, "No model is configured"),
     "model_failed": ErrorKind(503, "The model or its provider failed", retryable=True),
     "model_output_invalid": ErrorKind(503, "The model's answer could not be used", new_attempt=True),
+    "model_output_truncated": ErrorKind(503, "The model's answer was cut at the token limit", new_attempt=True),
+    "model_output_filtered": ErrorKind(503, "The provider's content filter withheld the model's answer"),
     "context_too_long": ErrorKind(400, "The prompt does not fit the model"),
     "no_sandbox": ErrorKind(503, "No sandbox is available"),
     "sandbox_failed": ErrorKind(503, "The sandbox could not run the code", retryable=True),

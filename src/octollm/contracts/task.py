@@ -110,11 +110,16 @@ class Citation(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """The result of one check, such as ``syntax``, ``lint`` or ``tests``."""
+    """The result of one check, such as ``syntax``, ``lint`` or ``tests``.
+
+    ``checked_by`` says what a check is worth: ``code`` decides by a rule, ``model`` gives an opinion, and ``nobody``
+    has checked what ``detail`` says.
+    """
 
     name: str
     passed: bool
     detail: str = ""
+    checked_by: Literal["code", "model", "nobody"] = "code"
 
 
 class Assumption(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -12,7 +12,7 @@ from octollm.clock import Clock
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.problems import allows_new_attempt
 from octollm.contracts.stream import StreamEvent
-from octollm.contracts.task import Artifact, ExecuteResult, PlanStep, Task, TaskContext
+from octollm.contracts.task import Artifact, Evidence, ExecuteResult, PlanStep, Task, TaskContext
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline
 from octollm.storage.text_stream import TextStream
@@ -24,6 +24,8 @@ from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger, Tracer
 
 DEFAULT_RETRIES = 1
+MAX_ADDED_CHECKS = 20
+"""Checks of the judge that are told with a result."""
 MAX_OUTPUT_IN_EVENT = 2000
 
 
@@ -97,6 +99,7 @@ async def _run_attempts(
                 result, length = await _execute(deps, task, spec, contract, attempt, deadline)
                 verdict = await _judge(deps, task, spec, contract, result, attempt, deadline)
                 if verdict.accepted:
+                    result = _with_checks(result, verdict)
                     await _complete_step(deps, task, spec, result, verdict, attempt, length)
                     return result
                 reasons = verdict.reasons or ("The judge did not accept the result and gave no reason.",)
@@ -178,6 +181,18 @@ async def _judge(
         verdict = await deps.calls.accept(request, deadline, step=spec.id, attempt=attempt, on_event=ignore)
         span.attributes |= {"octollm.accepted": verdict.accepted, "octollm.score": verdict.score}
         return verdict
+
+
+def _with_checks(result: ExecuteResult, verdict: AcceptResult) -> ExecuteResult:
+    """Return a result with the judge's checks beside the arm's own, for the reader: also what nobody has checked."""
+    evidence = result.evidence or Evidence(kind="text")
+    # Of a kind that the arm has told itself, such as the tests of code, one check is enough.
+    known = {check.name for check in evidence.checks} | {evidence.kind}
+    added = [check for check in verdict.checks if check.name not in known][:MAX_ADDED_CHECKS]
+    if not added:
+        return result
+    evidence = msgspec.structs.replace(evidence, checks=(*evidence.checks, *added))
+    return msgspec.structs.replace(result, evidence=evidence)
 
 
 async def _complete_step(

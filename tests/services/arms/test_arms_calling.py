@@ -5,25 +5,28 @@ from typing import Any
 
 import pytest
 
-from octollm import Message
+from octollm import Message, OctoError
 from octollm.arm import ModelCompletion
 from octollm.config import read_settings
 from octollm.contracts.task import Task, TaskContext, Usage
 from octollm.services.arms.adapters import MAX_NOTES, ModelAsk, collect_notes, goal_with_constraints, is_capable_model
+from octollm.services.arms.completion import ask_draft
+from octollm.services.arms.retriever.answer import has_whole_paragraph
 
 
 @dataclass
 class Model:
-    answers: list[str]
+    answers: list[str | tuple[str, str]]
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     async def chat(self, messages, *, on_text=None, **options) -> ModelCompletion:
         self.asked.append({"messages": messages, **options})
-        text = self.answers.pop(0)
+        answer = self.answers.pop(0)
+        text, finish = answer if isinstance(answer, tuple) else (answer, "stop")
         for piece in text:
             if on_text is not None:
                 await on_text(piece)
-        return ModelCompletion(text, "stop", Usage(), "scripted")
+        return ModelCompletion(text, finish, Usage(), "scripted")
 
 
 @dataclass
@@ -50,6 +53,46 @@ async def test_a_question_is_passed_on_as_it_is() -> None:
     assert ctx.model.asked == [
         {"messages": [Message.user("x")], "max_tokens": 5, "schema": {"type": "object"}, "temperature": 0.3, "seed": 7}
     ]
+
+
+async def test_an_answer_that_was_cut_is_asked_for_again_with_a_larger_limit() -> None:
+    ctx = Watched(Model([("half a sen", "length"), "half a sentence."]))
+    ask = ModelAsk(ctx)  # pyright: ignore[reportArgumentType]
+    assert await ask([Message.user("x")], max_tokens=5, on_text=ask.write) == "half a sentence."
+    assert [asked["max_tokens"] for asked in ctx.model.asked] == [5, 20]
+    assert [reset for text, reset in ctx.said if text == "h"] == [False, True]
+
+
+async def test_an_answer_that_is_cut_again_is_no_answer() -> None:
+    ctx = Watched(Model([("half a sen", "length"), ("half a sentence and", "length")]))
+    with pytest.raises(OctoError) as caught:
+        await ModelAsk(ctx)([Message.user("x")], max_tokens=5)  # pyright: ignore[reportArgumentType]
+    assert caught.value.code == "model_output_truncated"
+
+
+async def test_what_is_whole_of_an_answer_may_suffice() -> None:
+    ctx = Watched(Model([("First.\n\nSecon", "length"), ("Fir", "length"), "First."]))
+    ask = ModelAsk(ctx)  # pyright: ignore[reportArgumentType]
+    assert await ask([Message.user("x")], max_tokens=5, suffices=has_whole_paragraph) == "First.\n\nSecon"
+    assert await ask([Message.user("x")], max_tokens=5, suffices=has_whole_paragraph) == "First."
+
+
+async def test_a_filtered_answer_is_no_answer() -> None:
+    ctx = Watched(Model([("The half that", "content_filter")]))
+    with pytest.raises(OctoError) as caught:
+        await ModelAsk(ctx)([Message.user("x")], max_tokens=5, suffices=lambda _: True)  # pyright: ignore
+    assert caught.value.code == "model_output_filtered"
+    assert len(ctx.model.asked) == 1
+
+
+async def test_a_draft_that_was_cut_is_empty_and_one_in_a_closed_block_is_whole() -> None:
+    block = "```python\nx = 1\n```\nThis"
+    ask = ModelAsk(Watched(Model([("x = ", "length"), ("x = ", "length"), (block, "length")])))  # pyright: ignore
+    assert await ask_draft(ask, [Message.user("x")], max_tokens=5) == ""
+    assert await ask_draft(ask, [Message.user("x")], max_tokens=5) == block
+    failing = ModelAsk(Watched(Model([("x", "content_filter")])))  # pyright: ignore
+    with pytest.raises(OctoError):
+        await ask_draft(failing, [Message.user("x")], max_tokens=5)
 
 
 def test_constraints_stand_below_the_goal() -> None:

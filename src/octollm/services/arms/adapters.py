@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from octollm import Context, FileRef, Message, Task, executor, judge
+from octollm import Context, FileRef, Message, OctoError, Task, executor, judge
+from octollm.arm.completion import check_not_filtered
 from octollm.config import Settings
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest, ValidateResult
 from octollm.contracts.stream import StreamEvent
 
+RETRY_FACTOR = 4
+"""How much larger the limit is when an answer that was cut is asked for again."""
+MAX_RETRY_TOKENS = 4096
 MAX_NOTES = 20_000
 """Characters of the notes and outputs of earlier steps."""
 
@@ -37,19 +41,27 @@ class ModelAsk:
         temperature: float = 0.0,
         seed: int = 0,
         on_text: Callable[[str], Awaitable[None]] | None = None,
+        suffices: Callable[[str], bool] | None = None,
     ) -> str:
         """Return the model's whole answer; see :class:`octollm.services.arms.completion.PromptFunction`."""
-        if on_text is not None:
-            self._reset = self._has_written
-        completion = await self._ctx.model.chat(
-            messages,
-            max_tokens=max_tokens,
-            schema=schema,
-            temperature=temperature,
-            seed=seed,
-            on_text=on_text,
+        for limit in (max_tokens, min(RETRY_FACTOR * max_tokens, max(MAX_RETRY_TOKENS, max_tokens))):
+            if on_text is not None:
+                self._reset = self._has_written
+            completion = await self._ctx.model.chat(
+                messages,
+                max_tokens=limit,
+                schema=schema,
+                temperature=temperature,
+                seed=seed,
+                on_text=on_text,
+            )
+            check_not_filtered(completion)
+            if completion.finish_reason != "length" or (suffices is not None and suffices(completion.text)):
+                return completion.text
+        raise OctoError(
+            f"The model's answer was cut at {completion.usage.completion_tokens} tokens.",
+            code="model_output_truncated",
         )
-        return completion.text
 
     async def write(self, text: str) -> None:
         """Stream a piece of the current answer."""

@@ -32,6 +32,7 @@ class Scripted:
         temperature: float = 0.0,
         seed: int = 0,
         on_text: Callable[[str], Awaitable[None]] | None = None,
+        suffices: Callable[[str], bool] | None = None,
     ) -> str:
         self.asked.append(list(messages))
         assert self.answers, f"asked once more than there are answers: {messages[-1].content}"

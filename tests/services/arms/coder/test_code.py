@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from octollm import Message
+from octollm import Check, Message
 from octollm.errors import OctoError
 from octollm.services.arms.coder import cross_check
 from octollm.services.arms.coder.code import write_code
@@ -90,7 +90,7 @@ async def test_mends_with_the_judges_reasons(scripted, validate, run) -> None:
     assert "n * 2" in written.code or "n + n" in written.code
     repair = ask.asked[3]
     assert [message.role for message in repair[-2:]] == ["assistant", "user"]
-    assert "self.assertEqual(double(1), 2) failed: 3 != 2" in repair[-1].content
+    assert "self.assertEqual(double(1), 2) failed: expected 2, got 3" in repair[-1].content
 
 
 async def test_two_solutions_outvote_a_wrong_example(scripted, validate, run) -> None:
@@ -98,6 +98,8 @@ async def test_two_solutions_outvote_a_wrong_example(scripted, validate, run) ->
     written = await write_code(GOAL, ask, validate, run)
     assert "11" not in written.tests
     assert "1 of the model's 4 examples were dropped" in written.checks[-1].detail
+    assert not written.checks[-1].passed
+    assert written.checks[-1].checked_by == "model"
 
 
 async def test_many_wrong_examples_are_asked_for_anew(scripted, validate, run) -> None:
@@ -106,6 +108,29 @@ async def test_many_wrong_examples_are_asked_for_anew(scripted, validate, run) -
     written = await write_code(GOAL, ask, validate, run)
     assert "double(5), 10" in written.tests
     assert "were replaced" in written.checks[-1].detail
+    assert not written.checks[-1].passed
+
+
+async def test_agreement_is_said_to_be_the_models(scripted, validate, run) -> None:
+    written = await write_code(GOAL, scripted(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
+    assert written.checks[-1] == Check(
+        "independent", True, "two solutions do the same on more inputs; no example is the goal's own", "model"
+    )
+    written = await write_code(f"{GOAL}: double(7) == 14", scripted(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
+    assert "1 of 5 examples are the goal's own" in written.checks[-1].detail
+
+
+async def test_two_solutions_with_one_wrong_reading_do_not_outvote_the_goal(scripted, validate, run) -> None:
+    squares = [
+        BAD,
+        BAD.replace("n ** 2", "n * n"),
+        BAD.replace("n ** 2", "pow(n, 2)"),
+        BAD.replace("n ** 2", "n * n + 0"),
+    ]
+    ask = scripted(squares[0], "assert double(0) == 0\nassert double(1) == 1\nassert double(3) == 9", *squares[1:])
+    with pytest.raises(OctoError) as caught:
+        await write_code(f"{GOAL}, so that double(5) == 10", ask, validate, run)
+    assert caught.value.code == "not_accepted"
 
 
 async def test_examples_of_the_goal_are_never_given_up(scripted, validate, run) -> None:
@@ -201,7 +226,7 @@ async def test_a_class_is_mended(scripted, validate, run) -> None:
     ask = scripted(bad, CLASS_TESTS, bad, CLASS_TESTS, CLASS.format("self.items.append(x)"))
     written = await write_code("Write a class Box with add and tests", ask, validate, run)
     assert "append" in written.code
-    assert "box.add(1), 1) failed: 0 != 1" in ask.asked[4][-1].content
+    assert "box.add(1), 1) failed: expected 1, got 0" in ask.asked[4][-1].content
 
 
 async def test_a_test_that_two_classes_fail_is_dropped(scripted, validate, run) -> None:

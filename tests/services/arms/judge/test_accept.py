@@ -6,9 +6,10 @@ import pytest
 
 from octollm.contracts.operations import AcceptRequest, AcceptResult
 from octollm.contracts.output_schema import format_output_criterion
-from octollm.contracts.task import Artifact, Citation, Evidence, ExecuteResult, FileRef
+from octollm.contracts.task import Artifact, Check, Citation, Evidence, ExecuteResult, FileRef
 from octollm.errors import OctoError
-from octollm.services.arms.judge.acceptance import accept, find_test_weakness
+from octollm.services.arms.judge.acceptance import WHOLE_RESULT, accept, find_test_weakness
+from octollm.services.arms.judge.criteria import unchecked
 
 CODE = "def double(n):\n    return n * 2\n"
 TESTS = """import unittest
@@ -40,7 +41,7 @@ def _code(code: str, tests: str) -> tuple[AcceptRequest, dict[str, str]]:
 
 async def test_code_is_validated_anew(run) -> None:
     request, texts = _code(CODE, TESTS.format(expected=6))
-    assert await accept(request, run, None, _read(texts)) == AcceptResult(True, (), 1.0)
+    assert await accept(request, run, None, _read(texts)) == AcceptResult(True, (), 1.0, (Check("code", True),))
 
 
 async def test_code_that_fails_its_tests_is_refused_whatever_the_arm_says(run) -> None:
@@ -137,7 +138,7 @@ SHOWN = f"n: 2\ntotal: 450\n\nQuery:\n```sql\n{QUERY}\n```"
 
 
 async def test_the_query_is_run_again(run) -> None:
-    assert await accept(_data(SHOWN), run, None, _read({})) == AcceptResult(True, (), 1.0)
+    assert await accept(_data(SHOWN), run, None, _read({})) == AcceptResult(True, (), 1.0, (Check("data", True),))
 
 
 @pytest.mark.parametrize(
@@ -197,23 +198,42 @@ async def test_an_empty_result_is_refused(run, output: str) -> None:
 
 async def test_text_that_nobody_can_check_scores_half(run) -> None:
     verdict = await accept(AcceptRequest("Explain", ExecuteResult("Because.")), run, None, _read({}))
-    assert verdict == AcceptResult(True, (), 0.5)
+    assert verdict == AcceptResult(True, (), 0.5, (unchecked(WHOLE_RESULT),))
+
+
+async def test_the_limits_of_a_goal_are_checked_by_code(run) -> None:
+    request = AcceptRequest("Explain it in two sentences.", ExecuteResult("Because."), ("friendly",))
+    verdict = await accept(request, run, None, _read({}))
+    assert verdict.reasons == ("in two sentences: the result has 1 sentences.",)
+    assert not verdict.accepted
+    better = AcceptRequest(request.goal, ExecuteResult("Because. So it is."), ("friendly",))
+    verdict = await accept(better, run, None, _read({}))
+    assert verdict.accepted
+    assert [(check.passed, check.checked_by) for check in verdict.checks] == [
+        (True, "code"),
+        (False, "nobody"),
+        (False, "nobody"),
+    ]
+    assert verdict.score == 0.67
 
 
 def _saying(*answers: object):
     left = [json.dumps(answer) if not isinstance(answer, str) else answer for answer in answers]
 
-    async def ask(messages, *, max_tokens, schema=None, temperature=0.0, seed=0, on_text=None) -> str:
+    async def ask(messages, *, max_tokens, schema=None, temperature=0.0, seed=0, on_text=None, suffices=None) -> str:
         return left.pop(0)
 
     return ask
 
 
 async def test_a_capable_model_judges_text(run) -> None:
-    request = AcceptRequest("Explain", ExecuteResult("Because."), criteria=("two sentences",))
+    request = AcceptRequest("Explain", ExecuteResult("Because."), criteria=("a good reason",))
     ask = _saying({"accepted": False, "reason": "One sentence only."}, {"accepted": True, "reason": ""}, "?")
-    assert await accept(request, run, ask, _read({})) == AcceptResult(False, ("One sentence only.",), 0.0)
-    assert (await accept(request, run, ask, _read({}))).accepted
+    opinion = Check("opinion", False, "One sentence only.", checked_by="model")
+    assert await accept(request, run, ask, _read({})) == AcceptResult(False, ("One sentence only.",), 0.0, (opinion,))
+    verdict = await accept(request, run, ask, _read({}))
+    assert verdict.accepted
+    assert [check.checked_by for check in verdict.checks] == ["model"]
     with pytest.raises(OctoError) as caught:
         await accept(request, run, ask, _read({}))
     assert caught.value.code == "model_output_invalid"
@@ -225,7 +245,14 @@ async def test_criteria_are_put_to_the_model_after_the_checks(run) -> None:
     )
     ask = _saying({"accepted": False, "reason": "No currency."})
     assert (await accept(request, run, ask, _read({}))).reasons == ("No currency.",)
-    assert (await accept(request, run, None, _read({}))).accepted
+    verdict = await accept(request, run, None, _read({}))
+    assert verdict.accepted
+    assert unchecked("in euros") in verdict.checks
+
+
+async def test_a_model_is_not_asked_about_what_code_has_refused(run) -> None:
+    request = AcceptRequest("Explain", ExecuteResult("Because."), criteria=("at least 20 words",))
+    assert not (await accept(request, run, _saying(), _read({}))).accepted
 
 
 COUNT = {"type": "object", "properties": {"count": {"type": "integer"}}, "required": ["count"]}

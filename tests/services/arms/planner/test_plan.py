@@ -19,7 +19,9 @@ class Asked:
         self.prompts: list[str] = []
         self.schemas: list[dict[str, object] | None] = []
 
-    async def __call__(self, messages, *, max_tokens, schema=None, temperature=0.0, seed=0, on_text=None) -> str:
+    async def __call__(
+        self, messages, *, max_tokens, schema=None, temperature=0.0, seed=0, on_text=None, suffices=None
+    ) -> str:
         self.prompts.append(messages[-1].content)
         self.schemas.append(schema)
         return self.answers.pop(0)

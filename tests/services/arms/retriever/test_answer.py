@@ -41,7 +41,9 @@ class Asked:
         self.answers = list(answers)
         self.prompts: list[str] = []
 
-    async def __call__(self, messages, *, max_tokens, schema=None, temperature=0.0, seed=0, on_text=None) -> str:
+    async def __call__(
+        self, messages, *, max_tokens, schema=None, temperature=0.0, seed=0, on_text=None, suffices=None
+    ) -> str:
         self.prompts.append(messages[-1].content)
         return self.answers.pop(0)
 

@@ -40,7 +40,7 @@ from octollm.services.arms.coder.solution import (
     module_name,
     repair_messages,
 )
-from octollm.services.arms.completion import PromptFunction
+from octollm.services.arms.completion import PromptFunction, ask_draft
 
 ATTEMPTS = 4
 """Solutions at most: the first, then alternately an independent one and a repaired one."""
@@ -88,8 +88,8 @@ async def write_code(
         # each other.
         is_repair = attempt > 0 and attempt % 2 == 0 and bool(previous) and bool(faults)
         messages = repair_messages(base, previous, faults) if is_repair else base
-        answer = await ask(
-            messages, max_tokens=MAX_CODE_TOKENS, temperature=_TEMPERATURES[attempt], seed=attempt, on_text=on_text
+        answer = await ask_draft(
+            ask, messages, max_tokens=MAX_CODE_TOKENS, temperature=_TEMPERATURES[attempt], seed=attempt, on_text=on_text
         )
         code = extract_module(answer)
         if check is None:
@@ -150,7 +150,9 @@ async def write_class(
         return session.build_solution(code, tests, verdict, INDEPENDENT_TESTS)
 
     second = extract_module(
-        await ask(base, max_tokens=MAX_CLASS_TOKENS, temperature=_SECOND_CLASS_TEMPERATURE, seed=1, on_text=on_text)
+        await ask_draft(
+            ask, base, max_tokens=MAX_CLASS_TOKENS, temperature=_SECOND_CLASS_TEMPERATURE, seed=1, on_text=on_text
+        )
     )
     if isinstance(find_definition(second, node.name), ast.ClassDef):
         other = await session.validate_tests(second, tests)
@@ -160,9 +162,8 @@ async def write_class(
         if remaining and failed_statements(verdict) == failed_statements(other):
             retried = await session.validate_tests(code, remaining)
             if retried.is_valid:
-                return session.build_solution(
-                    code, remaining, retried, "tests that two independent classes both fail were dropped"
-                )
+                note = "two classes agree; the tests that both fail were dropped"
+                return session.build_solution(code, remaining, retried, note, is_guess=True)
 
     tests = await session.write_tests(node, seed=2, temperature=_SECOND_TESTS_TEMPERATURE)
     verdict = await session.validate_tests(code, tests)
@@ -171,7 +172,9 @@ async def write_class(
 
     messages = repair_messages(base, code, verdict.reasons)
     repaired = extract_module(
-        await ask(messages, max_tokens=MAX_CLASS_TOKENS, temperature=_REPAIR_TEMPERATURE, seed=3, on_text=on_text)
+        await ask_draft(
+            ask, messages, max_tokens=MAX_CLASS_TOKENS, temperature=_REPAIR_TEMPERATURE, seed=3, on_text=on_text
+        )
     )
     if isinstance(find_definition(repaired, node.name), ast.ClassDef):
         verdict = await session.validate_tests(repaired, tests)
@@ -192,7 +195,7 @@ class _ClassSession:
 
     async def write_tests(self, node: ast.ClassDef, *, seed: int, temperature: float) -> str:
         messages = class_test_messages(self.goal, format_signature(node), self.module)
-        answer = await self.ask(messages, max_tokens=MAX_CLASS_TOKENS, temperature=temperature, seed=seed)
+        answer = await ask_draft(self.ask, messages, max_tokens=MAX_CLASS_TOKENS, temperature=temperature, seed=seed)
         return _import_class(extract_code(answer), self.module, self.name)
 
     async def validate_tests(self, code: str, tests: str) -> ValidateResult:
@@ -205,8 +208,10 @@ class _ClassSession:
             )
         )
 
-    def build_solution(self, code: str, tests: str, verdict: ValidateResult, note: str) -> CodeSolution:
-        checks = (*verdict.checks, Check("independent", True, note))
+    def build_solution(
+        self, code: str, tests: str, verdict: ValidateResult, note: str, *, is_guess: bool = False
+    ) -> CodeSolution:
+        checks = (*verdict.checks, Check("independent", not is_guess, note, checked_by="model"))
         return CodeSolution(f"{self.module}.py", code, f"test_{self.module}.py", tests, checks)
 
 

@@ -1,7 +1,9 @@
 """Cross-checking: the strategy for small models, whose code and tests are both unreliable.
 
 Differential testing (self-consistency): solutions written apart run on the same examples and on generated inputs, and
-one is accepted because two agree, not because one passes tests that may be wrong.
+one is accepted because two agree, not because one passes tests that may be wrong. Two samples of one model may share a
+wrong reading of the goal. Their agreement therefore never outweighs an example of the goal, and the result says where
+it has outweighed the model's own.
 """
 
 from __future__ import annotations
@@ -181,7 +183,9 @@ class CrossCheck:
         if not are_sufficient(examples) or hardcodes_answers(code, examples):
             return None
         verdict = await validate_examples(code, self.name, examples, self.validate)
-        return build_solution(code, self.name, examples, verdict, note) if verdict.is_valid else None
+        if not verdict.is_valid:
+            return None
+        return build_solution(code, self.name, examples, verdict, note, is_guess=True)
 
 
 async def collect_examples(goal: str, node: ast.FunctionDef, ask: PromptFunction, seed: int = 0) -> list[Example]:
@@ -192,6 +196,8 @@ async def collect_examples(goal: str, node: ast.FunctionDef, ask: PromptFunction
         max_tokens=MAX_EXAMPLE_TOKENS,
         temperature=0.0 if seed == 0 else 0.7,
         seed=seed,
+        # Each line stands for itself, and one that was cut is no assertion.
+        suffices=bool,
     )
     return deduplicate([*from_goal, *parse_examples(answer, node.name)])
 
@@ -245,7 +251,12 @@ def drop_test_methods(tests: str, statements: frozenset[str]) -> str:
     failed_methods = [
         node
         for node in methods
-        if any(lines[at].strip() in statements for at in range(node.lineno - 1, node.end_lineno or node.lineno))
+        if any(
+            " ".join((ast.get_source_segment(tests, part) or "").split()) in statements
+            or lines[part.lineno - 1].strip().removesuffix(":") in statements
+            for part in ast.walk(node)
+            if isinstance(part, ast.stmt)
+        )
     ]
     if not failed_methods or len(failed_methods) * 3 > len(methods):
         return ""

@@ -25,7 +25,7 @@ from octollm.services.arms.coder.table_schema import (
     missing_column_hint,
     quote_names,
 )
-from octollm.services.arms.completion import PromptFunction
+from octollm.services.arms.completion import PromptFunction, ask_draft
 
 OnText = Callable[[str], Awaitable[None]]
 
@@ -190,7 +190,8 @@ async def _write_draft(
     best: QueryDraft | None = None
     answers: set[str] = set()
     for attempt in range(1 + MAX_REPAIRS):
-        answer = await ask(
+        answer = await ask_draft(
+            ask,
             messages,
             max_tokens=MAX_QUERY_TOKENS,
             temperature=_TEMPERATURES[number] if attempt == 0 else max(_TEMPERATURES[number], 0.3),
@@ -249,7 +250,7 @@ def _question_prompt(schema: str, goal: str, notes: str, reasons: Sequence[str],
 
 
 def _build_result(draft: QueryDraft, why: str) -> ExecuteResult:
-    checks = [Check("agreement", True, why)]
+    checks = [Check("agreement", True, why, checked_by="model")]
     checks.extend(Check("doubt", False, doubt.text) for doubt in draft.issues)
     return ExecuteResult(
         output=render_answer(draft.table, draft.query),

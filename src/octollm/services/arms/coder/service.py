@@ -68,7 +68,7 @@ async def write_text(
     )
     if not answer.strip():
         raise OctoError("The model gave no text.", code="model_output_invalid")
-    check = Check("checked", False, "the model's own words: nothing was run or looked up")
+    check = Check("checked", False, "the model's own words: nothing was run or looked up", checked_by="nobody")
     return ExecuteResult(output=answer.strip(), evidence=Evidence(kind="text", checks=(check,)))
 
 

@@ -142,14 +142,20 @@ async def validate_examples(code: str, name: str, examples: Sequence[Example], v
 
 
 def build_solution(
-    code: str, name: str, examples: Sequence[Example], verdict: ValidateResult, note: str
+    code: str, name: str, examples: Sequence[Example], verdict: ValidateResult, note: str, *, is_guess: bool = False
 ) -> CodeSolution:
-    """Return the solution of the function ``name``; ``note`` says how independent its tests are."""
+    """Return the solution of the function ``name``; ``note`` says how independent its tests are.
+
+    Solutions and examples of one model can share one wrong reading of the goal, so this check is a model's. It is not
+    passed where ``is_guess``: two solutions agree with each other and not with the examples.
+    """
     module = module_name(name)
+    own = sum(example.is_from_goal for example in examples)
+    said = f"{own} of {len(examples)} examples are the goal's own" if own else "no example is the goal's own"
     return CodeSolution(
         filename=f"{module}.py",
         code=code,
         tests_filename=f"test_{module}.py",
         tests=render_tests(examples, module, name),
-        checks=(*verdict.checks, Check("independent", True, note)),
+        checks=(*verdict.checks, Check("independent", not is_guess, f"{note}; {said}", checked_by="model")),
     )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import jsonschema_rs
 import msgspec
 
-from octollm import Citation, Evidence, FileRef, Message, OctoError
+from octollm import Check, Citation, Evidence, FileRef, Message, OctoError
 from octollm.contracts.operations import (
     MAX_SHOWN_ASSUMPTIONS,
     AcceptRequest,
@@ -28,6 +28,7 @@ from octollm.contracts.operations import (
 )
 from octollm.contracts.output_schema import extract_json, find_output_schema
 from octollm.services.arms.completion import PromptFunction
+from octollm.services.arms.judge.criteria import check_text, unchecked
 from octollm.services.arms.judge.validation import Run, parse_python, validate
 from octollm.text.lexical import content_words, extract_numbers, extract_numbers_and_words, stems
 from octollm.text.passages import numbered_lines
@@ -75,7 +76,8 @@ async def ask_opinion(request: AcceptRequest, ask: PromptFunction) -> AcceptResu
     except msgspec.DecodeError as exc:
         raise OctoError("The model's verdict could not be read.", code="model_output_invalid") from exc
     reasons = () if opinion.accepted else (opinion.reason.strip() or "The result does not do what was asked.",)
-    return AcceptResult(accepted=opinion.accepted, reasons=reasons, score=1.0 if opinion.accepted else 0.0)
+    check = Check("opinion", opinion.accepted, opinion.reason.strip(), checked_by="model")
+    return AcceptResult(opinion.accepted, reasons, 1.0 if opinion.accepted else 0.0, (check,))
 
 
 def _opinion_messages(request: AcceptRequest) -> list[Message]:
@@ -323,16 +325,19 @@ def _json_pointer(path: list[str | int]) -> str:
 
 _EMPTY_OUTPUT = re.compile(r"^\W*+(?:none|null|n/?a|todo)?\W*+$", re.IGNORECASE)
 """Possessive quantifiers: backtracking over a long run of brackets would take quadratic time."""
-_UNCHECKED_SCORE = 0.5
-"""The score of a text that could not be checked."""
+UNCHECKED_SCORE = 0.5
+"""What a check counts that nobody has done."""
+WHOLE_RESULT = "whether the result does what was asked"
+"""What no rule can check."""
 
 
 async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, read_file: ReadFile) -> AcceptResult:
     """Judge a result by its evidence: validate code again, run a query again, look up citations in their files.
 
-    These checks take precedence over a model's opinion. ``ask`` is a model capable of judging, or ``None``: it judges
-    plain text, and the criteria of a result that passed its checks. ``score`` is the share of checks that passed.
-    Raises what ``run``, ``ask`` and ``read_file`` raise.
+    Of a text, rules check length, language, format and words, as far as the criteria or the goal demand them. These
+    checks take precedence over a model's opinion. ``ask`` is a model capable of judging, or ``None``: it judges what
+    the rules leave open. ``checks`` also has what nobody checked; of a text, that counts half in ``score``, which is
+    otherwise the share of checks that passed. Raises what ``run``, ``ask`` and ``read_file`` raise.
     """
     evidence = request.result.evidence
     if _EMPTY_OUTPUT.match(request.result.output) and not request.result.artifacts:
@@ -340,16 +345,46 @@ async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, r
     schema = find_output_schema(request.criteria)
     if schema is not None and (faults := find_output_faults(request.result.output, schema)):
         return AcceptResult(accepted=False, reasons=faults, score=0.0)
+    criteria = [criterion for criterion in request.criteria if find_output_schema([criterion]) is None]
     if evidence is None or evidence.kind == "text":
-        return await ask_opinion(request, ask) if ask else AcceptResult(accepted=True, score=_UNCHECKED_SCORE)
+        checks = check_text(request.goal, criteria, request.result.output)
+        if schema is not None:
+            checks.append(Check("schema", True))
+        reasons = [check.detail for check in checks if not check.passed and check.checked_by == "code"]
+        return await _conclude(request, reasons, checks, ask)
     if evidence.kind == "documents":
-        reasons, checks = await check_documents(request, evidence, read_file)
+        reasons, number = await check_documents(request, evidence, read_file)
     elif evidence.kind == "data":
-        reasons, checks = await check_data(request, evidence, run)
+        reasons, number = await check_data(request, evidence, run)
     else:
         sources = [FileRef(a.name, digest=a.digest) for a in request.result.artifacts if a.name.endswith(".py")]
-        reasons, checks = await check_code({file.name: await read_text(file, read_file) for file in sources}, run)
-    if not reasons and request.criteria and ask:
-        return await ask_opinion(request, ask)
-    failed = min(len(reasons), checks)
-    return AcceptResult(accepted=not reasons, reasons=tuple(reasons), score=round((checks - failed) / checks, 2))
+        reasons, number = await check_code({file.name: await read_text(file, read_file) for file in sources}, run)
+    failed = min(len(reasons), number)
+    checks = [Check(evidence.kind, index >= failed) for index in range(number)]
+    checks += [unchecked(criterion) for criterion in criteria]
+    return await _conclude(request, reasons, checks, ask if criteria else None)
+
+
+async def _conclude(
+    request: AcceptRequest, reasons: Sequence[str], checks: Sequence[Check], ask: PromptFunction | None
+) -> AcceptResult:
+    """Return the verdict of the checks. A model is asked about what they leave open, if they have passed."""
+    is_text = request.result.evidence is None or request.result.evidence.kind == "text"
+    if not reasons and ask:
+        opinion = await ask_opinion(request, ask)
+        done = tuple(check for check in checks if check.checked_by != "nobody")
+        return msgspec.structs.replace(opinion, checks=(*_merge(done), *opinion.checks))
+    every = [*checks, *([unchecked(WHOLE_RESULT)] if is_text else [])]
+    counted = every if is_text else [check for check in every if check.checked_by != "nobody"]
+    worth = sum(UNCHECKED_SCORE if check.checked_by == "nobody" else check.passed for check in counted)
+    return AcceptResult(
+        accepted=not reasons,
+        reasons=tuple(reasons),
+        score=round(worth / len(counted), 2),
+        checks=tuple(_merge(every)),
+    )
+
+
+def _merge(checks: Sequence[Check]) -> list[Check]:
+    """Return each check once: several of one kind that have the same outcome are one."""
+    return list(dict.fromkeys(checks))

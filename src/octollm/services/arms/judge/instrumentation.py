@@ -311,11 +311,12 @@ class _Instrumenter:
     def _expand_pytest(self) -> None:
         """Replace what is understood of pytest, which is not there in the sandbox."""
         for node in ast.walk(self._tree):
-            for at, each in enumerate(getattr(node, "decorator_list", ())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for at, each in enumerate(node.decorator_list):
                 if isinstance(each, ast.Call) and ast.unparse(each.func) == "pytest.mark.parametrize":
-                    assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
                     node.decorator_list[at] = ast.copy_location(_call("cases", *each.args[:2]), each)
-                    if isinstance(node, ast.FunctionDef) and len(each.args) > 1:
+                    if len(each.args) > 1:
                         self._seal_cases(node, each.args[0], each.args[1])
         needed = any(
             isinstance(node, ast.Name) and node.id == "pytest"
@@ -329,7 +330,7 @@ class _Instrumenter:
                 if not (isinstance(node, ast.Import) and [alias.name for alias in node.names] == ["pytest"])
             ]
 
-    def _seal_cases(self, function: ast.FunctionDef, names: ast.expr, table: ast.expr) -> None:
+    def _seal_cases(self, function: ast.FunctionDef | ast.AsyncFunctionDef, names: ast.expr, table: ast.expr) -> None:
         if not isinstance(names, ast.Constant) or not isinstance(names.value, str):
             return
         _, loaded = name_uses(function)

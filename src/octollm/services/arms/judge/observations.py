@@ -191,7 +191,7 @@ class _Reader:
                 if number not in assertion.sealed.get(at, ()):
                     # The code has given a placeholder as its own result.
                     raise UnreadableReportError("Its report names an expected value where none belongs.")
-                self._seen_sealed.add(number)
+                self._seen_sealed.add(int(number))
                 values.append(self._tests.sealed[number])
                 is_known = True
             else:
@@ -215,6 +215,10 @@ def _decode_pairs(data: Any) -> dict[Any, object]:
     return {decode(key): decode(value) for key, value in data}
 
 
+def _integer(data: Any) -> int:
+    return data if isinstance(data, int) else int(data["v"], 16)
+
+
 _DECODERS: dict[str, Callable[[Any], object]] = {
     "int": lambda v: int(v, 16),
     "float": float.fromhex,
@@ -225,7 +229,7 @@ _DECODERS: dict[str, Callable[[Any], object]] = {
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
     "complex": lambda v: complex(float.fromhex(v[0]), float.fromhex(v[1])),
-    "range": lambda v: range(*map(decode, v)),  # pyright: ignore[reportArgumentType]
+    "range": lambda v: range(*map(_integer, v)),
     "ellipsis": lambda _: ...,
     "Counter": lambda v: collections.Counter(_decode_pairs(v)),  # pyright: ignore[reportArgumentType]
     "OrderedDict": lambda v: collections.OrderedDict(_decode_pairs(v)),
@@ -274,8 +278,7 @@ def _describe(assertion: Assertion, values: list[object]) -> str:
     if op == "truth":
         return f"expected a {'false' if is_negated else 'true'} value, got {shown[0]}"
     if op == "instance":
-        kinds: Any = values[1]
-        names = " or ".join(kind.__name__ for kind in kinds) if isinstance(kinds, tuple) else shown[1]  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        names = _type_names(values[1]) or shown[1]
         return f"expected {'no' if is_negated else 'an'} instance of {names}, got {shown[0]}"
     if op in ("in", "not in"):
         return f"expected {shown[0]} {'not ' if is_negated else ''}in {shown[1]}"
@@ -297,6 +300,10 @@ def _describe(assertion: Assertion, values: list[object]) -> str:
     if expected == got:
         expected, got = f"{expected} ({type(values[1]).__name__})", f"{got} ({type(values[0]).__name__})"
     return f"expected {expected}, got {got}"
+
+
+def _type_names(kinds: Any) -> str:
+    return " or ".join(kind.__name__ for kind in kinds) if isinstance(kinds, tuple) else ""  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
 
 
 def show(value: object) -> str:

@@ -11,6 +11,7 @@ import fractions
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 MAX_BITS = 20_000
 """Bits of an integer that is computed."""
@@ -34,12 +35,12 @@ _LIBRARY: dict[str, object] = {
     )},
 }  # fmt: skip
 """Values and constructors that an expected value may be made with."""
-_BINARY: dict[type[ast.operator], Callable[[object, object], object]] = {
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
     ast.BitOr: operator.or_, ast.BitAnd: operator.and_, ast.BitXor: operator.xor,
 }  # fmt: skip
-_UNARY: dict[type[ast.unaryop], Callable[[object], object]] = {
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert, ast.Not: operator.not_,
 }  # fmt: skip
 
@@ -128,7 +129,9 @@ def _check_arguments(make: object, values: Sequence[object]) -> None:
         # Ten digits of exponent are a number of ten thousand million digits; bytes(n) takes n bytes.
         if make is fractions.Fraction and isinstance(value, str | float | decimal.Decimal):
             raise NotConstantError
-        if make in (bytes, bytearray, str) and not isinstance(value, list | tuple | range | bytes | str):
+        if any(make is kind for kind in (bytes, bytearray, str)) and not isinstance(
+            value, list | tuple | range | bytes | str
+        ):
             raise NotConstantError
 
 

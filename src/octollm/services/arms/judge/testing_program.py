@@ -10,6 +10,9 @@ and to forge what is compared in the sandbox, because the tests compute the expe
 code's own classes.
 """
 
+# It looks at values of any type, whose items have no type that could be known.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import builtins
@@ -37,6 +40,7 @@ RECORDER = "_octollm"
 MAX_ERRORS = 16
 MAX_TEXT = 300
 MAX_SHOWN = 160
+MAX_MESSAGE = 4000
 MAX_DEPTH = 40
 REPORT_BYTES = 700 * 1024
 """Bytes of the whole report; a value that would exceed its share of the rest is sent as a digest."""
@@ -250,12 +254,11 @@ class Raised:
         self.exception = self.value = error.with_traceback(None)
         self.type = type(error)
         names = [base.__name__ for base in type(error).__mro__ if getattr(builtins, base.__name__, None) is base]
-        shown = str(error)
-        said = shown if isinstance(shown, str) else ""
+        said = str(error)
         inside = None if self._kind is None and self._pattern is None else True
         if self._pattern is not None:
             inside = re.search(self._pattern, said) is not None
-        self._recorder.add(self._number, inside, ["raised", type(error).__name__, names, str.__str__(said)[:4000]])
+        self._recorder.add(self._number, inside, ["raised", type(error).__name__, names, said[:MAX_MESSAGE]])
         return True
 
     def match(self, pattern: str) -> None:
@@ -452,6 +455,6 @@ if __name__ == "__main__":
     for name in (path, program):
         os.unlink(name)  # noqa: PTH108
     del sys.argv[1:]
-    scope = {"__builtins__": dict(vars(builtins)), "__name__": "octollm_testing"}
+    scope: dict[str, Any] = {"__builtins__": dict(vars(builtins)), "__name__": "octollm_testing"}
     exec(compile(source, "<octollm>", "exec"), scope)  # noqa: S102
     scope["main"](json.loads(text))

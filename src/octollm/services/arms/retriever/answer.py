@@ -212,11 +212,21 @@ async def answer_question(
     passages = list(await search(question, MAX_SHOWN_PASSAGES))[:MAX_SHOWN_PASSAGES]
     if not passages:
         return not_found_result((), "no passage has the words of the question")
-    said = await ask(_answer_messages(question, passages, reasons), max_tokens=MAX_ANSWER_TOKENS, on_text=on_text)
+    said = await ask(
+        _answer_messages(question, passages, reasons),
+        max_tokens=MAX_ANSWER_TOKENS,
+        on_text=on_text,
+        suffices=has_whole_paragraph,
+    )
     answer, held, doubt = _assess_answer(question, said, passages)
     if _needs_second_pass(question, answer, held, doubt, passages):
         narrow = narrow_passages(question, passages)
-        said = await ask(_answer_messages(question, narrow, reasons), max_tokens=MAX_ANSWER_TOKENS, on_text=on_text)
+        said = await ask(
+            _answer_messages(question, narrow, reasons),
+            max_tokens=MAX_ANSWER_TOKENS,
+            on_text=on_text,
+            suffices=has_whole_paragraph,
+        )
         answer, held, doubt = _assess_answer(question, said, passages)
     if doubt or held is None:
         return not_found_result(passages, doubt)
@@ -241,6 +251,11 @@ def is_denial(answer: str) -> bool:
 def first_paragraph(answer: str) -> str:
     """Return the first paragraph of a model's answer as one line."""
     return " ".join(answer.strip().split("\n\n")[0].removeprefix("Answer:").split())
+
+
+def has_whole_paragraph(answer: str) -> bool:
+    """Return whether an answer that was cut has its first paragraph whole; the rest is not used."""
+    return "\n\n" in answer.strip()
 
 
 def not_found_result(passages: Sequence[Passage], why: str) -> ExecuteResult:
