@@ -210,6 +210,33 @@ async def test_plain_text_is_marked_as_unchecked(tmp_path) -> None:
         assert result.evidence.checks[0].passed is False
 
 
+@pytest.mark.parametrize(
+    ("reasons", "code"),
+    [
+        (("length", "length"), "model_output_truncated"),
+        (("content_filter",), "model_output_filtered"),
+        (("length", "content_filter"), "model_output_filtered"),
+        (("length", "stop"), ""),
+    ],
+)
+async def test_half_an_answer_is_no_result(tmp_path, reasons: tuple[str, ...], code: str) -> None:
+    rest = iter(reasons)
+
+    def answer(_asked: ScriptedRequest) -> ScriptedReply:
+        reason = next(rest)
+        return ScriptedReply("Light scatters." if reason == "stop" else "Light scat", finish_reason=reason)
+
+    async with open_arms(tmp_path, answer, "models", "coder") as arms:
+        got = await arms.post("coder", "execute", {"goal": "Explain why the sky is blue."})
+        limits = [asked.raw["max_completion_tokens"] for asked in arms.model.requests]
+        assert limits == sorted(limits)
+        assert len(set(limits)) == len(reasons)
+        if code:
+            assert problem(got).code == code
+        else:
+            assert said(got, ExecuteResult).output == "Light scatters."
+
+
 async def test_an_empty_goal_is_refused(tmp_path) -> None:
     async with open_arms(tmp_path, unasked, "coder") as arms:
         answer = await arms.post("coder", "execute", {"goal": "  "})
@@ -265,7 +292,7 @@ async def test_the_judge_runs_tests_with_the_executor(tmp_path, bubblewrap) -> N
         assert said(await arms.post("judge", "validate", good), ValidateResult).is_valid
         verdict = said(await arms.post("judge", "validate", bad), ValidateResult)
         assert not verdict.is_valid
-        assert "3 != 2" in verdict.reasons[0]
+        assert "expected 2, got 3" in verdict.reasons[0]
 
 
 async def test_the_judge_cannot_run_what_its_caller_may_not(tmp_path, bubblewrap) -> None:

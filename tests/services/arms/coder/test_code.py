@@ -114,7 +114,7 @@ async def test_many_wrong_examples_are_asked_for_anew(scripted, validate, run) -
 async def test_agreement_is_said_to_be_the_models(scripted, validate, run) -> None:
     written = await write_code(GOAL, scripted(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
     assert written.checks[-1] == Check(
-        "independent", True, "two solutions do the same on more inputs; no example is the goal's own", "model"
+        "independent", True, "two solutions agree on further inputs; no example is the goal's own", "model"
     )
     written = await write_code(f"{GOAL}: double(7) == 14", scripted(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
     assert "1 of 5 examples are the goal's own" in written.checks[-1].detail
