@@ -191,7 +191,7 @@ class _Reader:
                 if number not in assertion.sealed.get(at, ()):
                     # The code has given a placeholder as its own result.
                     raise UnreadableReportError("Its report names an expected value where none belongs.")
-                self._seen_sealed.add(int(number))
+                self._seen_sealed.add(int(number))  # pyright: ignore[reportUnknownArgumentType]
                 values.append(self._tests.sealed[number])
                 is_known = True
             else:
@@ -303,7 +303,9 @@ def _describe(assertion: Assertion, values: list[object]) -> str:
 
 
 def _type_names(kinds: Any) -> str:
-    return " or ".join(kind.__name__ for kind in kinds) if isinstance(kinds, tuple) else ""  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    if not isinstance(kinds, tuple):
+        return ""
+    return " or ".join(str(kind.__name__) for kind in kinds)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType, reportUnknownArgumentType]
 
 
 def show(value: object) -> str:
