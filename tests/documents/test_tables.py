@@ -16,6 +16,7 @@ from table_corpus import KINDS, SEEDS, equal, judge, read, write
 from octollm.documents.layout import LayoutError, find_delimiter, is_summary_label, parse_lines
 from octollm.documents.numbers import Shape, is_unit, parse_number_shape, read_number_column
 from octollm.documents.tables import TableAssumption
+from octollm.services.arms.executor import runner_sql
 from octollm.services.arms.executor.runner_sql import RefusedError
 
 
@@ -286,3 +287,32 @@ def test_no_numbers(pattern: str) -> None:
 def test_a_column_of_two_notations_is_no_number() -> None:
     shapes = [Shape("9.999,99", 1, "1.234,56", "1.234,56"), Shape("9,999.99", 1, "1,234.56", "1,234.56")]
     assert "different notations" in str(read_number_column(shapes))
+
+
+LONG_LINES = [
+    f"{number % 28 + 1:02}.01.2024;Kunde {number};{number % 1000}.{number % 900 + 100},5{{}}" for number in range(3000)
+]
+
+
+@pytest.mark.parametrize(
+    ("head", "space", "foot"),
+    [
+        ("Tag;Wer;Betrag\n", "", ""),
+        ("Umsätze;;\n\nTag;Wer;Betrag\n", " ", "Summe;;{total}\n\nStand 31.12.2024;;\n"),
+        ("Tag;Wer;Betrag\n", "", "\n01.02.2024;x\n01.02.2024;y;5;6\n"),
+        ("Tag;Wer;Betrag\n", "", '01.02.2024;"x;y";5\n'),
+    ],
+)
+def test_a_long_file_is_read_like_a_short_one(
+    monkeypatch: pytest.MonkeyPatch, head: str, space: str, foot: str
+) -> None:
+    lines = [line.format(space) for line in LONG_LINES]
+    total = sum((number % 1000) * 1000 + number % 900 + 100.5 for number in range(3000))
+    written = f"{total:,.1f}".replace(",", "G").replace(".", ",").replace("G", ".")
+    data = (head + "\n".join(lines) + "\n" + foot.format(total=written)).encode()
+    monkeypatch.setattr(runner_sql, "LONG_FILE", 1 << 30)
+    expected = read(data)
+    monkeypatch.setattr(runner_sql, "LONG_FILE", 1 << 10)
+    monkeypatch.setattr(runner_sql, "TAIL_BYTES", 1 << 10)
+    assert read(data) == expected
+    assert expected[1][7][2] == 7107.5

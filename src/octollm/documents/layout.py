@@ -144,11 +144,13 @@ class Layout:
     has_typed_rows: bool = False
     row_noun: str = "line"
     delimiter: str = ""
+    numeric: frozenset[int] = frozenset()
+    """The columns, from 0, whose values are numbers in the file itself, as in a spreadsheet, and not texts."""
     named: frozenset[str] = frozenset()
     """The columns that have a name of their own; another one without a value is no column."""
 
-    def data(self, rows: Iterable[list[str]]) -> Iterator[list[str]]:
-        """Yield the data among ``rows``, the rows from ``start`` on, each as long as the header."""
+    def data(self, rows: Iterable[list[str]], start: int | None = None) -> Iterator[list[str]]:
+        """Yield the data among ``rows``, which begin at ``start`` (by default all data), each as long as the header."""
         width = len(self.header)
         held: deque[tuple[int, bool, list[str]]] = deque()
         """The last rows, each with its number and whether a blank row goes before it."""
@@ -156,7 +158,7 @@ class Layout:
         first: dict[str, int] = {}
         after_blank = False
         label = self.label_row[0] if self.label_row else ""
-        for number, row in enumerate(rows, self.start + 1):
+        for number, row in enumerate(rows, (self.start if start is None else start) + 1):
             # The first condition holds for nearly every row of a long file, and costs little.
             if len(row) != width or after_blank or not row[0][:1].isalnum() or row[0] == label:
                 cells = _filled(row)
@@ -400,3 +402,33 @@ def parse_lines(lines: Iterable[str], delimiter: str | None = None) -> tuple[Lay
     layout = find_layout(head)
     layout.delimiter = "" if delimiter == _NO_DELIMITER else delimiter
     return layout, layout.data(itertools.chain(head[layout.start :], rows))
+
+
+Cell = str | int | float | bool | dict[str, str] | None
+"""A cell of a spreadsheet; a date is an object with ``date`` or ``datetime`` in ISO 8601."""
+
+
+def parse_cells(rows: Sequence[Sequence[Cell]], first_row: int = 1) -> tuple[Layout, Iterator[list[str]]]:
+    """Return the layout of a spreadsheet's cells, and its rows of data as text. Raises ``LayoutError``.
+
+    ``first_row`` is the number of the first row in the sheet.
+    """
+    blank: list[list[str]] = [[] for _ in range(first_row - 1)]
+    texts = [*blank, *([_cell_text(cell) for cell in row] for row in rows)]
+    layout = find_layout(texts[: HEAD_ROWS + len(blank)], row_noun="row")
+    kinds: dict[int, set[type]] = {}
+    for row in rows[max(0, layout.start - len(blank)) :]:
+        for number, cell in enumerate(row):
+            is_empty = cell is None or (isinstance(cell, str) and strip_cell(cell).lower() in NULL_WORDS)
+            if not is_empty:
+                kinds.setdefault(number, set()).add(type(cell))
+    layout.numeric = frozenset(number for number, found in kinds.items() if found <= {int, float})
+    return layout, layout.data(texts[layout.start :])
+
+
+def _cell_text(cell: Cell) -> str:
+    if isinstance(cell, dict):
+        return next(iter(cell.values()), "").replace("T", " ")
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    return "" if cell is None else str(cell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date, datetime
 from typing import Literal
 
@@ -121,16 +122,23 @@ class _EncodedDocument(msgspec.Struct, frozen=True):
     notes: tuple[str, ...]
 
 
+def _encode_cell(cell: RawCell) -> _EncodedCell:
+    if isinstance(cell, datetime):
+        return {"datetime": cell.isoformat()}
+    return {"date": cell.isoformat()} if isinstance(cell, date) else cell
+
+
+def encode_cells(table: RawTable) -> bytes:
+    """Return the rows of a table as JSON, with the number of the first one; a date is an object."""
+    first = re.match("[A-Z]+([0-9]+)", table.origin.cells)
+    rows = [[_encode_cell(cell) for cell in row] for row in table.rows]
+    return msgspec.json.encode({"first_row": int(first[1]) if first else 1, "rows": rows})
+
+
 def encode_document(document: Document) -> bytes:
     """Return a document as JSON, in which a date is an object, so that it is told from a text."""
-
-    def encode(cell: RawCell) -> _EncodedCell:
-        if isinstance(cell, datetime):
-            return {"datetime": cell.isoformat()}
-        return {"date": cell.isoformat()} if isinstance(cell, date) else cell
-
     tables = tuple(
-        _EncodedTable(table.name, [[encode(cell) for cell in row] for row in table.rows], table.origin)
+        _EncodedTable(table.name, [[_encode_cell(cell) for cell in row] for row in table.rows], table.origin)
         for table in document.tables
     )
     return msgspec.json.encode(

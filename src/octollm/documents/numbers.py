@@ -199,7 +199,8 @@ class NumberColumn:
         plain = all(shape.has_plain_sign for shape in self.shapes)
         kept |= {"-"} if plain else set()
         removed = "".join(sorted(set(patterns) - kept))
-        number = f"translate({text}, {_literal(mark + removed)}, '.')"
+        changes = bool(removed) or (mark == "," and not self.is_integer(mark))
+        number = f"translate({text}, {_literal(mark + removed)}, '.')" if changes else text
         if not plain and not has_exponent:
             whole = f"regexp_replace({text}, '[.,][{_MINUS}—]+', '')"
             number = f"translate({whole}, {_literal(mark + removed)}, '.')"

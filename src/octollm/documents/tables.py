@@ -57,6 +57,8 @@ class _Column:
     shapes: list[Shape]
     null_words: list[Shape]
     is_cut: bool
+    is_native: bool = False
+    """Whether its numbers are numbers in the file itself."""
     expression: str = ""
     numbers: NumberColumn | None = None
     dates: DateColumn | None = None
@@ -116,8 +118,13 @@ def _read_columns(query: Query, raw: str, layout: Layout, left_out: Sequence[int
     """Return the columns with their expressions, decided together."""
     source = raw if not left_out else f"(SELECT * FROM {raw}{_where(left_out)})"  # noqa: S608
     ((rows,),) = query(f"SELECT count(*) FROM {raw}")  # noqa: S608
-    columns = [_profile(query, source, f"c{number}", name, int(rows)) for number, name in enumerate(layout.header)]
-    for column in columns:
+    lengths = query(f"SELECT {', '.join(f'max(strlen(c{n}))' for n in range(len(layout.header)))} FROM {raw}")[0]  # noqa: S608
+    columns = [
+        _profile(query, source, f"c{number}", name, int(rows), is_long=(lengths[number] or 0) > _SHAPE_CHARS)
+        for number, name in enumerate(layout.header)
+    ]
+    for number, column in enumerate(columns):
+        column.is_native = number in layout.numeric
         _find_kind(query, source, column)
     _decide_numbers(columns, layout)
     _decide_dates(columns, layout)
@@ -141,8 +148,8 @@ def _is_null_word(sql: str) -> str:
     return f"lower({sql}) IN ({_listed(NULL_WORDS)})"
 
 
-def _profile(query: Query, source: str, name: str, label: str, rows: int) -> _Column:
-    text = f"left({name}, {_SHAPE_CHARS})"
+def _profile(query: Query, source: str, name: str, label: str, rows: int, *, is_long: bool) -> _Column:
+    text = f"left({name}, {_SHAPE_CHARS})" if is_long else name
 
     def count(where: str) -> list[Shape]:
         found = query(
@@ -193,6 +200,12 @@ def _find_kind(query: Query, source: str, column: _Column) -> None:
     shapes = column.shapes
     if not shapes or column.is_cut:
         return
+    if column.is_native:
+        parsed = [parse_number_shape(shape) for shape in shapes]
+        known = tuple(number for number in parsed if number is not None and "." in number.marks)
+        if len(known) == len(shapes):
+            column.numbers = NumberColumn(known, frozenset((".",)))
+            return
     words = {shape.pattern.lower() for shape in shapes}
     pair = next((pair for pair in _BOOLEANS if words == set(pair)), None)
     if pair is None and words in ({"true"}, {"false"}):
@@ -247,7 +260,9 @@ def _read_order(query: Query, source: str, column: _Column, dates: DateColumn) -
 def _decide_numbers(columns: Sequence[_Column], layout: Layout) -> None:
     """Decide the decimal marks; an ambiguous column follows the others."""
     proven: set[DecimalMark] = {
-        column.numbers.evidence for column in columns if column.numbers and column.numbers.evidence
+        column.numbers.evidence
+        for column in columns
+        if column.numbers and column.numbers.evidence and not column.is_native
     }
     for column in columns:
         if column.numbers is None:

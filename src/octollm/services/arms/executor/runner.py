@@ -5,10 +5,11 @@ A job is a Python program, or one SQL query over data files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -16,8 +17,10 @@ import msgspec
 
 from octollm import FileRef, OctoError
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
-from octollm.documents.model import flatten
+from octollm.documents.detection import detect_kind
+from octollm.documents.model import Document, RawTable, encode_cells, flatten
 from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, OnQueued
+from octollm.lru import LruCache
 from octollm.services.arms.executor.reader import document_sources, read_in_sandbox
 from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, Sandbox, SandboxResult, check_names
 
@@ -49,6 +52,23 @@ class DataTable:
     file: str
     table: str
     kind: str
+    sheet: RawTable | None = None
+
+
+_SPREADSHEET_KINDS = ("xlsx", "xls", "ods")
+_ARCHIVE_SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+"""The first bytes of the formats of spreadsheets, and of others."""
+MAX_CACHED_DOCUMENTS = 8
+MAX_CACHED_CELLS = 2_000_000
+
+
+def is_spreadsheet(name: str, data: bytes) -> bool:
+    """Return whether a file is a spreadsheet by its content, whatever its name. Raises :class:`DocumentError`."""
+    return data.startswith(_ARCHIVE_SIGNATURES) and detect_kind(name, data) in _SPREADSHEET_KINDS
+
+
+def _count_cells(document: Document) -> int:
+    return sum(len(row) for table in document.tables for row in table.rows)
 
 
 def is_tabular(name: str) -> bool:
@@ -56,20 +76,21 @@ def is_tabular(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in _TABLE_FORMATS
 
 
-def derive_tables(names: Iterable[str]) -> tuple[DataTable, ...]:
+Sheets = Mapping[str, Sequence[RawTable]]
+"""The tables of spreadsheets, by the name of their file."""
+
+
+def derive_tables(names: Iterable[str], sheets: Sheets | None = None) -> tuple[DataTable, ...]:
     """Return the tables for files of these names, in the same order; files that are not tabular are skipped.
 
-    A table is named after its file's stem, in lower case, with ``_`` for other characters than letters and digits. A
-    second table of the same name gets the suffix ``_2``.
+    A table is named after its file's stem, in lower case, with ``_`` for other characters than letters and digits. Of
+    several sheets in a file, each also has the name of its sheet. A second table of a name gets the suffix ``_2``.
     """
     tables: list[DataTable] = []
     used_names: set[str] = set()
-    for name in names:
-        path = PurePosixPath(name)
-        kind = _TABLE_FORMATS.get(path.suffix.lower())
-        if kind is None:
-            continue
-        stem = re.sub(r"\W+", "_", path.stem.lower()).strip("_") or "data"
+
+    def add(file: str, words: str, kind: str, sheet: RawTable | None = None) -> None:
+        stem = re.sub(r"\W+", "_", words.lower()).strip("_") or "data"
         if stem[0].isdigit():
             stem = "t_" + stem
         table, number = stem, 1
@@ -77,12 +98,26 @@ def derive_tables(names: Iterable[str]) -> tuple[DataTable, ...]:
             number += 1
             table = f"{stem}_{number}"
         used_names.add(table)
-        tables.append(DataTable(name, table, kind))
+        tables.append(DataTable(file, table, kind, sheet))
+
+    for name in names:
+        path = PurePosixPath(name)
+        found = [sheet for sheet in (sheets or {}).get(name, ()) if sheet.rows]
+        for sheet in found:
+            if len(found) == 1:
+                add(name, path.stem, "cells", sheet)
+            else:
+                add(f"{name}, sheet {sheet.name}", f"{path.stem}_{sheet.name}", "cells", sheet)
+        kind = _TABLE_FORMATS.get(path.suffix.lower())
+        if kind is not None and not found:
+            add(name, path.stem, kind)
     return tuple(tables)
 
 
-def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job:
+def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits, sheets: Sheets | None = None) -> Job:
     """Return the job that answers ``query`` (or :data:`DESCRIBE`) over the tabular files among ``files``.
+
+    ``sheets`` are the tables of the spreadsheets among them.
 
     It prints one JSON object: ``columns``, ``types``, ``rows`` (at most 1000), ``row_count``, ``truncated``; for a
     description ``tables``, ``faults`` and ``text``, which is made for a prompt. Both have ``assumptions``, those of the
@@ -91,15 +126,16 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job
     """
     if not query.strip() or len(query) > MAX_QUERY:
         raise OctoError(f"a query has from 1 to {MAX_QUERY} characters", code="invalid_body")
-    tables = derive_tables(files)
+    tables = derive_tables(files, sheets)
     # Numbered names, so that no file of the request can overwrite the runner or its input.
     paths = {
-        table.file: f"data/{number}{PurePosixPath(table.file).suffix.lower()}" for number, table in enumerate(tables)
+        table.table: f"data/{number}" + (".cells" if table.sheet else PurePosixPath(table.file).suffix.lower())
+        for number, table in enumerate(tables)
     }
     request = {
         "mode": "describe" if query == DESCRIBE else "query",
         "query": query,
-        "tables": [{"table": t.table, "file": t.file, "kind": t.kind, "path": paths[t.file]} for t in tables],
+        "tables": [{"table": t.table, "file": t.file, "kind": t.kind, "path": paths[t.table]} for t in tables],
         "memory_bytes": limits.memory_bytes,
         "max_rows": MAX_ROWS,
         "max_bytes": int(limits.output_bytes * _OUTPUT_SHARE),
@@ -111,7 +147,7 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits) -> Job
             "runner_sql.py": runner,
             **document_sources(),
             "request.json": json.dumps(request).encode(),
-            **{paths[t.file]: files[t.file] for t in tables},
+            **{paths[t.table]: encode_cells(t.sheet) if t.sheet else files[t.file] for t in tables},
         },
         limits=replace(limits, file_bytes=max(limits.file_bytes, _ROWS_FILE_BYTES)),
         packages=("duckdb",),
@@ -146,6 +182,9 @@ class Runner:
         self._sandbox = sandbox
         self._defaults = defaults or Limits()
         self._maxima = maxima
+        self._documents = LruCache[tuple[str, bytes], Document](
+            MAX_CACHED_DOCUMENTS, max_weight=MAX_CACHED_CELLS, weigh=_count_cells
+        )
         self._limiter = ConcurrencyLimiter(
             "The sandbox", ConcurrencyPolicy(concurrency, max_waiting, MAX_QUEUE_SECONDS), on_queued=on_queued
         )
@@ -170,10 +209,26 @@ class Runner:
         if request.language == "read":
             return await self._read(files)
         # Validated before waiting, so that an invalid request takes no slot.
-        job = self._job(request, files)
+        sheets = await self._read_sheets(files) if request.language == "sql" else {}
+        job = self._job(request, files, sheets)
         async with self._limiter:
             outcome = await self._sandbox.run(job)
         return _to_run_result(outcome, self._sandbox.name, with_files=request.language == "python")
+
+    async def _read_sheets(self, files: Mapping[str, bytes]) -> Sheets:
+        """Return the tables of the spreadsheets among ``files``; a task reads the same ones for each of its queries."""
+        sheets: dict[str, tuple[RawTable, ...]] = {}
+        for name, data in files.items():
+            if not is_spreadsheet(name, data):
+                continue
+            key = (PurePosixPath(name).suffix, hashlib.sha256(data).digest())
+            document = self._documents.get(key)
+            if document is None:
+                async with self._limiter:
+                    document = await read_in_sandbox(self._sandbox, name, data, tables=True)
+                self._documents.put(key, document)
+            sheets[name] = document.tables
+        return sheets
 
     async def _read(self, files: Mapping[str, bytes]) -> RunResult:
         check_names(files)
@@ -185,13 +240,13 @@ class Runner:
         text = msgspec.json.encode(flatten(document)).decode()
         return RunResult(exit_code=0, stdout=text, stderr="", sandbox=self._sandbox.name)
 
-    def _job(self, request: RunRequest, files: Mapping[str, bytes]) -> Job:
+    def _job(self, request: RunRequest, files: Mapping[str, bytes], sheets: Sheets) -> Job:
         check_names(files)
         if request.language == "sql":
             if len(request.command) != 1:
                 raise OctoError("the command of an SQL run is one query", code="invalid_body")
             limits = resolve_limits(request.limits, self._defaults, self._maxima, memory=_SQL_MEMORY)
-            return build_sql_job(request.command[0], files, limits)
+            return build_sql_job(request.command[0], files, limits, sheets)
         if not request.command or len(request.command) > MAX_ARGUMENTS:
             raise OctoError(
                 f"the command of a Python run has from 1 to {MAX_ARGUMENTS} arguments, e.g. ['main.py']",

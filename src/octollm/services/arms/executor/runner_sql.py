@@ -14,15 +14,15 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 
-from octollm.documents.layout import Layout, LayoutError, parse_lines
+from octollm.documents.layout import Layout, LayoutError, parse_cells, parse_lines
 from octollm.documents.tables import TableAssumption, create_typed_table, quote_name, quote_text
 
 THREADS = 2
@@ -32,6 +32,10 @@ _MAX_COLUMNS = 60
 """Columns of a table in a description."""
 _FEW_VALUES = 12
 _SPACES = " \t\r\n\u00a0\u202f\ufeff"
+LONG_FILE = 1024 * 1024
+"""Bytes from which on DuckDB reads the lines of a regular file by itself."""
+TAIL_BYTES = 16 * 1024
+"""Bytes at the end of a long file that may hold footers and totals."""
 MAX_LINE = 8 * 1024 * 1024
 """Bytes of one row."""
 _MAX_CELL = 80
@@ -83,31 +87,125 @@ def load(connection: duckdb.DuckDBPyConnection, table: str, path: Path, kind: st
             f"CREATE TABLE {quote_name(table)} AS SELECT * FROM read_{kind}({quote_text(str(path))}{options})"  # noqa: S608
         )
         return notes
-    notes = as_utf8(path)
-    with path.open(encoding="utf-8", newline="") as file:
+    if kind == "cells":
+        sheet = json.loads(path.read_text("utf-8"))
         try:
-            layout, rows = parse_lines(file, "\t" if kind == "tsv" else None)
-            return notes + load_rows(connection, table, layout, rows, path.with_suffix(".rows"))
+            layout, rows = parse_cells(sheet["rows"], sheet["first_row"])
         except LayoutError as error:
             raise RefusedError(str(error)) from error
+        return load_rows(connection, table, layout, rows, path.with_suffix(".rows"))
+    notes = as_utf8(path)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            layout, rows = parse_lines(file, "\t" if kind == "tsv" else None)
+            source = _split_long_file(path, layout)
+            if source is not None:
+                try:
+                    return notes + _load_long_file(connection, table, layout, source)
+                except duckdb.Error:
+                    # A line is not as long as the header: the parser of this program counts and mends such lines.
+                    connection.execute(f"DROP TABLE IF EXISTS {_raw_name(table)}")
+            return notes + load_rows(connection, table, layout, rows, path.with_suffix(".rows"))
+    except LayoutError as error:
+        raise RefusedError(str(error)) from error
 
 
 def load_rows(
     connection: duckdb.DuckDBPyConnection, table: str, layout: Layout, rows: Iterable[list[str]], path: Path
 ) -> list[TableAssumption]:
     """Load rows of text into a typed table, by way of a file at ``path``."""
+    _write_rows(path, rows)
+    _create_raw(connection, table, layout, path, ",")
+    return _create_typed(connection, table, layout)
+
+
+@dataclass(frozen=True, slots=True)
+class LongFile:
+    """A long file without quotation marks or blank lines in its data: a part for DuckDB, and the last lines as text."""
+
+    body: Path
+    tail: list[str]
+    tail_start: int
+    """The row of the file at which the tail begins, from 0."""
+
+
+def _split_long_file(path: Path, layout: Layout) -> LongFile | None:
+    """Return the parts of a file that DuckDB may read by itself; ``None`` for one that is short or irregular."""
+    if path.stat().st_size < LONG_FILE or not layout.delimiter:
+        return None
+    data = path.read_bytes()
+    start = 0
+    for _ in range(layout.start):
+        start = data.index(b"\n", start) + 1
+    end = data.rindex(b"\n", 0, len(data) - TAIL_BYTES) + 1
+    label = layout.delimiter.join(layout.label_row).encode()
+    irregular = (b"\n\n", b"\n\r\n", b"\n---", b"\n===", b"\n***", *([b"\n" + label] if label else ()))
+    returns = data.count(b"\r")
+    if (
+        end <= start
+        or b'"' in data
+        or (returns and returns != data.count(b"\r\n"))
+        or any(data.find(mark, start, end) >= 0 for mark in irregular)
+    ):
+        return None
+    body = path.with_suffix(".body")
+    body.write_bytes(memoryview(data)[start:end])
+    tail = data[end:].decode().splitlines(keepends=True)
+    return LongFile(body, tail, layout.start + data.count(b"\n", start, end))
+
+
+def _load_long_file(
+    connection: duckdb.DuckDBPyConnection, table: str, layout: Layout, source: LongFile
+) -> list[TableAssumption]:
+    """Load a long file: DuckDB reads nearly all of it, and the last lines are searched for footers."""
+    _create_raw(connection, table, layout, source.body, layout.delimiter)
+    _write_rows(source.body, layout.data(csv.reader(source.tail, delimiter=layout.delimiter), source.tail_start))
+    _create_raw(connection, table, layout, source.body, ",", action="INSERT INTO")
+    return _create_typed(connection, table, layout)
+
+
+def _write_rows(path: Path, rows: Iterable[list[str]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _raw_name(table: str) -> str:
+    return quote_name(f"{table} raw")
+
+
+def _create_raw(
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+    layout: Layout,
+    path: Path,
+    delimiter: str,
+    *,
+    action: Literal["CREATE TABLE", "INSERT INTO"] = "CREATE TABLE",
+) -> None:
+    """Load a file of rows as text, without the spaces around cells."""
     names = [f"c{number}" for number in range(len(layout.header))]
-    raw = quote_name(f"{table} raw")
     columns = ", ".join(f"{quote_text(name)}: 'VARCHAR'" for name in names)
-    # Quoted in each case, since a cell of one column alone would be no line.
-    cells = ", ".join(f"nullif(trim({name}, {quote_text(_SPACES)}), '') AS {name}" for name in names)
+    cells = ", ".join(names)
+    if _has_spaces_around(path, delimiter):
+        cells = ", ".join(f"nullif(trim({name}, {quote_text(_SPACES)}), '') AS {name}" for name in names)
     connection.execute(
-        f"CREATE TABLE {raw} AS SELECT {cells} FROM read_csv({quote_text(str(path))}, auto_detect=false, header=false, "  # noqa: S608
-        f"delim=',', quote='\"', escape='\"', new_line='\\n', max_line_size={MAX_LINE}, columns={{{columns}}})"
+        f"{action} {_raw_name(table)}{' AS' if action == 'CREATE TABLE' else ''} SELECT {cells} "  # noqa: S608
+        f"FROM read_csv({quote_text(str(path))}, auto_detect=false, header=false, delim={quote_text(delimiter)}, "
+        f"quote='\"', escape='\"', max_line_size={MAX_LINE}, columns={{{columns}}})"
     )
-    path.unlink()
+
+
+def _has_spaces_around(path: Path, delimiter: str) -> bool:
+    """Return whether cells may begin or end with a space; trimming each cell costs more than all else."""
+    data = path.read_bytes()
+    edges = [delimiter.encode(), b"\n", b"\r", b'"']
+    spaces = [space.encode() for space in _SPACES.replace(delimiter, "") if space not in "\r\n"]
+    around = any(data.find(pair) >= 0 for edge in edges for space in spaces for pair in (edge + space, space + edge))
+    return around or data.find(b'""') >= 0 or data.startswith(tuple(spaces)) or data.endswith(tuple(spaces))
+
+
+def _create_typed(connection: duckdb.DuckDBPyConnection, table: str, layout: Layout) -> list[TableAssumption]:
+    raw = _raw_name(table)
     assumptions = create_typed_table(lambda query: connection.execute(query).fetchall(), raw, quote_name(table), layout)
     connection.execute(f"DROP TABLE {raw}")
     return assumptions
@@ -283,7 +381,7 @@ def main() -> int:
             result = answer(connection, request["query"], request["max_rows"], request["max_bytes"])
             result["assumptions"] = used_assumptions(connection, request["query"], assumptions)
     except (RefusedError, duckdb.Error) as error:
-        sys.stderr.write("\n".join([str(error), *faults]) + "\n")
+        sys.stderr.write("\n".join([*faults, *([str(error)] if loaded or not faults else [])]) + "\n")
         return 1
     sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
     return 0
