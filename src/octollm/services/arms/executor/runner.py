@@ -209,7 +209,7 @@ class Runner:
         if request.language == "read":
             return await self._read(files)
         # Validated before waiting, so that an invalid request takes no slot.
-        sheets = await self._read_sheets(files) if request.language == "sql" else {}
+        sheets: Sheets = await self._read_sheets(files) if request.language == "sql" else {}
         job = self._job(request, files, sheets)
         async with self._limiter:
             outcome = await self._sandbox.run(job)
