@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
-from holding import HoldingMind, ended
-from servers import own_servers
-from spread import Spread, spread_out
+from gateway_client import wait_for_task
+from process_installation import ProcessInstallation, private_servers, start_processes
+from scripts import HoldingScript
 
 from octollm.contracts.services import SERVICES
 
@@ -18,31 +18,34 @@ GOAL = "Write a Python function double(number) with tests"
 
 
 @pytest.fixture
-async def mind() -> HoldingMind:
-    return HoldingMind()
+async def script() -> HoldingScript:
+    return HoldingScript()
 
 
 @pytest.fixture
-async def spread(tmp_path: Path, mind: HoldingMind) -> AsyncGenerator[Spread]:
-    async with own_servers(tmp_path, mind) as servers, spread_out(tmp_path / "spread", servers.environment) as found:
+async def installation(tmp_path: Path, script: HoldingScript) -> AsyncGenerator[ProcessInstallation]:
+    async with (
+        private_servers(tmp_path, script) as servers,
+        start_processes(tmp_path / "installation", servers.environment) as found,
+    ):
         yield found
 
 
-async def test_a_task_outlives_every_process(spread: Spread, mind: HoldingMind) -> None:
-    async with spread.client() as client:
+async def test_a_task_outlives_every_process(installation: ProcessInstallation, script: HoldingScript) -> None:
+    async with installation.client() as client:
         for name in SERVICES:
-            mind.hold()
+            script.hold()
             submitted = await client.post("/tasks", json={"goal": GOAL})
             assert submitted.status_code == 201, (name, submitted.text)
             task_id = submitted.json()["task_id"]
             async with asyncio.timeout(30):
-                await mind.writing.wait()
-            (replica,) = spread.replicas[name]
+                await script.writing.wait()
+            (replica,) = installation.replicas[name]
             await replica.kill()
-            mind.go.set()
+            script.go.set()
             await replica.start()
-            task = await ended(client, task_id)
-            assert task["status"] == "completed", (name, task["error"], spread.logs())
+            task = await wait_for_task(client, task_id)
+            assert task["status"] == "completed", (name, task["error"], installation.logs())
             assert task["usage"]["prompt_tokens"] > 0
             history = (await client.get(f"/tasks/{task_id}/history")).json()["events"]
             assert [event["version"] for event in history] == list(range(1, len(history) + 1)), name

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from up_process import UpProcess
-from whole import SALES, answers
+from cli_support import Place
+from scripts import SALES, default_reply
 
 from octollm.testing import wait_until
 from octollm.testing.fake_model import ScriptedReply, ScriptedRequest, scripted_model
@@ -24,13 +24,13 @@ async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
     def slow(asked: ScriptedRequest) -> str | ScriptedReply:
         if asked.schema is None and "SQL" in asked.system and held:
             return ScriptedReply("SELECT ", hangs=True)
-        return answers(asked)
+        return default_reply(asked)
 
     async with scripted_model(slow) as model:
-        up = UpProcess(tmp_path / "home", {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
-        await up.start()
+        place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
+        up = await place.up()
         try:
-            async with httpx.AsyncClient(base_url=up.url, timeout=30) as client:
+            async with httpx.AsyncClient(base_url=place.gateway_url, timeout=30) as client:
                 body: dict[str, Any] = {"goal": GOAL, "context": {"files": [{"name": "sales.csv", "text": SALES}]}}
                 task_id = (await client.post("/tasks", json=body)).json()["task_id"]
                 # The planner asks first, with a schema; the query is the step's.
@@ -39,11 +39,12 @@ async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
                     description="the model is writing the query",
                     timeout=30,
                 )
-            await up.kill()
+            up.kill()
+            await up.wait()
             held = False
             await wait_until(lambda: model.active == 0, description="the model's client is gone")
-            await up.start()
-            async with httpx.AsyncClient(base_url=up.url, timeout=30) as client, asyncio.timeout(60):
+            up = await place.up()
+            async with httpx.AsyncClient(base_url=place.gateway_url, timeout=30) as client, asyncio.timeout(60):
                 while (task := (await client.get(f"/tasks/{task_id}")).json())["status"] not in ("completed", "failed"):
                     await asyncio.sleep(0.1)
                 history = (await client.get(f"/tasks/{task_id}/history")).json()["events"]
@@ -56,4 +57,4 @@ async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
             assert {data["attempt"] for data in started} == {1}
             assert [data["run"] for data in started] in ([1, 2], [1, 2, 3])
         finally:
-            await up.kill()
+            await place.interrupt(up)

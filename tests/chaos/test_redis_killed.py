@@ -12,8 +12,9 @@ import httpx
 import msgspec
 import pytest
 import redis.asyncio as redis_py
+from gateway_client import GatewayClient
 from redis_process import RedisProcess
-from whole import SALES, Door, answers
+from scripts import SALES, default_reply
 
 from octollm.testing import wait_until
 from octollm.testing.fake_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
@@ -60,11 +61,11 @@ def on_server(model: ScriptedModel, server: RedisProcess) -> dict[str, str]:
     }
 
 
-async def events_of(door: Door, task_id: str) -> list[str]:
+async def events_of(gateway: GatewayClient, task_id: str) -> list[str]:
     found: list[dict[str, Any]] = []
     after = 0
     while True:
-        page = (await door.client.get("/events", params={"after": after})).json()
+        page = (await gateway.client.get("/events", params={"after": after})).json()
         found += page["events"]
         if not page["events"]:
             break
@@ -78,7 +79,7 @@ async def test_a_task_outlives_redis_and_all_events_are_in_the_log(tmp_path: Pat
     def slow(asked: ScriptedRequest) -> str | ScriptedReply:
         if asked.schema is None and "SQL" in asked.system and not go_on.is_set():
             return ScriptedReply("SELECT ", hangs=True)
-        return answers(asked)
+        return default_reply(asked)
 
     async with scripted_model(slow) as model:
         settings = on_server(model, server)
@@ -87,8 +88,8 @@ async def test_a_task_outlives_redis_and_all_events_are_in_the_log(tmp_path: Pat
             httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
             listening(server.url, "events:task:*") as heard,
         ):
-            door = Door(system, client)
-            task_id = await door.submit(GOAL, {"sales.csv": SALES})
+            gateway = GatewayClient(system, client)
+            task_id = await gateway.submit(GOAL, {"sales.csv": SALES})
             await wait_until(lambda: model.active, description="the model is writing")
             await wait_until(
                 lambda: "task.started" in [event["event_type"] for event in heard], description="events are heard"
@@ -97,7 +98,7 @@ async def test_a_task_outlives_redis_and_all_events_are_in_the_log(tmp_path: Pat
             cancelled = await client.post(f"/tasks/{task_id}/cancel")
             assert cancelled.status_code == 200
             go_on.set()
-            task = await door.run(GOAL, {"sales.csv": SALES})
+            task = await gateway.run(GOAL, {"sales.csv": SALES})
             assert task["status"] == "completed", task["error"]
             ready = (await client.get(system.urls["orchestrator"] + "/ready")).json()
             assert ready["dependencies"]["redis"]["ok"] is False
@@ -106,7 +107,7 @@ async def test_a_task_outlives_redis_and_all_events_are_in_the_log(tmp_path: Pat
             server.start()
             async with listening(server.url, "events:task:*") as after_restart:
                 # The backlog may be published before this subscriber is connected. A new task cannot be.
-                later = await door.run(GOAL, {"sales.csv": SALES})
+                later = await gateway.run(GOAL, {"sales.csv": SALES})
 
                 def is_published() -> bool:
                     completed = [event for event in after_restart if event["event_type"] == "task.completed"]
@@ -115,11 +116,11 @@ async def test_a_task_outlives_redis_and_all_events_are_in_the_log(tmp_path: Pat
                 await wait_until(is_published, description="the publisher continues after the restart", timeout=30)
 
             async def all_there() -> bool:
-                return (await events_of(door, task["task_id"]))[-1:] == ["task.completed"]
+                return (await events_of(gateway, task["task_id"]))[-1:] == ["task.completed"]
 
             await wait_until(all_there, description="the log has the second task")
-            assert (await events_of(door, task_id))[-1] == "task.cancelled"
-            events = await events_of(door, task["task_id"])
+            assert (await events_of(gateway, task_id))[-1] == "task.cancelled"
+            events = await events_of(gateway, task["task_id"])
             assert events == [
                 "task.accepted",
                 "task.planned",
@@ -134,14 +135,14 @@ async def test_a_task_outlives_redis_and_all_events_are_in_the_log(tmp_path: Pat
 async def test_a_pattern_subscription_hears_the_envelope_of_the_decision_record(
     tmp_path: Path, server: RedisProcess
 ) -> None:
-    async with scripted_model(answers) as model:
+    async with scripted_model(default_reply) as model:
         settings = on_server(model, server)
         async with (
             installation(tmp_path / "home", environment=settings) as system,
             httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
             listening(server.url, "events:task:*") as heard,
         ):
-            task_id = await Door(system, client).submit(GOAL, {"sales.csv": SALES})
+            task_id = await GatewayClient(system, client).submit(GOAL, {"sales.csv": SALES})
             await wait_until(
                 lambda: "task.completed" in [event["event_type"] for event in heard],
                 description="completion is heard",
@@ -158,11 +159,11 @@ async def test_a_pattern_subscription_hears_the_envelope_of_the_decision_record(
 
 async def test_an_installation_starts_and_works_without_its_redis(tmp_path: Path, server: RedisProcess) -> None:
     server.kill()
-    async with scripted_model(answers) as model:
+    async with scripted_model(default_reply) as model:
         settings = on_server(model, server)
         async with (
             installation(tmp_path / "home", environment=settings) as system,
             httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
         ):
-            task = await Door(system, client).run(GOAL, {"sales.csv": SALES})
+            task = await GatewayClient(system, client).run(GOAL, {"sales.csv": SALES})
     assert task["status"] == "completed", task["error"]

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from holding import HoldingMind, ended
-from servers import Servers, own_servers
-from spread import Spread, spread_out
+from gateway_client import wait_for_task
+from process_installation import PrivateServers, ProcessInstallation, private_servers, start_processes
+from scripts import HoldingScript
 
 from octollm.testing import wait_until
 
@@ -22,63 +22,66 @@ GOAL = "Write a Python function double(number) with tests"
 
 @dataclass
 class World:
-    servers: Servers
-    spread: Spread
-    mind: HoldingMind
+    servers: PrivateServers
+    installation: ProcessInstallation
+    script: HoldingScript
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncGenerator[World]:
-    mind = HoldingMind()
-    async with own_servers(tmp_path, mind) as servers, spread_out(tmp_path / "spread", servers.environment) as spread:
-        yield World(servers, spread, mind)
+    script = HoldingScript()
+    async with (
+        private_servers(tmp_path, script) as servers,
+        start_processes(tmp_path / "installation", servers.environment) as installation,
+    ):
+        yield World(servers, installation, script)
 
 
-async def _begun(client: httpx.AsyncClient, mind: HoldingMind) -> str:
+async def _begun(client: httpx.AsyncClient, script: HoldingScript) -> str:
     """Return a task whose code is being written."""
-    mind.hold()
+    script.hold()
     submitted = await client.post("/tasks", json={"goal": GOAL})
     assert submitted.status_code == 201, submitted.text
     async with asyncio.timeout(30):
-        await mind.writing.wait()
+        await script.writing.wait()
     return submitted.json()["task_id"]
 
 
 async def test_the_database_is_lost_and_comes_back(world: World) -> None:
-    async with world.spread.client() as client:
-        task_id = await _begun(client, world.mind)
+    async with world.installation.client() as client:
+        task_id = await _begun(client, world.script)
         world.servers.postgres.kill()
 
         async def refused() -> dict[str, Any] | None:
             answer = await client.get(f"/tasks/{task_id}")
             return answer.json() if answer.status_code == 503 else None
 
-        await wait_until(refused, description="the door says that the database is away", timeout=30)
+        await wait_until(refused, description="the gateway says that the database is away", timeout=30)
         problem = await refused()
         assert problem is not None
         assert problem["code"] in ("unavailable", "overloaded")
         assert "postgres@" not in problem["detail"]
-        (orchestrator,) = world.spread.replicas["orchestrator"]
+        (orchestrator,) = world.installation.replicas["orchestrator"]
         async with httpx.AsyncClient(timeout=20) as plain:
             ready = await plain.get(f"{orchestrator.url}/ready")
         assert ready.status_code == 503
         assert "database" in ready.json()["dependencies"]
-        world.mind.go.set()
+        world.script.go.set()
         world.servers.postgres.start()
-        task = await ended(client, task_id)
-        assert task["status"] == "completed", (task["error"], world.spread.logs())
+        task = await wait_for_task(client, task_id)
+        assert task["status"] == "completed", (task["error"], world.installation.logs())
         history = (await client.get(f"/tasks/{task_id}/history")).json()["events"]
         assert [event["version"] for event in history] == list(range(1, len(history) + 1))
 
 
 async def test_redis_is_lost_and_comes_back(world: World) -> None:
-    async with world.spread.client() as client:
-        task_id = await _begun(client, world.mind)
+    async with world.installation.client() as client:
+        task_id = await _begun(client, world.script)
         world.servers.redis.kill()
-        world.mind.go.set()
-        task = await ended(client, task_id)
-        assert task["status"] == "completed", (task["error"], world.spread.logs())
-        (orchestrator,) = world.spread.replicas["orchestrator"]
+        world.script.go.set()
+        task = await wait_for_task(client, task_id)
+        assert task["status"] == "completed", (task["error"], world.installation.logs())
+        (orchestrator,) = world.installation.replicas["orchestrator"]
 
         async def state() -> str:
             async with httpx.AsyncClient(timeout=20) as plain:

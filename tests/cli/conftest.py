@@ -2,30 +2,21 @@ from __future__ import annotations
 
 import pytest
 from anyio.from_thread import start_blocking_portal
-from cli_support import Place, answers
+from cli_support import Place
+from scripts import ReplaceableScript, default_reply
 
 from octollm.testing.fake_model import scripted_model
 
 
-class Mind:
-    """What the scripted model says; a test may put another answer in."""
-
-    def __init__(self) -> None:
-        self.answer = answers
-
-    def __call__(self, asked):
-        return self.answer(asked)
+@pytest.fixture
+def script():
+    return ReplaceableScript()
 
 
 @pytest.fixture
-def mind():
-    return Mind()
-
-
-@pytest.fixture
-async def place(tmp_path, mind):
+async def place(tmp_path, script):
     """Yield a place whose model is scripted."""
-    async with scripted_model(mind) as model:
+    async with scripted_model(script) as model:
         place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
         place.model = model
         yield place
@@ -49,11 +40,11 @@ def installation(tmp_path_factory):
     The scripted model is served by a thread, for it must answer while no test's event loop runs.
     """
     with start_blocking_portal() as portal:
-        mind = Mind()
-        with portal.wrap_async_context_manager(scripted_model(mind)) as model:
+        script = ReplaceableScript()
+        with portal.wrap_async_context_manager(scripted_model(script)) as model:
             settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url}
             place = Place(tmp_path_factory.mktemp("installation"), settings)
-            place.model, place.mind = model, mind
+            place.model, place.script = model, script
             process = portal.call(place.up)
             try:
                 yield place
@@ -64,7 +55,7 @@ def installation(tmp_path_factory):
 @pytest.fixture
 def shared_place(tmp_path, installation):
     """Yield a place whose commands talk to the module's installation."""
-    installation.mind.answer = answers
+    installation.script.reply = default_reply
     place = Place(tmp_path, dict(installation.settings), installation)
-    place.model, place.mind = installation.model, installation.mind
+    place.model, place.script = installation.model, installation.script
     return place

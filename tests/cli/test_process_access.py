@@ -94,7 +94,7 @@ async def test_the_audit_log_is_exported_and_checked(place, up):
     (place.work / "cut.jsonl").write_text("\n".join(export.out.splitlines()[:-1]))
     assert (await place.run("audit", "verify", "cut.jsonl")).code == 2
 
-    async with httpx.AsyncClient(base_url=place.door) as client:
+    async with httpx.AsyncClient(base_url=place.gateway_url) as client:
         assert (await client.get("/tasks", headers={"Authorization": "Bearer octo_no_such-key"})).status_code == 401
 
     async def told() -> bool:

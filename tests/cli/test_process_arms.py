@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from cli_support import CODE, GOAL
+from cli_support import GOAL
+from scripts import CODE
 
 from octollm.cli.app import load_commands
 from octollm.contracts.services import BUILT_IN_ARMS

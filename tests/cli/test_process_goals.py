@@ -8,7 +8,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cli_support import CODE, GOAL, answers
+from cli_support import GOAL
+from scripts import CODE, default_reply
 
 from octollm.testing import wait_until
 from octollm.testing.fake_model import ScriptedReply
@@ -17,13 +18,13 @@ pytestmark = pytest.mark.sandbox
 
 
 def wrong(asked):
-    found = answers(asked)
+    found = default_reply(asked)
     return found.replace("number * 2", "number + 3") if isinstance(found, str) else found
 
 
 def hanging(asked):
     """Plan as ever, then begin to write and never end."""
-    found = answers(asked)
+    found = default_reply(asked)
     return found if found.startswith("{") else ScriptedReply(found, hangs=True)
 
 
@@ -34,7 +35,7 @@ async def test_the_demo_shows_every_stage_and_saves_the_result(place):
     for words in ("Ready 10 services", "Task task-", f"Goal {GOAL}", "Plan", "writes:", "accepted", "Result", "Saved"):
         assert words in shown, words
         shown = shown[shown.index(words) :]
-    assert f"{place.door}/" in shown
+    assert f"{place.gateway_url}/" in shown
     [folder] = (place.work / "octollm-results").iterdir()
     saved = json.loads((folder / "result.json").read_text())
     assert saved["status"] == "completed"
@@ -43,8 +44,8 @@ async def test_the_demo_shows_every_stage_and_saves_the_result(place):
     assert place.left_behind == []
 
 
-async def test_a_demo_that_fails_says_why(place, mind):
-    mind.answer = wrong
+async def test_a_demo_that_fails_says_why(place, script):
+    script.reply = wrong
     ended = await place.run("demo", GOAL)
     assert ended.code == 1
     assert "not_accepted" in ended.out
@@ -66,7 +67,7 @@ async def test_json_is_all_that_standard_output_gets(shared_place):
 
 
 async def test_a_failed_goal_is_exit_code_1_with_json(shared_place):
-    shared_place.mind.answer = wrong
+    shared_place.script.reply = wrong
     ended = await shared_place.run("run", GOAL, "--json")
     assert ended.code == 1
     outcome = json.loads(ended.out)
@@ -87,9 +88,9 @@ async def test_a_file_goes_along(shared_place):
         seen.append(asked.last + asked.system)
         if "SQL" in asked.system:
             return "```sql\nSELECT sum(amount) AS total FROM sales\n```"
-        return answers(asked)
+        return default_reply(asked)
 
-    shared_place.mind.answer = reading
+    shared_place.script.reply = reading
     (shared_place.work / "sales.csv").write_text("region,amount\nnorth,150\nsouth,90\n")
     ended = await shared_place.run("run", "What is the total amount?", "--file", "sales.csv", "--json")
     assert ended.code == 0, ended.err
@@ -109,8 +110,8 @@ async def test_up_ends_with_a_signal_and_leaves_nothing(place, number):
     assert "Traceback" not in ended.err
 
 
-async def test_a_demo_that_is_interrupted_while_it_writes_leaves_nothing(place, mind):
-    mind.answer = hanging
+async def test_a_demo_that_is_interrupted_while_it_writes_leaves_nothing(place, script):
+    script.reply = hanging
     process = await place.start("demo", GOAL)
     await wait_until(lambda: place.model.active > 0, description="the model writes", timeout=60)
     ended = await place.interrupt(process)
@@ -126,11 +127,11 @@ async def test_a_demo_that_is_interrupted_while_it_writes_leaves_nothing(place, 
 async def test_a_run_that_is_interrupted_cancels_its_task(shared_place):
     async def tasks():
         async with httpx.AsyncClient() as client:
-            listed = (await client.get(f"{shared_place.door}/tasks")).json()["tasks"]
+            listed = (await client.get(f"{shared_place.gateway_url}/tasks")).json()["tasks"]
         return {task["task_id"]: task for task in listed}
 
     before = await tasks()
-    shared_place.mind.answer = hanging
+    shared_place.script.reply = hanging
     process = await shared_place.start("run", GOAL)
     await wait_until(lambda: shared_place.model.active > 0, description="the model writes", timeout=60)
     ended = await shared_place.interrupt(process)
@@ -141,28 +142,28 @@ async def test_a_run_that_is_interrupted_cancels_its_task(shared_place):
     assert task["status"] == "cancelled"
 
 
-async def test_a_watch_that_is_interrupted_leaves_the_task_alone(place, up, mind):
-    mind.answer = hanging
+async def test_a_watch_that_is_interrupted_leaves_the_task_alone(place, up, script):
+    script.reply = hanging
     async with httpx.AsyncClient() as client:
-        task_id = (await client.post(f"{place.door}/tasks", json={"goal": GOAL})).json()["task_id"]
+        task_id = (await client.post(f"{place.gateway_url}/tasks", json={"goal": GOAL})).json()["task_id"]
         process = await place.start("watch", task_id)
         await wait_until(lambda: place.model.active > 0, description="the model writes", timeout=60)
         line = await process.stdout.readline()
         assert b"plan writes" in line or b"Plan" in line, line
         assert (await place.interrupt(process)).code == 130
-        assert (await client.get(f"{place.door}/tasks/{task_id}")).json()["status"] == "running"
+        assert (await client.get(f"{place.gateway_url}/tasks/{task_id}")).json()["status"] == "running"
         assert place.model.active > 0
 
 
-async def test_a_task_goes_on_after_its_process_was_killed(place, mind):
-    mind.answer = hanging
+async def test_a_task_goes_on_after_its_process_was_killed(place, script):
+    script.reply = hanging
     first = await place.up()
     async with httpx.AsyncClient() as client:
-        task_id = (await client.post(f"{place.door}/tasks", json={"goal": GOAL})).json()["task_id"]
+        task_id = (await client.post(f"{place.gateway_url}/tasks", json={"goal": GOAL})).json()["task_id"]
     await wait_until(lambda: place.model.active > 0, description="the model writes", timeout=60)
     first.kill()
     await first.wait()
-    mind.answer = answers
+    script.reply = default_reply
     second = await place.up()
     try:
         ended = await place.run("watch", task_id)

@@ -39,7 +39,7 @@ async def test_wrong_usage_is_exit_code_2(place, line):
 async def test_nothing_that_runs_is_said_with_what_to_do(place):
     ended = await place.run("run", GOAL, "--no-start")
     assert ended.code == 1
-    assert place.door in ended.err
+    assert place.gateway_url in ended.err
     assert "octollm up" in ended.err
     assert not place.home.exists()
 
@@ -106,10 +106,10 @@ async def test_a_second_installation_in_one_home_is_refused(shared_place):
     ended = await shared_place.run("demo", GOAL)
     assert ended.code == 1
     assert "home_in_use" in ended.err
-    assert shared_place.door in ended.err
+    assert shared_place.gateway_url in ended.err
 
 
-async def test_keys_open_the_door_until_they_are_revoked(shared_place):
+async def test_keys_open_the_gateway_until_they_are_revoked(shared_place):
     made = await shared_place.run("keys", "create", "ci", "--scope", "tasks:read")
     assert made.code == 0, made.err
     secret = made.out.strip()
@@ -181,7 +181,7 @@ async def test_without_local_trust_only_the_owners_key_opens_the_door(place):
     process = await place.up()
     try:
         async with httpx.AsyncClient() as client:
-            assert (await client.get(f"{place.door}/tasks")).status_code == 401
+            assert (await client.get(f"{place.gateway_url}/tasks")).status_code == 401
         assert (await place.run("task", "list")).code == 0
         place.settings["OCTOLLM_HOME"] = str(place.root / "elsewhere")
         ended = await place.run("task", "list")

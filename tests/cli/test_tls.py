@@ -6,7 +6,8 @@ import json
 
 import httpx
 import pytest
-from cli_support import CODE, GOAL
+from cli_support import GOAL
+from scripts import CODE
 from wires import certificates
 
 pytestmark = pytest.mark.sandbox
@@ -31,9 +32,9 @@ async def test_a_goal_is_done_in_tls(secured, up):
     assert CODE in json.loads(ended.out)["output"]
     checked = await secured.run("doctor")
     assert checked.code == 0, checked.out + checked.err
-    # A browser shows no certificate: the door wants none. Every other service does.
+    # A browser shows no certificate: the gateway wants none. Every other service does.
     async with httpx.AsyncClient(verify=secured.verify) as client:
-        assert (await client.get(f"{secured.door}/health")).status_code == 200
+        assert (await client.get(f"{secured.gateway_url}/health")).status_code == 200
         with pytest.raises(httpx.HTTPError):
             await client.get(f"https://127.0.0.1:{8001 + secured.shift}/health")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whole import NOTES, answers
+from scripts import NOTES, default_reply
 
 from octollm.client import Client, TaskHandle
 from octollm.client.sync_client import SyncFacade
@@ -31,11 +31,11 @@ class World:
     url: str = ""
     key: str = ""
     model: ScriptedModel | None = None
-    answer: Callable[[ScriptedRequest], str | ScriptedReply] = field(default=answers)
+    answer: Callable[[ScriptedRequest], str | ScriptedReply] = field(default=default_reply)
 
     def say(self, sentence: ScriptedReply | str) -> None:
         """Have the model answer questions by ``sentence``, and everything else as ever."""
-        self.answer = lambda asked: sentence if asked.system.startswith("Answer the question") else answers(asked)
+        self.answer = lambda asked: sentence if asked.system.startswith("Answer the question") else default_reply(asked)
 
 
 @contextlib.contextmanager
@@ -178,7 +178,7 @@ class CuttingProxy:
 
 @contextlib.asynccontextmanager
 async def cutting(target: str, *, least: int, longest: int, most: int) -> AsyncGenerator[CuttingProxy]:
-    """Put a proxy before the door at ``target``."""
+    """Put a proxy before the gateway at ``target``."""
     proxy = CuttingProxy(int(target.rpartition(":")[2]), least, longest, most)
     async with await asyncio.start_server(proxy.serve, "127.0.0.1", 0) as server:
         proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from client_world import Awaited, World, running_world
-from whole import answers
+from scripts import default_reply
 
 import octollm
 
@@ -17,7 +17,7 @@ def installed(tmp_path_factory):
 def world(installed: World):
     """Yield the module's installation, with a model that answers as a good one would."""
     yield installed
-    installed.answer = answers
+    installed.answer = default_reply
 
 
 @pytest.fixture(params=["async", "sync"])

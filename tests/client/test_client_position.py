@@ -79,7 +79,7 @@ def test_a_step_that_is_over_has_no_offset():
     assert position.to_query() == "after=1"
 
 
-def test_no_more_steps_are_named_than_the_door_takes():
+def test_no_more_steps_are_named_than_the_gateway_takes():
     position = StreamPosition()
     for number in range(MAX_OFFSETS + 5):
         position.advance(token("x", 0, step=f"s{number}"))

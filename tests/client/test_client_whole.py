@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from client_world import FILES, GOAL, SENTENCE, cutting
-from whole import NOTES
+from scripts import NOTES
 
 import octollm
 from octollm.client import (
@@ -227,7 +227,7 @@ def test_no_thread_is_left_and_a_closed_client_says_so(world, caplog):
 
 
 class Noting(GatewayTransport):
-    """A door that notes what it is asked."""
+    """A gateway that notes what it is asked."""
 
     asked: set[tuple[str, str]]
 
@@ -250,14 +250,14 @@ ELSEWHERE = {
     ("DELETE", "/session"): "for the page",
     ("GET", "/session/issuers"): "for the page",
 }
-"""What the door offers that needs no method, and why."""
+"""What the gateway offers that needs no method, and why."""
 
 
 async def test_every_public_endpoint_has_a_method(world):
     clock = SystemClock()
-    door = Noting([world.url], None, clock=clock, ids=Uuid7Generator(clock))
-    door.asked = set()
-    async with AsyncClient._from_transport(door) as octo, httpx.AsyncClient(base_url=world.url) as plain:
+    gateway = Noting([world.url], None, clock=clock, ids=Uuid7Generator(clock))
+    gateway.asked = set()
+    async with AsyncClient._from_transport(gateway) as octo, httpx.AsyncClient(base_url=world.url) as plain:
         task = await octo.submit(GOAL, files=FILES)
         async for _ in task.updates():
             pass
@@ -295,7 +295,7 @@ async def test_every_public_endpoint_has_a_method(world):
         assert set(ELSEWHERE) <= offered
         for method, path in offered - set(ELSEWHERE):
             pattern = re.compile(re.sub(r"\{\w+\}", "[^/]+", path))
-            if any(asked == method and pattern.fullmatch(where) for asked, where in door.asked):
+            if any(asked == method and pattern.fullmatch(where) for asked, where in gateway.asked):
                 continue
             # Nothing stands behind it yet: the day that something does, it needs a method.
             said = await plain.request(

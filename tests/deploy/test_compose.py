@@ -81,7 +81,7 @@ def test_every_setting_is_one_that_is_read_and_right():
         read_settings(ours, tuple(SERVICES))
 
 
-def test_only_the_door_is_reached_from_outside_and_from_this_host_alone_unless_asked():
+def test_only_the_gateway_is_reached_from_outside_and_from_this_host_alone_unless_asked():
     published = {
         name: service["ports"] for name, service in compose(VARIABLES)["services"].items() if "ports" in service
     }

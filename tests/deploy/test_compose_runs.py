@@ -14,9 +14,10 @@ import asyncpg
 import httpx
 import pytest
 from compose import compose
+from gateway_client import FINAL_STATUSES
 from namespace import Zone, add_address, in_namespace
 from postgres_process import PostgresProcess
-from whole import FINAL, answers
+from scripts import default_reply
 
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
@@ -43,7 +44,7 @@ async def carried_out(folder: str) -> None:
         add_address(address)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(zone.served())
-        model = await stack.enter_async_context(scripted_model(answers))
+        model = await stack.enter_async_context(scripted_model(default_reply))
         services = compose(
             {
                 "POSTGRES_PASSWORD": "pgsecret",
@@ -75,14 +76,14 @@ async def _done(client: httpx.AsyncClient) -> dict[str, Any]:
             return (await client.get("/ready")).status_code == 200
         return False
 
-    await wait_until(ready, description="the door is ready", timeout=90, interval=0.1)
+    await wait_until(ready, description="the gateway is ready", timeout=90, interval=0.1)
     submitted = await client.post("/tasks", json={"goal": GOAL})
     found: dict[str, Any] = submitted.json()
     assert submitted.status_code == 201, found
 
     async def final() -> bool:
         found.update((await client.get(f"/tasks/{found['task_id']}")).json())
-        return found["status"] in FINAL
+        return found["status"] in FINAL_STATUSES
 
     await wait_until(final, description="the task ends", timeout=60, interval=0.1)
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from cli_support import Place
-from whole import answers
+from scripts import default_reply
 
 from octollm.testing import wait_until
 from octollm.testing.fake_model import ScriptedReply, ScriptedRequest, scripted_model
@@ -72,7 +72,7 @@ def test_the_story_runs_from_its_beginning_to_its_end(tmp_path):
 
 
 def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
-    return "Der Arm winkt" if asked.last.startswith("Translate with") else answers(asked)
+    return "Der Arm winkt" if asked.last.startswith("Translate with") else default_reply(asked)
 
 
 @pytest.mark.sandbox

@@ -1,34 +1,25 @@
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import httpx
 import pytest
-from whole import Door, answers
+from gateway_client import GatewayClient
+from scripts import ReplaceableScript
 
-from octollm.testing.fake_model import ScriptedModel, ScriptedReply, ScriptedRequest, scripted_model
+from octollm.testing.fake_model import ScriptedModel, scripted_model
 from octollm.testing.system import installation
 
 
-class Mind:
-    """What the scripted model says; a test may put another answer in."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[ScriptedRequest], str | ScriptedReply] = answers
-
-    def __call__(self, asked: ScriptedRequest) -> str | ScriptedReply:
-        return self.answer(asked)
+@pytest.fixture
+def script() -> ReplaceableScript:
+    return ReplaceableScript()
 
 
 @pytest.fixture
-def mind() -> Mind:
-    return Mind()
-
-
-@pytest.fixture
-async def model(mind: Mind) -> AsyncGenerator[ScriptedModel]:
-    async with scripted_model(mind) as found:
+async def model(script: ReplaceableScript) -> AsyncGenerator[ScriptedModel]:
+    async with scripted_model(script) as found:
         yield found
 
 
@@ -39,10 +30,10 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-async def door(tmp_path: Path, model: ScriptedModel, environment: dict[str, str]) -> AsyncGenerator[Door]:
+async def gateway(tmp_path: Path, model: ScriptedModel, environment: dict[str, str]) -> AsyncGenerator[GatewayClient]:
     settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url, **environment}
     async with (
         installation(tmp_path / "home", environment=settings) as system,
         httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
     ):
-        yield Door(system, client)
+        yield GatewayClient(system, client)

@@ -39,11 +39,11 @@ async def live(tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Attac
 async def task(live: Attacked) -> str:
     """Return a task of the local tenant that completed, with a file."""
     files = [{"name": "notes.txt", "text": "nothing"}]
-    made = await live.door("POST", "/tasks", body={"goal": GOAL, "context": {"files": files}})
+    made = await live.via_gateway("POST", "/tasks", body={"goal": GOAL, "context": {"files": files}})
     assert made.status == 201, made
 
     async def ended() -> bool:
-        return (await live.door("GET", f"/tasks/{made.body['task_id']}")).body["status"] == "completed"
+        return (await live.via_gateway("GET", f"/tasks/{made.body['task_id']}")).body["status"] == "completed"
 
     await wait_until(ended, description="the goal completes", timeout=60, interval=0.1)
     return made.body["task_id"]
@@ -200,7 +200,7 @@ async def test_a_stolen_join_exchange_is_worth_nothing(live: Attacked) -> None:
     """Whoever saw a join has name, nonce, key and proof: a second use, and every change, is refused."""
     from octollm.capability.enrolment import EnrolmentClaim, EnrolmentToken, arm_proof  # noqa: PLC0415
 
-    made = await live.door("POST", "/joins", body={"name": "translator", "calls": [], "lifetime_seconds": 3600})
+    made = await live.via_gateway("POST", "/joins", body={"name": "translator", "calls": [], "lifetime_seconds": 3600})
     secret, key = EnrolmentToken.parse(made.body["secret"]), SigningKey.generate("translator")
     nonce = (await live.send("orchestrator", "POST", "/arms/nonce", None)).body["nonce"]
     proof = arm_proof(secret.key, EnrolmentClaim(nonce, "translator", key.thumbprint, ()))
@@ -214,7 +214,7 @@ async def test_a_stolen_join_exchange_is_worth_nothing(live: Attacked) -> None:
     assert (await live.send("orchestrator", "POST", "/arms/join", None, asked)).status == 200
     told = await live.send("orchestrator", "POST", "/arms/join", None, asked)
     assert (told.status, told.code) == (403, "join_refused")
-    assert (await live.door("DELETE", "/arms/translator")).status == 200
+    assert (await live.via_gateway("DELETE", "/arms/translator")).status == 200
 
 
 async def test_no_arm_reads_or_poisons_what_another_was_answered(live: Attacked) -> None:
@@ -239,7 +239,7 @@ async def test_a_revoked_token_is_refused_everywhere_within_a_second(live: Attac
         method, path = OPENED[name]
         assert (await live.send(name, method, path, bearer, {})).status not in (401, 403)
         jti = live.world.verifier(name).verify(bearer).links[0].jti
-        assert (await live.door("POST", "/token/revoke", body={"kind": "jti", "value": jti})).status == 200
+        assert (await live.via_gateway("POST", "/token/revoke", body={"kind": "jti", "value": jti})).status == 200
 
     async def refused() -> bool:
         told = [await live.send(name, *OPENED[name], bearers[name], {}) for name in bearers]
@@ -249,11 +249,11 @@ async def test_a_revoked_token_is_refused_everywhere_within_a_second(live: Attac
 
 
 async def test_a_cancelled_tasks_tokens_are_over_and_no_retry_revives_them(live: Attacked) -> None:
-    made = await live.door("POST", "/tasks", body={"goal": GOAL})
+    made = await live.via_gateway("POST", "/tasks", body={"goal": GOAL})
     task_id = made.body["task_id"]
     bearer = mint(live, "executor", "executor:run", task=TaskRef(task_id, "s1", 1, 1))
     assert (await live.run(bearer)).status == 400
-    await live.door("POST", f"/tasks/{task_id}/cancel")
+    await live.via_gateway("POST", f"/tasks/{task_id}/cancel")
 
     async def refused() -> bool:
         told = await live.run(mint(live, "executor", "executor:run", task=TaskRef(task_id, "s1", 2, 2)))
@@ -265,15 +265,15 @@ async def test_a_cancelled_tasks_tokens_are_over_and_no_retry_revives_them(live:
     assert (await live.run(other)).status == 400
 
 
-async def test_a_revoked_keys_token_is_over_at_the_door_and_behind_it(live: Attacked) -> None:
+async def test_a_revoked_keys_token_is_over_at_the_gateway_and_behind_it(live: Attacked) -> None:
     key = await live.key("user")
-    assert (await live.door("GET", "/tasks", key)).status == 200
-    direct = await live.door("POST", "/token", key, {"scope": "judge:validate", "aud": "judge"})
+    assert (await live.via_gateway("GET", "/tasks", key)).status == 200
+    direct = await live.via_gateway("POST", "/token", key, {"scope": "judge:validate", "aud": "judge"})
     bearer = direct.body["access_token"]
     assert (await live.send("judge", "POST", "/validate", bearer, {})).status == 400
     key_id = key.split("_")[1]
-    assert (await live.door("DELETE", f"/keys/{key_id}")).status == 200
-    told = await live.door("GET", "/tasks", key)
+    assert (await live.via_gateway("DELETE", f"/keys/{key_id}")).status == 200
+    told = await live.via_gateway("GET", "/tasks", key)
     assert (told.status, told.code) == (401, "api_key_invalid")
 
     async def refused() -> bool:
@@ -284,11 +284,11 @@ async def test_a_revoked_keys_token_is_over_at_the_door_and_behind_it(live: Atta
 
 async def test_an_old_workers_calls_are_refused_after_a_take_over(live: Attacked) -> None:
     """A worker that was cut off and comes back has authority for a run that somebody else goes on with."""
-    made = await live.door("POST", "/tasks", body={"goal": GOAL})
+    made = await live.via_gateway("POST", "/tasks", body={"goal": GOAL})
     task_id = made.body["task_id"]
 
     async def ended() -> bool:
-        return (await live.door("GET", f"/tasks/{task_id}")).body["status"] == "completed"
+        return (await live.via_gateway("GET", f"/tasks/{task_id}")).body["status"] == "completed"
 
     await wait_until(ended, description="the goal completes", timeout=60, interval=0.1)
     with contextlib.closing(sqlite3.connect(live.system.home.data / "orchestrator.db", timeout=20)) as database:
@@ -317,10 +317,10 @@ async def test_an_old_workers_calls_are_refused_after_a_take_over(live: Attacked
 
 async def test_the_start_is_in_the_audit_log_without_secrets(live: Attacked) -> None:
     async def sealed() -> bool:
-        return bool((await live.door("GET", "/audit?of=system")).body["rows"])
+        return bool((await live.via_gateway("GET", "/audit?of=system")).body["rows"])
 
     await wait_until(sealed, description="the first rows are sealed")
-    rows = (await live.door("GET", "/audit?of=system")).body["rows"]
+    rows = (await live.via_gateway("GET", "/audit?of=system")).body["rows"]
     [start] = [row for row in rows if row["action"] == "system.started"]
     assert start["detail"]["settings"]["OCTOLLM_MODEL"] == "openai:scripted"
     assert start["detail"]["roots"] == [live.world.root.thumbprint]
@@ -356,10 +356,10 @@ async def stranger(live: Attacked) -> str:
     ids=lambda each: f"{each.method} {each.path}",
 )
 async def test_another_tenants_things_are_not_there(live: Attacked, task: str, stranger: str, public) -> None:
-    view = (await live.door("GET", f"/tasks/{task}")).body
+    view = (await live.via_gateway("GET", f"/tasks/{task}")).body
     file = view["files"][0]["digest"]
-    key = (await live.door("GET", "/keys")).body["keys"][0]["id"]
-    join = (await live.door("POST", "/joins", body={"name": "parrot", "calls": [], "lifetime_seconds": 60})).body
+    key = (await live.via_gateway("GET", "/keys")).body["keys"][0]["id"]
+    join = (await live.via_gateway("POST", "/joins", body={"name": "parrot", "calls": [], "lifetime_seconds": 60})).body
     values = {"task_id": task, "digest": file, "key_id": key, "join_id": join["join"]["id"], "name": "parrot"}
     path = public.format_service_path(**{name: values[name] for name in public.path_parameters})
     told = await live.send("orchestrator", public.method, path, stranger, {} if public.method == "POST" else None)
@@ -397,18 +397,18 @@ async def test_another_tenant_searches_its_own_memory_alone(live: Attacked) -> N
 async def test_the_systems_audit_log_is_the_installations_owners(live: Attacked, stranger: str) -> None:
     told = await live.send("orchestrator", "GET", "/audit?of=system", stranger)
     assert (told.status, told.code) == (403, "scope_missing")
-    assert (await live.door("GET", "/audit?of=system")).status == 200
+    assert (await live.via_gateway("GET", "/audit?of=system")).status == 200
 
 
-# The public door
+# The public gateway
 
 
 async def test_a_narrow_key_does_not_make_a_wide_one(live: Attacked) -> None:
     narrow = await live.key("keys:write tasks:read")
-    told = await live.door("POST", "/keys", narrow, {"name": "wide", "scope": "admin"})
+    told = await live.via_gateway("POST", "/keys", narrow, {"name": "wide", "scope": "admin"})
     assert (told.status, told.code) == (403, "scope_missing")
-    assert (await live.door("POST", "/keys", narrow, {"name": "same", "scope": "tasks:read"})).status == 201
-    told = await live.door(
+    assert (await live.via_gateway("POST", "/keys", narrow, {"name": "same", "scope": "tasks:read"})).status == 201
+    told = await live.via_gateway(
         "POST", "/token", await live.key("tasks:create"), {"scope": "judge:validate", "aud": "judge"}
     )
     assert (told.status, told.code) == (403, "scope_missing")
@@ -418,26 +418,26 @@ async def test_a_narrow_key_does_not_make_a_wide_one(live: Attacked) -> None:
     "scope", ["tasks", "tasks:*:x", "TASKS:*", "tasks:ｒead", "tasks:read tasks", "*:*", "tasks:%2a", ""]
 )
 async def test_a_malformed_scope_is_refused_and_never_mended(live: Attacked, scope: str) -> None:
-    told = await live.door("POST", "/keys", body={"name": "x", "scope": scope})
+    told = await live.via_gateway("POST", "/keys", body={"name": "x", "scope": scope})
     assert (told.status, told.code) == (400, "invalid_parameter")
 
 
 async def test_only_who_runs_the_installation_makes_keys_for_other_tenants(live: Attacked) -> None:
-    made = await live.door("POST", "/keys", body={"name": "first", "scope": "admin", "tenant": "acme"})
+    made = await live.via_gateway("POST", "/keys", body={"name": "first", "scope": "admin", "tenant": "acme"})
     assert (made.status, made.body["key"]["tenant"]) == (201, "acme")
     acme = made.body["secret"]
-    assert (await live.door("GET", "/tasks", acme)).body["tasks"] == []
+    assert (await live.via_gateway("GET", "/tasks", acme)).body["tasks"] == []
     for tenant in ("local", "globex", "system"):
-        told = await live.door("POST", "/keys", acme, {"name": "x", "scope": "user", "tenant": tenant})
+        told = await live.via_gateway("POST", "/keys", acme, {"name": "x", "scope": "user", "tenant": tenant})
         assert (told.status, told.code) == (403, "scope_missing")
-    told = await live.door("POST", "/keys", body={"name": "x", "scope": "user", "tenant": "system"})
+    told = await live.via_gateway("POST", "/keys", body={"name": "x", "scope": "user", "tenant": "system"})
     assert (told.status, told.code) == (403, "scope_missing")
     for tenant in ("", "UPPER", "a b", "../local", "x" * 64):
-        assert (await live.door("POST", "/keys", body={"name": "x", "tenant": tenant})).status == 400
+        assert (await live.via_gateway("POST", "/keys", body={"name": "x", "tenant": tenant})).status == 400
     narrow = await live.key("keys:write")
-    told = await live.door("POST", "/keys", narrow, {"name": "x", "scope": "user", "tenant": "acme"})
+    told = await live.via_gateway("POST", "/keys", narrow, {"name": "x", "scope": "user", "tenant": "acme"})
     assert (told.status, told.code) == (403, "scope_missing")
-    assert (await live.door("POST", "/keys", acme, {"name": "second", "scope": "user"})).status == 201
+    assert (await live.via_gateway("POST", "/keys", acme, {"name": "second", "scope": "user"})).status == 201
 
 
 async def test_a_session_is_its_keys_and_ends_everywhere_within_a_second(live: Attacked) -> None:
@@ -455,21 +455,21 @@ async def test_a_session_is_its_keys_and_ends_everywhere_within_a_second(live: A
         assert (await page.delete("/session", headers=origin)).status_code == 200
 
         async def over() -> bool:
-            told = await live.door("GET", "/tasks", session)
+            told = await live.via_gateway("GET", "/tasks", session)
             return (told.status, told.code) == (401, "api_key_invalid")
 
         await wait_until(over, description="the session opens nothing", timeout=1)
         again = await page.post("/session", json={"api_key": key}, headers=origin)
         assert again.status_code == 200
-        assert (await live.door("DELETE", f"/keys/{key.split('_')[1]}")).status == 200
+        assert (await live.via_gateway("DELETE", f"/keys/{key.split('_')[1]}")).status == 200
 
         async def revoked() -> bool:
             return (await page.get("/tasks")).status_code == 401
 
         await wait_until(revoked, description="a session ends with its key", timeout=1)
     for wrong in (session, session[:-1], "octosess_x_y", "octosess__"):
-        assert (await live.door("GET", "/tasks", wrong)).status == 401
-    assert (await live.door("POST", "/session", body={"api_key": "octo_no_such"})).status == 401
+        assert (await live.via_gateway("GET", "/tasks", wrong)).status == 401
+    assert (await live.via_gateway("POST", "/session", body={"api_key": "octo_no_such"})).status == 401
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ async def test_a_token_in_the_address_is_no_token_and_is_not_logged(live: Attack
     for name in ("access_token", "token", "api_key", "authorization"):
         told = await live.send("judge", "POST", f"/validate?{name}={bearer}", None, {})
         assert (told.status, told.code) == (401, "token_missing")
-        told = await live.door("GET", f"/tasks?{name}={key}", X_Forwarded_For="x")
+        told = await live.via_gateway("GET", f"/tasks?{name}={key}", X_Forwarded_For="x")
         assert (told.status, told.code) == (401, "token_missing")
     log = live.system.home.log_file.read_text()
     assert bearer not in log
@@ -512,14 +512,14 @@ async def test_a_token_in_the_address_is_no_token_and_is_not_logged(live: Attack
 async def test_no_log_event_trace_or_error_holds_a_secret(live: Attacked, task: str) -> None:
     key = await live.key("user")
     wrong = key[:-3] + "xyz"
-    told = await live.door("GET", "/tasks", wrong)
+    told = await live.via_gateway("GET", "/tasks", wrong)
     assert told.status == 401
     text = live.system.home.log_file.read_text() + str(told.body)
-    text += str((await live.door("GET", "/events?limit=500")).body)
-    text += str((await live.door("GET", f"/tasks/{task}/trace")).body)
+    text += str((await live.via_gateway("GET", "/events?limit=500")).body)
+    text += str((await live.via_gateway("GET", f"/tasks/{task}/trace")).body)
     assert "eyJhbGciOiJFZERTQSI" not in text, "a token"
-    text += str((await live.door("GET", "/audit?limit=500")).body)
-    text += str((await live.door("GET", "/audit?of=system&limit=500")).body)
+    text += str((await live.via_gateway("GET", "/audit?limit=500")).body)
+    text += str((await live.via_gateway("GET", "/audit?of=system&limit=500")).body)
     for secret in (key, wrong, key.rsplit("_", 1)[1], live.system.local_key):
         assert secret not in text, text[max(0, text.find(secret) - 200) :][:400]
 
@@ -636,8 +636,8 @@ async def test_server_sent_events_are_as_closed_as_the_rest(live: Attacked, task
     narrow, wide = await live.key("files:read"), await live.key("user")
     path = f"/tasks/{task}/events"
     for key, status in ((narrow, 403), ("octo_no_such", 401)):
-        assert (await live.door("GET", path, key)).status == status
-        assert (await live.door("GET", "/events", key, Accept="text/event-stream")).status == status
+        assert (await live.via_gateway("GET", path, key)).status == status
+        assert (await live.via_gateway("GET", "/events", key, Accept="text/event-stream")).status == status
     told = await live.client.get(live.system.gateway_url + path, headers={"Authorization": f"Bearer {wide}"})
     assert told.status_code == 200
 
@@ -645,12 +645,12 @@ async def test_server_sent_events_are_as_closed_as_the_rest(live: Attacked, task
 async def test_who_watches_is_cut_off_when_the_key_is_revoked(live: Attacked) -> None:
     """A socket that was opened with a key ends with it."""
     key = await live.key("user")
-    submitted = await live.door("POST", "/tasks", key, {"goal": "Explain why the sky is blue", "deadline": None})
+    submitted = await live.via_gateway("POST", "/tasks", key, {"goal": "Explain why the sky is blue", "deadline": None})
     task_id = submitted.body["task_id"]
     url = live.system.gateway_url.replace("http", "ws") + f"/ws/tasks/{task_id}"
     async with websockets.connect(url, additional_headers={"Authorization": f"Bearer {key}"}, proxy=None) as socket:
         await asyncio.wait_for(socket.recv(), 10)
-        assert (await live.door("DELETE", f"/keys/{key.split('_')[1]}")).status == 200
+        assert (await live.via_gateway("DELETE", f"/keys/{key.split('_')[1]}")).status == 200
         with pytest.raises(ConnectionClosed) as closed:
             while True:
                 await asyncio.wait_for(socket.recv(), 20)
@@ -673,15 +673,15 @@ async def test_secrets_are_compared_in_constant_time(live: Attacked, monkeypatch
         return honest(one, other)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hmac, "compare_digest", noting)
-    assert (await live.door("GET", "/tasks", "octo_local_wrong")).status == 401
+    assert (await live.via_gateway("GET", "/tasks", "octo_local_wrong")).status == 401
     assert len(compared) == 1
-    assert (await live.door("GET", "/tasks", "octo_nobody_wrong")).status == 401
+    assert (await live.via_gateway("GET", "/tasks", "octo_nobody_wrong")).status == 401
     assert len(compared) == 2, "a key that is not there is looked into all the same"
 
 
 async def test_guessing_is_slowed_by_address(tmp_path) -> None:
     async with attacked(tmp_path, OCTOLLM_RATE_LIMIT="5/minute") as slow:
-        told = [await slow.door("GET", "/tasks", f"octo_guess{number}_x") for number in range(8)]
+        told = [await slow.via_gateway("GET", "/tasks", f"octo_guess{number}_x") for number in range(8)]
         assert {each.status for each in told[:5]} == {401}
         assert {each.status for each in told[5:]} == {429}
         assert int(told[-1].headers["retry-after"]) >= 1

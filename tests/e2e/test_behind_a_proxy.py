@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import websockets
 from proxy import HaProxy
-from whole import SALES
+from scripts import SALES
 from wires import certificates
 
 from octollm.rpc.tls import client_context

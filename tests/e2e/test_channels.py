@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 import redis.asyncio as redis_py
+from gateway_client import GatewayClient
 from redis_process import RedisProcess
-from whole import Door
 
 from octollm.storage.keys import REDIS_KEYS
 from octollm.testing import wait_until
@@ -71,11 +71,13 @@ def environment(redis_server: RedisProcess, recorder: PubSubRecorder) -> dict[st
     return {"OCTOLLM_REDIS_URL": redis_server.url}
 
 
-async def test_every_declared_channel_has_a_publisher_and_a_subscriber(door: Door, recorder: PubSubRecorder) -> None:
-    task_id = await door.submit("Write a Python function double(number) with tests")
-    await door.frames(task_id)
-    async with httpx.AsyncClient(base_url=door.url) as client:
-        other = await door.submit("Write a Python function double(number) with tests")
+async def test_every_declared_channel_has_a_publisher_and_a_subscriber(
+    gateway: GatewayClient, recorder: PubSubRecorder
+) -> None:
+    task_id = await gateway.submit("Write a Python function double(number) with tests")
+    await gateway.frames(task_id)
+    async with httpx.AsyncClient(base_url=gateway.url) as client:
+        other = await gateway.submit("Write a Python function double(number) with tests")
         assert (await client.post(f"/tasks/{other}/cancel")).status_code == 200
 
     def without(names: set[str]) -> list[str]:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 from namespace import Zone, add_address, in_namespace
+from process_installation import GOALS, ProcessInstallation, ServiceProcess, complete_goal
 from redis_process import RedisProcess
-from spread import Replica, Spread
-from two_of_each import GOALS, completed
-from whole import answers
+from scripts import default_reply
 
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
@@ -31,30 +30,30 @@ async def behind_names(folder: str) -> None:
     root = Path(folder)
     redis = RedisProcess(root)
     redis.start()
-    spread = _Hosts(root / "spread", zone)
+    installation = _Hosts(root / "installation", zone)
     try:
-        async with zone.served(), scripted_model(answers) as model:
-            spread.environment |= {
+        async with zone.served(), scripted_model(default_reply) as model:
+            installation.environment |= {
                 "OCTOLLM_MODEL": "openai:scripted",
                 "OCTOLLM_MODEL_URL": model.url,
                 "OCTOLLM_REDIS_URL": redis.url,
                 "OCTOLLM_ALLOWED_HOSTS": ",".join(address for pair in zone.names.values() for address in pair),
             }
-            spread.place()
-            await spread.start()
-            await _all_complete(spread)
-            first, second = spread.replicas["coder"]
+            installation.place()
+            await installation.start()
+            await _all_complete(installation)
+            first, second = installation.replicas["coder"]
             assert _served(first) + _served(second) >= 1, "a host of the name was called"
-            await _replace(spread, zone, first)
+            await _replace(installation, zone, first)
     finally:
-        await asyncio.gather(*(replica.kill() for replica in spread.all()))
+        await asyncio.gather(*(replica.kill() for replica in installation.all()))
         redis.kill()
 
 
-async def _replace(spread: _Hosts, zone: Zone, gone: Replica) -> None:
+async def _replace(installation: _Hosts, zone: Zone, gone: ServiceProcess) -> None:
     """Take a coder's host out of DNS and put a new one in, without restarting anything else."""
-    (stays,) = (replica for replica in spread.replicas["coder"] if replica is not gone)
-    new = spread.host("coder", "10.77.3.1")
+    (stays,) = (replica for replica in installation.replicas["coder"] if replica is not gone)
+    new = installation.host("coder", "10.77.3.1")
     await new.start()
     await new.ready()
     zone.names["coder-arm"] = [stays.address, new.address]
@@ -62,23 +61,23 @@ async def _replace(spread: _Hosts, zone: Zone, gone: Replica) -> None:
     await stays.kill()
 
     async def new_one_works() -> bool:
-        await _all_complete(spread)
+        await _all_complete(installation)
         return _served(new) > 0
 
     await wait_until(new_one_works, description="the new host of coder-arm is called", timeout=60)
 
 
-async def _all_complete(spread: Spread) -> None:
-    done = await asyncio.gather(*(completed(spread, goal, files) for goal, files in GOALS))
+async def _all_complete(installation: ProcessInstallation) -> None:
+    done = await asyncio.gather(*(complete_goal(installation, goal, files) for goal, files in GOALS))
     for task in done:
-        assert task["status"] == "completed", (task["goal"], task["error"], spread.logs())
+        assert task["status"] == "completed", (task["goal"], task["error"], installation.logs())
 
 
-def _served(replica: Replica) -> int:
+def _served(replica: ServiceProcess) -> int:
     return replica.log.read_text().count('"operation":"execute","status":200')
 
 
-class _Hosts(Spread):
+class _Hosts(ProcessInstallation):
     """An installation whose services have hosts of their own, at the services' own ports."""
 
     def __init__(self, folder: Path, zone: Zone) -> None:
@@ -95,9 +94,9 @@ class _Hosts(Spread):
             for address in self.zone.names[info.host]:
                 self.host(name, address)
 
-    def host(self, name: str, address: str) -> Replica:
+    def host(self, name: str, address: str) -> ServiceProcess:
         add_address(address)
         log = self.folder / f"{name}-{address}.log"
-        replica = Replica(name, SERVICES[name].port, self.environment, log, address=address)
+        replica = ServiceProcess(name, SERVICES[name].port, self.environment, log, address=address)
         self.replicas.setdefault(name, []).append(replica)
         return replica

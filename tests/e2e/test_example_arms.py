@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cli_support import Place
-from whole import answers
+from scripts import default_reply
 
 from octollm.testing import wait_until
 from octollm.testing.fake_model import ScriptedReply, ScriptedRequest, scripted_model
@@ -32,7 +32,7 @@ def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
         return "A mile is 1609.344 metres."
     if asked.raw.get("tools"):
         return ScriptedReply(tool_calls=(("convert", '{"amount": 1, "unit": "miles", "into": "metres"}'),))
-    return answers(asked)
+    return default_reply(asked)
 
 
 def shop(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from databases import Backend
-from whole import answers
+from scripts import default_reply
 
 from octollm.capability import Principal, RootMinter, ServiceTokenSigner
 from octollm.clock import SystemClock, Uuid7Generator
@@ -77,8 +77,8 @@ PROGRAMS = '{"programs": [{"title": "Add", "program": "print(1 + 1)"}]}'
 
 
 @pytest.fixture(autouse=True)
-def planner_writes_programs(mind) -> None:
-    mind.answer = lambda asked: PROGRAMS if "programs" in str(asked.schema) else answers(asked)
+def planner_writes_programs(script) -> None:
+    script.reply = lambda asked: PROGRAMS if "programs" in str(asked.schema) else default_reply(asked)
 
 
 def signer(system: Installation, name: str) -> ServiceTokenSigner:
@@ -148,18 +148,18 @@ async def fuzz(api: dict[str, Any], url: str, create_token: Callable[[], str], f
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
-async def test_a_service_answers_as_it_is_described(door, name: str, tmp_path: Path) -> None:
+async def test_a_service_answers_as_it_is_described(gateway, name: str, tmp_path: Path) -> None:
     async with httpx.AsyncClient(timeout=30) as client:
-        api = (await client.get(door.system.urls[name] + "/openapi.json")).json()
-        token = await bearer(door.system, name, client)
+        api = (await client.get(gateway.system.urls[name] + "/openapi.json")).json()
+        token = await bearer(gateway.system, name, client)
     for path in SHARED if name != "judge" else ():
         del api["paths"][path]
-    await fuzz(part(api, of_services=False), door.system.urls[name], lambda: token, tmp_path)
+    await fuzz(part(api, of_services=False), gateway.system.urls[name], lambda: token, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["orchestrator", "monitor"])
-async def test_what_services_ask_of_each_other_is_answered_as_described(door, name: str, tmp_path: Path) -> None:
+async def test_what_services_ask_of_each_other_is_answered_as_described(gateway, name: str, tmp_path: Path) -> None:
     async with httpx.AsyncClient() as client:
-        api = (await client.get(door.system.urls[name] + "/openapi.json")).json()
-    own = signer(door.system, "models")
-    await fuzz(part(api, of_services=True), door.system.urls[name], lambda: own.sign_token(name), tmp_path)
+        api = (await client.get(gateway.system.urls[name] + "/openapi.json")).json()
+    own = signer(gateway.system, "models")
+    await fuzz(part(api, of_services=True), gateway.system.urls[name], lambda: own.sign_token(name), tmp_path)

@@ -7,9 +7,10 @@ from typing import Any
 
 import httpx
 import pytest
+from gateway_client import GatewayClient
 from prometheus_client.parser import text_string_to_metric_families
+from scripts import default_reply
 from test_traces import spans_of
-from whole import Door, answers
 
 from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
 
@@ -25,14 +26,14 @@ PLAN = (
 
 def plans(asked: ScriptedRequest) -> str | ScriptedReply:
     """Answer as a capable model does, whose first plan can be used."""
-    return PLAN if asked.schema is not None and "steps" in str(asked.schema) else answers(asked)
+    return PLAN if asked.schema is not None and "steps" in str(asked.schema) else default_reply(asked)
 
 
-async def key_calls(door: Door) -> Counter[str]:
+async def key_calls(gateway: GatewayClient) -> Counter[str]:
     """Return the calls about idempotency keys so far: they go out in groups, in no task's trace; metrics count them."""
     found: Counter[str] = Counter()
     async with httpx.AsyncClient() as client:
-        for url in door.system.urls.values():
+        for url in gateway.system.urls.values():
             for family in text_string_to_metric_families((await client.get(f"{url}/metrics")).text):
                 for sample in family.samples:
                     labels = sample.labels
@@ -42,13 +43,13 @@ async def key_calls(door: Door) -> Counter[str]:
     return found
 
 
-async def test_the_simplest_code_task_makes_few_internal_calls(door: Door, mind: Any) -> None:
-    mind.answer = plans
-    before = await key_calls(door)
-    task = await door.run(GOAL)
+async def test_the_simplest_code_task_makes_few_internal_calls(gateway: GatewayClient, script: Any) -> None:
+    script.reply = plans
+    before = await key_calls(gateway)
+    task = await gateway.run(GOAL)
     assert task["status"] == "completed"
-    spans = await spans_of(door, task["task_id"])
-    calls = await key_calls(door) - before
+    spans = await spans_of(gateway, task["task_id"])
+    calls = await key_calls(gateway) - before
     calls += Counter(
         f"{span['service']} → {span['name']}"
         for span in spans

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from gateway_client import GatewayClient
+from scripts import NOTES, SALES
 from starlette.requests import Request
-from whole import NOTES, SALES, Door
 
 from octollm.capability import BUILT_IN_CALLS
 from octollm.capability.inspection import inspect
@@ -33,12 +34,12 @@ DONE = {"planner:plan", "coder:execute", "judge:validate", "judge:accept", "retr
 """What arms are asked for in the three."""
 
 
-async def test_every_declared_call_is_used_and_none_refused(door: Door) -> None:
+async def test_every_declared_call_is_used_and_none_refused(gateway: GatewayClient) -> None:
     used: dict[str, set[str]] = {}
     for goal, files in GOALS:
-        task = await door.run(goal, files)
+        task = await gateway.run(goal, files)
         assert task["status"] == "completed", task
-        spans = await settled(door, task["task_id"])
+        spans = await settled(gateway, task["task_id"])
         assert not [span for span in spans if span["code"] in REFUSED]
         by_id = {span["span_id"]: span for span in spans}
         for span in spans:
@@ -65,12 +66,12 @@ def asked_by(by_id: dict[str, dict[str, Any]], span: dict[str, Any]) -> str | No
     return None
 
 
-async def settled(door: Door, task_id: str) -> list[dict[str, Any]]:
+async def settled(gateway: GatewayClient, task_id: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     async def whole() -> bool:
         nonlocal found
-        before, found = len(found), (await door.client.get(f"/tasks/{task_id}/trace")).json()["spans"]
+        before, found = len(found), (await gateway.client.get(f"/tasks/{task_id}/trace")).json()["spans"]
         return bool(found) and before == len(found) and any(span["name"] == "task" for span in found)
 
     await wait_until(whole, description="the trace is whole", interval=0.5, timeout=20)
@@ -78,7 +79,7 @@ async def settled(door: Door, task_id: str) -> list[dict[str, Any]]:
 
 
 async def test_a_chain_as_it_travels_from_coder_over_judge_to_executor(
-    door: Door, monkeypatch: pytest.MonkeyPatch
+    gateway: GatewayClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the executor is really sent, drawn by the command that an operator has for it."""
     seen: list[str] = []
@@ -91,7 +92,7 @@ async def test_a_chain_as_it_travels_from_coder_over_judge_to_executor(
         return opened
 
     monkeypatch.setattr(CapabilityAuthenticator, "authenticate", noting)
-    task = await door.run(GOALS[0][0])
+    task = await gateway.run(GOALS[0][0])
     assert task["status"] == "completed", task
     chains = [(bearer, inspect(bearer)) for bearer in seen]
     bearer, chain = next(each for each in chains if [hop.holder for hop in each[1].hops][:2] == ["coder", "judge"])
@@ -107,7 +108,7 @@ async def test_a_chain_as_it_travels_from_coder_over_judge_to_executor(
     command = await asyncio.create_subprocess_exec(
         sys.executable, "-c", "from octollm.cli import main; main()", "token", "inspect", "-", "--for", "executor",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "OCTOLLM_HOME": str(door.system.home.root), "NO_COLOR": "1"},
+        env={**os.environ, "OCTOLLM_HOME": str(gateway.system.home.root), "NO_COLOR": "1"},
     )  # fmt: skip
     drawn = (await command.communicate(bearer.encode()))[0].decode()
     hops = ("orchestrator → coder  grant", "coder → judge  grant", "judge → executor  access")

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from browser_kit import browser
 from ports import free_port
-from whole import answers
+from scripts import default_reply
 
 from octollm.testing import wait_until
 from octollm.testing.fake_model import scripted_model
@@ -91,7 +91,7 @@ async def provider() -> AsyncGenerator[Provider]:
 
 
 async def test_a_login_does_what_its_claims_grant_in_its_own_tenant(tmp_path: Path) -> None:
-    async with provider() as issuer, scripted_model(answers) as model:
+    async with provider() as issuer, scripted_model(default_reply) as model:
         (tmp_path / "oidc.toml").write_text(configured(issuer, 'tenant_claim = "org"'))
         environment = {
             "OCTOLLM_MODEL": "openai:scripted",
@@ -100,53 +100,55 @@ async def test_a_login_does_what_its_claims_grant_in_its_own_tenant(tmp_path: Pa
         }
         async with (
             installation(tmp_path / "home", environment=environment) as system,
-            httpx.AsyncClient(base_url=system.gateway_url, timeout=30, trust_env=False) as door,
+            httpx.AsyncClient(base_url=system.gateway_url, timeout=30, trust_env=False) as gateway,
         ):
             ada = {"Authorization": f"Bearer {await issuer.login('ada')}"}
-            made = await door.post("/tasks", json={"goal": GOAL}, headers=ada)
+            made = await gateway.post("/tasks", json={"goal": GOAL}, headers=ada)
             assert made.status_code == 201, made.text
             task_id = made.json()["task_id"]
 
             async def ended() -> bool:
-                return (await door.get(f"/tasks/{task_id}", headers=ada)).json()["status"] == "completed"
+                return (await gateway.get(f"/tasks/{task_id}", headers=ada)).json()["status"] == "completed"
 
             await wait_until(ended, description="the goal completes", timeout=60, interval=0.1)
             bob = {"Authorization": f"Bearer {await issuer.login('bob')}"}
-            assert (await door.get("/tasks", headers=bob)).json()["tasks"] == []
-            assert (await door.get(f"/tasks/{task_id}", headers=bob)).status_code == 404
+            assert (await gateway.get("/tasks", headers=bob)).json()["tasks"] == []
+            assert (await gateway.get(f"/tasks/{task_id}", headers=bob)).status_code == 404
 
             for sub, code in (("eve", "login_refused"), ("mallory", "login_refused")):
-                told = await door.get("/tasks", headers={"Authorization": f"Bearer {await issuer.login(sub)}"})
+                told = await gateway.get("/tasks", headers={"Authorization": f"Bearer {await issuer.login(sub)}"})
                 assert told.json()["code"] == code, sub
             other = await issuer.login("ada", client_id="another-client")
-            told = await door.get("/tasks", headers={"Authorization": f"Bearer {other}"})
+            told = await gateway.get("/tasks", headers={"Authorization": f"Bearer {other}"})
             assert (told.status_code, told.json()["code"]) == (401, "api_key_invalid")
 
             # A session is opened for a login as for a key.
             origin = {"Origin": system.gateway_url}
-            opened = await door.post("/session", json={"api_key": await issuer.login("ada")}, headers=origin)
+            opened = await gateway.post("/session", json={"api_key": await issuer.login("ada")}, headers=origin)
             assert (opened.status_code, opened.json()["tenant"]) == (200, "acme")
-            assert len((await door.get("/tasks")).json()["tasks"]) == 1
-            door.cookies.clear()
+            assert len((await gateway.get("/tasks")).json()["tasks"]) == 1
+            gateway.cookies.clear()
 
             # It is listed as a key of its tenant, and revoked as one, by that tenant's administrator.
-            secret = (await door.post("/keys", json={"name": "first", "scope": "admin", "tenant": "acme"})).json()[
+            secret = (await gateway.post("/keys", json={"name": "first", "scope": "admin", "tenant": "acme"})).json()[
                 "secret"
             ]
             acme = {"Authorization": f"Bearer {secret}"}
             [login] = [
-                key for key in (await door.get("/keys", headers=acme)).json()["keys"] if key["id"].startswith("oidc-")
+                key
+                for key in (await gateway.get("/keys", headers=acme)).json()["keys"]
+                if key["id"].startswith("oidc-")
             ]
             assert (login["name"], login["scope"]) == ("ada@example.org", "user")
-            assert (await door.delete(f"/keys/{login['id']}", headers=acme)).status_code == 200
+            assert (await gateway.delete(f"/keys/{login['id']}", headers=acme)).status_code == 200
             again = {"Authorization": f"Bearer {await issuer.login('ada')}"}
-            assert (await door.get("/tasks", headers=again)).status_code == 401
-            assert (await door.get("/tasks", headers=ada)).status_code == 401
+            assert (await gateway.get("/tasks", headers=again)).status_code == 401
+            assert (await gateway.get("/tasks", headers=ada)).status_code == 401
 
 
 @pytest.mark.browser
 async def test_the_page_logs_in_at_the_issuer_and_keeps_nothing(tmp_path: Path) -> None:
-    async with provider() as issuer, scripted_model(answers) as model, browser(tmp_path / "profile") as tab:
+    async with provider() as issuer, scripted_model(default_reply) as model, browser(tmp_path / "profile") as tab:
         (tmp_path / "secret").write_text("our secret there")
         (tmp_path / "secret").chmod(0o600)
         secret = f'tenant = "acme"\nclient_secret_file = "{tmp_path / "secret"}"'

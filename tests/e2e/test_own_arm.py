@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from cli_support import Place
-from whole import answers
+from scripts import default_reply
 
 from octollm.testing import wait_until
 from octollm.testing.fake_model import ScriptedReply, ScriptedRequest, scripted_model
@@ -25,7 +25,7 @@ PORT = 8110
 
 def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
     """Translate what the translator asks, and answer everything else as ever."""
-    return "Bonjour" if asked.last.startswith("Translate with") else answers(asked)
+    return "Bonjour" if asked.last.startswith("Translate with") else default_reply(asked)
 
 
 @contextlib.asynccontextmanager

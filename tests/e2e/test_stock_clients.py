@@ -14,16 +14,16 @@ from pathlib import Path
 import httpx
 import pytest
 from browser_kit import browser
+from gateway_client import GatewayClient
 from proxy import HaProxy
-from whole import Door
 
 pytestmark = pytest.mark.sandbox
 CODE = "def add(a, b):\n    return a + b\n"
 
 
 @pytest.fixture
-async def token(door: Door) -> str:
-    answer = await door.client.post("/token", json={"scope": "judge:validate", "aud": "judge"})
+async def token(gateway: GatewayClient) -> str:
+    answer = await gateway.client.post("/token", json={"scope": "judge:validate", "aud": "judge"})
     return answer.json()["access_token"]
 
 
@@ -41,8 +41,8 @@ async def curl(*arguments: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("http2", [False, True], ids=["HTTP/1.1", "HTTP/2"])
-async def test_curl_and_httpx(door: Door, token: str, http2: bool) -> None:
-    judge = door.system.urls["judge"]
+async def test_curl_and_httpx(gateway: GatewayClient, token: str, http2: bool) -> None:
+    judge = gateway.system.urls["judge"]
     with proxy_of(judge) if http2 else contextlib.nullcontext(judge) as base:
         await _curl_and_httpx(base + "/validate", token, http2=http2)
 
@@ -74,8 +74,8 @@ async def _curl_and_httpx(url: str, token: str, *, http2: bool) -> None:
 
 
 @pytest.mark.browser
-async def test_a_browser(door: Door, token: str, tmp_path: Path) -> None:
-    url = door.system.urls["judge"]
+async def test_a_browser(gateway: GatewayClient, token: str, tmp_path: Path) -> None:
+    url = gateway.system.urls["judge"]
     async with browser(tmp_path / "profile") as tab:
         await tab.do("Page.navigate", url=url + "/docs")
         await tab.until("document.title === 'OctoLLM judge'", "the description is shown")

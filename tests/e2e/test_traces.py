@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from whole import Door, answers
+from gateway_client import GatewayClient
+from scripts import default_reply
 
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
@@ -19,13 +20,13 @@ pytestmark = pytest.mark.sandbox
 GOAL = "Write a Python function double(number) with tests"
 
 
-async def spans_of(door: Door, task_id: str, settled: str = "task") -> list[dict[str, Any]]:
+async def spans_of(gateway: GatewayClient, task_id: str, settled: str = "task") -> list[dict[str, Any]]:
     """Return the spans of a task once that of its run is there and no more come."""
     found: list[dict[str, Any]] = []
 
     async def whole() -> bool:
         nonlocal found
-        answer = await door.client.get(f"/tasks/{task_id}/trace")
+        answer = await gateway.client.get(f"/tasks/{task_id}/trace")
         assert answer.status_code == 200, answer.text
         before, found = len(found), answer.json()["spans"]
         ids = {span["span_id"] for span in found}
@@ -36,10 +37,12 @@ async def spans_of(door: Door, task_id: str, settled: str = "task") -> list[dict
     return found
 
 
-async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authority(door: Door, tmp_path: Path) -> None:
-    task = await door.run(GOAL)
+async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authority(
+    gateway: GatewayClient, tmp_path: Path
+) -> None:
+    task = await gateway.run(GOAL)
     assert task["status"] == "completed"
-    spans = await spans_of(door, task["task_id"])
+    spans = await spans_of(gateway, task["task_id"])
     by_id = {span["span_id"]: span for span in spans}
     assert {span["trace_id"] for span in spans} == {task["trace_id"]}
     roots = [span for span in spans if not span["parent_id"]]
@@ -86,48 +89,50 @@ async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authorit
     kept = b"".join(file.read_bytes() for file in (tmp_path / "home" / "data").glob("monitor.db*"))
     assert "eyJ" not in msgspec.json.encode(spans).decode() + log
     assert b"eyJ" not in kept
-    assert door.system.local_key.encode() not in kept
+    assert gateway.system.local_key.encode() not in kept
 
 
-async def test_a_client_that_traces_is_joined_and_its_flag_honoured(door: Door, mind: Any) -> None:
-    mind.answer = lambda asked: answers(asked) if asked.schema else ScriptedReply("SELECT ", hangs=True)
+async def test_a_client_that_traces_is_joined_and_its_flag_honoured(gateway: GatewayClient, script: Any) -> None:
+    script.reply = lambda asked: default_reply(asked) if asked.schema else ScriptedReply("SELECT ", hangs=True)
     trace_id, caller = "c" * 32, "d" * 16
     body = {"goal": GOAL, "budget": {"max_time_seconds": 1}}
-    sampled = await door.client.post("/tasks", json=body, headers={"traceparent": f"00-{trace_id}-{caller}-01"})
-    silent = await door.client.post("/tasks", json=body, headers={"traceparent": f"00-{trace_id}-{caller}-00"})
+    sampled = await gateway.client.post("/tasks", json=body, headers={"traceparent": f"00-{trace_id}-{caller}-01"})
+    silent = await gateway.client.post("/tasks", json=body, headers={"traceparent": f"00-{trace_id}-{caller}-00"})
     task, other = sampled.json()["task_id"], silent.json()["task_id"]
     for each in (task, other):
-        assert (await door.finished(each))["trace_id"] == trace_id
+        assert (await gateway.finished(each))["trace_id"] == trace_id
 
     async def failed() -> list[Any]:
-        spans = (await door.client.get(f"/tasks/{task}/trace")).json()["spans"]
+        spans = (await gateway.client.get(f"/tasks/{task}/trace")).json()["spans"]
         return [span for span in spans if span["name"] == "task"]
 
     await wait_until(failed, description="the task's span is there")
     [span] = await failed()
     assert span["code"] == "deadline_exceeded"
-    spans = (await door.client.get(f"/tasks/{task}/trace")).json()["spans"]
+    spans = (await gateway.client.get(f"/tasks/{task}/trace")).json()["spans"]
     assert [each["name"] for each in spans if each["parent_id"] == caller] == ["tasks.submit"]
-    assert (await door.client.get(f"/tasks/{other}/trace")).json()["spans"] == []
+    assert (await gateway.client.get(f"/tasks/{other}/trace")).json()["spans"] == []
 
 
-async def test_a_task_that_is_taken_over_goes_on_in_its_trace(tmp_path: Path, model: ScriptedModel, mind: Any) -> None:
+async def test_a_task_that_is_taken_over_goes_on_in_its_trace(
+    tmp_path: Path, model: ScriptedModel, script: Any
+) -> None:
     settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url}
-    mind.answer = lambda asked: answers(asked) if asked.schema else ScriptedReply("def ", hangs=True)
+    script.reply = lambda asked: default_reply(asked) if asked.schema else ScriptedReply("def ", hangs=True)
     async with (
         installation(tmp_path / "home", environment=settings) as system,
         httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
     ):
-        task_id = await Door(system, client).submit(GOAL)
+        task_id = await GatewayClient(system, client).submit(GOAL)
         await wait_until(lambda: model.active == 1 and len(model.requests) > 1, description="the model is writing")
-    mind.answer = answers
+    script.reply = default_reply
     async with (
         installation(tmp_path / "home", environment=settings) as system,
         httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
     ):
-        door = Door(system, client)
-        assert (await door.finished(task_id))["status"] == "completed"
-        spans = await spans_of(door, task_id)
+        gateway = GatewayClient(system, client)
+        assert (await gateway.finished(task_id))["status"] == "completed"
+        spans = await spans_of(gateway, task_id)
     runs = [span for span in spans if span["name"] == "task"]
     assert [run["attributes"]["octollm.run"] for run in runs] == [1, 2]
     assert runs[0]["code"] == "cancelled"
@@ -135,19 +140,19 @@ async def test_a_task_that_is_taken_over_goes_on_in_its_trace(tmp_path: Path, mo
     assert len({span["trace_id"] for span in spans}) == 1
 
 
-async def test_nobody_elses_trace_is_read(door: Door) -> None:
-    answer = await door.client.get("/tasks/task-" + "0" * 32 + "/trace")
+async def test_nobody_elses_trace_is_read(gateway: GatewayClient) -> None:
+    answer = await gateway.client.get("/tasks/task-" + "0" * 32 + "/trace")
     assert (answer.status_code, answer.json()["code"]) == (404, "task_not_found")
-    made = await door.client.post("/keys", json={"name": "no reader", "scope": "tasks:create"})
+    made = await gateway.client.post("/keys", json={"name": "no reader", "scope": "tasks:create"})
     secret = made.json()["secret"]
-    task_id = await door.submit(GOAL)
-    answer = await door.client.get(f"/tasks/{task_id}/trace", headers={"Authorization": f"Bearer {secret}"})
+    task_id = await gateway.submit(GOAL)
+    answer = await gateway.client.get(f"/tasks/{task_id}/trace", headers={"Authorization": f"Bearer {secret}"})
     assert (answer.status_code, answer.json()["code"]) == (403, "scope_missing")
-    await door.finished(task_id)
+    await gateway.finished(task_id)
 
 
 async def test_a_take_over_of_planning_pays_for_no_model_call_again(
-    tmp_path: Path, model: ScriptedModel, mind: Any
+    tmp_path: Path, model: ScriptedModel, script: Any
 ) -> None:
     settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url}
 
@@ -155,21 +160,21 @@ async def test_a_take_over_of_planning_pays_for_no_model_call_again(
         return sum(asked.system.startswith("You plan work for a team") for asked in model.requests)
 
     # The model's plan cannot be used, twice; then the planner asks for titles, and dies while it waits for them.
-    mind.answer = lambda asked: (
+    script.reply = lambda asked: (
         ScriptedReply("{", hangs=True)
         if asked.system.startswith("You plan work. Write for each step")
-        else answers(asked)
+        else default_reply(asked)
     )
     async with (
         installation(tmp_path / "home", environment=settings) as system,
         httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
     ):
-        task_id = await Door(system, client).submit(GOAL)
+        task_id = await GatewayClient(system, client).submit(GOAL)
         await wait_until(lambda: model.active == 1 and designs() == 2, description="the titles are asked for")
-    mind.answer = answers
+    script.reply = default_reply
     async with (
         installation(tmp_path / "home", environment=settings) as system,
         httpx.AsyncClient(base_url=system.gateway_url, timeout=30) as client,
     ):
-        assert (await Door(system, client).finished(task_id))["status"] == "completed"
+        assert (await GatewayClient(system, client).finished(task_id))["status"] == "completed"
     assert designs() == 2

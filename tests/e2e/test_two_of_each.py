@@ -8,10 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from servers import own_servers
-from spread import Spread, spread_out
-from two_of_each import GOALS, completed
-from whole import answers
+from process_installation import GOALS, ProcessInstallation, complete_goal, private_servers, start_processes
+from scripts import default_reply
 from wires import certificates
 
 from octollm.contracts.services import SERVICES
@@ -19,11 +17,11 @@ from octollm.contracts.services import SERVICES
 pytestmark = [pytest.mark.sandbox, pytest.mark.redis, pytest.mark.postgres, pytest.mark.timeout(300)]
 
 
-async def _roll(spread: Spread) -> dict[str, int]:
+async def _roll(installation: ProcessInstallation) -> dict[str, int]:
     """Stop and start the first process of each service, one after the other; return their exit codes."""
     codes: dict[str, int] = {}
     for name in SERVICES:
-        first = spread.replicas[name][0]
+        first = installation.replicas[name][0]
         codes[name] = await first.stop()
         await first.start()
         await first.ready()
@@ -40,23 +38,25 @@ def secured() -> dict[str, str]:
 
 async def test_goals_complete_while_one_of_each_is_stopped_and_started(tmp_path: Path) -> None:
     async with (
-        own_servers(tmp_path, answers) as servers,
-        spread_out(tmp_path / "spread", {**servers.environment, **secured()}, replicas=2) as spread,
+        private_servers(tmp_path, default_reply) as servers,
+        start_processes(tmp_path / "installation", {**servers.environment, **secured()}, replicas=2) as installation,
     ):
-        rolling = asyncio.create_task(_roll(spread))
+        rolling = asyncio.create_task(_roll(installation))
         done: list[dict[str, Any]] = []
         while not rolling.done() or len(done) < len(GOALS):
-            done += await asyncio.gather(*(completed(spread, goal, files, door=1) for goal, files in GOALS))
+            done += await asyncio.gather(
+                *(complete_goal(installation, goal, files, gateway=1) for goal, files in GOALS)
+            )
         codes = await rolling
         for task in done:
-            assert task["status"] == "completed", (task["goal"], task["error"], spread.logs())
+            assert task["status"] == "completed", (task["goal"], task["error"], installation.logs())
         # Stopping is no failure.
         assert codes == dict.fromkeys(SERVICES, 0)
-        await _both_doors_know(spread, done[0]["task_id"])
+        await _both_gateways_know(installation, done[0]["task_id"])
 
 
-async def _both_doors_know(spread: Spread, task_id: str) -> None:
-    for door in (0, 1):
-        async with spread.client(door) as client:
+async def _both_gateways_know(installation: ProcessInstallation, task_id: str) -> None:
+    for gateway in (0, 1):
+        async with installation.client(gateway) as client:
             answer: httpx.Response = await client.get(f"/tasks/{task_id}")
             assert answer.json()["status"] == "completed"

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 from capability_forge import NOW, World
-from whole import answers
+from scripts import default_reply
 
 from octollm.capability import PublicKey, ServiceTokenSigner
 from octollm.clock import SystemClock, Uuid7Generator
@@ -34,7 +34,7 @@ class StandingClock(SystemClock):
 
 
 @dataclass(frozen=True)
-class Told:
+class Reply:
     """What a caller is told: the status and the code; and the rule that was broken, which only the operator sees."""
 
     status: int
@@ -62,7 +62,7 @@ class Attacked:
         bearer: str | None = None,
         body: Any = None,
         **headers: str,
-    ) -> Told:
+    ) -> Reply:
         """Send a request as a stock client would, and find out which rule it broke, if any."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if bearer is not None:
@@ -78,13 +78,13 @@ class Attacked:
         if "json" in answer.headers.get("content-type", ""):
             told = answer.json()
         code = told.get("code", "") if isinstance(told, dict) else ""
-        return Told(answer.status_code, code, "+".join(reasons), told, dict(answer.headers))
+        return Reply(answer.status_code, code, "+".join(reasons), told, dict(answer.headers))
 
     async def refusals(self, service: str) -> dict[str, float]:
         text = (await self.client.get(self.system.urls[service] + "/metrics")).text
         return {found[1]: float(found[2]) for found in _REFUSED.finditer(text)}
 
-    async def run(self, bearer: str) -> Told:
+    async def run(self, bearer: str) -> Reply:
         """Ask the executor for something that is refused only after the bearer was believed."""
         return await self.send("executor", "POST", "/run", bearer, {})
 
@@ -92,13 +92,13 @@ class Attacked:
         """Return what signs for a service, with the key that the attacker has of it."""
         return ServiceTokenSigner(self.world.keys[name], name, self.clock, self.ids)
 
-    def door(self, method: str, path: str, key: str | None = None, body: Any = None, **headers: str) -> Any:
-        """Send a request to the public door; without ``key`` with what the local user is trusted for."""
+    def via_gateway(self, method: str, path: str, key: str | None = None, body: Any = None, **headers: str) -> Any:
+        """Send a request to the public gateway; without ``key`` with what the local user is trusted for."""
         return self.send("reflex", method, path, key, body, **headers)
 
     async def key(self, scope: str, name: str = "attacker") -> str:
         """Return a fresh API key of the local tenant."""
-        made = await self.door("POST", "/keys", body={"name": name, "scope": scope})
+        made = await self.via_gateway("POST", "/keys", body={"name": name, "scope": scope})
         assert made.status == 201, made
         return str(made.body["secret"])
 
@@ -109,7 +109,7 @@ async def attacked(home: Path, **environment: str) -> AsyncGenerator[Attacked]:
     clock = StandingClock()
     ids = Uuid7Generator(SystemClock())
     async with (
-        scripted_model(answers) as model,
+        scripted_model(default_reply) as model,
         installation(
             home,
             environment={

@@ -18,20 +18,7 @@ from octollm.contracts.services import SERVICES
 from octollm.installation.home import find_running
 from octollm.testing import wait_until
 
-CODE = 'def double(number: int) -> int:\n    """Return twice the number."""\n    return number * 2'
-EXAMPLES = "assert double(2) == 4\nassert double(0) == 0\nassert double(-3) == -6\nassert double(10) == 20"
 GOAL = "Write a Python function double(number) with tests"
-
-
-def answers(asked):
-    """Answer as a good model would: by what the prompt asks for."""
-    if asked.schema is not None and "steps" in str(asked.schema):
-        return '{"steps": [{"title": "Write double", "criteria": ["It doubles."]}]}'
-    if asked.system.startswith("You judge"):
-        return '{"accepted": true, "reason": ""}'
-    if "test cases" in asked.system:
-        return EXAMPLES
-    return f"```python\n{CODE}\n```"
 
 
 @dataclass
@@ -65,13 +52,13 @@ class Place:
         return self.root / "home" if self.installation is None else self.installation.home
 
     @property
-    def door(self) -> str:
+    def gateway_url(self) -> str:
         scheme = "https" if "OCTOLLM_TLS_CERT" in self.settings else "http"
         return f"{scheme}://127.0.0.1:{8000 + self.shift}"
 
     @property
     def verify(self) -> ssl.SSLContext | bool:
-        """Return what a client of the door believes."""
+        """Return what a client of the gateway believes."""
         authority = self.settings.get("OCTOLLM_TLS_CA")
         return ssl.create_default_context(cafile=authority) if authority else True
 
@@ -127,7 +114,7 @@ class Place:
         return await self.end(process, 20)
 
     async def up(self, *arguments: str) -> asyncio.subprocess.Process:
-        """Start `octollm up` and wait until the door says that all is ready."""
+        """Start `octollm up` and wait until the gateway says that all is ready."""
         process = await self.start("up", *arguments)
 
         async def ready() -> bool:
@@ -137,11 +124,11 @@ class Place:
                 return False
             async with httpx.AsyncClient(verify=self.verify) as client:
                 try:
-                    return (await client.get(f"{self.door}/ready")).status_code == 200
+                    return (await client.get(f"{self.gateway}/ready")).status_code == 200
                 except httpx.TransportError:
                     return False
 
-        await wait_until(ready, description="the door is ready", timeout=60, interval=0.05)
+        await wait_until(ready, description="the gateway is ready", timeout=60, interval=0.05)
         return process
 
     def ports_are_free(self) -> bool:

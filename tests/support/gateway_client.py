@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a model that knows three answers, and a client of the public door."""
+"""A client of the gateway with nothing but stock libraries."""
 
 from __future__ import annotations
 
@@ -12,34 +12,14 @@ import msgspec
 import websockets
 
 from octollm.installation.embedded import Installation
-from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
+from octollm.testing import wait_until
 
-FINAL = ("completed", "failed", "cancelled")
-CODE = 'def double(number: int) -> int:\n    """Return twice the number."""\n    return number * 2'
-EXAMPLES = "assert double(2) == 4\nassert double(0) == 0\nassert double(-3) == -6\nassert double(10) == 20"
-QUERY = "SELECT count(*) AS rows, sum(amount) AS total FROM sales WHERE amount > 100"
-SALES = "region,amount\nnorth,150\nsouth,90\neast,250\nwest,100\n"
-NOTES = "# Notes\n\nThe service retries a failed call three times.\n\nCats sleep through most of the day.\n"
-
-
-def answers(asked: ScriptedRequest) -> str | ScriptedReply:
-    """Answer as a good model would: by what the prompt asks for."""
-    if asked.schema is not None and "steps" in str(asked.schema):
-        return '{"steps": [{"title": "Do the work", "criteria": ["It is done."]}]}'
-    if asked.system.startswith("You judge"):
-        return '{"accepted": true, "reason": ""}'
-    if "SQL" in asked.system:
-        return f"```sql\n{QUERY}\n```"
-    if "test cases" in asked.system:
-        return EXAMPLES
-    if "Python" in asked.system:
-        return f"```python\n{CODE}\n```"
-    return "The service retries a failed call three times."
+FINAL_STATUSES = ("completed", "failed", "cancelled")
 
 
 @dataclass
-class Door:
-    """A client of the public door with nothing but stock libraries."""
+class GatewayClient:
+    """A client of the public gateway with nothing but stock libraries."""
 
     system: Installation
     client: httpx.AsyncClient
@@ -62,7 +42,7 @@ class Door:
 
     async def finished(self, task_id: str, seconds: float = 60) -> dict[str, Any]:
         async with asyncio.timeout(seconds):
-            while (task := await self.task(task_id))["status"] not in FINAL:
+            while (task := await self.task(task_id))["status"] not in FINAL_STATUSES:
                 await asyncio.sleep(0.05)
         return task
 
@@ -79,3 +59,19 @@ class Door:
                     found.append(msgspec.json.decode(message))
             assert ws.close_code is not None
             return found, ws.close_code
+
+
+async def wait_for_task(client: httpx.AsyncClient, task_id: str, seconds: float = 60) -> dict[str, Any]:
+    """Return the task once it has ended, whatever the gateway does meanwhile."""
+    found: dict[str, Any] = {}
+
+    async def final() -> bool:
+        try:
+            answer = await client.get(f"/tasks/{task_id}")
+        except httpx.HTTPError:
+            return False
+        found.update(answer.json() if answer.status_code == 200 else {})
+        return found.get("status") in FINAL_STATUSES
+
+    await wait_until(final, description=f"{task_id} ends", timeout=seconds, interval=0.1)
+    return found

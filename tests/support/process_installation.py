@@ -1,4 +1,7 @@
-"""Every service in a process of its own, one or several of each, which a test may kill, stop and start again."""
+"""Every service in a process of its own, one or several of each, which a test may kill, stop and start again.
+
+PostgreSQL and Redis may be the test's own as well.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,32 @@ import os
 import signal
 import ssl
 import sys
+import uuid
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+from gateway_client import wait_for_task
 from ports import free_shift
+from postgres_process import PostgresProcess
+from redis_process import RedisProcess
+from scripts import NOTES, SALES
 
+from octollm.clock import SystemClock
+from octollm.config import read_settings
 from octollm.contracts.services import SERVICES
 from octollm.rpc.tls import client_context
+from octollm.storage.migrations import migrate_all
 from octollm.testing import wait_until
+from octollm.testing.fake_model import ModelScript, scripted_model
 
+GOALS: list[tuple[str, dict[str, str]]] = [
+    ("Write a Python function double(number) with tests", {}),
+    ("How many rows have amount > 100, and their total?", {"sales.csv": SALES}),
+    ("How often does it retry?", {"notes.md": NOTES}),
+]
 REPLICA_SHIFT = 300
 """Between the ports of two replicas."""
 
@@ -26,7 +45,7 @@ def scheme_of(environment: Mapping[str, str]) -> str:
     return "https" if "OCTOLLM_TLS_CERT" in environment else "http"
 
 
-def trusting(environment: Mapping[str, str]) -> ssl.SSLContext | bool:
+def trusted_context(environment: Mapping[str, str]) -> ssl.SSLContext | bool:
     """Return what a client of these processes believes and shows."""
     if scheme_of(environment) == "http":
         return True
@@ -34,7 +53,7 @@ def trusting(environment: Mapping[str, str]) -> ssl.SSLContext | bool:
     return client_context(*files)
 
 
-class Replica:
+class ServiceProcess:
     """One process of a service; started again it has the same address."""
 
     def __init__(
@@ -73,7 +92,7 @@ class Replica:
         async def answers() -> bool:
             assert self.process is not None
             assert self.process.returncode is None, self.log.read_text()[-2000:]
-            async with httpx.AsyncClient(timeout=10, verify=trusting(self.environment)) as client:
+            async with httpx.AsyncClient(timeout=10, verify=trusted_context(self.environment)) as client:
                 with contextlib.suppress(httpx.HTTPError):
                     return (await client.get(f"{self.url}/ready")).status_code == 200
             return False
@@ -104,7 +123,7 @@ class Replica:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-class Spread:
+class ProcessInstallation:
     """An installation of processes on loopback that share a home's keys."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], *, replicas: int = 1) -> None:
@@ -133,17 +152,17 @@ class Spread:
         folder.mkdir(exist_ok=True)
         self.replicas = {
             name: [
-                Replica(name, port, self.environment, folder / f"{name}-{number}.log")
+                ServiceProcess(name, port, self.environment, folder / f"{name}-{number}.log")
                 for number, port in enumerate(ports[name])
             ]
             for name in SERVICES
         }
 
-    def all(self) -> list[Replica]:
+    def all(self) -> list[ServiceProcess]:
         return [replica for replicas in self.replicas.values() for replica in replicas]
 
     @property
-    def doors(self) -> list[str]:
+    def gateways(self) -> list[str]:
         return [replica.url for replica in self.replicas["reflex"]]
 
     @property
@@ -151,12 +170,12 @@ class Spread:
         """Return the first user's API key."""
         return (self.home / "keys" / "local.key").read_text().strip()
 
-    def client(self, door: int = 0) -> httpx.AsyncClient:
+    def client(self, gateway: int = 0) -> httpx.AsyncClient:
         return httpx.AsyncClient(
-            base_url=self.doors[door],
+            base_url=self.gateways[gateway],
             headers={"Authorization": f"Bearer {self.key}"},
             timeout=30,
-            verify=trusting(self.environment),
+            verify=trusted_context(self.environment),
         )
 
     async def start(self) -> None:
@@ -170,11 +189,56 @@ class Spread:
 
 
 @contextlib.asynccontextmanager
-async def spread_out(folder: Path, environment: Mapping[str, str], *, replicas: int = 1) -> AsyncGenerator[Spread]:
+async def start_processes(
+    folder: Path, environment: Mapping[str, str], *, replicas: int = 1
+) -> AsyncGenerator[ProcessInstallation]:
     """Start every process, and kill what is left of them at the end."""
-    spread = Spread(folder, environment, replicas=replicas)
+    installation = ProcessInstallation(folder, environment, replicas=replicas)
     try:
-        await spread.start()
-        yield spread
+        await installation.start()
+        yield installation
     finally:
-        await asyncio.gather(*(replica.kill() for replica in spread.all()))
+        await asyncio.gather(*(replica.kill() for replica in installation.all()))
+
+
+@dataclass(frozen=True)
+class PrivateServers:
+    """Two servers that a test may kill and start again, and the settings that name them and a scripted model."""
+
+    postgres: PostgresProcess
+    redis: RedisProcess
+    environment: dict[str, str]
+
+
+@contextlib.asynccontextmanager
+async def private_servers(folder: Path, script: ModelScript) -> AsyncGenerator[PrivateServers]:
+    """Start both servers and the model, and end them at the end."""
+    postgres = PostgresProcess()
+    redis = RedisProcess(folder)
+    try:
+        postgres.start()
+        redis.start()
+        await migrate_all(read_settings({"OCTOLLM_DATABASE_URL": postgres.url}, ()), SystemClock())
+        async with scripted_model(script) as model:
+            environment = {
+                "OCTOLLM_MODEL": "openai:scripted",
+                "OCTOLLM_MODEL_URL": model.url,
+                "OCTOLLM_REDIS_URL": redis.url,
+                "OCTOLLM_DATABASE_URL": postgres.url,
+            }
+            yield PrivateServers(postgres, redis, environment)
+    finally:
+        redis.kill()
+        postgres.close()
+
+
+async def complete_goal(
+    installation: ProcessInstallation, goal: str, files: dict[str, str], gateway: int = 0
+) -> dict[str, Any]:
+    """Give a goal to a gateway that stays, and return its task once it has ended."""
+    listed = [{"name": name, "text": text} for name, text in files.items()]
+    async with installation.client(gateway) as client:
+        body = {"goal": goal, "context": {"files": listed}}
+        submitted = await client.post("/tasks", json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
+        assert submitted.status_code == 201, submitted.text
+        return await wait_for_task(client, submitted.json()["task_id"], seconds=90)
