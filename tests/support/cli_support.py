@@ -124,7 +124,7 @@ class Place:
                 return False
             async with httpx.AsyncClient(verify=self.verify) as client:
                 try:
-                    return (await client.get(f"{self.gateway}/ready")).status_code == 200
+                    return (await client.get(f"{self.gateway_url}/ready")).status_code == 200
                 except httpx.TransportError:
                     return False
 
