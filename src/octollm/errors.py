@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Literal, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,3 +141,44 @@ class RemoteError(OctoError):
     def retryable(self) -> bool:
         """Whether the same request again can help, in the peer's own words."""
         return self._retryable
+
+
+E = TypeVar("E", bound=Exception)
+
+
+def map_exceptions(
+    translation: Exception | Callable[[E], Exception | None], *kinds: type[E]
+) -> AbstractContextManager[None]:
+    """Translate exceptions of another library at its boundary: raise ``translation`` from those of ``kinds``.
+
+    A function returns the exception to raise, or ``None`` to leave that one unchanged. Other types pass unchanged. It
+    works around ``await`` as well.
+    """
+    return _ExceptionMap(translation, kinds)
+
+
+def map_file_errors(path: Path, action: Literal["read", "written"], *, code: str) -> AbstractContextManager[None]:
+    """Raise ``code`` with the operating system's reason for an ``OSError``: ``path`` cannot be read or written."""
+    return map_exceptions(lambda error: OctoError(f"{path} cannot be {action}: {error.strerror}.", code=code), OSError)
+
+
+class _ExceptionMap(AbstractContextManager[None], Generic[E]):
+    # A class: as a generator it would cost three times as much, and calls of Redis and the database pass through it.
+    __slots__ = ("_kinds", "_translation")
+
+    def __init__(self, translation: Exception | Callable[[E], Exception | None], kinds: tuple[type[E], ...]) -> None:
+        self._translation = translation
+        self._kinds = kinds
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, self._kinds):
+            return
+        translation = self._translation
+        translated = translation if isinstance(translation, Exception) else translation(error)
+        if translated is not None:
+            raise translated from error

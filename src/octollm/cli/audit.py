@@ -24,7 +24,7 @@ from octollm.cli.runtime import (
 )
 from octollm.client import AsyncClient
 from octollm.contracts.observability import AuditHead, AuditRow
-from octollm.errors import OctoError
+from octollm.errors import OctoError, map_file_errors
 from octollm.installation.provisioning import load_trusted_roots
 
 _PAGE = 500
@@ -160,19 +160,17 @@ async def _fetch_lines(client: AsyncClient, *, system: bool) -> AsyncIterator[Au
 
 
 def _read_export(file: Path) -> Iterator[AuditRow | AuditHead]:
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield (
-                        msgspec.json.decode(line, type=_ExportTrailer).head
-                        if line.startswith(b'{"head"')
-                        else (msgspec.json.decode(line, type=AuditRow))
-                    )
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    raise OctoError(f"{file}, line {number}, is no audit row: {error}", code="file_invalid") from error
-    except OSError as error:
-        raise OctoError(f"{file} cannot be read: {error.strerror}.", code="file_invalid") from error
+    with map_file_errors(file, "read", code="file_invalid"), file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = (
+                    msgspec.json.decode(line, type=_ExportTrailer).head
+                    if line.startswith(b'{"head"')
+                    else msgspec.json.decode(line, type=AuditRow)
+                )
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise OctoError(f"{file}, line {number}, is no audit row: {error}", code="file_invalid") from error
+            yield row
 
 
 def _read_head(file: Path) -> AuditHead:

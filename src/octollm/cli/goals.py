@@ -19,7 +19,7 @@ from octollm.client import AsyncClient, AsyncTaskHandle
 from octollm.contracts.api import TaskFailure, TaskView
 from octollm.contracts.media_types import file_kind, media_type_of, suffix_of
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES, MAX_GOAL, Budget, TaskStatus, Usage
-from octollm.errors import OctoError
+from octollm.errors import OctoError, map_file_errors
 
 CANCEL_SECONDS = 1.0
 """How long an interrupted command waits for the cancellation of its task."""
@@ -174,11 +174,9 @@ def _unique_name(name: PurePosixPath, taken: set[PurePosixPath]) -> PurePosixPat
 
 
 def _write(path: Path, content: bytes) -> None:
-    try:
+    with map_file_errors(path, "written", code="home_unusable"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    except OSError as error:
-        raise OctoError(f"{path} cannot be written: {error.strerror}.", code="home_unusable") from error
 
 
 @dataclass(frozen=True, slots=True)

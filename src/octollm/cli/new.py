@@ -16,7 +16,7 @@ from octollm import __version__
 from octollm.arm.validation import check_name
 from octollm.cli.output import output
 from octollm.cli.runtime import EXIT_DONE, async_command
-from octollm.errors import ArmError, OctoError
+from octollm.errors import ArmError, OctoError, map_file_errors
 
 _TEMPLATES = {
     "pyproject.toml.in": "pyproject.toml",
@@ -80,7 +80,7 @@ def write_arm_package(name: str, parent: Path) -> Path:
         folder / place.format(module=module): _render(template, name=name, module=module)
         for template, place in _TEMPLATES.items()
     }
-    try:
+    with map_file_errors(folder, "written", code="invalid_parameter"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OctoError(
                 f"{folder} is there already and not empty; name another with --dir.", code="invalid_parameter"
@@ -88,8 +88,6 @@ def write_arm_package(name: str, parent: Path) -> Path:
         for path, text in rendered.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OctoError(f"{folder} cannot be written: {error.strerror}.", code="invalid_parameter") from error
     return folder
 
 

@@ -26,7 +26,7 @@ from octollm.concurrency import retry
 from octollm.config import read_client_settings
 from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.services import local_url
-from octollm.errors import OctoError, SettingError
+from octollm.errors import OctoError, SettingError, map_exceptions
 from octollm.resilience import CallFailure, Deadline, RetryPolicy
 from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.http_client import ETagCache, HttpClient, HttpResponse, StreamedResponse, TransportError, cache_key
@@ -243,10 +243,8 @@ class GatewayTransport:
 
     def decode(self, response: HttpResponse, kind: type[T]) -> T:
         """Decode a JSON response. Raises :class:`ServerError` (``peer_protocol``) for any other content."""
-        try:
+        with map_exceptions(protocol_error(self.url), msgspec.DecodeError, UnicodeDecodeError):
             return msgspec.json.decode(response.body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise protocol_error(self.url) from error
 
 
 def create_transport(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from typing import Annotated, Literal
 
 import msgspec
@@ -9,7 +11,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from octollm.contracts.events import Event
 from octollm.contracts.task import Artifact, Budget, Count, Evidence, FileRef, StepStatus, TaskStatus, Usage
-from octollm.errors import FieldError
+from octollm.errors import FieldError, OctoError, map_exceptions
 
 LAST_EVENT_ID_DESCRIPTION = "The position of the last event received; the stream continues after it."
 
@@ -19,6 +21,24 @@ class PageQuery(Struct, frozen=True):
 
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: str = ""
+
+
+MAX_CURSOR = 400
+
+
+def encode_cursor(created_at: float, last: str) -> str:
+    """Return the opaque cursor after the row ``last``, created at ``created_at`` (epoch seconds)."""
+    return base64.urlsafe_b64encode(msgspec.json.encode([created_at, last])).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str) -> tuple[float, str]:
+    """Return what :func:`encode_cursor` was given; raise ``invalid_parameter`` for any other text."""
+    invalid = OctoError("The cursor is invalid. Use the one that a list returned.", code="invalid_parameter")
+    if len(cursor) > MAX_CURSOR:
+        raise invalid
+    with map_exceptions(invalid, msgspec.DecodeError, binascii.Error, ValueError):
+        padded = cursor + "=" * (-len(cursor) % 4)
+        return msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])
 
 
 class TaskQuery(PageQuery, frozen=True):

@@ -124,6 +124,11 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
         return 0 if self.method in ("GET", "DELETE") else self.max_body
 
     @property
+    def is_live_stream(self) -> bool:
+        """Say whether a response may last as long as its reader stays: events of a task, not the text of one answer."""
+        return self.method == "GET" and EVENT_STREAM in (self.media_type, self.stream_media_type)
+
+    @property
     def sends_file(self) -> bool:
         """Say whether the request body is the content of a file."""
         return self.body is bytes

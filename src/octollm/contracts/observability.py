@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -31,6 +31,39 @@ class Health(msgspec.Struct, frozen=True):
     service: str
     version: str
     status: str = "ok"
+
+
+HealthState = Literal["up", "degraded", "down", "unknown"]
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One probe of a service: RFC 3339 time, state, and latency in milliseconds."""
+
+    at: str
+    state: HealthState
+    latency_ms: float = 0.0
+
+
+class ServiceState(msgspec.Struct, frozen=True):
+    """The latest state of a service, and ``since`` when; ``detail`` says why it is not up."""
+
+    service: str
+    state: HealthState
+    since: str | None
+    checked_at: str | None
+    latency_ms: float
+    detail: str
+    instances: int
+    history: tuple[Sample, ...]
+    last_event: str = ""
+    last_event_at: str = ""
+
+
+class ServiceStates(msgspec.Struct, frozen=True):
+    """``GET /services``: every built-in service. ``events`` counts events received since the monitor started."""
+
+    services: tuple[ServiceState, ...]
+    events: int = 0
 
 
 AttributeValue = str | bool | int | float | list[str]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from octollm.contracts.task import Artifact, Assumption, Check, ExecuteResult, FileRef
-from octollm.errors import OctoError
+from octollm.errors import OctoError, map_exceptions
 
 Language = Literal["python", "sql", "read"]
 
@@ -169,10 +170,10 @@ class ResultSet(msgspec.Struct, frozen=True):
 
 def parse_result_set(stdout: str) -> ResultSet:
     """Parse the output of an SQL run. Raises ``OctoError`` (``peer_protocol``) for any other form."""
-    try:
+    with map_exceptions(
+        OctoError("The executor's output is not a result set.", code="peer_protocol"), msgspec.DecodeError
+    ):
         table = msgspec.json.decode(stdout.encode(), type=ResultSet)
-    except msgspec.DecodeError as exc:
-        raise OctoError("The executor's output is not a result set.", code="peer_protocol") from exc
     if any(len(row) != len(table.columns) for row in table.rows):
         raise OctoError("A row of the executor's result set has the wrong number of cells.", code="peer_protocol")
     return table
@@ -204,3 +205,32 @@ def format_assumptions(assumptions: tuple[Assumption, ...]) -> str:
         if len(texts) > MAX_SHOWN_ASSUMPTIONS:
             lines.append(f"- and {len(texts) - MAX_SHOWN_ASSUMPTIONS} more")
     return "\n".join(lines)
+
+
+MAX_NAME = 255
+"""Characters of a document's or fact's name, and of a fact's source."""
+
+
+class DocumentList(msgspec.Struct, frozen=True):
+    """A page of documents, newest first. ``cursor`` asks for the next page; ``None`` on the last."""
+
+    documents: tuple[DocumentOut, ...]
+    cursor: str | None = None
+
+
+class FactIn(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``PUT /facts/{name}``: any JSON value, and where it is known from."""
+
+    value: msgspec.Raw
+    source: Annotated[str, Meta(max_length=MAX_NAME)] = ""
+
+
+class Fact(msgspec.Struct, frozen=True):
+    """A fact. ``version`` rises with each change and is its ETag; times are RFC 3339 in UTC."""
+
+    name: str
+    value: Any
+    source: str
+    version: int
+    created_at: str
+    updated_at: str

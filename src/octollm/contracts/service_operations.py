@@ -8,15 +8,27 @@ and its operations are ``POST /<operation>``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import NoneType
 
 import msgspec
 
-from octollm.contracts.declarations import OPTIONAL_MARK, AnyOperation, DeclaredOperation, OperationTable
+from octollm.contracts.api import PageQuery, TaskIdQuery
+from octollm.contracts.declarations import (
+    EVENT_STREAM,
+    OPTIONAL_MARK,
+    AnyOperation,
+    DeclaredOperation,
+    OperationTable,
+)
+from octollm.contracts.observability import ServiceStates, TraceView
 from octollm.contracts.operations import (
     AcceptRequest,
     AcceptResult,
     DocumentIn,
+    DocumentList,
     DocumentOut,
+    Fact,
+    FactIn,
     RunRequest,
     RunResult,
     SearchRequest,
@@ -26,7 +38,10 @@ from octollm.contracts.operations import (
 )
 from octollm.contracts.public_api import READ_FILE, STORE_FILE
 from octollm.contracts.services import OperationKind
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, Task
+from octollm.contracts.task import MAX_FILE_BYTES, ExecuteResult, Plan, PlanRequest, Task
+
+MAX_CHAT_BYTES = MAX_SPANS_BYTES = 4 * 1024 * 1024
+MAX_FACT_BYTES = 64 * 1024
 
 
 def _execute(arm: str, summary: str, *calls: str) -> DeclaredOperation[Task, ExecuteResult]:
@@ -138,6 +153,85 @@ STORE_DOCUMENT = DeclaredOperation(
     status=201,
     other_statuses=(200,),
     error_codes=("file_invalid",),
+    # JSON may take two characters for one of the text.
+    max_body=2 * MAX_FILE_BYTES,
+)
+LIST_DOCUMENTS = DeclaredOperation(
+    id="memory:list",
+    method="GET",
+    path="/documents",
+    summary="List documents, newest first.",
+    service="memory",
+    scope="memory:read",
+    query=PageQuery,
+    body=NoneType,
+    response=DocumentList,
+    cacheable=True,
+)
+READ_DOCUMENT = DeclaredOperation(
+    id="memory:read_document",
+    method="GET",
+    path="/documents/{digest}",
+    summary="Describe a document.",
+    service="memory",
+    scope="memory:read:{digest}",
+    body=NoneType,
+    response=DocumentOut,
+    error_codes=("invalid_parameter", "not_found"),
+    cacheable=True,
+)
+DELETE_DOCUMENT = DeclaredOperation(
+    id="memory:delete_document",
+    method="DELETE",
+    path="/documents/{digest}",
+    summary="Delete a document.",
+    service="memory",
+    scope="memory:write:{digest}",
+    kind="idempotent",
+    body=NoneType,
+    response=NoneType,
+    status=204,
+    error_codes=("invalid_parameter", "not_found"),
+)
+PUT_FACT = DeclaredOperation(
+    id="memory:put_fact",
+    method="PUT",
+    path="/facts/{name}",
+    summary="Set a fact.",
+    service="memory",
+    scope="memory:write",
+    kind="idempotent",
+    body=FactIn,
+    response=Fact,
+    other_statuses=(201,),
+    error_codes=("invalid_parameter", "state_conflict"),
+    headers={"If-Match": "The ETag of the version that is replaced."},
+    max_body=MAX_FACT_BYTES,
+)
+GET_FACT = DeclaredOperation(
+    id="memory:get_fact",
+    method="GET",
+    path="/facts/{name}",
+    summary="Get a fact.",
+    service="memory",
+    scope="memory:read",
+    body=NoneType,
+    response=Fact,
+    error_codes=("invalid_parameter", "not_found"),
+    cacheable=True,
+)
+DELETE_FACT = DeclaredOperation(
+    id="memory:delete_fact",
+    method="DELETE",
+    path="/facts/{name}",
+    summary="Delete a fact.",
+    service="memory",
+    scope="memory:write",
+    kind="idempotent",
+    body=NoneType,
+    response=NoneType,
+    status=204,
+    error_codes=("invalid_parameter", "not_found"),
 )
 CHAT = DeclaredOperation(
     id="models:chat",
@@ -147,8 +241,33 @@ CHAT = DeclaredOperation(
     service="models",
     scope="models:chat",
     kind="idempotent",
+    # The types are OpenAI's, which the contracts do not repeat.
     body=msgspec.Raw,
     response=msgspec.Raw,
+    stream_media_type=EVENT_STREAM,
+    error_codes=(
+        "authority_missing",
+        "budget_exhausted",
+        "context_too_long",
+        "fence_lost",
+        "model_failed",
+        "no_model",
+        "not_found",
+        "state_conflict",
+        "task_not_found",
+    ),
+    max_body=MAX_CHAT_BYTES,
+)
+LIST_MODELS = DeclaredOperation(
+    id="models:list",
+    method="GET",
+    path="/v1/models",
+    summary="List the names that a request may give as its model.",
+    service="models",
+    scope="models:chat",
+    body=NoneType,
+    response=msgspec.Raw,
+    cacheable=True,
 )
 EMBEDDINGS = DeclaredOperation(
     id="models:embeddings",
@@ -160,6 +279,41 @@ EMBEDDINGS = DeclaredOperation(
     body=msgspec.Raw,
     response=msgspec.Raw,
     error_codes=("not_configured",),
+)
+
+LIST_SERVICES = DeclaredOperation(
+    id="monitor:services",
+    method="GET",
+    path="/services",
+    summary="Return the latest state of every service.",
+    service="monitor",
+    scope="monitor:read",
+    body=NoneType,
+    response=ServiceStates,
+)
+READ_TRACE = DeclaredOperation(
+    id="traces.read",
+    method="GET",
+    path="/traces",
+    summary="Return the spans of a task.",
+    service="monitor",
+    scope="monitor:read",
+    query=TaskIdQuery,
+    body=NoneType,
+    response=TraceView,
+    error_codes=("task_not_found",),
+)
+RECEIVE_SPANS = DeclaredOperation(
+    id="traces.receive",
+    method="POST",
+    path="/v1/traces",
+    summary="Store spans (OTLP over HTTP, in JSON).",
+    service="monitor",
+    scope="*",
+    # The types are those of OTLP.
+    body=msgspec.Raw,
+    response=msgspec.Raw,
+    max_body=MAX_SPANS_BYTES,
 )
 
 SERVICE_OPERATIONS = OperationTable(
@@ -192,7 +346,24 @@ SERVICE_OPERATIONS = OperationTable(
     ],
     one_host=False,
 )
-"""By scope without selectors."""
+"""The operations that delegation trees may hold, by scope without selectors."""
+
+UNDELEGATED_OPERATIONS = OperationTable(
+    [
+        LIST_DOCUMENTS,
+        READ_DOCUMENT,
+        DELETE_DOCUMENT,
+        PUT_FACT,
+        GET_FACT,
+        DELETE_FACT,
+        LIST_MODELS,
+        LIST_SERVICES,
+        READ_TRACE,
+        RECEIVE_SPANS,
+    ],
+    one_host=False,
+)
+"""The further operations of memory, models and monitor, which no arm calls with delegated authority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +389,8 @@ def route_of(service: str, operation: str) -> Route:
 
 def operations_of(service: str) -> tuple[AnyOperation, ...]:
     """Return the declared operations of a built-in service."""
-    return tuple(declared for declared in SERVICE_OPERATIONS if declared.service == service)
+    tables = (*SERVICE_OPERATIONS, *UNDELEGATED_OPERATIONS)
+    return tuple(declared for declared in tables if declared.service == service)
 
 
 def calls_of(service: str) -> tuple[str, ...]:

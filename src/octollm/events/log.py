@@ -14,7 +14,7 @@ from sqlalchemy.engine import RowMapping
 
 from octollm.clock import Clock, IdGenerator, format_rfc3339
 from octollm.contracts.events import EVENT_CATALOGUE, Event, EventType, channel_of
-from octollm.errors import FieldError, OctoError
+from octollm.errors import FieldError, OctoError, map_exceptions
 from octollm.storage import Database, DatabaseConnection, Transaction
 from octollm.storage.tables import events, subjects
 
@@ -46,10 +46,13 @@ def validate_event(event_type: str, data: Mapping[str, object]) -> EventType:
             code="invalid_body",
             field_errors=[FieldError(f"/data/{name}", "is missing") for name in missing],
         )
-    try:
+    with map_exceptions(
+        OctoError(f"The data of the event {event_type!r} is not JSON.", code="invalid_body"),
+        TypeError,
+        ValueError,
+        msgspec.MsgspecError,
+    ):
         size = len(msgspec.json.encode(data))
-    except (TypeError, ValueError, msgspec.MsgspecError) as error:
-        raise OctoError(f"The data of the event {event_type!r} is not JSON.", code="invalid_body") from error
     if size > MAX_EVENT_BYTES:
         raise OctoError(
             f"The data of the event {event_type!r} has {size} bytes; {MAX_EVENT_BYTES} are allowed.",

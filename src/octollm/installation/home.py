@@ -14,7 +14,7 @@ import msgspec
 
 from octollm.clock import IdGenerator
 from octollm.concurrency import LockTimeout, file_lock
-from octollm.errors import OctoError, SettingError
+from octollm.errors import OctoError, SettingError, map_exceptions, map_file_errors
 
 KEYS_LOCK_SECONDS = 20.0
 """How long a start waits for another process that creates the keys."""
@@ -79,14 +79,13 @@ def write_private(path: Path, content: bytes, ids: IdGenerator) -> None:
     # A new file replaces the old one: a crash leaves one of the two, never half of the new one.
     fresh = path.with_name(f".{path.name}.{ids.hex()}")
     try:
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        raise OctoError(f"{path} cannot be written: {error.strerror}.", code="home_unusable") from error
+        with map_file_errors(path, "written", code="home_unusable"):
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
 
@@ -123,17 +122,18 @@ def read_local_key(root: Path) -> str | None:
 
 
 def _make_folders(home: Home) -> None:
-    try:
+    with map_exceptions(
+        lambda error: OctoError(
+            f"The home {home.root} cannot be used ({error.strerror}). Set OCTOLLM_HOME to a folder that you may write.",
+            code="home_unusable",
+        ),
+        OSError,
+    ):
         home.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (home.data, home.keys, home.log_file.parent):
             folder.mkdir(mode=0o700, exist_ok=True)
         home.lock_file.touch(0o600)
         home.keys_lock_file.touch(0o600)
-    except OSError as error:
-        raise OctoError(
-            f"The home {home.root} cannot be used ({error.strerror}). Set OCTOLLM_HOME to a folder that you may write.",
-            code="home_unusable",
-        ) from error
     check_private(home.keys)
 
 

@@ -20,7 +20,7 @@ from octollm.capability.keyring import (
 from octollm.clock import IdGenerator
 from octollm.config import Settings
 from octollm.contracts.services import SERVICES
-from octollm.errors import OctoError, SettingError
+from octollm.errors import OctoError, SettingError, map_exceptions, map_file_errors
 from octollm.installation.home import Home, open_keys, write_private
 from octollm.installation.keys import (
     ROOT,
@@ -90,7 +90,7 @@ def provision_keys(folder: Path, ids: IdGenerator) -> list[Path]:
         written.append(path)
         return content
 
-    try:
+    with map_file_errors(folder, "written", code="home_unusable"):
         for name in SERVICES:
             (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         top = folder / ORCHESTRATOR
@@ -109,8 +109,6 @@ def provision_keys(folder: Path, ids: IdGenerator) -> list[Path]:
             load_or_write(folder / name / ROOTS_FILE, roots)
         load_or_write(top / SERVICES_FILE, encode_public_rings(own))
         load_or_write(top / LOCAL_FILE, generate_local_key().encode())
-    except OSError as error:
-        raise OctoError(f"{folder} cannot be written: {error.strerror}.", code="home_unusable") from error
     return written
 
 
@@ -149,15 +147,16 @@ def read_roots(path: Path) -> list[tuple[PublicKey, float]]:
 
 def _read_secret(path: Path) -> bytes:
     # Less strict than check_private(): the secrets of a container may be links, owned by root and readable by a group.
-    try:
+    with map_exceptions(
+        lambda error: SettingError(
+            f"{path} cannot be read ({error.strerror}). OCTOLLM_KEYS must be the folder that `octollm keys provision`"
+            " made for this service."
+        ),
+        OSError,
+    ):
         if os.name == "posix" and path.stat().st_mode & 0o007:
             raise SettingError(f"{path} holds secrets and every user may read it. Run `chmod o-rwx {path}`.")
         return path.read_bytes()
-    except OSError as error:
-        raise SettingError(
-            f"{path} cannot be read ({error.strerror}). OCTOLLM_KEYS must be the folder that `octollm keys provision`"
-            " made for this service."
-        ) from error
 
 
 def _decode_ring(path: Path, content: bytes, name: str) -> KeyRing:

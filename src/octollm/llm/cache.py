@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
-from octollm.errors import OctoError
+from octollm.errors import OctoError, map_exceptions
 from octollm.llm.catalogue import MODEL_CATALOGUE, ModelEntry
 
 _BLOCK = 4 * 1024 * 1024
@@ -106,10 +106,8 @@ class ModelCache:
             return path
         if state.size != entry.size:
             raise damaged_error(path, entry, f"it has {state.size:,} bytes instead of {entry.size:,}")
-        try:
+        with map_exceptions(lambda error: _unreadable_error(path, error), OSError):
             digest = await sha256_of(path)
-        except OSError as exc:
-            raise _unreadable_error(path, exc) from exc
         if digest != entry.digest:
             raise damaged_error(path, entry, f"its SHA-256 is {digest}")
         await asyncio.to_thread(self._write_stamp, entry, state)

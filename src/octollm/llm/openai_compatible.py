@@ -9,19 +9,11 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import msgspec
-from pyqwest import (
-    Client,
-    ConnectTimeout,
-    HTTPTransport,
-    ReadError,
-    RemoteProtocolError,
-    Response,
-    TooManyRedirects,
-    WriteError,
-)
+from pyqwest import Client, Response
 
-from octollm.errors import OctoError, RemoteError, SettingError
+from octollm.errors import OctoError, RemoteError, SettingError, map_exceptions
 from octollm.framing import iter_sse
+from octollm.http_transport import TRANSPORT_ERRORS, classify_failure, create_external_transport
 from octollm.llm.openai_protocol import (
     MAX_EVENT_BYTES,
     OpenAIChunk,
@@ -81,13 +73,7 @@ class OpenAICompatibleModel:
         self._context_tokens = context_tokens
         chosen = ProviderTimeouts() if timeouts is None else timeouts
         self._idle = chosen.idle
-        self._transport = HTTPTransport(
-            connect_timeout=chosen.connect,
-            read_timeout=chosen.idle,
-            tls_include_system_certs=True,
-            follow_redirects=False,  # a redirect would carry the key to another host
-            enable_otel=False,
-        )
+        self._transport = create_external_transport(connect_timeout=chosen.connect, read_timeout=chosen.idle)
         self._client = Client(self._transport)
 
     @property
@@ -110,15 +96,13 @@ class OpenAICompatibleModel:
         if self._key is not None:
             headers["authorization"] = f"Bearer {self._key}"
         content = msgspec.json.encode(build_request(self._model, request))
-        try:
+        with map_exceptions(self._transport_error, *TRANSPORT_ERRORS):
             async with self._client.stream("POST", f"{self._base_url}/chat/completions", headers, content) as response:
                 if response.status != 200:
                     raise await self._error_response(response)
                 async with aclosing(self._pieces(response, request)) as pieces:
                     async for piece in pieces:
                         yield piece
-        except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
-            raise self._transport_error(exc) from exc
 
     async def list_models(self) -> frozenset[str] | None:
         """Return the names in the server's list of models, a free call; ``None`` when it has no such list.
@@ -126,18 +110,17 @@ class OpenAICompatibleModel:
         Raises ``model_failed`` when the server is unreachable or rejects the key.
         """
         headers = {"authorization": f"Bearer {self._key}"} if self._key is not None else {}
-        try:
+        with map_exceptions(self._transport_error, *TRANSPORT_ERRORS):
             async with self._client.stream("GET", f"{self._base_url}/models", headers) as response:
                 if response.status in (401, 403):
                     raise await self._error_response(response)
                 if response.status != 200:
                     return None
-                listed = msgspec.json.decode(await _read_limited(response, _LIST_BYTES), type=OpenAIModelList)
+                body = await _read_limited(response, _LIST_BYTES)
+        try:
+            return frozenset(entry.id for entry in msgspec.json.decode(body, type=OpenAIModelList).data)
         except msgspec.DecodeError:
             return None
-        except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
-            raise self._transport_error(exc) from exc
-        return frozenset(entry.id for entry in listed.data)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -148,7 +131,11 @@ class OpenAICompatibleModel:
         usage: OpenAIUsage | None = None
         tool_calls = ToolCallAccumulator()
         written = 0
-        try:
+        with map_exceptions(
+            self._failed("the response is not a stream of chat completion chunks"),
+            msgspec.DecodeError,
+            ValueError,
+        ):
             async with aclosing(iter_sse(response.content, MAX_EVENT_BYTES)) as events:
                 async for data in events:
                     if data is None:
@@ -166,8 +153,6 @@ class OpenAICompatibleModel:
                             yield TextDelta(choice.delta.content)
                         for delta in choice.delta.tool_calls or ():
                             written += tool_calls.add(delta)
-        except (msgspec.DecodeError, ValueError) as exc:
-            raise self._failed("the response is not a stream of chat completion chunks") from exc
         if finish is None:
             raise self._failed("the connection broke before the response was complete")
         if usage is None:
@@ -198,13 +183,15 @@ class OpenAICompatibleModel:
         return self._failed(f"HTTP {status}{message}", retry_after=_retry_after(response))
 
     def _transport_error(self, exc: Exception) -> OctoError:
-        if isinstance(exc, ConnectTimeout):
-            return self._failed("the connection timed out")
-        if isinstance(exc, ConnectionError):
-            return self._failed("no connection: is the address right, and is the server running?")
-        if isinstance(exc, TimeoutError):
-            return self._failed(f"no response for {self._idle:.0f} s")
-        return self._failed("the connection broke before the response was complete")
+        match classify_failure(exc):
+            case "connect_timeout":
+                return self._failed("the connection timed out")
+            case "connect_failed":
+                return self._failed("no connection: is the address right, and is the server running?")
+            case "timeout":
+                return self._failed(f"no response for {self._idle:.0f} s")
+            case "connection_lost":
+                return self._failed("the connection broke before the response was complete")
 
     def _failed(self, why: str, *, final: bool = False, retry_after: float | None = None) -> OctoError:
         """Return ``model_failed``; ``final`` marks a failure that a retry would repeat."""

@@ -19,9 +19,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyqwest import Client, HTTPTransport, ReadError, RemoteProtocolError, Response, TooManyRedirects, WriteError
+from pyqwest import Client, Response
 
 from octollm.concurrency import BackgroundLoop
+from octollm.http_transport import TRANSPORT_ERRORS, create_external_transport
 from octollm.llm.cache import run_in_thread, sha256_of
 from octollm.llm.catalogue import ModelEntry
 
@@ -110,15 +111,11 @@ async def fetch_from_hub(entry: ModelEntry, folder: Path, progress: Progress, op
         remove_files(target)
         offset = 0
     require_space(folder, entry.size - offset, options)
-    async with HTTPTransport(
+    async with create_external_transport(
         connect_timeout=options.connect_seconds,
         read_timeout=options.idle_seconds,
-        tls_include_system_certs=True,
-        enable_gzip=False,
-        enable_brotli=False,
-        enable_zstd=False,
         follow_redirects=True,
-        enable_otel=False,
+        decompress=False,
     ) as transport:
         for _ in range(_MAX_RESUMES):
             before = file_size(target)
@@ -126,7 +123,7 @@ async def fetch_from_hub(entry: ModelEntry, folder: Path, progress: Progress, op
                 break
             try:
                 await _download(Client(transport), url, entry, target, progress)
-            except (ConnectionError, TimeoutError, ReadError, WriteError, RemoteProtocolError, TooManyRedirects) as exc:
+            except TRANSPORT_ERRORS as exc:
                 if file_size(target) <= before:
                     raise SourceError(f"{options.hub_url} did not answer ({_describe_error(exc)})") from exc
     if file_size(target) < entry.size:

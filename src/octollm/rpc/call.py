@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from octollm.capability import VerifiedChain
 from octollm.context import TraceContext
-from octollm.contracts.declarations import EVENT_STREAM, JSON, DeclaredOperation
+from octollm.contracts.declarations import JSON, DeclaredOperation
 from octollm.contracts.services import OperationKind
 from octollm.resilience import Deadline
 from octollm.telemetry import Span
@@ -168,16 +168,19 @@ def implement(
     *,
     auth: AuthKind = "capability",
     raw: bool = False,
+    strict: bool = True,
     timeout: float = 300.0,
+    example: object = None,
 ) -> Operation:
     """Return the operation by which ``handler`` serves what is declared.
 
     With ``auth="capability"`` this is the service that does the work; otherwise it is the gateway, which serves the
-    public path. A long-lived stream does not count against the bound on concurrent calls.
+    public path. ``strict`` refuses unknown members of a body: so does the public API, while services ignore them, so
+    that two versions can run together. A live stream of events does not count against the bound on concurrent calls.
     """
-    streams = EVENT_STREAM in (declared.media_type, declared.stream_media_type)
+    streams = declared.is_live_stream
     return Operation(
-        declared.id,
+        declared.id.removeprefix(f"{declared.service}:"),
         declared.method,
         (auth == "capability" and declared.service_path) or declared.path,
         handler,
@@ -192,7 +195,7 @@ def implement(
         raw=raw,
         cacheable=declared.cacheable,
         secret_response=declared.secret_response,
-        strict=True,
+        strict=strict,
         max_body=declared.body_limit,
         limited=not streams,
         traced=declared.starts_trace,
@@ -204,6 +207,7 @@ def implement(
             declared.headers,
             declared.error_codes,
             declared.other_statuses,
+            example,
         ),
     )
 

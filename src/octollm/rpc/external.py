@@ -18,7 +18,8 @@ from pyqwest import HTTPTransport
 from octollm.clock import Clock
 from octollm.concurrency import Retries
 from octollm.contracts.problems import to_problem
-from octollm.errors import CallAttempts, OctoError
+from octollm.errors import CallAttempts, OctoError, map_exceptions
+from octollm.http_transport import TRANSPORT_ERRORS, classify_failure, create_external_transport
 from octollm.limiter import ConcurrencyLimiter
 from octollm.resilience import (
     Balancer,
@@ -50,16 +51,7 @@ def create_external_http_client(*, read_timeout: float) -> HttpClient:
 
     It follows no redirects, which would carry an API key to another host.
     """
-    return PyqwestClient(
-        HTTPTransport(
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=read_timeout,
-            tls_include_system_certs=True,
-            follow_redirects=False,
-            enable_cookie_store=False,
-            enable_otel=False,
-        )
-    )
+    return PyqwestClient(create_external_transport(connect_timeout=CONNECT_SECONDS, read_timeout=read_timeout))
 
 
 class PyqwestClient(HttpClient):
@@ -87,7 +79,24 @@ class PyqwestClient(HttpClient):
         host = host_of(url)
         sent = False
         request = pyqwest.Request(method, url, pyqwest.Headers(list(headers.items())), body)
-        try:
+
+        def translate(error: Exception) -> OctoError:
+            match classify_failure(error):
+                case "connect_timeout":
+                    detail = f"{host} did not accept a connection in {CONNECT_SECONDS:g} s."
+                    return TransportError(detail, code="connect_timeout", request_sent=False)
+                case "connect_failed":
+                    return TransportError(f"{host} could not be reached.", code="connect_failed", request_sent=sent)
+                # asyncio's timeout has no text; the transport's read timeout has one.
+                case "timeout" if not self._closed and str(error):
+                    return TransportError(f"{host} sent nothing for too long.", code="read_timeout", request_sent=True)
+                case "timeout" if not self._closed:
+                    return deadline_exceeded(host, seconds)
+                case _:
+                    detail = f"The connection to {host} broke before its response was complete."
+                    return TransportError(detail, code="connection_lost", request_sent=True)
+
+        with map_exceptions(translate, *TRANSPORT_ERRORS):
             # The deadline is the outer one, so that it covers the wait for a slot too.
             async with self._in_time(seconds), self._limiter(host):
                 response = await self._transport.execute(request)
@@ -95,25 +104,6 @@ class PyqwestClient(HttpClient):
                 async with response:
                     names = {name.lower(): value for name, value in response.headers.items()}
                     yield StreamedResponse(response.status, names, _chunks(response))
-        except pyqwest.ConnectTimeout as error:
-            raise TransportError(
-                f"{host} did not accept a connection in {CONNECT_SECONDS:g} s.",
-                code="connect_timeout",
-                request_sent=False,
-            ) from error
-        except TimeoutError as error:
-            if self._closed:
-                raise _connection_lost(host) from error
-            # asyncio's timeout has no text; the transport's read timeout has one.
-            if str(error):
-                raise TransportError(
-                    f"{host} sent nothing for too long.", code="read_timeout", request_sent=True
-                ) from error
-            raise deadline_exceeded(host, seconds) from error
-        except ConnectionError as error:
-            raise TransportError(f"{host} could not be reached.", code="connect_failed", request_sent=sent) from error
-        except (pyqwest.ReadError, pyqwest.WriteError, pyqwest.RemoteProtocolError, pyqwest.StreamError) as error:
-            raise _connection_lost(host) from error
 
     @contextlib.asynccontextmanager
     async def _in_time(self, seconds: float) -> AsyncGenerator[None]:
@@ -136,12 +126,6 @@ class PyqwestClient(HttpClient):
 async def _chunks(response: pyqwest.Response) -> AsyncIterator[bytes]:
     async for chunk in response.content:
         yield bytes(chunk)
-
-
-def _connection_lost(host: str) -> TransportError:
-    return TransportError(
-        f"The connection to {host} broke before its response was complete.", code="connection_lost", request_sent=True
-    )
 
 
 class ExternalClient:

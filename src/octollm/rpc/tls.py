@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from octollm.errors import SettingError
+from octollm.errors import SettingError, map_exceptions
 
 
 class TlsConfig(msgspec.Struct, frozen=True):
@@ -56,25 +56,28 @@ def client_context(ca: Path | None, certificate: Path | None = None, key: Path |
 
 
 def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
-    try:
-        context.load_cert_chain(certificate, key, password=_refuse_password)
-    except (OSError, ValueError) as error:
-        raise SettingError(
+    with map_exceptions(
+        lambda error: SettingError(
             f"OCTOLLM_TLS_CERT ({certificate}) and OCTOLLM_TLS_KEY ({key}) must be a certificate with its chain and its"
             f" key, without a password, in PEM: {_error_text(error)}."
-        ) from error
+        ),
+        OSError,
+        ValueError,
+    ):
+        context.load_cert_chain(certificate, key, password=_refuse_password)
 
 
 def _load_authorities(context: ssl.SSLContext, ca: Path | None) -> None:
     if ca is None:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
         return
-    try:
-        context.load_verify_locations(ca)
-    except OSError as error:
-        raise SettingError(
+    with map_exceptions(
+        lambda error: SettingError(
             f"OCTOLLM_TLS_CA ({ca}) must be one or several certificates in PEM: {_error_text(error)}."
-        ) from error
+        ),
+        OSError,
+    ):
+        context.load_verify_locations(ca)
 
 
 def _refuse_password() -> str:

@@ -23,9 +23,9 @@ from sqlalchemy.sql import Executable
 from sqlalchemy.sql.schema import Table
 
 from octollm.clock import Clock
-from octollm.errors import OctoError
+from octollm.errors import OctoError, map_exceptions
 from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, Refusal
-from octollm.storage.errors import is_connection_lost, to_octo_error, translate_errors, unreachable_error
+from octollm.storage.errors import is_connection_lost, to_octo_error, translate_errors
 
 DIRECT_CONNECTIONS = 4
 """Statements of one process at a time; a further one waits for its turn."""
@@ -69,14 +69,13 @@ class DirectPool:
     async def _run(self, connection: Any, statement: str, parameters: Sequence[object]) -> Rows:
         good = False
         try:
-            rows = await connection.fetch(statement, *parameters)
+            with map_exceptions(to_octo_error, Exception):
+                rows = await connection.fetch(statement, *parameters)
             good = True
             return rows
-        except OSError as error:  # with TimeoutError, when no answer came
-            raise unreachable_error(error) from error
-        except Exception as error:
-            good = not is_connection_lost(error)
-            raise to_octo_error(error) from error
+        except OctoError as error:
+            good = not is_connection_lost(error.__cause__)
+            raise
         finally:
             # A call cancelled in the middle leaves a connection whose response is still to come, and which the next
             # statement would read as its own. Such a connection is not reused.

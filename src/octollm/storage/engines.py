@@ -22,9 +22,9 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from octollm.clock import Clock
-from octollm.errors import OctoError, SettingError
+from octollm.errors import OctoError, SettingError, map_exceptions
 from octollm.storage.database import WAIT_SECONDS, Database, DirectPool, encode_json
-from octollm.storage.errors import is_connection_lost, to_octo_error, translate_errors, unreachable_error
+from octollm.storage.errors import is_connection_lost, to_octo_error, translate_errors
 
 BUSY_SECONDS = 5.0
 """Seconds that SQLite waits for the write lock of another process."""
@@ -102,12 +102,13 @@ async def open_sqlite(path: Path, clock: Clock, *, durable: bool) -> AsyncGenera
     ``durable`` means that it must outlive the process. Raises ``unavailable`` when it cannot be used or is damaged.
     """
     place = f"the database file {path}"
-    try:
-        await asyncio.to_thread(_make_private, path)
-    except OSError as error:
-        raise OctoError(
+    with map_exceptions(
+        lambda error: OctoError(
             f"Cannot use {place}: {error.strerror}. Check its path and permissions.", code="unavailable"
-        ) from error
+        ),
+        OSError,
+    ):
+        await asyncio.to_thread(_make_private, path)
     writer = _sqlite_engine(path, writer=True, durable=durable)
     reader = _sqlite_engine(path, writer=False, durable=durable)
     try:
@@ -214,25 +215,26 @@ def _connector(
     }
 
     async def connect() -> Any:
-        try:
+        with (
+            map_exceptions(_invalid_url_error, asyncpg.InterfaceError, ValueError),
+            map_exceptions(to_octo_error, OSError, asyncpg.PostgresError),
+        ):
             return await asyncpg.connect(  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
                 url,
                 timeout=CONNECT_SECONDS,  # pyright: ignore[reportArgumentType]  it takes parts of a second too
                 command_timeout=statement_seconds + RESPONSE_GRACE_SECONDS,
                 server_settings=settings,
             )
-        except OSError as error:
-            raise unreachable_error(error) from error
-        except asyncpg.PostgresError as error:
-            raise to_octo_error(error) from error
-        except (asyncpg.InterfaceError, ValueError) as error:
-            # The driver's message may repeat parts of the URL, with its password.
-            raise SettingError(
-                f"The driver does not accept the database URL ({type(error).__name__}); write"
-                " postgresql://user:password@host:5432/database, with special characters percent-encoded."
-            ) from error
 
     return connect
+
+
+def _invalid_url_error(error: Exception) -> OctoError:
+    # The driver's message may repeat parts of the URL, with its password.
+    return SettingError(
+        f"The driver does not accept the database URL ({type(error).__name__}); write"
+        " postgresql://user:password@host:5432/database, with special characters percent-encoded."
+    )
 
 
 def _postgres_engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncEngine:
@@ -257,12 +259,10 @@ def _postgres_engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncE
     def on_error(context: ExceptionContext) -> BaseException | None:
         """Discard connections that are unusable after an error, and translate the driver's plain errors."""
         error = context.original_exception
-        if isinstance(error, OSError):  # with TimeoutError, when no answer came
-            context.is_disconnect = True  # pyright: ignore[reportAttributeAccessIssue]
-            return unreachable_error(error)
         if is_connection_lost(error):
             context.is_disconnect = True  # pyright: ignore[reportAttributeAccessIssue]
-        return None
+        # SQLAlchemy wraps what its dialect knows as an error of the database; an OSError would pass bare.
+        return to_octo_error(error) if isinstance(error, OSError) else None
 
     event.listen(engine.sync_engine, "checkout", on_checkout)
     event.listen(engine.sync_engine, "handle_error", on_error)

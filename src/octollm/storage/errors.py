@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from sqlalchemy import exc
 
-from octollm.errors import OctoError
+from octollm.errors import OctoError, map_exceptions
 
 _SQLITE = {
     sqlite3.SQLITE_BUSY: "The database is busy: another process holds its write lock. Try again.",
@@ -62,7 +62,7 @@ _POSTGRES = {
 }
 
 
-def unreachable_error(error: OSError) -> OctoError:
+def _unreachable_error(error: OSError) -> OctoError:
     """Return the ``unavailable`` error for a database server that is unreachable or does not respond."""
     if isinstance(error, TimeoutError):
         detail = "The database server did not answer in time."
@@ -71,8 +71,10 @@ def unreachable_error(error: OSError) -> OctoError:
     return OctoError(f"{detail} Check that it runs and OCTOLLM_DATABASE_URL.", code="unavailable", retry_after=1.0)
 
 
-def is_connection_lost(error: BaseException) -> bool:
-    """Return whether a connection to a PostgreSQL server is unusable after ``error``."""
+def is_connection_lost(error: BaseException | None) -> bool:
+    """Return whether a connection to a PostgreSQL server is unusable after the driver's ``error``."""
+    if isinstance(error, OSError):  # with TimeoutError, when no response came
+        return True
     state = _sqlstate(error) or ""
     return state.startswith(("08", "57P")) or state == "25P03"
 
@@ -84,6 +86,8 @@ def to_octo_error(error: Exception) -> OctoError:
     transactions), ``state_conflict`` (a row violates a constraint), ``invalid_body`` (a value that the database cannot
     store), ``internal`` (the statement itself is wrong).
     """
+    if isinstance(error, OSError):  # with TimeoutError, when no answer came
+        return _unreachable_error(error)
     if isinstance(error, exc.TimeoutError):
         return OctoError("No database connection was available in time.", code="overloaded", retry_after=1.0)
     if isinstance(error, exc.IntegrityError | sqlite3.IntegrityError):
@@ -104,17 +108,17 @@ def to_octo_error(error: Exception) -> OctoError:
     return OctoError(f"A database statement failed ({type(error).__name__}).", code="internal")
 
 
-@contextmanager
-def translate_errors() -> Generator[None]:
+def translate_errors() -> AbstractContextManager[None]:
     """Translate errors of database calls to ``OctoError``; other exceptions pass unchanged."""
-    try:
-        yield
-    except Exception as error:
-        # When SQLAlchemy sets up a new connection, asyncpg's errors are not wrapped. They are recognised by their
-        # module's name, because asyncpg may not be installed.
-        if isinstance(error, exc.SQLAlchemyError | sqlite3.Error) or type(error).__module__.startswith("asyncpg."):
-            raise to_octo_error(error) from error
-        raise
+    return map_exceptions(_translate_database_error, Exception)
+
+
+def _translate_database_error(error: Exception) -> OctoError | None:
+    # When SQLAlchemy sets up a new connection, asyncpg's errors are not wrapped. They are recognised by their
+    # module's name, because asyncpg may not be installed.
+    if isinstance(error, exc.SQLAlchemyError | sqlite3.Error) or type(error).__module__.startswith("asyncpg."):
+        return to_octo_error(error)
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -137,7 +141,7 @@ def _sqlite_code(error: BaseException) -> int | None:
     return None
 
 
-def _sqlstate(error: BaseException) -> str | None:
+def _sqlstate(error: BaseException | None) -> str | None:
     """Return PostgreSQL's SQLSTATE of ``error`` or of one of its causes."""
     for each in _causes(error):
         state = getattr(each, "sqlstate", None)

@@ -13,7 +13,7 @@ from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from octollm.errors import OctoError, SettingError
+from octollm.errors import OctoError, SettingError, map_exceptions
 from octollm.storage.redis_memory import MemoryServers
 from octollm.storage.redis_protocol import MAX_BLOCK_MS, PubSub, PubSubMessage, RedisClient, StreamEntry
 
@@ -37,18 +37,20 @@ async def _translate_redis_errors() -> AsyncGenerator[None]:
 
     Their messages contain host and port at most, never the password.
     """
-    try:
+    with map_exceptions(_to_octo_error, exceptions.RedisError, OSError):
         async with asyncio.timeout(RESPONSE_SECONDS):
             yield
+
+
+def _to_octo_error(error: exceptions.RedisError | OSError) -> OctoError:
     # Before ConnectionError, of which redis-py makes AuthenticationError a subclass.
-    except (exceptions.AuthenticationError, exceptions.NoPermissionError) as error:
-        raise OctoError("Redis refused the user or its password.", code="unavailable") from error
-    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError, TimeoutError) as error:
-        raise OctoError(f"Redis does not answer ({type(error).__name__}).", code="unavailable") from error
-    except (exceptions.ReadOnlyError, exceptions.OutOfMemoryError, exceptions.TryAgainError) as error:
-        raise OctoError(f"Redis refuses to write: {error}", code="unavailable") from error
-    except (exceptions.ResponseError, exceptions.RedisError) as error:
-        raise OctoError(f"Redis refused a command ({type(error).__name__}).", code="internal") from error
+    if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
+        return OctoError("Redis refused the user or its password.", code="unavailable")
+    if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError | OSError):
+        return OctoError(f"Redis does not answer ({type(error).__name__}).", code="unavailable")
+    if isinstance(error, exceptions.ReadOnlyError | exceptions.OutOfMemoryError | exceptions.TryAgainError):
+        return OctoError(f"Redis refuses to write: {error}", code="unavailable")
+    return OctoError(f"Redis refused a command ({type(error).__name__}).", code="internal")
 
 
 class ServerPubSub:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Generator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 from burner_redis import BurnerRedis  # pyright: ignore[reportUnknownVariableType]
 
-from octollm.errors import OctoError
+from octollm.errors import OctoError, map_exceptions
 from octollm.storage.redis_protocol import MAX_BLOCK_MS, PubSub, PubSubMessage, StreamEntry
 
 MAX_PENDING = 10_000
@@ -26,14 +26,14 @@ COMMANDS = ("delete", "expire", "get", "set", "ttl", "xadd", "xread", "xtrim", "
 """The commands used of burner-redis. PING is meaningless in process; PUBLISH and SUBSCRIBE are the fan-out's."""
 
 
-@contextmanager
-def _translate_memory_errors() -> Generator[None]:
-    try:
-        yield
-    except OctoError:
-        raise
-    except Exception as error:
-        raise OctoError(f"The Redis in this process failed ({type(error).__name__}).", code="internal") from error
+def _translate_memory_errors() -> AbstractContextManager[None]:
+    return map_exceptions(_to_octo_error, Exception)
+
+
+def _to_octo_error(error: Exception) -> OctoError | None:
+    if isinstance(error, OctoError):
+        return None
+    return OctoError(f"The Redis in this process failed ({type(error).__name__}).", code="internal")
 
 
 class MemoryPubSub:

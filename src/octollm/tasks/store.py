@@ -5,18 +5,15 @@ It rejects illegal transitions, and changes with an outdated fencing token.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from sqlalchemy import and_, or_, select, update
 
 from octollm.clock import Clock
-from octollm.contracts.api import EventList, StepText, StepTexts, TaskList, TaskView
+from octollm.contracts.api import EventList, StepText, StepTexts, TaskList, TaskView, decode_cursor, encode_cursor
 from octollm.contracts.task import Plan, Task, TaskStatus, Usage
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
@@ -324,7 +321,7 @@ class TaskStore:
         if status is not None:
             conditions.append(tasks.c.status == status)
         if cursor:
-            at, last = _decode_cursor(cursor)
+            at, last = decode_cursor(cursor)
             # The id breaks ties: with the time alone, a page would skip or repeat tasks created at the same moment.
             conditions.append(or_(tasks.c.created_at < at, and_(tasks.c.created_at == at, tasks.c.task_id < last)))
         query = (
@@ -337,7 +334,7 @@ class TaskStore:
             rows = await conn.all(query)
         more = len(rows) > limit
         page = rows[:limit]
-        following = _encode_cursor(page[-1]["created_at"], page[-1]["task_id"]) if more else None
+        following = encode_cursor(page[-1]["created_at"], page[-1]["task_id"]) if more else None
         return TaskList(tuple(build_task_summary(row_to_dict(row)) for row in page), following)
 
     async def history(self, task_id: str, tenant: str, after: int, limit: int) -> EventList:
@@ -408,15 +405,3 @@ class TaskStore:
 async def _load_steps(conn: DatabaseConnection, task_id: str) -> Sequence[Mapping[str, Any]]:
     query = select(steps).where(steps.c.task_id == task_id).order_by(steps.c.plan_number, steps.c.position).limit(200)
     return [row_to_dict(row) for row in await conn.all(query)]
-
-
-def _encode_cursor(at: float, task_id: str) -> str:
-    return base64.urlsafe_b64encode(msgspec.json.encode([at, task_id])).decode().rstrip("=")
-
-
-def _decode_cursor(cursor: str) -> tuple[float, str]:
-    try:
-        padded = cursor + "=" * (-len(cursor) % 4)
-        return msgspec.json.decode(base64.urlsafe_b64decode(padded), type=tuple[float, str])
-    except (msgspec.DecodeError, binascii.Error, ValueError) as error:
-        raise OctoError("The cursor is invalid. Use the one that a list returned.", code="invalid_parameter") from error

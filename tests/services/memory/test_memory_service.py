@@ -6,11 +6,10 @@ import pytest
 from databases import Backend
 
 from octollm.config import read_settings
-from octollm.contracts.operations import DocumentOut, SearchResult
+from octollm.contracts.operations import DocumentList, DocumentOut, Fact, SearchResult
 from octollm.contracts.problems import Problem
 from octollm.errors import RemoteError
 from octollm.rpc.http_client import HttpResponse
-from octollm.services.memory.schema import DocumentList, Fact
 from octollm.services.memory.service import memory_service
 from octollm.testing.harness import Harness, start_harness
 

@@ -14,9 +14,9 @@ import msgspec
 from sqlalchemy import ColumnElement, Double, and_, bindparam, delete, func, insert, literal_column, or_, select, text
 
 from octollm.clock import Clock
-from octollm.contracts.operations import DocumentIn, DocumentOut, Passage, SearchRequest, SearchResult
+from octollm.contracts.api import decode_cursor, encode_cursor
+from octollm.contracts.operations import DocumentIn, DocumentList, DocumentOut, Passage, SearchRequest, SearchResult
 from octollm.errors import OctoError
-from octollm.services.memory.schema import DocumentList, decode_cursor, encode_cursor
 from octollm.storage import Database
 from octollm.storage.tables import documents, passages, passages_fts
 from octollm.text.lexical import bm25, content_words, tokenize

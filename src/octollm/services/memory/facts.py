@@ -9,8 +9,8 @@ import msgspec
 from sqlalchemy import delete, select, update
 
 from octollm.clock import Clock, format_rfc3339
+from octollm.contracts.operations import Fact, FactIn
 from octollm.errors import OctoError
-from octollm.services.memory.schema import Fact, FactIn
 from octollm.storage import Database
 from octollm.storage.tables import facts
 

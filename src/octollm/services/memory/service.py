@@ -10,16 +10,24 @@ from urllib.parse import quote
 from starlette.responses import Response
 
 from octollm.config import Settings
+from octollm.contracts import service_operations
 from octollm.contracts.api import PageQuery
-from octollm.contracts.operations import DocumentIn, DocumentOut, SearchRequest, SearchResult
-from octollm.contracts.task import MAX_FILE_BYTES
+from octollm.contracts.declarations import AnyOperation
+from octollm.contracts.operations import (
+    MAX_NAME,
+    DocumentIn,
+    DocumentList,
+    DocumentOut,
+    FactIn,
+    SearchRequest,
+    SearchResult,
+)
 from octollm.errors import FieldError, OctoError
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
+from octollm.rpc.call import Handler, IncomingCall, Operation, OperationResponse, implement
 from octollm.rpc.health import DependencyStatus
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.memory.documents import DocumentStore
 from octollm.services.memory.facts import FactStore
-from octollm.services.memory.schema import MAX_NAME, DocumentList, Fact, FactIn
 from octollm.storage import Database
 from octollm.storage.migrations import open_service_database
 
@@ -27,7 +35,6 @@ MAX_QUERY = 4000
 """Characters of a query."""
 MAX_SEARCH = 50
 MAX_FILTERS = 64
-MAX_FACT_BYTES = 64 * 1024
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FACT_NAME = re.compile(rf"[a-z0-9._-]{{1,{MAX_NAME}}}")
 _ETAG_VERSION = re.compile(r'"(\d{1,18})"')
@@ -69,106 +76,19 @@ class _MemoryHandlers:
 
         Everything here may be repeated: documents go by digest and facts by name, so no key is needed for it.
         """
-        absent = OperationDocs(error_codes=("invalid_parameter", "not_found"))
+        handlers: list[tuple[AnyOperation, Handler]] = [
+            (service_operations.STORE_DOCUMENT, self.put_document),
+            (service_operations.LIST_DOCUMENTS, self.list_documents),
+            (service_operations.READ_DOCUMENT, self.get_document),
+            (service_operations.DELETE_DOCUMENT, self.delete_document),
+            (service_operations.SEARCH_MEMORY, self.search),
+            (service_operations.GET_FACT, self.get_fact),
+            (service_operations.DELETE_FACT, self.delete_fact),
+        ]
+        example = {"value": {"closes": "18:00"}, "source": "notes.txt"}
         return [
-            Operation(
-                "write",
-                "POST",
-                "/documents",
-                self.put_document,
-                scope="memory:write",
-                kind="idempotent",
-                body=DocumentIn,
-                response=DocumentOut,
-                status=201,
-                # JSON may take two characters for one of the text.
-                max_body=2 * MAX_FILE_BYTES,
-                summary="Remember a text, in passages.",
-                docs=OperationDocs(error_codes=("file_invalid",), other_statuses=(200,)),
-            ),
-            Operation(
-                "list",
-                "GET",
-                "/documents",
-                self.list_documents,
-                scope="memory:read",
-                query=PageQuery,
-                response=DocumentList,
-                cacheable=True,
-                summary="List documents, newest first.",
-            ),
-            Operation(
-                "read_document",
-                "GET",
-                "/documents/{digest}",
-                self.get_document,
-                scope="memory:read:{digest}",
-                response=DocumentOut,
-                cacheable=True,
-                summary="Describe a document.",
-                docs=absent,
-            ),
-            Operation(
-                "delete_document",
-                "DELETE",
-                "/documents/{digest}",
-                self.delete_document,
-                scope="memory:write:{digest}",
-                kind="idempotent",
-                status=204,
-                summary="Forget a document.",
-                docs=absent,
-            ),
-            Operation(
-                "search",
-                "POST",
-                "/search",
-                self.search,
-                scope="memory:read",
-                body=SearchRequest,
-                response=SearchResult,
-                summary="Find passages by their words.",
-            ),
-            Operation(
-                "put_fact",
-                "PUT",
-                "/facts/{name}",
-                self.put_fact,
-                scope="memory:write",
-                kind="idempotent",
-                body=FactIn,
-                response=Fact,
-                max_body=MAX_FACT_BYTES,
-                summary="Set a fact.",
-                docs=OperationDocs(
-                    headers={"If-Match": "The ETag of the version that is replaced."},
-                    error_codes=("invalid_parameter", "state_conflict"),
-                    other_statuses=(201,),
-                    example={"value": {"closes": "18:00"}, "source": "notes.txt"},
-                ),
-            ),
-            Operation(
-                "get_fact",
-                "GET",
-                "/facts/{name}",
-                self.get_fact,
-                scope="memory:read",
-                response=Fact,
-                cacheable=True,
-                summary="Get a fact.",
-                docs=absent,
-            ),
-            Operation(
-                "delete_fact",
-                "DELETE",
-                "/facts/{name}",
-                self.delete_fact,
-                scope="memory:write",
-                kind="idempotent",
-                status=204,
-                summary="Forget a fact.",
-                docs=absent,
-            ),
+            implement(service_operations.PUT_FACT, self.put_fact, strict=False, example=example),
+            *(implement(declared, handler, strict=False) for declared, handler in handlers),
         ]
 
     async def put_document(self, call: IncomingCall, document: DocumentIn) -> OperationResponse:

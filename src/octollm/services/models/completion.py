@@ -13,7 +13,7 @@ from msgspec import UNSET
 from octollm.clock import Clock, IdGenerator
 from octollm.contracts.internal import ReserveRequest, ReserveResponse
 from octollm.contracts.task import Usage
-from octollm.errors import OctoError
+from octollm.errors import OctoError, map_exceptions
 from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy
 from octollm.llm.catalogue import cost_usd
 from octollm.llm.types import (
@@ -243,10 +243,11 @@ async def _consume_stream(model: ChatModel, request: ChatRequest, progress: _Gen
 
 
 async def _replay_completion(journaled: bytes, on_text: OnText) -> PricedChatCompletion:
-    try:
+    with map_exceptions(
+        OctoError("The journaled answer of this call is not understood.", code="peer_protocol"),
+        msgspec.DecodeError,
+    ):
         answer = msgspec.json.decode(journaled, type=PricedChatCompletion)
-    except msgspec.DecodeError as error:
-        raise OctoError("The journaled answer of this call is not understood.", code="peer_protocol") from error
     await on_text(answer.text)
     return answer
 

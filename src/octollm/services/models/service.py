@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from octollm.config import Settings
 from octollm.contracts.problems import to_problem
+from octollm.contracts.service_operations import CHAT, EMBEDDINGS, LIST_MODELS
 from octollm.contracts.stream import HEARTBEAT_SECONDS
 from octollm.errors import OctoError
 from octollm.limiter import ConcurrencyPolicy
@@ -24,7 +26,7 @@ from octollm.llm.embedded import EmbeddedSettings
 from octollm.llm.openai_compatible import OPENAI_URL
 from octollm.llm.selection import ModelChoice, resolve_model
 from octollm.llm.types import ChatMessage, ChatRequest
-from octollm.rpc.call import IncomingCall, NullEmitter, Operation, OperationDocs, OperationResponse
+from octollm.rpc.call import IncomingCall, NullEmitter, Operation, OperationResponse, implement
 from octollm.rpc.external import ExternalClient
 from octollm.rpc.limits import wait_for_disconnect
 from octollm.rpc.service import Service, ServiceBase, build_service
@@ -198,52 +200,16 @@ class _ModelsHandlers:
     def operations(self) -> list[Operation]:
         """Return the operations. Repeats of a chat are found in the journal, not among idempotency keys."""
         return [
-            Operation(
-                "chat",
-                "POST",
-                "/v1/chat/completions",
+            implement(
+                replace(CHAT, body=ChatRequest, response=PricedChatCompletion),
                 self.chat,
-                scope="models:chat",
-                kind="idempotent",
-                body=ChatRequest,
-                response=PricedChatCompletion,
+                strict=False,
                 timeout=CHAT_SECONDS,
-                summary="Answer a chat (OpenAI's chat completions).",
-                docs=OperationDocs(
-                    stream_media_type="text/event-stream",
-                    error_codes=(
-                        "authority_missing",
-                        "budget_exhausted",
-                        "context_too_long",
-                        "fence_lost",
-                        "model_failed",
-                        "no_model",
-                        "not_found",
-                        "state_conflict",
-                        "task_not_found",
-                    ),
-                    example=ChatRequest("default", (ChatMessage("user", "Why is the sky blue?"),)),
-                ),
+                example=ChatRequest("default", (ChatMessage("user", "Why is the sky blue?"),)),
             ),
-            Operation(
-                "models",
-                "GET",
-                "/v1/models",
-                self.models,
-                scope="models:chat",
-                response=ModelList,
-                cacheable=True,
-                summary="List what a request may name as its model.",
-            ),
-            Operation(
-                "embeddings",
-                "POST",
-                "/v1/embeddings",
-                self.embeddings,
-                scope="models:embeddings",
-                summary="Embeddings, where they are configured.",
-                docs=OperationDocs(error_codes=("not_configured",)),
-            ),
+            implement(replace(LIST_MODELS, response=ModelList), self.models, strict=False),
+            # Refused whatever its body is.
+            implement(EMBEDDINGS, self.embeddings, strict=False, raw=True),
         ]
 
     async def chat(self, call: IncomingCall, request: ChatRequest) -> object:

@@ -7,19 +7,16 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
-
-import msgspec
 
 from octollm.clock import format_rfc3339
 from octollm.concurrency import BackgroundLoop
 from octollm.contracts.events import Event
+from octollm.contracts.observability import HealthState, Sample, ServiceState, ServiceStates
 from octollm.errors import OctoError
 from octollm.events import EventBus
 from octollm.rpc.health import DependencyStatus
 from octollm.rpc.service import ServiceBase
 
-HealthState = Literal["up", "degraded", "down", "unknown"]
 MAX_SAMPLES = 120
 """Probes of a service that are kept: those of ten minutes."""
 MAX_INSTANCES = 64
@@ -29,36 +26,6 @@ PROBE_SECONDS = 2.0
 """Timeout of one probe."""
 RESUBSCRIBE_SECONDS = 1.0
 ALL_EVENTS = "events:*"
-
-
-class Sample(msgspec.Struct, frozen=True):
-    """One probe of a service: RFC 3339 time, state, and latency in milliseconds."""
-
-    at: str
-    state: HealthState
-    latency_ms: float = 0.0
-
-
-class ServiceState(msgspec.Struct, frozen=True):
-    """The latest state of a service, and ``since`` when; ``detail`` says why it is not up."""
-
-    service: str
-    state: HealthState
-    since: str | None
-    checked_at: str | None
-    latency_ms: float
-    detail: str
-    instances: int
-    history: tuple[Sample, ...]
-    last_event: str = ""
-    last_event_at: str = ""
-
-
-class ServiceStates(msgspec.Struct, frozen=True):
-    """``GET /services``: every built-in service. ``events`` counts events received since the monitor started."""
-
-    services: tuple[ServiceState, ...]
-    events: int = 0
 
 
 @dataclass(frozen=True, slots=True)

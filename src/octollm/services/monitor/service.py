@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from octollm import __version__
 from octollm.config import Settings
 from octollm.contracts.api import TaskIdQuery
-from octollm.contracts.observability import TraceView
+from octollm.contracts.observability import ServiceStates, TraceView
+from octollm.contracts.service_operations import LIST_SERVICES, READ_TRACE, RECEIVE_SPANS
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventBus
 from octollm.rpc.auth import RegisteredServiceAuthenticator
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.exporter import SEND_SECONDS, BatchExporter, SendBatch
 from octollm.rpc.external import create_external_http_client
 from octollm.rpc.health import ReadinessCheck
 from octollm.rpc.http_client import HttpClient
 from octollm.rpc.service import Service, ServiceBase, build_service
-from octollm.services.monitor.health import HealthHistory, HealthMonitor, ServiceStates
+from octollm.services.monitor.health import HealthHistory, HealthMonitor
 from octollm.services.monitor.span_store import SpanStore, prune_loop
 from octollm.storage import RedisClient, RedisKeys
 from octollm.storage.migrations import open_service_database
@@ -101,17 +102,7 @@ def _build_health_operations(history: HealthHistory) -> list[Operation]:
     async def services(_call: IncomingCall, _body: object) -> ServiceStates:
         return history.get_states()
 
-    return [
-        Operation(
-            "services",
-            "GET",
-            "/services",
-            services,
-            scope="monitor:read",
-            response=ServiceStates,
-            summary="The latest state of every service.",
-        ),
-    ]
+    return [implement(LIST_SERVICES, services, strict=False)]
 
 
 class TraceHandlers:
@@ -141,27 +132,8 @@ class TraceHandlers:
 
     def operations(self) -> list[Operation]:
         """Return the operations."""
+        spans = replace(RECEIVE_SPANS, body=ExportRequest, response=ExportResponse)
         return [
-            Operation(
-                "traces.read",
-                "GET",
-                "/traces",
-                self.read,
-                scope="monitor:read",
-                query=TaskIdQuery,
-                response=TraceView,
-                summary="The spans of a task.",
-                docs=OperationDocs(error_codes=("task_not_found",)),
-            ),
-            Operation(
-                "traces.receive",
-                "POST",
-                "/v1/traces",
-                self.receive,
-                auth="service",
-                scope="*",
-                body=ExportRequest,
-                response=ExportResponse,
-                summary="Store spans (OTLP over HTTP, in JSON).",
-            ),
+            implement(READ_TRACE, self.read, strict=False),
+            implement(spans, self.receive, strict=False, auth="service"),
         ]

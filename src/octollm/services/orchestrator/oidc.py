@@ -27,7 +27,7 @@ from msgspec import Meta
 from octollm.capability import Principal
 from octollm.clock import Clock
 from octollm.contracts.auth import IssuerView, LoginCode
-from octollm.errors import OctoError, SettingError
+from octollm.errors import OctoError, SettingError, map_exceptions
 from octollm.resilience import Deadline
 from octollm.rpc.external import ExternalClient
 from octollm.rpc.http_client import HttpClient
@@ -93,12 +93,10 @@ def load_client_secret(issuer: Issuer) -> str | None:
     if issuer.client_secret_file is None:
         return None
     path = Path(issuer.client_secret_file)
-    try:
+    with map_exceptions(SettingError(f"OCTOLLM_OIDC: {path} cannot be read as a secret."), OSError, UnicodeDecodeError):
         if os.name == "posix" and path.stat().st_mode & 0o007:
             raise SettingError(f"{path} holds a secret, but every user may read it. Run `chmod o-rwx {path}`.")
         secret = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"OCTOLLM_OIDC: {path} cannot be read as a secret.") from error
     if not secret or len(secret) > 1024 or not secret.isprintable():
         raise SettingError(f"OCTOLLM_OIDC: {path} does not hold a secret of 1 to 1024 printable characters.")
     return secret
@@ -214,7 +212,7 @@ class OidcClient:
         Raises ``api_key_invalid`` for an invalid token, without a reason, and ``unavailable`` while the issuer's keys
         cannot be fetched.
         """
-        try:
+        with map_exceptions(_invalid_login(), jwt.PyJWTError, ValueError, TypeError, KeyError, RecursionError):
             issuer, header = self._parse_unverified(token)
             key = await self._find_key(issuer, header)
             claims = jwt.decode(
@@ -226,8 +224,6 @@ class OidcClient:
                 leeway=CLOCK_SKEW_SECONDS,
                 options=_JWT_OPTIONS,
             )
-        except (jwt.PyJWTError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise _invalid_login() from error
         self._validate_claims(issuer, claims)
         return issuer, claims
 
@@ -388,10 +384,12 @@ class OidcClient:
         if response.status != 200 or len(response.body) > MAX_RESPONSE_BYTES:
             code = "unavailable" if response.status >= 500 else "peer_protocol"
             raise OctoError(f"{url} answers {response.status}.", code=code)
-        try:
+        with map_exceptions(
+            OctoError(f"{url} does not answer with the expected JSON.", code="peer_protocol"),
+            msgspec.DecodeError,
+            UnicodeDecodeError,
+        ):
             return msgspec.json.decode(response.body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise OctoError(f"{url} does not answer with the expected JSON.", code="peer_protocol") from error
 
 
 def _parse_jwks(jwks: Sequence[Mapping[str, Any]], issuer: Issuer) -> dict[str, jwt.PyJWK]:

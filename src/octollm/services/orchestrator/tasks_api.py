@@ -15,6 +15,7 @@ from octollm.contracts import public_api
 from octollm.contracts.api import Acknowledgement, EventList, EventQuery, StepTexts, TaskList, TaskQuery, TaskView
 from octollm.contracts.observability import TraceView
 from octollm.contracts.screening import SCREENING_HEADER, RejectedGoal, ScreeningRecord
+from octollm.contracts.service_operations import READ_TRACE
 from octollm.contracts.task import Task
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
@@ -52,7 +53,13 @@ class TraceClient:
     async def fetch_task_trace(self, reader: Principal, task_id: str, deadline: Deadline) -> TraceView:
         """Return the spans of a task that ``reader`` may read. Raises ``unavailable`` without the monitor."""
         call = OutgoingCall(
-            CallTarget("monitor", "traces.read", "GET", f"/traces?task={quote(task_id, safe='')}", "read_only"),
+            CallTarget(
+                READ_TRACE.service,
+                READ_TRACE.id,
+                READ_TRACE.method,
+                f"{READ_TRACE.path}?task={quote(task_id, safe='')}",
+                READ_TRACE.kind,
+            ),
             self._minter.mint_access(reader, "monitor", "monitor:read", task=TaskRef(task_id)),
             Deadline.after(self._clock, min(TRACE_TIMEOUT, deadline.remaining())),
         )

@@ -20,7 +20,7 @@ from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.events import Event
 from octollm.contracts.public_api import CANCEL_TASK, READ_TASK, TASK_HISTORY, TASK_TEXTS
 from octollm.contracts.services import OperationKind
-from octollm.errors import OctoError, RemoteError
+from octollm.errors import OctoError, RemoteError, map_exceptions
 from octollm.lru import LruCache
 from octollm.resilience import CallFailure, Deadline, RetryPolicy
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
@@ -243,10 +243,12 @@ class Upstream:
             None if declared.method == "GET" else b"",
         )
         response = await self.send(credential, request, Deadline.after(self._clock, READ_SECONDS))
-        try:
+        with map_exceptions(
+            OctoError("The orchestrator's response does not fit its type.", code="peer_protocol"),
+            msgspec.DecodeError,
+            UnicodeDecodeError,
+        ):
             return msgspec.json.decode(response.body, type=declared.response)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise OctoError("The orchestrator's response does not fit its type.", code="peer_protocol") from error
 
     async def cancel(self, credential: str, task_id: str) -> TaskView:
         """Cancel a task. Raises ``scope_missing``, ``task_not_found``, ``state_conflict``."""

@@ -12,6 +12,7 @@ import msgspec
 
 from octollm import OctoError
 from octollm.contracts.operations import Cell, RunResult, format_cell
+from octollm.errors import map_exceptions
 
 RunSql = Callable[[str], Awaitable[RunResult]]
 """Run one query over the files of the step; ``stdout`` is a table (``contracts.tables``)."""
@@ -74,10 +75,11 @@ async def describe_tables(run_sql: RunSql) -> tuple[TableSchema, ...]:
     if result.exit_code != 0:
         detail = (result.stderr.strip() or result.reason or "no reason given")[:300]
         raise OctoError(f"The files could not be read as tables: {detail}", code="file_invalid")
-    try:
+    with map_exceptions(
+        OctoError("The executor's description of the tables is not understood.", code="peer_protocol"),
+        msgspec.DecodeError,
+    ):
         description = msgspec.json.decode(result.stdout.encode(), type=_Description)
-    except msgspec.DecodeError as exc:
-        raise OctoError("The executor's description of the tables is not understood.", code="peer_protocol") from exc
     if not description.tables or description.faults:
         detail = "; ".join(description.faults)[:300] or "there is none among them"
         raise OctoError(f"The files could not be read as tables: {detail}", code="file_invalid")

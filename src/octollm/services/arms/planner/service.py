@@ -13,6 +13,7 @@ from octollm.config import Settings
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
 from octollm.contracts.service_operations import calls_of
 from octollm.contracts.task import Plan, PlanRequest
+from octollm.errors import map_exceptions
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import ModelAsk, bind_run, goal_with_constraints, is_capable_model
 from octollm.services.arms.completion import PromptFunction
@@ -67,10 +68,10 @@ async def plan_and_execute(
         schema=_programs_schema(),
         on_text=on_text,
     )
-    try:
+    with map_exceptions(
+        OctoError("The model's programs could not be read.", code="model_output_invalid"), msgspec.DecodeError
+    ):
         programs = msgspec.json.decode(answer.encode(), type=_ProgramsAnswer).programs[:MAX_PROGRAMS]
-    except msgspec.DecodeError as exc:
-        raise OctoError("The model's programs could not be read.", code="model_output_invalid") from exc
     if not any(program.program.strip() for program in programs):
         raise OctoError("The model wrote no program.", code="model_output_invalid")
     folder = {file.name: file for file in files}
