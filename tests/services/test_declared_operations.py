@@ -1,4 +1,4 @@
-"""Every declared operation is served as declared, by the orchestrator and the gateway, and nothing else is public."""
+"""Every declared operation is served as declared, by its service and the gateway, and nothing else is served."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from octollm.contracts.declarations import AnyOperation
 from octollm.contracts.public_api import PUBLIC_OPERATIONS
 from octollm.contracts.service_operations import SERVICE_OPERATIONS, operations_of
 from octollm.contracts.services import BUILT_IN_ARMS, SERVICES
+from octollm.errors import OctoError
+from octollm.llm.selection import ModelChoice
 from octollm.rpc.call import Operation, implement
 from octollm.rpc.discovery import StaticDiscovery
 from octollm.rpc.http1_client import Http1Client
@@ -31,6 +33,8 @@ from octollm.services.arms.judge.service import judge_arm
 from octollm.services.arms.planner.service import planner_arm
 from octollm.services.arms.retriever.service import retriever_arm
 from octollm.services.memory.service import memory_service
+from octollm.services.models.service import models_service
+from octollm.services.monitor.service import monitor_service
 from octollm.services.orchestrator.service import orchestrator_service
 from octollm.services.reflex import reflex_service
 from octollm.storage import MemoryServers, open_redis
@@ -59,6 +63,12 @@ class Services:
     reflex: Service
     orchestrator: Service
     memory: Service
+    models: Service
+    monitor: Service
+
+
+def choose_no_model() -> ModelChoice:
+    raise OctoError("No model is needed here.", code="no_model")
 
 
 def build_test_base(name: str, http: Http1Client) -> ServiceBase:
@@ -84,6 +94,10 @@ async def services(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Se
             await stack.enter_async_context(reflex),
             await stack.enter_async_context(orchestrator),
             await stack.enter_async_context(memory_service(build_test_base("memory", http), settings)),
+            await stack.enter_async_context(
+                models_service(build_test_base("models", http), settings, choose=choose_no_model)
+            ),
+            await stack.enter_async_context(monitor_service(build_test_base("monitor", http), settings, redis=redis)),
         )
 
 
@@ -165,14 +179,26 @@ async def test_openapi_describes_what_is_declared(services: Services) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("declared", operations_of("memory"), ids=lambda declared: declared.id)
-async def test_memory_serves_what_arms_call_as_declared(services: Services, declared: AnyOperation) -> None:
-    [served] = [
-        each for each in services.memory.operations if (each.method, each.path) == (declared.method, declared.path)
-    ]
-    assert (served.scope, served.kind, served.body, served.response, served.status) == (
-        (declared.scope, declared.kind, declared.body, declared.response, declared.status)
-    )
+@pytest.mark.parametrize("name", ["memory", "models", "monitor"])
+async def test_a_service_serves_what_is_declared_and_nothing_else(services: Services, name: str) -> None:
+    service: Service = getattr(services, name)
+    declared = {(each.method, each.path): each for each in operations_of(name)}
+    served = {(each.method, each.path): each for each in service.operations}
+    assert declared
+    assert served.keys() == declared.keys()
+    for endpoint, operation in served.items():
+        fitted = described(operation)
+        expected = as_declared(declared[endpoint])
+        # Types that the contracts do not repeat: OpenAI's and those of OTLP.
+        for member in ("body", "response"):
+            if expected[member] is msgspec.Raw:
+                assert fitted[member] is not None
+                fitted[member] = msgspec.Raw
+        assert fitted == expected, endpoint
+        assert operation.name == declared[endpoint].id.removeprefix(f"{name}:")
+        assert operation.auth == ("service" if operation.scope == "*" else "capability")
+        # Two versions of the services can run together.
+        assert not operation.strict
 
 
 @pytest.mark.asyncio(loop_scope="module")
