@@ -33,6 +33,9 @@ def refused(tmp_path, name, content):
         ("code.unknown", b"text after all\n"),
         ("picture.png", b"\x89PNG\r\n\x1a\n\x00"),
         ("shop.sqlite3", b"SQLite format 3\x00"),
+        ("latin.md", "Käse".encode("latin-1")),
+        ("wide.csv", "a,b".encode("utf-16")),
+        ("offer.pdf", b"%PDF-1.7 and more"),
     ],
 )
 def test_texts_tables_and_what_an_arm_may_read_are_taken(tmp_path, name, content):
@@ -46,10 +49,8 @@ def test_texts_tables_and_what_an_arm_may_read_are_taken(tmp_path, name, content
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("notes.txt", b"text\x00binary"),
-        ("latin.md", "Käse".encode("latin-1")),
-        ("rows.csv", b"a\x00b"),
-        ("wide.csv", "a,b".encode("utf-16")),
+        ("notes.txt", bytes(range(256))),
+        ("rows.csv", b"\x7fELF\x02\x01"),
         ("not.parquet", b"PAR1 and no more"),
     ],
 )

@@ -17,15 +17,15 @@ from octollm.cli.progress import create_view
 from octollm.cli.runtime import EXIT_DONE, EXIT_FAILED
 from octollm.client import AsyncClient, AsyncTaskHandle
 from octollm.contracts.api import TaskFailure, TaskView
-from octollm.contracts.media_types import file_kind, media_type_of, suffix_of
+from octollm.contracts.media_types import file_kind, media_type_of
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES, MAX_GOAL, Budget, TaskStatus, Usage
+from octollm.documents.detection import detect_kind
+from octollm.documents.model import DocumentError
 from octollm.errors import OctoError, map_file_errors
 
 CANCEL_SECONDS = 1.0
 """How long an interrupted command waits for the cancellation of its task."""
 RESULTS_FOLDER = "octollm-results"
-_PARQUET = b"PAR1"
-"""Magic bytes at both ends of a Parquet file."""
 _UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f<>:"|?*\\]')
 
 
@@ -81,29 +81,14 @@ def _read_file(path: Path) -> GoalFile:
         raise _file_error(f"{path} cannot be read: {error.strerror}.") from error
     if len(content) > MAX_FILE_BYTES:
         raise _file_error(f"{path} has more than {MAX_FILE_BYTES // 2**20} MiB.")
-    _validate_content(path, content)
-    return GoalFile(path.name, content, media_type_of(path.name))
-
-
-def _validate_content(path: Path, content: bytes) -> None:
-    if suffix_of(path.name) == ".parquet":
-        if not (content.startswith(_PARQUET) and content.endswith(_PARQUET)):
-            raise _file_error(f"{path} has the suffix .parquet, but is no Parquet file.")
-        return
-    # Other binary formats are left to the installation, which knows which of them its arms read.
-    if file_kind(path.name, content) != "binary" and not _is_utf8(content):
-        raise _file_error(
-            f"{path} has the suffix of a text file, but is not UTF-8 text. Convert it, or rename it with the suffix of"
-            " its real type."
-        )
-
-
-def _is_utf8(content: bytes) -> bool:
     try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return b"\x00" not in content
+        # What cannot be read in any case is refused before it is sent. Media are left to the installation, which knows
+        # whether an arm of its own accepts them.
+        detect_kind(path.name, content)
+    except DocumentError as error:
+        if file_kind(path.name) != "binary":
+            raise _file_error(f"{path}: {error.detail}") from error
+    return GoalFile(path.name, content, media_type_of(path.name))
 
 
 def _file_error(detail: str) -> OctoError:
@@ -129,6 +114,8 @@ class TaskOutcome(msgspec.Struct, frozen=True):
     artifacts: tuple[SavedArtifact, ...]
     usage: Usage
     error: TaskFailure | None = None
+    notes: tuple[str, ...] = ()
+    """What was assumed when the files were read."""
 
 
 def results_folder(task_id: str, root: Path) -> Path:
@@ -159,9 +146,15 @@ async def save_outcome(handle: AsyncTaskHandle, task: TaskView, folder: Path) ->
         saved.append(
             SavedArtifact(artifact.name, artifact.digest, artifact.size, artifact.media_type, str(folder / name))
         )
-    outcome = TaskOutcome(task.task_id, task.status, task.output, tuple(saved), task.usage, task.error)
+    outcome = TaskOutcome(
+        task.task_id, task.status, task.output, tuple(saved), task.usage, task.error, _collect_notes(task)
+    )
     await asyncio.to_thread(_write, folder / "result.json", msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
     return outcome
+
+
+def _collect_notes(task: TaskView) -> tuple[str, ...]:
+    return tuple(f"{file.name}: {note}" for file in task.files for note in file.notes)
 
 
 def _unique_name(name: PurePosixPath, taken: set[PurePosixPath]) -> PurePosixPath:
@@ -250,6 +243,8 @@ def print_outcome(outcome: TaskOutcome, console: Console, folder: Path, *, page_
         # Otherwise the last update has shown the reason.
         console.print(Text("Result", "octo.title"))
         console.print(Text(outcome.output.rstrip()))
+        for note in outcome.notes:
+            console.print(Text.assemble(("Note  ", "octo.title"), note))
         console.print()
     for artifact in outcome.artifacts:
         size = (f"  {artifact.size:,} bytes", "octo.quiet")

@@ -10,9 +10,8 @@ import mimetypes
 import re
 from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
-from typing import Literal
 
-FileKind = Literal["table", "text", "binary"]
+from octollm.contracts.task import FileKind, FileRef
 
 TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".tab", ".json", ".jsonl", ".ndjson", ".parquet"})
 """Files with rows and columns, which the executor loads as tables."""
@@ -67,6 +66,11 @@ def file_kind(name: str, head: bytes | None = None) -> FileKind:
         known = _media_types().get(suffix)
         return "text" if known is None or _TEXT_TYPES.search(known) else "binary"
     return "text" if _is_text(head[:_SNIFF_BYTES]) else "binary"
+
+
+def kind_of_file(file: FileRef) -> FileKind:
+    """Return the kind of a task's file: by its content if that was looked at, else by its name."""
+    return file.kind or file_kind(file.name)
 
 
 def media_type_of(name: str) -> str:

@@ -101,8 +101,11 @@ class SearchRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     filters: SearchFilters = SearchFilters()
 
 
-class Passage(msgspec.Struct, frozen=True):
-    """A passage of a document: 1-based lines, both included; a higher ``score`` is a better match."""
+class Passage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A passage of a document: 1-based lines, both included; a higher ``score`` is a better match.
+
+    ``location`` is where it stands in a file that is no text itself, for example ``page 3``.
+    """
 
     source: str
     digest: str
@@ -110,6 +113,7 @@ class Passage(msgspec.Struct, frozen=True):
     line_end: int
     text: str
     score: float
+    location: str = ""
 
 
 class SearchResult(msgspec.Struct, frozen=True):
@@ -118,12 +122,23 @@ class SearchResult(msgspec.Struct, frozen=True):
     passages: tuple[Passage, ...]
 
 
+class TextLocation(msgspec.Struct, frozen=True):
+    """From the line ``line_start`` (from 1) on, a text stands in ``label``, for example ``page 3``."""
+
+    line_start: int
+    label: str
+
+
 class DocumentIn(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``memory POST /documents``: a text to store. ``digest`` is that of the original file."""
+    """``memory POST /documents``: a text to store. ``digest`` is that of the original file.
+
+    ``locations`` are in the order of their lines. No passage crosses from one to the next.
+    """
 
     name: str
     text: str
     digest: str
+    locations: tuple[TextLocation, ...] = ()
 
 
 class DocumentOut(msgspec.Struct, frozen=True):

@@ -21,6 +21,7 @@ MAX_FILE_BYTES = 20 * 1024 * 1024
 TaskStatus = Literal["accepted", "planning", "running", "waiting", "completed", "failed", "cancelled"]
 StepStatus = Literal["pending", "running", "completed", "failed", "cancelled"]
 EvidenceKind = Literal["text", "code", "documents", "data"]
+FileKind = Literal["table", "text", "binary"]
 
 
 class FileRef(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -29,6 +30,10 @@ class FileRef(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     digest: str | None = None
     text: str | None = None
+    kind: FileKind | None = None
+    """What the file is by its content. The orchestrator sets it; what a client sends is ignored."""
+    notes: tuple[str, ...] = ()
+    """What was assumed when the file was read, for example its encoding. The orchestrator sets it as well."""
 
 
 class Artifact(msgspec.Struct, frozen=True):
@@ -100,13 +105,24 @@ class Task(msgspec.Struct, frozen=True, omit_defaults=True):
     deadline: str | None = None
 
 
-class Citation(msgspec.Struct, frozen=True):
-    """A passage that supports an answer: 1-based lines of ``file``, both included."""
+class Citation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A passage that supports an answer: 1-based lines of the text of ``file``, both included.
+
+    ``location`` is where they stand in a file that is no text itself, for example ``page 3``.
+    """
 
     file: str
     line_start: int
     line_end: int
     text: str
+    location: str = ""
+
+    @property
+    def reference(self) -> str:
+        """The citation as an answer shows it: ``[notes.txt:3-4]``, or ``[offer.pdf, page 3]``."""
+        if self.location:
+            return f"[{self.file}, {self.location}]"
+        return f"[{self.file}:{self.line_start}-{self.line_end}]"
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -146,6 +162,8 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
     """Those of the tables and columns that the query reads."""
     checks: tuple[Check, ...] = ()
     found: bool = True
+    notes: tuple[str, ...] = ()
+    """What was assumed when the files of the step were read."""
 
 
 class ExecuteResult(msgspec.Struct, frozen=True):

@@ -20,6 +20,8 @@ PLAIN_KINDS = frozenset[DocumentKind]({"text", "code", "markdown", "html", "csv"
 
 _PDF_HEADER_BYTES = 1024
 """A PDF's header may follow other bytes (ISO 32000-1, annex H.3.4.1)."""
+_PARQUET = b"PAR1"
+"""Magic bytes at both ends of a Parquet file."""
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _SIGNATURES = (
     (b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"), (b"GIF8", "a GIF image"),
@@ -70,7 +72,9 @@ def detect_kind(name: str, data: bytes) -> DocumentKind:
         b"%PDF-" in data[:_PDF_HEADER_BYTES] and b"startxref" in data[-_PDF_HEADER_BYTES:]
     ):
         return "pdf"
-    if data.startswith(b"PAR1"):
+    if data.startswith(_PARQUET):
+        if not data.endswith(_PARQUET):
+            raise DocumentError("The file is a damaged Parquet file: its end is missing.")
         return "parquet"
     if data.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _detect_in_zip(data)

@@ -105,6 +105,14 @@ def flatten(document: Document) -> FlatDocument:
     return FlatDocument(document.name, document.kind, document.text, tuple(locations), document.notes)
 
 
+def decode_flat_document(text: str) -> FlatDocument:
+    """Return the document of a run that reads. Raises :class:`DocumentError` for any other text."""
+    try:
+        return msgspec.json.decode(text.encode(), type=FlatDocument)
+    except msgspec.DecodeError as exc:
+        raise DocumentError("What was read of the file is damaged.") from exc
+
+
 _EncodedCell = str | int | float | bool | dict[str, str] | None
 
 

@@ -12,10 +12,18 @@ from typing import TypeVar
 import msgspec
 
 from octollm.capability import Declarations, Principal, RootMinter, Scope, ScopeSet, TaskRef, attenuate
-from octollm.contracts.operations import AcceptRequest, AcceptResult, DocumentIn, DocumentOut
+from octollm.contracts.operations import (
+    AcceptRequest,
+    AcceptResult,
+    DocumentIn,
+    DocumentOut,
+    RunRequest,
+    RunResult,
+)
 from octollm.contracts.service_operations import route_of
 from octollm.contracts.services import service_of
-from octollm.contracts.task import INLINE_ARTIFACTS_HEADER, Plan, PlanRequest, StepResult, Task
+from octollm.contracts.task import INLINE_ARTIFACTS_HEADER, FileRef, Plan, PlanRequest, StepResult, Task
+from octollm.documents.model import FlatDocument, decode_flat_document
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, OutageRetry
 from octollm.rpc.client import CallTarget, OnEvent, OutgoingCall, ServiceClient
@@ -169,6 +177,21 @@ class TaskCalls:
         # Hashed, because a file name may contain characters that an idempotency key must not.
         key = hashlib.sha256(f"{self._task.task_id}:{document.name}:{document.digest}".encode()).hexdigest()
         return await self._call("memory:write", document, DocumentOut, deadline, key=key)
+
+    async def read_file(self, file: FileRef, deadline: Deadline) -> FlatDocument:
+        """Have the executor read a file of a binary format.
+
+        Raises what is wrong with the file, ``no_sandbox``, and what a call raises.
+        """
+        result = await self._call(
+            "executor:run",
+            RunRequest("read", (), (file,)),
+            RunResult,
+            deadline,
+            files=() if file.digest is None else (file.digest,),
+            key=f"{self._task.task_id}:read:{file.digest}",
+        )
+        return decode_flat_document(result.stdout)
 
     async def _call(
         self,

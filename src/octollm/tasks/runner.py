@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from octollm.capability import ScopeSet
 from octollm.clock import Clock
 from octollm.contracts.api import TaskFailure
-from octollm.contracts.operations import DocumentIn
 from octollm.contracts.stream import StreamEvent
-from octollm.contracts.task import ArmInfo, ExecuteResult, Plan, PlanRequest, PlanStep
+from octollm.contracts.task import ArmInfo, ExecuteResult, FileRef, Plan, PlanRequest, PlanStep
+from octollm.documents.model import FlatDocument
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.client import ServiceClient
 from octollm.storage.text_stream import TextStream
 from octollm.tasks.calls import TaskCalls, TaskTokenMinter
+from octollm.tasks.documents import LoadFile, read_task_files
 from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import TaskRecord
@@ -57,8 +58,8 @@ class RunnerDependencies:
     load_allowed_scopes: Callable[[TaskRecord], Awaitable[ScopeSet]]
     list_arms: Callable[[str], Awaitable[tuple[ArmInfo, ...]]]
     """Returns the arms of a tenant, for the planner."""
-    load_documents: Callable[[TaskRecord], Awaitable[list[DocumentIn]]]
-    """Returns the text files of a task, which are stored in memory before planning."""
+    load_file: LoadFile
+    """Returns the bytes of a task's file, which is read before planning."""
     load_texts: LoadTexts
     """Reads the small artifacts of a result, which are sent to the judge with its request."""
     store_texts: StoreTexts
@@ -106,8 +107,7 @@ class TaskRunner:
         # A crash before ``set_plan`` repeats the planning; its model calls are answered from the journal.
         if task.plan is None:
             await tools.store.begin_planning(task.task_id, task.epoch)
-            for document in await tools.load_documents(task):
-                await calls.store_document(document, deadline)
+            await self._read_files(calls, deadline)
             plan = await self._plan(calls, deadline, ())
             await tools.store.set_plan(task.task_id, plan, task.epoch, replan=False, reasons=())
         else:
@@ -122,6 +122,25 @@ class TaskRunner:
             plan = await self._replan(plan, calls, deadline, error)
             results = await self._run_steps(plan, calls, deadline)
         await self._complete(plan, results)
+
+    async def _read_files(self, calls: TaskCalls, deadline: Deadline) -> None:
+        """Read the task's files, put their texts into memory, and store what was noted on them."""
+        tools, task = self._deps, self._task
+        if not task.contract.context.files:
+            return
+
+        async def read_binary(file: FileRef) -> FlatDocument:
+            return await calls.read_file(file, deadline)
+
+        arms = await tools.list_arms(task.tenant)
+        read = await read_task_files(task.contract, task.tenant, arms, tools.load_file, read_binary)
+        for document in read.documents:
+            await calls.store_document(document, deadline)
+        context = msgspec.structs.replace(task.contract.context, files=read.files)
+        contract = msgspec.structs.replace(task.contract, context=context)
+        if contract != task.contract:
+            await tools.store.set_files(task.task_id, contract, task.epoch)
+            self._task = replace(task, contract=contract)
 
     async def _plan(self, calls: TaskCalls, deadline: Deadline, reasons: tuple[str, ...]) -> Plan:
         task, contract = self._task, self._task.contract

@@ -17,6 +17,7 @@ from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline
 from octollm.storage.text_stream import TextStream
 from octollm.tasks.calls import TaskCalls
+from octollm.tasks.documents import add_notes
 from octollm.tasks.live_text import LiveText
 from octollm.tasks.records import StepRecord, TaskRecord
 from octollm.tasks.state import estimate_step_progress
@@ -99,7 +100,7 @@ async def _run_attempts(
                 result, length = await _execute(deps, task, spec, contract, attempt, deadline)
                 verdict = await _judge(deps, task, spec, contract, result, attempt, deadline)
                 if verdict.accepted:
-                    result = _with_checks(result, verdict)
+                    result = add_notes(_with_checks(result, verdict), contract)
                     await _complete_step(deps, task, spec, result, verdict, attempt, length)
                     return result
                 reasons = verdict.reasons or ("The judge did not accept the result and gave no reason.",)

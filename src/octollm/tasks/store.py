@@ -234,6 +234,15 @@ class TaskStore:
                 values = {"status": "planning", "updated_at": self._clock.now()}
                 await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(**values))
 
+    async def set_files(self, task_id: str, contract: Task, epoch: int) -> None:
+        """Store the files of ``contract`` with what was noted when they were read. Raises ``fence_lost``."""
+        async with self._db.transaction() as tx:
+            row = await self._load_row(tx, task_id)
+            if row["run"] != epoch:
+                raise OctoError("A newer run holds the task.", code="fence_lost")
+            values = {"contract": contract, "updated_at": self._clock.now()}
+            await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(**values))
+
     async def was_replanned(self, task_id: str) -> bool:
         """Return whether the task was replanned."""
         async with self._db.read() as conn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -51,6 +51,24 @@ def split_passages(text: str, max_chars: int = MAX_PASSAGE_CHARS) -> list[LineSp
     if pending:
         passages.append(_join(pending))
     return passages
+
+
+def split_located_passages(text: str, locations: Sequence[tuple[int, str]]) -> list[tuple[LineSpan, str]]:
+    """Split ``text`` into passages, each with its location.
+
+    ``locations`` are the lines (from 1) where one begins, in order, each with its label. A passage stands in one only.
+    """
+    if not locations:
+        return [(span, "") for span in split_passages(text)]
+    lines = numbered_lines(text)
+    starts = [(1, ""), *((line, label) for line, label in locations if 1 <= line <= len(lines))]
+    found: list[tuple[LineSpan, str]] = []
+    for (start, label), (end, _) in pairwise([*starts, (len(lines) + 1, "")]):
+        found += [
+            (LineSpan(span.line_start + start - 1, span.line_end + start - 1, span.text), label)
+            for span in split_passages("\n".join(lines[start - 1 : end - 1]))
+        ]
+    return found
 
 
 def numbered_lines(text: str) -> list[str]:

@@ -5,6 +5,7 @@ The logic of the built-in arms knows no HTTP: it takes functions for the model, 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from octollm import Context, FileRef, Message, OctoError, Task, executor, judge
@@ -12,6 +13,10 @@ from octollm.arm.completion import check_not_filtered
 from octollm.config import Settings
 from octollm.contracts.operations import RunRequest, RunResult, ValidateRequest, ValidateResult
 from octollm.contracts.stream import StreamEvent
+from octollm.documents.decoding import decode_text
+from octollm.documents.detection import PLAIN_KINDS, detect_kind
+from octollm.documents.model import FlatDocument, decode_flat_document, flatten
+from octollm.documents.reading import read_plain
 
 RETRY_FACTOR = 4
 """How much larger the limit is when an answer that was cut is asked for again."""
@@ -91,9 +96,28 @@ def bind_validate(ctx: Context) -> Callable[[ValidateRequest], Awaitable[Validat
     return validate
 
 
-async def read_file_text(ctx: Context, file: FileRef) -> str:
-    """Return a file's text; invalid UTF-8 becomes U+FFFD. Raises what reading it raises."""
-    return (await ctx.artifacts.read(file)).decode("utf-8-sig", errors="replace")
+async def read_file(ctx: Context, file: FileRef, *, as_source: bool = False) -> FlatDocument:
+    """Return the text of a file of any format. ``as_source`` returns the source of an HTML page, not what it shows.
+
+    Text is decoded here, and the executor reads binary formats. Raises :class:`DocumentError`, and what reading the
+    bytes and the executor raise.
+    """
+    if file.text is not None:
+        return FlatDocument(file.name, "text", file.text)
+    data = await ctx.artifacts.read(file)
+    kind = await asyncio.to_thread(detect_kind, file.name, data)
+    if kind in PLAIN_KINDS:
+        if as_source:
+            decoded = await asyncio.to_thread(decode_text, data)
+            return FlatDocument(file.name, kind, decoded.text, (), decoded.notes)
+        return flatten(await asyncio.to_thread(read_plain, file.name, data))
+    result = await ctx.send(executor.run, RunRequest("read", (), (file,)), on_event=discard_event)
+    return decode_flat_document(result.stdout)
+
+
+async def read_file_text(ctx: Context, file: FileRef, *, as_source: bool = False) -> str:
+    """Return the text of a file; see :func:`read_file`."""
+    return (await read_file(ctx, file, as_source=as_source)).text
 
 
 def is_capable_model(settings: Settings) -> bool:

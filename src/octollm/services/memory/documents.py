@@ -20,7 +20,7 @@ from octollm.errors import OctoError
 from octollm.storage import Database
 from octollm.storage.tables import documents, passages, passages_fts
 from octollm.text.lexical import bm25, content_words, tokenize
-from octollm.text.passages import LineSpan, numbered_lines, split_passages
+from octollm.text.passages import LineSpan, numbered_lines, split_located_passages
 
 MAX_TERMS = 32
 """Terms of a query; those after them add little and cost time."""
@@ -105,7 +105,7 @@ class DocumentStore:
         for a text of too many passages.
         """
         # Before the transaction, which is to be short, and in a thread: a long text would hold up the event loop.
-        split, lines = await asyncio.to_thread(_split_text, document.text)
+        split, lines = await asyncio.to_thread(_split_text, document)
         out = DocumentOut(document.name, document.digest, len(split), lines)
         # Found without the lock, the common repeat writes nothing.
         if await self._is_unchanged(tenant, out, split):
@@ -134,26 +134,27 @@ class DocumentStore:
                         "line_start": passage.line_start,
                         "line_end": passage.line_end,
                         "text": passage.text,
+                        "location": location,
                     }
-                    for index, passage in enumerate(split[start : start + _INSERT_BATCH])
+                    for index, (passage, location) in enumerate(split[start : start + _INSERT_BATCH])
                 ]
                 await tx.execute(insert(passages), rows)
         return out, created
 
-    async def _is_unchanged(self, tenant: str, out: DocumentOut, split: Sequence[LineSpan]) -> bool:
+    async def _is_unchanged(self, tenant: str, out: DocumentOut, split: Sequence[tuple[LineSpan, str]]) -> bool:
         async with self._db.read() as conn:
             row = await conn.first(_select_document(tenant, out.digest))
             if row is None or _build_document(row) != out:
                 return False
             query = (
-                select(passages.c.line_start, passages.c.line_end, passages.c.text)
+                select(passages.c.line_start, passages.c.line_end, passages.c.text, passages.c.location)
                 .where(passages.c.tenant == tenant, passages.c.digest == out.digest)
                 .order_by(passages.c.position)
                 .limit(MAX_PASSAGES)
             )
             kept = await conn.all(query)
-        return [(p.line_start, p.line_end, p.text) for p in split] == [
-            (row["line_start"], row["line_end"], row["text"]) for row in kept
+        return [(p.line_start, p.line_end, p.text, location) for p, location in split] == [
+            (row["line_start"], row["line_end"], row["text"], row["location"]) for row in kept
         ]
 
     async def get(self, tenant: str, digest: str) -> DocumentOut:
@@ -216,8 +217,9 @@ class DocumentStore:
         return SearchResult(tuple(found[: request.limit]))
 
 
-def _split_text(body: str) -> tuple[list[LineSpan], int]:
-    split = split_passages(body)
+def _split_text(document: DocumentIn) -> tuple[list[tuple[LineSpan, str]], int]:
+    body = document.text
+    split = split_located_passages(body, [(each.line_start, each.label) for each in document.locations])
     if len(split) > MAX_PASSAGES:
         raise OctoError(f"The text has more than {MAX_PASSAGES} passages.", code="body_too_large")
     return split, len(numbered_lines(body.removesuffix("\n"))) if body else 0
@@ -233,7 +235,7 @@ def _build_document(row: Mapping[Any, Any]) -> DocumentOut:
 
 def _build_passage(row: Mapping[Any, Any]) -> Passage:
     score = round(float(row["score"]), _DECIMALS)
-    return Passage(row["name"], row["digest"], row["line_start"], row["line_end"], row["text"], score)
+    return Passage(row["name"], row["digest"], row["line_start"], row["line_end"], row["text"], score, row["location"])
 
 
 def _document_not_found() -> OctoError:

@@ -35,6 +35,9 @@ MAX_QUERY = 4000
 """Characters of a query."""
 MAX_SEARCH = 50
 MAX_FILTERS = 64
+MAX_LOCATIONS = 100_000
+MAX_LOCATION = 1000
+"""Characters of the label of a location."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FACT_NAME = re.compile(rf"[a-z0-9._-]{{1,{MAX_NAME}}}")
 _ETAG_VERSION = re.compile(r'"(\d{1,18})"')
@@ -98,6 +101,10 @@ class _MemoryHandlers:
             raise _invalid_body("/name", f"1 to {MAX_NAME} characters")
         if "\x00" in document.text:
             raise OctoError("The text has NUL characters: it is no text.", code="file_invalid")
+        if len(document.locations) > MAX_LOCATIONS or any(
+            len(each.label) > MAX_LOCATION or "\x00" in each.label for each in document.locations
+        ):
+            raise _invalid_body("/locations", f"at most {MAX_LOCATIONS}, each of {MAX_LOCATION} characters")
         out, created = await self._documents.put(call.tenant, document)
         return OperationResponse(out, 201 if created else 200, {"Location": f"/documents/{out.digest}"})
 

@@ -11,8 +11,6 @@ from octollm.capability import PublicKey, RootMinter, ScopeSet, SigningKey, Veri
 from octollm.capability.enrolment import EnrolmentTokenIssuer
 from octollm.capability.keyring import KeyRing, PublicKeyRing, TrustedRoots
 from octollm.config import Settings
-from octollm.contracts.media_types import file_kind
-from octollm.contracts.operations import DocumentIn
 from octollm.contracts.task import ArmInfo
 from octollm.errors import OctoError
 from octollm.events import EventLog, OutboxPublisher
@@ -44,6 +42,7 @@ from octollm.services.orchestrator.tokens_api import TokensApi
 from octollm.storage import Database, RedisClient, RedisKeys, TextStream, Transaction, open_database
 from octollm.storage.migrations import database_url, open_service_database
 from octollm.tasks.calls import TaskTokenMinter
+from octollm.tasks.documents import LoadFile
 from octollm.tasks.leases import ExpiredLease, LeaseRenewer, TaskLeases
 from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.records import TaskRecord
@@ -113,7 +112,7 @@ async def orchestrator_service(
             tracer=base.tracer,
             load_allowed_scopes=_allowed_scopes_loader(accounts),
             list_arms=list_arms,
-            load_documents=_documents_loader(files),
+            load_file=_file_loader(files),
             load_texts=files.small_texts,
             store_texts=files.put_texts,
         )
@@ -247,19 +246,12 @@ def _allowed_scopes_loader(accounts: Accounts) -> Callable[[TaskRecord], Awaitab
     return load_allowed_scopes
 
 
-def _documents_loader(files: FileStore) -> Callable[[TaskRecord], Awaitable[list[DocumentIn]]]:
-    async def load_documents(task: TaskRecord) -> list[DocumentIn]:
-        """Return the text files of the task."""
-        documents: list[DocumentIn] = []
-        for file in task.contract.context.files:
-            if file.digest is None:
-                continue
-            _stored, body = await files.get(task.tenant, file.digest)
-            if file_kind(file.name, body[:8192]) == "text":
-                documents.append(DocumentIn(file.name, body.decode("utf-8", errors="replace"), file.digest))
-        return documents
+def _file_loader(files: FileStore) -> LoadFile:
+    async def load_file(tenant: str, digest: str) -> bytes:
+        """Return the bytes of a file."""
+        return (await files.get(tenant, digest))[1]
 
-    return load_documents
+    return load_file
 
 
 def _build_health_checks(

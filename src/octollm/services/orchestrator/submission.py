@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,7 +10,7 @@ from datetime import datetime
 import msgspec
 
 from octollm.clock import Clock
-from octollm.contracts.media_types import accepts_file, file_kind, media_type_of
+from octollm.contracts.media_types import accepts_file, media_type_of
 from octollm.contracts.output_schema import MAX_OUTPUT_SCHEMA
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import (
@@ -18,10 +19,13 @@ from octollm.contracts.task import (
     MAX_GOAL,
     ArmInfo,
     Budget,
+    FileKind,
     FileRef,
     Task,
     TaskContext,
 )
+from octollm.documents.detection import detect_kind, use_of
+from octollm.documents.model import DocumentError
 from octollm.errors import FieldError, OctoError
 from octollm.services.orchestrator.files import FileStore, validate_file_name
 
@@ -123,27 +127,33 @@ def _validate_files(context: TaskContext) -> None:
             raise _field_error("file_invalid", f"{pointer}/text", f"A file may have at most {MAX_FILE_BYTES} bytes.")
 
 
-async def validate_file_kinds(contract: Task, tenant: str, store: FileStore, arms: Iterable[ArmInfo]) -> None:
-    """Raise ``file_invalid`` for a file that is neither text nor a table, and that no arm of ``arms`` accepts.
+async def detect_file_kinds(contract: Task, tenant: str, store: FileStore, arms: Iterable[ArmInfo]) -> Task:
+    """Return ``contract`` with the kind of each file by its content.
 
-    The arm that a task is assigned to sees for itself.
+    Raises ``file_encrypted``, or ``file_invalid`` for a file that is neither text nor a table and that no arm of
+    ``arms`` accepts. The arm that a task is assigned to sees for itself.
     """
-    if contract.assigned_arm is not None and contract.assigned_arm not in BUILT_IN_ARMS:
-        return
+    has_own_arm = contract.assigned_arm is not None and contract.assigned_arm not in BUILT_IN_ARMS
     accepted = frozenset(word for arm in arms if arm.name not in BUILT_IN_ARMS for word in arm.accepts)
+    files: list[FileRef] = []
     for index, file in enumerate(contract.context.files):
-        if file.digest is None or accepts_file(accepted, file.name):
+        if file.digest is None:
+            files.append(file)
             continue
         _stored, body = await store.get(tenant, file.digest)
-        kind = file_kind(file.name, body[:8192])
-        binary = kind == "binary" or (kind == "text" and b"\x00" in body[:8192])
-        if binary:
-            raise _field_error(
-                "file_invalid",
-                f"/context/files/{index}",
-                f"{file.name} is neither text in UTF-8 nor a table, and no arm that answers"
-                f" accepts {media_type_of(file.name)}.",
-            )
+        try:
+            kind: FileKind = use_of(await asyncio.to_thread(detect_kind, file.name, body))
+        except DocumentError as error:
+            if not has_own_arm and not accepts_file(accepted, file.name):
+                raise _field_error(
+                    "file_encrypted" if error.code == "file_encrypted" else "file_invalid",
+                    f"/context/files/{index}",
+                    f"{file.name}: {error.detail} No arm that answers accepts {media_type_of(file.name)}.",
+                ) from error
+            kind = "binary"
+        files.append(msgspec.structs.replace(file, kind=kind))
+    context = msgspec.structs.replace(contract.context, files=tuple(files))
+    return msgspec.structs.replace(contract, context=context)
 
 
 def _validate_budget(budget: Budget, defaults: BudgetDefaults) -> Budget:

@@ -29,9 +29,9 @@ from octollm.services.orchestrator.files import FileStore, build_file_response
 from octollm.services.orchestrator.registry import ServiceRegistry
 from octollm.services.orchestrator.submission import (
     BudgetDefaults,
+    detect_file_kinds,
     store_inline_files,
     validate_contract,
-    validate_file_kinds,
 )
 from octollm.services.orchestrator.task_endings import TaskCanceller
 from octollm.storage import Transaction
@@ -105,7 +105,8 @@ class TasksApi:
             arms = self.registry.arm_names(principal.tenant)
         validated = validate_contract(contract, self.defaults, arms, self.clock)
         contract = await store_inline_files(validated.contract, call.tenant, self.files)
-        await validate_file_kinds(contract, call.tenant, self.files, self.registry.list_arms(principal.tenant))
+        arms_of_tenant = self.registry.list_arms(principal.tenant)
+        contract = await detect_file_kinds(contract, call.tenant, self.files, arms_of_tenant)
         scopes = await self.accounts.current_scopes(principal.cred)
         task_id = f"task-{self.ids.hex()}"
 

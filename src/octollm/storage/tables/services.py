@@ -44,6 +44,7 @@ passages = Table(
     text("text"),
     Column("vector", LargeBinary(), nullable=True),  # little-endian float32, of unit length
     Column("vector_model", NAME, nullable=False, server_default=""),  # that made it; others do not compare
+    text("location"),  # in a file that is no text itself, such as a page
     ForeignKeyConstraint(["tenant", "digest"], ["documents.tenant", "documents.digest"], ondelete="CASCADE"),
     Index(None, "tenant", "digest", "position", unique=True),
     sqlite_autoincrement=True,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from octollm import FileRef
 from octollm.errors import OctoError
 from octollm.services.arms.coder.service import classify_goal, write_text
 
@@ -16,7 +17,7 @@ from octollm.services.arms.coder.service import classify_goal, write_text
     ],
 )
 def test_the_way_a_goal_goes(goal: str, files: tuple[str, ...], kind: str) -> None:
-    assert classify_goal(goal, files) == kind
+    assert classify_goal(goal, [FileRef(name) for name in files]) == kind
 
 
 async def test_a_text_is_marked_as_not_checked(scripted) -> None:

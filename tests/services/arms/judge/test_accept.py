@@ -27,10 +27,10 @@ QUERY = "SELECT count(*) AS n, sum(amount) AS total FROM sales WHERE amount > 10
 
 
 def _read(texts: dict[str, str]):
-    async def read_file(digest: str) -> bytes:
-        return texts[digest].encode()
+    async def read_text(file: FileRef) -> str:
+        return texts[file.digest or ""]
 
-    return read_file
+    return read_text
 
 
 def _code(code: str, tests: str) -> tuple[AcceptRequest, dict[str, str]]:

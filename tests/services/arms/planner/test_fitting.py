@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octollm import FileRef
 from octollm.contracts.task import ArmInfo
 from octollm.services.arms.planner.assignment import assign_arms, find_matching_arm, score_arm
 
@@ -71,17 +72,19 @@ def test_a_goal_goes_to_the_arm_that_is_for_it(goal: str, wanted: str | None) ->
     ("goal", "files"), [("How often does it retry?", ["notes.md"]), ("What is the total?", ["s.csv"])]
 )
 def test_files_of_the_built_in_kinds_stay_with_the_built_in_arms(goal: str, files: list[str]) -> None:
-    assert {part.arm for part in assign_arms(goal, files, OWN, wants_code=False)} <= {"retriever", "coder"}
+    arms = {"retriever", "coder"}
+    parts = assign_arms(goal, [FileRef(name) for name in files], OWN, wants_code=False)
+    assert {part.arm for part in parts} <= arms
 
 
 def test_an_arm_takes_the_goal_with_its_files() -> None:
-    (part,) = assign_arms("Translate the letter", ["letter.txt"], OWN, wants_code=False)
+    (part,) = assign_arms("Translate the letter", [FileRef("letter.txt")], OWN, wants_code=False)
     assert (part.arm, part.files) == ("translator", ("letter.txt",))
 
 
 def test_a_file_that_an_arm_accepts_comes_before_words() -> None:
     reader = ArmInfo("reader", "Reads pictures", ("image/*",), ("execute",))
-    (part,) = assign_arms("Translate the sign in the picture", ["sign.png"], [*OWN, reader], wants_code=False)
+    (part,) = assign_arms("Translate the sign in the picture", [FileRef("sign.png")], [*OWN, reader], wants_code=False)
     assert part.arm == "reader"
 
 

@@ -9,10 +9,10 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Literal
 
-from octollm import Arm, Check, Context, Evidence, ExecuteResult, FieldError, Message, OctoError, Task
+from octollm import Arm, Check, Context, Evidence, ExecuteResult, FieldError, FileRef, Message, OctoError, Task
 from octollm.arm import build_arm
 from octollm.config import Settings
-from octollm.contracts.media_types import file_kind
+from octollm.contracts.media_types import kind_of_file
 from octollm.contracts.operations import RunRequest, RunResult
 from octollm.contracts.service_operations import calls_of
 from octollm.contracts.task import MAX_GOAL
@@ -34,9 +34,9 @@ from octollm.text.intent import is_programming_goal
 WorkKind = Literal["data", "code", "text"]
 
 
-def classify_goal(goal: str, files: Sequence[str]) -> WorkKind:
+def classify_goal(goal: str, files: Sequence[FileRef]) -> WorkKind:
     """Return ``data`` for a goal with tables, ``code`` for one that asks for a program, else ``text``."""
-    if any(file_kind(name) == "table" for name in files):
+    if any(kind_of_file(file) == "table" for file in files):
         return "data"
     return "code" if is_programming_goal(goal, has_files=bool(files)) else "text"
 
@@ -91,7 +91,7 @@ def coder_arm() -> Arm:
         if not goal or len(goal) > MAX_GOAL:
             fault = FieldError("/goal", f"Expected 1 to {MAX_GOAL} characters.")
             raise OctoError(f"A goal has from 1 to {MAX_GOAL} characters.", code="goal_invalid", field_errors=(fault,))
-        kind = classify_goal(goal, [file.name for file in task.context.files])
+        kind = classify_goal(goal, task.context.files)
         if kind == "data":
             return await solve_data_goal(task, goal, ctx)
         if kind == "code":
@@ -107,7 +107,7 @@ def coder_arm() -> Arm:
 
 async def solve_data_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
     """Answer a question over the tables among the task's files. Raises what ``answer_data`` raises."""
-    tables = tuple(file for file in task.context.files if file_kind(file.name) == "table")
+    tables = tuple(file for file in task.context.files if kind_of_file(file) == "table")
     run = bind_run(ctx)
 
     async def run_sql(query: str) -> RunResult:
@@ -122,7 +122,7 @@ async def solve_data_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
 async def solve_code_goal(task: Task, goal: str, ctx: Context) -> ExecuteResult:
     """Write code and its tests, and store both as artifacts. Raises what ``write_code`` and storing raise."""
     ask = ModelAsk(ctx)
-    texts = await _read_texts(task, ctx)
+    texts = await _read_texts(task, ctx, as_source=True)
     if notes := collect_notes(task):
         texts.append(("notes.txt", notes))
     solution = await write_code(
@@ -150,10 +150,10 @@ def _format_solution(solution: CodeSolution) -> str:
     )
 
 
-async def _read_texts(task: Task, ctx: Context) -> list[tuple[str, str]]:
+async def _read_texts(task: Task, ctx: Context, *, as_source: bool = False) -> list[tuple[str, str]]:
     """Return (name, text) of the text files of a task; a model cannot read the others."""
-    texts = [file for file in task.context.files if file_kind(file.name) == "text"]
-    return [(file.name, await read_file_text(ctx, file)) for file in texts]
+    texts = [file for file in task.context.files if kind_of_file(file) == "text"]
+    return [(file.name, await read_file_text(ctx, file, as_source=as_source)) for file in texts]
 
 
 @contextlib.asynccontextmanager

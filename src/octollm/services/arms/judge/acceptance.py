@@ -34,18 +34,8 @@ from octollm.services.arms.judge.validation import Run, parse_python, validate
 from octollm.text.lexical import content_words, extract_numbers, extract_numbers_and_words, stems
 from octollm.text.passages import numbered_lines
 
-ReadFile = Callable[[str], Awaitable[bytes]]
-"""Read a stored file by its digest."""
-
-
-async def read_text(file: FileRef, read_file: ReadFile) -> str:
-    """Return a file's text: its inline text, otherwise the stored content. Invalid UTF-8 becomes U+FFFD."""
-    if file.text is not None:
-        return file.text
-    if file.digest is None:
-        return ""
-    return (await read_file(file.digest)).decode("utf-8-sig", errors="replace")
-
+ReadText = Callable[[FileRef], Awaitable[str]]
+"""Return the text of a file, whatever its format."""
 
 MAX_SHOWN_CHARS = 6000
 MAX_OPINION_TOKENS = 200
@@ -98,7 +88,7 @@ MAX_CITED_LINES = 12
 _DENIALS = ("not found", "not stated", "not mentioned")
 
 
-async def check_documents(request: AcceptRequest, evidence: Evidence, read_file: ReadFile) -> tuple[list[str], int]:
+async def check_documents(request: AcceptRequest, evidence: Evidence, read_text: ReadText) -> tuple[list[str], int]:
     """Return the reasons against an answer from documents, and the number of checks.
 
     "Not found" is a valid answer, provided that the text of the result says so and cites nothing.
@@ -113,7 +103,7 @@ async def check_documents(request: AcceptRequest, evidence: Evidence, read_file:
         return ["The answer cites nothing."], 1
     reasons: list[str] = []
     for citation in evidence.citations:
-        fault = await _find_citation_fault(citation, request, read_file)
+        fault = await _find_citation_fault(citation, request, read_text)
         if fault:
             reasons.append(fault)
     answer = _strip_references(output, evidence.citations)
@@ -129,13 +119,13 @@ async def check_documents(request: AcceptRequest, evidence: Evidence, read_file:
     return reasons, len(evidence.citations) + 2
 
 
-async def _find_citation_fault(citation: Citation, request: AcceptRequest, read_file: ReadFile) -> str:
+async def _find_citation_fault(citation: Citation, request: AcceptRequest, read_text: ReadText) -> str:
     """Return the fault of a citation, or an empty string."""
     where = f"{citation.file}:{citation.line_start}-{citation.line_end}"
     file = next((file for file in request.files if file.name == citation.file), None)
     if file is None:
         return f"{where} is cited, but the step was not given that file."
-    lines = numbered_lines(await read_text(file, read_file))
+    lines = numbered_lines(await read_text(file))
     if not 1 <= citation.line_start <= citation.line_end <= len(lines):
         return f"{where} is cited, but the file has {len(lines)} lines."
     if citation.line_end - citation.line_start >= MAX_CITED_LINES:
@@ -148,7 +138,7 @@ async def _find_citation_fault(citation: Citation, request: AcceptRequest, read_
 
 def _strip_references(output: str, citations: tuple[Citation, ...]) -> str:
     for citation in citations:
-        output = output.replace(f"[{citation.file}:{citation.line_start}-{citation.line_end}]", " ")
+        output = output.replace(citation.reference, " ")
     return output
 
 
@@ -332,13 +322,13 @@ WHOLE_RESULT = "whether the result does what was asked"
 """What no rule can check."""
 
 
-async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, read_file: ReadFile) -> AcceptResult:
+async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, read_text: ReadText) -> AcceptResult:
     """Judge a result by its evidence: validate code again, run a query again, look up citations in their files.
 
     Of a text, rules check length, language, format and words, as far as the criteria or the goal demand them. These
     checks take precedence over a model's opinion. ``ask`` is a model capable of judging, or ``None``: it judges what
     the rules leave open. ``checks`` also has what nobody checked; of a text, that counts half in ``score``, which is
-    otherwise the share of checks that passed. Raises what ``run``, ``ask`` and ``read_file`` raise.
+    otherwise the share of checks that passed. Raises what ``run``, ``ask`` and ``read_text`` raise.
     """
     evidence = request.result.evidence
     if _EMPTY_OUTPUT.match(request.result.output) and not request.result.artifacts:
@@ -354,12 +344,12 @@ async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, r
         reasons = [check.detail for check in checks if not check.passed and check.checked_by == "code"]
         return await _conclude(request, reasons, checks, ask)
     if evidence.kind == "documents":
-        reasons, number = await check_documents(request, evidence, read_file)
+        reasons, number = await check_documents(request, evidence, read_text)
     elif evidence.kind == "data":
         reasons, number = await check_data(request, evidence, run)
     else:
         sources = [FileRef(a.name, digest=a.digest) for a in request.result.artifacts if a.name.endswith(".py")]
-        reasons, number = await check_code({file.name: await read_text(file, read_file) for file in sources}, run)
+        reasons, number = await check_code({file.name: await read_text(file) for file in sources}, run)
     failed = min(len(reasons), number)
     checks = [Check(evidence.kind, index >= failed) for index in range(number)]
     checks += [unchecked(criterion) for criterion in criteria]

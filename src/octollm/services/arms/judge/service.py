@@ -53,13 +53,13 @@ def judge_arm(settings: Settings) -> Arm:
     async def accept(request: AcceptRequest, ctx: Context) -> AcceptResult:
         """Say whether a step's result is what was asked."""
 
-        async def read_file(digest: str) -> bytes:
-            if digest in request.texts:
-                return request.texts[digest].encode()
-            return await ctx.artifacts.read(FileRef(digest[:12], digest=digest))
+        async def read_text(file: FileRef) -> str:
+            if file.digest in request.texts:
+                return request.texts[file.digest]
+            return await read_file_text(ctx, file)
 
         ask = ModelAsk(ctx) if is_capable_model(settings) and ctx.allows("models:chat") else None
-        return await accept_result(request, runs.bind(ctx), ask, read_file)
+        return await accept_result(request, runs.bind(ctx), ask, read_text)
 
     @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import msgspec
 
 from octollm import Message, OctoError
-from octollm.contracts.media_types import accepts_file, file_kind
+from octollm.contracts.media_types import accepts_file, kind_of_file
 from octollm.contracts.services import BUILT_IN_ARMS
-from octollm.contracts.task import ArmInfo
+from octollm.contracts.task import ArmInfo, FileRef
 from octollm.services.arms.completion import PromptFunction
 from octollm.text.intent import is_programming_goal
 from octollm.text.lexical import stem, stems, tokenize
@@ -78,7 +78,7 @@ class Assignment:
     title: str
 
 
-def assign_arms(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, wants_code: bool) -> list[Assignment]:
+def assign_arms(goal: str, files: Sequence[FileRef], arms: Sequence[ArmInfo], *, wants_code: bool) -> list[Assignment]:
     """Split a goal into independent parts.
 
     Third-party arms take precedence: an arm gets the goal if it accepts ``kind:<word>`` and the goal contains that
@@ -87,6 +87,7 @@ def assign_arms(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, wan
     ``OctoError`` (``file_invalid``) for a file that no arm can read.
     """
     own = [arm for arm in arms if arm.name not in BUILT_IN_ARMS]
+    names = tuple(file.name for file in files)
     goal_words = stems(goal)
     for arm in own:
         if any(
@@ -94,26 +95,26 @@ def assign_arms(goal: str, files: Sequence[str], arms: Sequence[ArmInfo], *, wan
             for word in arm.accepts
             if word.startswith(_KIND_PREFIX)
         ):
-            return [Assignment(arm.name, tuple(files), f"Ask {arm.name}")]
-    accepting = any(accepts_file(arm.accepts, name) for arm in own for name in files)
+            return [Assignment(arm.name, names, f"Ask {arm.name}")]
+    accepting = any(accepts_file(arm.accepts, name) for arm in own for name in names)
     fitting = None if accepting else find_matching_arm(goal, own, with_files=bool(files))
     if fitting is not None:
-        return [Assignment(fitting.name, tuple(files), f"Ask {fitting.name}")]
+        return [Assignment(fitting.name, names, f"Ask {fitting.name}")]
     groups: dict[str, list[str]] = {}
-    for name in files:
-        groups.setdefault(_arm_for(name, own, wants_code), []).append(name)
+    for file in files:
+        groups.setdefault(_arm_for(file, own, wants_code), []).append(file.name)
     if not groups:
         return [Assignment("coder", (), "Write the code" if wants_code else "Write the answer")]
-    return [Assignment(arm.split("/")[0], tuple(names), _title(arm, names)) for arm, names in groups.items()]
+    return [Assignment(arm.split("/")[0], tuple(group), _title(arm, group)) for arm, group in groups.items()]
 
 
-def _arm_for(name: str, own: Sequence[ArmInfo], program: bool) -> str:
+def _arm_for(file: FileRef, own: Sequence[ArmInfo], program: bool) -> str:
     for arm in own:
-        if accepts_file(arm.accepts, name):
+        if accepts_file(arm.accepts, file.name):
             return arm.name
-    kind = file_kind(name)
+    kind = kind_of_file(file)
     if kind == "binary":
-        raise OctoError(f"No arm reads files like {name}: it is neither a table nor a text.", code="file_invalid")
+        raise OctoError(f"No arm reads files like {file.name}: it is neither a table nor a text.", code="file_invalid")
     if kind == "table":
         return "coder/data"
     return "coder/code" if program else "retriever"

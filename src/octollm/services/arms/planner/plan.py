@@ -185,7 +185,9 @@ async def make_plan(
         designed = await design_plan(request, ask)
         if designed is not None:
             return validate_plan(designed, arms, files)
-    parts = assign_arms(goal, files, request.arms, wants_code=is_programming_goal(goal, has_files=bool(files)))
+    parts = assign_arms(
+        goal, request.context.files, request.arms, wants_code=is_programming_goal(goal, has_files=bool(files))
+    )
     worded = await word_steps(goal, parts, ask, on_text=on_text)
     steps = tuple(
         PlanStep(

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from octollm import Check, Citation, Evidence, ExecuteResult, Message
 from octollm.contracts.operations import Passage
 from octollm.services.arms.completion import PromptFunction
@@ -99,7 +101,7 @@ def _best_window(
                 if best is None or score > best[0]:
                     first = passage.line_start + start
                     last = min(first + length - 1, passage.line_end)
-                    best = (score, Citation(passage.source, min(first, last), last, text), passage)
+                    best = (score, Citation(passage.source, min(first, last), last, text, passage.location), passage)
     return (best[1], best[2]) if best else None
 
 
@@ -164,9 +166,7 @@ def narrow_passages(question: str, passages: Sequence[Passage]) -> list[Passage]
         if chosen:
             ordered = [text for text in split_sentences(passage.text) if text in chosen]
             text = "\n".join(ordered)
-            cut.append(
-                Passage(passage.source, passage.digest, passage.line_start, passage.line_end, text, passage.score)
-            )
+            cut.append(msgspec.structs.replace(passage, text=text))
     return cut
 
 
@@ -230,7 +230,7 @@ async def answer_question(
         answer, held, doubt = _assess_answer(question, said, passages)
     if doubt or held is None:
         return not_found_result(passages, doubt)
-    cited = "\n".join(f"[{c.file}:{c.line_start}-{c.line_end}]" for c in held.citations)
+    cited = "\n".join(dict.fromkeys(citation.reference for citation in held.citations))
     return ExecuteResult(
         output=f"{answer}\n\n{cited}",
         evidence=Evidence(
