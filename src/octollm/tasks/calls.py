@@ -22,6 +22,7 @@ from octollm.contracts.operations import (
 )
 from octollm.contracts.service_operations import route_of
 from octollm.contracts.services import service_of
+from octollm.contracts.stream import StreamEvent
 from octollm.contracts.task import INLINE_ARTIFACTS_HEADER, FileRef, Plan, PlanRequest, StepResult, Task
 from octollm.documents.model import FlatDocument, decode_flat_document
 from octollm.errors import OctoError
@@ -183,6 +184,10 @@ class TaskCalls:
 
         Raises what is wrong with the file, ``no_sandbox``, and what a call raises.
         """
+
+        async def ignore(_event: StreamEvent) -> None:
+            """Ignore an event: the stream keeps the connection alive while the file is read."""
+
         result = await self._call(
             "executor:run",
             RunRequest("read", (), (file,)),
@@ -190,6 +195,7 @@ class TaskCalls:
             deadline,
             files=() if file.digest is None else (file.digest,),
             key=f"{self._task.task_id}:read:{file.digest}",
+            on_event=ignore,
         )
         return decode_flat_document(result.stdout)
 
