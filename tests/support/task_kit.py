@@ -96,10 +96,11 @@ class FakeServices:
         self.requests: list[ServiceRequest] = []
         self.handlers: dict[str, Handler] = {"judge.accept": accept_all}
 
-    async def call(self, call: Any, _answer: type[Any], *, on_event: Any = None) -> Any:
+    async def call(self, call: Any, answer_type: type[Any], *, on_event: Any = None) -> Any:
         request = ServiceRequest(call.target.operation, call.key, msgspec.json.decode(call.body), call.bearer, on_event)
         self.requests.append(request)
-        return await self.handlers[request.operation](request)
+        answered = await self.handlers[request.operation](request)
+        return msgspec.json.decode(msgspec.json.encode(answered), type=answer_type)
 
     def keys_of(self, operation: str) -> list[str]:
         """Return the last part of the idempotency keys of an operation's requests, in order."""
@@ -234,5 +235,6 @@ async def open_task_kit(clock: ManualClock | None = None) -> AsyncGenerator[Task
             list_arms=nothing,
             load_documents=nothing,
             load_texts=no_texts,
+            store_texts=nothing,
         )
         yield TaskKit(db, clock, ids, log, store, ledger, services, deps)

@@ -333,7 +333,7 @@ class TestLedgerMachine(LedgerMachine.TestCase):
     """Every example has a task of its own in one database: migrating a database for each would take longer."""
 
     settings = settings(
-        max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
 
     @classmethod

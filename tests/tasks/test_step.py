@@ -39,7 +39,7 @@ async def run(kit: TaskKit, task: TaskRecord, *, seconds: float = 60.0, progress
 
     tools = StepDependencies(
         kit.store, kit.deps.stream, kit.calls(task), kit.clock, kit.deps.log, kit.deps.tracer, on_progress,
-        kit.deps.load_texts,
+        kit.deps.load_texts, kit.deps.store_texts,
     )  # fmt: skip
     [record] = await kit.store.steps(task.task_id)
     return await run_step(tools, task, SPEC, record, {"s0": "input"}, Deadline.after(kit.clock, seconds))
