@@ -10,7 +10,7 @@ from orchestra import Orchestra, Script, problem
 
 from octollm.arm import Context
 from octollm.contracts.operations import AcceptRequest, AcceptResult
-from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, PlanStep, Task
+from octollm.contracts.task import Check, ExecuteResult, Plan, PlanRequest, PlanStep, Task
 from octollm.errors import FieldError, OctoError, RetryStep, StopStep
 from octollm.testing import wait_until
 
@@ -79,6 +79,14 @@ async def test_a_refused_result_is_retried_with_the_reasons(orch: Orchestra, scr
     assert script.executed[1].context.reasons == ("It is not better.",)
     failed = [e["data"] for e in await orch.history(view.task_id) if e["event_type"] == "step.failed"]
     assert [(data["attempt"], data["final"], data["reasons"]) for data in failed] == [(1, False, ["It is not better."])]
+
+
+async def test_a_result_tells_what_the_judge_has_checked_and_what_nobody_has(orch: Orchestra, script: Script) -> None:
+    checks = (Check("criterion", True, "two words"), Check("unchecked", False, "friendly", checked_by="nobody"))
+    script.accept = lambda _request: AcceptResult(accepted=True, score=0.75, checks=checks)
+    view = await orch.run({"goal": "say hello"})
+    assert view.steps[0].evidence is not None
+    assert view.steps[0].evidence.checks == checks
 
 
 async def test_a_result_refused_twice_fails_the_task_with_the_reasons(orch: Orchestra, script: Script) -> None:

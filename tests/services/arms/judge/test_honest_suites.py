@@ -266,6 +266,14 @@ WEAK = {
         from solution import Color, Point, move
         def test_move():
             assert move(Point(1, 2), 3) == Point(4, 2)
+            assert [move(Point(1, 2), 3)] == [Point(4, 2)]
+            assert {"a": Point(1, 2)} != {"a": Point(4, 2)}
+            assert move(Point(1, 2), 3) in [Point(4, 2)]
+            assert isinstance(move(Point(1, 2), 3), (Point, Color))
+            assert not isinstance("red", (Point, Color))
+            point = Point(1, 2)
+            assert point is point
+            assert [point]
             assert Color("red") is Color.RED
         """,
     "computed expectations": """

@@ -423,6 +423,25 @@ def double(n):
 }
 
 
+COMPUTED = """
+from solution import double
+
+def test_computed():
+    for n in range(1, 5):
+        assert double(n) == n + n
+        assert n < double(n)
+"""
+NOT_ACCEPTED_EITHER = (
+    "patches the assertions of unittest",
+    "patches the result's failures away",
+    "puts another module in the place of the tests",
+    "returns an object that equals everything",
+    "skips every test",
+    "subclasses int with its own equality",
+    "lies about its class",
+)
+
+
 async def _validate(code: str, suite: str, run_sandboxed) -> ValidateResult:
     request = ValidateRequest(textwrap.dedent(code), tests=textwrap.dedent(SUITES[suite]))
     return await validate(request, run_sandboxed)
@@ -453,3 +472,10 @@ async def test_its_honest_twin_is_accepted(name: str, suite: str, run_sandboxed)
     result = await _validate(_dedent(honest), suite, run_sandboxed)
     assert result.reasons == ()
     assert result.checks[-1].detail.endswith("2 passed")
+
+
+@pytest.mark.parametrize("name", NOT_ACCEPTED_EITHER)
+async def test_computed_expectations_withstand_code_that_does_not_forge_the_report(name: str, run_sandboxed) -> None:
+    hostile, honest = (_dedent(source) for source in ATTACKS[name])
+    assert not (await validate(ValidateRequest(hostile, tests=COMPUTED), run_sandboxed)).is_valid
+    assert (await validate(ValidateRequest(honest, tests=COMPUTED), run_sandboxed)).is_valid

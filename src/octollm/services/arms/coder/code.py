@@ -82,7 +82,8 @@ async def write_code(
         raise OctoError(f"Only Python can be run and checked here, not {language}.", code="not_accepted")
     base = code_messages(goal, texts, reasons)
     check: CrossCheck | None = None
-    previous, faults = "", list[str]()
+    previous = ""
+    faults: list[str] = []
     for attempt in range(ATTEMPTS):
         # Even attempts repair the last solution; odd ones start over, since only independent solutions can confirm
         # each other.

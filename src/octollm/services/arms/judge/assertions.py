@@ -155,9 +155,22 @@ class AssertionReader:
         return self._condition(",".join(ops), operands, is_negated)
 
     def _condition(self, op: str, operands: list[ast.expr], is_negated: bool) -> Condition:
-        # `"key" in cache`: only the class can answer, and it has to be asked in the sandbox.
-        asks = op in ("in", "not in") and (ast.unparse(operands[1]) in self._instances or _is_construction(operands[1]))
-        return Condition(op, operands, is_negated, keeps_constants=asks)
+        if op == "instance":
+            # With a class of the code it is the sandbox that has to compare.
+            keeps = self.plain_types(operands[1]) is None
+        else:
+            # `"key" in cache`: only the class can answer, and it has to be asked in the sandbox.
+            keeps = op in ("in", "not in") and (
+                ast.unparse(operands[1]) in self._instances or _is_construction(operands[1])
+            )
+        return Condition(op, operands, is_negated, keeps_constants=keeps)
+
+    @staticmethod
+    def plain_types(node: ast.expr) -> tuple[type, ...] | None:
+        """Return the types that an expression names, if all of them are plain."""
+        parts = node.elts if isinstance(node, ast.Tuple) else [node]
+        kinds = tuple(PLAIN_TYPES[part.id] for part in parts if isinstance(part, ast.Name) and part.id in PLAIN_TYPES)
+        return kinds if len(kinds) == len(parts) else None
 
     def _is_constant(self, node: ast.expr) -> bool:
         try:
@@ -169,11 +182,10 @@ class AssertionReader:
     def evaluate_operand(self, op: str, at: int, operand: ast.expr) -> object:
         """Return the value of a constant operand; types are constants where they are plain. Raises the same."""
         if op == "instance" and at == 1:
-            parts = operand.elts if isinstance(operand, ast.Tuple) else [operand]
-            kinds = [PLAIN_TYPES.get(part.id) for part in parts if isinstance(part, ast.Name)]
-            if len(kinds) != len(parts) or None in kinds:
+            kinds = self.plain_types(operand)
+            if kinds is None:
                 raise NotConstantError
-            return tuple(kinds)
+            return kinds
         return evaluate_constant(operand, self._library)
 
     def evaluate_pattern(self, node: ast.expr) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from octollm.services.arms.judge.assertions import Assertion
 from octollm.services.arms.judge.instrumentation import InstrumentedTests
-from octollm.services.arms.judge.testing_program import digest, encode, evaluate
+from octollm.services.arms.judge.testing_program import digest, encode, evaluate, has_opaque
 
 MAX_REASONS = 8
 MAX_SHOWN = 110
@@ -164,8 +164,7 @@ class _Reader:
         else:
             values, is_known = self._operands(assertion, encoded)
             is_strong = is_known or (assertion.op == "truth" and assertion.is_direct and inside is None)
-            # Only what cannot leave the sandbox is compared there, and never with a value that is known here.
-            if is_known or not any(isinstance(value, Opaque | Digest) for value in values):
+            if is_known or not _needs_sandbox(assertion.op, encoded):
                 inside = None
             fault = _find_fault(assertion, values, inside)
         self._verdict.compared_inside += not is_strong
@@ -245,6 +244,18 @@ _DECODERS: dict[str, Callable[[Any], object]] = {
     "opaque": lambda v: Opaque(v[0], v[1], tuple(v[2])),
     "digest": lambda v: Digest(v[0], v[1]),
 }
+
+
+def _needs_sandbox(op: str, observed: list[Any]) -> bool:
+    """Return whether only the sandbox can tell if an assertion holds, since objects of the code are compared.
+
+    An object is never compared with a plain value there: it would be the object that decides.
+    """
+    if op in ("in", "not in"):
+        return has_opaque(observed[1])
+    if op == "instance":
+        return True
+    return all(has_opaque(each) for each in observed[:2])
 
 
 def _find_fault(assertion: Assertion, values: list[object], inside: bool | None) -> str:

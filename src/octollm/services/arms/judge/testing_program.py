@@ -225,8 +225,11 @@ def _encoders() -> Iterator[tuple[type[Any], str | None, Callable[[Any, int], An
             yield base, name, write
 
 
-def _is_plain(data: Any) -> bool:
-    return not (isinstance(data, dict) and data["t"] in ("opaque", "digest"))
+def has_opaque(data: Any) -> bool:
+    """Return whether encoded data has a part that is no value of a plain type."""
+    if isinstance(data, dict):
+        return data["t"] in ("opaque", "digest") or has_opaque(data["v"])
+    return isinstance(data, list) and any(map(has_opaque, data))
 
 
 class Raised:
@@ -308,7 +311,7 @@ class Recorder:
         """Observe the operands of an assertion. ``op`` is given where they can be compared here at all."""
         encoded = [self._bounded(encode(value)) for value in values]
         inside = None
-        if op and not all(map(_is_plain, encoded)) and not any(type(value) is Sealed for value in values):
+        if op and any(map(has_opaque, encoded)) and not any(type(value) is Sealed for value in values):
             inside = evaluate(op, values)
         self.add(number, inside, encoded)
 
