@@ -390,8 +390,8 @@ def _value(spec: SettingSpec, environment: Mapping[str, str]) -> object:
     try:
         return spec.parse(value)
     except ValueError as error:
-        shown = "***" if spec.secret else repr(value)
-        raise SettingError(f"{spec.variable} is {shown}; it must be {error}.") from None
+        displayed = "***" if spec.secret else repr(value)
+        raise SettingError(f"{spec.variable} is {displayed}; it must be {error}.") from None
 
 
 def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -401,12 +401,12 @@ def _service_urls(service: str, environment: Mapping[str, str]) -> tuple[str, ..
 
 def unknown_settings(environment: Mapping[str, str], services: tuple[str, ...]) -> list[str]:
     """Return a warning for each ``OCTOLLM_*`` variable that nothing reads, with the nearest name that exists."""
-    known = {spec.variable for spec in SETTING_SPECS.values()}
-    known |= {f"{PREFIX}{service.upper()}_URL" for service in services}
+    known_variables = {spec.variable for spec in SETTING_SPECS.values()}
+    known_variables |= {f"{PREFIX}{service.upper()}_URL" for service in services}
     warnings: list[str] = []
     for name in sorted(environment):
-        if name.startswith(PREFIX) and name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
+        if name.startswith(PREFIX) and name not in known_variables:
+            nearest = difflib.get_close_matches(name, known_variables, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
             warnings.append(f"{name} is not a setting and is ignored.{hint}")
     return warnings

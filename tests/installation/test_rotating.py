@@ -33,7 +33,7 @@ def test_a_service_gets_a_second_key_that_the_orchestrator_knows_first(tmp_path:
     before = load_provisioned_keys(tmp_path / "coder", "coder", NOW).own.signing_key(NOW).thumbprint
     done = rotate_signing_key(tmp_path, "coder", IDS, NOW)
     assert (done.before, done.signs_at) == (before, SIGNS)
-    assert [path.name for path in done.written] == ["services.json", "coder.jwk"]
+    assert [path.name for path in done.files] == ["services.json", "coder.jwk"]
     coder = load_provisioned_keys(tmp_path / "coder", "coder", NOW).own
     top = load_provisioned_keys(tmp_path / "orchestrator", "orchestrator", NOW).root
     assert top is not None
@@ -44,13 +44,13 @@ def test_a_service_gets_a_second_key_that_the_orchestrator_knows_first(tmp_path:
     assert coder.find(before) is not None
     assert '"d"' not in (tmp_path / "orchestrator" / "services.json").read_text()
     assert len(top.services["judge"].trusted_keys(NOW)) == 1
-    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in done.written)
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in done.files)
 
 
 def test_a_new_root_is_known_to_every_service_before_it_signs(tmp_path: Path):
     provision_keys(tmp_path, IDS)
     done = rotate_signing_key(tmp_path, "root", IDS, NOW)
-    assert done.written[-1].name == "root.jwk"
+    assert done.files[-1].name == "root.jwk"
     for name in SERVICES:
         assert set(load_provisioned_keys(tmp_path / name, name, NOW).roots) == {done.before, done.fresh}
         late = NOW + OVERLAP_SECONDS + TRUST_SECONDS
@@ -101,7 +101,7 @@ async def test_the_keys_of_a_home(tmp_path: Path):
         first = load_home_keys(home, IDS)
         for name in ("root", "coder"):
             done = rotate_signing_key(home.keys, name, IDS, NOW)
-            assert [path.name for path in done.written] == [f"{name}.jwk"]
+            assert [path.name for path in done.files] == [f"{name}.jwk"]
         keys = load_home_keys(home, IDS)
     assert set(keys.roots(NOW)) > set(first.roots(NOW))
     assert len(keys.public["coder"].trusted_keys(NOW)) == 2

@@ -106,9 +106,10 @@ class AuditChainVerifier:
     def check_head(self, head: AuditHead) -> None:
         """Check that the rows end at ``head`` and that a root signed it."""
         if head.seq != self._last.seq:
-            gone = f"rows {self._last.seq + 1} to {head.seq} are gone from the end"
+            missing_rows = f"rows {self._last.seq + 1} to {head.seq} are gone from the end"
             self._fault(
-                0, gone if head.seq > self._last.seq else f"the chain ends at row {head.seq}, and there are more"
+                0,
+                missing_rows if head.seq > self._last.seq else f"the chain ends at row {head.seq}, and there are more",
             )
         elif head.hash != self._last.hash:
             self._fault(0, "the head has another hash than the last row")
@@ -119,8 +120,8 @@ class AuditChainVerifier:
         if row.seq < expected:
             self._fault(row.seq, f"it stands where row {expected} belongs")
             return
-        gone = f"row {expected} is" if row.seq == expected + 1 else f"rows {expected} to {row.seq - 1} are"
-        self._fault(expected, f"{gone} gone")
+        missing_rows = f"row {expected} is" if row.seq == expected + 1 else f"rows {expected} to {row.seq - 1} are"
+        self._fault(expected, f"{missing_rows} gone")
 
     def _check_signed(self, seq: int, digest: str, token: str, *, at: int | None = None) -> None:
         place = seq if at is None else at

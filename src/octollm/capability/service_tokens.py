@@ -106,9 +106,9 @@ class ServiceTokenVerifier:
             raise CapabilityError("bearer_missing")
         if len(token) > MAX_SERVICE_CHARS:
             raise CapabilityError("bearer_too_large")
-        known = self._verified.get(token)
-        if known is not None:
-            claims, thumbprint = known
+        cached = self._verified.get(token)
+        if cached is not None:
+            claims, thumbprint = cached
             _check_registered(claims.iss, thumbprint, directory)
             check_times(claims.exp, claims.iat, claims.iat, self._clock.now(), MAX_SERVICE_SECONDS)
             return claims.iss

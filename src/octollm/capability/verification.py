@@ -189,9 +189,9 @@ class Verifier:
         access = parse_access(access_text)
         # With ``gnt`` the last grant is the callee's own, else it proves the issuer: other checks were passed then.
         key = _digest(grants_text.encode("ascii")) + (b"-" if access.claims.gnt is None else b"+")
-        known = self._verified_grants.get(key)
-        if known is not None and self._has_trusted_roots(known.conditions):
-            return self._verify_access(assemble_chain(access, known.grants), known)
+        cached = self._verified_grants.get(key)
+        if cached is not None and self._has_trusted_roots(cached.conditions):
+            return self._verify_access(assemble_chain(access, cached.grants), cached)
         texts = split_bearer(bearer)[1:]
         chain = assemble_chain(access, [self._read_grant(text) for text in texts])
         # Refusing by unverified times is always safe, and saves the signatures of what has merely expired.
@@ -210,9 +210,9 @@ class Verifier:
             self._verified_grants.put(key, _VerifiedGrants(chain.grants, of_grants))
         return _Verdict(_to_verified(chain, conditions), conditions)
 
-    def _verify_access(self, chain: Chain, known: _VerifiedGrants) -> _Verdict:
+    def _verify_access(self, chain: Chain, cached: _VerifiedGrants) -> _Verdict:
         """Verify the access token of a chain with verified grants: it alone is new."""
-        access, conditions = chain.access, known.conditions
+        access, conditions = chain.access, cached.conditions
         claims = access.claims
         check_part_times(access, chain.parent, self._clock.now())
         self._recheck(conditions)
@@ -221,10 +221,10 @@ class Verifier:
         check_access_claims(chain, self.audience)
         # Whether a scope fits depends on the grants alone: the same call is made under them over and over.
         scopes = str(claims.scope)
-        if scopes not in known.fitting_scopes:
+        if scopes not in cached.fitting_scopes:
             check_access_scopes(chain)
-            if len(known.fitting_scopes) < _MAX_FITTING_SCOPES:
-                known.fitting_scopes.add(scopes)
+            if len(cached.fitting_scopes) < _MAX_FITTING_SCOPES:
+                cached.fitting_scopes.add(scopes)
         if self.revocations.is_revoked((claims,)):
             raise CapabilityError("revoked")
         conditions = _Conditions(
@@ -246,8 +246,8 @@ class Verifier:
         )
 
     def _read_grant(self, text: str) -> ChainPart[GrantClaims]:
-        known = self._grants.get(digest_of(text))
-        return parse_grant(text) if known is None else known.part
+        cached = self._grants.get(digest_of(text))
+        return parse_grant(text) if cached is None else cached.part
 
     def _check_signatures(self, chain: Chain) -> dict[str, PublicKey]:
         """Return each part's key by its digest; raise unless every part is signed by the only key that may sign it.
@@ -257,9 +257,9 @@ class Verifier:
         keys: dict[str, PublicKey] = {}
         for part, parent in chain.parts_with_parents():
             key = expected_key(part, parent, self._roots)
-            known = self._grants.get(part.digest)
+            cached = self._grants.get(part.digest)
             # A signature counts for the key that made it: under another parent the grant is verified again.
-            if known is None or known.key != key:
+            if cached is None or cached.key != key:
                 part.jws.check_signature(key)
             keys[part.digest] = key
         return keys

@@ -97,8 +97,8 @@ def _find_arm(name: str, arms: tuple[ArmView, ...]) -> ArmView:
     for arm in arms:
         if arm.name == name:
             return arm
-    known = ", ".join(arm.name for arm in arms) or "none"
-    raise OctoError(f"There is no arm {name}; registered: {known}.", code="arm_unknown")
+    names = ", ".join(arm.name for arm in arms) or "none"
+    raise OctoError(f"There is no arm {name}; registered: {names}.", code="arm_unknown")
 
 
 def _print_table(arms: tuple[ArmView, ...]) -> None:

@@ -195,14 +195,14 @@ async def check_ports(settings: Settings) -> Sequence[CheckResult]:
 
 
 def _probe_ports(host: str, shift: int) -> Sequence[CheckResult]:
-    taken: list[CheckResult] = []
+    results: list[CheckResult] = []
     for name, info in SERVICES.items():
         try:
             listen(host, info.port + shift, name).close()
         except OctoError as error:
-            taken.append(CheckResult("ports", "warning", error.detail))
+            results.append(CheckResult("ports", "warning", error.detail))
     first, last = (pick(info.port for info in SERVICES.values()) + shift for pick in (min, max))
-    return taken or [CheckResult("ports", "ok", f"free on {host}, from {first} to {last}")]
+    return results or [CheckResult("ports", "ok", f"free on {host}, from {first} to {last}")]
 
 
 async def check_model(settings: Settings) -> Sequence[CheckResult]:

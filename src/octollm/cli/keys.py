@@ -91,13 +91,13 @@ async def provision_folder(
     Give each service its folder as OCTOLLM_KEYS. The folder of the orchestrator also has the root key, and local.key,
     the first API key. Existing keys are kept.
     """
-    written = await asyncio.to_thread(provision_keys, folder, Uuid7Generator(SystemClock()))
+    files = await asyncio.to_thread(provision_keys, folder, Uuid7Generator(SystemClock()))
     if as_json:
-        print_json({"written": [str(path) for path in written]})
+        print_json({"written": [str(path) for path in files]})
         return EXIT_DONE
-    for path in written:
+    for path in files:
         output().print(Text(str(path)))
-    if not written:
+    if not files:
         messages().print(Text("All keys are there already.", "octo.quiet"))
     return EXIT_DONE
 
@@ -138,7 +138,7 @@ async def rotate_key(
 
 def _print_rotation(result: KeyRotationResult, *, at_once: bool) -> None:
     console = output()
-    for path in result.written:
+    for path in result.files:
         console.print(Text(f"Wrote {path}"))
     console.print(Text(f"The new key of {result.name} is {result.fresh}."))
     # The orchestrator issues what the others verify: it has to know the new key first.
@@ -200,8 +200,8 @@ async def list_enrolment_tokens(as_json: AsJson = False) -> int:
     for column in ("Id", "Arm", "Calls", "Until", "Used", "State"):
         table.add_column(column, no_wrap=column in ("Id", "State"), overflow="fold")
     for token in listing.joins:
-        calls, used = ", ".join(token.calls), (token.used_at or "")[:10]
-        table.add_row(token.id, Text(token.name), Text(calls), token.expires_at[:16], used, token.state)
+        calls, used_at = ", ".join(token.calls), (token.used_at or "")[:10]
+        table.add_row(token.id, Text(token.name), Text(calls), token.expires_at[:16], used_at, token.state)
     output().print(table)
     return EXIT_DONE
 

@@ -49,7 +49,7 @@ class TaskProgress:
                 return []
             case "task.planned" | "task.replanned" as event:
                 self.status = "planning"
-                return self._apply_plan(data, again=event == "task.replanned")
+                return self._apply_plan(data, is_repeat=event == "task.replanned")
             case "task.started":
                 self.status = "running"
                 return []
@@ -87,18 +87,18 @@ class TaskProgress:
             return ", ".join(self.running.values())
         return {"": "accepted", "accepted": "planning"}.get(self.status, self.status)
 
-    def _apply_plan(self, data: dict[str, object], *, again: bool) -> list[ProgressLine]:
+    def _apply_plan(self, data: dict[str, object], *, is_repeat: bool) -> list[ProgressLine]:
         steps = [_plan_line(number, step) for number, step in enumerate(_dicts(data.get("steps")), 1)]
         return [
-            ProgressLine("New plan" if again else "Plan", "title"),
+            ProgressLine("New plan" if is_repeat else "Plan", "title"),
             *_reason_lines(data),
             *(ProgressLine(step) for step in steps),
         ]
 
     def _apply_started(self, data: dict[str, object]) -> list[ProgressLine]:
         step, attempt = _text(data, "step"), data.get("attempt", 1)
-        again = f", attempt {attempt}" if attempt not in (0, 1) else ""
-        name = f"{_text(data, 'title') or step} ({_text(data, 'arm')}{again})"
+        suffix = f", attempt {attempt}" if attempt not in (0, 1) else ""
+        name = f"{_text(data, 'title') or step} ({_text(data, 'arm')}{suffix})"
         self.running[step] = name
         return [ProgressLine(f"▶ {step}  {name}", "step")]
 
@@ -182,7 +182,7 @@ class PlainView:
         self.state = TaskProgress()
         self._console = console
         self._writing = ""
-        self._written: set[str] = set()
+        self._steps_with_text: set[str] = set()
         self._open_line = False
 
     def __enter__(self) -> PlainView:
@@ -199,21 +199,21 @@ class PlainView:
             self._token(update)
             return
         if update.data.get("event_type") == "step.started":
-            self._written.discard(str(update.data.get("step", "")))
+            self._steps_with_text.discard(str(update.data.get("step", "")))
         for line in self.state.apply(update):
             self._end_line()
             self._console.print(Text(f"[{self.state.progress:3.0f}%] ").append(line.text))
 
     def _token(self, update: Update) -> None:
-        again = update.reset and update.step in self._written
-        if update.step != self._writing or again:
+        is_repeat = update.reset and update.step in self._steps_with_text
+        if update.step != self._writing or is_repeat:
             self._end_line()
-            word = "writes anew" if again else "writes"
+            word = "starts over" if is_repeat else "writes"
             self._console.print(Text(f"[{update.progress:3.0f}%] {update.step} {word}:"))
         self._writing = update.step
         text = update.text
         if text:
-            self._written.add(update.step)
+            self._steps_with_text.add(update.step)
             self._console.print(Text(text), end="")
             self._open_line = not text.endswith("\n")
             self._console.file.flush()
@@ -273,25 +273,27 @@ class LiveView:
     def _token(self, update: Update) -> None:
         if update.reset and update.step in self._lines:
             self._flush(update.step)
-            self._console.print(Text(f"  ↻ {update.step} writes anew", "octo.quiet"))
-        *whole, rest = (self._lines.get(update.step, "") + update.text).split("\n")
-        if len(rest) > _MAX_LINE_CHARS:
-            whole, rest = [*whole, rest], ""
-        for line in whole:
+            self._console.print(Text(f"  ↻ {update.step} starts over", "octo.quiet"))
+        *complete_lines, partial = (self._lines.get(update.step, "") + update.text).split("\n")
+        if len(partial) > _MAX_LINE_CHARS:
+            complete_lines, partial = [*complete_lines, partial], ""
+        for line in complete_lines:
             self._console.print(self._token_line(update.step, line))
-        self._lines[update.step] = rest
+        self._lines[update.step] = partial
 
     def _flush(self, step: str) -> None:
-        rest = self._lines.pop(step, "")
-        if rest:
-            self._console.print(self._token_line(step, rest))
+        partial = self._lines.pop(step, "")
+        if partial:
+            self._console.print(self._token_line(step, partial))
 
     def _token_line(self, step: str, line: str) -> Text:
         prefix = f"{step} │ " if len(self._lines) > 1 else "  │ "
         return Text.assemble((prefix, "octo.quiet"), (line, "octo.quiet" if step == "plan" else ""))
 
     def _footer(self) -> Group:
-        open_lines = [self._token_line(step, rest[-_SHOWN_CHARS:]) for step, rest in self._lines.items() if rest]
+        open_lines = [
+            self._token_line(step, partial[-_SHOWN_CHARS:]) for step, partial in self._lines.items() if partial
+        ]
         return Group(*open_lines[-4:], self._progress)
 
 

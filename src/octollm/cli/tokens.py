@@ -183,9 +183,9 @@ def _print_chain(inspection: Inspection, console: Console, now: float) -> None:
 
 
 def _print_hop(hop: Hop, console: Console, indent: str, now: float) -> None:
-    left = hop.expires - now
-    until = f"until {format_rfc3339(hop.expires)[:19]}Z, {_format_remaining(left)}"
-    style = "octo.step" if left > 0 else "octo.bad"
+    remaining = hop.expires - now
+    until = f"until {format_rfc3339(hop.expires)[:19]}Z, {_format_remaining(remaining)}"
+    style = "octo.step" if remaining > 0 else "octo.bad"
     title = Text.assemble(indent, (f"{hop.issuer} → {hop.holder}", style), f"  {hop.kind}, {until}")
     console.print(title)
     lead = "may ask" if hop.kind == "grant" else "may do"

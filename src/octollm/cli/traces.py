@@ -119,20 +119,20 @@ def build_rows(roots: Sequence[SpanNode], *, show_internal: bool) -> tuple[list[
     stack = [(root, 0) for root in reversed(roots)]
     while stack:
         node, depth = stack.pop()
-        served = node
+        served_call = node
         if node.span.kind == "client" and len(node.children) == 1 and node.children[0].span.kind == "server":
-            [served] = node.children
+            [served_call] = node.children
         # Calls between services carry the caller's name; a failed one is shown in any case.
-        if not show_internal and "octollm.peer" in served.span.attributes and not served.span.code:
+        if not show_internal and "octollm.peer" in served_call.span.attributes and not served_call.span.code:
             hidden += 1
             continue
-        rows.append(_build_row(node, served, depth, zero))
-        stack += [(child, depth + 1) for child in reversed(served.children)]
+        rows.append(_build_row(node, served_call, depth, zero))
+        stack += [(child, depth + 1) for child in reversed(served_call.children)]
     return rows, hidden
 
 
-def _build_row(node: SpanNode, served: SpanNode, depth: int, zero: float) -> TraceRow:
-    span, server = node.span, served.span
+def _build_row(node: SpanNode, served_call: SpanNode, depth: int, zero: float) -> TraceRow:
+    span, server = node.span, served_call.span
     attributes = {**span.attributes, **server.attributes}
     notes: list[str] = []
     tokens = [attributes.get(f"gen_ai.usage.{kind}_tokens") for kind in ("input", "output")]
@@ -210,20 +210,24 @@ def print_trace(trace: TraceView, console: Console, *, show_internal: bool) -> N
         )
         return
     rows, hidden = build_rows(roots, show_internal=show_internal)
-    whole = max([1e-6, *(row.start + row.seconds for row in rows)])
+    total_seconds = max([1e-6, *(row.start + row.seconds for row in rows)])
     for row in rows:
-        console.print(_render_row(row, whole), no_wrap=True, overflow="ellipsis", crop=console.is_terminal)
+        console.print(_render_row(row, total_seconds), no_wrap=True, overflow="ellipsis", crop=console.is_terminal)
     tokens, cost = sum_usage(trace.spans)
     console.print()
     console.print(
-        Text.assemble(("Total    ", "octo.title"), f"{_format_duration(whole)}, {tokens:,} tokens, {cost:.4f} USD")
+        Text.assemble(
+            ("Total    ", "octo.title"), f"{_format_duration(total_seconds)}, {tokens:,} tokens, {cost:.4f} USD"
+        )
     )
     places = self_time_by_place(roots)
-    spent = sum(places.values()) or 1.0
+    place_seconds = sum(places.values()) or 1.0
     for number, (place, seconds) in enumerate(list(places.items())[:_MAX_PLACES]):
         title = "Time in  " if number == 0 else " " * 9
         console.print(
-            Text.assemble((title, "octo.title"), f"{place:<28}{_format_duration(seconds):>9} {seconds / spent:>5.0%}")
+            Text.assemble(
+                (title, "octo.title"), f"{place:<28}{_format_duration(seconds):>9} {seconds / place_seconds:>5.0%}"
+            )
         )
     if hidden:
         console.print(Text(f"Left out: {hidden} calls of the services' own bookkeeping (--all)", "octo.quiet"))
@@ -231,12 +235,15 @@ def print_trace(trace: TraceView, console: Console, *, show_internal: bool) -> N
         console.print(Text("There are more spans than one answer holds: only the first are shown.", "octo.warn"))
 
 
-def _render_row(row: TraceRow, whole: float) -> Text:
+def _render_row(row: TraceRow, total_seconds: float) -> Text:
     indent = "  " * row.depth
     label = f"{indent}{row.service} "
     line = Text.assemble(label, (row.name, "octo.step"))
     line.truncate(_LABEL_WIDTH, overflow="ellipsis", pad=True)
-    line.append(" " + render_bar(row.start / whole, row.seconds / whole), "octo.bad" if row.failure else "octo.title")
+    line.append(
+        " " + render_bar(row.start / total_seconds, row.seconds / total_seconds),
+        "octo.bad" if row.failure else "octo.title",
+    )
     line.append(f" {_format_duration(row.seconds):>8}  ")
     if row.failure:
         line.append(" ".join(row.failure.split())[:160] + "  ", "octo.bad")

@@ -135,10 +135,10 @@ class AsyncClient:
         one, retries within this call are safe all the same. Raises :class:`InvalidRequest`.
         """
         requirements = describe_output(output)
-        stored = [await self._store(content) for content in await load_files(files)]
+        refs = [await self._store(content) for content in await load_files(files)]
         contract = Task(
             goal=goal,
-            context=TaskContext(files=tuple(FileRef(file.name, file.digest) for file in stored), text=context),
+            context=TaskContext(files=tuple(FileRef(file.name, file.digest) for file in refs), text=context),
             constraints=(*constraints, *requirements),
             acceptance_criteria=(*criteria, *requirements),
             budget=budget if isinstance(budget, Budget) else Budget(),

@@ -57,8 +57,8 @@ class Portal:
 
         Raises ``state_conflict`` after :meth:`close`.
         """
-        ended = threading.Event()
-        future = self._start(_run_and_signal(work, ended))
+        done_event = threading.Event()
+        future = self._start(_run_and_signal(work, done_event))
         if future is None:
             work.close()
             raise _closed_error()
@@ -69,7 +69,7 @@ class Portal:
         except BaseException:
             if not future.done():
                 future.cancel()
-                ended.wait(_CANCEL_GRACE_SECONDS)
+                done_event.wait(_CANCEL_GRACE_SECONDS)
             raise
 
     def iterate(self, items: AsyncGenerator[T]) -> Iterator[T]:
@@ -112,11 +112,11 @@ class Portal:
             runner.get_loop().run_forever()
 
 
-async def _run_and_signal(work: Coroutine[Any, Any, T], ended: threading.Event) -> T:
+async def _run_and_signal(work: Coroutine[Any, Any, T], done_event: threading.Event) -> T:
     try:
         return await work
     finally:
-        ended.set()
+        done_event.set()
 
 
 async def _next(items: AsyncGenerator[object]) -> object:

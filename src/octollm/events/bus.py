@@ -63,15 +63,17 @@ class GapDetector:
         """
         if event.seq == 0:
             return True, None
+        # Per channel, because a subscriber has only some of them: `prev` links the events of one channel, while `seq`
+        # counts those of all, so gaps in `seq` are normal.
         channel = channel_of(event.event_type)
-        known = self._channels.get(channel)
+        previous = self._channels.get(channel)
         # After a crash the publisher sends its last events again, with the same `seq`.
-        if known is not None and event.seq <= known:
+        if previous is not None and event.seq <= previous:
             return False, None
         self._channels[channel] = event.seq
         self.latest = max(self.latest, event.seq)
-        if known is not None and event.prev > known:
-            return True, Gap("missed", known, channel)
+        if previous is not None and event.prev > previous:
+            return True, Gap("missed", previous, channel)
         return True, None
 
 
@@ -144,7 +146,7 @@ class Subscription:
         return self
 
     async def __anext__(self) -> Event:
-        """Return the next event, waiting for as long as it takes."""
+        """Return the next event; wait without a limit."""
         while True:
             item = await self._take()
             if isinstance(item, Event):
@@ -167,7 +169,9 @@ class Subscription:
     def _put(self, item: Event | Gap) -> None:
         if self._overflow_gap is None and len(self._items) >= self._capacity:
             self._overflow_gap = Gap("overflow", self._last_queued)
-        # Drop everything until the queue is empty: one gap then covers all of it.
+        # The queue is bounded, so that a slow subscriber costs neither unbounded memory nor the others' time. Once it
+        # overflows, everything is dropped until it is empty: a single gap then covers all of it, and the subscriber
+        # reads the missing events from the log in one go rather than around scattered holes.
         if self._overflow_gap is None:
             self._items.append(item)
             if isinstance(item, Event):
@@ -175,6 +179,8 @@ class Subscription:
         self._wakeup.set()
 
     async def _listen(self) -> None:
+        # One connection per attempt: when it breaks, the loop's backoff starts the next attempt, and `_subscribe` puts
+        # a gap into the queue. A client that reconnected by itself would hide what was published in between.
         pubsub = self._redis.pubsub()
         try:
             await self._subscribe(pubsub)

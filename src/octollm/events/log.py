@@ -105,9 +105,12 @@ class EventLog:
         if event_id is not None:
             # A concurrent writer of the same event has the same subject, so the row lock serialises the two.
             await _lock_subject(tx, tenant, subject)
-            stored = await tx.first(select(events).where(events.c.tenant == tenant, events.c.id == event_id))
-            if stored is not None:
-                return event_from_row(stored)
+            existing = await tx.first(select(events).where(events.c.tenant == tenant, events.c.id == event_id))
+            if existing is not None:
+                return event_from_row(existing)
+        # From here on the subject's row is locked until the commit, so versions follow the order of commits: a second
+        # writer of the same subject waits here, and a rollback gives its number back. Locks on subjects come last in
+        # the lock order, which keeps this wait short and free of deadlocks.
         version = await _next_version(tx, tenant, subject)
         event = Event(
             event_type=event_type,
@@ -192,6 +195,7 @@ async def _lock_subject(tx: Transaction, tenant: str, subject: str) -> None:
 
 
 async def _next_version(tx: Transaction, tenant: str, subject: str) -> int:
+    # One statement inserts or increments and locks, where a read followed by a write would need a lock of its own.
     statement = tx.insert(subjects).values(tenant=tenant, subject=subject, version=1)
     statement = statement.on_conflict_do_update(
         index_elements=[subjects.c.tenant, subjects.c.subject], set_={"version": subjects.c.version + 1}

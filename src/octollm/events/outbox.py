@@ -115,7 +115,9 @@ class OutboxPublisher:
         remove_listener, self._remove_listener = self._remove_listener, None
         if remove_listener is not None:
             remove_listener()
-        # Both loops end before the release, so that the publish cursor in the lease is final.
+        # Both loops end before the release, so that the publish cursor in the lease is final. Without the release, for
+        # example after `kill -9`, the next holder starts at the last saved cursor and publishes up to CURSOR_INTERVAL
+        # events again.
         await self._publishing.aclose()
         await self._sequencing.aclose()
         if self._lease is not None:
@@ -171,7 +173,7 @@ class OutboxPublisher:
         await self._while_leased(self._publish_once())
 
     async def _while_leased(self, work: Awaitable[None]) -> None:
-        """Wait for ``work``; a lost lease is no failure: another replica has it, and this one applies again."""
+        """Wait for ``work``. A lost lease is not a failure: another replica holds it, and this one tries to get it."""
         try:
             await work
         except OctoError as error:
@@ -192,16 +194,17 @@ class OutboxPublisher:
             self._publish_wakeup.set()
         lease = self._lease
         woken = self._sequence_wakeup.is_set()
-        # The lease is renewed after a third of its life, which leaves time for retries.
+        # Assigning numbers renews the lease too, so an idle publisher must do it now and then. A third of the lease
+        # leaves time for two failed attempts.
         due = self._clock.monotonic() - self._renewed_at >= self._policy.lease / 3
         if not woken and not due and (backlog := await self._sequencer.backlog()) != "ready":
             # The wake-up is not cleared here: only a round that reads the events may do so.
             pause = self._policy.poll if backlog == "none" else self._policy.blocked_pause
             await wait_for_event(self._sequence_wakeup, pause, clear=False)
             return
-        # Cleared before the read: a commit during it sets the event again and is found by the next round.
+        # Cleared before the read, so that a commit during the read sets it again, and the next round finds the event.
         self._sequence_wakeup.clear()
-        # Taken before the statement, so that the lease in the database ends later than this replica believes.
+        # Read before the statement, so that the lease in the database always ends later than this replica assumes.
         started = self._clock.monotonic()
         batch, last_sequenced = await self._sequencer.assign(lease.fence, self._policy.batch)
         self._renewed_at = started
@@ -219,6 +222,9 @@ class OutboxPublisher:
         if lease is None or lease.last_published >= lease.last_sequenced:
             await wait_for_event(self._publish_wakeup, self._policy.poll)
             return
+        # Publish first, then advance: a crash in between repeats events, which subscribers detect by `seq`. The other
+        # order would lose them. A holder that lost its lease unnoticed can only repeat events as well, since their
+        # numbers were assigned under the fence.
         for messages, last in self._build_messages(await self._read_unpublished(lease.last_published)):
             await self._redis.publish(messages)
             await self._advance(lease.fence, last_published=last)
@@ -231,6 +237,8 @@ class OutboxPublisher:
 
     async def _read_unpublished(self, published: int) -> Sequence[Event]:
         """Return the events after a position: the batch just sequenced if it is next, else from the log."""
+        # Events reach subscribers without a second read in the normal case. Only after a failure of Redis, or a
+        # takeover, does the publisher lag behind the latest batch and read from the log.
         if self._latest_batch and self._latest_batch[0].seq == published + 1:
             return self._latest_batch
         return await self._log.read(published, self._policy.batch, tenant=None)

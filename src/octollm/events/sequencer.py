@@ -55,6 +55,8 @@ class Sequencer:
             # Checked again under the row lock: another replica may have acquired the lease since the read.
             if _is_held(state, now):
                 return None
+            # Each new holder gets a higher fence. A former holder that was only slow (a long pause, a partition) fails
+            # the check in `_check_fence` and can assign no number that its successor assigns too.
             fence = int(state["fence"]) + 1
             await tx.execute(
                 update(relay_state)
@@ -89,6 +91,8 @@ class Sequencer:
         transaction is older than every running one get a number; no event can then appear behind a published one.
         """
         async with self._db.transaction() as tx:
+            # The fence check locks the state row until the commit, so numbers are assigned by one transaction at a time
+            # and have no gaps, even if two replicas believe that they hold the lease.
             last = await self._check_fence(tx, fence)
             query = (
                 select(events)
@@ -97,6 +101,7 @@ class Sequencer:
                 .limit(limit)
             )
             rows = await tx.all(query)
+            # `prev` of each event is the number before it on its channel, by which subscribers detect gaps.
             latest = await _load_latest(tx, {str(row["channel"]) for row in rows}) if rows else {}
             numbers: list[dict[str, int]] = []
             for row in rows:
@@ -166,7 +171,8 @@ def _before_commit_horizon(connection: DatabaseConnection) -> ColumnElement[bool
     oldest_running = cast(cast(func.pg_snapshot_xmin(snapshot), Text()), BigInteger())
     next_id = cast(cast(func.pg_snapshot_xmax(snapshot), Text()), BigInteger())
     transaction_id = events.c.transaction_id
-    # An id from the future was assigned by the server whose backup this database was restored from.
+    # An id from the future was assigned by the server whose dump was restored here: a new server counts from the
+    # beginning, and without this condition such events would wait for years.
     return or_(transaction_id.is_(None), transaction_id < oldest_running, transaction_id >= next_id)
 
 

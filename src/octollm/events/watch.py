@@ -134,7 +134,7 @@ class TaskWatchHub:
         """Add a subscription. Called by :class:`TaskSubscription` only."""
         channel = self._keys.watch(subscription.task_id)
         first = channel not in self._subscriptions
-        # Before Redis is told: a listener that reconnects meanwhile subscribes to this channel as well.
+        # Added before the SUBSCRIBE, so that a listener that reconnects in the meantime includes this channel.
         self._subscriptions.setdefault(channel, set()).add(subscription)
         if first:
             await self._update_channel(channel, subscribe=True)
@@ -150,7 +150,8 @@ class TaskWatchHub:
 
     async def _update_channel(self, channel: str, *, subscribe: bool) -> None:
         async with self._send_lock:
-            # Other subscriptions may have come or gone while this one waited for the lock: act on the present state.
+            # Other subscriptions may have been added or removed while this one waited for the lock, so the present
+            # state decides whether there is still something to do.
             if self._pubsub is None or (channel in self._subscriptions) is not subscribe:
                 return
             try:
@@ -182,7 +183,7 @@ class TaskWatchHub:
     def _on_message(self, message: PubSubMessage) -> None:
         if message.subscribed and message.name in self._subscriptions:
             self._confirmed.add(message.name)
-        # A confirmation wakes for both: anything may have happened before it.
+        # A confirmation counts as a hint for both, because changes before it were not announced on this connection.
         text = message.subscribed or message.data == TEXT_HINT
         events = message.subscribed or not text
         for subscription in self._subscriptions.get(message.name, ()):

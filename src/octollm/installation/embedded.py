@@ -82,19 +82,19 @@ class Installation:
         Raises ``unavailable`` after ``timeout`` seconds, naming the services that are not ready, with the reasons.
         """
         end = time.monotonic() + timeout
-        waiting = dict.fromkeys(self.urls, "it does not answer")
-        while waiting:
-            for name in list(waiting):
+        unready = dict.fromkeys(self.urls, "it does not answer")
+        while unready:
+            for name in list(unready):
                 reason = await self._unready_reason(name)
                 if reason is None:
-                    del waiting[name]
+                    del unready[name]
                     on_ready(name)
                 else:
-                    waiting[name] = reason
-            if waiting and time.monotonic() > end:
-                what = "; ".join(f"{name}: {reason}" for name, reason in waiting.items())
+                    unready[name] = reason
+            if unready and time.monotonic() > end:
+                what = "; ".join(f"{name}: {reason}" for name, reason in unready.items())
                 raise OctoError(f"Not ready after {timeout:.0f} s: {what}.", code="unavailable")
-            if waiting:
+            if unready:
                 await asyncio.sleep(0.05)
 
     async def _unready_reason(self, name: str) -> str | None:
@@ -188,9 +188,9 @@ async def _stop_hosts(hosts: Mapping[str, ServiceHost]) -> None:
     end = time.monotonic() + STOP_SECONDS
     failures: list[BaseException] = []
     for stage in STOP_STAGES:
-        left = max(0.1, end - time.monotonic())
-        ended = await asyncio.gather(*(hosts[name].close(left) for name in stage), return_exceptions=True)
-        failures += [failure for failure in ended if isinstance(failure, Exception)]
+        remaining = max(0.1, end - time.monotonic())
+        outcomes = await asyncio.gather(*(hosts[name].close(remaining) for name in stage), return_exceptions=True)
+        failures += [failure for failure in outcomes if isinstance(failure, Exception)]
     log = get_logger("embedded")
     for failure in failures:
         log.error("service.failed", error=failure)

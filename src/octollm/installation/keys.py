@@ -82,7 +82,7 @@ class _JwkSetFile(msgspec.Struct, frozen=True):
 
 def decode_key_ring(content: bytes, name: str) -> KeyRing:
     """Decode the key pairs of a private file. Raises ``CapabilityError`` (``key_malformed``)."""
-    return KeyRing(DatedKey(SigningKey.from_jwk(jwk, name), made) for jwk, made in _parse_members(content))
+    return KeyRing(DatedKey(SigningKey.from_jwk(jwk, name), created_at) for jwk, created_at in _parse_members(content))
 
 
 def encode_key_ring(ring: KeyRing) -> bytes:
@@ -90,17 +90,17 @@ def encode_key_ring(ring: KeyRing) -> bytes:
     keys = [(each.key.to_jwk(private=True), each.created_at) for each in ring]
     if len(keys) == 1 and keys[0][1] == 0:
         return msgspec.json.encode(keys[0][0])
-    return msgspec.json.encode(_JwkSetFile([{**jwk, _CREATED_AT: made} for jwk, made in keys]))
+    return msgspec.json.encode(_JwkSetFile([{**jwk, _CREATED_AT: created_at} for jwk, created_at in keys]))
 
 
 def decode_public_keys(content: bytes) -> list[tuple[PublicKey, float]]:
     """Decode the public keys of a file, with their creation times. Raises ``CapabilityError`` (``key_malformed``)."""
-    return [(PublicKey.from_jwk(jwk), made) for jwk, made in _parse_members(content)]
+    return [(PublicKey.from_jwk(jwk), created_at) for jwk, created_at in _parse_members(content)]
 
 
 def encode_public_keys(keys: list[tuple[PublicKey, float]]) -> bytes:
     """Encode a file of public keys with their creation times."""
-    return msgspec.json.encode(_JwkSetFile([_public_member(key, made) for key, made in keys]))
+    return msgspec.json.encode(_JwkSetFile([_public_member(key, created_at) for key, created_at in keys]))
 
 
 def decode_public_rings(content: bytes) -> dict[str, PublicKeyRing]:
@@ -119,9 +119,9 @@ def encode_public_rings(rings: Mapping[str, KeyRing]) -> bytes:
     )
 
 
-def _public_member(key: PublicKey, made: float) -> dict[str, Any]:
+def _public_member(key: PublicKey, created_at: float) -> dict[str, Any]:
     member: dict[str, Any] = {**to_published_jwk(key)}
-    return {**member, _CREATED_AT: made} if made else member
+    return {**member, _CREATED_AT: created_at} if created_at else member
 
 
 def _parse_members(content: bytes) -> list[tuple[dict[str, object], float]]:
@@ -129,10 +129,10 @@ def _parse_members(content: bytes) -> list[tuple[dict[str, object], float]]:
     keys = _decode(content, _JwkSetFile).keys if "keys" in document else [document]
     members: list[tuple[dict[str, object], float]] = []
     for jwk in keys:
-        made = jwk.get(_CREATED_AT, 0.0)
-        if not isinstance(made, int | float) or isinstance(made, bool):
+        created_at = jwk.get(_CREATED_AT, 0.0)
+        if not isinstance(created_at, int | float) or isinstance(created_at, bool):
             raise CapabilityError("key_malformed")
-        members.append(({name: value for name, value in jwk.items() if name != _CREATED_AT}, float(made)))
+        members.append(({name: value for name, value in jwk.items() if name != _CREATED_AT}, float(created_at)))
     if not members:
         raise CapabilityError("key_malformed")
     return members

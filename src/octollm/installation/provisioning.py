@@ -81,13 +81,13 @@ def provision_keys(folder: Path, ids: IdGenerator) -> list[Path]:
     Existing files are kept, so that it can be run again. Only ``orchestrator/`` gets the root key. Raises
     ``home_unusable`` when a file cannot be written, ``setting_invalid`` for a damaged one.
     """
-    written: list[Path] = []
+    written_files: list[Path] = []
 
     def load_or_write(path: Path, content: bytes) -> bytes:
         if path.exists():
             return path.read_bytes()
         write_private(path, content, ids)
-        written.append(path)
+        written_files.append(path)
         return content
 
     with map_file_errors(folder, "written", code="home_unusable"):
@@ -109,7 +109,7 @@ def provision_keys(folder: Path, ids: IdGenerator) -> list[Path]:
             load_or_write(folder / name / ROOTS_FILE, roots)
         load_or_write(top / SERVICES_FILE, encode_public_rings(own))
         load_or_write(top / LOCAL_FILE, generate_local_key().encode())
-    return written
+    return written_files
 
 
 def load_provisioned_keys(folder: Path, name: str, now: float) -> ServiceKeys:
@@ -205,7 +205,7 @@ class KeyRotationResult:
     before: str
     signs_at: float
     until: float
-    written: tuple[Path, ...]
+    files: tuple[Path, ...]
 
 
 def rotate_signing_key(

@@ -136,22 +136,22 @@ async def wait_for_dependencies(
     """
     end = clock.monotonic() + timeout
     reported, reported_at = "", -REPORT_SECONDS
-    waiting = dict(checks)
+    pending = dict(checks)
 
     async def check_all() -> None:
         reasons: dict[str, str] = {}
-        for name, check in tuple(waiting.items()):
+        for name, check in tuple(pending.items()):
             try:
                 async with asyncio.timeout(max(1.0, end - clock.monotonic())):
                     await check()
-                del waiting[name]
+                del pending[name]
             except TimeoutError:
                 reasons[name] = "It does not answer."
             except OctoError as error:
                 if error.code not in OUTAGE_CODES:
                     raise
                 reasons[name] = error.detail
-        if waiting:
+        if pending:
             raise _StillWaitingError(
                 "; ".join(f"{name}: {reason}" for name, reason in reasons.items()), code="unavailable"
             )
@@ -205,8 +205,8 @@ async def start_when_ready(
     end = clock.monotonic() + timeout
     if checks:
         await wait_for_dependencies(checks, clock=clock, timeout=timeout, on_wait=on_wait)
-    left = max(1.0, end - clock.monotonic()) if checks else timeout
-    await wait_for_dependencies({opening: start}, clock=clock, timeout=left, on_wait=on_wait)
+    remaining = max(1.0, end - clock.monotonic()) if checks else timeout
+    await wait_for_dependencies({opening: start}, clock=clock, timeout=remaining, on_wait=on_wait)
     return hosts[0]
 
 

@@ -120,12 +120,13 @@ class LiveSession:
         """Read the task. Raises the error that refuses the client, before any frame."""
         self._view = await self._source.view()
         version = self._view.version
-        # A larger `after` is cut to the version: otherwise the client would never get the events in between.
+        # A larger `after` (of a restored database, or made up) is capped at the version: otherwise the client would not
+        # get the events up to it.
         self._acknowledged = version if self._position.after is None else min(self._position.after, version)
 
     @property
     def is_finished(self) -> bool:
-        """Say whether the client has received the final frame already."""
+        """Return whether the client has received the final frame already."""
         view, after = self._view, self._position.after
         return view is not None and view.status in FINAL_STATUSES and after is not None and after >= view.version
 
@@ -142,6 +143,8 @@ class LiveSession:
         """
         if self._view is None:
             raise AssertionError("the session was not opened")
+        # The view and `version` in it are one snapshot, so the events after that version continue exactly where this
+        # frame ends.
         if self._position.after is None:
             yield self._builder.build_status(self._view, self._now())
         sent_at = self._clock.monotonic()
@@ -169,7 +172,8 @@ class LiveSession:
                 async with contextlib.aclosing(self._events(hints)) as frames:
                     async for frame in frames:
                         yield frame
-                # Text waits until the events that the client has are read: they say which attempts run.
+                # Text must wait until the events that the client already has were read again, because they tell which
+                # attempts are running, and so which text is current.
                 if self._ended or self._fetched_version < self._acknowledged:
                     return
             was_early = self._early_since is not None
@@ -178,8 +182,8 @@ class LiveSession:
                 yield frame
             if self._early_since is None or was_early:
                 return
-            # Text has arrived of an attempt that no event has started yet. The event is stored before the text is
-            # written, so it must be in the history.
+            # Text has arrived for an attempt that no event has started yet. The worker commits `step.started` before it
+            # writes text, so the event must be in the history: read the events again without waiting for a hint.
             events = True
 
     async def _events(self, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
@@ -189,6 +193,8 @@ class LiveSession:
             page, more = await self._fetch_events()
             for event in page:
                 self._ended = event.event_type in FINAL_EVENTS
+                # Events that the client has are still read, since they rebuild the state of the steps (which attempt
+                # runs, what text is void). Only their frames are left out.
                 if event.version <= self._acknowledged:
                     self._builder.skip(event)
                     if self._ended and self._position.after is None:
@@ -204,7 +210,7 @@ class LiveSession:
                     return
 
     async def _remaining_text(self, event: Event, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
-        """Yield the rest of a step's text, which precedes the frame that ends the step."""
+        """Yield the remaining text of a step, which must precede the frame that ends the step."""
         if event.event_type not in ("step.completed", "step.failed", "task.planned", "task.replanned"):
             return
         await self._read_stream()
@@ -213,9 +219,12 @@ class LiveSession:
         step, attempt, length = event.data.get("step"), event.data.get("attempt"), event.data.get("text_length")
         if not (isinstance(step, str) and isinstance(attempt, int) and isinstance(length, int)):
             return
+        # The event and the text take different ways (SQL and Redis), so the event may arrive first; `text_length` tells
+        # how much text must come. The wait is bounded: if Redis and the worker fail within the same second, some text
+        # exists nowhere, and the frame of the step must not wait for it for ever.
         end = self._clock.monotonic() + self._timing.max_text_wait
         while self._tracker.get_offset(step, attempt) < length and self._clock.monotonic() < end:
-            # The stream may have lost this text: it expires, and Redis can be flushed. SQL has what was saved.
+            # The stream may have lost the text (it expires, and Redis can be flushed); SQL has what was saved.
             await self._restore(force=True)
             await self._read_stream()
             for frame in self._drain_text():
@@ -242,7 +251,7 @@ class LiveSession:
             self._raise_unless_transient(error)
             return [], False
         self._failing_since = None
-        # Take only the next version each time: `seq` must have no gap.
+        # Versions are taken strictly in sequence, so that `seq` has no gap for the client even if a page had one.
         events: list[Event] = []
         for event in page:
             if event.version == self._fetched_version + 1:
@@ -253,6 +262,8 @@ class LiveSession:
     async def _read_stream(self) -> None:
         """Read the text stream to its end, or the saved texts while Redis is down."""
         try:
+            # Bounded, so that a client that connects late to a fast model gets its first text after MAX_READS reads
+            # rather than after the end of the stream.
             for _ in range(MAX_READS):
                 if not await self._add_entries(await self._text_source.read(self._task_id, self._last_id)):
                     break
@@ -278,12 +289,14 @@ class LiveSession:
                 if self._clock.monotonic() - self._early_since < self._timing.max_start_wait:
                     return False
                 self._tracker.start_attempt(entry.step, entry.attempt, entry.run)
-                # The start event is overdue: the entry itself proves that the attempt runs.
+                # After `max_start_wait` the text is shown without its event: the entry itself proves that the attempt
+                # has started, and a lagging history must not hold back live text.
                 result = self._tracker.add(entry)
             self._early_since = None
             self._has_gap = result is EntryResult.GAP
             if self._has_gap:
-                # The saved text may end before this entry. The stream has what lies between: read it again.
+                # The saved text may end before this entry, and the part in between is in the stream: read it again from
+                # the beginning. Text that was sent already is skipped by its offset.
                 restored = await self._restore()
                 self._last_id = "0" if restored else self._last_id
                 return restored
@@ -310,7 +323,7 @@ class LiveSession:
         return [self._builder.build_token(chunk, now) for chunk in self._tracker.drain()]
 
     async def _next_hint(self, hints: AsyncIterator[Hint], seconds: float) -> Hint:
-        # Text or events are known to exist and were not read; no further hint may come for them.
+        # Some text or events exist but could not be read yet. Their hint was consumed, and no other may come.
         unsettled = self._failing_since is not None or self._early_since is not None or self._has_gap
         if unsettled:
             seconds = min(seconds, self._timing.retry_interval)

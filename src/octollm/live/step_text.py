@@ -88,7 +88,11 @@ class EntryResult(Enum):
 
 @dataclass(slots=True)
 class _StepText:
-    """The text of a step's newest attempt and run."""
+    """The text of a step's newest attempt and run.
+
+    Three positions describe it: ``base`` (start of the valid text), ``end`` (what was sent or is pending), and the
+    offset of each entry. All are absolute, so entries may repeat, overlap or arrive after a restore.
+    """
 
     attempt: int
     run: int
@@ -114,6 +118,7 @@ class _StepText:
 
     def extend(self, offset: int, text: str) -> bool:
         """Append the new part of ``text``; return ``False`` when text before it is missing."""
+        # Text may overlap what is known (a duplicate, or a saved text), but must not leave a hole before it.
         if offset > self.end:
             return False
         new = text[self.end - offset :]
@@ -134,12 +139,12 @@ class StepTextTracker:
 
     @property
     def has_running_step(self) -> bool:
-        """Say whether a step may still write."""
+        """Return whether a step may still produce text."""
         return any(text.is_open for text in self._texts.values())
 
     @property
     def has_silent_step(self) -> bool:
-        """Say whether a step runs without any text so far."""
+        """Return whether a running step has no confirmed text so far."""
         return any(text.is_open and (text.is_claimed or text.end == 0) for text in self._texts.values())
 
     def start_attempt(self, step: str, attempt: int, run: int) -> None:
@@ -171,11 +176,12 @@ class StepTextTracker:
         if not text.is_open or entry.attempt < text.attempt or entry.run < text.run:
             return EntryResult.ACCEPTED
         at = _parse_stream_id(entry.id)
-        # A newer run writes from 0 again, or from its reset: the text of the older run is void.
+        # After a takeover the new worker repeats the attempt and its text from offset 0 (or from its first reset), and
+        # its words may differ. So the text of the older run is void, also what the client has of it.
         if entry.run > text.run:
             text.restart(entry.run, entry.offset if entry.reset else 0)
             text.reset_id = at if entry.reset else (0, 0)
-        # After a gap the stream is read from its beginning: this entry lies before a reset that was applied.
+        # When the stream is read again from its beginning, entries before the last reset appear once more.
         if at < text.reset_id:
             return EntryResult.ACCEPTED
         if entry.reset and at > text.reset_id:
@@ -212,12 +218,12 @@ class StepTextTracker:
         for step, text in self._texts.items():
             if not (text.pending or text.has_stale_text):
                 continue
-            whole = "".join(text.pending)
+            text_to_send = "".join(text.pending)
             text.pending.clear()
-            offset = text.end - len(whole)
+            offset = text.end - len(text_to_send)
             # At least one chunk: a reset without new text is sent as well.
-            for start in range(0, max(len(whole), 1), MAX_CHUNK):
-                part = whole[start : start + MAX_CHUNK]
+            for start in range(0, max(len(text_to_send), 1), MAX_CHUNK):
+                part = text_to_send[start : start + MAX_CHUNK]
                 chunks.append(TextChunk(step, text.attempt, text.run, offset + start, part, text.needs_reset))
                 text.needs_reset = text.has_stale_text = False
         return chunks
@@ -238,7 +244,7 @@ class StepTextTracker:
         claim = self._claims.get(step)
         if claim is None or claim.attempt != attempt or claim.count == 0:
             return _StepText(attempt, run)
-        # The text that the client has is of an older run, and the newer run began again.
+        # The client's text is of an older run. The newer run started again, so the client must discard it.
         if claim.run < run:
             return _StepText(attempt, run, has_stale_text=True)
         return _StepText(attempt, claim.run, end=claim.count, needs_reset=False, is_claimed=True)

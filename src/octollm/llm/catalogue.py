@@ -119,8 +119,8 @@ def find_entry(name: str, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -
     for entry in catalogue:
         if entry.name == name:
             return entry
-    known = ", ".join(entry.name for entry in catalogue)
-    raise OctoError(f"There is no embedded model called {name!r}; there are: {known}.", code="setting_invalid")
+    names = ", ".join(entry.name for entry in catalogue)
+    raise OctoError(f"There is no embedded model called {name!r}; there are: {names}.", code="setting_invalid")
 
 
 _FREE_MODELS = frozenset(entry.name for entry in MODEL_CATALOGUE)

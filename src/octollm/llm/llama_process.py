@@ -213,11 +213,11 @@ class LlamaProcess:
         self._numbers += 1
         number = self._numbers
 
-        def ended() -> None:
+        def finish() -> None:
             self._orders.pop(number, None)
             on_end()
 
-        order = self._orders[number] = Generation(number, self, ended)
+        order = self._orders[number] = Generation(number, self, finish)
         self._write({"op": op, "id": number, "body": body})
         return order
 

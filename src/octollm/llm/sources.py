@@ -164,7 +164,7 @@ async def _append(
     entry: ModelEntry,
     progress: Progress,
 ) -> None:
-    done = offset
+    received = offset
     with target.open("r+b" if file_size(target) else "wb") as file:
         file.truncate(offset)
         file.seek(offset)
@@ -172,16 +172,16 @@ async def _append(
         try:
             async for chunk in content:
                 pending += chunk
-                if done + len(pending) > entry.size:
+                if received + len(pending) > entry.size:
                     raise SourceError(f"it sends more than the {entry.size:,} bytes of {entry.name}")
                 if len(pending) >= _FLUSH_BYTES:
                     await asyncio.to_thread(file.write, bytes(pending))
-                    done += len(pending)
+                    received += len(pending)
                     pending.clear()
-                    progress(done, entry.size, HUB)
+                    progress(received, entry.size, HUB)
         finally:
             file.write(pending)  # also after a failure, so that the next attempt resumes from here
-        progress(done + len(pending), entry.size, HUB)
+        progress(received + len(pending), entry.size, HUB)
 
 
 def _describe_error(exc: Exception) -> str:

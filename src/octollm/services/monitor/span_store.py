@@ -90,17 +90,19 @@ class SpanStore:
         self._max_spans = max_spans
         self._max_age = max_age
 
-    async def add(self, sent: Sequence[Span]) -> None:
+    async def add(self, spans_received: Sequence[Span]) -> None:
         """Store spans; a span that is stored already stays as it is.
 
         Tenant and task are believed of built-in services only. The spans of other arms are found as descendants of
         the calls that they served. Raises ``unavailable`` and ``overloaded``.
         """
-        if not sent:
+        if not spans_received:
             return
         async with self._db.transaction() as tx:
             now = await tx.now()
-            await tx.execute(tx.insert(spans).on_conflict_do_nothing(), [_build_row(span, now) for span in sent])
+            await tx.execute(
+                tx.insert(spans).on_conflict_do_nothing(), [_build_row(span, now) for span in spans_received]
+            )
 
     async def read_task(self, tenant: str, task_id: str) -> TraceView:
         """Return the spans of a task."""

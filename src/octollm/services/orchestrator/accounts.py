@@ -93,8 +93,8 @@ class Accounts:
             raise refused
         row = await self._load_row(key_id)
         # An unknown id is compared as well, so that timing does not reveal which ids exist.
-        stored = row["hash"] if row is not None else hash_credential("")
-        is_match = hmac.compare_digest(stored, hash_credential(credential))
+        expected_hash = row["hash"] if row is not None else hash_credential("")
+        is_match = hmac.compare_digest(expected_hash, hash_credential(credential))
         if row is None or not is_match or row["revoked_at"] is not None:
             raise refused
         if self._clock.now() - (row["last_used_at"] or 0.0) > LAST_USED_INTERVAL:

@@ -78,8 +78,8 @@ class FailedEnrolmentThrottle:
 
     def check(self, address: str) -> None:
         """Raise ``rate_limited`` for an address with too many failed attempts in the current window."""
-        began, count = self._failures.get(address) or (0.0, 0)
-        remaining = began + THROTTLE_WINDOW_SECONDS - self._clock.monotonic()
+        window_start, count = self._failures.get(address) or (0.0, 0)
+        remaining = window_start + THROTTLE_WINDOW_SECONDS - self._clock.monotonic()
         if count >= MAX_FAILURES and remaining > 0:
             raise OctoError(
                 "Too many refused attempts; wait before the next.", code="rate_limited", retry_after=remaining
@@ -88,10 +88,10 @@ class FailedEnrolmentThrottle:
     def record_failure(self, address: str) -> None:
         """Count a failed attempt."""
         now = self._clock.monotonic()
-        began, count = self._failures.get(address) or (now, 0)
-        if now - began >= THROTTLE_WINDOW_SECONDS:
-            began, count = now, 0
-        self._failures.put(address, (began, count + 1))
+        window_start, count = self._failures.get(address) or (now, 0)
+        if now - window_start >= THROTTLE_WINDOW_SECONDS:
+            window_start, count = now, 0
+        self._failures.put(address, (window_start, count + 1))
 
 
 class EnrolmentTokens:
@@ -351,8 +351,8 @@ class EnrolmentAuthority:
         """Write the admission, or return the reason for a refusal and its text."""
         await tx.execute(delete(join_nonces).where(join_nonces.c.until < now))
         # The primary key decides between two uses of one nonce, at whichever replica.
-        spent = tx.insert(join_nonces).values(nonce=nonce, until=now + NONCE_SECONDS).on_conflict_do_nothing()
-        if (await tx.execute(spent)).rowcount != 1:
+        nonce_use = tx.insert(join_nonces).values(nonce=nonce, until=now + NONCE_SECONDS).on_conflict_do_nothing()
+        if (await tx.execute(nonce_use)).rowcount != 1:
             return "nonce", "The nonce was used before; request another."
         name = row["name"]
         fresh = {"calls": list(row["calls"]), "join_id": row["id"]}
@@ -365,12 +365,12 @@ class EnrolmentAuthority:
             await tx.execute(tx.insert(admissions).values(name=name, tenant=row["tenant"], admitted_at=now, **fresh))
             await tx.execute(tx.insert(arm_keys).values(name=name, jkt=jkt, added_at=now))
         else:
-            known = select(func.count()).select_from(arm_keys).where(
+            key_count = select(func.count()).select_from(arm_keys).where(
                 arm_keys.c.name == name,
                 arm_keys.c.jkt == jkt,
                 arm_keys.c.until.is_(None) | (arm_keys.c.until > now),
             )  # fmt: skip
-            if admission["tenant"] != row["tenant"] or not await tx.scalar(known):
+            if admission["tenant"] != row["tenant"] or not await tx.scalar(key_count):
                 return "taken", (
                     f"The name {name} is enrolled with another key. An arm adds a new key with its present one; to give"
                     " the name to another arm, remove the first with `octollm arms remove`."

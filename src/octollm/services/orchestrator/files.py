@@ -103,8 +103,8 @@ class FileStore:
         """Return the digests that are not stored."""
         async with self._db.read() as conn:
             query = select(files.c.digest).where(files.c.tenant == tenant, files.c.digest.in_(digests))
-            stored = {row["digest"] for row in await conn.all(query)}
-        return set(digests) - stored
+            existing = {row["digest"] for row in await conn.all(query)}
+        return set(digests) - existing
 
 
 def validate_file_name(name: str) -> None:

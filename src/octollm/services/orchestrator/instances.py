@@ -175,8 +175,10 @@ async def _upsert_instance(tx: Transaction, name: str, arm: ArmRegistration, now
             arm_instances.c.instance != arm.instance,
         )
     )
-    known = await tx.scalar(select(func.count()).where(_match_instance(name, arm.instance)).select_from(arm_instances))
-    if known:
+    instance_count = await tx.scalar(
+        select(func.count()).where(_match_instance(name, arm.instance)).select_from(arm_instances)
+    )
+    if instance_count:
         await tx.execute(
             update(arm_instances).where(_match_instance(name, arm.instance)).values(url=arm.url, seen_at=now)
         )

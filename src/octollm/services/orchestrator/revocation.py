@@ -87,27 +87,27 @@ class RevocationStore:
         subscriber = _Subscriber()
         self._subscribers.add(subscriber)
         end = self._clock.monotonic() + STREAM_SECONDS
-        stopped = asyncio.create_task(draining.wait())
+        drained = asyncio.create_task(draining.wait())
         try:
             views = list(self._views())
             for start in range(0, len(views), MAX_REVOCATION_BATCH):
                 yield encode_ndjson(RevocationUpdate(tuple(views[start : start + MAX_REVOCATION_BATCH])))
             yield encode_ndjson(RevocationUpdate(floor=self.revocations.floor, whole=True))
-            while not stopped.done() and not subscriber.has_overflowed and self._clock.monotonic() < end:
+            while not drained.done() and not subscriber.has_overflowed and self._clock.monotonic() < end:
                 wakeup = asyncio.create_task(subscriber.wakeup.wait())
                 try:
                     await asyncio.wait(
-                        {stopped, wakeup}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                        {drained, wakeup}, timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
                     )
                 finally:
                     await _cancel_and_wait(wakeup)
                 if batch := subscriber.take(MAX_REVOCATION_BATCH):
                     yield encode_ndjson(RevocationUpdate(tuple(batch), self.revocations.floor))
-                elif not stopped.done() and self._clock.monotonic() - self._polled_at < STALE_SECONDS:
+                elif not drained.done() and self._clock.monotonic() - self._polled_at < STALE_SECONDS:
                     yield encode_ndjson(RevocationUpdate())
         finally:
             self._subscribers.discard(subscriber)
-            await _cancel_and_wait(stopped)
+            await _cancel_and_wait(drained)
 
     async def _poll_and_prune(self) -> None:
         now = self._clock.now()
@@ -118,7 +118,7 @@ class RevocationStore:
 
     async def _poll(self, now: float) -> None:
         """Apply every row that may have been committed since the last poll."""
-        began = self._clock.monotonic()
+        started_at = self._clock.monotonic()
         after = self._watermark
         while True:
             query = (
@@ -138,12 +138,12 @@ class RevocationStore:
                     self._watermark = max(self._watermark, position)
                 else:
                     # A lower position may still be committed, so the watermark stays and this row is only remembered.
-                    self._seen[position] = began
+                    self._seen[position] = started_at
             if len(rows) < PAGE_SIZE:
                 break
             after = int(rows[-1]["position"])
         self._polled_at = self._clock.monotonic()
-        while self._seen and began - next(iter(self._seen.values())) > COMMIT_LAG_SECONDS:
+        while self._seen and started_at - next(iter(self._seen.values())) > COMMIT_LAG_SECONDS:
             position, _ = self._seen.popitem(last=False)
             self._watermark = max(self._watermark, position)
 

@@ -71,9 +71,9 @@ def validate_contract(contract: Task, defaults: BudgetDefaults, arms: frozenset[
                 "invalid_body", f"/{name}", f"At most {MAX_LIST_ITEMS} entries of {MAX_ITEM_LENGTH} characters."
             )
     if contract.assigned_arm is not None and contract.assigned_arm not in arms:
-        known = ", ".join(sorted(arms))
+        arm_names = ", ".join(sorted(arms))
         raise _field_error(
-            "arm_unknown", "/assigned_arm", f"There is no arm {contract.assigned_arm!r}; the arms are {known}."
+            "arm_unknown", "/assigned_arm", f"There is no arm {contract.assigned_arm!r}; the arms are {arm_names}."
         )
     _validate_files(contract.context)
     budget = _validate_budget(contract.budget, defaults)

@@ -21,7 +21,7 @@ from octollm.tasks.worker import Worker
 from octollm.telemetry import Metrics
 
 SWEEP_SECONDS = 2.0
-"""Seconds between two looks for expired ad-hoc tasks."""
+"""Interval of the sweep for expired ad-hoc tasks."""
 SWEEP_BATCH = 100
 ORPHAN_SECONDS = 60.0
 """Seconds after a task's end until an open reservation is orphaned: twice as long as a settlement is tried."""

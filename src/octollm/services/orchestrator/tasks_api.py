@@ -94,9 +94,9 @@ class TasksApi:
         """Validate and store a task, and wake the worker. A key whose task is stored already returns that task."""
         principal = call.authority.principal
         key = IdempotencyKey.of(call)
-        if stored := await self.idempotency.find_effect(key):
+        if effect := await self.idempotency.find_effect(key):
             return OperationResponse(
-                await self.store.view(stored, principal.tenant), 201, {"Location": f"/tasks/{stored}"}
+                await self.store.view(effect, principal.tenant), 201, {"Location": f"/tasks/{effect}"}
             )
         arms = self.registry.arm_names(principal.tenant)
         if contract.assigned_arm is not None and contract.assigned_arm not in arms:

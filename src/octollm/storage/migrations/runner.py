@@ -81,7 +81,7 @@ def migration_context(connection: SyncConnection, **options: Any) -> MigrationCo
     return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, **options})
 
 
-def check_schema(found: SchemaVersion, known: Iterable[str], head: str, place: str) -> None:
+def check_schema(found: SchemaVersion, revisions: Iterable[str], head: str, place: str) -> None:
     """Raise ``schema_mismatch`` unless code of the revision ``head`` can work with the schema ``found``.
 
     A newer schema is accepted if it serves one of the ``known`` revisions.
@@ -90,12 +90,12 @@ def check_schema(found: SchemaVersion, known: Iterable[str], head: str, place: s
         return
     if found.revision is None:
         raise _mismatch(f"There is no schema of this program in {place}. Create it with: octollm migrate")
-    if found.revision in known:
+    if found.revision in revisions:
         raise _mismatch(
             f"The schema of {place} is at revision {found.revision}, and this version needs {head}. Upgrade it with:"
             " octollm migrate"
         )
-    if found.serves is None or found.serves not in known:
+    if found.serves is None or found.serves not in revisions:
         raise _mismatch(
             f"The schema of {place} is at revision {found.revision}, which this version does not know: it is of a newer"
             " version. Install that version, or restore the backup from before it."
@@ -108,12 +108,12 @@ def _mismatch(detail: str) -> OctoError:
 
 async def require_schema(db: Database, service: DatabaseService) -> str:
     """Return the revision of a database whose schema this version can work with; raise ``schema_mismatch``."""
-    known = await asyncio.to_thread(load_revisions, service)
+    revisions = await asyncio.to_thread(load_revisions, service)
     async with db.read() as connection:
         with translate_errors():
             found = await connection.raw.run_sync(read_schema)
-    check_schema(found, known.names, known.head, db.location)
-    return found.revision or known.head
+    check_schema(found, revisions.names, revisions.head, db.location)
+    return found.revision or revisions.head
 
 
 LOCK_ATTEMPTS = 12
@@ -137,14 +137,14 @@ async def migrate(db: Database, service: DatabaseService) -> MigrationResult:
     version is left unchanged. Raises ``schema_mismatch`` for one that does not, ``unavailable`` when the database
     cannot be written, ``overloaded`` when a running service locks a table; then nothing has changed.
     """
-    known = await asyncio.to_thread(load_revisions, service)
+    revisions = await asyncio.to_thread(load_revisions, service)
     for attempt in range(1, LOCK_ATTEMPTS + 1):
         try:
             async with db.transaction() as tx:
                 if tx.dialect == "postgresql":
                     await _acquire_migration_lock(tx)
                 with translate_errors():
-                    before, after = await tx.raw.run_sync(_upgrade, known, db.location)
+                    before, after = await tx.raw.run_sync(_upgrade, revisions, db.location)
                 return MigrationResult(service, before, after)
         except OctoError as error:
             if error.code != "unavailable" or "busy" not in error.detail or attempt == LOCK_ATTEMPTS:
@@ -166,24 +166,24 @@ async def _acquire_migration_lock(tx: Transaction) -> None:
         await tx.execute(CreateSchema(schema))
 
 
-def _upgrade(connection: SyncConnection, known: Revisions, place: str) -> tuple[str | None, str]:
+def _upgrade(connection: SyncConnection, revisions: Revisions, place: str) -> tuple[str | None, str]:
     def steps(current: Any, _context: MigrationContext) -> Iterable[Any]:
         # What alembic's own `upgrade` command calls; it has no public name.
-        return known.scripts._upgrade_revs("head", current)  # pyright: ignore[reportPrivateUsage]
+        return revisions.scripts._upgrade_revs("head", current)  # pyright: ignore[reportPrivateUsage]
 
     found = read_schema(connection)
-    if found.revision is not None and found.revision not in known.names:
-        check_schema(found, known.names, known.head, place)
+    if found.revision is not None and found.revision not in revisions.names:
+        check_schema(found, revisions.names, revisions.head, place)
         return found.revision, found.revision
     # The operations are passed to each revision, because two databases that migrate at the same time would share
     # alembic's global `op`.
-    context = migration_context(connection, fn=steps, script=known.scripts)
+    context = migration_context(connection, fn=steps, script=revisions.scripts)
     context.run_migrations(op=Operations(context))
-    if found.serves != known.serves:
+    if found.serves != revisions.serves:
         compatibility_table.create(connection, checkfirst=True)
         connection.execute(delete(compatibility_table))
-        connection.execute(insert(compatibility_table).values(oldest=known.serves))
-    return found.revision, known.head
+        connection.execute(insert(compatibility_table).values(oldest=revisions.serves))
+    return found.revision, revisions.head
 
 
 MIGRATION_STATEMENT_SECONDS = 3600.0
