@@ -161,7 +161,7 @@ def async_command(work: Callable[P, Coroutine[Any, Any, int]]) -> Callable[P, No
 
 
 async def has_no_installation(settings: Settings) -> bool:
-    """Report whether no gateway answers on this machine and the settings name none elsewhere."""
+    """Return whether no gateway answers on this machine and the settings name none elsewhere."""
     if settings.urls or await find_running(settings.home) is not None:
         return False
     async with connect(_local_url(settings), timeout=PROBE_SECONDS, retry=RetryPolicy(max_attempts=1)) as client:

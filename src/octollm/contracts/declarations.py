@@ -125,17 +125,17 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
 
     @property
     def is_live_stream(self) -> bool:
-        """Say whether a response may last as long as its reader stays: events of a task, not the text of one answer."""
+        """Return whether a response may last as long as its reader stays: a stream of events, not the text of an answer."""
         return self.method == "GET" and EVENT_STREAM in (self.media_type, self.stream_media_type)
 
     @property
     def sends_file(self) -> bool:
-        """Say whether the request body is the content of a file."""
+        """Return whether the request body is the content of a file."""
         return self.body is bytes
 
     @property
     def returns_file(self) -> bool:
-        """Say whether the response body is the content of a file."""
+        """Return whether the response body is the content of a file."""
         return self.response is bytes
 
     def format_path(self, **parameters: str) -> str:

@@ -79,7 +79,7 @@ def media_type_of(name: str) -> str:
 
 
 def accepts_file(accepted: Collection[str], name: str) -> bool:
-    """Say whether an arm that accepts these media types, or ranges such as ``image/*``, accepts a file."""
+    """Return whether an arm that accepts these media types, or ranges such as ``image/*``, accepts a file."""
     media_type = media_type_of(name)
     return media_type in accepted or f"{media_type.split('/')[0]}/*" in accepted
 

@@ -150,7 +150,7 @@ def to_problem(error: OctoError, request_id: str = "") -> Problem:
 
 
 def allows_new_attempt(error: OctoError) -> bool:
-    """Say whether another attempt of a step can succeed after ``error``.
+    """Return whether another attempt of a step can succeed after ``error``.
 
     It can when the problem document is ``retryable``, or when the code is one of those that an attempt brings about
     itself. A code that is not in the table says nothing more than its problem document.

@@ -29,7 +29,7 @@ class BoundSockets:
 
 
 def is_loopback(host: str) -> bool:
-    """Report whether a server bound to ``host`` is reachable from this machine only."""
+    """Return whether a server bound to ``host`` is reachable from this machine only."""
     if host == "localhost":
         return True
     try:

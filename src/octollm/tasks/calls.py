@@ -81,7 +81,7 @@ class TaskTokenMinter:
         )
 
     def may_call(self, scope: str, call: str, authority: ScopeSet) -> bool:
-        """Say whether the grant that goes with a call of ``scope`` allows its callee the call ``call``."""
+        """Return whether the grant that goes with a call of ``scope`` allows its callee the call ``call``."""
         may, _ = attenuate(scope, self._declarations(), authority)
         return may.subtree(Scope(call)) is not None
 

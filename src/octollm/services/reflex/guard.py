@@ -54,11 +54,11 @@ class AllowedHosts:
         self._cors_origins = frozenset(cors_origins)
 
     def allows_origin(self, origin: str, port: int) -> bool:
-        """Say whether a page of ``origin`` may change something, provided that it sends a credential."""
+        """Return whether a page of ``origin`` may change something, provided that it sends a credential."""
         return origin in self._cors_origins or self.is_own_origin(origin, port)
 
     def is_allowed_host(self, host: str, port: int, *, default_port: int = 80) -> bool:
-        """Say whether ``host`` (``name[:port]``) is allowed; ``port`` is the port that received the request."""
+        """Return whether ``host`` (``name[:port]``) is allowed; ``port`` is the port that received the request."""
         match = _HOST.fullmatch(host.lower())
         if match is None:
             return False
@@ -68,14 +68,14 @@ class AllowedHosts:
         return name in self._allowed or f"{name}:{host_port}" in self._allowed
 
     def is_own_origin(self, origin: str, port: int) -> bool:
-        """Say whether ``origin`` (RFC 6454 section 6.1) is the gateway's own. ``null`` is not."""
+        """Return whether ``origin`` (RFC 6454 section 6.1) is the gateway's own. ``null`` is not."""
         scheme, separator, host = origin.partition("://")
         if not separator or scheme not in ("http", "https"):
             return False
         return self.is_allowed_host(host, port, default_port=443 if scheme == "https" else 80)
 
     def are_own_origins(self, origins: Iterable[str], port: int) -> bool:
-        """Say whether all ``origins`` are the gateway's own. True without any."""
+        """Return whether all ``origins`` are the gateway's own. True without any."""
         return all(self.is_own_origin(origin, port) for origin in origins)
 
 
@@ -99,7 +99,7 @@ def check_path(raw: bytes) -> None:
 
 
 def is_loopback(address: str) -> bool:
-    """Say whether a peer's address is this machine's loopback."""
+    """Return whether a peer's address is this machine's loopback."""
     return address == "::1" or address.startswith("127.") or address.startswith("::ffff:127.")
 
 

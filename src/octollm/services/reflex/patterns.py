@@ -29,7 +29,7 @@ class Pattern:
 
 
 def _is_luhn_valid(text: str) -> bool:
-    """Say whether the digits end with the check digit of a payment card (ISO/IEC 7812-1, annex B)."""
+    """Return whether the digits end with the check digit of a payment card (ISO/IEC 7812-1, annex B)."""
     digits = [int(char) for char in text if char.isdigit()]
     if not 13 <= len(digits) <= 19 or len(set(digits)) == 1:
         return False
@@ -38,7 +38,7 @@ def _is_luhn_valid(text: str) -> bool:
 
 
 def _is_iban_valid(text: str) -> bool:
-    """Say whether a text has the check digits of an IBAN (ISO 13616, ISO/IEC 7064 MOD 97-10)."""
+    """Return whether a text has the check digits of an IBAN (ISO 13616, ISO/IEC 7064 MOD 97-10)."""
     plain = text.replace(" ", "").upper()
     rotated = plain[4:] + plain[:4]
     if not 15 <= len(plain) <= 34 or not rotated.isalnum():

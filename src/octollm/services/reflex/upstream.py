@@ -61,7 +61,7 @@ class TokenExchangeClient:
         self._pending: dict[str, asyncio.Task[CachedToken]] = {}
 
     def is_cached(self, digest: str) -> bool:
-        """Say whether the token of a credential, by its hash, is cached and valid."""
+        """Return whether the token of a credential, by its hash, is cached and valid."""
         cached = self._cache.get(digest)
         return cached is not None and cached.expires_at > self._clock.monotonic()
 
