@@ -125,7 +125,7 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
 
     @property
     def is_live_stream(self) -> bool:
-        """Return whether a response may last as long as its reader stays: a stream of events, not the text of an answer."""
+        """Return whether a response may last as long as its reader stays: a stream of events, not an answer."""
         return self.method == "GET" and EVENT_STREAM in (self.media_type, self.stream_media_type)
 
     @property
