@@ -31,6 +31,8 @@ EXCEPTIONS = {
     "octollm.text.intent",
     "octollm.text.lexical",
     "octollm.text.passages",
+    # The judge's bounded cache of test runs.
+    "octollm.lru",
     # Composition: an arm becomes a service of the installation.
     "octollm.arm",
     "octollm.config",
