@@ -31,7 +31,7 @@ EXCEPTIONS = {
     "octollm.text.intent",
     "octollm.text.lexical",
     "octollm.text.passages",
-    # The judge's bounded cache of test runs.
+    # The judge's bounded cache of verdicts.
     "octollm.lru",
     # Composition: an arm becomes a service of the installation.
     "octollm.arm",

@@ -30,7 +30,7 @@ from octollm.contracts.output_schema import extract_json, find_output_schema
 from octollm.errors import map_exceptions
 from octollm.services.arms.completion import PromptFunction
 from octollm.services.arms.judge.criteria import check_text, unchecked
-from octollm.services.arms.judge.validation import Run, parse_python, validate
+from octollm.services.arms.judge.validation import Run, Validate, parse_python, validate
 from octollm.text.lexical import content_words, extract_numbers, extract_numbers_and_words, stems
 from octollm.text.passages import numbered_lines
 
@@ -203,7 +203,7 @@ def _collapse_query_whitespace(text: str) -> str:
 MIN_ASSERTIONS = 2
 
 
-async def check_code(texts: dict[str, str], run: Run) -> tuple[list[str], int]:
+async def check_code(texts: dict[str, str], validate_code: Validate) -> tuple[list[str], int]:
     """Return the reasons against the Python files ``texts`` (name → text), and the number of checks."""
     tests = [name for name in texts if name.startswith("test")]
     modules = [name for name in texts if name not in tests]
@@ -219,8 +219,8 @@ async def check_code(texts: dict[str, str], run: Run) -> tuple[list[str], int]:
         checks += 2
         if fault:
             reasons.append(fault)
-        verdict = await validate(
-            ValidateRequest(code=texts[name], filename=name, tests=texts[own], tests_filename=own), run
+        verdict = await validate_code(
+            ValidateRequest(code=texts[name], filename=name, tests=texts[own], tests_filename=own)
         )
         reasons.extend(verdict.reasons)
     return reasons, checks
@@ -322,13 +322,20 @@ WHOLE_RESULT = "whether the result does what was asked"
 """What no rule can check."""
 
 
-async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, read_text: ReadText) -> AcceptResult:
+async def accept(
+    request: AcceptRequest,
+    run: Run,
+    ask: PromptFunction | None,
+    read_text: ReadText,
+    validate_code: Validate | None = None,
+) -> AcceptResult:
     """Judge a result by its evidence: validate code again, run a query again, look up citations in their files.
 
     Of a text, rules check length, language, format and words, as far as the criteria or the goal demand them. These
     checks take precedence over a model's opinion. ``ask`` is a model capable of judging, or ``None``: it judges what
     the rules leave open. ``checks`` also has what nobody checked; of a text, that counts half in ``score``, which is
-    otherwise the share of checks that passed. Raises what ``run``, ``ask`` and ``read_text`` raise.
+    otherwise the share of checks that passed. ``validate_code`` replaces the validation by ``run``. Raises what the
+    callables raise.
     """
     evidence = request.result.evidence
     if _EMPTY_OUTPUT.match(request.result.output) and not request.result.artifacts:
@@ -349,7 +356,8 @@ async def accept(request: AcceptRequest, run: Run, ask: PromptFunction | None, r
         reasons, number = await check_data(request, evidence, run)
     else:
         sources = [FileRef(a.name, digest=a.digest) for a in request.result.artifacts if a.name.endswith(".py")]
-        reasons, number = await check_code({file.name: await read_text(file) for file in sources}, run)
+        texts = {file.name: await read_text(file) for file in sources}
+        reasons, number = await check_code(texts, validate_code or (lambda code: validate(code, run)))
     failed = min(len(reasons), number)
     checks = [Check(evidence.kind, index >= failed) for index in range(number)]
     checks += [unchecked(criterion) for criterion in criteria]

@@ -11,26 +11,18 @@ import msgspec
 from octollm import Arm, Check, Context, Evidence, ExecuteResult, FileRef, OctoError, Task
 from octollm.arm import build_arm
 from octollm.config import Settings
-from octollm.contracts.operations import (
-    AcceptRequest,
-    AcceptResult,
-    RunRequest,
-    RunResult,
-    ValidateRequest,
-    ValidateResult,
-)
+from octollm.contracts.operations import AcceptRequest, AcceptResult, ValidateRequest, ValidateResult
 from octollm.contracts.service_operations import calls_of
 from octollm.lru import LruCache
 from octollm.rpc.service import Service, ServiceBase
 from octollm.services.arms.adapters import ModelAsk, bind_run, is_capable_model, read_file_text
 from octollm.services.arms.judge.acceptance import accept as accept_result
-from octollm.services.arms.judge.validation import Run
+from octollm.services.arms.judge.validation import Validate
 from octollm.services.arms.judge.validation import validate as validate_code
 
 MAX_CODE_FILES = 16
 """Python files of one ``execute``."""
-MAX_CACHED_RUNS = 256
-MAX_CACHED_BYTES = 4 * 1024 * 1024
+MAX_CACHED_VERDICTS = 256
 
 
 def judge_arm(settings: Settings) -> Arm:
@@ -42,12 +34,12 @@ def judge_arm(settings: Settings) -> Arm:
         accepts=("files:text",),
     )
 
-    runs = RunCache()
+    verdicts = VerdictCache()
 
     @arm.operation(kind="read_only")
     async def validate(request: ValidateRequest, ctx: Context) -> ValidateResult:
         """Say whether code is valid, and passes its tests where there are any."""
-        return await validate_code(request, runs.bind(ctx))
+        return await verdicts.bind(ctx)(request)
 
     @arm.operation(kind="read_only")
     async def accept(request: AcceptRequest, ctx: Context) -> AcceptResult:
@@ -59,7 +51,7 @@ def judge_arm(settings: Settings) -> Arm:
             return await read_file_text(ctx, file)
 
         ask = ModelAsk(ctx) if is_capable_model(settings) and ctx.allows("models:chat") else None
-        return await accept_result(request, runs.bind(ctx), ask, read_text)
+        return await accept_result(request, bind_run(ctx), ask, read_text, verdicts.bind(ctx))
 
     @arm.operation
     async def execute(task: Task, ctx: Context) -> ExecuteResult:
@@ -70,36 +62,34 @@ def judge_arm(settings: Settings) -> Arm:
     return arm
 
 
-class RunCache:
-    """Results of test runs that ended by themselves, by task and by everything that was run.
+class VerdictCache:
+    """Valid verdicts on code and tests, by task and content.
 
     The coder has its solution validated before it answers, and the same bytes come again with the step's result. The
-    judge itself ran them, so nobody's word is taken for it; another replica, or another task, runs them again.
+    judge itself ran their tests, so nobody's word is taken for it; another replica, or another task, runs them again.
     """
 
     def __init__(self) -> None:
-        self._results: LruCache[str, RunResult] = LruCache(
-            MAX_CACHED_RUNS, max_weight=MAX_CACHED_BYTES, weigh=lambda result: len(result.stdout)
-        )
+        self._verdicts: LruCache[str, ValidateResult] = LruCache(MAX_CACHED_VERDICTS)
 
-    def bind(self, ctx: Context) -> Run:
-        """Return the executor's ``run``, called for this call unless the same run has been made for its task."""
+    def bind(self, ctx: Context) -> Validate:
+        """Return the validation for this call, which runs nothing again that was found valid for its task."""
         run = bind_run(ctx)
         tenant, task_id = ctx.info.tenant, ctx.task_id
 
-        async def run_once(request: RunRequest) -> RunResult:
-            # Data may change between two runs of a query; a program with its tests is run with all that it reads.
-            if request.language != "python" or not task_id:
-                return await run(request)
+        async def validate_once(request: ValidateRequest) -> ValidateResult:
+            if not task_id:
+                return await validate_code(request, run)
             key = hashlib.sha256(msgspec.json.encode((tenant, task_id, request))).hexdigest()
-            result = self._results.get(key)
-            if result is None:
-                result = await run(request)
-                if result.exit_code == 0:
-                    self._results.put(key, result)
-            return result
+            verdict = self._verdicts.get(key)
+            if verdict is None:
+                verdict = await validate_code(request, run)
+                # A refusal may come from a limit or an outage, so it is not kept.
+                if verdict.is_valid:
+                    self._verdicts.put(key, verdict)
+            return verdict
 
-        return run_once
+        return validate_once
 
 
 async def validate_files(task: Task, ctx: Context) -> ExecuteResult:

@@ -77,6 +77,8 @@ def lint(tree: ast.Module, filename: str) -> list[str]:
 
 Run = Callable[[RunRequest], Awaitable[RunResult]]
 """The executor's ``run``."""
+Validate = Callable[[ValidateRequest], Awaitable[ValidateResult]]
+"""Validates code, and its tests if it has any."""
 
 TESTING_PROGRAM = "octollm_testing_program.py"
 TEST_PAYLOAD = "octollm_tests.json"
