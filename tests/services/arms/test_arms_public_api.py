@@ -31,8 +31,6 @@ EXCEPTIONS = {
     "octollm.text.intent",
     "octollm.text.lexical",
     "octollm.text.passages",
-    # The judge's bounded cache of verdicts.
-    "octollm.lru",
     # Composition: an arm becomes a service of the installation.
     "octollm.arm",
     "octollm.config",
