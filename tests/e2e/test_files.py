@@ -8,7 +8,7 @@ from urllib.parse import quote
 import document_files as files
 import pytest
 from gateway_client import GatewayClient
-from scripts import NOTES
+from scripts import NOTES, SALES
 
 pytestmark = pytest.mark.sandbox
 
@@ -38,12 +38,12 @@ FAILED = [
 ]
 
 
-async def run_with_file(gateway: GatewayClient, name: str, data: bytes) -> dict[str, Any]:
+async def run_with_file(gateway: GatewayClient, name: str, data: bytes, goal: str = QUESTION) -> dict[str, Any]:
     """Run the question over a file and return the ended task, or the problem of one that was not accepted."""
     stored = await gateway.client.post("/files", content=data, headers={"X-File-Name": quote(name)})
     assert stored.status_code == 201, stored.text
     listed = [{"name": name, "digest": stored.json()["digest"]}]
-    answer = await gateway.client.post("/tasks", json={"goal": QUESTION, "context": {"files": listed}})
+    answer = await gateway.client.post("/tasks", json={"goal": goal, "context": {"files": listed}})
     if answer.status_code != 201:
         return answer.json()
     return await gateway.finished(answer.json()["task_id"])
@@ -58,6 +58,24 @@ async def test_a_question_over_a_file_is_answered_with_its_place(gateway: Gatewa
         notes = task["steps"][0]["evidence"].get("notes", [])
         assert task["files"][0].get("notes", []) == [each.removeprefix(f"{name}: ") for each in notes], name
         assert any(note in each for each in notes) if note else not notes, (name, notes)
+
+
+async def test_tables_of_any_format_are_queried(gateway: GatewayClient) -> None:
+    rows = [[int(cell) if cell.isdigit() else cell for cell in line.split(",")] for line in SALES.split()]
+    named = SALES.replace("north", "北方").replace("south", "南方的城市").replace("west", "西部地区")
+    tables = [
+        ("sales.xlsx", files.workbook({"Sales": rows}), ""),
+        ("sales.xls", files.old_workbook(rows), ""),
+        ("sales.csv", files.workbook({"Sales": rows}), "sales.csv: named as CSV, read as XLSX by its content"),
+        ("sales.csv", named.encode("gb18030"), "sales.csv: read as GB 18030"),
+        ("sales.csv", SALES.replace("\n", "\r").encode("utf-16"), "sales.csv: read as UTF-16"),
+    ]
+    for name, data, note in tables:
+        task = await run_with_file(gateway, name, data, "How many rows have amount > 100, and their total?")
+        assert task["status"] == "completed", (name, task["error"])
+        assert "total: 400" in task["output"], name
+        notes = task["steps"][0]["evidence"].get("notes", [])
+        assert notes == ([note] if note else []), (name, notes)
 
 
 async def test_files_without_an_answer_say_so(gateway: GatewayClient) -> None:

@@ -57,7 +57,7 @@ def _read_kind(name: str, data: bytes, kind: DocumentKind, budget: ReadBudget) -
         ) from exc
     except Exception as exc:  # a library met bytes that its authors did not think of
         raise DocumentError(f"The file is damaged: reading it as {kind} failed ({type(exc).__name__}).") from exc
-    notes = [*_name_notes(name, kind), *document.notes]
+    notes = [*name_notes(name, kind), *document.notes]
     if not data:
         notes.append("the file is empty")
     return Document(name, document.kind, document.sections, document.tables, tuple(notes))
@@ -88,7 +88,7 @@ def _dispatch(name: str, data: bytes, kind: DocumentKind, budget: ReadBudget) ->
     return import_module("octollm.documents.spreadsheet").read_workbook(name, data, kind, budget)
 
 
-def _name_notes(name: str, kind: DocumentKind) -> tuple[str, ...]:
+def name_notes(name: str, kind: DocumentKind) -> tuple[str, ...]:
     """Return a note when the content is not what the name says."""
     claimed = kind_by_name(name)
     if claimed is None or claimed == kind or (claimed in PLAIN_KINDS and kind in PLAIN_KINDS):

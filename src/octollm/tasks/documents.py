@@ -14,7 +14,7 @@ from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo, Evidence, ExecuteResult, FileKind, FileRef, Task
 from octollm.documents.detection import PLAIN_KINDS, detect_kind
 from octollm.documents.model import FlatDocument, flatten
-from octollm.documents.reading import read_plain
+from octollm.documents.reading import name_notes, read_plain
 from octollm.errors import OctoError
 
 LoadFile = Callable[[str, str], Awaitable[bytes]]
@@ -72,7 +72,9 @@ async def _read_file(file: FileRef, kind: FileKind, data: bytes, read_binary: Re
     if found in PLAIN_KINDS:
         return flatten(await asyncio.to_thread(read_plain, file.name, data))
     # A workbook is read when it is queried, and says then what was assumed.
-    return FlatDocument(file.name, found, "") if kind == "table" else await read_binary(file)
+    if kind == "table":
+        return FlatDocument(file.name, found, "", (), name_notes(file.name, found))
+    return await read_binary(file)
 
 
 def add_notes(result: ExecuteResult, contract: Task) -> ExecuteResult:

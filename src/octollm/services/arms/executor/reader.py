@@ -10,6 +10,7 @@ import msgspec
 import octollm
 from octollm import OctoError
 from octollm.documents import model, reading
+from octollm.documents.decoding import decode_text
 from octollm.documents.detection import PLAIN_KINDS, detect_kind
 from octollm.documents.model import Document, DocumentError, ReadLimits
 from octollm.services.arms.executor import runner_read
@@ -46,6 +47,19 @@ async def read_in_sandbox(
         return await asyncio.to_thread(reading.read_plain, name, data, limits)
     result = await sandbox.run(build_read_job(name, data, tables=tables, limits=limits))
     return await asyncio.to_thread(parse_read_result, result)
+
+
+def to_utf8(data: bytes) -> bytes:
+    """Return text in UTF-8. Windows-1252 stays as it is: the program that answers queries reads and states it itself.
+
+    Bytes that are no text are returned unchanged; that program says what is wrong with them.
+    """
+    try:
+        decoded = decode_text(data)
+    except DocumentError:
+        return data
+    is_converted = any(note.startswith("read as") and "Windows-1252" not in note for note in decoded.notes)
+    return decoded.text.encode() if is_converted else data
 
 
 def build_read_job(name: str, data: bytes, *, tables: bool = False, limits: ReadLimits = READ_LIMITS) -> Job:

@@ -5,6 +5,7 @@ A job is a Python program, or one SQL query over data files.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from octollm.documents.detection import detect_kind
 from octollm.documents.model import Document, RawTable, encode_cells, flatten
 from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, OnQueued
 from octollm.lru import LruCache
-from octollm.services.arms.executor.reader import document_sources, read_in_sandbox
+from octollm.services.arms.executor.reader import document_sources, read_in_sandbox, to_utf8
 from octollm.services.arms.executor.sandbox import MAX_LIMITS, MIB, Job, Limits, Sandbox, SandboxResult, check_names
 
 DESCRIBE = "--describe"
@@ -74,6 +75,11 @@ def _count_cells(document: Document) -> int:
 def is_tabular(name: str) -> bool:
     """Return whether the extension of a file name is that of a table."""
     return PurePosixPath(name).suffix.lower() in _TABLE_FORMATS
+
+
+def is_text_table(name: str) -> bool:
+    """Return whether the extension of a file name is that of a table in text."""
+    return is_tabular(name) and not name.lower().endswith(".parquet")
 
 
 Sheets = Mapping[str, Sequence[RawTable]]
@@ -210,6 +216,11 @@ class Runner:
             return await self._read(files)
         # Validated before waiting, so that an invalid request takes no slot.
         sheets: Sheets = await self._read_sheets(files) if request.language == "sql" else {}
+        if request.language == "sql":
+            files = {
+                name: await asyncio.to_thread(to_utf8, data) if is_text_table(name) and name not in sheets else data
+                for name, data in files.items()
+            }
         job = self._job(request, files, sheets)
         async with self._limiter:
             outcome = await self._sandbox.run(job)
