@@ -164,8 +164,9 @@ async def test_an_orphaned_reservation_of_an_ended_task_settles_at_its_bound(rep
     settled, orphaned = await replica.reserve("task-ended", "a"), await replica.reserve("task-ended", "b")
     await replica.reserve("task-running", "c")
     await replica.ledger.settle(settled, Usage(20, 5), None)
+    failure = {"status": "failed", "code": "internal", "reason": "The process died."}
     await replica.store.change(
-        "task-ended", "task.failed", {"status": "failed"}, new_status="failed", finished_at=replica.clock.now()
+        "task-ended", "task.failed", failure, new_status="failed", finished_at=replica.clock.now()
     )
     # A call that the end cut off still settles what it used.
     assert await replica.expiry.settle_orphans() == 0
