@@ -23,6 +23,7 @@ SMALL_FILES = {
     "octollm.cli.entry": "the program of the command, which imports nothing before Ctrl-C is handled",
     "octollm.services.arms.coder.probe_program": "a program that is run in the sandbox",
     "octollm.services.arms.executor.runner_read": "a program that is run in the sandbox",
+    "octollm.testing.clock": "for tests, which import it without the harness",
     "octollm.testing.polling": "for tests, which import it without the harness",
     "octollm.testing.system": "for tests of a whole installation, which an arm's author does not load",
 }

@@ -8,6 +8,7 @@ heading for each.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -410,3 +411,13 @@ def unknown_settings(environment: Mapping[str, str], services: tuple[str, ...]) 
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
             warnings.append(f"{name} is not a setting and is ignored.{hint}")
     return warnings
+
+
+def read_secret_file(path: Path) -> bytes:
+    """Return the content of a secret's file. Raises :class:`SettingError` when every user may read it, and ``OSError``.
+
+    A group may read it: the secrets of a container are links, owned by root and readable by a group.
+    """
+    if os.name == "posix" and path.stat().st_mode & 0o007:
+        raise SettingError(f"{path} holds a secret and every user may read it. Run `chmod o-rwx {path}`.")
+    return path.read_bytes()

@@ -16,21 +16,11 @@ from octollm.events.sequencer import Sequencer
 from octollm.storage.engines import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import relay_state
-
-
-class HandClock:
-    def __init__(self) -> None:
-        self.time = 1000.0
-
-    def now(self) -> float:
-        return self.time
-
-    def monotonic(self) -> float:
-        return self.time
+from octollm.testing.clock import ManualClock
 
 
 async def test_one_holds_until_its_lease_ends_and_a_fence_shuts_it_out() -> None:
-    clock = HandClock()
+    clock = ManualClock()
     async with open_database("memory://", clock=clock) as db:
         await migrate(db, "orchestrator")
         one = Sequencer(db, holder="one", lease_seconds=5)
@@ -101,7 +91,7 @@ async def test_positions_and_versions_have_no_gap_whoever_writes(
     writers: list[list[tuple[str, int, bool]]], batch: int
 ) -> None:
     """Several writers, some of whose transactions fail, beside a sequencer that assigns numbers in small batches."""
-    clock = HandClock()
+    clock = ManualClock()
     async with open_database("memory://", clock=clock) as db:
         await migrate(db, "orchestrator")
         log = EventLog(db, clock, IDS)

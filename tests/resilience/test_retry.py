@@ -7,17 +7,7 @@ from hypothesis import strategies as st
 from octollm.errors import OctoError
 from octollm.resilience import CallFailure, Deadline, OutageRetry, RetryBudget, RetryPolicy
 from octollm.resilience.retry import parse_timeout_ms
-
-
-class HandClock:
-    def __init__(self) -> None:
-        self.time = 100.0
-
-    def now(self) -> float:
-        return self.time
-
-    def monotonic(self) -> float:
-        return self.time
+from octollm.testing.clock import ManualClock
 
 
 @given(
@@ -89,7 +79,7 @@ def test_retries_are_a_share_of_the_calls(tries: list[bool]) -> None:
 
 
 def test_a_deadline_counts_down_and_says_when_it_passed() -> None:
-    clock = HandClock()
+    clock = ManualClock()
     deadline = Deadline.after(clock, 2)
     assert (deadline.remaining(), deadline.to_header()) == (2, "2000")
     clock.time += 3

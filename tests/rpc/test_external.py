@@ -18,18 +18,11 @@ from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.tls import TlsConfig
 from octollm.rpc.transport import PLAINTEXT, TransportConfig, listen, serve_app
 from octollm.telemetry import Metrics, get_logger
+from octollm.testing.clock import ManualClock
 from octollm.testing.fake_model import ScriptedModel
 
 CLOCK = SystemClock()
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy")
-
-
-class HandClock(SystemClock):
-    def __init__(self) -> None:
-        self.at = 100.0
-
-    def monotonic(self) -> float:
-        return self.at
 
 
 def outside(clock: SystemClock = CLOCK, **options: object) -> ExternalClient:
@@ -98,7 +91,7 @@ async def test_an_outage_is_not_multiplied() -> None:
 
 
 async def test_after_failures_in_a_row_it_is_left_alone_and_probed() -> None:
-    clock = HandClock()
+    clock = ManualClock()
     way = outside(clock)
     them = Them([away() for _ in range(6)])
     for _ in range(2):
@@ -111,14 +104,14 @@ async def test_after_failures_in_a_row_it_is_left_alone_and_probed() -> None:
     assert refused.value.code == "unavailable"
     assert "them at example.org" in refused.value.detail
     assert refused.value.retry_after is not None
-    clock.at += 6
+    clock.time += 6
     with pytest.raises(OctoError):
         await call(them, way, clock=clock, repeats=False)
     assert them.called == 6  # the probe, which failed
-    clock.at += 5
+    clock.time += 5
     with pytest.raises(OctoError, match="next try"):
         await call(them, way, clock=clock)
-    clock.at += 6
+    clock.time += 6
     assert await call(them, way, clock=clock) == "answer"
 
 

@@ -28,6 +28,7 @@ from octollm.capability import (
     TaskRef,
     Verifier,
 )
+from octollm.testing.clock import ManualClock
 
 NOW = 1_800_000_000.0
 ALICE = Principal("alice", "key-1", "acme")
@@ -36,19 +37,6 @@ AUTO = object()
 """Stands for a claim or header that the bench fills in when it signs."""
 
 OUTER_CODES = {"token_missing", "token_malformed", "token_expired", "token_invalid", "token_revoked"}
-
-
-class FixedClock:
-    """A clock that stands until it is moved."""
-
-    def __init__(self, now: float = NOW) -> None:
-        self.time = now
-
-    def now(self) -> float:
-        return self.time
-
-    def monotonic(self) -> float:
-        return self.time
 
 
 class CountingIds:
@@ -144,7 +132,7 @@ class World:
     services = ("coder", "judge", "executor", "models", "memory", "orchestrator", "mallory")
 
     def __init__(self) -> None:
-        self.clock = FixedClock()
+        self.clock = ManualClock(NOW)
         self.ids = CountingIds()
         self.root = SigningKey.generate("orchestrator")
         self.keys = {name: SigningKey.generate(name) for name in self.services}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from octollm.capability.keyring import (
     trusted_indices,
 )
 from octollm.clock import IdGenerator
-from octollm.config import Settings
+from octollm.config import Settings, read_secret_file
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError, SettingError, map_exceptions, map_file_errors
 from octollm.installation.home import Home, open_keys, write_private
@@ -154,9 +153,7 @@ def _read_secret(path: Path) -> bytes:
         ),
         OSError,
     ):
-        if os.name == "posix" and path.stat().st_mode & 0o007:
-            raise SettingError(f"{path} holds secrets and every user may read it. Run `chmod o-rwx {path}`.")
-        return path.read_bytes()
+        return read_secret_file(path)
 
 
 def _decode_ring(path: Path, content: bytes, name: str) -> KeyRing:

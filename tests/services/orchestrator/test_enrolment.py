@@ -32,27 +32,17 @@ from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import arm_keys, events, joins
+from octollm.testing.clock import ManualClock
 
 ROOT = SigningKey.generate("root")
 ACTOR = Actor(Principal("admin", "key-1", "acme"))
 ASKER = Requester("192.0.2.1")
 
 
-class HandClock:
-    def __init__(self) -> None:
-        self.time = 1_800_000_000.0
-
-    def now(self) -> float:
-        return self.time
-
-    def monotonic(self) -> float:
-        return self.time
-
-
 class Replica:
     """What one orchestrator has of arms, over a database that others share."""
 
-    def __init__(self, db: Database, clock: HandClock) -> None:
+    def __init__(self, db: Database, clock: ManualClock) -> None:
         self.db, self.clock = db, clock
         ids = Uuid7Generator(clock)
         log = EventLog(db, clock, ids)
@@ -88,7 +78,7 @@ def registration(instance: str, url: str, *calls: str) -> ArmRegistration:
 
 @contextlib.asynccontextmanager
 async def replicas(home: Path, count: int = 2) -> AsyncGenerator[list[Replica]]:
-    clock = HandClock()
+    clock = ManualClock(1_800_000_000.0)
     async with contextlib.AsyncExitStack() as stack:
         opened = [
             await stack.enter_async_context(open_database(f"sqlite:///{home}/o.db", clock=clock)) for _ in range(count)
@@ -291,7 +281,7 @@ async def test_calls_of_an_operation_that_are_not_the_arms_are_refused(tmp_path:
 
 
 def test_refusals_are_counted_by_address_and_forgotten() -> None:
-    clock = HandClock()
+    clock = ManualClock(1_800_000_000.0)
     attempts = FailedEnrolmentThrottle(clock)
     for _ in range(MAX_FAILURES):
         attempts.check("a")

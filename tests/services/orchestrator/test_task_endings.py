@@ -27,20 +27,10 @@ from octollm.tasks.ledger import BudgetLedger, ReservationRequest
 from octollm.tasks.store import NewTask, TaskStore
 from octollm.telemetry import Metrics
 from octollm.testing import wait_until
+from octollm.testing.clock import ManualClock
 
 START = 1_800_000_000.0
 LIFETIME = 60.0
-
-
-class ManualClock:
-    def __init__(self) -> None:
-        self.time = START
-
-    def now(self) -> float:
-        return self.time
-
-    def monotonic(self) -> float:
-        return self.time
 
 
 class Replica:
@@ -95,7 +85,7 @@ class Replica:
 
 @pytest.fixture
 def clock() -> ManualClock:
-    return ManualClock()
+    return ManualClock(START)
 
 
 @pytest.fixture
@@ -198,7 +188,7 @@ def test_every_reserved_token_is_used_once_the_task_has_ended(calls: list[tuple[
 
 
 async def reserve_and_expire(calls: list[tuple[bool, int]]) -> None:
-    clock = ManualClock()
+    clock = ManualClock(START)
     async with open_database("memory://", clock=clock) as db:
         await migrate(db, "orchestrator")
         replica = Replica(db, clock)

@@ -23,6 +23,7 @@ from octollm.services.reflex.throttle import get_address_bucket
 from octollm.services.reflex.upstream import MAX_CACHED_TOKENS, GatewayRetryPolicy, TokenExchangeClient
 from octollm.services.reflex.web_session import build_csp
 from octollm.services.reflex.websocket import get_close_code
+from octollm.testing.clock import ManualClock
 
 OURS = AllowedHosts(("octo.example", "named.example:8443"))
 PATHS = st.text(st.sampled_from("/.%25eEfFcCaA0\\x? \x00é"), max_size=20).map(lambda text: "/" + text)
@@ -126,17 +127,6 @@ def test_the_policy_names_what_the_page_holds_and_nothing_else() -> None:
     assert "unsafe" not in policy
 
 
-class FakeClock:
-    def __init__(self) -> None:
-        self.time = 1000.0
-
-    def now(self) -> float:
-        return self.time
-
-    def monotonic(self) -> float:
-        return self.time
-
-
 class FakeCaller:
     """Answers exchanges; ``gate`` holds them back."""
 
@@ -160,10 +150,10 @@ class FakeSigner:
         return "svc"
 
 
-def exchange() -> tuple[TokenExchangeClient, Any, FakeClock]:
+def exchange() -> tuple[TokenExchangeClient, Any, ManualClock]:
     caller: Any = FakeCaller()
     signer: Any = FakeSigner()
-    clock = FakeClock()
+    clock = ManualClock()
     return TokenExchangeClient(caller, signer, clock), caller, clock
 
 

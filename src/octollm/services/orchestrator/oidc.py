@@ -11,7 +11,6 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from msgspec import Meta
 
 from octollm.capability import Principal
 from octollm.clock import Clock
+from octollm.config import read_secret_file
 from octollm.contracts.auth import IssuerView, LoginCode
 from octollm.errors import OctoError, SettingError, map_exceptions
 from octollm.resilience import Deadline
@@ -94,9 +94,7 @@ def load_client_secret(issuer: Issuer) -> str | None:
         return None
     path = Path(issuer.client_secret_file)
     with map_exceptions(SettingError(f"OCTOLLM_OIDC: {path} cannot be read as a secret."), OSError, UnicodeDecodeError):
-        if os.name == "posix" and path.stat().st_mode & 0o007:
-            raise SettingError(f"{path} holds a secret, but every user may read it. Run `chmod o-rwx {path}`.")
-        secret = path.read_text(encoding="utf-8").strip()
+        secret = read_secret_file(path).decode().strip()
     if not secret or len(secret) > 1024 or not secret.isprintable():
         raise SettingError(f"OCTOLLM_OIDC: {path} does not hold a secret of 1 to 1024 printable characters.")
     return secret

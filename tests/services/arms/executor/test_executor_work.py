@@ -10,6 +10,7 @@ from octollm.services.arms.executor.sandbox import Job, SandboxResult
 from octollm.services.arms.executor.selection import RETRY_SECONDS, RunnerProvider
 from octollm.services.arms.executor.service import build_run_request, find_sql_file, summarise_run
 from octollm.testing import wait_until
+from octollm.testing.clock import ManualClock
 
 
 def files(*names: str) -> tuple[FileRef, ...]:
@@ -63,17 +64,6 @@ def test_rows_are_shown_with_their_query() -> None:
 
 
 @dataclass
-class Clock:
-    at: float = 0.0
-
-    def now(self) -> float:
-        return self.at
-
-    def monotonic(self) -> float:
-        return self.at
-
-
-@dataclass
 class Log:
     lines: list[str] = field(default_factory=list)
 
@@ -91,7 +81,7 @@ class Empty:
 
 
 async def test_a_missing_sandbox_is_looked_for_again_after_a_while() -> None:
-    clock, log, tried = Clock(), Log(), [0]
+    clock, log, tried = ManualClock(), Log(), [0]
 
     async def choose() -> Empty:
         tried[0] += 1
@@ -105,7 +95,7 @@ async def test_a_missing_sandbox_is_looked_for_again_after_a_while() -> None:
             await holder.get()
     assert tried == [1]
     assert not (await holder.checkup()).ok
-    clock.at += RETRY_SECONDS
+    clock.time += RETRY_SECONDS
     assert (await holder.get()).sandbox == "empty"
     assert (await holder.checkup()).detail == "empty"
     assert log.lines == ["sandbox.missing", "sandbox.chosen"]
@@ -119,7 +109,7 @@ async def test_a_caller_that_leaves_does_not_stop_the_choosing() -> None:
         await gate.wait()
         return Empty()
 
-    holder = RunnerProvider(choose, clock=Clock(), log=Log())  # pyright: ignore[reportArgumentType]
+    holder = RunnerProvider(choose, clock=ManualClock(), log=Log())  # pyright: ignore[reportArgumentType]
     holder.start()
     assert (await holder.checkup()).detail == "a sandbox is being chosen"
     leaving = asyncio.create_task(holder.get())
