@@ -15,7 +15,7 @@ from octollm.rpc.codec import decode
     [
         (b"", "invalid_json", ""),
         (b"\xff", "invalid_json", ""),
-        (b'{"goal": ' + b"[" * 10_000, "invalid_body", "/goal"),
+        (b'{"goal": ' + b"[" * 10_000, "invalid_json", ""),
         (b'{"x": ' + b"[" * 10_000, "invalid_json", ""),
         (b'{"goal": 1}', "invalid_body", "/goal"),
         (b'{"goal": "x", "context": {"files": [{"name": 1}]}}', "invalid_body", "/context/files/0/name"),

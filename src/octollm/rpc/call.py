@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any, Literal, Protocol
 
 import msgspec
+from msgspec import UNSET
 from starlette.requests import Request
 
 from octollm.capability import VerifiedChain
@@ -63,6 +64,8 @@ class IncomingCall(msgspec.Struct, frozen=True):
     key: str | None = None
     """The ``Idempotency-Key``, when one was sent."""
     body: bytes = b""
+    document: Any = UNSET
+    """The body as parsed JSON, where the operation is strict about its members."""
     query: Any = None
     """The query of the URL, in the type that the operation names for it."""
     emit: Emitter = msgspec.field(default_factory=NullEmitter)
@@ -155,6 +158,11 @@ class Operation:
     def takes_key(self) -> bool:
         """Say whether an ``Idempotency-Key`` makes a difference."""
         return self.claims_key and self.kind != "read_only"
+
+    @property
+    def decodes_body(self) -> bool:
+        """Say whether the body is JSON that becomes a value of the type ``body``."""
+        return self.body not in (None, bytes) and not self.raw
 
     @property
     def streams(self) -> bool:

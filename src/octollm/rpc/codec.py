@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope
 
 from octollm.clock import IdGenerator
 from octollm.context import REQUEST_ID
-from octollm.errors import FieldError, OctoError
+from octollm.errors import FieldError, OctoError, map_exceptions
 
 
 def is_pydantic(kind: object) -> TypeGuard[type[Any]]:
@@ -104,30 +104,48 @@ def decode(data: bytes, kind: type[T], *, strict: bool = False) -> T:
     (the public API) also ``unknown_field``. Between services unknown members are ignored, so that two
     versions can run together.
     """
-    try:
-        value = msgspec.json.decode(data, type=kind, dec_hook=decode_model)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        at = _pointer(text)
-        raise OctoError(
-            "The body does not fit its schema.",
-            code="invalid_body",
-            field_errors=pydantic_faults(error.__cause__, at) or (FieldError(at, _fault_text(text)),),
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise OctoError(
-            "The body is not valid JSON.", code="invalid_json", field_errors=(FieldError("", str(error)),)
-        ) from error
     if strict:
-        # A second pass, because calls between services share these types and ignore unknown members.
-        unknown = list(_unknown_fields(msgspec.json.decode(data), kind, "", 0))
-        if unknown:
-            raise OctoError(
-                "The body has a field that is not known here.",
-                code="unknown_field",
-                field_errors=tuple(FieldError(pointer, "unknown field") for pointer in unknown[:20]),
-            )
+        return decode_strictly(parse_json(data), kind)
+    # Not map_exceptions: this is on the path of every call, where a context manager costs more than some bodies.
+    try:
+        return msgspec.json.decode(data, type=kind, dec_hook=decode_model)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _body_error(error) from error
+
+
+def parse_json(data: bytes) -> Any:
+    """Read JSON ``data`` as builtins. Raises as :func:`decode` does."""
+    with map_exceptions(_body_error, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return msgspec.json.decode(data)
+
+
+def decode_strictly(document: Any, kind: type[T]) -> T:
+    """Convert parsed JSON to ``kind``. Raises as :func:`decode` does, with ``unknown_field`` for unknown members.
+
+    ``kind`` has no member of the type ``msgspec.Raw``: the text of the JSON is gone.
+    """
+    with map_exceptions(_body_error, msgspec.ValidationError):
+        value = msgspec.convert(document, kind, str_keys=True, dec_hook=decode_model)
+    unknown = list(_unknown_fields(document, kind, "", 0))
+    if unknown:
+        raise OctoError(
+            "The body has a field that is not known here.",
+            code="unknown_field",
+            field_errors=tuple(FieldError(pointer, "unknown field") for pointer in unknown[:20]),
+        )
     return value
+
+
+def _body_error(error: Exception) -> OctoError:
+    text = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return OctoError("The body is not valid JSON.", code="invalid_json", field_errors=(FieldError("", text),))
+    at = _pointer(text)
+    return OctoError(
+        "The body does not fit its schema.",
+        code="invalid_body",
+        field_errors=pydantic_faults(error.__cause__, at) or (FieldError(at, _fault_text(text)),),
+    )
 
 
 def decode_query(text: bytes, kind: type[T]) -> T:

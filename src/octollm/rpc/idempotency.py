@@ -12,11 +12,12 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from msgspec import UNSET
 from starlette.responses import Response
 
 from octollm.contracts.problems import to_problem
@@ -140,13 +141,19 @@ def check_key(text: str | None) -> str | None:
     return text
 
 
-def body_digest(method: str, path: str, query: str, body: bytes, *, is_json: bool = False) -> str:
+def body_digest(
+    method: str, path: str, query: str, body: bytes, *, is_json: bool = False, document: Any = UNSET
+) -> str:
     """Return the digest by which two requests with one key are recognized as the same call.
 
-    JSON is digested in canonical form: a retry may space it or order its members differently.
+    JSON is digested in canonical form: a retry may space it or order its members differently. ``document`` is the body
+    where it has been parsed already.
     """
     digest = hashlib.sha256(f"{method} {path}?{query}\n".encode())
-    digest.update(canonical_json(body) if is_json else body)
+    if document is not UNSET:
+        digest.update(_encode_canonically(document))
+    else:
+        digest.update(canonical_json(body) if is_json else body)
     return digest.hexdigest()
 
 
@@ -156,9 +163,13 @@ def canonical_json(body: bytes) -> bytes:
     Numbers keep their type: ``1`` and ``1.0`` stay different, unlike in RFC 8785.
     """
     try:
-        return msgspec.json.encode(msgspec.json.decode(body), order="sorted")
+        return _encode_canonically(msgspec.json.decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return body
+
+
+def _encode_canonically(document: object) -> bytes:
+    return msgspec.json.encode(document, order="sorted")
 
 
 class NestedKeys:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import UNSET
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -30,7 +31,17 @@ from octollm.resilience.retry import parse_timeout_ms
 from octollm.rpc.asgi_extension import take_extension
 from octollm.rpc.auth import AuthContext, auth_span_attributes
 from octollm.rpc.call import IncomingCall, Operation, OperationResponse
-from octollm.rpc.codec import body_too_large, decode, decode_query, encode, header_text, id_or_new, read_body
+from octollm.rpc.codec import (
+    body_too_large,
+    decode,
+    decode_query,
+    decode_strictly,
+    encode,
+    header_text,
+    id_or_new,
+    parse_json,
+    read_body,
+)
 from octollm.rpc.idempotency import (
     IdempotencyKey,
     IdempotencyStore,
@@ -202,6 +213,8 @@ class OperationEndpoint:
             body = await read_body(scope, headers, receive, operation.max_body)
         elif len(body) > operation.max_body:
             raise body_too_large(operation.max_body)
+        # Parsed once: for its type, for unknown members and for the digest of an idempotency key.
+        document = parse_json(body) if operation.strict and operation.decodes_body else UNSET
         call = IncomingCall(
             service=context.service,
             operation=operation.name,
@@ -215,6 +228,7 @@ class OperationEndpoint:
             bearer=auth.bearer,
             key=check_key(header_text(headers.get(b"idempotency-key"))),
             body=body,
+            document=document,
             query=None if operation.query is None else decode_query(scope["query_string"], operation.query),
         )
         task = None if auth.verified is None else auth.verified.task
@@ -230,8 +244,8 @@ class OperationEndpoint:
             )
         )
         value: Any = body
-        if operation.body is not None and operation.body is not bytes and not operation.raw:
-            value = decode(body, operation.body, strict=operation.strict)
+        if operation.decodes_body:
+            value = decode(body, operation.body) if document is UNSET else decode_strictly(document, operation.body)
         if self._streams and _NDJSON in headers.get(b"accept", b""):
             await self._stream(call, value, scope, receive, writer)
             return
@@ -284,7 +298,8 @@ class OperationEndpoint:
                 scope["path"],
                 scope["query_string"].decode("latin-1"),
                 call.body,
-                is_json=operation.body not in (None, bytes) and not operation.raw,
+                is_json=operation.decodes_body,
+                document=call.document,
             ),
             operation.kind == "idempotent",
             call.bearer,
