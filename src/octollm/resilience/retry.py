@@ -1,6 +1,7 @@
-"""Deadlines and retries as pure decisions.
+"""Deadline, retry policy and retry budget as pure decisions.
 
-The time left for a call, exponential backoff with full jitter, the retry budget, and retries during an outage.
+``RetryPolicy`` is exponential backoff with full jitter, ``RetryBudget`` bounds retries to a share of the calls, and
+``OutageRetry`` rides out an outage. :func:`octollm.concurrency.retry` is the retry loop that follows a decision.
 """
 
 from __future__ import annotations
@@ -68,7 +69,11 @@ class CallFailure:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Exponential backoff with full jitter; delays in seconds."""
+    """The retry policy of a call: exponential backoff with full jitter, within the deadline; delays in seconds.
+
+    The delay before attempt n + 1 is uniform between 0 and ``base_delay`` · 2^(n - 1), at most ``max_delay``, and no
+    shorter than the peer's ``Retry-After``. The caller also asks its :class:`RetryBudget`.
+    """
 
     max_attempts: int = 3
     base_delay: float = 0.1
@@ -142,7 +147,7 @@ def retry_until(
 
 
 class RetryBudget:
-    """Bounds retries to a share of the calls, so that retries do not multiply an outage.
+    """The retry budget: bounds retries to a share of the calls, so that retries do not multiply an outage.
 
     Each call earns ``ratio`` of a retry; up to ``capacity`` unspent ones are saved.
     """

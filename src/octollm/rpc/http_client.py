@@ -141,7 +141,7 @@ IF_NONE_MATCH = "If-None-Match"
 
 
 class ETagCache:
-    """An LRU cache of GET responses that carry an ETag.
+    """The ETag cache: an LRU cache of GET responses that carry an ETag (RFC 9110 section 8.8.3).
 
     Entries are per bearer, since one bearer may see what another may not. Every use revalidates with the server, so
     that nobody is served a response that they may no longer see.

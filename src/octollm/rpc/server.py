@@ -66,7 +66,7 @@ DEFAULT_CONCURRENCY = ConcurrencyPolicy(MAX_CONCURRENT, max_queued=256, max_wait
 
 
 class Authenticator(Protocol):
-    """Decides whether a request may use an operation, and for which principal."""
+    """The authenticator of an operation: decides whether a request may use it, and for which principal."""
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return the authenticated context; raise an ``OctoError`` to refuse the request."""

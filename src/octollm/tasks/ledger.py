@@ -69,7 +69,7 @@ def allocate_completion(*, remaining: int, open_steps: int, prompt: int, request
 
 
 class BudgetLedger:
-    """The budgets of all tasks."""
+    """The budget ledger: the budgets of all tasks, with their reservations."""
 
     def __init__(self, db: Database, clock: Clock, ids: IdGenerator) -> None:
         self._db = db

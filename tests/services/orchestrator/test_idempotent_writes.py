@@ -106,7 +106,8 @@ async def test_a_secret_that_is_replayed_is_nowhere_in_plain_text(
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     stored = b"".join(file.read_bytes() for file in files)
     # The part that cannot be guessed: no id and no prefix.
-    assert text.rpartition("_")[2].rpartition(".")[2].encode() not in stored
+    # The signature of a token is base64url, which has "_" too.
+    assert text.rpartition("." if "." in text else "_")[2].encode() not in stored
     assert KEY.encode() in stored, "the stored response is among the files"
     assert decoded(await orch.send("POST", path, body, Idempotency_Key=KEY))[secret] == text
 
