@@ -30,7 +30,7 @@ def get_address_bucket(address: str) -> str:
 
 
 class RateLimiter:
-    """The rate limiter: a sliding window of ``limit`` (``COUNT/second|minute|hour``) for each bucket of this process."""
+    """Rate limiter: a sliding window of ``limit`` (``COUNT/second|minute|hour``) for each bucket, in this process."""
 
     def __init__(self, limit: str, clock: Clock) -> None:
         self._limit: RateLimitItem = parse(limit)
