@@ -199,6 +199,11 @@ def test_a_bound_is_named_with_its_value(data: bytes, limits: ReadLimits, bound:
     assert bound in error.detail
 
 
+def test_an_email_of_deeply_nested_parts_ends_at_a_limit():
+    nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (n, n) for n in range(5000))
+    assert error_of("a.eml", nested).code == "file_limit_exceeded"
+
+
 def test_overlapping_members_count_each():
     """Members that share their bytes, as in David Fifield's archive bomb, are counted one by one."""
     out = io.BytesIO()

@@ -25,7 +25,7 @@ def read_email(name: str, data: bytes, budget: ReadBudget, read_inner: ReadInner
     try:
         message = BytesParser(policy=policy.default).parsebytes(data)
         return _read_message(name, message, budget, read_inner)
-    except DocumentError:
+    except (DocumentError, RecursionError):
         raise
     except Exception as exc:  # the standard library's parser fails in many ways over headers that are no headers
         raise DocumentError(f"The e-mail is damaged: {type(exc).__name__}") from exc

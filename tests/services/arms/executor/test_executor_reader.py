@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from datetime import date
 
 import document_files as files
 import msgspec
+import openpyxl
 import pytest
 
 from octollm import OctoError
@@ -47,6 +49,16 @@ async def test_errors_of_the_file_come_out(sandbox: Bubblewrap):
     assert caught.value.code == "file_encrypted"
     with pytest.raises(DocumentError, match="1 pages"):
         await read_in_sandbox(sandbox, "a.pdf", SAMPLES["a.pdf"], limits=ReadLimits(pages=1))
+
+
+async def test_a_sheet_of_17_billion_empty_cells_ends_at_the_limit_of_memory(sandbox: Bubblewrap):
+    book = openpyxl.Workbook()
+    book.worksheets[0]["XFD1048576"] = book.worksheets[0]["A1"] = 1
+    out = io.BytesIO()
+    book.save(out)
+    with pytest.raises(DocumentError, match="1536 MiB") as caught:
+        await read_in_sandbox(sandbox, "a.xlsx", out.getvalue())
+    assert caught.value.code == "file_limit_exceeded"
 
 
 async def test_text_needs_no_sandbox():

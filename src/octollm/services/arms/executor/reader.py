@@ -31,6 +31,8 @@ SANDBOX_LIMITS = Limits(
     disk_entries=1000,
     result_files=0,
 )
+_FAILED_ALLOCATION = "memory allocation of"
+"""What a library in Rust says before it aborts, for example over a sheet with a cell in its last row and column."""
 _CODES = ("file_unreadable", "file_encrypted", "file_limit_exceeded")
 
 
@@ -98,6 +100,8 @@ def parse_read_result(result: SandboxResult) -> Document:
     }
     if result.reason in bounds:
         raise DocumentError(bounds[result.reason], code="file_limit_exceeded")
+    if result.exit_code < 0 and _FAILED_ALLOCATION in result.stderr:
+        raise DocumentError(bounds["memory"], code="file_limit_exceeded")
     if result.exit_code < 0:
         raise DocumentError("The file is damaged: the parser crashed.")
     if result.exit_code != 0:
