@@ -65,6 +65,7 @@ async def test_sheets_and_files_are_joined(runner: Runner) -> None:
     [
         ("a.xls", made.old_workbook([["n", "v"], ["x", 1.5]])),
         ("a.ods", made.open_document([["n", "v"], ["x", 1.5]])),
+        ("text.xls", b"n\tv\nx\t1.5\n"),
         ("misnamed.csv", made.workbook({"S": [["n", "v"], ["x", 1.5]]})),
     ],
 )

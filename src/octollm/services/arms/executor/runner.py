@@ -6,6 +6,7 @@ A job is a Python program, or one SQL query over data files.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import msgspec
 from octollm import FileRef, OctoError
 from octollm.contracts.operations import RunLimits, RunRequest, RunResult
 from octollm.documents.detection import detect_kind
-from octollm.documents.model import Document, RawTable, encode_cells, flatten
+from octollm.documents.model import Document, DocumentError, RawTable, encode_cells, flatten
 from octollm.limiter import ConcurrencyLimiter, ConcurrencyPolicy, OnQueued
 from octollm.lru import LruCache
 from octollm.services.arms.executor.reader import document_sources, read_in_sandbox, to_utf8
@@ -56,6 +57,7 @@ class DataTable:
     sheet: RawTable | None = None
 
 
+_FOUND_KINDS = ("csv", "tsv", "json", "jsonl", "parquet")
 _SPREADSHEET_KINDS = ("xlsx", "xls", "ods")
 _ARCHIVE_SIGNATURES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 """The first bytes of the formats of spreadsheets, and of others."""
@@ -86,8 +88,22 @@ Sheets = Mapping[str, Sequence[RawTable]]
 """The tables of spreadsheets, by the name of their file."""
 
 
-def derive_tables(names: Iterable[str], sheets: Sheets | None = None) -> tuple[DataTable, ...]:
+def find_kinds(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the formats of the files whose name is not that of a table, but whose content is, such as text as .xls."""
+    kinds: dict[str, str] = {}
+    for name, data in files.items():
+        if not is_tabular(name):
+            with contextlib.suppress(DocumentError):
+                kinds[name] = detect_kind(name, data)
+    return {name: "json" if kind == "jsonl" else kind for name, kind in kinds.items() if kind in _FOUND_KINDS}
+
+
+def derive_tables(
+    names: Iterable[str], sheets: Sheets | None = None, kinds: Mapping[str, str] | None = None
+) -> tuple[DataTable, ...]:
     """Return the tables for files of these names, in the same order; files that are not tabular are skipped.
+
+    ``kinds`` are the formats of files whose name does not tell it.
 
     A table is named after its file's stem, in lower case, with ``_`` for other characters than letters and digits. Of
     several sheets in a file, each also has the name of its sheet. A second table of a name gets the suffix ``_2``.
@@ -114,7 +130,7 @@ def derive_tables(names: Iterable[str], sheets: Sheets | None = None) -> tuple[D
                 add(name, path.stem, "cells", sheet)
             else:
                 add(f"{name}, sheet {sheet.name}", f"{path.stem}_{sheet.name}", "cells", sheet)
-        kind = _TABLE_FORMATS.get(path.suffix.lower())
+        kind = _TABLE_FORMATS.get(path.suffix.lower()) or (kinds or {}).get(name)
         if kind is not None and not found:
             add(name, path.stem, kind)
     return tuple(tables)
@@ -132,7 +148,7 @@ def build_sql_job(query: str, files: Mapping[str, bytes], limits: Limits, sheets
     """
     if not query.strip() or len(query) > MAX_QUERY:
         raise OctoError(f"a query has from 1 to {MAX_QUERY} characters", code="invalid_body")
-    tables = derive_tables(files, sheets)
+    tables = derive_tables(files, sheets, find_kinds(files))
     # Numbered names, so that no file of the request can overwrite the runner or its input.
     paths = {
         table.table: f"data/{number}" + (".cells" if table.sheet else PurePosixPath(table.file).suffix.lower())
@@ -228,6 +244,7 @@ class Runner:
 
     async def _read_sheets(self, files: Mapping[str, bytes]) -> Sheets:
         """Return the tables of the spreadsheets among ``files``; a task reads the same ones for each of its queries."""
+        check_names(files)
         sheets: dict[str, tuple[RawTable, ...]] = {}
         for name, data in files.items():
             if not is_spreadsheet(name, data):
