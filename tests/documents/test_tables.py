@@ -316,3 +316,18 @@ def test_a_long_file_is_read_like_a_short_one(
     monkeypatch.setattr(runner_sql, "TAIL_BYTES", 1 << 10)
     assert read(data) == expected
     assert expected[1][7][2] == 7107.5
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "word"),
+    [
+        ("a,b,c,d\nx,1,2,3\ny,4,5,6\nMüller,,,\n", 2, "1 line after the table"),
+        ("n,v,w\nNorth,,\na,1,2\nb,3,4\n", 3, "'North'; each is kept as data, but may head a section"),
+        ("k,v\na,24/12/01\nb,24/11/02\n", 2, "24/11/02 may begin with the year"),
+        ("1,2,3,4\nx,,,\n5,6,7,8\n", 3, "a first cell alone"),
+    ],
+)
+def test_a_row_or_date_of_two_meanings_is_stated_as_undecided(text: str, rows: int, word: str) -> None:
+    _, found, assumptions = read(text.encode())
+    assert len(found) == rows
+    assert any(word in each.text for each in assumptions if not each.decided), assumptions

@@ -65,6 +65,11 @@ class DateShape:
     has_offset: bool
     is_compact: bool
 
+    @property
+    def may_begin_with_year(self) -> bool:
+        """Return whether all dates are like 24/12/31, with one first number, which can be the year as well."""
+        return self.year_digits == 2 and self.mark == "/" and self.shape.low[:2] == self.shape.high[:2]
+
 
 def parse_date_shape(shape: Shape) -> DateShape | None:
     """Return how a shape is a date, or ``None`` when it is none."""

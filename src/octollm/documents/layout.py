@@ -211,6 +211,7 @@ class Layout:
         keys = [strip_cell(row[0]) for _, _, row in held]
         has_typed_keys = sum(map(_is_value, keys)) * 2 > len(keys)
         footers: set[int] = set()
+        is_sure = True
         for at in range(len(held) - 1, -1, -1):
             cells = _filled(held[at][2])
             if any(map(is_summary_label, cells)):
@@ -225,10 +226,12 @@ class Layout:
             if not (is_note and is_sparse and (is_apart or is_said or width > 3)):
                 break
             footers.add(at)
+            is_sure = is_sure and (is_apart or is_said)
         if footers:
             texts = [" ".join(_filled(held[at][2])) for at in sorted(footers)]
             where = held[min(footers)][0]
-            self.notes.append(
+            # Without a blank row before it or the words of a note, a sparse row may be data.
+            (self.notes if is_sure else self.doubts).append(
                 f"{_count(len(texts), self.row_noun)} after the table, from {self.row_noun} {where} on, not read as "
                 f"data: {'; '.join(texts)[:120]!r}."
             )
@@ -287,7 +290,7 @@ def find_layout(head: Sequence[list[str]], *, row_noun: str = "line") -> Layout:
     layout.header = _unique_names(labels, layout, has_header=has_header)
     layout.named = frozenset(name for name, label in zip(layout.header, labels, strict=True) if label)
     if title:
-        layout.notes.append(
+        (layout.notes if has_header else layout.doubts).append(
             f"{_count(len(title), row_noun)} before the table not read as data: {'; '.join(title)[:120]!r}."
         )
     if has_header and following and not any(_is_value(cell) for row in following[:HEAD_ROWS] for cell in _filled(row)):

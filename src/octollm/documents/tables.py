@@ -94,6 +94,7 @@ def create_typed_table(query: Query, raw: str, target: str, layout: Layout) -> l
     left_out, notes = _check_summaries(query, raw, columns, summaries)
     if len(left_out) != len(summaries):
         columns = _read_columns(query, raw, layout, left_out)
+    _note_section_rows(query, raw, layout)
     wanted = [column for column in columns if column.shapes or column.null_words or column.name in layout.named]
     _create(query, raw, target, wanted, left_out)
     lossy = [column for column in wanted if _keep_lossy_text(query, raw, target, column, left_out)]
@@ -103,6 +104,21 @@ def create_typed_table(query: Query, raw: str, target: str, layout: Layout) -> l
     assumptions = [TableAssumption(text) for text in layout.notes]
     assumptions += [TableAssumption(text, decided=False) for text in layout.doubts]
     return [*assumptions, *notes, *(note for column in wanted for note in column.notes)]
+
+
+def _note_section_rows(query: Query, raw: str, layout: Layout) -> None:
+    """State that rows with their first cell alone are counted as data; such a row may head a section."""
+    width = len(layout.header)
+    if width < 3:
+        return
+    others = " AND ".join(f"c{number} IS NULL" for number in range(1, width))
+    ((count, first),) = query(f"SELECT count(*), min(c0) FROM {raw} WHERE c0 IS NOT NULL AND {others}")  # noqa: S608
+    if count:
+        verb = "has" if count == 1 else "have"
+        layout.doubts.append(
+            f"{count} {'row' if count == 1 else 'rows'} {verb} a first cell alone, for example {str(first)[:40]!r}; "
+            "each is kept as data, but may head a section."
+        )
 
 
 def _create(query: Query, raw: str, target: str, columns: Sequence[_Column], left_out: Sequence[int]) -> None:
@@ -198,7 +214,11 @@ def _listed(words: frozenset[str]) -> str:
 def _find_kind(query: Query, source: str, column: _Column) -> None:
     """Decide what kind of values a column holds, from its own texts alone."""
     shapes = column.shapes
-    if not shapes or column.is_cut:
+    if not shapes:
+        return
+    if column.is_cut:
+        if _count_values(shapes) * 2 > sum(shape.count for shape in shapes):
+            column.keep_text("mixed: most values are numbers or dates, but not all", decided=False)
         return
     if column.is_native:
         parsed = [parse_number_shape(shape) for shape in shapes]
@@ -345,6 +365,10 @@ def _decide_dates(columns: Sequence[_Column], layout: Layout) -> None:
         column.expression = dates.sql(column.sql, order)
         if dates.has_short_year:
             column.note("years of two digits are read as 1969 to 2068")
+        constant = next((s for s in dates.shapes if s.may_begin_with_year), None)
+        if constant is not None and order == "dmy":
+            column.note(f"undecided: {constant.shape.low} may begin with the year; read with the day first",
+                        decided=False)  # fmt: skip
 
 
 def _choose_order(
