@@ -157,6 +157,10 @@ def test_any_text_is_a_table_or_refused(text: str) -> None:
         (["14:05", "9:30"], [time(14, 5), time(9, 30)]),
         (["125:30", "9:30"], ["125:30", "9:30"]),
         (["2024-01-01T10:00:00Z"], [datetime(2024, 1, 1, 10)]),
+        (
+            ["01.02.2024 10:00:00,5", "01.02.2024 10:00:00,1234567"],
+            [datetime(2024, 2, 1, 10, 0, 0, 500_000), datetime(2024, 2, 1, 10, 0, 0, 123_456)],
+        ),
         (["2024-01-01T10:00:00+02:00", "2024-01-01T10:00:00+01:00"], None),
     ],
 )
@@ -206,6 +210,7 @@ def test_a_sample_does_not_hide_a_rare_value() -> None:
         ("name;amount\nMüller, Hans;12,50\nMeier, Eva;13,20\n", ";"),
         ("id,tags\n1,a;b\n2,c;d\n", ","),
         ("a|b\n1|2\n", "|"),
+        ("name,amount,note\na,1\nb,2,x\nc,3\nd,4,y\nSource: survey\n", ","),
         ("a\tb\nx, y\tz\n", "\t"),
         ("Betrag\n1.234,56\n2.500,00\n", "\x1f"),
         ("text\nHello, world\nGood, bye\n", "\x1f"),
@@ -236,6 +241,11 @@ def test_the_layout(text: str, names: list[str], rows: list[list[str]]) -> None:
     layout, data = parse_lines(text.splitlines(keepends=True))
     assert [row[: len(names)] for row in data] == rows
     assert layout.header == names
+
+
+def test_one_column_that_may_be_several_is_stated_as_undecided() -> None:
+    _, _, assumptions = read(b"a;b\nx\ny\nz\n")
+    assert any("they may hold several" in each.text for each in assumptions if not each.decided)
 
 
 def test_a_second_table_is_stated_as_undecided() -> None:

@@ -131,11 +131,10 @@ def _find_time_format(parts: dict[str, str | None]) -> str | None:
     text = "-%I-%M" if parts["meridiem"] else "-%H-%M"
     if parts["seconds"]:
         text += "-%S"
+    if parts["fraction"] and parts["colon"] != ":":
+        return None
     if parts["fraction"]:
-        digits = len(parts["fraction"]) - 1
-        if digits not in (3, 6):
-            return None
-        text += "-%g" if digits == 3 else "-%f"
+        text += "-%f"
     return text
 
 
@@ -198,6 +197,10 @@ class DateColumn:
                 digits = f"replace({digits}, '{name}', '-{MONTH_NUMBERS[name]}-')"
         if any(shape.is_compact for shape in self.shapes):
             digits = f"regexp_replace({digits}, '^(\\d{{4}})(\\d\\d)(\\d\\d)', '\\1-\\2-\\3')"
+        if any(shape.time.endswith("%f") for shape in self.shapes):
+            # %f takes microseconds: .5 and .500 are filled to .500000, and what is beyond is cut.
+            digits = f"regexp_replace({digits}, '(:\\d\\d[.,]\\d+)', '\\1000000')"
+            digits = f"regexp_replace({digits}, '(:\\d\\d[.,]\\d{{6}})\\d+', '\\1')"
         digits = f"trim(regexp_replace({digits}, '[^0-9]+', '-', 'g'), '-')"
         if any(shape.has_meridiem for shape in self.shapes):
             digits += (

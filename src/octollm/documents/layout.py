@@ -106,7 +106,7 @@ def find_delimiter(lines: Sequence[str]) -> str:
     decimal mark. A text of one column has a delimiter that does not occur.
     """
     best: tuple[tuple[bool, float, int, int], str] | None = None
-    in_each_row = ""
+    uneven = ""
     for rank, delimiter in enumerate(_DELIMITERS):
         rows = [row for row in csv.reader(lines, delimiter=delimiter) if _filled(row)]
         counted = Counter(len(row) for row in rows if len(row) > 1)
@@ -117,8 +117,11 @@ def find_delimiter(lines: Sequence[str]) -> str:
         block = rows[start:]
         share, coverage = count / len(block), count / len(rows)
         has_header = _is_label_row(block[0])
-        if sum(counted.values()) == len(rows) and (share >= 0.6 or (start == 0 and _is_label_row(rows[0]))):
-            in_each_row = in_each_row or delimiter
+        # Lines of many lengths: a header that is divided, and a divider in most of the lines after it.
+        header = next(row for row in rows if len(row) > 1)
+        is_prose = all(cell.startswith(" ") for cell in header[1:])
+        if sum(counted.values()) >= 0.7 * len(rows) and _is_label_row(header) and not is_prose:
+            uneven = uneven or delimiter
         # "Hello, world" is prose, not two cells.
         is_prose = start > 0 and all(cell.startswith(" ") for row in block for cell in row[1:])
         if is_prose or (share < 0.6 and coverage < 0.6) or not (has_header or coverage == 1):
@@ -126,7 +129,7 @@ def find_delimiter(lines: Sequence[str]) -> str:
         key = (has_header or coverage == 1, round(coverage, 1), -rank, width)
         if best is None or key > best[0]:
             best = key, delimiter
-    return best[1] if best else in_each_row or _NO_DELIMITER
+    return best[1] if best else uneven or _NO_DELIMITER
 
 
 @dataclass
@@ -404,6 +407,8 @@ def parse_lines(lines: Iterable[str], delimiter: str | None = None) -> tuple[Lay
     head = list(itertools.islice(rows, HEAD_ROWS))
     layout = find_layout(head)
     layout.delimiter = "" if delimiter == _NO_DELIMITER else delimiter
+    if not layout.delimiter and any(mark in layout.header[0] for mark in _DELIMITERS):
+        layout.doubts.append(f"The lines are read as one column, {layout.header[0][:80]!r}; they may hold several.")
     return layout, layout.data(itertools.chain(head[layout.start :], rows))
 
 

@@ -8,25 +8,18 @@ is read, and one that is not decided says that it may be wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from octollm.documents.dates import DateColumn, DateOrder, is_clock, parse_date_shape, read_date_column
-from octollm.documents.layout import NULL_WORDS, Layout, is_summary_label
+from octollm.documents.layout import NULL_WORDS, Layout
 from octollm.documents.numbers import DecimalMark, NumberColumn, Shape, parse_number_shape, read_number_column
-
-Query = Callable[[str], Sequence[Sequence[Any]]]
-"""Runs one SQL statement on DuckDB and returns its rows."""
+from octollm.documents.totals import Query, check_summary_rows, find_summary_rows, note_section_rows
 
 MAX_SHAPES = 2000
 """Shapes of a column that are looked at; one with more is text."""
-MAX_SUMMARIES = 200
-"""Rows with the label of a total that are looked at."""
 _SAMPLE_ROWS = 2000
 _SHAPE_CHARS = 200
-_LABEL_COLUMNS = 4
-"""Columns from the left in which the label of a total can stand."""
 _NULL_TEXTS = NULL_WORDS - {"", "na", ".", "?", "nan", "n.a.", "k.a.", "k. a.", "n.v."}
 """Words for an empty cell in a column of text, where NA may be a country and a point a value."""
 _BOOLEANS = (
@@ -89,12 +82,13 @@ def create_typed_table(query: Query, raw: str, target: str, layout: Layout) -> l
 
     ``raw`` and ``target`` are SQL identifiers. Rows of totals are left out where their arithmetic shows what they are.
     """
-    summaries = _find_summary_rows(query, raw, layout)
+    summaries = find_summary_rows(query, raw, layout)
     columns = _read_columns(query, raw, layout, summaries)
-    left_out, notes = _check_summaries(query, raw, columns, summaries)
+    cells = [(column.sql, column.expression if column.numbers else "") for column in columns]
+    left_out, notes = check_summary_rows(query, raw, cells, summaries)
     if len(left_out) != len(summaries):
         columns = _read_columns(query, raw, layout, left_out)
-    _note_section_rows(query, raw, layout)
+    note_section_rows(query, raw, layout)
     wanted = [column for column in columns if column.shapes or column.null_words or column.name in layout.named]
     _create(query, raw, target, wanted, left_out)
     lossy = [column for column in wanted if _keep_lossy_text(query, raw, target, column, left_out)]
@@ -103,22 +97,8 @@ def create_typed_table(query: Query, raw: str, target: str, layout: Layout) -> l
         _create(query, raw, target, wanted, left_out)
     assumptions = [TableAssumption(text) for text in layout.notes]
     assumptions += [TableAssumption(text, decided=False) for text in layout.doubts]
-    return [*assumptions, *notes, *(note for column in wanted for note in column.notes)]
-
-
-def _note_section_rows(query: Query, raw: str, layout: Layout) -> None:
-    """State that rows with their first cell alone are counted as data; such a row may head a section."""
-    width = len(layout.header)
-    if width < 3:
-        return
-    others = " AND ".join(f"c{number} IS NULL" for number in range(1, width))
-    ((count, first),) = query(f"SELECT count(*), min(c0) FROM {raw} WHERE c0 IS NOT NULL AND {others}")  # noqa: S608
-    if count:
-        verb = "has" if count == 1 else "have"
-        layout.doubts.append(
-            f"{count} {'row' if count == 1 else 'rows'} {verb} a first cell alone, for example {str(first)[:40]!r}; "
-            "each is kept as data, but may head a section."
-        )
+    assumptions += [TableAssumption(text, decided=decided) for text, decided in notes]
+    return [*assumptions, *(note for column in wanted for note in column.notes)]
 
 
 def _create(query: Query, raw: str, target: str, columns: Sequence[_Column], left_out: Sequence[int]) -> None:
@@ -414,91 +394,3 @@ def _keep_lossy_text(query: Query, raw: str, target: str, column: _Column, left_
         f"{total - count} of {total} values are no {kind}, for example {str(example)[:40]!r}", decided=False
     )
     return True
-
-
-def _find_summary_rows(query: Query, raw: str, layout: Layout) -> list[int]:
-    """Return the rows that may be totals: by their label, or as the last row without a key."""
-    found: set[int] = set()
-    exact: set[int] = set()
-    for number in range(min(_LABEL_COLUMNS, len(layout.header))):
-        # A coarse filter first: the words of labels begin so in every language that is known.
-        rows = query(
-            f"SELECT rowid, c{number} FROM {raw} WHERE regexp_matches(c{number}, "  # noqa: S608
-            "'^(?i)(Σ|grand|overall|sub|sous|tot|gesamt|insgesamt|zwischen|end|sum|som|average|mean|mittel|durch|moy|"
-            f"medi|prom)') AND length(c{number}) < 80 LIMIT {MAX_SUMMARIES * 10}"
-        )
-        found.update(int(row) for row, text in rows if is_summary_label(str(text)))
-        exact.update(int(row) for row, text in rows if is_summary_label(str(text), exactly=True))
-    if found:
-        # A merchant's name may begin with "Total"; the row of a total has fewer cells than the others.
-        filled = " + ".join(f"(c{number} IS NOT NULL)::INT" for number in range(len(layout.header)))
-        sparse = query(
-            f"SELECT rowid FROM {raw} WHERE {filled} < (SELECT median({filled}) FROM {raw}) "  # noqa: S608
-            f"AND rowid IN ({', '.join(map(str, sorted(found)))})"
-        )
-        found = exact | {int(row) for (row,) in sparse}
-    if len(found) > MAX_SUMMARIES:
-        layout.doubts.append(f"{len(found)} rows have labels of totals; all of them are kept as data.")
-        return []
-    if len(layout.header) > 1 and not found:
-        last = query(f"SELECT rowid FROM {raw} WHERE c0 IS NULL ORDER BY rowid DESC LIMIT 2")  # noqa: S608
-        ((count,),) = query(f"SELECT count(*) FROM {raw}")  # noqa: S608
-        if len(last) == 1 and int(last[0][0]) == int(count) - 1:
-            found.add(int(count) - 1)
-    return sorted(found)
-
-
-def _check_summaries(
-    query: Query, raw: str, columns: Sequence[_Column], summaries: Sequence[int]
-) -> tuple[list[int], list[TableAssumption]]:
-    """Return the rows that are totals, and what is said of them."""
-    left_out: list[int] = []
-    notes: list[TableAssumption] = []
-    if not summaries:
-        return left_out, notes
-    numeric = [column for column in columns if column.numbers and column.expression]
-    others = [column for column in columns if column not in numeric]
-    ((count,),) = query(f"SELECT count(*) FROM {raw}")  # noqa: S608
-    for row in summaries:
-        cells = query(f"SELECT {', '.join(column.sql for column in columns)} FROM {raw} WHERE rowid = {row}")[0]  # noqa: S608
-        shown = " ".join(str(cell) for cell in cells if cell is not None)[:80]
-        texts = sum(cell is not None for column, cell in zip(columns, cells, strict=True) if column in others)
-        is_sparse = texts <= 1 and len(others) > 1
-        holds = _is_arithmetic(query, raw, numeric, row, summaries) if numeric else False
-        if holds:
-            left_out.append(row)
-            notes.append(TableAssumption(f"The row {shown!r} is a total and left out."))
-        elif is_sparse or (row == int(count) - 1 and texts <= 1):
-            if texts:
-                left_out.append(row)
-                text = f"The row {shown!r} is labelled as a total and left out, but is no sum of the rows."
-                notes.append(TableAssumption(text, decided=False))
-        elif texts and is_summary_label(str(next(cell for cell in cells if cell is not None))):
-            text = f"The row {shown!r} may be a total, but is no sum; it is kept."
-            notes.append(TableAssumption(text, decided=False))
-    return left_out, notes
-
-
-def _is_arithmetic(query: Query, raw: str, numeric: Sequence[_Column], row: int, summaries: Sequence[int]) -> bool:
-    """Say whether a row's numbers are the sums or averages of the rows before it, or of its section."""
-    before = [each for each in summaries if each < row]
-    values = ", ".join(f"{column.expression}" for column in numeric)
-    own = query(f"SELECT {values} FROM {raw} WHERE rowid = {row}")[0]  # noqa: S608
-    if all(value in (None, 0) for value in own):
-        return False
-    for start in dict.fromkeys((0, *(each + 1 for each in before[-1:]))):
-        rest = ", ".join(map(str, summaries))
-        sums = ", ".join(f"sum({c.expression})::DOUBLE, avg({c.expression}), count(*)" for c in numeric)
-        found = query(
-            f"SELECT {sums} FROM {raw} WHERE rowid >= {start} AND rowid < {row} AND rowid NOT IN ({rest})"  # noqa: S608
-        )[0]
-        matched = False
-        for number, value in enumerate(own):
-            total, mean, rows = found[3 * number : 3 * number + 3]
-            if value in (None, 0) or total is None or rows < 2:
-                continue
-            if any(abs(float(value) - float(each)) <= max(0.0051, 1e-9 * abs(float(each))) for each in (total, mean)):
-                matched = True
-        if matched:
-            return True
-    return False
