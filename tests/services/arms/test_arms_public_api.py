@@ -22,6 +22,7 @@ EXCEPTIONS = {
     "octollm.contracts.task",
     # Reading of files and tables, without I/O.
     "octollm.documents",
+    "octollm.documents.decoding",
     "octollm.documents.detection",
     "octollm.documents.layout",
     "octollm.documents.model",
@@ -33,7 +34,9 @@ EXCEPTIONS = {
     "octollm.text.passages",
     # Composition: an arm becomes a service of the installation.
     "octollm.arm",
+    "octollm.arm.completion",
     "octollm.config",
+    "octollm.errors",
     "octollm.rpc.service",
     # The executor watches its sandbox and measures its runs.
     "octollm.clock",

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from octollm import Message, OctoError
+from octollm import FileRef, Message, OctoError
 from octollm.contracts.media_types import accepts_file, kind_of_file
 from octollm.contracts.services import BUILT_IN_ARMS
-from octollm.contracts.task import ArmInfo, FileRef
+from octollm.contracts.task import ArmInfo
 from octollm.services.arms.completion import PromptFunction
 from octollm.text.intent import is_programming_goal
 from octollm.text.lexical import stem, stems, tokenize
