@@ -73,7 +73,7 @@ def test_another_name_is_answered_with_what_there_is():
         octollm.Arms  # noqa: B018  the access is what fails
 
 
-TESTING = {"ArmTestClient", "FakeModel", "RecordedCall", "ToolUse", "run_arm", "wait_until"}
+TESTING = {"ArmTestClient", "FakeModel", "ManualClock", "RecordedCall", "ToolUse", "run_arm", "wait_until"}
 
 
 def test_the_public_names_for_tests_are_these():
