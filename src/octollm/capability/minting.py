@@ -196,7 +196,7 @@ class MintedToken:
 
 
 class Delegator:
-    """Mints under the grants that other services send to the service ``name``.
+    """Delegation: mints attenuated tokens under the grants that other services send to the service ``name``.
 
     ``key`` is its key, or its keys while they rotate. A callee's grant is reused for the same callee, scope and key
     under the same parent grant, and so within one attempt of one step. ``revocations`` are the service's own copy of

@@ -1,4 +1,4 @@
-"""Reading a file: its kind by content, then the reader of that kind, within one budget."""
+"""The document reader reads untrusted files: the kind by content, then the reader of that kind, within one budget."""
 
 from __future__ import annotations
 
