@@ -76,7 +76,7 @@ async def test_each_goal_is_done_by_the_arm_that_it_is_for(tmp_path: Path) -> No
             (place.work / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
             refused = await place.run("run", "What is this?", "--file", "photo.png")
             assert refused.code == 2
-            assert "no arm that answers accepts image/png" in refused.err
+            assert "No arm that answers accepts image/png" in refused.err
         finally:
             stopped = await place.interrupt(up)
         assert stopped.code == 130, stopped.err

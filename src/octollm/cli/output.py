@@ -45,7 +45,9 @@ def show_error(error: OctoError, console: Console | None = None) -> None:
     console.print(line)
     for fault in error.field_errors:
         where = fault.pointer or "body"
-        console.print(Text.assemble(("  at ", "octo.quiet"), where, ": ", fault.detail))
+        # A single fault is often the whole error: its place is news, its text is not.
+        detail = "" if fault.detail == error.detail else f": {fault.detail}"
+        console.print(Text.assemble(("  at ", "octo.quiet"), where, detail))
     if error.code == "internal":
         console.print(Text("  The service's log has the reason: OCTOLLM_HOME/logs/octollm.jsonl", "octo.quiet"))
 
