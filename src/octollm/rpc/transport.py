@@ -56,6 +56,10 @@ DATE_SECONDS = 1.0
 DRAIN_POLL_SECONDS = 0.01
 
 
+_ACCEPT_TURNS = 2
+"""Turns of the event loop between ``accept`` and ``connection_made``: the transport's creation, then its start."""
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers and its polling.
 
@@ -80,6 +84,7 @@ class _Server(uvicorn.Server):
             await wait_for_event(self._stopping, DATE_SECONDS, clear=False)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._finish_accepting()
         for listener in [*self.servers, *(sockets or [])]:
             listener.close()
         state = self.server_state
@@ -92,6 +97,20 @@ class _Server(uvicorn.Server):
         except TimeoutError:
             for task in list(state.tasks):
                 task.cancel()
+
+    async def _finish_accepting(self) -> None:
+        """Take no further connection, and let asyncio attach those that it has accepted.
+
+        asyncio attaches an accepted connection in a later turn of the loop. If the server is closed before that turn,
+        the connection is lost without being closed, and its client waits for its own timeout.
+        """
+        loop = asyncio.get_running_loop()
+        for listener in (listener for server in self.servers for listener in server.sockets):
+            # The selector's readers. Other event loops attach a connection when they accept it.
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                loop.remove_reader(listener.fileno())
+        for _ in range(_ACCEPT_TURNS):
+            await asyncio.sleep(0)
 
 
 def listen(host: str, port: int, service: str) -> socket.socket:
