@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
@@ -228,6 +229,26 @@ async def test_the_renewal_thread_reports_leases_that_it_cannot_renew() -> None:
         assert renewer.failure == "The database is away."
 
 
+async def test_a_connection_attempt_that_lasts_longer_than_a_lease_reports_its_loss() -> None:
+    accepts = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def slow() -> AsyncGenerator[Database]:
+        await wait_until(accepts.is_set, description="the database accepts", timeout=30)
+        raise OctoError("The database is away.", code="unavailable")
+        yield
+
+    clock = ManualClock()
+    lost: list[str] = []
+    renewer = LeaseRenewer(slow, "a", clock, lost.append)
+    async with renewer.run(lambda error: pytest.fail(str(error))):
+        renewer.add("task-1", 1)
+        clock.advance(RENEW_DEADLINE_SECONDS)
+        await wait_until(lambda: lost == ["task-1"], description="the loss is reported")
+        assert "does not accept" in renewer.failure
+        accepts.set()
+
+
 async def test_an_exception_that_ends_the_renewal_thread_is_reported() -> None:
     @contextlib.asynccontextmanager
     async def broken() -> AsyncGenerator[Database]:
@@ -235,10 +256,13 @@ async def test_an_exception_that_ends_the_renewal_thread_is_reported() -> None:
         yield
 
     failures: list[BaseException] = []
-    renewer = LeaseRenewer(broken, "a", SystemClock(), print)
+    lost: list[str] = []
+    renewer = LeaseRenewer(broken, "a", SystemClock(), lost.append)
+    renewer.add("task-1", 1)
     async with renewer.run(failures.append):
-        await wait_until(lambda: bool(failures), description="the failure is reported")
+        await wait_until(lambda: bool(failures and lost), description="the failure is reported")
     assert isinstance(failures[0], ZeroDivisionError)
+    assert lost == ["task-1"], "its work stops, since nothing renews its lease"
     assert "ZeroDivisionError" in renewer.failure
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import NamedTuple
 
 from sqlalchemy import and_, or_, select, update
@@ -161,6 +161,8 @@ class LeaseRenewer:
             except BaseException as error:
                 self.failure = f"The renewal of leases stopped: {type(error).__name__}."
                 report(lambda error=error: on_failure(error))
+                # Nothing renews them any more, so their work ends before another worker takes it over.
+                self._report_all_lost(report)
             finally:
                 report(thread_done.set)
 
@@ -180,7 +182,13 @@ class LeaseRenewer:
         """Renew every ``RENEW_SECONDS``; reconnect after an error."""
         while not stop_event.is_set():
             try:
-                async with self._connect() as db:
+                async with AsyncExitStack() as stack:
+                    # A connection attempt may last longer than a lease.
+                    watchdog = asyncio.create_task(self._watch_connection_attempt(report))
+                    try:
+                        db = await stack.enter_async_context(self._connect())
+                    finally:
+                        watchdog.cancel()
                     claims = TaskLeases(db, self._holder)
                     while not stop_event.is_set():
                         await self._renew(claims, report)
@@ -188,6 +196,11 @@ class LeaseRenewer:
             except OctoError as error:
                 self._record_failure(error.detail, report)
                 await asyncio.sleep(RENEW_SECONDS)
+
+    async def _watch_connection_attempt(self, report: Callable[[Callable[[], None]], None]) -> None:
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            self._record_failure("The database does not accept a connection.", report)
 
     async def _renew(self, leases: TaskLeases, report: Callable[[Callable[[], None]], None]) -> None:
         with self._lock:
@@ -227,6 +240,12 @@ class LeaseRenewer:
             ]
         for task_id, run in stale:
             self._report_lost(task_id, run, report)
+
+    def _report_all_lost(self, report: Callable[[Callable[[], None]], None]) -> None:
+        with self._lock:
+            held = {task_id: epoch for task_id, (epoch, _since) in self._leases.items()}
+        for task_id, epoch in held.items():
+            self._report_lost(task_id, epoch, report)
 
     def _report_lost(self, task_id: str, epoch: int, report: Callable[[Callable[[], None]], None]) -> None:
         # Checked and removed under one lock, so that a loss is reported once, and only for the epoch that was lost.
