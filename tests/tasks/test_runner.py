@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from task_kit import ServiceRequest, TaskKit, answer, plan_of, plan_step, raises
 
@@ -65,7 +66,7 @@ async def test_assigned_arm_needs_no_planner(kit: TaskKit) -> None:
 
 
 async def test_rejected_step_is_replanned_once_with_the_reasons(kit: TaskKit) -> None:
-    plans = [(plan_step("a"), plan_step("b", "a")), (plan_step("c", "a"),)]
+    plans = [(plan_step("a"), plan_step("b", "a")), (plan_step("a"), plan_step("c", "a"))]
 
     async def plan(_request: ServiceRequest) -> Plan:
         return Plan(plans.pop(0))
@@ -83,6 +84,26 @@ async def test_rejected_step_is_replanned_once_with_the_reasons(kit: TaskKit) ->
     second = [each for each in kit.services.requests if each.operation == "planner.plan"][1]
     assert (second.body["reasons"], second.key) == (["Wrong."], f"{task_id}:2:plan")
     assert (await kit.event_types(task_id)).count("task.replanned") == 1
+
+
+async def test_a_new_plan_may_use_the_ids_of_completed_steps_for_other_work(kit: TaskKit) -> None:
+    first = (plan_step("s1"), plan_step("s2", "s1"))
+    other = msgspec.structs.replace(plan_step("s1"), goal="something else")
+    same = msgspec.structs.replace(plan_step("s2"), goal="goal of s1")
+    plans = [first, (other, same, plan_step("s3", "s1", "s2"))]
+
+    async def plan(_request: ServiceRequest) -> Plan:
+        return Plan(plans.pop(0))
+
+    async def accept(request: ServiceRequest) -> AcceptResult:
+        return AcceptResult(request.body["goal"] != "goal of s2", ("Wrong.",))
+
+    task_id = await kit.submit()
+    kit.services.handlers |= {"planner.plan": plan, "coder.execute": echo, "judge.accept": accept}
+    await TaskRunner(kit.deps, await kit.claim()).run()
+    view = await kit.store.view(task_id, "acme")
+    assert (view.status, view.output) == ("completed", "goal of s3(something else(),goal of s1())")
+    assert [goals(kit).count(goal) for goal in ("goal of s1", "something else")] == [1, 1]
 
 
 async def test_replan_that_repeats_the_work_fails_with_the_reasons(kit: TaskKit) -> None:

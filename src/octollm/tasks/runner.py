@@ -7,7 +7,7 @@ completed steps, and repeats at most the calls that were in flight, with the sam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -190,13 +190,12 @@ class TaskRunner:
         if task.contract.assigned_arm is not None or await tools.store.was_replanned(task.task_id):
             raise error
         new_plan = await self._plan(calls, deadline, error.reasons)
-        new_steps = [step for step in new_plan.steps if step.id not in self._done]
         # The same work would be rejected again, so the task fails with the judge's reasons instead.
-        before = {(step.arm, step.goal, step.files) for step in plan.steps}
-        if all((step.arm, step.goal, step.files) in before for step in new_steps):
+        before = {_work_of(step) for step in plan.steps}
+        if all(_work_of(step) in before for step in new_plan.steps):
             raise error
         completed_steps = [step for step in plan.steps if step.id in self._done]
-        merged = Plan((*completed_steps, *_rename_steps(new_steps, self._done)), new_plan.usage)
+        merged = Plan((*completed_steps, *find_remaining_steps(completed_steps, new_plan.steps)), new_plan.usage)
         await tools.store.begin_planning(task.task_id, task.epoch)
         await tools.store.set_plan(task.task_id, merged, task.epoch, replan=True, reasons=error.reasons)
         return merged
@@ -321,15 +320,25 @@ class TaskRunner:
         return int((self._deps.clock.now() - self._task.created_at) * 1000)
 
 
-def _rename_steps(steps: list[PlanStep], completed: set[str]) -> list[PlanStep]:
-    """Return the steps of a new plan with new ids, which cannot collide with those of the first plan."""
-    names = {step.id: f"{step.id}-again" for step in steps}
+def _work_of(step: PlanStep) -> tuple[str, str, tuple[str, ...]]:
+    return step.arm, step.goal, step.files
+
+
+def find_remaining_steps(completed: Sequence[PlanStep], new_steps: Sequence[PlanStep]) -> list[PlanStep]:
+    """Return the steps of a new plan that are still to run, with ids that no completed step has.
+
+    A new step whose arm, goal and files are those of a completed step takes its result. Ids cannot tell, because every
+    plan counts its steps from 1.
+    """
+    results = {_work_of(step): step.id for step in completed}
+    names = {step.id: results.get(_work_of(step), f"{step.id}-again") for step in new_steps}
     return [
         msgspec.structs.replace(
             step,
             id=names[step.id],
-            # A dependency that is neither in the new plan nor completed is dropped: the step would wait for ever.
-            depends_on=tuple(names.get(need, need) for need in step.depends_on if need in names or need in completed),
+            # A dependency outside of the new plan is dropped: the step would wait for ever.
+            depends_on=tuple(dict.fromkeys(names[need] for need in step.depends_on if need in names)),
         )
-        for step in steps
+        for step in new_steps
+        if _work_of(step) not in results
     ]

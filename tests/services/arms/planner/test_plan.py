@@ -101,9 +101,10 @@ def _step(name: str, arm: str, *needs: str, files: tuple[str, ...] = ()) -> dict
 
 async def test_a_capable_model_designs_the_plan() -> None:
     arms = (ArmInfo("translator", "Translates text"),)
-    ask = Asked({"steps": [_step("a", "retriever", files=("a.md",)), _step("b", "translator", "a")]})
+    ask = Asked({"steps": [_step("read it", "retriever", files=("a.md",)), _step("plan", "translator", "read it")]})
     plan = await make_plan(_request("Translate the summary", "a.md", arms=arms), ask, is_capable=True)
-    assert [(step.arm, step.depends_on) for step in plan.steps] == [("retriever", ()), ("translator", ("a",))]
+    steps = [(step.id, step.arm, step.depends_on) for step in plan.steps]
+    assert steps == [("s1", "retriever", ()), ("s2", "translator", ("s1",))]
     assert "translator: Translates text" in ask.prompts[0]
     assert "judge" not in ask.prompts[0]
 

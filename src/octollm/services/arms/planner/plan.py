@@ -114,7 +114,7 @@ async def design_plan(request: PlanRequest, ask: PromptFunction) -> Plan | None:
         else:
             faults = find_plan_faults(plan, names, files)
             if not faults:
-                return plan
+                return _number_steps(plan)
             fault = "; ".join(faults[:5])
         # Only the last attempt is in the prompt: earlier ones would use up the context and repeat their mistakes.
         messages = [
@@ -123,6 +123,19 @@ async def design_plan(request: PlanRequest, ask: PromptFunction) -> Plan | None:
             Message.user(f"This plan cannot be used: {fault}. Mend it."),
         ]
     return None
+
+
+def _number_steps(plan: Plan) -> Plan:
+    """Return the plan with the ids ``s1``, ``s2``, …: a model's own may hold what URLs and live positions cannot."""
+    names = {step.id: f"s{number}" for number, step in enumerate(plan.steps, start=1)}
+    return Plan(
+        tuple(
+            msgspec.structs.replace(
+                step, id=names[step.id], depends_on=tuple(dict.fromkeys(names[need] for need in step.depends_on))
+            )
+            for step in plan.steps
+        )
+    )
 
 
 def available_arms(arms: Sequence[ArmInfo]) -> list[ArmInfo]:
