@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from octollm.cli.goals import results_folder, sanitize_path, save_outcome
 from octollm.client import AsyncTaskHandle
-from octollm.contracts.api import TaskView
+from octollm.contracts.api import StepView, TaskView
 from octollm.contracts.public_api import TASK_ARTIFACT
-from octollm.contracts.task import Artifact, Usage
+from octollm.contracts.task import Artifact, Check, Evidence, FileRef, Usage
 from octollm.errors import OctoError
 
 TASK = TaskView("task-" + "0" * 32, "completed", "goal", 100.0, 9, "", "", output="done", usage=Usage(3, 4, 0.0))
@@ -67,6 +67,17 @@ async def test_artifacts_and_the_result_are_saved(tmp_path):
     assert [Path(item["path"]).read_bytes() for item in saved["artifacts"]] == [b"one", b"two", b"three"]
     assert saved["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "cost_usd": 0.0}
     assert outcome.artifacts[0].name == "a/x.py"
+
+
+async def test_the_outcome_says_what_was_assumed_and_what_nobody_checked(tmp_path):
+    checks = (Check("tests", True, "12 passed"), Check("unchecked", False, "whether it is kind", checked_by="nobody"))
+    steps = tuple(
+        StepView(name, name, "coder", "completed", 1, evidence=Evidence("text", checks=checks)) for name in ("s1", "s2")
+    )
+    files = (FileRef("a.txt", digest="0" * 64, notes=("read as Windows-1252",)),)
+    task = msgspec.structs.replace(TASK, steps=steps, files=files)
+    outcome = await save_outcome(made_by(FakeTransport()), task, tmp_path)
+    assert outcome.notes == ("a.txt: read as Windows-1252", "not checked: whether it is kind")
 
 
 async def test_bytes_that_are_not_the_digests_are_refused(tmp_path):

@@ -115,7 +115,7 @@ class TaskOutcome(msgspec.Struct, frozen=True):
     usage: Usage
     error: TaskFailure | None = None
     notes: tuple[str, ...] = ()
-    """What was assumed when the files were read."""
+    """What was assumed when the files were read, and what nobody checked."""
 
 
 def results_folder(task_id: str, root: Path) -> Path:
@@ -154,7 +154,10 @@ async def save_outcome(handle: AsyncTaskHandle, task: TaskView, folder: Path) ->
 
 
 def _collect_notes(task: TaskView) -> tuple[str, ...]:
-    return tuple(f"{file.name}: {note}" for file in task.files for note in file.notes)
+    notes = [f"{file.name}: {note}" for file in task.files for note in file.notes]
+    checks = [check for step in task.steps if step.evidence is not None for check in step.evidence.checks]
+    notes += [f"not checked: {check.detail}" for check in checks if check.checked_by == "nobody"]
+    return tuple(dict.fromkeys(notes))
 
 
 def _unique_name(name: PurePosixPath, taken: set[PurePosixPath]) -> PurePosixPath:
