@@ -256,8 +256,10 @@ async def test_a_lock_is_given_back_after_a_failure_and_its_file_stays(tmp_path)
 SELF_MADE_LOOPS = {
     "installation/embedded.py:wait_ready": "polls /ready of services in this process, a few milliseconds each",
     "rpc/transport.py:serve_app": "uvicorn sets a flag when it has started, and no event",
+    "rpc/transport.py:_abort_connections": "uvicorn lists connections, and has no event for their end",
     "rpc/transport.py:shutdown": "uvicorn lists connections and tasks, and has no event for their end",
     "services/orchestrator/events_api.py:_stream": "pauses between two pages of one response",
+    "tasks/leases.py:_watch_connection_attempt": "ends with the attempt, in the thread of the renewal",
     "tasks/leases.py:_renew_until": "runs in its own thread, with an event loop that ends with it",
     "tasks/step.py:_run_attempts": "each attempt of a step is an event in SQL, and a restart goes on with its number",
     "testing/polling.py:wait_until": "polls a predicate of a test",

@@ -80,7 +80,7 @@ class Http1ServerProtocol(asyncio.Protocol):
         self._state = server_state
         self._loop = _loop or asyncio.get_running_loop()
         self._parser = Http1Parser()
-        self._transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport | None = None
         self._scope: dict[str, Any] = {}
         self._exchange: Http1Exchange | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -99,7 +99,7 @@ class Http1ServerProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the clock: a connection that never sends a head is closed."""
-        self._transport = cast("asyncio.Transport", transport)
+        self.transport = cast("asyncio.Transport", transport)
         self._state.connections.add(self)
         self._scope = _connection_scope(transport)
         self._set_deadline(HEADER_SECONDS)
@@ -115,9 +115,9 @@ class Http1ServerProtocol(asyncio.Protocol):
         # A body that is not whole waits for the application, a request that was sent ahead for the one before it.
         # A whole body holds nothing up: the end of the connection has to be seen while its request is served.
         waiting = self._parser.buffered if exchange is None or exchange.ended else exchange.waiting
-        if waiting > _HIGH_WATER and self._transport is not None and not self._reading_paused:
+        if waiting > _HIGH_WATER and self.transport is not None and not self._reading_paused:
             self._reading_paused = True
-            self._transport.pause_reading()
+            self.transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the request that is being served."""
@@ -208,7 +208,7 @@ class Http1ServerProtocol(asyncio.Protocol):
 
     def _upgrade(self, head: RequestHead) -> None:
         """Hand the connection to uvicorn's WebSocket protocol, which reads the head again."""
-        transport = self._transport
+        transport = self.transport
         assert transport is not None
         # The WebSocket protocol registers itself for the shutdown.
         self._state.connections.discard(self)
@@ -256,8 +256,8 @@ class Http1ServerProtocol(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Send bytes."""
-        if self._transport is not None:
-            self._transport.write(data)
+        if self.transport is not None:
+            self.transport.write(data)
 
     async def drain(self) -> None:
         """Wait until the client has room for more; close a connection whose client takes nothing."""
@@ -272,9 +272,9 @@ class Http1ServerProtocol(asyncio.Protocol):
 
     def resume_reading(self) -> None:
         """Read the connection again."""
-        if self._reading_paused and self._transport is not None:
+        if self._reading_paused and self.transport is not None:
             self._reading_paused = False
-            self._transport.resume_reading()
+            self.transport.resume_reading()
 
     def complete(self, exchange: Http1Exchange) -> None:
         """Go on after the last byte of a response."""
@@ -288,8 +288,8 @@ class Http1ServerProtocol(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close the connection at once: what was sent cannot become a whole response."""
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
     # Closing.
 
@@ -315,7 +315,7 @@ class Http1ServerProtocol(asyncio.Protocol):
         A socket that is closed with unread bytes resets the connection, and a client that sends all of its request
         before it reads would lose the response.
         """
-        transport = self._transport
+        transport = self.transport
         if transport is None or transport.is_closing():
             return
         self._set_deadline(MAX_DISCARD_SECONDS)
@@ -330,8 +330,8 @@ class Http1ServerProtocol(asyncio.Protocol):
     def _close(self) -> None:
         self._exchange = None
         self._is_refusing = True
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.close()
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
 
     def _set_deadline(self, seconds: float) -> None:
         """Have the connection end after ``seconds`` of what it waits for now.

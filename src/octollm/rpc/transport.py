@@ -56,6 +56,7 @@ DATE_SECONDS = 1.0
 DRAIN_POLL_SECONDS = 0.01
 
 
+ABORT_SECONDS = 0.5
 _ACCEPT_TURNS = 2
 """Turns of the event loop between ``accept`` and ``connection_made``: the transport's creation, then its start."""
 
@@ -97,6 +98,19 @@ class _Server(uvicorn.Server):
         except TimeoutError:
             for task in list(state.tasks):
                 task.cancel()
+            await self._abort_connections()
+
+    async def _abort_connections(self) -> None:
+        """Give cancelled calls a moment for their last bytes, then drop the connections that peers hold open."""
+        connections = self.server_state.connections
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_SECONDS):
+                while connections:  # noqa: ASYNC110 - uvicorn has no event for it
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+        for connection in list(connections):
+            connection.transport.abort()
+        # asyncio closes the socket of an aborted transport in its next turn.
+        await asyncio.sleep(0)
 
     async def _finish_accepting(self) -> None:
         """Take no further connection, and let asyncio attach those that it has accepted.
