@@ -134,6 +134,8 @@ async def test_a_run_that_is_interrupted_cancels_its_task(shared_place):
     shared_place.script.reply = hanging
     process = await shared_place.start("run", GOAL)
     await wait_until(lambda: shared_place.model.active > 0, description="the model writes", timeout=60)
+    # The command knows its task once it prints about it; the model may write earlier.
+    assert await process.stdout.readline()
     ended = await shared_place.interrupt(process)
     assert ended.code == 130
     await wait_until(lambda: shared_place.model.active == 0, description="the model was left")
