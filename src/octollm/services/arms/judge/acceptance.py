@@ -159,7 +159,7 @@ async def check_data(request: AcceptRequest, evidence: Evidence, run: Run) -> tu
     reasons: list[str] = []
     if not _TABLE_REFERENCE.search(query):
         reasons.append("The query reads no table.")
-    if _collapse_query_whitespace(query) not in _collapse_query_whitespace(output):
+    if _collapse_whitespace(query) not in _collapse_whitespace(output):
         reasons.append("The answer does not show its query.")
     run_result = await run(RunRequest(language="sql", command=(query,), files=request.files))
     if run_result.exit_code != 0:
@@ -194,10 +194,6 @@ def _find_differences(table: ResultSet, evidence: Evidence, output: str) -> list
             differences.append(f"The answer does not show what the query gives: {', '.join(missing)[:200]}.")
             break
     return differences
-
-
-def _collapse_query_whitespace(text: str) -> str:
-    return " ".join(text.split())
 
 
 MIN_ASSERTIONS = 2
