@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hashlib
-import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,9 +19,7 @@ from octollm.contracts.task import ExecuteResult, Plan
 from octollm.errors import OctoError
 from octollm.rpc.http_client import HttpResponse
 from octollm.services.arms.coder.service import coder_service
-from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.sandbox import Sandbox
-from octollm.services.arms.executor.selection import probe_sandbox
 from octollm.services.arms.executor.service import executor_service
 from octollm.services.arms.judge.service import judge_service
 from octollm.services.arms.planner.service import planner_service
@@ -84,18 +81,6 @@ async def open_arms(tmp_path, answers: Answers, *only: str, sandbox: Sandbox | N
             if not only or name in only:
                 await stack.enter_async_context(house.serve(opening(house.base(name), settings)))
         yield House(house, model)
-
-
-@pytest.fixture(scope="session")
-def bubblewrap() -> Sandbox:
-    try:
-        sandbox = Bubblewrap.open()
-        asyncio.run(probe_sandbox(sandbox))
-    except OctoError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"bubblewrap is needed in CI: {error.detail}")
-        pytest.skip(f"bubblewrap does not work here: {error.detail}")
-    return sandbox
 
 
 def unasked(asked: ScriptedRequest) -> str:

@@ -10,22 +10,8 @@ from pathlib import Path
 import pytest
 
 from octollm.errors import OctoError
-from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.sandbox import Sandbox
-from octollm.services.arms.executor.selection import probe_sandbox
 from octollm.services.arms.executor.wasi import Wasi
-
-
-@pytest.fixture(scope="session")
-def bubblewrap() -> Bubblewrap:
-    try:
-        sandbox = Bubblewrap.open()
-        asyncio.run(probe_sandbox(sandbox))
-    except OctoError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"bubblewrap is needed in CI: {error.detail}")
-        pytest.skip(f"bubblewrap does not work here: {error.detail}")
-    return sandbox
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,11 +10,9 @@ import duckdb
 import pytest
 
 from octollm.contracts.operations import RunRequest, RunResult
-from octollm.errors import OctoError
 from octollm.services.arms.executor import runner_sql
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.runner import Runner
-from octollm.services.arms.executor.selection import probe_sandbox
 
 
 @pytest.fixture
@@ -55,16 +52,9 @@ def run(tmp_path: Path) -> Callable[[RunRequest], Awaitable[RunResult]]:
 
 
 @pytest.fixture(scope="session")
-def sandbox_runner() -> Runner:
+def sandbox_runner(bubblewrap: Bubblewrap) -> Runner:
     """Return the executor's runner with a real sandbox, which hostile code needs."""
-    try:
-        sandbox = Bubblewrap.open()
-        asyncio.run(probe_sandbox(sandbox))
-    except OctoError as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"bubblewrap is needed in CI: {error.detail}")
-        pytest.skip(f"bubblewrap does not work here: {error.detail}")
-    return Runner(sandbox)
+    return Runner(bubblewrap)
 
 
 @pytest.fixture
