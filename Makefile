@@ -16,7 +16,7 @@ FUZZ_SECONDS ?= 600
 
 export PYTHON VENV GOAL
 
-.PHONY: help setup setup-dev demo up test chaos bench-calls bench-capabilities fuzz docs structure lint clean
+.PHONY: help setup setup-dev demo up test chaos chaos-events chaos-tasks chaos-live chaos-cancels bench-calls bench-capabilities bench-events bench-live bench-tasks bench-answers fuzz docs structure lint clean
 
 help: ## Say what there is
 	@echo "OctoLLM: make TARGET"
@@ -38,8 +38,17 @@ up: setup ## Run every service on this machine until Ctrl-C
 test: setup-dev ## Run every test; says loudly what this machine lacks
 	@scripts/test $(PYTEST)
 
-chaos: setup-dev ## Run the tests that kill processes and servers
-	@scripts/test $(BIN)/python -m pytest tests/chaos
+chaos: setup-dev ## Run the tests that kill processes and servers; with SEEDS=10 TASKS=500 also as chaos-tasks does
+	@scripts/test $(BIN)/python -m pytest tests/chaos $${TASKS:+-s}
+
+chaos-events: setup-dev ## Print a table of faults on events: EVENTS=100000, SEED=7, PAUSE=60 seconds without Redis
+	EVENTS=$${EVENTS:-100000} scripts/test $(BIN)/python -m pytest tests/chaos/test_events_faults.py -s
+
+chaos-tasks: setup-dev ## Print a table of faults on tasks: SEEDS=10, TASKS=500, SEED=1 is the first seed
+	SEEDS=$${SEEDS:-10} TASKS=$${TASKS:-500} SEED=$${SEED:-1} scripts/test $(BIN)/python -m pytest tests/chaos/test_tasks_faults.py -s
+
+chaos-cancels: setup-dev ## Cancel CANCELS=300 tasks at random moments, and print how long the model goes on
+	CANCELS=$${CANCELS:-300} scripts/test $(BIN)/python -m pytest tests/chaos/test_tasks_cancelled.py -s
 
 bench-calls: setup-dev ## Measure service calls beside gRPC, FastAPI and httpx (about five minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
@@ -47,6 +56,26 @@ bench-calls: setup-dev ## Measure service calls beside gRPC, FastAPI and httpx (
 
 bench-capabilities: setup-dev ## Measure minting and verifying capabilities beside the raw signatures (half a minute)
 	cd bench && ../$(BIN)/python -m capabilities
+
+bench-events: setup-dev ## Measure events beside Redis Pub/Sub, Redis Streams and NATS JetStream, and webhooks (some minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	cd bench && PYTHONPATH=../tests/support ../$(BIN)/python -m events
+
+bench-tasks: setup-dev ## Measure tasks beside DBOS on the same PostgreSQL, and embedded on SQLite (ten minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	cd bench && PYTHONPATH=../tests/support ../$(BIN)/python -m tasks
+
+bench-answers: setup-dev ## Read a corpus of 179 files; ask its questions with MODEL=qwen2.5-coder-0.5b SAMPLE=40
+	cd bench && PYTHONPATH=../tests/support ../$(BIN)/python -m answers $${MODEL:+--model "$$MODEL"} $${SAMPLE:+--sample "$$SAMPLE"}
+
+chaos-live: setup-dev ## Let 1,000 watchers of a task reconnect 20 times each to two gateways, one of which is replaced (WATCHERS)
+	cd bench && PYTHONPATH=../tests/services/reflex:../tests/support ../$(BIN)/python -m live.reconnects $${WATCHERS:+--watchers $$WATCHERS}
+
+bench-live: setup-dev ## Measure watchers of one task beside a bare WebSocket server (five minutes)
+	cd bench && PYTHONPATH=../tests/services/reflex:../tests/support ../$(BIN)/python -m live $${WATCHERS:+--watchers $$WATCHERS}
+
+bench-search: setup-dev ## Measure search in nine languages beside plain FTS5 and vectors alone, with 100,000 passages (five minutes)
+	cd bench && PYTHONPATH=../tests/support ../$(BIN)/python -m search $${PASSAGES:+--passages "$$PASSAGES"} $${POSTGRES:+--postgres "$$POSTGRES"}
 
 fuzz: setup-dev ## Fuzz the verifier of capabilities and the HTTP/1.1 parser, ten minutes each (FUZZ_SECONDS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
@@ -58,13 +87,14 @@ docs: setup-dev ## Build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-structure: setup-dev ## Count files, importers, class names and the calls of a task
+structure: setup-dev ## Count files, importers, class names, and the calls of a task and its watchers
 	$(BIN)/python scripts/structure
 
 lint: setup-dev ## Check style, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright -p bench
 	$(BIN)/lint-imports
 
 clean: ## Remove .venv and what tools left behind; models and homes stay

@@ -23,11 +23,11 @@ import httpx
 import redis.asyncio
 from websockets.asyncio.client import connect as websocket_connect
 
-DOOR = os.environ.get("OCTOLLM_URL", "http://localhost:8000")
+GATEWAY = os.environ.get("OCTOLLM_URL", "http://localhost:8000")
 CODER = os.environ.get("OCTOLLM_CODER_URL", "http://localhost:8102")
 JUDGE = os.environ.get("OCTOLLM_JUDGE_URL", "http://localhost:8103")
 
-# On this machine the door wants no key, unless OCTOLLM_TRUST_LOOPBACK is off.
+# On this machine the gateway needs no key, unless OCTOLLM_TRUST_LOOPBACK is off.
 KEY = {"Authorization": f"Bearer {os.environ['OCTOLLM_API_KEY']}"} if "OCTOLLM_API_KEY" in os.environ else {}
 
 TIMEOUT = httpx.Timeout(connect=5.0, read=300.0, write=10.0, pool=5.0)
@@ -69,7 +69,7 @@ async def validate_code(client: httpx.AsyncClient, code: str) -> bool:
 
 async def submit(client: httpx.AsyncClient, goal: str) -> str:
     """Submit a goal at the gateway; return the task's id."""
-    response = await client.post(f"{DOOR}/tasks", json={"goal": goal}, headers=KEY)
+    response = await client.post(f"{GATEWAY}/tasks", json={"goal": goal}, headers=KEY)
     response.raise_for_status()
     return response.json()["task_id"]
 
@@ -91,7 +91,7 @@ async def handle_task_events(url: str, client: httpx.AsyncClient) -> None:
 
 async def print_progress(task_id: str) -> None:
     """Watch a task until its last frame."""
-    async with websocket_connect(f"ws{DOOR.removeprefix('http')}/ws/tasks/{task_id}", additional_headers=KEY) as ws:
+    async with websocket_connect(f"ws{GATEWAY.removeprefix('http')}/ws/tasks/{task_id}", additional_headers=KEY) as ws:
         async for message in ws:
             update = json.loads(message)
             print(f"Task progress: {update['progress']}%")

@@ -31,8 +31,8 @@ SERVERS = {"backend", "every_wire", "postgres", "postgres_server"}
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m unit` import only the files that can have unit tests."""
-    if config.option.markexpr == "unit" and collection_path.suffix == ".py":
+    """With `-m unit` import only the files that can have unit tests, and no `conftest.py` of the other folders."""
+    if config.option.markexpr == "unit" and collection_path not in (HERE, *HERE.parents):
         inside = collection_path.is_relative_to(HERE)
         return None if inside and collection_path.relative_to(HERE).parts[0] in UNIT else True
     return None
@@ -69,6 +69,8 @@ LONGEST = (
     "test_process_usage.py",
     "test_process_goals.py",
     "test_each_process_killed.py",
+    "test_tasks_cancelled.py",
+    "test_tasks_faults.py",
 )
 """The longest files, in the order in which they start."""
 

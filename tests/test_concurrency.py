@@ -3,21 +3,21 @@ from __future__ import annotations
 import ast
 import asyncio
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 import octollm
-from octollm.concurrency import BackgroundLoop, LockTimeout, Retries, file_lock, retry
+from octollm.concurrency import BackgroundLoop, LockTimeout, Retries, TaskDeadline, file_lock, retry
 from octollm.errors import OctoError
 from octollm.resilience import Backoff
-from octollm.testing.polling import wait_until
+from octollm.testing import wait_until
 
 FAST = Backoff(0.001, 0.001)
 
 
-class Lines:
+class RecordingLog:
     """A logger that keeps the names of its events."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Lines:
     warning = error = info
 
 
-class Rounds:
+class ScriptedRounds:
     """Work of a loop: each round raises the next of ``outcomes``; from the end of the list on, all succeed."""
 
     def __init__(self, *outcomes: Exception | None) -> None:
@@ -48,7 +48,7 @@ def unavailable() -> OctoError:
 
 
 async def test_a_loop_repeats_its_work_until_it_is_closed():
-    work = Rounds()
+    work = ScriptedRounds()
     async with BackgroundLoop("test", work, interval=0.001) as loop:
         await wait_until(lambda: work.count >= 3, description="three rounds")
         assert (await loop.check_health()).ok
@@ -58,7 +58,7 @@ async def test_a_loop_repeats_its_work_until_it_is_closed():
 
 
 async def test_wake_starts_the_next_round_at_once():
-    work = Rounds()
+    work = ScriptedRounds()
     async with BackgroundLoop("test", work, interval=3600) as loop:
         await wait_until(lambda: work.count == 1, description="the first round")
         loop.wake()
@@ -66,7 +66,7 @@ async def test_wake_starts_the_next_round_at_once():
 
 
 async def test_the_first_round_may_be_delayed():
-    work = Rounds()
+    work = ScriptedRounds()
     async with BackgroundLoop("test", work, initial_delay=3600):
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -74,7 +74,7 @@ async def test_the_first_round_may_be_delayed():
 
 
 async def test_an_outage_shows_until_a_round_succeeds_and_has_one_line_in_the_log():
-    lines = Lines()
+    lines = RecordingLog()
     gate = asyncio.Event()
     errors = [unavailable(), unavailable(), unavailable()]
 
@@ -93,16 +93,16 @@ async def test_an_outage_shows_until_a_round_succeeds_and_has_one_line_in_the_lo
 
 
 async def test_a_short_outage_is_not_logged():
-    lines = Lines()
-    work = Rounds(unavailable(), unavailable())
+    lines = RecordingLog()
+    work = ScriptedRounds(unavailable(), unavailable())
     async with BackgroundLoop("test", work, interval=0.001, backoff=FAST, log=lines, log_after=3600):
         await wait_until(lambda: work.count >= 3, description="recovery")
     assert lines.events == []
 
 
 async def test_work_that_does_not_return_reports_its_success_itself():
-    lines = Lines()
-    work = Rounds(unavailable())
+    lines = RecordingLog()
+    work = ScriptedRounds(unavailable())
 
     async def follow() -> None:
         await work()
@@ -116,9 +116,9 @@ async def test_work_that_does_not_return_reports_its_success_itself():
 
 
 async def test_a_crash_ends_the_loop_and_surfaces_everywhere():
-    lines = Lines()
+    lines = RecordingLog()
     crashes: list[BaseException] = []
-    work = Rounds(None, ValueError("a defect"))
+    work = ScriptedRounds(None, ValueError("a defect"))
     async with BackgroundLoop("test", work, interval=0.001, log=lines, on_crash=crashes.append) as loop:
         await wait_until(lambda: loop.crash, description="the crash")
         with pytest.raises(ValueError, match="a defect"):
@@ -130,8 +130,8 @@ async def test_a_crash_ends_the_loop_and_surfaces_everywhere():
 
 
 async def test_a_loop_that_restarts_survives_a_defect():
-    lines = Lines()
-    work = Rounds(ValueError("a defect"))
+    lines = RecordingLog()
+    work = ScriptedRounds(ValueError("a defect"))
     async with BackgroundLoop("test", work, interval=0.001, backoff=FAST, restart=True, log=lines) as loop:
         await wait_until(lambda: work.count >= 2 and not loop.failure, description="recovery")
     assert lines.events == ["loop.failing", "loop.recovered"]
@@ -139,15 +139,15 @@ async def test_a_loop_that_restarts_survives_a_defect():
 
 
 async def test_closing_does_not_wait_for_ever():
-    lines = Lines()
+    lines = RecordingLog()
     released = asyncio.Event()
 
-    async def stubborn() -> None:
+    async def ignore_cancellation() -> None:
         while not released.is_set():
             with suppress(asyncio.CancelledError):
                 await released.wait()
 
-    loop = BackgroundLoop("test", stubborn, interval=3600, log=lines, close_timeout=0.01)
+    loop = BackgroundLoop("test", ignore_cancellation, interval=3600, log=lines, close_timeout=0.01)
     async with loop:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -176,7 +176,7 @@ async def test_a_call_is_retried_while_the_policy_gives_a_delay():
 
 async def test_the_last_error_is_raised_when_the_policy_gives_up():
     with pytest.raises(OctoError, match="away"):
-        await retry(Rounds(*[unavailable()] * 9), lambda _error, attempt: 0.0 if attempt < 3 else None)
+        await retry(ScriptedRounds(*[unavailable()] * 9), lambda _error, attempt: 0.0 if attempt < 3 else None)
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), asyncio.CancelledError()])
@@ -254,20 +254,24 @@ async def test_a_lock_is_given_back_after_a_failure_and_its_file_stays(tmp_path)
 
 
 SELF_MADE_LOOPS = {
+    "arm/subtasks.py:result": "waits for a task of another service, and ends with the arm's call",
+    "cli/following.py:_show_usage": "polls a task that is shown, and ends with its updates",
+    "cli/top.py:keep_reading": "polls what is shown, and says in it when there is no answer",
+    "installation/replay.py:_wait": "polls a task of this process, and decides its approvals, until it has ended",
     "installation/embedded.py:wait_ready": "polls /ready of services in this process, a few milliseconds each",
     "rpc/transport.py:serve_app": "uvicorn sets a flag when it has started, and no event",
     "rpc/transport.py:_abort_connections": "uvicorn lists connections, and has no event for their end",
     "rpc/transport.py:shutdown": "uvicorn lists connections and tasks, and has no event for their end",
-    "services/orchestrator/events_api.py:_stream": "pauses between two pages of one response",
     "tasks/leases.py:_watch_connection_attempt": "ends with the attempt, in the thread of the renewal",
     "tasks/leases.py:_renew_until": "runs in its own thread, with an event loop that ends with it",
+    "tasks/runner.py:_expire": "sleeps until the task's deadline, which may be put off, and ends with the run",
     "tasks/step.py:_run_attempts": "each attempt of a step is an event in SQL, and a restart goes on with its number",
-    "testing/polling.py:wait_until": "polls a predicate of a test",
+    "testing/timing.py:wait_until": "polls a predicate of a test",
 }
 """Loops that repeat and pause outside the supervisor and the retry loop, each with its reason."""
 
 
-def _self_made_loops() -> set[str]:
+def _find_loops() -> set[str]:
     """Return the functions in which a ``while`` loop sleeps."""
     root = Path(octollm.__file__).parent
     found: set[str] = set()
@@ -288,4 +292,39 @@ def _is_sleep(node: ast.AST) -> bool:
 
 
 def test_loops_that_repeat_and_pause_use_the_supervisor_or_the_retry_loop():
-    assert _self_made_loops() == set(SELF_MADE_LOOPS)
+    assert _find_loops() == set(SELF_MADE_LOOPS)
+
+
+async def test_a_deadline_of_a_task_ends_each_piece_that_is_late_and_no_other() -> None:
+    ends: list[str] = []
+
+    async def work() -> None:
+        with closing(TaskDeadline(0.01)) as deadline:
+            for number in range(3):
+                try:
+                    with deadline:
+                        if number != 1:
+                            await asyncio.Event().wait()
+                except TimeoutError:
+                    ends.append("late")
+                else:
+                    ends.append("done")
+            assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+    await asyncio.wait_for(work(), 10)
+    assert ends == ["late", "done", "late"]
+
+
+async def test_a_deadline_of_a_task_lets_a_cancellation_through() -> None:
+    began = asyncio.Event()
+
+    async def work() -> None:
+        with closing(TaskDeadline(60)) as deadline, deadline:
+            began.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await began.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

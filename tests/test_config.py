@@ -8,6 +8,7 @@ from octollm.config import (
     REMOVED,
     RENAMED,
     SETTING_SPECS,
+    EventSinkUrl,
     Settings,
     read_client_settings,
     read_settings,
@@ -87,6 +88,41 @@ def test_wrong_otlp_headers_are_refused_and_not_shown(value: str) -> None:
     assert value not in caught.value.detail
 
 
+def test_an_event_sink_is_a_url_with_options() -> None:
+    text = "tls://ada:p%40ss@one:4222,[::1]?stream=copy&subject=a.b&format=cloudevents&start=latest&replicas=3"
+    sink = read_settings({"OCTOLLM_EVENT_SINK": text}, SERVICES).event_sink
+    assert sink == EventSinkUrl(("one:4222", "[::1]"), True, "ada", "p@ss", "copy", "a.b", "cloudevents", "latest", 3)
+    assert "p@ss" not in repr(sink)
+    token = read_settings({"OCTOLLM_EVENT_SINK": "nats://t0ken@one"}, SERVICES).event_sink
+    assert token == EventSinkUrl(("one",), user="t0ken")
+    assert read_settings({}, SERVICES).event_sink is None
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("kafka://s3cret:s3cret@one", "Kafka is not supported"),
+        ("http://s3cret@one", "nats://"),
+        ("nats://", "nats://"),
+        ("nats://s3cret@", "nats://"),
+        ("nats://s3cret@one,", "nats://"),
+        ("nats://s3cret@[::1", "nats://"),
+        ("nats://one/s3cret", "nats://"),
+        ("nats://one?stream=s3cret.x", "stream=NAME"),
+        ("nats://one?subject=s3cret.>", "subject=PREFIX"),
+        ("nats://one?format=s3cret", "format is one of octollm, cloudevents"),
+        ("nats://one?start=s3cret", "start is one of"),
+        ("nats://one?replicas=9", "replicas is a whole number"),
+        ("nats://one?steam=s3cret", "not 'steam'"),
+    ],
+)
+def test_a_wrong_event_sink_is_refused_and_not_shown(value: str, reason: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        read_settings({"OCTOLLM_EVENT_SINK": value}, SERVICES)
+    assert reason in caught.value.detail
+    assert "s3cret" not in caught.value.detail
+
+
 def test_a_misspelt_setting_is_pointed_out() -> None:
     (sentence,) = unknown_settings({"OCTOLLM_MODLE": "x", "OCTOLLM_MODEL": "embedded", "OTHER": "y"}, SERVICES)
     assert "OCTOLLM_MODLE" in sentence
@@ -100,6 +136,8 @@ def test_a_renamed_setting_is_refused_with_its_new_name(old: str, new: str) -> N
             read({old: "1"})
         assert old in caught.value.detail
         assert f"Did you mean {new}?" in caught.value.detail
+    # No warning says that it is ignored.
+    assert unknown_settings({old: "1"}, SERVICES) == []
     assert new in {spec.variable for spec in SETTING_SPECS.values()}
 
 
@@ -109,7 +147,7 @@ def test_a_removed_setting_is_refused_with_what_to_do(old: str, remedy: str, val
     for read in (lambda env: read_settings(env, SERVICES), read_client_settings):
         with pytest.raises(SettingError) as caught:
             read({old: value})
-        assert caught.value.detail == f"{old} is not a setting any more. {remedy}"
+        assert caught.value.detail == f"{old} is no longer a setting. {remedy}"
     assert old not in {spec.variable for spec in SETTING_SPECS.values()}
 
 

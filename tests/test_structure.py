@@ -19,13 +19,11 @@ SHARED_CLASSES: dict[str, str] = {
 SMALL_FILES = {
     "octollm.__main__": "the program of `python -m octollm`",
     "octollm.cli.config": "one noun of the command line a file, loaded when it is used",
-    "octollm.cli.events": "one noun of the command line a file, loaded when it is used",
     "octollm.cli.entry": "the program of the command, which imports nothing before Ctrl-C is handled",
     "octollm.services.arms.coder.probe_program": "a program that is run in the sandbox",
     "octollm.services.arms.executor.runner_read": "a program that is run in the sandbox",
-    "octollm.testing.clock": "for tests, which import it without the harness",
-    "octollm.testing.polling": "for tests, which import it without the harness",
     "octollm.testing.system": "for tests of a whole installation, which an arm's author does not load",
+    "octollm.testing.timing": "for tests",
 }
 """Files under 80 lines with fewer than three importers, each with the reason."""
 

@@ -239,11 +239,65 @@ async def retry(work: Callable[[], Awaitable[T]], next_delay: NextDelay) -> T:
 
 async def wait_for_event(event: asyncio.Event, timeout: float, *, clear: bool = True) -> None:
     """Return when ``event`` is set, or after ``timeout`` seconds; then clear it, unless told not to."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(timeout):
-            await event.wait()
+    if timeout <= 0:
+        # One turn of the event loop: a timer of no length would cancel the wait, which costs more than many a round.
+        await asyncio.sleep(0)
+    elif not event.is_set():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await event.wait()
     if clear:
         event.clear()
+
+
+class TaskDeadline:
+    """Limits each of many short pieces of work that one task does one after the other, as ``asyncio.timeout`` does.
+
+    ``asyncio.timeout`` sets and removes a timer each time, which takes longer than a small piece of work. This one has
+    a timer at a time, which finds out when it fires whether the piece that runs by then is late.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None
+        self._expired = False
+        self._cancelling = 0
+
+    def __enter__(self) -> None:
+        """Begin a piece of work."""
+        self._due = self._loop.time() + self._seconds
+        self._expired = False
+        self._cancelling = self._task.cancelling()
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._check)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it. Raises ``TimeoutError`` when it was cancelled because it was late, and for no other reason."""
+        self._due = None
+        if self._expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+    def _check(self) -> None:
+        self._timer = None
+        if self._due is None:
+            return
+        if self._loop.time() < self._due:
+            self._timer = self._loop.call_at(self._due, self._check)
+            return
+        self._expired = True
+        self._task.cancel()
+
+    def close(self) -> None:
+        """Remove the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 _LOCK_POLL_SECONDS = 0.1

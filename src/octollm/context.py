@@ -1,12 +1,14 @@
 """Request context in a context variable: request and correlation id, W3C trace context, tenant, task and step.
 
-Every log line and span carries it. The format of ``traceparent`` is that of W3C Trace Context, level 1.
+Every log line and span carries it. ``traceparent`` and ``tracestate`` are those of W3C Trace Context, level 2;
+``baggage`` is that of W3C Baggage.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 from contextvars import ContextVar
 
 import msgspec
@@ -14,41 +16,80 @@ import msgspec
 REQUEST_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 """A valid request or correlation id; any other is replaced by a generated one."""
 
-_TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
+MAX_TRACESTATE = 4096
+"""Characters of a ``tracestate`` that is passed on; the standard asks for at least 512."""
+MAX_STATE_MEMBERS = 32
+MAX_BAGGAGE = 8192
+"""Characters of a ``baggage`` that is passed on, the most that the standard asks for."""
+
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
+_SAMPLED, _RANDOM = 1, 2
+_STATE_KEY = r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
+_STATE_VALUE = r"[ !-+\--<>-~]{0,255}[!-+\--<>-~]"
+_STATE_MEMBER = re.compile(rf"{_STATE_KEY}={_STATE_VALUE}")
+_BAGGAGE = re.compile(r"[ -~\t]+")
 
 
 class TraceContext(msgspec.Struct, frozen=True):
-    """Trace id, span id and sampling flag; the ids are lower-case hex."""
+    """Trace id, span id and flags; the ids are lower-case hex.
+
+    ``random`` says that at least the last 56 bits of the trace id are random. ``state`` is the ``tracestate`` of the
+    vendors on the way, which is passed on as it came.
+    """
 
     trace_id: str
     span_id: str
     sampled: bool = True
+    random: bool = False
+    state: str = ""
 
     @property
     def traceparent(self) -> str:
         """Return the ``traceparent`` header."""
-        return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
+        flags = (_SAMPLED if self.sampled else 0) | (_RANDOM if self.random else 0)
+        return f"00-{self.trace_id}-{self.span_id}-0{flags}"
 
     def child(self) -> TraceContext:
         """Return the context of a new span in the same trace."""
-        return TraceContext(self.trace_id, _span_id(), self.sampled)
+        return TraceContext(self.trace_id, _span_id(), self.sampled, self.random, self.state)
 
 
-def parse_traceparent(text: str | None) -> TraceContext | None:
-    """Parse a ``traceparent`` header; ``None`` when it is absent or malformed (section 3.2: the trace restarts)."""
+def parse_traceparent(text: str | None, state: str = "") -> TraceContext | None:
+    """Parse a ``traceparent`` header; ``None`` when it is absent or malformed (section 3.2: the trace restarts).
+
+    A version that is not known yet is read as version 00, and may have more fields (section 3.2.4). ``state`` is the
+    parsed ``tracestate``.
+    """
     match = _TRACEPARENT.fullmatch(text or "")
     if match is None:
         return None
-    trace_id, span_id, flags = match.groups()
-    if trace_id == _NO_TRACE or span_id == _NO_SPAN:
+    version, trace_id, span_id, flags, rest = match.groups()
+    if version == "ff" or (version == "00" and rest is not None) or trace_id == _NO_TRACE or span_id == _NO_SPAN:
         return None
-    return TraceContext(trace_id, span_id, bool(int(flags, 16) & 1))
+    bits = int(flags, 16)
+    return TraceContext(trace_id, span_id, bool(bits & _SAMPLED), bool(bits & _RANDOM), state)
+
+
+def parse_tracestate(values: Iterable[str]) -> str:
+    """Return the value of one or more ``tracestate`` headers; empty if it is malformed or too large (section 3.3)."""
+    members = [member.strip(" \t") for value in values for member in value.split(",")]
+    members = [member for member in members if member]
+    if len(members) > MAX_STATE_MEMBERS or not all(_STATE_MEMBER.fullmatch(member) for member in members):
+        return ""
+    state = ",".join(members)
+    return state if len(state) <= MAX_TRACESTATE else ""
+
+
+def parse_baggage(values: Iterable[str]) -> str:
+    """Return the value of one or more ``baggage`` headers, as it is passed on; empty if it is too large or no text."""
+    baggage = ",".join(value.strip(" \t") for value in values if value.strip(" \t"))
+    return baggage if len(baggage) <= MAX_BAGGAGE and _BAGGAGE.fullmatch(baggage) else ""
 
 
 def start_trace(*, sampled: bool = False) -> TraceContext:
     """Start a trace. A ``sampled`` one records spans here and in every service that its calls reach."""
-    return TraceContext(f"{random.getrandbits(128) or 1:032x}", _span_id(), sampled)
+    return TraceContext(f"{random.getrandbits(128) or 1:032x}", _span_id(), sampled, random=True)
 
 
 def _span_id() -> str:
@@ -67,6 +108,8 @@ class RequestContext(msgspec.Struct, frozen=True):
     task_id: str = ""
     step: str = ""
     tenant: str = ""
+    baggage: str = ""
+    """The caller's ``baggage``, for the calls of this request to other services."""
 
 
 _EMPTY_CONTEXT = RequestContext()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,22 @@ class FieldError:
 
     pointer: str
     detail: str
+
+
+_PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
+_PART = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
+
+
+def escape_pointer(part: str) -> str:
+    """Return one part of a JSON Pointer (RFC 6901 section 3)."""
+    return part.replace("~", "~0").replace("/", "~1")
+
+
+def parse_field_error(message: str, prefix: str = "") -> FieldError:
+    """Return the fault that a message of ``msgspec.ValidationError`` describes, at a place below ``prefix``."""
+    match = _PATH.search(message)
+    parts = [name or index for name, index in _PART.findall(match[1])] if match is not None else []
+    return FieldError(prefix + "".join("/" + escape_pointer(part) for part in parts), _PATH.sub("", message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +101,7 @@ class ArmError(OctoError):
 class StopStep(OctoError):  # noqa: N818  an instruction to the runner, as StopIteration is
     """Raised by an arm: the step cannot succeed, so no further attempt is made.
 
-    ``detail`` is shown to whoever watches the task. On the wire ``retryable`` is false.
+    Every watcher of the task sees ``detail``. On the wire ``retryable`` is false.
     """
 
     code = "step_stopped"
@@ -94,7 +111,7 @@ class StopStep(OctoError):  # noqa: N818  an instruction to the runner, as StopI
 
     @property
     def retryable(self) -> bool:
-        """False: the same again would fail again."""
+        """False: another attempt would fail as well."""
         return False
 
 
@@ -139,7 +156,7 @@ class RemoteError(OctoError):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same request again can help, in the peer's own words."""
+        """Whether a repeat of the request can help, as the peer's problem document states."""
         return self._retryable
 
 

@@ -139,7 +139,9 @@ class ConcurrencyLimiter:
         """Give a slot back: to the caller that has waited longest, if there is one."""
         while self._queue:
             turn = self._queue.popleft()
+            # A caller that was just cancelled is in the queue until its own task runs.
             if not turn.done():
+                # ``_running`` stays as it is: a slot that never becomes free cannot be taken by a newcomer first.
                 turn.set_result("admitted")
                 return
         self._running -= 1
@@ -156,6 +158,7 @@ class ConcurrencyLimiter:
         try:
             outcome = await turn
         except asyncio.CancelledError:
+            # The slot was handed over, and the caller was cancelled before it could run: the next one gets the slot.
             if not turn.cancelled() and turn.result() == "admitted":
                 self.release()
             raise
@@ -178,7 +181,7 @@ class ConcurrencyLimiter:
 
     def _to_overloaded(self, refusal: Refusal) -> OctoError:
         if refusal == "deadline_exceeded":
-            return OctoError("The time for this call is used up.", code="deadline_exceeded")
+            return OctoError("The time limit of this call has expired.", code="deadline_exceeded")
         detail = (
             f"{self._resource} has no slot free, and its queue is full."
             if refusal == "queue_full"

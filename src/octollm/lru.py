@@ -49,3 +49,8 @@ class LruCache(Generic[K, V]):
         if value is not None:
             self._weight -= self._weigh(value)
         return value
+
+    def clear(self) -> None:
+        """Remove every entry."""
+        self._entries.clear()
+        self._weight = 0

@@ -58,16 +58,16 @@ class Letter(BaseModel):
     tones: list[Tone] = []
 
 
-class Sent(BaseModel):
+class SentLetter(BaseModel):
     text: str
 
 
 @translator.operation
-async def letter(body: Letter, ctx: Context) -> Sent:
+async def letter(body: Letter, ctx: Context) -> SentLetter:
     """Write a letter."""
     await ctx.progress(10, "begun")
-    draft = await ctx.model.structured(f"Write to {body.to}", Sent, system="You write letters.")
-    return Sent(text=f"{draft.text} ({len(body.tones)} tones)")
+    draft = await ctx.model.structured(f"Write to {body.to}", SentLetter, system="You write letters.")
+    return SentLetter(text=f"{draft.text} ({len(body.tones)} tones)")
 
 
 @translator.operation

@@ -43,7 +43,7 @@ async def test_bodies_and_answers_are_what_the_author_says(open_client):
     async with open_client(arm_samples.translator, model=['{"text": "Dear Ann"}', '{"tex']) as client:
         assert await client.call("count", {"text": "a b c"}) == arm_samples.Words(3, False)
         body = {"to": "Ann", "tones": [{"formal": True, "warmth": 3}]}
-        assert await client.call("letter", body) == arm_samples.Sent(text="Dear Ann (1 tones)")
+        assert await client.call("letter", body) == arm_samples.SentLetter(text="Dear Ann (1 tones)")
         assert client.progress == [(10.0, "begun")]
         assert client.model.requests[0].response_format.json_schema.schema["required"] == ["text"]
         assert await client.call("echo", "a b") == {"words": ["a", "b"]}

@@ -54,7 +54,7 @@ async def look(body: str, ctx: Context) -> str:
 
 
 @weather.operation
-async def must_call(body: str, ctx: Context) -> str:
+async def call_required(body: str, ctx: Context) -> str:
     """Have the model call one tool."""
     completion = await ctx.model.chat([Message.user(body)], tools=[FORECAST], tool_choice=FORECAST)
     return f"{completion.finish_reason}: {completion.tool_calls[0].name}"
@@ -86,7 +86,7 @@ async def test_arguments_that_do_not_fit_are_the_models_fault():
 
 async def test_a_tool_can_be_required():
     async with ArmTestClient(weather, model=[ToolUse("forecast", {"name": "Bonn"})]) as client:
-        assert await client.call("must_call", "Bonn") == "tool_calls: forecast"
+        assert await client.call("call_required", "Bonn") == "tool_calls: forecast"
         assert client.model.requests[0].tool_choice.function.name == "forecast"
 
 
@@ -111,8 +111,8 @@ def test_a_provider_is_sent_the_image_and_others_plain_text():
 async def test_the_embedded_model_refuses_images(tmp_path):
     seen = ChatMessage("user", (ImagePart(ImageUrl("data:image/png;base64,AA==")),))
     model = EmbeddedModel(SMALLEST_MODEL, tmp_path / "never.gguf")
-    with pytest.raises(OctoError, match="read no images") as caught:
+    with pytest.raises(OctoError, match="cannot read images") as caught:
         await model.count_tokens([seen])
     assert caught.value.code == "no_model"
-    with pytest.raises(OctoError, match="read no images"):
+    with pytest.raises(OctoError, match="cannot read images"):
         await anext(model.stream(ChatRequest("default", (seen,))))

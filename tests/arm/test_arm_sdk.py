@@ -83,64 +83,64 @@ async def leak(task: Task, ctx: Context) -> str:
 
 
 async def test_a_key_that_got_out_is_worth_little(tmp_path):
-    async with served(leaky, lambda _: "Hello", tmp_path) as (house, _provider):
+    async with served(leaky, lambda _: "Hello", tmp_path) as (harness, _provider):
         headers = {"X-Timeout-Ms": "20000"}
-        token = house.token("leaky:execute")
-        answer = await house.send("leaky", "POST", "/execute", token=token, body={"goal": "x"}, headers=headers)
+        token = harness.token("leaky:execute")
+        answer = await harness.send("leaky", "POST", "/execute", token=token, body={"goal": "x"}, headers=headers)
         key = msgspec.json.decode(answer.body)["output"]
         claims = msgspec.json.decode(urlsafe_b64decode(key.split("~")[0].split(".")[1] + "=="))
         # It ends with the call that it was made for, opens one operation of one service, and cannot be passed on.
-        assert 0 < claims["exp"] - house.clock.now() <= 20
+        assert 0 < claims["exp"] - harness.clock.now() <= 20
         assert (claims["aud"], claims["scope"]) == ("models", "models:chat")
         assert "gnt" not in claims
-        stored = await house.send("orchestrator", "POST", "/files", token=key, body=b"x")
+        stored = await harness.send("orchestrator", "POST", "/files", token=key, body=b"x")
         assert stored.status == 401
-        again = await house.send("leaky", "POST", "/execute", token=key, body={"goal": "x"})
+        again = await harness.send("leaky", "POST", "/execute", token=key, body={"goal": "x"})
         assert again.status == 401
         chat = {"model": "default", "messages": [{"role": "user", "content": "Hi"}]}
-        said = await house.send("models", "POST", "/v1/chat/completions", token=key, body=chat)
+        said = await harness.send("models", "POST", "/v1/chat/completions", token=key, body=chat)
         assert said.status == 200
 
 
 @contextlib.asynccontextmanager
 async def served(arm: Arm, script, tmp_path):
     """Serve an arm and the models service on sockets, before a scripted provider."""
-    async with scripted_model(script) as provider, start_harness(arm.name) as house:
+    async with scripted_model(script) as provider, start_harness(arm.name) as harness:
         environment = {
             "OCTOLLM_HOME": str(tmp_path),
             "OCTOLLM_MODEL": "openai:scripted",
             "OCTOLLM_MODEL_URL": provider.url,
         }
-        house.declarations = {**house.declarations, **arm.declarations()}
+        harness.declarations = {**harness.declarations, **arm.declarations()}
 
         @contextlib.asynccontextmanager
         async def opening():
-            yield build_arm(arm, house.base(arm.name))
+            yield build_arm(arm, harness.base(arm.name))
 
         settings = read_settings(environment, ())
-        async with house.serve(models_service(house.base("models"), settings)), house.serve(opening()):
-            yield house, provider
+        async with harness.serve(models_service(harness.base("models"), settings)), harness.serve(opening()):
+            yield harness, provider
 
 
 async def test_the_sdks_calls_are_budgeted_and_journaled(tmp_path):
-    async with served(plain, lambda _: "Hello there", tmp_path) as (house, provider):
-        token, body = house.token("plain:execute"), {"goal": "Say hello"}
+    async with served(plain, lambda _: "Hello there", tmp_path) as (harness, provider):
+        token, body = harness.token("plain:execute"), {"goal": "Say hello"}
         key = {"Idempotency-Key": "task-1:s1:1"}
-        answer = await house.send("plain", "POST", "/execute", token=token, body=body, headers=key)
+        answer = await harness.send("plain", "POST", "/execute", token=token, body=body, headers=key)
         assert answer.status == 200, answer.body
-        assert len(house.records.reserved) == len(house.records.settled) == 1
-        assert house.records.used.total_tokens > 0
+        assert len(harness.records.reserved) == len(harness.records.settled) == 1
+        assert harness.records.used.total_tokens > 0
         # The arm is lost with its answer, and the step is done again: what the model said is not paid twice.
-        house.records.claims.clear()
-        again = await house.send("plain", "POST", "/execute", token=token, body=body, headers=key)
+        harness.records.claims.clear()
+        again = await harness.send("plain", "POST", "/execute", token=token, body=body, headers=key)
         assert again.body == answer.body
         assert len(provider.requests) == 1
 
 
 async def test_leaving_stops_the_model_behind_the_sdk(tmp_path):
-    async with served(plain, lambda _: ScriptedReply("Once upon", hangs=True), tmp_path) as (house, provider):
-        token = house.token("plain:execute")
-        asking = asyncio.create_task(house.send("plain", "POST", "/execute", token=token, body={"goal": "Go on"}))
+    async with served(plain, lambda _: ScriptedReply("Once upon", hangs=True), tmp_path) as (harness, provider):
+        token = harness.token("plain:execute")
+        asking = asyncio.create_task(harness.send("plain", "POST", "/execute", token=token, body={"goal": "Go on"}))
         await wait_until(lambda: provider.active, description="the provider writes")
         asking.cancel()
         await wait_until(lambda: provider.disconnects == 1, description="the provider sees its client leave")
@@ -253,9 +253,9 @@ async def test_an_agent_that_comes_to_nothing_is_told_as_such():
 
 async def test_an_agents_end_is_its_callers(tmp_path):
     arm = Arm.from_agent(Agent(), name="weather", description="Tells the weather")
-    async with served(arm, lambda _: ScriptedReply("Once upon", hangs=True), tmp_path) as (house, provider):
-        token = house.token("weather:execute")
-        asking = asyncio.create_task(house.send("weather", "POST", "/execute", token=token, body={"goal": "Go on"}))
+    async with served(arm, lambda _: ScriptedReply("Once upon", hangs=True), tmp_path) as (harness, provider):
+        token = harness.token("weather:execute")
+        asking = asyncio.create_task(harness.send("weather", "POST", "/execute", token=token, body={"goal": "Go on"}))
         await wait_until(lambda: provider.active, description="the provider writes")
         asking.cancel()
         await wait_until(lambda: provider.disconnects == 1, description="the provider sees its client leave")

@@ -57,7 +57,7 @@ def test_the_names_of_the_system_are_reserved(name):
 def test_only_built_in_arms_are_built_in():
     for name in BUILT_IN_ARMS:
         assert Arm.built_in(name, "Does something").name == name
-    assert "no built-in arm" in refused(lambda: Arm.built_in("translator", "Does something"))
+    assert "not a built-in arm" in refused(lambda: Arm.built_in("translator", "Does something"))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_only_built_in_arms_are_built_in():
         ({"description": "  "}, "needs a description"),
         ({"description": "x" * 501}, "up to 500 characters"),
         ({"port": 8110}, "octollm serve --port"),
-        ({"lifespan": "a pool"}, "is no function"),
+        ({"lifespan": "a pool"}, "is not a function"),
         ({"lifespan": yields_without_decorator}, "@asynccontextmanager"),
         ({"calls": retriever.search}, "calls=[retriever:search]"),
         ({"calls": "models:chat"}, "calls=['models:chat']"),
@@ -95,7 +95,7 @@ async def no_answer(task: Task, ctx: Context):
     return ""
 
 
-async def nothing_answered(task: Task, ctx: Context) -> None: ...
+async def without_answer(task: Task, ctx: Context) -> None: ...
 
 
 async def alone(task: Task) -> str:
@@ -123,7 +123,7 @@ def not_async(task: Task, ctx: Context) -> str:
     [
         (no_types, "search", "has no type for task and return; write async def search(body: Type"),
         (no_answer, "search", "has no type for return"),
-        (nothing_answered, "search", "The answer of translator:search cannot be"),
+        (without_answer, "search", "The answer of translator:search cannot be"),
         (alone, "search", "takes 1 parameters"),
         (odd, "search", "use a dataclass"),
         (raw, "search", "The body of translator:search cannot be"),
@@ -132,7 +132,7 @@ def not_async(task: Task, ctx: Context) -> str:
         (two_texts, "execute", "execute(task: Task, ctx: Context)"),
         (plain, "Search", "begins with a letter"),
         (plain, "search-fast", "a-z, 0-9 and _"),
-        (plain, "health", "every service answers /health itself"),
+        (plain, "health", "every service already serves /health itself"),
     ],
 )
 def test_a_wrong_operation_is_refused(handler, name, said):
@@ -147,7 +147,7 @@ def test_a_bare_decorator_declares():
 
 @pytest.mark.parametrize(
     ("handler", "said"),
-    [(no_types, "write async def no_types(body: Type"), (not_async, "must be a coroutine"), (3, "is no function")],
+    [(no_types, "write async def no_types(body: Type"), (not_async, "must be a coroutine"), (3, "is not a function")],
 )
 def test_a_bare_decorator_refuses_what_is_no_operation(handler, said):
     assert said in refused(lambda: an_arm().operation(handler))
@@ -156,7 +156,7 @@ def test_a_bare_decorator_refuses_what_is_no_operation(handler, said):
 def test_a_bare_decorator_refuses_the_same_name_twice():
     arm = an_arm()
     arm.operation(two_texts)
-    assert "has an operation 'two_texts' already" in refused(lambda: arm.operation(two_texts))
+    assert "already has an operation 'two_texts'" in refused(lambda: arm.operation(two_texts))
 
 
 def test_an_unknown_argument_is_an_error():

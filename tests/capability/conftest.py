@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from capability_forge import World
+from capability_forge import TrustDomain
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def domain() -> TrustDomain:
+    return TrustDomain()

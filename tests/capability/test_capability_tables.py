@@ -45,7 +45,7 @@ def test_presets() -> None:
     assert not admin.is_subset(user)
     for scope in ("tasks:create", "files:read:0a", "memory:write", "models:chat", "events:read"):
         assert user.allows(scope)
-    for scope in ("webhooks:create", "keys:create", "audit:read", "arms:admit"):
+    for scope in ("webhooks:create", "keys:create", "audit:read", "arms:admit", "monitor:read"):
         assert admin.allows(scope)
         assert not user.allows(scope)
     assert not admin.allows("audit:write")

@@ -155,7 +155,8 @@ def test_good_names_are_taken() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        "tasks:create", "keys:write", "arms:write", "audit:read", "webhooks:read", "events:read", "orchestrator:x",
+        "tasks:approve", "tasks:steer", "tasks:create:x", "tasks:*", "tasks:list", "keys:write", "arms:write",
+        "audit:read", "webhooks:read", "events:read", "orchestrator:x",
         "reflex:x", "models:*", "models", "models:chat:x", "*:*", "Models:chat", "", "?", "??models:chat",
         "models:chat ", "files:read:0a",
     ],
@@ -172,6 +173,8 @@ def test_calls_are_read_sorted_once_and_some_are_optional() -> None:
     )
     assert scopes_of(found) == ("files:read", "models:chat", "retriever:search", "weather:today")
     assert [call.optional for call in found] == [False, True, False, False]
+    for_sub_tasks = ("tasks:cancel", "tasks:create", "tasks:read")
+    assert scopes_of(parse_declared_calls(for_sub_tasks)) == for_sub_tasks
     with pytest.raises(OctoError):
         parse_declared_calls([f"a{number}:b" for number in range(MAX_CALLS + 1)])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-class Plain:
+class SeededDataProvider:
     """What atheris offers to read a value from bytes, by a seeded generator."""
 
     def __init__(self, data: bytes) -> None:
@@ -38,16 +38,16 @@ class Plain:
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     fake = types.ModuleType("atheris")
-    fake.FuzzedDataProvider = Plain  # type: ignore[attr-defined]
+    fake.FuzzedDataProvider = SeededDataProvider  # type: ignore[attr-defined]
 
-    class Nothing:
+    class NoInstrumentation:
         def __init__(self, **_options: object) -> None: ...
 
         def __enter__(self) -> None: ...
 
         def __exit__(self, *_error: object) -> None: ...
 
-    fake.instrument_imports = Nothing  # type: ignore[attr-defined]
+    fake.instrument_imports = NoInstrumentation  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "atheris", fake)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "fuzz"))
     monkeypatch.delitem(sys.modules, "fuzz_verifier", raising=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from capability_forge import NOW, World
+from capability_forge import NOW, TrustDomain
 
 from octollm.capability import REASONS, CapabilityError, Revocations
 from octollm.capability.errors import REASON_TEXTS
@@ -16,8 +16,8 @@ def test_every_reason_has_a_sentence() -> None:
     assert explain_reason("expired") == "A link of the chain has expired."
 
 
-def test_a_chain_of_three_hops(world: World) -> None:
-    says = inspect(world.case().bearer())
+def test_a_chain_of_three_hops(domain: TrustDomain) -> None:
+    says = inspect(domain.case().bearer())
     assert (says.subject, says.credential, says.tenant, says.audience) == ("alice", "key-1", "acme", "executor")
     assert [(hop.issuer, hop.holder, hop.kind, hop.hops) for hop in says.hops] == [
         ("orchestrator", "coder", "grant", 3),
@@ -37,11 +37,11 @@ def test_a_chain_of_three_hops(world: World) -> None:
     assert executor.allows == ("files:read",)
     assert access.allows == ("executor:run",)
     assert (access.expires, access.jti) == (NOW + 60, "a-executor")
-    assert access.key == world.jkt("judge")
+    assert access.key == domain.jkt("judge")
 
 
-def test_what_a_hop_dropped_on_the_way_is_named(world: World) -> None:
-    case = world.case()
+def test_what_a_hop_dropped_on_the_way_is_named(domain: TrustDomain) -> None:
+    case = domain.case()
     case.judge.claims["may"] = {"executor:run": {}}
     case.own = None
     del case.access.claims["gnt"]
@@ -49,19 +49,19 @@ def test_what_a_hop_dropped_on_the_way_is_named(world: World) -> None:
     assert says.hops[1].dropped == ("models:chat", "executor:run > files:read")
 
 
-def test_who_refuses_it_and_why(world: World) -> None:
-    bearer = world.case().bearer()
+def test_who_refuses_it_and_why(domain: TrustDomain) -> None:
+    bearer = domain.case().bearer()
 
     def why(service: str) -> str | None:
-        return find_refusal_reason(bearer, service, world.roots, world.clock)
+        return find_refusal_reason(bearer, service, domain.roots, domain.clock)
 
     assert why("executor") is None
     assert why("coder") == "audience_wrong"
-    assert find_refusal_reason(bearer, "executor", {}, world.clock) == "root_unknown"
+    assert find_refusal_reason(bearer, "executor", {}, domain.clock) == "root_unknown"
     revoked = Revocations()
     revoked.add("jti", "g-judge", NOW, "acme")
-    assert find_refusal_reason(bearer, "executor", world.roots, world.clock, revoked) == "revoked"
-    world.clock.time += 120
+    assert find_refusal_reason(bearer, "executor", domain.roots, domain.clock, revoked) == "revoked"
+    domain.clock.time += 120
     assert why("executor") == "expired"
 
 

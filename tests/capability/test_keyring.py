@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from capability_forge import ALICE, NOW, World, refused
+from capability_forge import ALICE, NOW, TrustDomain, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,43 +52,43 @@ def test_who_signs_is_believed_by_whoever_knows_the_ring_and_for_as_long_as_its_
     assert len(made) - 1 in trusted_indices(made, now)
 
 
-def test_a_token_of_the_last_moment_is_good_for_its_whole_life(world: World) -> None:
+def test_a_token_of_the_last_moment_is_good_for_its_whole_life(domain: TrustDomain) -> None:
     change = NOW + OVERLAP_SECONDS
-    world.clock.time = change - 1
-    bearer = RootMinter(RING, world.clock, world.ids).mint_access(ALICE, "coder", "coder:execute", 86_400)
+    domain.clock.time = change - 1
+    bearer = RootMinter(RING, domain.clock, domain.ids).mint_access(ALICE, "coder", "coder:execute", 86_400)
     for at in (change - 1, change, change + 43_000, change + 86_398):
-        world.clock.time = at
-        assert Verifier("coder", RING.trusted_keys(at), world.clock).verify(bearer)
-        fresh = RootMinter(RING, world.clock, world.ids).mint_access(ALICE, "coder", "coder:execute")
-        assert Verifier("coder", RING.trusted_keys(at), world.clock).verify(fresh)
+        domain.clock.time = at
+        assert Verifier("coder", RING.trusted_keys(at), domain.clock).verify(bearer)
+        fresh = RootMinter(RING, domain.clock, domain.ids).mint_access(ALICE, "coder", "coder:execute")
+        assert Verifier("coder", RING.trusted_keys(at), domain.clock).verify(fresh)
 
 
-def test_a_key_that_was_replaced_at_once_is_believed_no_more(world: World) -> None:
+def test_a_key_that_was_replaced_at_once_is_believed_no_more(domain: TrustDomain) -> None:
     ring = KeyRing([DatedKey(NEW, NOW - OVERLAP_SECONDS - TRUST_SECONDS)])
     assert ring.signing_key(NOW) is NEW
     roots = TrustedRoots({OLD.thumbprint: OLD.public})
-    verifier = Verifier("coder", roots, world.clock)
-    bearer = RootMinter(OLD, world.clock, world.ids).mint_access(ALICE, "coder", "coder:execute")
+    verifier = Verifier("coder", roots, domain.clock)
+    bearer = RootMinter(OLD, domain.clock, domain.ids).mint_access(ALICE, "coder", "coder:execute")
     assert verifier.verify(bearer)
     assert roots.replace(ring.trusted_keys(NOW))
     assert refused(verifier, bearer) == "root_unknown", "the verdict that was kept counts no more"
 
 
-def test_what_was_lent_to_an_old_key_may_still_be_used(world: World) -> None:
+def test_what_was_lent_to_an_old_key_may_still_be_used(domain: TrustDomain) -> None:
     fresh = SigningKey.generate("coder")
-    ring = KeyRing([DatedKey(world.keys["coder"]), DatedKey(fresh, NOW - OVERLAP_SECONDS)])
+    ring = KeyRing([DatedKey(domain.keys["coder"]), DatedKey(fresh, NOW - OVERLAP_SECONDS)])
     assert ring.signing_key(NOW) is fresh
-    for holder in (world.keys["coder"], fresh):
-        bearer = world.minter.mint_access(
+    for holder in (domain.keys["coder"], fresh):
+        bearer = domain.minter.mint_access(
             ALICE,
             "coder",
             "coder:execute",
             delegation=parse_delegation_tree({"judge:validate": {}}),
             holder_jkt=holder.thumbprint,
         )
-        verified = world.verifier("coder").verify(bearer)
-        onward = Delegator(ring, "coder", world.clock, world.ids).delegate(verified, "judge", "judge:validate", None)
-        assert world.verifier("judge").verify(onward)
+        verified = domain.verifier("coder").verify(bearer)
+        onward = Delegator(ring, "coder", domain.clock, domain.ids).delegate(verified, "judge", "judge:validate", None)
+        assert domain.verifier("judge").verify(onward)
 
 
 def test_a_join_secret_of_the_old_root_is_good_while_that_is_believed() -> None:

@@ -6,24 +6,24 @@ import builtins
 import socket
 
 import pytest
-from capability_forge import World
+from capability_forge import TrustDomain
 
 from octollm.capability.inspection import inspect
 
 
 def test_a_chain_is_verified_and_delegated_without_a_socket_or_a_file(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    domain: TrustDomain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*_arguments: object, **_options: object) -> None:
         raise AssertionError("a capability asks nobody")
 
-    case = world.case()
+    case = domain.case()
     monkeypatch.setattr(socket, "socket", forbidden)
     monkeypatch.setattr(socket, "getaddrinfo", forbidden)
     monkeypatch.setattr(builtins, "open", forbidden)
-    verifier = world.verifier()
+    verifier = domain.verifier()
     for _ in range(2):
         verified = verifier.verify(case.bearer())
-    onward = world.delegator("executor").delegate(verified, "orchestrator", "files:read:0a", None)
-    assert world.verifier("orchestrator").verify(onward).issuer == "executor"
+    onward = domain.delegator("executor").delegate(verified, "orchestrator", "files:read:0a", None)
+    assert domain.verifier("orchestrator").verify(onward).issuer == "executor"
     assert inspect(onward).audience == "orchestrator"

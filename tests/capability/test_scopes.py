@@ -28,7 +28,7 @@ def denoted(text: str) -> frozenset[tuple[str, ...]]:
     return frozenset(r for r in _UNIVERSE if r[: len(head)] == head)
 
 
-def denoted_by(scopes: ScopeSet) -> frozenset[tuple[str, ...]]:
+def denotation(scopes: ScopeSet) -> frozenset[tuple[str, ...]]:
     return frozenset().union(*(denoted(scope.text) for scope in scopes))
 
 
@@ -55,20 +55,20 @@ def test_meet_is_the_intersection(left: str, right: str) -> None:
 
 @given(_sets, _texts)
 def test_a_set_allows_what_its_members_allow(scopes: ScopeSet, required: str) -> None:
-    assert scopes.allows(required) == (denoted_by(scopes) >= denoted(required))
+    assert scopes.allows(required) == (denotation(scopes) >= denoted(required))
 
 
 @given(_sets, _sets)
 def test_intersection_of_sets(left: ScopeSet, right: ScopeSet) -> None:
     both = left.intersection(right)
-    assert denoted_by(both) == denoted_by(left) & denoted_by(right)
+    assert denotation(both) == denotation(left) & denotation(right)
     assert both.is_subset(left)
     assert both.is_subset(right)
 
 
 @given(_sets, _sets)
 def test_narrower_is_the_subset_relation(left: ScopeSet, right: ScopeSet) -> None:
-    assert left.is_subset(right) == (denoted_by(left) <= denoted_by(right))
+    assert left.is_subset(right) == (denotation(left) <= denotation(right))
 
 
 @given(_sets)

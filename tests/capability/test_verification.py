@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jwt
 import pytest
-from capability_forge import ALICE, NOW, WORK, World, refused
+from capability_forge import ALICE, NOW, WORK, TrustDomain, refused
 
 from octollm.capability import CapabilityError, Principal, PublicKey, Revocations, SigningKey, Verifier
 
@@ -23,8 +23,8 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_what_was_verified_says_so(world: World) -> None:
-    verified = world.verifier().verify(world.case().bearer())
+def test_what_was_verified_says_so(domain: TrustDomain) -> None:
+    verified = domain.verifier().verify(domain.case().bearer())
     assert verified.principal == ALICE
     assert verified.task == WORK
     assert verified.issuer == "judge"
@@ -37,52 +37,52 @@ def test_what_was_verified_says_so(world: World) -> None:
     assert "executor:http" in caught.value.detail
 
 
-def test_a_second_look_checks_no_signature(world: World, checks: list[int]) -> None:
-    verifier, bearer = world.verifier(), world.case().bearer()
+def test_a_second_look_checks_no_signature(domain: TrustDomain, checks: list[int]) -> None:
+    verifier, bearer = domain.verifier(), domain.case().bearer()
     first = verifier.verify(bearer)
     assert len(checks) == 4
     assert verifier.verify(bearer) is first
     assert len(checks) == 4
 
 
-def test_known_grants_are_not_checked_again(world: World, checks: list[int]) -> None:
-    verifier, case = world.verifier(), world.case()
+def test_known_grants_are_not_checked_again(domain: TrustDomain, checks: list[int]) -> None:
+    verifier, case = domain.verifier(), domain.case()
     verifier.verify(case.bearer())
     case.access.claims["jti"] = "a-second"
     verifier.verify(case.bearer())
     assert len(checks) == 5, "the access token alone is new"
 
 
-def test_a_known_grant_is_judged_anew_in_each_chain(world: World) -> None:
+def test_a_known_grant_is_judged_anew_in_each_chain(domain: TrustDomain) -> None:
     """Only its signature is remembered: not its place, its time, nor that its root was pinned."""
-    verifier, case = world.verifier(), world.case()
+    verifier, case = domain.verifier(), domain.case()
     verifier.verify(case.bearer())
     known = case.parts()
 
-    other = world.case()
+    other = domain.case()
     other.coder.claims["may"] = {"judge:validate": {}}
     other.shuffle = lambda parts: [parts[0], parts[1], *known[2:]]
     assert refused(verifier, other.bearer()) == "grant_mismatch"
 
     case.access.claims["jti"] = "a-second"
     fresh = case.bearer()
-    root = world.roots.pop(world.root.thumbprint)
+    root = domain.roots.pop(domain.root.thumbprint)
     assert refused(verifier, fresh) == "root_unknown"
-    world.roots[world.root.thumbprint] = root
+    domain.roots[domain.root.thumbprint] = root
     assert verifier.verify(fresh)
 
     case.access.claims.update(jti="a-third", iat=NOW + 430, nbf=NOW + 430, exp=NOW + 490)
     late = case.bearer()
-    world.clock.time = NOW + 429
+    domain.clock.time = NOW + 429
     assert verifier.verify(late)
     case.access.claims["jti"] = "a-fourth"
     later = case.bearer()
-    world.clock.time = NOW + 430
+    domain.clock.time = NOW + 430
     assert refused(verifier, later) == "expired", "the executor's own grant, within the life of the access token"
 
 
-def test_a_refused_bearer_leaves_nothing_behind(world: World, checks: list[int]) -> None:
-    verifier, case = world.verifier(), world.case()
+def test_a_refused_bearer_leaves_nothing_behind(domain: TrustDomain, checks: list[int]) -> None:
+    verifier, case = domain.verifier(), domain.case()
     case.access.claims["scope"] = "executor:http"
     assert refused(verifier, case.bearer()) == "scope_exceeds_parent"
     assert len(checks) == 4
@@ -95,11 +95,11 @@ def test_a_refused_bearer_leaves_nothing_behind(world: World, checks: list[int])
     ("moved", "reason"),
     [(89.999, None), (90.0, "expired"), (-30.0, None), (-30.001, "not_yet_valid")],
 )
-def test_expiry_and_skew(world: World, warm: bool, moved: float, reason: str | None) -> None:
-    verifier, bearer = world.verifier(), world.case().bearer()
+def test_expiry_and_skew(domain: TrustDomain, warm: bool, moved: float, reason: str | None) -> None:
+    verifier, bearer = domain.verifier(), domain.case().bearer()
     if warm:
         verifier.verify(bearer)
-    world.clock.time = NOW + moved
+    domain.clock.time = NOW + moved
     if reason is None:
         assert verifier.verify(bearer)
     else:
@@ -107,8 +107,8 @@ def test_expiry_and_skew(world: World, warm: bool, moved: float, reason: str | N
 
 
 @pytest.mark.parametrize("part", ["coder", "judge", "own"])
-def test_the_first_link_to_expire_ends_it(world: World, part: str) -> None:
-    case = world.case()
+def test_the_first_link_to_expire_ends_it(domain: TrustDomain, part: str) -> None:
+    case = domain.case()
     soon = NOW + 10
     for token in (case.access, case.own, case.judge, case.coder):
         assert token is not None
@@ -118,11 +118,11 @@ def test_the_first_link_to_expire_ends_it(world: World, part: str) -> None:
         getattr(case, name).claims["exp"] = soon
     if part != "own":
         case.access.claims["exp"] = soon
-    verifier, bearer = world.verifier(), case.bearer()
+    verifier, bearer = domain.verifier(), case.bearer()
     assert verifier.verify(bearer).expires == soon
-    world.clock.time = soon + 30
+    domain.clock.time = soon + 30
     assert refused(verifier, bearer) == "expired"
-    assert refused(world.verifier(), bearer) == "expired"
+    assert refused(domain.verifier(), bearer) == "expired"
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
@@ -138,9 +138,9 @@ def test_the_first_link_to_expire_ends_it(world: World, part: str) -> None:
         ("cred", ALICE.cred),
     ],
 )
-def test_revocation_of_any_link(world: World, warm: bool, kind: str, value: str) -> None:
+def test_revocation_of_any_link(domain: TrustDomain, warm: bool, kind: str, value: str) -> None:
     revocations = Revocations()
-    verifier, bearer = world.verifier(revocations=revocations), world.case().bearer()
+    verifier, bearer = domain.verifier(revocations=revocations), domain.case().bearer()
     if warm:
         verifier.verify(bearer)
     revocations.add("cred", "another", NOW, "acme")
@@ -150,46 +150,46 @@ def test_revocation_of_any_link(world: World, warm: bool, kind: str, value: str)
     assert refused(verifier, bearer) == "revoked"
 
 
-def test_tokens_made_after_a_revocation_are_accepted(world: World) -> None:
+def test_tokens_made_after_a_revocation_are_accepted(domain: TrustDomain) -> None:
     revocations = Revocations()
     revocations.add("sub", ALICE.sub, NOW - 0.001, ALICE.tenant)
-    verifier, bearer = world.verifier(revocations=revocations), world.case().bearer()
+    verifier, bearer = domain.verifier(revocations=revocations), domain.case().bearer()
     assert verifier.verify(bearer)
     revocations.add("sub", ALICE.sub, NOW, ALICE.tenant)
     assert refused(verifier, bearer) == "revoked"
 
 
-def test_a_root_that_is_taken_out_counts_no_more(world: World) -> None:
-    verifier, bearer = world.verifier(), world.case().bearer()
+def test_a_root_that_is_taken_out_counts_no_more(domain: TrustDomain) -> None:
+    verifier, bearer = domain.verifier(), domain.case().bearer()
     assert verifier.verify(bearer)
     new = SigningKey.generate("orchestrator")
-    world.roots[new.thumbprint] = new.public
+    domain.roots[new.thumbprint] = new.public
     assert verifier.verify(bearer), "roots rotate with overlap"
-    old = world.roots.pop(world.root.thumbprint)
+    old = domain.roots.pop(domain.root.thumbprint)
     assert refused(verifier, bearer) == "root_unknown"
-    world.roots[world.root.thumbprint] = new.public
+    domain.roots[domain.root.thumbprint] = new.public
     assert refused(verifier, bearer) == "root_unknown", "a root listed under another's name is none"
-    world.roots[world.root.thumbprint] = old
+    domain.roots[domain.root.thumbprint] = old
     assert verifier.verify(bearer)
 
 
-def test_a_new_root_mints(world: World) -> None:
+def test_a_new_root_mints(domain: TrustDomain) -> None:
     new = SigningKey.generate("orchestrator")
-    pair = world.root_pair()
+    pair = domain.root_pair()
     for token in (pair.access, pair.own):
         assert token is not None
         token.key = new.private
         token.header["kid"] = new.thumbprint
-    assert refused(world.verifier(), pair.bearer()) == "root_unknown"
-    world.roots[new.thumbprint] = new.public
-    assert world.verifier().verify(pair.bearer())
+    assert refused(domain.verifier(), pair.bearer()) == "root_unknown"
+    domain.roots[new.thumbprint] = new.public
+    assert domain.verifier().verify(pair.bearer())
 
 
-def test_the_cache_is_bounded(world: World, checks: list[int]) -> None:
-    verifier = Verifier("executor", world.roots, world.clock, cache_size=2)
+def test_the_cache_is_bounded(domain: TrustDomain, checks: list[int]) -> None:
+    verifier = Verifier("executor", domain.roots, domain.clock, cache_size=2)
     bearers: list[str] = []
     for number in range(3):
-        case = world.root_pair()
+        case = domain.root_pair()
         case.own = None
         case.shuffle = lambda parts: parts[:1]
         del case.access.claims["gnt"]
@@ -205,20 +205,20 @@ def test_the_cache_is_bounded(world: World, checks: list[int]) -> None:
     assert len(checks) == 4, "the one that was not used for longest was let go"
 
 
-def test_verifiers_share_nothing(world: World) -> None:
-    bearer = world.case().bearer()
-    assert world.verifier().verify(bearer)
-    assert Verifier("executor", {}, world.clock)
-    assert refused(Verifier("executor", {}, world.clock), bearer) == "root_unknown"
+def test_verifiers_share_nothing(domain: TrustDomain) -> None:
+    bearer = domain.case().bearer()
+    assert domain.verifier().verify(bearer)
+    assert Verifier("executor", {}, domain.clock)
+    assert refused(Verifier("executor", {}, domain.clock), bearer) == "root_unknown"
 
 
-def test_a_stock_library_reads_our_tokens(world: World) -> None:
+def test_a_stock_library_reads_our_tokens(domain: TrustDomain) -> None:
     """PyJWT, with nothing of ours, finds the same claims and the same signature."""
-    bearer = world.minter.mint_access(Principal("a", "b", "c"), "coder", "coder:execute")
+    bearer = domain.minter.mint_access(Principal("a", "b", "c"), "coder", "coder:execute")
     world_now = int(NOW)
     claims = jwt.decode(
         bearer,
-        world.root.private.public_key(),
+        domain.root.private.public_key(),
         algorithms=["EdDSA"],
         audience="coder",
         issuer="orchestrator",
@@ -229,12 +229,12 @@ def test_a_stock_library_reads_our_tokens(world: World) -> None:
     assert jwt.get_unverified_header(bearer) == {
         "alg": "EdDSA",
         "typ": "cap+jwt",
-        "kid": world.root.thumbprint,
+        "kid": domain.root.thumbprint,
     }
 
 
-def test_our_verifier_reads_a_stock_librarys_tokens(world: World) -> None:
-    pair = world.root_pair()
+def test_our_verifier_reads_a_stock_librarys_tokens(domain: TrustDomain) -> None:
+    pair = domain.root_pair()
     claims = {name: value for name, value in pair.access.claims.items() if name != "gnt"}
-    token = jwt.encode(claims, world.root.private, algorithm="EdDSA", headers=pair.access.header)
-    assert world.verifier().verify(token)
+    token = jwt.encode(claims, domain.root.private, algorithm="EdDSA", headers=pair.access.header)
+    assert domain.verifier().verify(token)

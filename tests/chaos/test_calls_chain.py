@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 import pytest
-from call_kit import Nothing, Realm, executing, outgoing
+from call_kit import NoContent, Realm, executing, outgoing
 
 from octollm.errors import OctoError
 from octollm.resilience import RetryPolicy
@@ -30,7 +30,7 @@ class Chain:
     began: list[float] = field(default_factory=list[float])
     ended: dict[str, float] = field(default_factory=dict[str, float])
 
-    async def last(self, call: IncomingCall, _body: Nothing) -> Nothing:
+    async def last(self, call: IncomingCall, _body: NoContent) -> NoContent:
         self.began.append(time.monotonic())
         self.left.append(call.deadline.remaining())
         try:
@@ -40,10 +40,10 @@ class Chain:
         raise AssertionError
 
     def passing(self, name: str, caller: ServiceClient) -> Operation:
-        async def ask(call: IncomingCall, _body: Nothing) -> Nothing:
+        async def ask(call: IncomingCall, _body: NoContent) -> NoContent:
             try:
                 made = outgoing(executing(None), call.bearer)
-                return await caller.call(OutgoingCall(made.target, made.bearer, call.deadline, made.body), Nothing)
+                return await caller.call(OutgoingCall(made.target, made.bearer, call.deadline, made.body), NoContent)
             finally:
                 self.ended[name] = time.monotonic()
 
@@ -73,7 +73,7 @@ async def test_the_last_of_a_chain_sees_what_is_left_and_all_stop_with_it() -> N
     async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(max_attempts=1)) as caller:
         began = time.monotonic()
         with pytest.raises(OctoError) as caught:
-            await caller.call(outgoing(executing(None), made.realm.token(), seconds=1.0), Nothing)
+            await caller.call(outgoing(executing(None), made.realm.token(), seconds=1.0), NoContent)
         stopped = time.monotonic()
         assert caught.value.code == "deadline_exceeded"
         assert 0 < made.left[0] < 1.0
@@ -87,7 +87,7 @@ async def test_the_last_of_a_chain_sees_what_is_left_and_all_stop_with_it() -> N
 @pytest.mark.parametrize("how", ["cancelled", "cut"])
 async def test_a_caller_that_leaves_stops_the_last_of_a_chain(how: str) -> None:
     async with chain() as made, made.realm.caller(made.first, retry=RetryPolicy(max_attempts=1)) as caller:
-        calling = asyncio.create_task(caller.call(outgoing(executing(None), made.realm.token(), seconds=60), Nothing))
+        calling = asyncio.create_task(caller.call(outgoing(executing(None), made.realm.token(), seconds=60), NoContent))
         await wait_until(lambda: bool(made.began), description="the last one works")
         if how == "cancelled":
             calling.cancel()

@@ -7,7 +7,7 @@ import contextlib
 import time
 
 import pytest
-from call_kit import Nothing, Realm, executing, outgoing
+from call_kit import NoContent, Realm, executing, outgoing
 from wires import DIRECT
 
 from octollm.errors import OctoError
@@ -19,7 +19,7 @@ from octollm.rpc.client import ServiceClient
 async def called(caller: ServiceClient, realm: Realm, work: Operation, *, seconds: float = 5) -> str:
     """Make a call; return ``ok`` or the code that it failed with."""
     try:
-        await caller.call(outgoing(work, realm.token(), seconds=seconds), Nothing)
+        await caller.call(outgoing(work, realm.token(), seconds=seconds), NoContent)
     except OctoError as error:
         return error.code
     return "ok"
@@ -30,7 +30,7 @@ async def test_a_storm_of_refusals_is_not_multiplied() -> None:
     realm = Realm.make()
     arrived = 0
 
-    async def shed(_call: IncomingCall, _body: Nothing) -> Nothing:
+    async def shed(_call: IncomingCall, _body: NoContent) -> NoContent:
         nonlocal arrived
         arrived += 1
         raise OctoError("Too much.", code="overloaded", retry_after=0)
@@ -56,10 +56,10 @@ async def test_an_instance_that_is_far_slower_is_left_alone_and_the_whole_is_fas
     served = [0, 0, 0]
 
     def varying(number: int) -> Operation:
-        async def wait(_call: IncomingCall, _body: Nothing) -> Nothing:
+        async def wait(_call: IncomingCall, _body: NoContent) -> NoContent:
             served[number] += 1
             await asyncio.sleep(behind[number])
-            return Nothing()
+            return NoContent()
 
         return executing(wait)
 
@@ -99,7 +99,7 @@ async def test_when_every_instance_fails_half_of_them_stay_in_use() -> None:
     arrived: list[int] = [0, 0, 0, 0]
 
     def failing(number: int) -> Operation:
-        async def fail(_call: IncomingCall, _body: Nothing) -> Nothing:
+        async def fail(_call: IncomingCall, _body: NoContent) -> NoContent:
             arrived[number] += 1
             raise ValueError("broken")
 
@@ -124,10 +124,10 @@ async def test_when_every_instance_fails_half_of_them_stay_in_use() -> None:
 async def test_an_instance_that_is_gone_costs_its_callers_a_try() -> None:
     realm = Realm.make()
 
-    async def well(_call: IncomingCall, _body: Nothing) -> Nothing:
-        return Nothing()
+    async def succeed(_call: IncomingCall, _body: NoContent) -> NoContent:
+        return NoContent()
 
-    work = executing(well)
+    work = executing(succeed)
     async with contextlib.AsyncExitStack() as stack:
         going = contextlib.AsyncExitStack()
         urls = [await going.enter_async_context(realm.replica([work]))]

@@ -15,12 +15,14 @@ import httpx
 import msgspec
 import pytest
 from call_kit import CLOCK, Realm, outgoing
-from databases import Backend
+from databases import Backend, run_sql
+from postgres_process import PostgresProcess
 from wires import CURRENT
 
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import RetryPolicy
 from octollm.rpc.call import IncomingCall, Operation, OperationResponse
+from octollm.rpc.idempotency import AlreadyCompleted, HeldClaim, IdempotencyKey, InFlight, StoredResponse
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.storage import open_database
 from octollm.storage.migrations import migrate
@@ -175,6 +177,36 @@ async def test_a_replica_is_killed_while_it_holds_a_key(
             assert (again.status_code, made.done) == (201, ["default:rope"])
         else:
             assert (again.status_code, again.json()["code"], made.done) == (409, "outcome_unknown", [])
+
+
+@pytest.mark.postgres
+async def test_a_killed_database_keeps_every_response_from_before_an_at_most_once_claim() -> None:
+    """Else a repeat could get another response, and derive from it another key for an effect that happened."""
+    server = PostgresProcess()
+    try:
+        server.start()
+        # The responses reach the disk by the flush of the claim, not by one in the background.
+        await run_sql(server.url, "ALTER SYSTEM SET wal_writer_delay = '10s'")
+        await run_sql(server.url, "SELECT pg_reload_conf()")
+        keys = [IdempotencyKey("default", "user-1", "coder", "execute", f"k{number}") for number in range(20)]
+        effect = IdempotencyKey("default", "user-1", "executor", "http", "k")
+        async with open_database(server.url, clock=CLOCK) as db:
+            await migrate(db, "orchestrator")
+            store = SqlIdempotencyStore(db, "holder")
+            for key in keys:
+                claimed = await store.claim(key, "b", idempotent=True, bearer="")
+                assert isinstance(claimed, HeldClaim)
+                await store.complete(key, claimed.epoch, StoredResponse(200, b"seen"), idempotent=True)
+            assert isinstance(await store.claim(effect, "b", idempotent=False, bearer=""), HeldClaim)
+            server.kill()
+        server.start()
+        async with open_database(server.url, clock=CLOCK) as db:
+            store = SqlIdempotencyStore(db, "next")
+            found = [await store.claim(key, "b", idempotent=True, bearer="") for key in keys]
+            assert found == [AlreadyCompleted(StoredResponse(200, b"seen"))] * len(keys)
+            assert await store.claim(effect, "b", idempotent=False, bearer="") == InFlight()
+    finally:
+        server.close()
 
 
 @pytest.mark.usefixtures("every_wire")

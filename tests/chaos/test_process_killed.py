@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cli_support import Place
+from command_line import CommandLine
 from scripts import SALES, default_reply
 
 from octollm.testing import wait_until
@@ -27,10 +27,10 @@ async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
         return default_reply(asked)
 
     async with scripted_model(slow) as model:
-        place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
-        up = await place.up()
+        command_line = CommandLine(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
+        up = await command_line.up()
         try:
-            async with httpx.AsyncClient(base_url=place.gateway_url, timeout=30) as client:
+            async with httpx.AsyncClient(base_url=command_line.gateway_url, timeout=30) as client:
                 body: dict[str, Any] = {"goal": GOAL, "context": {"files": [{"name": "sales.csv", "text": SALES}]}}
                 task_id = (await client.post("/tasks", json=body)).json()["task_id"]
                 # The planner asks first, with a schema; the query is the step's.
@@ -43,8 +43,8 @@ async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
             await up.wait()
             held = False
             await wait_until(lambda: model.active == 0, description="the model's client is gone")
-            up = await place.up()
-            async with httpx.AsyncClient(base_url=place.gateway_url, timeout=30) as client, asyncio.timeout(60):
+            up = await command_line.up()
+            async with httpx.AsyncClient(base_url=command_line.gateway_url, timeout=30) as client, asyncio.timeout(60):
                 while (task := (await client.get(f"/tasks/{task_id}")).json())["status"] not in ("completed", "failed"):
                     await asyncio.sleep(0.1)
                 history = (await client.get(f"/tasks/{task_id}/history")).json()["events"]
@@ -57,4 +57,4 @@ async def test_a_task_survives_kill_nine(tmp_path: Path) -> None:
             assert {data["attempt"] for data in started} == {1}
             assert [data["run"] for data in started] in ([1, 2], [1, 2, 3])
         finally:
-            await place.interrupt(up)
+            await command_line.interrupt(up)

@@ -115,18 +115,19 @@ async def test_a_task_outlives_redis_and_all_events_are_in_the_log(tmp_path: Pat
 
                 await wait_until(is_published, description="the publisher continues after the restart", timeout=30)
 
-            async def all_there() -> bool:
+            async def is_complete() -> bool:
                 return (await events_of(gateway, task["task_id"]))[-1:] == ["task.completed"]
 
-            await wait_until(all_there, description="the log has the second task")
+            await wait_until(is_complete, description="the log has the second task")
             assert (await events_of(gateway, task_id))[-1] == "task.cancelled"
             events = await events_of(gateway, task["task_id"])
-            assert events == [
+            # On a busy machine a worker can lose its lease. The step then starts again in a newer run.
+            assert events[4] == "step.started"
+            assert [event for event in events if event not in ("task.progress", "step.started")] == [
                 "task.accepted",
+                "task.planning",
                 "task.planned",
                 "task.started",
-                "step.started",
-                *["task.progress"] * events.count("task.progress"),
                 "step.completed",
                 "task.completed",
             ]

@@ -21,20 +21,20 @@ GOAL = "Write a Python function double(number) with tests"
 
 
 @dataclass
-class World:
+class Cluster:
     servers: PrivateServers
     installation: ProcessInstallation
     script: HoldingScript
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncGenerator[World]:
+async def cluster(tmp_path: Path) -> AsyncGenerator[Cluster]:
     script = HoldingScript()
     async with (
         private_servers(tmp_path, script) as servers,
         start_processes(tmp_path / "installation", servers.environment) as installation,
     ):
-        yield World(servers, installation, script)
+        yield Cluster(servers, installation, script)
 
 
 async def _begun(client: httpx.AsyncClient, script: HoldingScript) -> str:
@@ -47,10 +47,10 @@ async def _begun(client: httpx.AsyncClient, script: HoldingScript) -> str:
     return submitted.json()["task_id"]
 
 
-async def test_the_database_is_lost_and_comes_back(world: World) -> None:
-    async with world.installation.client() as client:
-        task_id = await _begun(client, world.script)
-        world.servers.postgres.kill()
+async def test_the_database_is_lost_and_comes_back(cluster: Cluster) -> None:
+    async with cluster.installation.client() as client:
+        task_id = await _begun(client, cluster.script)
+        cluster.servers.postgres.kill()
 
         async def refused() -> dict[str, Any] | None:
             answer = await client.get(f"/tasks/{task_id}")
@@ -61,27 +61,27 @@ async def test_the_database_is_lost_and_comes_back(world: World) -> None:
         assert problem is not None
         assert problem["code"] in ("unavailable", "overloaded")
         assert "postgres@" not in problem["detail"]
-        (orchestrator,) = world.installation.replicas["orchestrator"]
+        (orchestrator,) = cluster.installation.replicas["orchestrator"]
         async with httpx.AsyncClient(timeout=20) as plain:
             ready = await plain.get(f"{orchestrator.url}/ready")
         assert ready.status_code == 503
         assert "database" in ready.json()["dependencies"]
-        world.script.go.set()
-        world.servers.postgres.start()
+        cluster.script.go.set()
+        cluster.servers.postgres.start()
         task = await wait_for_task(client, task_id)
-        assert task["status"] == "completed", (task["error"], world.installation.logs())
+        assert task["status"] == "completed", (task["error"], cluster.installation.logs())
         history = (await client.get(f"/tasks/{task_id}/history")).json()["events"]
         assert [event["version"] for event in history] == list(range(1, len(history) + 1))
 
 
-async def test_redis_is_lost_and_comes_back(world: World) -> None:
-    async with world.installation.client() as client:
-        task_id = await _begun(client, world.script)
-        world.servers.redis.kill()
-        world.script.go.set()
+async def test_redis_is_lost_and_comes_back(cluster: Cluster) -> None:
+    async with cluster.installation.client() as client:
+        task_id = await _begun(client, cluster.script)
+        cluster.servers.redis.kill()
+        cluster.script.go.set()
         task = await wait_for_task(client, task_id)
-        assert task["status"] == "completed", (task["error"], world.installation.logs())
-        (orchestrator,) = world.installation.replicas["orchestrator"]
+        assert task["status"] == "completed", (task["error"], cluster.installation.logs())
+        (orchestrator,) = cluster.installation.replicas["orchestrator"]
 
         async def state() -> str:
             async with httpx.AsyncClient(timeout=20) as plain:
@@ -89,7 +89,7 @@ async def test_redis_is_lost_and_comes_back(world: World) -> None:
 
         # Without Redis tasks go on, and the orchestrator says what is slower.
         await wait_until(_is(state, "degraded"), description="the orchestrator is degraded", timeout=30)
-        world.servers.redis.start()
+        cluster.servers.redis.start()
         await wait_until(_is(state, "ready"), description="the orchestrator is ready again", timeout=30)
         events = (await client.get("/events?after=0&limit=500")).json()["events"]
         mine = [event for event in events if event["subject"] == f"task/{task_id}"]

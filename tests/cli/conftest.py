@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from anyio.from_thread import start_blocking_portal
-from cli_support import Place
+from command_line import CommandLine
 from scripts import ReplaceableScript, default_reply
 
 from octollm.testing.fake_model import scripted_model
@@ -14,23 +14,23 @@ def script():
 
 
 @pytest.fixture
-async def place(tmp_path, script):
+async def command_line(tmp_path, script):
     """Yield a place whose model is scripted."""
     async with scripted_model(script) as model:
-        place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
-        place.model = model
-        yield place
+        command_line = CommandLine(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
+        command_line.model = model
+        yield command_line
 
 
 @pytest.fixture
-async def up(place):
+async def up(command_line):
     """Run `octollm up`; interrupt it at the end, unless the test did."""
-    process = await place.up()
+    process = await command_line.up()
     try:
         yield process
     finally:
         if process.returncode is None:
-            await place.interrupt(process)
+            await command_line.interrupt(process)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +43,19 @@ def installation(tmp_path_factory):
         script = ReplaceableScript()
         with portal.wrap_async_context_manager(scripted_model(script)) as model:
             settings = {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url}
-            place = Place(tmp_path_factory.mktemp("installation"), settings)
-            place.model, place.script = model, script
-            process = portal.call(place.up)
+            command_line = CommandLine(tmp_path_factory.mktemp("installation"), settings)
+            command_line.model, command_line.script = model, script
+            process = portal.call(command_line.up)
             try:
-                yield place
+                yield command_line
             finally:
-                portal.call(place.interrupt, process)
+                portal.call(command_line.interrupt, process)
 
 
 @pytest.fixture
-def shared_place(tmp_path, installation):
+def shared_command_line(tmp_path, installation):
     """Yield a place whose commands talk to the module's installation."""
     installation.script.reply = default_reply
-    place = Place(tmp_path, dict(installation.settings), installation)
-    place.model, place.script = installation.model, installation.script
-    return place
+    command_line = CommandLine(tmp_path, dict(installation.settings), installation)
+    command_line.model, command_line.script = installation.model, installation.script
+    return command_line

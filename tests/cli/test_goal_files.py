@@ -75,12 +75,18 @@ def test_a_folder_is_refused(tmp_path):
         read_goal_files([tmp_path])
 
 
-def test_two_files_of_one_name_are_refused(tmp_path):
+def test_two_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     (tmp_path / "a").mkdir()
     for path in (tmp_path / "x.txt", tmp_path / "a" / "x.txt"):
         path.write_text("x")
-    with pytest.raises(OctoError, match=r"Two files are called x\.txt"):
-        read_goal_files([tmp_path / "x.txt", tmp_path / "a" / "x.txt"])
+    files = read_goal_files([tmp_path / "x.txt", tmp_path / "a" / "x.txt"])
+    assert [file.name for file in files] == [f"{tmp_path.name}-x.txt", "a-x.txt"]
+
+
+def test_one_file_given_twice_is_refused(tmp_path):
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(OctoError, match=r"Two files are called .*x\.txt"):
+        read_goal_files([tmp_path / "x.txt", tmp_path / "x.txt"])
 
 
 def test_too_many_files_are_refused(tmp_path):

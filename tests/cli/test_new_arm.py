@@ -70,7 +70,7 @@ def test_what_is_there_is_left_alone(tmp_path):
     with pytest.raises(OctoError, match="not empty"):
         write_arm_package("translator", tmp_path)
     (tmp_path / "weather").write_text("mine")
-    with pytest.raises(OctoError, match="is there already"):
+    with pytest.raises(OctoError, match="already exists"):
         write_arm_package("weather", tmp_path)
     assert (tmp_path / "weather").read_text() == "mine"
 

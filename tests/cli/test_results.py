@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from octollm.cli.goals import results_folder, sanitize_path, save_outcome
 from octollm.client import AsyncTaskHandle
 from octollm.contracts.api import StepView, TaskView
-from octollm.contracts.public_api import TASK_ARTIFACT
 from octollm.contracts.task import Artifact, Check, Evidence, FileRef, Usage
+from octollm.contracts.task_operations import TASK_ARTIFACT
 from octollm.errors import OctoError
 
 TASK = TaskView("task-" + "0" * 32, "completed", "goal", 100.0, 9, "", "", output="done", usage=Usage(3, 4, 0.0))
@@ -45,7 +45,7 @@ class FakeTransport:
         return self.stored[digest]
 
 
-def made_by(transport):
+def result_of(transport):
     return AsyncTaskHandle(transport, TASK.task_id)
 
 
@@ -56,7 +56,7 @@ def artifact(name, content):
 async def test_artifacts_and_the_result_are_saved(tmp_path):
     made = (artifact("a/x.py", b"one"), artifact("a/x.py", b"two"), artifact("result.json", b"three"))
     task = msgspec.structs.replace(TASK, artifacts=made)
-    outcome = await save_outcome(made_by(FakeTransport(b"one", b"two", b"three")), task, tmp_path)
+    outcome = await save_outcome(result_of(FakeTransport(b"one", b"two", b"three")), task, tmp_path)
     assert (tmp_path / "a/x.py").read_bytes() == b"one"
     assert (tmp_path / "a/x-2.py").read_bytes() == b"two"
     assert (tmp_path / "result-2.json").read_bytes() == b"three"
@@ -76,7 +76,7 @@ async def test_the_outcome_says_what_was_assumed_and_what_nobody_checked(tmp_pat
     )
     files = (FileRef("a.txt", digest="0" * 64, notes=("read as Windows-1252",)),)
     task = msgspec.structs.replace(TASK, steps=steps, files=files)
-    outcome = await save_outcome(made_by(FakeTransport()), task, tmp_path)
+    outcome = await save_outcome(result_of(FakeTransport()), task, tmp_path)
     assert outcome.notes == ("a.txt: read as Windows-1252", "not checked: whether it is kind")
 
 
@@ -85,14 +85,14 @@ async def test_bytes_that_are_not_the_digests_are_refused(tmp_path):
     transport = FakeTransport()
     transport.stored[wrong.digest] = b"wrong"
     with pytest.raises(OctoError, match="did not arrive whole"):
-        await save_outcome(made_by(transport), msgspec.structs.replace(TASK, artifacts=(wrong,)), tmp_path)
+        await save_outcome(result_of(transport), msgspec.structs.replace(TASK, artifacts=(wrong,)), tmp_path)
     assert not (tmp_path / "x").exists()
 
 
 async def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OctoError, match="cannot be written"):
-        await save_outcome(made_by(FakeTransport()), TASK, tmp_path / "file")
+        await save_outcome(result_of(FakeTransport()), TASK, tmp_path / "file")
 
 
 def test_the_folder_is_named_after_the_task(tmp_path):

@@ -30,7 +30,7 @@ sys.exit(run_command(work))
 """
 
 
-async def stubborn():
+async def ignore_cancellation():
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", STUBBORN, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     assert await process.stdout.readline() == b"began\n"
@@ -44,13 +44,13 @@ async def ended(process):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_what_does_not_stop_is_ended(number):
-    process = await stubborn()
+    process = await ignore_cancellation()
     process.send_signal(number)
     assert await ended(process) == 130
 
 
 async def test_a_second_signal_ends_at_once():
-    process = await stubborn()
+    process = await ignore_cancellation()
     process.send_signal(signal.SIGINT)
     assert await process.stdout.readline() == b"refused\n"
     process.send_signal(signal.SIGINT)

@@ -11,54 +11,54 @@ from collections.abc import AsyncGenerator
 
 import httpx
 import pytest
-from cli_support import Place
+from command_line import CommandLine
 
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
 
 
 @pytest.fixture
-def place(tmp_path) -> Place:
-    return Place(tmp_path, {"OCTOLLM_STARTUP_TIMEOUT": "1", "OCTOLLM_SHUTDOWN_GRACE": "1"})
+def command_line(tmp_path) -> CommandLine:
+    return CommandLine(tmp_path, {"OCTOLLM_STARTUP_TIMEOUT": "1", "OCTOLLM_SHUTDOWN_GRACE": "1"})
 
 
-async def test_an_unknown_service_is_refused_with_those_that_there_are(place):
-    ended = await place.run("serve", "oracle")
+async def test_an_unknown_service_is_refused_with_those_that_there_are(command_line):
+    ended = await command_line.run("serve", "oracle")
     assert ended.code == 2
     assert "oracle" in ended.err
     assert all(name in ended.err for name in SERVICES)
 
 
 @pytest.mark.parametrize("name", ["orchestrator", "monitor", "reflex"])
-async def test_a_redis_inside_the_process_is_no_use_between_processes(place, name):
-    ended = await place.run("serve", name)
+async def test_a_redis_inside_the_process_is_no_use_between_processes(command_line, name):
+    ended = await command_line.run("serve", name)
     assert ended.code == 2
     assert "OCTOLLM_REDIS_URL" in ended.err
 
 
-async def test_keys_of_another_service_are_refused(place):
-    keys = place.root / "keys"
-    assert (await place.run("keys", "provision", str(keys))).code == 0
-    place.settings["OCTOLLM_KEYS"] = str(keys / "coder")
-    ended = await place.run("serve", "judge")
+async def test_keys_of_another_service_are_refused(command_line):
+    keys = command_line.root / "keys"
+    assert (await command_line.run("keys", "provision", str(keys))).code == 0
+    command_line.settings["OCTOLLM_KEYS"] = str(keys / "coder")
+    ended = await command_line.run("serve", "judge")
     assert ended.code == 2
     assert "judge.jwk" in ended.err
     assert "octollm keys provision" in ended.err
 
 
-async def test_a_service_before_its_dependencies_says_what_it_waits_for_and_gives_up(place):
-    ended = await place.run("serve", "judge")
+async def test_a_service_before_its_dependencies_says_what_it_waits_for_and_gives_up(command_line):
+    ended = await command_line.run("serve", "judge")
     assert ended.code == 1
     assert "Waiting for orchestrator" in ended.err
     assert "Gave up after 1 s" in ended.err
-    place.settings["OCTOLLM_REDIS_URL"] = "redis://127.0.0.1:1/0"
-    ended = await place.run("serve", "orchestrator")
+    command_line.settings["OCTOLLM_REDIS_URL"] = "redis://127.0.0.1:1/0"
+    ended = await command_line.run("serve", "orchestrator")
     assert ended.code == 1
     assert "Waiting for redis" in ended.err
 
 
 @contextlib.asynccontextmanager
-async def _standing_in(place: Place) -> AsyncGenerator[None]:
+async def _serve_orchestrator(command_line: CommandLine) -> AsyncGenerator[None]:
     """Something that answers at the orchestrator's address, for a service that needs no more of it to start."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -68,15 +68,15 @@ async def _standing_in(place: Place) -> AsyncGenerator[None]:
             await writer.drain()
         writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", SERVICES["orchestrator"].port + place.shift)
+    server = await asyncio.start_server(answer, "127.0.0.1", SERVICES["orchestrator"].port + command_line.shift)
     async with server:
         yield
 
 
-async def test_it_serves_says_so_and_ends_well_when_it_is_told_to_stop(place):
-    url = f"http://127.0.0.1:{SERVICES['memory'].port + place.shift}"
-    async with _standing_in(place), httpx.AsyncClient() as client:
-        process = await place.start("serve", "memory")
+async def test_it_serves_says_so_and_ends_well_when_it_is_told_to_stop(command_line):
+    url = f"http://127.0.0.1:{SERVICES['memory'].port + command_line.shift}"
+    async with _serve_orchestrator(command_line), httpx.AsyncClient() as client:
+        process = await command_line.start("serve", "memory")
 
         async def answers() -> bool:
             assert process.returncode is None, (await process.communicate())[1].decode()
@@ -89,7 +89,7 @@ async def test_it_serves_says_so_and_ends_well_when_it_is_told_to_stop(place):
         told = await client.get(f"{url}/ready")
         assert (told.status_code, told.json()["dependencies"]["revocations"]["ok"]) == (503, False)
         assert (await client.get(f"{url}/documents")).json()["code"] == "token_missing"
-        ended = await place.interrupt(process, signal.SIGTERM)
+        ended = await command_line.interrupt(process, signal.SIGTERM)
     assert ended.code == 0
     assert "Ready memory on 127.0.0.1:" in ended.err
     events = [json.loads(line)["event"] for line in ended.err.splitlines() if line.startswith("{")]
@@ -97,25 +97,25 @@ async def test_it_serves_says_so_and_ends_well_when_it_is_told_to_stop(place):
     assert "service.draining" in events
 
 
-async def test_a_taken_port_is_named(place):
-    port = SERVICES["memory"].port + place.shift
-    async with _standing_in(place):
+async def test_a_taken_port_is_named(command_line):
+    port = SERVICES["memory"].port + command_line.shift
+    async with _serve_orchestrator(command_line):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", port))
             taken.listen()
-            ended = await place.run("serve", "memory")
+            ended = await command_line.run("serve", "memory")
     assert ended.code == 1
     assert str(port) in ended.err
     assert "port_taken" in ended.err
 
 
-async def test_provisioning_prints_what_it_wrote_and_never_a_secret(place):
-    keys = place.root / "keys"
-    first = await place.run("keys", "provision", str(keys), "--json")
+async def test_provisioning_prints_what_it_wrote_and_never_a_secret(command_line):
+    keys = command_line.root / "keys"
+    first = await command_line.run("keys", "provision", str(keys), "--json")
     written = json.loads(first.out)["written"]
     assert len(written) == 2 * len(SERVICES) + 3
     secrets = [json.loads((keys / name / f"{name}.jwk").read_text())["d"] for name in SERVICES]
     assert not any(secret in first.out + first.err for secret in secrets)
-    again = await place.run("keys", "provision", str(keys))
+    again = await command_line.run("keys", "provision", str(keys))
     assert again.out == ""
     assert "already" in again.err

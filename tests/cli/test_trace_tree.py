@@ -9,15 +9,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from octollm.cli.output import THEME
+from octollm.cli.span_tree import build_tree, self_time_by_place, sum_usage
 from octollm.cli.traces import (
     BAR_WIDTH,
     ORPHAN_NOTE,
     build_rows,
-    build_tree,
     print_trace,
     render_bar,
-    self_time_by_place,
-    sum_usage,
 )
 from octollm.contracts.observability import SpanView, TraceView
 
@@ -72,7 +70,7 @@ def test_a_call_and_its_serving_are_one_line_and_bookkeeping_is_left_out() -> No
 
 def test_the_time_is_where_it_was_spent_and_not_where_it_was_waited_for() -> None:
     places = self_time_by_place(build_tree(SPANS))
-    assert {place: round(seconds, 6) for place, seconds in places.items()} == {
+    assert {command_line: round(seconds, 6) for command_line, seconds in places.items()} == {
         "model small": 2.0,
         "orchestrator": 0.1 + 0.5 + 0.5 + 0.2,
         "coder": 0.6,

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from octollm.cli.output import THEME
-from octollm.cli.progress import LiveView, PlainView, TaskProgress, create_view
+from octollm.cli.progress import TaskProgress
+from octollm.cli.views import PlainView, TreeView, create_view
 from octollm.client import Update
 
 TASK = "task-" + "b" * 32
@@ -48,7 +49,7 @@ WHOLE = [
 ]
 
 
-def shown(make, updates, **options):
+def render(make, updates, **options):
     console = Console(file=io.StringIO(), theme=THEME, width=100, highlight=False, soft_wrap=True, **options)
     with make(console) as view:
         for update in updates:
@@ -57,7 +58,7 @@ def shown(make, updates, **options):
 
 
 def test_a_log_has_every_stage_in_order_and_the_text_whole():
-    text, story = shown(PlainView, WHOLE)
+    text, story = render(PlainView, WHOLE)
     for words in (
         "[ 10%] Plan",
         "1. Write it  (coder)",
@@ -76,32 +77,32 @@ def test_a_log_has_every_stage_in_order_and_the_text_whole():
 
 
 def test_a_log_has_no_control_characters():
-    text, _ = shown(PlainView, WHOLE)
+    text, _ = render(PlainView, WHOLE)
     assert "\x1b" not in text
 
 
-def test_a_terminal_shows_lines_and_a_bar():
-    text, _ = shown(LiveView, WHOLE, force_terminal=True)
-    assert "return [1]" in text
-    assert "100%" in text
-    assert "def g(): [bold]pass" in text
+def test_a_terminal_shows_notices_and_in_the_end_the_whole_plan():
+    text, _ = render(TreeView, WHOLE, force_terminal=True)
+    for words in ("was not accepted and is tried again", "a test failed", "s1", "attempt 2", "100 %", "12.3 s"):
+        assert words in text
+        text = text[text.index(words) :]
 
 
-def test_no_color_is_honoured(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    text, _ = shown(LiveView, WHOLE, force_terminal=True)
-    assert "\x1b[32m" not in text
-    assert "\x1b[1;36m" not in text
-
-
-def test_the_view_fits_the_console():
-    assert isinstance(create_view(Console(file=io.StringIO())), PlainView)
-    assert isinstance(
-        create_view(Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "xterm"})), LiveView
-    )
-    assert isinstance(
-        create_view(Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})), PlainView
-    )
+@pytest.mark.parametrize(
+    ("terminal", "variables", "kind"),
+    [
+        (True, {"TERM": "xterm"}, TreeView),
+        (False, {"TERM": "xterm"}, PlainView),
+        (True, {"TERM": "dumb"}, PlainView),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, PlainView),
+        (True, {"TERM": "xterm", "NO_COLOR": ""}, TreeView),
+        (True, {"TERM": "xterm", "CI": "true"}, PlainView),
+        (True, {"TERM": "xterm", "CI": "false"}, TreeView),
+    ],
+)
+def test_the_view_fits_the_console(terminal, variables, kind):
+    console = Console(file=io.StringIO(), force_terminal=terminal, _environ=variables)
+    assert isinstance(create_view(console, variables), kind)
 
 
 def test_progress_never_falls():
@@ -121,13 +122,13 @@ def test_progress_never_falls():
             ["why [c]", "x"],
         ),
         ("task.cancelled", "status", {"status": "cancelled"}, ["Task cancelled."]),
-        ("task.waiting", "status", {"reason": "a person"}, ["Waiting: a person"]),
+        ("task.waiting", "status", {"reason": "It deletes a file."}, ["Needs approval: It deletes a file."]),
         ("task.replanned", "status", {"steps": STEPS, "reasons": ["r"]}, ["New plan", "r", "1. Write it"]),
         ("step.failed", "step", {"step": "s1", "reasons": [], "final": True}, ["✗ s1 failed"]),
     ],
 )
 def test_other_ends(event_type, kind, data, words):
-    text, _ = shown(PlainView, [event(10, event_type, kind, **data)])
+    text, _ = render(PlainView, [event(10, event_type, kind, **data)])
     for word in words:
         assert word in text
 
@@ -135,4 +136,4 @@ def test_other_ends(event_type, kind, data, words):
 @pytest.mark.parametrize("data", [{}, {"steps": "x"}, {"steps": [1]}, {"reasons": 3}, {"usage": 4, "score": "x"}])
 @pytest.mark.parametrize("event_type", ["task.planned", "step.started", "step.completed", "step.failed", "task.failed"])
 def test_an_event_of_another_version_is_no_crash(event_type, data):
-    shown(PlainView, [event(1, event_type, **data)])
+    render(PlainView, [event(1, event_type, **data)])

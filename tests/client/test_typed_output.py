@@ -27,12 +27,12 @@ class Report(msgspec.Struct, frozen=True):
 
 
 @dataclasses.dataclass
-class Plain:
+class DataclassItem:
     name: str
     count: int
 
 
-class Modelled(pydantic.BaseModel):
+class PydanticItem(pydantic.BaseModel):
     name: str
     count: int
 
@@ -41,7 +41,7 @@ def completed(output: str) -> TaskView:
     return TaskView("task-1", "completed", "goal", 100, 9, "then", "now", output=output)
 
 
-@pytest.mark.parametrize("kind", [Item, Plain, Modelled])
+@pytest.mark.parametrize("kind", [Item, DataclassItem, PydanticItem])
 def test_a_value_has_the_type_that_was_asked_for(kind):
     value = decode_output(completed('{"name": "squid", "count": 8}'), kind)
     assert isinstance(value, kind)
@@ -53,7 +53,7 @@ def test_without_a_type_the_value_is_the_text():
     assert decode_output(completed(' {"a": 1} '), str) == ' {"a": 1} '
 
 
-@pytest.mark.parametrize("kind", [Item, Plain, Modelled])
+@pytest.mark.parametrize("kind", [Item, DataclassItem, PydanticItem])
 def test_the_schema_is_sent_in_a_criterion_that_the_judge_reads(kind):
     schema = find_output_schema(["Be short.", *describe_output(kind)])
     assert schema is not None
@@ -65,13 +65,13 @@ def test_the_schema_is_sent_in_a_criterion_that_the_judge_reads(kind):
     [
         (Item, '{"name": "a", "count": "many"}', "/count", "Expected `int`"),
         (Report, '{"items": [{"name": "a", "count": 1}, {"name": 3, "count": 1}]}', "/items/1/name", "Expected `str`"),
-        (Plain, '{"name": "a"}', "", "missing required field `count`"),
-        (Modelled, '{"name": "a", "count": "many"}', "/count", "valid integer"),
-        (Modelled, '{"count": 1}', "/name", "required"),
-        (Item, "The squid has eight arms.", "", "no JSON"),
-        (Modelled, "The squid has eight arms.", "", "Invalid JSON"),
-        (Item, "", "", "no JSON"),
-        (Item, '{"name": "a", "count": 1} as you wished', "", "no JSON"),
+        (DataclassItem, '{"name": "a"}', "", "missing required field `count`"),
+        (PydanticItem, '{"name": "a", "count": "many"}', "/count", "valid integer"),
+        (PydanticItem, '{"count": 1}', "/name", "required"),
+        (Item, "The squid has eight arms.", "", "not JSON"),
+        (PydanticItem, "The squid has eight arms.", "", "Invalid JSON"),
+        (Item, "", "", "not JSON"),
+        (Item, '{"name": "a", "count": 1} as you wished', "", "not JSON"),
     ],
 )
 def test_an_output_that_does_not_fit_is_an_error_with_a_pointer(kind, output, pointer, words):

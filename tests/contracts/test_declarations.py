@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from starlette.routing import compile_path
 
 from octollm.contracts.declarations import AnyOperation, DeclaredOperation, OperationTable
-from octollm.contracts.public_api import PUBLIC_OPERATIONS, READ_TASK, TASK_ARTIFACT
+from octollm.contracts.public_api import PUBLIC_OPERATIONS
 from octollm.contracts.service_operations import SERVICE_OPERATIONS, calls_of, route_of
 from octollm.contracts.services import BUILT_IN_ARMS, SERVICES, service_of
+from octollm.contracts.task_operations import READ_TASK, TASK_ARTIFACT
 
 
 class Note(msgspec.Struct):
@@ -51,6 +52,8 @@ def declare(**changes: Any) -> AnyOperation:
         ({"body": Note}, "a GET has no body"),
         ({"method": "DELETE", "kind": "idempotent", "body": Note}, "a DELETE has no body"),
         ({"error_codes": ("not_found", "no_such_code")}, "no_such_code: no such error code"),
+        ({"callers": "memory", "scope": "notes:read"}, "a service token carries no scope"),
+        ({"callers": "*", "anonymous": True}, "a service token carries no scope"),
         ({"summary": ""}, "it needs a summary"),
     ],
 )
@@ -119,7 +122,8 @@ def test_whatever_answers_with_a_secret_is_known_as_such() -> None:
     secrets = {declared.id for declared in PUBLIC_OPERATIONS if declared.secret_response}
     named = {declared.id for declared in PUBLIC_OPERATIONS if members(declared.response) & {"secret", "access_token"}}
     assert secrets == named
-    assert secrets == {"keys.create", "joins.create", "tokens.make"}
+    webhooks = {"hooks.create", "hooks.rotate", "webhooks.create", "webhooks.rotate"}
+    assert secrets == {*webhooks, "keys.create", "joins.create", "tokens.make"}
 
 
 def test_every_direct_call_is_declared_and_marked_with_its_need() -> None:
@@ -127,7 +131,7 @@ def test_every_direct_call_is_declared_and_marked_with_its_need() -> None:
         for call in declared.calls:
             assert call.removeprefix("?") in SERVICE_OPERATIONS, declared.id
     assert calls_of("judge") == ("executor:run", "files:read", "models:chat")
-    assert calls_of("memory") == ()
+    assert calls_of("memory") == ("models:embeddings",)
     assert all(f"{arm}:execute" in SERVICE_OPERATIONS for arm in BUILT_IN_ARMS)
 
 

@@ -90,5 +90,5 @@ async def test_a_client_subscribes_to_a_pattern(tmp_path, model_url):
     finally:
         redis.kill()
     types = [line.split()[0] for line in lines]
-    assert types[:3] == ["task.accepted", "task.planned", "task.started"]
+    assert types[:3] == ["task.accepted", "task.planning", "task.planned"]
     assert types[-1] == "task.completed"

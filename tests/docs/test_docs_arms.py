@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_support import Place
+from command_line import CommandLine
 from scripts import default_reply
 
 from octollm.testing import wait_until
@@ -55,9 +55,9 @@ def written(tmp_path: Path) -> tuple[Path, str]:
     octollm = f'octollm() {{ {sys.executable} -m octollm "$@"; }}; pytest() {{ {sys.executable} -m pytest "$@"; }}\n'
     for mark, language, code in BLOCKS:
         if mark.startswith("file "):
-            place = folder / mark.removeprefix("file ")
-            assert place.exists(), "a file of the story takes the place of one that was made"
-            place.write_text(code)
+            command_line = folder / mark.removeprefix("file ")
+            assert command_line.exists(), "a file of the story takes the place of one that was made"
+            command_line.write_text(code)
         elif mark == "story":
             assert language == "shell"
             told += done(["bash", "-euo", "pipefail", "-c", f"{octollm}{code}\npwd > '{tmp_path}/where'"], folder)
@@ -71,30 +71,30 @@ def test_the_story_runs_from_its_beginning_to_its_end(tmp_path):
     assert told.count("1 passed") == 2
 
 
-def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
+def reply(asked: ScriptedRequest) -> str | ScriptedReply:
     return "Der Arm winkt" if asked.last.startswith("Translate with") else default_reply(asked)
 
 
 @pytest.mark.sandbox
 @pytest.mark.timeout(120)
 async def test_what_was_written_joins_and_is_chosen_for_a_goal(tmp_path):
-    place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted"})
-    story, _ = written(place.work)
+    command_line = CommandLine(tmp_path, {"OCTOLLM_MODEL": "openai:scripted"})
+    story, _ = written(command_line.work)
     terminals = {mark: shlex.split(line) for mark, _, code in BLOCKS for line in code.splitlines() if mark == "up"}
     beside = [shlex.split(line)[1:] for mark, _, code in BLOCKS for line in code.splitlines() if mark == "beside"]
-    async with scripted_model(speaks) as model:
-        place.settings["OCTOLLM_MODEL_URL"] = model.url
-        place.work = story
-        up = await place.up(*terminals["up"][2:])
+    async with scripted_model(reply) as model:
+        command_line.settings["OCTOLLM_MODEL_URL"] = model.url
+        command_line.work = story
+        up = await command_line.up(*terminals["up"][2:])
 
         async def served() -> bool:
-            return (await place.run("arms", "translator")).code == 0
+            return (await command_line.run("arms", "translator")).code == 0
 
         try:
             await wait_until(served, description="the arm is registered", timeout=30, interval=0.2)
-            listed, ran = [await place.run(*command) for command in beside]
+            listed, ran = [await command_line.run(*command) for command in beside]
         finally:
-            stopped = await place.interrupt(up)
+            stopped = await command_line.interrupt(up)
         assert "healthy" in listed.out
         assert ran.code == 0, ran.err
         assert "Der Arm winkt" in ran.out

@@ -18,6 +18,7 @@ from octollm.contracts.events import EVENT_CATALOGUE
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.contracts.services import SERVICES
 from octollm.rpc.idempotency import MAX_KEY
+from octollm.storage.keys import REDIS_KEYS
 from octollm.tasks.state import TASK_TRANSITIONS, is_final
 from octollm.telemetry import Metrics
 
@@ -98,6 +99,13 @@ def middle_layers() -> list[str]:
 def test_a_page_tells_where_a_layer_lives(layer):
     told = [*CONCEPTS.glob("*.md"), DOCS / "arms.md", DOCS / "client.md"]
     assert any(f"src/octollm/{layer}/" in page.read_text() for page in told), layer
+
+
+def test_every_redis_name_has_its_row():
+    rows = re.findall(r"(?m)^\| `([^`]+)` \| (channel|stream|string) \|", (CONCEPTS / "storage.md").read_text())
+    # The tenant of a cache is a hash tag, whose braces are a part of the name.
+    names = {(key.name.replace("{{tenant}}", "{<tenant>}"), key.kind) for key in REDIS_KEYS}
+    assert set(rows) == {(re.sub(r"(?<!\{)\{(\w+)\}", r"<\1>", name), kind) for name, kind in names}
 
 
 def test_every_concept_page_is_linked_from_the_index():

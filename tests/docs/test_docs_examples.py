@@ -80,7 +80,7 @@ def test_every_block_that_is_left_out_says_why():
 def test_every_block_has_a_language_that_is_known():
     for page in PAGES:
         fences = re.findall(r"(?m)^```(\w*)$", text_of(page))
-        assert set(fences[0::2]) <= {"shell", "python", "json", "text", "mermaid", "toml"}, page
+        assert set(fences[0::2]) <= {"shell", "python", "js", "json", "yaml", "text", "mermaid", "toml"}, page
 
 
 @pytest.fixture(scope="module")

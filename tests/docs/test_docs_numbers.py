@@ -41,7 +41,7 @@ QUOTED: list[tuple[str, str, str, float]] = [
     ("concepts/tasks.md", "a **lease** of {} s", "tasks.leases.LEASE_SECONDS", 1),
     ("concepts/tasks.md", "renews the lease every {} s", "tasks.leases.RENEW_SECONDS", 1),
     ("concepts/tasks.md", "could not renew for {} s", "tasks.leases.RENEW_DEADLINE_SECONDS", 1),
-    ("concepts/event-log.md", "more than {} KiB of data", "events.log.MAX_EVENT_BYTES", KIB),
+    ("concepts/event-log.md", "more than {} KiB of data", "contracts.events.MAX_EVENT_BYTES", KIB),
     ("concepts/event-log.md", "its queue of {}", "events.bus.QUEUE_CAPACITY", 1),
     ("concepts/live-updates.md", "{:,} entries per task", "storage.keys.TEXT_MAX_ENTRIES", 1),
     ("concepts/live-updates.md", "the first {:,} code points", "tasks.live_text.MAX_STEP_TEXT", 1),

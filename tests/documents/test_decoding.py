@@ -111,3 +111,22 @@ def test_binary_is_no_text(data: bytes):
 
 def test_lone_surrogates_are_replaced():
     assert clean_text("a\ud800b\r\0") == "a\ufffdb\n"
+
+
+def test_a_short_chinese_table_is_no_greek_one():
+    rows = ["日期,商品,数量,金额", *(f"2024-03-{day:02},铲子,{day},￥12.50" for day in range(1, 20)), "合计,,,"]
+    assert decode_text("\r\n".join(rows).encode("gb18030")).text == "\n".join(rows)
+    greek = "ΗΜΕΡΟΜΗΝΙΑ;ΠΡΟΪΟΝ;ΠΟΣΟ\nΔευτέρα;Λάμπα;12\nΣΥΝΟΛΟ;;12\n"
+    assert decode_text(greek.encode("cp1253")).text == greek
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Data;Ilość;Kwota\n01.02.2024;3;12,50 zł\n", "cp1250"),
+        ("Łopata;Żarówka\n", "cp1250"),
+        ("Fläche: 12 m³, Preis £12, Œuvre de Paul\n", "cp1252"),
+    ],
+)
+def test_a_few_polish_letters_are_known_and_western_signs_stay(text: str, encoding: str):
+    assert decode_text(text.encode(encoding)).text == text

@@ -341,3 +341,67 @@ def test_a_row_or_date_of_two_meanings_is_stated_as_undecided(text: str, rows: i
     _, found, assumptions = read(text.encode())
     assert len(found) == rows
     assert any(word in each.text for each in assumptions if not each.decided), assumptions
+
+
+def records(data: bytes) -> tuple[tuple[str, ...], list[tuple[Any, ...]], list[TableAssumption]]:
+    return read(data, "json")
+
+
+def test_texts_of_json_are_typed_like_those_of_a_text_file() -> None:
+    data = '[{"a": "1.234,50 €", "z": "01067", "n": 1.5}, {"a": "2,00 €", "z": "10115", "n": null}]'.encode()
+    names, rows, assumptions = records(data)
+    assert (names, rows) == (("a", "z", "n"), [(1234.5, "01067", 1.5), (2.0, "10115", None)])
+    assert any(each.text == "a: in €" for each in assumptions)
+
+
+def test_json_whose_strings_have_two_readings_says_so() -> None:
+    _, rows, assumptions = records(b'[{"a": "1.234"}, {"a": "2.500"}]')
+    assert rows == [(1.234,), (2.5,)]
+    assert is_open(assumptions)
+
+
+def test_an_object_around_a_list_of_objects_is_left_out_and_stated() -> None:
+    names, rows, assumptions = records(b'{"page": 1, "items": [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]}')
+    assert (names, rows) == (("a", "b"), [(1, "x"), (2, "y")])
+    assert "'items'" in assumptions[0].text
+    assert "page" in assumptions[0].text
+
+
+def test_two_lists_of_objects_stay_as_they_are() -> None:
+    names, rows, _ = records(b'{"one": [{"a": 1}], "two": [{"b": 2}]}')
+    assert (names, len(rows)) == (("one", "two"), 1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "values"),
+    [
+        (["٤٠٠", "١٢", "٩٫٥"], [400, 12, 9.5]),
+        (["１２", "３４５"], [12, 345]),
+        (["1,234円", "56円"], [1234, 56]),
+        (["12 rooms", "7 rooms"], [12, 7]),
+        (["2024年3月2日", "2024年12月31日"], [date(2024, 3, 2), date(2024, 12, 31)]),
+        (["2024. 3. 2.", "2024. 12. 31."], [date(2024, 3, 2), date(2024, 12, 31)]),
+        (["12a", "13a"], None),
+        (["1001 B", "1002 B"], None),
+        (["شارع ٤", "شارع ٥"], None),
+    ],
+)
+def test_notations_of_other_scripts(texts: list[str], values: list[Any] | None) -> None:
+    found, assumptions = column(texts)
+    assert found == (texts if values is None else values)
+    assert not is_open(assumptions)
+
+
+def test_numbers_with_different_words_stay_text_and_are_undecided() -> None:
+    found, assumptions = column(["1.2 thousand", "3 million"])
+    assert found == ["1.2 thousand", "3 million"]
+    assert is_open(assumptions)
+
+
+def test_a_total_with_an_unknown_label_is_known_by_its_sums() -> None:
+    lines = ["day;item;count;price", "01.02.2024;a;2;3,50", "02.02.2024;b;1;4,00", "03.02.2024;c;5;1,25"]
+    _, rows, assumptions = read("\n".join([*lines, "Ĉio;;8;8,75"]).encode())
+    assert [row[0] for row in rows] == [date(2024, 2, 1), date(2024, 2, 2), date(2024, 2, 3)]
+    assert "is the sum of the rows above" in assumptions[0].text
+    _, rows, _ = read("\n".join([*lines, "Ĉio;;8;9,75"]).encode())
+    assert len(rows) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from datetime import date, datetime
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from octollm.documents.detection import PLAIN_KINDS, detect_kind, kind_by_name, use_of
 from octollm.documents.model import Document, DocumentError, ReadLimits
 from octollm.documents.reading import read_document, read_plain
+
+SHEET = "xl/worksheets/sheet1.xml"
 
 
 def places(document: Document) -> list[tuple[str, str]]:
@@ -31,6 +34,41 @@ def test_a_pdf_is_read_by_page_and_a_scanned_page_is_named():
     assert document.kind == "pdf"
     assert places(document) == [("page 1", "The price is 12 EUR.\nNet."), ("page 2", "Page two.")]
     assert document.notes == ("page 3 is not readable: only an image, as of a scan",)
+
+
+TABLE = [["Article", "Count", "Price"], ["Anchor", "5", "77.96"], ["Bolt", "12", "3.10"], ["Clamp", "", "9.00"]]
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_table_of_a_pdf_is_read_row_by_row(by_columns: bool):
+    document = read_document("a.pdf", files.pdf_table("Prices", TABLE, by_columns=by_columns))
+    assert document.text == "Prices\nArticle | Count | Price\nAnchor | 5 | 77.96\nBolt | 12 | 3.10\nClamp |  | 9.00"
+
+
+def test_running_text_of_a_pdf_in_two_columns_is_read_column_by_column():
+    left, right = (
+        ["One text begins here", "and goes on to", "its end."],
+        ["Another one begins", "beside it and", "ends."],
+    )
+    assert read_document("a.pdf", files.pdf_columns(left, right)).text == "\n".join([*left, *right])
+
+
+def test_words_of_a_pdf_that_are_placed_one_by_one_are_one_cell():
+    rows = [
+        (72, 700, "Steel"),
+        (102, 700, "bolt"),
+        (300, 700, "12"),
+        (72, 680, "Nut"),
+        (300, 680, "7"),
+        (72, 660, "Key"),
+    ]
+    document = read_document("a.pdf", files.pdf_placed([*rows, (300, 660, "9")]))
+    assert document.text == "Steel bolt | 12\nNut | 7\nKey | 9"
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.xlsx", "a.zip", "a.parquet"])
+def test_an_empty_file_of_a_binary_format_is_refused(name: str):
+    assert error_of(name, b"").detail.startswith("The file is empty")
 
 
 def test_a_word_document_is_read_with_header_heading_and_table():
@@ -78,7 +116,22 @@ def test_a_workbook_gives_each_sheet_as_a_table_with_its_range():
 
 
 def test_no_formula_is_run():
-    assert read_document("a.xlsx", files.workbook({"S": [["a", "b"], [1, "=1+1"]]})).tables[0].rows[1] == [1, None]
+    book = files.workbook({"S & T": [["a", "b"], [1, "=1+1"], [2, "=A2"]], "U": [["a"], [1]]})
+    document = read_document("a.xlsx", book)
+    assert document.tables[0].rows[1] == [1, None]
+    told = "undecided: 2 formulas have no stored result, the first in B2; read as empty"
+    assert [table.notes for table in document.tables] == [(told,), ()]
+    assert document.notes == (told,)
+
+
+def test_the_stored_result_of_a_formula_is_read():
+    book = files.workbook({"S": [["a", "b"], [1, "=1+1"]]})
+    stored = re.sub(rb"<v></v>|<v\s*/>", b"<v>2</v>", (old := zipfile.ZipFile(io.BytesIO(book))).read(SHEET))
+    with zipfile.ZipFile(out := io.BytesIO(), "w") as new:
+        for name in old.namelist():
+            new.writestr(name, stored if name == SHEET else old.read(name))
+    document = read_document("a.xlsx", out.getvalue())
+    assert (document.tables[0].rows[1], document.notes) == ([1, 2], ())
 
 
 @pytest.mark.parametrize(
@@ -177,7 +230,7 @@ def test_an_encrypted_archive_says_so():
 @pytest.mark.parametrize(
     ("data", "limits", "bound"),
     [
-        (files.pdf_of_many_pages(100_000), ReadLimits(), "2000 pages"),
+        (files.pdf_of_many_pages(100_000), ReadLimits(), "2,000 pages"),
         (files.archive({"a": bytes(30_000_000)}), ReadLimits(), "200 times"),
         (files.archive({"a": b"12345678" * 100}), ReadLimits(expanded_bytes=100), "100 bytes after decompression"),
         (files.archive({str(n): b"" for n in range(5)}), ReadLimits(members=4), "4 members"),

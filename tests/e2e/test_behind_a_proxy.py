@@ -28,7 +28,7 @@ GOAL = "How many rows have amount > 100, and their total?"
 
 
 @dataclass
-class Proxied:
+class ProxiedInstallation:
     """An installation behind a proxy, and an API key for it."""
 
     url: str
@@ -50,7 +50,7 @@ def trusted() -> ssl.SSLContext:
 
 
 @pytest.fixture
-async def proxied(tmp_path: Path, model: ScriptedModel) -> AsyncGenerator[Proxied]:
+async def proxied_installation(tmp_path: Path, model: ScriptedModel) -> AsyncGenerator[ProxiedInstallation]:
     tls = msgspec.structs.replace(certificates(), mutual=False)
     settings = {
         "OCTOLLM_MODEL": "openai:scripted",
@@ -66,21 +66,23 @@ async def proxied(tmp_path: Path, model: ScriptedModel) -> AsyncGenerator[Proxie
         proxy = HaProxy(httpx.URL(system.gateway_url).port or 0, tls)
         proxy.start()
         try:
-            yield Proxied(f"https://localhost:{proxy.port}", made.json()["secret"])
+            yield ProxiedInstallation(f"https://localhost:{proxy.port}", made.json()["secret"])
         finally:
             proxy.stop()
 
 
-async def test_a_task_is_run_and_watched(proxied: Proxied) -> None:
+async def test_a_task_is_run_and_watched(proxied_installation: ProxiedInstallation) -> None:
     files = [{"name": "sales.csv", "text": SALES}]
-    async with proxied.client(**proxied.headers) as client:
+    async with proxied_installation.client(**proxied_installation.headers) as client:
         submitted = await client.post("/tasks", json={"goal": GOAL, "context": {"files": files}})
         assert (submitted.status_code, submitted.http_version) == (201, "HTTP/2")
         task_id = submitted.json()["task_id"]
-        url = f"{proxied.url.replace('https', 'wss')}/ws/tasks/{task_id}?after=0"
+        url = f"{proxied_installation.url.replace('https', 'wss')}/ws/tasks/{task_id}?after=0"
         async with (
             asyncio.timeout(60),
-            websockets.connect(url, ssl=trusted(), additional_headers=proxied.headers, proxy=None) as socket,
+            websockets.connect(
+                url, ssl=trusted(), additional_headers=proxied_installation.headers, proxy=None
+            ) as socket,
         ):
             frames = [msgspec.json.decode(message) async for message in socket]
         assert (frames[-1]["type"], socket.close_code) == ("result", 1000)
@@ -92,12 +94,12 @@ async def test_a_task_is_run_and_watched(proxied: Proxied) -> None:
         assert (await client.get(f"/tasks/{task_id}")).json()["status"] == "completed"
 
 
-async def test_a_websocket_shares_the_connection_of_other_calls(proxied: Proxied) -> None:
+async def test_a_websocket_shares_the_connection_of_other_calls(proxied_installation: ProxiedInstallation) -> None:
     """Browsers do this where the server offers it: extended CONNECT, RFC 8441."""
     context = trusted()
     context.set_alpn_protocols(["h2"])
-    port = httpx.URL(proxied.url).port
-    async with proxied.client(**proxied.headers) as client:
+    port = httpx.URL(proxied_installation.url).port
+    async with proxied_installation.client(**proxied_installation.headers) as client:
         submitted = await client.post("/tasks", json={"goal": GOAL, "context": {"files": []}})
     reader, writer = await asyncio.open_connection("localhost", port, ssl=context)
     connection = h2.connection.H2Connection()
@@ -117,7 +119,7 @@ async def test_a_websocket_shares_the_connection_of_other_calls(proxied: Proxied
                         (":authority", f"localhost:{port}"),
                         (":path", f"/ws/tasks/{submitted.json()['task_id']}?after=0"),
                         ("sec-websocket-version", "13"),
-                        ("authorization", f"Bearer {proxied.key}"),
+                        ("authorization", f"Bearer {proxied_installation.key}"),
                     ]
                     connection.send_headers(connection.get_next_available_stream_id(), head)
                 elif isinstance(event, h2.events.ResponseReceived):
@@ -129,19 +131,19 @@ async def test_a_websocket_shares_the_connection_of_other_calls(proxied: Proxied
     assert status == "200"
 
 
-async def test_a_client_of_the_proxy_is_not_the_local_user(proxied: Proxied) -> None:
-    async with proxied.client() as client:
+async def test_a_client_of_the_proxy_is_not_the_local_user(proxied_installation: ProxiedInstallation) -> None:
+    async with proxied_installation.client() as client:
         answer = await client.get("/tasks")
         assert (answer.status_code, answer.json()["code"]) == (401, "token_missing")
-    async with proxied.client(**proxied.headers) as client:
+    async with proxied_installation.client(**proxied_installation.headers) as client:
         assert (await client.get("/tasks")).status_code == 200
         foreign = await client.get("/tasks", headers={"Host": "evil.example"})
         assert (foreign.status_code, foreign.json()["code"]) == (400, "host_refused")
 
 
-async def test_the_cookie_of_a_session_stays_secure(proxied: Proxied) -> None:
-    async with proxied.client(Origin=proxied.url) as page:
-        opened = await page.post("/session", json={"api_key": proxied.key})
+async def test_the_cookie_of_a_session_stays_secure(proxied_installation: ProxiedInstallation) -> None:
+    async with proxied_installation.client(Origin=proxied_installation.url) as page:
+        opened = await page.post("/session", json={"api_key": proxied_installation.key})
         assert opened.status_code == 200, opened.text
         assert {"__Host-octollm_session"} == set(page.cookies)
         assert "; secure" in opened.headers["set-cookie"].lower()

@@ -60,11 +60,11 @@ async def _replace(installation: _Hosts, zone: Zone, gone: ServiceProcess) -> No
     await gone.kill()
     await stays.kill()
 
-    async def new_one_works() -> bool:
+    async def is_new_host_called() -> bool:
         await _all_complete(installation)
         return _served(new) > 0
 
-    await wait_until(new_one_works, description="the new host of coder-arm is called", timeout=60)
+    await wait_until(is_new_host_called, description="the new host of coder-arm is called", timeout=60)
 
 
 async def _all_complete(installation: ProcessInstallation) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import Place
+from command_line import CommandLine
 from scripts import default_reply
 
 from octollm.testing import wait_until
@@ -22,7 +22,7 @@ ARMS = {"translator": "translator", "sql_analyst": "sql-analyst", "lengths": "le
 QUERY = "SELECT city, sum(amount) AS total FROM orders GROUP BY city ORDER BY city"
 
 
-def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
+def reply(asked: ScriptedRequest) -> str | ScriptedReply:
     """Answer what the three arms ask for, and everything else as ever."""
     if "SQLite SELECT" in asked.last:
         return json.dumps({"sql": QUERY})
@@ -44,22 +44,22 @@ def shop(path: Path) -> None:
 
 @pytest.mark.timeout(180)
 async def test_each_goal_is_done_by_the_arm_that_it_is_for(tmp_path: Path) -> None:
-    async with scripted_model(speaks) as model:
-        place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
+    async with scripted_model(reply) as model:
+        command_line = CommandLine(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
         for source in EXAMPLES.glob("*/*.py"):
-            shutil.copy(source, place.work / source.name)
-        shop(place.work / "shop.sqlite3")
-        up = await place.up(*(word for module in ARMS for word in ("--arm", f"{module}:arm")))
+            shutil.copy(source, command_line.work / source.name)
+        shop(command_line.work / "shop.sqlite3")
+        up = await command_line.up(*(word for module in ARMS for word in ("--arm", f"{module}:arm")))
 
         async def goal(*command: str) -> dict[str, Any]:
-            ended = await place.run("run", *command, "--json")
+            ended = await command_line.run("run", *command, "--json")
             assert ended.code == 0, ended.err
             result = json.loads(ended.out.splitlines()[-1])
-            task = json.loads((await place.run("task", "show", result["task_id"], "--json")).out)
+            task = json.loads((await command_line.run("task", "show", result["task_id"], "--json")).out)
             return {**result, "arms": [step["arm"] for step in task["steps"]]}
 
         async def served() -> bool:
-            listed = json.loads((await place.run("arms", "--json")).out)["arms"]
+            listed = json.loads((await command_line.run("arms", "--json")).out)["arms"]
             return {arm["name"] for arm in listed if arm["state"] == "healthy"} >= set(ARMS.values())
 
         try:
@@ -73,11 +73,11 @@ async def test_each_goal_is_done_by_the_arm_that_it_is_for(tmp_path: Path) -> No
             converted = await goal("Convert one mile into metres")
             assert (converted["output"], converted["arms"]) == ("A mile is 1609.344 metres.", ["lengths"])
             # What no arm accepts is refused before a task is made of it.
-            (place.work / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
-            refused = await place.run("run", "What is this?", "--file", "photo.png")
+            (command_line.work / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00")
+            refused = await command_line.run("run", "What is this?", "--file", "photo.png")
             assert refused.code == 2
-            assert "No arm that answers accepts image/png" in refused.err
+            assert "No arm of your own reads image/png either" in refused.err
         finally:
-            stopped = await place.interrupt(up)
+            stopped = await command_line.interrupt(up)
         assert stopped.code == 130, stopped.err
-        assert place.ports_are_free()
+        assert command_line.ports_are_free()

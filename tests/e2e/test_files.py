@@ -12,16 +12,22 @@ from scripts import NOTES, SALES
 
 pytestmark = pytest.mark.sandbox
 
+
+@pytest.fixture
+def gateway(shared_gateway: GatewayClient) -> GatewayClient:
+    return shared_gateway
+
+
 FACT = "The service retries a failed call three times."
 QUESTION = "How often does the service retry a failed call?"
 HIDDEN = f"<p>Cats sleep.</p><script>var said = '{FACT}';</script><p hidden>{FACT}</p>"
 ANSWERED = [
     ("offer.pdf", files.pdf([["About cats."], [FACT], []], image_pages=[3]), "[offer.pdf, page 2]", "page 3 is"),
-    ("offer.docx", files.word(["About cats.", FACT]), "[offer.docx:2-2]", ""),
+    ("offer.docx", files.word(["About cats.", FACT]), "[offer.docx:2]", ""),
     ("talk.pptx", files.presentation([("Cats", "sleep"), ("Calls", FACT)]), "[talk.pptx, slide 2]", ""),
-    ("page.html", f"<script>{FACT} x</script><p>Cats</p><p>{FACT}</p>".encode(), "[page.html:3-3]", ""),
-    ("notes.txt", f"Größe\r{FACT}\r".encode("cp1252"), "[notes.txt:2-2]", "read as Windows-1252"),
-    ("wide.txt", f"{NOTES}".encode("utf-16-le"), "[wide.txt:3-3]", "read as UTF-16 without"),
+    ("page.html", f"<script>{FACT} x</script><p>Cats</p><p>{FACT}</p>".encode(), "[page.html:3]", ""),
+    ("notes.txt", f"Größe\r{FACT}\r".encode("cp1252"), "[notes.txt:2]", "read as Windows-1252"),
+    ("wide.txt", f"{NOTES}".encode("utf-16-le"), "[wide.txt:3]", "read as UTF-16 without"),
     ("renamed.txt", files.pdf([[FACT]]), "[renamed.txt, page 1]", "read as PDF by its content"),
     ("mail.eml", files.message("See below.", attachments={"a.pdf": files.pdf([[FACT]])}), "a.pdf, page 1]", ""),
     ("all.zip", files.archive({"docs/a.md": NOTES.encode(), "b.png": b"\x89PNG"}), "docs/a.md]", "b.png was not"),
@@ -33,7 +39,7 @@ REFUSED = [
 ]
 FAILED = [
     (files.encrypted_pdf(), "file_encrypted", "password"),
-    (files.pdf_of_many_pages(100_000), "file_limit_exceeded", "2000 pages"),
+    (files.pdf_of_many_pages(100_000), "file_limit_exceeded", "2,000 pages"),
     (b"%PDF-1.7 and nothing more", "file_unreadable", "damaged"),
 ]
 

@@ -5,51 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import httpx
 import pytest
 from gateway_client import GatewayClient
-from prometheus_client.parser import text_string_to_metric_families
-from scripts import default_reply
+from internal_calls import GOAL, count_calls, measure_watchers, reply_with_usable_plan
 from test_traces import spans_of
 
-from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
-
 pytestmark = pytest.mark.sandbox
-GOAL = "Write a Python function double(number) with tests"
 MAX_CALLS = 24
-KEY_OPERATIONS = ("idempotency.claim", "idempotency.complete", "idempotency.release")
-PLAN = (
-    '{"steps": [{"id": "s1", "title": "Write it", "arm": "coder", "goal": "' + GOAL + '", "depends_on": [],'
-    ' "files": [], "acceptance_criteria": ["It is done."]}]}'
-)
-
-
-def plans(asked: ScriptedRequest) -> str | ScriptedReply:
-    """Answer as a capable model does, whose first plan can be used."""
-    return PLAN if asked.schema is not None and "steps" in str(asked.schema) else default_reply(asked)
-
-
-async def key_calls(gateway: GatewayClient) -> Counter[str]:
-    """Return the calls about idempotency keys so far: they go out in groups, in no task's trace; metrics count them."""
-    found: Counter[str] = Counter()
-    async with httpx.AsyncClient() as client:
-        for url in gateway.system.urls.values():
-            for family in text_string_to_metric_families((await client.get(f"{url}/metrics")).text):
-                for sample in family.samples:
-                    labels = sample.labels
-                    # Renewals come by the clock: how many there are says how fast the machine is.
-                    if sample.name == "octollm_calls_total" and labels["operation"] in KEY_OPERATIONS:
-                        found[f"{labels['service']} → {labels['target']}.{labels['operation']}"] += int(sample.value)
-    return found
+MAX_HISTORY_READS = 10
+"""The gateway reads a task's events once for all who watch it: at the beginning, and after a gap."""
 
 
 async def test_the_simplest_code_task_makes_few_internal_calls(gateway: GatewayClient, script: Any) -> None:
-    script.reply = plans
-    before = await key_calls(gateway)
+    script.reply = reply_with_usable_plan
+    before = await count_calls(gateway)
     task = await gateway.run(GOAL)
     assert task["status"] == "completed"
     spans = await spans_of(gateway, task["task_id"])
-    calls = await key_calls(gateway) - before
+    # Calls about keys go out in groups, in no task's trace; the metrics count them.
+    calls = Counter({name: n for name, n in (await count_calls(gateway) - before).items() if ".idempotency." in name})
     calls += Counter(
         f"{span['service']} → {span['name']}"
         for span in spans
@@ -61,3 +35,13 @@ async def test_the_simplest_code_task_makes_few_internal_calls(gateway: GatewayC
     assert not [call for call in calls if call.startswith("executor → orchestrator.idempotency")], table
     assert not [call for call in calls if call.startswith("judge → orchestrator.files")], table
     assert calls.total() <= MAX_CALLS, f"{calls.total()} internal calls:\n{table}"
+
+
+async def test_what_watchers_cost_the_orchestrator(gateway: GatewayClient, script: Any) -> None:
+    script.reply = reply_with_usable_plan
+    await gateway.run(GOAL)  # the gateway's token for its caller is fetched once
+    cost = await measure_watchers(gateway, 20)
+    # Each connection is authorised by one read of the task.
+    assert cost.calls.pop("reflex → orchestrator.tasks.read") == cost.watchers
+    assert cost.calls.pop("reflex → orchestrator.tasks.history") <= MAX_HISTORY_READS
+    assert not cost.calls

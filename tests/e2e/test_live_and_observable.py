@@ -50,6 +50,32 @@ async def test_the_same_frames_come_as_server_sent_events(gateway: GatewayClient
     assert ids == sorted(ids)
 
 
+async def test_a_position_that_cannot_be_resumed_is_an_error_at_the_gateway(gateway: GatewayClient) -> None:
+    task = await gateway.run(GOAL, {"sales.csv": SALES})
+    of_task = f"/tasks/{task['task_id']}/events"
+    stream = {"Accept": "text/event-stream"}
+    for path, headers in (
+        (of_task, {**stream, "Last-Event-ID": "999999"}),
+        (f"{of_task}?after=1", {**stream, "Last-Event-ID": "999999"}),
+        (f"{of_task}?after=999999", stream),
+        ("/events", {**stream, "Last-Event-ID": "999999"}),
+        ("/events?after=999999", stream),
+        ("/events?after=999999", {}),
+    ):
+        async with asyncio.timeout(10):
+            answer = await gateway.client.get(path, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (409, "position_unknown"), (path, headers)
+    url = gateway.url.replace("http", "ws", 1) + f"/ws/tasks/{task['task_id']}?after=999999"
+    async with asyncio.timeout(10), websockets.connect(url) as ws:
+        with pytest.raises(websockets.ConnectionClosedError) as closed:
+            await ws.recv()
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1008
+    assert closed.value.rcvd.reason == "position_unknown"
+    # A position that it has is resumed.
+    assert (await gateway.client.get(f"{of_task}?after={task['version']}", headers=stream)).status_code in (200, 204)
+
+
 async def test_an_unknown_task_and_a_foreign_page_are_closed_before_any_frame(gateway: GatewayClient) -> None:
     frames, code = await gateway.frames("task-" + "0" * 32)
     assert (frames, code) == ([], 4404)
@@ -95,21 +121,34 @@ async def test_the_deadline_is_enforced_and_closes_the_model(
 async def test_one_trace_joins_every_service_and_no_secret_is_logged(gateway: GatewayClient, tmp_path: Path) -> None:
     docs = await gateway.run("How often does it retry?", {"notes.md": NOTES})
     code = await gateway.run("Write a Python function double(number) with tests")
-    log = (tmp_path / "home" / "logs" / "octollm.jsonl").read_text()
-    lines = [msgspec.json.decode(line) for line in log.splitlines()]
-    for task, services in (
+    log_file = tmp_path / "home" / "logs" / "octollm.jsonl"
+    wanted = (
         (docs, {"planner", "retriever", "memory", "judge", "models"}),
         (code, {"coder", "judge", "executor"}),
-    ):
-        seen = {line["service"] for line in lines if line.get("trace_id") == task["trace_id"]}
-        assert services | {"orchestrator"} <= seen
+    )
+
+    def read_lines() -> list[dict[str, Any]]:
+        return [msgspec.json.decode(line) for line in log_file.read_text().splitlines()]
+
+    def is_joined() -> bool:
+        lines = read_lines()
+        return all(
+            services | {"orchestrator"}
+            <= {line["service"] for line in lines if line.get("trace_id") == task["trace_id"]}
+            for task, services in wanted
+        )
+
+    # A service logs a call once its response is sent: the last of them may come after the end of the task.
+    await wait_until(is_joined, description="every service has logged its calls in the task's trace")
+    log, lines = log_file.read_text(), read_lines()
+    for task, services in wanted:
         named = {line["service"] for line in lines if line.get("task_id") == task["task_id"]}
         assert services <= named
         correlated = {line.get("trace_id") for line in lines if line.get("correlation_id") == task["correlation_id"]}
         assert correlated == {task["trace_id"]}
     assert "eyJ" not in log
     assert gateway.system.local_key not in log
-    assert gateway.system.local_key.rsplit("_", 1)[1] not in log
+    assert gateway.system.local_key.split("_", 2)[2] not in log
 
 
 async def test_every_service_tells_of_its_health_and_metrics(gateway: GatewayClient) -> None:

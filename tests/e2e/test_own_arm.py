@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cli_support import Place
+from command_line import CommandLine
 from scripts import default_reply
 
 from octollm.testing import wait_until
@@ -23,75 +23,79 @@ GOAL = "Translate 'Good morning' into French"
 PORT = 8110
 
 
-def speaks(asked: ScriptedRequest) -> str | ScriptedReply:
+def reply(asked: ScriptedRequest) -> str | ScriptedReply:
     """Translate what the translator asks, and answer everything else as ever."""
     return "Bonjour" if asked.last.startswith("Translate with") else default_reply(asked)
 
 
 @contextlib.asynccontextmanager
-async def served(place: Place, *settings: tuple[str, str]) -> AsyncGenerator[int]:
+async def served(command_line: CommandLine, *settings: tuple[str, str]) -> AsyncGenerator[int]:
     """Run the example beside what runs; yield its process id once it is there, and stop it well."""
-    place.settings.update(settings)
-    process = await place.start("serve", "translator:arm")
+    command_line.settings.update(settings)
+    process = await command_line.start("serve", "translator:arm")
 
     async def there() -> bool:
         assert process.returncode is None, (await process.communicate())[1].decode()
         async with httpx.AsyncClient(timeout=5) as client:
             with contextlib.suppress(httpx.TransportError):
-                return (await client.get(f"http://127.0.0.1:{PORT + place.shift}/ready")).json()["status"] == "ready"
+                return (await client.get(f"http://127.0.0.1:{PORT + command_line.shift}/ready")).json()[
+                    "status"
+                ] == "ready"
         return False
 
     await wait_until(there, description="the translator is ready", timeout=40)
     try:
         yield process.pid
     finally:
-        ended = await place.interrupt(process, signal.SIGTERM)
+        ended = await command_line.interrupt(process, signal.SIGTERM)
         assert ended.code == 0, ended.err
         assert "octojoin_" not in ended.err
 
 
 @pytest.mark.timeout(180)
 async def test_an_arm_joins_is_planned_for_and_needs_no_secret_again(tmp_path: Path) -> None:
-    async with scripted_model(speaks) as model:
-        place = Place(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
-        shutil.copy(EXAMPLE, place.work / "translator.py")
-        up = await place.up()
+    async with scripted_model(reply) as model:
+        command_line = CommandLine(tmp_path, {"OCTOLLM_MODEL": "openai:scripted", "OCTOLLM_MODEL_URL": model.url})
+        shutil.copy(EXAMPLE, command_line.work / "translator.py")
+        up = await command_line.up()
         try:
             # Without a secret of its own it joins by the home that both share.
-            async with served(place):
-                listed = json.loads((await place.run("arms", "--json")).out)["arms"]
+            async with served(command_line):
+                listed = json.loads((await command_line.run("arms", "--json")).out)["arms"]
                 (own,) = (arm for arm in listed if arm["name"] == "translator")
-                assert own["url"] == f"http://127.0.0.1:{PORT + place.shift}"
-                ended = await place.run("run", GOAL, "--json")
+                assert own["url"] == f"http://127.0.0.1:{PORT + command_line.shift}"
+                ended = await command_line.run("run", GOAL, "--json")
                 assert ended.code == 0, ended.err
                 result = json.loads(ended.out.splitlines()[-1])
                 assert result["output"] == "Bonjour"
-                task = json.loads((await place.run("task", "show", result["task_id"], "--json")).out)
+                task = json.loads((await command_line.run("task", "show", result["task_id"], "--json")).out)
                 assert [step["arm"] for step in task["steps"]] == ["translator"]
                 assert task["usage"]["prompt_tokens"] > 0
             # It has left, so the goal goes to an arm that is there.
-            gone = json.loads((await place.run("arms", "--json")).out)["arms"]
+            gone = json.loads((await command_line.run("arms", "--json")).out)["arms"]
             assert "healthy" not in [arm["state"] for arm in gone if arm["name"] == "translator"]
             # It has pinned the roots: the next start joins nothing.
-            async with served(place):
-                assert "translator" in (await place.run("run", GOAL)).out
+            async with served(command_line):
+                assert "translator" in (await command_line.run("run", GOAL)).out
         finally:
-            await place.interrupt(up)
+            await command_line.interrupt(up)
 
 
 async def test_what_cannot_be_served_is_said_with_what_to_do(tmp_path: Path) -> None:
-    place = Place(tmp_path, {"OCTOLLM_STARTUP_TIMEOUT": "1"})
-    (place.work / "mine.py").write_text("from octollm import Arm\narm = Arm('mine', description='Mine')\nx = 1\n")
+    command_line = CommandLine(tmp_path, {"OCTOLLM_STARTUP_TIMEOUT": "1"})
+    (command_line.work / "mine.py").write_text(
+        "from octollm import Arm\narm = Arm('mine', description='Mine')\nx = 1\n"
+    )
     for target, told in [
         ("mine:arm", "octollm keys enrol --name mine"),
         ("mine:x", "arms in it: arm"),
         ("mine:", "module:name"),
         ("nowhere:arm", "There is no module nowhere"),
     ]:
-        ended = await place.run("serve", target)
+        ended = await command_line.run("serve", target)
         assert ended.code == 2, (target, ended.err)
         assert told in ended.err
-    place.settings["OCTOLLM_ENROLMENT_TOKEN"] = "nonsense"
-    ended = await place.run("serve", "mine:arm")
-    assert "no enrolment token" in ended.err
+    command_line.settings["OCTOLLM_ENROLMENT_TOKEN"] = "nonsense"
+    ended = await command_line.run("serve", "mine:arm")
+    assert "not an enrolment token" in ended.err
     assert ended.code != 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from gateway_client import GatewayClient
 from scripts import CODE, NOTES, QUERY, SALES, ReplaceableScript, default_reply
@@ -9,6 +12,16 @@ from scripts import CODE, NOTES, QUERY, SALES, ReplaceableScript, default_reply
 from octollm.testing.fake_model import ScriptedReply, ScriptedRequest
 
 pytestmark = pytest.mark.sandbox
+
+
+@pytest.fixture
+def gateway(shared_gateway: GatewayClient) -> GatewayClient:
+    return shared_gateway
+
+
+@pytest.fixture
+def script(shared_installation: Any) -> ReplaceableScript:
+    return shared_installation.script
 
 
 async def test_code_is_written_tested_and_saved(gateway: GatewayClient) -> None:
@@ -67,25 +80,57 @@ async def test_data_is_answered_by_a_query_and_a_changed_cell_changes_the_answer
 async def test_a_query_that_fails_is_repaired(gateway: GatewayClient, script: ReplaceableScript) -> None:
     seen: list[str] = []
 
-    def stumbling(asked: ScriptedRequest) -> str | ScriptedReply:
+    def failing_reply(asked: ScriptedRequest) -> str | ScriptedReply:
         if "SQL" in asked.system and asked.schema is None:
             seen.append(asked.last)
             if len(seen) == 1:
                 return "SELECT count(*) AS rows, sum(amout) AS total FROM sales WHERE amount > 100"
         return default_reply(asked)
 
-    script.reply = stumbling
+    script.reply = failing_reply
     task = await gateway.run("How many rows have amount > 100, and their total?", {"sales.csv": SALES})
     assert task["status"] == "completed", task["error"]
     assert "amout" in seen[1]
 
 
-async def test_files_of_two_kinds_are_two_steps_side_by_side(gateway: GatewayClient) -> None:
+async def test_a_question_over_a_table_and_a_text_is_answered_from_both(gateway: GatewayClient) -> None:
     task = await gateway.run(
         "How many rows have amount > 100, and how often is a call retried?", {"sales.csv": SALES, "notes.md": NOTES}
     )
-    assert [step["arm"] for step in task["steps"]] == ["coder", "retriever"]
-    assert all(step["depends_on"] == [] for step in task["steps"])
+    assert task["status"] == "completed", task["error"]
+    assert [step["arm"] for step in task["steps"]] == ["retriever", "coder", "retriever"]
+    assert [step["depends_on"] for step in task["steps"]] == [[], ["s1"], ["s1", "s2"]]
+    assert "[notes.md:3]" in task["output"]
+    assert QUERY in task["output"]
+    assert "400" in task["output"]
+
+
+async def test_a_document_is_summarised_at_the_length_that_was_asked_for(
+    gateway: GatewayClient, script: ReplaceableScript
+) -> None:
+    said = ["The service retries a failed call three times.", "Cats sleep through most of the day.", "Cats fly."]
+    script.reply = lambda asked: json.dumps({"sentences": said}) if "sentences" in str(asked.schema) else "unused"
+    task = await gateway.run("Summarize the notes in two bullet points", {"notes.md": NOTES})
+    assert task["status"] == "completed", task["error"]
+    assert task["found"] is True
+    assert [step["title"] for step in task["steps"]] == ["Summarise notes.md"]
+    assert task["output"].split("\n") == [f"- {said[0]} [notes.md:3]", f"- {said[1]} [notes.md:5]"]
+    assert task["steps"][0]["evidence"]["work"] == "summary"
+
+
+async def test_a_question_without_an_answer_completes_and_says_so(gateway: GatewayClient) -> None:
+    task = await gateway.run("Who painted the ceiling of the chapel?", {"notes.md": NOTES})
+    assert task["status"] == "completed"
+    assert task["found"] is False
+    assert task["output"].startswith("Not found")
+
+
+async def test_fields_of_documents_become_a_table(gateway: GatewayClient) -> None:
+    files = {f"i{n}.txt": f"Vendor: Acme {n}\nTotal: EUR {n}00.50\n" for n in (1, 2)}
+    task = await gateway.run("Extract vendor and total from each invoice", files)
+    assert task["status"] == "completed", task["error"]
+    assert [artifact["name"] for artifact in task["artifacts"]] == ["table.csv", "table.json"]
+    assert "| i2.txt | Acme 2 [i2.txt:1] | EUR 200.50 [i2.txt:2] |" in task["output"]
 
 
 async def test_without_a_model_the_error_says_how_to_get_one(gateway: GatewayClient, script: ReplaceableScript) -> None:

@@ -11,6 +11,9 @@ import pytest
 from gateway_client import GatewayClient
 from scripts import default_reply
 
+from octollm.cli.critical_path import find_critical_path
+from octollm.cli.span_tree import build_tree
+from octollm.contracts.observability import SpanView
 from octollm.contracts.services import SERVICES
 from octollm.testing import wait_until
 from octollm.testing.fake_model import ScriptedModel, ScriptedReply
@@ -24,7 +27,7 @@ async def spans_of(gateway: GatewayClient, task_id: str, settled: str = "task") 
     """Return the spans of a task once that of its run is there and no more come."""
     found: list[dict[str, Any]] = []
 
-    async def whole() -> bool:
+    async def is_complete() -> bool:
         nonlocal found
         answer = await gateway.client.get(f"/tasks/{task_id}/trace")
         assert answer.status_code == 200, answer.text
@@ -33,7 +36,7 @@ async def spans_of(gateway: GatewayClient, task_id: str, settled: str = "task") 
         joined = all(span["parent_id"] in ids for span in found if span["parent_id"])
         return joined and before == len(found) and any(span["name"] == settled for span in found)
 
-    await wait_until(whole, description="the trace is whole", interval=0.3, timeout=20)
+    await wait_until(is_complete, description="the trace is whole", interval=0.3, timeout=20)
     return found
 
 
@@ -50,6 +53,11 @@ async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authorit
     assert {span["service"] for span in spans} >= set(SERVICES) - {"monitor", "memory", "retriever"}
     names = {span["name"] for span in spans}
     assert {"task", "plan", "step s1", "attempt 1", "accept", "sandbox python"} <= names
+
+    path = find_critical_path(build_tree(msgspec.convert(spans, list[SpanView])))
+    waited_for = {share.waited_for: share.mostly_in for share in path.waited_for}
+    assert waited_for["sandbox"] == "executor sandbox python"
+    assert "queue" in waited_for, waited_for
 
     def line(span: dict[str, Any]) -> list[dict[str, Any]]:
         found = [span]
@@ -75,6 +83,9 @@ async def test_every_span_of_a_goal_reaches_one_root_and_tells_by_which_authorit
 
     [first, *_] = [span for span in spans if "gen_ai.request.model" in span["attributes"]]
     used = first["attributes"]
+    assert (used["gen_ai.operation.name"], used["gen_ai.provider.name"]) == ("chat", "openai")
+    assert used["gen_ai.response.finish_reasons"] == ["stop"]
+    assert used["gen_ai.request.max_tokens"] > 0
     assert used["gen_ai.usage.input_tokens"] > 0
     assert used["octollm.first_token_ms"] >= 0
     total = sum(

@@ -6,13 +6,13 @@ import pytest
 from events_kit import CLOCK, IDS, Write
 from sqlalchemy import select
 
+from octollm.contracts.events import MAX_EVENT_BYTES
 from octollm.errors import OctoError
-from octollm.events import EventLog, task_subject
-from octollm.events.log import MAX_EVENT_BYTES
+from octollm.events import EventDraft, EventLog, task_subject
+from octollm.events.rows import event_from_row
 from octollm.events.sequencer import Sequencer
 from octollm.storage.engines import Database
 from octollm.storage.tables.tasks import events as event_rows
-from octollm.testing import wait_until
 
 
 async def number_all(db: Database) -> None:
@@ -20,13 +20,9 @@ async def number_all(db: Database) -> None:
     lease = await sequencer.acquire()
     assert lease is not None
 
-    async def are_all_numbered() -> bool:
-        # A transaction that runs in another database of the server may hold the commit horizon back for a while.
-        await sequencer.assign(lease.fence, 100)
-        async with db.read() as snapshot:
-            return not await snapshot.all(select(event_rows.c.row_id).where(event_rows.c.seq.is_(None)))
-
-    await wait_until(are_all_numbered, description="every event has its number")
+    await sequencer.assign(lease.fence, 100)
+    async with db.read() as snapshot:
+        assert not await snapshot.all(select(event_rows.c.row_id).where(event_rows.c.seq.is_(None)))
     await sequencer.release(lease.fence, 0)
 
 
@@ -89,6 +85,7 @@ async def test_concurrent_writers_leave_no_gap(db: Database, log: EventLog, writ
         ("task.invented", {"task_id": "x"}, "not declared"),
         ("task.progress", {"task_id": "x"}, "lacks progress"),
         ("cache.invalidated", {"key": "x"}, "not durable"),
+        ("task.progress", {"task_id": "x", "progress": "much"}, "at /data/progress: Expected `float`, got `str`"),
         ("task.progress", {"task_id": "x", "progress": object()}, "not JSON"),
         ("task.progress", {"task_id": "x", "progress": "x" * MAX_EVENT_BYTES}, "bytes"),
     ],
@@ -101,6 +98,13 @@ async def test_what_the_catalogue_does_not_allow_is_refused(
             await log.append(tx, event_type, subject="task/x", tenant="t", source="orchestrator", data=data)
     assert caught.value.code == "invalid_body"
     assert await log.read_subject("task/x", tenant="t") == []
+
+
+async def test_members_that_are_not_declared_are_kept(log: EventLog, write: Write) -> None:
+    written = await write("task.progress", progress=1, from_the_future={"a": [1]})
+    [stored] = await log.read_subject(task_subject("task-1"), tenant="t")
+    assert stored == written
+    assert stored.data["from_the_future"] == {"a": [1]}
 
 
 async def test_an_event_of_another_service_is_written_once(db: Database, log: EventLog) -> None:
@@ -153,3 +157,36 @@ async def test_a_read_may_be_part_of_a_transaction(db: Database, log: EventLog) 
         await log.append(tx, "task.started", subject="task/x", tenant="t", source="o", data={"task_id": "x"})
         assert len(await log.read_subject("task/x", tenant="t", connection=tx)) == 1
         assert await log.read_subject("task/x", tenant="t") == []
+
+
+async def test_several_events_are_written_at_once_in_their_order(db: Database, log: EventLog, write: Write) -> None:
+    await write(task_id="b")
+    data: dict[str, object] = {
+        "task_id": "x",
+        "progress": 1,
+        "text": 'quote " and \\ and ü',
+        "more": {"list": [1, None]},
+    }
+    drafts = [
+        EventDraft("task.progress", task_subject(name), "t", "orchestrator", data | {"place": place}, f"c{place}")
+        for place, name in enumerate(["b", "a", "b", "a", "c"])
+    ]
+    async with db.transaction() as tx:
+        written = await log.append_all(tx, drafts)
+        assert await log.append_all(tx, []) == []
+    assert [event.version for event in written] == [2, 1, 3, 2, 1]
+    assert [(event.data, event.correlation_id) for event in written] == [(d.data, d.correlation_id) for d in drafts]
+    async with db.read() as connection:
+        rows = await connection.all(select(event_rows).order_by(event_rows.c.row_id))
+    assert [event_from_row(row) for row in rows[1:]] == written
+    assert (await write(task_id="a")).version == 3
+
+
+async def test_one_event_that_is_refused_refuses_all(db: Database, log: EventLog) -> None:
+    good = EventDraft("task.progress", task_subject("a"), "t", "o", {"task_id": "a", "progress": 1})
+    bad = EventDraft("task.progress", task_subject("a"), "t", "o", {"task_id": "a"})
+    with pytest.raises(OctoError) as caught:
+        async with db.transaction() as tx:
+            await log.append_all(tx, [good, bad])
+    assert caught.value.code == "invalid_body"
+    assert await log.read_subject(task_subject("a"), tenant="t") == []

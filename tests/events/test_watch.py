@@ -73,7 +73,10 @@ async def test_hints_of_a_busy_watcher_become_one(redis: RedisClient, keys: Redi
 
 
 async def test_a_timer_stands_in_for_lost_hints(redis: RedisClient, keys: RedisKeys) -> None:
-    async with TaskWatchHub(redis, keys, poll_seconds=0.01) as hub, hub.subscribe("a") as hints:
+    async with (
+        TaskWatchHub(redis, keys, poll_seconds=LONG, quiet_poll_seconds=0.01) as hub,
+        hub.subscribe("a") as hints,
+    ):
         async with asyncio.timeout(5):
             for _ in range(5):
                 assert await anext(hints) == Hint(events=True, text=True)

@@ -16,7 +16,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 with atheris.instrument_imports(include=["octollm.capability", "octollm.contracts"]):
-    from capability_forge import World, dumps, jwk_of, sign, unb64
+    from capability_forge import TrustDomain, dumps, jwk_of, sign, unb64
 
     from octollm.capability import CapabilityError, verify_directory, verify_service_token
     from octollm.capability.audit_chain import verify_checkpoint
@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["octollm.capability", "octollm.contract
 
 import json
 
-WORLD = World()
+WORLD = TrustDomain()
 HONEST = WORLD.case().parts()
 PAIR = WORLD.root_pair().bearer().split("~")
 ACCEPTED = {"~".join(HONEST), "~".join(PAIR)}

@@ -15,12 +15,12 @@ CLOCK = SystemClock()
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_polling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "POLL_SECONDS", 0.01)
 
 
-class Coming:
-    """Something that is there after some questions."""
+class LateDependency:
+    """A dependency that answers after some attempts."""
 
     def __init__(self, after: int, error: OctoError | None = None) -> None:
         self.left = after
@@ -35,20 +35,29 @@ class Coming:
 async def test_it_waits_for_each_and_says_for_what():
     told: list[str] = []
     await wait_for_dependencies(
-        {"redis": Coming(2), "orchestrator": Coming(0)}, clock=CLOCK, timeout=5, on_wait=told.append
+        {"redis": LateDependency(2), "orchestrator": LateDependency(0)}, clock=CLOCK, timeout=5, on_wait=told.append
     )
     assert told == ["redis: It is away."]
 
 
 async def test_it_gives_up_after_the_bound_naming_what_is_missing():
     with pytest.raises(OctoError, match=r"Gave up after 0\.05 s .* redis: It is away\.") as caught:
-        await wait_for_dependencies({"redis": Coming(10_000)}, clock=CLOCK, timeout=0.05, on_wait=lambda _: None)
+        await wait_for_dependencies(
+            {"redis": LateDependency(10_000)}, clock=CLOCK, timeout=0.05, on_wait=lambda _: None
+        )
     assert caught.value.code == "unavailable"
     assert "OCTOLLM_STARTUP_TIMEOUT" in caught.value.detail
 
 
+async def test_a_dependency_that_is_suspended_is_waited_for():
+    late = LateDependency(1, OctoError("It did not answer in the 5.0 s that were left.", code="deadline_exceeded"))
+    told: list[str] = []
+    await wait_for_dependencies({"orchestrator": late}, clock=CLOCK, timeout=5, on_wait=told.append)
+    assert told == ["orchestrator: It did not answer in the 5.0 s that were left."]
+
+
 async def test_what_waiting_cannot_mend_is_said_at_once():
-    wrong = Coming(1, SettingError("The schema is newer than this version."))
+    wrong = LateDependency(1, SettingError("The schema is newer than this version."))
     with pytest.raises(SettingError):
         await wait_for_dependencies({"database": wrong}, clock=CLOCK, timeout=60, on_wait=lambda _: None)
 

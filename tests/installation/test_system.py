@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import stat
 
 import httpx
@@ -16,6 +17,7 @@ from octollm.errors import OctoError
 from octollm.installation.embedded import START_STAGES, STOP_STAGES, embedded_installation
 from octollm.installation.home import find_running
 from octollm.rpc.service import build_service
+from octollm.testing import wait_until
 from octollm.testing.fake_model import scripted_model
 from octollm.testing.system import installation
 
@@ -47,6 +49,16 @@ async def test_every_service_answers_health_readiness_metrics_and_its_api(tmp_pa
             assert (await client.get(url + "/ready")).status_code == 200
             assert (await client.get(url + "/openapi.json")).json()["openapi"].startswith("3.")
             assert "octollm_" in (await client.get(url + "/metrics")).text
+
+
+async def test_every_service_tells_the_log_that_it_started(tmp_path, model):
+    def started() -> set[str]:
+        with contextlib.closing(sqlite3.connect(f"file:{tmp_path}/data/orchestrator.db?mode=ro", uri=True)) as db:
+            rows = db.execute("SELECT event_type, source FROM events WHERE event_type LIKE 'system.%'").fetchall()
+        return {source for event_type, source in rows if event_type == "system.started"}
+
+    async with installation(tmp_path, environment=model):
+        await wait_until(lambda: started() == set(SERVICES), description="an event of each service")
 
 
 async def test_nothing_inside_is_open_without_a_token(tmp_path, model):
@@ -119,7 +131,7 @@ async def test_a_service_that_dies_ends_the_system_by_name(tmp_path, model):
     die = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def mortal(base, settings):
+    async def failing_service(base, settings):
         me = asyncio.current_task()
         assert me is not None
         watch = asyncio.create_task(die.wait())
@@ -131,7 +143,7 @@ async def test_a_service_that_dies_ends_the_system_by_name(tmp_path, model):
 
     with pytest.raises(OctoError, match="memory stopped"):
         async with embedded_installation(
-            settings(tmp_path, model), clock=CLOCK, ids=IDS, ports=FREE, overrides={"memory": mortal}
+            settings(tmp_path, model), clock=CLOCK, ids=IDS, ports=FREE, overrides={"memory": failing_service}
         ):
             die.set()
             await asyncio.Event().wait()

@@ -57,11 +57,16 @@ def test_seq_is_contiguous_and_progress_never_falls(script: list[tuple[str, obje
 def test_the_types_are_those_of_the_contract() -> None:
     assert {name: get_frame_type(name) for name in NAMES} == {
         "task.accepted": "status",
+        "task.planning": "status",
         "task.planned": "status",
         "task.replanned": "status",
         "task.started": "status",
         "task.waiting": "status",
         "task.approved": "status",
+        "task.paused": "status",
+        "task.resumed": "status",
+        "task.instructed": "status",
+        "task.extended": "status",
         "task.cancelled": "status",
         "task.progress": "progress",
         "step.started": "step",

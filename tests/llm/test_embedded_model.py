@@ -69,7 +69,7 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def comes_to_rest(pid):
+async def wait_until_idle(pid):
     """Wait until the process uses next to no processor time: a generation would use all of a core."""
     last = -1.0
 
@@ -181,7 +181,7 @@ async def test_closing_the_iterator_stops_decoding(model):
     async with aclosing(model.stream(ask(LONG))) as pieces:
         for _ in range(3):
             await anext(pieces)
-    await comes_to_rest(model.pid)
+    await wait_until_idle(model.pid)
     await answer(model, ask("hi", max_tokens=1))  # the slot is free again
 
 
@@ -192,7 +192,7 @@ async def test_cancelling_the_task_stops_the_reading_of_the_prompt(model):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await comes_to_rest(model.pid)
+    await wait_until_idle(model.pid)
     assert model.pid is not None  # stopped, not killed
 
 

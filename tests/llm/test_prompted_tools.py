@@ -27,7 +27,7 @@ ASK = ChatRequest("default", (ChatMessage("user", "Rain in Bonn?"),), tools=(WEA
 USAGE = ChatUsage.of(10, 5)
 
 
-async def told(text, request=ASK, finish="stop"):
+async def complete_with(text, request=ASK, finish="stop"):
     async def stream(asked):
         assert not asked.tools
         for piece in (text[:7], text[7:]):
@@ -38,24 +38,24 @@ async def told(text, request=ASK, finish="stop"):
 
 
 async def test_a_call_is_read_as_a_call():
-    [final] = await told('{"tool": "weather", "arguments": {"city": "Bonn"}}')
+    [final] = await complete_with('{"tool": "weather", "arguments": {"city": "Bonn"}}')
     assert final == CompletionEnd(
         "tool_calls", USAGE, True, (ToolCall("call-1", FunctionCall("weather", '{"city": "Bonn"}')),)
     )
 
 
 async def test_an_answer_is_read_as_text():
-    assert await told('{"answer": "No rain."}') == [TextDelta("No rain."), CompletionEnd("stop", USAGE)]
+    assert await complete_with('{"answer": "No rain."}') == [TextDelta("No rain."), CompletionEnd("stop", USAGE)]
 
 
 async def test_an_answer_that_was_cut_says_so():
-    assert await told('{"answer": "No ra', finish="length") == [CompletionEnd("length", USAGE)]
+    assert await complete_with('{"answer": "No ra', finish="length") == [CompletionEnd("length", USAGE)]
 
 
 @pytest.mark.parametrize("text", ["No rain.", "{}", "[]", '{"tool": 3}'])
 async def test_what_is_neither_fails_as_the_models_fault(text):
     with pytest.raises(OctoError) as failed:
-        await told(text)
+        await complete_with(text)
     assert failed.value.code == "model_failed"
 
 
@@ -97,8 +97,8 @@ def test_the_calls_stand_behind_the_instructions_and_before_the_answer():
         '- {"answer": "…"}  Only for small talk, and for what none of the above can do.',
     ]
     result = ChatMessage("tool", "dry", tool_call_id="c1")
-    told = build_prompted_request(ChatRequest("default", (*asked, result), tools=(CLOCK,))).messages[0].text
-    assert told.endswith("Tells what the tool found.")
+    complete_with = build_prompted_request(ChatRequest("default", (*asked, result), tools=(CLOCK,))).messages[0].text
+    assert complete_with.endswith("Tells what the tool found.")
 
 
 @pytest.mark.parametrize("parameters", [{}, {"properties": []}, {"properties": {"a": {"enum": 3}}}, {"properties": 1}])

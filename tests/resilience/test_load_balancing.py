@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.resilience import Balancer, CallOutcome, EjectionPolicy, Instance
+from octollm.resilience import Balancer, CallOutcome, Ejection, EjectionPolicy, Instance, Recovery
 
 POLICY = EjectionPolicy()
 
@@ -38,10 +38,9 @@ def test_a_lone_instance_that_fails_is_left_alone_then_probed() -> None:
     probe = pick(found, 6)
     assert found.pick("op", 6) is None  # one at a time
     ejected = found.record_outcome(probe, "op", "failed", 0.0, 6)
-    assert ejected is not None
-    assert ejected.seconds == 10  # twice as long
+    assert ejected == Ejection(probe.url, "failing", 10, reopened=True)  # twice as long
     probe = pick(found, 16)
-    assert found.record_outcome(probe, "op", "answered", 0.01, 16) is None
+    assert found.record_outcome(probe, "op", "answered", 0.01, 16) == Recovery(probe.url)
     assert [pick(found, 16), pick(found, 16)] == [probe, probe]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from octollm.errors import OctoError
 from octollm.resilience import CallFailure, Deadline, OutageRetry, RetryBudget, RetryPolicy
 from octollm.resilience.retry import parse_timeout_ms
-from octollm.testing.clock import ManualClock
+from octollm.testing import ManualClock
 
 
 @given(

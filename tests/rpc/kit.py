@@ -24,7 +24,7 @@ IDS = Uuid7Generator(CLOCK)
 
 
 @dataclass
-class Served:
+class RunningService:
     url: str
     port: int
     base: ServiceBase
@@ -52,7 +52,7 @@ def base_for(http: HttpClient, urls: dict[str, tuple[str, ...]]) -> ServiceBase:
 @contextlib.asynccontextmanager
 async def served(
     operations: Sequence[Operation], *, max_concurrent: int = 64, retry: RetryPolicy | None = None
-) -> AsyncGenerator[Served]:
+) -> AsyncGenerator[RunningService]:
     bound = listen("127.0.0.1", 0, "svc")
     port = bound.getsockname()[1]
     url = CURRENT.url(port)
@@ -69,4 +69,4 @@ async def served(
             retry=retry or RetryPolicy(max_attempts=1),
         )
         async with service.serve(bound):
-            yield Served(url, port, base, caller, service.context.draining.set)
+            yield RunningService(url, port, base, caller, service.context.draining.set)

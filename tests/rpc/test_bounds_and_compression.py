@@ -99,10 +99,10 @@ async def test_a_large_answer_is_compressed_as_well() -> None:
 async def test_readiness_names_each_dependency_and_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octollm.rpc.health.READINESS_CHECK_SECONDS", 0.2)
 
-    async def well() -> DependencyStatus:
+    async def healthy() -> DependencyStatus:
         return DependencyStatus(ok=True)
 
-    async def hangs() -> DependencyStatus:
+    async def hang() -> DependencyStatus:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -110,7 +110,7 @@ async def test_readiness_names_each_dependency_and_how_long_it_took(monkeypatch:
     url = CURRENT.url(bound.getsockname()[1])
     async with CURRENT.client() as http:
         service = build_service(
-            base_for(http, {"svc": (url,)}), [], readiness_checks={"database": well, "redis": hangs}
+            base_for(http, {"svc": (url,)}), [], readiness_checks={"database": healthy, "redis": hang}
         )
         async with service.serve(bound), CURRENT.stock(base_url=url) as client:
             answer = await client.get("/ready", headers={"X-Request-ID": IDS.hex()})

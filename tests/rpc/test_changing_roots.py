@@ -8,16 +8,17 @@ from wires import CURRENT
 from octollm.capability import Principal, RootMinter, SigningKey
 from octollm.capability.keyring import OVERLAP_SECONDS, TRUST_SECONDS, DatedKey, KeyRing, TrustedRoots
 from octollm.clock import SystemClock
+from octollm.contracts.auth import DirectoryResponse
 from octollm.rpc import identity as identity_module
 from octollm.rpc.call import IncomingCall, Operation
 from octollm.rpc.discovery import StaticDiscovery
-from octollm.rpc.identity import DirectoryResponse, ServiceIdentity
+from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.service import build_base, build_service
 from octollm.rpc.transport import listen
-from octollm.testing.polling import wait_until
+from octollm.testing import wait_until
 
 
-class Moved(SystemClock):
+class ShiftedClock(SystemClock):
     ahead = 0.0
 
     def now(self) -> float:
@@ -26,7 +27,7 @@ class Moved(SystemClock):
 
 async def test_roots_come_and_go_while_a_service_runs(monkeypatch):
     monkeypatch.setattr(identity_module, "REFRESH_SECONDS", 0.05)
-    clock = Moved()
+    clock = ShiftedClock()
     old, new = SigningKey.generate("root"), SigningKey.generate("root")
     ring = KeyRing([DatedKey(old), DatedKey(new, clock.now())])
     minter = RootMinter(ring, clock, IDS)

@@ -13,23 +13,23 @@ from octollm.testing import wait_until
 NAME = "http://coder-arm:8102"
 
 
-class Answers:
+class FakeDns:
     """A DNS of the test's: what it answers may be changed."""
 
     def __init__(self, *addresses: str, ttl: float = 0.0) -> None:
         self.addresses = addresses
         self.ttl = ttl
-        self.asked: list[str] = []
+        self.queries: list[str] = []
 
     async def __call__(self, name: str) -> DnsRecords:
-        self.asked.append(name)
+        self.queries.append(name)
         if not self.addresses:
             raise LookupError(name)
         return DnsRecords(self.addresses, self.ttl)
 
 
 async def test_a_name_becomes_its_addresses_with_its_port():
-    answers = Answers("10.0.0.1", "10.0.0.2", "fd00::1", ttl=30)
+    answers = FakeDns("10.0.0.1", "10.0.0.2", "fd00::1", ttl=30)
     async with DnsResolver(resolve=answers) as names:
         discovery = StaticDiscovery({"coder": (NAME,)}, names)
         # Until DNS has answered, the operating system is asked.
@@ -40,11 +40,11 @@ async def test_a_name_becomes_its_addresses_with_its_port():
             "http://10.0.0.2:8102",
             "http://[fd00::1]:8102",
         )
-    assert answers.asked == ["coder-arm"]
+    assert answers.queries == ["coder-arm"]
 
 
 async def test_a_change_is_followed_when_the_records_have_run_out():
-    answers = Answers("10.0.0.1")
+    answers = FakeDns("10.0.0.1")
     async with DnsResolver(resolve=answers) as names:
         await wait_until(lambda: names.expand([NAME]) == ("http://10.0.0.1:8102",), description="the first answer")
         answers.addresses = ("10.0.0.9",)
@@ -54,12 +54,12 @@ async def test_a_change_is_followed_when_the_records_have_run_out():
 
 
 async def test_the_last_addresses_stay_when_dns_is_away():
-    answers = Answers("10.0.0.1")
+    answers = FakeDns("10.0.0.1")
     async with DnsResolver(resolve=answers) as names:
         await wait_until(lambda: names.expand([NAME]) != (NAME,), description="the first answer")
         answers.addresses = ()
-        asked = len(answers.asked)
-        await wait_until(lambda: len(answers.asked) > asked, description="DNS was asked again", timeout=5)
+        queries = len(answers.queries)
+        await wait_until(lambda: len(answers.queries) > queries, description="DNS was asked again", timeout=5)
         assert names.expand([NAME]) == ("http://10.0.0.1:8102",)
 
 

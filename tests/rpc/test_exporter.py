@@ -22,11 +22,11 @@ from octollm.testing import wait_until
 from octollm.testing.harness import start_harness
 
 
-class Taker:
+class BatchSink:
     """Takes batches, or refuses them with ``error``; ``lines`` is what the log says."""
 
     def __init__(self) -> None:
-        self.taken: list[int] = []
+        self.batches: list[int] = []
         self.tries = 0
         self.error: OctoError | None = None
         self.gate: asyncio.Event | None = None
@@ -43,7 +43,7 @@ class Taker:
             await self.gate.wait()
         if self.error is not None:
             raise self.error
-        self.taken += batch
+        self.batches += batch
 
     def exporter(self, buffer: ExportBuffer[int]) -> BatchExporter[int]:
         return BatchExporter(buffer, self.send, name="monitor", log=Recorder(self.lines), metrics=self.metrics)  # type: ignore[arg-type]
@@ -53,32 +53,32 @@ class Taker:
 
 
 @pytest.fixture
-def taker(monkeypatch: pytest.MonkeyPatch) -> Taker:
+def sink(monkeypatch: pytest.MonkeyPatch) -> BatchSink:
     monkeypatch.setattr(exporting, "EXPORT_SECONDS", 0.01)
     monkeypatch.setattr(exporting, "LONGEST_PAUSE", 0.02)
-    return Taker()
+    return BatchSink()
 
 
-async def test_what_waits_is_sent_in_order_and_leaves_no_trace_of_its_own(taker: Taker) -> None:
+async def test_what_waits_is_sent_in_order_and_leaves_no_trace_of_its_own(sink: BatchSink) -> None:
     buffer: ExportBuffer[int] = ExportBuffer(2000)
-    async with taker.exporter(buffer).run():
+    async with sink.exporter(buffer).run():
         for number in range(1200):
             buffer.put(number)
-        await wait_until(lambda: len(taker.taken) == 1200, description="all were sent")
-    assert taker.taken == list(range(1200))
-    assert taker.tries == 3
-    assert taker.sampled == {False}
-    assert taker.count("exported") == 1200
+        await wait_until(lambda: len(sink.batches) == 1200, description="all were sent")
+    assert sink.batches == list(range(1200))
+    assert sink.tries == 3
+    assert sink.sampled == {False}
+    assert sink.count("exported") == 1200
 
 
-async def test_while_nobody_takes_it_the_newest_are_kept_and_it_is_told_once(taker: Taker) -> None:
+async def test_while_nobody_takes_it_the_newest_are_kept_and_it_is_told_once(sink: BatchSink) -> None:
     buffer: ExportBuffer[int] = ExportBuffer(10)
-    exporter = taker.exporter(buffer)
-    taker.error = OctoError("monitor could not be reached.", code="connect_failed")
+    exporter = sink.exporter(buffer)
+    sink.error = OctoError("monitor could not be reached.", code="connect_failed")
     async with exporter.run():
         for number in range(4):
             buffer.put(number)
-        await wait_until(lambda: taker.tries > 3, description="it was tried again")
+        await wait_until(lambda: sink.tries > 3, description="it was tried again")
         state = await exporter.check_readiness()
         assert (state.ok, state.required, state.detail) == (
             False,
@@ -87,48 +87,48 @@ async def test_while_nobody_takes_it_the_newest_are_kept_and_it_is_told_once(tak
         )
         for number in range(4, 25):
             buffer.put(number)
-        taker.error = None
+        sink.error = None
         await wait_until(lambda: len(buffer) == 0, description="it was taken")
         await wait_until(lambda: not exporter.failure, description="it is told that all is well")
-    assert taker.taken == list(range(15, 25))
-    assert taker.count("dropped") == 15
-    assert taker.lines == ["loop.failing", "loop.recovered"]
+    assert sink.batches == list(range(15, 25))
+    assert sink.count("dropped") == 15
+    assert sink.lines == ["loop.failing", "loop.recovered"]
 
 
-async def test_a_batch_that_is_refused_for_good_does_not_stop_the_next(taker: Taker) -> None:
+async def test_a_batch_that_is_refused_for_good_does_not_stop_the_next(sink: BatchSink) -> None:
     buffer: ExportBuffer[int] = ExportBuffer(10)
-    taker.error = OctoError("It does not fit.", code="invalid_body")
-    async with taker.exporter(buffer).run():
+    sink.error = OctoError("It does not fit.", code="invalid_body")
+    async with sink.exporter(buffer).run():
         buffer.put(1)
-        await wait_until(lambda: taker.tries == 1, description="it was tried")
-        taker.error = None
+        await wait_until(lambda: sink.tries == 1, description="it was tried")
+        sink.error = None
         buffer.put(2)
-        await wait_until(lambda: taker.taken == [2], description="the next was taken")
-    assert taker.count("dropped") == 1
+        await wait_until(lambda: sink.batches == [2], description="the next was taken")
+    assert sink.count("dropped") == 1
 
 
-async def test_the_last_are_sent_when_the_service_ends(taker: Taker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_last_are_sent_when_the_service_ends(sink: BatchSink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "EXPORT_SECONDS", 60)
     buffer: ExportBuffer[int] = ExportBuffer(10)
-    async with taker.exporter(buffer).run():
+    async with sink.exporter(buffer).run():
         buffer.put(1)
-    assert taker.taken == [1]
+    assert sink.batches == [1]
 
 
-async def test_ending_waits_for_nobody_for_long(taker: Taker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ending_waits_for_nobody_for_long(sink: BatchSink, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "FLUSH_SECONDS", 0.05)
     buffer: ExportBuffer[int] = ExportBuffer(10)
-    taker.gate = asyncio.Event()
-    async with asyncio.timeout(5), taker.exporter(buffer).run():
+    sink.gate = asyncio.Event()
+    async with asyncio.timeout(5), sink.exporter(buffer).run():
         buffer.put(1)
-        await wait_until(lambda: taker.tries == 1, description="it is being sent")
-    assert (taker.taken, len(buffer)) == ([], 1)
-    assert taker.lines == ["spans.lost"]
+        await wait_until(lambda: sink.tries == 1, description="it is being sent")
+    assert (sink.batches, len(buffer)) == ([], 1)
+    assert sink.lines == ["spans.lost"]
 
 
-async def test_an_error_of_our_own_ends_the_export_and_is_told(taker: Taker) -> None:
+async def test_an_error_of_our_own_ends_the_export_and_is_told(sink: BatchSink) -> None:
     buffer: ExportBuffer[int] = ExportBuffer(10)
-    exporter = taker.exporter(buffer)
+    exporter = sink.exporter(buffer)
 
     async def broken(_batch: list[int]) -> None:
         raise ZeroDivisionError
@@ -140,7 +140,7 @@ async def test_an_error_of_our_own_ends_the_export_and_is_told(taker: Taker) -> 
             await wait_until(lambda: exporter.failure, description="it is told")
             buffer.take(1)
     assert "stopped: ZeroDivisionError" in exporter.failure
-    assert taker.lines == ["loop.crashed"]
+    assert sink.lines == ["loop.crashed"]
 
 
 class Recorder:
@@ -190,16 +190,16 @@ async def collector(seen: list[Any], answers: list[int]) -> AsyncGenerator[str]:
         yield svc.url
 
 
-async def test_a_collector_outside_gets_every_span_with_its_headers(taker: Taker) -> None:
-    del taker
+async def test_a_collector_outside_gets_every_span_with_its_headers(sink: BatchSink) -> None:
+    del sink
     seen: list[Any] = []
     span = Span("coder", "execute", "server", TraceContext("a" * 32, "b" * 16), "", 1, 2)
-    async with collector(seen, [503, 200]) as url, start_harness() as house:
+    async with collector(seen, [503, 200]) as url, start_harness() as harness:
         environment = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": url,
             "OTEL_EXPORTER_OTLP_HEADERS": "X-Scope=team-1, Authorization=Basic abc=",
         }
-        async with run_span_export(house.base("monitor"), read_settings(environment, ())) as outside:
+        async with run_span_export(harness.base("monitor"), read_settings(environment, ())) as outside:
             assert outside is not None
             outside.buffer.put(span)
             await wait_until(lambda: len(seen) == 2, description="the batch was sent again")

@@ -18,23 +18,23 @@ from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.tls import TlsConfig
 from octollm.rpc.transport import PLAINTEXT, TransportConfig, listen, serve_app
 from octollm.telemetry import Metrics, get_logger
-from octollm.testing.clock import ManualClock
+from octollm.testing import ManualClock
 from octollm.testing.fake_model import ScriptedModel
 
 CLOCK = SystemClock()
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
-def outside(clock: SystemClock = CLOCK, **options: object) -> ExternalClient:
+def external_client(clock: SystemClock = CLOCK, **options: object) -> ExternalClient:
     quick = {"retry": RetryPolicy(base_delay=0.0), **options}
     return ExternalClient(
-        "models", "them at example.org", clock=clock, metrics=Metrics("m"), log=get_logger("m"), **quick
+        "models", "provider at example.org", clock=clock, metrics=Metrics("m"), log=get_logger("m"), **quick
     )  # type: ignore[arg-type]
 
 
 @dataclass
-class Them:
-    """One that is called outside: fails as it is told, then answers."""
+class FlakyServer:
+    """An external server: fails with each of ``failures``, then answers."""
 
     failures: list[OctoError] = field(default_factory=list[OctoError])
     called: int = 0
@@ -46,92 +46,102 @@ class Them:
         return "answer"
 
 
-def away(after: float | None = None) -> OctoError:
-    return OctoError("them at example.org: no connection.", code="model_failed", retry_after=after)
+def connection_failure(after: float | None = None) -> OctoError:
+    return OctoError("provider at example.org: no connection.", code="model_failed", retry_after=after)
 
 
-def no(code: str = "model_failed") -> RemoteError:
-    return RemoteError("them: the key was refused.", code=code, status=503, retryable=False)
+def refusal(code: str = "model_failed") -> RemoteError:
+    return RemoteError("provider: the key was refused.", code=code, status=503, retryable=False)
 
 
 async def call(
-    them: Them, way: ExternalClient, *, seconds: float = 10, repeats: bool = True, clock: SystemClock = CLOCK
+    server: FlakyServer,
+    client: ExternalClient,
+    *,
+    seconds: float = 10,
+    repeats: bool = True,
+    clock: SystemClock = CLOCK,
 ):
-    return await way.call("chat", them, Deadline.after(clock, seconds), is_repeatable=lambda: repeats)
+    return await client.call("chat", server, Deadline.after(clock, seconds), is_repeatable=lambda: repeats)
 
 
 async def test_what_may_pass_is_tried_again() -> None:
-    them = Them([away(), away()])
-    assert await call(them, outside()) == "answer"
-    assert them.called == 3
+    server = FlakyServer([connection_failure(), connection_failure()])
+    assert await call(server, external_client()) == "answer"
+    assert server.called == 3
 
 
 @pytest.mark.parametrize(
     ("failures", "repeats", "called"),
-    [([away()] * 9, True, 3), ([no()], True, 1), ([away()], False, 1), ([away(60.0)], True, 1)],
+    [
+        ([connection_failure()] * 9, True, 3),
+        ([refusal()], True, 1),
+        ([connection_failure()], False, 1),
+        ([connection_failure(60.0)], True, 1),
+    ],
     ids=["three times", "what it refuses", "what was begun", "not past the deadline"],
 )
 async def test_and_given_up_with_what_was_tried(failures: list[OctoError], repeats: bool, called: int) -> None:
-    them = Them(list(failures))
+    server = FlakyServer(list(failures))
     with pytest.raises(OctoError) as caught:
-        await call(them, outside(), repeats=repeats)
-    assert them.called == called
+        await call(server, external_client(), repeats=repeats)
+    assert server.called == called
     tried = caught.value.call_attempts
     assert tried is not None
-    assert (tried.service, tried.attempts) == ("them at example.org", called)
+    assert (tried.service, tried.attempts) == ("provider at example.org", called)
 
 
 async def test_an_outage_is_not_multiplied() -> None:
-    way = outside(ejection=EjectionPolicy(consecutive_failures=10_000))
-    them = Them([away() for _ in range(1000)])
+    client = external_client(ejection=EjectionPolicy(consecutive_failures=10_000))
+    server = FlakyServer([connection_failure() for _ in range(1000)])
     for _ in range(500):
         with contextlib.suppress(OctoError):
-            await call(them, way)
-    assert them.called <= 500 * 1.2 + 10
+            await call(server, client)
+    assert server.called <= 500 * 1.2 + 10
 
 
 async def test_after_failures_in_a_row_it_is_left_alone_and_probed() -> None:
     clock = ManualClock()
-    way = outside(clock)
-    them = Them([away() for _ in range(6)])
+    client = external_client(clock)
+    server = FlakyServer([connection_failure() for _ in range(6)])
     for _ in range(2):
         with pytest.raises(OctoError):
-            await call(them, way, clock=clock)
-    assert them.called == 5
+            await call(server, client, clock=clock)
+    assert server.called == 5
     with pytest.raises(OctoError) as refused:
-        await call(them, way, clock=clock)
-    assert them.called == 5
+        await call(server, client, clock=clock)
+    assert server.called == 5
     assert refused.value.code == "unavailable"
-    assert "them at example.org" in refused.value.detail
+    assert "provider at example.org" in refused.value.detail
     assert refused.value.retry_after is not None
     clock.time += 6
     with pytest.raises(OctoError):
-        await call(them, way, clock=clock, repeats=False)
-    assert them.called == 6  # the probe, which failed
+        await call(server, client, clock=clock, repeats=False)
+    assert server.called == 6  # the probe, which failed
     clock.time += 5
     with pytest.raises(OctoError, match="next try"):
-        await call(them, way, clock=clock)
+        await call(server, client, clock=clock)
     clock.time += 6
-    assert await call(them, way, clock=clock) == "answer"
+    assert await call(server, client, clock=clock) == "answer"
 
 
 async def test_who_refuses_or_asks_for_patience_is_well() -> None:
-    way = outside()
-    for failure in [no(), away(60.0)] * 10:
+    client = external_client()
+    for failure in [refusal(), connection_failure(60.0)] * 10:
         with pytest.raises(OctoError):
-            await call(Them([failure]), way)
-    assert await call(Them(), way) == "answer"
+            await call(FlakyServer([failure]), client)
+    assert await call(FlakyServer(), client) == "answer"
 
 
 async def test_no_time_left_is_no_call() -> None:
-    them = Them()
+    server = FlakyServer()
     with pytest.raises(OctoError) as caught:
-        await call(them, outside(), seconds=0)
-    assert (caught.value.code, them.called) == ("deadline_exceeded", 0)
+        await call(server, external_client(), seconds=0)
+    assert (caught.value.code, server.called) == ("deadline_exceeded", 0)
 
 
 async def test_leaving_is_nobodys_failure() -> None:
-    way = outside()
+    client = external_client()
 
     async def hang() -> str:
         await asyncio.Event().wait()
@@ -140,8 +150,8 @@ async def test_leaving_is_nobodys_failure() -> None:
     for _ in range(10):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(0.001):
-                await way.call("chat", hang, Deadline.after(CLOCK, 10), is_repeatable=lambda: True)
-    assert await call(Them(), way) == "answer"
+                await client.call("chat", hang, Deadline.after(CLOCK, 10), is_repeatable=lambda: True)
+    assert await call(FlakyServer(), client) == "answer"
 
 
 @dataclass
@@ -193,7 +203,7 @@ async def provider(wire: TransportConfig = PLAINTEXT) -> AsyncIterator[str]:
         yield f"{wire.scheme}://127.0.0.1:{bound.getsockname()[1]}"
 
 
-async def said(url: str) -> str:
+async def read_answer(url: str) -> str:
     model = OpenAICompatibleModel("scripted", base_url=url + "/v1")
     request = ChatRequest("scripted", (ChatMessage("user", "hi"),))
     try:
@@ -207,13 +217,13 @@ async def test_providers_are_called_through_the_proxy_of_the_environment(
 ) -> None:
     async with provider() as url:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        assert await said(url) == "Hello."
+        assert await read_answer(url) == "Hello."
         assert proxy.asked == [f"POST {url}/v1/chat/completions"]
         async with create_external_http_client(read_timeout=5) as http:
             assert (await http.send("GET", url + "/v1/models", {}, None, seconds=5)).status == 200
         assert proxy.asked[1:] == [f"GET {url}/v1/models"]
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        assert await said(url) == "Hello."
+        assert await read_answer(url) == "Hello."
         assert len(proxy.asked) == 2
 
 
@@ -222,12 +232,12 @@ async def test_and_with_the_authorities_of_the_environment(proxy: Proxy, monkeyp
     wire = TransportConfig(TlsConfig(files.certificate, files.key))
     async with provider(wire) as url:
         with pytest.raises(OctoError) as caught:
-            await said(url)
+            await read_answer(url)
         assert caught.value.code == "model_failed"
         assert url in caught.value.detail
         monkeypatch.setenv("SSL_CERT_FILE", str(files.ca))
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        assert await said(url) == "Hello."
+        assert await read_answer(url) == "Hello."
     assert proxy.asked == [f"CONNECT {url.removeprefix('https://')}"]
 
 

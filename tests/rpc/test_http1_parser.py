@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from http1_kit import REFUSED_ON_PURPOSE, Reading, check_alike, read_h11, read_ours
+from http1_kit import REFUSED_ON_PURPOSE, ParsedBytes, check_alike, read_h11, read_ours
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -82,7 +82,7 @@ def test_wrong_requests_are_refused_however_they_are_cut(name: str) -> None:
     check_alike(data)
 
 
-def around(edge: int, size: int) -> list[int]:
+def boundaries(edge: int, size: int) -> list[int]:
     return [cut for cut in (1, 20, *range(edge - 6, edge + 6), size - 3, size - 1) if 0 < cut < size]
 
 
@@ -94,7 +94,7 @@ def test_the_bound_of_headers_does_not_depend_on_the_cut(size: int) -> None:
     whole = read_ours([data])
     assert whole.error == ("header_too_large" if size > 0 else "")
     assert len(whole.requests) == (size <= 0)
-    for cut in around(len(line) + MAX_HEADER_BYTES, len(data)):
+    for cut in boundaries(len(line) + MAX_HEADER_BYTES, len(data)):
         assert read_ours([data[:cut], data[cut:]]) == whole
 
 
@@ -104,7 +104,7 @@ def test_the_bound_of_urls_does_not_depend_on_the_cut(size: int) -> None:
         data = head + b"GET /" + b"x" * (MAX_URL_BYTES - 1 + size) + b" HTTP/1.1\r\nHost: a\r\n\r\n"
         whole = read_ours([data])
         assert whole.error == ("url_too_long" if size > 0 else "")
-        for cut in around(MAX_URL_BYTES + 64, len(data)):
+        for cut in boundaries(MAX_URL_BYTES + 64, len(data)):
             assert read_ours([data[:cut], data[cut:]]) == whole
 
 
@@ -228,4 +228,4 @@ def test_each_named_exception_is_one(data: bytes, reason: int) -> None:
 
 def test_empty_lines_before_a_request_are_ignored() -> None:
     assert read_ours([b"\r\n\r\n" + GET]) == read_ours([GET])
-    assert read_h11(b"\r\n" + GET) == Reading((), "malformed_request")
+    assert read_h11(b"\r\n" + GET) == ParsedBytes((), "malformed_request")

@@ -214,17 +214,17 @@ async def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request() -
         assert server.connections == 2
 
 
-async def _silent(writer: asyncio.StreamWriter) -> None:
+async def _read_only(writer: asyncio.StreamWriter) -> None:
     del writer
     await asyncio.sleep(30)
 
 
-async def _hangs(writer: asyncio.StreamWriter) -> None:
+async def _hang(writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf")
     await asyncio.sleep(30)
 
 
-@pytest.mark.parametrize("says", [_silent, _hangs])
+@pytest.mark.parametrize("says", [_read_only, _hang])
 async def test_the_deadline_holds_whatever_the_peer_does(http: HttpClient, says: Says) -> None:
     async with peer(says) as server:
         with pytest.raises(OctoError) as caught:
@@ -232,7 +232,7 @@ async def test_the_deadline_holds_whatever_the_peer_does(http: HttpClient, says:
         assert caught.value.code == "deadline_exceeded"
 
 
-@pytest.mark.parametrize("says", [_silent, _hangs])
+@pytest.mark.parametrize("says", [_read_only, _hang])
 async def test_a_peer_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch, says: Says) -> None:
     monkeypatch.setattr(http1_connection, "READ_SECONDS", 0.2)
     async with peer(says) as server, Http1Client() as client:
@@ -252,7 +252,7 @@ async def test_a_peer_that_takes_no_bytes_is_given_up(monkeypatch: pytest.Monkey
 
 
 async def test_a_cancelled_call_closes_its_connection(http: HttpClient) -> None:
-    async with peer(_silent) as server:
+    async with peer(_read_only) as server:
         call = asyncio.ensure_future(get(http, server.url))
         await wait_until(lambda: server.heads, description="the request is there")
         call.cancel()
@@ -317,7 +317,7 @@ async def test_a_slow_reader_slows_the_peer() -> None:
 async def test_a_pool_that_is_exhausted_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_client, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(http_client, "POOL_SECONDS", 0.2)
-    async with peer(_silent) as server, Http1Client() as client:
+    async with peer(_read_only) as server, Http1Client() as client:
         calls = [asyncio.ensure_future(get(client, server.url, seconds=20)) for _ in range(2)]
         await wait_until(lambda: len(server.heads) == 2, description="two calls are under way")
         with pytest.raises(TransportError) as caught:

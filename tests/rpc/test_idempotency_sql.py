@@ -19,7 +19,7 @@ from octollm.rpc.idempotency import (
     MAX_STORED_BYTES,
     RETENTION_SECONDS,
     AlreadyCompleted,
-    Claimed,
+    HeldClaim,
     IdempotencyKey,
     IdempotentHandler,
     InFlight,
@@ -85,13 +85,13 @@ async def claim(
 async def claimed_epoch(store: SqlIdempotencyStore, key: IdempotencyKey = KEY) -> int:
     """Claim a free key and return the epoch of the claim."""
     outcome = await claim(store, key)
-    assert isinstance(outcome, Claimed)
+    assert isinstance(outcome, HeldClaim)
     return outcome.epoch
 
 
 async def test_a_key_is_claimed_once_and_its_answer_is_kept(store: SqlIdempotencyStore) -> None:
     found = await asyncio.gather(*(claim(store) for _ in range(20)))
-    [epoch] = [outcome.epoch for outcome in found if isinstance(outcome, Claimed)]
+    [epoch] = [outcome.epoch for outcome in found if isinstance(outcome, HeldClaim)]
     assert found.count(InFlight()) == 19
     await store.complete(KEY, epoch, StoredResponse(200, b"answer", {"etag": "1"}))
     assert await claim(store) == AlreadyCompleted(StoredResponse(200, b"answer", {"etag": "1"}))
@@ -104,7 +104,7 @@ async def test_one_of_many_claimers_in_two_processes_wins_each_time(postgres: Ba
     lines = (
         "import asyncio, sys",
         "from octollm.clock import SystemClock",
-        "from octollm.rpc.idempotency import Claimed, IdempotencyKey",
+        "from octollm.rpc.idempotency import HeldClaim, IdempotencyKey",
         "from octollm.rpc.idempotency_sql import SqlIdempotencyStore",
         "from octollm.storage import open_database",
         "async def main():",
@@ -114,7 +114,7 @@ async def test_one_of_many_claimers_in_two_processes_wins_each_time(postgres: Ba
         "        await asyncio.to_thread(sys.stdin.readline)",
         "        keys = [IdempotencyKey('t', 'u', 'coder', 'execute', str(n % 10)) for n in range(100)]",
         "        found = await asyncio.gather(*(store.claim(k, 'b', idempotent=True, bearer='') for k in keys))",
-        "        print(sum(isinstance(outcome, Claimed) for outcome in found))",
+        "        print(sum(isinstance(outcome, HeldClaim) for outcome in found))",
         "asyncio.run(main())",
     )
     processes = [
@@ -146,6 +146,15 @@ async def test_a_released_key_may_be_claimed_again(store: SqlIdempotencyStore) -
     assert await claimed_epoch(store)
 
 
+async def test_a_claim_of_a_dead_holder_does_not_outlive_a_clock_that_was_set_back(
+    store: SqlIdempotencyStore, db: Database
+) -> None:
+    epoch = await claimed_epoch(store)
+    async with db.transaction() as tx:
+        await tx.execute(update(table).values(lease_until=table.c.lease_until + 3600))
+    assert await claim(store) == HeldClaim(epoch + 1)
+
+
 async def test_a_key_that_is_claimed_anew_never_gets_the_epoch_of_a_lost_claim(
     store: SqlIdempotencyStore, db: Database
 ) -> None:
@@ -170,7 +179,7 @@ async def pass_clock_tick() -> None:
 
 @pytest.mark.postgres
 @pytest.mark.parametrize(("idempotent", "setting"), [(True, "off"), (False, "on")])
-async def test_only_the_claim_of_an_at_most_once_call_waits_for_the_disk(
+async def test_only_the_commits_of_an_at_most_once_call_wait_for_the_disk(
     postgres: Backend, idempotent: bool, setting: str
 ) -> None:
     async with open_database(postgres.url("octollm_orchestrator"), clock=SystemClock()) as db:
@@ -183,9 +192,9 @@ async def test_only_the_claim_of_an_at_most_once_call_waits_for_the_disk(
             pool.fetch = partial(_record_fetch, pool.fetch, recorded, str(value))  # type: ignore[method-assign]
         store = SqlIdempotencyStore(db, "holder")
         outcome = await claim(store, repeatable=idempotent)
-        assert isinstance(outcome, Claimed)
-        await store.complete(KEY, outcome.epoch, StoredResponse(200, b"x"))
-        assert recorded == [setting, "on"]
+        assert isinstance(outcome, HeldClaim)
+        await store.complete(KEY, outcome.epoch, StoredResponse(200, b"x"), idempotent=idempotent)
+        assert recorded == [setting, setting]
 
 
 async def _record_fetch(
@@ -202,11 +211,11 @@ async def test_a_claim_for_an_older_run_of_a_task_is_refused(store: SqlIdempoten
         NewClaim(msgspec.structs.replace(KEY, key=f"k{epoch}"), "b", True, "task-1", epoch) for epoch in (6, 7, 8, None)
     ]
     outcomes = await store.claim_many(held)
-    assert [type(outcome) for outcome in outcomes] == [OctoError, Claimed, Claimed, Claimed]
+    assert [type(outcome) for outcome in outcomes] == [OctoError, HeldClaim, HeldClaim, HeldClaim]
     assert isinstance(outcomes[0], OctoError)
     assert outcomes[0].code == "fence_lost"
     # The stale claim left nothing: the present run may use the key.
-    assert isinstance((await store.claim_many([msgspec.structs.replace(held[0], epoch=7)]))[0], Claimed)
+    assert isinstance((await store.claim_many([msgspec.structs.replace(held[0], epoch=7)]))[0], HeldClaim)
     # A stale run learns nothing of a key that is claimed, either.
     [again] = await store.claim_many([msgspec.structs.replace(held[1], epoch=6)])
     assert isinstance(again, OctoError)
@@ -223,7 +232,7 @@ async def test_a_dead_holders_repeatable_call_is_done_again_and_its_answer_is_re
     await pass_time(db, LEASE_SECONDS - 2)
     assert await claim(store) == InFlight()
     await pass_time(db, LEASE_SECONDS)
-    assert await claim(store) == Claimed(epoch + 1)
+    assert await claim(store) == HeldClaim(epoch + 1)
     await store.complete(KEY, epoch, StoredResponse(200, b"from the dead"))
     assert await claim(store) == InFlight()
     await store.complete(KEY, epoch + 1, StoredResponse(200, b"right"))

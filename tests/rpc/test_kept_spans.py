@@ -15,33 +15,33 @@ from octollm.telemetry import ExportBuffer, Span, Tracer
 from octollm.telemetry import spans as spans_module
 
 
-class Nothing(msgspec.Struct):
+class NoContent(msgspec.Struct):
     pass
 
 
-async def well(_call: IncomingCall, _body: Nothing) -> Nothing:
-    return Nothing()
+async def succeed(_call: IncomingCall, _body: NoContent) -> NoContent:
+    return NoContent()
 
 
-async def refused(_call: IncomingCall, _body: Nothing) -> Nothing:
+async def refused(_call: IncomingCall, _body: NoContent) -> NoContent:
     raise OctoError("No such file.", code="file_not_found")
 
 
-async def away(_call: IncomingCall, _body: Nothing) -> Nothing:
+async def unavailable(_call: IncomingCall, _body: NoContent) -> NoContent:
     raise OctoError("The database does not answer.", code="unavailable")
 
 
-async def slow(_call: IncomingCall, _body: Nothing) -> Nothing:
+async def slow(_call: IncomingCall, _body: NoContent) -> NoContent:
     await asyncio.sleep(0.06)
-    return Nothing()
+    return NoContent()
 
 
 def operation(handler: object, name: str = "work") -> Operation:
-    return Operation(name, "POST", "/work", handler, auth="public", body=Nothing, response=Nothing)  # type: ignore[arg-type]
+    return Operation(name, "POST", "/work", handler, auth="public", body=NoContent, response=NoContent)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("handler", "kept"), [(well, []), (refused, []), (away, ["client", "server"]), (slow, ["server"])]
+    ("handler", "kept"), [(succeed, []), (refused, []), (unavailable, ["client", "server"]), (slow, ["server"])]
 )
 async def test_of_a_trace_that_is_not_sampled_failures_and_slow_calls_are_kept(monkeypatch, handler, kept):
     # A second would be a second of waiting.
@@ -51,7 +51,7 @@ async def test_of_a_trace_that_is_not_sampled_failures_and_slow_calls_are_kept(m
         svc.caller._tracer = Tracer("tester", CLOCK, buffer)
         set_context(RequestContext("tester", trace=start_trace(sampled=False)))
         try:
-            await svc.caller.call(svc.out(operation(handler)), Nothing)
+            await svc.caller.call(svc.out(operation(handler)), NoContent)
         except RemoteError as error:
             assert error.code in ("file_not_found", "unavailable")
         found = sorted(buffer.take(9), key=lambda span: span.kind)
@@ -68,11 +68,11 @@ async def test_of_a_trace_that_is_not_sampled_failures_and_slow_calls_are_kept(m
 
 
 async def test_what_comes_every_few_seconds_is_never_kept():
-    async with served([operation(away, "traces.receive")]) as svc:
+    async with served([operation(unavailable, "traces.receive")]) as svc:
         svc.caller._tracer = Tracer("tester", CLOCK, svc.base.spans)
         set_context(RequestContext("tester", trace=start_trace(sampled=False)))
         with pytest.raises(RemoteError):
-            await svc.caller.call(svc.out(operation(away, "traces.receive")), Nothing)
+            await svc.caller.call(svc.out(operation(unavailable, "traces.receive")), NoContent)
         assert len(svc.base.spans) == 0
 
 

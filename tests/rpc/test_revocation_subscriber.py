@@ -25,12 +25,12 @@ from octollm.rpc.http_client import HttpClient
 from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.service import ServiceBase, build_base, build_service
 from octollm.rpc.transport import listen
-from octollm.testing.polling import wait_until
+from octollm.testing import wait_until
 
 ALICE = Principal("alice", "key-1", "acme")
 
 
-class Late(SystemClock):
+class ShiftedClock(SystemClock):
     """A clock that a test puts forward."""
 
     ahead = 0.0
@@ -40,15 +40,15 @@ class Late(SystemClock):
 
 
 @dataclass
-class Told:
-    """What the orchestrator of a test tells, line by line; it ends the streams that are open when it is told to."""
+class RevocationFeed:
+    """The revocations that a test's orchestrator streams, line by line; ``cut`` ends the open streams."""
 
     lines: list[bytes] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     streams: int = 0
     cut: bool = False
 
-    def say(self, *views: RevocationView, whole: bool = False, floor: float | None = None) -> None:
+    def publish(self, *views: RevocationView, whole: bool = False, floor: float | None = None) -> None:
         self.lines.append(msgspec.json.encode(RevocationUpdate(views, floor, whole)) + b"\n")
         self.news.set()
 
@@ -70,10 +70,10 @@ class Told:
 
 
 @dataclass
-class House:
+class SubscriberKit:
     http: HttpClient
-    told: Told
-    clock: Late
+    feed: RevocationFeed
+    clock: ShiftedClock
     base: ServiceBase
     url: str
     minter: RootMinter
@@ -90,7 +90,7 @@ class House:
         answer = await self.http.send("GET", self.url + "/ready", {}, None, seconds=10)
         return answer.status, msgspec.json.decode(answer.body, type=Readiness)
 
-    async def heard(self) -> None:
+    async def wait_until_known(self) -> None:
         async def ok() -> bool:
             return (await self.ready())[1].dependencies["revocations"].ok
 
@@ -102,7 +102,7 @@ async def nothing(_call: IncomingCall, _body: object) -> dict[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def orchestrator(http: HttpClient, told: Told, port: int = 0) -> AsyncGenerator[int]:
+async def orchestrator(http: HttpClient, feed: RevocationFeed, port: int = 0) -> AsyncGenerator[int]:
     key = SigningKey.generate("orchestrator")
     clock = SystemClock()
     base = build_base(
@@ -113,18 +113,18 @@ async def orchestrator(http: HttpClient, told: Told, port: int = 0) -> AsyncGene
         follow_revocations=False,
     )
     operation = Operation(
-        "revocations", "GET", "/revocations", told.follow, auth="public", raw=True, limited=False, timeout=3600
+        "revocations", "GET", "/revocations", feed.follow, auth="public", raw=True, limited=False, timeout=3600
     )
     bound = listen("127.0.0.1", port, "orchestrator")
     async with build_service(base, [operation]).serve(bound, shutdown_grace=0.1):
         yield bound.getsockname()[1]
-        told.cut = True
-    told.cut = False
+        feed.cut = True
+    feed.cut = False
 
 
 @contextlib.asynccontextmanager
-async def house(told: Told, orchestrator_port: int, http: HttpClient) -> AsyncGenerator[House]:
-    root, clock = SigningKey.generate("root"), Late()
+async def kit(feed: RevocationFeed, orchestrator_port: int, http: HttpClient) -> AsyncGenerator[SubscriberKit]:
+    root, clock = SigningKey.generate("root"), ShiftedClock()
     bound = listen("127.0.0.1", 0, "svc")
     url = CURRENT.url(bound.getsockname()[1])
     urls = {"orchestrator": (CURRENT.url(orchestrator_port),), "svc": (url,)}
@@ -136,46 +136,46 @@ async def house(told: Told, orchestrator_port: int, http: HttpClient) -> AsyncGe
         Operation("pay", "POST", "/pay", nothing, scope="svc:work", kind="at_most_once"),
     ]
     async with build_service(base, operations).serve(bound, shutdown_grace=0.1):
-        yield House(http, told, clock, base, url, RootMinter(root, clock, IDS))
+        yield SubscriberKit(http, feed, clock, base, url, RootMinter(root, clock, IDS))
 
 
 @pytest.fixture
-async def told() -> Told:
-    return Told()
+async def feed() -> RevocationFeed:
+    return RevocationFeed()
 
 
-async def test_nothing_is_done_before_all_that_is_revoked_is_known(told: Told) -> None:
-    async with CURRENT.client() as http, orchestrator(http, told) as port, house(told, port, http) as svc:
+async def test_nothing_is_done_before_all_that_is_revoked_is_known(feed: RevocationFeed) -> None:
+    async with CURRENT.client() as http, orchestrator(http, feed) as port, kit(feed, port, http) as svc:
         token = svc.token(task=None)
         assert await svc.call("/look", token) == (503, "revocations_unknown")
         status, ready = await svc.ready()
         assert (status, ready.status) == (503, "not ready")
-        told.say(RevocationView("sub", "mallory", 1.0, "acme"))
+        feed.publish(RevocationView("sub", "mallory", 1.0, "acme"))
         await wait_until(lambda: len(svc.base.revocations.revocations) == 1, description="a first line came")  # type: ignore[union-attr]
         assert await svc.call("/look", token) == (503, "revocations_unknown"), "the rest may name this one"
-        told.say(whole=True)
-        await svc.heard()
+        feed.publish(whole=True)
+        await svc.wait_until_known()
         for path in ("/look", "/work", "/pay"):
             assert await svc.call(path, token) == (200, "")
         assert (await svc.ready())[0] == 200
 
 
-async def test_what_is_revoked_is_refused_as_soon_as_it_is_told(told: Told) -> None:
-    told.say(whole=True)
-    async with CURRENT.client() as http, orchestrator(http, told) as port, house(told, port, http) as svc:
-        await svc.heard()
+async def test_what_is_revoked_is_refused_as_soon_as_it_is_told(feed: RevocationFeed) -> None:
+    feed.publish(whole=True)
+    async with CURRENT.client() as http, orchestrator(http, feed) as port, kit(feed, port, http) as svc:
+        await svc.wait_until_known()
         token, other = svc.token(), svc.token()
         assert await svc.call("/look", token) == (200, "")
         jti = svc.base.identity.verifier().verify(token).links[0].jti
-        told.say(RevocationView("jti", jti, svc.clock.now(), "globex"))
-        told.say(RevocationView("jti", jti, svc.clock.now(), "acme"))
+        feed.publish(RevocationView("jti", jti, svc.clock.now(), "globex"))
+        feed.publish(RevocationView("jti", jti, svc.clock.now(), "acme"))
 
         async def refused() -> bool:
             return await svc.call("/look", token) == (401, "token_revoked")
 
         await wait_until(refused, description="the token is refused", timeout=1)
         assert await svc.call("/look", other) == (200, "")
-        told.say(floor=svc.clock.now() + 1)
+        feed.publish(floor=svc.clock.now() + 1)
 
         async def all_refused() -> bool:
             return await svc.call("/look", other) == (401, "token_revoked")
@@ -183,10 +183,10 @@ async def test_what_is_revoked_is_refused_as_soon_as_it_is_told(told: Told) -> N
         await wait_until(all_refused, description="everything up to the floor is refused", timeout=1)
 
 
-async def test_without_news_only_what_changes_nothing_is_done_and_ready_says_so(told: Told) -> None:
-    told.say(whole=True)
-    async with CURRENT.client() as http, orchestrator(http, told) as port, house(told, port, http) as svc:
-        await svc.heard()
+async def test_without_news_only_what_changes_nothing_is_done_and_ready_says_so(feed: RevocationFeed) -> None:
+    feed.publish(whole=True)
+    async with CURRENT.client() as http, orchestrator(http, feed) as port, kit(feed, port, http) as svc:
+        await svc.wait_until_known()
         token = svc.token(lifetime=600.0)
         svc.clock.ahead += 30
         status, ready = await svc.ready()
@@ -199,43 +199,45 @@ async def test_without_news_only_what_changes_nothing_is_done_and_ready_says_so(
         status, ready = await svc.ready()
         assert (status, ready.status) == (200, "degraded")
         assert "calls that are not read-only are refused" in ready.dependencies["revocations"].detail
-        told.say()
-        await svc.heard()
+        feed.publish()
+        await svc.wait_until_known()
         assert await svc.call("/work", token) == (200, "")
 
 
-async def test_a_lost_orchestrator_is_asked_again_and_what_was_known_stays_refused(told: Told) -> None:
-    told.say(RevocationView("cred", "key-1", 4e9, "acme"), whole=True)
+async def test_a_lost_orchestrator_is_asked_again_and_what_was_known_stays_refused(feed: RevocationFeed) -> None:
+    feed.publish(RevocationView("cred", "key-1", 4e9, "acme"), whole=True)
     async with CURRENT.client() as http:
-        async with orchestrator(http, told) as port, contextlib.AsyncExitStack() as stack:
-            svc = await stack.enter_async_context(house(told, port, http))
-            await svc.heard()
+        async with orchestrator(http, feed) as port, contextlib.AsyncExitStack() as stack:
+            svc = await stack.enter_async_context(kit(feed, port, http))
+            await svc.wait_until_known()
             outer = stack.pop_all()
         async with outer:
             assert await svc.call("/look", svc.token()) == (401, "token_revoked")
-            told.lines.clear()
-            told.say(whole=True)
-            before = told.streams
-            async with orchestrator(http, told, port):
-                await wait_until(lambda: told.streams > before, description="it asks again")
-                await svc.heard()
+            feed.lines.clear()
+            feed.publish(whole=True)
+            before = feed.streams
+            async with orchestrator(http, feed, port):
+                await wait_until(lambda: feed.streams > before, description="it asks again")
+                await svc.wait_until_known()
                 assert await svc.call("/look", svc.token()) == (401, "token_revoked"), "a shorter list revives nothing"
 
 
 @pytest.mark.parametrize("line", [b"[]\n", b'{"revocations":[{"kind":"all"}]}\n', b"x" * 1_100_000, b"\xff\n"])
-async def test_what_is_no_revocation_is_no_news(told: Told, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_no_revocation_is_no_news(
+    feed: RevocationFeed, line: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(revoked_module, "LONGEST_PAUSE", 0.1)
-    told.lines.append(line)
-    async with CURRENT.client() as http, orchestrator(http, told) as port, house(told, port, http) as svc:
-        await wait_until(lambda: told.streams > 1, description="the stream was given up and asked for again")
+    feed.lines.append(line)
+    async with CURRENT.client() as http, orchestrator(http, feed) as port, kit(feed, port, http) as svc:
+        await wait_until(lambda: feed.streams > 1, description="the stream was given up and asked for again")
         assert await svc.call("/look", svc.token()) == (503, "revocations_unknown")
-        told.lines.clear()
-        told.say(whole=True)
-        await svc.heard()
+        feed.lines.clear()
+        feed.publish(whole=True)
+        await svc.wait_until_known()
 
 
 def test_a_check_tells_when_to_come_back() -> None:
-    clock = Late()
+    clock = ShiftedClock()
     base = build_base(
         ServiceIdentity("svc", SigningKey.generate("svc"), {}, clock, IDS),
         None,

@@ -16,6 +16,12 @@ from octollm.capability import BUILT_IN_CALLS, SigningKey
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.config import read_settings
 from octollm.contracts.declarations import AnyOperation
+from octollm.contracts.internal_operations import (
+    INTERNAL_OPERATIONS,
+    READ_CHANGES,
+    READ_EVENT_CHANGES,
+    RECORD_REFUSAL,
+)
 from octollm.contracts.public_api import PUBLIC_OPERATIONS
 from octollm.contracts.service_operations import SERVICE_OPERATIONS, operations_of
 from octollm.contracts.services import BUILT_IN_ARMS, SERVICES
@@ -49,11 +55,14 @@ ARMS = {
         planner_arm(SETTINGS),
         coder_arm(),
         judge_arm(SETTINGS),
-        retriever_arm(),
-        executor_arm(lambda: None, METRICS, Tracer("test", CLOCK, ExportBuffer())),  # type: ignore[arg-type]
+        retriever_arm(SETTINGS),
+        executor_arm(lambda: None, None, METRICS, Tracer("test", CLOCK, ExportBuffer())),  # type: ignore[arg-type]
     )
 }
 IDS = Uuid7Generator(CLOCK)
+
+OF_THE_GATEWAY = (RECORD_REFUSAL, READ_CHANGES, READ_EVENT_CHANGES)
+"""What the gateway calls in the name of a caller, and does not forward."""
 
 
 @dataclass
@@ -126,7 +135,7 @@ def as_declared(declared: AnyOperation) -> dict[str, object]:
         "body": None if declared.body is NoneType else declared.body,
         "response": None if declared.response in (NoneType, bytes) else declared.response,
         "status": declared.status,
-        "scope": declared.scope,
+        "scope": declared.callers or declared.scope,
         "cacheable": declared.cacheable,
         "secret_response": declared.secret_response,
         "max_body": declared.body_limit,
@@ -143,23 +152,42 @@ async def test_a_declared_operation_is_served_by_the_gateway_and_done_by_its_ser
     [public] = [each for each in services.reflex.operations if each.name == declared.id]
     assert public.path == declared.path
     assert described(public) == as_declared(declared)
-    assert public.auth == ("public" if declared.anonymous else "door")
-    if declared.service == "orchestrator":
-        [inner] = [each for each in services.orchestrator.operations if each.name == declared.id]
+    assert public.auth == ("public" if declared.anonymous else "gateway")
+    if declared.service != "reflex":
+        service: Service = getattr(services, declared.service)
+        name = declared.id.removeprefix(f"{declared.service}:")
+        [inner] = [each for each in service.operations if each.name == name]
         assert inner.path == (declared.service_path or declared.path)
         assert described(inner) == as_declared(declared)
         assert inner.auth == "capability"
-        assert inner.strict
+        # What the gateway passes on unread is checked by the orchestrator; the other bodies it checks itself.
+        assert public.raw == inner.strict
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_whatever_is_public_is_declared(services: Services) -> None:
     assert {each.name for each in services.reflex.operations} == {declared.id for declared in PUBLIC_OPERATIONS}
-    # What a caller's token opens at the orchestrator is public, but for the record of a refused goal (by the gateway).
+    # What a caller's token opens at the orchestrator is public, but for what the gateway asks in a caller's name: the
+    # record of a refused goal, and the changes of the dashboard stream.
     opened = {each.name for each in services.orchestrator.operations if each.auth == "capability"}
     forwarded = {declared.id for declared in PUBLIC_OPERATIONS if declared.service == "orchestrator"}
-    assert opened - forwarded == {"screenings.record"}
+    assert opened - forwarded == {each.id for each in OF_THE_GATEWAY}
     assert forwarded <= opened
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_orchestrator_serves_services_what_is_declared_and_nothing_else(services: Services) -> None:
+    served = {(each.method, each.path): each for each in services.orchestrator.operations}
+    public = {(each.method, each.service_path or each.path) for each in PUBLIC_OPERATIONS if each.service != "reflex"}
+    declared = {(each.method, each.path): each for each in INTERNAL_OPERATIONS}
+    assert served.keys() - public == declared.keys()
+    for endpoint, each in declared.items():
+        operation = served[endpoint]
+        assert operation.name == each.id
+        assert described(operation) == as_declared(each)
+        assert operation.auth == ("service" if each.callers else "public" if each.anonymous else "capability")
+        assert operation.strict == (each in OF_THE_GATEWAY)
+        assert not (operation.takes_key and each.callers), "a service token has no subject to claim a key for"
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -182,7 +210,7 @@ async def test_openapi_describes_what_is_declared(services: Services) -> None:
 @pytest.mark.parametrize("name", ["memory", "models", "monitor"])
 async def test_a_service_serves_what_is_declared_and_nothing_else(services: Services, name: str) -> None:
     service: Service = getattr(services, name)
-    declared = {(each.method, each.path): each for each in operations_of(name)}
+    declared = {(each.method, each.service_path or each.path): each for each in operations_of(name)}
     served = {(each.method, each.path): each for each in service.operations}
     assert declared
     assert served.keys() == declared.keys()
@@ -196,7 +224,7 @@ async def test_a_service_serves_what_is_declared_and_nothing_else(services: Serv
                 fitted[member] = msgspec.Raw
         assert fitted == expected, endpoint
         assert operation.name == declared[endpoint].id.removeprefix(f"{name}:")
-        assert operation.auth == ("service" if operation.scope == "*" else "capability")
+        assert operation.auth == ("service" if declared[endpoint].callers else "capability")
         # Two versions of the services can run together.
         assert not operation.strict
 
@@ -208,7 +236,7 @@ async def test_an_operation_that_is_registered_twice_is_refused(services: Servic
 
     base = services.reflex.base
     [declared] = [each for each in PUBLIC_OPERATIONS if each.id == "keys.list"]
-    operation = implement(declared, handle, auth="door")
+    operation = implement(declared, handle, auth="gateway")
     renamed = replace(operation, name="keys.show")
     moved = replace(operation, path="/other")
     build_service(base, [operation])

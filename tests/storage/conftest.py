@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis as redis_py
 from databases import Backend
+from redis_process import RedisClusterProcesses, RedisSentinelProcesses
 
 from octollm.clock import SystemClock
 from octollm.storage import Database, open_database
@@ -46,9 +47,37 @@ def keys() -> RedisKeys:
     return RedisKeys(prefix=f"test-{uuid.uuid4().hex}:")
 
 
-@pytest.fixture(params=["memory", pytest.param("server", marks=pytest.mark.redis)])
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisClusterProcesses]:
+    processes = RedisClusterProcesses(tmp_path_factory.mktemp("cluster"))
+    try:
+        processes.start()
+        yield processes
+    finally:
+        processes.kill()
+
+
+@pytest.fixture(scope="session")
+def redis_sentinel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisSentinelProcesses]:
+    processes = RedisSentinelProcesses(tmp_path_factory.mktemp("sentinel"))
+    try:
+        processes.start()
+        yield processes
+    finally:
+        processes.kill()
+
+
+@pytest.fixture(
+    params=["memory", *(pytest.param(kind, marks=pytest.mark.redis) for kind in ("server", "cluster", "sentinel"))]
+)
 async def redis(request: pytest.FixtureRequest, keys: RedisKeys) -> AsyncIterator[RedisClient]:
-    url = "memory://" if request.param == "memory" else need_redis()
+    match request.param:
+        case "memory":
+            url = "memory://"
+        case "server":
+            url = need_redis()
+        case kind:
+            url = request.getfixturevalue(f"redis_{kind}").url
     async with open_redis(url) as client:
         yield client
     if request.param == "server":

@@ -9,7 +9,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, select, text
 
 from octollm.clock import SystemClock
 from octollm.errors import OctoError, SettingError
-from octollm.storage import Database, open_database
+from octollm.storage import Database, Transaction, open_database
 from octollm.storage.engines import POSTGRES_WRITERS
 
 ROWS = Table("rows", MetaData(), Column("a", Integer, unique=True), Column("b", Integer))
@@ -141,6 +141,36 @@ async def test_callbacks_run_after_the_commit_once_and_not_after_a_rollback(rows
     assert calls == ["called"]
 
 
+async def test_work_before_the_commit_is_part_of_it_and_its_end_is_told(rows: Database) -> None:
+    calls: list[object] = []
+
+    async def insert(tx: Transaction) -> None:
+        await tx.execute(ROWS.insert().values(a=len(calls)))
+        calls.append("before")
+
+    async def fail(_tx: Transaction) -> None:
+        raise ZeroDivisionError
+
+    async with rows.transaction() as tx:
+        tx.after_commit(lambda: calls.append("after"))
+        tx.at_end(calls.append)
+        tx.before_commit(insert)
+        tx.before_commit(insert)
+        assert calls == []
+    assert calls == ["before", True, "after"]
+    with pytest.raises(ZeroDivisionError):
+        async with rows.transaction() as tx:
+            tx.after_commit(lambda: calls.append("after"))
+            tx.at_end(calls.append)
+            tx.before_commit(insert)
+            tx.before_commit(fail)
+    assert calls == ["before", True, "after", "before", False]
+    async with rows.read() as connection:
+        assert [row["a"] for row in await connection.all(select(ROWS))] == [0]
+    async with rows.transaction() as tx:
+        await tx.execute(ROWS.insert().values(a=7))
+
+
 async def test_a_constraint_is_a_state_conflict(rows: Database) -> None:
     with pytest.raises(OctoError) as caught:
         async with rows.transaction() as tx:
@@ -251,7 +281,7 @@ async def test_another_process_that_holds_the_lock_is_waited_for_then_said(
 async def test_settings_of_a_connection(tmp_path: Path) -> None:
     async with open_database(f"sqlite:///{tmp_path}/a.db", clock=SystemClock()) as db, db.transaction() as tx:
         assert await tx.scalar(text("PRAGMA journal_mode")) == "wal"
-        assert await tx.scalar(text("PRAGMA synchronous")) == 1
+        assert await tx.scalar(text("PRAGMA synchronous")) == 2  # FULL: survives a power failure
         assert await tx.scalar(text("PRAGMA foreign_keys")) == 1
         assert await tx.scalar(text("PRAGMA busy_timeout")) == 5000
 

@@ -10,14 +10,15 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from databases import Backend, PostgresServer
-from sqlalchemy import Connection, MetaData, inspect, text
+from sqlalchemy import Connection, MetaData, inspect, select, text
 
 from octollm.clock import SystemClock
 from octollm.config import read_settings
+from octollm.contracts.task import Artifact, ExecuteResult
 from octollm.errors import OctoError
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import DatabaseService, migrate, open_service_database, require_schema
-from octollm.storage.tables import MEMORY, MONITOR, ORCHESTRATOR
+from octollm.storage.tables import MEMORY, MONITOR, ORCHESTRATOR, steps, task_files, tasks
 from octollm.testing import wait_until
 
 CLOCK = SystemClock()
@@ -26,17 +27,25 @@ SERVICES: list[tuple[DatabaseService, MetaData]] = [
     ("memory", MEMORY),
     ("monitor", MONITOR),
 ]
-OTHERS = {"schema_version", "schema_serves", "ix_passages_words", "words"}
+OTHERS = {
+    "schema_version",
+    "schema_serves",
+    "ix_passages_words",
+    "words",
+    "ix_passages_term_vector",
+    "term_vector",
+    "passage_vocabulary",
+}
 
 
 def differences(connection: Connection, metadata: MetaData) -> list[Any]:
-    def ours(thing: Any, name: str | None, kind: str, reflected: bool, other: Any) -> bool:
+    def is_own(thing: Any, name: str | None, kind: str, reflected: bool, other: Any) -> bool:
         # The full-text index is made by hand on either database.
-        return not ((name or "") in OTHERS or (name or "").startswith("passages_fts"))
+        return not ((name or "") in OTHERS or (name or "").startswith("passage_terms"))
 
     context = MigrationContext.configure(
         connection,
-        opts={"version_table": "schema_version", "include_object": ours},
+        opts={"version_table": "schema_version", "include_object": is_own},
     )
     return list(compare_metadata(context, metadata))
 
@@ -58,7 +67,7 @@ def columns(connection: Connection, metadata: MetaData) -> dict[str, list[Any]]:
             (column["name"], str(column["type"]), column["nullable"], column["default"])
             for column in seen.get_columns(name)
             # What fills it in differs between the databases, so the table does not declare it.
-            if column["name"] not in {"transaction_id", "words"}
+            if column["name"] not in {"transaction_id", "words", "term_vector"}
         ]
         for name in metadata.tables
     }
@@ -115,14 +124,14 @@ def program(url: str) -> list[str]:
 
 
 @pytest.fixture
-async def place(backend: Backend, tmp_path: Path) -> str:
+async def database_url(backend: Backend, tmp_path: Path) -> str:
     """Return the URL of a database that several processes can open; it has no schema."""
     return f"sqlite:///{tmp_path}/a.db" if backend.base is None else backend.url("fresh")
 
 
-async def test_two_processes_may_start_at_once(place: str) -> None:
+async def test_two_processes_may_start_at_once(database_url: str) -> None:
     processes = [
-        await asyncio.create_subprocess_exec(*program(place), stdout=asyncio.subprocess.PIPE) for _ in range(3)
+        await asyncio.create_subprocess_exec(*program(database_url), stdout=asyncio.subprocess.PIPE) for _ in range(3)
     ]
     outputs = [await process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
@@ -194,18 +203,18 @@ async def test_a_migration_that_is_killed_changes_nothing_and_can_be_repeated(po
             await tx.execute(text("CREATE TABLE tasks (other INTEGER)"))
             process = await asyncio.create_subprocess_exec(*program(url))
 
-            async def in_the_middle() -> bool:
+            async def is_in_the_middle() -> bool:
                 return "Lock" in await waiting(db)
 
-            await wait_until(in_the_middle, description="the migration is in the middle", timeout=20)
+            await wait_until(is_in_the_middle, description="the migration is in the middle", timeout=20)
             process.send_signal(signal.SIGKILL)
             await process.wait()
             await tx.execute(text("DROP TABLE tasks"))
 
-        async def over() -> bool:
+        async def is_released() -> bool:
             return await waiting(db) == []
 
-        await wait_until(over, description="the server ends the dead process's transaction")
+        await wait_until(is_released, description="the server ends the dead process's transaction")
         async with db.read() as connection:
             assert await connection.raw.run_sync(lambda raw: inspect(raw).get_table_names()) == []
         assert (await migrate(db, "orchestrator")).before is None
@@ -220,3 +229,24 @@ async def waiting(db: Database) -> list[str | None]:
     )
     async with db.read() as connection:
         return [row["wait_event_type"] for row in await connection.all(query)]
+
+
+async def test_the_files_of_steps_from_before_attempts_are_kept_with_their_tasks(db: Database) -> None:
+    await migrate(db, "orchestrator")
+    artifacts = [Artifact(name, digest, 1, "text/plain") for name, digest in (("a", "d1"), ("b", "d2"), ("c", "d2"))]
+    results = {"s1": ExecuteResult("made", tuple(artifacts)), "s2": ExecuteResult("none"), "s3": None}
+    async with db.transaction() as tx:
+        row = {"tenant": "acme", "sub": "user", "goal": "x", "contract": {}, "status": "completed"}
+        await tx.execute(tx.insert(tasks).values(task_id="task-1", created_at=1.0, updated_at=1.0, **row))
+        for step, result in results.items():
+            made = {"step": step, "arm": "coder", "title": step, "spec": {}, "result": result}
+            await tx.execute(tx.insert(steps).values(task_id="task-1", created_at=2.0, updated_at=2.0, **made))
+        kept = {"task_id": "task-1", "role": "attempt", "step": "s1", "name": "d1", "digest": "d1", "created_at": 5.0}
+        await tx.execute(tx.insert(task_files).values(**kept))
+        # As a version before this revision has left it.
+        await tx.execute(text("UPDATE schema_version SET version_num = '0018'"))
+    await migrate(db, "orchestrator")
+    async with db.read() as conn:
+        rows = await conn.all(select(task_files).order_by(task_files.c.digest))
+    found = [(row["role"], row["step"], row["name"], row["digest"], row["created_at"]) for row in rows]
+    assert found == [("attempt", "s1", "d1", "d1", 5.0), ("attempt", "s1", "d2", "d2", 2.0)]

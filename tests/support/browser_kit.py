@@ -9,11 +9,14 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio.from_thread import start_blocking_portal
 from websockets.asyncio.client import ClientConnection, connect
 
 from octollm.testing import wait_until
@@ -92,26 +95,37 @@ class Tab:
         path.write_bytes(base64.b64decode(answer["data"]))
 
 
-@contextlib.asynccontextmanager
-async def browser(folder: Path) -> AsyncIterator[Tab]:
-    """Open a browser with a profile of its own and yield its first tab."""
-    process = await asyncio.create_subprocess_exec(
-        chromium(),
-        *FLAGS,
-        f"--user-data-dir={folder}",
-        "about:blank",
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
+@contextlib.contextmanager
+def running_chromium(folder: Path) -> Iterator[str]:
+    """Run a browser with a profile of its own; yield the address of its DevTools (``ws://…``)."""
+    process = subprocess.Popen(
+        [chromium(), *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         file = folder / "DevToolsActivePort"
-        await wait_until(
-            lambda: file.exists() and len(file.read_text().split()) == 2, description="Chromium is up", timeout=30
-        )
+
+        async def is_up() -> bool:
+            return file.exists() and len(file.read_text().split()) == 2
+
+        with start_blocking_portal() as portal:
+            portal.call(partial(wait_until, is_up, description="Chromium is up", timeout=30))
         port, path = file.read_text().split()
-        async with connect(f"ws://127.0.0.1:{port}{path}", proxy=None, max_size=None, compression=None) as root:
-            target = await _ask(root, "Target.createTarget", {"url": "about:blank"})
-        page = f"ws://127.0.0.1:{port}/devtools/page/{target['targetId']}"
+        yield f"ws://127.0.0.1:{port}{path}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextlib.asynccontextmanager
+async def open_tab(devtools: str) -> AsyncIterator[Tab]:
+    """Open a tab that shares no cookie and no cache with another one."""
+    host = devtools.partition("/devtools/")[0]
+    async with connect(devtools, proxy=None, max_size=None, compression=None) as root:
+        context = await _ask(root, "Target.createBrowserContext", {"disposeOnDetach": True})
+        target = await _ask(root, "Target.createTarget", {"url": "about:blank", **context})
+        page = f"{host}/devtools/page/{target['targetId']}"
         async with connect(page, proxy=None, max_size=None, compression=None) as socket:
             tab = Tab(socket)
             reading = asyncio.create_task(tab.read())
@@ -121,9 +135,18 @@ async def browser(folder: Path) -> AsyncIterator[Tab]:
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
+
+
+@contextlib.asynccontextmanager
+async def browser(folder: Path) -> AsyncIterator[Tab]:
+    """Open a browser with a profile of its own and yield its first tab."""
+    running = running_chromium(folder)
+    devtools = await asyncio.to_thread(running.__enter__)
+    try:
+        async with open_tab(devtools) as tab:
+            yield tab
     finally:
-        process.terminate()
-        await process.wait()
+        await asyncio.to_thread(running.__exit__, None, None, None)
 
 
 async def _ask(socket: ClientConnection, method: str, parameters: dict[str, object]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ CLOCK = SystemClock()
 IDS = Uuid7Generator(CLOCK)
 
 
-class Nothing(msgspec.Struct):
+class NoContent(msgspec.Struct):
     """A body, or an answer, without a word."""
 
 
@@ -37,8 +37,8 @@ def executing(handler: object) -> Operation:
         "/execute",
         handler,  # type: ignore[arg-type]
         scope="coder:execute",
-        body=Nothing,
-        response=Nothing,
+        body=NoContent,
+        response=NoContent,
     )
 
 

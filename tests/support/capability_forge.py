@@ -1,7 +1,7 @@
-"""An attacker's bench: tokens made from plain dictionaries, with no code of the package but its keys.
+"""Forged tokens, made from plain dictionaries, with no code of the package but its keys.
 
-``World.case()`` is an honest chain (root → coder → judge → executor) as editable parts. A test changes one thing, lets
-the bench sign everything again with whatever keys the attacker has, and expects one reason.
+``TrustDomain.case()`` is an honest chain (root → coder → judge → executor) as editable parts. A test changes one thing,
+has everything signed again with whatever keys the attacker has, and expects one reason.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from octollm.capability import (
     TaskRef,
     Verifier,
 )
-from octollm.testing.clock import ManualClock
+from octollm.testing import ManualClock
 
 NOW = 1_800_000_000.0
 ALICE = Principal("alice", "key-1", "acme")
 WORK = TaskRef("task-" + "0" * 31 + "1", "s1", 0, 3)
 AUTO = object()
-"""Stands for a claim or header that the bench fills in when it signs."""
+"""Stands for a claim or header that is filled in when it is signed."""
 
 OUTER_CODES = {"token_missing", "token_malformed", "token_expired", "token_invalid", "token_revoked"}
 
@@ -126,7 +126,7 @@ class Case:
             token.claims[claim] = sha(text)
 
 
-class World:
+class TrustDomain:
     """A root, the keys of some services, and a clock."""
 
     services = ("coder", "judge", "executor", "models", "memory", "orchestrator", "mallory")

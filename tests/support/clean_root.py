@@ -69,14 +69,14 @@ class CleanRoot:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        self._is_copy = False
-        self._mount = [f"{self.path}.root", "overlay", f"lowerdir={need_clean_root()},upperdir={self.path}"]
-        self._mount[2] += f",workdir={self.path}.work"
-        for beside in (".root", ".work"):
-            Path(f"{self.path}{beside}").mkdir()
-        tried = subprocess.run(self._entering("/bin/true"), capture_output=True, timeout=60, check=False)
-        self._is_copy = tried.returncode != 0
-        if self._is_copy:
+        self._root = f"{self.path}.root"
+        for beside in (self._root, f"{self.path}.work"):
+            Path(beside).mkdir()
+        layers = f"lowerdir={need_clean_root()},upperdir={self.path},workdir={self.path}.work"
+        self._mount = f"mount -t overlay overlay -o {layers} {self._root}"
+        tried = subprocess.run(self._enter_command("/bin/true"), capture_output=True, timeout=60, check=False)
+        if tried.returncode != 0:
+            self._mount = f"mount --bind {self.path} {self._root}"
             copy = ["cp", "-a", "--reflink=auto", f"{need_clean_root()}/.", str(folder)]
             subprocess.run(copy, check=True, timeout=120)
         (folder / "etc/ssl/certs").mkdir(parents=True, exist_ok=True)
@@ -89,19 +89,19 @@ class CleanRoot:
                 (folder / name[1:]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(name, folder / name[1:])
 
-    def _entering(self, *words: str) -> list[str]:
+    def _enter_command(self, *words: str) -> list[str]:
         """Return what runs ``words`` in the root, in namespaces that end with it."""
+        # As an engine does it: in a chroot the kernel refuses user namespaces, which the sandbox needs.
+        enter = f"{self._mount} && cd {self._root} && mount -t proc proc proc && /usr/sbin/pivot_root . ."
+        enter += ' && /usr/bin/umount --lazy . && cd / && exec "$@"'
         unshare = ("/usr/bin/unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
-        if self._is_copy:
-            return [*unshare, "/usr/sbin/chroot", str(self.path), *words]
-        mounted = '/usr/bin/mount -t "$2" "$2" -o "$3" "$1" && root=$1 && shift 3 && exec /usr/sbin/chroot "$root" "$@"'
-        return [*unshare, "/bin/sh", "-c", mounted, "sh", *self._mount, *words]
+        return [*unshare, "/bin/sh", "-c", enter, "sh", *words]
 
     def command(self, *words: str, user: str = "0", folder: str = "/") -> list[str]:
         """Return what runs ``words`` in the root as a user."""
         become = f"exec /usr/bin/setpriv --reuid={user} --regid={user} --clear-groups"
-        inner = f'/bin/mount -t proc proc /proc; cd "$1"; shift; {become} "$@"'
-        return self._entering("/bin/sh", "-c", inner, "sh", folder, *words)
+        inner = f'cd "$1"; shift; {become} "$@"'
+        return self._enter_command("/bin/sh", "-c", inner, "sh", folder, *words)
 
     def run(self, *words: str, environment: dict[str, str], user: str = "0", folder: str = "/", seconds: float = 400):
         """Run a command to its end; a failure has its last words."""

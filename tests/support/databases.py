@@ -69,7 +69,7 @@ class PostgresServer:
     def start(self) -> None:
         """Make the database; without a server skip, or fail under CI."""
         try:
-            _apart(self._start())
+            _run_in_thread(self._start())
         except (OSError, asyncpg.PostgresError) as error:
             reason = f"no PostgreSQL at {urlsplit(self.url).hostname} to make databases on: {error}"
             if os.environ.get("CI"):
@@ -78,7 +78,7 @@ class PostgresServer:
 
     def stop(self) -> None:
         """Drop the database."""
-        _apart(run_sql(self.url, f"DROP DATABASE IF EXISTS {self._name} WITH (FORCE)"))
+        _run_in_thread(run_sql(self.url, f"DROP DATABASE IF EXISTS {self._name} WITH (FORCE)"))
 
     @contextlib.asynccontextmanager
     async def database(self) -> AsyncGenerator[str]:
@@ -118,7 +118,7 @@ async def run_sql(url: str, statement: str) -> None:
         await connection.close()
 
 
-def _apart(work: Coroutine[Any, Any, None]) -> None:
+def _run_in_thread(work: Coroutine[Any, Any, None]) -> None:
     """Run ``work`` to its end in a loop of its own, wherever the caller is."""
     with ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, work).result()

@@ -193,3 +193,39 @@ def archive(members: Mapping[str, bytes]) -> bytes:
         for name, content in members.items():
             made.writestr(name, content)
     return out.getvalue()
+
+
+def pdf_placed(pieces: Sequence[tuple[float, float, str]]) -> bytes:
+    """Return a PDF of one page with each piece of ASCII at its place, in points from the left and the bottom."""
+    shown = "".join(
+        f"BT /F1 11 Tf 1 0 0 1 {x:g} {y:g} Tm ({text.translate({40: '[', 41: ']', 92: '/'})}) Tj ET\n"
+        for x, y, text in pieces
+    )
+    packed = zlib.compress(shown.encode("latin-1"))
+    return _pdf_file(
+        [
+            b"<< /Type /Catalog /Pages 2 0 R >>",
+            b"<< /Type /Pages /Kids [5 0 R] /Count 1 >>",
+            b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+            b"<< /Length %d /Filter /FlateDecode >>\nstream\n" % len(packed) + packed + b"\nendstream",
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+            b"/Resources << /Font << /F1 3 0 R >> >> >>",
+        ]
+    )
+
+
+def pdf_table(title: str, rows: Sequence[Sequence[str]], *, by_columns: bool) -> bytes:
+    """Return a PDF with a table whose cells are written row by row, or column by column."""
+    places = [
+        (72 + 160 * column, 700 - 18 * row, text) for row, cells in enumerate(rows) for column, text in enumerate(cells)
+    ]
+    if by_columns:
+        places.sort(key=lambda place: (place[0], -place[1]))
+    return pdf_placed([(72, 740, title), *places])
+
+
+def pdf_columns(left: Sequence[str], right: Sequence[str]) -> bytes:
+    """Return a PDF with running text in two columns."""
+    return pdf_placed(
+        [(x, 700 - 14 * row, text) for x, lines in ((72, left), (330, right)) for row, text in enumerate(lines)]
+    )

@@ -16,14 +16,14 @@ Request = tuple[str, bytes, tuple[tuple[bytes, bytes], ...], bytes, bool]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ParsedBytes:
     """What a parser made of the bytes of a connection."""
 
     requests: tuple[Request, ...]
     error: str = ""
 
 
-def read_ours(pieces: Sequence[bytes]) -> Reading:
+def read_ours(pieces: Sequence[bytes]) -> ParsedBytes:
     """Read bytes that come in ``pieces``; a request that says ``Connection: close`` is the last."""
     parser = Http1Parser()
     requests: list[tuple[RequestHead, bytearray, bool]] = []
@@ -44,7 +44,7 @@ def read_ours(pieces: Sequence[bytes]) -> Reading:
                     requests[-1][1].extend(event)
     except OctoError as fault:
         error = fault.code
-    return Reading(
+    return ParsedBytes(
         tuple(
             (
                 head.method,
@@ -60,7 +60,7 @@ def read_ours(pieces: Sequence[bytes]) -> Reading:
     )
 
 
-def read_h11(data: bytes) -> Reading:
+def read_h11(data: bytes) -> ParsedBytes:
     """Read the same with h11, answering each request so that the next is read."""
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=48 * 1024)
     connection.receive_data(data)
@@ -84,7 +84,7 @@ def read_h11(data: bytes) -> Reading:
                 break
     except h11.RemoteProtocolError:
         error = "malformed_request"
-    return Reading(
+    return ParsedBytes(
         tuple(
             (head.method.decode(), head.target, tuple((name, value) for name, value in head.headers), bytes(body), end)
             for head, body, end in requests

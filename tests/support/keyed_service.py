@@ -19,11 +19,11 @@ from octollm.storage import open_database
 from octollm.telemetry import configure_logging
 
 
-class Nothing(msgspec.Struct):
+class NoContent(msgspec.Struct):
     pass
 
 
-async def forever(_call: IncomingCall, _body: Nothing) -> Nothing:
+async def forever(_call: IncomingCall, _body: NoContent) -> NoContent:
     print("began", flush=True)
     await asyncio.Event().wait()
     raise AssertionError
@@ -37,8 +37,8 @@ async def main(url: str, kind: str, keys: str) -> None:
         "/execute",
         forever,
         scope="coder:execute",
-        body=Nothing,
-        response=Nothing,
+        body=NoContent,
+        response=NoContent,
         kind=kind,  # type: ignore[arg-type]
     )
     # Standard output is what the test reads.

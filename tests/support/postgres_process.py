@@ -57,6 +57,11 @@ class PostgresProcess:
             "pg_ctl", "--silent", "--wait", "--pgdata", str(self._data), "--log", log, "--options", options, "start"
         )
 
+    @property
+    def pid(self) -> int:
+        """The process that started all others of the server."""
+        return int((self._data / "postmaster.pid").read_text().split()[0])
+
     def kill(self) -> None:
         """End the server as by kill -9: what it had not written it recovers from its log."""
         self._run("pg_ctl", "--silent", "--mode=immediate", "--pgdata", str(self._data), "stop", check=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+from databases import Backend
 
 from octollm.capability import ScopeSet
 from octollm.clock import Clock, SystemClock, Uuid7Generator
@@ -23,16 +24,20 @@ from octollm.events import EventLog
 from octollm.storage import Database, RedisKeys, TextStream, open_database, open_redis
 from octollm.storage.engines import open_sqlite
 from octollm.storage.migrations import migrate
+from octollm.tasks.approvals import ApprovalStore
+from octollm.tasks.attempts import AttemptReader
 from octollm.tasks.calls import TaskCalls, TaskTokenMinter
+from octollm.tasks.changes import NewTask
 from octollm.tasks.leases import TaskLeases
 from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerDependencies
-from octollm.tasks.store import NewTask, TaskStore
+from octollm.tasks.store import TaskStore
 from octollm.telemetry import Metrics, Tracer
 
 START = 1_800_000_000.0
 TENANT = "acme"
+APPROVAL_SECONDS = 86_400.0
 
 
 class ManualClock:
@@ -66,8 +71,13 @@ def _migrated_file() -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def open_task_database(clock: Clock) -> AsyncGenerator[Database]:
+async def open_task_database(clock: Clock, backend: Backend | None = None) -> AsyncGenerator[Database]:
     """Open a private database with the orchestrator's schema."""
+    if backend is not None and backend.base is not None:
+        async with open_database(backend.url("octollm_orchestrator"), clock=clock) as db:
+            await migrate(db, "orchestrator")
+            yield db
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "orchestrator.db"
         path.write_bytes(_migrated_file())
@@ -113,6 +123,10 @@ class FakeMinter:
 
     def mint(self, task: TaskRecord, scope: str, *_: object, **__: object) -> str:
         return f"{scope}@{task.epoch}"
+
+    def may_lead_to(self, scope: str, call: str, _authority: ScopeSet) -> bool:
+        """Say that the executor may reach the network, and nobody else."""
+        return (scope, call) == ("executor:execute", "executor:http")
 
 
 class RecordingLog:
@@ -171,6 +185,7 @@ class TaskKit:
     ids: Uuid7Generator
     log: EventLog
     store: TaskStore
+    approvals: ApprovalStore
     ledger: BudgetLedger
     services: FakeServices
     deps: RunnerDependencies
@@ -203,13 +218,14 @@ class TaskKit:
 
 
 @contextlib.asynccontextmanager
-async def open_task_kit(clock: ManualClock | None = None) -> AsyncGenerator[TaskKit]:
-    """Open the parts over a database and a Redis of their own."""
+async def open_task_kit(clock: ManualClock | None = None, backend: Backend | None = None) -> AsyncGenerator[TaskKit]:
+    """Open the parts over a database and a Redis of their own; ``backend`` is another than SQLite."""
     clock = clock or ManualClock()
     ids = Uuid7Generator(clock)
-    async with open_task_database(clock) as db, open_redis("memory://") as redis:
+    async with open_task_database(clock, backend) as db, open_redis("memory://") as redis:
         log = EventLog(db, clock, ids)
         store = TaskStore(db, log, clock)
+        approvals = ApprovalStore(db, store, clock, default_seconds=APPROVAL_SECONDS)
         ledger = BudgetLedger(db, clock, ids)
         services = FakeServices()
 
@@ -227,6 +243,7 @@ async def open_task_kit(clock: ManualClock | None = None) -> AsyncGenerator[Task
 
         deps = RunnerDependencies(
             store=store,
+            approvals=approvals,
             ledger=ledger,
             stream=TextStream(redis, RedisKeys()),
             client=cast("Any", services),
@@ -240,5 +257,6 @@ async def open_task_kit(clock: ManualClock | None = None) -> AsyncGenerator[Task
             load_file=no_file,
             load_texts=no_texts,
             store_texts=nothing,
+            attempts=AttemptReader(db),
         )
-        yield TaskKit(db, clock, ids, log, store, ledger, services, deps)
+        yield TaskKit(db, clock, ids, log, store, approvals, ledger, services, deps)

@@ -5,45 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from capability_forge import NOW, Case, World, b64, jwk_of
+from capability_forge import NOW, Case, TrustDomain, b64, jwk_of
 
-Edit = Callable[[World, Case], None]
+Edit = Callable[[TrustDomain, Case], None]
 
 # Each edit makes one thing wrong; the attacker signs again with the keys that the part's minter has.
 
 
 def _set(part: str, **claims: Any) -> Edit:
-    def edit(_: World, case: Case) -> None:
+    def edit(_: TrustDomain, case: Case) -> None:
         getattr(case, part).claims.update(claims)
 
     return edit
 
 
 def _drop(part: str, claim: str) -> Edit:
-    def edit(_: World, case: Case) -> None:
+    def edit(_: TrustDomain, case: Case) -> None:
         del getattr(case, part).claims[claim]
 
     return edit
 
 
 def _header(part: str, **members: Any) -> Edit:
-    def edit(_: World, case: Case) -> None:
+    def edit(_: TrustDomain, case: Case) -> None:
         getattr(case, part).header.update(members)
 
     return edit
 
 
 def _kid_for_jwk(part: str) -> Edit:
-    def edit(world: World, case: Case) -> None:
+    def edit(domain: TrustDomain, case: Case) -> None:
         token = getattr(case, part)
         del token.header["jwk"]
-        token.header["kid"] = world.root.thumbprint
+        token.header["kid"] = domain.root.thumbprint
 
     return edit
 
 
 def _bare_header(part: str) -> Edit:
-    def edit(_: World, case: Case) -> None:
+    def edit(_: TrustDomain, case: Case) -> None:
         getattr(case, part).header.pop("jwk", None)
         getattr(case, part).header.pop("kid", None)
 
@@ -51,43 +51,43 @@ def _bare_header(part: str) -> Edit:
 
 
 def _signed_by(part: str, name: str, *, own_jwk: bool) -> Edit:
-    def edit(world: World, case: Case) -> None:
+    def edit(domain: TrustDomain, case: Case) -> None:
         token = getattr(case, part)
-        token.key = world.keys[name].private
+        token.key = domain.keys[name].private
         if own_jwk:
             token.header["jwk"] = jwk_of(token.key)
 
     return edit
 
 
-def root_by_mallory(world: World, case: Case) -> None:
-    case.coder.key = world.keys["mallory"].private
+def root_by_mallory(domain: TrustDomain, case: Case) -> None:
+    case.coder.key = domain.keys["mallory"].private
 
 
-def _root_with_mallorys_kid(world: World, case: Case) -> None:
-    case.coder.key = world.keys["mallory"].private
-    case.coder.header["kid"] = world.jkt("mallory")
+def _root_with_mallorys_kid(domain: TrustDomain, case: Case) -> None:
+    case.coder.key = domain.keys["mallory"].private
+    case.coder.header["kid"] = domain.jkt("mallory")
 
 
-def _root_with_mallorys_jwk(world: World, case: Case) -> None:
-    case.coder.key = world.keys["mallory"].private
+def _root_with_mallorys_jwk(domain: TrustDomain, case: Case) -> None:
+    case.coder.key = domain.keys["mallory"].private
     case.coder.header["jwk"] = jwk_of(case.coder.key)
 
 
-def _extra_jwk_member(_: World, case: Case) -> None:
+def _extra_jwk_member(_: TrustDomain, case: Case) -> None:
     case.access.header["jwk"] = {**case.access.header["jwk"], "use": "sig"}
 
 
-def _private_jwk(_: World, case: Case) -> None:
+def _private_jwk(_: TrustDomain, case: Case) -> None:
     secret = b64(case.access.key.private_bytes_raw())
     case.access.header["jwk"] = {**case.access.header["jwk"], "d": secret}
 
 
-def _symmetric_jwk(_: World, case: Case) -> None:
+def _symmetric_jwk(_: TrustDomain, case: Case) -> None:
     case.access.header["jwk"] = {"kty": "oct", "k": "c2VjcmV0"}
 
 
-def _loose_jwk(_: World, case: Case) -> None:
+def _loose_jwk(_: TrustDomain, case: Case) -> None:
     x = case.access.header["jwk"]["x"]
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     case.access.header["jwk"]["x"] = x[:-1] + alphabet[alphabet.index(x[-1]) + 1]

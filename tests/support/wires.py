@@ -37,7 +37,7 @@ def certificates() -> TlsConfig:
     return TlsConfig(folder / "cert.pem", folder / "key.pem", folder / "ca.pem", mutual=True)
 
 
-class Current:
+class SelectedWire:
     """How the test that runs now calls its services."""
 
     def __init__(self) -> None:
@@ -96,4 +96,4 @@ def http2_transport(tls: TlsConfig | None) -> pyqwest.HTTPTransport:
     )
 
 
-CURRENT = Current()
+CURRENT = SelectedWire()

@@ -22,6 +22,7 @@ from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.storage import Database, Transaction, open_database
 from octollm.storage.migrations import migrate
+from octollm.tasks.changes import NewTask
 from octollm.tasks.leases import (
     LEASE_SECONDS,
     RENEW_DEADLINE_SECONDS,
@@ -30,7 +31,7 @@ from octollm.tasks.leases import (
     LeaseRenewer,
     TaskLeases,
 )
-from octollm.tasks.store import NewTask, TaskStore
+from octollm.tasks.store import TaskStore
 from octollm.testing import wait_until
 
 NONE: frozenset[str] = frozenset()
@@ -76,6 +77,13 @@ async def test_a_lease_can_be_taken_over_only_after_it_expired(kit: TaskKit) -> 
     # The release of the earlier holder does not end the lease of the present one.
     await first.release(task_id, 1)
     assert await first.acquire(exclude=NONE) is None
+
+
+async def test_a_lease_of_a_dead_holder_does_not_outlive_a_clock_that_was_set_back(kit: TaskKit) -> None:
+    task_id = await kit.submit()
+    await TaskLeases(kit.db, "dead").acquire(exclude=NONE)
+    kit.clock.advance(-3600)
+    assert await TaskLeases(kit.db, "heir").acquire(exclude=NONE) == (task_id, 2)
 
 
 async def test_only_a_takeover_of_an_expired_lease_is_reported(kit: TaskKit) -> None:

@@ -24,13 +24,14 @@ from octollm.events import EventLog
 from octollm.storage import Database, Transaction, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import budgets, tasks
+from octollm.tasks.changes import NewTask
 from octollm.tasks.ledger import (
     MIN_COMPLETION_TOKENS,
     BudgetLedger,
     Reservation,
     ReservationRequest,
 )
-from octollm.tasks.store import NewTask, TaskStore
+from octollm.tasks.store import TaskStore
 from octollm.testing import wait_until
 
 CLOCK = SystemClock()
@@ -41,7 +42,7 @@ REQUEST = ReservationRequest("t", "", "s1", 1, None, "k1", "fake", 100, 200)
 
 
 @dataclass(frozen=True)
-class Money:
+class StoredBudget:
     """The budget of a task as it is stored."""
 
     used: int
@@ -53,7 +54,7 @@ class Money:
 
 
 @dataclass(frozen=True)
-class Books:
+class LedgerKit:
     """A ledger over a database in memory, and one task of a tenant of its own: the journal is by tenant and key."""
 
     db: Database
@@ -68,11 +69,11 @@ class Books:
         request = replace(REQUEST, key=key, prompt_tokens=prompt, max_completion_tokens=completion, **own)
         return await self.ledger.reserve(request)
 
-    async def money(self) -> Money:
+    async def stored_budget(self) -> StoredBudget:
         async with self.db.read() as conn:
             row = await conn.first(select(budgets).where(budgets.c.task_id == self.task_id))
         assert row is not None
-        return Money(
+        return StoredBudget(
             row["used_tokens"],
             row["reserved_tokens"],
             row["used_cost_usd"],
@@ -88,102 +89,112 @@ async def open_ledger_database() -> AsyncGenerator[Database]:
         yield db
 
 
-async def add_task(db: Database, budget: Budget) -> Books:
+async def add_task(db: Database, budget: Budget) -> LedgerKit:
     task_id, tenant = f"task-{IDS.hex()}", IDS.hex()
     store = TaskStore(db, EventLog(db, CLOCK, IDS), CLOCK)
     task = Task("do it", budget=budget)
     await store.create(NewTask(task_id, tenant, "s", "c", "", task, "corr", "", CLOCK.now() + 600))
-    return Books(db, BudgetLedger(db, CLOCK, IDS), task_id, tenant)
+    return LedgerKit(db, BudgetLedger(db, CLOCK, IDS), task_id, tenant)
 
 
 @contextlib.asynccontextmanager
-async def open_books(budget: Budget) -> AsyncGenerator[Books]:
+async def open_ledger_kit(budget: Budget) -> AsyncGenerator[LedgerKit]:
     async with open_ledger_database() as db:
         yield await add_task(db, budget)
 
 
 @pytest.fixture
-async def books() -> AsyncGenerator[Books]:
-    async with open_books(Budget(max_tokens=MAX_TOKENS)) as opened:
+async def kit() -> AsyncGenerator[LedgerKit]:
+    async with open_ledger_kit(Budget(max_tokens=MAX_TOKENS)) as opened:
         yield opened
 
 
-async def test_a_call_is_granted_what_it_asks_for_and_pays_what_it_used(books: Books) -> None:
-    reserved = await books.reserve()
+async def test_a_call_is_granted_what_it_asks_for_and_pays_what_it_used(kit: LedgerKit) -> None:
+    reserved = await kit.reserve()
     assert (reserved.max_completion_tokens, reserved.journal) == (200, None)
-    assert await books.money() == Money(0, 300, 0, 0, 0, 0)
-    await books.ledger.settle(reserved.id, Usage(90, 40), b'{"text": "yes"}')
-    assert await books.money() == Money(130, 0, 0, 0, 90, 40)
-    assert await books.ledger.usage(books.task_id) == Usage(90, 40)
+    assert await kit.stored_budget() == StoredBudget(0, 300, 0, 0, 0, 0)
+    await kit.ledger.settle(reserved.id, Usage(90, 40), b'{"text": "yes"}')
+    assert await kit.stored_budget() == StoredBudget(130, 0, 0, 0, 90, 40)
+    assert await kit.ledger.usage(kit.task_id) == Usage(90, 40)
 
 
-async def test_settling_again_changes_nothing(books: Books) -> None:
-    reserved = await books.reserve()
-    await books.ledger.settle(reserved.id, Usage(90, 40), b"1")
-    await books.ledger.settle(reserved.id, Usage(500, 500), b"2")
-    assert await books.money() == Money(130, 0, 0, 0, 90, 40)
-    assert (await books.reserve()).journal == b"1"
+async def test_settling_again_changes_nothing(kit: LedgerKit) -> None:
+    reserved = await kit.reserve()
+    await kit.ledger.settle(reserved.id, Usage(90, 40), b"1")
+    await kit.ledger.settle(reserved.id, Usage(500, 500), b"2")
+    assert await kit.stored_budget() == StoredBudget(130, 0, 0, 0, 90, 40)
+    assert (await kit.reserve()).journal == b"1"
 
 
-async def test_a_repeat_is_answered_from_the_journal_and_reserves_nothing(books: Books) -> None:
-    reserved = await books.reserve()
-    await books.ledger.settle(reserved.id, Usage(90, 40), b'{"text": "yes"}')
-    before = await books.money()
-    assert await books.reserve() == Reservation("", 40, b'{"text": "yes"}')
-    assert await books.money() == before
+async def test_usage_has_the_tokens_of_calls_that_were_cut_off(kit: LedgerKit) -> None:
+    await kit.ledger.settle((await kit.reserve("k1")).id, Usage(90, 40), b"1")
+    await kit.reserve("k2", prompt=100, completion=200)
+    async with kit.db.transaction() as tx:
+        await kit.ledger.settle_open(tx, kit.task_id)
+    usage = await kit.ledger.usage(kit.task_id)
+    assert usage == Usage(90, 40 + 300)
+    assert usage.total_tokens == (await kit.stored_budget()).used
 
 
-async def test_a_call_that_failed_is_not_in_the_journal_and_returns_what_it_did_not_use(books: Books) -> None:
-    reserved = await books.reserve()
-    await books.ledger.settle(reserved.id, Usage(), None)
-    assert await books.money() == Money(0, 0, 0, 0, 0, 0)
-    assert (await books.reserve()).journal is None
+async def test_a_repeat_is_answered_from_the_journal_and_reserves_nothing(kit: LedgerKit) -> None:
+    reserved = await kit.reserve()
+    await kit.ledger.settle(reserved.id, Usage(90, 40), b'{"text": "yes"}')
+    before = await kit.stored_budget()
+    assert await kit.reserve() == Reservation("", 40, b'{"text": "yes"}')
+    assert await kit.stored_budget() == before
 
 
-async def test_a_call_that_was_cut_off_is_paid_in_full_when_it_is_repeated(books: Books) -> None:
-    lost = await books.reserve()
-    again = await books.reserve()
+async def test_a_call_that_failed_is_not_in_the_journal_and_returns_what_it_did_not_use(kit: LedgerKit) -> None:
+    reserved = await kit.reserve()
+    await kit.ledger.settle(reserved.id, Usage(), None)
+    assert await kit.stored_budget() == StoredBudget(0, 0, 0, 0, 0, 0)
+    assert (await kit.reserve()).journal is None
+
+
+async def test_a_call_that_was_cut_off_is_paid_in_full_when_it_is_repeated(kit: LedgerKit) -> None:
+    lost = await kit.reserve()
+    again = await kit.reserve()
     assert again.id != lost.id
-    assert await books.money() == Money(300, 300, 0, 0, 0, 0)
+    assert await kit.stored_budget() == StoredBudget(300, 300, 0, 0, 0, 0)
     # The first one turns up after all: it was accounted for.
-    await books.ledger.settle(lost.id, Usage(1, 1), b"late")
-    assert (await books.money()).used == 300
+    await kit.ledger.settle(lost.id, Usage(1, 1), b"late")
+    assert (await kit.stored_budget()).used == 300
 
 
-async def test_of_calls_that_come_together_no_two_get_the_same_tokens(books: Books) -> None:
+async def test_of_calls_that_come_together_no_two_get_the_same_tokens(kit: LedgerKit) -> None:
     results = await asyncio.gather(
-        *(books.reserve(f"k{number}", 100, 300) for number in range(5)), return_exceptions=True
+        *(kit.reserve(f"k{number}", 100, 300) for number in range(5)), return_exceptions=True
     )
     granted = [each for each in results if isinstance(each, Reservation)]
     refused = [each for each in results if isinstance(each, OctoError)]
     assert [each.max_completion_tokens for each in granted] == [300, 300, 100]
     assert {each.code for each in refused} == {"budget_exhausted"}
-    assert (await books.money()).reserved == MAX_TOKENS
+    assert (await kit.stored_budget()).reserved == MAX_TOKENS
 
 
-async def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(books: Books) -> None:
+async def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(kit: LedgerKit) -> None:
     with pytest.raises(OctoError, match=f"may use {MAX_TOKENS} tokens; 0 are used, 0 are reserved") as caught:
-        await books.reserve(prompt=MAX_TOKENS)
+        await kit.reserve(prompt=MAX_TOKENS)
     assert caught.value.code == "budget_exhausted"
-    assert (await books.money()).reserved == 0
+    assert (await kit.stored_budget()).reserved == 0
 
 
 async def test_money_is_bounded_like_tokens() -> None:
-    async with open_books(Budget(max_tokens=MAX_TOKENS, max_cost_usd=0.5)) as books:
-        reserved = await books.reserve(token_usd=0.001)
-        assert (await books.money()).reserved_cost == pytest.approx(0.3)
+    async with open_ledger_kit(Budget(max_tokens=MAX_TOKENS, max_cost_usd=0.5)) as kit:
+        reserved = await kit.reserve(token_usd=0.001)
+        assert (await kit.stored_budget()).reserved_cost == pytest.approx(0.3)
         with pytest.raises(OctoError, match="US dollars") as caught:
-            await books.reserve("k2", token_usd=0.001)
+            await kit.reserve("k2", token_usd=0.001)
         assert caught.value.code == "budget_exhausted"
-        await books.ledger.settle(reserved.id, Usage(100, 100, 0.2), b"1")
-        assert (await books.money()).used_cost == pytest.approx(0.2)
-        await books.reserve("k2", token_usd=0.001)
+        await kit.ledger.settle(reserved.id, Usage(100, 100, 0.2), b"1")
+        assert (await kit.stored_budget()).used_cost == pytest.approx(0.2)
+        await kit.reserve("k2", token_usd=0.001)
 
 
 async def test_a_model_without_a_price_is_refused_where_money_is_bounded() -> None:
-    async with open_books(Budget(max_tokens=MAX_TOKENS, max_cost_usd=0.5)) as books:
+    async with open_ledger_kit(Budget(max_tokens=MAX_TOKENS, max_cost_usd=0.5)) as kit:
         with pytest.raises(OctoError, match="price of fake is unknown") as caught:
-            await books.reserve(token_usd=None)
+            await kit.reserve(token_usd=None)
         assert caught.value.code == "budget_exhausted"
 
 
@@ -196,23 +207,23 @@ async def test_a_model_without_a_price_is_refused_where_money_is_bounded() -> No
     ],
 )
 async def test_no_call_is_made_for_a_task_that_is_not_the_callers_to_work_on(
-    books: Books, columns: dict[str, Any], request_: dict[str, Any], code: str
+    kit: LedgerKit, columns: dict[str, Any], request_: dict[str, Any], code: str
 ) -> None:
-    async with books.db.transaction() as tx:
+    async with kit.db.transaction() as tx:
         await tx.execute(
-            update(tasks).where(tasks.c.task_id == books.task_id).values(status="running", **columns)
+            update(tasks).where(tasks.c.task_id == kit.task_id).values(status="running", **columns)
             if "status" not in columns
             else update(tasks).values(**columns)
         )
     with pytest.raises(OctoError) as caught:
-        await books.reserve(**request_)
+        await kit.reserve(**request_)
     assert caught.value.code == code
-    assert (await books.money()).reserved == 0
+    assert (await kit.stored_budget()).reserved == 0
 
 
-async def test_a_reservation_that_never_was_is_not_found(books: Books) -> None:
+async def test_a_reservation_that_never_was_is_not_found(kit: LedgerKit) -> None:
     with pytest.raises(OctoError) as caught:
-        await books.ledger.settle("nothing", Usage(), None)
+        await kit.ledger.settle("nothing", Usage(), None)
     assert caught.value.code == "not_found"
 
 
@@ -246,7 +257,7 @@ async def is_waiting_for_lock(db: Database) -> bool:
 
 
 @dataclass
-class Open:
+class OpenReservation:
     """A reservation of the model that the machine compares with."""
 
     id: str
@@ -266,7 +277,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.used = 0
-        self.open: dict[str, Open] = {}
+        self.open: dict[str, OpenReservation] = {}
         self.journal: dict[str, bytes] = {}
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -274,7 +285,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.books = self.run(add_task(self.db, Budget(max_tokens=MAX_TOKENS)))
+        self.kit = self.run(add_task(self.db, Budget(max_tokens=MAX_TOKENS)))
 
     @rule(
         target=open_ones,
@@ -285,7 +296,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def reserve(self, key: str, prompt: int, completion: int | None) -> Any:
         abandoned = self.open.get(key)
         try:
-            reserved = self.run(self.books.reserve(key, prompt, completion))
+            reserved = self.run(self.kit.reserve(key, prompt, completion))
         except OctoError as error:
             assert error.code == "budget_exhausted"
             # A refusal leaves everything as it was, the abandoned reservation of the same call too.
@@ -297,16 +308,16 @@ class LedgerMachine(RuleBasedStateMachine):
             return cast("Any", multiple())
         if abandoned is not None:
             self.used += abandoned.tokens
-        taken = Open(reserved.id, key, prompt + reserved.max_completion_tokens)
+        taken = OpenReservation(reserved.id, key, prompt + reserved.max_completion_tokens)
         self.open[key] = taken
         assert completion is None or reserved.max_completion_tokens <= completion
         return taken
 
     @rule(target=settled_ones, reserved=consumes(open_ones), share=st.floats(0, 1), whole=st.booleans())
-    def settle(self, reserved: Open, share: float, whole: bool) -> Open:
+    def settle(self, reserved: OpenReservation, share: float, whole: bool) -> OpenReservation:
         used = int(reserved.tokens * share)
         answer = f"answer {reserved.id}".encode()
-        self.run(self.books.ledger.settle(reserved.id, Usage(used - used // 2, used // 2), answer if whole else None))
+        self.run(self.kit.ledger.settle(reserved.id, Usage(used - used // 2, used // 2), answer if whole else None))
         if self.open.get(reserved.key) is reserved:
             del self.open[reserved.key]
             self.used += used
@@ -315,18 +326,18 @@ class LedgerMachine(RuleBasedStateMachine):
         return reserved
 
     @rule(reserved=settled_ones, used=st.integers(0, MAX_TOKENS))
-    def settle_again(self, reserved: Open, used: int) -> None:
-        self.run(self.books.ledger.settle(reserved.id, Usage(used, used), b"another"))
+    def settle_again(self, reserved: OpenReservation, used: int) -> None:
+        self.run(self.kit.ledger.settle(reserved.id, Usage(used, used), b"another"))
 
     @property
     def reserved(self) -> int:
         return sum(each.tokens for each in self.open.values())
 
     @invariant()
-    def nothing_is_lost_and_nothing_exceeds_the_budget(self) -> None:
-        money = self.run(self.books.money())
-        assert (money.used, money.reserved) == (self.used, self.reserved)
-        assert 0 <= money.used + money.reserved <= MAX_TOKENS
+    def check_balance(self) -> None:
+        stored_budget = self.run(self.kit.stored_budget())
+        assert (stored_budget.used, stored_budget.reserved) == (self.used, self.reserved)
+        assert 0 <= stored_budget.used + stored_budget.reserved <= MAX_TOKENS
 
 
 class TestLedgerMachine(LedgerMachine.TestCase):

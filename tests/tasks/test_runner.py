@@ -12,6 +12,7 @@ from task_kit import ServiceRequest, TaskKit, answer, plan_of, plan_step, raises
 from octollm.contracts.operations import AcceptResult
 from octollm.contracts.task import ExecuteResult, Plan, PlanStep
 from octollm.errors import OctoError, RemoteError
+from octollm.tasks.leases import LEASE_SECONDS
 from octollm.tasks.runner import MAX_PARALLEL, TaskRunner
 
 
@@ -39,7 +40,7 @@ async def test_steps_run_after_their_dependencies_with_their_outputs(kit: TaskKi
     assert (view.status, view.progress, view.output) == ("completed", 100.0, "goal of b(goal of a())")
     assert goals(kit) == ["goal of a", "goal of b"]
     types = await kit.event_types(task_id)
-    assert types[:3] == ["task.accepted", "task.planned", "task.started"]
+    assert types[:4] == ["task.accepted", "task.planning", "task.planned", "task.started"]
     assert types[-1] == "task.completed"
 
 
@@ -118,6 +119,67 @@ async def test_replan_that_repeats_the_work_fails_with_the_reasons(kit: TaskKit)
     assert (view.error.code, view.error.reasons) == ("not_accepted", ("Wrong.",))
     assert len(kit.services.keys_of("planner.plan")) == 2
     assert "task.replanned" not in await kit.event_types(task_id)
+
+
+@pytest.mark.parametrize("left", ["running", "planning"])
+async def test_the_replan_of_a_worker_that_died_before_its_new_plan_is_completed(kit: TaskKit, left: str) -> None:
+    plans = [(plan_step("a"), plan_step("b", "a")), (plan_step("a"), plan_step("c", "a"))]
+    planning = asyncio.Event()
+
+    async def plan(request: ServiceRequest) -> Plan:
+        if not request.body.get("reasons"):
+            return Plan(plans[0])
+        if not planning.is_set():
+            planning.set()
+            await asyncio.Event().wait()  # until the worker dies
+        return Plan(plans[1])
+
+    async def accept(request: ServiceRequest) -> AcceptResult:
+        return AcceptResult(request.body["goal"] != "goal of b", ("Wrong.",))
+
+    task_id = await kit.submit()
+    kit.services.handlers |= {"planner.plan": plan, "coder.execute": echo, "judge.accept": accept}
+    first = asyncio.create_task(TaskRunner(kit.deps, await kit.claim()).run())
+    await planning.wait()
+    first.cancel()
+    await asyncio.wait([first])
+    if left == "planning":
+        # As a worker of an earlier version left it: in two transactions.
+        await kit.store.begin_planning(task_id, 1)
+    kit.clock.advance(LEASE_SECONDS + 1)
+    await TaskRunner(kit.deps, await kit.claim("w2")).run()
+    view = await kit.store.view(task_id, "acme")
+    assert (view.status, view.output) == ("completed", "goal of c(goal of a())")
+    # The failed step is not run again: its keys stand for the reasons of the attempts that there were.
+    assert len(kit.services.keys_of("coder.execute")) == len(set(kit.services.keys_of("coder.execute")))
+    again = [each for each in kit.services.requests if each.operation == "planner.plan"][1:]
+    assert [each.key for each in again] == [f"{task_id}:2:plan"] * 2
+    assert again[0].body == again[1].body
+    assert (await kit.event_types(task_id)).count("task.replanned") == 1
+
+
+async def test_a_worker_that_died_after_the_last_failure_leaves_the_end_to_the_next(kit: TaskKit) -> None:
+    refused = RemoteError("No.", code="authority_missing", status=403, retryable=False)
+    kit.services.handlers |= {"planner.plan": plan_of(plan_step("a")), "coder.execute": raises(refused)}
+    task_id = await kit.submit()
+    runner = TaskRunner(kit.deps, await kit.claim())
+
+    async def die(_error: OctoError) -> None:
+        raise asyncio.CancelledError
+
+    runner.fail = die  # type: ignore[method-assign]
+    with pytest.raises(asyncio.CancelledError):
+        await runner.run()
+    kit.clock.advance(LEASE_SECONDS + 1)
+    await TaskRunner(kit.deps, await kit.claim("w2")).run()
+    view = await kit.store.view(task_id, "acme")
+    assert view.error is not None
+    assert (view.status, view.error.code, view.error.detail) == (
+        "failed",
+        "authority_missing",
+        "The step “A” failed: No.",
+    )
+    assert len(kit.services.keys_of("coder.execute")) == 1
 
 
 async def test_other_failures_are_not_replanned(kit: TaskKit) -> None:

@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from task_kit import TaskKit, open_task_database, open_task_kit, plan_step
 
-from octollm.clock import SystemClock, Uuid7Generator
-from octollm.contracts.task import ExecuteResult, Plan, PlanStep, Task
+from octollm.clock import SystemClock, Uuid7Generator, format_rfc3339
+from octollm.contracts.api import UsageBy
+from octollm.contracts.task import Budget, ExecuteResult, Plan, PlanStep, Task, Usage
 from octollm.errors import OctoError
 from octollm.events import EventLog
 from octollm.storage import Transaction
-from octollm.tasks.store import NewTask, TaskStore
+from octollm.tasks.changes import NewTask
+from octollm.tasks.ledger import BudgetLedger, ReservationRequest, UsageReader
+from octollm.tasks.store import TaskStore
 
 CLOCK = SystemClock()
 IDS = Uuid7Generator(CLOCK)
@@ -165,3 +168,43 @@ async def test_a_malformed_cursor_is_refused(kit: TaskKit, cursor: str) -> None:
     with pytest.raises(OctoError) as caught:
         await kit.store.list("acme", limit=5, cursor=cursor, status=None)
     assert caught.value.code == "invalid_parameter"
+
+
+async def test_a_list_has_the_goals_that_contain_a_text_in_any_case(each_kit: TaskKit) -> None:
+    for goal in ("Write slugify", "write 100% of it", "Count the rows"):
+        await each_kit.submit(goal=goal)
+
+    async def goals(text: str) -> list[str]:
+        page = await each_kit.store.list("acme", limit=5, cursor="", status=None, text=text)
+        return sorted(task.goal for task in page.tasks)
+
+    assert await goals("WRITE") == ["Write slugify", "write 100% of it"]
+    assert await goals("0%") == ["write 100% of it"], "a percent sign is only a character"
+    assert await goals("_") == []
+
+
+async def test_usage_is_added_up_by_day_arm_and_model(each_kit: TaskKit) -> None:
+    kit = each_kit
+    ledger, reader = BudgetLedger(kit.db, kit.clock, kit.ids), UsageReader(kit.db, kit.clock)
+    task_id = await kit.submit(budget=Budget(max_tokens=10_000))
+    await kit.claim()
+    await kit.store.begin_planning(task_id, 1)
+    await kit.store.set_plan(task_id, Plan((plan_step("a"),)), 1, replan=False, reasons=())
+    first_day = format_rfc3339(kit.clock.now())[:10]
+    for number, (step, model, days) in enumerate((("", "big", 0), ("a", "small", 0), ("a", "small", 1))):
+        kit.clock.advance(days * 86_400)
+        request = ReservationRequest("acme", task_id, step, 1, None, f"k{number}", model, 100, 200)
+        reserved = await ledger.reserve(request)
+        await ledger.settle(reserved.id, Usage(30, 12, 0.25 if model == "big" else 0.0), None)
+
+    async def rows(by: UsageBy, days: int = 2) -> list[tuple[str, int, int, float]]:
+        report = await reader.read("acme", by, days)
+        return [(row.name, row.calls, row.tokens, row.cost_usd) for row in report.rows]
+
+    last_day = format_rfc3339(kit.clock.now())[:10]
+    assert await rows("day") == [(first_day, 2, 84, 0.25), (last_day, 1, 42, 0.0)]
+    assert await rows("day", 1) == [(last_day, 1, 42, 0.0)], "a period ends today"
+    arm = plan_step("a").arm
+    assert await rows("arm") == [("", 1, 42, 0.25), (arm, 2, 84, 0.0)]
+    assert await rows("model") == [("big", 1, 42, 0.25), ("small", 2, 84, 0.0)]
+    assert (await reader.read("other", "day", 2)).rows == ()

@@ -5,17 +5,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.errors import OctoError
-from octollm.tasks.state import STEP_TRANSITIONS, TASK_TRANSITIONS, check_transition, is_final
+from octollm.tasks.state import (
+    STEP_TRANSITIONS,
+    TASK_TRANSITIONS,
+    check_transition,
+    is_final,
+    resume_status,
+)
 
 ENDS = ("completed", "failed", "cancelled")
 
 
 def test_the_table_is_that_of_the_design() -> None:
-    assert set(TASK_TRANSITIONS) == {"accepted", "planning", "running", "waiting", *ENDS}
+    assert set(TASK_TRANSITIONS) == {"accepted", "planning", "running", "waiting", "paused", *ENDS}
     assert all(not TASK_TRANSITIONS[end] and is_final(end) for end in ENDS)
     assert "planning" in TASK_TRANSITIONS["running"]  # a replan
     assert all({"failed", "cancelled"} <= TASK_TRANSITIONS[state] for state in TASK_TRANSITIONS if not is_final(state))
     assert all(not STEP_TRANSITIONS[end] for end in ENDS)
+    # Whatever a task does, it can be paused, and it goes on afterwards in one of two states.
+    assert all(
+        "paused" in TASK_TRANSITIONS[state] for state in TASK_TRANSITIONS if not is_final(state) and state != "paused"
+    )
+    assert {resume_status(has_started=started) for started in (True, False)} <= TASK_TRANSITIONS["paused"]
 
 
 @given(st.lists(st.sampled_from(sorted(TASK_TRANSITIONS)), max_size=20))

@@ -35,7 +35,7 @@ class FakeRenewer:
         yield
 
 
-class Blocking:
+class BlockingArm:
     """An arm that answers once it is released."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ async def test_worker_runs_the_tasks_that_it_finds(kit: TaskKit) -> None:
 
 
 async def test_worker_claims_no_more_than_its_bound(kit: TaskKit) -> None:
-    arm = Blocking()
+    arm = BlockingArm()
     kit.services.handlers["coder.execute"] = arm
     ids = [await kit.submit() for _ in range(3)]
     worker, renewer = make_worker(kit, max_tasks=2)
@@ -89,7 +89,7 @@ async def test_worker_claims_no_more_than_its_bound(kit: TaskKit) -> None:
 
 
 async def test_drain_releases_tasks_for_another_worker(kit: TaskKit) -> None:
-    arm = Blocking()
+    arm = BlockingArm()
     kit.services.handlers["coder.execute"] = arm
     task_id = await kit.submit()
     worker, _ = make_worker(kit)
@@ -101,7 +101,7 @@ async def test_drain_releases_tasks_for_another_worker(kit: TaskKit) -> None:
 
 
 async def test_lost_lease_stops_the_task_and_leaves_it_open(kit: TaskKit) -> None:
-    arm = Blocking()
+    arm = BlockingArm()
     kit.services.handlers["coder.execute"] = arm
     task_id = await kit.submit()
     worker, renewer = make_worker(kit)
@@ -153,3 +153,23 @@ async def test_crash_fails_the_task_instead_of_repeating_it(kit: TaskKit) -> Non
     assert view.error.code == "internal"
     assert "ZeroDivisionError" in view.error.detail
     assert "task.crashed" in cast("Any", kit.deps.log).events
+
+
+async def test_a_full_worker_tells_the_others_that_a_task_waits(kit: TaskKit) -> None:
+    arm = BlockingArm()
+    kit.services.handlers["coder.execute"] = arm
+    hints: list[str] = []
+
+    async def announce() -> None:
+        hints.append("task")
+
+    await kit.submit()
+    worker, _ = make_worker(kit, max_tasks=1, announce=announce)
+    async with worker.run():
+        await wait_until(lambda: bool(arm.running), description="the task runs")
+        assert not hints, "it had room"
+        await kit.submit()
+        worker.wake()
+        await wait_until(lambda: bool(hints), description="the others are told")
+        hints.clear()
+    assert hints, "and they are told of what it hands back"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from octollm.clock import SystemClock
 from octollm.context import RequestContext, TraceContext, parse_traceparent, set_context, start_trace
+from octollm.masking import mask_text
 from octollm.telemetry import configure_logging, get_logger, mask
-from octollm.telemetry.masking import mask_text
 from octollm.testing import wait_until
 
 JWT = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJ4In0.c2ln"

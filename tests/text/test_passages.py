@@ -49,6 +49,12 @@ def test_long_lines_are_cut_between_words() -> None:
     assert all(not p.text.startswith("ord") for p in passages)
 
 
+def test_a_line_of_megabytes_is_cut_like_any_other() -> None:
+    passages = split_passages("word " * 1_000_000)
+    assert len(passages) == 1_000_000 // 140 + 1
+    assert {p.text for p in passages[:-1]} == {" ".join(["word"] * 140)}
+
+
 def test_windows_line_ends_count_once() -> None:
     assert [(p.line_start, p.line_end, p.text) for p in split_passages("a\r\n\r\nb\r\n")] == [(1, 3, "a\n\nb")]
 

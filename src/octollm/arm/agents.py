@@ -64,7 +64,7 @@ def build_prompt(task: Task) -> str:
     """Return the prompt for a task: goal, constraints, criteria, files, earlier rejections and context."""
     parts = [task.goal]
     for title, lines in (
-        ("Keep to this:", task.constraints),
+        ("Keep to this:", (*task.constraints, *task.context.instructions)),
         ("The result is accepted when:", task.acceptance_criteria),
         ("Files:", tuple(file.name for file in task.context.files)),
         ("An earlier answer was refused:", task.context.reasons),

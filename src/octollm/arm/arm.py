@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, cast, overload
 from octollm.arm.context import Context
 from octollm.arm.references import CallTo
 from octollm.arm.validation import (
+    check_approval,
     check_calls,
     check_description,
     check_lifespan,
@@ -76,7 +77,8 @@ class Arm(Generic[StateT]):
     are refused. If the caller's authority does not cover one of ``calls``, the request is refused before it starts;
     if it does not cover one of ``optional_calls``, the request runs, and ``ctx.allows`` returns ``False``. An operation
     may declare its own calls instead. ``accepts`` has the kinds of work for the rule-based planner, such as
-    ``files:tabular``, ``files:text`` or ``files:none``.
+    ``files:tabular``, ``files:text`` or ``files:none``. With ``approval``, a sentence that says why, each step of the
+    arm waits until a person has approved it: for an arm whose work has effects that cannot be undone.
 
     ``lifespan`` opens shared resources before the arm serves, and closes them after the last call; the value that it
     yields is ``ctx.state``. Raises ``arm_invalid`` for an invalid declaration.
@@ -90,6 +92,7 @@ class Arm(Generic[StateT]):
         calls: Sequence[CallTo] = (),
         optional_calls: Sequence[CallTo] = (),
         accepts: Sequence[str] = (),
+        approval: str = "",
         lifespan: Lifespan[StateT] | None = None,
         **removed: Never,
     ) -> None:
@@ -101,6 +104,7 @@ class Arm(Generic[StateT]):
         if removed:
             raise TypeError(f"Arm() has no argument {', '.join(removed)}")
         self._initialise(name, description, calls, optional_calls, accepts, lifespan, built_in=False)
+        self.approval = check_approval(name, approval)
 
     def _initialise(
         self,
@@ -121,6 +125,7 @@ class Arm(Generic[StateT]):
         self.required_scopes = check_calls(name, calls)
         self.optional_scopes = check_calls(name, optional_calls)
         self.accepts = tuple(accepts)
+        self.approval = ""
         self.operations: list[ArmOperation] = []
         self._lifespan = lifespan
 
@@ -281,7 +286,9 @@ class Arm(Generic[StateT]):
             return declare
         if callable(name):
             return declare(cast("Callable[[Any, Context[Any]], Awaitable[Any]]", name))
-        raise ArmError(f"{self.name} has an operation that is no function: @arm.operation stands before async def.")
+        raise ArmError(
+            f"{self.name} has an operation that is not a function: write @arm.operation directly before async def."
+        )
 
 
 def _mark_optional(required: Sequence[Scope], optional: Sequence[Scope]) -> tuple[str, ...]:

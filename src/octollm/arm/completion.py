@@ -24,18 +24,30 @@ _MAX_CAUSES = 8
 
 
 def extract_problem(error: BaseException | None) -> RemoteError | None:
-    """Return the problem document of ``models`` that caused ``error``, or ``None``. OpenAI's SDK has it as ``body``."""
+    """Return the problem document of ``models`` that caused ``error``, or ``None``.
+
+    An exception of OpenAI's SDK has it as the content of its ``response``: its ``body`` is only the member ``error``.
+    """
     for _ in range(_MAX_CAUSES):
         if error is None:
             return None
-        try:
-            problem = msgspec.convert(getattr(error, "body", None), Problem)
-        except msgspec.ValidationError:
+        problem = _read_problem(error)
+        if problem is None:
             error = error.__cause__ or error.__context__
             continue
         # The error body of another server may have the same members, so only our own codes are accepted.
         return remote_error(problem, "models") if problem.code in ERROR_KINDS else None
     return None
+
+
+def _read_problem(error: BaseException) -> Problem | None:
+    try:
+        content: object = getattr(getattr(error, "response", None), "content", None)
+        if isinstance(content, bytes):
+            return msgspec.json.decode(content, type=Problem)
+        return msgspec.convert(getattr(error, "body", None), Problem)
+    except (msgspec.DecodeError, RuntimeError):  # httpx: a response that was not read is a RuntimeError
+        return None
 
 
 OnText = Callable[[str], Awaitable[None]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, cast, overload
 from urllib.parse import quote
@@ -17,7 +17,9 @@ import msgspec
 
 from octollm.arm.model import ModelClient, ModelEndpoint
 from octollm.arm.references import CallTo, OperationReference
+from octollm.arm.subtasks import SubTask, build_contract
 from octollm.capability import CallTokens, Delegator, Scope
+from octollm.contracts.api import TaskView
 from octollm.contracts.media_types import media_type_of
 from octollm.contracts.operations import StoredFile, to_artifact
 from octollm.contracts.service_operations import route_of
@@ -29,6 +31,7 @@ from octollm.contracts.task import (
     Budget,
     ExecuteResult,
     FileRef,
+    ParentEnd,
     StepResult,
     Task,
 )
@@ -261,6 +264,13 @@ class Context(Generic[StateT_co]):
         """Return the arm's log; its lines include the ids of this call."""
         return self._base.log
 
+    def effect_key(self, name: str, request: object) -> str:
+        """Return the ``Idempotency-Key`` for a request to an external service: a repeat of this call gets the same key.
+
+        ``name`` and ``request`` (a value that can be encoded as JSON) tell the effects of one call apart.
+        """
+        return self._keys.next(self._base.name, name, encode(request))
+
     async def emit(self, text: str, *, reset: bool = False) -> None:
         """Stream text to the clients that watch the step; ``reset`` discards the text streamed before."""
         await self._call.emit.token(text, reset=reset)
@@ -276,6 +286,36 @@ class Context(Generic[StateT_co]):
         if grant is None or not any(declared.contains(scope) for declared in self._declared):
             return False
         return grant.may.subtree(scope) is not None
+
+    async def submit(
+        self,
+        goal: str,
+        *,
+        files: Iterable[FileRef] = (),
+        criteria: Iterable[str] = (),
+        constraints: Iterable[str] = (),
+        notes: str = "",
+        budget: Budget | None = None,
+        arm: str | None = None,
+        on_parent_end: ParentEnd = "cancel",
+    ) -> SubTask:
+        """Submit a sub-task of the task that this call works on, and return it once it is stored.
+
+        It shares the task's budget, deadline, approvals and trace. It may use what the task may, as far as this arm
+        declares it: the arms that it needs, for example ``coder:execute``, and ``tasks:create`` itself. Without
+        ``budget`` its tokens are an even share of what is left. It is cancelled when the task ends, unless
+        ``on_parent_end`` is ``continue``. A repeat of this call returns the same sub-task.
+
+        Raises ``authority_missing``, ``budget_invalid`` for more tokens than are left, ``state_conflict`` past eight
+        generations or a hundred sub-tasks, and what a submission raises.
+        """
+        body = build_contract(goal, files, criteria, constraints, notes, budget, arm, on_parent_end)
+        await self.artifacts.store()
+        view = await self._base.client.call(await self._prepare_task_call("create", body), TaskView)
+        return SubTask(view.task_id, self._base.client, self._prepare_task_call)
+
+    async def _prepare_task_call(self, operation: str, body: bytes | None, **path: str) -> OutgoingCall:
+        return await self._prepare("tasks", operation, body, **path)
 
     @overload
     async def call(self, operation: OperationReference[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
@@ -325,7 +365,9 @@ class Context(Generic[StateT_co]):
     async def _prepare(self, service: str, operation: str, body: bytes | None, **path: str) -> OutgoingCall:
         route = route_of(service, operation)
         audience = service_of(service)
-        bearer = await self._bearer(":".join((service, operation, *path.values())))
+        # The operations on tasks know no selectors: a token for one task would not open them.
+        selectors = () if service == "tasks" else path.values()
+        bearer = await self._bearer(":".join((service, operation, *selectors)))
         key = None
         if route.method != "GET":
             # Also for a callee that stores no responses: the keys of its own calls are derived from this one, so when
@@ -349,6 +391,8 @@ class Context(Generic[StateT_co]):
             "traceparent": self._call.trace.traceparent,
             "X-Timeout-Ms": self.deadline.to_header(),
         }
+        if self._call.trace.state:
+            headers["tracestate"] = self._call.trace.state
         return ModelEndpoint(self._base.discovery.instances("models")[0] + "/v1", bearer, headers)
 
     async def _bearer(self, scope: str, lifetime: float | None = None) -> str:

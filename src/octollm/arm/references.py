@@ -10,11 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from octollm.contracts.memory_operations import Fact, FactList, FactQuery, NamedFact
 from octollm.contracts.operations import (
     AcceptRequest,
     AcceptResult,
     DocumentIn,
     DocumentOut,
+    ExternalRequest,
+    ExternalResponse,
     RunRequest,
     RunResult,
     SearchRequest,
@@ -73,6 +76,7 @@ class executor:  # noqa: N801
     """The executor's operations."""
 
     run = OperationReference("executor", "run", RunRequest, RunResult)
+    http = OperationReference("executor", "http", ExternalRequest, ExternalResponse)
     execute = OperationReference("executor", "execute", Task, ExecuteResult)
 
 
@@ -98,7 +102,9 @@ class retriever:  # noqa: N801
 
 
 class memory:  # noqa: N801
-    """The memory's operations."""
+    """The memory's operations: documents (``read`` searches them, ``write`` stores one) and facts."""
 
     read = OperationReference("memory", "read", SearchRequest, SearchResult)
     write = OperationReference("memory", "write", DocumentIn, DocumentOut)
+    query_facts = OperationReference("memory", "query_facts", FactQuery, FactList)
+    store_fact = OperationReference("memory", "store_fact", NamedFact, Fact)

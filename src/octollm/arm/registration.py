@@ -10,7 +10,9 @@ import msgspec
 
 from octollm.arm.arm import Arm
 from octollm.concurrency import BackgroundLoop, retry
+from octollm.contracts.declarations import BodyT, DeclaredOperation
 from octollm.contracts.enrolment import ArmRegistration, InstanceRef
+from octollm.contracts.internal_operations import DEREGISTER_INSTANCE, RECORD_HEARTBEAT, REGISTER_INSTANCE
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline, retry_until
 from octollm.rpc.client import CallTarget, OutgoingCall
@@ -71,7 +73,7 @@ class ArmRegistrar:
 
     async def _heartbeat(self) -> None:
         try:
-            await self._send("heartbeat", InstanceRef(self._instance), _CALL_SECONDS)
+            await self._send(RECORD_HEARTBEAT, InstanceRef(self._instance), _CALL_SECONDS)
         except RemoteError as error:
             if error.code != "not_found":
                 raise
@@ -91,19 +93,18 @@ class ArmRegistrar:
             operation_calls={declared.name: declared.declared_calls for declared in arm.operations}
             if any(declared.has_own_calls for declared in arm.operations)
             else {},
+            approval=arm.approval,
             about={declared.name: declared.summary for declared in arm.operations if declared.summary},
         )
-        await self._send("register", registration, _CALL_SECONDS)
+        await self._send(REGISTER_INSTANCE, registration, _CALL_SECONDS)
 
     async def _deregister(self) -> None:
         with contextlib.suppress(OctoError):  # otherwise the registration expires
-            await self._send("leave", InstanceRef(self._instance), DEREGISTER_SECONDS)
+            await self._send(DEREGISTER_INSTANCE, InstanceRef(self._instance), DEREGISTER_SECONDS)
 
-    async def _send(self, action: str, body: object, seconds: float) -> None:
-        # Marked read-only, so that retries need no idempotency key: each request names the instance, and repeating it
-        # changes nothing.
+    async def _send(self, declared: DeclaredOperation[BodyT, Any], body: BodyT, seconds: float) -> None:
         call = OutgoingCall(
-            CallTarget("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", "read_only"),
+            CallTarget.of(declared),
             self._base.identity.signer().sign_token("orchestrator"),
             Deadline.after(self._base.clock, seconds),
             msgspec.json.encode(body),

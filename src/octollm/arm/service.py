@@ -21,6 +21,7 @@ from octollm.rpc.call import IncomingCall, Operation, OperationDocs
 from octollm.rpc.codec import encode
 from octollm.rpc.health import ReadinessCheck
 from octollm.rpc.service import Service, ServiceBase, build_service
+from octollm.telemetry.otel_bridge import OpenTelemetryBridge
 
 CARD_PATH = "/.well-known/agent-card.json"
 BINDING = "urn:octollm:arm"
@@ -62,6 +63,7 @@ def build_arm(
     """Return ``arm`` as a service, with its ``state`` already open. The orchestrator stores its idempotency keys."""
     delegator = base.identity.delegator(None if base.revocations is None else base.revocations.revocations)
     registrar = ArmRegistrar(arm, base)
+    bridge = OpenTelemetryBridge(base.tracer, base.name)
 
     def to_operation(declared: ArmOperation) -> Operation:
         scopes = (*declared.calls, *declared.optional_calls)
@@ -69,7 +71,9 @@ def build_arm(
         async def serve(call: IncomingCall, body: Any) -> object:
             context = Context[Any](base, delegator, call, scopes, body, state)
             try:
-                answer = build_answer(declared, await declared.handler(body, context), context)
+                with bridge.attached(call.trace):
+                    returned = await declared.handler(body, context)
+                answer = build_answer(declared, returned, context)
                 return await context.artifacts.attach(answer) if isinstance(answer, ExecuteResult) else answer
             except OctoError:
                 raise

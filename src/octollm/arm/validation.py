@@ -32,7 +32,7 @@ def check_name(name: str, *, built_in: bool) -> None:
     """Raise ``arm_invalid`` unless the name is valid and not reserved."""
     if built_in:
         if name not in BUILT_IN_ARMS:
-            raise ArmError(f"{name!r} is no built-in arm; write Arm({name!r}, …).")
+            raise ArmError(f"{name!r} is not a built-in arm; write Arm({name!r}, …).")
         return
     if _NAME.fullmatch(name) is None:
         raise ArmError(
@@ -51,11 +51,18 @@ def check_description(name: str, description: str) -> None:
         )
 
 
+def check_approval(name: str, reason: str) -> str:
+    """Return ``reason``, which may be empty; raise ``arm_invalid`` for one that is too long."""
+    if len(reason) > MAX_DESCRIPTION:
+        raise ArmError(f"approval of the arm {name} may have {MAX_DESCRIPTION} characters: one sentence that says why.")
+    return reason.strip()
+
+
 def check_lifespan(name: str, lifespan: object) -> None:
     """Raise ``arm_invalid`` for a lifespan that is not callable, or lacks ``@asynccontextmanager``."""
     right = "write @asynccontextmanager above `async def lifespan():`, which yields the state once."
     if lifespan is not None and not callable(lifespan):
-        raise ArmError(f"The lifespan of the arm {name} is no function: {right}")
+        raise ArmError(f"The lifespan of the arm {name} is not a function: {right}")
     if inspect.isasyncgenfunction(lifespan) or inspect.iscoroutinefunction(lifespan):
         raise ArmError(f"The lifespan of the arm {name} is not an asynchronous context manager: {right}")
 
@@ -63,10 +70,10 @@ def check_lifespan(name: str, lifespan: object) -> None:
 def check_calls(name: str, calls: Iterable[CallTo] | CallTo) -> tuple[Scope, ...]:
     """Return declared calls as scopes; raise ``arm_invalid`` for a malformed one, and for one that is not in a list."""
     if isinstance(calls, OperationReference):
-        raise ArmError(f"calls of the arm {name} is a list: calls=[{calls}].")
+        raise ArmError(f"calls of the arm {name} must be a list: calls=[{calls}].")
     # A string is a sequence too, so each of its characters would be taken for a call.
     if isinstance(calls, str):
-        raise ArmError(f"calls of the arm {name} is a list: calls=[{calls!r}].")
+        raise ArmError(f"calls of the arm {name} must be a list: calls=[{calls!r}].")
     scopes: list[Scope] = []
     for call in calls:
         text = str(call)
@@ -87,9 +94,9 @@ def check_operation(arm: str, name: str, kind: str, existing: Iterable[str]) -> 
             f"{arm} cannot have an operation {name!r}: a name is 1 to 40 of a-z, 0-9 and _, and begins with a letter."
         )
     if name in _RESERVED_PATHS:
-        raise ArmError(f"{arm} cannot have an operation {name!r}: every service answers /{name} itself.")
+        raise ArmError(f"{arm} cannot have an operation {name!r}: every service already serves /{name} itself.")
     if name in existing:
-        raise ArmError(f"{arm} has an operation {name!r} already; give this one another name: @arm.operation('…').")
+        raise ArmError(f"{arm} already has an operation {name!r}; give this one another name: @arm.operation('…').")
     kinds = get_args(OperationKind)
     if kind not in kinds:
         raise ArmError(f"{arm}:{name} cannot be of kind {kind!r}; kinds are {', '.join(kinds)}.")
@@ -127,6 +134,7 @@ def _check_type(arm: str, name: str, what: str, kind: Any) -> None:
         json_schemas([kind])
     except (TypeError, NotImplementedError, ValueError) as error:
         raise ArmError(
-            f"The {what} of {arm}:{name} cannot be {kind!r}: use a dataclass, a msgspec Struct, a Pydantic model, "
-            "str, dict or list of these."
+            f"The {what} of {arm}:{name} cannot be {kind!r}: use a dataclass, a msgspec Struct, a Pydantic model, a "
+            "TypedDict or NamedTuple, str, int, float, bool, an enum, a Literal, a date or time, a UUID, or a list, "
+            "tuple, set, dict or union of these."
         ) from error

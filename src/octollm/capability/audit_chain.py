@@ -88,6 +88,19 @@ class AuditChainVerifier:
         self.faults: list[AuditChainError] = []
         self.rows = 0
 
+    def check_cut(self, cut: AuditHead, *, archived: bool) -> None:
+        """Check where a log begins whose rows up to ``cut`` are in the archive, and go on from there.
+
+        ``archived`` says that these rows were to be checked before: they must end at the cut.
+        """
+        last = self._last
+        if archived and last.seq < cut.seq:
+            self._fault(last.seq + 1, f"rows {last.seq + 1} to {cut.seq} are not in the archive")
+        elif archived and (last.seq, last.hash) != (cut.seq, cut.hash):
+            self._fault(cut.seq, "the log was cut at another row than the archive has")
+        self._check_signed(cut.seq, cut.hash, cut.checkpoint)
+        self._last = cut
+
     def check_row(self, row: AuditRow) -> None:
         """Check the next row, which must follow the one before."""
         self.rows += 1

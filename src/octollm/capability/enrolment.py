@@ -36,6 +36,8 @@ _TOKEN_PATTERN = re.compile(rf"{ENROLMENT_TOKEN_PREFIX}([0-9a-f]{{32}})_([A-Za-z
 _ID = re.compile(r"[0-9a-f]{32}")
 _RESERVED = frozenset(SERVICES) | {info.host for info in SERVICES.values()} | ORCHESTRATOR_FAMILIES | {"octollm"}
 _CALLABLE_SERVICES = (frozenset(SERVICES) | {"files"}) - {"orchestrator", "reflex"}
+_SUBTASK_CALLS = frozenset({"tasks:create", "tasks:read", "tasks:cancel"})
+"""What an arm may call for its sub-tasks. To approve or steer tasks is left to people."""
 _MAC_BYTES = 16
 _STAMP_BYTES = 8
 
@@ -62,11 +64,15 @@ class EnrolmentToken:
         """Parse an enrolment token; raise ``join_refused`` for any other text."""
         match = _TOKEN_PATTERN.fullmatch(text)
         if match is None:
-            raise OctoError("That is no enrolment token; `octollm keys enrol` makes one.", code="join_refused")
+            raise OctoError(
+                "That is not an enrolment token; create one with `octollm keys enrol`.", code="join_refused"
+            )
         try:
             return cls(match[1], b64decode(match[2]))
         except CapabilityError:
-            raise OctoError("The enrolment token is damaged; was all of it copied?", code="join_refused") from None
+            raise OctoError(
+                "The enrolment token is damaged or incomplete; copy all of it.", code="join_refused"
+            ) from None
 
     def __str__(self) -> str:
         return f"{ENROLMENT_TOKEN_PREFIX}{self.id}_***"
@@ -200,9 +206,10 @@ def _check_call(text: str) -> None:
         raise OctoError(
             f"A call is one operation of one service, like retriever:search; {text[:80]!r} is not.", code="invalid_body"
         )
-    if scope.family in _RESERVED and scope.family not in _CALLABLE_SERVICES:
+    if scope.family in _RESERVED and scope.family not in _CALLABLE_SERVICES and text not in _SUBTASK_CALLS:
+        allowed = ", ".join(sorted(_CALLABLE_SERVICES | _SUBTASK_CALLS))
         raise OctoError(
-            f"{text} is not for arms: they may call {', '.join(sorted(_CALLABLE_SERVICES))}, and other custom arms.",
+            f"{text} is not for arms: they may call {allowed}, and other custom arms.",
             code="invalid_body",
         )
 

@@ -62,6 +62,11 @@ class DelegationTree:
         """The number of entries of all levels."""
         return sum(1 + under.size for under in self._entries.values())
 
+    def scopes(self) -> ScopeSet:
+        """Return the scopes of all levels."""
+        below = (scope for under in self._entries.values() for scope in under.scopes())
+        return ScopeSet((*self._entries, *below))
+
     def to_dict(self) -> dict[str, object]:
         """Return the tree as nested dictionaries of text, the form of the ``may`` claim."""
         return {scope.text: under.to_dict() for scope, under in self._entries.items()}

@@ -5,9 +5,13 @@ A new key signs only after an overlap; the old one is trusted until its last tok
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -20,6 +24,7 @@ OVERLAP_SECONDS = 600.0
 TRUST_SECONDS = MAX_ACCESS_SECONDS + 2 * SKEW_SECONDS
 """How long a key is trusted after its successor began to sign."""
 MAX_KEYS = 16
+_NONCE_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +109,14 @@ class KeyRing:
         """Return the public keys that are trusted at ``now``, by thumbprint; the signing one is first."""
         return self.public.trusted_keys(now)
 
-    def derive_keys(self, purpose: str, now: float) -> list[bytes]:
+    def derive_keys(self, purpose: str, now: float, *, retired: bool = False) -> list[bytes]:
         """Return a symmetric key of 32 bytes for each trusted key pair, that of the signing one first.
 
-        They are derived by HKDF (RFC 5869), so they tell nothing of the private keys or of other purposes.
+        With ``retired`` those of key pairs that are no longer trusted follow. The keys are derived by HKDF (RFC 5869),
+        so they tell nothing of the private keys or of other purposes.
         """
-        pairs = [self.find(thumbprint) for thumbprint in self.trusted_keys(now)]
+        names = [*self.trusted_keys(now), *(self._by_thumbprint if retired else ())]
+        pairs = [self.find(thumbprint) for thumbprint in dict.fromkeys(names)]
         return [
             HKDF(SHA256(), 32, None, purpose.encode()).derive(pair.private.private_bytes_raw())
             for pair in pairs
@@ -121,6 +128,38 @@ class KeyRing:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+class SecretCipher:
+    """Encrypts secrets that are stored (AES-256-GCM), so that reading the store reveals none.
+
+    ``load_keys`` returns keys of 32 bytes: the first encrypts, each may decrypt. ``context`` names where a secret is
+    stored and is authenticated too: a ciphertext that was moved elsewhere does not decrypt.
+    """
+
+    def __init__(self, load_keys: Callable[[], Sequence[bytes]]) -> None:
+        self._load_keys = load_keys
+
+    def encrypt(self, secret: bytes, context: bytes) -> bytes:
+        """Return the nonce followed by the ciphertext."""
+        nonce = os.urandom(_NONCE_BYTES)
+        return nonce + AESGCM(self._load_keys()[0]).encrypt(nonce, secret, context)
+
+    def decrypt(self, sealed: bytes, context: bytes) -> bytes | None:
+        """Return the secret; ``None`` when no present key decrypts it."""
+        opened = (_decrypt(key, sealed, context) for key in self._load_keys())
+        return next((secret for secret in opened if secret is not None), None)
+
+    def is_current(self, sealed: bytes, context: bytes) -> bool:
+        """Return whether the key that encrypts now also decrypts ``sealed``, or no key does."""
+        first, *others = (_decrypt(key, sealed, context) for key in self._load_keys())
+        return first is not None or all(each is None for each in others)
+
+
+def _decrypt(key: bytes, sealed: bytes, context: bytes) -> bytes | None:
+    with contextlib.suppress(InvalidTag, ValueError):  # a ValueError: too short to hold a nonce
+        return AESGCM(key).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], context)
+    return None
 
 
 class TrustedRoots(Mapping[str, PublicKey]):

@@ -137,24 +137,26 @@ class Principal:
     tenant: str
 
 
-_USER_SCOPES = ("tasks:*", "files:*", "memory:*", "models:*", "events:read")
-_ADMIN_SCOPES = (*_USER_SCOPES, "webhooks:*", "keys:*", "audit:read", "arms:*")
+_USER_SCOPES = ("tasks:*", "files:*", "memory:*", "models:*", "events:read", "events:subscribe")
+_ADMIN_SCOPES = (*_USER_SCOPES, "webhooks:*", "keys:*", "audit:read", "arms:*", "monitor:read")
 
 PRESETS: dict[str, tuple[str, ...]] = {"user": _USER_SCOPES, "admin": _ADMIN_SCOPES}
 """Scopes of each preset, besides ``<arm>:*`` for every arm that is admitted for the tenant.
 
 | scope | user | admin | lets its holder |
 |---|---|---|---|
-| ``tasks:*`` | yes | yes | submit, read, cancel and approve tasks |
+| ``tasks:*`` | yes | yes | submit, read, steer, cancel and approve tasks |
 | ``files:*`` | yes | yes | store and read files |
-| ``memory:*`` | yes | yes | read and write facts and documents |
+| ``memory:*`` | yes | yes | read, write and erase facts and documents |
 | ``models:*`` | yes | yes | have models called, within a budget |
 | ``events:read`` | yes | yes | follow the tenant's events |
+| ``events:subscribe`` | yes | yes | keep durable subscriptions; ``events:subscribe:billing`` is for one |
 | ``<arm>:*`` | yes | yes | have the operations of an admitted arm called |
 | ``webhooks:*`` | no | yes | manage webhooks |
 | ``keys:*`` | no | yes | make and revoke API keys |
 | ``audit:read`` | no | yes | read the audit log |
 | ``arms:*`` | no | yes | admit and remove arms |
+| ``monitor:read`` | no | yes | read the state of the services |
 """
 
 

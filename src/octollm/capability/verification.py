@@ -68,6 +68,11 @@ class VerifiedChain:
         """The principal that the work is for."""
         return Principal(self.subject, self.cred, self.tenant)
 
+    @property
+    def is_delegated(self) -> bool:
+        """Return whether another service made the access token, under a grant: the orchestrator makes the others."""
+        return any(isinstance(link, GrantClaims) and link != self.grant for link in self.links)
+
     def require(self, scope: str | Scope) -> None:
         """Raise ``CapabilityError`` (code ``scope_missing``), naming ``scope``, unless the token allows it."""
         if not self.scopes.allows(scope):
@@ -214,6 +219,7 @@ class Verifier:
         """Verify the access token of a chain with verified grants: it alone is new."""
         access, conditions = chain.access, cached.conditions
         claims = access.claims
+        # Times and revocations before the signature, as above: a refusal by unverified claims is always safe.
         check_part_times(access, chain.parent, self._clock.now())
         self._recheck(conditions)
         key = expected_key(access, chain.parent, self._roots)

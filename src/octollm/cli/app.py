@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from octollm import __version__
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "demo": ("up", "Start", "Start everything in this process, do one goal live, save the result, and stop."),
+    "demo": ("up", "Start", "Start every service in this process, run one goal, save the result, and stop."),
     "up": ("up", "Start", "Run every service on this machine until Ctrl-C."),
     "run": ("tasks", "Tasks", "Submit a goal, watch it live, and save the result to ./octollm-results."),
     "serve": (
@@ -23,22 +23,36 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "trace": (
         "traces",
         "Tasks",
-        "Show where the time of a task went: every call of every service, as a tree with failures and tokens.",
+        "Show where the time of a task went: every call of every service, as a tree, and what the task waited for.",
     ),
     "migrate": (
         "serve",
         "Installation",
         "Migrate the schemas of every service to this version, in the database that OCTOLLM_DATABASE_URL names.",
     ),
-    "doctor": ("doctor", "Installation", "Check everything that an installation needs, and say how to repair it."),
+    "archive": (
+        "serve",
+        "Installation",
+        "Delete events, tasks, files and audit rows past their retention now; archive them in OCTOLLM_ARCHIVE_URL.",
+    ),
+    "top": (
+        "top",
+        "Installation",
+        "Show the services and the open tasks live; q quits. Without a terminal: once.",
+    ),
+    "doctor": ("doctor", "Installation", "Check everything that an installation needs, and suggest fixes."),
     "config": ("config", "Installation", "Show every setting: its value (secrets masked) and where it comes from."),
-    "task": ("tasks", "Tasks", "List, show and cancel tasks."),
-    "events": ("events", "Tasks", "Follow the event log."),
+    "task": ("tasks", "Tasks", "List, show, steer, cancel and repeat tasks."),
+    "schedule": ("schedules", "Tasks", "Submit goals at the times of a cron expression."),
+    "memory": ("memory", "Tasks", "Facts and documents: set, search and erase them."),
+    "events": ("events", "Tasks", "Follow the event log; durable subscriptions."),
     "arms": (
         "arms",
         "Installation",
         "List the arms: what each does, which operations it offers and calls, and its addresses.",
     ),
+    "webhooks": ("webhooks", "Installation", "Manage webhooks, which deliver events to other systems."),
+    "hooks": ("hooks", "Installation", "Manage hooks, which start tasks from other systems' webhooks."),
     "models": ("models", "Installation", "Fetch and list the embedded models."),
     "keys": ("keys", "Access", "Manage API keys, signing keys and enrolment tokens."),
     "token": ("tokens", "Access", "Make API keys, and tokens for direct calls; inspect and revoke them."),

@@ -12,7 +12,7 @@ from octollm.cli.output import output
 from octollm.cli.runtime import EXIT_DONE, AsJson, async_command, command_settings, print_json
 from octollm.config import PREFIX, SETTING_SPECS
 from octollm.contracts.services import SERVICES
-from octollm.telemetry.masking import MASK, mask_text
+from octollm.masking import MASK, mask_text
 
 app = typer.Typer()
 

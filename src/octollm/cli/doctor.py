@@ -40,11 +40,10 @@ from octollm.errors import OctoError
 from octollm.installation.home import Home, check_private, find_running
 from octollm.llm.cache import ModelCache
 from octollm.llm.selection import resolve_model
+from octollm.masking import mask, mask_text
 from octollm.rpc.transport import listen
 from octollm.storage import open_database, open_redis
 from octollm.storage.migrations import DatabaseService, database_url, require_schema
-from octollm.telemetry import mask
-from octollm.telemetry.masking import mask_text
 
 Level = Literal["ok", "warning", "broken"]
 
@@ -79,7 +78,7 @@ class DiagnosticCheck:
 @app.command(rich_help_panel="Installation")
 @async_command
 async def doctor(as_json: AsJson = False) -> int:
-    """Check everything that an installation needs, and say how to repair it.
+    """Check everything that an installation needs, and suggest fixes.
 
     It checks Python, the settings, the home, disk and ports, the model, the sandbox, Redis, and every service that
     runs. Each check ends within 20 seconds. The exit code is 1 when something is broken; warnings leave it 0.
@@ -158,7 +157,7 @@ async def check_settings() -> Sequence[CheckResult]:
     sentences = unknown_settings(os.environ, tuple(SERVICES))
     if not sentences:
         return [CheckResult("settings", "ok", "every OCTOLLM_* variable is known and right")]
-    return [CheckResult("settings", "warning", sentence, "Mend the name or unset it.") for sentence in sentences]
+    return [CheckResult("settings", "warning", sentence, "Correct the name or unset it.") for sentence in sentences]
 
 
 async def check_home(settings: Settings) -> Sequence[CheckResult]:
@@ -279,9 +278,14 @@ async def check_services(settings: Settings) -> Sequence[CheckResult]:
     if not settings.urls and await find_running(settings.home) is None and not settings.service_urls:
         return [CheckResult("services", "ok", "none runs for this home; `octollm up` starts them")]
     async with open_transport(settings) as transport:
-        urls = _service_urls(settings, transport)
-        results = await asyncio.gather(*(_check_ready(transport, name, url) for name, url in urls.items()))
+        results = await probe_services(settings, transport)
         return [*results, await _check_clock_skew(transport)]
+
+
+async def probe_services(settings: Settings, transport: GatewayTransport) -> list[CheckResult]:
+    """Check the readiness of every service that this machine can reach."""
+    urls = _service_urls(settings, transport)
+    return await asyncio.gather(*(_check_ready(transport, name, url) for name, url in urls.items()))
 
 
 def _service_urls(settings: Settings, transport: GatewayTransport) -> dict[str, str]:

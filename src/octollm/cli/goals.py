@@ -1,28 +1,31 @@
-"""A goal from input to result: check it and its files, submit, follow the task, save its artifacts."""
+"""A goal from input to result: check it and its files, submit it, and save the artifacts of its task."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from octollm.cli.progress import create_view
-from octollm.cli.runtime import EXIT_DONE, EXIT_FAILED
+from octollm.cli.following import follow_task
+from octollm.cli.runtime import EXIT_DONE, EXIT_FAILED, EXIT_NOT_FOUND, print_json
 from octollm.client import AsyncClient, AsyncTaskHandle
+from octollm.client.files import name_paths
 from octollm.contracts.api import TaskFailure, TaskView
+from octollm.contracts.approvals import ApprovalPolicy
 from octollm.contracts.media_types import file_kind, media_type_of
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES, MAX_GOAL, Budget, TaskStatus, Usage
 from octollm.documents.detection import detect_kind
 from octollm.documents.model import DocumentError
 from octollm.errors import OctoError, map_file_errors
 
+SUBMIT_SECONDS = 1.2
+"""How long an interrupted command waits for the id of the task that it is submitting."""
 CANCEL_SECONDS = 1.0
 """How long an interrupted command waits for the cancellation of its task."""
 RESULTS_FOLDER = "octollm-results"
@@ -42,7 +45,7 @@ def validate_goal(goal: str) -> str:
     """Return the goal without surrounding white space. Raises ``goal_invalid`` when it is empty or too long."""
     text = goal.strip()
     if not text:
-        raise OctoError('The goal is empty. Say what is to be done: octollm run "GOAL".', code="goal_invalid")
+        raise OctoError('The goal is empty. Describe the goal: octollm run "GOAL".', code="goal_invalid")
     if len(text) > MAX_GOAL:
         raise OctoError(
             f"The goal has {len(text):,} characters; at most {MAX_GOAL:,} are allowed. Put the rest into a file and"
@@ -53,10 +56,13 @@ def validate_goal(goal: str) -> str:
 
 
 def read_goal_files(paths: Sequence[Path]) -> list[GoalFile]:
-    """Read the files. Raises ``file_invalid`` naming the first that cannot be sent, with the reason."""
+    """Read the files. Raises ``file_invalid`` naming the first that cannot be sent, with the reason.
+
+    Two versions of a file in different folders are told apart by these: ``v1-offer.txt`` and ``v2-offer.txt``.
+    """
     if len(paths) > MAX_FILES:
         raise _file_error(f"{len(paths)} files are too many: a goal may have {MAX_FILES}.")
-    files = [_read_file(path) for path in paths]
+    files = [replace(_read_file(path), name=name) for path, name in zip(paths, name_paths(paths), strict=True)]
     names: set[str] = set()
     for file in files:
         if file.name in names:
@@ -115,7 +121,9 @@ class TaskOutcome(msgspec.Struct, frozen=True):
     usage: Usage
     error: TaskFailure | None = None
     notes: tuple[str, ...] = ()
-    """What was assumed when the files were read, and what nobody checked."""
+    """What was assumed when the files were read, what the result does not cover, and what nobody checked."""
+    found: bool = True
+    """Whether the files have what the goal asks for. A task without it is completed, too."""
 
 
 def results_folder(task_id: str, root: Path) -> Path:
@@ -147,7 +155,7 @@ async def save_outcome(handle: AsyncTaskHandle, task: TaskView, folder: Path) ->
             SavedArtifact(artifact.name, artifact.digest, artifact.size, artifact.media_type, str(folder / name))
         )
     outcome = TaskOutcome(
-        task.task_id, task.status, task.output, tuple(saved), task.usage, task.error, _collect_notes(task)
+        task.task_id, task.status, task.output, tuple(saved), task.usage, task.error, _collect_notes(task), task.found
     )
     await asyncio.to_thread(_write, folder / "result.json", msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")
     return outcome
@@ -155,6 +163,7 @@ async def save_outcome(handle: AsyncTaskHandle, task: TaskView, folder: Path) ->
 
 def _collect_notes(task: TaskView) -> tuple[str, ...]:
     notes = [f"{file.name}: {note}" for file in task.files for note in file.notes]
+    notes += [note for step in task.steps if step.evidence is not None for note in step.evidence.notes]
     checks = [check for step in task.steps if step.evidence is not None for check in step.evidence.checks]
     notes += [f"not checked: {check.detail}" for check in checks if check.checked_by == "nobody"]
     return tuple(dict.fromkeys(notes))
@@ -183,29 +192,7 @@ class GoalRequest:
     files: Sequence[GoalFile] = ()
     budget: Budget = field(default_factory=Budget)
     criteria: Sequence[str] = ()
-
-
-async def submit_goal(client: AsyncClient, request: GoalRequest) -> AsyncTaskHandle:
-    """Upload the files, then submit the goal; return the accepted task."""
-    files = [(file.name, file.content) for file in request.files]
-    return await client.submit(request.goal, files=files, budget=request.budget, criteria=request.criteria)
-
-
-async def follow_task(task: AsyncTaskHandle, console: Console) -> TaskView:
-    """Show a task's progress until it ends; return the ended task."""
-    with create_view(console) as view:
-        async with contextlib.aclosing(task.updates()) as updates:
-            async for update in updates:
-                view.show(update)
-    return await task.wait()
-
-
-async def print_updates(task: AsyncTaskHandle) -> TaskView:
-    """Print a task's updates until it ends, one line of JSON each; return the ended task."""
-    async with contextlib.aclosing(task.updates()) as updates:
-        async for update in updates:
-            print(msgspec.json.encode(update).decode(), flush=True)
-    return await task.wait()
+    approval: ApprovalPolicy = field(default_factory=ApprovalPolicy)
 
 
 async def run_goal(
@@ -222,21 +209,30 @@ async def run_goal(
     ``console`` shows progress and outcome; with ``as_json`` the last line of standard output is one JSON object.
     Cancelling this call cancels the task.
     """
-    task = await submit_goal(client, request)
-    console.print(Text.assemble(("Task ", "octo.title"), task.id))
-    console.print(Text.assemble(("Goal ", "octo.title"), request.goal))
+    # Uploaded before, and not by submit(): a cancelled upload leaves no task.
+    files = [await client.upload((file.name, file.content)) for file in request.files]
+    submission = asyncio.create_task(
+        client.submit(
+            request.goal, files=files, budget=request.budget, criteria=request.criteria, approval=request.approval
+        )
+    )
     try:
-        final = await follow_task(task, console)
+        # The shield keeps the response, which alone has the id to cancel by: the task may be stored already.
+        task = await asyncio.shield(submission)
+        console.print(Text.assemble(("Task ", "octo.title"), task.id))
+        console.print(Text.assemble(("Goal ", "octo.title"), request.goal))
+        final = await follow_task(client, task, console)
     except asyncio.CancelledError:
-        console.print(Text(f"Stopping; {task.id} is cancelled.", "octo.warn"))
-        await _cancel(task)
+        await _cancel_submitted(submission, console)
         raise
     folder = results_folder(task.id, root)
     outcome = await save_outcome(task, final, folder)
     print_outcome(outcome, console, folder, page_url=page_url or f"{client.url}/")
     if as_json:
-        print(msgspec.json.encode(outcome).decode(), flush=True)
-    return EXIT_DONE if outcome.status == "completed" else EXIT_FAILED
+        print_json(outcome)
+    if outcome.status != "completed":
+        return EXIT_FAILED
+    return EXIT_DONE if outcome.found else EXIT_NOT_FOUND
 
 
 def print_outcome(outcome: TaskOutcome, console: Console, folder: Path, *, page_url: str) -> None:
@@ -245,6 +241,8 @@ def print_outcome(outcome: TaskOutcome, console: Console, folder: Path, *, page_
     if outcome.status == "completed":
         # Otherwise the last update has shown the reason.
         console.print(Text("Result", "octo.title"))
+        if not outcome.found:
+            console.print(Text("The files do not have what the goal asks for.", "octo.warn"))
         console.print(Text(outcome.output.rstrip()))
         for note in outcome.notes:
             console.print(Text.assemble(("Note  ", "octo.title"), note))
@@ -269,8 +267,14 @@ def _relative_path(path: Path) -> str:
     return str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
 
 
-async def _cancel(task: AsyncTaskHandle) -> None:
+async def _cancel_submitted(submission: asyncio.Task[AsyncTaskHandle], console: Console) -> None:
     """Cancel the task of an interrupted command if the gateway still answers; the command ends either way."""
-    with contextlib.suppress(OctoError, TimeoutError):
+    try:
+        async with asyncio.timeout(SUBMIT_SECONDS):
+            task = await submission
         async with asyncio.timeout(CANCEL_SECONDS):
             await task.cancel()
+    except (OctoError, TimeoutError):
+        console.print(Text("Stopping; the task may still run: octollm task list shows it.", "octo.warn"))
+    else:
+        console.print(Text(f"Stopping; {task.id} is cancelled.", "octo.warn"))

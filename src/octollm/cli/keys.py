@@ -34,7 +34,7 @@ async def create_key(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Make an API key and print its secret, this once."""
+    """Create an API key and print its secret, which is shown only once."""
     async with open_client(command_settings()) as client:
         new = await client.admin.create_key(name, scope=scope, tenant=tenant)
     if as_json:
@@ -84,9 +84,10 @@ async def revoke_key(
 @keys_app.command("provision")
 @async_command
 async def provision_folder(
-    folder: Annotated[Path, typer.Argument(help="Where to make a folder for each service.")], as_json: AsJson = False
+    folder: Annotated[Path, typer.Argument(help="The folder in which to create a folder for each service.")],
+    as_json: AsJson = False,
 ) -> int:
-    """Make the keys of an installation whose services run apart: a folder for each service.
+    """Create the keys of an installation with separate services: a folder for each service.
 
     Give each service its folder as OCTOLLM_KEYS. The folder of the orchestrator also has the root key, and local.key,
     the first API key. Existing keys are kept.
@@ -115,7 +116,7 @@ async def rotate_key(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Make a new key for a service, or a new root key, that takes over from the old one without a gap.
+    """Create a new key for a service, or a new root key, without downtime.
 
     Restart the orchestrator, then the service, within ten minutes; the new key signs from then on, and the old one is
     trusted until the last token that it signed has expired.
@@ -164,12 +165,12 @@ async def create_enrolment_token(
     name: Annotated[str, typer.Option(help="The one name that the token admits.")],
     calls: Annotated[
         str,
-        typer.Option(help='The most that the arm may declare to call, e.g. "retriever:search models:chat".'),
+        typer.Option(help='The calls that the arm may declare at most, e.g. "retriever:search models:chat".'),
     ] = "",
     lifetime: Annotated[int, typer.Option(help="Seconds until it expires.", min=1, max=2_592_000)] = 86_400,
     as_json: AsJson = False,
 ) -> int:
-    """Make an enrolment token, with which an arm of your own joins, and print it, this once."""
+    """Create an enrolment token for an arm of your own and print it; it is shown only once."""
     async with open_client(command_settings()) as client:
         new = await client.admin.create_enrolment_token(name, calls=calls.split(), lifetime_seconds=lifetime)
     if as_json:
@@ -213,7 +214,7 @@ async def revoke_enrolment_token(
     token_id: Annotated[str, typer.Argument(help="The token's id, from `octollm keys enrolments`.")],
     as_json: AsJson = False,
 ) -> int:
-    """Revoke an enrolment token; an arm that joined with it stays, see `octollm arms remove`."""
+    """Revoke an enrolment token; an arm that enrolled with it stays, see `octollm arms remove`."""
     async with open_client(command_settings()) as client:
         await client.admin.revoke_enrolment_token(token_id)
     if as_json:

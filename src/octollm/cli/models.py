@@ -35,14 +35,16 @@ app.add_typer(models_app, rich_help_panel="Installation")
 async def pull_model(
     name: Annotated[
         str | None,
-        typer.Argument(help="A name of `octollm models list`; else the smallest.", autocompletion=complete_model),
+        typer.Argument(
+            help="A name from `octollm models list`; by default the smallest.", autocompletion=complete_model
+        ),
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Take the model from this file, not the network.", metavar="PATH"),
+        typer.Option("--from", help="Import the model from this file instead of downloading it.", metavar="PATH"),
     ] = None,
 ) -> int:
-    """Fetch an embedded model into the cache; an interrupted download is resumed."""
+    """Download an embedded model into the cache; an interrupted download is resumed."""
     settings, console = command_settings(), output()
     cache = ModelCache(settings.model_cache)
     entry = find_entry(name) if name else SMALLEST_MODEL

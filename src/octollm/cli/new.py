@@ -43,10 +43,10 @@ def options() -> None:
 async def new_arm(
     name: Annotated[str, typer.Argument(help="The arm's name, e.g. translator.")],
     parent: Annotated[
-        Path, typer.Option("--dir", help="Make its folder in this one.", metavar="PATH", file_okay=False)
+        Path, typer.Option("--dir", help="The folder in which to create the package.", metavar="PATH", file_okay=False)
     ] = Path(),
 ) -> int:
-    """Make a package with an arm and a test that passes."""
+    """Create a package with an arm and a passing test."""
     folder = write_arm_package(name, parent)
     console = output()
     console.print(Text.assemble(("Made ", "octo.title"), str(folder)))
@@ -74,7 +74,7 @@ def write_arm_package(name: str, parent: Path) -> Path:
     check_name(name, built_in=False)
     module = module_name(name)
     if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in _RESERVED_NAMES:
-        raise ArmError(f"An arm called {name} would hide the Python module {module}; choose another name.")
+        raise ArmError(f"An arm with the name {name} would hide the Python module {module}; choose another name.")
     folder = parent / name
     rendered = {
         folder / place.format(module=module): _render(template, name=name, module=module)
@@ -83,7 +83,7 @@ def write_arm_package(name: str, parent: Path) -> Path:
     with map_file_errors(folder, "written", code="invalid_parameter"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise OctoError(
-                f"{folder} is there already and not empty; name another with --dir.", code="invalid_parameter"
+                f"{folder} already exists and is not empty; choose another folder with --dir.", code="invalid_parameter"
             )
         for path, text in rendered.items():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,124 +1,290 @@
-"""A task's progress: updates reduced to lines, shown live on a terminal or as plain lines elsewhere."""
+"""A task's progress, reduced from its updates: the state of its plan, and a line for each thing that happened."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Literal, Protocol, cast
-
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
+from datetime import datetime
+from typing import Literal, cast
 
 from octollm.client import Update
-from octollm.contracts.task import TaskStatus
+from octollm.contracts.api import TaskView
+from octollm.contracts.task import Budget, StepStatus, TaskStatus, Usage
 
-_SHOWN_CHARS = 400
-"""Characters of an unfinished line that the live view shows."""
-_MAX_LINE_CHARS = 64 * 1024
-"""Longer lines of model text are split."""
+MAX_TEXT_CHARS = 8 * 1024
+"""Characters at the end of a step's text that are kept for showing."""
+PLAN = "plan"
+"""The step of the text that the planner writes."""
 
 Tone = Literal["plain", "title", "step", "good", "bad", "warn", "quiet"]
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressLine:
-    """A line of output and its style."""
+    """A line of output and its style. A ``notice`` says what the plan's tree does not show, or not for long."""
 
     text: str
     tone: Tone = "plain"
+    is_notice: bool = False
+
+
+@dataclass(slots=True)
+class StepProgress:
+    """A step of the plan. Times are in seconds since the epoch, ``None`` where unknown."""
+
+    step: str
+    title: str = ""
+    arm: str = ""
+    depends_on: tuple[str, ...] = ()
+    status: StepStatus = "pending"
+    attempt: int = 0
+    started_at: float | None = None
+    finished_at: float | None = None
+    message: str = ""
+    """What the arm last said about its progress, such as ``chunk 3 of 12``."""
+    usage: Usage = field(default_factory=Usage)
+    score: float | None = None
+    needs_approval: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SubTaskBranch:
+    """A sub-task, ``depth`` generations below the task that is shown."""
+
+    task_id: str
+    goal: str
+    status: TaskStatus
+    progress: float
+    depth: int = 1
+
+
+_FIRST_STATES: dict[str, TaskStatus] = {
+    "task.accepted": "accepted",
+    "task.planning": "planning",
+    "task.started": "running",
+}
 
 
 @dataclass(slots=True)
 class TaskProgress:
-    """The state of a task, reduced from its updates: ``progress`` is 0 to 100, ``running`` maps steps to titles."""
+    """The state of a task, reduced from its updates: ``progress`` is 0 to 100, ``steps`` are those of its plan."""
 
     status: TaskStatus | Literal[""] = ""
     progress: float = 0.0
-    running: dict[str, str] = field(default_factory=dict[str, str])
+    goal: str = ""
+    steps: dict[str, StepProgress] = field(default_factory=dict[str, StepProgress])
+    texts: dict[str, str] = field(default_factory=dict[str, str])
+    """The end of the text that each running step has written."""
+    subtasks: tuple[SubTaskBranch, ...] = ()
+    started_at: float | None = None
+    finished_at: float | None = None
+    deadline_at: float | None = None
+    budget: Budget = field(default_factory=Budget)
+    usage: Usage | None = None
 
     def apply(self, update: Update) -> list[ProgressLine]:
-        """Apply an update that is no token; return the lines that describe it."""
+        """Apply an update; return the lines that describe it, none for a token."""
+        if update.type == "token":
+            self._apply_token(update)
+            return []
         self.progress = max(self.progress, update.progress)
-        data = update.data
+        data, at = update.data, parse_time(update.timestamp)
         match str(data.get("event_type", "")):
-            case "task.accepted":
-                self.status = "accepted"
+            case "task.accepted" | "task.planning" | "task.started" as event:
+                self.status = _FIRST_STATES[event]
+                self.goal = _text(data, "goal") or self.goal
+                self.started_at = self.started_at or at
+                return []
+            case "task.planning":
+                self.status = "planning"
                 return []
             case "task.planned" | "task.replanned" as event:
                 self.status = "planning"
                 return self._apply_plan(data, is_repeat=event == "task.replanned")
-            case "task.started":
-                self.status = "running"
-                return []
             case "task.waiting":
-                self.status = "waiting"
-                return [ProgressLine(f"Waiting: {data.get('reason', 'for a person')}", "warn")]
-            case "task.completed":
-                self.status = "completed"
-                return [ProgressLine(f"Task completed in {_format_seconds(data.get('duration_ms'))}.", "good")]
-            case "task.failed":
-                self.status = "failed"
-                return [
-                    ProgressLine(f"Task failed: {_text(data, 'reason')} [{_text(data, 'code')}]", "bad"),
-                    *_reason_lines(data),
-                ]
-            case "task.cancelled":
-                self.status = "cancelled"
-                return [ProgressLine("Task cancelled.", "warn")]
-            case "step.started":
-                return self._apply_started(data)
-            case "step.completed":
-                self.running.pop(_text(data, "step"), None)
-                return [
-                    ProgressLine(f"✓ {_text(data, 'step')} accepted{_format_score(data)}{_format_tokens(data)}", "good")
-                ]
-            case "step.failed":
-                return self._apply_failed(data)
-            case _:
-                return []
+                # While other steps run, the task itself goes on.
+                self.status = "running" if data.get("status") == "running" else "waiting"
+                waiting = {_text(each, "approval_id") for each in _dicts(data.get("approvals"))}
+                for step in self.steps.values():
+                    step.needs_approval = step.step in waiting
+                return [_notice(f"Needs approval: {_text(data, 'reason')}", "warn")]
+            case "task.approved":
+                self.status = "running"
+                for step in self.steps.values():
+                    step.needs_approval = False
+                comment = f": {_text(data, 'comment')}" if data.get("comment") else ""
+                return [_notice(f"✓ approved by {_text(data, 'decided_by')}{comment}", "good")]
+            case "task.completed" | "task.failed" | "task.cancelled" as event:
+                return self._apply_end(event, data, at)
+            case "task.progress":
+                return self._apply_message(data)
+            case "step.started" | "step.completed" | "step.failed" as event:
+                return self._apply_step(event, data, at)
+            case event:
+                return self._apply_steering(event, data)
+
+    def apply_view(self, view: TaskView, subtasks: Sequence[SubTaskBranch] = ()) -> None:
+        """Apply what only the task itself says: what was used of its budget, its limits, and its sub-tasks."""
+        self.goal = self.goal or view.goal
+        self.budget, self.usage, self.subtasks = view.budget, view.usage, tuple(subtasks)
+        self.deadline_at = parse_time(view.deadline or "")
+        self.started_at = self.started_at or parse_time(view.created_at)
+
+    @property
+    def running(self) -> list[StepProgress]:
+        """Return the running steps."""
+        return [step for step in self.steps.values() if step.status == "running"]
 
     @property
     def activity(self) -> str:
-        """Return the running steps, else the status, in a few words."""
-        if self.running:
-            return ", ".join(self.running.values())
+        """Return the state in a word."""
         return {"": "accepted", "accepted": "planning"}.get(self.status, self.status)
 
+    def _apply_step(self, event: str, data: dict[str, object], at: float | None) -> list[ProgressLine]:
+        if event == "step.started":
+            return self._apply_started(data, at)
+        if event == "step.failed":
+            return self._apply_failed(data, at)
+        step, score = self._get_step(data), data.get("score")
+        step.status, step.finished_at = "completed", at
+        step.usage = step.usage + parse_usage(data.get("usage"))
+        step.score = float(score) if isinstance(score, int | float) else None
+        self.texts.pop(step.step, None)
+        return [ProgressLine(f"✓ {step.step} accepted{_format_score(data)}{_format_tokens(data)}", "good")]
+
+    def _apply_end(self, event: str, data: dict[str, object], at: float | None) -> list[ProgressLine]:
+        self.finished_at = at
+        self.texts.clear()
+        # No event says so of each step that the task's end stopped.
+        for step in self.running:
+            step.status, step.finished_at = "cancelled", at
+        match event:
+            case "task.completed":
+                self.status = "completed"
+                return [ProgressLine(f"Task completed in {_format_seconds(data.get('duration_ms'))}.", "good", True)]
+            case "task.failed":
+                self.status = "failed"
+                reason = _text(data, "reason")
+                return [
+                    _notice(f"Task failed: {reason} [{_text(data, 'code')}]", "bad"),
+                    *_reason_lines(data, shown=reason),
+                ]
+            case _:
+                self.status = "cancelled"
+                return [_notice("Task cancelled.", "warn")]
+
+    def _apply_steering(self, event: str, data: dict[str, object]) -> list[ProgressLine]:
+        """Apply what a person did to the task while it ran."""
+        by = _text(data, "by")
+        match event:
+            case "task.paused":
+                self.status = "paused"
+                for step in self.running:
+                    step.status = "pending"
+                return [_notice(f"Paused by {by}.", "warn")]
+            case "task.resumed":
+                self.status = "accepted" if data.get("status") == "accepted" else "running"
+                return [_notice(f"Resumed by {by}.")]
+            case "task.instructed":
+                return [_notice(f"Told by {by}: {_text(data, 'text')}")]
+            case "task.extended":
+                return [_notice(f"Its limits were raised by {by}.")]
+            case _:
+                return []
+
     def _apply_plan(self, data: dict[str, object], *, is_repeat: bool) -> list[ProgressLine]:
-        steps = [_plan_line(number, step) for number, step in enumerate(_dicts(data.get("steps")), 1)]
+        planned = _dicts(data.get("steps"))
+        # A new plan keeps the steps that are completed, and what is known of them.
+        before, self.steps = self.steps, {}
+        for each in planned:
+            step = before.get(_text(each, "step"), StepProgress(_text(each, "step")))
+            step.title, step.arm, step.depends_on = _text(each, "title"), _text(each, "arm"), _names(each)
+            self.steps[step.step] = step
+        reused = data.get("reused")
+        for name in cast("Sequence[object]", reused) if isinstance(reused, list | tuple) else ():
+            if str(name) in self.steps:
+                self.steps[str(name)].status = "completed"
+        self.texts.pop(PLAN, None)
         return [
-            ProgressLine("New plan" if is_repeat else "Plan", "title"),
+            ProgressLine("New plan" if is_repeat else "Plan", "title", is_repeat),
             *_reason_lines(data),
-            *(ProgressLine(step) for step in steps),
+            *(ProgressLine(_plan_line(number, step)) for number, step in enumerate(self.steps.values(), 1)),
         ]
 
-    def _apply_started(self, data: dict[str, object]) -> list[ProgressLine]:
-        step, attempt = _text(data, "step"), data.get("attempt", 1)
+    def _apply_started(self, data: dict[str, object], at: float | None) -> list[ProgressLine]:
+        step, attempt = self._get_step(data), data.get("attempt", 1)
+        step.title, step.arm = _text(data, "title") or step.title, _text(data, "arm") or step.arm
+        step.attempt = attempt if isinstance(attempt, int) else 1
+        step.status, step.message, step.needs_approval = "running", "", False
+        step.started_at = step.started_at or at
+        step.finished_at = None
+        self.texts.pop(step.step, None)
         suffix = f", attempt {attempt}" if attempt not in (0, 1) else ""
-        name = f"{_text(data, 'title') or step} ({_text(data, 'arm')}{suffix})"
-        self.running[step] = name
-        return [ProgressLine(f"▶ {step}  {name}", "step")]
+        return [ProgressLine(f"▶ {step.step}  {step.title or step.step} ({step.arm}{suffix})", "step")]
 
-    def _apply_failed(self, data: dict[str, object]) -> list[ProgressLine]:
-        step, final = _text(data, "step"), bool(data.get("final"))
-        self.running.pop(step, None)
+    def _apply_message(self, data: dict[str, object]) -> list[ProgressLine]:
+        step, message = self.steps.get(_text(data, "step")), _text(data, "message")
+        if step is None or not message or step.message == message:
+            return []
+        step.message = message
+        return [ProgressLine(f"  {step.step}  {message}", "quiet")]
+
+    def _apply_failed(self, data: dict[str, object], at: float | None) -> list[ProgressLine]:
+        step, final = self._get_step(data), bool(data.get("final"))
+        step.status, step.message = ("failed" if final else "pending"), ""
+        step.finished_at = at if final else None
+        self.texts.pop(step.step, None)
         code = f" [{data['code']}]" if data.get("code") else ""
         word = "failed" if final else "was not accepted and is tried again"
-        return [ProgressLine(f"✗ {step} {word}{code}", "bad" if final else "warn"), *_reason_lines(data)]
+        return [_notice(f"✗ {step.step} {word}{code}", "bad" if final else "warn"), *_reason_lines(data)]
+
+    def _apply_token(self, update: Update) -> None:
+        before = "" if update.reset else self.texts.get(update.step, "")
+        self.texts[update.step] = (before + update.text)[-MAX_TEXT_CHARS:]
+
+    def _get_step(self, data: dict[str, object]) -> StepProgress:
+        name = _text(data, "step")
+        return self.steps.setdefault(name, StepProgress(name))
 
 
-def _plan_line(number: int, step: dict[str, object]) -> str:
-    after = ", ".join(str(name) for name in cast("Sequence[object]", step.get("depends_on") or ()))
-    return f"  {number}. {_text(step, 'title')}  ({_text(step, 'arm')}{f', after {after}' if after else ''})"
+def parse_time(text: str) -> float | None:
+    """Return an RFC 3339 time in seconds since the epoch; ``None`` if it is none."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
-def _reason_lines(data: dict[str, object]) -> list[ProgressLine]:
+def parse_usage(value: object) -> Usage:
+    """Return the usage that an event has; an event of another version may have none."""
+    members = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    prompt, completion, cost = (members.get(name) for name in ("prompt_tokens", "completion_tokens", "cost_usd"))
+    return Usage(
+        prompt if isinstance(prompt, int) else 0,
+        completion if isinstance(completion, int) else 0,
+        float(cost) if isinstance(cost, int | float) else 0.0,
+    )
+
+
+def _notice(text: str, tone: Tone = "plain") -> ProgressLine:
+    return ProgressLine(text, tone, is_notice=True)
+
+
+def _names(step: dict[str, object]) -> tuple[str, ...]:
+    names = step.get("depends_on")
+    return tuple(str(name) for name in cast("Sequence[object]", names)) if isinstance(names, list | tuple) else ()
+
+
+def _plan_line(number: int, step: StepProgress) -> str:
+    after = ", ".join(step.depends_on)
+    return f"  {number}. {step.title}  ({step.arm}{f', after {after}' if after else ''})"
+
+
+def _reason_lines(data: dict[str, object], *, shown: str = "") -> list[ProgressLine]:
+    """Return a line for each reason that the text ``shown`` does not have."""
     reasons = data.get("reasons")
     items = cast("Sequence[object]", reasons) if isinstance(reasons, list) else ()
-    return [ProgressLine(f"    · {reason}", "quiet") for reason in items]
+    return [_notice(f"    · {reason}", "quiet") for reason in items if str(reason) not in shown]
 
 
 def _dicts(value: object) -> list[dict[str, object]]:
@@ -136,166 +302,9 @@ def _format_score(data: dict[str, object]) -> str:
 
 
 def _format_tokens(data: dict[str, object]) -> str:
-    usage = data.get("usage")
-    if not isinstance(usage, dict):
-        return ""
-    members = cast("dict[str, object]", usage)
-    counts = (members.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    count = sum(value for value in counts if isinstance(value, int))
+    count = parse_usage(data.get("usage")).total_tokens
     return f", {count:,} tokens" if count else ""
 
 
 def _format_seconds(milliseconds: object) -> str:
     return f"{milliseconds / 1000:.1f} s" if isinstance(milliseconds, int | float) else "unknown time"
-
-
-class ProgressView(Protocol):
-    """Shows updates while its context is open."""
-
-    state: TaskProgress
-
-    def show(self, update: Update) -> None:
-        """Show one update."""
-        ...
-
-    def __enter__(self) -> ProgressView: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def create_view(console: Console) -> ProgressView:
-    """Return a live view for a terminal, else a plain one."""
-    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
-
-
-def style_line(line: ProgressLine) -> Text:
-    """Return the line in its style."""
-    return Text(line.text, style="" if line.tone == "plain" else f"octo.{line.tone}")
-
-
-class PlainView:
-    """Prints lines and model text as they arrive: for logs and pipes."""
-
-    def __init__(self, console: Console) -> None:
-        self.state = TaskProgress()
-        self._console = console
-        self._writing = ""
-        self._steps_with_text: set[str] = set()
-        self._open_line = False
-
-    def __enter__(self) -> PlainView:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end_line()
-
-    def show(self, update: Update) -> None:
-        """Print one update."""
-        if update.type == "token":
-            self._token(update)
-            return
-        if update.data.get("event_type") == "step.started":
-            self._steps_with_text.discard(str(update.data.get("step", "")))
-        for line in self.state.apply(update):
-            self._end_line()
-            self._console.print(Text(f"[{self.state.progress:3.0f}%] ").append(line.text))
-
-    def _token(self, update: Update) -> None:
-        is_repeat = update.reset and update.step in self._steps_with_text
-        if update.step != self._writing or is_repeat:
-            self._end_line()
-            word = "starts over" if is_repeat else "writes"
-            self._console.print(Text(f"[{update.progress:3.0f}%] {update.step} {word}:"))
-        self._writing = update.step
-        text = update.text
-        if text:
-            self._steps_with_text.add(update.step)
-            self._console.print(Text(text), end="")
-            self._open_line = not text.endswith("\n")
-            self._console.file.flush()
-
-    def _end_line(self) -> None:
-        if self._open_line:
-            self._console.print()
-        self._open_line = False
-        self._writing = ""
-
-
-class LiveView:
-    """A progress bar at the foot of the terminal; finished lines scroll above it."""
-
-    def __init__(self, console: Console) -> None:
-        self.state = TaskProgress()
-        self._console = console
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            expand=True,
-        )
-        self._bar = self._progress.add_task("accepted", total=100)
-        self._lines: dict[str, str] = {}
-        self._live = Live(self._footer(), console=console, refresh_per_second=10, transient=True)
-
-    def __enter__(self) -> LiveView:
-        self._live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for step in list(self._lines):
-            self._flush(step)
-        self._live.__exit__(kind, error, trace)
-
-    def show(self, update: Update) -> None:
-        """Show one update."""
-        if update.type == "token":
-            self._token(update)
-        else:
-            lines = self.state.apply(update)
-            if update.type == "step":
-                self._flush(str(update.data.get("step", "")))
-            elif lines:
-                self._flush("plan")
-            for line in lines:
-                self._console.print(style_line(line))
-        self._progress.update(self._bar, completed=self.state.progress, description=_truncate(self.state.activity))
-        self._live.update(self._footer())
-
-    def _token(self, update: Update) -> None:
-        if update.reset and update.step in self._lines:
-            self._flush(update.step)
-            self._console.print(Text(f"  ↻ {update.step} starts over", "octo.quiet"))
-        *complete_lines, partial = (self._lines.get(update.step, "") + update.text).split("\n")
-        if len(partial) > _MAX_LINE_CHARS:
-            complete_lines, partial = [*complete_lines, partial], ""
-        for line in complete_lines:
-            self._console.print(self._token_line(update.step, line))
-        self._lines[update.step] = partial
-
-    def _flush(self, step: str) -> None:
-        partial = self._lines.pop(step, "")
-        if partial:
-            self._console.print(self._token_line(step, partial))
-
-    def _token_line(self, step: str, line: str) -> Text:
-        prefix = f"{step} │ " if len(self._lines) > 1 else "  │ "
-        return Text.assemble((prefix, "octo.quiet"), (line, "octo.quiet" if step == "plan" else ""))
-
-    def _footer(self) -> Group:
-        open_lines = [
-            self._token_line(step, partial[-_SHOWN_CHARS:]) for step, partial in self._lines.items() if partial
-        ]
-        return Group(*open_lines[-4:], self._progress)
-
-
-def _truncate(text: str) -> str:
-    return text if len(text) <= 48 else text[:47] + "…"

@@ -12,10 +12,9 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Annotated, Any, ParamSpec
 
-import msgspec
 import typer
 
-from octollm.cli.output import show_error, show_warning
+from octollm.cli.output import encode_json_line, restore_cursor, show_error, show_warning
 from octollm.client import APIError, AsyncClient, connect
 from octollm.client._transport import GatewayTransport, create_transport
 from octollm.config import Settings, read_settings, unknown_settings
@@ -33,11 +32,15 @@ EXIT_FAILED = 1
 """The command failed and printed the reason."""
 EXIT_USAGE = 2
 """Wrong usage or input: nothing was sent or started."""
+EXIT_NOT_FOUND = 3
+"""For a goal: the task completed, but the files do not have what it asks for."""
 EXIT_INTERRUPTED = 130
 """Stopped by Ctrl-C or a signal (128 + SIGINT)."""
 
 KILL_AFTER_SECONDS = 2.8
 """A command exits within this time after a signal, whatever is still running."""
+RESTORE_SECONDS = 0.1
+"""How long the terminal may take to show its cursor again."""
 PROBE_SECONDS = 2.0
 """Timeout of the check whether an installation runs on this machine."""
 
@@ -48,7 +51,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def print_json(value: object) -> None:
     """Print one JSON document on a line of standard output."""
-    print(msgspec.json.encode(value, enc_hook=str).decode(), flush=True)
+    print(encode_json_line(value), flush=True)
 
 
 def exit_code_for(error: OctoError) -> int:
@@ -97,6 +100,10 @@ class InterruptHandler:
 
 def _exit_now() -> None:
     """Exit without waiting for anything. Child processes notice their closed pipes."""
+    # In a thread: the terminal may have been stopped, and does not take anything then.
+    restoring = threading.Thread(target=restore_cursor, daemon=True)
+    restoring.start()
+    restoring.join(RESTORE_SECONDS)
     os._exit(EXIT_INTERRUPTED)
 
 
@@ -145,6 +152,18 @@ def run_command(
         return exit_code_for(error)
     finally:
         interrupt.disarm()
+
+
+def ask_for_consent(question: str) -> None:
+    """Ask yes or no on the terminal; end the process unless the answer is yes. Not for a running event loop."""
+    try:
+        typer.confirm(question, abort=True, err=True)
+    except typer.Abort as error:
+        # Raised for "no", for the end of the input, and in place of KeyboardInterrupt.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            typer.echo(err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+        raise
 
 
 def async_command(work: Callable[P, Coroutine[Any, Any, int]]) -> Callable[P, None]:

@@ -55,10 +55,10 @@ def serve(
 ) -> None:
     """Serve one service, or an arm of your own, until SIGTERM or Ctrl-C, which drains it.
 
-    Everything is set by environment variables. The process waits for its dependencies (OCTOLLM_STARTUP_TIMEOUT), names
-    those that are missing, and writes its log as JSON lines to standard error. An arm of your own enrols at its first
-    start with OCTOLLM_ENROLMENT_TOKEN (`octollm keys enrol`); beside an installation of your own on this machine it
-    needs none.
+    The configuration is in environment variables. The process waits for its dependencies (OCTOLLM_STARTUP_TIMEOUT),
+    names the missing ones, and writes its log as JSON lines to standard error. An arm of your own enrols at its first
+    start with OCTOLLM_ENROLMENT_TOKEN (`octollm keys enrol`). If your own installation runs on this machine, it needs
+    no token.
     """
     console = messages()
     try:
@@ -145,4 +145,31 @@ async def migrate(as_json: AsJson = False) -> int:
         changed = schema.before != schema.after
         text = f"{schema.before or 'nothing'} → {schema.after}" if changed else schema.after
         output().print(Text.assemble((schema.service, "octo.title"), f"  {text}"))
+    return EXIT_DONE
+
+
+@app.command(rich_help_panel="Installation")
+@async_command
+async def archive(as_json: AsJson = False) -> int:
+    """Delete events, tasks, files and audit rows past their retention now; archive them in OCTOLLM_ARCHIVE_URL.
+
+    A running orchestrator does this by itself each minute. It alone erases from the memory what deleted tasks left
+    there. The settings are those of the orchestrator.
+    """
+    from octollm.services.orchestrator.retention import run_retention  # noqa: PLC0415  brings in SQLAlchemy
+
+    clock = SystemClock()
+    result = await run_retention(command_settings(), clock, Uuid7Generator(clock))
+    if as_json:
+        print_json(result)
+    elif result is None:
+        output().print("A running orchestrator is deleting now.")
+    else:
+        output().print(
+            f"Deleted {result.events} events, {result.tasks} tasks, {result.files} files and {result.audit} audit rows."
+        )
+        if result.erasures_left:
+            output().print(f"The orchestrator erases what {result.erasures_left} deleted tasks left in the memory.")
+        if result.truncated:
+            output().print(f"A durable subscription had not handled {result.truncated} of the events.")
     return EXIT_DONE

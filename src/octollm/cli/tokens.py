@@ -86,7 +86,7 @@ async def inspect_token(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Draw the delegation chain of a token: each hop's issuer and holder, what it dropped and what is left.
+    """Show the delegation chain of a token: each hop's issuer and holder, the dropped and the remaining authority.
 
     It also says which services would refuse the token. Nothing is sent anywhere. Exit code 1 when one would.
     """
@@ -96,7 +96,7 @@ async def inspect_token(
         inspection = inspect(bearer)
     except CapabilityError as error:
         raise OctoError(
-            f"That is no capability token ({error.reason}): {explain_reason(error.reason)}",
+            f"That is not a capability token ({error.reason}): {explain_reason(error.reason)}",
             code="invalid_parameter",
         ) from error
     trusted = _load_roots(roots)
@@ -127,7 +127,7 @@ async def revoke_token(
     Every service refuses it within a second.
     """
     if sum(value is not None for value in (token, service, principal)) != 1:
-        raise OctoError("Name one thing: a token, --service or --principal.", code="invalid_parameter")
+        raise OctoError("Give exactly one of: a token, --service, --principal.", code="invalid_parameter")
     text = "" if token is None else _read_token(token)
     # Every link of a chain is revoked: a sibling minted from the same parent must not survive.
     ids = [link.jti for link in read_chain(text).links] if "." in text else [text] if text else []

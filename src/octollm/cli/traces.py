@@ -1,20 +1,21 @@
-"""`octollm trace`: a task's spans as a tree, with self time per service, failures and tokens."""
+"""`octollm trace`: a task's spans as a tree, with self time per service, failures, tokens and the critical path."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from octollm.cli.critical_path import CriticalPath, find_critical_path
 from octollm.cli.output import output
 from octollm.cli.runtime import EXIT_DONE, async_command, command_settings, open_client, print_json
+from octollm.cli.span_tree import SpanNode, build_tree, self_time_by_place, sum_usage
 from octollm.cli.tasks import TaskId
-from octollm.contracts.observability import SpanView, TraceView
+from octollm.contracts.observability import TraceView
 
 ORPHAN_NOTE = "its caller left no span"
 BAR_WIDTH = 24
@@ -29,33 +30,25 @@ app = typer.Typer()
 async def trace(
     task_id: TaskId,
     show_internal: Annotated[
-        bool, typer.Option("--all", help="Show the services' own bookkeeping too: budgets, keys, the directory.")
+        bool, typer.Option("--all", help="Also show the services' internal bookkeeping: budgets, keys, the directory.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the spans as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the spans and the critical path as JSON.")] = False,
 ) -> int:
-    """Show where the time of a task went: every call of every service, as a tree with failures and tokens."""
+    """Show where the time of a task went: every call of every service, as a tree, and what the task waited for."""
     async with open_client(command_settings()) as client:
         view = await client.task(task_id).trace()
     if as_json:
-        print_json(view)
+        path = find_critical_path(build_tree(view.spans))
+        print_json(TraceReport(view.task_id, view.spans, view.complete, path))
     else:
         print_trace(view, output(), show_internal=show_internal)
     return EXIT_DONE
 
 
-@dataclass(slots=True)
-class SpanNode:
-    """A span and its children, ordered by start."""
+class TraceReport(TraceView, frozen=True):
+    """The JSON document of `octollm trace --json`: the spans of a task, and its critical path."""
 
-    span: SpanView
-    children: list[SpanNode] = field(default_factory=list["SpanNode"])
-    is_orphan: bool = False
-    """The span of its caller is missing: that process died, or has not exported it yet."""
-
-    @property
-    def end(self) -> float:
-        """Return when it ended, in seconds since the epoch."""
-        return self.span.start + self.span.duration_ms / 1000
+    critical_path: CriticalPath = CriticalPath()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,47 +62,17 @@ class TraceRow:
     seconds: float
     notes: tuple[str, ...] = ()
     failure: str = ""
+    is_critical: bool = False
+    """Whether it is on the critical path."""
 
 
-def build_tree(spans: Sequence[SpanView]) -> list[SpanNode]:
-    """Return the roots, ordered by start; spans whose caller is missing hang below the first root."""
-    nodes = [SpanNode(span) for span in sorted(spans, key=lambda span: (span.start, -span.duration_ms))]
-    by_id: dict[str, SpanNode] = {}
-    for node in nodes:
-        by_id.setdefault(node.span.span_id, node)
-    roots: list[SpanNode] = []
-    for node in nodes:
-        parent = by_id.get(node.span.parent_id)
-        if parent is not None and parent is not node and not _is_below(parent, node):
-            parent.children.append(node)
-        else:
-            node.is_orphan = bool(node.span.parent_id)
-            roots.append(node)
-    first, rest = roots[:1], roots[1:]
-    for node in list(rest):
-        if node.is_orphan:
-            first[0].children.append(node)
-            rest.remove(node)
-    return first + rest
-
-
-def _is_below(node: SpanNode, other: SpanNode) -> bool:
-    return any(descendant is node for descendant in _walk(other))
-
-
-def _walk(node: SpanNode) -> Iterator[SpanNode]:
-    # A loop with a stack: a trace may be deeper than Python's recursion limit.
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        yield current
-        stack += current.children
-
-
-def build_rows(roots: Sequence[SpanNode], *, show_internal: bool) -> tuple[list[TraceRow], int]:
+def build_rows(
+    roots: Sequence[SpanNode], *, show_internal: bool, critical: Set[str] = frozenset()
+) -> tuple[list[TraceRow], int]:
     """Return the rows, and the number of bookkeeping calls between services that were left out.
 
-    A client span and its server span share one row, as long as the client's. ``show_internal`` leaves nothing out.
+    ``critical`` has the ids of the spans on the critical path. A client span and its server span share one row, as long
+    as the client's. ``show_internal`` leaves nothing out.
     """
     if not roots:
         return [], 0
@@ -126,12 +89,13 @@ def build_rows(roots: Sequence[SpanNode], *, show_internal: bool) -> tuple[list[
         if not show_internal and "octollm.peer" in served_call.span.attributes and not served_call.span.code:
             hidden += 1
             continue
-        rows.append(_build_row(node, served_call, depth, zero))
+        is_critical = bool({node.span.span_id, served_call.span.span_id} & critical)
+        rows.append(_build_row(node, served_call, depth, zero, is_critical=is_critical))
         stack += [(child, depth + 1) for child in reversed(served_call.children)]
     return rows, hidden
 
 
-def _build_row(node: SpanNode, served_call: SpanNode, depth: int, zero: float) -> TraceRow:
+def _build_row(node: SpanNode, served_call: SpanNode, depth: int, zero: float, *, is_critical: bool) -> TraceRow:
     span, server = node.span, served_call.span
     attributes = {**span.attributes, **server.attributes}
     notes: list[str] = []
@@ -156,46 +120,8 @@ def _build_row(node: SpanNode, served_call: SpanNode, depth: int, zero: float) -
         notes.append(ORPHAN_NOTE)
     failed = server if server.code else span
     why = f"{failed.code}: {failed.message}" if failed.message else failed.code
-    return TraceRow(depth, server.service, server.name, span.start - zero, span.duration_ms / 1000, tuple(notes), why)
-
-
-def self_time_by_place(roots: Sequence[SpanNode]) -> dict[str, float]:
-    """Return the self time of each place in seconds, the largest first.
-
-    A place is a service, a model, a sandbox, or ``on the way``: between a client span and its server span.
-    """
-    totals: dict[str, float] = defaultdict(float)
-    for node in (descendant for root in roots for descendant in _walk(root)):
-        totals[_place(node)] += _self_time(node)
-    return dict(sorted(totals.items(), key=lambda item: -item[1]))
-
-
-def _place(node: SpanNode) -> str:
-    span = node.span
-    if span.kind == "client":
-        return span.name if "gen_ai.request.model" in span.attributes else "on the way"
-    return "sandbox" if "octollm.sandbox" in span.attributes else span.service
-
-
-def _self_time(node: SpanNode) -> float:
-    """Return the seconds of a span during which none of its children was running."""
-    seconds, reached = 0.0, node.span.start
-    for child in sorted(node.children, key=lambda child: child.span.start):
-        seconds += max(0.0, min(child.span.start, node.end) - reached)
-        reached = max(reached, min(child.end, node.end))
-    return seconds + max(0.0, node.end - reached)
-
-
-def sum_usage(spans: Sequence[SpanView]) -> tuple[int, float]:
-    """Return the tokens and US dollars of all model calls."""
-    tokens, cost = 0, 0.0
-    for span in spans:
-        for kind in ("input", "output"):
-            count = span.attributes.get(f"gen_ai.usage.{kind}_tokens", 0)
-            tokens += count if isinstance(count, int) else 0
-        price = span.attributes.get("octollm.cost_usd", 0.0)
-        cost += price if isinstance(price, float) else 0.0
-    return tokens, cost
+    start, seconds = span.start - zero, span.duration_ms / 1000
+    return TraceRow(depth, server.service, server.name, start, seconds, tuple(notes), why, is_critical)
 
 
 def print_trace(trace: TraceView, console: Console, *, show_internal: bool) -> None:
@@ -209,7 +135,9 @@ def print_trace(trace: TraceView, console: Console, *, show_internal: bool) -> N
             )
         )
         return
-    rows, hidden = build_rows(roots, show_internal=show_internal)
+    path = find_critical_path(roots)
+    critical = {segment.span_id for segment in path.path} - {""}
+    rows, hidden = build_rows(roots, show_internal=show_internal, critical=critical)
     total_seconds = max([1e-6, *(row.start + row.seconds for row in rows)])
     for row in rows:
         console.print(_render_row(row, total_seconds), no_wrap=True, overflow="ellipsis", crop=console.is_terminal)
@@ -229,10 +157,21 @@ def print_trace(trace: TraceView, console: Console, *, show_internal: bool) -> N
                 (title, "octo.title"), f"{place:<28}{_format_duration(seconds):>9} {seconds / place_seconds:>5.0%}"
             )
         )
+    _print_critical_path(path, console)
     if hidden:
         console.print(Text(f"Left out: {hidden} calls of the services' own bookkeeping (--all)", "octo.quiet"))
     if not trace.complete:
         console.print(Text("There are more spans than one answer holds: only the first are shown.", "octo.warn"))
+
+
+def _print_critical_path(path: CriticalPath, console: Console) -> None:
+    for number, share in enumerate(path.waited_for):
+        title = "Waited   " if number == 0 else " " * 9
+        duration = _format_duration(share.duration_ms / 1000)
+        line = Text.assemble((title, "octo.title"), f"{share.waited_for:<28}{duration:>9} {share.percent:>5.1f}%")
+        if share.mostly_in:
+            line.append(f"  mostly in {share.mostly_in}", "octo.quiet")
+        console.print(line)
 
 
 def _render_row(row: TraceRow, total_seconds: float) -> Text:
@@ -241,7 +180,7 @@ def _render_row(row: TraceRow, total_seconds: float) -> Text:
     line = Text.assemble(label, (row.name, "octo.step"))
     line.truncate(_LABEL_WIDTH, overflow="ellipsis", pad=True)
     line.append(
-        " " + render_bar(row.start / total_seconds, row.seconds / total_seconds),
+        " " + render_bar(row.start / total_seconds, row.seconds / total_seconds, "█" if row.is_critical else "▒"),
         "octo.bad" if row.failure else "octo.title",
     )
     line.append(f" {_format_duration(row.seconds):>8}  ")
@@ -252,11 +191,11 @@ def _render_row(row: TraceRow, total_seconds: float) -> Text:
     return line
 
 
-def render_bar(start: float, share: float) -> str:
+def render_bar(start: float, share: float, fill: str = "█") -> str:
     """Return a bar for a part of the whole; even the shortest shows."""
     first = min(int(start * BAR_WIDTH), BAR_WIDTH - 1)
     length = max(1, min(round(share * BAR_WIDTH), BAR_WIDTH - first))
-    return "·" * first + "█" * length + "·" * (BAR_WIDTH - first - length)
+    return "·" * first + fill * length + "·" * (BAR_WIDTH - first - length)
 
 
 def _format_duration(seconds: float) -> str:

@@ -38,9 +38,9 @@ app = typer.Typer()
 @app.command(rich_help_panel="Start")
 @async_command
 async def demo(
-    goal: Annotated[str, typer.Argument(help="What the team is to do.")] = DEMO_GOAL,
+    goal: Annotated[str, typer.Argument(help="The goal, in plain language.")] = DEMO_GOAL,
 ) -> int:
-    """Start everything in this process, do one goal live, save the result, and stop."""
+    """Start every service in this process, run one goal, save the result, and stop."""
     return await run_single_goal(command_settings(), GoalRequest(validate_goal(goal)), output())
 
 

@@ -22,8 +22,11 @@ from octollm.client.errors import (
     TaskFailed,
     Unavailable,
 )
+from octollm.client.memory import AsyncMemory
+from octollm.client.schedules import AsyncSchedules
 from octollm.client.streams import Update
-from octollm.client.sync_client import Admin, Client, TaskHandle, connect_sync
+from octollm.client.subscriptions import AsyncSubscriptions
+from octollm.client.sync_client import Admin, Client, Memory, Schedules, Subscriptions, TaskHandle, connect_sync
 from octollm.client.task import AsyncTaskHandle, TaskResult
 
 __all__ = [  # noqa: RUF022  grouped by what they are for
@@ -35,6 +38,15 @@ __all__ = [  # noqa: RUF022  grouped by what they are for
     # Administration
     "AsyncAdmin",
     "Admin",
+    # Durable subscriptions
+    "AsyncSubscriptions",
+    "Subscriptions",
+    # Memory
+    "AsyncMemory",
+    "Memory",
+    # Schedules
+    "AsyncSchedules",
+    "Schedules",
     # Tasks
     "AsyncTaskHandle",
     "TaskHandle",

@@ -20,6 +20,7 @@ from octollm.client.errors import (
     Unavailable,
     error_from_response,
     error_from_transport,
+    map_encoding_errors,
 )
 from octollm.clock import Clock, IdGenerator, SystemClock, Uuid7Generator
 from octollm.concurrency import retry
@@ -122,12 +123,13 @@ class GatewayTransport:
         ``body`` is a message, or bytes for a file. Members of ``query`` that are ``None`` are left out. A request
         whose response was lost is repeated unless the operation is ``at_most_once``.
         """
-        path = operation.format_path(**path_parameters)
         parameters = {name: value for name, value in (query or {}).items() if value is not None}
-        if parameters:
-            path = f"{path}?{urlencode(parameters)}"
-        content = body if isinstance(body, bytes) else None if body is None else msgspec.json.encode(body)
-        if operation.method == "POST":
+        with map_encoding_errors():
+            path = operation.format_path(**path_parameters)
+            if parameters:
+                path = f"{path}?{urlencode(parameters)}"
+            content = body if isinstance(body, bytes) else None if body is None else msgspec.json.encode(body)
+        if operation.method in ("POST", "PUT"):
             content = content or b""
             headers = {"Content-Type": "application/json", **(headers or {})}
         # The key lets the server recognize a repeated request, so that repeating it does nothing twice.
@@ -281,9 +283,9 @@ def validate_url(url: str) -> str:
     """Return the URL of a gateway without a trailing slash. Raises ``setting_invalid``."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise SettingError("The URL of a gateway must be like http://localhost:8000 or https://octo.example.")
+        raise SettingError("The URL of a gateway must have the form http://localhost:8000 or https://octo.example.")
     if parts.username is not None or parts.password is not None:
-        raise SettingError("The URL of a gateway holds no name or password: give the API key as api_key.")
+        raise SettingError("The URL of a gateway must not have a name or password: pass the API key as api_key.")
     return url.rstrip("/")
 
 

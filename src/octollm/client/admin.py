@@ -1,4 +1,4 @@
-"""AsyncAdmin: API keys, enrolment tokens, arms, tokens, revocation and the audit log."""
+"""AsyncAdmin: API keys, enrolment tokens, arms, hooks, webhooks, tokens, revocation and the audit log."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from collections.abc import Iterable
 from octollm.client._transport import GatewayTransport
 from octollm.contracts.auth import KeyRequest, KeyView, NewKey, RevocationRequest, TokenRequest, TokenResponse
 from octollm.contracts.enrolment import EnrolmentTokenRequest, EnrolmentTokenView, NewEnrolmentToken
+from octollm.contracts.hooks import (
+    CREATE_HOOK,
+    DELETE_HOOK,
+    LIST_HOOKS,
+    READ_HOOK,
+    ROTATE_HOOK,
+    HmacSignature,
+    HookRequest,
+    HookTemplate,
+    HookView,
+    NewHook,
+    SecretRotation,
+    SignatureScheme,
+)
 from octollm.contracts.observability import AuditPage
 from octollm.contracts.public_api import (
     CREATE_ENROLMENT_TOKEN,
@@ -19,6 +33,25 @@ from octollm.contracts.public_api import (
     REVOKE_AUTHORITY,
     REVOKE_ENROLMENT_TOKEN,
     REVOKE_KEY,
+)
+from octollm.contracts.webhooks import (
+    CREATE_WEBHOOK,
+    DELETE_WEBHOOK,
+    LIST_WEBHOOK_DELIVERIES,
+    LIST_WEBHOOKS,
+    READ_WEBHOOK,
+    REPLAY_WEBHOOK,
+    ROTATE_WEBHOOK,
+    TEST_WEBHOOK,
+    UPDATE_WEBHOOK,
+    DeliveryState,
+    NewWebhook,
+    WebhookDeliveryList,
+    WebhookReplay,
+    WebhookReplayResult,
+    WebhookRequest,
+    WebhookTestResult,
+    WebhookView,
 )
 
 
@@ -69,6 +102,82 @@ class AsyncAdmin:
     async def remove_arm(self, name: str) -> None:
         """Remove an arm that enrolled: its keys and grants are revoked, and its name is free."""
         await self._transport.call(REMOVE_ARM, name=name)
+
+    async def hooks(self) -> tuple[HookView, ...]:
+        """Return the hooks of the tenant, without their secrets."""
+        return (await self._transport.call(LIST_HOOKS)).hooks
+
+    async def hook(self, hook_id: str) -> HookView:
+        """Return one hook."""
+        return await self._transport.call(READ_HOOK, hook=hook_id)
+
+    async def create_hook(
+        self,
+        name: str,
+        *,
+        scheme: SignatureScheme,
+        template: HookTemplate,
+        signature: HmacSignature = HmacSignature(),  # noqa: B008  frozen
+        secret: str | None = None,
+        scope: str = "",
+    ) -> NewHook:
+        """Create a hook, which turns another system's webhooks into tasks; the response has its ``secret``, this once.
+
+        ``secret`` is the sender's own, if the sender makes it. ``scope`` narrows what the tasks may use; by default
+        that is all that the caller may.
+        """
+        request = HookRequest(name, scheme, template, secret, signature, scope=scope)
+        return await self._transport.call(CREATE_HOOK, request)
+
+    async def rotate_hook(self, hook_id: str, *, overlap_seconds: int = 86_400, secret: str | None = None) -> NewHook:
+        """Give a hook a new secret; the former one stays valid for ``overlap_seconds``."""
+        return await self._transport.call(ROTATE_HOOK, SecretRotation(overlap_seconds, secret), hook=hook_id)
+
+    async def delete_hook(self, hook_id: str) -> None:
+        """Delete a hook. Tasks that it started continue."""
+        await self._transport.call(DELETE_HOOK, hook=hook_id)
+
+    async def webhooks(self) -> tuple[WebhookView, ...]:
+        """Return the webhooks of the tenant, without their secrets."""
+        return (await self._transport.call(LIST_WEBHOOKS)).webhooks
+
+    async def webhook(self, webhook_id: str) -> WebhookView:
+        """Return one webhook."""
+        return await self._transport.call(READ_WEBHOOK, webhook_id=webhook_id)
+
+    async def create_webhook(self, request: WebhookRequest) -> NewWebhook:
+        """Create a webhook, which delivers events from now on; the response has its ``secret``, this once."""
+        return await self._transport.call(CREATE_WEBHOOK, request)
+
+    async def update_webhook(self, webhook_id: str, request: WebhookRequest) -> WebhookView:
+        """Change a webhook, or enable or disable it; ``request`` is what it becomes."""
+        return await self._transport.call(UPDATE_WEBHOOK, request, webhook_id=webhook_id)
+
+    async def rotate_webhook(self, webhook_id: str, *, overlap_seconds: int = 86_400) -> NewWebhook:
+        """Give a webhook a new secret; deliveries are signed with both for ``overlap_seconds``."""
+        return await self._transport.call(ROTATE_WEBHOOK, SecretRotation(overlap_seconds), webhook_id=webhook_id)
+
+    async def test_webhook(self, webhook_id: str) -> WebhookTestResult:
+        """Deliver a test event now, and return what the receiver answered."""
+        return await self._transport.call(TEST_WEBHOOK, webhook_id=webhook_id)
+
+    async def webhook_deliveries(
+        self, webhook_id: str, *, state: DeliveryState | None = None, limit: int = 50, cursor: str = ""
+    ) -> WebhookDeliveryList:
+        """Return a page of deliveries, newest first; ``state="dead"`` selects the dead letters."""
+        query = {"state": state, "limit": limit, "cursor": cursor or None}
+        return await self._transport.call(LIST_WEBHOOK_DELIVERIES, query=query, webhook_id=webhook_id)
+
+    async def replay_webhook(
+        self, webhook_id: str, *, event_ids: Iterable[str] = (), after: int | None = None
+    ) -> WebhookReplayResult:
+        """Deliver again under the same ids: the dead letters, these events, or what the log has after a position."""
+        request = WebhookReplay(tuple(event_ids), after)
+        return await self._transport.call(REPLAY_WEBHOOK, request, webhook_id=webhook_id)
+
+    async def delete_webhook(self, webhook_id: str) -> None:
+        """Delete a webhook with its deliveries."""
+        await self._transport.call(DELETE_WEBHOOK, webhook_id=webhook_id)
 
     async def mint_token(self, scope: str, *, aud: str, lifetime_seconds: int = 3600) -> TokenResponse:
         """Mint a token for direct calls to the service ``aud``, with a task and a budget of its own."""

@@ -1,4 +1,8 @@
-"""AsyncClient: a method for each operation of the public API; administration is under ``client.admin``."""
+"""AsyncClient: a method for each operation of the public API.
+
+Administration is under ``client.admin``, the memory under ``client.memory``, and schedules under
+``client.schedules``.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +22,31 @@ from octollm.client._transport import (
 )
 from octollm.client.admin import AsyncAdmin
 from octollm.client.files import FileContent, FileInput, load_file, load_files, verify_digest
+from octollm.client.memory import AsyncMemory
+from octollm.client.schedules import AsyncSchedules
 from octollm.client.streams import RECONNECT_TIMEOUT_SECONDS, stream_events
+from octollm.client.subscriptions import AsyncSubscriptions
 from octollm.client.task import AsyncTaskHandle
 from octollm.client.typed_output import OutputT, describe_output
-from octollm.contracts.api import EventList, TaskList, TaskSummary
+from octollm.contracts.api import EventList, TaskList, TaskSummary, UsageBy, UsageReport
+from octollm.contracts.approvals import ApprovalPolicy, PendingApproval
 from octollm.contracts.auth import CurrentUser
 from octollm.contracts.enrolment import ArmView
 from octollm.contracts.events import Event
-from octollm.contracts.observability import Health, Readiness
+from octollm.contracts.observability import Health, Readiness, ServiceState
 from octollm.contracts.operations import StoredFile
 from octollm.contracts.public_api import (
     LIST_ARMS,
-    LIST_TASKS,
+    LIST_SERVICES,
     READ_EVENTS,
     READ_FILE,
     READ_SESSION,
     SCREEN_TEXT,
     STORE_FILE,
-    SUBMIT_TASK,
 )
 from octollm.contracts.screening import PreprocessRequest, ScreeningResult
-from octollm.contracts.task import Budget, FileRef, Task, TaskContext, TaskStatus
+from octollm.contracts.task import Budget, FileRef, ParentEnd, Task, TaskContext, TaskStatus
+from octollm.contracts.task_operations import LIST_APPROVALS, LIST_TASKS, READ_USAGE, SUBMIT_TASK
 
 if TYPE_CHECKING:
     from octollm.resilience import RetryPolicy
@@ -65,6 +73,12 @@ class AsyncClient:
 
     admin: AsyncAdmin
     """Keys, enrolment tokens, arms, tokens, revocation and the audit log."""
+    subscriptions: AsyncSubscriptions
+    """Durable subscriptions to the event log."""
+    memory: AsyncMemory
+    """Facts, documents, search and erasure."""
+    schedules: AsyncSchedules
+    """Tasks that are submitted at the times of a cron expression."""
 
     def __init__(
         self,
@@ -85,6 +99,9 @@ class AsyncClient:
     def _set_transport(self, transport: GatewayTransport) -> None:
         self._transport = transport
         self.admin = AsyncAdmin(transport)
+        self.subscriptions = AsyncSubscriptions(transport)
+        self.memory = AsyncMemory(transport)
+        self.schedules = AsyncSchedules(transport)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -111,15 +128,17 @@ class AsyncClient:
         goal: str,
         *,
         output: type[OutputT] = str,
-        files: Iterable[FileInput] = (),
+        files: Iterable[FileInput | StoredFile] = (),
         criteria: Iterable[str] = (),
         constraints: Iterable[str] = (),
         context: str = "",
         budget: Budget | Mapping[str, float] | None = None,
         arm: str | None = None,
         deadline: datetime | str | None = None,
+        approval: ApprovalPolicy | Mapping[str, object] | None = None,
         priority: int = 0,
         parent: str | None = None,
+        on_parent_end: ParentEnd = "cancel",
         idempotency_key: str | None = None,
     ) -> AsyncTaskHandle[OutputT]:
         """Submit a task and return it once it is stored.
@@ -127,15 +146,19 @@ class AsyncClient:
         ``output`` is the type of the result's ``value``: a ``msgspec.Struct``, a dataclass, a Pydantic model, or any
         other type that msgspec decodes. Its JSON Schema is sent as a constraint for the arm and as a criterion that the
         judge verifies. ``criteria`` must hold for the result, ``constraints`` for the work; ``context`` has free notes.
+        ``files`` may hold results of :meth:`upload`, which are not sent again.
         ``budget`` has ``max_tokens``, ``max_cost_usd``, ``max_time_seconds`` and ``max_retries``. ``arm`` assigns the
-        task to one arm, without a plan. ``deadline`` needs a UTC offset. ``parent`` is the id of the task that this one
-        belongs to.
+        task to one arm, without a plan. ``deadline`` needs a UTC offset. ``approval`` says what a person has to
+        approve: ``plan``, ``steps``, ``cost_above_usd`` and ``expires_seconds``. ``parent`` is the id of the task that
+        this one is a sub-task of: it shares its budget, deadline, approvals, authority and trace, and is cancelled when
+        it ends, unless ``on_parent_end`` is ``continue``.
 
         A second submission with the same ``idempotency_key`` returns the first task, also from another process. Without
-        one, retries within this call are safe all the same. Raises :class:`InvalidRequest`.
+        one, retries within this call are safe all the same. A cancelled call may have stored the task: submitting
+        it again with the same key returns it. Raises :class:`InvalidRequest`.
         """
         requirements = describe_output(output)
-        refs = [await self._store(content) for content in await load_files(files)]
+        refs = [file if isinstance(file, StoredFile) else await self._store(file) for file in await load_files(files)]
         contract = Task(
             goal=goal,
             context=TaskContext(files=tuple(FileRef(file.name, file.digest) for file in refs), text=context),
@@ -146,11 +169,15 @@ class AsyncClient:
             parent_task_id=parent,
             assigned_arm=arm,
             deadline=deadline.isoformat() if isinstance(deadline, datetime) else deadline,
+            approval=approval if isinstance(approval, ApprovalPolicy) else ApprovalPolicy(),
+            on_parent_end=on_parent_end,
         )
         body: dict[str, object] = msgspec.to_builtins(contract)
         if isinstance(budget, Mapping):
             # Sent as it is: the server points at a misspelt member, which a conversion here would drop.
             body["budget"] = dict(budget)
+        if isinstance(approval, Mapping):
+            body["approval"] = dict(approval)
         task = await self._transport.call(SUBMIT_TASK, body, idempotency_key=idempotency_key)
         return AsyncTaskHandle(self._transport, task.task_id, output)
 
@@ -163,11 +190,11 @@ class AsyncClient:
         """Return a handle of an existing task; ``output`` as for :meth:`submit`. Nothing is sent."""
         return AsyncTaskHandle(self._transport, task_id, output)
 
-    async def tasks(self, *, status: TaskStatus | None = None) -> AsyncGenerator[TaskSummary]:
-        """Yield all tasks, newest first, fetched page by page."""
+    async def tasks(self, *, status: TaskStatus | None = None, text: str = "") -> AsyncGenerator[TaskSummary]:
+        """Yield all tasks, newest first, fetched page by page; with ``text``, those whose goal contains it."""
         cursor = None
         while True:
-            page = await self.task_page(limit=_PAGE, cursor=cursor, status=status)
+            page = await self.task_page(limit=_PAGE, cursor=cursor, status=status, text=text)
             for task in page.tasks:
                 yield task
             cursor = page.cursor
@@ -175,10 +202,19 @@ class AsyncClient:
                 return
 
     async def task_page(
-        self, *, limit: int = 50, cursor: str | None = None, status: TaskStatus | None = None
+        self, *, limit: int = 50, cursor: str | None = None, status: TaskStatus | None = None, text: str = ""
     ) -> TaskList:
         """Return up to ``limit`` (1 to 200) tasks, newest first; ``cursor`` is that of the page before."""
-        return await self._transport.call(LIST_TASKS, query={"limit": limit, "cursor": cursor, "status": status})
+        query = {"limit": limit, "cursor": cursor, "status": status, "text": text or None}
+        return await self._transport.call(LIST_TASKS, query=query)
+
+    async def usage(self, by: UsageBy = "day", *, days: int = 30) -> UsageReport:
+        """Return what the tenant's model calls used in the last ``days`` days (UTC), by day, arm or model."""
+        return await self._transport.call(READ_USAGE, query={"by": by, "days": days})
+
+    async def approvals(self) -> tuple[PendingApproval, ...]:
+        """Return what waits for approval, those that expire first at the top."""
+        return (await self._transport.call(LIST_APPROVALS)).approvals
 
     async def upload(self, file: FileInput) -> StoredFile:
         """Store a file; equal content is stored once. :meth:`submit` uploads its files by itself."""
@@ -205,6 +241,10 @@ class AsyncClient:
     async def arms(self) -> tuple[ArmView, ...]:
         """Return the registered arms."""
         return (await self._transport.call(LIST_ARMS)).arms
+
+    async def services(self) -> tuple[ServiceState, ...]:
+        """Return the state of every service. Needs the scope ``monitor:read``."""
+        return (await self._transport.call(LIST_SERVICES)).services
 
     async def preprocess(self, text: str) -> ScreeningResult:
         """Screen a text: return the findings, and whether it would be refused as a goal. Nothing is stored."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import msgspec
@@ -47,6 +48,19 @@ class APIError(OctoError):
 
 class InvalidRequest(APIError):
     """The request itself is wrong; ``field_errors`` say where (JSON Pointers, RFC 6901)."""
+
+
+@contextmanager
+def map_encoding_errors() -> Generator[None]:
+    """Raise :class:`InvalidRequest` for a ``str`` that UTF-8 cannot encode.
+
+    Such strings have lone surrogates: Python makes them of arguments and file names whose bytes are not UTF-8.
+    """
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        text = ascii(str(error.object)[max(0, error.start - 20) : error.start + 20])
+        raise InvalidRequest(f"A text is not UTF-8: {text}.", code="invalid_body") from error
 
 
 class AuthenticationError(APIError):

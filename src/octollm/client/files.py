@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
-from octollm.client.errors import InvalidRequest, ServerError
+from octollm.client.errors import InvalidRequest, ServerError, map_encoding_errors
 from octollm.contracts.media_types import media_type_of
+from octollm.contracts.operations import StoredFile
 from octollm.contracts.task import MAX_FILE_BYTES, MAX_FILES
 
 FileInput = str | os.PathLike[str] | bytes | tuple[str, bytes] | tuple[str, str]
-"""A path (its last part is the name), bytes, or a name with bytes or text (UTF-8). Bytes without a name are called
-`file1`, `file2`, … by their position."""
+"""A path (its last part is the name, see :func:`name_paths`), bytes, or a name with bytes or text (UTF-8).
+
+Bytes without a name are called `file1`, `file2`, … by their position.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +36,39 @@ class FileContent:
         return media_type_of(self.name)
 
 
-async def load_files(files: Iterable[FileInput]) -> list[FileContent]:
-    """Read ``files`` in a thread.
+async def load_files(files: Iterable[FileInput | StoredFile]) -> list[FileContent | StoredFile]:
+    """Read ``files`` in a thread; stored ones are returned as they are.
 
     Raises :class:`InvalidRequest` (``file_invalid``) naming the first that cannot be sent.
     """
     inputs = list(files)
     if len(inputs) > MAX_FILES:
         raise _file_error(f"{len(inputs)} files are too many: a task may have {MAX_FILES}.")
-    return [await asyncio.to_thread(_load, file, position) for position, file in enumerate(inputs, 1)]
+    loaded = [
+        file if isinstance(file, StoredFile) else await load_file(file, position)
+        for position, file in enumerate(inputs, 1)
+    ]
+    at = [index for index, file in enumerate(inputs) if isinstance(file, str | os.PathLike)]
+    for index, name in zip(at, name_paths([Path(cast("str", inputs[index])) for index in at]), strict=True):
+        loaded[index] = replace(cast("FileContent", loaded[index]), name=name)
+    return loaded
 
 
-async def load_file(file: FileInput) -> FileContent:
-    """Read one file; raises as :func:`load_files`."""
-    return (await load_files([file]))[0]
+def name_paths(paths: Sequence[Path]) -> list[str]:
+    """Return the name of each file in a task: its own, and that of its folder before it where two are called the same.
+
+    ``v1/offer.txt`` and ``v2/offer.txt`` are ``v1-offer.txt`` and ``v2-offer.txt``.
+    """
+    counts = Counter(path.name for path in paths)
+    return [f"{path.absolute().parent.name}-{path.name}" if counts[path.name] > 1 else path.name for path in paths]
+
+
+async def load_file(file: FileInput, position: int = 1) -> FileContent:
+    """Read one file in a thread; raises as :func:`load_files`."""
+    with map_encoding_errors():
+        content = await asyncio.to_thread(_load, file, position)
+        content.name.encode()
+    return content
 
 
 def verify_digest(body: bytes, digest: str) -> bytes:

@@ -20,6 +20,7 @@ from octollm.client.errors import (
     Unavailable,
     error_from_code,
     error_from_response,
+    map_encoding_errors,
 )
 from octollm.concurrency import Retries
 from octollm.contracts.events import Event
@@ -224,9 +225,11 @@ async def stream_updates(
 def _connect(
     transport: GatewayTransport, url: str, task_id: str, position: StreamPosition, keepalive: float
 ) -> connect:
+    with map_encoding_errors():
+        path = f"/ws/tasks/{quote(task_id, safe='')}?{position.to_query()}"
     # http:// → ws://, https:// → wss://
     return connect(
-        f"ws{url.removeprefix('http')}/ws/tasks/{quote(task_id, safe='')}?{position.to_query()}",
+        f"ws{url.removeprefix('http')}{path}",
         ssl=transport.tls if url.startswith("https:") else None,
         additional_headers=transport.auth_headers,
         max_size=_MAX_FRAME,

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar,
 from octollm.client._transport import DEFAULT_TIMEOUT_SECONDS
 from octollm.client.admin import AsyncAdmin
 from octollm.client.async_client import AsyncClient
+from octollm.client.memory import AsyncMemory
+from octollm.client.schedules import AsyncSchedules
+from octollm.client.subscriptions import AsyncSubscriptions
 from octollm.client.task import AsyncTaskHandle
 from octollm.client.typed_output import OutputT
 from octollm.errors import OctoError
@@ -202,6 +205,18 @@ def to_sync_submit(
     return call
 
 
+def to_sync_successor(
+    method: Callable[Concatenate[A, P], Coroutine[Any, Any, AsyncTaskHandle[OutputT]]],
+) -> Callable[Concatenate[SyncFacade[A], P], TaskHandle[OutputT]]:
+    """Derive a method that waits and returns the synchronous handle of a task that follows another."""
+
+    @functools.wraps(method)
+    def call(self: SyncFacade[A], /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[OutputT]:
+        return TaskHandle(self.portal, self.portal.run(method(self.inner, *args, **kwargs)))
+
+    return call
+
+
 class TaskHandle(SyncFacade[AsyncTaskHandle[OutputT]], Generic[OutputT]):
     """A task by its ``id``: :class:`AsyncTaskHandle` for synchronous code."""
 
@@ -212,10 +227,20 @@ class TaskHandle(SyncFacade[AsyncTaskHandle[OutputT]], Generic[OutputT]):
 
     read = to_sync(AsyncTaskHandle[OutputT].read)
     cancel = to_sync(AsyncTaskHandle[OutputT].cancel)
+    approve = to_sync(AsyncTaskHandle[OutputT].approve)
+    reject = to_sync(AsyncTaskHandle[OutputT].reject)
     updates = to_sync_iterator(AsyncTaskHandle[OutputT].updates)
     result = to_sync(AsyncTaskHandle[OutputT].result)
     wait = to_sync(AsyncTaskHandle[OutputT].wait)
     history = to_sync_iterator(AsyncTaskHandle[OutputT].history)
+    pause = to_sync(AsyncTaskHandle[OutputT].pause)
+    resume = to_sync(AsyncTaskHandle[OutputT].resume)
+    instruct = to_sync(AsyncTaskHandle[OutputT].instruct)
+    extend = to_sync(AsyncTaskHandle[OutputT].extend)
+    attempts = to_sync_iterator(AsyncTaskHandle[OutputT].attempts)
+    recording = to_sync(AsyncTaskHandle[OutputT].recording)
+    retry = to_sync_successor(AsyncTaskHandle[OutputT].retry)
+    fork = to_sync_successor(AsyncTaskHandle[OutputT].fork)
     texts = to_sync(AsyncTaskHandle[OutputT].texts)
     artifact = to_sync(AsyncTaskHandle[OutputT].artifact)
     trace = to_sync(AsyncTaskHandle[OutputT].trace)
@@ -231,11 +256,71 @@ class Admin(SyncFacade[AsyncAdmin]):
     create_enrolment_token = to_sync(AsyncAdmin.create_enrolment_token)
     revoke_enrolment_token = to_sync(AsyncAdmin.revoke_enrolment_token)
     remove_arm = to_sync(AsyncAdmin.remove_arm)
+    hooks = to_sync(AsyncAdmin.hooks)
+    hook = to_sync(AsyncAdmin.hook)
+    create_hook = to_sync(AsyncAdmin.create_hook)
+    rotate_hook = to_sync(AsyncAdmin.rotate_hook)
+    delete_hook = to_sync(AsyncAdmin.delete_hook)
+    webhooks = to_sync(AsyncAdmin.webhooks)
+    webhook = to_sync(AsyncAdmin.webhook)
+    create_webhook = to_sync(AsyncAdmin.create_webhook)
+    update_webhook = to_sync(AsyncAdmin.update_webhook)
+    rotate_webhook = to_sync(AsyncAdmin.rotate_webhook)
+    test_webhook = to_sync(AsyncAdmin.test_webhook)
+    webhook_deliveries = to_sync(AsyncAdmin.webhook_deliveries)
+    replay_webhook = to_sync(AsyncAdmin.replay_webhook)
+    delete_webhook = to_sync(AsyncAdmin.delete_webhook)
     mint_token = to_sync(AsyncAdmin.mint_token)
     revoke_token = to_sync(AsyncAdmin.revoke_token)
     revoke_service = to_sync(AsyncAdmin.revoke_service)
     revoke_principal = to_sync(AsyncAdmin.revoke_principal)
     audit = to_sync(AsyncAdmin.audit)
+
+
+class Subscriptions(SyncFacade[AsyncSubscriptions]):
+    """Durable subscriptions: :class:`AsyncSubscriptions` for synchronous code."""
+
+    list = to_sync(AsyncSubscriptions.list)
+    sink = to_sync(AsyncSubscriptions.sink)
+    read = to_sync(AsyncSubscriptions.read)
+    put = to_sync(AsyncSubscriptions.put)
+    delete = to_sync(AsyncSubscriptions.delete)
+    poll = to_sync(AsyncSubscriptions.poll)
+    acknowledge = to_sync(AsyncSubscriptions.acknowledge)
+    events = to_sync_iterator(AsyncSubscriptions.events)
+    replay = to_sync(AsyncSubscriptions.replay)
+    dead_letters = to_sync(AsyncSubscriptions.dead_letters)
+    retry_dead_letter = to_sync(AsyncSubscriptions.retry_dead_letter)
+    drop_dead_letter = to_sync(AsyncSubscriptions.drop_dead_letter)
+
+
+class Memory(SyncFacade[AsyncMemory]):
+    """The tenant's memory: :class:`AsyncMemory` for synchronous code."""
+
+    put_fact = to_sync(AsyncMemory.put_fact)
+    fact = to_sync(AsyncMemory.fact)
+    fact_history = to_sync(AsyncMemory.fact_history)
+    facts = to_sync_iterator(AsyncMemory.facts)
+    erase_fact = to_sync(AsyncMemory.erase_fact)
+    store_document = to_sync(AsyncMemory.store_document)
+    document = to_sync(AsyncMemory.document)
+    documents = to_sync_iterator(AsyncMemory.documents)
+    search = to_sync(AsyncMemory.search)
+    erase_document = to_sync(AsyncMemory.erase_document)
+    erase_task = to_sync(AsyncMemory.erase_task)
+    erase_all = to_sync(AsyncMemory.erase_all)
+
+
+class Schedules(SyncFacade[AsyncSchedules]):
+    """The tenant's schedules: :class:`AsyncSchedules` for synchronous code."""
+
+    create = to_sync(AsyncSchedules.create)
+    list = to_sync(AsyncSchedules.list)
+    read = to_sync(AsyncSchedules.read)
+    pause = to_sync(AsyncSchedules.pause)
+    resume = to_sync(AsyncSchedules.resume)
+    run = to_sync(AsyncSchedules.run)
+    delete = to_sync(AsyncSchedules.delete)
 
 
 class Client(SyncFacade[AsyncClient]):
@@ -256,6 +341,9 @@ class Client(SyncFacade[AsyncClient]):
         inner = AsyncClient(url, api_key, timeout=timeout, retry=retry)
         super().__init__(Portal(), inner)
         self.admin = Admin(self.portal, inner.admin)
+        self.memory = Memory(self.portal, inner.memory)
+        self.schedules = Schedules(self.portal, inner.schedules)
+        self.subscriptions = Subscriptions(self.portal, inner.subscriptions)
 
     def __enter__(self) -> Client:
         return self
@@ -283,11 +371,14 @@ class Client(SyncFacade[AsyncClient]):
     task = to_sync_handle(AsyncClient.task)
     tasks = to_sync_iterator(AsyncClient.tasks)
     task_page = to_sync(AsyncClient.task_page)
+    approvals = to_sync(AsyncClient.approvals)
+    usage = to_sync(AsyncClient.usage)
     upload = to_sync(AsyncClient.upload)
     download = to_sync(AsyncClient.download)
     events = to_sync_iterator(AsyncClient.events)
     event_page = to_sync(AsyncClient.event_page)
     arms = to_sync(AsyncClient.arms)
+    services = to_sync(AsyncClient.services)
     preprocess = to_sync(AsyncClient.preprocess)
     who_am_i = to_sync(AsyncClient.who_am_i)
     health = to_sync(AsyncClient.health)

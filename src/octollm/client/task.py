@@ -1,10 +1,11 @@
-"""AsyncTaskHandle: watch a task, wait for its result, cancel it, read its history and artifacts."""
+"""AsyncTaskHandle: watch a task, wait for its result, steer it, run it again, read its history and artifacts."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from datetime import datetime
 from typing import Generic
 
 from octollm.client._transport import GatewayTransport
@@ -13,20 +14,34 @@ from octollm.client.files import verify_digest
 from octollm.client.streams import RECONNECT_TIMEOUT_SECONDS, Update, stream_updates
 from octollm.client.typed_output import OutputT, decode_output
 from octollm.contracts.api import StepText, TaskView
+from octollm.contracts.approvals import ApprovalDecision
+from octollm.contracts.attempts import AttemptView, ForkRequest
 from octollm.contracts.events import Event
 from octollm.contracts.observability import TraceView
-from octollm.contracts.public_api import (
+from octollm.contracts.recording import TaskRecording
+from octollm.contracts.steering import ExtendRequest, InstructionRequest
+from octollm.contracts.task import Artifact
+from octollm.contracts.task_operations import (
+    APPROVE_TASK,
     CANCEL_TASK,
+    EXTEND_TASK,
+    FORK_TASK,
+    INSTRUCT_TASK,
+    LIST_ATTEMPTS,
+    PAUSE_TASK,
     READ_TASK,
+    RECORD_TASK,
+    RESUME_TASK,
+    RETRY_TASK,
     TASK_ARTIFACT,
     TASK_HISTORY,
     TASK_TEXTS,
     TASK_TRACE,
 )
-from octollm.contracts.task import Artifact
 
 _FINAL_STATUSES = frozenset({"completed", "failed", "cancelled"})
 _PAGE = 500
+_ATTEMPTS_PAGE = 50
 
 
 class TaskResult(TaskView, Generic[OutputT], frozen=True, kw_only=True):
@@ -63,6 +78,23 @@ class AsyncTaskHandle(Generic[OutputT]):
             if task.status != "cancelled":
                 raise
             return task
+
+    async def approve(
+        self, approval_id: str = "", *, comment: str = "", goals: Mapping[str, str] | None = None
+    ) -> TaskView:
+        """Approve what the task waits for, and return the task; ``approval_id`` names one of several approvals.
+
+        ``goals`` gives steps that have not started another goal, by their id. Approving again changes nothing. Raises
+        :class:`InvalidRequest`, and :class:`Conflict` when nothing waits for approval, or it was rejected or expired.
+        """
+        return await self._decide(ApprovalDecision("approve", approval_id, comment, dict(goals or {})))
+
+    async def reject(self, approval_id: str = "", *, comment: str = "") -> TaskView:
+        """Reject what the task waits for, and return the task, which ends. Raises as :meth:`approve`."""
+        return await self._decide(ApprovalDecision("reject", approval_id, comment))
+
+    async def _decide(self, decision: ApprovalDecision) -> TaskView:
+        return await self._transport.call(APPROVE_TASK, decision, task_id=self.id)
 
     def updates(
         self, *, after: int = 0, reconnect_timeout: float = RECONNECT_TIMEOUT_SECONDS
@@ -120,6 +152,83 @@ class AsyncTaskHandle(Generic[OutputT]):
             if not page.events:
                 return
             after = page.events[-1].version
+
+    async def pause(self) -> TaskView:
+        """Pause the task and return it: its calls stop, and it uses nothing until :meth:`resume`.
+
+        Pausing it again changes nothing. Raises :class:`Conflict` when it has ended.
+        """
+        return await self._transport.call(PAUSE_TASK, task_id=self.id)
+
+    async def resume(self) -> TaskView:
+        """Let the task go on after :meth:`pause`, and return it. Raises :class:`Conflict` when it has ended."""
+        return await self._transport.call(RESUME_TASK, task_id=self.id)
+
+    async def instruct(self, text: str) -> TaskView:
+        """Add an instruction, which the task's next attempt or step keeps to, and return the task.
+
+        To have it kept to at once, pause the task before and resume it after. Raises :class:`Conflict` when it has
+        ended, and :class:`InvalidRequest`.
+        """
+        return await self._transport.call(INSTRUCT_TASK, InstructionRequest(text), task_id=self.id)
+
+    async def extend(
+        self,
+        *,
+        max_tokens: int | None = None,
+        max_cost_usd: float | None = None,
+        max_time_seconds: float | None = None,
+        deadline: datetime | str | None = None,
+    ) -> TaskView:
+        """Raise limits of the task's budget, or put off its deadline, and return the task.
+
+        The numbers are the new limits, as for ``submit``, not what is added. Raises :class:`Conflict` when it has
+        ended, and :class:`InvalidRequest` for a limit that is lower than the present one.
+        """
+        ends = deadline.isoformat() if isinstance(deadline, datetime) else deadline
+        request = ExtendRequest(max_tokens, max_cost_usd, max_time_seconds, ends)
+        return await self._transport.call(EXTEND_TASK, request, task_id=self.id)
+
+    async def attempts(self, *, step: str = "") -> AsyncGenerator[AttemptView]:
+        """Yield the attempts at the task's steps, or at one ``step``, oldest first: what each was given, and made.
+
+        :meth:`artifact` returns the whole of a long text, by the ``digest`` of its excerpt.
+        """
+        cursor = None
+        while True:
+            query = {"limit": _ATTEMPTS_PAGE, "cursor": cursor, "step": step}
+            page = await self._transport.call(LIST_ATTEMPTS, query=query, task_id=self.id)
+            for attempt in page.attempts:
+                yield attempt
+            cursor = page.cursor
+            if cursor is None:
+                return
+
+    async def recording(self) -> TaskRecording:
+        """Return what the task was given, did, and was answered by models: what ``octollm task export`` writes.
+
+        The contents of its files are not in it. Raises :class:`Conflict` while the task goes on.
+        """
+        return await self._transport.call(RECORD_TASK, task_id=self.id)
+
+    async def retry(self) -> AsyncTaskHandle[OutputT]:
+        """Submit the goal of the task, which has to have ended, again, and return the new task.
+
+        It has the same files, budget and criteria, a plan of its own, and nothing of this task's results. Raises
+        :class:`Conflict` while this task goes on.
+        """
+        return self._successor(await self._transport.call(RETRY_TASK, task_id=self.id))
+
+    async def fork(self, from_step: str = "") -> AsyncTaskHandle[OutputT]:
+        """Run the plan of the task, which has to have ended, again from a step, and return the new task.
+
+        It takes over the results of the steps before. Without ``from_step`` it begins with the first step that did not
+        complete. Raises :class:`Conflict` as :meth:`retry`, and :class:`InvalidRequest` for an unknown step.
+        """
+        return self._successor(await self._transport.call(FORK_TASK, ForkRequest(from_step), task_id=self.id))
+
+    def _successor(self, task: TaskView) -> AsyncTaskHandle[OutputT]:
+        return AsyncTaskHandle(self._transport, task.task_id, self._output)
 
     async def texts(self) -> tuple[StepText, ...]:
         """Return the text that each step has written, as last saved."""

@@ -72,7 +72,7 @@ def decode_output(task: TaskView, output: type[OutputT]) -> OutputT:
         detail, _at, path = str(error).partition(" - at `")
         raise OutputInvalid(task, output, [FieldError(_pointer(path), detail)]) from error
     except msgspec.DecodeError as error:
-        raise OutputInvalid(task, output, [FieldError("", f"It is no JSON: {error}")]) from error
+        raise OutputInvalid(task, output, [FieldError("", f"It is not JSON: {error}")]) from error
 
 
 def _is_pydantic(output: type[Any]) -> bool:

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from octollm.contracts.approvals import ApprovalView
 from octollm.contracts.events import Event
+from octollm.contracts.steering import Instruction
 from octollm.contracts.task import Artifact, Budget, Count, Evidence, FileRef, StepStatus, TaskStatus, Usage
 from octollm.errors import FieldError, OctoError, map_exceptions
 
@@ -42,9 +44,40 @@ def decode_cursor(cursor: str) -> tuple[float, str]:
 
 
 class TaskQuery(PageQuery, frozen=True):
-    """A page of tasks, optionally of one status."""
+    """A page of tasks, optionally of one status, and of those whose goal contains ``text`` in any case."""
 
     status: TaskStatus | UnsetType = UNSET
+    text: Annotated[str, Meta(max_length=200)] = ""
+
+
+UsageBy = Literal["day", "arm", "model"]
+
+
+class UsageQuery(Struct, frozen=True):
+    """What to add up, over the last ``days`` days (UTC), today included."""
+
+    by: UsageBy = "day"
+    days: Annotated[int, Meta(ge=1, le=90)] = 30
+
+
+class UsageRow(Struct, frozen=True):
+    """The settled model calls of one ``name``: a day (``2025-11-10``), an arm or a model.
+
+    The arm is empty for calls outside a step, such as planning.
+    """
+
+    name: str
+    calls: int
+    tokens: int
+    cost_usd: float
+
+
+class UsageReport(Struct, frozen=True):
+    """What the tenant's model calls used since the time ``since`` (RFC 3339). What nothing used has no row."""
+
+    by: UsageBy
+    since: str
+    rows: tuple[UsageRow, ...]
 
 
 class EventQuery(Struct, frozen=True):
@@ -104,6 +137,17 @@ class StepView(msgspec.Struct, frozen=True, omit_defaults=False):
     finished_at: str | None = None
 
 
+class TaskSummary(msgspec.Struct, frozen=True):
+    """A task in a list."""
+
+    task_id: str
+    status: TaskStatus
+    goal: str
+    progress: float
+    created_at: str
+    updated_at: str
+
+
 class TaskView(msgspec.Struct, frozen=True, omit_defaults=False):
     """A task as its owner sees it. ``version`` counts its events; ``progress`` is from 0 to 100."""
 
@@ -127,17 +171,18 @@ class TaskView(msgspec.Struct, frozen=True, omit_defaults=False):
     correlation_id: str = ""
     trace_id: str = ""
     model: str = ""
-
-
-class TaskSummary(msgspec.Struct, frozen=True):
-    """A task in a list."""
-
-    task_id: str
-    status: TaskStatus
-    goal: str
-    progress: float
-    created_at: str
-    updated_at: str
+    found: bool = True
+    """Of a completed task: whether its files have what the goal asks for. ``output`` says so, too."""
+    approvals: tuple[ApprovalView, ...] = ()
+    """Those that a person decided or is to decide, in the order in which they were requested."""
+    instructions: tuple[Instruction, ...] = ()
+    """What people told it while it ran, oldest first."""
+    forked_from: str | None = None
+    """The task of which this one is a retry or a fork."""
+    parent_task_id: str | None = None
+    """The task that it is a sub-task of."""
+    children: tuple[TaskSummary, ...] = ()
+    """Its sub-tasks, oldest first."""
 
 
 class TaskList(msgspec.Struct, frozen=True):

@@ -123,6 +123,12 @@ class RevocationUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     whole: bool = False
 
 
+class DirectoryResponse(msgspec.Struct, frozen=True):
+    """The body of ``GET orchestrator/directory``: a ``dir+jwt``."""
+
+    directory: str
+
+
 class TokenRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """``POST /token`` at the gateway: a token for direct calls, which belong to an ad-hoc task of their own."""
 
@@ -185,3 +191,5 @@ class TokenExchangeRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     subject_token: str
     subject_token_type: Literal["urn:octollm:api-key"] = "urn:octollm:api-key"
     grant_type: str = "urn:ietf:params:oauth:grant-type:token-exchange"
+    audience: Literal["orchestrator", "memory", "monitor"] = "orchestrator"
+    """The service that the gateway forwards the call to."""

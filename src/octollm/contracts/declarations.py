@@ -1,7 +1,8 @@
 """Declaring an operation once: id, method, path, scope, types, status, idempotency kind, error codes, direct calls.
 
 The service registers its handler by the declaration, callers take path and types from it, and OpenAPI and the tables of
-the documentation are generated from it. The declarations stand in ``public_api`` and ``service_operations``.
+the documentation are generated from it. The declarations stand in ``public_api``, ``service_operations`` and
+``internal_operations``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 
 from octollm.contracts.problems import ERROR_KINDS
 from octollm.contracts.services import OperationKind
+from octollm.contracts.stream import NDJSON
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -83,6 +85,8 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
     """A call without a trace context starts a trace that is always recorded."""
     anonymous: bool = False
     """No credential is needed."""
+    callers: str = ""
+    """The services that call it as themselves, with a service token and no capability; ``*`` for any service."""
 
     def __post_init__(self) -> None:
         problem = self._find_problem()
@@ -102,6 +106,8 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
             return "a GET is read_only"
         if self.method in ("PUT", "DELETE") and self.kind == "read_only":
             return f"a {self.method} is not read_only"
+        if self.callers and (self.scope or self.anonymous):
+            return "a service token carries no scope, and is a credential"
         if self.method in ("GET", "DELETE") and self.body is not NoneType:
             return f"a {self.method} has no body"
         if unknown:
@@ -126,7 +132,7 @@ class DeclaredOperation(Generic[BodyT, ResponseT]):
     @property
     def is_live_stream(self) -> bool:
         """Return whether a response may last as long as its reader stays: a stream of events, not an answer."""
-        return self.method == "GET" and EVENT_STREAM in (self.media_type, self.stream_media_type)
+        return self.method == "GET" and not {EVENT_STREAM, NDJSON}.isdisjoint((self.media_type, self.stream_media_type))
 
     @property
     def sends_file(self) -> bool:

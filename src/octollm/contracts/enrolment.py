@@ -109,7 +109,8 @@ class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ``instance`` names the process among the arm's replicas, and ``url`` is its address. ``about`` describes each
     operation in a sentence. A call that begins with ``?`` is optional. ``calls`` are those of all operations together;
-    ``operation_calls`` has the calls of the operations that declare their own.
+    ``operation_calls`` has the calls of the operations that declare their own. ``approval`` is why a person has to
+    approve each step of the arm; empty if nobody has to.
     """
 
     description: str
@@ -120,3 +121,4 @@ class ArmRegistration(msgspec.Struct, frozen=True, omit_defaults=True):
     instance: str = ""
     about: dict[str, str] = {}
     operation_calls: dict[str, tuple[str, ...]] = {}
+    approval: str = ""

@@ -1,4 +1,4 @@
-"""Messages between services: budget reservations of model calls, and idempotency claims."""
+"""Messages between services: budget reservations of model calls, idempotency claims and audit records."""
 
 from __future__ import annotations
 
@@ -45,6 +45,17 @@ class SettleRequest(msgspec.Struct, frozen=True):
     reservation: str
     usage: Usage
     answer: msgspec.Raw = msgspec.field(default_factory=json_null)
+
+
+class AuditEntry(msgspec.Struct, frozen=True):
+    """``POST orchestrator/audit/records`` by the memory: what a caller, who is known by its ``bearer``, does there."""
+
+    bearer: str
+    action: Annotated[str, Meta(pattern=r"\Amemory\.[a-z_]{1,40}\Z")]
+    target: Annotated[str, Meta(max_length=255)]
+    detail: dict[str, str | int] = {}
+    request_id: Annotated[str, Meta(max_length=128)] = ""
+    correlation_id: Annotated[str, Meta(max_length=128)] = ""
 
 
 MAX_CLAIM_BATCH = 1000
@@ -98,6 +109,7 @@ class ClaimUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     status: Annotated[int, Meta(ge=0, le=599)] = 0
     answer: bytes = b""
     headers: dict[str, str] = {}
+    repeatable: bool = False
 
 
 class ClaimUpdateBatch(msgspec.Struct, frozen=True):

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from octollm.errors import OctoError
+
 
 class DependencyStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """The state of a dependency. The service stays ready without one that is not ``required``."""
@@ -44,8 +46,20 @@ class Sample(msgspec.Struct, frozen=True):
     latency_ms: float = 0.0
 
 
+class OpenBreaker(msgspec.Struct, frozen=True):
+    """A circuit breaker that ``caller`` has opened against an instance (a URL), and since when."""
+
+    caller: str
+    instance: str
+    since: str
+
+
 class ServiceState(msgspec.Struct, frozen=True):
-    """The latest state of a service, and ``since`` when; ``detail`` says why it is not up."""
+    """The latest state of a service, and ``since`` when; ``detail`` says why it is not up.
+
+    The rate of requests, the ratio of errors (status 500 and above) and the percentiles are those of the last minute,
+    over all instances; ``None`` without requests. ``breakers`` are those that are open against it.
+    """
 
     service: str
     state: HealthState
@@ -57,6 +71,12 @@ class ServiceState(msgspec.Struct, frozen=True):
     history: tuple[Sample, ...]
     last_event: str = ""
     last_event_at: str = ""
+    requests_per_second: float | None = None
+    error_ratio: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    breakers: tuple[OpenBreaker, ...] = ()
 
 
 class ServiceStates(msgspec.Struct, frozen=True):
@@ -133,7 +153,32 @@ class AuditHead(msgspec.Struct, frozen=True):
 
 
 class AuditPage(msgspec.Struct, frozen=True):
-    """Rows after a position, oldest first, and the head of the chain at that time."""
+    """Rows after a position, oldest first, and the head of the chain at that time.
+
+    The rows up to ``cut`` are in the archive: the log begins after it.
+    """
 
     rows: tuple[AuditRow, ...]
     head: AuditHead
+    cut: AuditHead | None = None
+
+
+class AuditCut(msgspec.Struct, frozen=True):
+    """The first line of an export whose log begins after a cut."""
+
+    cut: AuditHead
+
+
+class AuditTrailer(msgspec.Struct, frozen=True):
+    """The last line of an export."""
+
+    head: AuditHead
+
+
+def decode_audit_line(line: bytes, place: str) -> AuditRow | AuditCut | AuditTrailer:
+    """Return a line of an export. Raises ``file_invalid`` with ``place`` for anything else."""
+    kind = AuditTrailer if line.startswith(b'{"head"') else AuditCut if line.startswith(b'{"cut"') else AuditRow
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise OctoError(f"{place} is no audit row: {error}", code="file_invalid") from error

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import Meta
 
 from octollm.contracts.task import Artifact, Assumption, Check, ExecuteResult, FileRef
 from octollm.errors import OctoError, map_exceptions
@@ -58,12 +57,35 @@ class ValidateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     tests_filename: str = "test_solution.py"
 
 
+class ExternalRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``executor POST /http``: a request to a server on the tenant's allow-list. The body is text."""
+
+    method: str
+    url: str
+    headers: dict[str, str] = {}
+    body: str = ""
+
+
+class ExternalResponse(msgspec.Struct, frozen=True):
+    """The response of that server, at most 1 MiB. Redirects are not followed; header names are in lower case.
+
+    ``body`` is text, or base64 for bytes that are not UTF-8: ``encoding`` says which.
+    """
+
+    status: int
+    headers: dict[str, str]
+    body: str
+    encoding: Literal["utf-8", "base64"] = "utf-8"
+
+
 class ValidateResult(msgspec.Struct, frozen=True):
     """Whether code is valid, and the reasons if not."""
 
     is_valid: bool
     reasons: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
+    failed_statements: tuple[str, ...] = ()
+    """The statements of the tests that failed, each on one line."""
 
 
 class AcceptRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -87,10 +109,21 @@ class AcceptResult(msgspec.Struct, frozen=True):
 
 
 class SearchFilters(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Restrictions of a search."""
+    """Restrictions of a search; an empty one is none. A passage has to fit all of them."""
 
     digests: tuple[str, ...] = ()
-    """Only documents with these digests; empty means all documents of the tenant."""
+    """Only documents with these digests."""
+    tasks: tuple[str, ...] = ()
+    """Only documents that came with these tasks."""
+    sources: tuple[str, ...] = ()
+    """Only documents with these names."""
+    media_types: tuple[str, ...] = ()
+    """Only documents of these media types, such as ``text/markdown``."""
+    languages: tuple[str, ...] = ()
+    """Only documents in these languages (ISO 639-1, such as ``de``), as far as they were recognized."""
+
+
+MAX_QUERY_CHARS = 4000
 
 
 class SearchRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -104,7 +137,8 @@ class SearchRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 class Passage(msgspec.Struct, frozen=True, omit_defaults=True):
     """A passage of a document: 1-based lines, both included; a higher ``score`` is a better match.
 
-    ``location`` is where it stands in a file that is no text itself, for example ``page 3``.
+    ``location`` is where it stands in a file that is no text itself, for example ``page 3``. ``matched`` says by what
+    it was found. Vectors alone say that it is similar, not that it answers.
     """
 
     source: str
@@ -114,12 +148,19 @@ class Passage(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str
     score: float
     location: str = ""
+    matched: tuple[Literal["words", "vectors"], ...] = ()
 
 
 class SearchResult(msgspec.Struct, frozen=True):
-    """Passages, best first."""
+    """Passages, best first, and whether vectors were compared besides words.
+
+    ``partial``: some passages have no vectors yet. ``unused``: words alone were compared, and ``reason`` is the code of
+    the error that kept the vectors away, ``pending`` while there are none, or ``loading`` while they are read.
+    """
 
     passages: tuple[Passage, ...]
+    vectors: Literal["used", "partial", "unused"] = "unused"
+    reason: str = ""
 
 
 class TextLocation(msgspec.Struct, frozen=True):
@@ -142,12 +183,18 @@ class DocumentIn(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class DocumentOut(msgspec.Struct, frozen=True):
-    """A stored document."""
+    """A stored document. ``vectors`` are ``pending`` until all of its passages have one.
+
+    ``language`` (ISO 639-1) is recognized from the text, empty where that is not possible.
+    """
 
     name: str
     digest: str
     passages: int
     lines: int
+    language: str = ""
+    media_type: str = ""
+    vectors: Literal["pending", "ready"] = "pending"
 
 
 FILE_NAME_DESCRIPTION = "The file's name, percent-encoded (RFC 3986)."
@@ -231,21 +278,3 @@ class DocumentList(msgspec.Struct, frozen=True):
 
     documents: tuple[DocumentOut, ...]
     cursor: str | None = None
-
-
-class FactIn(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``PUT /facts/{name}``: any JSON value, and where it is known from."""
-
-    value: msgspec.Raw
-    source: Annotated[str, Meta(max_length=MAX_NAME)] = ""
-
-
-class Fact(msgspec.Struct, frozen=True):
-    """A fact. ``version`` rises with each change and is its ETag; times are RFC 3339 in UTC."""
-
-    name: str
-    value: Any
-    source: str
-    version: int
-    created_at: str
-    updated_at: str

@@ -30,20 +30,23 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     # The request itself
     "malformed_request": ErrorKind(400, "The request is not valid HTTP/1.1"),
     "invalid_json": ErrorKind(400, "The body is not valid JSON"),
-    "invalid_body": ErrorKind(400, "The body does not fit its schema", new_attempt=True),
-    "unknown_field": ErrorKind(400, "The body has a field that is not known"),
-    "invalid_parameter": ErrorKind(400, "A query or path parameter is wrong"),
-    "invalid_header": ErrorKind(400, "A header is wrong"),
+    "invalid_body": ErrorKind(400, "The body does not match its schema", new_attempt=True),
+    "unknown_field": ErrorKind(400, "The body has an unknown member"),
+    "invalid_parameter": ErrorKind(400, "A query or path parameter is invalid"),
+    "invalid_header": ErrorKind(400, "A header is invalid"),
     "goal_invalid": ErrorKind(400, "The goal is empty or too long"),
-    "goal_refused": ErrorKind(403, "The goal was refused by the screening"),
-    "budget_invalid": ErrorKind(400, "The budget is wrong"),
+    "goal_refused": ErrorKind(403, "The input guardrail refused the goal"),
+    "budget_invalid": ErrorKind(400, "The budget is invalid"),
     "output_type_invalid": ErrorKind(400, "The type of the output has no JSON Schema that can be sent"),
+    "approval_invalid": ErrorKind(400, "The approval or its policy is invalid"),
     "deadline_invalid": ErrorKind(400, "The deadline is in the past or not a time"),
-    "file_invalid": ErrorKind(400, "A file is missing, too large, or binary where text is wanted"),
-    "file_unreadable": ErrorKind(400, "A file is damaged, or of a kind that is not read"),
-    "file_encrypted": ErrorKind(400, "A file needs a password"),
-    "file_limit_exceeded": ErrorKind(413, "A file is larger than a limit of reading"),
+    "file_invalid": ErrorKind(400, "A file is missing, too large, or of an unsupported type"),
+    "file_unreadable": ErrorKind(400, "A file is damaged or cannot be read"),
+    "file_encrypted": ErrorKind(400, "A file is protected with a password"),
+    "file_limit_exceeded": ErrorKind(413, "A file exceeds a limit"),
     "arm_unknown": ErrorKind(400, "No arm has that name"),
+    "step_unknown": ErrorKind(400, "The plan has no such step"),
+    "recording_invalid": ErrorKind(400, "The recording of a task is damaged or cannot be replayed"),
     "host_refused": ErrorKind(400, "The Host header names another server"),
     "body_too_large": ErrorKind(413, "The body is larger than the limit", new_attempt=True),
     "url_too_long": ErrorKind(414, "The URL is longer than the limit"),
@@ -51,9 +54,11 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "header_too_large": ErrorKind(431, "The headers are larger than the limit"),
     "not_found": ErrorKind(404, "There is no such resource"),
     "task_not_found": ErrorKind(404, "There is no such task"),
+    "subscription_not_found": ErrorKind(404, "There is no such subscription"),
+    "dead_letter_not_found": ErrorKind(404, "There is no such dead letter"),
     "file_not_found": ErrorKind(404, "There is no such file"),
     "method_not_allowed": ErrorKind(405, "The resource does not have that method"),
-    "not_configured": ErrorKind(404, "This part is not configured here"),
+    "not_configured": ErrorKind(404, "This feature is not configured"),
     # Who asks
     "token_missing": ErrorKind(401, "A token is needed"),
     "token_malformed": ErrorKind(401, "The token is malformed"),
@@ -61,22 +66,31 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "token_invalid": ErrorKind(401, "The token is not valid here", new_attempt=True),
     "token_revoked": ErrorKind(401, "The token was revoked"),
     "api_key_invalid": ErrorKind(401, "The API key is not valid"),
-    "login_refused": ErrorKind(403, "The login is good, and grants nothing here"),
+    "signature_invalid": ErrorKind(401, "The signature of the delivery is not valid"),
+    "login_refused": ErrorKind(403, "The login is valid but grants nothing"),
     "scope_missing": ErrorKind(403, "The token does not allow this"),
     "origin_refused": ErrorKind(403, "Requests from that origin are refused"),
-    "authority_missing": ErrorKind(403, "The authority for a needed call is missing"),
-    "join_refused": ErrorKind(403, "The join was refused"),
-    "join_unproven": ErrorKind(503, "Who answered did not prove that it knows the enrolment token"),
+    "url_refused": ErrorKind(403, "Requests to that URL are refused"),
+    "host_not_allowed": ErrorKind(403, "The host is not on the allow-list"),
+    "authority_missing": ErrorKind(403, "The authority for a required call is missing"),
+    "join_refused": ErrorKind(403, "The enrolment was refused"),
+    "join_unproven": ErrorKind(503, "The server did not prove that it knows the enrolment token"),
     # State
     "idempotency_conflict": ErrorKind(409, "The idempotency key was used with another body", new_attempt=True),
     "outcome_unknown": ErrorKind(409, "An earlier call with this key may have taken effect"),
     "state_conflict": ErrorKind(409, "The resource is not in a state that allows this"),
+    "position_unknown": ErrorKind(409, "The position is beyond the end of the log"),
+    "position_expired": ErrorKind(410, "The log no longer has the events after that position"),
+    "lease_lost": ErrorKind(409, "Another consumer has these deliveries"),
+    "ack_out_of_order": ErrorKind(409, "An earlier delivery of the partition is not acknowledged"),
     "fence_lost": ErrorKind(409, "A newer run holds the task"),
     # Limits
     "rate_limited": ErrorKind(429, "Too many requests", retryable=True),
-    "budget_exhausted": ErrorKind(403, "The task's budget is used up"),
+    "too_many_connections": ErrorKind(429, "Too many live connections", retryable=True),
+    "quota_exhausted": ErrorKind(403, "The quota is exhausted"),
+    "budget_exhausted": ErrorKind(403, "The task's budget is exhausted"),
     "overloaded": ErrorKind(503, "The service is at its limit", retryable=True),
-    "unavailable": ErrorKind(503, "The service or something it needs is not available", retryable=True),
+    "unavailable": ErrorKind(503, "The service or one of its dependencies is unavailable", retryable=True),
     "revocations_unknown": ErrorKind(503, "What is revoked is not known at the moment", retryable=True),
     "draining": ErrorKind(503, "The service is shutting down", retryable=True),
     "connect_failed": ErrorKind(503, "The service could not be reached", retryable=True),
@@ -99,6 +113,8 @@ ERROR_KINDS: dict[str, ErrorKind] = {
     "plan_invalid": ErrorKind(503, "The plan could not be used", new_attempt=True),
     "step_stopped": ErrorKind(409, "The arm says that the step cannot succeed"),
     "step_retry": ErrorKind(503, "The arm asks for another attempt of the step", retryable=True, new_attempt=True),
+    "approval_rejected": ErrorKind(409, "A person rejected what the task was about to do"),
+    "approval_expired": ErrorKind(409, "Nobody approved in time what the task was about to do"),
     "not_accepted": ErrorKind(409, "The result was not accepted", new_attempt=True),
     "output_invalid": ErrorKind(409, "The output does not fit its type"),
     "peer_protocol": ErrorKind(503, "A service answered in a form that is not understood", new_attempt=True),
@@ -116,6 +132,15 @@ ERROR_KINDS: dict[str, ErrorKind] = {
 }
 
 
+class OpenAIErrorMember(msgspec.Struct, frozen=True):
+    """An error as OpenAI's API has it. Their clients show ``message`` and nothing else."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
 class Problem(msgspec.Struct, frozen=True, omit_defaults=False):
     """An error body: RFC 9457 ``application/problem+json`` with our extension members."""
 
@@ -129,6 +154,8 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=False):
     errors: tuple[FieldError, ...] = ()
     retry_after: float | msgspec.UnsetType = msgspec.UNSET
     """Seconds to wait at least, if any. It is there for streams, too, whose headers are sent before the failure."""
+    error: OpenAIErrorMember | msgspec.UnsetType = msgspec.UNSET
+    """The same for OpenAI clients, at the operations of their protocol."""
 
 
 def to_problem(error: OctoError, request_id: str = "") -> Problem:
@@ -147,6 +174,43 @@ def to_problem(error: OctoError, request_id: str = "") -> Problem:
         errors=error.field_errors,
         retry_after=msgspec.UNSET if error.retry_after is None else error.retry_after,
     )
+
+
+def to_openai_problem(error: OctoError, request_id: str = "") -> Problem:
+    """Describe ``error`` as :func:`to_problem` does, with the member ``error`` that an OpenAI client reads."""
+    problem = to_problem(error, request_id)
+    message, param = problem.detail, None
+    if problem.errors:
+        first = problem.errors[0]
+        param = _openai_param(first.pointer)
+        # These clients show the message alone, so it has to name the fault.
+        message = message if first.detail in message else f"{message} {first.pointer}: {first.detail}"
+    return msgspec.structs.replace(
+        problem, error=OpenAIErrorMember(message, _openai_type(problem), param, problem.code)
+    )
+
+
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def _openai_type(problem: Problem) -> str:
+    if problem.code == "budget_exhausted":
+        return "insufficient_quota"
+    return _OPENAI_TYPES.get(problem.status, "server_error" if problem.status >= 500 else "invalid_request_error")
+
+
+def _openai_param(pointer: str) -> str | None:
+    """Return a JSON Pointer in OpenAI's notation: ``/messages/0/content`` is ``messages[0].content``."""
+    param = ""
+    for part in pointer.split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        param += f"[{name}]" if name.isdecimal() and param else f".{name}" if param else name
+    return param or None
 
 
 def allows_new_attempt(error: OctoError) -> bool:

@@ -1,13 +1,14 @@
 """The public API: every operation that the gateway serves, declared once.
 
-The gateway handles those of ``reflex`` itself and forwards the others to the orchestrator. The Python client, OpenAPI
-and the table in ``docs/operations.md`` follow from this table. What every service has (``/health``, ``/ready``,
+The gateway handles those of ``reflex`` itself and forwards the others to the service that does the work. The Python
+client, OpenAPI and the table in ``docs/operations.md`` follow from it. What every service has (``/health``, ``/ready``,
 ``/metrics``, its description) is not in it.
 """
 
 from __future__ import annotations
 
 from types import NoneType
+from typing import Any
 
 from octollm.contracts.api import (
     LAST_EVENT_ID_DESCRIPTION,
@@ -15,11 +16,6 @@ from octollm.contracts.api import (
     AuditQuery,
     EventList,
     EventQuery,
-    PageQuery,
-    StepTexts,
-    TaskList,
-    TaskQuery,
-    TaskView,
 )
 from octollm.contracts.auth import (
     CurrentUser,
@@ -32,142 +28,26 @@ from octollm.contracts.auth import (
     TokenRequest,
     TokenResponse,
 )
+from octollm.contracts.dashboard import DashboardQuery
 from octollm.contracts.declarations import ANY_MEDIA_TYPE, EVENT_STREAM, DeclaredOperation, OperationTable
 from octollm.contracts.enrolment import ArmList, EnrolmentTokenList, EnrolmentTokenRequest, NewEnrolmentToken
-from octollm.contracts.observability import AuditPage, TraceView
+from octollm.contracts.event_operations import EVENT_OPERATIONS
+from octollm.contracts.hooks import HOOK_OPERATIONS
+from octollm.contracts.memory_operations import PUBLIC_MEMORY_OPERATIONS
+from octollm.contracts.observability import AuditPage, ServiceStates
 from octollm.contracts.operations import FILE_NAME_DESCRIPTION, StoredFile
+from octollm.contracts.schedules import SCHEDULE_OPERATIONS
 from octollm.contracts.screening import MAX_SCREENED, PreprocessRequest, ScreeningResult
-from octollm.contracts.task import MAX_FILE_BYTES, Task
+from octollm.contracts.task import MAX_FILE_BYTES
+from octollm.contracts.task_operations import TASK_OPERATIONS
+from octollm.contracts.webhooks import WEBHOOK_OPERATIONS
 
-# Tasks
-SUBMIT_TASK = DeclaredOperation(
-    id="tasks.submit",
-    method="POST",
-    path="/tasks",
-    summary="Submit a task. `Location` names it.",
-    scope="tasks:create",
-    kind="idempotent",
-    body=Task,
-    response=TaskView,
-    status=201,
-    error_codes=(
-        "arm_unknown",
-        "authority_missing",
-        "budget_invalid",
-        "deadline_invalid",
-        "file_invalid",
-        "file_not_found",
-        "goal_invalid",
-        "goal_refused",
-    ),
-    starts_trace=True,
-)
-LIST_TASKS = DeclaredOperation(
-    id="tasks.list",
-    method="GET",
-    path="/tasks",
-    summary="List tasks, newest first.",
-    scope="tasks:read",
-    query=TaskQuery,
-    body=NoneType,
-    response=TaskList,
-    cacheable=True,
-)
-READ_TASK = DeclaredOperation(
-    id="tasks.read",
-    method="GET",
-    path="/tasks/{task_id}",
-    summary="Read a task with its steps.",
-    scope="tasks:read",
-    body=NoneType,
-    response=TaskView,
-    error_codes=("task_not_found",),
-    cacheable=True,
-)
-CANCEL_TASK = DeclaredOperation(
-    id="tasks.cancel",
-    method="POST",
-    path="/tasks/{task_id}/cancel",
-    summary="Cancel a task. 409 when it has ended.",
-    scope="tasks:cancel",
-    kind="idempotent",
-    body=NoneType,
-    response=TaskView,
-    error_codes=("task_not_found", "state_conflict"),
-)
-APPROVE_TASK = DeclaredOperation(
-    id="tasks.approve",
-    method="POST",
-    path="/tasks/{task_id}/approval",
-    summary="Approve a waiting task (not configured).",
-    scope="tasks:approve",
-    kind="idempotent",
-    body=NoneType,
-    response=NoneType,
-    error_codes=("not_configured",),
-)
-WATCH_TASK = DeclaredOperation(
-    id="tasks.events",
-    method="GET",
-    path="/tasks/{task_id}/events",
-    summary="Follow a task live: its frames as server-sent events.",
-    service="reflex",
-    scope="tasks:read",
-    body=NoneType,
-    response=NoneType,
-    other_statuses=(204,),
-    error_codes=("task_not_found", "invalid_parameter"),
-    media_type=EVENT_STREAM,
-    headers={"Last-Event-ID": LAST_EVENT_ID_DESCRIPTION},
-)
-TASK_HISTORY = DeclaredOperation(
-    id="tasks.history",
-    method="GET",
-    path="/tasks/{task_id}/history",
-    summary="Read a task's events by version.",
-    scope="tasks:read",
-    query=EventQuery,
-    body=NoneType,
-    response=EventList,
-    error_codes=("task_not_found",),
-)
-TASK_TEXTS = DeclaredOperation(
-    id="tasks.texts",
-    method="GET",
-    path="/tasks/{task_id}/texts",
-    summary="Read what the steps of a task have written, as last saved.",
-    scope="tasks:read",
-    body=NoneType,
-    response=StepTexts,
-    error_codes=("task_not_found",),
-)
-TASK_TRACE = DeclaredOperation(
-    id="tasks.trace",
-    method="GET",
-    path="/tasks/{task_id}/trace",
-    summary="Read the spans of every service that worked on a task. 503 while the monitor is down.",
-    scope="tasks:read",
-    body=NoneType,
-    response=TraceView,
-    error_codes=("task_not_found",),
-)
-TASK_ARTIFACT = DeclaredOperation(
-    id="tasks.artifact",
-    method="GET",
-    path="/tasks/{task_id}/artifacts/{digest}",
-    summary="Read a file that a task made.",
-    scope="tasks:read",
-    body=NoneType,
-    response=bytes,
-    error_codes=("task_not_found", "file_not_found"),
-    media_type=ANY_MEDIA_TYPE,
-    cacheable=True,
-)
+# Texts
 SCREEN_TEXT = DeclaredOperation(
     id="preprocess",
     method="POST",
     path="/preprocess",
-    summary="Screen a text: what the input guardrail finds in it, and whether it would refuse it as a goal.",
+    summary="Screen a text with the input guardrail: its findings, and whether it would refuse the text as a goal.",
     service="reflex",
     body=PreprocessRequest,
     response=ScreeningResult,
@@ -214,44 +94,46 @@ READ_EVENTS = DeclaredOperation(
     query=EventQuery,
     body=NoneType,
     response=EventList,
+    error_codes=("position_expired", "position_unknown"),
     stream_media_type=EVENT_STREAM,
     headers={"Last-Event-ID": LAST_EVENT_ID_DESCRIPTION},
 )
-LIST_WEBHOOKS = DeclaredOperation(
-    id="webhooks.list",
+DESCRIBE_EVENTS = DeclaredOperation(
+    id="events.describe",
     method="GET",
-    path="/webhooks",
-    summary="List webhooks (not configured).",
-    scope="webhooks:read",
-    query=PageQuery,
+    path="/asyncapi.json",
+    summary="Describe every event for programs (AsyncAPI 3.0).",
+    service="reflex",
     body=NoneType,
-    response=NoneType,
-    error_codes=("not_configured",),
-)
-CREATE_WEBHOOK = DeclaredOperation(
-    id="webhooks.create",
-    method="POST",
-    path="/webhooks",
-    summary="Create a webhook (not configured).",
-    scope="webhooks:write",
-    kind="idempotent",
-    body=NoneType,
-    response=NoneType,
-    error_codes=("not_configured",),
-)
-LIST_DEAD_LETTERS = DeclaredOperation(
-    id="dead_letters.list",
-    method="GET",
-    path="/dead-letters",
-    summary="List the events that are no longer delivered (not configured).",
-    scope="events:read",
-    query=PageQuery,
-    body=NoneType,
-    response=NoneType,
-    error_codes=("not_configured",),
+    response=dict[str, Any],
+    cacheable=True,
+    anonymous=True,
 )
 
-# Arms
+# The dashboard, services and arms
+WATCH_DASHBOARD = DeclaredOperation(
+    id="dashboard.watch",
+    method="GET",
+    path="/dashboard/events",
+    summary="Follow everything that the caller may see: tasks, events and services, as server-sent events.",
+    service="reflex",
+    query=DashboardQuery,
+    body=NoneType,
+    response=NoneType,
+    error_codes=("invalid_parameter", "not_found", "position_expired", "position_unknown", "scope_missing"),
+    media_type=EVENT_STREAM,
+    headers={"Last-Event-ID": LAST_EVENT_ID_DESCRIPTION},
+)
+LIST_SERVICES = DeclaredOperation(
+    id="monitor:services",
+    method="GET",
+    path="/services",
+    summary="Return the latest state of every service.",
+    service="monitor",
+    scope="monitor:read",
+    body=NoneType,
+    response=ServiceStates,
+)
 LIST_ARMS = DeclaredOperation(
     id="arms.list",
     method="GET",
@@ -369,7 +251,7 @@ READ_AUDIT_LOG = DeclaredOperation(
     id="audit.read",
     method="GET",
     path="/audit",
-    summary="Read the audit log, and where its hash chain stands.",
+    summary="Read the audit log, and the head of its hash chain.",
     scope="audit:read",
     query=AuditQuery,
     body=NoneType,
@@ -392,7 +274,7 @@ READ_SESSION = DeclaredOperation(
     id="session.read",
     method="GET",
     path="/session",
-    summary="Read who the caller is.",
+    summary="Read the identity of the caller.",
     service="reflex",
     body=NoneType,
     response=CurrentUser,
@@ -401,7 +283,7 @@ LIST_ISSUERS = DeclaredOperation(
     id="session.issuers",
     method="GET",
     path="/session/issuers",
-    summary="List where a browser can log in.",
+    summary="List the issuers at which a browser can log in.",
     service="reflex",
     body=NoneType,
     response=IssuerList,
@@ -423,23 +305,19 @@ END_SESSION = DeclaredOperation(
 
 PUBLIC_OPERATIONS = OperationTable(
     [
-        SUBMIT_TASK,
-        LIST_TASKS,
-        READ_TASK,
-        CANCEL_TASK,
-        APPROVE_TASK,
-        WATCH_TASK,
-        TASK_HISTORY,
-        TASK_TEXTS,
-        TASK_TRACE,
-        TASK_ARTIFACT,
+        *TASK_OPERATIONS,
         SCREEN_TEXT,
         STORE_FILE,
         READ_FILE,
+        *SCHEDULE_OPERATIONS,
+        *PUBLIC_MEMORY_OPERATIONS,
         READ_EVENTS,
-        LIST_WEBHOOKS,
-        CREATE_WEBHOOK,
-        LIST_DEAD_LETTERS,
+        DESCRIBE_EVENTS,
+        *EVENT_OPERATIONS,
+        *HOOK_OPERATIONS,
+        *WEBHOOK_OPERATIONS,
+        WATCH_DASHBOARD,
+        LIST_SERVICES,
         LIST_ARMS,
         REMOVE_ARM,
         LIST_ENROLMENT_TOKENS,

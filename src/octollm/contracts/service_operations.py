@@ -12,7 +12,7 @@ from types import NoneType
 
 import msgspec
 
-from octollm.contracts.api import PageQuery, TaskIdQuery
+from octollm.contracts.api import TaskIdQuery
 from octollm.contracts.declarations import (
     EVENT_STREAM,
     OPTIONAL_MARK,
@@ -20,15 +20,19 @@ from octollm.contracts.declarations import (
     DeclaredOperation,
     OperationTable,
 )
-from octollm.contracts.observability import ServiceStates, TraceView
+from octollm.contracts.memory_operations import (
+    PUBLIC_MEMORY_OPERATIONS,
+    QUERY_FACTS,
+    SEARCH_MEMORY,
+    STORE_DOCUMENT,
+    STORE_FACT,
+)
+from octollm.contracts.observability import TraceView
 from octollm.contracts.operations import (
     AcceptRequest,
     AcceptResult,
-    DocumentIn,
-    DocumentList,
-    DocumentOut,
-    Fact,
-    FactIn,
+    ExternalRequest,
+    ExternalResponse,
     RunRequest,
     RunResult,
     SearchRequest,
@@ -36,12 +40,12 @@ from octollm.contracts.operations import (
     ValidateRequest,
     ValidateResult,
 )
-from octollm.contracts.public_api import READ_FILE, STORE_FILE
+from octollm.contracts.public_api import LIST_SERVICES, READ_FILE, STORE_FILE
 from octollm.contracts.services import OperationKind
-from octollm.contracts.task import MAX_FILE_BYTES, ExecuteResult, Plan, PlanRequest, Task
+from octollm.contracts.task import ExecuteResult, Plan, PlanRequest, Task
+from octollm.contracts.task_operations import CANCEL_TASK, READ_TASK, SUBMIT_TASK
 
 MAX_CHAT_BYTES = MAX_SPANS_BYTES = 4 * 1024 * 1024
-MAX_FACT_BYTES = 64 * 1024
 
 
 def _execute(arm: str, summary: str, *calls: str) -> DeclaredOperation[Task, ExecuteResult]:
@@ -89,13 +93,13 @@ CALL_EXTERNAL_SERVER = DeclaredOperation(
     id="executor:http",
     method="POST",
     path="/http",
-    summary="Call an external server (not configured).",
+    summary="Send a request to an external server on the tenant's allow-list.",
     service="executor",
     scope="executor:http",
     kind="at_most_once",
-    body=msgspec.Raw,
-    response=msgspec.Raw,
-    error_codes=("not_configured",),
+    body=ExternalRequest,
+    response=ExternalResponse,
+    error_codes=("host_not_allowed", "url_refused"),
 )
 VALIDATE = DeclaredOperation(
     id="judge:validate",
@@ -112,7 +116,7 @@ ACCEPT = DeclaredOperation(
     id="judge:accept",
     method="POST",
     path="/accept",
-    summary="Judge whether a step's result is what was asked for.",
+    summary="Judge whether a step's result meets its goal and criteria.",
     service="judge",
     scope="judge:accept",
     body=AcceptRequest,
@@ -129,109 +133,6 @@ SEARCH = DeclaredOperation(
     body=SearchRequest,
     response=SearchResult,
     calls=("memory:read",),
-)
-SEARCH_MEMORY = DeclaredOperation(
-    id="memory:read",
-    method="POST",
-    path="/search",
-    summary="Search the tenant's documents.",
-    service="memory",
-    scope="memory:read",
-    body=SearchRequest,
-    response=SearchResult,
-)
-STORE_DOCUMENT = DeclaredOperation(
-    id="memory:write",
-    method="POST",
-    path="/documents",
-    summary="Store a document, in passages.",
-    service="memory",
-    scope="memory:write",
-    kind="idempotent",
-    body=DocumentIn,
-    response=DocumentOut,
-    status=201,
-    other_statuses=(200,),
-    error_codes=("file_invalid",),
-    # JSON may take two characters for one of the text.
-    max_body=2 * MAX_FILE_BYTES,
-)
-LIST_DOCUMENTS = DeclaredOperation(
-    id="memory:list",
-    method="GET",
-    path="/documents",
-    summary="List documents, newest first.",
-    service="memory",
-    scope="memory:read",
-    query=PageQuery,
-    body=NoneType,
-    response=DocumentList,
-    cacheable=True,
-)
-READ_DOCUMENT = DeclaredOperation(
-    id="memory:read_document",
-    method="GET",
-    path="/documents/{digest}",
-    summary="Describe a document.",
-    service="memory",
-    scope="memory:read:{digest}",
-    body=NoneType,
-    response=DocumentOut,
-    error_codes=("invalid_parameter", "not_found"),
-    cacheable=True,
-)
-DELETE_DOCUMENT = DeclaredOperation(
-    id="memory:delete_document",
-    method="DELETE",
-    path="/documents/{digest}",
-    summary="Delete a document.",
-    service="memory",
-    scope="memory:write:{digest}",
-    kind="idempotent",
-    body=NoneType,
-    response=NoneType,
-    status=204,
-    error_codes=("invalid_parameter", "not_found"),
-)
-PUT_FACT = DeclaredOperation(
-    id="memory:put_fact",
-    method="PUT",
-    path="/facts/{name}",
-    summary="Set a fact.",
-    service="memory",
-    scope="memory:write",
-    kind="idempotent",
-    body=FactIn,
-    response=Fact,
-    other_statuses=(201,),
-    error_codes=("invalid_parameter", "state_conflict"),
-    headers={"If-Match": "The ETag of the version that is replaced."},
-    max_body=MAX_FACT_BYTES,
-)
-GET_FACT = DeclaredOperation(
-    id="memory:get_fact",
-    method="GET",
-    path="/facts/{name}",
-    summary="Get a fact.",
-    service="memory",
-    scope="memory:read",
-    body=NoneType,
-    response=Fact,
-    error_codes=("invalid_parameter", "not_found"),
-    cacheable=True,
-)
-DELETE_FACT = DeclaredOperation(
-    id="memory:delete_fact",
-    method="DELETE",
-    path="/facts/{name}",
-    summary="Delete a fact.",
-    service="memory",
-    scope="memory:write",
-    kind="idempotent",
-    body=NoneType,
-    response=NoneType,
-    status=204,
-    error_codes=("invalid_parameter", "not_found"),
 )
 CHAT = DeclaredOperation(
     id="models:chat",
@@ -273,24 +174,28 @@ EMBEDDINGS = DeclaredOperation(
     id="models:embeddings",
     method="POST",
     path="/v1/embeddings",
-    summary="Compute embeddings (not configured).",
+    summary="Compute embeddings (OpenAI's).",
     service="models",
     scope="models:embeddings",
+    kind="idempotent",
     body=msgspec.Raw,
     response=msgspec.Raw,
-    error_codes=("not_configured",),
+    error_codes=tuple(sorted({*CHAT.error_codes, "not_configured"})),
+    max_body=MAX_CHAT_BYTES,
+)
+EMBED_FOR_INDEX = DeclaredOperation(
+    id="models:embed_for_index",
+    method="POST",
+    path="/index/embeddings",
+    summary="Compute embeddings of stored passages, for the memory service.",
+    service="models",
+    callers="memory",
+    body=msgspec.Raw,
+    response=msgspec.Raw,
+    error_codes=("context_too_long", "model_failed", "no_model", "not_configured", "not_found"),
+    max_body=MAX_CHAT_BYTES,
 )
 
-LIST_SERVICES = DeclaredOperation(
-    id="monitor:services",
-    method="GET",
-    path="/services",
-    summary="Return the latest state of every service.",
-    service="monitor",
-    scope="monitor:read",
-    body=NoneType,
-    response=ServiceStates,
-)
 READ_TRACE = DeclaredOperation(
     id="traces.read",
     method="GET",
@@ -309,7 +214,10 @@ RECEIVE_SPANS = DeclaredOperation(
     path="/v1/traces",
     summary="Store spans (OTLP over HTTP, in JSON).",
     service="monitor",
-    scope="*",
+    callers="*",
+    # A repeated span is stored once.
+    kind="idempotent",
+    claims_key=False,
     # The types are those of OTLP.
     body=msgspec.Raw,
     response=msgspec.Raw,
@@ -336,13 +244,26 @@ SERVICE_OPERATIONS = OperationTable(
         ACCEPT,
         _execute("judge", "Validate the Python files of a task.", "?executor:run", "?files:read"),
         SEARCH,
-        _execute("retriever", "Answer a question from documents, with citations.", "memory:read", "models:chat"),
+        _execute(
+            "retriever",
+            "Answer a question from documents with citations, or summarise, compare, extract, list or translate.",
+            "memory:read",
+            "models:chat",
+            "?executor:run",
+            "?files:read",
+            "?files:write",
+        ),
         SEARCH_MEMORY,
         STORE_DOCUMENT,
+        QUERY_FACTS,
+        STORE_FACT,
         CHAT,
         EMBEDDINGS,
         replace(READ_FILE, id="files:read"),
         replace(STORE_FILE, id="files:write"),
+        replace(SUBMIT_TASK, id="tasks:create"),
+        replace(READ_TASK, id="tasks:read"),
+        replace(CANCEL_TASK, id="tasks:cancel"),
     ],
     one_host=False,
 )
@@ -350,13 +271,9 @@ SERVICE_OPERATIONS = OperationTable(
 
 UNDELEGATED_OPERATIONS = OperationTable(
     [
-        LIST_DOCUMENTS,
-        READ_DOCUMENT,
-        DELETE_DOCUMENT,
-        PUT_FACT,
-        GET_FACT,
-        DELETE_FACT,
+        *(each for each in PUBLIC_MEMORY_OPERATIONS if each not in (SEARCH_MEMORY, STORE_DOCUMENT)),
         LIST_MODELS,
+        EMBED_FOR_INDEX,
         LIST_SERVICES,
         READ_TRACE,
         RECEIVE_SPANS,
@@ -377,7 +294,7 @@ class Route:
 
 
 _ROUTES = {
-    declared.id: Route(declared.method, declared.path, declared.kind, declared.claims_key)
+    declared.id: Route(declared.method, declared.service_path or declared.path, declared.kind, declared.claims_key)
     for declared in SERVICE_OPERATIONS
 }
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from octollm.contracts.approvals import ApprovalPolicy
+
 MAX_JSON_INTEGER = 2**53 - 1
 """The largest integer that every JSON reader represents exactly (RFC 8259 section 6)."""
 Count = Annotated[int, Meta(ge=0, le=MAX_JSON_INTEGER)]
@@ -18,10 +20,14 @@ MAX_FILES = 32
 MAX_FILE_BYTES = 20 * 1024 * 1024
 """Bytes of one file."""
 
-TaskStatus = Literal["accepted", "planning", "running", "waiting", "completed", "failed", "cancelled"]
+TaskStatus = Literal["accepted", "planning", "running", "waiting", "paused", "completed", "failed", "cancelled"]
 StepStatus = Literal["pending", "running", "completed", "failed", "cancelled"]
 EvidenceKind = Literal["text", "code", "documents", "data"]
 FileKind = Literal["table", "text", "binary"]
+ParentEnd = Literal["cancel", "continue"]
+"""What happens to a sub-task that is open when the task that it belongs to ends."""
+DocumentWork = Literal["answer", "summary", "comparison", "table", "list", "translation", "rewrite"]
+"""What is done with documents: a question answered, or a text of the named kind made."""
 
 
 class FileRef(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -81,17 +87,22 @@ class TaskContext(msgspec.Struct, frozen=True, omit_defaults=True):
     """The material of a task or step besides its goal.
 
     ``inputs`` are the outputs of the steps that it depends on, by step id; ``reasons`` are the judge's reasons
-    against the previous attempt; ``text`` is free notes.
+    against the previous attempt; ``text`` is free notes; ``instructions`` are what a person added while the task ran,
+    oldest first.
     """
 
     files: tuple[FileRef, ...] = ()
     text: str = ""
     inputs: dict[str, str] = {}
     reasons: tuple[str, ...] = ()
+    instructions: tuple[str, ...] = ()
 
 
 class Task(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a client submits and what an arm is given. At an arm ``task_id`` is opaque: authority is the token's."""
+    """What a client submits and what an arm is given. At an arm ``task_id`` is opaque: authority is the token's.
+
+    ``parent_task_id`` makes it a sub-task of that task: it shares its budget, deadline, authority and trace.
+    """
 
     goal: str
     task_id: str | None = None
@@ -103,6 +114,8 @@ class Task(msgspec.Struct, frozen=True, omit_defaults=True):
     parent_task_id: str | None = None
     assigned_arm: str | None = None
     deadline: str | None = None
+    approval: ApprovalPolicy = ApprovalPolicy()
+    on_parent_end: ParentEnd = "cancel"
 
 
 class Citation(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -118,11 +131,14 @@ class Citation(msgspec.Struct, frozen=True, omit_defaults=True):
     location: str = ""
 
     @property
+    def lines(self) -> str:
+        """The lines as text: ``3``, or ``3-4``."""
+        return f"{self.line_start}" if self.line_start == self.line_end else f"{self.line_start}-{self.line_end}"
+
+    @property
     def reference(self) -> str:
-        """The citation as an answer shows it: ``[notes.txt:3-4]``, or ``[offer.pdf, page 3]``."""
-        if self.location:
-            return f"[{self.file}, {self.location}]"
-        return f"[{self.file}:{self.line_start}-{self.line_end}]"
+        """The citation as an answer shows it: ``[notes.txt:3]``, ``[notes.txt:3-4]`` or ``[offer.pdf, page 3]``."""
+        return f"[{self.file}, {self.location}]" if self.location else f"[{self.file}:{self.lines}]"
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -162,8 +178,11 @@ class Evidence(msgspec.Struct, frozen=True, omit_defaults=True):
     """Those of the tables and columns that the query reads."""
     checks: tuple[Check, ...] = ()
     found: bool = True
+    """Whether what the goal asks for is in the files. A result without it is complete, too: it says so."""
+    work: DocumentWork = "answer"
+    """What was done with the documents of a result of the kind ``documents``."""
     notes: tuple[str, ...] = ()
-    """What was assumed when the files of the step were read."""
+    """What was assumed when the files of the step were read, and what part of them the result does not cover."""
 
 
 class ExecuteResult(msgspec.Struct, frozen=True):
@@ -196,6 +215,8 @@ class PlanStep(msgspec.Struct, frozen=True, omit_defaults=True):
     acceptance_criteria: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     """Names of the task's files that this step receives."""
+    approval: str = ""
+    """Why a person has to approve the step before it starts; empty if the planner sees no need."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -212,6 +233,8 @@ class ArmInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     description: str
     accepts: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
+    approval: str = ""
+    """Why a person has to approve each step of the arm; empty if its author sees no need."""
 
 
 class PlanRequest(msgspec.Struct, frozen=True, omit_defaults=True):

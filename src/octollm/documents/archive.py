@@ -108,7 +108,7 @@ def place_inside(
         )
 
     sections += [Section(section.text, place(section.location)) for section in inner.sections]
-    tables += [RawTable(table.name, table.rows, place(table.origin)) for table in inner.tables]
+    tables += [RawTable(table.name, table.rows, place(table.origin), table.notes) for table in inner.tables]
     notes += [f"{member or part}: {note}" for note in inner.notes]
 
 

@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import charset_normalizer
-
 from octollm.documents.model import DocumentError
 
 SAMPLE_BYTES = 64 * 1024
@@ -55,6 +53,9 @@ _HIGH_RUN = re.compile(rb"[\x80-\xff]+")
 _WORD = re.compile(rb"[A-Za-z\x80-\xff]+")
 _ASCII_LETTER = re.compile(rb"[A-Za-z]")
 _SIGN_IN_WORD = re.compile(r"[a-z][¡-¿×÷‚ƒ„…†‡ˆ‰‹›•˜™¨¸]+[a-z]")
+_SIGN_IN_GREEK_WORD = re.compile(r"[Α-ώ][¢-³µ-·½]|[¢-³µ·½][Α-ώ]")
+_POLISH_SIGNS = re.compile(r"£[a-z]|¯[a-zó]|œæ|\bz³|[a-zó]Ÿ[a-z]")
+"""Polish in the table of Western Europe: Ł, Ż, ść, zł and ź."""
 _CONTROLS = re.compile(r"[\x01-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 _BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -217,6 +218,8 @@ def _plausibility(text: str) -> float:
 
 def _guess_encoding(data: bytes) -> str:
     """Return the most likely legacy encoding of ``data``, which is no UTF-8 and has no NUL."""
+    import charset_normalizer  # noqa: PLC0415  a twentieth of the start of a command, for a rare file
+
     sample = _sample_non_ascii(data)
     found = charset_normalizer.from_bytes(sample, cp_isolation=[*_MULTI_BYTE, *_SINGLE_BYTE], enable_fallback=False)
     names = [match.encoding for match in found if _is_consistent(sample, match.encoding)]
@@ -227,7 +230,16 @@ def _guess_encoding(data: bytes) -> str:
         return "cp1252" if _decode_or_none(data, "cp1252") is not None else "gb18030"
     if names[0] == "cp1251" and _looks_hebrew(sample):
         return "cp1255"
+    if names[0] == "cp1253" and _looks_chinese(sample):
+        return "gb18030"
     return names[0]
+
+
+def _looks_chinese(sample: bytes) -> bool:
+    """Say whether text that may be Greek is Chinese: bytes in pairs, which in Greek would be signs within words."""
+    if any(len(run) % 2 for run in _HIGH_RUN.findall(sample)):
+        return False
+    return bool(_SIGN_IN_GREEK_WORD.search(sample.decode("cp1253", "replace")))
 
 
 def _sample_non_ascii(data: bytes) -> bytes:
@@ -282,12 +294,14 @@ def _choose_latin(sample: bytes, names: Sequence[str]) -> str:
     text = _decode_or_none(sample, "cp1252")
     if text is None:
         return next(iter(names), "cp1252")
-    if names[:1] == ["cp1254"] and set(text) & set("ðýþÝÞ"):
+    icelandic = set(text) & set("ðýþÝÞ")
+    # The letters that Turkish has in their places. Icelandic and Czech text has vowels with an acute accent, too.
+    if icelandic and (names[:1] == ["cp1254"] or (len(icelandic) > 1 and not set(text) & set("áéíóúæÁÉÍÓÚÆ"))):
         return "cp1254"
     if names[:1] == ["cp932"] and "ƒ" in text:
         return "cp932"
     # In Polish the table of Western Europe puts signs into words, and Czech is full of letters that are rare there.
-    eastern = _SIGN_IN_WORD.search(text) or len(set(text) & set("šžŠŽìòø")) > 1
+    eastern = _SIGN_IN_WORD.search(text) or _POLISH_SIGNS.search(text) or len(set(text) & set("šžŠŽìòø")) > 1
     return "cp1250" if eastern and _decode_or_none(sample, "cp1250") is not None else "cp1252"
 
 

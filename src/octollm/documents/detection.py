@@ -68,6 +68,9 @@ def detect_kind(name: str, data: bytes) -> DocumentKind:
     Raises :class:`DocumentError`: ``file_encrypted`` for an encrypted Office file, ``file_unreadable`` for a kind that
     is not read, saying what it is.
     """
+    claimed = kind_by_name(name)
+    if not data and claimed is not None and claimed not in PLAIN_KINDS and claimed != "email":
+        raise DocumentError(f"The file is empty, so it is no {claimed.upper()}.")
     if data.startswith(b"%PDF-") or (
         b"%PDF-" in data[:_PDF_HEADER_BYTES] and b"startxref" in data[-_PDF_HEADER_BYTES:]
     ):

@@ -43,7 +43,11 @@ _FOOTER = re.compile(
 )
 _SUMMARY = re.compile(
     r"(?:Σ|(?:grand[- ]?|sub[- ]?|sous[- ]?|overall |sub)?total\w{0,2}|gesamt\w*|insgesamt|(?:zwischen|end)?summe|sum"
-    r"|somme|somma|suma|totaal|subtotaal|average|mean|mittelwert|durchschnitt|moyenne|media|promedio)\b(?P<more>.{0,60})",
+    r"|somme|somma|suma|totaal|subtotaal|average|mean|mittelwert|durchschnitt|moyenne|media|promedio"
+    r"|celkem|součet|summa|yhteensä|totalt|i alt|razem|ogółem|összesen|ukupno|skupaj|spolu|kokku|iš viso|kopā"
+    r"|toplam|genel toplam|σύνολο|итого|всего|сумма|разом|усього|общо|укупно"
+    r"|合計|总计|總計|合计|小計|小计|総計|합계|총계|소계"
+    r"|المجموع|الإجمالي|סך הכל|סה[\"״]כ|รวม|tổng cộng|jumlah|कुल)\b(?P<more>.{0,60})",
     re.IGNORECASE,
 )
 
@@ -149,6 +153,8 @@ class Layout:
     delimiter: str = ""
     numeric: frozenset[int] = frozenset()
     """The columns, from 0, whose values are numbers in the file itself, as in a spreadsheet, and not texts."""
+    text_columns: frozenset[int] | None = None
+    """The columns, from 0, that are texts in a file with types and records of its own, as JSON; else ``None``."""
     named: frozenset[str] = frozenset()
     """The columns that have a name of their own; another one without a value is no column."""
 
@@ -352,15 +358,19 @@ def _read_units(layout: Layout, head: Sequence[list[str]], labels: Sequence[str]
 
 
 def _with_groups(head: Sequence[list[str]], at: int, labels: list[str], title: list[str]) -> list[str]:
-    """Return labels that repeat with the label of their group, where the row above the header groups them."""
+    """Return labels that repeat with the label of their group, where the row above the header groups them.
+
+    A column without a label of its own is named by that row.
+    """
     named = [label for label in labels if label]
     if len(set(named)) == len(named) or at == 0 or len(_filled(head[at - 1])) < 2:
         return labels
     group = ""
     joined: list[str] = []
     for number, label in enumerate(labels):
-        group = (strip_cell(head[at - 1][number]) if number < len(head[at - 1]) else "") or group
-        joined.append(f"{group} {label}".strip() if named.count(label) > 1 else label)
+        own = strip_cell(head[at - 1][number]) if number < len(head[at - 1]) else ""
+        group = own or group
+        joined.append(f"{group} {label}" if named.count(label) > 1 else label or own)
     if title:
         title.pop()
     return joined

@@ -62,6 +62,8 @@ class RawTable(msgspec.Struct, frozen=True):
     """The name of the sheet, or the caption of the table; empty when it has none."""
     rows: list[list[RawCell]]
     origin: Location = Location()
+    notes: tuple[str, ...] = ()
+    """What a query over the table has to state, as for a hidden sheet."""
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -120,6 +122,7 @@ class _EncodedTable(msgspec.Struct, frozen=True):
     name: str
     rows: list[list[_EncodedCell]]
     origin: Location
+    notes: tuple[str, ...]
 
 
 class _EncodedDocument(msgspec.Struct, frozen=True):
@@ -137,16 +140,18 @@ def _encode_cell(cell: RawCell) -> _EncodedCell:
 
 
 def encode_cells(table: RawTable) -> bytes:
-    """Return the rows of a table as JSON, with the number of the first one; a date is an object."""
+    """Return the rows of a table as JSON, with the number of the first one and the notes; a date is an object."""
     first = re.match("[A-Z]+([0-9]+)", table.origin.cells)
     rows = [[_encode_cell(cell) for cell in row] for row in table.rows]
-    return msgspec.json.encode({"first_row": int(first[1]) if first else 1, "rows": rows})
+    return msgspec.json.encode({"first_row": int(first[1]) if first else 1, "rows": rows, "notes": table.notes})
 
 
 def encode_document(document: Document) -> bytes:
     """Return a document as JSON, in which a date is an object, so that it is told from a text."""
     tables = tuple(
-        _EncodedTable(table.name, [[_encode_cell(cell) for cell in row] for row in table.rows], table.origin)
+        _EncodedTable(
+            table.name, [[_encode_cell(cell) for cell in row] for row in table.rows], table.origin, table.notes
+        )
         for table in document.tables
     )
     return msgspec.json.encode(
@@ -167,7 +172,7 @@ def decode_document(data: bytes) -> Document:
     try:
         found = msgspec.json.decode(data, type=_EncodedDocument)
         tables = tuple(
-            RawTable(table.name, [[decode(cell) for cell in row] for row in table.rows], table.origin)
+            RawTable(table.name, [[decode(cell) for cell in row] for row in table.rows], table.origin, table.notes)
             for table in found.tables
         )
     except (msgspec.DecodeError, KeyError, ValueError) as exc:
@@ -250,8 +255,10 @@ class ReadBudget:
     def add_expanded(self, size: int, compressed: int) -> None:
         """Count the bytes of a member before and after decompression. Called before it is decompressed."""
         self._expanded += size
-        _check(self._expanded, self.limits.expanded_bytes, "bytes after decompression")
-        if size > 1024 * 1024 and size > compressed * self.limits.expansion_ratio:
+        limit = self.limits.expanded_bytes
+        shown = f"{limit // _MIB} MiB" if limit >= _MIB else f"{limit} bytes"
+        _check(self._expanded, limit, f"{shown} after decompression", shows_limit=False)
+        if size > _MIB and size > compressed * self.limits.expansion_ratio:
             raise DocumentError(
                 f"A part of the file grows more than {self.limits.expansion_ratio} times when it is decompressed.",
                 code="file_limit_exceeded",
@@ -267,6 +274,10 @@ class ReadBudget:
         self._depth -= 1
 
 
-def _check(count: int, limit: int, what: str) -> None:
+def _check(count: int, limit: int, what: str, *, shows_limit: bool = True) -> None:
     if count > limit:
-        raise DocumentError(f"The file has more than {limit} {what}.", code="file_limit_exceeded")
+        most = f"{limit:,} {what}" if shows_limit else what
+        raise DocumentError(f"The file has more than {most}.", code="file_limit_exceeded")
+
+
+_MIB = 1024 * 1024

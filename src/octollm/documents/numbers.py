@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 DecimalMark = Literal[".", ","]
@@ -21,14 +21,23 @@ _CURRENCY_CODES = (
     "AED AUD BGN BRL CAD CHF CLP CNY COP CZK DKK EGP EUR GBP HKD HRK HUF IDR ILS INR ISK JPY KES KRW MAD MXN MYR NGN "
     "NOK NZD PEN PHP PKR PLN QAR RON RSD RUB SAR SEK SGD THB TRY TWD UAH USD VND ZAR"
 )
-_CURRENCY_SIGNS = ("US$", "A$", "C$", "HK$", "R$", "$", "€", "£", "¥", "₹", "₽", "₺", "₩", "₪", "₫", "฿", "zł", "kr.",
-                   "kr", "Kč", "Ft", "lei", "Rs.", "Rs", "Fr.", "SFr.", "Euro", "Eur")  # fmt: skip
+_CURRENCY_SIGNS = (
+    "US$ A$ AU$ C$ CA$ HK$ MX$ NT$ NZ$ R$ S$ $ € £ ¥ ￥ ₹ ₽ ₺ ₩ ￦ ₪ ₫ ฿ ₦ ₴ ₸ ₾ ₡ ₲ ₱ ₵ ৳ ﷼ zł kr. kr Kč Ft lei Rs. "
+    "Rs Fr. SFr. Euro Eur TL Rp RM S/ KSh руб. руб р. грн. грн лв. лв din. 円 元 圓 원"
+)
 _UNITS = (
     "°C °F % ‰ ppm ppb mm cm dm m km mi ft in yd m² km² ha m³ l L ml mL cl hl gal mg g kg t lb lbs oz s sec min "
     "h hrs hours d days ms µs Hz kHz MHz GHz V mV kV A mA W kW MW Wh kWh MWh J kJ kcal cal N Pa hPa kPa MPa bar mbar "
     "psi dB lx lm rpm km/h m/s mph l/h m³/h pcs pc Stk Stk. Stück St. KB MB GB TB KiB MiB GiB bit Mbit/s "
     "Std Std. Tage Jahre years Bq mol pH"
 )
+_WITHOUT_THOUSANDTHS = frozenset(("円", "元", "圓", "원", "¥", "￥", "₩", "￦", "₫", "JPY", "CNY", "KRW", "VND", "CLP"))
+"""Currencies of which three digits after a mark are thousands, for nobody writes prices to a thousandth in them."""
+_DIGIT_ZEROS = "٠۰०০๐０"
+"""The zeros of the scripts whose digits are read: Arabic, Persian, Devanagari, Bengali, Thai and full-width ones."""
+FOREIGN_DIGITS = "".join(chr(ord(zero) + digit) for zero in _DIGIT_ZEROS for digit in range(10)) + "٫٬．，"
+ASCII_DIGITS = "0123456789" * len(_DIGIT_ZEROS) + ".,.,"
+"""What each of :data:`FOREIGN_DIGITS` is in ASCII."""
 _SPACES = " \u00a0\u202f\u2009"
 _MINUS = "-−–"
 
@@ -37,7 +46,7 @@ def _alternatives(words: Sequence[str]) -> str:
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 
 
-_MONEY = _alternatives([*_CURRENCY_SIGNS, *_CURRENCY_CODES.split()])
+_MONEY = _alternatives([*_CURRENCY_SIGNS.split(), *_CURRENCY_CODES.split()])
 _SPACE = f"[{_SPACES}]*"
 _SHAPE = re.compile(
     rf"(?P<open>\()?{_SPACE}(?P<sign1>[{_MINUS}+])?{_SPACE}(?P<before>{_MONEY})?{_SPACE}(?P<sign2>[{_MINUS}+])?{_SPACE}"
@@ -45,6 +54,8 @@ _SHAPE = re.compile(
     rf"(?P<sign3>[{_MINUS}+])?{_SPACE}(?P<after>{_MONEY}|{_alternatives(_UNITS.split())})?{_SPACE}(?P<sign4>[{_MINUS}+])?{_SPACE}"
     rf"(?P<side>[CcDd][Rr]\.?)?(?P<close>\))?"
 )
+_UNKNOWN_UNIT = re.compile(rf"9(?P<gap>[{_SPACES}]?)(?P<word>[^\W\d_]{{1,12}}\.?)$")
+_NO_UNITS = frozenset({"am", "pm", "uhr", "e", "x"})
 _UNIT_CELL = re.compile(rf"[\[(]\s*[^\d\])]{{1,20}}\s*[\])]|{_MONEY}|{_alternatives(_UNITS.split())}|%")
 
 
@@ -108,8 +119,28 @@ def _core_fits(core: str, mark: DecimalMark) -> bool:
     return _is_grouping(whole.split(separators.pop()))
 
 
-def parse_number_shape(shape: Shape) -> NumberShape | None:
-    """Return how a shape is a number, or ``None`` when it is none."""
+def find_common_unit(shapes: Sequence[Shape]) -> tuple[str, ...]:
+    """Return the unknown words after the numbers of a column, such as ``rooms``; none unless each text has one.
+
+    A letter right after the digits, or a single one, is part of an identifier: ``12a`` and ``12 B`` are no numbers.
+    """
+    words: set[str] = set()
+    for shape in shapes:
+        match = _UNKNOWN_UNIT.search(shape.pattern)
+        if match is None or match["word"].lower() in _NO_UNITS:
+            return ()
+        if match["word"].isascii() and (not match["gap"] or len(match["word"].rstrip(".")) == 1):
+            return ()
+        words.add(match["word"])
+    return tuple(sorted(words))
+
+
+def parse_number_shape(shape: Shape, unit: str = "") -> NumberShape | None:
+    """Return how a shape is a number, or ``None`` when it is none. ``unit`` is a word that stands after it."""
+    if unit:
+        plain = Shape(shape.pattern.removesuffix(unit).rstrip(_SPACES), shape.count, shape.low, shape.high)
+        number = parse_number_shape(plain) if plain.pattern != shape.pattern else None
+        return replace(number, shape=shape, unit=unit) if number and not number.unit else None
     match = _SHAPE.fullmatch(shape.pattern)
     if match is None or bool(match["open"]) != bool(match["close"]):
         return None
@@ -134,6 +165,9 @@ def parse_number_shape(shape: Shape) -> NumberShape | None:
             return None  # 12E5 is an article number as well
         marks &= {"."}
         fraction["."] = True
+    unit = match["before"] or match["after"] or ""
+    if unit in _WITHOUT_THOUSANDTHS and len(marks) == 2:
+        marks = {mark for mark in marks if not re.search(rf"[{mark}]999$", core)} or marks
     if not marks:
         return None
     separators = sum(char != "9" for char in core)
@@ -142,7 +176,7 @@ def parse_number_shape(shape: Shape) -> NumberShape | None:
         frozenset(marks),
         fraction,
         integer_digits=min(len(re.sub("[^9]", "", core.split(mark)[0])) for mark in marks),
-        unit=match["before"] or match["after"] or "",
+        unit=unit,
         is_grouped=separators > (1 if any(fraction.values()) else 0),
         has_leading_zero=first_is_zero and len(core) > 1 and core[1] == "9",
         has_plain_sign=match["sign1"] == "-" and start == 1
@@ -210,7 +244,7 @@ class NumberColumn:
             number = f"replace({number}, '−', '-')"
         if any(shape.unit.endswith(".") for shape in self.shapes):
             # The point of "Rs." is no decimal point.
-            number = number.replace(text, f"regexp_replace({text}, '[A-Za-z]+\\.', '')")
+            number = number.replace(text, f"regexp_replace({text}, '\\p{{L}}+\\.', '')")
         return f"TRY_CAST({number} AS {'BIGINT' if self.is_integer(mark) else 'DOUBLE'})"
 
 
@@ -222,8 +256,9 @@ def read_number_column(shapes: Sequence[Shape]) -> NumberColumn | str:
     """Return how all shapes are numbers, or why the column stays text."""
     parsed: list[NumberShape] = []
     marks: frozenset[DecimalMark] = frozenset((".", ","))
+    units = find_common_unit(shapes)
     for shape in shapes:
-        number = parse_number_shape(shape)
+        number = parse_number_shape(shape) or parse_number_shape(shape, units[0] if len(units) == 1 else "")
         if number is None:
             return f"{shape.low[:40]!r} is no number"
         if not marks & number.marks:

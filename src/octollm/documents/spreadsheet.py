@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta
 
@@ -29,8 +31,7 @@ _EXACT_INTEGERS = 2.0**53
 
 def read_workbook(name: str, data: bytes, kind: DocumentKind, budget: ReadBudget) -> Document:
     """Return each sheet as a table, and as text with ranges of cells. Raises :class:`DocumentError`."""
-    if kind != "xls":
-        _check_expansion(data, budget)
+    formulas = _check_expansion(data, budget) if kind != "xls" else {}
     sections: list[Section] = []
     tables: list[RawTable] = []
     notes: list[str] = []
@@ -39,9 +40,12 @@ def read_workbook(name: str, data: bytes, kind: DocumentKind, budget: ReadBudget
             for sheet in workbook.sheets_metadata:
                 if sheet.typ != calamine.SheetTypeEnum.WorkSheet:
                     continue
+                told: tuple[str, ...] = ()
                 if sheet.visible != calamine.SheetVisibleEnum.Visible:
-                    notes.append(f"sheet {sheet.name} is hidden in the workbook, but read")
-                _read_sheet(workbook.get_sheet_by_name(sheet.name), sections, tables, budget)
+                    told = (f"sheet {sheet.name} is hidden in the workbook, but read",)
+                told += tuple(filter(None, (formulas.get(sheet.name, ""),)))
+                notes += told
+                _read_sheet(workbook.get_sheet_by_name(sheet.name), sections, tables, budget, told)
     except calamine.PasswordError as exc:
         raise DocumentError("The workbook is encrypted: it opens with a password only.", code="file_encrypted") from exc
     except calamine.CalamineError as exc:
@@ -49,15 +53,55 @@ def read_workbook(name: str, data: bytes, kind: DocumentKind, budget: ReadBudget
     return Document(name, kind, tuple(sections), tuple(tables), tuple(notes))
 
 
-def _check_expansion(data: bytes, budget: ReadBudget) -> None:
-    """Count the members of the workbook's archive, which calamine decompresses by itself."""
+_SHEET_PART = re.compile(r"xl/worksheets/[^/]+\.xml")
+_EMPTY_FORMULA = re.compile(
+    rb"<c\b(?=[^>]*?\br=\"(?P<cell>[A-Z]+\d+)\")[^>]*>\s*<f\b[^>]*(?:/>|>[^<]*</f>)\s*(?:<v\s*/>|<v>\s*</v>)?\s*</c>"
+)
+"""A cell of a formula whose result the program that wrote the workbook did not store."""
+_SHEET = re.compile(rb"<sheet\b[^>]*>")
+_RELATION = re.compile(rb"<Relationship\b[^>]*>")
+
+
+def _check_expansion(data: bytes, budget: ReadBudget) -> dict[str, str]:
+    """Count the members of the workbook's archive, which calamine decompresses by itself.
+
+    Return by sheet what is to be said of its formulas without a stored result: calamine reads them as empty cells.
+    """
+    found: dict[str, str] = {}
+    wanted = ("xl/workbook.xml", "xl/_rels/workbook.xml.rels")
+    parts: dict[str, bytes] = {}
     with BoundedZip(data, budget) as archive:
         for info in archive.members:
-            budget.add_expanded(info.file_size, info.compress_size)
+            if not _SHEET_PART.fullmatch(info.filename) and info.filename not in wanted:
+                budget.add_expanded(info.file_size, info.compress_size)
+                continue
+            content = archive.read(info)
+            if info.filename in wanted:
+                parts[info.filename] = content
+            elif b"<f" in content and (cells := [m["cell"].decode() for m in _EMPTY_FORMULA.finditer(content)]):
+                what = "1 formula has" if len(cells) == 1 else f"{len(cells):,} formulas have"
+                found[info.filename] = f"undecided: {what} no stored result, the first in {cells[0]}; read as empty"
+    if not found or len(parts) < len(wanted):
+        return {}
+    targets = {_attribute(each, "Id"): _attribute(each, "Target") for each in _RELATION.findall(parts[wanted[1]])}
+    return {
+        _attribute(sheet, "name"): found[part]
+        for sheet in _SHEET.findall(parts[wanted[0]])
+        if (part := "xl/" + targets.get(_attribute(sheet, "r:id"), "").removeprefix("/xl/")) in found
+    }
+
+
+def _attribute(element: bytes, name: str) -> str:
+    match = re.search(rb"\b" + name.encode() + rb"=\"([^\"]*)\"", element)
+    return html.unescape(match[1].decode("utf-8", "replace")) if match else ""
 
 
 def _read_sheet(
-    sheet: calamine.CalamineSheet, sections: list[Section], tables: list[RawTable], budget: ReadBudget
+    sheet: calamine.CalamineSheet,
+    sections: list[Section],
+    tables: list[RawTable],
+    budget: ReadBudget,
+    notes: tuple[str, ...],
 ) -> None:
     if sheet.start is None:
         return
@@ -70,7 +114,7 @@ def _read_sheet(
     def cell_range(start: int, end: int) -> str:
         return f"{column_name(first_column)}{first_row + start + 1}:{column_name(last_column)}{first_row + end}"
 
-    tables.append(RawTable(sheet_name, rows, Location(sheet=sheet_name, cells=cell_range(0, len(rows)))))
+    tables.append(RawTable(sheet_name, rows, Location(sheet=sheet_name, cells=cell_range(0, len(rows))), notes))
     for start in range(0, len(rows), ROWS_OF_SECTION):
         chosen = rows[start : start + ROWS_OF_SECTION]
         text = "\n".join(format_row(row) for row in chosen)

@@ -13,8 +13,23 @@ from dataclasses import dataclass, field
 
 from octollm.documents.dates import DateColumn, DateOrder, is_clock, parse_date_shape, read_date_column
 from octollm.documents.layout import NULL_WORDS, Layout
-from octollm.documents.numbers import DecimalMark, NumberColumn, Shape, parse_number_shape, read_number_column
-from octollm.documents.totals import Query, check_summary_rows, find_summary_rows, note_section_rows
+from octollm.documents.numbers import (
+    ASCII_DIGITS,
+    FOREIGN_DIGITS,
+    DecimalMark,
+    NumberColumn,
+    Shape,
+    find_common_unit,
+    parse_number_shape,
+    read_number_column,
+)
+from octollm.documents.totals import (
+    Query,
+    check_summary_rows,
+    find_summary_rows,
+    find_unlabelled_total,
+    note_section_rows,
+)
 
 MAX_SHAPES = 2000
 """Shapes of a column that are looked at; one with more is text."""
@@ -26,7 +41,10 @@ _BOOLEANS = (
     ("yes", "no"), ("ja", "nein"), ("true", "false"), ("wahr", "falsch"), ("oui", "non"), ("vrai", "faux"),
     ("sí", "no"), ("si", "no"), ("sim", "não"), ("y", "n"), ("j", "n"), ("ja", "nee"), ("tak", "nie"),
 )  # fmt: skip
-_DATE_NAME = re.compile(r"dat[eu]|day|\btag\b|jour|fecha|\bdata\b|valuta|buchung|zeit|time", re.IGNORECASE)
+_FOREIGN = frozenset(FOREIGN_DIGITS)
+_DATE_NAME = re.compile(
+    r"dat[eu]|day|\btag\b|jour|fecha|\bdata\b|valuta|buchung|zeit|time|дата|tarih|日付|日期|날짜|تاريخ", re.IGNORECASE
+)
 _MARK_NAMES: dict[DecimalMark, str] = {".": "point", ",": "comma"}
 _ORDER_NAMES: dict[DateOrder, str] = {"dmy": "day before month", "mdy": "month before day", "ymd": "year first"}
 
@@ -46,10 +64,13 @@ class TableAssumption:
 @dataclass
 class _Column:
     sql: str
+    """Its text, with the digits of other scripts in ASCII."""
     name: str
     shapes: list[Shape]
     null_words: list[Shape]
     is_cut: bool
+    text: str = ""
+    """Its text as it stands in the file, where that differs."""
     is_native: bool = False
     """Whether its numbers are numbers in the file itself."""
     expression: str = ""
@@ -82,14 +103,21 @@ def create_typed_table(query: Query, raw: str, target: str, layout: Layout) -> l
 
     ``raw`` and ``target`` are SQL identifiers. Rows of totals are left out where their arithmetic shows what they are.
     """
-    summaries = find_summary_rows(query, raw, layout)
-    columns = _read_columns(query, raw, layout, summaries)
-    cells = [(column.sql, column.expression if column.numbers else "") for column in columns]
-    left_out, notes = check_summary_rows(query, raw, cells, summaries)
-    if len(left_out) != len(summaries):
+    left_out: list[int] = []
+    notes: list[tuple[str, bool]] = []
+    if layout.text_columns is not None:
         columns = _read_columns(query, raw, layout, left_out)
-    note_section_rows(query, raw, layout)
-    wanted = [column for column in columns if column.shapes or column.null_words or column.name in layout.named]
+    else:
+        summaries = find_summary_rows(query, raw, layout)
+        columns = _read_columns(query, raw, layout, summaries)
+        left_out, notes = check_summary_rows(query, raw, _find_cells(columns), summaries)
+        if not summaries and (found := find_unlabelled_total(query, raw, _find_cells(columns))):
+            left_out, notes = [found[0]], [found[1]]
+        if left_out != summaries:
+            columns = _read_columns(query, raw, layout, left_out)
+        note_section_rows(query, raw, layout)
+    is_typed = layout.text_columns is not None
+    wanted = [each for each in columns if is_typed or each.shapes or each.null_words or each.name in layout.named]
     _create(query, raw, target, wanted, left_out)
     lossy = [column for column in wanted if _keep_lossy_text(query, raw, target, column, left_out)]
     if lossy:
@@ -99,6 +127,11 @@ def create_typed_table(query: Query, raw: str, target: str, layout: Layout) -> l
     assumptions += [TableAssumption(text, decided=False) for text in layout.doubts]
     assumptions += [TableAssumption(text, decided=decided) for text, decided in notes]
     return [*assumptions, *(note for column in wanted for note in column.notes)]
+
+
+def _find_cells(columns: Sequence[_Column]) -> list[tuple[str, str]]:
+    """Return the SQL expressions of each column: its text, and its number, which is empty for other columns."""
+    return [(column.sql, column.expression if column.numbers else "") for column in columns]
 
 
 def _create(query: Query, raw: str, target: str, columns: Sequence[_Column], left_out: Sequence[int]) -> None:
@@ -114,14 +147,19 @@ def _read_columns(query: Query, raw: str, layout: Layout, left_out: Sequence[int
     """Return the columns with their expressions, decided together."""
     source = raw if not left_out else f"(SELECT * FROM {raw}{_where(left_out)})"  # noqa: S608
     ((rows,),) = query(f"SELECT count(*) FROM {raw}")  # noqa: S608
-    lengths = query(f"SELECT {', '.join(f'max(strlen(c{n}))' for n in range(len(layout.header)))} FROM {raw}")[0]  # noqa: S608
+    texts = range(len(layout.header)) if layout.text_columns is None else layout.text_columns
+    lengths = query(f"SELECT 0, {', '.join(f'max(strlen(c{n}))' for n in sorted(texts)) or 0} FROM {raw}")[0]  # noqa: S608
+    longest = dict(zip(sorted(texts), lengths[1:], strict=False))
     columns = [
-        _profile(query, source, f"c{number}", name, int(rows), is_long=(lengths[number] or 0) > _SHAPE_CHARS)
+        _profile(query, source, f"c{number}", name, int(rows), is_long=(longest[number] or 0) > _SHAPE_CHARS)
+        if number in texts
+        else _Column(f"c{number}", name, [], [], is_cut=False, expression=f"c{number}")
         for number, name in enumerate(layout.header)
     ]
     for number, column in enumerate(columns):
         column.is_native = number in layout.numeric
-        _find_kind(query, source, column)
+        if number in texts:
+            _find_kind(query, source, column)
     _decide_numbers(columns, layout)
     _decide_dates(columns, layout)
     for column in columns:
@@ -145,6 +183,17 @@ def _is_null_word(sql: str) -> str:
 
 
 def _profile(query: Query, source: str, name: str, label: str, rows: int, *, is_long: bool) -> _Column:
+    """Return a column with its shapes; one with the digits of another script as if they were in ASCII."""
+    column = _find_shapes(query, source, name, label, rows, is_long=is_long)
+    if not any(not shape.high.isascii() and set(shape.high) & _FOREIGN for shape in column.shapes):
+        return column
+    in_ascii = f"translate({name}, {quote_text(FOREIGN_DIGITS)}, {quote_text(ASCII_DIGITS)})"
+    found = _find_shapes(query, source, in_ascii, label, rows, is_long=is_long)
+    found.text = name
+    return found
+
+
+def _find_shapes(query: Query, source: str, name: str, label: str, rows: int, *, is_long: bool) -> _Column:
     text = f"left({name}, {_SHAPE_CHARS})" if is_long else name
 
     def count(where: str) -> list[Shape]:
@@ -182,9 +231,10 @@ def _count_values(shapes: Sequence[Shape]) -> int:
 
 
 def _text_sql(column: _Column) -> str:
+    text = column.text or column.sql
     if not any(shape.low.lower() in _NULL_TEXTS for shape in column.null_words):
-        return column.sql
-    return f"CASE WHEN lower({column.sql}) IN ({_listed(_NULL_TEXTS)}) THEN NULL ELSE {column.sql} END"
+        return text
+    return f"CASE WHEN lower({text}) IN ({_listed(_NULL_TEXTS)}) THEN NULL ELSE {text} END"
 
 
 def _listed(words: frozenset[str]) -> str:
@@ -224,10 +274,18 @@ def _find_kind(query: Query, source: str, column: _Column) -> None:
     if isinstance(numbers, NumberColumn):
         column.numbers = numbers
         return
+    _note_why_text(column, numbers)
+
+
+def _note_why_text(column: _Column, reason: str) -> None:
+    """State why a column of numbers or dates stays text; ``reason`` is why it is none of numbers."""
+    shapes = column.shapes
     total = sum(shape.count for shape in shapes)
     count = _count_values(shapes)
-    if count == total:
-        column.keep_text(numbers, decided="notations" not in numbers)
+    if len(find_common_unit(shapes)) > 1:
+        column.keep_text(f"numbers with words that may change them, for example {shapes[0].low!r}", decided=False)
+    elif count == total:
+        column.keep_text(reason, decided="notations" not in reason)
     elif count * 2 >= total:
         odd = next(s for s in shapes if not (parse_number_shape(s) or parse_date_shape(s)))
         column.keep_text(
@@ -378,7 +436,7 @@ def _choose_order(
 
 def _keep_lossy_text(query: Query, raw: str, target: str, column: _Column, left_out: Sequence[int]) -> bool:
     """Keep a column as text when one of its values is lost by its type; return whether it is."""
-    if not column.expression:
+    if not column.expression or not column.shapes:
         return False
     total = sum(shape.count for shape in column.shapes)
     ((count,),) = query(f"SELECT count({quote_name(column.name)}) FROM {target}")  # noqa: S608

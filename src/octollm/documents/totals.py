@@ -15,6 +15,8 @@ Query = Callable[[str], Sequence[Sequence[Any]]]
 
 MAX_SUMMARIES = 200
 """Rows with the label of a total that are looked at."""
+_MIN_SUMMED_ROWS = 3
+"""Rows above a total without a known label; the sum of two numbers may stand below them by chance."""
 _LABEL_COLUMNS = 4
 """Columns from the left in which the label of a total can stand."""
 
@@ -43,7 +45,9 @@ def find_summary_rows(query: Query, raw: str, layout: Layout) -> list[int]:
         rows = query(
             f"SELECT rowid, c{number} FROM {raw} WHERE regexp_matches(c{number}, "  # noqa: S608
             "'^(?i)(Σ|grand|overall|sub|sous|tot|gesamt|insgesamt|zwischen|end|sum|som|average|mean|mittel|durch|moy|"
-            f"medi|prom)') AND length(c{number}) < 80 LIMIT {MAX_SUMMARIES * 10}"
+            "medi|prom|celk|souč|yht|i alt|razem|ogół|össz|ukup|skup|spolu|kokku|iš|kop|toplam|genel|σύν|итого|всего|"
+            "сумм|разом|усього|общо|укуп|合|总|總|小計|小计|総|합|총|소|المج|الإج|סה|סך|รวม|tổng|jum|कुल"
+            f")') AND length(c{number}) < 80 LIMIT {MAX_SUMMARIES * 10}"
         )
         found.update(int(row) for row, text in rows if is_summary_label(str(text)))
         exact.update(int(row) for row, text in rows if is_summary_label(str(text), exactly=True))
@@ -100,6 +104,39 @@ def check_summary_rows(
     return left_out, notes
 
 
+def find_unlabelled_total(
+    query: Query, raw: str, columns: Sequence[tuple[str, str]]
+) -> tuple[int, tuple[str, bool]] | None:
+    """Return the last row and a statement when it is a total in a language whose labels are not known.
+
+    It has fewer cells than the others, at most one text, and each of its numbers is the sum of those above it.
+    """
+    numeric = [number for _, number in columns if number]
+    ((count,),) = query(f"SELECT count(*) FROM {raw}")  # noqa: S608
+    row = int(count) - 1
+    if not numeric or row < _MIN_SUMMED_ROWS or len(columns) == 1:
+        return None
+    filled = " + ".join(f"({text} IS NOT NULL)::INT" for text, _ in columns)
+    ((own, usual),) = query(
+        f"SELECT (SELECT {filled} FROM {raw} WHERE rowid = {row}), (SELECT median({filled}) FROM {raw})"  # noqa: S608
+    )
+    if own is None or own >= usual:
+        return None
+    cells = query(f"SELECT {', '.join(text for text, _ in columns)} FROM {raw} WHERE rowid = {row}")[0]  # noqa: S608
+    texts = sum(not number and cell is not None for (_, number), cell in zip(columns, cells, strict=True))
+    values = query(f"SELECT {', '.join(numeric)} FROM {raw} WHERE rowid = {row}")[0]  # noqa: S608
+    sums = query(f"SELECT {', '.join(f'sum({each})::DOUBLE' for each in numeric)} FROM {raw} WHERE rowid < {row}")[0]  # noqa: S608
+    pairs = [(value, total) for value, total in zip(values, sums, strict=True) if value is not None]
+    if texts > 1 or not any(value for value, _ in pairs) or not all(_is_near(value, total) for value, total in pairs):
+        return None
+    shown = " ".join(str(cell) for cell in cells if cell is not None)[:80]
+    return row, (f"The row {shown!r} is the sum of the rows above it and left out.", True)
+
+
+def _is_near(value: Any, total: Any) -> bool:
+    return total is not None and abs(float(value) - float(total)) <= max(0.0051, 1e-9 * abs(float(total)))
+
+
 def _is_arithmetic(query: Query, raw: str, numeric: Sequence[str], row: int, summaries: Sequence[int]) -> bool:
     """Say whether a row's numbers are the sums or averages of the rows before it, or of its section."""
     before = [each for each in summaries if each < row]
@@ -118,7 +155,7 @@ def _is_arithmetic(query: Query, raw: str, numeric: Sequence[str], row: int, sum
             total, mean, rows = found[3 * number : 3 * number + 3]
             if value in (None, 0) or total is None or rows < 2:
                 continue
-            if any(abs(float(value) - float(each)) <= max(0.0051, 1e-9 * abs(float(each))) for each in (total, mean)):
+            if any(_is_near(value, each) for each in (total, mean)):
                 matched = True
         if matched:
             return True

@@ -7,32 +7,29 @@ a gap by itself and can read the missing events from the log.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import msgspec
 
 from octollm.clock import Clock, IdGenerator, format_rfc3339
-from octollm.concurrency import BackgroundLoop
-from octollm.contracts.events import EVENT_CATALOGUE, Event, channel_of
+from octollm.contracts.events import EVENT_CATALOGUE, Event, channel_of, validate_event
+from octollm.contracts.subscriptions import SubscriptionSpec
 from octollm.errors import OctoError
-from octollm.events.log import validate_event
-from octollm.resilience import Backoff
+from octollm.events.pubsub import PubSubListener
 from octollm.storage.keys import RedisKeys
-from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
+from octollm.storage.redis_protocol import PubSubMessage, RedisClient
+
+if TYPE_CHECKING:
+    from octollm.events.durable import DurableSubscription, DurableSubscriptions
 
 QUEUE_CAPACITY = 1000
 """Events queued for a subscriber that is busy; later ones become one gap."""
 READY_SECONDS = 5.0
 """Seconds that a new subscription waits for the confirmation of Redis."""
-RECONNECT_BACKOFF = Backoff(0.1, 5.0)
-"""Pauses before a reconnect while Redis is away."""
-RECEIVE_SECONDS = 30.0
-"""Seconds of one wait for a message; an idle connection is waited on again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +89,6 @@ class Subscription:
         on_gap: Callable[[Gap], None] | None,
         capacity: int,
     ) -> None:
-        self._redis = redis
-        self._patterns = patterns
         self._on_gap = on_gap
         self._capacity = capacity
         self._items: deque[Event | Gap] = deque()
@@ -102,8 +97,13 @@ class Subscription:
         self._wakeup = asyncio.Event()
         self._ready = asyncio.Event()
         self._gap_detector = GapDetector()
-        self._listener = BackgroundLoop(
-            "event subscription", self._listen, backoff=RECONNECT_BACKOFF, on_crash=lambda _error: self._on_crash()
+        self._listener = PubSubListener(
+            "event subscription",
+            redis,
+            self._on_message,
+            patterns=patterns,
+            on_connected=self._on_connected,
+            on_crash=self._on_crash,
         )
         self.gaps = 0
         """Gaps reported so far."""
@@ -113,11 +113,11 @@ class Subscription:
     @property
     def degraded(self) -> str | None:
         """Return why no events arrive now; ``None`` while they do."""
-        return self._listener.failure or None
+        return self._listener.degraded
 
     async def __aenter__(self) -> Subscription:
         """Subscribe and wait for the confirmation of Redis. Raises ``unavailable`` after five seconds."""
-        self._listener.start()
+        await self._listener.__aenter__()
         try:
             async with asyncio.timeout(READY_SECONDS):
                 await self._ready.wait()
@@ -134,8 +134,7 @@ class Subscription:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the subscription and close its connection."""
-        await self._listener.aclose()
-        self._listener.raise_if_crashed()
+        await self._listener.__aexit__(kind, error, trace)
 
     def _on_crash(self) -> None:
         self._ready.set()
@@ -178,38 +177,15 @@ class Subscription:
                 self._last_queued = max(self._last_queued, item.seq)
         self._wakeup.set()
 
-    async def _listen(self) -> None:
-        # One connection per attempt: when it breaks, the loop's backoff starts the next attempt, and `_subscribe` puts
-        # a gap into the queue. A client that reconnected by itself would hide what was published in between.
-        pubsub = self._redis.pubsub()
-        try:
-            await self._subscribe(pubsub)
-            while True:
-                message = await pubsub.receive(RECEIVE_SECONDS)
-                if message is not None and not message.subscribed:
-                    self._on_message(message)
-        finally:
-            await close_pubsub(pubsub)
-
-    async def _subscribe(self, pubsub: PubSub) -> None:
-        await pubsub.psubscribe(*self._patterns)
-        # Events may arrive between the confirmations of two patterns; they are queued as usual.
-        unconfirmed = set(self._patterns)
-        while unconfirmed:
-            message = await pubsub.receive(READY_SECONDS)
-            if message is None:
-                raise OctoError("Redis did not confirm a subscription.", code="unavailable")
-            if message.subscribed:
-                unconfirmed.discard(message.name)
-            else:
-                self._on_message(message)
-        self._listener.report_success()
+    def _on_connected(self) -> None:
         # Not the first connection: what was published since the last one broke did not arrive.
         if self._ready.is_set():
             self._put(Gap("reconnected", self._gap_detector.latest))
         self._ready.set()
 
     def _on_message(self, message: PubSubMessage) -> None:
+        if message.subscribed:
+            return
         try:
             event = msgspec.json.decode(message.data, type=Event)
         except msgspec.MsgspecError:
@@ -225,25 +201,53 @@ class Subscription:
             self._put(event)
 
 
-async def close_pubsub(pubsub: PubSub) -> None:
-    """Close a Pub/Sub connection; a broken one counts as closed."""
-    with contextlib.suppress(OctoError):
-        await pubsub.close()
-
-
 class EventBus:
     """Publishes events that are not durable and subscribes to all events. Passed in, never global."""
 
-    def __init__(self, redis: RedisClient, keys: RedisKeys, clock: Clock, ids: IdGenerator) -> None:
+    def __init__(
+        self,
+        redis: RedisClient,
+        keys: RedisKeys,
+        clock: Clock,
+        ids: IdGenerator,
+        durable: DurableSubscriptions | None = None,
+    ) -> None:
+        """Create a bus; ``durable`` opens durable subscriptions, and only the service that has the log has it."""
         self._redis = redis
         self._keys = keys
         self._clock = clock
         self._ids = ids
+        self._durable = durable
 
+    @overload
     def subscribe(
         self, *patterns: str, on_gap: Callable[[Gap], None] | None = None, capacity: int = QUEUE_CAPACITY
-    ) -> Subscription:
-        """Return a subscription to channels by glob pattern, e.g. ``events:task:*``. Use it with ``async with``."""
+    ) -> Subscription: ...
+
+    @overload
+    def subscribe(
+        self, *patterns: str, durable: str, tenant: str = "system", event_tenant: str | None = None
+    ) -> DurableSubscription: ...
+
+    def subscribe(
+        self,
+        *patterns: str,
+        on_gap: Callable[[Gap], None] | None = None,
+        capacity: int = QUEUE_CAPACITY,
+        durable: str | None = None,
+        tenant: str = "system",
+        event_tenant: str | None = None,
+    ) -> Subscription | DurableSubscription:
+        """Return a subscription to channels by glob pattern, e.g. ``events:task:*``. Use it with ``async with``.
+
+        Without ``durable`` it has what is published while it listens. ``durable`` is the name of a durable subscription
+        of ``tenant``, which continues where it stopped; it has the events of every tenant, or of ``event_tenant``.
+        Raises ``not_configured`` where this process has no log.
+        """
+        if durable is not None:
+            if self._durable is None:
+                raise OctoError("Only the orchestrator has the log; subscribe over HTTP.", code="not_configured")
+            return self._durable.open(durable, SubscriptionSpec(patterns), tenant=tenant, event_tenant=event_tenant)
         names = tuple(self._keys.channel(pattern) for pattern in patterns)
         return Subscription(self._redis, names, on_gap=on_gap, capacity=capacity)
 
@@ -276,5 +280,9 @@ class EventBus:
             correlation_id=correlation_id,
             traceparent=traceparent,
         )
-        await self._redis.publish([(self._keys.channel(channel_of(event_type)), msgspec.json.encode(event))])
+        await self.publish_event(event)
         return event
+
+    async def publish_event(self, event: Event) -> None:
+        """Publish an event that another service created and that was validated. Raises ``unavailable``."""
+        await self._redis.publish([(self._keys.channel(channel_of(event.event_type)), msgspec.json.encode(event))])

@@ -7,18 +7,19 @@ interval of the fallback poll.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from octollm.concurrency import BackgroundLoop
-from octollm.errors import OctoError
-from octollm.events.bus import RECEIVE_SECONDS, RECONNECT_BACKOFF, close_pubsub
+from octollm.events.pubsub import PubSubListener
 from octollm.storage.keys import RedisKeys
-from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
+from octollm.storage.redis_protocol import PubSubMessage, RedisClient
 from octollm.storage.text_stream import TEXT_HINT
 
 FALLBACK_POLL_SECONDS = 1.0
-"""Seconds after which a subscription yields a hint by itself, in case one was lost."""
+"""Seconds after which a subscription yields a hint by itself, while Redis delivers none."""
+QUIET_POLL_SECONDS = 15.0
+"""The same while Redis delivers hints: they are lost with the connection only, and a new one yields a hint, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,10 @@ class TaskSubscription:
     the current state, and another when Redis confirms the subscription, which closes the window in between.
     """
 
-    def __init__(self, hub: TaskWatchHub, task_id: str, poll_seconds: float) -> None:
+    def __init__(self, hub: TaskWatchHub, task_id: str, take_event: Callable[[bytes], bool]) -> None:
         self._hub = hub
         self.task_id = task_id
-        self._poll_seconds = poll_seconds
+        self._take_event = take_event
         self._wakeup = asyncio.Event()
         self._events = True
         self._text = True
@@ -62,6 +63,13 @@ class TaskSubscription:
         self._text |= text
         self._wakeup.set()
 
+    def handle(self, payload: bytes) -> None:
+        """Handle a message on the task's channel: a hint of text, or an event."""
+        if payload == TEXT_HINT:
+            self.notify(events=False, text=True)
+        elif not self._take_event(payload):
+            self.notify(events=True, text=False)
+
     def __aiter__(self) -> TaskSubscription:
         """Return itself."""
         return self
@@ -70,7 +78,7 @@ class TaskSubscription:
         """Return the next hint, after the poll interval at the latest. Raises the exception that ended the hub."""
         self._hub.check()
         try:
-            async with asyncio.timeout(self._poll_seconds):
+            async with asyncio.timeout(self._hub.get_poll_seconds(self.task_id)):
                 await self._wakeup.wait()
         except TimeoutError:
             return Hint(events=True, text=True)
@@ -88,43 +96,57 @@ class TaskWatchHub:
     Without Redis the fallback polls continue, and :attr:`degraded` says why hints are missing.
     """
 
-    def __init__(self, redis: RedisClient, keys: RedisKeys, *, poll_seconds: float = FALLBACK_POLL_SECONDS) -> None:
-        self._redis = redis
+    def __init__(
+        self,
+        redis: RedisClient,
+        keys: RedisKeys,
+        *,
+        poll_seconds: float = FALLBACK_POLL_SECONDS,
+        quiet_poll_seconds: float = QUIET_POLL_SECONDS,
+    ) -> None:
         self._keys = keys
         self._poll_seconds = poll_seconds
+        self._quiet_poll_seconds = quiet_poll_seconds
         self._subscriptions: dict[str, set[TaskSubscription]] = {}
-        self._confirmed: set[str] = set()
-        self._pubsub: PubSub | None = None
-        self._send_lock = asyncio.Lock()
-        self._listener = BackgroundLoop(
-            "task watch", self._listen, backoff=RECONNECT_BACKOFF, on_crash=lambda _error: self._notify_all()
+        self._listener = PubSubListener(
+            "task watch",
+            redis,
+            self._on_message,
+            channels=(keys.watch("-"),),  # of no task, so that the connection has one while nothing is watched
+            on_crash=self._notify_all,
         )
-        self._idle_channel = keys.watch("-")  # of no task: Redis has no reads on a connection without a subscription
 
     @property
     def degraded(self) -> str | None:
         """Return why no hints arrive now; ``None`` while they do."""
-        return self._listener.failure or None
+        return self._listener.degraded
 
     async def __aenter__(self) -> TaskWatchHub:
         """Start the listener. Redis need not be up yet."""
-        self._listener.start()
+        await self._listener.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop the listener and close its connection."""
-        await self._listener.aclose()
-        self._listener.raise_if_crashed()
+        await self._listener.__aexit__(kind, error, trace)
 
-    def subscribe(self, task_id: str) -> TaskSubscription:
-        """Return the hints on one task: ``async with hub.subscribe(id) as hints: async for hint in hints: …``."""
-        return TaskSubscription(self, task_id, self._poll_seconds)
+    def subscribe(self, task_id: str, take_event: Callable[[bytes], bool] = lambda _payload: False) -> TaskSubscription:
+        """Return the hints on one task: ``async with hub.subscribe(id) as hints: async for hint in hints: …``.
+
+        ``take_event`` is called with each event of the task as it arrives, a JSON document. Returning ``True`` means
+        that it was used, and then no hint follows.
+        """
+        return TaskSubscription(self, task_id, take_event)
+
+    def get_poll_seconds(self, task_id: str) -> float:
+        """Return the time after which a subscription to a task yields a hint by itself."""
+        return self._quiet_poll_seconds if self.is_listening(task_id) else self._poll_seconds
 
     def is_listening(self, task_id: str) -> bool:
         """Return whether Redis has confirmed the task's channel and the connection still stands."""
-        return self._keys.watch(task_id) in self._confirmed
+        return self._listener.is_confirmed(self._keys.watch(task_id))
 
     def check(self) -> None:
         """Raise the exception that ended the listener, if any."""
@@ -134,10 +156,9 @@ class TaskWatchHub:
         """Add a subscription. Called by :class:`TaskSubscription` only."""
         channel = self._keys.watch(subscription.task_id)
         first = channel not in self._subscriptions
-        # Added before the SUBSCRIBE, so that a listener that reconnects in the meantime includes this channel.
         self._subscriptions.setdefault(channel, set()).add(subscription)
         if first:
-            await self._update_channel(channel, subscribe=True)
+            await self._listener.subscribe(channel)
 
     async def remove(self, subscription: TaskSubscription) -> None:
         """Remove a subscription. Called by :class:`TaskSubscription` only."""
@@ -145,49 +166,15 @@ class TaskWatchHub:
         subscriptions = self._subscriptions.get(channel, set())
         subscriptions.discard(subscription)
         if not subscriptions and self._subscriptions.pop(channel, None) is not None:
-            self._confirmed.discard(channel)
-            await self._update_channel(channel, subscribe=False)
-
-    async def _update_channel(self, channel: str, *, subscribe: bool) -> None:
-        async with self._send_lock:
-            # Other subscriptions may have been added or removed while this one waited for the lock, so the present
-            # state decides whether there is still something to do.
-            if self._pubsub is None or (channel in self._subscriptions) is not subscribe:
-                return
-            try:
-                if subscribe:
-                    await self._pubsub.subscribe(channel)
-                else:
-                    await self._pubsub.unsubscribe(channel)
-            except OctoError:
-                # The connection is broken; the listener notices it as well, and subscribes again.
-                self._pubsub = None
-
-    async def _listen(self) -> None:
-        pubsub = self._redis.pubsub()
-        try:
-            # Under the lock: a channel that is added meanwhile waits, and is then sent on this connection.
-            async with self._send_lock:
-                await pubsub.subscribe(self._idle_channel, *self._subscriptions)
-                self._pubsub = pubsub
-            while True:
-                message = await pubsub.receive(RECEIVE_SECONDS)
-                self._listener.report_success()
-                if message is not None:
-                    self._on_message(message)
-        finally:
-            self._pubsub = None
-            self._confirmed.clear()
-            await close_pubsub(pubsub)
+            await self._listener.unsubscribe(channel)
 
     def _on_message(self, message: PubSubMessage) -> None:
-        if message.subscribed and message.name in self._subscriptions:
-            self._confirmed.add(message.name)
-        # A confirmation counts as a hint for both, because changes before it were not announced on this connection.
-        text = message.subscribed or message.data == TEXT_HINT
-        events = message.subscribed or not text
         for subscription in self._subscriptions.get(message.name, ()):
-            subscription.notify(events=events, text=text)
+            if message.subscribed:
+                # Changes before the confirmation were not announced on this connection.
+                subscription.notify(events=True, text=True)
+            else:
+                subscription.handle(message.data)
 
     def _notify_all(self) -> None:
         for subscriptions in self._subscriptions.values():

@@ -44,7 +44,7 @@ def load_arm(target: str) -> Arm[Any]:
     """
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
-        raise SettingError(f"{target!r} is no built-in service, and an arm is named module:name, e.g. my_arm:arm.")
+        raise SettingError(f"{target!r} is not a built-in service; an arm has the form module:name, e.g. my_arm:arm.")
     here = Path.cwd()
     for folder in (str(here / "src"), str(here)):
         if folder not in sys.path:
@@ -58,7 +58,7 @@ def load_arm(target: str) -> Arm[Any]:
     arm = getattr(module, name, None)
     if not isinstance(arm, Arm):
         arms = ", ".join(key for key, value in vars(module).items() if isinstance(value, Arm)) or "none"
-        raise SettingError(f"{name} in {module_name} is no arm; arms in it: {arms}.")
+        raise SettingError(f"{name} in {module_name} is not an arm; the arms in it: {arms}.")
     return cast("Arm[Any]", arm)
 
 

@@ -124,7 +124,7 @@ def read_local_key(root: Path) -> str | None:
 def _make_folders(home: Home) -> None:
     with map_exceptions(
         lambda error: OctoError(
-            f"The home {home.root} cannot be used ({error.strerror}). Set OCTOLLM_HOME to a folder that you may write.",
+            f"The home {home.root} cannot be used ({error.strerror}). Set OCTOLLM_HOME to a writable folder.",
             code="home_unusable",
         ),
         OSError,

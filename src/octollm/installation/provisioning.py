@@ -184,7 +184,7 @@ def load_trusted_roots(settings: Settings, file: Path | None = None) -> Mapping[
     if root.exists():
         return _by_thumbprint((each.key.public, each.created_at) for each in read_key_ring(root, ROOT))
     raise SettingError(
-        "No root key is known on this machine. Save the installation's from a place that you trust, such as the file"
+        "No root key is known on this machine. Copy the installation's root keys from a trusted place, such as the file"
         " roots.jwks that `octollm keys provision` wrote, and name it with --roots."
     )
 

@@ -148,7 +148,8 @@ async def wait_for_dependencies(
             except TimeoutError:
                 reasons[name] = "It does not answer."
             except OctoError as error:
-                if error.code not in OUTAGE_CODES:
+                # One that accepts the connection and does not answer is away as well: suspended, or overloaded.
+                if error.code not in OUTAGE_CODES and error.code != "deadline_exceeded":
                     raise
                 reasons[name] = error.detail
         if pending:

@@ -40,7 +40,7 @@ ServiceFactory = Callable[[ServiceBase, Settings], AbstractAsyncContextManager[S
 """Opens a service from its base and the settings alone."""
 
 REDIS_SERVICES = frozenset({"orchestrator", "monitor", "reflex"})
-"""The services that use Redis."""
+"""The services that need Redis. The memory caches there where it has one, and works without."""
 
 
 def _load_factory(name: str) -> ServiceFactory | None:
@@ -50,8 +50,6 @@ def _load_factory(name: str) -> ServiceFactory | None:
     and the other services.
     """
     match name:
-        case "memory":
-            from octollm.services.memory.service import memory_service as factory
         case "models":
             from octollm.services.models.service import models_service as factory
         case "planner":
@@ -96,6 +94,10 @@ def bind_service_factory(
     if factory is not None:
         return partial(factory, base, settings)
     redis = resources.redis
+    if name == "memory":
+        from octollm.services.memory.service import memory_service
+
+        return partial(memory_service, base, settings, redis=redis)
     if redis is None:
         raise SettingError(f"{name} needs a Redis server: set OCTOLLM_REDIS_URL, e.g. redis://localhost:6379/0.")
     if name == "orchestrator":
@@ -150,7 +152,8 @@ async def serve_builtin_service(
         resolver = await stack.enter_async_context(DnsResolver())
         port = settings.port or SERVICES[name].port + settings.port_offset
         discovery = StaticDiscovery(resolve_addresses(settings), resolver)
-        redis = await _enter_redis(stack, settings) if name in REDIS_SERVICES else None
+        wants_redis = name in REDIS_SERVICES or (name == "memory" and not settings.redis_url.startswith("memory:"))
+        redis = await _enter_redis(stack, settings) if wants_redis else None
         identity = ServiceIdentity(name, keys.own, keys.roots, clock, ids)
         base = build_base(
             identity,
@@ -167,7 +170,7 @@ async def serve_builtin_service(
             bind_service_factory(name, base, resources),
             (settings.host, port),
             drain=settings.shutdown_grace,
-            checks=_dependency_checks(name, redis, http, discovery),
+            checks=_dependency_checks(name, redis if name in REDIS_SERVICES else None, http, discovery),
             opening=name,
             clock=clock,
             timeout=settings.startup_timeout,

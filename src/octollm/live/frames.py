@@ -17,11 +17,16 @@ FINAL_STATUSES = frozenset({"completed", "failed", "cancelled"})
 
 _FRAME_TYPES: dict[str, FrameType] = {
     "task.accepted": "status",
+    "task.planning": "status",
     "task.planned": "status",
     "task.replanned": "status",
     "task.started": "status",
     "task.waiting": "status",
     "task.approved": "status",
+    "task.paused": "status",
+    "task.resumed": "status",
+    "task.instructed": "status",
+    "task.extended": "status",
     "task.cancelled": "status",
     "task.progress": "progress",
     "step.started": "step",
@@ -33,11 +38,14 @@ _FRAME_TYPES: dict[str, FrameType] = {
 
 _TASK_STATUS = {
     "task.accepted": "accepted",
+    "task.planning": "planning",
     "task.planned": "planning",
     "task.replanned": "planning",
     "task.started": "running",
     "task.waiting": "waiting",
     "task.approved": "running",
+    "task.paused": "paused",
+    "task.resumed": "running",
     "task.completed": "completed",
     "task.failed": "failed",
     "task.cancelled": "cancelled",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,12 @@ class TaskSource(Protocol):
     async def texts(self) -> StepTexts:
         """Return the text of each step as last saved."""
         ...
+
+
+def is_transient(error: OctoError) -> bool:
+    """Return whether a read that failed with ``error`` may succeed later, rather than being refused."""
+    kind = ERROR_KINDS.get(error.code)
+    return error.retryable if isinstance(error, RemoteError) else kind is not None and kind.retryable
 
 
 class TextSource(Protocol):
@@ -114,15 +121,19 @@ class LiveSession:
         self._restored_at = -1e9
         self._notes: deque[dict[str, object]] = deque(maxlen=MAX_NOTES)
         self._view: TaskView | None = None
+        self._sent_at = clock.monotonic()
+        self._has_begun = False
         self._ended = False
 
     async def open(self) -> None:
         """Read the task. Raises the error that refuses the client, before any frame."""
         self._view = await self._source.view()
-        version = self._view.version
-        # A larger `after` (of a restored database, or made up) is capped at the version: otherwise the client would not
-        # get the events up to it.
-        self._acknowledged = version if self._position.after is None else min(self._position.after, version)
+        version, after = self._view.version, self._position.after
+        self._acknowledged = version if after is None else after
+        # The source refuses a position beyond the task's events (of a restored database, or made up), and one whose
+        # events were deleted: before any frame, not as a stream that never begins.
+        if after is not None and after not in (0, version):
+            await self._source.history(after, 1)
 
     @property
     def is_finished(self) -> bool:
@@ -130,39 +141,81 @@ class LiveSession:
         view, after = self._view, self._position.after
         return view is not None and view.status in FINAL_STATUSES and after is not None and after >= view.version
 
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the final frame was made."""
+        return self._ended
+
+    @property
+    def state(self) -> tuple[object, ...] | None:
+        """Return what the client has: two sessions in equal states make equal frames from here on.
+
+        ``None`` while something that exists could not be read yet, or concerns this client alone.
+        """
+        texts = self._tracker.state
+        is_settled = self._has_read_stream and not self._is_stream_down and not self._is_unsettled
+        if not is_settled or self._notes or texts is None or self._fetched_version < self._acknowledged:
+            return None
+        return (self._fetched_version, self._builder.seq, self._builder.progress, self._last_id, texts)
+
+    def fork(self, source: TaskSource, text_source: TextSource) -> LiveSession:
+        """Return a session of another client that has the same frames and goes on from here by itself."""
+        other = copy.copy(self)
+        other._source, other._text_source = source, text_source
+        other._builder, other._tracker = copy.copy(self._builder), copy.deepcopy(self._tracker)
+        other._notes = deque(maxlen=MAX_NOTES)
+        return other
+
     def add_note(self, note: dict[str, object]) -> None:
         """Queue a note to the client: a ``status`` frame with ``data.note``."""
         self._notes.append(note)
 
+    def build_note(self, note: dict[str, object]) -> LiveFrame:
+        """Return the frame of a note to a client that has what this session has made."""
+        return self._builder.build_note(note, self._now())
+
     async def frames(self, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
-        """Yield the frames until the final one.
+        """Yield the frames until the final one; :meth:`poll` and :meth:`wait` in turn.
 
         ``hints`` wake the session; one must arrive when the subscription is in effect. A wait for a hint may be
         cancelled and repeated. Raises the error that refuses the client meanwhile, and a transient error of the
         source after ``max_outage`` seconds.
         """
-        if self._view is None:
-            raise AssertionError("the session was not opened")
-        # The view and `version` in it are one snapshot, so the events after that version continue exactly where this
-        # frame ends.
-        if self._position.after is None:
-            yield self._builder.build_status(self._view, self._now())
-        sent_at = self._clock.monotonic()
         hint = Hint(events=True, text=True)
         while True:
-            async with contextlib.aclosing(self._poll(hint, hints)) as frames:
+            async with contextlib.aclosing(self.poll(hint, hints)) as frames:
                 async for frame in frames:
                     yield frame
-                    sent_at = self._clock.monotonic()
             if self._ended:
                 return
-            while self._notes:
-                yield self._builder.build_note(self._notes.popleft(), self._now())
-                sent_at = self._clock.monotonic()
-            if self._clock.monotonic() - sent_at >= self._timing.ping_interval:
-                yield self._builder.build_ping(self._now())
-                sent_at = self._clock.monotonic()
-            hint = await self._next_hint(hints, sent_at + self._timing.ping_interval - self._clock.monotonic())
+            hint = await self.wait(hints)
+
+    async def poll(self, hint: Hint, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
+        """Yield the frames that can be made now, after ``hint``. Raises as :meth:`frames`."""
+        if self._view is None:
+            raise AssertionError("the session was not opened")
+        if not self._has_begun:
+            self._has_begun = True
+            # The view and `version` in it are one snapshot, so the events after that version continue exactly where
+            # this frame ends.
+            if self._position.after is None:
+                yield self._builder.build_status(self._view, self._now())
+        async with contextlib.aclosing(self._poll(hint, hints)) as frames:
+            async for frame in frames:
+                yield frame
+                self._sent_at = self._clock.monotonic()
+        if self._ended:
+            return
+        while self._notes:
+            yield self._builder.build_note(self._notes.popleft(), self._now())
+            self._sent_at = self._clock.monotonic()
+        if self._clock.monotonic() - self._sent_at >= self._timing.ping_interval:
+            yield self._builder.build_ping(self._now())
+            self._sent_at = self._clock.monotonic()
+
+    async def wait(self, hints: AsyncIterator[Hint]) -> Hint:
+        """Return the next hint, or one of its own when a ping or another attempt to read is due."""
+        return await self._next_hint(hints, self._sent_at + self._timing.ping_interval - self._clock.monotonic())
 
     async def _poll(self, hint: Hint, hints: AsyncIterator[Hint]) -> AsyncGenerator[LiveFrame]:
         """Yield the frames of new events and new text."""
@@ -253,6 +306,9 @@ class LiveSession:
         self._failing_since = None
         # Versions are taken strictly in sequence, so that `seq` has no gap for the client even if a page had one.
         events: list[Event] = []
+        # The first events of an old task may have been deleted. What is left has no gaps.
+        if self._fetched_version == 0 and page:
+            self._fetched_version = page[0].version - 1
         for event in page:
             if event.version == self._fetched_version + 1:
                 events.append(event)
@@ -324,7 +380,7 @@ class LiveSession:
 
     async def _next_hint(self, hints: AsyncIterator[Hint], seconds: float) -> Hint:
         # Some text or events exist but could not be read yet. Their hint was consumed, and no other may come.
-        unsettled = self._failing_since is not None or self._early_since is not None or self._has_gap
+        unsettled = self._is_unsettled
         if unsettled:
             seconds = min(seconds, self._timing.retry_interval)
         elif self._is_stream_down:
@@ -336,14 +392,16 @@ class LiveSession:
             must_poll = unsettled or self._is_stream_down
             return Hint(events=must_poll, text=must_poll)
 
+    @property
+    def _is_unsettled(self) -> bool:
+        return self._failing_since is not None or self._early_since is not None or self._has_gap
+
     def _raise_unless_transient(self, error: OctoError) -> None:
         """Raise ``error`` unless it is transient and has lasted for less than ``max_outage``."""
-        kind = ERROR_KINDS.get(error.code)
-        is_transient = error.retryable if isinstance(error, RemoteError) else kind is not None and kind.retryable
         now = self._clock.monotonic()
         if self._failing_since is None:
             self._failing_since = now
-        if not is_transient or now - self._failing_since > self._timing.max_outage:
+        if not is_transient(error) or now - self._failing_since > self._timing.max_outage:
             raise error
 
     def _now(self) -> str:

@@ -111,6 +111,12 @@ class _StepText:
     """Stream id of the last reset; entries before it are void."""
     pending: list[str] = field(default_factory=list[str])
 
+    @property
+    def state(self) -> tuple[object, ...]:
+        # Of an attempt that has ended, nothing more is sent, whatever the client has of it.
+        offsets = (self.end, self.base, self.needs_reset, self.reset_id) if self.is_open else ()
+        return (self.attempt, self.run, offsets)
+
     def restart(self, run: int, at: int) -> None:
         self.has_stale_text = self.has_stale_text or not self.needs_reset
         self.pending.clear()
@@ -147,6 +153,16 @@ class StepTextTracker:
         """Return whether a running step has no confirmed text so far."""
         return any(text.is_open and (text.is_claimed or text.end == 0) for text in self._texts.values())
 
+    @property
+    def state(self) -> tuple[object, ...] | None:
+        """Return what the client has of all steps; ``None`` while a claim of this client is not settled."""
+        if any(step not in self._texts for step in self._claims):
+            return None
+        open_texts = [text for text in self._texts.values() if text.is_open]
+        if any(text.is_claimed or text.pending or text.has_stale_text for text in open_texts):
+            return None
+        return (self._plans, *((step, *text.state) for step, text in sorted(self._texts.items())))
+
     def start_attempt(self, step: str, attempt: int, run: int) -> None:
         """Begin an attempt of ``step``, or its takeover by a newer ``run``."""
         text = self._texts.get(step)
@@ -175,7 +191,7 @@ class StepTextTracker:
             return EntryResult.EARLY
         if not text.is_open or entry.attempt < text.attempt or entry.run < text.run:
             return EntryResult.ACCEPTED
-        at = _parse_stream_id(entry.id)
+        at = parse_stream_id(entry.id)
         # After a takeover the new worker repeats the attempt and its text from offset 0 (or from its first reset), and
         # its words may differ. So the text of the older run is void, also what the client has of it.
         if entry.run > text.run:
@@ -250,6 +266,7 @@ class StepTextTracker:
         return _StepText(attempt, claim.run, end=claim.count, needs_reset=False, is_claimed=True)
 
 
-def _parse_stream_id(text: str) -> tuple[int, int]:
+def parse_stream_id(text: str) -> tuple[int, int]:
+    """Return the id of a stream's entry as a pair that orders entries: milliseconds, and the number within them."""
     milliseconds, _, number = text.partition("-")
     return int(milliseconds), int(number or 0)

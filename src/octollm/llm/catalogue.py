@@ -123,7 +123,9 @@ def find_entry(name: str, catalogue: tuple[ModelEntry, ...] = MODEL_CATALOGUE) -
     raise OctoError(f"There is no embedded model called {name!r}; there are: {names}.", code="setting_invalid")
 
 
-_FREE_MODELS = frozenset(entry.name for entry in MODEL_CATALOGUE)
+EMBEDDED_EMBEDDING_MODEL = "multilingual-e5-small"
+"""The embedding model that runs in this process."""
+_FREE_MODELS = frozenset(entry.name for entry in MODEL_CATALOGUE) | {EMBEDDED_EMBEDDING_MODEL}
 
 
 def cost_usd(model: str, usage: ChatUsage) -> float | None:

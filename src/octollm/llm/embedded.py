@@ -265,7 +265,7 @@ class EmbeddedModel:
 def _refuse_images(messages: Sequence[ChatMessage]) -> None:
     if any(message.images for message in messages):
         raise OctoError(
-            "The embedded models read no images. Set OCTOLLM_MODEL to one that does, e.g. openai:gpt-4o-mini.",
+            "The embedded models cannot read images. Set OCTOLLM_MODEL to a model that can, e.g. openai:gpt-4o-mini.",
             code="no_model",
         )
 

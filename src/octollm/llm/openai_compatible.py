@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from array import array
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,9 +16,11 @@ from pyqwest import Client, Response
 from octollm.errors import OctoError, RemoteError, SettingError, map_exceptions
 from octollm.framing import iter_sse
 from octollm.http_transport import TRANSPORT_ERRORS, classify_failure, create_external_transport
+from octollm.llm.embeddings import Embeddings, InputType
 from octollm.llm.openai_protocol import (
     MAX_EVENT_BYTES,
     OpenAIChunk,
+    OpenAIEmbeddings,
     OpenAIError,
     OpenAIErrorBody,
     OpenAIModelList,
@@ -40,6 +44,7 @@ from octollm.llm.types import (
 OPENAI_URL = "https://api.openai.com/v1"
 _ERROR_BYTES = 64 * 1024
 _LIST_BYTES = 4 * 1024 * 1024
+_EMBEDDINGS_BYTES = 64 * 1024 * 1024
 _DETAIL_CHARACTERS = 300
 _MAX_RETRY_AFTER = 3600.0
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
@@ -56,7 +61,7 @@ class ProviderTimeouts:
 
 
 class OpenAICompatibleModel:
-    """One model of one provider. ``base_url`` is the URL before ``/chat/completions``."""
+    """One model of one provider, for chat or for embeddings. ``base_url`` is the URL before ``/chat/completions``."""
 
     def __init__(
         self,
@@ -92,9 +97,7 @@ class OpenAICompatibleModel:
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[ModelStreamChunk]:
         """Stream a completion; see :class:`octollm.llm.types.ChatModel`. Closing it closes the connection."""
-        headers = {"content-type": "application/json", "accept": "text/event-stream"}
-        if self._key is not None:
-            headers["authorization"] = f"Bearer {self._key}"
+        headers = self._headers("text/event-stream")
         content = msgspec.json.encode(build_request(self._model, request))
         with map_exceptions(self._transport_error, *TRANSPORT_ERRORS):
             async with self._client.stream("POST", f"{self._base_url}/chat/completions", headers, content) as response:
@@ -103,6 +106,39 @@ class OpenAICompatibleModel:
                 async with aclosing(self._pieces(response, request)) as pieces:
                     async for piece in pieces:
                         yield piece
+
+    async def count_embedding_tokens(self, texts: Sequence[str], input_type: InputType) -> int:
+        """Return an upper bound of the tokens of ``texts``: their UTF-8 bytes, and two markers each."""
+        del input_type
+        return sum(len(text.encode("utf-8", "surrogatepass")) + 2 for text in texts)
+
+    async def embed(
+        self, texts: Sequence[str], input_type: InputType = "query", dimensions: int | None = None
+    ) -> Embeddings:
+        """Return the embeddings of ``texts``; see :class:`octollm.llm.embeddings.EmbeddingModel`.
+
+        ``input_type`` stays here: OpenAI's protocol has no such member.
+        """
+        body: dict[str, object] = {"model": self._model, "input": list(texts), "encoding_format": "float"}
+        if dimensions is not None:
+            body["dimensions"] = dimensions
+        with map_exceptions(self._transport_error, *TRANSPORT_ERRORS):
+            async with self._client.stream(
+                "POST", f"{self._base_url}/embeddings", self._headers("application/json"), msgspec.json.encode(body)
+            ) as response:
+                if response.status != 200:
+                    raise await self._error_response(response)
+                data = await _read_limited(response, _EMBEDDINGS_BYTES)
+        with map_exceptions(self._failed("the response is not a list of embeddings"), msgspec.DecodeError):
+            answer = msgspec.json.decode(data, type=OpenAIEmbeddings)
+        vectors = {entry.index: array("f", entry.embedding) for entry in answer.data}
+        if sorted(vectors) != list(range(len(texts))) or len({len(vector) for vector in vectors.values()}) != 1:
+            raise self._failed("the response has not one embedding for each text, all of one length")
+        bound = await self.count_embedding_tokens(texts, input_type)
+        return Embeddings(
+            tuple(_to_little_endian(vectors[index]) for index in range(len(texts))),
+            bound if answer.usage is None else answer.usage.prompt_tokens,
+        )
 
     async def list_models(self) -> frozenset[str] | None:
         """Return the names in the server's list of models, a free call; ``None`` when it has no such list.
@@ -121,6 +157,12 @@ class OpenAICompatibleModel:
             return frozenset(entry.id for entry in msgspec.json.decode(body, type=OpenAIModelList).data)
         except msgspec.DecodeError:
             return None
+
+    def _headers(self, accept: str) -> dict[str, str]:
+        headers = {"content-type": "application/json", "accept": accept}
+        if self._key is not None:
+            headers["authorization"] = f"Bearer {self._key}"
+        return headers
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -205,6 +247,12 @@ class OpenAICompatibleModel:
         if self._key:
             text = text.replace(self._key, "[key]")
         return " ".join(text.split())[:_DETAIL_CHARACTERS].rstrip(".")
+
+
+def _to_little_endian(vector: array[float]) -> bytes:
+    if sys.byteorder == "big":
+        vector.byteswap()
+    return vector.tobytes()
 
 
 async def _read_error(response: Response) -> OpenAIError:

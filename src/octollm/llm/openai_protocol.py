@@ -105,6 +105,20 @@ class OpenAIChunk(msgspec.Struct, frozen=True):
     error: OpenAIError | None = None
 
 
+class OpenAIEmbedding(msgspec.Struct, frozen=True):
+    """One embedding."""
+
+    index: int
+    embedding: tuple[float, ...]
+
+
+class OpenAIEmbeddings(msgspec.Struct, frozen=True):
+    """The response of ``POST /embeddings``."""
+
+    data: tuple[OpenAIEmbedding, ...]
+    usage: OpenAIUsage | None = None
+
+
 class OpenAIModelEntry(msgspec.Struct, frozen=True):
     """An entry of the list of models."""
 

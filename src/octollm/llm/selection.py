@@ -1,4 +1,4 @@
-"""Model selection: resolves the setting OCTOLLM_MODEL to a model."""
+"""Model selection: resolves the settings OCTOLLM_MODEL and OCTOLLM_EMBEDDING_MODEL to models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from octollm.errors import OctoError, SettingError
 from octollm.llm.cache import ModelCache
 from octollm.llm.catalogue import MODEL_CATALOGUE, ModelEntry, find_entry
 from octollm.llm.embedded import EmbeddedModel, EmbeddedSettings
+from octollm.llm.embeddings import EmbeddedEmbeddingModel, EmbeddingModel
 from octollm.llm.openai_compatible import OPENAI_URL, OpenAICompatibleModel
 from octollm.llm.types import ChatModel
 
@@ -53,6 +54,21 @@ def resolve_model(
             code="no_model",
         )
     return ModelChoice(entry.name, entry, lambda: _open_embedded(entry, cache, embedded))
+
+
+def resolve_embedding_model(setting: str, url: str | None, api_key: str | None) -> EmbeddingModel | None:
+    """Resolve ``setting``: ``embedded``, ``openai:NAME``, or ``off``, which is ``None``.
+
+    Raises ``setting_invalid`` for any other value, and for a wrong URL or key.
+    """
+    kind, _, name = setting.partition(":")
+    if kind == "openai" and name:
+        return OpenAICompatibleModel(name, base_url=url or OPENAI_URL, api_key=api_key)
+    if setting == "embedded":
+        return EmbeddedEmbeddingModel()
+    if setting == "off":
+        return None
+    raise SettingError(f"OCTOLLM_EMBEDDING_MODEL is {setting!r}; it should be `embedded`, `openai:NAME` or `off`.")
 
 
 async def _open_provider(model: ChatModel) -> ChatModel:

@@ -3,7 +3,7 @@
 Values go in, a decision comes out; the caller does the waiting and the I/O. Nothing here imports asyncio.
 """
 
-from octollm.resilience.load_balancing import Balancer, CallOutcome, Ejection, EjectionPolicy, Instance
+from octollm.resilience.load_balancing import Balancer, CallOutcome, Ejection, EjectionPolicy, Instance, Recovery
 from octollm.resilience.retry import (
     Backoff,
     CallFailure,
@@ -24,6 +24,7 @@ __all__ = [
     "EjectionPolicy",
     "Instance",
     "OutageRetry",
+    "Recovery",
     "RetryBudget",
     "RetryPolicy",
     "retry_until",

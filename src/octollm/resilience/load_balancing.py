@@ -162,6 +162,15 @@ class Ejection:
     url: str
     reason: str
     seconds: float
+    reopened: bool = False
+    """A probe failed: the instance was ejected before, and stays so for longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """The circuit of an ejected instance closed: its probe was answered."""
+
+    url: str
 
 
 class Balancer:
@@ -214,8 +223,8 @@ class Balancer:
 
     def record_outcome(
         self, instance: Instance, operation: str, outcome: CallOutcome, seconds: float, now: float
-    ) -> Ejection | None:
-        """Record the outcome of a call that :meth:`pick` sent to ``instance``; return its ejection, if that follows."""
+    ) -> Ejection | Recovery | None:
+        """Record the outcome of a call that :meth:`pick` sent to ``instance``; return what follows for its circuit."""
         instance.in_flight -= 1
         if outcome == "answered":
             instance.record_latency(operation, seconds, now)
@@ -225,22 +234,25 @@ class Balancer:
         if outcome == "erred" and alone:
             outcome = "answered"  # a lone instance stays in use: one failing operation must not block the others
         slow = outcome in ("answered", "late") and self._is_slow(instance, operation, seconds)
+        was_open = health.is_open
         # A missed deadline may mean that the caller allowed too little: it counts when the peers are far faster.
         health.record("unknown" if outcome == "late" and not slow else outcome, slow=slow)
         if not health.should_open(self._policy):
             if not health.is_open and now - max(instance.forgiven_at, health.opened_at) > _RECOVERY_SECONDS:
                 health.forgive()
                 instance.forgiven_at = now
-            return None
+            return Recovery(instance.url) if was_open and not health.is_open else None
         if not health.is_open and not self._may_eject(instance):
             return None
         reason = "slow" if health.slow else "failing"
-        return Ejection(instance.url, reason, health.open(now, self._policy))
+        return Ejection(instance.url, reason, health.open(now, self._policy), was_open)
 
     def _may_eject(self, instance: Instance) -> bool:
         """Return whether one more may be ejected: at most half of them, and a lone one only for failures."""
+        # A lone instance that is slow still serves, and there is no faster one. One that fails gains time to recover.
         if len(self._instances) == 1:
             return instance.breaker.failures >= self._policy.consecutive_failures
+        # The calls of an ejected instance go to the others: past half of them, an overload would spread to all.
         return sum(each.breaker.is_open for each in self._instances) < len(self._instances) // 2
 
     def _is_slow(self, instance: Instance, operation: str, seconds: float) -> bool:

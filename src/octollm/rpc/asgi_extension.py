@@ -1,16 +1,18 @@
-"""An ASGI extension of our HTTP server: a whole request gets its response in one write.
+"""Two ASGI extensions of our HTTP server: a response in one write, and the transport of a WebSocket connection.
 
-It saves a coroutine for each ASGI message. Everything works without it too.
+They save a coroutine for each ASGI message. Everything works without them too.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from starlette.types import Scope
 
 EXTENSION = "octollm.exchange"
+TRANSPORT = "octollm.transport"
 
 
 class WholeRequestExtension(Protocol):
@@ -49,3 +51,11 @@ def take_extension(scope: Scope) -> WholeRequestExtension | None:
     """Take the extension out of the scope, since they refer to each other; ``None`` if the server has none."""
     extensions = scope.get("extensions")
     return None if not extensions else cast("WholeRequestExtension | None", extensions.pop(EXTENSION, None))
+
+
+def get_websocket_transport(scope: Scope) -> asyncio.Transport | None:
+    """Return the transport of an accepted WebSocket connection, for frames that are encoded already.
+
+    ``None`` if the server does not give it. Nothing may be written after the close frame.
+    """
+    return cast("asyncio.Transport | None", scope.get("state", {}).get(TRANSPORT))

@@ -56,7 +56,7 @@ class AuthContext(msgspec.Struct, frozen=True):
     peer: str = ""
     bearer: str = ""
     gateway_tenant: str = ""
-    """The tenant of a caller of the gateway, who presents no capability there."""
+    """The tenant of a caller of the gateway, who has no capability there."""
 
     @property
     def tenant(self) -> str:
@@ -135,7 +135,13 @@ class CapabilityAuthenticator:
             # Deny by default: an operation that declares no scope is closed to everyone.
             if not text:
                 raise OctoError("No scope allows this operation.", code="scope_missing")
-            scope = Scope(text)
+            try:
+                scope = Scope(text)
+            except CapabilityError as error:
+                # The declared scope is well-formed, so a parameter of the path is not.
+                names = ", ".join(f"{name} {value!a}" for name, value in request.path_params.items())
+                detail = f"The path has a name with characters that no name has: {names[:300]}."
+                raise OctoError(detail, code="invalid_parameter") from error
             # A scope with selectors differs from call to call: cached, it would grow without a bound.
             if text == operation.scope:
                 self._parsed_scopes[text] = scope
@@ -171,22 +177,19 @@ class ServiceAuthenticator:
                 raise
             await self._refresh_directory()
             peer = self._verifier.verify(bearer, self._directory())
-        admitted = operation.scope.split()
-        if "*" not in admitted and peer not in admitted:
-            raise OctoError(f"{peer} may not call this operation.", code="scope_missing")
+        _require_admitted(peer, operation)
         return AuthContext(peer=peer, bearer=bearer)
 
 
 class RegisteredServiceAuthenticator:
-    """Requires the own token of any service in the orchestrator's directory, which this service reads remotely."""
+    """As :class:`ServiceAuthenticator`, by the orchestrator's directory, which this service reads remotely."""
 
     def __init__(self, audience: str, directory: ServiceDirectory, clock: Clock) -> None:
         self._verifier = ServiceTokenVerifier(audience, clock)
         self._directory = directory
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
-        """Return the service's name. Raises a ``token_*`` code, or the error of reading the directory."""
-        del operation
+        """Return the service's name. Raises a ``token_*`` code, ``scope_missing``, or the directory's error."""
         bearer = parse_bearer_token(request)
         try:
             peer = self._verifier.verify(bearer, await self._directory.entries())
@@ -195,11 +198,18 @@ class RegisteredServiceAuthenticator:
                 raise
             # The service may have registered, or rotated its key, since the directory was read.
             peer = self._verifier.verify(bearer, await self._directory.entries(fresh=True))
+        _require_admitted(peer, operation)
         return AuthContext(peer=peer, bearer=bearer)
 
 
+def _require_admitted(peer: str, operation: Operation) -> None:
+    admitted = operation.scope.split()
+    if "*" not in admitted and peer not in admitted:
+        raise OctoError(f"{peer} may not call this operation.", code="scope_missing")
+
+
 class PublicAuthenticator:
-    """Admits everybody: health, readiness, public keys."""
+    """Admits every caller: for health, readiness and public keys."""
 
     async def authenticate(self, request: Request, operation: Operation) -> AuthContext:
         """Return an anonymous context."""

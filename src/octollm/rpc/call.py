@@ -18,25 +18,25 @@ from octollm.contracts.services import OperationKind
 from octollm.resilience import Deadline
 from octollm.telemetry import Span
 
-AuthKind = Literal["capability", "service", "public", "door"]
+AuthKind = Literal["capability", "service", "public", "gateway"]
 STREAM_SECONDS = 3600.0
 """Seconds for a stream whose reader names no deadline."""
 
 
 class Emitter(Protocol):
-    """What a handler tells its caller before its answer."""
+    """Streams text and progress to the caller before the response."""
 
     async def token(self, text: str, *, reset: bool = False) -> None:
-        """Send text that was written since the last one; ``reset`` voids what was sent before."""
+        """Send the text that was written since the last call; ``reset`` discards the text that was sent before."""
         ...
 
     async def progress(self, percent: float, message: str = "") -> None:
-        """Send how far the work is, from 0 to 100."""
+        """Send the progress, from 0 to 100."""
         ...
 
 
 class NullEmitter:
-    """The emitter of a call that asked for one answer: nothing is sent before it."""
+    """The emitter of a call without a stream: nothing is sent before the response."""
 
     async def token(self, text: str, *, reset: bool = False) -> None:
         """Send nothing."""
@@ -116,11 +116,11 @@ class OperationDocs:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """An operation of a service: a typed async function and what opens it.
+    """An operation of a service: a typed async function and its authorization.
 
     ``scope`` may hold ``{names}`` of path parameters: they become selectors. ``body`` is ``None`` when there is
-    none, or ``bytes`` for raw ones. The handler returns a value that becomes JSON, a :class:`Reply`, or a
-    Starlette response. ``docs`` is what only its description needs.
+    none, or ``bytes`` for raw ones. The handler returns a value that is encoded as JSON, an
+    :class:`OperationResponse`, or a Starlette response. ``docs`` has what only the API description needs.
     """
 
     name: str
@@ -133,35 +133,37 @@ class Operation:
     """Whether an ``Idempotency-Key`` is claimed and the response stored; false where a repeat is harmless anyway."""
     auth: AuthKind = "capability"
     query: Any = None
-    """A Struct of what the query may hold."""
+    """A Struct with the parameters of the query."""
     body: Any = None
     response: Any = None
     status: int = 200
     raw: bool = False
-    """The body is handed over as it came; ``body`` only describes it."""
+    """The handler gets the unparsed body; ``body`` only describes it."""
     cacheable: bool = False
-    """Answers have an ETag, and a caller who has that answer is told so with 304 (RFC 9110 section 13.1.2)."""
+    """Responses have an ETag, and a caller that has the current one gets 304 (RFC 9110 section 13.1.2)."""
     strict: bool = False
     max_body: int = 4 * 1024 * 1024
     limited: bool = True
-    """Counts against the bound on concurrent calls; long-lived streams do not."""
+    """Whether a call counts towards the limit on concurrent calls; long-lived streams do not."""
     secret_response: bool = False
     """The response holds a secret: it is encrypted where it is stored for a repeated call."""
     traced: bool = False
-    """A call that comes without a trace begins one whose spans are kept."""
+    """A call without a trace context starts a trace that is always recorded."""
+    openai_errors: bool = False
+    """Problem documents also have the member ``error`` that OpenAI clients read."""
     timeout: float = 300.0
-    """Seconds for a call that names no deadline."""
+    """Seconds for a call without a deadline."""
     summary: str = ""
     docs: OperationDocs = field(default_factory=OperationDocs)
 
     @property
     def takes_key(self) -> bool:
-        """Say whether an ``Idempotency-Key`` makes a difference."""
+        """Return whether the operation honours an ``Idempotency-Key``."""
         return self.claims_key and self.kind != "read_only"
 
     @property
     def decodes_body(self) -> bool:
-        """Say whether the body is JSON that becomes a value of the type ``body``."""
+        """Return whether the body is JSON that is decoded to the type ``body``."""
         return self.body not in (None, bytes) and not self.raw
 
     @property
@@ -174,25 +176,31 @@ def implement(
     declared: DeclaredOperation[Any, Any],
     handler: Handler,
     *,
-    auth: AuthKind = "capability",
+    auth: AuthKind | None = None,
     raw: bool = False,
-    strict: bool = True,
+    strict: bool | None = None,
     timeout: float = 300.0,
     example: object = None,
 ) -> Operation:
     """Return the operation by which ``handler`` serves what is declared.
 
-    With ``auth="capability"`` this is the service that does the work; otherwise it is the gateway, which serves the
-    public path. ``strict`` refuses unknown members of a body: so does the public API, while services ignore them, so
-    that two versions can run together. A live stream of events does not count against the bound on concurrent calls.
+    Without ``auth`` the service itself serves the operation, and the declaration determines the authorization. The
+    gateway passes ``auth``. It serves the public path, and uses the full id as the name, since it serves the operations
+    of several services. ``strict`` refuses unknown members of a body, as the public API does. Services ignore unknown
+    members in calls from each other, so that two versions can run together. A live stream does not count towards the
+    limit on concurrent calls.
     """
     streams = declared.is_live_stream
+    at_gateway = auth is not None
+    if auth is None:
+        auth = "service" if declared.callers else "public" if declared.anonymous else "capability"
     return Operation(
-        declared.id.removeprefix(f"{declared.service}:"),
+        declared.id if at_gateway else declared.id.removeprefix(f"{declared.service}:"),
         declared.method,
-        (auth == "capability" and declared.service_path) or declared.path,
+        (not at_gateway and declared.service_path) or declared.path,
         handler,
-        scope=declared.scope,
+        # Of a call that a service token authorizes, the scope is the list of the admitted services.
+        scope=declared.callers or declared.scope,
         kind=declared.kind,
         claims_key=declared.claims_key,
         auth=auth,
@@ -203,7 +211,7 @@ def implement(
         raw=raw,
         cacheable=declared.cacheable,
         secret_response=declared.secret_response,
-        strict=strict,
+        strict=not declared.callers if strict is None else strict,
         max_body=declared.body_limit,
         limited=not streams,
         traced=declared.starts_trace,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import Counter
@@ -17,6 +17,7 @@ from prometheus_client import Counter
 from octollm.clock import Clock, IdGenerator
 from octollm.concurrency import retry
 from octollm.context import current_context
+from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.problems import to_problem
 from octollm.contracts.services import OperationKind
 from octollm.contracts.stream import NDJSON
@@ -26,9 +27,11 @@ from octollm.resilience import (
     CallFailure,
     CallOutcome,
     Deadline,
+    Ejection,
     EjectionPolicy,
     Instance,
     OutageRetry,
+    Recovery,
     RetryBudget,
     RetryPolicy,
 )
@@ -80,6 +83,8 @@ def classify_outcome(error: OctoError) -> CallOutcome:
 
 T = TypeVar("T")
 
+OnBreaker = Callable[[str, Ejection | Recovery], None]
+"""Called with the callee when the circuit breaker of one of its instances opens or closes."""
 MAX_SERVICES = 1024
 NO_OUTAGE_RETRY = OutageRetry()
 
@@ -92,6 +97,20 @@ class CallTarget(msgspec.Struct, frozen=True):
     method: str
     path: str
     kind: OperationKind
+
+    @classmethod
+    def of(cls, declared: DeclaredOperation[Any, Any], query: str = "", **parameters: str) -> CallTarget:
+        """Return a declared operation as a target, with the parameters of its path and an encoded ``query``."""
+        path = declared.format_service_path(**parameters)
+        # Without a key, the client repeats read-only calls only; where no key is claimed, a repeat is as harmless.
+        repeats_safely = declared.kind == "idempotent" and not declared.claims_key
+        return cls(
+            declared.service,
+            declared.id.replace(":", "."),
+            declared.method,
+            f"{path}?{query}" if query else path,
+            "read_only" if repeats_safely else declared.kind,
+        )
 
 
 class OutgoingCall(msgspec.Struct, frozen=True):
@@ -145,8 +164,10 @@ class ServiceClient:
         log: Logger | None = None,
         retry: RetryPolicy | None = None,
         ejection: EjectionPolicy | None = None,
+        on_breaker: OnBreaker | None = None,
     ) -> None:
         self._service = service
+        self._on_breaker = on_breaker
         self._http = http
         self._discovery = discovery
         self._clock = clock
@@ -330,17 +351,23 @@ class ServiceClient:
             raise
         finally:
             now = self._clock.monotonic()
-            ejected = state.balancer.record_outcome(instance, operation, outcome, now - began, now)
-            if ejected is not None:
-                self._metrics.ejections.labels(self._service, call.target.service, ejected.reason).inc()
-                if self._log is not None:
-                    self._log.warning(
-                        "instance.ejected",
-                        target=call.target.service,
-                        instance=ejected.url,
-                        reason=ejected.reason,
-                        seconds=ejected.seconds,
-                    )
+            change = state.balancer.record_outcome(instance, operation, outcome, now - began, now)
+            if change is not None:
+                self._report_breaker(call.target.service, change)
+
+    def _report_breaker(self, service: str, change: Ejection | Recovery) -> None:
+        if isinstance(change, Ejection):
+            self._metrics.ejections.labels(self._service, service, change.reason).inc()
+            if self._log is not None:
+                self._log.warning(
+                    "instance.ejected",
+                    target=service,
+                    instance=change.url,
+                    reason=change.reason,
+                    seconds=change.seconds,
+                )
+        if self._on_breaker is not None:
+            self._on_breaker(service, change)
 
     def _pick_instance(self, target: CallTarget, state: _ServiceState, progress: _CallProgress) -> Instance:
         now = self._clock.monotonic()
@@ -374,6 +401,10 @@ class ServiceClient:
             "traceparent": span.trace.traceparent,
             **call.headers,
         }
+        if span.trace.state:
+            headers["tracestate"] = span.trace.state
+        if context.baggage:
+            headers["baggage"] = context.baggage
         if call.body is not None:
             headers["Content-Type"] = call.content_type
         if call.key is not None:

@@ -6,7 +6,7 @@ A fault of a body is reported with a JSON Pointer (RFC 6901). Pydantic is recogn
 from __future__ import annotations
 
 import asyncio
-import re
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard, TypeVar, cast, get_args, get_origin
 from urllib.parse import parse_qsl
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope
 
 from octollm.clock import IdGenerator
 from octollm.context import REQUEST_ID
-from octollm.errors import FieldError, OctoError, map_exceptions
+from octollm.errors import FieldError, OctoError, escape_pointer, map_exceptions, parse_field_error
 
 
 def is_pydantic(kind: object) -> TypeGuard[type[Any]]:
@@ -84,15 +84,8 @@ def pydantic_faults(error: BaseException | None, at: str) -> tuple[FieldError, .
     )
 
 
-def escape_pointer(part: str) -> str:
-    """Return one part of a JSON Pointer (RFC 6901 section 3)."""
-    return part.replace("~", "~0").replace("/", "~1")
-
-
 T = TypeVar("T")
 
-_PATH = re.compile(r" - at `(?:key in )?\$([^`]*)`$")
-_PART = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
 _DEPTH = 12
 _MAX_PARAMETERS = 100
 
@@ -129,7 +122,7 @@ def decode_strictly(document: Any, kind: type[T]) -> T:
     unknown = list(_unknown_fields(document, kind, "", 0))
     if unknown:
         raise OctoError(
-            "The body has a field that is not known here.",
+            "The body has an unknown member here.",
             code="unknown_field",
             field_errors=tuple(FieldError(pointer, "unknown field") for pointer in unknown[:20]),
         )
@@ -140,11 +133,11 @@ def _body_error(error: Exception) -> OctoError:
     text = str(error)
     if not isinstance(error, msgspec.ValidationError):
         return OctoError("The body is not valid JSON.", code="invalid_json", field_errors=(FieldError("", text),))
-    at = _pointer(text)
+    fault = parse_field_error(text)
     return OctoError(
-        "The body does not fit its schema.",
+        "The body does not match its schema.",
         code="invalid_body",
-        field_errors=pydantic_faults(error.__cause__, at) or (FieldError(at, _fault_text(text)),),
+        field_errors=pydantic_faults(error.__cause__, fault.pointer) or (fault,),
     )
 
 
@@ -160,21 +153,10 @@ def decode_query(text: bytes, kind: type[T]) -> T:
     try:
         return msgspec.convert(parameters, kind, strict=False)
     except msgspec.ValidationError as error:
-        name = _pointer(str(error)).removeprefix("/")
+        fault = parse_field_error(str(error))
+        name = fault.pointer.removeprefix("/")
         where = f"The query parameter {name} is wrong" if name else "The query is wrong"
-        raise OctoError(f"{where}: {_fault_text(str(error))}.", code="invalid_parameter") from error
-
-
-def _fault_text(text: str) -> str:
-    return _PATH.sub("", text)
-
-
-def _pointer(text: str) -> str:
-    match = _PATH.search(text)
-    if match is None:
-        return ""
-    parts = [name or index for name, index in _PART.findall(match[1])]
-    return "".join("/" + escape_pointer(part) for part in parts)
+        raise OctoError(f"{where}: {fault.detail}.", code="invalid_parameter") from error
 
 
 def _unknown_fields(raw: Any, kind: Any, at: str, depth: int) -> Any:
@@ -183,7 +165,7 @@ def _unknown_fields(raw: Any, kind: Any, at: str, depth: int) -> Any:
         return
     struct = _struct_in(kind)
     if struct is not None and isinstance(raw, dict):
-        known = {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
+        known = _fields_of(struct)
         members = cast("dict[str, Any]", raw)
         for name, item in members.items():
             pointer = f"{at}/{escape_pointer(str(name))}"
@@ -197,6 +179,12 @@ def _unknown_fields(raw: Any, kind: Any, at: str, depth: int) -> Any:
             items = cast("list[Any]", raw)
             for index, item in enumerate(items):
                 yield from _unknown_fields(item, get_args(kind)[0], f"{at}/{index}", depth + 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fields_of(struct: type[msgspec.Struct]) -> Mapping[str, Any]:
+    """Return the types of a struct's members. msgspec resolves the annotations anew each time, which takes a while."""
+    return {field.encode_name: field.type for field in msgspec.structs.fields(struct)}
 
 
 def _struct_in(kind: Any) -> Any:

@@ -6,6 +6,7 @@ The arm proves possession of its enrolment token and learns which root keys to t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -24,7 +25,9 @@ from octollm.capability.enrolment import (
 from octollm.capability.jose import b64encode
 from octollm.clock import Clock, IdGenerator
 from octollm.concurrency import retry
+from octollm.contracts.declarations import BodyT, DeclaredOperation
 from octollm.contracts.enrolment import EnrolmentNonce, EnrolmentRequest, EnrolmentResponse, KeyRotation
+from octollm.contracts.internal_operations import ENROL_ARM, ISSUE_NONCE, ROTATE_ARM_KEY
 from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline, retry_until
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
@@ -73,7 +76,7 @@ async def rotate_key(client: ServiceClient, identity: ServiceIdentity, new_key: 
     """
     message = rotation_message(identity.name, new_key.thumbprint)
     body = KeyRotation(new_key.public.to_jwk(), b64encode(new_key.sign(message)))
-    await client.send(_create_call(identity.clock, "keys", body, identity.signer().sign_token("orchestrator")))
+    await client.send(_create_call(identity.clock, ROTATE_ARM_KEY, body, identity.signer().sign_token("orchestrator")))
 
 
 async def _enrol_once(
@@ -84,12 +87,12 @@ async def _enrol_once(
     enrolment_token: EnrolmentToken,
     calls: tuple[str, ...],
 ) -> Mapping[str, PublicKey]:
-    nonce = (await client.call(_create_call(clock, "nonce", None), EnrolmentNonce)).nonce
+    nonce = (await client.call(_create_call(clock, ISSUE_NONCE, None), EnrolmentNonce)).nonce
     claim = EnrolmentClaim(nonce, name, key.thumbprint, calls)
     request = EnrolmentRequest(
         enrolment_token.id, name, key.public.to_jwk(), calls, nonce, arm_proof(enrolment_token.key, claim)
     )
-    response = await client.call(_create_call(clock, "join", request), EnrolmentResponse)
+    response = await client.call(_create_call(clock, ENROL_ARM, request), EnrolmentResponse)
     roots = _parse_roots(response)
     # The proof covers the root keys: whoever sits between cannot replace them without knowing the token.
     if not proofs_match(root_proof(enrolment_token.key, claim, roots), response.proof):
@@ -111,11 +114,11 @@ def _parse_roots(response: EnrolmentResponse) -> dict[str, PublicKey]:
     return {key.thumbprint: key for key in keys}
 
 
-def _create_call(clock: Clock, action: str, body: object, bearer: str = "none") -> OutgoingCall:
-    # The first request that arrives spends the nonce, so only one that certainly did not arrive is retried.
-    kind = "at_most_once" if action == "join" else "read_only"
+def _create_call(
+    clock: Clock, declared: DeclaredOperation[BodyT, Any], body: BodyT, bearer: str = "none"
+) -> OutgoingCall:
     return OutgoingCall(
-        CallTarget("orchestrator", f"arms.{action}", "POST", f"/arms/{action}", kind),
+        CallTarget.of(declared),
         bearer,
         Deadline.after(clock, _CALL_SECONDS),
         None if body is None else msgspec.json.encode(body),

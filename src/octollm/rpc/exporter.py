@@ -16,6 +16,7 @@ from octollm.clock import Clock
 from octollm.concurrency import BackgroundLoop
 from octollm.context import RequestContext, current_context, set_context, start_trace
 from octollm.contracts.problems import to_problem
+from octollm.contracts.service_operations import RECEIVE_SPANS
 from octollm.errors import OctoError
 from octollm.resilience import Backoff, Deadline
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
@@ -122,8 +123,7 @@ class BatchExporter(Generic[T]):
 
 def create_monitor_sender(client: ServiceClient, signer: ServiceTokenSigner, clock: Clock) -> SendBatch[Span]:
     """Return a sender of spans to the monitor, authenticated as the service itself."""
-    # Read-only, so that the client retries it: the monitor stores a repeated span once.
-    target = CallTarget("monitor", "traces.receive", "POST", "/v1/traces", "read_only")
+    target = CallTarget.of(RECEIVE_SPANS)
 
     async def send(spans: list[Span]) -> None:
         body = encode_spans(spans, __version__)

@@ -26,8 +26,10 @@ from octollm.resilience import (
     CallFailure,
     CallOutcome,
     Deadline,
+    Ejection,
     EjectionPolicy,
     Instance,
+    Recovery,
     RetryBudget,
     RetryPolicy,
 )
@@ -145,6 +147,7 @@ class ExternalClient:
         log: Logger,
         retry: RetryPolicy | None = None,
         ejection: EjectionPolicy | None = None,
+        on_breaker: Callable[[str, Ejection | Recovery], None] | None = None,
     ) -> None:
         self._service = service
         self._name = name
@@ -152,9 +155,10 @@ class ExternalClient:
         self._metrics = metrics
         self._log = log
         self._retry = retry or RetryPolicy()
+        self._on_breaker = on_breaker
         self._budget = RetryBudget()
-        self._breaker = Balancer(random.randrange, ejection)
-        self._breaker.update_instances((name,), clock.monotonic())
+        self._balancer = Balancer(random.randrange, ejection)
+        self._balancer.update_instances((name,), clock.monotonic())
 
     async def call(
         self,
@@ -203,11 +207,11 @@ class ExternalClient:
 
     def _pick(self, operation: str, reason: OctoError | None) -> Instance:
         now = self._clock.monotonic()
-        instance = self._breaker.pick(operation, now)
+        instance = self._balancer.pick(operation, now)
         if instance is None:
             if reason is not None:
                 raise reason  # the failure that opened the circuit explains more than "the circuit is open"
-            wait = self._breaker.seconds_until_available(now)
+            wait = self._balancer.seconds_until_available(now)
             raise OctoError(
                 f"{self._name} has failed too often in a row; the next try is in {wait:.0f} s.",
                 code="unavailable",
@@ -227,10 +231,12 @@ class ExternalClient:
             raise
         finally:
             now = self._clock.monotonic()
-            ejected = self._breaker.record_outcome(instance, operation, outcome, now - began, now)
-            if ejected is not None:
-                self._metrics.ejections.labels(self._service, self._name, ejected.reason).inc()
-                self._log.warning("circuit.opened", target=self._name, seconds=ejected.seconds)
+            change = self._balancer.record_outcome(instance, operation, outcome, now - began, now)
+            if isinstance(change, Ejection):
+                self._metrics.ejections.labels(self._service, self._name, change.reason).inc()
+                self._log.warning("circuit.opened", target=self._name, seconds=change.seconds)
+            if change is not None and self._on_breaker is not None:
+                self._on_breaker(self._name, change)
 
 
 def _classify_outcome(error: OctoError) -> CallOutcome:

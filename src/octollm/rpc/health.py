@@ -13,15 +13,56 @@ from starlette.responses import Response
 from octollm import __version__
 from octollm.capability import PublicKey, to_jwks
 from octollm.clock import Clock
+from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.contracts.observability import DependencyStatus, Health, Readiness
 from octollm.rpc.call import IncomingCall, Operation, OperationDocs, OperationResponse
 from octollm.rpc.openapi import build_openapi, render_docs_page
 from octollm.telemetry import Metrics
 
 READINESS_CHECK_SECONDS = 10.0
+WATCH_SECONDS = 10.0
+"""Seconds between two rounds of checks for ``system.degraded``. The first comes as late, when the service is up."""
 HTML = "text/html; charset=utf-8"
 _CACHEABLE = ("jwks", "openapi", "docs")
 ReadinessCheck = Callable[[], Awaitable[DependencyStatus]]
+
+
+class DependencyWatch:
+    """The dependencies of a service. ``on_degraded`` is called once with each that stops working: name and reason."""
+
+    def __init__(
+        self,
+        checks: Mapping[str, ReadinessCheck],
+        clock: Clock,
+        on_degraded: Callable[[str, str], None],
+        log: LoopLogger,
+    ) -> None:
+        self._checks = checks
+        self._clock = clock
+        self._on_degraded = on_degraded
+        self._failing: frozenset[str] = frozenset()
+        self.loop = BackgroundLoop(
+            "dependency watch",
+            self.observe,
+            interval=WATCH_SECONDS,
+            initial_delay=WATCH_SECONDS,
+            restart=True,
+            log=log,
+        )
+
+    async def check_all(self) -> dict[str, DependencyStatus]:
+        """Run every check at once, each within its time limit."""
+        states = await asyncio.gather(*(_run_check(check, self._clock) for check in self._checks.values()))
+        return dict(zip(self._checks, states, strict=True))
+
+    async def observe(self) -> None:
+        """Run every check and report those that fail and did not in the last round."""
+        states = await self.check_all()
+        failing = {name: state.detail for name, state in states.items() if not state.ok}
+        for name, reason in failing.items():
+            if name not in self._failing:
+                self._on_degraded(name, reason)
+        self._failing = frozenset(failing)
 
 
 class JwkSet(msgspec.Struct, frozen=True):
@@ -35,17 +76,15 @@ def health_operations(
     metrics: Metrics,
     operations: Sequence[Operation],
     keys: Callable[[], Mapping[str, PublicKey]],
-    readiness_checks: Mapping[str, ReadinessCheck],
-    clock: Clock,
+    watch: DependencyWatch,
 ) -> list[Operation]:
-    """Return the operations that every service has. ``/ready`` runs all ``readiness_checks`` at once."""
+    """Return the operations that every service has. ``/ready`` runs all checks of ``watch`` at once."""
 
     async def health(_call: IncomingCall, _body: object) -> Health:
         return Health(service, __version__)
 
     async def ready(call: IncomingCall, _body: object) -> OperationResponse:
-        states = await asyncio.gather(*(_run_check(check, clock) for check in readiness_checks.values()))
-        dependencies = dict(zip(readiness_checks, states, strict=True))
+        dependencies = await watch.check_all()
         ok = all(state.ok or not state.required for state in dependencies.values())
         degraded = ok and not all(state.ok for state in dependencies.values())
         word = "degraded" if degraded else "ready" if ok else "not ready"

@@ -11,7 +11,7 @@ import math
 import re
 import ssl
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -33,11 +33,15 @@ from octollm.rpc.http_client import (
 
 _TARGET = re.compile(r"/[!-~]*")
 
+FindAddresses = Callable[[str, str], Awaitable[Sequence[str]]]
+"""Returns the addresses of a host (the second argument) for requests to an origin (the first), best first."""
+
 
 @dataclass(slots=True)
 class _Origin:
     """One address with the limiter of its connections, and the idle ones, most recently used last."""
 
+    url: str
     host: str
     name: str
     port: int
@@ -47,10 +51,15 @@ class _Origin:
 
 
 class Http1Client(HttpClient):
-    """A connection pool for one process; ``tls`` is the context for ``https`` addresses."""
+    """A connection pool for one process; ``tls`` is the context for ``https`` addresses.
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    With ``addresses`` a connection goes to one of those that it returns, and to no other. ``Host``, SNI and the
+    certificate keep the name. Without it the operating system resolves names.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None, *, addresses: FindAddresses | None = None) -> None:
         self._tls = tls
+        self._addresses = addresses
         self._origins: dict[str, _Origin] = {}
         self._connections: set[Http1Connection] = set()
         self._sweep: asyncio.TimerHandle | None = None
@@ -80,6 +89,8 @@ class Http1Client(HttpClient):
             return HttpResponse(connection.status, connection.headers, body)
         finally:
             timer.cancel()
+            # After a failure or a cancellation the rest of the response is still to come, so the connection is closed
+            # instead of reused. That is also how the server learns of the cancellation.
             self._release(origin, connection)
 
     @contextlib.asynccontextmanager
@@ -133,7 +144,7 @@ class Http1Client(HttpClient):
                     del self._origins[key]
         secure = parts.scheme == "https"
         port = parts.port or (443 if secure else 80)
-        return _Origin(host, parts.hostname, port, secure, create_connection_limiter(host))
+        return _Origin(at, host, parts.hostname, port, secure, create_connection_limiter(host))
 
     async def _acquire(self, origin: _Origin, until: float) -> Http1Connection:
         """Return a connection by the loop time ``until``; :meth:`_release` returns it to the pool."""
@@ -157,9 +168,7 @@ class Http1Client(HttpClient):
         began = loop.time()
         try:
             async with asyncio.timeout_at(min(until, began + CONNECT_SECONDS)):
-                _, connection = await loop.create_connection(
-                    lambda: Http1Connection(origin.host), origin.name, origin.port, ssl=tls
-                )
+                connection = await self._open(origin, tls)
         # TimeoutError is an OSError too, so it has to come first.
         except TimeoutError as error:
             if loop.time() >= until:
@@ -175,6 +184,28 @@ class Http1Client(HttpClient):
             ) from error
         self._connections.add(connection)
         return connection
+
+    async def _open(self, origin: _Origin, tls: ssl.SSLContext | None) -> Http1Connection:
+        """Connect to the first address that accepts. Raises ``OSError``."""
+        loop = asyncio.get_running_loop()
+        addresses = [origin.name] if self._addresses is None else await self._addresses(origin.url, origin.name)
+        failure = OSError("no address")
+        for address in addresses:
+            try:
+                _, connection = await loop.create_connection(
+                    lambda: Http1Connection(origin.host),
+                    address,
+                    origin.port,
+                    ssl=tls,
+                    server_hostname=None if tls is None else origin.name,
+                )
+            except TimeoutError:
+                raise
+            except OSError as error:
+                failure = error
+            else:
+                return connection
+        raise failure
 
     def _release(self, origin: _Origin, connection: Http1Connection) -> None:
         reusable = connection.release()

@@ -143,7 +143,7 @@ class Http1Parser:
         return head
 
     def _find_request_line(self) -> bool:
-        """Check the request line as soon as it is here: what does not speak HTTP is told so at once."""
+        """Check the request line as soon as it is here: what does not speak HTTP gets its error at once."""
         buffer = self._buffer
         while buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2: empty lines before it are ignored
             buffer = buffer[2:]

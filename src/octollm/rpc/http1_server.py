@@ -15,7 +15,7 @@ import httptools
 from starlette.types import ASGIApp, Scope
 
 from octollm.errors import OctoError
-from octollm.rpc.asgi_extension import EXTENSION
+from octollm.rpc.asgi_extension import EXTENSION, TRANSPORT
 from octollm.rpc.http1_exchange import MAX_DISCARDED_BYTES, STATUS_LINES, Http1Exchange, problem_parts
 from octollm.rpc.http1_parser import END, Headers, Http1Parser, RequestHead
 
@@ -215,7 +215,7 @@ class Http1ServerProtocol(asyncio.Protocol):
         self._deadline = None
         fields = b"".join([name + b": " + value + b"\r\n" for name, value in head.headers])
         protocol = self._config.ws_protocol_class(
-            config=self._config, server_state=self._state, app_state=self._app_state
+            config=self._config, server_state=self._state, app_state={**self._app_state, TRANSPORT: transport}
         )
         protocol.connection_made(transport)
         protocol.data_received(b"GET " + head.target + b" HTTP/1.1\r\n" + fields + b"\r\n" + self._parser.take_rest())

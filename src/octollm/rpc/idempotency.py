@@ -8,23 +8,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import UNSET
 from starlette.responses import Response
 
+from octollm.capability.keyring import SecretCipher
 from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
+from octollm.group_commit import GroupCommit
 from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall
-from octollm.rpc.group_commit import GroupCommit
 from octollm.rpc.problems import PROBLEM_JSON
 from octollm.rpc.responses import BufferedResponse
 
@@ -34,7 +32,8 @@ RETENTION_SECONDS = 24 * 3600.0
 MAX_STORED_BYTES = 1024 * 1024
 """Largest response that is stored: an idempotent call with a larger one runs again when it is repeated."""
 NEVER_STORED = frozenset({401, 403, 408, 413, 429})
-"""Client errors that do not come from the operation itself; responses of 500 and more are not stored either."""
+"""Client errors that do not come from the operation itself but from the credential, the size or the rate: a repeat may
+succeed. Responses of 500 and more are not stored either."""
 
 
 class IdempotencyKey(msgspec.Struct, frozen=True, order=True):
@@ -48,14 +47,22 @@ class IdempotencyKey(msgspec.Struct, frozen=True, order=True):
 
     @classmethod
     def of(cls, call: IncomingCall) -> IdempotencyKey | None:
-        """Return the key of a call that is being served; ``None`` for one without a key or without a capability."""
-        if call.key is None or call.verified is None:
+        """Return the key of a call that is being served; ``None`` for one without a key or without a capability.
+
+        A service that calls under a grant has keys of its own in each task: it acts for the principal, but must not
+        occupy or read what the principal or another service has a guessable key for.
+        """
+        verified, key = call.verified, call.key
+        if key is None or verified is None:
             return None
-        return cls(call.verified.tenant, call.verified.subject, call.service, call.operation, call.key)
+        if verified.is_delegated:
+            task = "" if verified.task is None else verified.task.task
+            key = hashlib.sha256("\n".join((verified.issuer, task, key)).encode()).hexdigest()
+        return cls(verified.tenant, verified.subject, call.service, call.operation, key)
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class HeldClaim:
     """The caller holds the claim and runs the handler. ``epoch`` fences its completion."""
 
     epoch: int
@@ -107,9 +114,10 @@ class ClaimCompletion(msgspec.Struct, frozen=True):
     key: IdempotencyKey
     epoch: int
     response: StoredResponse
+    idempotent: bool = False
 
 
-ClaimOutcome = Claimed | AlreadyCompleted | InFlight | KeyConflict | OutcomeUnknown
+ClaimOutcome = HeldClaim | AlreadyCompleted | InFlight | KeyConflict | OutcomeUnknown
 
 
 class IdempotencyStore(Protocol):
@@ -123,8 +131,10 @@ class IdempotencyStore(Protocol):
         """Renew the leases of claims, each a key and its epoch, for another 5 seconds."""
         ...
 
-    async def complete(self, key: IdempotencyKey, epoch: int, response: StoredResponse) -> None:
-        """Store the response of a claimed call."""
+    async def complete(
+        self, key: IdempotencyKey, epoch: int, response: StoredResponse, *, idempotent: bool = False
+    ) -> None:
+        """Store the response of a claimed call. That of an ``idempotent`` one need not wait for the disk."""
         ...
 
     async def release(self, key: IdempotencyKey, epoch: int) -> None:
@@ -137,7 +147,7 @@ def check_key(text: str | None) -> str | None:
     if text is None:
         return None
     if not (0 < len(text) <= MAX_KEY and text.isascii() and text.isprintable()):
-        raise OctoError(f"Idempotency-Key must be 1 to {MAX_KEY} printable characters.", code="invalid_header")
+        raise OctoError(f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters.", code="invalid_header")
     return text
 
 
@@ -234,7 +244,7 @@ class CancellableClaims(Generic[I]):
         if ended.cancelled() or ended.exception() is not None:
             return
         outcome = ended.result()
-        if isinstance(outcome, Claimed):
+        if isinstance(outcome, HeldClaim):
             task = asyncio.create_task(self._release_quietly(key, outcome.epoch))
             self._releasing.add(task)
             task.add_done_callback(self._releasing.discard)
@@ -263,36 +273,30 @@ NOT_STARTED_CODES = frozenset(
 
 Work = Callable[[], Awaitable[BufferedResponse | Response]]
 
-_NONCE_BYTES = 12
-
 
 class ResponseCipher:
-    """Encrypts responses that hold a secret (AES-256-GCM), so that reading the store reveals none.
+    """Encrypts responses that hold a secret, so that reading the store reveals none.
 
-    ``load_keys`` returns keys of 32 bytes: the first encrypts, each may decrypt.
+    The idempotency key is authenticated too: a ciphertext moved to another row does not decrypt.
     """
 
     def __init__(self, load_keys: Callable[[], Sequence[bytes]]) -> None:
-        self._load_keys = load_keys
+        """``load_keys`` is as for :class:`~octollm.capability.keyring.SecretCipher`."""
+        self._cipher = SecretCipher(load_keys)
 
     def encrypt(self, key: IdempotencyKey, response: StoredResponse) -> StoredResponse:
         """Return the response as it is stored."""
-        nonce = os.urandom(_NONCE_BYTES)
-        # The idempotency key is authenticated too: a ciphertext moved to another row does not decrypt.
-        sealed = AESGCM(self._load_keys()[0]).encrypt(nonce, response.body, msgspec.json.encode(key))
-        return msgspec.structs.replace(response, body=nonce + sealed)
+        return msgspec.structs.replace(response, body=self._cipher.encrypt(response.body, msgspec.json.encode(key)))
 
     def decrypt(self, key: IdempotencyKey, stored: StoredResponse) -> StoredResponse:
         """Return the response as it was. Raises ``outcome_unknown`` when no present key decrypts it."""
-        nonce, sealed = stored.body[:_NONCE_BYTES], stored.body[_NONCE_BYTES:]
-        for secret in self._load_keys():
-            with contextlib.suppress(InvalidTag, ValueError):  # a ValueError: too short to hold a nonce
-                body = AESGCM(secret).decrypt(nonce, sealed, msgspec.json.encode(key))
-                return msgspec.structs.replace(stored, body=body)
-        raise OctoError(
-            "An earlier call with this key took effect, and its response can no longer be decrypted.",
-            code="outcome_unknown",
-        )
+        body = self._cipher.decrypt(stored.body, msgspec.json.encode(key))
+        if body is None:
+            raise OctoError(
+                "An earlier call with this key took effect, and its response can no longer be decrypted.",
+                code="outcome_unknown",
+            )
+        return msgspec.structs.replace(stored, body=body)
 
 
 class KeyedCall(msgspec.Struct, frozen=True):
@@ -325,7 +329,7 @@ class IdempotentHandler:
         pause = MAX_POLL_SECONDS / 10
         while True:
             outcome = await self._store.claim(call.key, call.digest, idempotent=call.idempotent, bearer=call.bearer)
-            if isinstance(outcome, Claimed):
+            if isinstance(outcome, HeldClaim):
                 return await self._run_claimed(call, outcome.epoch, work)
             if isinstance(outcome, AlreadyCompleted):
                 return _replay(_decrypt(call, outcome.response))
@@ -358,7 +362,7 @@ class IdempotentHandler:
             # A refusal by the operation itself is final: a repeat of the call gets the same one.
             if 400 <= problem.status < 500 and problem.status not in NEVER_STORED:
                 stored = StoredResponse(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
-                await self._store.complete(key, epoch, stored)
+                await self._store.complete(key, epoch, stored, idempotent=call.idempotent)
             elif call.idempotent or error.code in NOT_STARTED_CODES:
                 await self._release(key, epoch)
             raise
@@ -374,7 +378,7 @@ class IdempotentHandler:
             # The store releases the claim of a response that is too large for it. An at-most-once call must not run
             # again, so its claim stays, and its outcome becomes unknown when the lease ends.
             if call.idempotent or len(stored.body) <= MAX_STORED_BYTES:
-                await self._store.complete(key, epoch, stored)
+                await self._store.complete(key, epoch, stored, idempotent=call.idempotent)
             return response
         finally:
             # After an expired lease another call of this process may hold the key by now.

@@ -6,11 +6,13 @@ Claims and completions are sent by group commit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
+from octollm.contracts.declarations import BodyT, DeclaredOperation
 from octollm.contracts.internal import (
     ClaimBatch,
     ClaimRequest,
@@ -19,16 +21,17 @@ from octollm.contracts.internal import (
     ClaimUpdate,
     ClaimUpdateBatch,
 )
+from octollm.contracts.internal_operations import CLAIM_KEYS, COMPLETE_CLAIMS, RELEASE_CLAIMS, RENEW_CLAIMS
 from octollm.contracts.problems import Problem
 from octollm.errors import OctoError
+from octollm.group_commit import GroupCommit
 from octollm.resilience import Deadline
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
-from octollm.rpc.group_commit import GroupCommit
 from octollm.rpc.idempotency import (
     AlreadyCompleted,
     CancellableClaims,
-    Claimed,
     ClaimOutcome,
+    HeldClaim,
     IdempotencyKey,
     InFlight,
     KeyConflict,
@@ -75,7 +78,7 @@ class RemoteIdempotencyStore:
         return await self._claiming.claim(pending, key)
 
     async def _claim_all(self, pending: Sequence[_PendingClaim]) -> Sequence[ClaimOutcome | OctoError]:
-        call = self._call("claim", ClaimBatch(tuple(each.claim for each in pending)))
+        call = self._call(CLAIM_KEYS, ClaimBatch(tuple(each.claim for each in pending)))
         responses = (await self._client.call(call, ClaimResponseBatch)).answers
         if len(responses) != len(pending):
             raise OctoError("The orchestrator answered a different number of claims.", code="peer_protocol")
@@ -83,27 +86,28 @@ class RemoteIdempotencyStore:
 
     async def renew(self, claims: Sequence[tuple[IdempotencyKey, int]]) -> None:
         """Renew the leases of claims."""
-        await self._send("renew", [_create_update(key, epoch) for key, epoch in claims])
+        await self._send(RENEW_CLAIMS, [_create_update(key, epoch) for key, epoch in claims])
 
-    async def complete(self, key: IdempotencyKey, epoch: int, response: StoredResponse) -> None:
+    async def complete(
+        self, key: IdempotencyKey, epoch: int, response: StoredResponse, *, idempotent: bool = False
+    ) -> None:
         """Store the response of a claimed call."""
-        await self._completions.wait(_create_update(key, epoch, response))
+        await self._completions.wait(_create_update(key, epoch, response, idempotent=idempotent))
 
     async def _complete_all(self, updates: Sequence[ClaimUpdate]) -> Sequence[None]:
-        await self._send("complete", updates)
+        await self._send(COMPLETE_CLAIMS, updates)
         return [None] * len(updates)
 
     async def release(self, key: IdempotencyKey, epoch: int) -> None:
         """Release a claim."""
-        await self._send("release", [_create_update(key, epoch)])
+        await self._send(RELEASE_CLAIMS, [_create_update(key, epoch)])
 
-    async def _send(self, action: str, updates: Sequence[ClaimUpdate]) -> None:
-        await self._client.send(self._call(action, ClaimUpdateBatch(tuple(updates))))
+    async def _send(self, declared: DeclaredOperation[ClaimUpdateBatch, Any], updates: Sequence[ClaimUpdate]) -> None:
+        await self._client.send(self._call(declared, ClaimUpdateBatch(tuple(updates))))
 
-    def _call(self, action: str, body: ClaimBatch | ClaimUpdateBatch) -> OutgoingCall:
-        # Sent as read-only, so that the client retries them: each names its claim, which makes a repeat harmless.
+    def _call(self, declared: DeclaredOperation[BodyT, Any], body: BodyT) -> OutgoingCall:
         return OutgoingCall(
-            CallTarget("orchestrator", f"idempotency.{action}", "POST", f"/idempotency/{action}", "read_only"),
+            CallTarget.of(declared),
             self._signer.sign_token("orchestrator"),
             Deadline.after(self._clock, _CALL_SECONDS),
             msgspec.json.encode(body),
@@ -113,7 +117,7 @@ class RemoteIdempotencyStore:
 def _parse_outcome(response: ClaimResponse) -> ClaimOutcome | OctoError:
     match response.outcome:
         case "claimed":
-            return Claimed(response.run)
+            return HeldClaim(response.run)
         case "stored":
             return AlreadyCompleted(StoredResponse(response.status, response.answer, response.headers))
         case "in_flight":
@@ -131,7 +135,17 @@ _MISSING_PROBLEM = Problem(
 )
 
 
-def _create_update(key: IdempotencyKey, epoch: int, response: StoredResponse = _NO_RESPONSE) -> ClaimUpdate:
+def _create_update(
+    key: IdempotencyKey, epoch: int, response: StoredResponse = _NO_RESPONSE, *, idempotent: bool = False
+) -> ClaimUpdate:
     return ClaimUpdate(
-        key.tenant, key.subject, key.operation, key.key, epoch, response.status, response.body, dict(response.headers)
+        key.tenant,
+        key.subject,
+        key.operation,
+        key.key,
+        epoch,
+        response.status,
+        response.body,
+        dict(response.headers),
+        idempotent,
     )

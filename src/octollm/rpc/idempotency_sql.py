@@ -14,7 +14,7 @@ import msgspec
 from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tuple_, update
 
 from octollm.errors import OctoError
-from octollm.rpc.group_commit import GroupCommit
+from octollm.group_commit import GroupCommit
 from octollm.rpc.idempotency import (
     LEASE_SECONDS,
     MAX_STORED_BYTES,
@@ -22,8 +22,8 @@ from octollm.rpc.idempotency import (
     AlreadyCompleted,
     CancellableClaims,
     ClaimCompletion,
-    Claimed,
     ClaimOutcome,
+    HeldClaim,
     IdempotencyKey,
     InFlight,
     KeyConflict,
@@ -31,7 +31,8 @@ from octollm.rpc.idempotency import (
     OutcomeUnknown,
     StoredResponse,
 )
-from octollm.storage import Database, DirectPool, Transaction, row_to_dict
+from octollm.storage import Database, DirectPool, Transaction, is_lease_over, row_to_dict
+from octollm.storage.programs import SqlStatement, update_statement
 from octollm.storage.tables import idempotency as table
 from octollm.storage.tables import tasks
 
@@ -41,6 +42,11 @@ PRUNE_EVERY = 500
 """Claims between two deletions: more keys are deleted than added, so that the table holds about a day's calls."""
 _NAMES = ("tenant", "subject", "service", "operation", "key")
 _COLUMNS = tuple(table.c[name] for name in _NAMES)
+_READ_HEADERS = """
+SELECT headers FROM idempotency
+WHERE tenant = $1 AND subject = $2 AND service = $3 AND operation = $4 AND key = $5
+"""
+_RECORD_EFFECT = update_statement("idempotency", ("headers",), _NAMES)
 _KEY_MATCHES = and_(*(column == bindparam(f"of_{column.name}") for column in _COLUMNS))
 
 
@@ -65,7 +71,7 @@ class SqlIdempotencyStore:
     async def claim_many(self, claims: Sequence[NewClaim]) -> list[ClaimOutcome | OctoError]:
         """Claim several keys, and return their outcomes in order.
 
-        The outcome of a claim for an older run of its task is ``fence_lost``.
+        The outcome of a claim for an older epoch of its task is ``fence_lost``.
         """
         return await self._claiming.claim_many([(claim, claim.key) for claim in claims])
 
@@ -76,7 +82,7 @@ class SqlIdempotencyStore:
             first.setdefault(claim.key, claim)
         fresh = await self._insert([first[key] for key in sorted(first)])
         outcomes: dict[int, ClaimOutcome | OctoError] = {
-            id(claim): Claimed(fresh[claim.key]) for claim in first.values() if claim.key in fresh
+            id(claim): HeldClaim(fresh[claim.key]) for claim in first.values() if claim.key in fresh
         }
         rest = sorted((claim for claim in claims if id(claim) not in outcomes), key=lambda claim: claim.key)
         # The claims above are committed: a failure from here on must not fail their callers.
@@ -100,12 +106,7 @@ class SqlIdempotencyStore:
 
     async def _insert(self, claims: Sequence[NewClaim]) -> dict[IdempotencyKey, int]:
         """Claim the keys that are free and return them, each with its fence."""
-        pool = self._db.direct_pool
-        if all(claim.idempotent for claim in claims):
-            # A claim is a lease: what has to be durable is the response. A crash of the database server may take the
-            # claim of a running call along, and then a repeat runs beside it, as after the end of a lease; an
-            # idempotent operation may. An at-most-once operation may not, so its claim waits for the disk.
-            pool = self._db.lazy_pool
+        pool = self._pool_for(claims)
         if pool is not None:
             return await claim_new(pool, claims, self._holder)
         async with self._db.transaction() as tx:
@@ -118,7 +119,7 @@ class SqlIdempotencyStore:
                 .values(
                     state="claimed",
                     holder=self._holder,
-                    fence=_first_fence(now),
+                    fence=_first_epoch(now),
                     lease_until=now + LEASE_SECONDS,
                     created_at=now,
                 )
@@ -142,7 +143,7 @@ class SqlIdempotencyStore:
         now = await tx.now()
         outcome = _decide(row_to_dict(row), claim.body_digest, now, idempotent=claim.idempotent)
         values: dict[str, object] = {}
-        if isinstance(outcome, Claimed):
+        if isinstance(outcome, HeldClaim):
             # The higher fence makes a completion by the former holder a no-op.
             values = {
                 "state": "claimed",
@@ -160,9 +161,9 @@ class SqlIdempotencyStore:
         """Return the effect recorded by an earlier holder that died before its response was stored."""
         if key is None:
             return None
-        async with self._db.read() as conn:
-            headers = await conn.scalar(select(table.c.headers).where(_key_is(key)))
-        return None if headers is None else headers.get("done")
+        rows = await self._db.fetch(_READ_HEADERS, *(getattr(key, name) for name in _NAMES))
+        headers = rows[0]["headers"] if rows else None
+        return None if headers is None else msgspec.json.decode(headers).get("done")
 
     async def record_effect(self, tx: Transaction, key: IdempotencyKey | None, effect: str) -> None:
         """Record the effect in the transaction that has it, so that no later holder repeats the work.
@@ -174,6 +175,13 @@ class SqlIdempotencyStore:
             return
         await tx.execute(update(table).where(_key_is(key)).values(headers={"done": effect}))
 
+    def effect_statements(self, key: IdempotencyKey | None, effect: str) -> tuple[SqlStatement, ...]:
+        """Return the write of :meth:`record_effect`, for a program."""
+        if key is None:
+            return ()
+        done = msgspec.json.encode({"done": effect}).decode()
+        return (SqlStatement(_RECORD_EFFECT, (done, *(getattr(key, name) for name in _NAMES))),)
+
     async def renew(self, claims: Sequence[tuple[IdempotencyKey, int]]) -> None:
         """Renew the leases of claims."""
         if not claims:
@@ -181,18 +189,30 @@ class SqlIdempotencyStore:
         async with self._db.transaction(single=True) as tx:
             statement = (
                 update(table)
-                .where(_KEY_MATCHES, table.c.fence == bindparam("of_run"), table.c.state == "claimed")
+                .where(_KEY_MATCHES, table.c.fence == bindparam("of_epoch"), table.c.state == "claimed")
                 .values(lease_until=_now(tx) + LEASE_SECONDS)
             )
             # Sorted, as every statement on several keys: one order of row locks prevents deadlocks.
-            await tx.execute(statement, [{**_key_parameters(key), "of_run": epoch} for key, epoch in sorted(claims)])
+            await tx.execute(statement, [{**_key_parameters(key), "of_epoch": epoch} for key, epoch in sorted(claims)])
 
-    async def complete(self, key: IdempotencyKey, epoch: int, response: StoredResponse) -> None:
+    def _pool_for(self, items: Sequence[NewClaim] | Sequence[ClaimCompletion]) -> DirectPool | None:
+        """Return the pool that commits a batch; those of idempotent calls alone do not wait for the disk.
+
+        A crash of the database server may take their last commits along, and then a repeated call runs again, as an
+        idempotent operation may after an interruption. No effect happens twice for that: a server flushes its log in
+        order, so an at-most-once claim, a step or a settled budget is never on the disk without the responses that
+        its caller had seen before.
+        """
+        return self._db.lazy_pool if all(item.idempotent for item in items) else self._db.direct_pool
+
+    async def complete(
+        self, key: IdempotencyKey, epoch: int, response: StoredResponse, *, idempotent: bool = False
+    ) -> None:
         """Store the response of a claimed call; that of a former holder is ignored."""
         if len(response.body) > MAX_STORED_BYTES:
             await self.release(key, epoch)
             return
-        await self._completions.wait(ClaimCompletion(key, epoch, response))
+        await self._completions.wait(ClaimCompletion(key, epoch, response, idempotent))
 
     async def complete_many(self, completions: Sequence[ClaimCompletion]) -> None:
         """Store the responses of several claimed calls, as :meth:`complete` does."""
@@ -208,13 +228,14 @@ class SqlIdempotencyStore:
 
     async def _complete_all(self, completions: Sequence[ClaimCompletion]) -> Sequence[None]:
         ordered = sorted(completions, key=lambda each: each.key)
-        if self._db.direct_pool is not None:
-            await complete_all(self._db.direct_pool, ordered)
+        pool = self._pool_for(ordered)
+        if pool is not None:
+            await complete_all(pool, ordered)
             return [None] * len(completions)
         async with self._db.transaction() as tx:
             statement = (
                 update(table)
-                .where(_KEY_MATCHES, table.c.fence == bindparam("of_run"))
+                .where(_KEY_MATCHES, table.c.fence == bindparam("of_epoch"))
                 .values(
                     state="completed",
                     status=bindparam("new_status"),
@@ -226,7 +247,7 @@ class SqlIdempotencyStore:
             rows = [
                 {
                     **_key_parameters(each.key),
-                    "of_run": each.epoch,
+                    "of_epoch": each.epoch,
                     "new_status": each.response.status,
                     "new_answer": each.response.body,
                     "new_headers": dict(each.response.headers),
@@ -246,20 +267,20 @@ class SqlIdempotencyStore:
         self._until_prune -= claimed
         if self._until_prune > 0:
             return
-        async with self._db.transaction() as tx:
-            before = await tx.now() - RETENTION_SECONDS
-            old = (
-                select(*_COLUMNS)
-                .where(table.c.created_at < before)
-                .limit(PRUNE_BATCH)
-                .with_for_update(skip_locked=True)
-            )
-            done = await tx.execute(delete(table).where(tuple_(*_COLUMNS).in_(old)))
         # A full batch leaves more to delete: the next claims go on with it.
-        self._until_prune = 0 if done.rowcount >= PRUNE_BATCH else PRUNE_EVERY
+        self._until_prune = 0 if await delete_expired_keys(self._db) >= PRUNE_BATCH else PRUNE_EVERY
 
 
-def _first_fence(now: float) -> int:
+async def delete_expired_keys(db: Database) -> int:
+    """Delete up to :data:`PRUNE_BATCH` keys older than a day with their responses, and return how many."""
+    async with db.transaction() as tx:
+        before = await tx.now() - RETENTION_SECONDS
+        old = select(*_COLUMNS).where(table.c.created_at < before).limit(PRUNE_BATCH)
+        done = await tx.execute(delete(table).where(tuple_(*_COLUMNS).in_(old.with_for_update(skip_locked=True))))
+    return done.rowcount
+
+
+def _first_epoch(now: float) -> int:
     """Return the fence of a new row: milliseconds, so that a key claimed anew never gets the fence of a lost claim."""
     return int(now * 1000)
 
@@ -269,13 +290,13 @@ def _fence_lost() -> OctoError:
 
 
 async def _find_stale(tx: Transaction, claims: Sequence[NewClaim]) -> set[NewClaim]:
-    """Return the claims of workers that lost their task: a newer run holds it."""
+    """Return the claims of workers that lost their task: a newer epoch holds it."""
     fenced = {claim.task_id for claim in claims if claim.epoch is not None}
     if not fenced:
         return set()
     rows = await tx.all(select(tasks.c.task_id, tasks.c.run).where(tasks.c.task_id.in_(fenced)))
-    runs = {row["task_id"]: int(row["run"]) for row in rows}
-    return {claim for claim in claims if claim.epoch is not None and claim.epoch < runs.get(claim.task_id, 0)}
+    epochs = {row["task_id"]: int(row["run"]) for row in rows}
+    return {claim for claim in claims if claim.epoch is not None and claim.epoch < epochs.get(claim.task_id, 0)}
 
 
 def _now(tx: Transaction) -> Any:
@@ -299,10 +320,10 @@ def _decide(row: Mapping[str, Any], body_digest: str, now: float, *, idempotent:
         return AlreadyCompleted(StoredResponse(row["status"], row["answer"], row["headers"] or {}))
     if row["state"] == "unknown":
         return OutcomeUnknown()
-    if row["lease_until"] > now:
+    if not is_lease_over(float(row["lease_until"]), now, LEASE_SECONDS):
         return InFlight()
     # The holder is gone. Only an operation that may run again runs again.
-    return Claimed(row["fence"] + 1) if idempotent else OutcomeUnknown()
+    return HeldClaim(row["fence"] + 1) if idempotent else OutcomeUnknown()
 
 
 def _key_is(key: IdempotencyKey) -> ColumnElement[bool]:
@@ -333,7 +354,7 @@ WHERE mine.tenant = of.tenant AND mine.subject = of.subject AND mine.service = o
 
 
 async def claim_new(direct: DirectPool, claims: Sequence[NewClaim], holder: str) -> dict[IdempotencyKey, int]:
-    """Claim the keys that are free, and return them with their fences; an older run of a task claims none.
+    """Claim the keys that are free, and return them with their epochs; an older epoch of a task claims none.
 
     The fence is checked by the statement that claims: a query of its own would cost as much as the claim.
     """

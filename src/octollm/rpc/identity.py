@@ -9,8 +9,6 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import msgspec
-
 from octollm.capability import (
     Delegator,
     DirectoryEntry,
@@ -24,6 +22,8 @@ from octollm.capability import (
 from octollm.capability.keyring import KeyRing, TrustedRoots
 from octollm.clock import Clock, IdGenerator
 from octollm.concurrency import BackgroundLoop
+from octollm.contracts.auth import DirectoryResponse
+from octollm.contracts.internal_operations import READ_DIRECTORY
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
@@ -34,12 +34,6 @@ ARM_REFRESH_SECONDS = 10.0
 """Custom arms come and go, so their entries are refreshed more often."""
 MIN_REFRESH_SECONDS = 1.0
 """Shortest time between two reads for an unknown name: anybody can make one up."""
-
-
-class DirectoryResponse(msgspec.Struct, frozen=True):
-    """The body of ``GET orchestrator/directory``: a ``dir+jwt``."""
-
-    directory: str
 
 
 class ServiceDirectory:
@@ -97,7 +91,7 @@ class ServiceDirectory:
 
     async def _read(self) -> None:
         call = OutgoingCall(
-            CallTarget("orchestrator", "directory", "GET", "/directory", "read_only"),
+            CallTarget.of(READ_DIRECTORY),
             self._signer.sign_token("orchestrator"),
             Deadline.after(self._clock, 10),
         )

@@ -45,7 +45,7 @@ class DeadlineScope:
         # A cancellation from elsewhere takes precedence over ours.
         others = self._task.uncancel()
         if others == 0 and kind is not None and issubclass(kind, asyncio.CancelledError):
-            raise OctoError("The time for this call is used up.", code="deadline_exceeded") from error
+            raise OctoError("The time limit of this call has expired.", code="deadline_exceeded") from error
 
     def _expire(self) -> None:
         self._expired = True

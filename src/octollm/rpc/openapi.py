@@ -34,10 +34,11 @@ from octollm.rpc.codec import encode, json_schemas
 from octollm.rpc.problems import PROBLEM_JSON
 
 _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
+_ID_SEPARATORS = str.maketrans(".:", "__")
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "capability": [{"bearer": []}],
     "service": [{"service": []}],
-    "door": [{"bearer": []}, {}],
+    "gateway": [{"bearer": []}, {}],
     "public": [{}],
 }
 _SCHEMES = {
@@ -126,14 +127,14 @@ def _operation_object(op: Operation, schemas: _Schemas) -> dict[str, Any]:
         known = responses.setdefault(status, response)
         known["content"] = {**response["content"], **known.get("content", {})}
     described: dict[str, Any] = {
-        "operationId": f"{op.name}_{op.method.lower()}".replace(".", "_"),
+        "operationId": f"{op.name}_{op.method.lower()}".translate(_ID_SEPARATORS),
         "summary": op.summary,
         "tags": [_tag(op)],
         "security": _SECURITY[op.auth],
         "parameters": _parameters(op, schemas),
         "responses": responses,
     }
-    if op.scope and op.auth in ("capability", "door"):
+    if op.scope and op.auth in ("capability", "gateway"):
         described["x-scope"] = op.scope
     if op.body is not None:
         described["requestBody"] = {"required": True, "content": _body_content(op, schemas)}
@@ -141,8 +142,8 @@ def _operation_object(op: Operation, schemas: _Schemas) -> dict[str, Any]:
 
 
 def _tag(op: Operation) -> str:
-    family, dot, _ = op.name.partition(".")
-    return family if dot else "itself" if op.auth == "public" else "operations"
+    family, separator, _ = op.name.replace(":", ".").partition(".")
+    return family if separator else "itself" if op.auth == "public" else "operations"
 
 
 def _parameters(op: Operation, schemas: _Schemas) -> list[dict[str, Any]]:
@@ -242,7 +243,7 @@ def error_codes(op: Operation) -> list[str]:
         codes.append("overloaded")
     if op.auth != "public":
         codes += _TOKEN_CODES
-    if op.auth == "door":
+    if op.auth == "gateway":
         codes += _GATEWAY_CODES
     if op.path.count("{") or op.query is not None:
         codes.append("invalid_parameter")
@@ -250,7 +251,7 @@ def error_codes(op: Operation) -> list[str]:
         codes.append("body_too_large")
         if op.body is not bytes:
             codes += ["invalid_json", "invalid_body"]
-            if op.strict or op.auth == "door":
+            if op.strict or op.auth == "gateway":
                 codes.append("unknown_field")
     if op.takes_key:
         codes += ["idempotency_conflict", "outcome_unknown"]

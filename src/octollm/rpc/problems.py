@@ -10,15 +10,18 @@ import math
 import msgspec
 from starlette.responses import Response
 
-from octollm.contracts.problems import Problem, to_problem
+from octollm.contracts.problems import Problem, to_openai_problem, to_problem
 from octollm.errors import FieldError, OctoError, RemoteError
 
 PROBLEM_JSON = "application/problem+json"
 
 
-def problem_response(error: OctoError, request_id: str) -> Response:
-    """Return ``error`` as a response, with ``Retry-After`` or ``WWW-Authenticate`` where they belong."""
-    problem = to_problem(error, request_id)
+def problem_response(error: OctoError, request_id: str, *, openai: bool = False) -> Response:
+    """Return ``error`` as a response, with ``Retry-After`` or ``WWW-Authenticate`` where they belong.
+
+    ``openai`` adds the member ``error`` of OpenAI's protocol.
+    """
+    problem = to_openai_problem(error, request_id) if openai else to_problem(error, request_id)
     headers: dict[str, str] = {"Cache-Control": "no-store"}
     if problem.status in (429, 503) and problem.retryable:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))

@@ -13,6 +13,7 @@ from octollm.clock import Clock
 from octollm.concurrency import BackgroundLoop
 from octollm.context import RequestContext, current_context, set_context, start_trace
 from octollm.contracts.auth import RevocationUpdate
+from octollm.contracts.internal_operations import READ_REVOCATIONS
 from octollm.contracts.observability import DependencyStatus
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
@@ -33,7 +34,6 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 MAX_LINE = 1024 * 1024
 PRUNE_SECONDS = 600.0
-_TARGET = CallTarget("orchestrator", "revocations", "GET", "/revocations", "read_only")
 
 
 class RevocationSubscriber:
@@ -96,7 +96,7 @@ class RevocationSubscriber:
         # A stream without an end belongs to no call: an unsampled trace keeps its span from being exported.
         set_context(RequestContext(current_context().service, trace=start_trace()))
         call = OutgoingCall(
-            _TARGET,
+            CallTarget.of(READ_REVOCATIONS),
             self._signer.sign_token("orchestrator"),
             Deadline.after(self._clock, STREAM_SECONDS),
             headers={"Accept": NDJSON},

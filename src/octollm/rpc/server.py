@@ -21,7 +21,15 @@ from starlette.types import Receive, Scope, Send
 
 from octollm.capability import CapabilityError
 from octollm.clock import Clock, IdGenerator
-from octollm.context import RequestContext, TraceContext, parse_traceparent, set_context
+from octollm.context import (
+    RequestContext,
+    TraceContext,
+    current_context,
+    parse_baggage,
+    parse_traceparent,
+    parse_tracestate,
+    set_context,
+)
 from octollm.contracts.problems import to_problem
 from octollm.contracts.stream import NDJSON
 from octollm.errors import OctoError
@@ -129,8 +137,9 @@ class OperationEndpoint:
         request_id = id_or_new(headers.get(b"x-request-id"), context.ids, "req-")
         correlation_id = id_or_new(headers.get(b"x-correlation-id"), context.ids, "corr-")
         parent = _read_traceparent(scope, headers)
+        baggage = parse_baggage(_header_values(scope, b"baggage")) if b"baggage" in headers else ""
         span = context.tracer.receive(operation.name, parent, sampled=operation.traced)
-        set_context(RequestContext(context.service, request_id, correlation_id, span.trace))
+        set_context(RequestContext(context.service, request_id, correlation_id, span.trace, baggage=baggage))
         writer = ResponseWriter(
             send, take_extension(scope), request_id, correlation_id, headers.get(b"accept-encoding")
         )
@@ -157,7 +166,7 @@ class OperationEndpoint:
                 # The head is sent, so no problem can follow it: the server closes a response that is not whole.
                 if writer.status:
                     raise
-                await writer.send_response(problem_response(error, request_id), scope)
+                await self._send_problem(writer, error, request_id, scope)
                 if error.code in ("internal", "overloaded"):
                     context.log.warning("call.refused", operation=operation.name, error=error)
         except asyncio.CancelledError as error:
@@ -170,9 +179,13 @@ class OperationEndpoint:
             context.log.error("call.crashed", operation=operation.name, error=error, where=_innermost_line(error))
             if not writer.status:
                 masked = OctoError("The service failed; its log has the reason under this request id.")
-                await writer.send_response(problem_response(masked, request_id), scope)
+                await self._send_problem(writer, masked, request_id, scope)
         finally:
             self._record(span, writer.auth, request_id, writer.status or 499, time.perf_counter() - started)
+
+    async def _send_problem(self, writer: ResponseWriter, error: OctoError, request_id: str, scope: Scope) -> None:
+        response = problem_response(error, request_id, openai=self._operation.openai_errors)
+        await writer.send_response(response, scope)
 
     def _record(self, span: Span, auth: AuthContext | None, request_id: str, status: int, seconds: float) -> None:
         """Count a call, log it and end its span."""
@@ -186,7 +199,8 @@ class OperationEndpoint:
         keep = (slow or status >= 500) and not quiet
         if keep or span.trace.sampled:
             if auth is not None:
-                span.attributes |= auth_span_attributes(auth)
+                # What the handler set stays: it knows better which task its work belongs to.
+                span.attributes = auth_span_attributes(auth) | span.attributes
             span.attributes |= {
                 "http.request.method": self._operation.method,
                 "http.route": self._operation.path,
@@ -241,6 +255,7 @@ class OperationEndpoint:
                 "" if task is None else task.task,
                 (task and task.step) or "",
                 auth.tenant,
+                current_context().baggage,
             )
         )
         value: Any = body
@@ -328,12 +343,17 @@ async def _cancel_tasks(*tasks: asyncio.Task[Any]) -> None:
 
 
 def _read_traceparent(scope: Scope, headers: Mapping[bytes, bytes]) -> TraceContext | None:
-    parent = parse_traceparent(header_text(headers.get(b"traceparent")))
+    state = parse_tracestate(_header_values(scope, b"tracestate")) if b"tracestate" in headers else ""
+    parent = parse_traceparent(header_text(headers.get(b"traceparent")), state)
     if parent is not None and len(headers) < len(scope["headers"]):
         # W3C Trace Context section 3.2.1 has one header: of two, neither is to be believed.
         repeated = sum(name == b"traceparent" for name, _ in scope["headers"]) > 1
         return None if repeated else parent
     return parent
+
+
+def _header_values(scope: Scope, wanted: bytes) -> list[str]:
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == wanted]
 
 
 def _innermost_line(error: BaseException) -> str:

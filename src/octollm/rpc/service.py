@@ -17,20 +17,22 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from octollm import __version__
 from octollm.capability import PublicKey
 from octollm.capability.keyring import TrustedRoots
 from octollm.clock import Clock, IdGenerator
 from octollm.errors import OctoError
 from octollm.limiter import ConcurrencyLimiter
-from octollm.resilience import EjectionPolicy
+from octollm.resilience import EjectionPolicy, RetryPolicy
 from octollm.rpc.asgi_extension import EXTENSION, SendOnlyExtension, take_extension
 from octollm.rpc.auth import CapabilityAuthenticator, PublicAuthenticator
 from octollm.rpc.call import Operation
 from octollm.rpc.client import ServiceClient
 from octollm.rpc.codec import id_or_new
 from octollm.rpc.discovery import Discovery, RegistryDiscovery
+from octollm.rpc.event_sender import EventSender, create_orchestrator_delivery
 from octollm.rpc.exporter import BatchExporter, create_monitor_sender
-from octollm.rpc.health import ReadinessCheck, health_operations
+from octollm.rpc.health import DependencyWatch, ReadinessCheck, health_operations
 from octollm.rpc.http_client import HttpClient
 from octollm.rpc.idempotency import IdempotencyStore, IdempotentHandler, ResponseCipher
 from octollm.rpc.idempotency_remote import RemoteIdempotencyStore
@@ -62,6 +64,8 @@ class ServiceBase:
     transport: TransportConfig
     revocations: RevocationSubscriber | None
     """The revocations that the orchestrator publishes; ``None`` for a service that does not follow them."""
+    events: EventSender
+    """The service's own events."""
     advertised_url: str | None = None
 
     @property
@@ -92,8 +96,8 @@ def build_base(
     """Return the base of the service ``identity``; others reach this process at ``advertised_url``.
 
     ``transport`` is how it is served, and ``http`` has to be a client of it. ``trace_sample_ratio`` applies to calls
-    outside tasks. Without ``follow_revocations`` no revocation is known: for the orchestrator, which has them in its
-    database, and for tests without an orchestrator.
+    outside tasks. Without ``follow_revocations`` no revocation is known and no event is sent: for the orchestrator,
+    which has both in its database, and for tests without an orchestrator.
     """
     roots = identity.roots if isinstance(identity.roots, TrustedRoots) else TrustedRoots(identity.roots)
     identity = replace(identity, roots=roots)
@@ -102,7 +106,11 @@ def build_base(
     spans = ExportBuffer[Span]()
     tracer = Tracer(identity.name, identity.clock, spans, sample_ratio=trace_sample_ratio)
 
-    def create_client(instances: Discovery, ejection: EjectionPolicy | None = None) -> ServiceClient:
+    events = EventSender(identity.name, identity.clock, identity.ids, log=log, metrics=metrics)
+
+    def create_client(
+        instances: Discovery, ejection: EjectionPolicy | None = None, retry: RetryPolicy | None = None
+    ) -> ServiceClient:
         return ServiceClient(
             identity.name,
             http,
@@ -112,14 +120,21 @@ def build_base(
             metrics=metrics,
             tracer=tracer,
             log=log,
+            retry=retry,
             ejection=ejection,
+            on_breaker=events.record_breaker,
         )
 
     # The directory comes from the orchestrator, whose address is a setting; it has the addresses of registered arms.
     directory = ServiceDirectory(create_client(discovery), identity.signer(), roots, identity.clock)
     discovery = RegistryDiscovery(discovery, directory.addresses)
     # A poll that fails again and again must not eject an instance for other calls, nor wait for an ejection to end.
-    polling = create_client(discovery, EjectionPolicy(consecutive_failures=sys.maxsize))
+    never_eject = EjectionPolicy(consecutive_failures=sys.maxsize)
+    polling = create_client(discovery, never_eject)
+    if follow_revocations:
+        # Not retried by the client: a service that stops must not wait for further attempts.
+        posting = create_client(discovery, never_eject, RetryPolicy(max_attempts=1))
+        events.deliver = create_orchestrator_delivery(posting, identity.signer(), identity.clock)
     return ServiceBase(
         identity=identity,
         http=http,
@@ -136,6 +151,7 @@ def build_base(
         revocations=RevocationSubscriber(polling, identity.signer(), identity.clock, log)
         if follow_revocations
         else None,
+        events=events,
         advertised_url=advertised_url,
     )
 
@@ -151,6 +167,7 @@ class Service:
     context: ServerContext
     app: Starlette
     exporter: BatchExporter[Span]
+    watch: DependencyWatch
     lifespan: Lifespan | None = None
     """Entered while the service is served, before :meth:`serve` yields: an arm is registered meanwhile."""
     operations: tuple[Operation, ...] = ()
@@ -169,16 +186,26 @@ class Service:
             # Before the server: no call is served by a process that does not follow the revocations.
             contextlib.nullcontext() if subscriber is None else subscriber.run(),
             contextlib.nullcontext() if subscriber is None else self.base.directory.refresh_loop(),
+            self.base.events.run(),
+            self._announce_drained(),
+            self.watch.loop,
             serve_app(self.app, bound, shutdown_grace=shutdown_grace, transport=self.base.transport),
         ):
             self.base.log.info("service.started", address="{}:{}".format(*bound.getsockname()[:2]))
             try:
                 # It ends before the drain begins: an arm leaves the registry first, so callers turn to other instances.
                 async with self.lifespan() if self.lifespan is not None else contextlib.nullcontext():
+                    self.base.events.emit_lifecycle("system.started", release=__version__)
                     yield
             finally:
                 self.context.draining.set()
                 self.base.log.info("service.draining")
+
+    @contextlib.asynccontextmanager
+    async def _announce_drained(self) -> AsyncGenerator[None]:
+        yield
+        # Not after an error: then calls in flight were cut off.
+        self.base.events.emit_lifecycle("system.drained")
 
 
 def build_service(
@@ -233,9 +260,14 @@ def build_service(
     if base.revocations is not None:
         checks["revocations"] = base.revocations.check_readiness
     published = public_keys or base.identity.trusted_keys
-    own = health_operations(base.name, base.metrics, operations, published, checks, base.clock)
+
+    def report_degraded(dependency: str, reason: str) -> None:
+        base.events.emit_lifecycle("system.degraded", dependency=dependency, reason=reason)
+
+    watch = DependencyWatch(checks, base.clock, report_degraded, base.log)
+    own = health_operations(base.name, base.metrics, operations, published, watch)
     app = build_app(context, [*own, *operations], extra_routes)
-    return Service(base, context, app, exporter, lifespan, tuple(operations))
+    return Service(base, context, app, exporter, watch, lifespan, tuple(operations))
 
 
 def build_app(
@@ -261,12 +293,16 @@ def build_app(
     for path, methods in by_path.items():
         routes.append(Route(path, _MethodDispatcher(methods), methods=list(methods)))
 
+    serves_openai = any(operation.openai_errors for operation in operations)
+
     async def refuse(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         code = "method_not_allowed" if status == 405 else "not_found"
         response = problem_response(
             OctoError(f"{request.method} {request.url.path} is not served here.", code=code),
             id_or_new(dict(request.scope["headers"]).get(b"x-request-id"), context.ids, "req-"),
+            # An OpenAI client that calls what is not served, such as /v1/responses, reads the same member.
+            openai=serves_openai and request.url.path.startswith("/v1/"),
         )
         # RFC 9110 section 15.5.6: a 405 lists the methods in `Allow`.
         response.headers.update(getattr(error, "headers", None) or {})

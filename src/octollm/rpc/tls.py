@@ -55,6 +55,17 @@ def client_context(ca: Path | None, certificate: Path | None = None, key: Path |
     return context
 
 
+def external_context(extra: Path | None = None) -> ssl.SSLContext:
+    """Return the context for external servers: it trusts the system's authorities, and those of the file ``extra``.
+
+    Raises ``setting_invalid`` for a file that cannot be loaded.
+    """
+    context = client_context(None)
+    if extra is not None:
+        _load_authorities(context, extra)
+    return context
+
+
 def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     with map_exceptions(
         lambda error: SettingError(

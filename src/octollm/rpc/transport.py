@@ -32,7 +32,7 @@ class TransportConfig(msgspec.Struct, frozen=True):
 
     @property
     def scheme(self) -> str:
-        """Return what their addresses begin with."""
+        """Return the URL scheme of their addresses."""
         return "http" if self.tls is None else "https"
 
     def create_client(self) -> HttpClient:
@@ -40,7 +40,7 @@ class TransportConfig(msgspec.Struct, frozen=True):
         return Http1Client(None if self.tls is None else self.tls.client_context())
 
     def server_tls(self) -> ssl.SSLContext | None:
-        """Return what a server of theirs shows, ``None`` in plain text."""
+        """Return the TLS context of a server; ``None`` without TLS."""
         return None if self.tls is None else self.tls.server_context()
 
 
@@ -48,7 +48,7 @@ PLAINTEXT = TransportConfig()
 
 
 KEEP_ALIVE_SECONDS = 75
-"""Longer than a client keeps an idle connection, so that it is the client who closes it."""
+"""Longer than a client keeps an idle connection, so that the client closes it: a request on a closed one is lost."""
 
 
 DATE_SECONDS = 1.0

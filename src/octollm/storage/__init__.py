@@ -4,7 +4,16 @@ The scheme of a URL selects the backend, and errors of other libraries are trans
 and every rule about it, belongs to the layers above.
 """
 
-from octollm.storage.database import Database, DatabaseConnection, DirectPool, Transaction, row_to_dict
+from octollm.storage.database import (
+    Database,
+    DatabaseConnection,
+    DirectPool,
+    Rows,
+    Transaction,
+    is_due,
+    is_lease_over,
+    row_to_dict,
+)
 from octollm.storage.engines import open_database
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis import MemoryServers, RedisClient, open_redis
@@ -17,9 +26,12 @@ __all__ = [
     "MemoryServers",
     "RedisClient",
     "RedisKeys",
+    "Rows",
     "TextEntry",
     "TextStream",
     "Transaction",
+    "is_due",
+    "is_lease_over",
     "open_database",
     "open_redis",
     "row_to_dict",

@@ -11,6 +11,7 @@ import sqlite3
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -25,11 +26,35 @@ from octollm.clock import Clock
 from octollm.errors import OctoError, SettingError, map_exceptions
 from octollm.storage.database import WAIT_SECONDS, Database, DirectPool, encode_json
 from octollm.storage.errors import is_connection_lost, to_octo_error, translate_errors
+from octollm.storage.programs import SqliteRunner
 
 BUSY_SECONDS = 5.0
 """Seconds that SQLite waits for the write lock of another process."""
 SQLITE_READERS = 4
 """Connections for reading. In WAL mode they do not block the writer, nor the writer them."""
+
+
+def _pragmas(*, writer: bool, durable: bool) -> list[str]:
+    pragmas = [
+        f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}",
+        # FULL: a commit waits for the disk and survives a power failure, as one of PostgreSQL does. NORMAL loses the
+        # last commits then; `docs/concepts/storage.md` has the cost of both. A temporary file need not survive.
+        f"PRAGMA synchronous={'FULL' if durable else 'OFF'}",
+        "PRAGMA foreign_keys=ON",
+        "PRAGMA journal_size_limit=67108864",
+        f"PRAGMA query_only={'OFF' if writer else 'ON'}",
+    ]
+    if writer:
+        pragmas.insert(1, "PRAGMA journal_mode=WAL")
+    return pragmas
+
+
+def _connect_sqlite(path: Path, *, writer: bool, durable: bool) -> sqlite3.Connection:
+    """Open a connection for a runner. It may be opened and closed in different threads, one at a time."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+    for pragma in _pragmas(writer=writer, durable=durable):
+        connection.execute(pragma)
+    return connection
 
 
 def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
@@ -42,17 +67,7 @@ def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
         json_deserializer=msgspec.json.decode,
         hide_parameters=True,
     )
-    pragmas = [
-        f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000)}",
-        # NORMAL: a power failure may lose the last commits but not corrupt the file, and a crash of the process loses
-        # nothing. A temporary file need not survive either.
-        f"PRAGMA synchronous={'NORMAL' if durable else 'OFF'}",
-        "PRAGMA foreign_keys=ON",
-        "PRAGMA journal_size_limit=67108864",
-        f"PRAGMA query_only={'OFF' if writer else 'ON'}",
-    ]
-    if writer:
-        pragmas.insert(1, "PRAGMA journal_mode=WAL")
+    pragmas = _pragmas(writer=writer, durable=durable)
     # IMMEDIATE takes the write lock at once. A transaction that began as a reader and then writes would fail with
     # SQLITE_BUSY, without waiting, if another one had written in between.
     begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
@@ -111,21 +126,25 @@ async def open_sqlite(path: Path, clock: Clock, *, durable: bool) -> AsyncGenera
         await asyncio.to_thread(_make_private, path)
     writer = _sqlite_engine(path, writer=True, durable=durable)
     reader = _sqlite_engine(path, writer=False, durable=durable)
+    programs = SqliteRunner(partial(_connect_sqlite, path, writer=True, durable=durable))
+    reads = SqliteRunner(partial(_connect_sqlite, path, writer=False, durable=durable))
     try:
         try:
             await _check_sqlite_file(writer, place)
         except OctoError as error:
             raise OctoError(f"Cannot use {place}. {error.detail}", code=error.code) from error
-        yield Database(writer, reader, clock, location=place)
+        yield Database(writer, reader, clock, location=place, sqlite=(programs, reads))
     finally:
         # The writer last, because the last connection to close merges the write-ahead log into the file.
+        await reads.aclose()
+        await programs.aclose()
         await reader.dispose()
         await writer.dispose()
 
 
 POSTGRES_WRITERS = 5
 """Parallel transactions of one process; further ones wait. Pools are small on purpose: with the readers and the direct
-connections it is 14 connections a process, and PostgreSQL allows 100 by default."""
+connections, each service of a process opens up to 18 connections, and PostgreSQL allows 100 by default."""
 POSTGRES_READERS = 5
 """Parallel snapshots of one process."""
 CONNECT_SECONDS = 5.0
@@ -165,7 +184,8 @@ async def open_postgres(url: str, clock: Clock, statement_seconds: float) -> Asy
     """
     if importlib.util.find_spec("asyncpg") is None:
         raise SettingError("PostgreSQL needs the driver asyncpg; install it with: pip install 'octollm[postgres]'")
-    writer = _postgres_engine(_connector(url, statement_seconds), POSTGRES_WRITERS)
+    # To SQLAlchemy each statement of a writer commits by itself: `Database.transaction` begins and commits.
+    writer = _postgres_engine(_connector(url, statement_seconds), POSTGRES_WRITERS, isolation_level="AUTOCOMMIT")
     reader = _postgres_engine(_connector(url, statement_seconds, _READONLY), POSTGRES_READERS)
     direct = DirectPool(_connector(url, statement_seconds, _KEY_LOOKUP))
     lazy = DirectPool(_connector(url, statement_seconds, {**_KEY_LOOKUP, "synchronous_commit": "off"}))
@@ -237,7 +257,7 @@ def _invalid_url_error(error: Exception) -> OctoError:
     )
 
 
-def _postgres_engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncEngine:
+def _postgres_engine(connect: Callable[[], Awaitable[Any]], size: int, **options: Any) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=connect,
@@ -248,6 +268,7 @@ def _postgres_engine(connect: Callable[[], Awaitable[Any]], size: int) -> AsyncE
         json_serializer=encode_json,
         json_deserializer=msgspec.json.decode,
         hide_parameters=True,
+        **options,
     )
 
     def on_checkout(_connection: object, record: Any, _proxy: object) -> None:

@@ -79,6 +79,11 @@ def is_connection_lost(error: BaseException | None) -> bool:
     return state.startswith(("08", "57P")) or state == "25P03"
 
 
+def is_conflict(error: BaseException) -> bool:
+    """Return whether PostgreSQL rolled a transaction back for another one, so that it may simply run again."""
+    return _sqlstate(error) in ("40001", "40P01")
+
+
 def to_octo_error(error: Exception) -> OctoError:
     """Return the ``OctoError`` for a database error.
 

@@ -22,7 +22,7 @@ MAX_PENDING = 10_000
 """Pending messages of a subscription that does not read. When exceeded, it is closed, as a Redis server does
 (``client-output-buffer-limit``)."""
 
-COMMANDS = ("delete", "expire", "get", "set", "ttl", "xadd", "xread", "xtrim", "aclose")
+COMMANDS = ("delete", "expire", "get", "mget", "set", "ttl", "xadd", "xread", "xtrim", "aclose")
 """The commands used of burner-redis. PING is meaningless in process; PUBLISH and SUBSCRIBE are the fan-out's."""
 
 
@@ -143,6 +143,10 @@ class MemoryRedis:
     async def get(self, key: str) -> bytes | None:
         """Return the value, or ``None``."""
         return await self._call(self._server.keys.get(key))
+
+    async def get_many(self, *keys: str) -> Sequence[bytes | None]:
+        """Return the values in the order of the keys, ``None`` for a missing one."""
+        return await self._call(self._server.keys.mget(*keys))
 
     async def set(self, key: str, value: bytes, *, ttl: int, only_if_absent: bool = False) -> bool:
         """Return whether the value was set."""

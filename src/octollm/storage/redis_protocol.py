@@ -78,6 +78,10 @@ class RedisClient(Protocol):
         """GET: return the value, or ``None``."""
         ...
 
+    async def get_many(self, *keys: str) -> Sequence[bytes | None]:
+        """MGET: return the values in the order of the keys, ``None`` for a missing one."""
+        ...
+
     async def set(self, key: str, value: bytes, *, ttl: int, only_if_absent: bool = False) -> bool:
         """SET EX [NX]: return whether the value was set."""
         ...

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from octollm.capability import Declarations, Principal, RootMinter, Scope, ScopeSet, TaskRef, attenuate
+from octollm.capability import Declarations, DelegationTree, Principal, RootMinter, Scope, ScopeSet, TaskRef, attenuate
 from octollm.contracts.operations import (
     AcceptRequest,
     AcceptResult,
@@ -26,13 +26,21 @@ from octollm.contracts.stream import StreamEvent
 from octollm.contracts.task import INLINE_ARTIFACTS_HEADER, FileRef, Plan, PlanRequest, StepResult, Task
 from octollm.documents.model import FlatDocument, decode_flat_document
 from octollm.errors import OctoError
+from octollm.lru import LruCache
 from octollm.resilience import Deadline, OutageRetry
 from octollm.rpc.client import CallTarget, OnEvent, OutgoingCall, ServiceClient
 from octollm.tasks.records import TaskRecord
 
+MAX_TREES = 512
+"""Delegation trees that are kept until the declarations change."""
+
 
 class TaskTokenMinter:
-    """Mints the tokens for the calls of tasks. ``thumbprint`` returns the thumbprint of a service's key."""
+    """Mints the tokens for the calls of tasks. ``thumbprint`` returns the thumbprint of a service's key.
+
+    What a call may lead to is computed once for the same declarations, scope, authority and files: the tasks of one
+    credential share it. ``declarations`` returns the same object until they change.
+    """
 
     def __init__(
         self,
@@ -43,6 +51,27 @@ class TaskTokenMinter:
         self._minter = minter
         self._declarations = declarations
         self._thumbprint = thumbprint
+        self._known: Declarations = {}
+        self._trees: LruCache[tuple[str, str, tuple[str, ...] | None], tuple[DelegationTree, list[str]]] = LruCache(
+            MAX_TREES
+        )
+
+    def _attenuate(
+        self, scope: str, authority: ScopeSet, files: tuple[str, ...] | None = None
+    ) -> tuple[DelegationTree, list[str]]:
+        """Return what :func:`attenuate` does. Without ``files``, the file scopes are as wide as the authority."""
+        declarations = self._declarations()
+        if declarations is not self._known:
+            self._trees.clear()
+            self._known = declarations
+        key = (scope, str(authority), files)
+        found = self._trees.get(key)
+        if found is None:
+            # The callee reads the files of this call only: `files:read` becomes one scope for each digest.
+            bound = {} if files is None else {"files:read": tuple(f"files:read:{digest}" for digest in files)}
+            found = attenuate(scope, declarations, authority, bindings=bound)
+            self._trees.put(key, found)
+        return found
 
     def mint(
         self,
@@ -61,9 +90,7 @@ class TaskTokenMinter:
         may read. Raises ``authority_missing``, naming the scopes, before anything runs.
         """
         service = service_of(scope.split(":", 1)[0])
-        # The callee reads the files of this call only: `files:read` becomes one scope for each digest.
-        bind: Mapping[str, tuple[str, ...]] = {"files:read": tuple(f"files:read:{digest}" for digest in files)}
-        may, missing = attenuate(scope, self._declarations(), authority, bindings=bind)
+        may, missing = self._attenuate(scope, authority, files)
         if missing:
             raise OctoError(f"The task lacks the authority for {', '.join(missing)}.", code="authority_missing")
         ref = TaskRef(task.task_id, step, attempt, task.epoch)
@@ -82,8 +109,17 @@ class TaskTokenMinter:
 
     def may_call(self, scope: str, call: str, authority: ScopeSet) -> bool:
         """Return whether the grant that goes with a call of ``scope`` allows its callee the call ``call``."""
-        may, _ = attenuate(scope, self._declarations(), authority)
+        may, _ = self._attenuate(scope, authority)
         return may.subtree(Scope(call)) is not None
+
+    def may_lead_to(self, scope: str, call: str, authority: ScopeSet) -> bool:
+        """Return whether a call of ``scope`` may lead to the call ``call``, by its callee or by any after it."""
+        may, _ = self._attenuate(scope, authority)
+        return _reaches(may, Scope(call))
+
+
+def _reaches(tree: DelegationTree, call: Scope) -> bool:
+    return any(call.contains(scope) or scope.contains(call) or _reaches(under, call) for scope, under in tree.items())
 
 
 T = TypeVar("T")
@@ -105,6 +141,14 @@ class TaskCalls:
         self._task = task
         self._allowed_scopes = allowed_scopes
 
+    def may_execute(self, arm: str) -> bool:
+        """Return whether the task may have steps of an arm."""
+        return self._allowed_scopes.allows(f"{arm}:execute")
+
+    def may_lead_to(self, scope: str, call: str) -> bool:
+        """Return whether a call of ``scope`` for the task may lead to the call ``call``."""
+        return self._token_minter.may_lead_to(scope, call, self._allowed_scopes)
+
     async def plan(self, request: PlanRequest, deadline: Deadline, on_event: OnEvent, *, attempt: int) -> Plan:
         """Ask the planner for a plan.
 
@@ -122,14 +166,15 @@ class TaskCalls:
         )
 
     async def execute(
-        self, arm: str, contract: Task, deadline: Deadline, *, step: str, attempt: int, on_event: OnEvent
+        self, arm: str, contract: Task, deadline: Deadline, *, step: str, attempt: int, call: int, on_event: OnEvent
     ) -> StepResult:
         """Have an arm execute a step.
 
-        The key is derived from task, step and attempt but not from the epoch, so a worker that takes over repeats the
-        call with the same key and gets the stored response. Small artifacts come with the result, because this process
-        stores the files of tasks: each upload would be a call back. Raises ``authority_missing`` for artifacts of an
-        arm that may not write files, and ``peer_protocol`` for a text that does not match its digest.
+        The key is derived from task, step and ``call``, the first of the attempts that repeat one call, but not from
+        the epoch: a worker that takes over repeats the call with the same key and gets the stored response. Small
+        artifacts come with the result, because this process stores the files of tasks: each upload would be a call
+        back. Raises ``authority_missing`` for artifacts of an arm that may not write files, and ``peer_protocol`` for a
+        text that does not match its digest.
         """
         files = tuple(file.digest for file in contract.context.files if file.digest is not None)
         scope = f"{arm}:execute"
@@ -141,7 +186,7 @@ class TaskCalls:
             step=step,
             attempt=attempt,
             files=files,
-            key=f"{self._task.task_id}:{step}:{attempt}",
+            key=f"{self._task.task_id}:{step}:{call}",
             on_event=on_event,
             headers={INLINE_ARTIFACTS_HEADER: str(MAX_INLINE_BYTES)},
         )

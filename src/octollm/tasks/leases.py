@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from sqlalchemy import and_, or_, select, update
+import msgspec
+from sqlalchemy import select, update
 
 from octollm.clock import Clock
 from octollm.errors import OctoError
-from octollm.storage import Database, Transaction
+from octollm.storage import Database, Transaction, is_lease_over, row_to_dict
+from octollm.storage.database import LEASE_TOLERANCE_SECONDS
+from octollm.storage.programs import Program, SqlStatement
 from octollm.storage.tables import tasks
+from octollm.storage.tables.tasks import WAITING
+from octollm.tasks.records import RECORD_COLUMNS, TaskRecord, record_from_driver, task_from_row
+from octollm.tasks.scheduling import SharePolicy, WaitingTask, choose_tasks
 
 # Four renewals fit into one lease, so a single slow or failed one does not lose it. A shorter lease would resume tasks
 # of a killed worker sooner, but turn any pause of the database into takeovers.
 LEASE_SECONDS = 2.0
 """The time after its last renewal at which another worker may take a task over."""
 _CLAIMABLE = ("accepted", "planning", "running")
-_RENEWABLE = (*_CLAIMABLE, "waiting")
 
 
 class ExpiredLease(NamedTuple):
@@ -37,67 +43,221 @@ class ExpiredLease(NamedTuple):
 OnTakeover = Callable[[Transaction, ExpiredLease], Awaitable[None]]
 
 
+_RUNNING = """
+SELECT tenant, cred, count(*) AS running FROM tasks
+WHERE status IN ('accepted', 'planning', 'running') AND lease_until IS NOT NULL AND kind = 'task'
+    AND parent_task_id IS NULL
+GROUP BY tenant, cred
+"""
+_NOW = "extract(epoch FROM clock_timestamp())::float8"
+_LOOK_COLUMNS = "task_id, tenant, cred, priority, created_at"
+# One statement, for it is the one that an idle worker repeats. It jumps from tenant to tenant in the index: what a
+# tenant has waiting is not read. Sub-tasks come apart from the others, which may be at their limits and hide them.
+_LOOK = """
+WITH RECURSIVE found(tenant) AS (
+    SELECT min(tenant) FROM tasks WHERE {waiting}
+    UNION ALL
+    SELECT (SELECT min(tenant) FROM tasks WHERE {waiting} AND tenant > found.tenant) FROM found
+    WHERE found.tenant IS NOT NULL
+)
+SELECT 'expired' AS kind, parent_task_id IS NOT NULL AS is_subtask, {columns} FROM (
+    SELECT parent_task_id, {columns} FROM tasks
+    WHERE status IN ('accepted', 'planning', 'running') AND kind = 'task'
+        AND (lease_until < {now} OR lease_until > {now} + $1)
+    ORDER BY parent_task_id IS NULL, lease_until LIMIT 100
+) AS expired
+UNION ALL SELECT 'waiting', true, {columns} FROM (
+    SELECT {columns} FROM tasks WHERE {waiting} AND parent_task_id IS NOT NULL
+    ORDER BY priority DESC, created_at LIMIT 200
+) AS subtasks
+UNION ALL SELECT 'waiting', false, {columns} FROM {next}
+"""
+_NEXT_OF_TENANT = """
+SELECT {columns} FROM tasks WHERE {waiting} AND tasks.tenant = found.tenant AND parent_task_id IS NULL
+ORDER BY priority DESC, created_at LIMIT $2
+"""
+_FROM_TENANTS_POSTGRES = "(SELECT next.* FROM found CROSS JOIN LATERAL ({}) AS next) AS next"
+_FROM_TENANTS_SQLITE = "(SELECT next.* FROM found JOIN tasks AS next ON next.task_id IN ({})) AS next"
+_LOOKS = {
+    "postgresql": _LOOK.format(
+        waiting=WAITING,
+        columns=_LOOK_COLUMNS,
+        # As `is_lease_over` says it.
+        now=_NOW,
+        next=_FROM_TENANTS_POSTGRES.format(_NEXT_OF_TENANT.format(waiting=WAITING, columns=_LOOK_COLUMNS)),
+    ),
+    "sqlite": _LOOK.format(
+        waiting=WAITING,
+        columns=_LOOK_COLUMNS,
+        now="$3",
+        next=_FROM_TENANTS_SQLITE.format(_NEXT_OF_TENANT.format(waiting=WAITING, columns="task_id")),
+    ),
+}
+# Otherwise two workers that claim at the same moment would both find room for one more task.
+_LOCK_CLAIMS = "SELECT pg_advisory_xact_lock(hashtext('octollm tasks: limits of concurrency'))"
+_CLAIM = {
+    "postgresql": f"""
+UPDATE tasks SET run = run + 1, lease_holder = $2, lease_until = {_NOW} + $3
+WHERE task_id IN (
+    SELECT task_id FROM tasks WHERE task_id = ANY($1::text[]) AND {WAITING} ORDER BY task_id
+    FOR NO KEY UPDATE SKIP LOCKED
+) RETURNING {RECORD_COLUMNS}
+""",  # noqa: S608  constants
+    "sqlite": f"""
+UPDATE tasks SET run = run + 1, lease_holder = $2, lease_until = $3
+WHERE task_id IN (SELECT value FROM json_each($1)) AND {WAITING} RETURNING {RECORD_COLUMNS}
+""",  # noqa: S608  constants
+}
+# Ended tasks are not renewed. So a worker that missed a cancellation learns of it here, within 0.5 s. Nor are released
+# ones: a renewal under way would make the next claim wait for the lease to expire. Rows are locked in ascending order,
+# as by the batches of changes.
+_RENEWABLE = "status IN ('accepted', 'planning', 'running') AND lease_holder = "
+_RENEW_POSTGRES = f"""
+UPDATE tasks SET lease_until = {_NOW} + $4 FROM (
+    SELECT task_id FROM tasks JOIN unnest($1::text[], $2::bigint[]) AS held (id, epoch)
+        ON tasks.task_id = held.id AND tasks.run = held.epoch
+    WHERE {_RENEWABLE} $3 ORDER BY task_id FOR NO KEY UPDATE OF tasks
+) AS ours WHERE tasks.task_id = ours.task_id RETURNING tasks.task_id
+"""  # noqa: S608  constants
+_RENEW_SQLITE = f"""
+UPDATE tasks SET lease_until = $1 WHERE task_id = $2 AND run = $3 AND {_RENEWABLE} $4 RETURNING task_id
+"""  # noqa: S608  constants
+_LOOKAHEAD = 50
+"""Tasks of a tenant that are looked at for one whose key is below its limit."""
+
+
+_CLAIM_ROUNDS = 3
+"""How often a worker looks again when others were faster."""
+
+
 class TaskLeases:
     """Leases of tasks for one holder, on the database's clock."""
 
-    def __init__(self, db: Database, holder: str, on_takeover: OnTakeover | None = None) -> None:
+    def __init__(
+        self,
+        db: Database,
+        holder: str,
+        on_takeover: OnTakeover | None = None,
+        *,
+        shares: SharePolicy | None = None,
+    ) -> None:
         """``on_takeover`` runs in the transaction that takes a task from a holder that may still be working on it."""
         self._db = db
         self._holder = holder
         self._on_takeover = on_takeover
+        self._shares = shares or SharePolicy()
 
-    async def acquire(self, *, exclude: frozenset[str]) -> tuple[str, int] | None:
-        """Claim the oldest of the tasks with the highest priority; return its id and the new epoch.
+    async def acquire(self, *, exclude: frozenset[str], only_subtasks: bool = False) -> tuple[str, int] | None:
+        """Claim the next task; return its id and the new epoch. The arguments are as in :meth:`claim`."""
+        for record in await self.claim(1, exclude=exclude, only_subtasks=only_subtasks):
+            return record.task_id, record.epoch
+        return None
+
+    async def claim(self, slots: int, *, exclude: frozenset[str], only_subtasks: bool = False) -> list[TaskRecord]:
+        """Claim up to ``slots`` tasks, by :func:`choose_tasks`; those whose lease has expired come first.
 
         ``exclude`` are the tasks that this process runs already. If its own renewals were late, their leases look
         expired, and claiming them would start the same work twice in one process.
         """
+        claimed: list[TaskRecord] = []
+        for _ in range(_CLAIM_ROUNDS):
+            expired, waiting = await self._look(slots - len(claimed), only_subtasks=only_subtasks)
+            for task_id in [each for each in expired if each not in exclude][: slots - len(claimed)]:
+                record = await self._take_over(task_id)
+                claimed += [] if record is None else [record]
+            room = slots - len(claimed)
+            if room == 0 or not waiting:
+                break
+            records, wanted = await self._db.run(self._claim_free(waiting, room))
+            claimed += records
+            if len(records) == wanted:
+                break
+        return claimed
+
+    async def _look(self, slots: int, *, only_subtasks: bool) -> tuple[list[str], list[WaitingTask]]:
+        """Return the tasks whose lease has expired, and enough of those without one to fill ``slots``."""
+        parameters = [LEASE_SECONDS + LEASE_TOLERANCE_SECONDS, slots + (_LOOKAHEAD if self._shares.max_per_key else 0)]
+        if self._db.dialect == "sqlite":
+            parameters.append(self._db.clock.now())
+        rows = await self._db.fetch(_LOOKS[self._db.dialect], *parameters)
+        rows = [row for row in rows if row["is_subtask"] or not only_subtasks]
+        return [str(row["task_id"]) for row in rows if row["kind"] == "expired"], [
+            WaitingTask(
+                row["task_id"], row["tenant"], row["cred"], row["priority"], row["created_at"], bool(row["is_subtask"])
+            )
+            for row in rows
+            if row["kind"] == "waiting"
+        ]
+
+    def _claim_free(self, waiting: Sequence[WaitingTask], slots: int) -> Program[tuple[list[TaskRecord], int]]:
+        """Claim up to ``slots`` of the waiting tasks; return them, and how many it wanted."""
+        shares = self._shares
+        has_limits = bool(shares.max_per_tenant or shares.max_per_key)
+        if has_limits and self._db.dialect == "postgresql":
+            yield SqlStatement(_LOCK_CLAIMS)
+        running: dict[tuple[str, str], int] = {}
+        # Without limits a lone tenant gets what there is.
+        if has_limits or len({task.tenant for task in waiting}) > 1:
+            running = {(row["tenant"], row["cred"]): int(row["running"]) for row in (yield SqlStatement(_RUNNING))}
+        chosen = [task.task_id for task in choose_tasks(waiting, running, slots, shares)]
+        if not chosen:
+            return [], 0
+        if self._db.dialect == "postgresql":
+            parameters: tuple[Any, ...] = (chosen, self._holder, LEASE_SECONDS)
+        else:
+            parameters = (msgspec.json.encode(chosen).decode(), self._holder, self._db.clock.now() + LEASE_SECONDS)
+        # Each claim increments the fencing token, so that the store rejects writes of earlier holders. What another
+        # worker claims at the same moment is skipped rather than waited for.
+        rows = yield SqlStatement(_CLAIM[self._db.dialect], parameters)
+        records = {row["task_id"]: record_from_driver(row) for row in rows}
+        return [records[task_id] for task_id in chosen if task_id in records], len(chosen)
+
+    async def _take_over(self, task_id: str) -> TaskRecord | None:
+        """Claim a task whose lease has expired, unless another worker was faster."""
         async with self._db.transaction() as tx:
             now = await tx.now()
             row = await tx.first(
-                select(tasks.c.task_id, tasks.c.tenant, tasks.c.run, tasks.c.lease_until)
+                select(tasks)
                 .where(
-                    tasks.c.kind == "task",
+                    tasks.c.task_id == task_id,
                     tasks.c.status.in_(_CLAIMABLE),
-                    or_(tasks.c.lease_until.is_(None), tasks.c.lease_until < now),
-                    tasks.c.task_id.not_in(exclude),
+                    is_lease_over(tasks.c.lease_until, now, LEASE_SECONDS),
                 )
-                .order_by(tasks.c.priority.desc(), tasks.c.created_at)
-                .limit(1)
-                # Rows locked by another worker's claim are skipped rather than waited for, so claims run in parallel.
+                # A row locked by another worker's claim is skipped rather than waited for, so claims run in parallel.
                 .with_for_update(skip_locked=True, key_share=True)
             )
             if row is None:
                 return None
-            # Each claim increments the fencing token, so that the store rejects writes of earlier holders.
-            run = int(row["run"]) + 1
+            record = task_from_row(row_to_dict(row))
+            epoch = record.epoch + 1
             await tx.execute(
                 update(tasks)
-                .where(tasks.c.task_id == row["task_id"])
-                .values(run=run, lease_holder=self._holder, lease_until=now + LEASE_SECONDS)
+                .where(tasks.c.task_id == task_id)
+                .values(run=epoch, lease_holder=self._holder, lease_until=now + LEASE_SECONDS)
             )
             # A released lease is NULL, and its holder has stopped. An expired one means that the holder may be dead or
             # only slow: in that case its tokens are revoked.
-            if row["lease_until"] is not None and self._on_takeover is not None:
-                await self._on_takeover(tx, ExpiredLease(str(row["task_id"]), str(row["tenant"]), run - 1))
-            return str(row["task_id"]), run
+            if self._on_takeover is not None:
+                await self._on_takeover(tx, ExpiredLease(task_id, record.tenant, record.epoch))
+            return replace(record, epoch=epoch)
 
     async def renew(self, held: Mapping[str, int]) -> frozenset[str]:
         """Extend the leases of tasks (id → epoch) in one statement; return the ids that were extended.
 
         The others have ended, or a newer epoch holds them.
         """
-        async with self._db.transaction() as tx:
-            until = await tx.now() + LEASE_SECONDS
-            ours = or_(*(and_(tasks.c.task_id == task_id, tasks.c.run == run) for task_id, run in held.items()))
-            renewed = await tx.all(
-                update(tasks)
-                # Ended tasks are not renewed. So a worker that missed a cancellation learns of it here, within 0.5 s.
-                .where(ours, tasks.c.status.in_(_RENEWABLE))
-                .values(lease_until=until)
-                .returning(tasks.c.task_id)
-            )
-            return frozenset(str(row["task_id"]) for row in renewed)
+        return frozenset(await self._db.run(self._renew(held)))
+
+    def _renew(self, held: Mapping[str, int]) -> Program[list[str]]:
+        if self._db.dialect == "postgresql":
+            parameters = (list(held), list(held.values()), self._holder, LEASE_SECONDS)
+            return [str(row["task_id"]) for row in (yield SqlStatement(_RENEW_POSTGRES, parameters))]
+        renewed: list[str] = []
+        until = self._db.clock.now() + LEASE_SECONDS
+        for task_id, epoch in held.items():
+            rows = yield SqlStatement(_RENEW_SQLITE, (until, task_id, epoch, self._holder))
+            renewed.extend(str(row["task_id"]) for row in rows)
+        return renewed
 
     async def release(self, task_id: str, epoch: int) -> None:
         """Release a lease, so that another worker can claim the task immediately."""
@@ -204,7 +364,7 @@ class LeaseRenewer:
 
     async def _renew(self, leases: TaskLeases, report: Callable[[Callable[[], None]], None]) -> None:
         with self._lock:
-            held = {task_id: run for task_id, (run, _since) in self._leases.items()}
+            held = {task_id: epoch for task_id, (epoch, _since) in self._leases.items()}
         # ``held`` is a copy, because the event loop adds and removes leases while the statement runs.
         if not held:
             self.failure = ""
@@ -236,10 +396,10 @@ class LeaseRenewer:
         now = self._clock.monotonic()
         with self._lock:
             stale = [
-                (task_id, run) for task_id, (run, at) in self._leases.items() if now - at >= RENEW_DEADLINE_SECONDS
+                (task_id, epoch) for task_id, (epoch, at) in self._leases.items() if now - at >= RENEW_DEADLINE_SECONDS
             ]
-        for task_id, run in stale:
-            self._report_lost(task_id, run, report)
+        for task_id, epoch in stale:
+            self._report_lost(task_id, epoch, report)
 
     def _report_all_lost(self, report: Callable[[Callable[[], None]], None]) -> None:
         with self._lock:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, and_, case, func, literal, select, update
 from sqlalchemy.engine import RowMapping
 
-from octollm.clock import Clock, IdGenerator
+from octollm.clock import Clock, IdGenerator, format_rfc3339
+from octollm.contracts.api import UsageBy, UsageReport, UsageRow
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.storage import Database, Transaction, row_to_dict
@@ -68,6 +69,22 @@ def allocate_completion(*, remaining: int, open_steps: int, prompt: int, request
     return room if requested is None else min(room, requested)
 
 
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetShare:
+    """What a task can give to a sub-task.
+
+    ``ancestors`` are the tasks whose budgets the sub-task spends: those above the task, and the task itself, last.
+    ``tokens`` is what is left of the tightest of them, ``share`` the part of it that is the sub-task's by default.
+    """
+
+    ancestors: tuple[str, ...]
+    tokens: int
+    share: int
+
+
 class BudgetLedger:
     """The budget ledger: the budgets of all tasks, with their reservations."""
 
@@ -86,7 +103,7 @@ class BudgetLedger:
             # All reservations of a task are serialized by the lock on its budget, on whichever replica they arrive, so
             # no tokens are granted twice. The task is read once the lock is acquired: the end of an ad-hoc task settles
             # its open reservations under the same lock, so it either precedes this read or finds what is reserved here.
-            budget = await _lock_budget(tx, request.task_id)
+            chain = await _lock_budgets(tx, request.task_id)
             task = await tx.first(select(tasks).where(tasks.c.task_id == request.task_id))
             if task is None or task["tenant"] != request.tenant:
                 raise OctoError("There is no task of that id.", code="task_not_found")
@@ -95,7 +112,7 @@ class BudgetLedger:
             # Fence: a worker that lost its lease cannot spend tokens. An ad-hoc task has no worker and no epochs.
             if request.epoch is not None and task["kind"] == "task" and request.epoch != task["run"]:
                 raise OctoError("A newer run holds the task.", code="fence_lost")
-            if budget is None:
+            if not chain:
                 raise OctoError("The task has no budget.", code="budget_exhausted")
             # Also under the lock: if the same call was settled by now, its answer is found, and not paid for twice.
             journal_entry = await tx.first(
@@ -107,11 +124,11 @@ class BudgetLedger:
                 return Reservation("", journal_entry["completion_tokens"], journal_entry["answer"])
             # A worker that crashed between reserve and settle leaves a reservation of the same key open. The provider
             # may have charged for that call, so all of it counts as used.
-            if await self._settle_abandoned(tx, request):
-                budget = await _lock_budget(tx, request.task_id) or budget
-            return await self._reserve_tokens(tx, request, budget)
+            if await self._settle_abandoned(tx, request, chain):
+                chain = await _lock_budgets(tx, request.task_id)
+            return await self._reserve_tokens(tx, request, chain)
 
-    async def _settle_abandoned(self, tx: Transaction, request: ReservationRequest) -> bool:
+    async def _settle_abandoned(self, tx: Transaction, request: ReservationRequest, chain: Sequence[Row]) -> bool:
         """Settle the reservations that earlier tries of the same call left open; return whether there were any."""
         query = select(reservations).where(
             reservations.c.task_id == request.task_id,
@@ -119,27 +136,32 @@ class BudgetLedger:
             reservations.c.state == "open",
         )
         abandoned = await tx.all(query)
-        await self._settle_at_bound(tx, abandoned)
+        await self._settle_at_bound(tx, abandoned, chain)
         return bool(abandoned)
 
     async def settle_open(self, tx: Transaction, task_id: str) -> None:
         """Settle every open reservation of a task that ends, at its upper bound; a later settlement has no effect."""
-        await _lock_budget(tx, task_id)
+        chain = await _lock_budgets(tx, task_id)
         query = select(reservations).where(reservations.c.task_id == task_id, reservations.c.state == "open")
-        await self._settle_at_bound(tx, await tx.all(query))
+        await self._settle_at_bound(tx, await tx.all(query), chain)
 
-    async def _settle_at_bound(self, tx: Transaction, rows: Sequence[RowMapping]) -> None:
+    async def _settle_at_bound(self, tx: Transaction, rows: Sequence[RowMapping], chain: Sequence[Row]) -> None:
         # Only the totals rise, not ``prompt_tokens`` and ``completion_tokens``: how the tokens divide is unknown.
         for row in rows:
             tokens = int(row["tokens"])
             await tx.execute(
                 update(reservations)
                 .where(reservations.c.id == row["id"])
-                .values(state="settled", used_tokens=tokens, settled_at=self._clock.now())
+                .values(
+                    state="settled",
+                    used_tokens=tokens,
+                    used_cost_usd=row["cost_usd"],
+                    settled_at=self._clock.now(),
+                )
             )
             await tx.execute(
                 update(budgets)
-                .where(budgets.c.task_id == row["task_id"])
+                .where(budgets.c.task_id.in_(_ids(chain)))
                 .values(
                     reserved_tokens=budgets.c.reserved_tokens - tokens,
                     used_tokens=budgets.c.used_tokens + tokens,
@@ -148,12 +170,10 @@ class BudgetLedger:
                 )
             )
 
-    async def _reserve_tokens(
-        self, tx: Transaction, request: ReservationRequest, budget: Mapping[str, Any]
-    ) -> Reservation:
-        limit = budget["max_tokens"]
-        committed = budget["used_tokens"] + budget["reserved_tokens"]
-        remaining = limit - committed
+    async def _reserve_tokens(self, tx: Transaction, request: ReservationRequest, chain: Sequence[Row]) -> Reservation:
+        # A tree of tasks shares the budget of its root: a call has to fit into that of every task above it, too.
+        budget = min(chain, key=_tokens_left)
+        limit, remaining = budget["max_tokens"], _tokens_left(budget)
         open_steps = await tx.scalar(
             select(func.count())
             .select_from(steps)
@@ -173,7 +193,7 @@ class BudgetLedger:
                 code="budget_exhausted",
             )
         tokens = request.prompt_tokens + completion
-        cost = _bound_cost(request, tokens, budget)
+        cost = _bound_cost(request, tokens, chain)
         reservation = self._ids.hex()
         await tx.execute(
             tx.insert(reservations).values(
@@ -191,7 +211,7 @@ class BudgetLedger:
         )
         await tx.execute(
             update(budgets)
-            .where(budgets.c.task_id == request.task_id)
+            .where(budgets.c.task_id.in_(_ids(chain)))
             .values(
                 reserved_tokens=budgets.c.reserved_tokens + tokens,
                 reserved_cost_usd=budgets.c.reserved_cost_usd + cost,
@@ -206,11 +226,11 @@ class BudgetLedger:
         """
         async with self._db.transaction() as tx:
             query = select(reservations).where(reservations.c.id == reservation)
-            row = await tx.first(query)
+            row, chain = await tx.first(query), list[Row]()
             if row is not None:
                 # The first read only finds the task, whose budget must be locked before its reservations (lock order).
                 # The second, under the lock, sees whether another settlement was faster.
-                await _lock_budget(tx, row["task_id"])
+                chain = await _lock_budgets(tx, row["task_id"])
                 row = await tx.first(query)
             if row is None:
                 raise OctoError("There is no reservation of that id.", code="not_found")
@@ -229,7 +249,7 @@ class BudgetLedger:
             )
             await tx.execute(
                 update(budgets)
-                .where(budgets.c.task_id == row["task_id"])
+                .where(budgets.c.task_id.in_(_ids(chain)))
                 .values(
                     reserved_tokens=budgets.c.reserved_tokens - row["tokens"],
                     reserved_cost_usd=budgets.c.reserved_cost_usd - row["cost_usd"],
@@ -260,33 +280,72 @@ class BudgetLedger:
                     .on_conflict_do_nothing()
                 )
 
-    async def usage(self, task_id: str) -> Usage:
-        """Return the settled usage of a task."""
+    async def share(self, task_id: str) -> BudgetShare:
+        """Return what is left for a sub-task of a task: its open steps divide it evenly. Nothing is reserved."""
         async with self._db.read() as conn:
-            row = await conn.first(select(budgets).where(budgets.c.task_id == task_id))
-        if row is None:
+            query = select(budgets.c.ancestors).where(budgets.c.task_id == task_id)
+            above: Sequence[str] = await conn.scalar(query) or ()
+            ancestors = (*above, task_id)
+            rows = await conn.all(select(budgets).where(budgets.c.task_id.in_(ancestors)))
+            is_open = steps.c.task_id == task_id, steps.c.status.in_(("pending", "running"))
+            open_steps = int(await conn.scalar(select(func.count()).select_from(steps).where(*is_open)) or 0)
+        tokens = max(0, min((_tokens_left(row_to_dict(row)) for row in rows), default=0))
+        return BudgetShare(ancestors, tokens, tokens // max(1, open_steps))
+
+    async def usage(self, task_id: str) -> Usage:
+        """Return the settled usage of a task.
+
+        Tokens of calls that were cut off count as completion tokens, at their upper bound.
+        """
+        rows = await self._db.fetch(
+            "SELECT prompt_tokens, used_tokens, used_cost_usd FROM budgets WHERE task_id = $1", task_id
+        )
+        if not rows:
             return Usage()
-        return Usage(row["prompt_tokens"], row["completion_tokens"], row["used_cost_usd"])
+        row = rows[0]
+        # The total includes them; how they divide is unknown.
+        return Usage(row["prompt_tokens"], row["used_tokens"] - row["prompt_tokens"], row["used_cost_usd"])
 
 
-async def _lock_budget(tx: Transaction, task_id: str) -> Mapping[str, Any] | None:
-    """Return a task's budget, locked until the commit (on SQLite the transaction itself is the lock)."""
-    row = await tx.first(select(budgets).where(budgets.c.task_id == task_id).with_for_update())
-    return None if row is None else row_to_dict(row)
+async def _lock_budgets(tx: Transaction, task_id: str) -> list[Row]:
+    """Return the budgets that a task spends, locked until the commit: those of the tasks above it, and its own.
+
+    On SQLite the transaction itself is the lock. Without a budget of its own, the task has none.
+    """
+    # Read before the locks: which tasks are above one never changes.
+    ancestors: Sequence[str] = await tx.scalar(select(budgets.c.ancestors).where(budgets.c.task_id == task_id)) or ()
+    # In the order of their ids, as everybody locks them.
+    query = select(budgets).where(budgets.c.task_id.in_((*ancestors, task_id))).order_by(budgets.c.task_id)
+    rows: list[Row] = [row_to_dict(row) for row in await tx.all(query.with_for_update())]
+    return rows if any(row["task_id"] == task_id for row in rows) else []
 
 
-def _bound_cost(request: ReservationRequest, tokens: int, budget: Mapping[str, Any]) -> float:
-    """Return the highest cost of a call in US dollars; raise ``budget_exhausted`` when it exceeds the budget."""
+def _ids(chain: Sequence[Row]) -> list[str]:
+    return [row["task_id"] for row in chain]
+
+
+def _tokens_left(budget: Row) -> int:
+    return int(budget["max_tokens"] - budget["used_tokens"] - budget["reserved_tokens"])
+
+
+def _bound_cost(request: ReservationRequest, tokens: int, chain: Sequence[Row]) -> float:
+    """Return the highest cost of a call in US dollars; raise ``budget_exhausted`` when it exceeds a budget."""
+    cost = tokens * (request.token_usd or 0.0)
+    for budget in chain:
+        _check_cost(request, cost, budget)
+    return cost
+
+
+def _check_cost(request: ReservationRequest, cost: float, budget: Row) -> None:
     limit = budget["max_cost_usd"]
     if limit is None:
-        return tokens * (request.token_usd or 0.0)
+        return
     if request.token_usd is None:
         raise OctoError(
             f"The price of {request.model} is unknown, so budget.max_cost_usd cannot be enforced. Omit it and limit"
             " the tokens instead.",
             code="budget_exhausted",
         )
-    cost = tokens * request.token_usd
     committed = budget["used_cost_usd"] + budget["reserved_cost_usd"]
     if committed + cost > limit:
         raise OctoError(
@@ -294,7 +353,6 @@ def _bound_cost(request: ReservationRequest, tokens: int, budget: Mapping[str, A
             f" {cost:g}.",
             code="budget_exhausted",
         )
-    return cost
 
 
 def encode_journal_entry(answer: msgspec.Raw) -> bytes | None:
@@ -302,3 +360,63 @@ def encode_journal_entry(answer: msgspec.Raw) -> bytes | None:
     # Null means that the call got no complete answer. It is not journaled, so a repeat calls the model again.
     data = bytes(answer)
     return None if data in (b"", b"null") else data
+
+
+DAY_SECONDS = 86_400.0
+MAX_USAGE_ROWS = 200
+"""Rows of a report; days are at most as many as the query asks for, and arms and models are few."""
+
+
+class UsageReader:
+    """Reads usage, by day (UTC), arm or model."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self._db = db
+        self._clock = clock
+
+    async def read(self, tenant: str, by: UsageBy, days: int) -> UsageReport:
+        """Return what a tenant used in the last ``days`` days (UTC), today included.
+
+        Days are in order, and everything else has the costliest first.
+        """
+        today = self._clock.now() // DAY_SECONDS * DAY_SECONDS
+        since = today - (days - 1) * DAY_SECONDS
+        group = _group(by, since, days)
+        cost = func.sum(reservations.c.used_cost_usd)
+        tokens = func.sum(reservations.c.used_tokens)
+        query = (
+            select(group.label("name"), func.count().label("calls"), tokens.label("tokens"), cost.label("cost"))
+            .select_from(
+                reservations.join(tasks, tasks.c.task_id == reservations.c.task_id).outerjoin(
+                    steps, and_(steps.c.task_id == reservations.c.task_id, steps.c.step == reservations.c.step)
+                )
+            )
+            .where(tasks.c.tenant == tenant, reservations.c.state == "settled", reservations.c.created_at >= since)
+            .group_by(group)
+            .order_by(*((group,) if by == "day" else (cost.desc(), tokens.desc(), group)))
+            .limit(MAX_USAGE_ROWS)
+        )
+        async with self._db.read() as conn:
+            rows = await conn.all(query)
+        return UsageReport(
+            by,
+            format_rfc3339(since),
+            tuple(
+                UsageRow(_name(by, since, row["name"]), int(row["calls"]), int(row["tokens"]), float(row["cost"]))
+                for row in rows
+            ),
+        )
+
+
+def _group(by: UsageBy, since: float, days: int) -> ColumnElement[Any]:
+    if by == "model":
+        return reservations.c.model
+    if by == "arm":
+        return func.coalesce(steps.c.arm, "")
+    # As cases: SQLite and PostgreSQL have no common way to round a time down.
+    ends = [(reservations.c.created_at < since + (day + 1) * DAY_SECONDS, literal(day)) for day in range(days - 1)]
+    return case(*ends, else_=literal(days - 1)) if ends else literal(0)
+
+
+def _name(by: UsageBy, since: float, value: Any) -> str:
+    return format_rfc3339(since + int(value) * DAY_SECONDS)[:10] if by == "day" else str(value)

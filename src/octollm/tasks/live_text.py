@@ -12,6 +12,7 @@ from types import TracebackType
 
 from octollm.concurrency import BackgroundLoop
 from octollm.errors import OctoError
+from octollm.storage.characters import NUL, REPLACEMENT
 from octollm.storage.text_stream import MAX_TEXT, TextStream
 from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger
@@ -49,11 +50,11 @@ class LiveText:
         self._dirty = False
         self._wakeup = asyncio.Event()
         self._saved_at = 0.0
+        self._is_flushing = False
         self._flush_loop = BackgroundLoop("live text", self._flush_round, log=log)
 
     async def __aenter__(self) -> LiveText:
         self._saved_at = asyncio.get_running_loop().time()
-        self._flush_loop.start()
         return self
 
     async def __aexit__(
@@ -76,12 +77,16 @@ class LiveText:
             self._parts, self._pending = [], []
             self._base = self._sent_offset = self._length
             self._reset = True
-        text = text[: max(0, MAX_STEP_TEXT - (self._length - self._base))]
+        text = text.replace(NUL, REPLACEMENT)[: max(0, MAX_STEP_TEXT - (self._length - self._base))]
         if text or reset:
             self._parts.append(text)
             self._pending.append(text)
             self._length += len(text)
             self._dirty = True
+            if not self._is_flushing:
+                # Most arms write no text, and need no loop.
+                self._is_flushing = True
+                self._flush_loop.start()
             self._wakeup.set()
 
     async def _flush_round(self) -> None:

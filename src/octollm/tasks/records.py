@@ -10,6 +10,7 @@ import msgspec
 
 from octollm.clock import format_rfc3339
 from octollm.contracts.api import StepView, TaskFailure, TaskSummary, TaskView
+from octollm.contracts.approvals import ApprovalView
 from octollm.contracts.task import ExecuteResult, Plan, PlanStep, StepStatus, Task, TaskStatus, Usage
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class TaskRecord:
     created_at: float
     started_at: float | None
     deadline_at: float | None
+    instructions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,24 @@ def task_from_row(row: Row) -> TaskRecord:
         created_at=row["created_at"],
         started_at=row["started_at"],
         deadline_at=row["deadline_at"],
+        instructions=tuple(each["text"] for each in row["instructions"] or ()),
     )
+
+
+RECORD_COLUMNS = (
+    "task_id, tenant, kind, sub, cred, authority, contract, status, progress, version, run, plan, correlation_id,"
+    " traceparent, created_at, started_at, deadline_at, instructions"
+)
+"""What :func:`record_from_driver` reads."""
+
+
+def record_from_driver(row: Row) -> TaskRecord:
+    """Read a row of ``tasks`` from a statement that went straight to the driver: JSON is text there."""
+    decoded = {name: row[name] for name in RECORD_COLUMNS.split(", ")}
+    for name in ("contract", "plan", "instructions"):
+        if decoded[name] is not None:
+            decoded[name] = msgspec.json.decode(decoded[name])
+    return task_from_row(decoded)
 
 
 def step_from_row(row: Row) -> StepRecord:
@@ -94,7 +113,36 @@ def step_from_row(row: Row) -> StepRecord:
     )
 
 
-def build_task_view(row: Row, steps: Sequence[Row], usage: Usage, model: str) -> TaskView:
+def new_step_record(step: PlanStep) -> StepRecord:
+    """Return the record of a step that has not started."""
+    return StepRecord(step.id, step.arm, step.title, "pending", 0, 0, step, None, (), "")
+
+
+def approval_from_row(row: Row) -> ApprovalView:
+    """Read a row of ``approvals``."""
+    return ApprovalView(
+        approval_id=row["approval_id"],
+        kind=row["kind"],
+        reason=row["reason"],
+        status=row["status"],
+        requested_at=format_rfc3339(row["requested_at"]),
+        expires_at=format_rfc3339(row["expires_at"]),
+        step=row["step"],
+        decided_at=_format_optional_time(row["decided_at"]),
+        decided_by=row["decided_by"],
+        comment=row["comment"],
+        goals=row["goals"] or {},
+    )
+
+
+def build_task_view(
+    row: Row,
+    steps: Sequence[Row],
+    usage: Usage,
+    model: str,
+    approvals: tuple[ApprovalView, ...] = (),
+    children: tuple[TaskSummary, ...] = (),
+) -> TaskView:
     """Return the API's view of a task; ``model`` is the one that it used last."""
     contract = msgspec.convert(row["contract"], Task)
     result: dict[str, Any] = row["result"] or {}
@@ -121,6 +169,12 @@ def build_task_view(row: Row, steps: Sequence[Row], usage: Usage, model: str) ->
             "correlation_id": row["correlation_id"],
             "trace_id": traceparent.split("-")[1] if traceparent else "",
             "model": model,
+            "found": result.get("found", True),
+            "approvals": msgspec.to_builtins(approvals),
+            "instructions": row["instructions"] or (),
+            "forked_from": row["forked_from"],
+            "parent_task_id": row["parent_task_id"],
+            "children": msgspec.to_builtins(children),
         },
         TaskView,
     )

@@ -7,8 +7,9 @@ completed steps, and repeats at most the calls that were in flight, with the sam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -22,19 +23,35 @@ from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.client import ServiceClient
 from octollm.storage.text_stream import TextStream
+from octollm.tasks.approvals import ApprovalGate, ApprovalStore
+from octollm.tasks.attempts import AttemptReader
 from octollm.tasks.calls import TaskCalls, TaskTokenMinter
+from octollm.tasks.changes import PendingChanges, TaskChange, plan_change, planning_change
 from octollm.tasks.documents import LoadFile, read_task_files
 from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.live_text import LiveText
-from octollm.tasks.records import TaskRecord
-from octollm.tasks.state import PLANNED_PROGRESS, assemble_result, compute_progress, find_ready_steps
-from octollm.tasks.step import LoadTexts, StepDependencies, StepError, StoreTexts, run_step
+from octollm.tasks.records import StepRecord, TaskRecord, new_step_record
+from octollm.tasks.state import PLANNED_PROGRESS, assemble_result, compute_progress, find_ready_steps, is_found
+from octollm.tasks.step import (
+    ArmSlots,
+    LoadTexts,
+    ReportProgress,
+    StepDependencies,
+    StepError,
+    StoreTexts,
+    make_step_error,
+    run_step,
+)
 from octollm.tasks.store import TaskStore
 from octollm.telemetry import Logger, Metrics, Span, Tracer
 
 MAX_PARALLEL = 4
 """Steps of one task at a time, so that a wide plan does not occupy all arms."""
 MAX_OUTPUT_IN_EVENT = 4000
+MAX_PROGRESS_MESSAGE = 200
+"""Characters of the message of an arm in a progress event, such as ``chunk 3 of 12``."""
+APPROVAL_POLL_SECONDS = 1.0
+"""Interval at which decisions are looked up while other steps of the task run."""
 MIN_PROGRESS_DELTA = 4.0
 """Percentage points between two progress events: each is a durable event, so a long text must not cause hundreds."""
 
@@ -47,6 +64,7 @@ class RunnerDependencies:
     """
 
     store: TaskStore
+    approvals: ApprovalStore
     ledger: BudgetLedger
     stream: TextStream
     client: ServiceClient
@@ -64,6 +82,12 @@ class RunnerDependencies:
     """Reads the small artifacts of a result, which are sent to the judge with its request."""
     store_texts: StoreTexts
     """Stores the small artifacts that come with a result."""
+    attempts: AttemptReader
+    arm_slots: ArmSlots = field(default_factory=ArmSlots)
+
+
+class _SuspendedError(Exception):
+    """The task waits for a person: it has released its lease, and this run of it is over."""
 
 
 class TaskRunner:
@@ -76,19 +100,30 @@ class TaskRunner:
         self._done: set[str] = set()
         self._reported_progress = task.progress
         self._span: Span | None = None
+        self._changes = PendingChanges(deps.store.apply)
 
     async def run(self) -> None:
-        """Run the task to its end and record the result. Only ``fence_lost`` and cancellation leave it open."""
+        """Run the task to its end and record the result, or until it waits for a person.
+
+        Otherwise only ``fence_lost`` and cancellation leave it open.
+        """
         with self._deps.tracer.span("task") as self._span:
             self._span.attributes["octollm.run"] = self._task.epoch
             await self._run_to_end()
 
     async def _run_to_end(self) -> None:
-        tools = self._deps
-        deadline = Deadline.after(tools.clock, self._seconds_left())
+        seconds = self._seconds_left()
         try:
-            async with asyncio.timeout(deadline.remaining()):
-                await self._run(deadline)
+            async with asyncio.timeout(None) as scope:
+                expiry = asyncio.create_task(self._expire(scope, seconds), name="deadline")
+                try:
+                    await self._run(Deadline.after(self._deps.clock, seconds))
+                finally:
+                    expiry.cancel()
+        except _SuspendedError:
+            if self._span is not None:
+                self._span.attributes["octollm.waits_for"] = "approval"
+            return
         except TimeoutError:
             await self.fail(OctoError("The task exceeded its time limit.", code="deadline_exceeded"))
         except OctoError as error:
@@ -100,27 +135,47 @@ class TaskRunner:
                 return
             await self.fail(error)
 
+    async def _expire(self, scope: asyncio.Timeout, seconds: float) -> None:
+        """Let ``scope`` time out when the task's deadline passes, which a person may put off meanwhile."""
+        known = self._task.deadline_at
+        while seconds > 0:
+            await asyncio.sleep(seconds)
+            latest = known
+            with suppress(OctoError):
+                latest = (await self._deps.store.get(self._task.task_id)).deadline_at
+            seconds = 0.0 if known is None or latest is None else latest - known
+            known = latest
+        scope.reschedule(asyncio.get_running_loop().time())
+
     async def _run(self, deadline: Deadline) -> None:
         tools, task = self._deps, self._task
         calls = TaskCalls(tools.client, tools.token_minter, task, await tools.load_allowed_scopes(task))
         # After a takeover the stored plan is used. Its documents are in memory, since they are stored before the plan.
         # A crash before ``set_plan`` repeats the planning; its model calls are answered from the journal.
-        if task.plan is None:
-            await tools.store.begin_planning(task.task_id, task.epoch)
+        # A fork has a plan from the beginning, but its documents may be gone from memory.
+        if task.plan is None or task.started_at is None:
+            asks_planner = task.plan is None and task.contract.assigned_arm is None
+            takes_time = asks_planner or bool(task.contract.context.files)
+            self._changes.defer(planning_change(task.task_id, task.epoch, announce=takes_time))
+            if takes_time:
+                # Before the calls, so that a watcher knows what the task is at.
+                await self._changes.flush()
             await self._read_files(calls, deadline)
-            plan = await self._plan(calls, deadline, ())
-            await tools.store.set_plan(task.task_id, plan, task.epoch, replan=False, reasons=())
+            plan = task.plan or await self._plan(calls, deadline, ())
+            self._changes.defer(plan_change(task.task_id, plan, task.epoch, replan=False, reasons=()))
         else:
             plan = task.plan
         try:
-            results = await self._run_steps(plan, calls, deadline)
+            # The number of the plan, since each has to be approved by itself.
+            number = 2 if task.plan is not None and await tools.store.was_replanned(task.task_id) else 1
+            results = await self._run_steps(plan, calls, deadline, number)
         except StepError as error:
             # Only a rejected result is worth a new plan, which is made from the judge's reasons. After another failure
             # (an arm that is down, no budget) a new plan would meet the same obstacle.
             if error.code != "not_accepted":
                 raise
             plan = await self._replan(plan, calls, deadline, error)
-            results = await self._run_steps(plan, calls, deadline)
+            results = await self._run_steps(plan, calls, deadline, 2)
         await self._complete(plan, results)
 
     async def _read_files(self, calls: TaskCalls, deadline: Deadline) -> None:
@@ -156,10 +211,16 @@ class TaskRunner:
                 files,
             )
             return Plan((step,))
+        # As of now: a person may have added some since the worker took the task.
+        instructions = (await self._deps.store.get(task.task_id)).instructions
+        arms = await self._deps.list_arms(task.tenant)
+        if contract.parent_task_id is not None:
+            # A sub-task may use fewer than its principal: the planner chooses among those.
+            arms = tuple(arm for arm in arms if calls.may_execute(arm.name))
         request = PlanRequest(
             contract.goal,
-            contract.context,
-            await self._deps.list_arms(task.tenant),
+            msgspec.structs.replace(contract.context, instructions=instructions),
+            arms,
             contract.acceptance_criteria,
             reasons,
         )
@@ -196,17 +257,29 @@ class TaskRunner:
             raise error
         completed_steps = [step for step in plan.steps if step.id in self._done]
         merged = Plan((*completed_steps, *find_remaining_steps(completed_steps, new_plan.steps)), new_plan.usage)
-        await tools.store.begin_planning(task.task_id, task.epoch)
-        await tools.store.set_plan(task.task_id, merged, task.epoch, replan=True, reasons=error.reasons)
+        await self._changes.apply(
+            planning_change(task.task_id, task.epoch),
+            plan_change(task.task_id, merged, task.epoch, replan=True, reasons=error.reasons),
+        )
         return merged
 
-    async def _run_steps(self, plan: Plan, calls: TaskCalls, deadline: Deadline) -> dict[str, ExecuteResult]:
-        """Run the plan's steps; the first failure cancels the others."""
+    async def _run_steps(
+        self, plan: Plan, calls: TaskCalls, deadline: Deadline, number: int
+    ) -> dict[str, ExecuteResult]:
+        """Run the steps of the plan of this number; the first failure cancels the others.
+
+        Raises :class:`_SuspendedError` when nothing is left to do before a person decides.
+        """
         tools, task = self._deps, self._task
-        records = {record.step: record for record in await tools.store.steps(task.task_id)}
+        if task.plan is None and number == 1:
+            records = {step.id: new_step_record(step) for step in plan.steps}
+        else:
+            await self._changes.flush()
+            records = {record.step: record for record in await tools.store.steps(task.task_id)}
         results = {name: record.result for name, record in records.items() if record.result is not None}
         # Steps that completed in an earlier epoch or in the first plan are not run again.
         self._done = {name for name in results if records[name].status == "completed"}
+        await self._check_failed(records.values())
         step_tools = StepDependencies(
             tools.store,
             tools.stream,
@@ -217,21 +290,34 @@ class TaskRunner:
             self._progress_reporter(plan),
             tools.load_texts,
             tools.store_texts,
+            tools.attempts,
+            self._changes,
+            tools.arm_slots,
         )
+        gate = await self._open_gate(calls, number)
         running: dict[asyncio.Task[ExecuteResult], PlanStep] = {}
         started: set[str] = set()
         try:
             while len(self._done) < len(plan.steps):
-                for step in find_ready_steps(plan.steps, self._done, started):
-                    if len(running) >= MAX_PARALLEL:
-                        break
+                ready = find_ready_steps(plan.steps, self._done, started)
+                allowed = (await gate.filter(ready))[: MAX_PARALLEL - len(running)]
+                if not allowed or gate.holds_steps:
+                    await self._changes.flush()
+                for step in allowed:
                     started.add(step.id)
                     inputs = {need: results[need].output for need in step.depends_on}
                     work = run_step(step_tools, task, step, records[step.id], inputs, deadline)
                     running[asyncio.create_task(work, name=f"step {step.id}")] = step
+                if gate.holds_steps:
+                    if not await gate.request(suspend=not running):
+                        continue
+                    if not running:
+                        raise _SuspendedError
                 if not running:
                     raise OctoError("The plan has steps that depend on each other in a cycle.", code="plan_invalid")
-                finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                # While some steps run and others wait for a person, the decision is looked up: a wake-up may be lost.
+                timeout = APPROVAL_POLL_SECONDS if gate.holds_steps else None
+                finished, _ = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 for each in finished:
                     step = running.pop(each)
                     results[step.id] = each.result()
@@ -243,17 +329,46 @@ class TaskRunner:
             await asyncio.gather(*running, return_exceptions=True)
         return results
 
-    def _progress_reporter(self, plan: Plan) -> Callable[[str, float], Awaitable[None]]:
+    async def _check_failed(self, records: Iterable[StepRecord]) -> None:
+        """Raise the error of a step that failed in an earlier epoch, which ended before the new plan or the task's end.
+
+        The attempts of the step are used up: a further one would repeat the keys of the last one with other reasons.
+        """
+        for record in records:
+            if record.status == "failed":
+                code = await self._deps.attempts.load_failure_code(self._task.task_id, record.step, record.attempt)
+                raise make_step_error(record.spec, code, record.reasons)
+
+    async def _open_gate(self, calls: TaskCalls, number: int) -> ApprovalGate:
+        tools, task = self._deps, self._task
+        arms = await tools.list_arms(task.tenant)
+
+        async def read_cost() -> float:
+            return (await tools.ledger.usage(task.task_id)).cost_usd
+
+        return ApprovalGate(
+            tools.approvals,
+            task,
+            "plan" if number == 1 else f"plan-{number}",
+            {arm.name: arm.approval for arm in arms if arm.approval},
+            lambda arm, scope: calls.may_lead_to(f"{arm}:execute", scope),
+            read_cost,
+        )
+
+    def _progress_reporter(self, plan: Plan) -> ReportProgress:
         self._reported_progress = max(self._reported_progress, PLANNED_PROGRESS)
 
-        async def report(step: str, percent: float) -> None:
+        async def report(step: str, percent: float, message: str = "") -> None:
             self._step_progress[step] = max(self._step_progress.get(step, 0.0), percent)
             progress = compute_progress(plan.steps, self._done, self._step_progress)
             if progress - self._reported_progress >= MIN_PROGRESS_DELTA:
                 # Set before the write, so that the other steps do not report the same rise while it waits.
                 self._reported_progress = progress
-                await self._deps.store.change(
-                    self._task.task_id, "task.progress", {"step": step}, epoch=self._task.epoch, progress=progress
+                # An arm of anybody writes it, and terminals show it.
+                printable = "".join(char for char in message if char.isprintable())[:MAX_PROGRESS_MESSAGE]
+                data = {"step": step, **({"message": printable} if printable else {})}
+                await self._changes.apply(
+                    TaskChange(self._task.task_id, (("task.progress", data),), self._task.epoch, progress=progress)
                 )
 
         return report
@@ -262,23 +377,23 @@ class TaskRunner:
         tools, task = self._deps, self._task
         output, artifacts = assemble_result(plan.steps, results)
         usage = await tools.ledger.usage(task.task_id)
+        found = is_found(plan.steps, results)
         listed = msgspec.to_builtins(artifacts)
-        await tools.store.change(
-            task.task_id,
-            "task.completed",
-            {
-                "status": "completed",
-                "duration_ms": self._duration_ms(),
-                "output": output[:MAX_OUTPUT_IN_EVENT],
-                "artifacts": listed,
-                "usage": msgspec.to_builtins(usage),
-            },
-            new_status="completed",
-            epoch=task.epoch,
-            progress=100.0,
-            output=output,
-            result={"artifacts": listed},
-            finished_at=tools.clock.now(),
+        data = {
+            "status": "completed",
+            "duration_ms": self._duration_ms(),
+            "output": output[:MAX_OUTPUT_IN_EVENT],
+            "artifacts": listed,
+            "usage": msgspec.to_builtins(usage),
+            "found": found,
+        }
+        columns = {
+            "output": output,
+            "result": {"artifacts": listed, "found": found},
+            "finished_at": tools.clock.now(),
+        }
+        await self._changes.apply(
+            TaskChange(task.task_id, (("task.completed", data),), task.epoch, ("completed",), 100.0, columns)
         )
         tools.metrics.tasks.labels("completed").inc()
         tools.log.info("task.completed", duration_ms=self._duration_ms(), tokens=usage.total_tokens)
@@ -291,20 +406,16 @@ class TaskRunner:
         reasons = error.reasons if isinstance(error, StepError) else ()
         faults = error.field_errors
         reason = TaskFailure(error.code, error.detail, reasons, faults)
-        await tools.store.change(
-            task.task_id,
-            "task.failed",
-            {
-                "status": "failed",
-                "code": error.code,
-                "reason": error.detail,
-                "reasons": list(reasons),
-                "duration_ms": self._duration_ms(),
-            },
-            new_status="failed",
-            epoch=task.epoch,
-            error=reason,
-            finished_at=tools.clock.now(),
+        data = {
+            "status": "failed",
+            "code": error.code,
+            "reason": error.detail,
+            "reasons": list(reasons),
+            "duration_ms": self._duration_ms(),
+        }
+        columns = {"error": reason, "finished_at": tools.clock.now()}
+        await self._changes.apply(
+            TaskChange(task.task_id, (("task.failed", data),), task.epoch, ("failed",), columns=columns)
         )
         tools.metrics.tasks.labels("failed").inc()
         tools.log.warning("task.failed", error=error, reasons=list(reasons))

@@ -1,21 +1,31 @@
-"""The rules of a task as pure functions: legal state transitions, ready steps, progress, result."""
+"""The rules of a task as pure functions: legal state transitions, ready steps, progress, result, approvals."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
-from octollm.contracts.task import Artifact, ExecuteResult, PlanStep, StepStatus, TaskStatus
-from octollm.errors import OctoError
+from octollm.contracts.approvals import (
+    EVERY_STEP,
+    SPENDING_APPROVAL,
+    ApprovalDecision,
+    ApprovalKind,
+    ApprovalPolicy,
+    ApprovalView,
+)
+from octollm.contracts.task import MAX_GOAL, Artifact, ExecuteResult, Plan, PlanStep, StepStatus, TaskStatus
+from octollm.errors import FieldError, OctoError
 
 _FINAL_STATES: frozenset[TaskStatus] = frozenset({"completed", "failed", "cancelled"})
 
 TASK_TRANSITIONS: dict[TaskStatus, frozenset[TaskStatus]] = {
-    "accepted": frozenset({"planning", "failed", "cancelled"}),
-    "planning": frozenset({"running", "failed", "cancelled"}),
-    "running": frozenset({"waiting", "planning", "completed", "failed", "cancelled"}),
-    "waiting": frozenset({"running", "failed", "cancelled"}),
+    "accepted": frozenset({"planning", "paused", "failed", "cancelled"}),
+    "planning": frozenset({"running", "paused", "failed", "cancelled"}),
+    "running": frozenset({"waiting", "planning", "paused", "completed", "failed", "cancelled"}),
+    "waiting": frozenset({"running", "paused", "failed", "cancelled"}),
+    "paused": frozenset({"accepted", "running", "failed", "cancelled"}),
     "completed": frozenset(),
     "failed": frozenset(),
     "cancelled": frozenset(),
@@ -47,6 +57,14 @@ def check_transition(current: TaskStatus, to: TaskStatus) -> None:
         raise OctoError(f"The task is {current}; it cannot become {to}.", code="state_conflict")
 
 
+def resume_status(*, has_started: bool) -> TaskStatus:
+    """Return the state in which a paused task goes on: one without a plan begins to plan again.
+
+    A task that waited for an approval runs again, too: its worker finds what is missing, and lets it wait.
+    """
+    return "running" if has_started else "accepted"
+
+
 TYPICAL_STEP_CHARACTERS = 1500
 """Typical length of a step's text. At about this length the step counts as half done."""
 PLANNED_PROGRESS = 10.0
@@ -60,6 +78,25 @@ def find_ready_steps(steps: Sequence[PlanStep], done: Collection[str], started: 
         for step in steps
         if step.id not in started and step.id not in done and all(need in done for need in step.depends_on)
     ]
+
+
+def find_reusable_steps(steps: Sequence[PlanStep], completed: Collection[str], from_step: str) -> list[str]:
+    """Return the steps whose results a fork takes over when the plan runs again from ``from_step``.
+
+    They come before it in the plan, completed, and depend on no step that runs again. Without ``from_step`` the plan
+    runs again from the first step that did not complete. Raises ``step_unknown``.
+    """
+    names = [step.id for step in steps]
+    start = from_step or next((name for name in names if name not in completed), "")
+    if start not in names:
+        known = ", ".join(names)
+        detail = f"The plan has no step {start!r}; its steps are {known}." if start else "Every step of it completed."
+        raise OctoError(detail, code="step_unknown", field_errors=(FieldError("/from", detail),))
+    before = {step.id: step for step in steps[: names.index(start)] if step.id in completed}
+    while dropped := [name for name, step in before.items() if any(need not in before for need in step.depends_on)]:
+        for name in dropped:
+            del before[name]
+    return list(before)
 
 
 def compute_progress(steps: Sequence[PlanStep], done: Collection[str], step_progress: Mapping[str, float]) -> float:
@@ -84,6 +121,18 @@ def estimate_step_progress(characters: int) -> float:
     return 95.0 * characters / (characters + TYPICAL_STEP_CHARACTERS)
 
 
+def _end_steps(steps: Sequence[PlanStep]) -> list[PlanStep]:
+    """Return the steps that no other step depends on: their results are those of the task."""
+    needed = {need for step in steps for need in step.depends_on}
+    return [step for step in steps if step.id not in needed]
+
+
+def is_found(steps: Sequence[PlanStep], results: Mapping[str, ExecuteResult]) -> bool:
+    """Return whether a task has what it was asked for: not if each of its results says that nothing was found."""
+    evidence = [results[step.id].evidence for step in _end_steps(steps)]
+    return any(each is None or each.found for each in evidence)
+
+
 def assemble_result(
     steps: Sequence[PlanStep], results: Mapping[str, ExecuteResult]
 ) -> tuple[str, tuple[Artifact, ...]]:
@@ -91,8 +140,7 @@ def assemble_result(
 
     The output of a single such step is used as it is; several are joined under their titles.
     """
-    needed = {need for step in steps for need in step.depends_on}
-    ends = [step for step in steps if step.id not in needed]
+    ends = _end_steps(steps)
     if len(ends) == 1:
         output = results[ends[0].id].output
     else:
@@ -106,3 +154,101 @@ def assemble_result(
                 name = f"{step.id}-{name}"
             artifacts[name] = msgspec.structs.replace(artifact, name=name)
     return output, tuple(artifacts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalRequest:
+    """An approval that is needed. ``approval_id`` is unique within the task."""
+
+    approval_id: str
+    kind: ApprovalKind
+    reason: str
+    step: str = ""
+
+
+def merge_policies(installation: ApprovalPolicy, task: ApprovalPolicy) -> ApprovalPolicy:
+    """Return the stricter of two policies, member by member."""
+    costs = [each.cost_above_usd for each in (installation, task) if each.cost_above_usd is not None]
+    lifetimes = [each.expires_seconds for each in (installation, task) if each.expires_seconds is not None]
+    return ApprovalPolicy(
+        installation.plan or task.plan,
+        tuple(dict.fromkeys((*installation.steps, *task.steps))),
+        min(costs, default=None),
+        min(lifetimes, default=None),
+    )
+
+
+def find_required_approvals(
+    step: PlanStep,
+    policy: ApprovalPolicy,
+    *,
+    plan_approval: str,
+    arm_reason: str,
+    may_call: Callable[[str], bool],
+    spent_usd: float,
+) -> tuple[ApprovalRequest, ...]:
+    """Return the approvals without which ``step`` may not start.
+
+    ``arm_reason`` is why the arm's author wants an approval, ``may_call`` says whether the step may lead to a call of a
+    scope, and ``spent_usd`` is what the task has used.
+    """
+    required: list[ApprovalRequest] = []
+    if policy.plan:
+        required.append(ApprovalRequest(plan_approval, "plan", "The plan has to be approved before its first step."))
+    if policy.cost_above_usd is not None and spent_usd > policy.cost_above_usd:
+        reason = f"The task has used {spent_usd:.4f} USD, more than {policy.cost_above_usd:.4f} USD."
+        required.append(ApprovalRequest(SPENDING_APPROVAL, "spending", reason))
+    reasons = [reason for reason in (step.approval, arm_reason) if reason]
+    for rule in policy.steps:
+        if rule == EVERY_STEP:
+            reasons.append("Every step has to be approved.")
+        elif ":" not in rule and rule == step.arm:
+            reasons.append(f"Each step of {rule} has to be approved.")
+        elif ":" in rule and may_call(rule):
+            reasons.append(f"The step may call {rule}.")
+    if reasons:
+        required.append(ApprovalRequest(step.id, "step", " ".join(dict.fromkeys(reasons)), step.id))
+    return tuple(required)
+
+
+def choose_approvals(stored: Mapping[str, ApprovalView], decision: ApprovalDecision) -> list[ApprovalView]:
+    """Return the pending approvals that ``decision`` is about; none when it repeats an earlier decision.
+
+    Raises ``approval_invalid`` and ``state_conflict`` as ``ApprovalStore.decide``.
+    """
+    outcome = "approved" if decision.decision == "approve" else "rejected"
+    if decision.approval_id:
+        view = stored.get(decision.approval_id)
+        if view is None:
+            raise _invalid("/approval_id", f"The task has no approval {decision.approval_id!r}.")
+        if view.status == "pending":
+            return [view]
+        if view.status == outcome and view.goals == decision.goals:
+            return []
+        raise OctoError(f"The approval {view.approval_id} is {view.status} already.", code="state_conflict")
+    pending = [view for view in stored.values() if view.status == "pending"]
+    if not pending and not any(view.status == outcome for view in stored.values()):
+        raise OctoError("The task does not wait for an approval.", code="state_conflict")
+    return pending
+
+
+def check_changed_goals(chosen: Sequence[ApprovalView], goals: Mapping[str, str], pending_steps: set[str]) -> None:
+    """Raise ``approval_invalid`` for a goal that the approvals in ``chosen`` may not change."""
+    whole_plan = any(view.kind == "plan" for view in chosen)
+    covered = {view.step for view in chosen if view.kind == "step"}
+    for name, goal in goals.items():
+        pointer = f"/goals/{name.replace('~', '~0').replace('/', '~1')}"
+        if name not in pending_steps or not (whole_plan or name in covered):
+            raise _invalid(pointer, f"The step {name!r} is not waiting for this approval, so its goal stays.")
+        if not goal.strip() or len(goal) > MAX_GOAL:
+            raise _invalid(pointer, f"A goal has 1 to {MAX_GOAL} characters.")
+
+
+def apply_goals(plan: Plan, goals: Mapping[str, str]) -> Plan:
+    """Return ``plan`` with the goals of some steps replaced."""
+    changed = (msgspec.structs.replace(step, goal=goals.get(step.id, step.goal)) for step in plan.steps)
+    return msgspec.structs.replace(plan, steps=tuple(changed))
+
+
+def _invalid(pointer: str, detail: str) -> OctoError:
+    return OctoError(detail, code="approval_invalid", field_errors=(FieldError(pointer, detail),))

@@ -9,21 +9,22 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
 
 from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.context import RequestContext, parse_traceparent, set_context
 from octollm.errors import OctoError
-from octollm.storage import RedisClient
+from octollm.storage import RedisClient, RedisKeys
 from octollm.tasks.leases import LeaseRenewer, TaskLeases
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerDependencies, TaskRunner
 from octollm.telemetry import Logger
 
-SWEEP_SECONDS = 1.0
+SWEEP_SECONDS = 0.5
 """The interval at which the database is checked for claimable tasks, for lost wake-ups and expired leases."""
-MAX_TASKS = 8
+MAX_TASKS = 16
 """Tasks of one worker at a time. They mostly wait for arms; the bound limits what a crash delays."""
+MAX_SUBTASKS = 24
+"""Sub-tasks that a worker runs beyond that: its tasks may all wait for them, and there has to be a place for them."""
 
 
 class Worker:
@@ -37,7 +38,9 @@ class Worker:
         *,
         service: str,
         max_tasks: int = MAX_TASKS,
+        announce: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """``announce`` tells the workers of other replicas that a task waits."""
         self._deps = deps
         self._task_leases = task_leases
         self._renewer = create_renewer(self._on_lease_lost)
@@ -46,6 +49,10 @@ class Worker:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._claim_loop = BackgroundLoop("worker", self._claim_all, interval=SWEEP_SECONDS, restart=True, log=deps.log)
         self._is_draining = False
+        self._announce = announce
+        self._announce_wakeup = asyncio.Event()
+        # Hints only: without them the sweeps of the others find the task.
+        self._announce_loop = BackgroundLoop("queue hints", self._announce_round, restart=True, log=deps.log)
 
     @property
     def failure(self) -> str:
@@ -57,8 +64,23 @@ class Worker:
         return self._deps.log
 
     def wake(self) -> None:
-        """Look for tasks now."""
+        """Look for tasks now. A worker that is full tells the others."""
         self._claim_loop.wake()
+        if len(self._running) >= self._max or self._is_draining:
+            self._announce_wakeup.set()
+
+    def wake_if_free(self) -> None:
+        """Look for tasks now, since a worker of another replica has no room."""
+        if len(self._running) < self._max:
+            self._claim_loop.wake()
+
+    async def _announce_round(self) -> None:
+        await self._announce_wakeup.wait()
+        # Cleared before the hint, so that a task that is stored during it is announced by another one.
+        self._announce_wakeup.clear()
+        if self._announce is not None:
+            with contextlib.suppress(OctoError):
+                await self._announce()
 
     async def stop(self, task_id: str) -> None:
         """Stop running a cancelled task, if this worker runs it, and wait up to 5 s until its calls are closed."""
@@ -77,6 +99,10 @@ class Worker:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks and self._announce is not None:
+            # The others claim them now, not with their next sweep.
+            with contextlib.suppress(OctoError):
+                await self._announce()
 
     def _on_lease_lost(self, task_id: str) -> None:
         """Stop running a task whose lease is lost, or could not be renewed in time."""
@@ -91,25 +117,29 @@ class Worker:
         # The renewer stops last, so that tasks keep their leases until they are released.
         async with self._renewer.run(lambda error: self._log.error("leases.crashed", error=error)):
             try:
-                async with self._claim_loop:
+                async with self._claim_loop, self._announce_loop:
                     yield
             finally:
                 await self.drain()
 
     async def _claim_all(self) -> None:
         # No limiter: nobody waits for a slot here, the database holds the queue.
-        while len(self._running) < self._max and not self._is_draining:
-            claimed = await self._task_leases.acquire(exclude=frozenset(self._running))
-            if claimed is None:
+        while not self._is_draining:
+            # Without room for tasks there is still some for sub-tasks, which those that run may wait for.
+            room, only_subtasks = self._max - len(self._running), False
+            if room <= 0:
+                room, only_subtasks = room + MAX_SUBTASKS, True
+            if room <= 0:
                 return
-            task_id, run = claimed
-            # The epoch of the claim, not that of the row just read: if another worker took the task over in between,
-            # the fence must reject this worker, not the other.
-            record = replace(await self._deps.store.get(task_id), epoch=run)
-            self._renewer.add(task_id, run)
-            work = asyncio.create_task(self._run_task(record), name=f"task {task_id}")
-            self._running[task_id] = work
-            work.add_done_callback(lambda _done, task_id=task_id, run=run: self._on_task_done(task_id, run))
+            records = await self._task_leases.claim(room, exclude=frozenset(self._running), only_subtasks=only_subtasks)
+            for record in records:
+                task_id, epoch = record.task_id, record.epoch
+                self._renewer.add(task_id, epoch)
+                work = asyncio.create_task(self._run_task(record), name=f"task {task_id}")
+                self._running[task_id] = work
+                work.add_done_callback(lambda _done, task_id=task_id, epoch=epoch: self._on_task_done(task_id, epoch))
+            if len(records) < room:
+                return
 
     def _on_task_done(self, task_id: str, epoch: int) -> None:
         self._running.pop(task_id, None)
@@ -146,30 +176,34 @@ class Worker:
             await TaskRunner(self._deps, task).fail(OctoError(detail))
 
 
-CANCEL_RECEIVE_SECONDS = 5.0
-CANCEL_RETRY_SECONDS = 1.0
+RECEIVE_SECONDS = 5.0
+RECONNECT_SECONDS = 1.0
 
 
-def cancellation_listener(
-    redis: RedisClient, channel: str, stop: Callable[[str], Awaitable[None]], log: LoopLogger | None = None
-) -> BackgroundLoop:
-    """Return a loop that calls ``stop`` with the id of every task announced on ``channel``.
+def hint_listener(redis: RedisClient, keys: RedisKeys, worker: Worker, log: LoopLogger | None = None) -> BackgroundLoop:
+    """Return a loop that hears what other replicas announce: cancelled tasks, which it stops, and waiting ones.
 
-    The next lease renewal finds cancellations that are missed while Redis is unavailable.
+    While Redis is away the next lease renewal finds cancellations, and the next sweep waiting tasks.
     """
 
     async def listen() -> None:
         pubsub = redis.pubsub()
         try:
-            await pubsub.subscribe(channel)
+            await pubsub.subscribe(keys.cancel, keys.queue)
+            # What was announced before is lost.
+            worker.wake_if_free()
             while True:
-                message = await pubsub.receive(CANCEL_RECEIVE_SECONDS)
+                message = await pubsub.receive(RECEIVE_SECONDS)
                 loop.report_success()
-                if message is not None and not message.subscribed:
-                    await stop(message.data.decode("ascii", errors="replace"))
+                if message is None or message.subscribed:
+                    continue
+                if message.name == keys.queue:
+                    worker.wake_if_free()
+                else:
+                    await worker.stop(message.data.decode("ascii", errors="replace"))
         finally:
             with suppress(OctoError):
                 await pubsub.close()
 
-    loop = BackgroundLoop("cancellations", listen, interval=CANCEL_RETRY_SECONDS, restart=True, log=log)
+    loop = BackgroundLoop("task hints", listen, interval=RECONNECT_SECONDS, restart=True, log=log)
     return loop

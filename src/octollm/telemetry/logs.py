@@ -18,7 +18,7 @@ import structlog
 
 from octollm.clock import Clock, format_rfc3339
 from octollm.context import current_context
-from octollm.telemetry.masking import mask
+from octollm.masking import mask
 
 FLUSH_SECONDS = 0.1
 """The longest time that a line waits in the buffer."""

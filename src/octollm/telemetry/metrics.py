@@ -99,6 +99,9 @@ class Metrics:
         )
         self.tasks = Counter("octollm_tasks_total", "Tasks that ended, by final status.", ["status"], registry=registry)
         self.tasks_running = Gauge("octollm_tasks_running", "Tasks that this process is running.", registry=registry)
+        self.tasks_waiting = Gauge(
+            "octollm_tasks_waiting", "Tasks of the installation that wait for a worker.", registry=registry
+        )
         self.tokens = Counter(
             "octollm_model_tokens_total",
             "Tokens that models read (prompt) and wrote (completion).",
@@ -106,6 +109,90 @@ class Metrics:
             registry=registry,
         )
         self.events = Counter("octollm_events_total", "Events published.", ["event_type"], registry=registry)
+        self.subscription_lag_positions = Gauge(
+            "octollm_subscription_lag_positions",
+            "Events of the log after the last one that a durable subscription has handled.",
+            ["tenant", "subscription"],
+            registry=registry,
+        )
+        self.subscription_lag_seconds = Gauge(
+            "octollm_subscription_lag_seconds",
+            "Age of the oldest event that a durable subscription has not handled.",
+            ["tenant", "subscription"],
+            registry=registry,
+        )
+        self.subscription_dead_letters = Gauge(
+            "octollm_subscription_dead_letters",
+            "Dead letters of a durable subscription.",
+            ["tenant", "subscription"],
+            registry=registry,
+        )
+        self.webhook_attempts = Counter(
+            "octollm_webhook_attempts_total",
+            "Attempts to deliver an event to a webhook: `delivered`, `failed` (retried later) or `dead` (the last).",
+            ["outcome"],
+            registry=registry,
+        )
+        self.webhook_feed_lag = Gauge(
+            "octollm_webhook_feed_lag_events",
+            "Events of the log that the webhooks have not processed.",
+            registry=registry,
+        )
+        self.webhook_pending = Gauge(
+            "octollm_webhook_pending_deliveries",
+            "Deliveries of a webhook that wait for their first or a further attempt.",
+            ["tenant", "webhook"],
+            registry=registry,
+        )
+        self.webhook_oldest_seconds = Gauge(
+            "octollm_webhook_oldest_pending_seconds",
+            "Age of the oldest pending delivery of a webhook.",
+            ["tenant", "webhook"],
+            registry=registry,
+        )
+        self.webhook_dead = Gauge(
+            "octollm_webhook_dead_deliveries",
+            "Dead letters of a webhook that were neither replayed nor deleted.",
+            ["tenant", "webhook"],
+            registry=registry,
+        )
+        self.sink_lag = Gauge(
+            "octollm_event_sink_lag_events", "Events of the log that the event sink does not have.", registry=registry
+        )
+        self.sink_lag_seconds = Gauge(
+            "octollm_event_sink_lag_seconds",
+            "Age of the oldest event that the event sink does not have.",
+            registry=registry,
+        )
+        self.sink_events = Counter(
+            "octollm_event_sink_events_total",
+            "Events that the event sink acknowledged: `stored`, or `duplicate` when it had them already.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.sent_events = Counter(
+            "octollm_events_sent_total",
+            "Events that a service sent to the orchestrator, or dropped because they were refused or too many waited.",
+            ["service", "outcome"],
+            registry=registry,
+        )
+        self.outbox_lag = Gauge(
+            "octollm_outbox_lag_events", "Numbered events that this replica has not published.", registry=registry
+        )
+        self.outbox_lag_seconds = Gauge(
+            "octollm_outbox_lag_seconds",
+            "Seconds since the publisher last had no unpublished events; 0 while there are none.",
+            registry=registry,
+        )
+        self.outbox_leader = Gauge(
+            "octollm_outbox_leader", "1 on the replica that publishes events, 0 on the others.", registry=registry
+        )
+        self.retention_deleted = Counter(
+            "octollm_retention_deleted_total",
+            "Rows that retention deleted, by kind; `truncated` are events that a durable reader had not handled.",
+            ["kind"],
+            registry=registry,
+        )
         self.live_connections = Gauge("octollm_live_connections", "Open live connections.", ["kind"], registry=registry)
         self.rejected_requests = Counter(
             "octollm_gateway_rejected_requests_total",
@@ -138,12 +225,30 @@ class Metrics:
             buckets=LATENCY_BUCKETS,
             registry=registry,
         )
+        self.cache_lookups = Counter(
+            "octollm_cache_lookups_total",
+            "Look-ups in the cache of reads, by level (`l1` in process, `l2` in Redis) and outcome (`hit`, `miss`).",
+            ["service", "level", "outcome"],
+            registry=registry,
+        )
+        self.cache_invalidations = Counter(
+            "octollm_cache_invalidations_total",
+            "Invalidations of cached reads: `sent`, or `delayed` because Redis did not answer.",
+            ["service", "outcome"],
+            registry=registry,
+        )
         self.spans = Counter(
             "octollm_spans_total",
             "Spans that were exported, or dropped when the buffer was full.",
             ["to", "outcome"],
             registry=registry,
         )
+
+    def report_outbox(self, read: Callable[[], tuple[float, float, bool]]) -> None:
+        """Report what ``read`` returns at each scrape: the lag in events and seconds, and whether it is the leader."""
+        self.outbox_lag.set_function(lambda: read()[0])
+        self.outbox_lag_seconds.set_function(lambda: read()[1])
+        self.outbox_leader.set_function(lambda: float(read()[2]))
 
     def queue_observer(self, limiter: str) -> Callable[[str, float], None]:
         """Return the metrics hook of a concurrency limiter: it records the outcome and the seconds in the queue."""

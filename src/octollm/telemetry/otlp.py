@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from octollm.context import TraceContext
-from octollm.telemetry.masking import mask_text
+from octollm.masking import mask_text
 from octollm.telemetry.spans import Span, SpanKind, SpanValue
 
 MAX_SPANS = 2048

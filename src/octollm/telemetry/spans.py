@@ -154,6 +154,11 @@ class Tracer:
             span.end_ns = span.start_ns + int((self._clock.monotonic() - span.monotonic_start) * 1e9)
             self._buffer.put(span)
 
+    def export(self, span: Span) -> None:
+        """Buffer a span that has ended and was recorded elsewhere, if its trace is sampled."""
+        if self._buffer is not None and span.trace.sampled:
+            self._buffer.put(span)
+
     @contextlib.contextmanager
     def span(self, name: str, kind: SpanKind = "internal") -> Generator[Span]:
         """Run the block in a child span; an exception that leaves the block becomes the span's error."""

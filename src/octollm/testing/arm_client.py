@@ -54,7 +54,7 @@ _TASK = "task-" + "0" * 32
 
 
 class ArmTestClient:
-    """Calls an arm as the orchestrator does, with scripted neighbours: ``async with ArmTestClient(arm) as client:``.
+    """Calls an arm as the orchestrator does, with scripted services: ``async with ArmTestClient(arm) as client:``.
 
     ``model`` is what the model answers, in order, or a function of the request. ``answers`` is what other services
     answer, by scope or reference: ``{"retriever:search": {"passages": []}}``; an ``OctoError`` is raised there, a
@@ -86,7 +86,7 @@ class ArmTestClient:
         self._opened: Harness | None = None
 
     async def __aenter__(self) -> ArmTestClient:
-        """Open the arm and its neighbours. Raises what the arm's lifespan raises, as ``arm_start_failed``."""
+        """Open the arm and the scripted services. Raises ``arm_start_failed`` if the arm's lifespan fails."""
         if self._stack is not None:
             raise RuntimeError("An ArmTestClient is opened once; make another one.")
         async with contextlib.AsyncExitStack() as stack:
@@ -97,7 +97,7 @@ class ArmTestClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close the arm and its neighbours."""
+        """Close the arm and the scripted services."""
         assert self._stack is not None
         await self._stack.__aexit__(kind, error, traceback)
 
@@ -129,7 +129,7 @@ class ArmTestClient:
 
     @property
     def calls(self) -> list[RecordedCall]:
-        """Return the calls that the arm made to other services, models and files apart."""
+        """Return the calls that the arm made to other services, except those to models and for files."""
         return self._script.calls
 
     @property
@@ -138,7 +138,7 @@ class ArmTestClient:
         return self._harness.records.files
 
     def put_file(self, name: str, content: bytes | str) -> FileRef:
-        """Store a file as a client would have; return what a task names it by."""
+        """Store a file as a client does, and return the reference that a task has to it."""
         body = content.encode() if isinstance(content, str) else content
         digest = hashlib.sha256(body).hexdigest()
         self._harness.records.files[digest] = body

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,7 @@ _CHUNK_CHARS = 8
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The model wants a tool called."""
+    """An answer of the model that requests a tool call."""
 
     name: str
     arguments: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -115,7 +116,7 @@ _DEFAULT_CHUNK = 8
 
 @dataclass(frozen=True, slots=True)
 class ScriptedRequest:
-    """What the model was asked; ``raw`` is the whole body."""
+    """A request to the model; ``raw`` is the whole body."""
 
     messages: tuple[tuple[str, str], ...]
     raw: dict[str, Any]
@@ -132,7 +133,7 @@ class ScriptedRequest:
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """Return the JSON schema that the answer has to fit, if there is one."""
+        """Return the JSON schema for the answer, if there is one."""
         form: dict[str, Any] = self.raw.get("response_format") or {}
         wanted: dict[str, Any] = form.get("json_schema") or {}
         return wanted.get("schema")
@@ -164,20 +165,27 @@ ModelScript = Iterable[str | ScriptedReply] | Callable[[ScriptedRequest], str | 
 
 @dataclass(slots=True)
 class ScriptedModel:
-    """The model. ``requests`` has every question; ``disconnects`` counts the clients that left before the end."""
+    """The model. ``requests`` has every question; ``disconnects`` counts the clients that left before the end.
+
+    ``embedded`` has the texts of every embeddings request. Texts that share words have similar embeddings.
+    ``embedding_error`` is the status with which these requests fail, 0 for none.
+    """
 
     script: ModelScript
     url: str = ""
     requests: list[ScriptedRequest] = field(default_factory=list[ScriptedRequest])
     disconnects: int = 0
     active: int = 0
+    embedded: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
+    embedding_error: int = 0
     _answers: Iterator[str | ScriptedReply] | None = None
 
     def app(self) -> Starlette:
-        """Return the application: ``POST /v1/chat/completions`` and ``GET /v1/models``, open to all."""
+        """Return the application: chat completions, embeddings and the list of models, open to all."""
         return Starlette(
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/embeddings", self._embeddings, methods=["POST"]),
                 Route("/v1/models", self._models, methods=["GET"]),
             ]
         )
@@ -193,6 +201,17 @@ class ScriptedModel:
 
     async def _models(self, _request: Request) -> Response:
         return _json_response({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
+
+    async def _embeddings(self, request: Request) -> Response:
+        raw: dict[str, Any] = msgspec.json.decode(await request.body())
+        texts: list[str] = raw["input"]
+        self.embedded.append(tuple(texts))
+        if self.embedding_error:
+            return _json_response({"error": {"message": "scripted failure"}}, self.embedding_error)
+        dimensions: int = raw.get("dimensions", _EMBEDDING_DIMENSIONS)
+        data = [{"index": index, "embedding": _embed_words(text, dimensions)} for index, text in enumerate(texts)]
+        tokens = sum(len(text.split()) for text in texts)
+        return _json_response({"object": "list", "data": data[::-1], "usage": {"prompt_tokens": tokens}})
 
     async def _chat(self, request: Request) -> Response:
         raw: dict[str, Any] = msgspec.json.decode(await request.body())
@@ -232,6 +251,17 @@ class ScriptedModel:
         finally:
             self.active -= 1
             self.disconnects += not whole
+
+
+_EMBEDDING_DIMENSIONS = 64
+
+
+def _embed_words(text: str, dimensions: int) -> list[float]:
+    vector = [0.0] * dimensions
+    for word in text.lower().split():
+        vector[zlib.crc32(word.strip(".,?!").encode()) % dimensions] += 1.0
+    length = sum(value * value for value in vector) ** 0.5 or 1.0
+    return [value / length for value in vector]
 
 
 def _tool_deltas(reply: ScriptedReply) -> Iterator[dict[str, Any]]:

@@ -30,8 +30,11 @@ from octollm.capability import (
 )
 from octollm.capability.verification import Verifier
 from octollm.clock import SystemClock, Uuid7Generator
-from octollm.contracts.enrolment import ArmRegistration, InstanceRef
+from octollm.contracts import internal_operations as internal
+from octollm.contracts.auth import DirectoryResponse
+from octollm.contracts.enrolment import ArmRegistration
 from octollm.contracts.internal import (
+    AuditEntry,
     ClaimBatch,
     ClaimRequest,
     ClaimResponse,
@@ -47,10 +50,10 @@ from octollm.contracts.services import SERVICES, service_of
 from octollm.contracts.task import MAX_FILE_BYTES, Usage
 from octollm.errors import OctoError
 from octollm.rpc.auth import ServiceAuthenticator
-from octollm.rpc.call import IncomingCall, Operation, OperationResponse
+from octollm.rpc.call import IncomingCall, Operation, OperationResponse, implement
 from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.http_client import HttpClient, HttpResponse
-from octollm.rpc.identity import DirectoryResponse, ServiceIdentity
+from octollm.rpc.identity import ServiceIdentity
 from octollm.rpc.service import Service, ServiceBase, build_base, build_service
 from octollm.rpc.transport import listen
 
@@ -70,6 +73,8 @@ class OrchestratorRecords:
     reserved: list[ReserveRequest] = field(default_factory=list[ReserveRequest])
     settled: list[SettleRequest] = field(default_factory=list[SettleRequest])
     journal: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    audit_error: OctoError | None = None
+    audited: list[AuditEntry] = field(default_factory=list[AuditEntry])
     files: dict[str, bytes] = field(default_factory=dict[str, bytes])
     arms: dict[str, ArmRegistration] = field(default_factory=dict[str, ArmRegistration])
     claims: dict[tuple[str, str, str], tuple[str, ClaimResponse]] = field(
@@ -78,7 +83,7 @@ class OrchestratorRecords:
 
     @property
     def used(self) -> Usage:
-        """Return what was settled so far."""
+        """Return the usage that was settled so far."""
         total = Usage()
         for settled in self.settled:
             total = total + settled.usage
@@ -208,20 +213,18 @@ class _FakeOrchestrator:
         self._verifiers: dict[str, Verifier] = {}
 
     def operations(self) -> list[Operation]:
-        def service(method: str, path: str, handler: object, body: object = None, who: str = "*") -> Operation:
-            return Operation(path, method, path, handler, scope=who, auth="service", body=body)  # pyright: ignore[reportArgumentType]
-
         return [
-            service("GET", "/directory", self.directory),
-            service("POST", "/budget/reserve", self.reserve, ReserveRequest, "models"),
-            service("POST", "/budget/settle", self.settle, SettleRequest, "models"),
-            service("POST", "/arms/register", self.register, ArmRegistration),
-            service("POST", "/arms/heartbeat", self.nothing, InstanceRef),
-            service("POST", "/arms/leave", self.nothing, InstanceRef),
-            service("POST", "/idempotency/claim", self.claim, ClaimBatch),
-            service("POST", "/idempotency/renew", self.nothing, ClaimUpdateBatch),
-            service("POST", "/idempotency/complete", self.complete, ClaimUpdateBatch),
-            service("POST", "/idempotency/release", self.release, ClaimUpdateBatch),
+            implement(internal.READ_DIRECTORY, self.directory),
+            implement(internal.RESERVE_BUDGET, self.reserve),
+            implement(internal.SETTLE_BUDGET, self.settle),
+            implement(internal.REGISTER_INSTANCE, self.register),
+            implement(internal.RECORD_HEARTBEAT, self.nothing),
+            implement(internal.DEREGISTER_INSTANCE, self.nothing),
+            implement(internal.RECORD_AUDIT, self.audit),
+            implement(internal.CLAIM_KEYS, self.claim),
+            implement(internal.RENEW_CLAIMS, self.nothing),
+            implement(internal.COMPLETE_CLAIMS, self.complete),
+            implement(internal.RELEASE_CLAIMS, self.release),
             Operation(
                 "files.write", "POST", "/files", self.write, scope="files:write", body=bytes, max_body=MAX_FILE_BYTES
             ),
@@ -258,6 +261,13 @@ class _FakeOrchestrator:
 
     async def register(self, call: IncomingCall, arm: ArmRegistration) -> dict[str, object]:
         self._harness.records.arms[call.peer] = arm
+        return {}
+
+    async def audit(self, call: IncomingCall, entry: AuditEntry) -> dict[str, object]:
+        self._verifier(call.peer).verify(entry.bearer)
+        if self._harness.records.audit_error is not None:
+            raise self._harness.records.audit_error
+        self._harness.records.audited.append(entry)
         return {}
 
     async def claim(self, call: IncomingCall, batch: ClaimBatch) -> ClaimResponseBatch:

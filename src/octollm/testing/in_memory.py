@@ -17,7 +17,7 @@ from octollm.errors import OctoError
 from octollm.rpc.http_client import HttpClient, StreamedResponse, TransportError
 
 _DISCONNECT_SECONDS = 2.0
-"""How long an application has to end once its client has left."""
+"""Seconds within which an application must end after its client disconnected."""
 
 
 class InMemoryHttp(HttpClient):

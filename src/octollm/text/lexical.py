@@ -1,13 +1,15 @@
-"""Lexical search: tokenizing, stop words, a light English stemmer, numbers in text, and BM25 ranking."""
+"""Words of a text: tokenizing, stop words, a light English stemmer, and numbers."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 _WORD = re.compile(r"\d+(?:[.,:/-]\d+)*|[^\W\d_](?:[^\W_]|(?<=\w)['’](?=\w))*", re.UNICODE)
+_UNSPACED = re.compile(
+    r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    r"\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]+)"
+)
 _STOP_WORD_TEXT = """
 a about above after again all also am an and any are as at be because been before being below between both
 but by can could did do does doing don't done down during each either else ever every few for from further
@@ -19,7 +21,7 @@ using very was we were what what's when where whether which while who whom whose
 you your yours document documents passage passages mean means mention mentioned mentions according stated
 described describe describes explain
 """
-_STOP_WORDS = frozenset(_STOP_WORD_TEXT.split())
+STOP_WORDS = frozenset(_STOP_WORD_TEXT.split())
 _NUMBER_WORDS = (
     "zero",
     "one",
@@ -43,13 +45,29 @@ _SUFFIXES = (
 
 
 def tokenize(text: str) -> list[str]:
-    """Return the words and numbers of ``text`` in lower case, in order."""
-    return [match.group().lower().replace("’", "'") for match in _WORD.finditer(text)]
+    """Return the words and numbers of ``text`` in lower case, in order.
+
+    Scripts without spaces (Chinese, Japanese, Thai and their neighbours) and Korean are cut into overlapping pairs.
+    """
+    words = (match.group().lower().replace("’", "'") for match in _WORD.finditer(text))
+    return [piece for word in words for piece in ((word,) if word.isascii() else _pairs(word))]
+
+
+def _pairs(word: str) -> Iterator[str]:
+    for run in _UNSPACED.split(word):
+        if run and _UNSPACED.fullmatch(run):
+            yield from (run[start : start + 2] for start in range(max(1, len(run) - 1)))
+        elif run:
+            yield run
 
 
 def content_words(text: str) -> list[str]:
     """Return the distinct words of ``text`` in order, without stop words and single letters."""
-    words = (word for word in tokenize(text) if word not in _STOP_WORDS and (len(word) > 1 or word.isdigit()))
+    words = (
+        word
+        for word in tokenize(text)
+        if word not in STOP_WORDS and (len(word) > 1 or word.isdigit() or not word.isascii())
+    )
     return list(dict.fromkeys(words))
 
 
@@ -82,35 +100,3 @@ def extract_numbers_and_words(text: str) -> frozenset[str]:
     """Return the numbers of ``text`` in digits, including those in words (``four``) up to twelve."""
     spelled = (str(_NUMBER_WORDS.index(word)) for word in tokenize(text) if word in _NUMBER_WORDS)
     return extract_numbers(text) | frozenset(spelled)
-
-
-# The usual constants: saturation of a term's frequency, and the weight of a text's length.
-BM25_K1, BM25_B = 1.2, 0.75
-
-
-def bm25(terms: Sequence[str], texts: Sequence[str], *, total: int) -> list[float]:
-    """Return the BM25 score of each of ``texts`` for ``terms``; higher is better, never negative.
-
-    ``texts`` are all passages of a collection that contain any of the terms; ``total`` is the collection's size. See
-    Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond" (2009).
-    """
-    # Not SQLite's own BM25: that counts the passages of all tenants, which would reveal something about the others'
-    # texts, and it gives no weight to a term that half of a few passages contain.
-    query = list(dict.fromkeys(stem(term) for term in terms))
-    counters = [Counter(stem(word) for word in tokenize(text)) for text in texts]
-    lengths = [counter.total() for counter in counters]
-    mean = sum(lengths) / len(lengths) if any(lengths) else 1.0
-    weights = {term: _idf(sum(term in counter for counter in counters), max(total, len(texts))) for term in query}
-    return [
-        sum(weights[term] * _saturated(counter[term], length / mean) for term in query if term in counter)
-        for counter, length in zip(counters, lengths, strict=True)
-    ]
-
-
-def _idf(matching: int, total: int) -> float:
-    """Return the inverse document frequency in Lucene's form, which is never negative."""
-    return math.log(1 + (total - matching + 0.5) / (matching + 0.5))
-
-
-def _saturated(count: int, relative_length: float) -> float:
-    return count * (BM25_K1 + 1) / (count + BM25_K1 * (1 - BM25_B + BM25_B * relative_length))

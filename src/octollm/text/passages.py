@@ -130,10 +130,14 @@ def _cut(block: LineSpan, max_chars: int) -> list[LineSpan]:
 
 def _cut_line(line: str, max_chars: int) -> list[str]:
     pieces: list[str] = []
-    while len(line) > max_chars:
+    start = 0
+    # By positions: to cut the rest off each time would copy a line of 20 MB thirty thousand times.
+    while len(line) - start > max_chars:
         # A blank in the first half would leave a short piece: then the word is cut.
-        end = line.rfind(" ", max_chars // 2, max_chars + 1)
-        end = end if end > 0 else max_chars
-        pieces.append(line[:end].rstrip())
-        line = line[end:].lstrip()
-    return [*pieces, line]
+        end = line.rfind(" ", start + max_chars // 2, start + max_chars + 1)
+        end = end if end > start else start + max_chars
+        pieces.append(line[start:end].rstrip())
+        start = end
+        while start < len(line) and line[start].isspace():
+            start += 1
+    return [*pieces, line[start:]]

@@ -30,7 +30,7 @@ class Model:
 
 
 @dataclass
-class Watched:
+class RecordingContext:
     model: Model
     said: list[tuple[str, bool]] = field(default_factory=list)
 
@@ -39,7 +39,7 @@ class Watched:
 
 
 async def test_a_further_answer_voids_the_text_before_it() -> None:
-    ctx = Watched(Model(["ab", "silent", "cd"]))
+    ctx = RecordingContext(Model(["ab", "silent", "cd"]))
     ask = ModelAsk(ctx)  # pyright: ignore[reportArgumentType]
     assert await ask([Message.user("x")], max_tokens=5, on_text=ask.write) == "ab"
     assert await ask([Message.user("x")], max_tokens=5) == "silent"
@@ -48,7 +48,7 @@ async def test_a_further_answer_voids_the_text_before_it() -> None:
 
 
 async def test_a_question_is_passed_on_as_it_is() -> None:
-    ctx = Watched(Model(["ab"]))
+    ctx = RecordingContext(Model(["ab"]))
     await ModelAsk(ctx)([Message.user("x")], max_tokens=5, schema={"type": "object"}, temperature=0.3, seed=7)  # pyright: ignore
     assert ctx.model.asked == [
         {"messages": [Message.user("x")], "max_tokens": 5, "schema": {"type": "object"}, "temperature": 0.3, "seed": 7}
@@ -56,7 +56,7 @@ async def test_a_question_is_passed_on_as_it_is() -> None:
 
 
 async def test_an_answer_that_was_cut_is_asked_for_again_with_a_larger_limit() -> None:
-    ctx = Watched(Model([("half a sen", "length"), "half a sentence."]))
+    ctx = RecordingContext(Model([("half a sen", "length"), "half a sentence."]))
     ask = ModelAsk(ctx)  # pyright: ignore[reportArgumentType]
     assert await ask([Message.user("x")], max_tokens=5, on_text=ask.write) == "half a sentence."
     assert [asked["max_tokens"] for asked in ctx.model.asked] == [5, 20]
@@ -64,21 +64,21 @@ async def test_an_answer_that_was_cut_is_asked_for_again_with_a_larger_limit() -
 
 
 async def test_an_answer_that_is_cut_again_is_no_answer() -> None:
-    ctx = Watched(Model([("half a sen", "length"), ("half a sentence and", "length")]))
+    ctx = RecordingContext(Model([("half a sen", "length"), ("half a sentence and", "length")]))
     with pytest.raises(OctoError) as caught:
         await ModelAsk(ctx)([Message.user("x")], max_tokens=5)  # pyright: ignore[reportArgumentType]
     assert caught.value.code == "model_output_truncated"
 
 
 async def test_what_is_whole_of_an_answer_may_suffice() -> None:
-    ctx = Watched(Model([("First.\n\nSecon", "length"), ("Fir", "length"), "First."]))
+    ctx = RecordingContext(Model([("First.\n\nSecon", "length"), ("Fir", "length"), "First."]))
     ask = ModelAsk(ctx)  # pyright: ignore[reportArgumentType]
     assert await ask([Message.user("x")], max_tokens=5, suffices=has_whole_paragraph) == "First.\n\nSecon"
     assert await ask([Message.user("x")], max_tokens=5, suffices=has_whole_paragraph) == "First."
 
 
 async def test_a_filtered_answer_is_no_answer() -> None:
-    ctx = Watched(Model([("The half that", "content_filter")]))
+    ctx = RecordingContext(Model([("The half that", "content_filter")]))
     with pytest.raises(OctoError) as caught:
         await ModelAsk(ctx)([Message.user("x")], max_tokens=5, suffices=lambda _: True)  # pyright: ignore
     assert caught.value.code == "model_output_filtered"
@@ -87,10 +87,10 @@ async def test_a_filtered_answer_is_no_answer() -> None:
 
 async def test_a_draft_that_was_cut_is_empty_and_one_in_a_closed_block_is_whole() -> None:
     block = "```python\nx = 1\n```\nThis"
-    ask = ModelAsk(Watched(Model([("x = ", "length"), ("x = ", "length"), (block, "length")])))  # pyright: ignore
+    ask = ModelAsk(RecordingContext(Model([("x = ", "length"), ("x = ", "length"), (block, "length")])))  # pyright: ignore
     assert await ask_draft(ask, [Message.user("x")], max_tokens=5) == ""
     assert await ask_draft(ask, [Message.user("x")], max_tokens=5) == block
-    failing = ModelAsk(Watched(Model([("x", "content_filter")])))  # pyright: ignore
+    failing = ModelAsk(RecordingContext(Model([("x", "content_filter")])))  # pyright: ignore
     with pytest.raises(OctoError):
         await ask_draft(failing, [Message.user("x")], max_tokens=5)
 

@@ -25,12 +25,12 @@ def two_turns(asked: ScriptedRequest) -> ScriptedReply | str:
     return "Rain in both." if asked.messages[-1][0] == "tool" else CALLED
 
 
-def client_of(house) -> AsyncOpenAI:
-    return AsyncOpenAI(base_url=house.urls["models"] + "/v1", api_key=house.token("models:chat"), max_retries=0)
+def client_of(harness) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=harness.urls["models"] + "/v1", api_key=harness.token("models:chat"), max_retries=0)
 
 
 async def test_tools_pass_through_both_ways(tmp_path):
-    async with models_over(two_turns, tmp_path) as (house, provider), client_of(house) as client:
+    async with models_over(two_turns, tmp_path) as (harness, provider), client_of(harness) as client:
         messages = [{"role": "user", "content": "Rain?"}]
         answer = await client.chat.completions.create(
             model="default", messages=messages, tools=[WEATHER], tool_choice="auto", parallel_tool_calls=True
@@ -53,7 +53,7 @@ async def test_tools_pass_through_both_ways(tmp_path):
 
 
 async def test_a_streamed_answer_carries_its_calls(tmp_path):
-    async with models_over(two_turns, tmp_path) as (house, _provider), client_of(house) as client:
+    async with models_over(two_turns, tmp_path) as (harness, _provider), client_of(harness) as client:
         stream = await client.chat.completions.create(
             model="default", messages=[{"role": "user", "content": "Rain?"}], tools=[WEATHER], stream=True
         )
@@ -68,12 +68,12 @@ async def test_a_streamed_answer_carries_its_calls(tmp_path):
 
 
 async def test_a_repeat_is_answered_with_the_same_calls(tmp_path):
-    async with models_over(two_turns, tmp_path) as (house, provider):
+    async with models_over(two_turns, tmp_path) as (harness, provider):
         body = {"model": "default", "messages": [{"role": "user", "content": "Rain?"}], "tools": [WEATHER]}
-        token, key = house.token("models:chat"), {"Idempotency-Key": "k1"}
+        token, key = harness.token("models:chat"), {"Idempotency-Key": "k1"}
         first, again = [
             msgspec.json.decode(
-                (await house.send("models", "POST", "/v1/chat/completions", token=token, body=body, headers=key)).body
+                (await harness.send("models", "POST", "/v1/chat/completions", token=token, body=body, headers=key)).body
             )
             for _ in range(2)
         ]
@@ -82,9 +82,9 @@ async def test_a_repeat_is_answered_with_the_same_calls(tmp_path):
 
 
 async def test_the_tools_count_in_the_prompt(tmp_path):
-    async with models_over(two_turns, tmp_path) as (house, _provider), client_of(house) as client:
+    async with models_over(two_turns, tmp_path) as (harness, _provider), client_of(harness) as client:
         messages = [{"role": "user", "content": "Rain?"}]
         for more in ({}, {"tools": [WEATHER]}):
             await client.chat.completions.create(model="default", messages=messages, **more)
-        plain, with_tools = [wanted.prompt_tokens for wanted in house.records.reserved]
+        plain, with_tools = [wanted.prompt_tokens for wanted in harness.records.reserved]
         assert with_tools >= plain + len(json.dumps(WEATHER, separators=(",", ":")))

@@ -20,30 +20,30 @@ def test_nobody_elses_span_is_ever_shown(spans: list[SpanOwnership]) -> None:
         assert found == []
 
 
-def shown(spans: list[SpanOwnership]) -> list[str]:
+def visible_ids(spans: list[SpanOwnership]) -> list[str]:
     return [spans[index].span_id for index in select_task_spans(spans, "t", "k")]
 
 
 def test_what_is_above_is_shown_when_it_is_the_tenants_and_what_is_below_when_it_is_nobodys() -> None:
     spans = [
-        SpanOwnership("door", "", "t"),
-        SpanOwnership("submit", "door", "t", "k"),
+        SpanOwnership("gateway", "", "t"),
+        SpanOwnership("submit", "gateway", "t", "k"),
         SpanOwnership("task", "submit", "t", "k"),
         SpanOwnership("reserve", "task", "", ""),
         SpanOwnership("deeper", "reserve", "t", "k"),
     ]
-    assert shown(spans) == ["door", "submit", "task", "reserve", "deeper"]
+    assert visible_ids(spans) == ["gateway", "submit", "task", "reserve", "deeper"]
 
 
 def test_a_shared_trace_shows_each_task_its_own() -> None:
     spans = [
-        SpanOwnership("door", "", "t"),
-        SpanOwnership("one", "door", "t", "k"),
-        SpanOwnership("two", "door", "t", "l"),
+        SpanOwnership("gateway", "", "t"),
+        SpanOwnership("one", "gateway", "t", "k"),
+        SpanOwnership("two", "gateway", "t", "l"),
         SpanOwnership("below two", "two", "", ""),
-        SpanOwnership("beside", "door", "t", ""),
+        SpanOwnership("beside", "gateway", "t", ""),
     ]
-    assert shown(spans) == ["door", "one"]
+    assert visible_ids(spans) == ["gateway", "one"]
 
 
 def test_naming_a_strangers_span_as_the_parent_shows_nothing_of_it() -> None:
@@ -54,4 +54,4 @@ def test_naming_a_strangers_span_as_the_parent_shows_nothing_of_it() -> None:
         SpanOwnership("mine", "victim", "t", "k"),
         SpanOwnership("mine too", "unnamed", "t", "k"),
     ]
-    assert shown(spans) == ["mine", "mine too"]
+    assert visible_ids(spans) == ["mine", "mine too"]

@@ -14,7 +14,7 @@ from octollm.services.monitor.span_store import SpanStore
 from octollm.storage import open_database, open_redis
 from octollm.storage.migrations import migrate
 from octollm.telemetry.otlp import encode_spans
-from octollm.telemetry.spans import TASK_ATTRIBUTE, TENANT_ATTRIBUTE, Span
+from octollm.telemetry.spans import TASK_ATTRIBUTE, TENANT_ATTRIBUTE, ExportBuffer, Span
 from octollm.testing.harness import Harness, start_harness
 
 TRACE = "a" * 32
@@ -36,33 +36,36 @@ def span(span_id: str, service: str = "coder", parent: str = "", **attributes: A
 
 
 @pytest.fixture
-async def house(tmp_path):
+async def monitor(tmp_path):
     settings = read_settings({"OCTOLLM_HOME": str(tmp_path)}, ())
-    async with (
-        start_harness() as house,
-        open_redis("memory://") as redis,
-        house.serve(monitor_service(house.base("monitor"), settings, redis=redis)),
-    ):
-        yield house
+    async with start_harness() as harness, open_redis("memory://") as redis:
+        base = harness.base("monitor")
+        async with harness.serve(monitor_service(base, settings, redis=redis)):
+            yield harness, base.spans
 
 
-async def send(house: Harness, spans: list[Span], peer: str = "coder", token: str | None = None):
-    signed = token or house.base(peer).identity.signer().sign_token("monitor")
-    return await house.send("monitor", "POST", "/v1/traces", token=signed, body=encode_spans(spans, "1"))
+@pytest.fixture
+def harness(monitor):
+    return monitor[0]
 
 
-async def read(house: Harness, task: str = "task-1", **token: Any):
-    bearer = house.token("monitor:read", **{"task": None, **token})
-    answer = await house.send("monitor", "GET", f"/traces?task={task}", token=bearer)
+async def send(harness: Harness, spans: list[Span], peer: str = "coder", token: str | None = None):
+    signed = token or harness.base(peer).identity.signer().sign_token("monitor")
+    return await harness.send("monitor", "POST", "/v1/traces", token=signed, body=encode_spans(spans, "1"))
+
+
+async def read(harness: Harness, task: str = "task-1", **token: Any):
+    bearer = harness.token("monitor:read", **{"task": None, **token})
+    answer = await harness.send("monitor", "GET", f"/traces?task={task}", token=bearer)
     return answer.status, msgspec.json.decode(answer.body)
 
 
-async def test_spans_are_taken_once_and_read_by_their_task(house: Harness) -> None:
+async def test_spans_are_taken_once_and_read_by_their_task(harness: Harness) -> None:
     sent = [span("1", note="x"), span("2", parent="1"), span("3", task="task-2")]
     for _ in range(2):
-        answer = await send(house, sent)
+        answer = await send(harness, sent)
         assert (answer.status, answer.body) == (200, b"{}")
-    status, found = await read(house)
+    status, found = await read(harness)
     assert status == 200
     assert [each["span_id"] for each in found["spans"]] == ["1" * 16, "2" * 16]
     first = found["spans"][0]
@@ -70,71 +73,88 @@ async def test_spans_are_taken_once_and_read_by_their_task(house: Harness) -> No
     assert (first["service"], first["name"], first["duration_ms"]) == ("coder", "execute", 5.0)
 
 
-async def test_a_service_writes_under_its_own_name_alone(house: Harness) -> None:
-    await send(house, [span("1", service="orchestrator")], peer="coder")
-    _, found = await read(house)
+async def test_a_service_writes_under_its_own_name_alone(harness: Harness) -> None:
+    await send(harness, [span("1", service="orchestrator")], peer="coder")
+    _, found = await read(harness)
     assert [each["service"] for each in found["spans"]] == ["coder"]
     # Nor does it keep another from telling of the same span.
-    await send(house, [span("1", service="judge")], peer="judge")
-    _, found = await read(house)
+    await send(harness, [span("1", service="judge")], peer="judge")
+    _, found = await read(harness)
     assert {each["service"] for each in found["spans"]} == {"coder", "judge"}
 
 
-async def test_only_registered_services_may_write(house: Harness) -> None:
-    stranger = ServiceTokenSigner(SigningKey.generate("stranger"), "stranger", house.clock, house.ids)
-    imposter = ServiceTokenSigner(SigningKey.generate("coder"), "coder", house.clock, house.ids)
-    own = house.base("coder").identity.signer()
+async def test_only_registered_services_may_write(harness: Harness) -> None:
+    stranger = ServiceTokenSigner(SigningKey.generate("stranger"), "stranger", harness.clock, harness.ids)
+    imposter = ServiceTokenSigner(SigningKey.generate("coder"), "coder", harness.clock, harness.ids)
+    own = harness.base("coder").identity.signer()
     for token in (
         stranger.sign_token("monitor"),
         imposter.sign_token("monitor"),
         own.sign_token("orchestrator"),
-        house.token("monitor:read"),
-        house.token("monitor:write"),
+        harness.token("monitor:read"),
+        harness.token("monitor:write"),
         "nonsense",
     ):
-        assert (await send(house, [span("1")], token=token)).status == 401
-    assert (await house.send("monitor", "POST", "/v1/traces", body=encode_spans([span("1")], "1"))).status == 401
-    assert (await read(house))[1]["spans"] == []
+        assert (await send(harness, [span("1")], token=token)).status == 401
+    assert (await harness.send("monitor", "POST", "/v1/traces", body=encode_spans([span("1")], "1"))).status == 401
+    assert (await read(harness))[1]["spans"] == []
 
 
-async def test_without_the_directory_nobody_is_believed(house: Harness) -> None:
-    del house.urls["orchestrator"]
-    assert (await send(house, [span("1")])).status == 503
+async def test_without_the_directory_nobody_is_believed(harness: Harness) -> None:
+    del harness.urls["orchestrator"]
+    assert (await send(harness, [span("1")])).status == 503
 
 
-async def test_a_tenant_sees_its_own_spans_only(house: Harness) -> None:
-    await send(house, [span("1"), span("2", tenant="rival"), span("3", parent="2", tenant="", task="")])
-    _, found = await read(house)
+async def test_a_tenant_sees_its_own_spans_only(harness: Harness) -> None:
+    await send(harness, [span("1"), span("2", tenant="rival"), span("3", parent="2", tenant="", task="")])
+    _, found = await read(harness)
     assert [each["span_id"] for each in found["spans"]] == ["1" * 16]
-    _, found = await read(house, tenant="rival")
+    _, found = await read(harness, tenant="rival")
     assert [each["span_id"] for each in found["spans"]] == ["2" * 16, "3" * 16]
-    _, found = await read(house, tenant="nobody")
+    _, found = await read(harness, tenant="nobody")
     assert found["spans"] == []
 
 
-async def test_a_token_for_a_task_opens_that_task_alone(house: Harness) -> None:
-    await send(house, [span("1")])
-    own = house.token("monitor:read", task="task-1")
-    answer = await house.send("monitor", "GET", "/traces?task=task-1", token=own)
+async def test_a_token_for_a_task_opens_that_task_alone(harness: Harness) -> None:
+    await send(harness, [span("1")])
+    own = harness.token("monitor:read", task="task-1")
+    answer = await harness.send("monitor", "GET", "/traces?task=task-1", token=own)
     assert (answer.status, len(msgspec.json.decode(answer.body)["spans"])) == (200, 1)
-    bearer = house.token("monitor:read", task="task-2")
-    answer = await house.send("monitor", "GET", "/traces?task=task-1", token=bearer)
+    bearer = harness.token("monitor:read", task="task-2")
+    answer = await harness.send("monitor", "GET", "/traces?task=task-1", token=bearer)
     assert (answer.status, msgspec.json.decode(answer.body)["code"]) == (404, "task_not_found")
-    answer = await house.send("monitor", "GET", "/traces", token=bearer)
+    answer = await harness.send("monitor", "GET", "/traces", token=bearer)
     assert (answer.status, msgspec.json.decode(answer.body)["code"]) == (400, "invalid_parameter")
-    answer = await house.send("monitor", "GET", "/traces?task=task-1", token=house.token("memory:read"))
+    answer = await harness.send("monitor", "GET", "/traces?task=task-1", token=harness.token("memory:read"))
     assert answer.status == 401
 
 
-async def test_malformed_and_too_large_requests_are_refused_with_the_place(house: Harness) -> None:
-    signed = house.base("coder").identity.signer().sign_token("monitor")
+async def test_the_request_that_reads_a_trace_is_no_span_of_its_task(
+    monitor: tuple[Harness, ExportBuffer[Span]],
+) -> None:
+    harness, exported = monitor
+    await send(harness, [span("1")])
+    exported.take(100)
+    sampled = {"traceparent": f"00-{'b' * 32}-{'c' * 16}-01"}
+    reading = harness.token("monitor:read", task="task-1")
+    answer = await harness.send("monitor", "GET", "/traces?task=task-1", token=reading, headers=sampled)
+    assert answer.status == 200
+    own = exported.take(100)
+    assert "traces.read" in [each.name for each in own]
+    await send(harness, own, peer="monitor")
+    _, found = await read(harness)
+    assert [each["trace_id"] for each in found["spans"]] == [TRACE]
+
+
+async def test_malformed_and_too_large_requests_are_refused_with_the_place(harness: Harness) -> None:
+    signed = harness.base("coder").identity.signer().sign_token("monitor")
     wrong = encode_spans([span("1")], "1").replace(TRACE.encode(), b"xyz")
-    answer = await house.send("monitor", "POST", "/v1/traces", token=signed, body=wrong)
+    answer = await harness.send("monitor", "POST", "/v1/traces", token=signed, body=wrong)
     problem = msgspec.json.decode(answer.body)
     assert (answer.status, problem["code"]) == (400, "invalid_body")
     assert problem["errors"][0]["pointer"].endswith("/traceId")
     for body, status in ((b"\x0a\x00", 400), (b" " * (5 * 1024 * 1024), 413)):
-        assert (await house.send("monitor", "POST", "/v1/traces", token=signed, body=body)).status == status
+        assert (await harness.send("monitor", "POST", "/v1/traces", token=signed, body=body)).status == status
 
 
 @pytest.fixture

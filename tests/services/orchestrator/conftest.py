@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
-from orchestra import Orchestra, Script, orchestra
+from orchestrator_kit import OrchestratorHarness, Script, orchestrator_kit
 
 
 @pytest.fixture
@@ -13,6 +13,6 @@ def script() -> Script:
 
 
 @pytest.fixture
-async def orch(tmp_path: Path, script: Script) -> AsyncGenerator[Orchestra]:
-    async with orchestra(tmp_path, script) as found:
+async def orch(tmp_path: Path, script: Script) -> AsyncGenerator[OrchestratorHarness]:
+    async with orchestrator_kit(tmp_path, script) as found:
         yield found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orchestra import Script, orchestra
+from orchestrator_kit import Script, orchestrator_kit
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -49,26 +49,26 @@ async def a_line_without_end(_request: Request) -> Response:
     return lines(*[b"x" * 1024 * 1024] * 12)
 
 
-async def an_early_end(_request: Request) -> Response:
+async def truncated_stream(_request: Request) -> Response:
     return lines(b'{"type":"token","text":"half of"}\n')
 
 
-async def a_server_error(_request: Request) -> Response:
+async def server_error(_request: Request) -> Response:
     return Response("Traceback (most recent call last): secret", 500, media_type="text/plain")
 
 
-async def nothing_ever(_request: Request) -> Response:
+async def never_answer(_request: Request) -> Response:
     await asyncio.Event().wait()
     raise AssertionError
 
 
-async def no_end(_request: Request) -> Response:
+async def endless_stream(_request: Request) -> Response:
     return lines(forever=True)
 
 
-async def tells(handler: Handler, folder: Path, seconds: float) -> dict[str, Any]:
+async def run_with(handler: Handler, folder: Path, seconds: float) -> dict[str, Any]:
     coder = Starlette(routes=[Route("/execute", handler, methods=["POST"])])
-    async with orchestra(folder, Script(), coder=coder) as orch:
+    async with orchestrator_kit(folder, Script(), coder=coder) as orch:
         view = await orch.run({"goal": "do it", "budget": {"max_time_seconds": seconds, "max_retries": 0}})
         assert view.status == "failed"
         assert view.error is not None
@@ -86,20 +86,20 @@ async def tells(handler: Handler, folder: Path, seconds: float) -> dict[str, Any
     ],
 )
 async def test_what_is_not_understood_is_not_taken(tmp_path: Path, handler: Handler, text: str) -> None:
-    found = await tells(handler, tmp_path, 15)
+    found = await run_with(handler, tmp_path, 15)
     assert found["code"] == "peer_protocol"
     assert text in found["said"]
     assert "coder" in found["said"]
 
 
 async def test_a_failure_is_told_without_what_the_arm_said_of_its_insides(tmp_path: Path) -> None:
-    found = await tells(a_server_error, tmp_path, 15)
+    found = await run_with(server_error, tmp_path, 15)
     assert "secret" not in found["said"]
     assert "coder" in found["said"]
 
 
 async def test_an_answer_that_breaks_off_is_asked_for_again_and_told(tmp_path: Path) -> None:
-    found = await tells(an_early_end, tmp_path, 3)
+    found = await run_with(truncated_stream, tmp_path, 3)
     assert found["code"] in ("connection_lost", "deadline_exceeded")
 
 
@@ -108,11 +108,11 @@ async def test_an_arm_that_answers_in_one_piece_is_as_good(tmp_path: Path) -> No
         return JSONResponse({"output": "done by an arm that knows no streams"})
 
     coder = Starlette(routes=[Route("/execute", plain, methods=["POST"])])
-    async with orchestra(tmp_path, Script(), coder=coder) as orch:
+    async with orchestrator_kit(tmp_path, Script(), coder=coder) as orch:
         view = await orch.run({"goal": "do it"})
     assert (view.status, view.output) == ("completed", "done by an arm that knows no streams")
 
 
-@pytest.mark.parametrize("handler", [nothing_ever, no_end])
+@pytest.mark.parametrize("handler", [never_answer, endless_stream])
 async def test_an_arm_that_does_not_come_to_an_end_ends_with_the_tasks_time(tmp_path: Path, handler: Handler) -> None:
-    assert (await tells(handler, tmp_path, 2))["code"] == "deadline_exceeded"
+    assert (await run_with(handler, tmp_path, 2))["code"] == "deadline_exceeded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -32,7 +33,7 @@ from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import arm_keys, events, joins
-from octollm.testing.clock import ManualClock
+from octollm.testing import ManualClock
 
 ROOT = SigningKey.generate("root")
 ACTOR = Actor(Principal("admin", "key-1", "acme"))
@@ -50,7 +51,7 @@ class Replica:
         self.registry = ServiceRegistry(db, clock, {"coder": SigningKey.generate("coder").public})
         self.instances = InstanceRegistry(db, log, self.registry)
         self.tokens = EnrolmentTokens(db, root, clock, ids)
-        self.revocations = RevocationStore(db, clock)
+        self.revocations = RevocationStore(db, log, clock)
         roots = {ROOT.thumbprint: ROOT.public}
         self.enrolment = EnrolmentAuthority(db, log, root, roots, self.registry, self.revocations, clock, ids)
         self.accounts = Accounts(db, clock, ids, self.registry.admitted_arms)
@@ -138,7 +139,8 @@ async def test_a_database_that_was_read_or_changed_admits_nobody(tmp_path: Path)
         made = await one.tokens.create(EnrolmentTokenRequest("translator", ("models:chat",)), ACTOR)
         secret = EnrolmentToken.parse(made.secret)
         everything = (tmp_path / "o.db").read_bytes() + (tmp_path / "o.db-wal").read_bytes()
-        assert made.secret.rsplit("_", 1)[1].encode() not in everything
+        # What follows the id; it may have underscores of its own.
+        assert made.secret.partition(f"{made.join.id}_")[2].encode() not in everything
         assert secret.key not in everything
         async with one.db.transaction() as tx:
             await tx.execute(update(joins).values(calls=["executor:run", "models:chat"]))
@@ -188,6 +190,28 @@ async def test_a_process_that_starts_again_takes_its_address_over(tmp_path: Path
         await one.instances.deregister("translator", "i2")
         assert (await one.registry.list_arm_views("acme")).arms[0].state == "unhealthy"
         assert [name for name, _ in await one.events()].count("arm.unhealthy") == 1
+
+
+async def test_a_deregistration_that_is_cut_off_after_its_commit_wakes_the_refresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with replicas(tmp_path, 1) as [one]:
+        await one.admit("translator", SigningKey.generate())
+        await one.instances.register("translator", registration("i1", "http://a:1"))
+        committed, woken = asyncio.Event(), asyncio.Event()
+
+        async def hang() -> None:
+            committed.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(one.registry, "refresh", hang)
+        monkeypatch.setattr(one.registry.refresh_loop, "wake", woken.set)
+        cut = asyncio.create_task(one.instances.deregister("translator", "i1"))
+        await committed.wait()
+        cut.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await cut
+        assert woken.is_set()
 
 
 async def test_a_replaced_key_is_good_for_an_hour(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from enrolled import enrolled
-from orchestra import Orchestra, Script, orchestra
+from orchestrator_kit import OrchestratorHarness, Script, orchestrator_kit
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -25,13 +25,13 @@ TEXT = "# Report\n"
 DIGEST = hashlib.sha256(TEXT.encode()).hexdigest()
 
 
-async def uploads(orch: Orchestra) -> float:
-    lines = (await orch.house.send("orchestrator", "GET", "/metrics")).body.decode().splitlines()
+async def uploads(orch: OrchestratorHarness) -> float:
+    lines = (await orch.harness.send("orchestrator", "GET", "/metrics")).body.decode().splitlines()
     mine = [line for line in lines if line.startswith("octollm_requests_total{") and '"files.store"' in line]
     return sum(float(line.rpartition(" ")[2]) for line in mine)
 
 
-async def bodies(orch: Orchestra, view: TaskView) -> dict[str, bytes]:
+async def bodies(orch: OrchestratorHarness, view: TaskView) -> dict[str, bytes]:
     """Return the artifacts of a task by name, as its owner downloads them."""
     found: dict[str, bytes] = {}
     for artifact in view.artifacts:
@@ -42,7 +42,7 @@ async def bodies(orch: Orchestra, view: TaskView) -> dict[str, bytes]:
     return found
 
 
-async def test_texts_need_no_upload_and_everything_else_is_uploaded(orch: Orchestra) -> None:
+async def test_texts_need_no_upload_and_everything_else_is_uploaded(orch: OrchestratorHarness) -> None:
     large = "x" * (MAX_INLINE_BYTES + 1)
     contents: dict[str, str | bytes] = {
         "report.md": TEXT,
@@ -73,7 +73,7 @@ async def test_texts_need_no_upload_and_everything_else_is_uploaded(orch: Orches
     assert b'"texts"' not in history
 
 
-async def test_an_artifact_is_stored_before_another_service_can_look_for_it(orch: Orchestra) -> None:
+async def test_an_artifact_is_stored_before_another_service_can_look_for_it(orch: OrchestratorHarness) -> None:
     async def execute(_task: Task, ctx: Context) -> ExecuteResult:
         await ctx.artifacts.write("report.md", TEXT)
         await ctx.artifacts.store()
@@ -86,7 +86,7 @@ async def test_an_artifact_is_stored_before_another_service_can_look_for_it(orch
     assert await uploads(orch) == 1
 
 
-async def test_an_artifact_that_the_result_leaves_out_is_stored_all_the_same(orch: Orchestra) -> None:
+async def test_an_artifact_that_the_result_leaves_out_is_stored_all_the_same(orch: OrchestratorHarness) -> None:
     async def execute(_task: Task, ctx: Context) -> ExecuteResult:
         return ExecuteResult((await ctx.artifacts.write("report.md", TEXT)).digest)
 
@@ -96,7 +96,7 @@ async def test_an_artifact_that_the_result_leaves_out_is_stored_all_the_same(orc
     assert (answer.status, answer.body) == (200, TEXT.encode())
 
 
-async def test_a_direct_caller_gets_a_result_whose_artifacts_are_stored(orch: Orchestra) -> None:
+async def test_a_direct_caller_gets_a_result_whose_artifacts_are_stored(orch: OrchestratorHarness) -> None:
     async def execute(_task: Task, ctx: Context) -> ExecuteResult:
         await ctx.artifacts.write("report.md", TEXT)
         return ExecuteResult("done", artifacts=ctx.artifacts.list())
@@ -104,7 +104,7 @@ async def test_a_direct_caller_gets_a_result_whose_artifacts_are_stored(orch: Or
     orch.script.execute = execute
     body = {"aud": "coder", "scope": "coder:execute", "lifetime_seconds": 60}
     token = msgspec.json.decode((await orch.send("POST", "/tokens", body)).body)["access_token"]
-    answer = await orch.house.send("coder", "POST", "/execute", token=token, body={"goal": "do it"})
+    answer = await orch.harness.send("coder", "POST", "/execute", token=token, body={"goal": "do it"})
     result = msgspec.json.decode(answer.body)
     assert result["artifacts"][0]["digest"] == DIGEST
     assert "texts" not in result
@@ -127,7 +127,7 @@ def forged(texts: dict[str, str]) -> Starlette:
 async def test_a_text_that_is_not_the_artifacts_is_refused(
     tmp_path: Path, texts: dict[str, str], code: str | None
 ) -> None:
-    async with orchestra(tmp_path, Script(), coder=forged(texts)) as orch:
+    async with orchestrator_kit(tmp_path, Script(), coder=forged(texts)) as orch:
         view = await orch.run({"goal": "do it", "budget": {"max_retries": 0}})
         assert (view.error.code if view.error else None) == code
         stored = await orch.send("GET", f"/files/{DIGEST}")
@@ -135,7 +135,9 @@ async def test_a_text_that_is_not_the_artifacts_is_refused(
 
 
 @pytest.mark.parametrize(("calls", "code"), [(["files:write"], None), ([], "authority_missing")])
-async def test_an_arm_that_may_not_write_files_leaves_none(orch: Orchestra, calls: list[str], code: str | None) -> None:
+async def test_an_arm_that_may_not_write_files_leaves_none(
+    orch: OrchestratorHarness, calls: list[str], code: str | None
+) -> None:
     arm = Arm("weather", description="Forecasts", calls=calls)
 
     @arm.operation

@@ -70,7 +70,7 @@ async def test_a_registration_never_deadlocks_with_the_removal_of_an_instance(
 
 
 async def test_the_end_of_a_session_revokes_a_token_that_is_recorded_meanwhile(db: Database) -> None:
-    store = SessionStore(db, RevocationStore(db, CLOCK), CLOCK, IDS)
+    store = SessionStore(db, RevocationStore(db, EventLog(db, CLOCK, IDS), CLOCK), CLOCK, IDS)
     secret = await store.open(PRINCIPAL)
     session_id, _ = await store.find_credential(secret)
     async with db.transaction() as tx:

@@ -26,7 +26,8 @@ from starlette.routing import Route
 from octollm.clock import SystemClock
 from octollm.contracts.auth import LoginCode
 from octollm.errors import OctoError, SettingError
-from octollm.rpc.external import ExternalClient, create_external_http_client
+from octollm.rpc.egress import EgressClient, EgressPolicy
+from octollm.rpc.external import ExternalClient
 from octollm.rpc.transport import listen, serve_app
 from octollm.services.orchestrator import oidc as oidc_module
 from octollm.services.orchestrator.oidc import (
@@ -48,7 +49,7 @@ ED = ed25519.Ed25519PrivateKey.generate()
 NOW = 1_800_000_000
 
 
-class HandClock(SystemClock):
+class SettableClock(SystemClock):
     time = float(NOW)
     ahead = 0.0
 
@@ -84,12 +85,13 @@ class Provider:
     redeemed: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     status: int = 200
     body: bytes | None = None
+    keys_url: str = ""
 
     async def discovery(self, request: Request) -> Response:
         if self.body is not None:
             return Response(self.body, self.status)
         places = {
-            "jwks_uri": f"{self.url}/keys",
+            "jwks_uri": self.keys_url or f"{self.url}/keys",
             "authorization_endpoint": f"{self.url}/authorize",
             "token_endpoint": f"{self.url}/token",
         }
@@ -112,11 +114,11 @@ class Provider:
 
 
 @dataclass
-class World:
+class OidcKit:
     provider: Provider
     oidc: OidcClient
     issuer: Issuer
-    clock: HandClock
+    clock: SettableClock
 
     def claims(self, **more: Any) -> dict[str, Any]:
         claims = {
@@ -135,8 +137,8 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world_of(**changes: Any) -> AsyncGenerator[World]:
-    clock, provider = HandClock(), Provider()
+async def world_of(**changes: Any) -> AsyncGenerator[OidcKit]:
+    clock, provider = SettableClock(), Provider()
     provider.keys = [jwk(RSA, "rsa", alg="RS256"), jwk(EC, "ec", alg="ES256"), jwk(ED, "ed", alg="EdDSA")]
     app = Starlette(
         routes=[
@@ -149,42 +151,44 @@ async def world_of(**changes: Any) -> AsyncGenerator[World]:
     provider.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     issuer = Issuer(provider.url, "octollm", (GrantRule("groups", "staff", "user"),), tenant="acme", **changes)
     outside = ExternalClient("orchestrator", provider.url, clock=clock, metrics=Metrics("t"), log=get_logger("t"))
-    async with serve_app(app, bound), create_external_http_client(read_timeout=5) as http:
-        yield World(provider, OidcClient([issuer], http, {provider.url: outside}, clock), issuer, clock)
+    async with serve_app(app, bound), EgressClient(EgressPolicy.of([provider.url])) as http:
+        yield OidcKit(provider, OidcClient([issuer], http, {provider.url: outside}, clock), issuer, clock)
 
 
 @pytest.fixture
-async def world() -> AsyncGenerator[World]:
+async def oidc_kit() -> AsyncGenerator[OidcKit]:
     async with world_of() as found:
         yield found
 
 
-async def refused(world: World, token: str) -> bool:
+async def refused(oidc_kit: OidcKit, token: str) -> bool:
     with pytest.raises(OctoError) as caught:
-        await world.oidc.verify(token)
+        await oidc_kit.oidc.verify(token)
     return caught.value.code == "api_key_invalid"
 
 
 @pytest.mark.parametrize(("key", "alg", "kid"), [(RSA, "RS256", "rsa"), (EC, "ES256", "ec"), (ED, "EdDSA", "ed")])
-async def test_a_good_login_is_believed(world: World, key: Any, alg: str, kid: str) -> None:
-    issuer, claims = await world.oidc.verify(world.token(key, alg, {"kid": kid}))
-    assert issuer is world.issuer
+async def test_a_good_login_is_believed(oidc_kit: OidcKit, key: Any, alg: str, kid: str) -> None:
+    issuer, claims = await oidc_kit.oidc.verify(oidc_kit.token(key, alg, {"kid": kid}))
+    assert issuer is oidc_kit.issuer
     assert claims["sub"] == "ada"
 
 
-def by_hmac(secret: bytes) -> Callable[[World], str]:
-    def make(world: World) -> str:
+def by_hmac(secret: bytes) -> Callable[[OidcKit], str]:
+    def make(oidc_kit: OidcKit) -> str:
         def b64(data: bytes) -> str:
             return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
-        text = f"{b64(json.dumps({'alg': 'HS256', 'kid': 'rsa'}).encode())}.{b64(json.dumps(world.claims()).encode())}"
+        text = (
+            f"{b64(json.dumps({'alg': 'HS256', 'kid': 'rsa'}).encode())}.{b64(json.dumps(oidc_kit.claims()).encode())}"
+        )
         return f"{text}.{b64(hmac.new(secret, text.encode(), hashlib.sha256).digest())}"
 
     return make
 
 
 PEM = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-BENT: list[tuple[str, Callable[[World], str]]] = [
+BENT: list[tuple[str, Callable[[OidcKit], str]]] = [
     ("another key", lambda w: w.token(OTHER)),
     ("a key that is not there", lambda w: w.token(header={"kid": "other"})),
     ("alg none", lambda w: jwt.encode(w.claims(), None, algorithm="none", headers={"kid": "rsa"})),
@@ -224,9 +228,11 @@ def _spliced(one: str, other: str) -> str:
 
 
 @pytest.mark.parametrize("make", [row[1] for row in BENT], ids=[row[0] for row in BENT])
-async def test_a_bent_login_is_refused_and_its_honest_twin_believed(world: World, make: Callable[[World], str]) -> None:
-    assert await refused(world, make(world))
-    assert await world.oidc.verify(world.token())
+async def test_a_bent_login_is_refused_and_its_honest_twin_believed(
+    oidc_kit: OidcKit, make: Callable[[OidcKit], str]
+) -> None:
+    assert await refused(oidc_kit, make(oidc_kit))
+    assert await oidc_kit.oidc.verify(oidc_kit.token())
 
 
 @pytest.mark.parametrize(
@@ -241,25 +247,25 @@ async def test_a_bent_login_is_refused_and_its_honest_twin_believed(world: World
         {"sub": "x" * 255},
     ],
 )
-async def test_what_is_just_good_enough_is_believed(world: World, claims: dict[str, Any]) -> None:
-    assert await world.oidc.verify(world.token(**claims))
+async def test_what_is_just_good_enough_is_believed(oidc_kit: OidcKit, claims: dict[str, Any]) -> None:
+    assert await oidc_kit.oidc.verify(oidc_kit.token(**claims))
 
 
-async def test_keys_are_asked_for_once_and_again_for_a_new_one(world: World) -> None:
+async def test_keys_are_asked_for_once_and_again_for_a_new_one(oidc_kit: OidcKit) -> None:
     for _ in range(3):
-        await world.oidc.verify(world.token())
-    assert world.provider.asked == 1
-    world.provider.keys.append(jwk(OTHER, "new", alg="RS256"))
-    fresh = world.token(OTHER, header={"kid": "new"})
-    assert await refused(world, fresh), "not for every unknown name at once"
-    assert world.provider.asked == 1
-    world.clock.ahead += oidc_module.JWKS_REFRESH_INTERVAL + 1
-    assert await world.oidc.verify(fresh)
-    assert world.provider.asked == 2
-    world.provider.keys = [jwk(OTHER, "new", alg="RS256")]
-    world.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
-    assert await world.oidc.verify(fresh)
-    assert await refused(world, world.token()), "a key that is gone is believed no more"
+        await oidc_kit.oidc.verify(oidc_kit.token())
+    assert oidc_kit.provider.asked == 1
+    oidc_kit.provider.keys.append(jwk(OTHER, "new", alg="RS256"))
+    fresh = oidc_kit.token(OTHER, header={"kid": "new"})
+    assert await refused(oidc_kit, fresh), "not for every unknown name at once"
+    assert oidc_kit.provider.asked == 1
+    oidc_kit.clock.ahead += oidc_module.JWKS_REFRESH_INTERVAL + 1
+    assert await oidc_kit.oidc.verify(fresh)
+    assert oidc_kit.provider.asked == 2
+    oidc_kit.provider.keys = [jwk(OTHER, "new", alg="RS256")]
+    oidc_kit.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
+    assert await oidc_kit.oidc.verify(fresh)
+    assert await refused(oidc_kit, oidc_kit.token()), "a key that is gone is believed no more"
 
 
 @pytest.mark.parametrize(
@@ -273,37 +279,37 @@ async def test_keys_are_asked_for_once_and_again_for_a_new_one(world: World) -> 
         ({"claims_to_be": "https://evil.example"}, "peer_protocol"),
     ],
 )
-async def test_an_issuer_that_cannot_be_asked_is_named(world: World, change: dict[str, Any], code: str) -> None:
+async def test_an_issuer_that_cannot_be_asked_is_named(oidc_kit: OidcKit, change: dict[str, Any], code: str) -> None:
     for name, value in change.items():
-        setattr(world.provider, name, value)
+        setattr(oidc_kit.provider, name, value)
     with pytest.raises(OctoError) as caught:
-        await world.oidc.verify(world.token())
+        await oidc_kit.oidc.verify(oidc_kit.token())
     assert caught.value.code == code
     assert "127.0.0.1" in caught.value.detail
 
 
-async def test_keys_of_other_kinds_are_not_used(world: World) -> None:
+async def test_keys_of_other_kinds_are_not_used(oidc_kit: OidcKit) -> None:
     secret = {"kty": "oct", "k": base64.urlsafe_b64encode(PEM).decode(), "kid": "oct", "alg": "HS256"}
-    world.provider.keys = [secret, {"kty": "RSA"}, jwk(RSA, "enc", alg="RS256") | {"use": "enc"}, jwk(RSA, "rsa")]
-    assert await world.oidc.verify(world.token()), "a key without an algorithm is for the usual one"
-    assert await refused(world, world.token(header={"kid": "enc"}))
-    assert await refused(world, by_hmac(PEM)(world))
+    oidc_kit.provider.keys = [secret, {"kty": "RSA"}, jwk(RSA, "enc", alg="RS256") | {"use": "enc"}, jwk(RSA, "rsa")]
+    assert await oidc_kit.oidc.verify(oidc_kit.token()), "a key without an algorithm is for the usual one"
+    assert await refused(oidc_kit, oidc_kit.token(header={"kid": "enc"}))
+    assert await refused(oidc_kit, by_hmac(PEM)(oidc_kit))
 
 
-async def test_without_a_name_there_must_be_one_key_for_the_algorithm(world: World) -> None:
-    nameless = jwt.encode(world.claims(), RSA, algorithm="RS256")
-    assert await world.oidc.verify(nameless)
-    assert await refused(world, jwt.encode(world.claims(), OTHER, algorithm="RS256"))
-    world.provider.keys.append(jwk(OTHER, "second", alg="RS256"))
-    world.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
-    assert await refused(world, nameless)
-    assert await world.oidc.verify(world.token())
+async def test_without_a_name_there_must_be_one_key_for_the_algorithm(oidc_kit: OidcKit) -> None:
+    nameless = jwt.encode(oidc_kit.claims(), RSA, algorithm="RS256")
+    assert await oidc_kit.oidc.verify(nameless)
+    assert await refused(oidc_kit, jwt.encode(oidc_kit.claims(), OTHER, algorithm="RS256"))
+    oidc_kit.provider.keys.append(jwk(OTHER, "second", alg="RS256"))
+    oidc_kit.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
+    assert await refused(oidc_kit, nameless)
+    assert await oidc_kit.oidc.verify(oidc_kit.token())
 
 
 async def test_only_the_configured_algorithms_are_believed() -> None:
-    async with world_of(algorithms=("ES256",)) as world:
-        assert await refused(world, world.token())
-        assert await world.oidc.verify(world.token(EC, "ES256", {"kid": "ec"}))
+    async with world_of(algorithms=("ES256",)) as oidc_kit:
+        assert await refused(oidc_kit, oidc_kit.token())
+        assert await oidc_kit.oidc.verify(oidc_kit.token(EC, "ES256", {"kid": "ec"}))
 
 
 # A code with a verifier
@@ -313,18 +319,18 @@ VERIFIER = "v" * 43
 NONCE = "n" * 32
 
 
-def began(world: World, code: str = "code-1", **claims: Any) -> LoginCode:
+def start_login(oidc_kit: OidcKit, code: str = "code-1", **claims: Any) -> LoginCode:
     """Have the issuer send a browser back with a code, and return what the page makes of it."""
     challenge = base64.urlsafe_b64encode(hashlib.sha256(VERIFIER.encode()).digest()).rstrip(b"=").decode()
-    world.provider.codes[code] = (challenge, world.token(**{"nonce": NONCE, **claims}))
-    return LoginCode(world.provider.url, code, VERIFIER, NONCE, BACK)
+    oidc_kit.provider.codes[code] = (challenge, oidc_kit.token(**{"nonce": NONCE, **claims}))
+    return LoginCode(oidc_kit.provider.url, code, VERIFIER, NONCE, BACK)
 
 
-async def test_a_code_is_redeemed_once_by_whoever_began_the_login(world: World) -> None:
-    login = began(world)
-    issuer, claims = await world.oidc.exchange_code(login)
-    assert (issuer, claims["sub"]) == (world.issuer, "ada")
-    assert world.provider.redeemed == [
+async def test_a_code_is_redeemed_once_by_whoever_began_the_login(oidc_kit: OidcKit) -> None:
+    login = start_login(oidc_kit)
+    issuer, claims = await oidc_kit.oidc.exchange_code(login)
+    assert (issuer, claims["sub"]) == (oidc_kit.issuer, "ada")
+    assert oidc_kit.provider.redeemed == [
         {
             "grant_type": "authorization_code",
             "code": "code-1",
@@ -334,7 +340,7 @@ async def test_a_code_is_redeemed_once_by_whoever_began_the_login(world: World) 
         }
     ]
     with pytest.raises(OctoError) as caught:
-        await world.oidc.exchange_code(login)
+        await oidc_kit.oidc.exchange_code(login)
     assert caught.value.code == "api_key_invalid"
 
 
@@ -354,44 +360,44 @@ async def test_a_code_is_redeemed_once_by_whoever_began_the_login(world: World) 
     ],
 )
 async def test_a_login_that_somebody_else_began_is_refused(
-    world: World, change: dict[str, str], claims: dict[str, Any]
+    oidc_kit: OidcKit, change: dict[str, str], claims: dict[str, Any]
 ) -> None:
-    login = began(world, **claims)
+    login = start_login(oidc_kit, **claims)
     with pytest.raises(OctoError) as caught:
-        await world.oidc.exchange_code(replace(login, **change))
+        await oidc_kit.oidc.exchange_code(replace(login, **change))
     assert caught.value.code == "api_key_invalid"
-    assert await world.oidc.exchange_code(began(world, "code-9"))
+    assert await oidc_kit.oidc.exchange_code(start_login(oidc_kit, "code-9"))
 
 
-async def test_our_secret_is_shown_to_the_issuer_that_gave_it(world: World, tmp_path: Path) -> None:
-    assert await world.oidc.exchange_code(began(world))
-    assert world.provider.authorized == [""]
+async def test_our_secret_is_shown_to_the_issuer_that_gave_it(oidc_kit: OidcKit, tmp_path: Path) -> None:
+    assert await oidc_kit.oidc.exchange_code(start_login(oidc_kit))
+    assert oidc_kit.provider.authorized == [""]
     (tmp_path / "secret").write_text("s:cret %\n")
     (tmp_path / "secret").chmod(0o600)
-    secret = load_client_secret(replace(world.issuer, client_secret_file=str(tmp_path / "secret")))
+    secret = load_client_secret(replace(oidc_kit.issuer, client_secret_file=str(tmp_path / "secret")))
     assert secret == "s:cret %"
-    world.oidc._secrets[world.issuer.url] = secret  # pyright: ignore[reportPrivateUsage]
-    assert await world.oidc.exchange_code(began(world))
-    shown = base64.b64decode(world.provider.authorized[-1].removeprefix("Basic ")).decode()
+    oidc_kit.oidc._secrets[oidc_kit.issuer.url] = secret  # pyright: ignore[reportPrivateUsage]
+    assert await oidc_kit.oidc.exchange_code(start_login(oidc_kit))
+    shown = base64.b64decode(oidc_kit.provider.authorized[-1].removeprefix("Basic ")).decode()
     assert shown == "octollm:s%3Acret%20%25"
     (tmp_path / "secret").chmod(0o604)
     with pytest.raises(SettingError, match="every user may read it"):
-        load_client_secret(replace(world.issuer, client_secret_file=str(tmp_path / "secret")))
+        load_client_secret(replace(oidc_kit.issuer, client_secret_file=str(tmp_path / "secret")))
     with pytest.raises(SettingError, match="cannot be read"):
-        load_client_secret(replace(world.issuer, client_secret_file=str(tmp_path / "none")))
-    assert load_client_secret(world.issuer) is None
+        load_client_secret(replace(oidc_kit.issuer, client_secret_file=str(tmp_path / "none")))
+    assert load_client_secret(oidc_kit.issuer) is None
 
 
-async def test_where_one_can_log_in_is_told_while_the_issuer_answers(world: World) -> None:
-    [view] = await world.oidc.list_issuers()
+async def test_where_one_can_log_in_is_told_while_the_issuer_answers(oidc_kit: OidcKit) -> None:
+    [view] = await oidc_kit.oidc.list_issuers()
     assert (view.url, view.client_id, view.authorization_endpoint) == (
-        world.provider.url,
+        oidc_kit.provider.url,
         "octollm",
-        f"{world.provider.url}/authorize",
+        f"{oidc_kit.provider.url}/authorize",
     )
-    world.provider.status = 500
-    world.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
-    assert await world.oidc.list_issuers() == ()
+    oidc_kit.provider.status = 500
+    oidc_kit.clock.ahead += oidc_module.JWKS_TTL_SECONDS + 1
+    assert await oidc_kit.oidc.list_issuers() == ()
 
 
 # What a login grants
@@ -495,3 +501,12 @@ def test_the_example_of_the_documentation_is_one(tmp_path: Path) -> None:
     (tmp_path / "oidc.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
     [issuer] = load_issuers(tmp_path / "oidc.toml")
     assert map_claims_to_scopes(issuer, {"groups": ["engineers"]}) == "user"
+
+
+@pytest.mark.parametrize("inside", ["https://169.254.169.254/keys", "https://127.0.0.1/keys", "https://db.internal/"])
+async def test_an_issuer_that_names_keys_inside_is_not_followed(oidc_kit: OidcKit, inside: str) -> None:
+    oidc_kit.provider.keys_url = inside
+    with pytest.raises(OctoError) as caught:
+        await oidc_kit.oidc.verify(oidc_kit.token())
+    assert caught.value.code == "peer_protocol"
+    assert "refused" in caught.value.detail

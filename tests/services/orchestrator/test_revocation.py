@@ -12,17 +12,19 @@ import pytest
 from databases import Backend
 from sqlalchemy import select, update
 
-from octollm.clock import SystemClock
+from octollm.clock import SystemClock, Uuid7Generator
 from octollm.contracts.auth import RevocationUpdate
 from octollm.errors import OctoError
+from octollm.events import EventLog
 from octollm.services.orchestrator import revocation as revocation_module
 from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import revocations
-from octollm.testing.polling import wait_until
+from octollm.testing import wait_until
 
 CLOCK = SystemClock()
+IDS = Uuid7Generator(CLOCK)
 
 
 @dataclass
@@ -40,7 +42,8 @@ class Pair:
 async def pair(backend: Backend) -> AsyncGenerator[Pair]:
     async with open_database(backend.url("octollm_orchestrator"), clock=CLOCK) as db:
         await migrate(db, "orchestrator")
-        one, two = RevocationStore(db, CLOCK), RevocationStore(db, CLOCK)
+        log = EventLog(db, CLOCK, IDS)
+        one, two = RevocationStore(db, log, CLOCK), RevocationStore(db, log, CLOCK)
         await one.load()
         await two.load()
         yield Pair(db, one, two)
@@ -122,7 +125,7 @@ async def test_a_restart_reads_all_that_still_matters(pair: Pair, monkeypatch: p
         await pair.revoke(f"t{number}")
     async with pair.db.transaction() as tx:
         await tx.execute(update(revocations).where(revocations.c.value == "t0").values(until=1.0))
-    fresh = RevocationStore(pair.db, CLOCK)
+    fresh = RevocationStore(pair.db, EventLog(pair.db, CLOCK, IDS), CLOCK)
     await fresh.load()
     assert sorted(value for _kind, value, _at, _tenant in fresh.revocations.entries()) == [
         f"t{n}" for n in range(1, 10)
@@ -145,6 +148,24 @@ async def test_a_slow_listener_is_cut_off_and_begins_again_with_all(
     assert [line async for line in stream] == [], "the stream ends"
     async with listening(pair.one) as listener:
         await wait_until(lambda: len(listener.received) == 5, description="all are told")
+
+
+async def test_revocations_without_a_pause_do_not_hold_heartbeats_back(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without one, each service would take its list for out of date after a minute, and refuse what is not read-only.
+    monkeypatch.setattr(revocation_module, "HEARTBEAT_SECONDS", 0.05)
+    async with pair.one.poll_loop, asyncio.timeout(10):
+        stream = pair.one.stream(asyncio.Event())
+        assert msgspec.json.decode(await anext(stream), type=RevocationUpdate).whole
+        line = RevocationUpdate(whole=True)
+        told = 0
+        while line != RevocationUpdate():
+            await pair.revoke(f"t{told}")
+            line = msgspec.json.decode(await anext(stream), type=RevocationUpdate)
+            told += len(line.revocations)
+        assert told > 0
+        await stream.aclose()
 
 
 async def test_a_listener_is_let_go_when_the_service_shuts_down(pair: Pair) -> None:

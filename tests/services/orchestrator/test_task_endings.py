@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from databases import Backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orchestra import Orchestra
+from orchestrator_kit import OrchestratorHarness
 from sqlalchemy import select, update
 
 from octollm.arm import Context
@@ -19,15 +19,16 @@ from octollm.clock import Uuid7Generator
 from octollm.contracts.task import Budget, ExecuteResult, Task, Usage
 from octollm.errors import OctoError
 from octollm.events import EventLog, task_subject
-from octollm.services.orchestrator.task_endings import ORPHAN_SECONDS, AdhocTaskExpiry
+from octollm.services.orchestrator.task_endings import ORPHAN_SECONDS, ApprovalDecisions, TaskExpiry
 from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.storage.tables import budgets, reservations, tasks
+from octollm.tasks.approvals import ApprovalStore
+from octollm.tasks.changes import NewTask
 from octollm.tasks.ledger import BudgetLedger, ReservationRequest
-from octollm.tasks.store import NewTask, TaskStore
+from octollm.tasks.store import TaskStore
 from octollm.telemetry import Metrics
-from octollm.testing import wait_until
-from octollm.testing.clock import ManualClock
+from octollm.testing import ManualClock, wait_until
 
 START = 1_800_000_000.0
 LIFETIME = 60.0
@@ -43,7 +44,10 @@ class Replica:
         self.store = TaskStore(db, self.log, clock)
         self.ledger = BudgetLedger(db, clock, self.ids)
         self.metrics = Metrics("orchestrator")
-        self.expiry = AdhocTaskExpiry(self.store, self.ledger, clock, self.metrics)
+        approvals = ApprovalStore(db, self.store, clock, default_seconds=86_400.0)
+        # No task of these tests waits for an approval, so nothing stops a worker.
+        decisions = ApprovalDecisions(approvals, cast("Any", None), cast("Any", None), clock, self.metrics)
+        self.expiry = TaskExpiry(self.store, self.ledger, decisions, clock, self.metrics)
 
     async def add(self, task_id: str, *, kind: str = "adhoc", lifetime: float = LIFETIME) -> None:
         await self.store.create(
@@ -208,7 +212,7 @@ async def reserve_and_expire(calls: list[tuple[bool, int]]) -> None:
         assert used + reserved <= 1000
 
 
-async def test_the_orchestrator_ends_the_task_of_a_minted_token(orch: Orchestra) -> None:
+async def test_the_orchestrator_ends_the_task_of_a_minted_token(orch: OrchestratorHarness) -> None:
     body = {"aud": "coder", "scope": "coder:execute", "lifetime_seconds": 1}
     answer = await orch.send("POST", "/tokens", body)
     task_id = msgspec.json.decode(answer.body)["task_id"]
@@ -221,7 +225,7 @@ async def test_the_orchestrator_ends_the_task_of_a_minted_token(orch: Orchestra)
     assert 'octollm_tasks_total{status="completed"} 1.0' in await scrape(orch)
 
 
-async def test_a_cancelled_task_is_counted(orch: Orchestra) -> None:
+async def test_a_cancelled_task_is_counted(orch: OrchestratorHarness) -> None:
     started = asyncio.Event()
 
     async def hang(_task: Task, _ctx: Context) -> ExecuteResult:
@@ -239,5 +243,5 @@ async def test_a_cancelled_task_is_counted(orch: Orchestra) -> None:
     assert 'octollm_tasks_total{status="cancelled"} 1.0' in await scrape(orch)
 
 
-async def scrape(orch: Orchestra) -> str:
-    return (await orch.house.send("orchestrator", "GET", "/metrics")).body.decode()
+async def scrape(orch: OrchestratorHarness) -> str:
+    return (await orch.harness.send("orchestrator", "GET", "/metrics")).body.decode()

@@ -1,4 +1,4 @@
-"""An open door for each test."""
+"""A running gateway for each test."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from door_kit import Doorway, doorway
+from gateway_kit import GatewayHarness, start_gateway
 
 
 @pytest.fixture
-async def door(tmp_path: Path) -> AsyncIterator[Doorway]:
-    async with doorway(tmp_path) as opened:
+async def gateway(tmp_path: Path) -> AsyncIterator[GatewayHarness]:
+    async with start_gateway(tmp_path) as opened:
         yield opened

@@ -9,7 +9,7 @@ import pytest
 from octollm.errors import OctoError
 from octollm.services.reflex import throttle as guessing_module
 from octollm.services.reflex.throttle import FORGET_SECONDS, LONGEST_SECONDS, MAX_WAITING, FailedLoginThrottle
-from octollm.testing.clock import ManualClock
+from octollm.testing import ManualClock
 
 
 def test_the_delay_doubles_up_to_a_bound_and_is_forgotten() -> None:

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
-from browser_kit import Tab, browser
-from door_kit import KEY, TASK, Doorway, doorway, json_answer
+from browser_kit import Tab, open_tab, running_chromium
+from gateway_kit import KEY, TASK, GatewayHarness, json_answer, start_gateway
+
+from octollm.contracts.api import StepView
+from octollm.contracts.approvals import ApprovalView
+from octollm.contracts.operations import Passage, SearchResult
+from octollm.contracts.task import Assumption, Citation, Evidence, FileRef
+from octollm.testing import wait_until
 
 pytestmark = pytest.mark.browser
 
 
+@pytest.fixture(scope="module")
+def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_chromium(tmp_path_factory.mktemp("chromium") / "profile") as address:
+        yield address
+
+
 @pytest.fixture
-async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
-    async with browser(tmp_path / "profile") as opened:
+async def tab(devtools: str) -> AsyncIterator[Tab]:
+    async with open_tab(devtools) as opened:
         yield opened
 
 
-def prepare(door: Doorway) -> None:
+def prepare(gateway: GatewayHarness) -> None:
     summary = {
         "task_id": TASK,
         "status": "running",
@@ -29,10 +42,10 @@ def prepare(door: Doorway) -> None:
         "created_at": "2025-11-10T10:30:00Z",
         "updated_at": "",
     }
-    door.script.answers["GET", "/tasks"] = json_answer({"tasks": [summary], "cursor": None})
-    created = msgspec.to_builtins(door.script.view())
-    door.script.answers["POST", "/tasks"] = json_answer(created, 201)
-    door.script.answers["POST", "/files"] = json_answer({"digest": "d" * 64}, 201)
+    gateway.script.answers["GET", "/tasks"] = json_answer({"tasks": [summary], "cursor": None})
+    created = msgspec.to_builtins(gateway.script.view())
+    gateway.script.answers["POST", "/tasks"] = json_answer(created, 201)
+    gateway.script.answers["POST", "/files"] = json_answer({"digest": "d" * 64}, 201)
 
 
 def troubles(tab: Tab) -> list[str]:
@@ -40,24 +53,26 @@ def troubles(tab: Tab) -> list[str]:
     return [error for error in tab.errors if "503" not in error and "401" not in error]
 
 
-async def plan(door: Doorway) -> None:
+async def plan(gateway: GatewayHarness) -> None:
     steps = [
         {"step": "s1", "title": "First", "arm": "coder", "depends_on": []},
         {"step": "s2", "title": "Second", "arm": "retriever", "depends_on": ["s1"]},
     ]
-    await door.script.emit("task.planned", steps=steps, progress=5)
-    await door.script.emit("task.started", progress=5)
-    await door.script.emit("step.started", step="s1", title="First", arm="coder", attempt=1, run=1)
+    await gateway.script.emit("task.planned", steps=steps, progress=5)
+    await gateway.script.emit("task.started", progress=5)
+    await gateway.script.emit("step.started", step="s1", title="First", arm="coder", attempt=1, run=1)
 
 
-async def write(door: Doorway, text: str, offset: int, *, reset: bool = False) -> None:
-    await door.script.stream.append(TASK, step="s1", attempt=1, run=1, offset=offset, text=text, reset=reset)
+async def write(gateway: GatewayHarness, text: str, offset: int, *, reset: bool = False) -> None:
+    await gateway.script.stream.append(TASK, step="s1", attempt=1, run=1, offset=offset, text=text, reset=reset)
 
 
-async def test_a_goal_with_a_file_is_submitted_and_watched_to_its_end(door: Doorway, tab: Tab, tmp_path: Path) -> None:
-    prepare(door)
-    await door.script.emit("task.accepted", goal="a goal", progress=0)
-    await tab.do("Page.navigate", url=door.url("/"))
+async def test_a_goal_with_a_file_is_submitted_and_watched_to_its_end(
+    gateway: GatewayHarness, tab: Tab, tmp_path: Path
+) -> None:
+    prepare(gateway)
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    await tab.do("Page.navigate", url=gateway.url("/"))
     await tab.until("document.querySelector('#goal-input')", "the form is there")
     file = tmp_path / "résumé.csv"
     file.write_text("a,b\n1,2\n")
@@ -70,41 +85,174 @@ async def test_a_goal_with_a_file_is_submitted_and_watched_to_its_end(door: Door
     await tab.run("document.querySelector('form button.primary').click()")
     await tab.until(f"location.hash === '#/tasks/{TASK}'", "the task is shown")
 
-    upload = next(seen for seen in door.script.seen if seen.path == "/files")
+    upload = next(seen for seen in gateway.script.seen if seen.path == "/files")
     assert (upload.headers["x-file-name"], upload.body) == ("r%C3%A9sum%C3%A9.csv", b"a,b\n1,2\n")
-    submitted = next(seen for seen in door.script.seen if (seen.method, seen.path) == ("POST", "/tasks"))
+    submitted = next(seen for seen in gateway.script.seen if (seen.method, seen.path) == ("POST", "/tasks"))
     assert json.loads(submitted.body) == {
         "goal": "a goal <b>with</b> markup",
         "context": {"files": [{"name": "résumé.csv", "digest": "d" * 64}]},
     }
     assert submitted.headers["idempotency-key"]
 
-    await plan(door)
-    await write(door, "writing <script>alert(1)</script> ", 0, reset=True)
+    await plan(gateway)
+    await write(gateway, "writing <script>alert(1)</script> ", 0, reset=True)
     await tab.until("document.querySelector('.live')?.innerText.includes('<script>')", "the text streams, as text")
     assert await tab.run("document.querySelectorAll('.graph a').length") == 2
-    await door.script.emit("step.failed", step="s1", attempt=1, reasons=["too short"], final=False)
+    await gateway.script.emit("step.failed", step="s1", attempt=1, reasons=["too short"], final=False)
     await tab.until("document.querySelector('.verdict')?.innerText.includes('too short')", "the reasons are shown")
-    door.script.progress = 100
-    await door.script.emit("task.completed", status="completed", duration_ms=1, progress=100)
+    gateway.script.progress = 100
+    await gateway.script.emit("task.completed", status="completed", duration_ms=1, progress=100)
     await tab.until("document.querySelector('.goal-text') && document.querySelector('main .chip.completed')", "the end")
     assert await tab.run("document.querySelector('[role=progressbar]').getAttribute('aria-valuenow')") == "100"
     assert troubles(tab) == []
 
 
-async def test_the_page_goes_on_where_it_was_cut_off(door: Doorway, tab: Tab) -> None:
-    prepare(door)
-    await door.script.emit("task.accepted", goal="a goal", progress=0)
-    await plan(door)
-    await write(door, "one 🐙 ", 0, reset=True)
-    await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))
+async def test_the_person_at_the_page_approves_with_a_comment(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
+    await tab.until("document.querySelector('main .chip.accepted')", "the task is shown")
+    reason = "It deletes <b>everything</b>."
+    approval = ApprovalView("s1", "step", reason, "pending", "2025-11-10T10:30:00Z", "2099-11-10T10:30:00Z", step="s1")
+    gateway.script.approvals = (approval,)
+    await gateway.script.emit(
+        "task.waiting", reason=reason, status="waiting", approvals=[msgspec.to_builtins(approval)], progress=10
+    )
+    await tab.until("document.querySelector('[aria-labelledby=approval]')", "the person is asked")
+    shown = await tab.run("document.querySelector('[aria-labelledby=approval]').innerText")
+    assert reason in shown, "as text, not as markup"
+    await tab.run("document.querySelector('#approval-comment').focus()")
+    await tab.do("Input.insertText", text="Go ahead.")
+    await tab.run("document.querySelector('[aria-labelledby=approval] button.primary').click()")
+    await tab.until("!document.querySelector('[aria-labelledby=approval]')", "nothing is left to approve")
+    assert gateway.script.decisions == [{"decision": "approve", "approval_id": "s1", "comment": "Go ahead."}]
+    assert troubles(tab) == []
+
+
+async def test_the_person_at_the_page_pauses_a_task_and_adds_an_instruction(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    await plan(gateway)
+    await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
+    await tab.until("document.querySelector('main .chip.running')", "the task runs")
+    await tab.run("[...document.querySelectorAll('button')].find((each) => each.innerText === 'Pause').click()")
+    await wait_until(lambda: steered(gateway) == [("pause", b"")], description="the task is paused")
+    await gateway.script.emit("task.paused", by="ada", status="paused", progress=10)
+    await tab.until("document.querySelector('main .chip.paused')", "it shows as paused")
+    await tab.run("document.querySelector('#instruction').focus()")
+    await tab.do("Input.insertText", text="Keep it <b>short</b>.")
+    await tab.run("document.querySelector('[aria-label=\"Steer this task\"] form button').click()")
+    await wait_until(lambda: len(steered(gateway)) == 2, description="the instruction is sent")
+    assert steered(gateway)[1] == ("instructions", b'{"text":"Keep it <b>short</b>."}')
+    await gateway.script.emit("task.instructed", by="ada", text="Keep it <b>short</b>.", number=1, progress=10)
+    await tab.until("document.body.innerText.includes('Resume')", "it can be resumed")
+    assert troubles(tab) == []
+
+
+def steered(gateway: GatewayHarness) -> list[tuple[str, bytes]]:
+    """Return what was done to the task, and with which body."""
+    return [(each.path.rpartition("/")[2], each.body) for each in gateway.script.seen if each.method == "POST"]
+
+
+async def finish(gateway: GatewayHarness, tab: Tab, output: str, evidence: Evidence, *, found: bool = True) -> None:
+    """Show a task of one step that has ended with this result."""
+    prepare(gateway)
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    steps = [{"step": "s1", "title": "First", "arm": "coder", "depends_on": []}]
+    await gateway.script.emit("task.planned", steps=steps, progress=5)
+    await gateway.script.emit("step.started", step="s1", title="First", arm="coder", attempt=1, run=1)
+    await gateway.script.emit("step.completed", step="s1", score=1.0, reasons=[], text_length=0, progress=90)
+    await gateway.script.emit("task.completed", status="completed", duration_ms=1, progress=100)
+    view = msgspec.structs.replace(
+        gateway.script.view(),
+        output=output,
+        found=found,
+        steps=(StepView("s1", "First", "coder", "completed", 1, output=output, evidence=evidence),),
+        files=(FileRef("offer.pdf", digest="d" * 64),),
+        progress=100.0,
+    )
+    gateway.script.answers["GET", f"/tasks/{TASK}"] = json_answer(view)
+    await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
+    await tab.until("document.querySelector('[aria-labelledby=result] .cites, [aria-labelledby=result] .notice, "
+                    "[aria-labelledby=result] .verdict')", "the result and its evidence are there")  # fmt: skip
+
+
+def result_text(tab: Tab) -> Awaitable[Any]:
+    return tab.run("document.querySelector('[aria-labelledby=result]').innerText")
+
+
+async def test_a_citation_opens_the_passage_of_its_source(gateway: GatewayHarness, tab: Tab) -> None:
+    lines = "Delivery\nThe stations <b>arrive</b> in six weeks.\nThe harbour is open."
+    passage = Passage("offer.pdf", "d" * 64, 11, 13, lines, 1.0, "page 3", ("words",))
+    gateway.script.answers["POST", "/search"] = json_answer(SearchResult((passage,)))
+    cite = Citation("offer.pdf", 12, 12, "The stations <b>arrive</b> in six weeks.", "page 3")
+    await finish(gateway, tab, "In six weeks.\n\n[offer.pdf, page 3]", Evidence("documents", citations=(cite,)))
+    await tab.run("document.querySelector('.cites summary').click()")
+    await tab.until("document.querySelector('.passage li.cited')", "the passage is open")
+    assert await tab.run("document.querySelector('.cites summary').innerText") == "offer.pdf, page 3"
+    shown = await tab.run("[...document.querySelectorAll('.passage li')].map((line) => line.innerText)")
+    assert shown[0].split() == ["11", "Delivery"]
+    assert await tab.run("document.querySelector('.passage li.cited').innerText.includes('<b>arrive</b>')"), "as text"
+    asked = json.loads(next(seen.body for seen in gateway.script.seen if seen.path == "/search"))
+    assert asked["filters"] == {"digests": ["d" * 64]}
+    assert troubles(tab) == []
+
+
+async def test_a_source_that_was_erased_is_said_to_be_gone(gateway: GatewayHarness, tab: Tab) -> None:
+    gateway.script.answers["POST", "/search"] = json_answer(SearchResult(()))
+    cite = Citation("offer.pdf", 12, 12, "In six weeks.", "page 3")
+    await finish(gateway, tab, "In six weeks.", Evidence("documents", citations=(cite,)))
+    await tab.run("document.querySelector('.cites summary').click()")
+    await tab.until(
+        "document.querySelector('.cites .notice')?.innerText.includes('not in memory any more')", "it says so"
+    )
+
+
+async def test_assumptions_and_doubts_stand_with_the_result(gateway: GatewayHarness, tab: Tab) -> None:
+    read = Assumption("amount: read 1.234 as 1,234 (decimal comma elsewhere in the file)", "konto", "amount")
+    undecided = Assumption("day: 03/04/2024 may be in March", "konto", "day", decided=False)
+    note = "not certain, check it: The question names the column tax, but the query does not read it."
+    evidence = Evidence("data", query="SELECT 1", rows=1, assumptions=(read, undecided), notes=(note,))
+    await finish(gateway, tab, "sum: 1234", evidence)
+    text = await result_text(tab)
+    assert "read 1.234 as 1,234" in text
+    assert "Not decided by the file, so the answer may be wrong\nday: 03/04/2024" in text
+    assert "Not certain\nThe question names the column tax" in text
+    assert "Not found" not in text
+
+
+async def test_a_goal_without_an_answer_is_said_to_be_not_found(gateway: GatewayHarness, tab: Tab) -> None:
+    await finish(gateway, tab, "Not found: no passage has it.", Evidence("documents", found=False), found=False)
+    assert "Not found. The files do not have what the goal asks for." in await result_text(tab)
+    assert troubles(tab) == []
+
+
+async def test_history_does_not_take_back_what_the_task_is_already(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    view = msgspec.structs.replace(gateway.script.view(), status="completed", output="Done.", version=9, progress=100.0)
+    gateway.script.answers["GET", f"/tasks/{TASK}"] = json_answer(view)
+    await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
+    await tab.until("document.querySelector('[aria-labelledby=result]')", "the result is there")
+    await gateway.script.emit("task.started", progress=5)
+    await gateway.script.emit("task.progress", progress=50, note={"code": "late", "detail": "the history was read"})
+    await tab.until("document.querySelector('main').innerText.includes('the history was read')", "the history was read")
+    assert "Done." in await result_text(tab)
+
+
+async def test_the_page_goes_on_where_it_was_cut_off(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    await plan(gateway)
+    await write(gateway, "one 🐙 ", 0, reset=True)
+    await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
     await tab.until("document.querySelector('.live')?.innerText.includes('one')", "the text is there")
-    door.service.context.draining.set()
+    gateway.service.context.draining.set()
     await tab.until("document.querySelector('main').innerText.includes('reconnecting')", "the socket is closed")
-    await write(door, "two ", 6)
-    await door.script.emit("task.progress", progress=50)
-    door.service.context.draining.clear()
-    await write(door, "three", 10)
+    await write(gateway, "two ", 6)
+    await gateway.script.emit("task.progress", progress=50)
+    gateway.service.context.draining.clear()
+    await write(gateway, "three", 10)
     await tab.until("document.querySelector('.live').innerText === 'one 🐙 two three'", "nothing lost or doubled")
     await tab.until(
         "document.querySelector('[role=progressbar]').getAttribute('aria-valuenow') === '50'", "the progress"
@@ -112,39 +260,39 @@ async def test_the_page_goes_on_where_it_was_cut_off(door: Doorway, tab: Tab) ->
     assert troubles(tab) == []
 
 
-async def test_a_task_is_cancelled(door: Doorway, tab: Tab) -> None:
-    prepare(door)
-    await door.script.emit("task.accepted", goal="a goal", progress=0)
-    await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))
+async def test_a_task_is_cancelled(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
     await tab.until("document.querySelector('button.danger')", "the button is there")
     await tab.run("window.confirm = () => true; document.querySelector('button.danger').click()")
     await tab.until("document.querySelector('main .chip.cancelled')", "the task is cancelled")
-    assert door.script.status == "cancelled"
+    assert gateway.script.status == "cancelled"
 
 
 async def test_where_nobody_is_trusted_the_page_asks_for_a_key(tmp_path: Path, tab: Tab) -> None:
     session = "octosess_" + "0" * 32 + "_secret"
-    async with doorway(tmp_path, trust_loopback=False) as door:
-        prepare(door)
+    async with start_gateway(tmp_path, trust_loopback=False) as gateway:
+        prepare(gateway)
         opened = {"session": session, "expires_in": 43200, "tenant": "acme", "scope": "tasks:*"}
-        door.script.answers["POST", "/sessions"] = json_answer(opened)
-        door.script.answers["POST", "/sessions/end"] = json_answer({"status": "ok"})
-        door.script.answers["GET", "/sessions/issuers"] = json_answer({"issuers": []})
-        await door.script.emit("task.accepted", goal="a goal", progress=0)
-        await plan(door)
-        await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))
+        gateway.script.answers["POST", "/sessions"] = json_answer(opened)
+        gateway.script.answers["POST", "/sessions/end"] = json_answer({"status": "ok"})
+        gateway.script.answers["GET", "/sessions/issuers"] = json_answer({"issuers": []})
+        await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+        await plan(gateway)
+        await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
         await tab.until("document.querySelector('#key')", "a key is asked for")
         await tab.run("document.querySelector('#key').focus()")
         await tab.do("Input.insertText", text=KEY)
-        door.script.keys[session] = "user"
+        gateway.script.keys[session] = "user"
         await tab.run("document.querySelector('#key').form.querySelector('button').click()")
         await tab.until("document.querySelector('.step.running')", "the task is watched")
         kept = await tab.run("document.cookie + JSON.stringify(sessionStorage) + JSON.stringify(localStorage)")
         assert kept == "{}{}", "scripts see nothing of it"
-        await write(door, "streamed", 0, reset=True)
+        await write(gateway, "streamed", 0, reset=True)
         await tab.until("document.querySelector('.live')?.innerText.includes('streamed')", "the text streams")
         assert KEY not in await tab.run("location.href")
-        await door.script.emit("task.cancelled", status="cancelled", progress=5)
+        await gateway.script.emit("task.cancelled", status="cancelled", progress=5)
         await tab.until("document.querySelector('main .chip.cancelled')", "the end is told")
         await tab.until("document.querySelector('header.top > button')?.innerText === 'Log out'", "one can log out")
         await tab.run("document.querySelector('header.top > button').click()")
@@ -152,12 +300,12 @@ async def test_where_nobody_is_trusted_the_page_asks_for_a_key(tmp_path: Path, t
         assert troubles(tab) == []
 
 
-async def test_everything_has_a_name_and_fits_a_phone(door: Doorway, tab: Tab) -> None:
-    prepare(door)
-    await door.script.emit("task.accepted", goal="a goal " * 40, progress=0)
-    await plan(door)
+async def test_everything_has_a_name_and_fits_a_phone(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
+    await gateway.script.emit("task.accepted", goal="a goal " * 40, progress=0)
+    await plan(gateway)
     await tab.size(360, 740, mobile=True)
-    await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))
+    await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
     await tab.until("document.querySelector('.step')", "the task is shown")
     assert await tab.run("document.documentElement.scrollWidth <= 360")
     tree = (await tab.do("Accessibility.getFullAXTree"))["nodes"]
@@ -172,8 +320,8 @@ async def test_everything_has_a_name_and_fits_a_phone(door: Doorway, tab: Tab) -
     assert await tab.run("document.querySelectorAll('[aria-live=polite]').length") == 1
 
 
-async def test_where_the_time_went_is_shown_as_text_and_bars(door: Doorway, tab: Tab) -> None:
-    prepare(door)
+async def test_where_the_time_went_is_shown_as_text_and_bars(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
     whole = {"trace_id": "t", "start": 100.0, "duration_ms": 2000.0, "code": "", "message": "", "attributes": {}}
     call = {**whole, "span_id": "b", "parent_id": "a", "service": "orchestrator", "name": "x", "kind": "client"}
     served = {**whole, "span_id": "c", "parent_id": "b", "service": "coder", "kind": "server", "code": "not_accepted"}
@@ -183,9 +331,9 @@ async def test_where_the_time_went_is_shown_as_text_and_bars(door: Doorway, tab:
         {**served, "name": "<b>execute</b>"},
         {**served, "span_id": "d", "parent_id": "a", "code": "", "name": "kept", "attributes": {"octollm.peer": "x"}},
     ]
-    door.script.answers["GET", f"/tasks/{TASK}/trace"] = json_answer({"task_id": TASK, "spans": spans})
-    await door.script.emit("task.accepted", goal="a goal", progress=0)
-    await tab.do("Page.navigate", url=door.url(f"/#/tasks/{TASK}"))
+    gateway.script.answers["GET", f"/tasks/{TASK}/trace"] = json_answer({"task_id": TASK, "spans": spans})
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    await tab.do("Page.navigate", url=gateway.url(f"/#/tasks/{TASK}"))
     panel = "[...document.querySelectorAll('details')].find((d) => d.textContent.includes('Where the time went'))"
     await tab.until(panel, "the panel is there")
     await tab.run(f"{panel}.open = true")

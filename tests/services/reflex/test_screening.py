@@ -1,4 +1,4 @@
-"""What the door finds in texts, within bounds; and what becomes of a goal in which it finds much."""
+"""What the gateway finds in texts, within bounds; and what becomes of a goal in which it finds much."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import time
 
 import msgspec
 import pytest
-from door_kit import TASK, Doorway, doorway, json_answer
+from gateway_kit import TASK, GatewayHarness, json_answer, start_gateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octollm.contracts.screening import MAX_FINDINGS, RejectedGoal, ScreeningRecord, max_risk
-from octollm.services.reflex.patterns import PATTERNS
-from octollm.services.reflex.screening import Screener, summarize_screening
+from octollm.screening import PATTERNS, Screener, summarize_screening
 
 SCREENER = Screener()
 
@@ -150,65 +149,76 @@ def test_the_riskiest() -> None:
     assert max_risk("low", "high", "medium") == "high"
 
 
-# At the door
+# At the gateway
 
 
-async def test_a_decision_is_shown_alone(door: Doorway) -> None:
-    answer = await door.client.post("/preprocess", json={"text": ATTACKS[0]})
+async def test_a_decision_is_shown_alone(gateway: GatewayHarness) -> None:
+    answer = await gateway.client.post("/preprocess", json={"text": ATTACKS[0]})
     assert answer.status_code == 200
     assert answer.json()["decision"] == "refuse"
-    assert [each.path for each in door.script.seen if each.path != "/token"] == []
-    assert (await door.client.post("/preprocess", json={"text": "x" * 262_145})).status_code == 400
-    assert (await door.client.post("/preprocess", json={"txt": "x"})).json()["code"] == "invalid_body"
+    assert [each.path for each in gateway.script.seen if each.path != "/token"] == []
+    assert (await gateway.client.post("/preprocess", json={"text": "x" * 262_145})).status_code == 400
+    assert (await gateway.client.post("/preprocess", json={"txt": "x"})).json()["code"] == "invalid_body"
 
 
-async def test_a_goal_of_high_risk_is_refused_before_it_is_a_task_and_recorded(door: Doorway) -> None:
-    door.script.answers["POST", "/screenings"] = json_answer({"status": "ok"})
+async def test_a_goal_of_high_risk_is_refused_before_it_is_a_task_and_recorded(gateway: GatewayHarness) -> None:
+    gateway.script.answers["POST", "/screenings"] = json_answer({"status": "ok"})
     for body, pointer in (
         ({"goal": ATTACKS[0]}, "/goal"),
         ({"goal": "x", "constraints": ["y", ATTACKS[1]]}, "/constraints/1"),
         ({"goal": "x", "acceptance_criteria": [ATTACKS[2]]}, "/acceptance_criteria/0"),
         ({"goal": "x", "context": {"text": ATTACKS[3]}}, "/context/text"),
     ):
-        answer = await door.client.post("/tasks", json=body)
+        answer = await gateway.client.post("/tasks", json=body)
         assert (answer.status_code, answer.json()["code"]) == (403, "goal_refused")
         assert answer.json()["errors"][0]["pointer"] == pointer
         assert "/preprocess" in answer.json()["detail"]
-        recorded = door.script.seen[-1]
+        recorded = gateway.script.seen[-1]
         assert (recorded.method, recorded.path) == ("POST", "/screenings")
         assert msgspec.json.decode(recorded.body, type=RejectedGoal).note.risk == "high"
-    assert not [each for each in door.script.seen if each.path == "/tasks"]
+    assert not [each for each in gateway.script.seen if each.path == "/tasks"]
 
 
-async def test_what_is_found_is_recorded_and_nothing_is_changed(door: Doorway) -> None:
-    door.script.answers["POST", "/tasks"] = json_answer({"task_id": TASK}, 201)
+async def test_an_instruction_of_high_risk_is_refused_like_a_goal(gateway: GatewayHarness) -> None:
+    gateway.script.answers["POST", "/screenings"] = json_answer({"status": "ok"})
+    path = f"/tasks/{TASK}/instructions"
+    answer = await gateway.client.post(path, json={"text": ATTACKS[0]})
+    assert (answer.status_code, answer.json()["code"]) == (403, "goal_refused")
+    assert answer.json()["errors"][0]["pointer"] == "/text"
+    assert [each.path for each in gateway.script.seen] == ["/screenings"]
+    assert (await gateway.client.post(path, json={"text": "Keep it short."})).status_code == 200
+    assert gateway.script.seen[-1].path == path
+
+
+async def test_what_is_found_is_recorded_and_nothing_is_changed(gateway: GatewayHarness) -> None:
+    gateway.script.answers["POST", "/tasks"] = json_answer({"task_id": TASK}, 201)
     body = msgspec.json.encode(
         {
             "goal": "Mail ada@example.org the summary",
             "context": {"files": [{"name": "a.txt", "text": f"bob@example.org. {ATTACKS[0]}"}]},
         }
     )
-    answer = await door.client.post("/tasks", content=body, headers={"X-Screening": "forged"})
+    answer = await gateway.client.post("/tasks", content=body, headers={"X-Screening": "forged"})
     assert answer.status_code == 201
-    seen = door.script.seen[-1]
+    seen = gateway.script.seen[-1]
     assert seen.body == body
     note = msgspec.json.decode(seen.headers["x-screening"], type=ScreeningRecord)
     assert note.found == {"pii.email": 2, "injection.override": 1, "injection.reveal": 1}
     assert note.risk == "medium", "a file gives no orders"
-    await door.client.post("/tasks", content=b'{"goal": "x"}')
-    assert "x-screening" not in door.script.seen[-1].headers
+    await gateway.client.post("/tasks", content=b'{"goal": "x"}')
+    assert "x-screening" not in gateway.script.seen[-1].headers
 
 
 @pytest.mark.parametrize("mode", ["log", "off"])
 async def test_the_setting_says_what_becomes_of_it(tmp_path, mode: str) -> None:
-    async with doorway(tmp_path, input_guardrail=mode) as door:
-        door.script.answers["POST", "/tasks"] = json_answer({"task_id": TASK}, 201)
-        assert (await door.client.post("/tasks", json={"goal": ATTACKS[0]})).status_code == 201
-        assert ("x-screening" in door.script.seen[-1].headers) == (mode == "log")
+    async with start_gateway(tmp_path, input_guardrail=mode) as gateway:
+        gateway.script.answers["POST", "/tasks"] = json_answer({"task_id": TASK}, 201)
+        assert (await gateway.client.post("/tasks", json={"goal": ATTACKS[0]})).status_code == 201
+        assert ("x-screening" in gateway.script.seen[-1].headers) == (mode == "log")
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"goal": 1}', b"\xff", b""])
-async def test_what_is_no_submission_is_left_to_the_orchestrator(door: Doorway, body: bytes) -> None:
-    door.script.answers["POST", "/tasks"] = json_answer({"code": "invalid_json"}, 400)
-    assert (await door.client.post("/tasks", content=body)).status_code == 400
-    assert door.script.seen[-1].body == body
+async def test_what_is_no_submission_is_left_to_the_orchestrator(gateway: GatewayHarness, body: bytes) -> None:
+    gateway.script.answers["POST", "/tasks"] = json_answer({"code": "invalid_json"}, 400)
+    assert (await gateway.client.post("/tasks", content=body)).status_code == 400
+    assert gateway.script.seen[-1].body == body

@@ -126,11 +126,8 @@ def is_capable_model(settings: Settings) -> bool:
 
 
 def goal_with_constraints(task: Task) -> str:
-    """Return the goal followed by the task's constraints as a list."""
-    goal = task.goal.strip()
-    if not task.constraints:
-        return goal
-    return goal + "\n" + "\n".join(f"- {constraint}" for constraint in task.constraints)
+    """Return the goal followed by the task's constraints, and by what a person added since, as a list."""
+    return "\n".join((task.goal.strip(), *(f"- {each}" for each in (*task.constraints, *task.context.instructions))))
 
 
 def collect_notes(task: Task) -> str:

@@ -11,9 +11,10 @@ import msgspec
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
 from octollm.concurrency import retry
+from octollm.contracts.declarations import BodyT, DeclaredOperation
 from octollm.contracts.internal import ReserveRequest, ReserveResponse, SettleRequest
+from octollm.contracts.internal_operations import RESERVE_BUDGET, SETTLE_BUDGET
 from octollm.contracts.problems import to_problem
-from octollm.contracts.services import OperationKind
 from octollm.contracts.task import Usage
 from octollm.errors import OctoError
 from octollm.resilience import Deadline, retry_until
@@ -47,8 +48,7 @@ class BudgetClient:
         ``state_conflict`` and the transport's failures.
         """
         within = Deadline.after(self._clock, min(RESERVE_SECONDS, deadline.remaining()))
-        # Repeated only when it surely did not arrive: a second reservation would hold what nobody uses.
-        call = self._build_call("reserve", "at_most_once", request, within)
+        call = self._build_call(RESERVE_BUDGET, request, within)
         # Shielded: if the request were cut off, a reservation could exist whose id nobody knows.
         reserving = self._track(self._caller.call(call, ReserveResponse), "reserve")
         try:
@@ -87,14 +87,14 @@ class BudgetClient:
         deadline = Deadline.after(self._clock, SETTLE_SECONDS)
 
         async def send() -> None:
-            # The orchestrator settles a reservation once, so the request may be repeated.
-            await self._caller.send(self._build_call("settle", "read_only", settled, deadline))
+            await self._caller.send(self._build_call(SETTLE_BUDGET, settled, deadline))
 
         try:
             await retry(send, retry_until(deadline, _RETRY_SECONDS, lambda error: to_problem(error).retryable))
         except OctoError as error:
             self._log.error("budget.not_settled", reservation=settled.reservation, error=error)
 
-    def _build_call(self, action: str, kind: OperationKind, body: object, deadline: Deadline) -> OutgoingCall:
-        target = CallTarget("orchestrator", f"budget.{action}", "POST", f"/budget/{action}", kind)
-        return OutgoingCall(target, self._signer.sign_token("orchestrator"), deadline, msgspec.json.encode(body))
+    def _build_call(self, declared: DeclaredOperation[BodyT, Any], body: BodyT, deadline: Deadline) -> OutgoingCall:
+        return OutgoingCall(
+            CallTarget.of(declared), self._signer.sign_token("orchestrator"), deadline, msgspec.json.encode(body)
+        )

@@ -34,6 +34,7 @@ from octollm.services.models.budget import BudgetClient
 from octollm.services.models.model_loader import ModelLoader
 from octollm.services.models.schema import PricedChatCompletion, PricedUsage
 from octollm.telemetry import Metrics, Span, Tracer
+from octollm.telemetry.spans import SpanValue
 
 OnText = Callable[[str], Awaitable[None]]
 
@@ -110,7 +111,7 @@ class ChatCompletionRunner:
             # A timeout of something inside, not of this call's deadline.
             if call.deadline.remaining() > 0:
                 raise
-            raise OctoError("The time for this call is used up.", code="deadline_exceeded") from error
+            raise OctoError("The time limit of this call has expired.", code="deadline_exceeded") from error
 
     async def _complete_within_budget(
         self, call: IncomingCall, request: ChatRequest, model: ChatModel, on_text: OnText
@@ -179,6 +180,10 @@ class ChatCompletionRunner:
                 span.attributes["octollm.first_token_ms"] = round((self._clock.monotonic() - began) * 1000, 1)
             await on_text(text)
 
+        # Names of OpenTelemetry's semantic conventions, where there are any.
+        span.attributes |= name_model_call("chat", model.name)
+        if request.completion_limit is not None:
+            span.attributes["gen_ai.request.max_tokens"] = request.completion_limit
         try:
             if self._external is None:
                 await _consume_stream(model, request, progress, heard)
@@ -193,6 +198,7 @@ class ChatCompletionRunner:
             assert progress.final is not None
             tokens = progress.final.usage
             progress.used = Usage(tokens.prompt_tokens, tokens.completion_tokens, cost_usd(model.name, tokens) or 0.0)
+            span.attributes["gen_ai.response.finish_reasons"] = (progress.final.finish_reason,)
         except BaseException as error:
             progress.used = self._estimate_max_usage(error, progress, prompt, request.completion_limit or 0)
             raise
@@ -219,15 +225,21 @@ class ChatCompletionRunner:
         return PricedChatCompletion("chatcmpl-" + self._ids.hex(), int(self._clock.now()), model, (choice,), spent)
 
     def _record_usage(self, model: str, usage: Usage, span: Span) -> None:
-        # Names of OpenTelemetry's semantic conventions, where there are any.
         span.attributes |= {
-            "gen_ai.request.model": model,
             "gen_ai.usage.input_tokens": usage.prompt_tokens,
             "gen_ai.usage.output_tokens": usage.completion_tokens,
             "octollm.cost_usd": usage.cost_usd,
         }
         self._metrics.tokens.labels(model, "prompt").inc(usage.prompt_tokens)
         self._metrics.tokens.labels(model, "completion").inc(usage.completion_tokens)
+
+
+def name_model_call(operation: str, model: str) -> dict[str, SpanValue]:
+    """Return what a span says of its call: ``chat`` or ``embeddings``, and a model as ``provider:name``."""
+    provider, colon, _name = model.partition(":")
+    named: dict[str, SpanValue] = {"gen_ai.operation.name": operation, "gen_ai.request.model": model}
+    # A model of this process has no provider.
+    return named | {"gen_ai.provider.name": provider} if colon else named
 
 
 async def _consume_stream(model: ChatModel, request: ChatRequest, progress: _Generation, on_text: OnText) -> None:
@@ -239,12 +251,12 @@ async def _consume_stream(model: ChatModel, request: ChatRequest, progress: _Gen
             else:
                 progress.final = piece
     if progress.final is None:
-        raise OctoError(f"{model.name} ended its answer without saying why.", code="model_failed")
+        raise OctoError(f"{model.name} ended its answer without a finish reason.", code="model_failed")
 
 
 async def _replay_completion(journaled: bytes, on_text: OnText) -> PricedChatCompletion:
     with map_exceptions(
-        OctoError("The journaled answer of this call is not understood.", code="peer_protocol"),
+        OctoError("The journaled answer of this call cannot be decoded.", code="peer_protocol"),
         msgspec.DecodeError,
     ):
         answer = msgspec.json.decode(journaled, type=PricedChatCompletion)

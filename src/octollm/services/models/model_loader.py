@@ -57,9 +57,7 @@ class ModelLoader:
         """
         chosen = self._get_choice()
         if name not in ("default", chosen.name):
-            raise OctoError(
-                f"There is no model {name[:80]!r} here; there is `default`, {chosen.name}.", code="not_found"
-            )
+            raise OctoError(f"There is no model {name[:80]!r} here; use `default` or {chosen.name}.", code="not_found")
         failure = self._failure
         if failure is not None and self._clock.monotonic() - self._failed_at < RETRY_SECONDS:
             raise OctoError(failure.detail, code=failure.code, retry_after=failure.retry_after) from failure

@@ -68,12 +68,6 @@ class ModelList(msgspec.Struct, frozen=True):
     object: Literal["list"] = "list"
 
 
-class _ErrorChunk(msgspec.Struct, frozen=True):
-    """The last event of a stream that failed after it had begun."""
-
-    error: Problem
-
-
 DONE_EVENT = b"data: [DONE]\n\n"
 KEEPALIVE_COMMENT = b": still working\n\n"
 """Keeps a connection alive; clients pass over comments (WHATWG HTML section 9.2.6)."""
@@ -114,4 +108,4 @@ class ChunkEncoder:
 
 def encode_error_event(problem: Problem) -> bytes:
     """Return the event that ends a stream which cannot go on."""
-    return encode_sse(_ErrorChunk(problem))
+    return encode_sse(problem)

@@ -1,4 +1,4 @@
-"""The models service over HTTP: OpenAI's chat completions, whole or as server-sent events.
+"""The models service over HTTP: OpenAI's chat completions, whole or as server-sent events, and embeddings.
 
 Callers authenticate with a capability token.
 """
@@ -16,22 +16,25 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octollm.config import Settings
-from octollm.contracts.problems import to_problem
-from octollm.contracts.service_operations import CHAT, EMBEDDINGS, LIST_MODELS
+from octollm.contracts.problems import to_openai_problem
+from octollm.contracts.service_operations import CHAT, EMBED_FOR_INDEX, EMBEDDINGS, LIST_MODELS
 from octollm.contracts.stream import HEARTBEAT_SECONDS
 from octollm.errors import OctoError
 from octollm.limiter import ConcurrencyPolicy
 from octollm.llm.cache import ModelCache
 from octollm.llm.embedded import EmbeddedSettings
+from octollm.llm.embeddings import EmbeddingModel
 from octollm.llm.openai_compatible import OPENAI_URL
-from octollm.llm.selection import ModelChoice, resolve_model
+from octollm.llm.selection import ModelChoice, resolve_embedding_model, resolve_model
 from octollm.llm.types import ChatMessage, ChatRequest
+from octollm.rpc.auth import RegisteredServiceAuthenticator
 from octollm.rpc.call import IncomingCall, NullEmitter, Operation, OperationResponse, implement
 from octollm.rpc.external import ExternalClient
 from octollm.rpc.limits import wait_for_disconnect
 from octollm.rpc.service import Service, ServiceBase, build_service
 from octollm.services.models.budget import BudgetClient
 from octollm.services.models.completion import ChatCompletionRunner, OnText
+from octollm.services.models.embeddings import EmbeddingList, EmbeddingRequest, EmbeddingRunner
 from octollm.services.models.model_loader import ModelLoader
 from octollm.services.models.schema import (
     KEEPALIVE_COMMENT,
@@ -113,7 +116,7 @@ class ChatStreamResponse(Response):
         if not isinstance(item, OctoError):
             self._log.error("chat.crashed", error=item)
             item = OctoError("The service failed; its log has the reason under this request id.")
-        return encode_error_event(to_problem(item, self._request_id))
+        return encode_error_event(to_openai_problem(item, self._request_id))
 
 
 async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
@@ -149,11 +152,16 @@ async def models_service(
     chooser = choose or (lambda: _choose_model(settings))
     holder = ModelLoader(chooser, clock=base.clock, log=base.log)
     budget = BudgetClient(base.client, base.identity.signer(), clock=base.clock, log=base.log)
+    embedding_model = resolve_embedding_model(
+        settings.embedding_model, settings.embedding_url, settings.embedding_api_key
+    )
     try:
         holder.start_loading()
-        yield build_models(base, settings, holder, budget)
+        yield build_models(base, settings, holder, budget, embedding_model)
     finally:
         await holder.aclose()
+        if embedding_model is not None:
+            await embedding_model.aclose()
         await budget.aclose()
 
 
@@ -169,11 +177,24 @@ def _choose_model(settings: Settings) -> ModelChoice:
 
 def _build_external_client(base: ServiceBase, settings: Settings) -> ExternalClient:
     name = f"{settings.model} at {settings.model_url or OPENAI_URL}"
-    return ExternalClient(base.name, name, clock=base.clock, metrics=base.metrics, log=base.log)
+    return ExternalClient(
+        base.name,
+        name,
+        clock=base.clock,
+        metrics=base.metrics,
+        log=base.log,
+        on_breaker=base.events.record_breaker,
+    )
 
 
-def build_models(base: ServiceBase, settings: Settings, loader: ModelLoader, budget: BudgetClient) -> Service:
-    """Return the service over its model and the budget that it answers to."""
+def build_models(
+    base: ServiceBase,
+    settings: Settings,
+    loader: ModelLoader,
+    budget: BudgetClient,
+    embedding_model: EmbeddingModel | None,
+) -> Service:
+    """Return the service over its models and the budget that it answers to."""
     embedded = settings.model.partition(":")[0] == "embedded"
     answering = ChatCompletionRunner(
         loader,
@@ -185,21 +206,34 @@ def build_models(base: ServiceBase, settings: Settings, loader: ModelLoader, bud
         tracer=base.tracer,
         external=None if embedded else _build_external_client(base, settings),
     )
-    handlers = _ModelsHandlers(base, loader, answering)
-    return build_service(base, handlers.operations(), readiness_checks={"model": loader.checkup})
+    external = None
+    if settings.embedding_model.startswith("openai:"):
+        name = f"{settings.embedding_model} at {settings.embedding_url or OPENAI_URL}"
+        external = ExternalClient(base.name, name, clock=base.clock, metrics=base.metrics, log=base.log)
+    embedding = EmbeddingRunner(embedding_model, budget, metrics=base.metrics, tracer=base.tracer, external=external)
+    handlers = _ModelsHandlers(base, loader, answering, embedding)
+    return build_service(
+        base,
+        handlers.operations(),
+        authenticators={"service": RegisteredServiceAuthenticator(base.name, base.directory, base.clock)},
+        readiness_checks={"model": loader.checkup, "embeddings": embedding.check},
+    )
 
 
 class _ModelsHandlers:
     """The operations of the service."""
 
-    def __init__(self, base: ServiceBase, loader: ModelLoader, runner: ChatCompletionRunner) -> None:
+    def __init__(
+        self, base: ServiceBase, loader: ModelLoader, runner: ChatCompletionRunner, embedding_runner: EmbeddingRunner
+    ) -> None:
         self._base = base
         self._loader = loader
         self._runner = runner
+        self._embedding_runner = embedding_runner
 
     def operations(self) -> list[Operation]:
         """Return the operations. Repeats of a chat are found in the journal, not among idempotency keys."""
-        return [
+        openai_operations = [
             implement(
                 replace(CHAT, body=ChatRequest, response=PricedChatCompletion),
                 self.chat,
@@ -208,8 +242,22 @@ class _ModelsHandlers:
                 example=ChatRequest("default", (ChatMessage("user", "Why is the sky blue?"),)),
             ),
             implement(replace(LIST_MODELS, response=ModelList), self.models, strict=False),
-            # Refused whatever its body is.
-            implement(EMBEDDINGS, self.embeddings, strict=False, raw=True),
+            implement(
+                replace(EMBEDDINGS, body=EmbeddingRequest, response=EmbeddingList),
+                self.embeddings,
+                strict=False,
+                timeout=CHAT_SECONDS,
+                example=EmbeddingRequest("default", "Why is the sky blue?"),
+            ),
+        ]
+        return [
+            *(replace(operation, openai_errors=True) for operation in openai_operations),
+            implement(
+                replace(EMBED_FOR_INDEX, body=EmbeddingRequest, response=EmbeddingList),
+                self.embed_for_index,
+                strict=False,
+                timeout=CHAT_SECONDS,
+            ),
         ]
 
     async def chat(self, call: IncomingCall, request: ChatRequest) -> object:
@@ -232,11 +280,17 @@ class _ModelsHandlers:
 
     async def models(self, _call: IncomingCall, _body: object) -> OperationResponse:
         """List the models."""
-        return OperationResponse(ModelList(tuple(ModelInfo(name) for name in self._loader.list_names())))
+        embedding_model = self._embedding_runner.model_name
+        names = [*self._loader.list_names(), *([] if embedding_model is None else [embedding_model])]
+        return OperationResponse(ModelList(tuple(ModelInfo(name) for name in dict.fromkeys(names))))
 
-    async def embeddings(self, _call: IncomingCall, _body: object) -> OperationResponse:
-        """Say that there are none."""
-        raise OctoError("Embeddings are not configured here.", code="not_configured")
+    async def embeddings(self, call: IncomingCall, request: EmbeddingRequest) -> EmbeddingList:
+        """Compute embeddings within the budget of the caller's task."""
+        return await self._embedding_runner.embed(call, request)
+
+    async def embed_for_index(self, call: IncomingCall, request: EmbeddingRequest) -> EmbeddingList:
+        """Compute embeddings of passages for the memory service."""
+        return await self._embedding_runner.embed_for_index(call, request)
 
 
 async def _discard_text(_text: str) -> None:

@@ -10,7 +10,8 @@ from octollm import __version__
 from octollm.config import Settings
 from octollm.contracts.api import TaskIdQuery
 from octollm.contracts.observability import ServiceStates, TraceView
-from octollm.contracts.service_operations import LIST_SERVICES, READ_TRACE, RECEIVE_SPANS
+from octollm.contracts.public_api import LIST_SERVICES
+from octollm.contracts.service_operations import READ_TRACE, RECEIVE_SPANS
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import EventBus
@@ -27,6 +28,7 @@ from octollm.storage import RedisClient, RedisKeys
 from octollm.storage.migrations import open_service_database
 from octollm.telemetry import ExportBuffer, Span
 from octollm.telemetry.otlp import ExportRequest, ExportResponse, decode_spans, encode_spans
+from octollm.telemetry.spans import TASK_ATTRIBUTE
 
 _RETRYABLE_STATUSES = frozenset({408, 429, 502, 503, 504})
 """Statuses after which OTLP over HTTP sends the same batch again."""
@@ -128,6 +130,8 @@ class TraceHandlers:
         bound = call.authority.task
         if bound is not None and bound.task != task_id:
             raise OctoError("There is no such task.", code="task_not_found")
+        # The token names the task that is read. The reader's request is no work of it, and has a trace of its own.
+        call.span.attributes[TASK_ATTRIBUTE] = ""
         return await self._store.read_task(call.tenant, task_id)
 
     def operations(self) -> list[Operation]:
@@ -135,5 +139,5 @@ class TraceHandlers:
         spans = replace(RECEIVE_SPANS, body=ExportRequest, response=ExportResponse)
         return [
             implement(READ_TRACE, self.read, strict=False),
-            implement(spans, self.receive, strict=False, auth="service"),
+            implement(spans, self.receive, strict=False),
         ]

@@ -6,6 +6,7 @@ revoked.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import secrets
@@ -221,9 +222,8 @@ class Accounts:
         return Account(Principal(row["sub"], row["id"], row["tenant"]), scopes)
 
     async def _load_row(self, key_id: str) -> Mapping[str, Any] | None:
-        async with self._db.read() as conn:
-            row = await conn.first(select(api_keys).where(api_keys.c.id == key_id))
-        return None if row is None else row_to_dict(row)
+        rows = await self._db.fetch("SELECT * FROM api_keys WHERE id = $1", key_id)
+        return dict(rows[0]) if rows else None
 
 
 def expand_scopes(text: str, arms: Iterable[str]) -> ScopeSet:
@@ -231,7 +231,12 @@ def expand_scopes(text: str, arms: Iterable[str]) -> ScopeSet:
 
     A preset includes the operations of ``arms``.
     """
-    admitted = tuple(arms)
+    return _expand_scopes(text, tuple(arms))
+
+
+@functools.lru_cache(maxsize=1024)
+def _expand_scopes(text: str, admitted: tuple[str, ...]) -> ScopeSet:
+    # Each submission and each run of a task needs those of its credential; few texts and few sets of arms are in use.
     expanded = [
         str(part) for word in text.split() for part in (preset_scopes(word, admitted) if word in PRESETS else (word,))
     ]

@@ -1,18 +1,13 @@
-"""Administration over HTTP: API keys, revocations and the audit log.
-
-Features that are not configured are declared too, and refuse each call with ``not_configured``.
-"""
+"""Administration over HTTP: API keys, revocations and the audit log."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from octollm.clock import Clock
 from octollm.contracts import public_api
 from octollm.contracts.api import Acknowledgement, AuditQuery
 from octollm.contracts.auth import KeyList, KeyRequest, NewKey, RevocationRequest
-from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.observability import AuditPage
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, implement
@@ -21,15 +16,9 @@ from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.services.orchestrator.accounts import LOCAL_TENANT, Accounts
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, actor_from_call, read_audit_page, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore
+from octollm.services.orchestrator.schedules import SchedulesApi
 from octollm.services.orchestrator.task_endings import TaskCanceller
 from octollm.storage import Database
-
-NOT_CONFIGURED = (
-    public_api.LIST_WEBHOOKS,
-    public_api.CREATE_WEBHOOK,
-    public_api.LIST_DEAD_LETTERS,
-    public_api.APPROVE_TASK,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +29,7 @@ class AdminApi:
     accounts: Accounts
     revocation_store: RevocationStore
     canceller: TaskCanceller
+    schedules: SchedulesApi
     idempotency: SqlIdempotencyStore
     clock: Clock
 
@@ -61,6 +51,9 @@ class AdminApi:
                 # One transaction: a crash leaves no revoked key whose tokens are still valid.
                 await self.accounts.revoke(key_id, actor, tx)
                 await self.revocation_store.add(tx, "cred", key_id, call.tenant)
+                await self.schedules.end_all(
+                    tx, actor, "The API key that it was created with was revoked.", cred=key_id
+                )
                 await self.idempotency.record_effect(tx, key, "revoked")
         # After the commit: the revoked key submits no further task while its open ones are cancelled.
         await self.canceller.cancel_all(actor, "The API key that it was submitted with was revoked.", cred=key_id)
@@ -72,6 +65,8 @@ class AdminApi:
         async with self.db.transaction() as tx:
             await self.revocation_store.add(tx, body.kind, body.value, call.tenant)
             await record_audit(tx, actor, "token.revoked", body.value, self.clock.now(), {"kind": body.kind})
+            if body.kind == "sub":
+                await self.schedules.end_all(tx, actor, "Its principal was revoked.", sub=body.value)
         if body.kind == "sub":
             await self.canceller.cancel_all(actor, "Its principal was revoked.", sub=body.value)
         return Acknowledgement()
@@ -94,12 +89,4 @@ class AdminApi:
             implement(public_api.REVOKE_KEY, self.revoke_key),
             implement(public_api.REVOKE_AUTHORITY, self.revoke),
             implement(public_api.READ_AUDIT_LOG, self.read_audit),
-            *map(_refuse_unconfigured, NOT_CONFIGURED),
         ]
-
-
-def _refuse_unconfigured(declared: DeclaredOperation[Any, Any]) -> Operation:
-    async def refuse(_call: IncomingCall, _body: object) -> object:
-        raise OctoError(f"{declared.method} {declared.path} is not configured here.", code="not_configured")
-
-    return implement(declared, refuse)

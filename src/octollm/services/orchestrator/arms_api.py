@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
+from octollm.contracts import internal_operations as internal
 from octollm.contracts import public_api
 from octollm.contracts.api import Acknowledgement
 from octollm.contracts.enrolment import (
@@ -20,7 +19,7 @@ from octollm.contracts.enrolment import (
     KeyRotation,
     NewEnrolmentToken,
 )
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs, implement
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.idempotency import IdempotencyKey
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.services.orchestrator.audit import actor_from_call
@@ -28,9 +27,7 @@ from octollm.services.orchestrator.enrolment import EnrolmentAuthority, Enrolmen
 from octollm.services.orchestrator.instances import InstanceRegistry
 from octollm.services.orchestrator.registry import ServiceRegistry
 
-MAX_ENROLMENT_BODY = 16 * 1024
-"""Bytes of a body from a sender that is not authenticated yet."""
-MAX_ARM_BODY = 128 * 1024
+ENROLMENT_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,70 +104,18 @@ class ArmsApi:
 
     def operations(self) -> list[Operation]:
         """Return their declarations."""
-        return [*self._user_operations(), *self._arm_operations()]
-
-    def _user_operations(self) -> list[Operation]:
         return [
             implement(public_api.LIST_ARMS, self.list_arms),
             implement(public_api.REMOVE_ARM, self.remove),
             implement(public_api.LIST_ENROLMENT_TOKENS, self.list_enrolment_tokens),
             implement(public_api.CREATE_ENROLMENT_TOKEN, self.create_enrolment_token),
             implement(public_api.REVOKE_ENROLMENT_TOKEN, self.revoke_enrolment_token),
-        ]
-
-    def _arm_operations(self) -> list[Operation]:
-        refused = ("authority_missing", "state_conflict")
-
-        def post(
-            path: str,
-            handler: Callable[[IncomingCall, Any], Awaitable[object]],
-            body: object,
-            summary: str,
-            *codes: str,
-        ) -> Operation:
-            name = path.removeprefix("/").replace("/", ".")
-            return Operation(
-                name,
-                "POST",
-                path,
-                handler,
-                auth="service",
-                scope="*",
-                body=body,
-                response=Acknowledgement,
-                max_body=MAX_ARM_BODY,
-                summary=summary,
-                docs=OperationDocs(error_codes=codes),
-            )
-
-        return [
-            Operation(
-                "arms.nonce",
-                "POST",
-                "/arms/nonce",
-                self.issue_nonce,
-                auth="public",
-                response=EnrolmentNonce,
-                max_body=0,
-                summary="A nonce for an enrolment.",
-            ),
-            Operation(
-                "arms.join",
-                "POST",
-                "/arms/join",
-                self.enrol,
-                auth="public",
-                body=EnrolmentRequest,
-                response=EnrolmentResponse,
-                max_body=MAX_ENROLMENT_BODY,
-                timeout=20.0,
-                summary="Enrol by the proof of an enrolment token.",
-                docs=OperationDocs(error_codes=("join_refused", "rate_limited", "state_conflict")),
-            ),
-            post("/arms/keys", self.rotate_key, KeyRotation, "Add a key, authenticated by the present one.", *refused),
-            post("/arms/register", self.register, ArmRegistration, "Register an instance of an arm.", *refused),
-            post("/arms/heartbeat", self.heartbeat, InstanceRef, "Heartbeat of an instance.", "not_found"),
-            post("/arms/leave", self.deregister, InstanceRef, "Remove an instance that shuts down."),
+            implement(internal.ISSUE_NONCE, self.issue_nonce, strict=False),
+            implement(internal.ENROL_ARM, self.enrol, strict=False, timeout=ENROLMENT_SECONDS),
+            implement(internal.ROTATE_ARM_KEY, self.rotate_key),
+            implement(internal.REGISTER_INSTANCE, self.register),
+            implement(internal.RECORD_HEARTBEAT, self.heartbeat),
+            implement(internal.DEREGISTER_INSTANCE, self.deregister),
         ]
 
 

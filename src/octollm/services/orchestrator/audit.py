@@ -1,7 +1,7 @@
 """Audit log: rows written in the transaction of what they record, then sealed.
 
 The sealer chains each tenant's rows by hash and signs checkpoints with the root key, so that a row changed, dropped or
-inserted later is detected.
+inserted later is detected. Retention cuts the oldest rows off at a checkpoint and moves them to the archive.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
-from sqlalchemy import select, update
+import msgspec
+from sqlalchemy import delete, select, update
 
 from octollm import __version__
 from octollm.capability import DirectoryEntry, Principal, SigningKey
@@ -22,10 +24,13 @@ from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.config import SETTING_SPECS, Settings
 from octollm.contracts.observability import AuditHead, AuditPage, AuditRow
 from octollm.errors import OctoError
+from octollm.events import EventDraft, EventLog
+from octollm.masking import MASK, mask_text
 from octollm.rpc.call import IncomingCall
+from octollm.services.orchestrator.archive import StoreObject, audit_object
 from octollm.storage import Database, Transaction, row_to_dict
+from octollm.storage.programs import SqlStatement, insert_statement
 from octollm.storage.tables import audit, audit_heads
-from octollm.telemetry.masking import MASK, mask_text
 
 SYSTEM_TENANT = "system"
 """The owner of rows and events that belong to no tenant."""
@@ -71,6 +76,19 @@ async def record_audit(
     )
 
 
+_COLUMNS = ("tenant", "at", "action", "sub", "cred", "service", "target", "detail", "request_id", "correlation_id")
+
+
+def audit_statement(
+    actor: Actor, action: str, target: str, at: float, detail: Mapping[str, object] | None = None
+) -> SqlStatement:
+    """Return the write of :func:`record_audit`, for a program."""
+    principal = actor.principal
+    encoded = None if detail is None else msgspec.json.encode(detail).decode()
+    values = (principal.tenant, at, action, principal.sub, principal.cred, actor.service, target, encoded)
+    return SqlStatement(insert_statement("audit", _COLUMNS), (*values, actor.request_id, actor.correlation_id))
+
+
 SEAL_SECONDS = 1.0
 SEAL_BATCH = 500
 """Rows sealed in one transaction."""
@@ -79,10 +97,13 @@ SEAL_LOCK_ROW = ""
 
 
 class AuditSealer:
-    """Seals rows in insertion order. Replicas take turns: while one seals, the others skip the round."""
+    """Seals rows in insertion order, each with its event. Replicas take turns: while one seals, the others skip it."""
 
-    def __init__(self, db: Database, root: SigningKey | KeyRing, clock: Clock, log: LoopLogger | None = None) -> None:
+    def __init__(
+        self, db: Database, events: EventLog, root: SigningKey | KeyRing, clock: Clock, log: LoopLogger | None = None
+    ) -> None:
         self._db = db
+        self._events = events
         self._ring = KeyRing.of(root)
         self._clock = clock
         self._loop = BackgroundLoop(
@@ -125,11 +146,16 @@ class AuditSealer:
             by_tenant: dict[str, list[dict[str, Any]]] = {}
             for row in rows:
                 by_tenant.setdefault(row["tenant"], []).append(row)
-            for tenant, tenant_rows in by_tenant.items():
-                await self._extend_chain(tx, tenant, tenant_rows)
+            recorded: list[EventDraft] = []
+            for tenant, tenant_rows in sorted(by_tenant.items()):
+                recorded += await self._extend_chain(tx, tenant, tenant_rows)
+            # Last and by tenant, since the events lock one subject for each (lock order in `database.py`).
+            await self._events.append_all(tx, recorded)
             return len(rows)
 
-    async def _extend_chain(self, tx: Transaction, tenant: str, rows: list[dict[str, Any]]) -> None:
+    async def _extend_chain(self, tx: Transaction, tenant: str, rows: list[dict[str, Any]]) -> list[EventDraft]:
+        """Seal a tenant's rows, and return the events that tell of them."""
+        recorded: list[EventDraft] = []
         head = await tx.first(select(audit_heads).where(audit_heads.c.tenant == tenant))
         seq, digest = (0, "") if head is None else (int(head["seq"]), str(head["hash"]))
         for row in rows:
@@ -142,6 +168,7 @@ class AuditSealer:
             await tx.execute(
                 update(audit).where(audit.c.position == row["position"]).values(seq=seq, hash=digest, checkpoint=signed)
             )
+            recorded.append(_recorded_event(tenant, row, seq))
             if signed is not None:
                 end = {"seq": seq, "hash": digest, "checkpoint": signed}
                 await tx.execute(
@@ -149,10 +176,77 @@ class AuditSealer:
                     .values(tenant=tenant, **end)
                     .on_conflict_do_update(index_elements=[audit_heads.c.tenant], set_=end)
                 )
+        return recorded
 
     async def _seal_all(self) -> None:
         while await self.seal() == SEAL_BATCH:
             pass
+
+
+def _recorded_event(tenant: str, row: Mapping[str, Any], seq: int) -> EventDraft:
+    # Who did what to whom stays in the audit log: reading that needs a scope of its own.
+    return EventDraft(
+        "audit.recorded",
+        subject=f"audit/{tenant}",
+        tenant=tenant,
+        source="orchestrator",
+        data={"action": row["action"], "seq": seq},
+        correlation_id=row["correlation_id"],
+    )
+
+
+CUT_BATCH = 2 * SEAL_BATCH
+"""Rows archived at a time: so many have a checkpoint among them, where the log can be cut."""
+TENANT_PAGE = 100
+
+
+async def archive_audit(db: Database, before: float, store: StoreObject) -> int:
+    """Move up to :data:`CUT_BATCH` of each tenant's oldest rows from before a time to the archive; return how many."""
+    count = 0
+    after = SEAL_LOCK_ROW
+    while True:
+        oldest = (audit.c.tenant == audit_heads.c.tenant) & (audit.c.seq == audit_heads.c.cut_seq + 1)
+        query = select(audit_heads.c.tenant).join(audit, oldest).where(audit.c.at < before)
+        query = query.where(audit_heads.c.tenant > after).order_by(audit_heads.c.tenant).limit(TENANT_PAGE)
+        async with db.read() as conn:
+            tenants = [str(row["tenant"]) for row in await conn.all(query)]
+        for tenant in tenants:
+            count += await _archive_tenant(db, tenant, before, store)
+        if len(tenants) < TENANT_PAGE:
+            return count
+        after = tenants[-1]
+
+
+async def _archive_tenant(db: Database, tenant: str, before: float, store: StoreObject) -> int:
+    async with db.read() as conn:
+        state = await conn.first(select(audit_heads).where(audit_heads.c.tenant == tenant))
+        if state is None:
+            return 0
+        query = select(audit).where(audit.c.tenant == tenant, audit.c.seq > state["cut_seq"]).order_by(audit.c.seq)
+        rows = [audit_row_from(row_to_dict(row)) for row in await conn.all(query.limit(CUT_BATCH))]
+    due = list(takewhile(lambda row: row.at < before, rows))
+    # The root signed the chain at these rows when they were sealed: what is left is verified from there.
+    while due and due[-1].checkpoint is None:
+        due.pop()
+    if not due:
+        return 0
+    last = due[-1]
+    head = AuditHead(tenant, last.seq, last.hash, last.checkpoint or "")
+    # Before the deletion: a crash in between stores an object with the same first row again.
+    await store(*audit_object(tenant, _cut_of(row_to_dict(state)), due, head))
+    async with db.transaction() as tx:
+        here = (audit_heads.c.tenant == tenant, audit_heads.c.cut_seq == state["cut_seq"])
+        cut = {"cut_seq": head.seq, "cut_hash": head.hash, "cut_checkpoint": head.checkpoint}
+        if (await tx.execute(update(audit_heads).where(*here).values(**cut))).rowcount == 0:
+            return 0  # another replica took over retention, and was faster
+        await tx.execute(delete(audit).where(audit.c.tenant == tenant, audit.c.seq <= head.seq))
+    return len(due)
+
+
+def _cut_of(state: Mapping[str, Any]) -> AuditHead | None:
+    if not state["cut_seq"]:
+        return None
+    return AuditHead(str(state["tenant"]), int(state["cut_seq"]), str(state["cut_hash"]), str(state["cut_checkpoint"]))
 
 
 async def read_audit_page(db: Database, tenant: str, after: int, limit: int) -> AuditPage:
@@ -163,7 +257,8 @@ async def read_audit_page(db: Database, tenant: str, after: int, limit: int) -> 
         rows = tuple(audit_row_from(row_to_dict(row)) for row in await conn.all(query))
     if head is None:
         return AuditPage(rows, AuditHead(tenant))
-    return AuditPage(rows, AuditHead(tenant, int(head["seq"]), str(head["hash"]), str(head["checkpoint"])))
+    end = AuditHead(tenant, int(head["seq"]), str(head["hash"]), str(head["checkpoint"]))
+    return AuditPage(rows, end, _cut_of(row_to_dict(head)))
 
 
 def audit_row_from(row: Mapping[str, Any], *, seq: int | None = None, digest: str | None = None) -> AuditRow:

@@ -236,10 +236,10 @@ class EnrolmentAuthority:
         now = self._clock.now()
         fault = _find_fault(row, request.calls, now)
         if fault is None:
-            fault = await self._admit_and_audit(row, key.thumbprint, request, requester)
+            async with self._registry.refreshing():
+                fault = await self._admit_and_audit(row, key.thumbprint, request, requester)
         if fault is not None:
             await self._refuse(requester, request, *fault, tenant=row["tenant"])
-        await self._registry.refresh()
         jwks = tuple(root.to_jwk() for root in self._roots.values())
         return EnrolmentResponse(jwks, root_proof(secret, claim, self._roots))
 
@@ -253,7 +253,7 @@ class EnrolmentAuthority:
             raise OctoError("The new key must sign the arm's name and its own thumbprint.", code="invalid_body")
         if key.thumbprint in self._roots:
             raise OctoError("That key belongs to the installation itself.", code="invalid_body")
-        async with self._db.transaction() as tx:
+        async with self._registry.refreshing(), self._db.transaction() as tx:
             now = await tx.now()
             row = await tx.first(select(admissions).where(admissions.c.name == name).with_for_update())
             if row is None:
@@ -277,7 +277,6 @@ class EnrolmentAuthority:
             await record_audit(
                 tx, requester.actor(name, row["tenant"]), "key.rotated", name, now, {"jkt": key.thumbprint}
             )
-        await self._registry.refresh()
 
     async def remove(self, name: str, actor: Actor, *, hook: TransactionHook | None = None) -> None:
         """Remove an arm and free its name: its keys, its grants and its enrolment tokens become invalid.
@@ -288,7 +287,7 @@ class EnrolmentAuthority:
         if name in SERVICES:
             raise OctoError(f"{name} belongs to the installation itself and cannot be removed.", code="arm_unknown")
         tenant = actor.principal.tenant
-        async with self._db.transaction() as tx:
+        async with self._registry.refreshing(), self._db.transaction() as tx:
             now = await tx.now()
             result = await tx.execute(
                 delete(admissions).where(admissions.c.name == name, admissions.c.tenant == tenant)
@@ -306,7 +305,6 @@ class EnrolmentAuthority:
                 tx, "arm.removed", subject=f"arm/{name}", tenant=tenant, source="orchestrator", data={"arm": name}
             )
             await record_audit(tx, actor, "arm.removed", name, now)
-        await self._registry.refresh()
 
     async def _verify_proof(
         self, request: EnrolmentRequest, requester: Requester

@@ -17,7 +17,8 @@ from octollm.contracts.task import Artifact
 from octollm.errors import OctoError
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.storage import Database
-from octollm.storage.tables import files
+from octollm.storage.tables import files, task_files, tasks
+from octollm.tasks.family import UPLOAD_ROLE
 
 MAX_NAME_LENGTH = 200
 MAX_MEDIA_TYPE_LENGTH = 100
@@ -32,8 +33,13 @@ class FileStore:
         self._db = db
         self._clock = clock
 
-    async def put(self, tenant: str, name: str, media_type: str, body: bytes) -> StoredFile:
-        """Store bytes, once per tenant and digest. Raises ``file_invalid`` for an invalid name."""
+    async def put(
+        self, tenant: str, name: str, media_type: str, body: bytes, *, task_id: str | None = None
+    ) -> StoredFile:
+        """Store bytes, once per tenant and digest. Raises ``file_invalid`` for an invalid name.
+
+        ``task_id`` is the task for which an arm stores them: it may hand them to a sub-task.
+        """
         validate_file_name(name)
         digest = hashlib.sha256(body).hexdigest()
         async with self._db.transaction() as tx:
@@ -48,9 +54,17 @@ class FileStore:
                     body=body,
                     created_at=self._clock.now(),
                 )
-                # The digest names the bytes, so there is nothing to replace; the first name and media type stay.
-                .on_conflict_do_nothing()
+                # The digest names the bytes, so there is nothing to replace; the first name and media type stay. Only
+                # its age begins anew, or retention could delete a file that was just uploaded again.
+                .on_conflict_do_update(
+                    index_elements=[files.c.tenant, files.c.digest], set_={"created_at": self._clock.now()}
+                )
             )
+            if task_id is not None and await tx.first(select(tasks.c.task_id).where(tasks.c.task_id == task_id)):
+                row = {"task_id": task_id, "role": UPLOAD_ROLE, "name": digest, "digest": digest}
+                await tx.execute(
+                    tx.insert(task_files).values(**row, created_at=self._clock.now()).on_conflict_do_nothing()
+                )
         return StoredFile(name, digest, len(body), media_type)
 
     async def put_texts(self, tenant: str, artifacts: Sequence[Artifact], texts: Mapping[str, str]) -> None:
@@ -131,7 +145,8 @@ def file_operations(store: FileStore) -> list[Operation]:
     async def put(call: IncomingCall, body: bytes) -> StoredFile:
         name = unquote(call.request.headers.get("x-file-name", ""))
         media_type = call.request.headers.get("content-type", "application/octet-stream")[:MAX_MEDIA_TYPE_LENGTH]
-        return await store.put(call.tenant, name, media_type, body)
+        work = call.authority.task
+        return await store.put(call.tenant, name, media_type, body, task_id=None if work is None else work.task)
 
     async def get(call: IncomingCall, _body: object) -> Response:
         file, body = await store.get(call.tenant, call.path["digest"])

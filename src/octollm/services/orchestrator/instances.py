@@ -62,7 +62,7 @@ class InstanceRegistry:
         enrolment token did not admit, and ``invalid_body`` for an invalid registration.
         """
         _validate_registration(arm)
-        async with self._db.transaction() as tx:
+        async with self._registry.refreshing(), self._db.transaction() as tx:
             tenant = await self._authorize_registration(tx, name, arm)
             now = await tx.now()
             # Locked: of two instances that register at once, only one ends the outage with `arm.healthy`.
@@ -75,6 +75,7 @@ class InstanceRegistry:
                 "about": dict(arm.about),
                 "operation_calls": {name: list(calls) for name, calls in arm.operation_calls.items()},
                 "url": arm.url,
+                "approval": arm.approval,
                 "jkt": self._registry.thumbprint(name) or "",
                 "state": "healthy",
                 "registered_at": now,
@@ -90,7 +91,6 @@ class InstanceRegistry:
                 await self._append_event(tx, "arm.registered", name, tenant, data)
             if before is not None and before["state"] != "healthy":
                 await self._append_event(tx, "arm.healthy", name, tenant)
-        await self._registry.refresh()
 
     async def heartbeat(self, name: str, instance: str) -> None:
         """Record a heartbeat; raise ``not_found`` for an instance that must register again."""
@@ -103,11 +103,10 @@ class InstanceRegistry:
 
     async def deregister(self, name: str, instance: str) -> None:
         """Remove an instance that shuts down; an unknown one is ignored."""
-        async with self._db.transaction() as tx:
+        async with self._registry.refreshing(), self._db.transaction() as tx:
             await _lock_arms(tx, arms.c.name == name)
             await tx.execute(delete(arm_instances).where(_match_instance(name, instance)))
             await self._mark_unhealthy(tx)
-        await self._registry.refresh()
 
     async def sweep(self) -> int:
         """Drop silent instances, mark arms without one as unhealthy, and return the number dropped."""
@@ -116,12 +115,11 @@ class InstanceRegistry:
             oldest = await conn.scalar(select(func.min(arm_instances.c.seen_at)))
             if oldest is None or oldest >= await conn.now() - HEARTBEAT_TIMEOUT_SECONDS:
                 return 0
-        async with self._db.transaction() as tx:
+        async with self._registry.refreshing(), self._db.transaction() as tx:
             silent = arm_instances.c.seen_at < await tx.now() - HEARTBEAT_TIMEOUT_SECONDS
             await _lock_arms(tx, arms.c.name.in_(select(arm_instances.c.name).where(silent)))
             dropped = await tx.execute(delete(arm_instances).where(silent))
             await self._mark_unhealthy(tx)
-        await self._registry.refresh()
         return dropped.rowcount
 
     async def _authorize_registration(self, tx: Transaction, name: str, arm: ArmRegistration) -> str:
@@ -197,7 +195,7 @@ def _match_instance(name: str, instance: str) -> Any:
 
 
 def _validate_registration(arm: ArmRegistration) -> None:
-    texts = (arm.description, *arm.about.values(), *arm.accepts)
+    texts = (arm.description, arm.approval, *arm.about.values(), *arm.accepts)
     if any(len(text) > MAX_TEXT for text in texts):
         raise OctoError(f"A description may have at most {MAX_TEXT} characters.", code="invalid_body")
     if not 0 < len(arm.operations) <= MAX_OPERATIONS or len(arm.accepts) > MAX_ACCEPTS:

@@ -30,7 +30,7 @@ from octollm.contracts.auth import IssuerView, LoginCode
 from octollm.errors import OctoError, SettingError, map_exceptions
 from octollm.resilience import Deadline
 from octollm.rpc.external import ExternalClient
-from octollm.rpc.http_client import HttpClient
+from octollm.rpc.http_client import HttpClient, HttpResponse
 
 MAX_ISSUERS = 16
 RESERVED_TENANTS = frozenset({"local", "system"})
@@ -143,7 +143,8 @@ JWKS_REFRESH_INTERVAL = 30.0
 """Minimum seconds between two fetches caused by unknown key ids."""
 ISSUER_TIMEOUT = 5.0
 MAX_TOKEN_LENGTH = 8_192
-MAX_RESPONSE_BYTES = 262_144
+MAX_ISSUER_BYTES = 262_144
+"""Bytes of a response of an issuer."""
 MAX_JWKS_KEYS = 64
 CLOCK_SKEW_SECONDS = 30
 MAX_TOKEN_AGE_SECONDS = 86_400
@@ -196,7 +197,7 @@ class OidcClient:
         clock: Clock,
         secrets: Mapping[str, str] | None = None,
     ) -> None:
-        """``secrets`` are our client secrets, by issuer URL."""
+        """``secrets`` are our client secrets, by issuer URL. ``http`` guards against endpoints that lead inside."""
         self._secrets = dict(secrets or {})
         self._issuers = {issuer.url: issuer for issuer in issuers}
         self._http = http
@@ -253,10 +254,10 @@ class OidcClient:
                 credentials = f"{quote(issuer.audience, safe='')}:{quote(secret, safe='')}"
                 headers["Authorization"] = "Basic " + base64.b64encode(credentials.encode()).decode()
             encoded = urlencode(form).encode()
-            response = await self._http.send("POST", endpoint, headers, encoded, seconds=ISSUER_TIMEOUT)
+            response = await self._send("POST", endpoint, headers, encoded)
             if response.status >= 500:
                 raise OctoError(f"{issuer.url} answers {response.status}.", code="unavailable")
-            if response.status != 200 or len(response.body) > MAX_RESPONSE_BYTES:
+            if response.status != 200 or len(response.body) > MAX_ISSUER_BYTES:
                 raise _invalid_login()
             return response.body
 
@@ -378,8 +379,8 @@ class OidcClient:
         cache.fetched_at = self._clock.monotonic()
 
     async def _get_json(self, url: str, kind: Any) -> Any:
-        response = await self._http.send("GET", url, {"Accept": "application/json"}, None, seconds=ISSUER_TIMEOUT)
-        if response.status != 200 or len(response.body) > MAX_RESPONSE_BYTES:
+        response = await self._send("GET", url, {"Accept": "application/json"})
+        if response.status != 200 or len(response.body) > MAX_ISSUER_BYTES:
             code = "unavailable" if response.status >= 500 else "peer_protocol"
             raise OctoError(f"{url} answers {response.status}.", code=code)
         with map_exceptions(
@@ -388,6 +389,17 @@ class OidcClient:
             UnicodeDecodeError,
         ):
             return msgspec.json.decode(response.body, type=kind)
+
+    async def _send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> HttpResponse:
+        with map_exceptions(_blame_issuer, OctoError):
+            return await self._http.send(method, url, headers, body, seconds=ISSUER_TIMEOUT)
+
+
+def _blame_issuer(error: OctoError) -> OctoError | None:
+    """Return the error for an endpoint that the egress guard refuses: the issuer named it, not the user."""
+    if error.code != "url_refused":
+        return None
+    return OctoError(f"An issuer names an endpoint that may not be called. {error.detail}", code="peer_protocol")
 
 
 def _parse_jwks(jwks: Sequence[Mapping[str, Any]], issuer: Issuer) -> dict[str, jwt.PyJWK]:

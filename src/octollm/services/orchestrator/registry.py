@@ -7,7 +7,8 @@ replica, and when an unknown caller appears.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +21,13 @@ from octollm.capability.keyring import PublicKeyRing
 from octollm.clock import Clock, format_rfc3339
 from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.contracts.enrolment import ArmList, ArmView
+from octollm.contracts.service_operations import SERVICE_OPERATIONS
 from octollm.contracts.services import BUILT_IN_ARMS
 from octollm.contracts.task import ArmInfo
 from octollm.storage import Database
 from octollm.storage.tables import admissions, arm_instances, arm_keys, arms
+
+SERVICE_SCOPES = frozenset(declared.scope for declared in SERVICE_OPERATIONS if declared.scope)
 
 REFRESH_SECONDS = 2.0
 """Seconds until a change by another replica is visible here."""
@@ -47,6 +51,12 @@ class _Snapshot:
     """Registered arms, by name."""
     urls: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     """Addresses of each arm's instances, the oldest registration first."""
+    declarations: Declarations = field(init=False)
+    """The declared calls of every operation."""
+
+    def __post_init__(self) -> None:
+        declared = {scope: calls for entry in self.directory.values() for scope, calls in entry.calls.items()}
+        object.__setattr__(self, "declarations", declared)
 
     def arms_of(self, tenant: str) -> Iterator[RowMapping]:
         """Yield the registered arms that the users of ``tenant`` see: the built-in ones and its own."""
@@ -90,8 +100,8 @@ class ServiceRegistry:
         return self._snapshot.directory
 
     def declarations(self) -> Declarations:
-        """Return the declared calls of every operation."""
-        return {scope: calls for entry in self.directory().values() for scope, calls in entry.calls.items()}
+        """Return the declared calls of every operation: the same object until the registry is read again."""
+        return self._snapshot.declarations
 
     def thumbprint(self, service: str) -> str | None:
         """Return the thumbprint of a service's newest key."""
@@ -124,6 +134,17 @@ class ServiceRegistry:
             self._refreshed_at = self._clock.monotonic()
             self.refresh_loop.report_success()
 
+    @contextlib.asynccontextmanager
+    async def refreshing(self) -> AsyncGenerator[None]:
+        """Refresh after the block, which changes the registry in the database."""
+        try:
+            yield
+            await self.refresh()
+        except asyncio.CancelledError:
+            # The change may be committed: the loop reads it now, not only when its next turn comes.
+            self.refresh_loop.wake()
+            raise
+
     async def refresh_on_miss(self) -> None:
         """Refresh because of an unknown caller, whom another replica may have admitted; rate-limited."""
         if self._clock.monotonic() - self._refreshed_at >= MISS_REFRESH_INTERVAL:
@@ -133,10 +154,15 @@ class ServiceRegistry:
         """Return the names of the registered arms that a task of ``tenant`` may be assigned to."""
         return frozenset(row["name"] for row in self._snapshot.arms_of(tenant))
 
+    def operation_scopes(self, tenant: str) -> frozenset[str]:
+        """Return the scopes of the operations that the work of a task of ``tenant`` may call."""
+        rows = self._snapshot.arms_of(tenant)
+        return SERVICE_SCOPES.union(f"{row['name']}:{operation}" for row in rows for operation in row["operations"])
+
     def list_arms(self, tenant: str) -> tuple[ArmInfo, ...]:
         """Return the arms that the planner may use: the built-in ones and the tenant's healthy ones."""
         return tuple(
-            ArmInfo(row["name"], _describe(row), tuple(row["accepts"]), tuple(row["operations"]))
+            ArmInfo(row["name"], _describe(row), tuple(row["accepts"]), tuple(row["operations"]), row["approval"])
             for row in self._snapshot.arms_of(tenant)
             if row["name"] in BUILT_IN_ARMS or row["state"] == "healthy"
         )

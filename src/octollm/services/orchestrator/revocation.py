@@ -19,7 +19,9 @@ from octollm.clock import Clock
 from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.contracts.auth import MAX_REVOCATION_BATCH, RevocationList, RevocationUpdate, RevocationView
 from octollm.contracts.stream import HEARTBEAT_SECONDS
+from octollm.events import EventLog
 from octollm.framing import encode_ndjson
+from octollm.services.orchestrator.audit import SYSTEM_TENANT
 from octollm.storage import Database, Transaction
 from octollm.storage.tables import revocations
 
@@ -36,6 +38,8 @@ STREAM_SECONDS = 3000.0
 """Seconds after which a stream ends and the subscriber reconnects."""
 STALE_SECONDS = 5.0
 """Without a successful poll for this many seconds, no heartbeat vouches for the subscribers' state."""
+MAX_SUBJECT = 255
+"""Characters of an event's subject."""
 MAX_QUEUED = 5000
 """Revocations queued for one slow subscriber; one more ends its stream, and the next begins with a full list."""
 
@@ -43,8 +47,9 @@ MAX_QUEUED = 5000
 class RevocationStore:
     """Writes revocations, mirrors those of every replica in memory, and streams them to subscribers."""
 
-    def __init__(self, db: Database, clock: Clock, log: LoopLogger | None = None) -> None:
+    def __init__(self, db: Database, events: EventLog, clock: Clock, log: LoopLogger | None = None) -> None:
         self._db = db
+        self._events = events
         self._clock = clock
         self.revocations = Revocations()
         self._watermark = 0
@@ -66,7 +71,11 @@ class RevocationStore:
         await self._poll(self._clock.now())
 
     async def add(self, tx: Transaction, kind: RevocationKind, value: str, tenant: str) -> None:
-        """Revoke in ``tenant`` everything issued before now, effective when ``tx`` is committed."""
+        """Revoke in ``tenant`` everything issued before now, effective when ``tx`` is committed.
+
+        The event ``token.revoked`` locks a subject of its own, so it may precede the task's event (lock order in
+        ``database.py``).
+        """
         at = self._clock.now()
         # Skipping locked rows, two revocations at once delete different rows instead of waiting for each other.
         expired = select(revocations.c.position).where(revocations.c.until < at).limit(PRUNE_BATCH)
@@ -75,6 +84,15 @@ class RevocationStore:
         )
         row = {"kind": kind, "value": value, "at": at, "until": at + RETENTION_SECONDS, "tenant": tenant}
         await tx.execute(tx.insert(revocations).values(row))
+        await self._events.append(
+            tx,
+            "token.revoked",
+            # A subject of what is revoked: two revocations do not wait for each other, nor for a task's event.
+            subject=f"token/{kind}/{value}"[:MAX_SUBJECT],
+            tenant=tenant or SYSTEM_TENANT,
+            source="orchestrator",
+            data={"kind": kind, "value": value, "at": at},
+        )
         tx.after_commit(lambda: self._apply([RevocationView(kind, value, at, tenant)]))
 
     def list(self) -> RevocationList:
@@ -93,6 +111,7 @@ class RevocationStore:
             for start in range(0, len(views), MAX_REVOCATION_BATCH):
                 yield encode_ndjson(RevocationUpdate(tuple(views[start : start + MAX_REVOCATION_BATCH])))
             yield encode_ndjson(RevocationUpdate(floor=self.revocations.floor, whole=True))
+            vouched_at = self._clock.monotonic()
             while not drained.done() and not subscriber.has_overflowed and self._clock.monotonic() < end:
                 wakeup = asyncio.create_task(subscriber.wakeup.wait())
                 try:
@@ -101,9 +120,14 @@ class RevocationStore:
                     )
                 finally:
                     await _cancel_and_wait(wakeup)
-                if batch := subscriber.take(MAX_REVOCATION_BATCH):
+                batch = subscriber.take(MAX_REVOCATION_BATCH)
+                has_all, now = not subscriber.wakeup.is_set(), self._clock.monotonic()
+                if batch:
                     yield encode_ndjson(RevocationUpdate(tuple(batch), self.revocations.floor))
-                elif not drained.done() and self._clock.monotonic() - self._polled_at < STALE_SECONDS:
+                # Also between revocations that never pause: they alone do not say that none is missing.
+                is_due = not batch or (has_all and now - vouched_at >= HEARTBEAT_SECONDS)
+                if is_due and not drained.done() and now - self._polled_at < STALE_SECONDS:
+                    vouched_at = now
                     yield encode_ndjson(RevocationUpdate())
         finally:
             self._subscribers.discard(subscriber)

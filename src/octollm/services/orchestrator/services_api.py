@@ -1,4 +1,4 @@
-"""Operations for other services: budget reservations and idempotency keys."""
+"""Operations for other services: budget reservations, idempotency keys and audit records."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from octollm.capability import PublicKey, VerifiedChain, Verifier
+from octollm.capability import PublicKey, Scope, VerifiedChain, Verifier
 from octollm.clock import Clock
+from octollm.contracts import internal_operations as internal
 from octollm.contracts.api import Acknowledgement
 from octollm.contracts.internal import (
+    AuditEntry,
     ClaimBatch,
     ClaimRequest,
     ClaimResponse,
@@ -24,12 +26,12 @@ from octollm.contracts.internal import (
 )
 from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.idempotency import (
     AlreadyCompleted,
     ClaimCompletion,
-    Claimed,
     ClaimOutcome,
+    HeldClaim,
     IdempotencyKey,
     InFlight,
     KeyConflict,
@@ -39,17 +41,17 @@ from octollm.rpc.idempotency import (
     check_key,
 )
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
+from octollm.services.orchestrator.audit import Actor, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore
+from octollm.storage import Database
 from octollm.tasks.ledger import BudgetLedger, ReservationRequest, encode_journal_entry
-
-MAX_CLAIMS_BODY = 8 * 1024 * 1024
-"""Bytes of a batch; one stored answer has up to 1 MiB, plus a third for base64."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServicesApi:
     """The operations for built-in services."""
 
+    db: Database
     ledger: BudgetLedger
     idempotency: SqlIdempotencyStore
     revocation_store: RevocationStore
@@ -68,7 +70,9 @@ class ServicesApi:
     async def reserve(self, call: IncomingCall, body: ReserveRequest) -> ReserveResponse:
         """Reserve tokens of a task for a model call."""
         verified = self._verify_bearer(call.peer, body.bearer)
-        verified.require("models:chat")
+        # Whichever of the two the caller may do: which one it did, models has checked.
+        if not verified.scopes.allows(Scope("models:embeddings")):
+            verified.require("models:chat")
         task = verified.task
         if task is None:
             raise OctoError("A model call needs a token of a task.", code="authority_missing")
@@ -141,81 +145,24 @@ class ServicesApi:
         )
         return Acknowledgement()
 
+    async def record(self, call: IncomingCall, body: AuditEntry) -> Acknowledgement:
+        """Record in the audit log what a caller of the peer does."""
+        verified = self._verify_bearer(call.peer, body.bearer)
+        actor = Actor(verified.principal, body.request_id, body.correlation_id, call.peer)
+        async with self.db.transaction() as tx:
+            await record_audit(tx, actor, body.action, body.target, self.clock.now(), body.detail or None)
+        return Acknowledgement()
+
     def operations(self) -> list[Operation]:
         """Return their declarations."""
-
-        def post(
-            name: str, path: str, handler: object, body: object, answer: object, who: str, summary: str, *codes: str
-        ) -> Operation:
-            return Operation(
-                name,
-                "POST",
-                path,
-                handler,  # type: ignore[arg-type]
-                auth="service",
-                scope=who,
-                body=body,
-                response=answer,
-                max_body=MAX_CLAIMS_BODY,
-                summary=summary,
-                docs=OperationDocs(error_codes=codes),
-            )
-
         return [
-            post(
-                "budget.reserve",
-                "/budget/reserve",
-                self.reserve,
-                ReserveRequest,
-                ReserveResponse,
-                "models",
-                "Reserve.",
-                "authority_missing",
-                "budget_exhausted",
-                "fence_lost",
-                "state_conflict",
-                "task_not_found",
-            ),
-            post(
-                "budget.settle",
-                "/budget/settle",
-                self.settle,
-                SettleRequest,
-                Acknowledgement,
-                "models",
-                "Settle.",
-                "not_found",
-            ),
-            post(
-                "idempotency.claim",
-                "/idempotency/claim",
-                self.claim,
-                ClaimBatch,
-                ClaimResponseBatch,
-                "*",
-                "Claim keys.",
-            ),
-            post(
-                "idempotency.renew", "/idempotency/renew", self.renew, ClaimUpdateBatch, Acknowledgement, "*", "Renew."
-            ),
-            post(
-                "idempotency.complete",
-                "/idempotency/complete",
-                self.complete,
-                ClaimUpdateBatch,
-                Acknowledgement,
-                "*",
-                "Complete.",
-            ),
-            post(
-                "idempotency.release",
-                "/idempotency/release",
-                self.release,
-                ClaimUpdateBatch,
-                Acknowledgement,
-                "*",
-                "Release.",
-            ),
+            implement(internal.RESERVE_BUDGET, self.reserve),
+            implement(internal.SETTLE_BUDGET, self.settle),
+            implement(internal.RECORD_AUDIT, self.record),
+            implement(internal.CLAIM_KEYS, self.claim),
+            implement(internal.RENEW_CLAIMS, self.renew),
+            implement(internal.COMPLETE_CLAIMS, self.complete),
+            implement(internal.RELEASE_CLAIMS, self.release),
         ]
 
 
@@ -225,13 +172,16 @@ def _idempotency_key(call: IncomingCall, body: ClaimUpdate) -> IdempotencyKey:
 
 def _to_completion(call: IncomingCall, body: ClaimUpdate) -> ClaimCompletion:
     return ClaimCompletion(
-        _idempotency_key(call, body), body.run, StoredResponse(body.status, body.answer, body.headers)
+        _idempotency_key(call, body),
+        body.run,
+        StoredResponse(body.status, body.answer, body.headers),
+        body.repeatable,
     )
 
 
 def _to_response(outcome: ClaimOutcome | OctoError, request_id: str) -> ClaimResponse:
     match outcome:
-        case Claimed(epoch):
+        case HeldClaim(epoch):
             return ClaimResponse("claimed", epoch)
         case AlreadyCompleted(stored):
             return ClaimResponse("stored", 0, stored.status, stored.body, dict(stored.headers))

@@ -1,4 +1,4 @@
-"""Tasks that end from outside their worker: cancellation, the expiry of ad-hoc tasks, and what either leaves reserved.
+"""Tasks that end from outside their worker: cancellation, approvals, expiry, parents, and what an end leaves reserved.
 
 An ad-hoc task stands for a token that was issued for direct calls. No worker runs it, so a sweep ends it when the token
 expires.
@@ -9,19 +9,23 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from octollm.capability import Principal
 from octollm.clock import Clock
 from octollm.concurrency import BackgroundLoop, LoopLogger
+from octollm.contracts.approvals import ApprovalDecision
 from octollm.errors import OctoError
 from octollm.services.orchestrator.audit import Actor, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Transaction
+from octollm.tasks.approvals import ApprovalStore
+from octollm.tasks.family import TaskFamily
 from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.store import TaskStore, TransactionHook
 from octollm.tasks.worker import Worker
 from octollm.telemetry import Metrics
 
 SWEEP_SECONDS = 2.0
-"""Interval of the sweep for expired ad-hoc tasks."""
+"""Interval of the sweeps for expired ad-hoc tasks and approvals."""
 SWEEP_BATCH = 100
 ORPHAN_SECONDS = 60.0
 """Seconds after a task's end until an open reservation is orphaned: twice as long as a settlement is tried."""
@@ -38,6 +42,7 @@ class TaskCanceller:
     metrics: Metrics
     announce: Callable[[str], Awaitable[None]]
     """Announces a cancelled task id to the other replicas."""
+    family: TaskFamily
 
     async def cancel(
         self, task_id: str, actor: Actor, reason: str = "", *, hook: TransactionHook | None = None
@@ -64,6 +69,22 @@ class TaskCanceller:
         self.metrics.tasks.labels("cancelled").inc()
         # After the commit: a worker that stops releases its lease, and an open task would be claimed again.
         await self.stop_work(task_id)
+        await self.cancel_orphans(task_id)
+
+    async def cancel_orphans(self, parent: str | None = None) -> int:
+        """Cancel sub-tasks, of one parent if it is given, that are to end with their parent; return their number.
+
+        At most :data:`SWEEP_BATCH` of them. A sub-task is cancelled in the name of its own principal.
+        """
+        orphans = await self.family.orphans(SWEEP_BATCH, parent)
+        for each in orphans:
+            actor = Actor(Principal(each.sub, each.cred, each.tenant), service="orchestrator")
+            try:
+                await self.cancel(each.task_id, actor, each.reason)
+            except OctoError as error:
+                if error.code != "state_conflict":  # it ended by itself meanwhile
+                    raise
+        return len(orphans)
 
     async def stop_work(self, task_id: str) -> None:
         """Stop the worker of a cancelled task, here or at another replica; harmless when it has stopped."""
@@ -85,11 +106,52 @@ class TaskCanceller:
 
 
 @dataclass(frozen=True, slots=True)
-class AdhocTaskExpiry:
-    """Ends ad-hoc tasks whose token has expired. Every replica may sweep: each task ends once."""
+class ApprovalDecisions:
+    """What a person decides about a task: it goes on, or it ends."""
+
+    approvals: ApprovalStore
+    canceller: TaskCanceller
+    worker: Worker
+    clock: Clock
+    metrics: Metrics
+
+    async def decide(self, task_id: str, decision: ApprovalDecision, actor: Actor) -> None:
+        """Record the decision with who made it; raise as :meth:`ApprovalStore.decide`."""
+        principal = actor.principal
+        action = "task.approved" if decision.decision == "approve" else "task.rejected"
+        detail = {"approval": decision.approval_id, "comment": decision.comment, "goals": sorted(decision.goals)}
+
+        async def audit(tx: Transaction) -> None:
+            await record_audit(tx, actor, action, task_id, self.clock.now(), detail)
+
+        if await self.approvals.decide(task_id, principal.tenant, decision, principal.sub, audit):
+            await self._end(task_id)
+        else:
+            self.worker.wake()
+
+    async def expire(self) -> int:
+        """Fail up to :data:`SWEEP_BATCH` tasks whose approval nobody decided in time, and return their number."""
+        task_ids = await self.approvals.expire(SWEEP_BATCH)
+        for task_id in task_ids:
+            await self._end(task_id)
+        return len(task_ids)
+
+    async def _end(self, task_id: str) -> None:
+        self.metrics.tasks.labels("failed").inc()
+        # Its other steps may be running, here or at another replica.
+        await self.canceller.stop_work(task_id)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskExpiry:
+    """Ends what has expired: ad-hoc tasks with their token, and tasks with an approval that nobody decided.
+
+    Every replica may sweep: each task ends once.
+    """
 
     store: TaskStore
     ledger: BudgetLedger
+    decisions: ApprovalDecisions
     clock: Clock
     metrics: Metrics
 
@@ -146,5 +208,9 @@ class AdhocTaskExpiry:
                 pass
             while await self.settle_orphans() == SWEEP_BATCH:
                 pass
+            while await self.decisions.expire() == SWEEP_BATCH:
+                pass
+            while await self.decisions.canceller.cancel_orphans() == SWEEP_BATCH:
+                pass
 
-        return BackgroundLoop("ad-hoc task expiry", sweep_all, interval=SWEEP_SECONDS, restart=True, log=log)
+        return BackgroundLoop("task expiry", sweep_all, interval=SWEEP_SECONDS, restart=True, log=log)

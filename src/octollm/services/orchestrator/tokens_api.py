@@ -15,15 +15,16 @@ from octollm.capability import Principal, RootMinter, ScopeSet, TaskRef, attenua
 from octollm.capability.inspection import read_chain
 from octollm.capability.keyring import KeyRing, TrustedRoots
 from octollm.clock import Clock, IdGenerator
+from octollm.contracts import internal_operations as internal
 from octollm.contracts import public_api
 from octollm.contracts.api import Acknowledgement
 from octollm.contracts.auth import (
     SESSION_LIFETIME_SECONDS,
     SESSION_TOKEN_PREFIX,
     CreateSessionRequest,
+    DirectoryResponse,
     EndSessionRequest,
     IssuerList,
-    RevocationList,
     SessionResponse,
     TokenExchangeRequest,
     TokenRequest,
@@ -33,18 +34,20 @@ from octollm.contracts.services import service_of
 from octollm.contracts.stream import NDJSON
 from octollm.contracts.task import Budget, Task
 from octollm.errors import FieldError, OctoError
-from octollm.rpc.call import IncomingCall, Operation, OperationDocs, implement
-from octollm.rpc.identity import DirectoryResponse
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.services.orchestrator.accounts import Account, Accounts
 from octollm.services.orchestrator.audit import SYSTEM_TENANT, Actor, actor_from_call, record_audit
 from octollm.services.orchestrator.registry import ServiceRegistry
 from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.services.orchestrator.sessions import SessionStore
 from octollm.storage import Database, Transaction
-from octollm.tasks.store import NewTask, TaskStore
+from octollm.tasks.changes import NewTask
+from octollm.tasks.store import TaskStore
 
 ACCESS_TOKEN_SECONDS = 300
 MAX_DIRECT_TOKEN_SECONDS = 3600
+NO_OPERATION = ScopeSet.parse("orchestrator:none")
+"""A scope that no operation has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class TokensApi:
     roots: TrustedRoots
 
     async def exchange(self, call: IncomingCall, body: TokenExchangeRequest) -> TokenResponse:
-        """Exchange an API key, a login or a session for an access token of this service (RFC 8693)."""
+        """Exchange an API key, a login or a session for an access token of a service (RFC 8693)."""
         session_id = ""
         try:
             if body.subject_token.startswith(SESSION_TOKEN_PREFIX):
@@ -77,8 +80,12 @@ class TokensApi:
         except OctoError:
             await self._audit_refusal(call)
             raise
-        scopes = orchestrator_scopes(account)
-        token = self.minter.mint_access(account.principal, "orchestrator", scopes, ACCESS_TOKEN_SECONDS)
+        scopes = account.scopes.owned_by(body.audience)
+        if not len(scopes) and body.audience != "orchestrator":
+            raise OctoError(f"The credential has no scope of {body.audience}.", code="authority_missing")
+        # The gateway authenticates every caller here, also one whose scopes are all of another service.
+        minted = scopes if len(scopes) else NO_OPERATION
+        token = self.minter.mint_access(account.principal, body.audience, minted, ACCESS_TOKEN_SECONDS)
         if session_id:
             # Recorded, so that the end of the session revokes it.
             try:
@@ -115,7 +122,7 @@ class TokensApi:
     async def _audit_refusal(self, call: IncomingCall) -> None:
         actor = Actor(Principal("unknown", "unknown", SYSTEM_TENANT), call.request_id, call.correlation_id, call.peer)
         async with self.db.transaction() as tx:
-            await record_audit(tx, actor, "token.refused", "door", self.clock.now())
+            await record_audit(tx, actor, "token.refused", "gateway", self.clock.now())
 
     async def issue_direct_token(self, call: IncomingCall, body: TokenRequest) -> TokenResponse:
         """Issue a token for direct calls. It belongs to an ad-hoc task with a budget, which ends when it expires."""
@@ -187,78 +194,14 @@ class TokensApi:
     def operations(self) -> list[Operation]:
         """Return their declarations."""
         return [
-            Operation(
-                "token.exchange",
-                "POST",
-                "/token",
-                self.exchange,
-                auth="service",
-                scope="reflex",
-                body=TokenExchangeRequest,
-                response=TokenResponse,
-                summary="Exchange a caller's credential for an access token.",
-                docs=OperationDocs(error_codes=("api_key_invalid", "login_refused")),
-            ),
-            Operation(
-                "sessions.open",
-                "POST",
-                "/sessions",
-                self.open_session,
-                auth="service",
-                scope="reflex",
-                body=CreateSessionRequest,
-                response=SessionResponse,
-                summary="Open a browser session.",
-                docs=OperationDocs(error_codes=("api_key_invalid", "login_refused")),
-            ),
-            Operation(
-                "sessions.issuers",
-                "GET",
-                "/sessions/issuers",
-                self.list_issuers,
-                auth="service",
-                scope="reflex",
-                response=IssuerList,
-                summary="The issuers that accept browser logins.",
-            ),
-            Operation(
-                "sessions.end",
-                "POST",
-                "/sessions/end",
-                self.end_session,
-                auth="service",
-                scope="reflex",
-                body=EndSessionRequest,
-                response=Acknowledgement,
-                summary="End a browser session.",
-            ),
             implement(public_api.CREATE_TOKEN, self.issue_direct_token),
-            Operation(
-                "directory",
-                "GET",
-                "/directory",
-                self.directory,
-                auth="service",
-                scope="*",
-                response=DirectoryResponse,
-                cacheable=True,
-                summary="The services and their keys, signed by the root.",
-            ),
-            Operation(
-                "revocations",
-                "GET",
-                "/revocations",
-                self.revocations,
-                auth="service",
-                scope="*",
-                response=RevocationList,
-                # Its NDJSON lines are revocations, not the frames of a streamed call.
-                raw=True,
-                limited=False,
-                timeout=3600.0,
-                summary="The revocations in force.",
-                docs=OperationDocs(stream_media_type=NDJSON),
-            ),
+            implement(internal.EXCHANGE_TOKEN, self.exchange),
+            implement(internal.CREATE_SESSION, self.open_session),
+            implement(internal.LIST_LOGIN_ISSUERS, self.list_issuers),
+            implement(internal.CLOSE_SESSION, self.end_session),
+            implement(internal.READ_DIRECTORY, self.directory),
+            # Its NDJSON lines are revocations, not the frames of a streamed call.
+            implement(internal.READ_REVOCATIONS, self.revocations, raw=True),
         ]
 
 

@@ -1,4 +1,4 @@
-"""Reverse proxy to the orchestrator for every declared public operation.
+"""Reverse proxy to the orchestrator and the memory for every declared public operation.
 
 A request is forwarded with the caller's access token; the response comes back whole or as a stream.
 """
@@ -10,24 +10,30 @@ import re
 from dataclasses import replace
 from urllib.parse import urlencode
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octollm.concurrency import run_until_first
 from octollm.contracts.declarations import JSON, AnyOperation
-from octollm.contracts.public_api import PUBLIC_OPERATIONS, SUBMIT_TASK
+from octollm.contracts.public_api import PUBLIC_OPERATIONS
+from octollm.contracts.schedules import CREATE_SCHEDULE
+from octollm.contracts.steering import InstructionRequest
+from octollm.contracts.task_operations import INSTRUCT_TASK, SUBMIT_TASK
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.http_client import HttpResponse, StreamedResponse
 from octollm.rpc.limits import wait_for_disconnect
 from octollm.services.reflex.screening import InputGuardrail
-from octollm.services.reflex.upstream import Upstream, UpstreamRequest
+from octollm.services.reflex.upstream import AUDIENCES, Audience, Upstream, UpstreamRequest
 
 FORWARD_TIMEOUT_SECONDS = 60.0
 
 _FORWARDED_HEADERS = ("location", "etag", "retry-after", "content-disposition")
+_CONDITIONS = frozenset({"If-Match", "If-None-Match"})
+"""Preconditions of a change (RFC 9110 section 13.1), forwarded to an operation that declares them."""
 _FILE_NAME = re.compile(r"[!-~]{1,1024}")
 _LAST_EVENT = re.compile(r"[0-9]{1,15}")
 
@@ -81,9 +87,10 @@ class StreamProxyResponse(Response):
 
 
 class RequestForwarder:
-    """Forwards public calls to the orchestrator in the name of their caller.
+    """Forwards public calls to the service that does the work, in the name of their caller.
 
-    Bodies and responses pass through as they are; the orchestrator validates them. Of the query, only declared
+    Bodies and responses pass through as they are. The orchestrator validates bodies strictly; services ignore members
+    that they do not know, so bodies for the memory are validated here. Of the query, only declared
     parameters pass, so that a token in the URL ends here.
     """
 
@@ -93,21 +100,36 @@ class RequestForwarder:
         self._draining = draining
 
     def operations(self) -> list[Operation]:
-        """Return the declared operations whose work the orchestrator does."""
-        return [self._build_operation(declared) for declared in PUBLIC_OPERATIONS if declared.service == "orchestrator"]
+        """Return the declared operations whose work another service does."""
+        return [
+            self._build_operation(declared, audience)
+            for audience in AUDIENCES
+            for declared in PUBLIC_OPERATIONS
+            if declared.service == audience
+        ]
 
-    def _build_operation(self, declared: AnyOperation) -> Operation:
+    def _build_operation(self, declared: AnyOperation, audience: Audience) -> Operation:
         async def handle(call: IncomingCall, body: object) -> Response:
             del body
-            request = _build_request(declared, call)
-            if declared is SUBMIT_TASK:
+            request = replace(_build_request(declared, call), service=audience)
+            if declared in (SUBMIT_TASK, CREATE_SCHEDULE):
                 request = replace(request, headers={**request.headers, **await self._guardrail.check(call)})
+            elif declared is INSTRUCT_TASK:
+                await self._check_instruction(call)
             if declared.stream_media_type and declared.stream_media_type in call.request.headers.get("accept", ""):
                 stream_request = _build_stream_request(request, call, declared.stream_media_type)
                 return StreamProxyResponse(self._upstream, call.bearer, stream_request, call.deadline, self._draining)
             return _build_response(await self._upstream.send(call.bearer, request, call.deadline), declared)
 
-        return implement(declared, handle, auth="door", raw=True, timeout=FORWARD_TIMEOUT_SECONDS)
+        raw = audience == "orchestrator"
+        return implement(declared, handle, auth="gateway", raw=raw, timeout=FORWARD_TIMEOUT_SECONDS)
+
+    async def _check_instruction(self, call: IncomingCall) -> None:
+        try:
+            text = msgspec.json.decode(call.body, type=InstructionRequest).text
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return  # The orchestrator validates the body and reports its faults.
+        await self._guardrail.check_instruction(call.bearer, text, call.deadline)
 
 
 def _build_request(declared: AnyOperation, call: IncomingCall) -> UpstreamRequest:
@@ -119,6 +141,9 @@ def _build_request(declared: AnyOperation, call: IncomingCall) -> UpstreamReques
     etag = call.request.headers.get("if-none-match")
     if declared.cacheable and etag is not None:
         headers["If-None-Match"] = etag
+    for name in _CONDITIONS & declared.headers.keys():
+        if (condition := call.request.headers.get(name)) is not None:
+            headers[name] = condition
     return UpstreamRequest(
         declared.id,
         declared.method,
@@ -151,6 +176,9 @@ def _build_stream_request(request: UpstreamRequest, call: IncomingCall, media_ty
 def _build_response(response: HttpResponse, declared: AnyOperation) -> Response:
     headers = {name: response.headers[name] for name in _FORWARDED_HEADERS if name in response.headers}
     media_type = response.headers.get("content-type", "application/octet-stream")
+    if declared.service_path and "location" in headers and declared.path.endswith(declared.service_path):
+        # The service names a path of its own.
+        headers["location"] = declared.path.removesuffix(declared.service_path) + headers["location"]
     if declared.returns_file:
         # A file may hold a page with scripts: the browser saves it and never shows it under this origin.
         headers.setdefault("content-disposition", "attachment")

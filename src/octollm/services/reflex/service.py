@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
 
 import msgspec
 from starlette.middleware.cors import CORSMiddleware
 
+from octollm import __version__
 from octollm.clock import Clock
 from octollm.config import Settings
+from octollm.contracts.event_formats import build_asyncapi
+from octollm.contracts.public_api import DESCRIBE_EVENTS
 from octollm.contracts.services import SERVICES
 from octollm.errors import OctoError
 from octollm.events import TaskWatchHub
+from octollm.live import DashboardFeeds, TaskFeeds
+from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.client import ServiceClient
 from octollm.rpc.discovery import Discovery
 from octollm.rpc.health import DependencyStatus, Readiness, ReadinessCheck
 from octollm.rpc.http_client import HttpClient
 from octollm.rpc.service import Service, ServiceBase, build_service
+from octollm.screening import Screener
 from octollm.services.reflex.auth import CredentialAuthenticator, GatewayAuthenticator
+from octollm.services.reflex.client_messages import ClientMessageHandler
+from octollm.services.reflex.dashboard import DashboardStreams
 from octollm.services.reflex.forwarding import RequestForwarder
 from octollm.services.reflex.guard import AllowedHosts, RequestGuardMiddleware
-from octollm.services.reflex.live import SEND_TIMEOUT_SECONDS, LiveConnections, build_sse_operation
-from octollm.services.reflex.screening import InputGuardrail, Screener
-from octollm.services.reflex.throttle import FailedLoginThrottle, RateLimiter
+from octollm.services.reflex.hooks import HookReceiver
+from octollm.services.reflex.live import SEND_TIMEOUT_SECONDS, LiveConnections, WatcherAuthority, build_sse_operation
+from octollm.services.reflex.page_assets import load_page
+from octollm.services.reflex.screening import InputGuardrail
+from octollm.services.reflex.throttle import ConnectionCounter, ConnectionLimits, FailedLoginThrottle, RateLimiter
 from octollm.services.reflex.upstream import GatewayRetryPolicy, TokenExchangeClient, Upstream
-from octollm.services.reflex.web_session import SessionHandlers, build_page_route
+from octollm.services.reflex.web_session import SessionHandlers
 from octollm.services.reflex.websocket import TaskWebSockets
 from octollm.storage import RedisClient, RedisKeys, TextStream
 
@@ -35,7 +47,15 @@ MAX_CHECKED_INSTANCES = 16
 """Instances of one service that are checked."""
 READINESS_CACHE_SECONDS = 1.0
 """A result is reused for this long, so that frequent polls of ``/ready`` cost no more."""
-CORS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "If-None-Match", "Last-Event-ID", "X-File-Name")
+CORS_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "If-Match",
+    "If-None-Match",
+    "Last-Event-ID",
+    "X-File-Name",
+)
 CORS_EXPOSED = ("ETag", "Location", "Retry-After", "X-Request-ID", "X-Correlation-ID", "Content-Disposition")
 POLL_FALLBACK_SECONDS = 5.0
 """A live session polls this often, in case a hint was lost."""
@@ -132,33 +152,50 @@ async def reflex_service(
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(exchange.close)
         hub = await stack.enter_async_context(TaskWatchHub(redis, keys, poll_seconds=POLL_FALLBACK_SECONDS))
+        known = None if base.revocations is None else base.revocations.revocations
+        authority = WatcherAuthority(upstream, known, base.clock, base.log)
         connections = LiveConnections(
             authenticator,
             upstream,
-            TextStream(redis, keys),
-            hub,
+            TaskFeeds(hub, TextStream(redis, keys), base.clock),
+            authority,
             base.clock,
             base.metrics,
             draining,
             send_timeout=send_timeout,
+            counter=ConnectionCounter(
+                ConnectionLimits(
+                    settings.max_watchers, settings.max_watchers_per_key, settings.max_watchers_per_address
+                )
+            ),
         )
+        dashboard = DashboardStreams(
+            connections, await stack.enter_async_context(DashboardFeeds(redis, keys, base.clock))
+        )
+        await stack.enter_async_context(connections.run())
         # Off loopback anybody may read /ready: it then names only what the gateway itself cannot do without.
         names = tuple(name for name in SERVICES if name != base.name) if loopback_only else ("orchestrator",)
         checks: dict[str, ReadinessCheck] = {
             **DependencyReadiness(base.http, base.discovery, base.clock, names).checks(),
             "redis": _build_redis_check(redis.ping, hub),
         }
+        sockets = TaskWebSockets(
+            connections, ClientMessageHandler(upstream, guardrail), dashboard.serve_websocket, base.ids, base.log
+        )
         service = build_service(
             base,
             [
                 *RequestForwarder(upstream, guardrail, draining).operations(),
                 *guardrail.operations(),
                 *sessions.operations(),
+                *HookReceiver(caller, base.identity.signer(), guardrail, rate_limiter, base.clock).operations(),
                 build_sse_operation(connections),
+                dashboard.build_sse_operation(),
+                _build_asyncapi_operation(),
             ],
-            authenticators={"door": GatewayAuthenticator(authenticator)},
+            authenticators={"gateway": GatewayAuthenticator(authenticator)},
             readiness_checks=checks,
-            extra_routes=[build_page_route(), *TaskWebSockets(connections, base.ids, base.log).routes()],
+            extra_routes=[*load_page().routes(), *sockets.routes()],
             draining=draining,
             reports_export=loopback_only,
         )
@@ -167,7 +204,7 @@ async def reflex_service(
             service.app.add_middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=("GET", "POST", "DELETE"),
+                allow_methods=("GET", "POST", "PUT", "DELETE"),
                 allow_headers=CORS_HEADERS,
                 expose_headers=CORS_EXPOSED,
                 max_age=600,
@@ -181,6 +218,15 @@ async def reflex_service(
             exempts_probes=not loopback_only,
         )
         yield service
+
+
+def _build_asyncapi_operation() -> Operation:
+    describe = functools.cache(lambda: build_asyncapi(__version__))
+
+    async def asyncapi(_call: IncomingCall, _body: object) -> dict[str, Any]:
+        return describe()
+
+    return implement(DESCRIBE_EVENTS, asyncapi, auth="public")
 
 
 def _build_redis_check(ping: Callable[[], Awaitable[None]], hub: TaskWatchHub) -> ReadinessCheck:

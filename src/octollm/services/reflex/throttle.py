@@ -1,11 +1,12 @@
-"""Throttling: a sliding-window rate limiter per key or address, and a growing delay after failed logins on a key."""
+"""Throttling by key and address: rate limits, a growing delay after failed logins, and bounds on live connections."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
+from dataclasses import dataclass, field
 
 from limits import RateLimitItem, parse
 from limits.aio.storage import MemoryStorage
@@ -124,3 +125,60 @@ class FailedLoginThrottle:
         now = self._clock.monotonic()
         attempts.failures = 1 if now - attempts.last_failed_at > FORGET_SECONDS else attempts.failures + 1
         attempts.last_failed_at = now
+
+
+CONNECTION_RETRY_SECONDS = 5.0
+"""``Retry-After`` of a refused live connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """How many may be open at a time: in all, by one credential, and from one address (IPv6: one /64 network)."""
+
+    total: int = 16_384
+    per_caller: int = 2048
+    per_address: int = 8192
+
+
+@dataclass(slots=True)
+class ConnectionCounter:
+    """Counts open connections. There is no queue: a client tries again by itself."""
+
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    _total: int = 0
+    _counts: dict[str, int] = field(default_factory=dict[str, int])
+
+    @contextlib.contextmanager
+    def count(self, credential: str, address: str) -> Generator[None]:
+        """Count one connection while the context is open. Raises ``overloaded`` and ``too_many_connections``."""
+        bucket = get_address_bucket(address)
+        if self._total >= self.limits.total:
+            raise OctoError(
+                f"The gateway has {self.limits.total} live connections open, which is its limit.",
+                code="overloaded",
+                retry_after=CONNECTION_RETRY_SECONDS,
+            )
+        for key, limit, whose in (
+            (credential, self.limits.per_caller, "This credential"),
+            (bucket, self.limits.per_address, "This address"),
+        ):
+            if self._counts.get(key, 0) >= limit:
+                raise OctoError(
+                    f"{whose} has {limit} live connections open, which is its limit.",
+                    code="too_many_connections",
+                    retry_after=CONNECTION_RETRY_SECONDS,
+                )
+        self._add(credential, bucket, 1)
+        try:
+            yield
+        finally:
+            self._add(credential, bucket, -1)
+
+    def _add(self, credential: str, bucket: str, number: int) -> None:
+        self._total += number
+        for key in (credential, bucket):
+            count = self._counts.get(key, 0) + number
+            if count:
+                self._counts[key] = count
+            else:
+                del self._counts[key]

@@ -1,4 +1,4 @@
-"""Calls of the orchestrator with the caller's own access token, from a cached token exchange (RFC 8693)."""
+"""Calls of orchestrator, memory and monitor with the caller's own access token, exchanged and cached (RFC 8693)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
-from octollm.capability import ServiceTokenSigner
+from octollm.capability import ScopeSet, ServiceTokenSigner
 from octollm.clock import Clock
 from octollm.context import current_context
 from octollm.contracts.api import StepTexts, TaskView
 from octollm.contracts.auth import TokenExchangeRequest, TokenResponse
 from octollm.contracts.declarations import DeclaredOperation
 from octollm.contracts.events import Event
-from octollm.contracts.public_api import CANCEL_TASK, READ_TASK, TASK_HISTORY, TASK_TEXTS
+from octollm.contracts.internal_operations import EXCHANGE_TOKEN
 from octollm.contracts.services import OperationKind
+from octollm.contracts.task_operations import READ_TASK, TASK_HISTORY, TASK_TEXTS
 from octollm.errors import OctoError, RemoteError, map_exceptions
 from octollm.lru import LruCache
 from octollm.resilience import CallFailure, Deadline, RetryPolicy
@@ -32,7 +33,18 @@ MAX_CACHE_SECONDS = 300.0
 EXPIRY_MARGIN_SECONDS = 30.0
 """A token leaves the cache this long before it expires, so that none expires in transit."""
 EXCHANGE_SECONDS = 10.0
-_EXCHANGE_TARGET = CallTarget("orchestrator", "token", "POST", "/token", "read_only")
+
+
+Audience = Literal["orchestrator", "memory", "monitor"]
+"""The services that public calls are forwarded to."""
+AUDIENCES: tuple[Audience, ...] = ("orchestrator", "memory", "monitor")
+_CALLER_CODES = frozenset({"api_key_invalid", "authority_missing", "login_refused"})
+"""Refusals of an exchange that concern the caller, and not this service."""
+
+
+def _cache_key(credential: str, audience: Audience) -> str:
+    digest = hash_credential(credential)
+    return digest if audience == "orchestrator" else f"{digest}:{audience}"
 
 
 def hash_credential(credential: str) -> str:
@@ -65,19 +77,19 @@ class TokenExchangeClient:
         cached = self._cache.get(digest)
         return cached is not None and cached.expires_at > self._clock.monotonic()
 
-    async def get_token(self, credential: str) -> str:
-        """Return an access token for the orchestrator.
+    async def get_token(self, credential: str, audience: Audience = "orchestrator") -> str:
+        """Return an access token for the service ``audience``.
 
-        Raises ``api_key_invalid``, ``login_refused``, or the error of a failed call.
+        Raises ``api_key_invalid``, ``login_refused``, ``authority_missing``, or the error of a failed call.
         """
-        digest = hash_credential(credential)
+        digest = _cache_key(credential, audience)
         cached = self._cache.get(digest)
         if cached is not None and cached.expires_at > self._clock.monotonic():
             return cached.token
         # Concurrent callers of one credential share one exchange. Cancelling one must not cancel it for the others.
         pending = self._pending.get(digest)
         if pending is None:
-            pending = asyncio.create_task(self._exchange(credential))
+            pending = asyncio.create_task(self._exchange(credential, audience))
             self._pending[digest] = pending
             pending.add_done_callback(lambda done: self._store(digest, done))
         return (await asyncio.shield(pending)).token
@@ -87,16 +99,21 @@ class TokenExchangeClient:
         cached = self._cache.get(hash_credential(credential))
         return "" if cached is None else cached.tenant
 
+    def find_cached(self, credential: str, audience: Audience = "orchestrator") -> CachedToken | None:
+        """Return the cached token of a credential for a service, or ``None``."""
+        return self._cache.get(_cache_key(credential, audience))
+
     def get_cached(self, credential: str) -> CachedToken:
         """Return the cached token of an authenticated credential. Raises ``api_key_invalid`` for any other."""
-        cached = self._cache.get(hash_credential(credential))
+        cached = self.find_cached(credential)
         if cached is None:
             raise OctoError("The credential is not known.", code="api_key_invalid")
         return cached
 
     def invalidate(self, credential: str) -> None:
-        """Drop the cached token of a credential."""
-        self._cache.pop(hash_credential(credential))
+        """Drop the cached tokens of a credential."""
+        for audience in AUDIENCES:
+            self._cache.pop(_cache_key(credential, audience))
 
     async def close(self) -> None:
         """Cancel the pending exchanges."""
@@ -113,19 +130,19 @@ class TokenExchangeClient:
             return
         self._cache.put(digest, done.result())
 
-    async def _exchange(self, credential: str) -> CachedToken:
+    async def _exchange(self, credential: str, audience: Audience) -> CachedToken:
         call = OutgoingCall(
-            _EXCHANGE_TARGET,
+            CallTarget.of(EXCHANGE_TOKEN),
             self._signer.sign_token("orchestrator"),
             Deadline.after(self._clock, EXCHANGE_SECONDS),
-            msgspec.json.encode(TokenExchangeRequest(credential)),
+            msgspec.json.encode(TokenExchangeRequest(credential, audience=audience)),
         )
         # The life counts from the request, so that a slow response cannot make a token seem younger than it is.
         requested_at = self._clock.monotonic()
         try:
             token = await self._caller.call(call, TokenResponse)
         except RemoteError as error:
-            if error.status in (400, 401, 403) and error.code not in ("api_key_invalid", "login_refused"):
+            if error.status in (400, 401, 403) and error.code not in _CALLER_CODES:
                 # The orchestrator refused this service, not the caller: their key may be valid.
                 raise OctoError(
                     "The gateway could not authenticate to the orchestrator.", code="unavailable", retry_after=5
@@ -173,18 +190,39 @@ class UpstreamRequest:
     idempotency_key: str | None = None
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    service: Audience = "orchestrator"
 
 
 class Upstream:
-    """Calls the orchestrator with the access token of a credential."""
+    """Calls the orchestrator, the memory or the monitor with the access token of a credential."""
 
     def __init__(self, caller: ServiceClient, exchange: TokenExchangeClient, clock: Clock) -> None:
         self._caller = caller
         self._exchange = exchange
         self._clock = clock
 
+    def get_cached_token(self, credential: str) -> CachedToken | None:
+        """Return the access token that a credential is called with now; ``None`` if it is not cached."""
+        return self._exchange.find_cached(credential)
+
+    def get_tenant(self, credential: str) -> str:
+        """Return the tenant of an authenticated credential."""
+        return self._exchange.get_tenant(credential)
+
+    async def may_call(self, credential: str, declared: DeclaredOperation[Any, Any]) -> bool:
+        """Return whether a credential's scopes allow an operation. Raises the error of a failed exchange."""
+        audience = cast("Audience", declared.service)
+        try:
+            await self._exchange.get_token(credential, audience)
+        except OctoError as error:
+            if error.code == "authority_missing":
+                return False
+            raise
+        cached = self._exchange.find_cached(credential, audience)
+        return cached is not None and ScopeSet.parse(cached.scope).allows(declared.scope)
+
     async def send(self, credential: str, request: UpstreamRequest, deadline: Deadline) -> HttpResponse:
-        """Return the response. Raises the orchestrator's problem as a :class:`RemoteError`."""
+        """Return the response. Raises the service's problem as a :class:`RemoteError`."""
         return await self._send_with_token(credential, request, deadline, self._caller.send)
 
     async def stream(
@@ -204,7 +242,7 @@ class Upstream:
         deadline: Deadline,
         send: Callable[[OutgoingCall], Awaitable[T]],
     ) -> T:
-        token = await self._exchange.get_token(credential)
+        token = await self._exchange.get_token(credential, request.service)
         try:
             return await send(self._build_call(request, token, deadline))
         except RemoteError as error:
@@ -212,7 +250,7 @@ class Upstream:
                 raise
         # The cached token was revoked, or its signing key rotated. A refused call has not begun: retry it once.
         self._exchange.invalidate(credential)
-        token = await self._exchange.get_token(credential)
+        token = await self._exchange.get_token(credential, request.service)
         return await send(self._build_call(request, token, deadline))
 
     def _build_call(self, request: UpstreamRequest, token: str, deadline: Deadline) -> OutgoingCall:
@@ -221,7 +259,7 @@ class Upstream:
         if request_id:
             headers["X-Request-ID"] = request_id
         return OutgoingCall(
-            CallTarget("orchestrator", request.name, request.method, request.path, request.kind),
+            CallTarget(request.service, request.name, request.method, request.path, request.kind),
             token,
             deadline,
             request.body,
@@ -231,28 +269,37 @@ class Upstream:
         )
 
     async def call(
-        self, credential: str, declared: DeclaredOperation[None, T], query: str = "", **parameters: str
+        self,
+        credential: str,
+        declared: DeclaredOperation[Any, T],
+        query: str = "",
+        *,
+        body: object = None,
+        key: str | None = None,
+        **parameters: str,
     ) -> T:
-        """Call a declared operation that has no body, and return its decoded response."""
+        """Call a declared operation, and return its decoded response. ``key`` is its idempotency key."""
         path = declared.format_service_path(**parameters)
         request = UpstreamRequest(
             declared.id,
             declared.method,
             f"{path}?{query}" if query else path,
             declared.kind,
-            None if declared.method == "GET" else b"",
+            None if declared.method == "GET" else b"" if body is None else msgspec.json.encode(body),
+            key,
+            service=cast("Audience", declared.service),
         )
-        response = await self.send(credential, request, Deadline.after(self._clock, READ_SECONDS))
+        response = await self.send(credential, request, self.create_deadline())
         with map_exceptions(
-            OctoError("The orchestrator's response does not fit its type.", code="peer_protocol"),
+            OctoError("A service's response does not fit its type.", code="peer_protocol"),
             msgspec.DecodeError,
             UnicodeDecodeError,
         ):
             return msgspec.json.decode(response.body, type=declared.response)
 
-    async def cancel(self, credential: str, task_id: str) -> TaskView:
-        """Cancel a task. Raises ``scope_missing``, ``task_not_found``, ``state_conflict``."""
-        return await self.call(credential, CANCEL_TASK, task_id=task_id)
+    def create_deadline(self) -> Deadline:
+        """Return the deadline of a call on behalf of a live connection that begins now."""
+        return Deadline.after(self._clock, READ_SECONDS)
 
 
 class UpstreamTask:

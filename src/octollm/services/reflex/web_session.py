@@ -1,20 +1,14 @@
-"""The web page with its Content-Security-Policy, and the operations on its cookie sessions.
+"""The operations on the cookie sessions of the web page.
 
 The cookie is ``SameSite=Strict`` and ``HttpOnly``, and counts for requests of the gateway's own pages only.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
-from importlib import resources
 from typing import TypeVar
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from octollm.capability import ServiceTokenSigner
 from octollm.clock import Clock
@@ -26,8 +20,9 @@ from octollm.contracts.auth import (
     EndSessionRequest,
     IssuerList,
     SessionRequest,
-    SessionResponse,
 )
+from octollm.contracts.declarations import BodyT, DeclaredOperation
+from octollm.contracts.internal_operations import CLOSE_SESSION, CREATE_SESSION, LIST_LOGIN_ISSUERS
 from octollm.contracts.public_api import END_SESSION, LIST_ISSUERS, OPEN_SESSION, READ_SESSION
 from octollm.errors import OctoError
 from octollm.resilience import Deadline
@@ -42,47 +37,6 @@ from octollm.services.reflex.guard import (
 )
 from octollm.services.reflex.throttle import FailedLoginThrottle, RateLimiter, get_address_bucket
 from octollm.services.reflex.upstream import TokenExchangeClient
-
-_INLINE_ELEMENT = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.DOTALL)
-
-
-def build_csp(html: str) -> str:
-    """Return a Content-Security-Policy (CSP level 3) that allows the inline scripts and styles of ``html`` only."""
-    hashes: dict[str, list[str]] = {"script": [], "style": []}
-    for kind, text in _INLINE_ELEMENT.findall(html):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        hashes[kind].append(f"'sha256-{digest}'")
-    none = "'none'"
-    return "; ".join(
-        (
-            "default-src 'self'",
-            f"script-src {' '.join(hashes['script']) or none}",
-            f"style-src {' '.join(hashes['style']) or none}",
-            "img-src 'self' data:",
-            "connect-src 'self'",
-            "object-src 'none'",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-        )
-    )
-
-
-def build_page_route() -> Route:
-    """Return the route of the page, which is read once, here."""
-    html = resources.files("octollm.services.reflex").joinpath("page", "index.html").read_text("utf-8")
-    headers = {
-        "Content-Security-Policy": build_csp(html),
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cache-Control": "no-cache",
-    }
-    body = html.encode()
-
-    async def page(_request: Request) -> Response:
-        return Response(body, media_type="text/html; charset=utf-8", headers=headers)
-
-    return Route("/", page, methods=["GET"])
-
 
 T = TypeVar("T")
 
@@ -122,7 +76,7 @@ class SessionHandlers:
         credentials = CreateSessionRequest(body.api_key, body.login)
         # This operation is public, so a session could otherwise be used to guess keys without the delay.
         async with self._throttle.attempt(body.api_key or ""):
-            session = await self._request("sessions.open", "/sessions", credentials, SessionResponse)
+            session = await self._request(CREATE_SESSION, credentials)
         user = CurrentUser(session.tenant, session.scope, session=True)
         response = Response(msgspec.json.encode(user), media_type="application/json")
         _set_cookie(response, call, session.session, session.expires_in)
@@ -132,7 +86,7 @@ class SessionHandlers:
         """Return where a browser can log in."""
         request = call.request
         await self._rate_limiter.hit(get_address_bucket(request.client.host if request.client is not None else ""))
-        return await self._request("sessions.issuers", "/sessions/issuers", None, IssuerList)
+        return await self._request(LIST_LOGIN_ISSUERS, None)
 
     async def read(self, call: IncomingCall, _body: object) -> CurrentUser:
         """Return who the caller is."""
@@ -143,26 +97,26 @@ class SessionHandlers:
         """End the session of the request, if it has one, and delete its cookie."""
         session = read_session_cookie(call.request, self._allowed_hosts)
         if session is not None:
-            await self._request("sessions.end", "/sessions/end", EndSessionRequest(session), Acknowledgement)
+            await self._request(CLOSE_SESSION, EndSessionRequest(session))
             self._exchange.invalidate(session)
         response = Response(msgspec.json.encode(Acknowledgement()), media_type="application/json")
         _set_cookie(response, call, "", 0)
         return response
 
-    async def _request(self, name: str, path: str, body: object, response_type: type[T]) -> T:
+    async def _request(self, declared: DeclaredOperation[BodyT, T], body: BodyT) -> T:
         call = OutgoingCall(
-            CallTarget("orchestrator", name, "GET" if body is None else "POST", path, "read_only"),
+            CallTarget.of(declared),
             self._signer.sign_token("orchestrator"),
             Deadline.after(self._clock, CALL_SECONDS),
             None if body is None else msgspec.json.encode(body),
         )
-        return await self._caller.call(call, response_type)
+        return await self._caller.call(call, declared.response)
 
     def operations(self) -> list[Operation]:
         """Return the operations on ``/session``."""
         return [
             implement(OPEN_SESSION, self.open, auth="public"),
-            implement(READ_SESSION, self.read, auth="door"),
+            implement(READ_SESSION, self.read, auth="gateway"),
             implement(LIST_ISSUERS, self.list_issuers, auth="public"),
             implement(END_SESSION, self.end, auth="public"),
         ]

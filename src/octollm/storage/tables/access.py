@@ -90,6 +90,10 @@ audit_heads = Table(
     Column("seq", BigInteger(), nullable=False),
     Column("hash", String(64), nullable=False),
     text("checkpoint"),
+    # The last row that is in the archive and not here.
+    Column("cut_seq", BigInteger(), nullable=False, server_default="0"),
+    Column("cut_hash", String(64), nullable=False, server_default=""),
+    text("cut_checkpoint"),
 )
 
 arms = Table(
@@ -107,6 +111,7 @@ arms = Table(
     time("seen_at"),
     Column("about", json_type(), nullable=True),  # operation → what it does
     Column("operation_calls", json_type(), nullable=True),  # operation → its calls, where they are not the arm's
+    text("approval"),  # why a person has to approve its steps; empty if nobody has to
 )
 
 

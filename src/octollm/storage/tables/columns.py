@@ -39,9 +39,9 @@ def tenant(*, primary_key: bool = False) -> Column[str]:
     return Column("tenant", TENANT, primary_key=primary_key, nullable=False)
 
 
-def time(name: str, *, nullable: bool = False) -> Column[float]:
+def time(name: str, *, nullable: bool = False, primary_key: bool = False) -> Column[float]:
     """Return a column of epoch seconds."""
-    return Column(name, Double(), nullable=nullable)
+    return Column(name, Double(), primary_key=primary_key, nullable=nullable)
 
 
 def text(name: str, *, nullable: bool = False) -> Column[str]:
@@ -57,3 +57,8 @@ def number(name: str, default: int = 0) -> Column[int]:
 def amount(name: str, *, nullable: bool = False) -> Column[float]:
     """Return a column for money or a share."""
     return Column(name, Double(), nullable=nullable, server_default=None if nullable else "0")
+
+
+def share(name: str) -> Column[float]:
+    """Return a column for a share of 1, which is 1 by default."""
+    return Column(name, Double(), nullable=False, server_default="1")

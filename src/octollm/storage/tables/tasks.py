@@ -1,4 +1,4 @@
-"""Tables of work: tasks, steps, files, budgets and reservations, idempotency, the model journal, and the event log."""
+"""Tables of work: tasks, steps, attempts, files, budgets, idempotency, the model journal, and the event log."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ from octollm.storage.tables.columns import (
     text,
     time,
 )
+
+WAITING = "lease_until IS NULL AND kind = 'task' AND status IN ('accepted', 'planning', 'running')"
+"""The condition of a task that waits for a worker. A query has to have the same words to use the index."""
 
 tasks = Table(
     "tasks",
@@ -66,9 +69,36 @@ tasks = Table(
     time("started_at", nullable=True),
     time("finished_at", nullable=True),
     time("deadline_at", nullable=True),
+    time("waiting_since", nullable=True),
+    Column("instructions", json_type(), nullable=True),  # that people added while it ran
+    Column("on_parent_end", String(16), nullable=False, server_default="cancel"),  # of a sub-task: cancel, or continue
     Index(None, "tenant", "created_at", "task_id"),
     Index(None, "tenant", "sub"),
     Index(None, "status", "lease_until"),
+    # Few tasks have a parent.
+    Index(
+        "ix_tasks_children",
+        "parent_task_id",
+        "created_at",
+        sqlite_where=sql("parent_task_id IS NOT NULL"),
+        postgresql_where=sql("parent_task_id IS NOT NULL"),
+    ),
+    # Of those that are open, for the sweep that ends them with their parent.
+    Index(
+        "ix_tasks_open_children",
+        "parent_task_id",
+        sqlite_where=sql("parent_task_id IS NOT NULL AND finished_at IS NULL"),
+        postgresql_where=sql("parent_task_id IS NOT NULL AND finished_at IS NULL"),
+    ),
+)
+# The queue: what no worker holds, by tenant and in the order in which it runs.
+Index(
+    "ix_tasks_waiting",
+    tasks.c.tenant,
+    tasks.c.priority.desc(),
+    tasks.c.created_at,
+    sqlite_where=sql(WAITING),
+    postgresql_where=sql(WAITING),
 )
 
 steps = Table(
@@ -94,6 +124,50 @@ steps = Table(
     time("finished_at", nullable=True),
 )
 
+attempts = Table(
+    "attempts",
+    ORCHESTRATOR,
+    Column("task_id", ID, ForeignKey(tasks.c.task_id, ondelete="CASCADE"), primary_key=True),
+    Column("step", NAME, primary_key=True),
+    Column("attempt", Integer(), primary_key=True),
+    Column("run", Integer(), nullable=False, server_default="0"),  # that made it last
+    Column("arm", NAME, nullable=False),
+    text("title"),
+    Column("status", String(16), nullable=False),  # running, accepted, rejected, failed, interrupted, reused
+    Column("request", json_type(), nullable=False),
+    Column("outcome", json_type(), nullable=True),
+    Column("trace_id", NAME, nullable=False, server_default=""),
+    time("started_at"),
+    time("finished_at", nullable=True),
+)
+
+approvals = Table(
+    "approvals",
+    ORCHESTRATOR,
+    Column("task_id", ID, ForeignKey(tasks.c.task_id, ondelete="CASCADE"), primary_key=True),
+    Column("approval_id", NAME, primary_key=True),
+    tenant(),
+    Column("position", Integer(), nullable=False),  # among the task's
+    Column("kind", String(16), nullable=False),  # plan, step, spending
+    Column("step", NAME, nullable=False, server_default=""),
+    text("reason"),
+    Column("status", String(16), nullable=False),  # pending, approved, rejected, expired, cancelled
+    Column("decided_by", NAME, nullable=False, server_default=""),
+    text("comment"),
+    Column("goals", json_type(), nullable=True),  # step → goal that the person changed
+    time("requested_at"),
+    time("expires_at"),
+    time("decided_at", nullable=True),
+    # Few are pending at a time.
+    Index(
+        "ix_approvals_pending",
+        "tenant",
+        "expires_at",
+        sqlite_where=sql("status = 'pending'"),
+        postgresql_where=sql("status = 'pending'"),
+    ),
+)
+
 files = Table(
     "files",
     ORCHESTRATOR,
@@ -111,7 +185,7 @@ task_files = Table(
     "task_files",
     ORCHESTRATOR,
     Column("task_id", ID, ForeignKey(tasks.c.task_id, ondelete="CASCADE"), primary_key=True),
-    Column("role", String(16), primary_key=True),  # input or artifact
+    Column("role", String(16), primary_key=True),  # input, or attempt for what an attempt made
     Column("step", NAME, primary_key=True, server_default=""),  # that made it; empty for an input
     Column("name", Text(), primary_key=True),
     Column("digest", ID, nullable=False),
@@ -156,6 +230,8 @@ budgets = Table(
     amount("used_cost_usd"),
     number("prompt_tokens"),
     number("completion_tokens"),
+    Column("ancestors", json_type(), nullable=True),  # of a sub-task, whose budgets it also spends; the root first
+    number("descendants"),  # tasks below a root, of all generations
 )
 
 reservations = Table(
@@ -219,7 +295,8 @@ events = Table(
     # Given by the relay: the position in the log, and that of the event before it on its channel.
     Column("seq", BigInteger(), nullable=True, unique=True),
     Column("prev", BigInteger(), nullable=True),
-    # That inserted it. PostgreSQL fills it in by a default that the migration has; NULL on SQLite.
+    # That inserted it, filled in by PostgreSQL. Only services of the previous version read it, which keep running
+    # during an upgrade.
     Column("transaction_id", BigInteger(), nullable=True),
     UniqueConstraint("tenant", "subject", "version"),
     Index("ix_events_tenant_seq", "tenant", "seq"),
@@ -238,6 +315,16 @@ subjects = Table(
     tenant(primary_key=True),
     Column("subject", NAME, primary_key=True),
     number("version"),  # of its latest event
+)
+
+memory_erasures = Table(
+    # What tasks that retention deleted have left in the memory, which is another service.
+    "memory_erasures",
+    ORCHESTRATOR,
+    tenant(primary_key=True),
+    Column("task_id", ID, primary_key=True),
+    time("due_at"),
+    Index(None, "due_at"),
 )
 
 channels = Table(

@@ -16,7 +16,7 @@ from octollm.services.arms.executor import runner_sql
 from octollm.services.arms.judge.validation import validate as judge_validate
 
 
-class Scripted:
+class ScriptedPrompts:
     """An ask that gives the answers of a list in order, and keeps what it was asked."""
 
     def __init__(self, *answers: str) -> None:
@@ -43,8 +43,8 @@ class Scripted:
 
 
 @pytest.fixture
-def scripted() -> type[Scripted]:
-    return Scripted
+def scripted_prompts() -> type[ScriptedPrompts]:
+    return ScriptedPrompts
 
 
 @pytest.fixture

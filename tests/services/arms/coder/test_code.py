@@ -27,8 +27,8 @@ BAD = "```python\ndef double(n: int) -> int:\n    return n ** 2\n```"
 EXAMPLES = "assert double(1) == 2\nassert double(5) == 10\nassert double(0) == 0\nassert double(-3) == -6"
 
 
-async def test_accepts_what_passes_and_agrees(scripted, validate, run) -> None:
-    ask = scripted(GOOD, EXAMPLES, OTHER_GOOD)
+async def test_accepts_what_passes_and_agrees(scripted_prompts, validate, run) -> None:
+    ask = scripted_prompts(GOOD, EXAMPLES, OTHER_GOOD)
     seen: list[str] = []
 
     async def on_text(text: str) -> None:
@@ -44,7 +44,7 @@ async def test_accepts_what_passes_and_agrees(scripted, validate, run) -> None:
     assert "return" not in shown.split("Task:")[1], "the tests are written without sight of the code"
 
 
-class Counted:
+class CallRecorder:
     """Counts the calls of what it stands for."""
 
     def __init__(self, work) -> None:
@@ -55,16 +55,16 @@ class Counted:
         return await self.work(request)
 
 
-async def test_the_judge_is_asked_about_the_accepted_solution_only(scripted, validate, run) -> None:
-    validate, run = Counted(validate), Counted(run)
-    written = await write_code(GOAL, scripted(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
+async def test_the_judge_is_asked_about_the_accepted_solution_only(scripted_prompts, validate, run) -> None:
+    validate, run = CallRecorder(validate), CallRecorder(run)
+    written = await write_code(GOAL, scripted_prompts(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
     assert [request.code for request in validate.requests] == [written.code]
     assert len(run.requests) == 1, "both solutions are compared in one run"
 
 
-async def test_the_first_solution_is_judged_once_the_second_is_refused(scripted, validate, run) -> None:
-    validate = Counted(validate)
-    written = await write_code(GOAL, scripted(GOOD, EXAMPLES, BAD), validate, run)
+async def test_the_first_solution_is_judged_once_the_second_is_refused(scripted_prompts, validate, run) -> None:
+    validate = CallRecorder(validate)
+    written = await write_code(GOAL, scripted_prompts(GOOD, EXAMPLES, BAD), validate, run)
     assert "n * 2" in written.code
     assert ["n ** 2" in request.code for request in validate.requests] == [True, False]
 
@@ -75,7 +75,7 @@ async def test_a_solution_without_an_end_spoils_only_itself(run, monkeypatch) ->
     ends_program = "import os\ndef double(n):\n    os._exit(0)\n"
     good = "def double(n):\n    return 2 * n\n"
     examples = [Example("double(1)", "2"), Example("double(5)", "10")]
-    run = Counted(run)
+    run = CallRecorder(run)
     first, hung, ended, last = await probe_solutions([good, endless, ends_program, good], examples, "double", run)
     assert first is not None
     assert first.passed == (True, True)
@@ -83,9 +83,29 @@ async def test_a_solution_without_an_end_spoils_only_itself(run, monkeypatch) ->
     assert last == first
 
 
-async def test_mends_with_the_judges_reasons(scripted, validate, run) -> None:
+FORGING = """
+import json, os, pathlib, sys
+def double(n):
+    try:
+        nonce = json.loads(pathlib.Path("examples.json").read_text())["nonce"]
+    except OSError:
+        nonce = "octollm-probe:"
+    forged = "\\n" + nonce + json.dumps({__name__: [[True, "2"], [True, "10"]]}) + "\\n"
+    os.write(1, forged.encode())
+    sys.__stdout__.write(forged)
+    sys.__stdout__.flush()
+    os._exit(0)
+"""
+
+
+async def test_a_solution_that_forges_its_report_has_none(run) -> None:
+    examples = [Example("double(1)", "2"), Example("double(5)", "10")]
+    assert await probe_solutions([FORGING], examples, "double", run) == [None]
+
+
+async def test_mends_with_the_judges_reasons(scripted_prompts, validate, run) -> None:
     wrong = "```python\ndef double(n):\n    return n + 2\n```"
-    ask = scripted(BAD, EXAMPLES, wrong, GOOD, OTHER_GOOD)
+    ask = scripted_prompts(BAD, EXAMPLES, wrong, GOOD, OTHER_GOOD)
     written = await write_code(GOAL, ask, validate, run)
     assert "n * 2" in written.code or "n + n" in written.code
     repair = ask.asked[3]
@@ -93,8 +113,8 @@ async def test_mends_with_the_judges_reasons(scripted, validate, run) -> None:
     assert "self.assertEqual(double(1), 2) failed: expected 2, got 3" in repair[-1].content
 
 
-async def test_two_solutions_outvote_a_wrong_example(scripted, validate, run) -> None:
-    ask = scripted(GOOD, EXAMPLES.replace("== 10", "== 11"), OTHER_GOOD)
+async def test_two_solutions_outvote_a_wrong_example(scripted_prompts, validate, run) -> None:
+    ask = scripted_prompts(GOOD, EXAMPLES.replace("== 10", "== 11"), OTHER_GOOD)
     written = await write_code(GOAL, ask, validate, run)
     assert "11" not in written.tests
     assert "1 of the model's 4 examples were dropped" in written.checks[-1].detail
@@ -102,46 +122,48 @@ async def test_two_solutions_outvote_a_wrong_example(scripted, validate, run) ->
     assert written.checks[-1].checked_by == "model"
 
 
-async def test_many_wrong_examples_are_asked_for_anew(scripted, validate, run) -> None:
+async def test_many_wrong_examples_are_asked_for_anew(scripted_prompts, validate, run) -> None:
     wrong = "assert double(1) == 3\nassert double(5) == 11\nassert double(0) == 0\nassert double(-3) == -6"
-    ask = scripted(GOOD, wrong, OTHER_GOOD, EXAMPLES)
+    ask = scripted_prompts(GOOD, wrong, OTHER_GOOD, EXAMPLES)
     written = await write_code(GOAL, ask, validate, run)
     assert "double(5), 10" in written.tests
     assert "were replaced" in written.checks[-1].detail
     assert not written.checks[-1].passed
 
 
-async def test_agreement_is_said_to_be_the_models(scripted, validate, run) -> None:
-    written = await write_code(GOAL, scripted(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
+async def test_agreement_is_said_to_be_the_models(scripted_prompts, validate, run) -> None:
+    written = await write_code(GOAL, scripted_prompts(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
     assert written.checks[-1] == Check(
         "independent", True, "two solutions agree on further inputs; no example is the goal's own", "model"
     )
-    written = await write_code(f"{GOAL}: double(7) == 14", scripted(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
+    written = await write_code(f"{GOAL}: double(7) == 14", scripted_prompts(GOOD, EXAMPLES, OTHER_GOOD), validate, run)
     assert "1 of 5 examples are the goal's own" in written.checks[-1].detail
 
 
-async def test_two_solutions_with_one_wrong_reading_do_not_outvote_the_goal(scripted, validate, run) -> None:
+async def test_two_solutions_with_one_wrong_reading_do_not_outvote_the_goal(scripted_prompts, validate, run) -> None:
     squares = [
         BAD,
         BAD.replace("n ** 2", "n * n"),
         BAD.replace("n ** 2", "pow(n, 2)"),
         BAD.replace("n ** 2", "n * n + 0"),
     ]
-    ask = scripted(squares[0], "assert double(0) == 0\nassert double(1) == 1\nassert double(3) == 9", *squares[1:])
+    ask = scripted_prompts(
+        squares[0], "assert double(0) == 0\nassert double(1) == 1\nassert double(3) == 9", *squares[1:]
+    )
     with pytest.raises(OctoError) as caught:
         await write_code(f"{GOAL}, so that double(5) == 10", ask, validate, run)
     assert caught.value.code == "not_accepted"
 
 
-async def test_examples_of_the_goal_are_never_given_up(scripted, validate, run) -> None:
-    ask = scripted(BAD, "assert double(0) == 0\nassert double(1) == 1\nassert double(3) == 9", BAD, BAD, BAD)
+async def test_examples_of_the_goal_are_never_given_up(scripted_prompts, validate, run) -> None:
+    ask = scripted_prompts(BAD, "assert double(0) == 0\nassert double(1) == 1\nassert double(3) == 9", BAD, BAD, BAD)
     with pytest.raises(OctoError, match=r"double\(5\), 10") as caught:
         await write_code(f"{GOAL}, so that double(5) == 10", ask, validate, run)
     assert caught.value.code == "not_accepted"
 
 
-async def test_failure_is_a_failure(scripted, validate, run) -> None:
-    ask = scripted(
+async def test_failure_is_a_failure(scripted_prompts, validate, run) -> None:
+    ask = scripted_prompts(
         BAD, EXAMPLES, "no code here", BAD.replace("n ** 2", "n + 3"), "```python\ndef other(n):\n    pass\n```"
     )
     with pytest.raises(OctoError) as caught:
@@ -150,35 +172,35 @@ async def test_failure_is_a_failure(scripted, validate, run) -> None:
     assert not ask.answers
 
 
-async def test_solutions_that_differ_are_not_given(scripted, validate, run) -> None:
+async def test_solutions_that_differ_are_not_given(scripted_prompts, validate, run) -> None:
     def capped(limit: int) -> str:
         return f"```python\ndef double(n):\n    return n * 2 if n < 6 else {limit}\n```"
 
     few = "assert double(1) == 2\nassert double(5) == 10\nassert double(0) == 0"
-    ask = scripted(capped(1), few, capped(2), capped(3), capped(4))
+    ask = scripted_prompts(capped(1), few, capped(2), capped(3), capped(4))
     with pytest.raises(OctoError, match="their behaviour differs"):
         await write_code(GOAL, ask, validate, run)
 
 
-async def test_weak_examples_are_asked_for_again(scripted, validate, run) -> None:
-    ask = scripted(GOOD, "I cannot.", EXAMPLES, OTHER_GOOD)
+async def test_weak_examples_are_asked_for_again(scripted_prompts, validate, run) -> None:
+    ask = scripted_prompts(GOOD, "I cannot.", EXAMPLES, OTHER_GOOD)
     written = await write_code(GOAL, ask, validate, run)
     assert "double(5), 10" in written.tests
 
 
-async def test_no_function_at_all(scripted, validate, run) -> None:
+async def test_no_function_at_all(scripted_prompts, validate, run) -> None:
     with pytest.raises(OctoError, match="no function or class"):
-        await write_code(GOAL, scripted("x", "x", "x", "x"), validate, run)
+        await write_code(GOAL, scripted_prompts("x", "x", "x", "x"), validate, run)
 
 
-async def test_other_languages_are_refused_before_anything_is_asked(scripted, validate, run) -> None:
+async def test_other_languages_are_refused_before_anything_is_asked(scripted_prompts, validate, run) -> None:
     with pytest.raises(OctoError, match="not Rust") as caught:
-        await write_code("Write a function in Rust that adds", scripted(), validate, run)
-    assert caught.value.code == "not_accepted"
+        await write_code("Write a function in Rust that adds", scripted_prompts(), validate, run)
+    assert caught.value.code == "step_stopped"
 
 
-async def test_reasons_and_files_reach_the_model(scripted, validate, run) -> None:
-    ask = scripted(GOOD, EXAMPLES, OTHER_GOOD)
+async def test_reasons_and_files_reach_the_model(scripted_prompts, validate, run) -> None:
+    ask = scripted_prompts(GOOD, EXAMPLES, OTHER_GOOD)
     await write_code(GOAL, ask, validate, run, texts=[("old.py", "OLD = 1")], reasons=["too slow"])
     first: list[Message] = ask.asked[0]
     assert "old.py" in first[-1].content
@@ -206,47 +228,49 @@ class BoxTest(unittest.TestCase):
 ```"""
 
 
-async def test_a_class_is_tested_by_a_module(scripted, validate, run) -> None:
+async def test_a_class_is_tested_by_a_module(scripted_prompts, validate, run) -> None:
     good = CLASS.format("self.items.append(x)")
-    written = await write_code("Write a class Box with add and tests", scripted(good, CLASS_TESTS), validate, run)
+    written = await write_code(
+        "Write a class Box with add and tests", scripted_prompts(good, CLASS_TESTS), validate, run
+    )
     assert written.filename == "box.py"
     assert "from box import Box" in written.tests
     assert "your_module" not in written.tests
 
 
-async def test_a_second_class_may_pass(scripted, validate, run) -> None:
-    ask = scripted(CLASS.format("pass"), CLASS_TESTS, CLASS.format("self.items.append(x)"))
+async def test_a_second_class_may_pass(scripted_prompts, validate, run) -> None:
+    ask = scripted_prompts(CLASS.format("pass"), CLASS_TESTS, CLASS.format("self.items.append(x)"))
     written = await write_code("Write a class Box with add and tests", ask, validate, run)
     assert "append" in written.code
     assert "box.add" not in ask.asked[2][-1].content, "the second class is written from the goal alone"
 
 
-async def test_a_class_is_mended(scripted, validate, run) -> None:
+async def test_a_class_is_mended(scripted_prompts, validate, run) -> None:
     bad = CLASS.format("pass")
-    ask = scripted(bad, CLASS_TESTS, bad, CLASS_TESTS, CLASS.format("self.items.append(x)"))
+    ask = scripted_prompts(bad, CLASS_TESTS, bad, CLASS_TESTS, CLASS.format("self.items.append(x)"))
     written = await write_code("Write a class Box with add and tests", ask, validate, run)
     assert "append" in written.code
     assert "box.add(1), 1) failed: expected 1, got 0" in ask.asked[4][-1].content
 
 
-async def test_a_test_that_two_classes_fail_is_dropped(scripted, validate, run) -> None:
+async def test_a_test_that_two_classes_fail_is_dropped(scripted_prompts, validate, run) -> None:
     strange = CLASS_TESTS.removesuffix("```") + (
         "\n    def test_two(self):\n        self.assertEqual(len(Box().items), 0)\n"
         "\n    def test_odd(self):\n        self.assertEqual(Box().add(9), 5)\n```"
     )
     good = CLASS.format("self.items.append(x)")
-    written = await write_code("Write a class Box with add", scripted(good, strange, good), validate, run)
+    written = await write_code("Write a class Box with add", scripted_prompts(good, strange, good), validate, run)
     assert "test_odd" not in written.tests
     assert "test_two" in written.tests
     assert "dropped" in written.checks[-1].detail
 
 
-async def test_a_class_with_tests_that_test_nothing_fails(scripted, validate, run) -> None:
+async def test_a_class_with_tests_that_test_nothing_fails(scripted_prompts, validate, run) -> None:
     empty = (
         "```python\nimport unittest\nclass T(unittest.TestCase):\n"
         "    def test(self):\n        Box()\n        self.assertTrue(True)\n```"
     )
-    ask = scripted(CLASS.format("pass"), empty, CLASS.format("pass"), empty, CLASS.format("pass"))
+    ask = scripted_prompts(CLASS.format("pass"), empty, CLASS.format("pass"), empty, CLASS.format("pass"))
     with pytest.raises(OctoError, match="assert too little"):
         await write_code("Write a class Box with add and tests", ask, validate, run)
 
@@ -257,8 +281,8 @@ def test_answers_learnt_by_heart_are_seen() -> None:
     assert not hardcodes_answers("def f(s):\n    return len(s)", examples)
 
 
-async def test_a_program_is_asked_for_as_a_function(scripted, validate, run) -> None:
-    ask = scripted("```python\nprint(1 * 2)\n```", GOOD, EXAMPLES, OTHER_GOOD)
+async def test_a_program_is_asked_for_as_a_function(scripted_prompts, validate, run) -> None:
+    ask = scripted_prompts("```python\nprint(1 * 2)\n```", GOOD, EXAMPLES, OTHER_GOOD)
     await write_code("Write a program that doubles a number", ask, validate, run)
     assert "Put the work into a function" in ask.asked[1][-1].content
 

@@ -10,8 +10,9 @@ from octollm.contracts.operations import ResultSet, RunResult
 from octollm.contracts.task import Assumption
 from octollm.errors import OctoError
 from octollm.services.arms.coder.data import answer_data, render_answer, results_agree
+from octollm.services.arms.coder.question_rules import row_count_query
 from octollm.services.arms.coder.sql_heuristics import find_query_issues as find_doubts
-from octollm.services.arms.coder.sql_heuristics import find_unknown_values, required_functions_hint, row_count_query
+from octollm.services.arms.coder.sql_heuristics import find_unknown_values, required_functions_hint
 from octollm.services.arms.coder.table_schema import describe_tables, extract_query, format_schema, missing_column_hint
 
 SALES = (
@@ -22,8 +23,8 @@ GOAL = "How many rows have amount > 100, and their total?"
 QUERY = "SELECT count(*) AS n, sum(amount) AS total FROM sales WHERE amount > 100"
 
 
-async def test_answers_with_values_columns_and_query(scripted, sql) -> None:
-    ask = scripted(f"```sql\n{QUERY};\n```", f"{QUERY.replace('n,', 'rows_above,')};")
+async def test_answers_with_values_columns_and_query(scripted_prompts, sql) -> None:
+    ask = scripted_prompts(f"```sql\n{QUERY};\n```", f"{QUERY.replace('n,', 'rows_above,')};")
     result = await answer_data(GOAL, ask, sql(SALES))
     assert result.output.startswith("n: 2\ntotal: 450.75")
     assert QUERY in result.output
@@ -32,21 +33,45 @@ async def test_answers_with_values_columns_and_query(scripted, sql) -> None:
     assert "region VARCHAR: 'North', 'South'" in ask.asked[0][1].content
 
 
-async def test_a_changed_cell_changes_the_answer(scripted, sql) -> None:
-    ask = scripted(QUERY, QUERY)
+@pytest.mark.parametrize("goal", ["Summarize sales.csv", "Fasse die Tabelle zusammen", "Give me a summary of the file"])
+async def test_a_summary_of_a_table_says_what_each_column_has(goal: str, scripted_prompts, sql) -> None:
+    result = await answer_data(goal, scripted_prompts(), sql(SALES))
+    assert result.evidence is not None
+    assert result.evidence.columns == ("column", "type", "lowest", "highest", "mean", "empty_percent")
+    assert "amount | " in result.output
+    assert "20.00 | 300.25 | 156.9167" in result.output
+
+
+@pytest.mark.parametrize("goal", ["Summarize the amount per region", "Summarize the three best sales by id"])
+async def test_a_summary_of_groups_is_a_question(goal: str, scripted_prompts, sql) -> None:
+    query = "SELECT region, sum(amount) AS total FROM sales GROUP BY region"
+    result = await answer_data(goal, scripted_prompts(query, query), sql(SALES))
+    assert result.evidence is not None
+    assert result.evidence.columns == ("region", "total")
+
+
+@pytest.mark.parametrize("goal", ["Translate sales.csv into German", "Rewrite the file in a friendlier tone"])
+async def test_a_table_is_not_translated(goal: str, scripted_prompts, sql) -> None:
+    with pytest.raises(OctoError, match="not translated or reworded") as caught:
+        await answer_data(goal, scripted_prompts(), sql(SALES))
+    assert caught.value.code == "step_stopped"
+
+
+async def test_a_changed_cell_changes_the_answer(scripted_prompts, sql) -> None:
+    ask = scripted_prompts(QUERY, QUERY)
     result = await answer_data(GOAL, ask, sql(SALES.replace("20.0", "120.0")))
     assert result.output.startswith("n: 3")
 
 
-async def test_a_failed_query_is_mended_with_its_error(scripted, sql) -> None:
-    ask = scripted("SELECT count(*), sum(amnt) FROM sales WHERE amount > 100", QUERY, QUERY)
+async def test_a_failed_query_is_mended_with_its_error(scripted_prompts, sql) -> None:
+    ask = scripted_prompts("SELECT count(*), sum(amnt) FROM sales WHERE amount > 100", QUERY, QUERY)
     result = await answer_data(GOAL, ask, sql(SALES))
     assert "n: 2" in result.output
     assert "amnt" in ask.asked[1][-1].content
 
 
-async def test_an_empty_query_is_mended_with_the_values_there_are(scripted, sql) -> None:
-    ask = scripted(
+async def test_an_empty_query_is_mended_with_the_values_there_are(scripted_prompts, sql) -> None:
+    ask = scripted_prompts(
         "SELECT sum(amount) AS s FROM sales WHERE region = 'north'",
         "SELECT sum(amount) AS s FROM sales WHERE region = 'North'",
         "SELECT sum(amount) AS s FROM sales WHERE region = 'North'",
@@ -56,55 +81,55 @@ async def test_an_empty_query_is_mended_with_the_values_there_are(scripted, sql)
     assert "never is 'north'; it is one of 'North', 'South'" in ask.asked[1][-1].content
 
 
-async def test_an_empty_result_may_be_the_answer(scripted, sql) -> None:
+async def test_an_empty_result_may_be_the_answer(scripted_prompts, sql) -> None:
     query = "SELECT id FROM sales WHERE region = 'South' AND amount > 100"
-    result = await answer_data("Which ids of the South are above 100?", scripted(query, query), sql(SALES))
+    result = await answer_data("Which ids of the South are above 100?", scripted_prompts(query, query), sql(SALES))
     assert result.output.startswith("No rows match.")
     assert result.evidence is not None
     assert result.evidence.rows == 0
 
 
-async def test_a_third_draft_decides(scripted, sql) -> None:
+async def test_a_third_draft_decides(scripted_prompts, sql) -> None:
     other = QUERY.replace("> 100", ">= 150.5 + 100 - 100.0 + 1")
-    ask = scripted(QUERY, other, QUERY)
+    ask = scripted_prompts(QUERY, other, QUERY)
     assert (await answer_data(GOAL, ask, sql(SALES))).output.startswith("n: 2")
 
 
-async def test_no_majority_is_a_failure_with_all_results(scripted, sql) -> None:
+async def test_no_majority_is_a_failure_with_all_results(scripted_prompts, sql) -> None:
     drafts = [f"SELECT count(*) + {n}, sum(amount) FROM sales WHERE amount > 100" for n in range(3)]
     with pytest.raises(OctoError, match="do not agree") as caught:
-        await answer_data(GOAL, scripted(*drafts), sql(SALES))
+        await answer_data(GOAL, scripted_prompts(*drafts), sql(SALES))
     assert caught.value.code == "not_accepted"
     assert all(draft in caught.value.detail for draft in drafts)
 
 
-async def test_drafts_that_agree_on_something_else_are_a_failure(scripted, sql) -> None:
+async def test_drafts_that_agree_on_something_else_are_a_failure(scripted_prompts, sql) -> None:
     drafts = ["SELECT count(*) FROM sales WHERE amount > 100"] * 9
     with pytest.raises(OctoError, match=r"needs SUM\(…\) as well"):
-        await answer_data(GOAL, scripted(*drafts), sql(SALES))
+        await answer_data(GOAL, scripted_prompts(*drafts), sql(SALES))
 
 
-async def test_one_query_alone_is_not_borne_out(scripted, sql) -> None:
+async def test_one_query_alone_is_not_borne_out(scripted_prompts, sql) -> None:
     with pytest.raises(OctoError, match="no other bears it out"):
-        await answer_data(GOAL, scripted(QUERY, *["I do not know"] * 6), sql(SALES))
+        await answer_data(GOAL, scripted_prompts(QUERY, *["I do not know"] * 6), sql(SALES))
 
 
-async def test_no_query_at_all_is_a_failure(scripted, sql) -> None:
+async def test_no_query_at_all_is_a_failure(scripted_prompts, sql) -> None:
     with pytest.raises(OctoError, match="No query could be run"):
-        await answer_data(GOAL, scripted(*["I do not know"] * 9), sql(SALES))
+        await answer_data(GOAL, scripted_prompts(*["I do not know"] * 9), sql(SALES))
 
 
-async def test_files_that_are_no_tables(scripted) -> None:
+async def test_files_that_are_no_tables(scripted_prompts) -> None:
     async def refuse(query: str) -> RunResult:
         return RunResult(1, "", "sales.csv: the file is empty")
 
     with pytest.raises(OctoError, match="the file is empty") as caught:
-        await answer_data(GOAL, scripted(), refuse)
+        await answer_data(GOAL, scripted_prompts(), refuse)
     assert caught.value.code == "file_invalid"
 
 
-async def test_notes_and_reasons_reach_the_model(scripted, sql) -> None:
-    ask = scripted(QUERY, QUERY)
+async def test_notes_and_reasons_reach_the_model(scripted_prompts, sql) -> None:
+    ask = scripted_prompts(QUERY, QUERY)
     await answer_data(GOAL, ask, sql(SALES), notes="north is cold", reasons=("wrong column",))
     assert "north is cold" in ask.asked[0][1].content
     assert "wrong column" in ask.asked[0][1].content
@@ -133,9 +158,9 @@ async def test_reserved_names_are_shown_in_quotes(sql) -> None:
     assert "  page INTEGER" in text
 
 
-async def test_names_with_spaces_are_quoted(scripted, sql) -> None:
+async def test_names_with_spaces_are_quoted(scripted_prompts, sql) -> None:
     table = 'CREATE TABLE stock AS SELECT \'Lamp\' AS "Item Name", 3 AS "Unit Price", 1 AS id'
-    ask = scripted(
+    ask = scripted_prompts(
         'SELECT item_name, MAX(unit_price) AS "unit_price" FROM stock GROUP BY Item_Name', "SELECT 'Lamp', 3 FROM stock"
     )
     result = await answer_data("Which item costs most?", ask, sql(table))
@@ -236,7 +261,7 @@ def test_long_results_are_cut_and_say_so() -> None:
     assert "… 20 more rows" in text
 
 
-async def test_the_answer_says_what_was_assumed(scripted) -> None:
+async def test_the_answer_says_what_was_assumed(scripted_prompts) -> None:
     undecided = {"text": "amount: undecided", "table": "sales", "column": "amount", "decided": False}
     found = {"columns": ["s"], "rows": [[3734]], "row_count": 1, "assumptions": [undecided]}
 
@@ -247,7 +272,7 @@ async def test_the_answer_says_what_was_assumed(scripted) -> None:
         return RunResult(0, json.dumps(found), "")
 
     query = "SELECT sum(amount) AS s FROM sales"
-    result = await answer_data("What is the total amount?", scripted(query, query), run_sql)
+    result = await answer_data("What is the total amount?", scripted_prompts(query, query), run_sql)
     assert result.output.startswith(
         "s: 3734\n\nNot decided by the file, so the answer may be wrong:\n- amount: undecided\n\nQuery:"
     )
@@ -274,16 +299,16 @@ async def test_a_question_for_the_rows_alone_asks_no_model(sql, goal: str, is_co
     assert row_count_query(goal, (*tables, *tables)) is None
 
 
-async def test_the_rows_of_a_header_alone_are_none(scripted, sql) -> None:
+async def test_the_rows_of_a_header_alone_are_none(scripted_prompts, sql) -> None:
     empty = "CREATE TABLE people (name VARCHAR, age BIGINT)"
-    result = await answer_data("How many rows?", scripted(), sql(empty))
+    result = await answer_data("How many rows?", scripted_prompts(), sql(empty))
     assert result.output.startswith("row_count: 0")
     query = "SELECT sum(age) AS s FROM people"
-    result = await answer_data("What is the total age?", scripted(query, query), sql(empty))
+    result = await answer_data("What is the total age of everybody?", scripted_prompts(query, query), sql(empty))
     assert result.output.startswith("s: NULL")
 
 
-async def test_a_query_that_failed_is_not_run_or_mended_again(scripted, sql) -> None:
+async def test_a_query_that_failed_is_not_run_or_mended_again(scripted_prompts, sql) -> None:
     runs: list[str] = []
     run_sql = sql(SALES)
 
@@ -292,7 +317,7 @@ async def test_a_query_that_failed_is_not_run_or_mended_again(scripted, sql) -> 
         return await run_sql(query)
 
     broken = "SELECT count(*), sum(amnt) FROM sales WHERE amount > 100"
-    ask = scripted(broken, f"{broken};", broken)
+    ask = scripted_prompts(broken, f"{broken};", broken)
     with pytest.raises(OctoError, match="repeats a query that failed"):
         await answer_data(GOAL, ask, counted)
     assert runs == ["--describe", broken]

@@ -62,16 +62,16 @@ async def test_a_sheet_of_17_billion_empty_cells_ends_at_the_limit_of_memory(san
 
 
 async def test_text_needs_no_sandbox():
-    class Nowhere:
+    class MissingSandbox:
         name = "none"
 
         async def run(self, job: object) -> SandboxResult:
             raise OctoError("there is none", code="no_sandbox")
 
-    document = await read_in_sandbox(Nowhere(), "a.html", b"<p>x<script>y</script>")
+    document = await read_in_sandbox(MissingSandbox(), "a.html", b"<p>x<script>y</script>")
     assert document.text == "x"
     with pytest.raises(OctoError, match="there is none"):
-        await read_in_sandbox(Nowhere(), "a.pdf", SAMPLES["a.pdf"])
+        await read_in_sandbox(MissingSandbox(), "a.pdf", SAMPLES["a.pdf"])
 
 
 async def test_a_run_that_reads_gives_text_with_locations(sandbox: Bubblewrap):

@@ -20,7 +20,7 @@ from octollm.testing import wait_until
 HELLO = RunRequest("python", ("-c", "print('hello')"))
 
 
-class Gate:
+class BlockedSandbox:
     """A sandbox whose runs end when they are let go."""
 
     name = "gate"
@@ -79,7 +79,7 @@ class TestLimits:
     ],
 )
 async def test_refused_before_it_runs(request_: RunRequest, files: dict[str, bytes], code: str) -> None:
-    gate = Gate()
+    gate = BlockedSandbox()
     with pytest.raises(OctoError) as caught:
         await Runner(gate).run(request_, files)
     assert caught.value.code == code
@@ -87,7 +87,7 @@ async def test_refused_before_it_runs(request_: RunRequest, files: dict[str, byt
 
 
 async def test_concurrency_and_queue() -> None:
-    gate = Gate()
+    gate = BlockedSandbox()
     runner = Runner(gate, concurrency=2, max_waiting=1)
     runs = [asyncio.create_task(runner.run(HELLO, {})) for _ in range(3)]
     await wait_until(lambda: gate.inside == 2 and runner.active == 3, description="two run, one waits")
@@ -101,7 +101,7 @@ async def test_concurrency_and_queue() -> None:
 
 
 async def test_a_cancelled_wait_gives_its_place_back() -> None:
-    gate = Gate()
+    gate = BlockedSandbox()
     runner = Runner(gate, concurrency=1, max_waiting=1)
     first, second = (asyncio.create_task(runner.run(HELLO, {})) for _ in range(2))
     await wait_until(lambda: runner.active == 2, description="one runs, one waits")
@@ -115,7 +115,7 @@ async def test_a_cancelled_wait_gives_its_place_back() -> None:
 
 
 async def test_the_command_of_a_job() -> None:
-    gate = Gate()
+    gate = BlockedSandbox()
     gate.open.set()
     runner = Runner(gate)
     result = await runner.run(

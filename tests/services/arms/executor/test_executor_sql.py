@@ -204,7 +204,9 @@ class TestStrangeFiles:
     async def test_broken_json(self, bubblewrap: Bubblewrap) -> None:
         outcome = await ask(bubblewrap, "FROM data", b__json='{"a": ')
         assert outcome.exit_code == 1
-        assert "b.json could not be loaded" in outcome.stderr
+        assert "b.json could not be loaded: Invalid Input Error: Malformed JSON" in outcome.stderr
+        assert "CREATE TABLE" not in outcome.stderr
+        assert "data/" not in outcome.stderr
 
     async def test_a_hostile_file_name(self, bubblewrap: Bubblewrap) -> None:
         name = "x'; DROP TABLE a; --\".csv"

@@ -9,8 +9,7 @@ from octollm.errors import OctoError
 from octollm.services.arms.executor.sandbox import Job, SandboxResult
 from octollm.services.arms.executor.selection import RETRY_SECONDS, RunnerProvider
 from octollm.services.arms.executor.service import build_run_request, find_sql_file, summarise_run
-from octollm.testing import wait_until
-from octollm.testing.clock import ManualClock
+from octollm.testing import ManualClock, wait_until
 
 
 def files(*names: str) -> tuple[FileRef, ...]:
@@ -64,7 +63,7 @@ def test_rows_are_shown_with_their_query() -> None:
 
 
 @dataclass
-class Log:
+class RecordingLog:
     lines: list[str] = field(default_factory=list)
 
     def info(self, event: str, **_: object) -> None:
@@ -73,7 +72,7 @@ class Log:
     debug = warning = error = info
 
 
-class Empty:
+class EmptySandbox:
     name = "empty"
 
     async def run(self, job: Job) -> SandboxResult:
@@ -81,13 +80,13 @@ class Empty:
 
 
 async def test_a_missing_sandbox_is_looked_for_again_after_a_while() -> None:
-    clock, log, tried = ManualClock(), Log(), [0]
+    clock, log, tried = ManualClock(), RecordingLog(), [0]
 
-    async def choose() -> Empty:
+    async def choose() -> EmptySandbox:
         tried[0] += 1
         if tried[0] == 1:
             raise OctoError("No sandbox here.", code="no_sandbox")
-        return Empty()
+        return EmptySandbox()
 
     holder = RunnerProvider(choose, clock=clock, log=log)  # pyright: ignore[reportArgumentType]
     for _ in range(3):
@@ -105,11 +104,11 @@ async def test_a_missing_sandbox_is_looked_for_again_after_a_while() -> None:
 async def test_a_caller_that_leaves_does_not_stop_the_choosing() -> None:
     gate = asyncio.Event()
 
-    async def choose() -> Empty:
+    async def choose() -> EmptySandbox:
         await gate.wait()
-        return Empty()
+        return EmptySandbox()
 
-    holder = RunnerProvider(choose, clock=ManualClock(), log=Log())  # pyright: ignore[reportArgumentType]
+    holder = RunnerProvider(choose, clock=ManualClock(), log=RecordingLog())  # pyright: ignore[reportArgumentType]
     holder.start()
     assert (await holder.checkup()).detail == "a sandbox is being chosen"
     leaving = asyncio.create_task(holder.get())
@@ -119,4 +118,20 @@ async def test_a_caller_that_leaves_does_not_stop_the_choosing() -> None:
     gate.set()
     assert (await staying).sandbox == "empty"
     await wait_until(leaving.done, description="the caller has left")
+    await holder.aclose()
+
+
+async def test_a_sandbox_that_reads_no_files_is_degraded_and_says_what_is_missing() -> None:
+    class PythonSandbox(EmptySandbox):
+        name = "wasi"
+
+    async def choose() -> PythonSandbox:
+        return PythonSandbox()
+
+    holder = RunnerProvider(choose, clock=ManualClock(), log=RecordingLog())  # pyright: ignore[reportArgumentType]
+    await holder.get()
+    status = await holder.checkup()
+    assert (status.ok, status.required) == (False, False)
+    for word in ("wasi:", "PDF", "tables", "apt-get install bubblewrap"):
+        assert word in status.detail
     await holder.aclose()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from octollm.contracts.operations import RunResult
+from octollm.services.arms.coder.data import answer_data
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.runner import DESCRIBE, build_sql_job
 from octollm.services.arms.executor.sandbox import MIB, Limits, SandboxResult
@@ -115,3 +119,31 @@ async def test_a_table_of_more_than_the_usual_file_size(bubblewrap: Bubblewrap) 
     )
     found = json.loads((await bubblewrap.run(job)).stdout)
     assert found["rows"] == [[650_000, sum(n % 1000 + 0.5 for n in range(650_000))]]
+
+
+async def test_the_answer_that_the_documentation_shows(bubblewrap: Bubblewrap) -> None:
+    page = Path(__file__).parents[4] / "docs" / "files.md"
+    shown = re.search(
+        r"<!-- test: table answer -->\n```text\n\$ cat (\S+)\n(.*?)\$ octollm run \"(.*?)\".*?\nResult\n(.*?)```",
+        page.read_text("utf-8"),
+        re.DOTALL,
+    )
+    assert shown is not None
+    file, content, question, text = shown.groups()
+
+    async def run_sql(query: str) -> RunResult:
+        job = build_sql_job(DESCRIBE if query == "--describe" else query, {file: content.encode()}, LIMITS)
+        outcome = await bubblewrap.run(job)
+        return RunResult(outcome.exit_code, outcome.stdout, outcome.stderr)
+
+    async def ask(*_messages: object, **_options: object) -> str:
+        raise AssertionError("a rule answers it")
+
+    result = await answer_data(question, ask, run_sql)
+    assert result.output.replace("```sql\n", "").replace("\n```", "") == text.strip()
+
+
+async def test_a_line_that_is_too_long_is_refused(bubblewrap: Bubblewrap) -> None:
+    outcome = await run(bubblewrap, DESCRIBE, a__csv="a" * 9_000_000 + "\n")
+    assert "Traceback" not in outcome.stderr
+    assert "a line cannot be split into cells" in outcome.stderr + outcome.stdout

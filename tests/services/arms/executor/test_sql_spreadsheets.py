@@ -49,6 +49,16 @@ async def test_a_workbook_is_a_table(runner: Runner) -> None:
 
 
 @pytest.mark.sandbox
+async def test_a_formula_without_a_stored_result_leaves_the_answer_undecided(runner: Runner) -> None:
+    files = {"costs.xlsx": made.workbook({"S": [["item", "amount"], ["a", 2], ["b", "=B2*10"]]})}
+    found = await answer(runner, "SELECT sum(amount) AS s FROM costs", files)
+    assert found["rows"] == [[2]]
+    (assumption,) = found["assumptions"]
+    assert assumption["text"] == "undecided: 1 formula has no stored result, the first in B3; read as empty"
+    assert not assumption["decided"]
+
+
+@pytest.mark.sandbox
 async def test_sheets_and_files_are_joined(runner: Runner) -> None:
     files = {
         "shop.xlsx": made.workbook({"Items": [["id", "name"], [1, "lamp"]], "Sales": [["id", "n"], [1, 5], [1, 6]]}),
@@ -78,6 +88,15 @@ async def test_an_encrypted_workbook_says_so(runner: Runner) -> None:
     with pytest.raises(DocumentError) as caught:
         await runner.run(RunRequest("sql", ("FROM data",)), {"a.xlsx": made.encrypted_office_file()})
     assert caught.value.code == "file_encrypted"
+
+
+@pytest.mark.sandbox
+async def test_an_answer_from_a_hidden_sheet_says_so_and_one_from_another_sheet_does_not(runner: Runner) -> None:
+    sheets = {"Stock": [["id", "n"], [1, 5]], "Costs": [["id", "cost"], [1, 7]]}
+    files = {"shop.xlsx": made.workbook(sheets, hidden=["Costs"])}
+    found = await answer(runner, "SELECT cost FROM shop_costs", files)
+    assert [each["text"] for each in found["assumptions"]] == ["sheet Costs is hidden in the workbook, but read"]
+    assert (await answer(runner, "SELECT n FROM shop_stock", files))["assumptions"] == []
 
 
 def test_the_names_of_tables() -> None:

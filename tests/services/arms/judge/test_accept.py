@@ -96,7 +96,7 @@ GOOD = Citation("handbook.md", 3, 3, "Staff have 27 days of leave a year.")
 
 
 async def test_a_citation_that_carries_the_answer(run) -> None:
-    request = _documents("Staff have 27 days.\n\n[handbook.md:3-3]", GOOD)
+    request = _documents("Staff have 27 days.\n\n[handbook.md:3]", GOOD)
     assert (await accept(request, run, None, _read({"h": HANDBOOK}))).accepted
 
 

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.services.arms.judge.criteria import check_text, count_sentences, count_words, detect_language
+from octollm.services.arms.judge.criteria import check_text
+from octollm.text.language import detect_language
+from octollm.text.limits import count_sentences, count_words
 
 WORDS_20 = " ".join(["word"] * 20) + "."
 BULLETS = "- one\n- two\n- three"

@@ -41,6 +41,7 @@ async def test_a_failing_test_gives_its_statement_and_values(run) -> None:
     result = await validate(ValidateRequest(CODE, tests=TESTS.format(expected=5)), run)
     assert not result.is_valid
     assert result.reasons == ("self.assertEqual(double(2), 5) failed: expected 5, got 4",)
+    assert result.failed_statements == ("self.assertEqual(double(2), 5)",)
     assert not result.checks[-1].passed
 
 

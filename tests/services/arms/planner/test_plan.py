@@ -13,7 +13,7 @@ from octollm.services.arms.planner.plan import MAX_STEPS, is_acyclic, make_plan,
 from octollm.services.arms.planner.service import plan_and_execute
 
 
-class Asked:
+class ScriptedPrompts:
     def __init__(self, *answers: object) -> None:
         self.answers = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
         self.prompts: list[str] = []
@@ -42,27 +42,33 @@ def _request(goal: str, *files: str, arms: tuple[ArmInfo, ...] = ()) -> PlanRequ
         ("Explain recursion", (), [("coder", ())]),
         ("How many rows?", ("a.csv", "b.parquet"), [("coder", ("a.csv", "b.parquet"))]),
         ("What is said of it?", ("a.md", "b.py", "README"), [("retriever", ("a.md", "b.py", "README"))]),
-        ("What is it?", ("a.md", "b.csv"), [("retriever", ("a.md",)), ("coder", ("b.csv",))]),
+        (
+            "What is it?",
+            ("a.md", "b.csv"),
+            [("retriever", ("a.md",)), ("coder", ("b.csv",)), ("retriever", ("a.md", "b.csv"))],
+        ),
         ("Write unit tests for this module", ("a.py",), [("coder", ("a.py",))]),
     ],
 )
 async def test_code_chooses_the_arm(goal: str, files: tuple[str, ...], arms: list[tuple[str, tuple[str, ...]]]) -> None:
-    plan = await make_plan(_request(goal, *files), Asked(_worded(*(f"Step for {arm}" for arm, _ in arms))))
+    plan = await make_plan(_request(goal, *files), ScriptedPrompts(_worded(*(f"Step for {arm}" for arm, _ in arms))))
     assert [(step.arm, step.files) for step in plan.steps] == arms
-    assert all(step.goal == goal and not step.depends_on for step in plan.steps)
+    assert all(step.goal == goal for step in plan.steps)
+    is_joined = len(arms) == 3
+    assert [step.depends_on for step in plan.steps] == ([(), ("s1",), ("s1", "s2")] if is_joined else [()] * len(arms))
     assert [step.title for step in plan.steps] == [f"Step for {arm}" for arm, _ in arms]
     assert plan.steps[0].acceptance_criteria == ("It is right.",)
 
 
 @pytest.mark.parametrize("answer", ["prose", "{}", {"steps": []}, _worded("one", "two"), _worded(" ")])
 async def test_plain_titles_where_the_model_gives_none(answer: object) -> None:
-    plan = await make_plan(_request("How many rows?", "a.csv"), Asked(answer))
+    plan = await make_plan(_request("How many rows?", "a.csv"), ScriptedPrompts(answer))
     assert (plan.steps[0].title, plan.steps[0].acceptance_criteria) == ("Query a.csv", ())
 
 
 async def test_criteria_of_the_task_hold_for_every_step() -> None:
     request = PlanRequest("Explain x", acceptance_criteria=("short",))
-    plan = await make_plan(request, Asked(_worded("Explain it")))
+    plan = await make_plan(request, ScriptedPrompts(_worded("Explain it")))
     assert plan.steps[0].acceptance_criteria == ("short", "It is right.")
 
 
@@ -72,7 +78,7 @@ async def test_criteria_of_the_task_hold_for_every_step() -> None:
 )
 async def test_what_cannot_be_planned(goal: str, files: tuple[str, ...], code: str) -> None:
     with pytest.raises(OctoError) as caught:
-        await make_plan(_request(goal, *files), Asked())
+        await make_plan(_request(goal, *files), ScriptedPrompts())
     assert caught.value.code == code
 
 
@@ -81,9 +87,11 @@ async def test_an_arm_of_ones_own_takes_what_it_accepts() -> None:
         ArmInfo("looker", "Looks at pictures", accepts=("image/*",)),
         ArmInfo("translator", "Translates", accepts=("kind:translate",)),
     )
-    plan = await make_plan(_request("What is it?", "photo.png", "a.md", arms=arms), Asked(_worded("Look", "Read it")))
+    plan = await make_plan(
+        _request("What is it?", "photo.png", "a.md", arms=arms), ScriptedPrompts(_worded("Look", "Read it"))
+    )
     assert [(step.arm, step.files) for step in plan.steps] == [("looker", ("photo.png",)), ("retriever", ("a.md",))]
-    plan = await make_plan(_request("Please translate this", "a.md", arms=arms), Asked(_worded("Translate")))
+    plan = await make_plan(_request("Please translate this", "a.md", arms=arms), ScriptedPrompts(_worded("Translate")))
     assert [(step.arm, step.files) for step in plan.steps] == [("translator", ("a.md",))]
 
 
@@ -101,7 +109,9 @@ def _step(name: str, arm: str, *needs: str, files: tuple[str, ...] = ()) -> dict
 
 async def test_a_capable_model_designs_the_plan() -> None:
     arms = (ArmInfo("translator", "Translates text"),)
-    ask = Asked({"steps": [_step("read it", "retriever", files=("a.md",)), _step("plan", "translator", "read it")]})
+    ask = ScriptedPrompts(
+        {"steps": [_step("read it", "retriever", files=("a.md",)), _step("plan", "translator", "read it")]}
+    )
     plan = await make_plan(_request("Translate the summary", "a.md", arms=arms), ask, is_capable=True)
     steps = [(step.id, step.arm, step.depends_on) for step in plan.steps]
     assert steps == [("s1", "retriever", ()), ("s2", "translator", ("s1",))]
@@ -112,15 +122,15 @@ async def test_a_capable_model_designs_the_plan() -> None:
 async def test_a_designed_plan_is_mended_once_then_code_chooses() -> None:
     bad = {"steps": [_step("a", "coder", "b"), _step("b", "coder", "a")]}
     good = {"steps": [_step("a", "coder")]}
-    ask = Asked(bad, good)
+    ask = ScriptedPrompts(bad, good)
     assert len((await make_plan(_request("Explain x"), ask, is_capable=True)).steps) == 1
     assert "in a cycle" in ask.prompts[1]
-    ask = Asked(bad, "prose", _worded("Explain it"))
+    ask = ScriptedPrompts(bad, "prose", _worded("Explain it"))
     assert (await make_plan(_request("Explain x"), ask, is_capable=True)).steps[0].title == "Explain it"
 
 
 async def test_why_an_earlier_plan_failed_is_told() -> None:
-    ask = Asked({"steps": [_step("a", "coder")]})
+    ask = ScriptedPrompts({"steps": [_step("a", "coder")]})
     await make_plan(PlanRequest("Explain x", reasons=("it was too long",)), ask, is_capable=True)
     assert "it was too long" in ask.prompts[0]
 
@@ -181,7 +191,9 @@ async def test_programs_run_in_order_and_hand_on_their_files() -> None:
         seen.append(request)
         return RunResult(0, f"out {len(seen)}\n", "", files=(FileRef("made.txt", text="x"),))
 
-    result = await plan_and_execute("Do it", Asked(_programs("print(1)", "print(2)")), run, files=(FileRef("in.txt"),))
+    result = await plan_and_execute(
+        "Do it", ScriptedPrompts(_programs("print(1)", "print(2)")), run, files=(FileRef("in.txt"),)
+    )
     assert result.output == "1. Step print(\nout 1\n\n2. Step print(\nout 2"
     assert [file.name for file in seen[1].files] == ["in.txt", "made.txt", "program_2.py"]
     assert seen[1].command == ("program_2.py",)
@@ -201,7 +213,7 @@ async def test_the_first_failure_ends_it(ended: RunResult, reason: str) -> None:
         return ended
 
     with pytest.raises(OctoError, match=reason) as caught:
-        await plan_and_execute("Do it", Asked(_programs("print(1)")), run)
+        await plan_and_execute("Do it", ScriptedPrompts(_programs("print(1)")), run)
     assert caught.value.code == "not_accepted"
 
 
@@ -211,5 +223,5 @@ async def test_no_program_is_a_failure(answer: object) -> None:
         raise AssertionError
 
     with pytest.raises(OctoError) as caught:
-        await plan_and_execute("Do it", Asked(answer), run)
+        await plan_and_execute("Do it", ScriptedPrompts(answer), run)
     assert caught.value.code == "model_output_invalid"

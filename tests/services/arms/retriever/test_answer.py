@@ -7,14 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octollm.contracts.operations import Passage
-from octollm.services.arms.retriever.answer import (
-    answer_question,
-    first_paragraph,
-    is_denial,
-    measure_support,
-    narrow_passages,
-    split_sentences,
-)
+from octollm.services.arms.retriever.answer import answer_question, first_paragraph, is_denial
+from octollm.services.arms.retriever.support import measure_support, narrow_passages, split_sentences
 from octollm.text.passages import numbered_lines, split_passages
 
 TEXT = """# Pump P3
@@ -36,7 +30,7 @@ def _passages(text: str = TEXT, size: int = 200) -> list[Passage]:
     return [Passage("pump.md", "d", p.line_start, p.line_end, p.text, 1.0) for p in split_passages(text, size)]
 
 
-class Asked:
+class ScriptedPrompts:
     def __init__(self, *answers: str) -> None:
         self.answers = list(answers)
         self.prompts: list[str] = []
@@ -53,8 +47,8 @@ async def _search(question: str, limit: int) -> Sequence[Passage]:
 
 
 async def test_an_answer_with_the_line_that_carries_it() -> None:
-    result = await answer_question("How often is the filter changed?", Asked("Every 6 months."), _search)
-    assert result.output == "Every 6 months.\n\n[pump.md:6-6]"
+    result = await answer_question("How often is the filter changed?", ScriptedPrompts("Every 6 months."), _search)
+    assert result.output == "Every 6 months.\n\n[pump.md:6]"
     assert result.evidence is not None
     assert result.evidence.found
     (citation,) = result.evidence.citations
@@ -74,7 +68,7 @@ async def test_an_answer_with_the_line_that_carries_it() -> None:
     ],
 )
 async def test_what_is_not_carried_is_not_found(said: str) -> None:
-    result = await answer_question("What does the filter cost?", Asked(said, said), _search)
+    result = await answer_question("What does the filter cost?", ScriptedPrompts(said, said), _search)
     assert result.evidence is not None
     assert not result.evidence.found
     assert result.evidence.citations == ()
@@ -83,7 +77,7 @@ async def test_what_is_not_carried_is_not_found(said: str) -> None:
 
 async def test_passages_that_speak_of_something_else_carry_nothing() -> None:
     result = await answer_question(
-        "Which colour did the marketing department choose for the brochure?", Asked("Grade B oil"), _search
+        "Which colour did the marketing department choose for the brochure?", ScriptedPrompts("Grade B oil"), _search
     )
     assert result.evidence is not None
     assert not result.evidence.found
@@ -91,28 +85,28 @@ async def test_passages_that_speak_of_something_else_carry_nothing() -> None:
 
 
 async def test_nothing_is_asked_without_passages() -> None:
-    async def nothing(question: str, limit: int) -> Sequence[Passage]:
+    async def find_nothing(question: str, limit: int) -> Sequence[Passage]:
         return []
 
-    result = await answer_question("Who?", Asked(), nothing)
+    result = await answer_question("Who?", ScriptedPrompts(), find_nothing)
     assert result.output.startswith("Not found: ")
 
 
 async def test_a_second_look_at_the_sentences_that_speak_most_of_it() -> None:
-    ask = Asked("Not found.", "Rosa Lind changes the seal.")
+    ask = ScriptedPrompts("Not found.", "Rosa Lind changes the seal.")
     result = await answer_question("Who changes the seal?", ask, _search)
-    assert result.output == "Rosa Lind changes the seal.\n\n[pump.md:7-7]"
+    assert result.output == "Rosa Lind changes the seal.\n\n[pump.md:7]"
     assert len(ask.prompts[1]) < len(ask.prompts[0])
 
 
 async def test_a_sentence_that_speaks_more_of_it_is_looked_at_again() -> None:
-    ask = Asked("Three years.", "Eight years.")
+    ask = ScriptedPrompts("Three years.", "Eight years.")
     result = await answer_question("For how long is the motor covered by its maker?", ask, _search)
     assert result.output.startswith("Eight years.")
 
 
 async def test_reasons_reach_the_model() -> None:
-    ask = Asked("Every 6 months.")
+    ask = ScriptedPrompts("Every 6 months.")
     await answer_question("How often is the filter changed?", ask, _search, reasons=("no line",))
     assert "no line" in ask.prompts[0]
 

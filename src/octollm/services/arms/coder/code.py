@@ -17,7 +17,6 @@ from octollm.services.arms.coder.cross_check import (
     Run,
     collect_examples,
     drop_test_methods,
-    failed_statements,
 )
 from octollm.services.arms.coder.python_source import (
     add_imports,
@@ -75,11 +74,12 @@ async def write_code(
       right from wrong) or all attempts are used up.
 
     ``texts`` are (name, text) of input files; ``reasons`` say why an earlier answer was rejected. Raises ``OctoError``:
-    ``not_accepted`` with the judge's reasons when nothing is accepted; what ``ask``, ``validate`` and ``run`` raise.
+    ``not_accepted`` with the judge's reasons when nothing is accepted, ``step_stopped`` for a language that is not run
+    here; what ``ask``, ``validate`` and ``run`` raise.
     """
     language = detect_other_language(goal)
     if language:
-        raise OctoError(f"Only Python can be run and checked here, not {language}.", code="not_accepted")
+        raise OctoError(f"Only Python can be run and checked here, not {language}.", code="step_stopped")
     base = code_messages(goal, texts, reasons)
     check: CrossCheck | None = None
     previous = ""
@@ -159,8 +159,9 @@ async def write_class(
         other = await session.validate_tests(second, tests)
         if other.is_valid:
             return session.build_solution(second, tests, other, INDEPENDENT_TESTS)
-        remaining = drop_test_methods(tests, failed_statements(verdict) & failed_statements(other))
-        if remaining and failed_statements(verdict) == failed_statements(other):
+        failed, failed_by_other = set(verdict.failed_statements), set(other.failed_statements)
+        remaining = drop_test_methods(tests, failed & failed_by_other)
+        if remaining and failed == failed_by_other:
             retried = await session.validate_tests(code, remaining)
             if retried.is_valid:
                 note = "two classes agree; the tests that both fail were dropped"

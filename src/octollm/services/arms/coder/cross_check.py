@@ -11,7 +11,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+import secrets
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass, field
 from importlib.resources import files
 
@@ -27,7 +28,6 @@ from octollm.services.arms.coder.examples import (
     parse_examples,
     parse_goal_examples,
 )
-from octollm.services.arms.coder.probe_program import MARKER
 from octollm.services.arms.coder.python_source import find_definition, format_signature, try_parse
 from octollm.services.arms.coder.solution import (
     CodeSolution,
@@ -236,7 +236,7 @@ def hardcodes_answers(code: str, examples: Sequence[Example]) -> bool:
     return len(long) >= 2 and sum(bool(texts & constants) for texts in long) * 2 > len(long)
 
 
-def drop_test_methods(tests: str, statements: frozenset[str]) -> str:
+def drop_test_methods(tests: str, statements: Set[str]) -> str:
     """Return the tests without the methods that contain any of ``statements``.
 
     Empty when no method does, or more than a third of them: then the class is more likely wrong than its tests.
@@ -263,11 +263,6 @@ def drop_test_methods(tests: str, statements: frozenset[str]) -> str:
     for node in sorted(failed_methods, key=lambda each: -each.lineno):
         del lines[node.lineno - 1 : node.end_lineno]
     return "\n".join(lines)
-
-
-def failed_statements(verdict: ValidateResult) -> frozenset[str]:
-    """Return the test statements that a verdict names as failed (the inverse of the judge's ``describe_failure``)."""
-    return frozenset(reason.split(" failed: ")[0].removesuffix(" is not so") for reason in verdict.reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +295,7 @@ async def _probe_together(
     solutions: Sequence[str], examples: Sequence[Example], name: str, run: Run
 ) -> list[SolutionProbe | None]:
     cases = [[example.call, example.expected, example.kind] for example in examples]
+    nonce = secrets.token_hex(16)
     # Named by content: a solution cannot guess the name of another to import it.
     modules = [f"candidate_{hashlib.sha256(solution.encode()).hexdigest()[:16]}" for solution in solutions]
     sources = dict(zip(modules, solutions, strict=True))
@@ -309,7 +305,7 @@ async def _probe_together(
             command=(_PROGRAM, name, *sources),
             files=(
                 *(FileRef(f"{module}.py", text=source) for module, source in sources.items()),
-                FileRef("examples.json", text=msgspec.json.encode(cases).decode()),
+                FileRef("examples.json", text=msgspec.json.encode({"nonce": nonce, "examples": cases}).decode()),
                 FileRef(_PROGRAM, text=files(__package__ or "").joinpath("probe_program.py").read_text("utf-8")),
             ),
             limits=RunLimits(wall_seconds=_PROBE_SECONDS),
@@ -317,11 +313,9 @@ async def _probe_together(
     )
     report: dict[str, list[tuple[bool, str]]] = {}
     for line in result.stdout.split("\n"):
-        if line.startswith(MARKER):
+        if line.startswith(nonce):
             with contextlib.suppress(msgspec.DecodeError):
-                report |= msgspec.json.decode(
-                    line.removeprefix(MARKER).encode(), type=dict[str, list[tuple[bool, str]]]
-                )
+                report |= msgspec.json.decode(line.removeprefix(nonce).encode(), type=dict[str, list[tuple[bool, str]]])
     return [_to_probe(report.get(module, []), len(examples)) for module in modules]
 
 

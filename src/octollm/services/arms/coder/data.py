@@ -5,27 +5,30 @@ Several drafts are written; a result that two of them agree on is the answer (se
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from octollm import Check, Evidence, ExecuteResult, Message, OctoError
 from octollm.contracts.operations import Cell, ResultSet, RunResult, format_assumptions, format_cell, parse_result_set
-from octollm.services.arms.coder.sql_heuristics import (
-    QueryIssue,
-    find_query_issues,
-    required_functions_hint,
-    row_count_query,
-)
+from octollm.services.arms.coder.question_check import find_contradictions
+from octollm.services.arms.coder.question_rules import plain_query
+from octollm.services.arms.coder.sql_heuristics import QueryIssue, find_query_issues, required_functions_hint
 from octollm.services.arms.coder.table_schema import (
     RunSql,
     TableSchema,
     describe_tables,
     extract_query,
     format_schema,
+    join_missing_table,
     missing_column_hint,
+    quote_identifier,
     quote_names,
+    quote_reserved_names,
 )
 from octollm.services.arms.completion import PromptFunction, ask_draft
+from octollm.services.arms.document_goals import find_document_work
+from octollm.text.lexical import stems
 
 OnText = Callable[[str], Awaitable[None]]
 
@@ -38,6 +41,8 @@ MAX_DRAFTS = 3
 MAX_NOTES = 2000
 MAX_SHOWN_ROWS = 50
 """Rows in the text of the answer."""
+QUESTION_CHECK = "question"
+"""The name of the check whether the query fits the question."""
 NO_ROWS_TEXT = "No rows match."
 """The text of an empty result."""
 _TEMPERATURES = (0.0, 0.6, 0.9)
@@ -66,6 +71,11 @@ class QueryDraft:
         """Return whether the query has no fatal issue."""
         return not any(doubt.is_fatal for doubt in self.issues)
 
+    @property
+    def rank(self) -> tuple[bool, int, int]:
+        """Return what drafts are ordered by, the best first."""
+        return not self.is_sound, sum(not doubt.is_note for doubt in self.issues), len(self.issues)
+
 
 async def answer_data(
     goal: str,
@@ -79,16 +89,15 @@ async def answer_data(
     """Answer ``goal`` with the output of a query over all rows; the answer includes the query.
 
     ``notes`` are results of earlier steps; ``reasons`` say why an earlier answer was rejected. Raises ``OctoError``:
-    ``not_accepted`` when no query runs or the drafts disagree, ``file_invalid`` when a file is not a table, and what
-    ``ask`` and ``run_sql`` raise.
+    ``not_accepted`` when no query runs or the drafts disagree, ``step_stopped`` for a goal that is no question,
+    ``file_invalid`` when a file is not a table, and what ``ask`` and ``run_sql`` raise.
     """
     tables = await describe_tables(run_sql)
-    counted = row_count_query(goal, tables)
-    if counted is not None:
-        ran = await run_sql(counted)
-        if ran.exit_code == 0:
-            draft = QueryDraft(counted, parse_result_set(ran.stdout), ())
-            return _build_result(draft, "the question asks for the rows alone, so no model was asked")
+    if find_document_work(goal) in ("translation", "rewrite"):
+        raise OctoError(_NOT_FOR_TABLES, code="step_stopped")
+    draft = None if reasons else await _answer_by_rule(goal, tables, run_sql)
+    if draft is not None:
+        return _build_result(draft, Check("rule", True, "every word of the question is known, so no model was asked"))
     schema, wanted = format_schema(tables), required_functions_hint(goal, tables)
     drafts: list[QueryDraft] = []
     failures: list[str] = []
@@ -104,11 +113,86 @@ async def answer_data(
         if draft is None:
             continue
         for other in drafts:
-            best = min(other, draft, key=lambda one: (not one.is_sound, len(one.issues), -len(one.table.columns)))
+            best = min(other, draft, key=lambda one: (*one.rank, -len(one.table.columns)))
             if best.is_sound and results_agree(other.table, draft.table):
-                return _build_result(best, f"{len(drafts) + 1} drafts were compared, two agree")
+                why = f"{len(drafts) + 1} drafts were compared, two agree"
+                return _build_result(best, Check("agreement", True, why, checked_by="model"))
         drafts.append(draft)
+    if absent := await _find_absent_value(goal, tables, drafts, run_sql):
+        return absent
     raise OctoError(_failure_message(drafts, failures), code="not_accepted")
+
+
+def _find_issues(goal: str, query: str, table: ResultSet, tables: tuple[TableSchema, ...]) -> tuple[QueryIssue, ...]:
+    issues = [*find_query_issues(goal, query, table, tables), *find_contradictions(goal, query, table, tables)]
+    return tuple(dict.fromkeys(issues))
+
+
+async def _find_absent_value(
+    goal: str, tables: tuple[TableSchema, ...], drafts: Sequence[QueryDraft], run_sql: RunSql
+) -> ExecuteResult | None:
+    """Return "Not found" if every draft looks for a value of the question that no text of the tables contains."""
+    looked_for = [{doubt.unknown_value for doubt in draft.issues if doubt.unknown_value} for draft in drafts]
+    shared = looked_for[0].intersection(*looked_for[1:]) if looked_for else set[str]()
+    value = next((each for each in sorted(shared) if each.casefold() in goal.casefold()), "")
+    literal = "'" + value.replace("'", "''") + "'"
+    selects = [
+        f"SELECT {quote_identifier(column.name)} AS found FROM {quote_identifier(table.table)} "  # noqa: S608
+        f"WHERE contains(lower({quote_identifier(column.name)}), lower({literal}))"
+        for table in tables
+        for column in table.columns
+        if column.is_text
+    ]
+    if not value or not selects:
+        return None
+    query = " UNION ALL ".join(selects)
+    ran = await run_sql(query)
+    if ran.exit_code != 0 or parse_result_set(ran.stdout).rows:
+        return None
+    columns = sorted({doubt.text for draft in drafts for doubt in draft.issues if doubt.unknown_value == value})
+    return ExecuteResult(
+        output=f"Not found: no row has “{value}”. {' '.join(columns)}\n\nQuery:\n```sql\n{query}\n```",
+        evidence=Evidence(
+            kind="data",
+            query=query,
+            columns=("found",),
+            rows=0,
+            checks=(Check("absent", True, f"no text of the tables has “{value}”"),),
+            found=False,
+        ),
+    )
+
+
+async def _answer_by_rule(goal: str, tables: tuple[TableSchema, ...], run_sql: RunSql) -> QueryDraft | None:
+    """Return the query of a rule and its rows; ``None`` where no rule applies, or the rows speak against it."""
+    query = plain_query(goal, tables) or _summary_query(goal, tables)
+    ran = await run_sql(query) if query else None
+    if query is None or ran is None or ran.exit_code != 0:
+        return None
+    table = parse_result_set(ran.stdout)
+    draft = QueryDraft(query, table, _find_issues(goal, query, table, tables))
+    return draft if all(doubt.is_note for doubt in draft.issues) else None
+
+
+_NOT_FOR_TABLES = (
+    "Tables are not translated or reworded: a query answers from them. Ask a question of the table, or give its text "
+    "in a document (.txt, .md)."
+)
+_GROUPING = re.compile(r"\b(?:by|per|pro|je|nach|par|por|for each|of each|top|only|where)\b", re.IGNORECASE)
+_SUMMARY_QUERY = (
+    'SELECT column_name AS "column", column_type AS "type", "min" AS lowest, "max" AS highest, '
+    "round(TRY_CAST(avg AS DOUBLE), 4) AS mean, null_percentage AS empty_percent FROM (SUMMARIZE {table})"
+)
+
+
+def _summary_query(goal: str, tables: tuple[TableSchema, ...]) -> str | None:
+    """Return the query of a summary of a whole table; ``None`` for one of some columns or groups: a model reads it."""
+    words = stems(goal)
+    if find_document_work(goal) != "summary" or len(tables) != 1 or _GROUPING.search(goal):
+        return None
+    if any(stems(column.name) & words for column in tables[0].columns):
+        return None
+    return _SUMMARY_QUERY.format(table=quote_identifier(tables[0].table))
 
 
 def results_agree(one: ResultSet, other: ResultSet) -> bool:
@@ -132,8 +216,8 @@ def results_agree(one: ResultSet, other: ResultSet) -> bool:
     return True
 
 
-def render_answer(table: ResultSet, query: str) -> str:
-    """Return the answer as text: each value with its column's name, then the assumptions and the query."""
+def render_answer(table: ResultSet, query: str, note: str = "") -> str:
+    """Return the answer as text: each value with its column's name, a note, the assumptions and the query."""
     columns = table.columns
     if not table.rows:
         body = NO_ROWS_TEXT
@@ -145,7 +229,8 @@ def render_answer(table: ResultSet, query: str) -> str:
         if table.row_count > MAX_SHOWN_ROWS:
             lines.append(f"… {table.row_count - MAX_SHOWN_ROWS} more rows")
         body = "\n".join(lines)
-    parts = (body, format_assumptions(table.assumptions), f"Query:\n```sql\n{query}\n```")
+    told = f"Note: {note}" if note else ""
+    parts = (body, told, format_assumptions(table.assumptions), f"Query:\n```sql\n{query}\n```")
     return "\n\n".join(filter(None, parts))
 
 
@@ -209,15 +294,20 @@ async def _write_draft(
             problem = "There is no SELECT statement in the answer."
         else:
             ran = await runs.run(query)
+            if ran.exit_code != 0:
+                repaired = quote_reserved_names(query, tables) if "Parser Error" in ran.stderr else query
+                repaired = join_missing_table(repaired, ran.stderr, tables)
+                if repaired != query:
+                    query, ran = repaired, await runs.run(repaired)
             if ran.exit_code == 0:
                 table = parse_result_set(ran.stdout)
-                issues = find_query_issues(goal, query, table, tables)
-                draft = QueryDraft(query, table, tuple(issues))
-                if best is None or (not draft.is_sound, len(issues)) < (not best.is_sound, len(best.issues)):
+                draft = QueryDraft(query, table, _find_issues(goal, query, table, tables))
+                if best is None or draft.rank < best.rank:
                     best = draft
-                if not issues:
+                faults = [doubt.text for doubt in draft.issues if not doubt.is_note]
+                if not faults:
                     return draft
-                problem = " ".join(doubt.text for doubt in issues)
+                problem = " ".join(faults)
             else:
                 error = ran.stderr.strip() or ran.reason
                 problem = f"The query failed: {error[:400]}{missing_column_hint(error, tables)}"
@@ -237,10 +327,10 @@ def _failure_message(drafts: Sequence[QueryDraft], failures: Sequence[str]) -> s
     if not drafts:
         return f"No query could be run: {'; '.join(failures[-3:])}"
     if not any(one.is_sound for one in drafts):
-        return f"No query does what is asked. {' '.join(against)} Tried: {attempts}"
+        return f"Not certain: no query does what is asked. {' '.join(against)} Tried: {attempts}"
     if len(drafts) == 1:
-        return f"Only one query could be run, and no other bears it out: {attempts}"
-    return f"The queries do not agree, so none is given as the answer: {attempts}"
+        return f"Not certain: only one query could be run, and no other bears it out: {attempts}"
+    return f"Not certain: the queries do not agree, so none is given as the answer: {attempts}"
 
 
 def _question_prompt(schema: str, goal: str, notes: str, reasons: Sequence[str], said: Sequence[str]) -> str:
@@ -249,18 +339,20 @@ def _question_prompt(schema: str, goal: str, notes: str, reasons: Sequence[str],
     return "\n".join([schema, "", f"{known}Question: {goal}{refused}", *filter(None, said)])
 
 
-def _build_result(draft: QueryDraft, why: str) -> ExecuteResult:
-    checks = [Check("agreement", True, why, checked_by="model")]
-    checks.extend(Check("doubt", False, doubt.text) for doubt in draft.issues)
+def _build_result(draft: QueryDraft, check: Check) -> ExecuteResult:
+    doubts = " ".join(doubt.text for doubt in draft.issues)
+    note = f"not certain, check it: {doubts}" if doubts else ""
+    fits = Check(QUESTION_CHECK, not doubts, doubts or "nothing in the query contradicts the words of the question")
     return ExecuteResult(
-        output=render_answer(draft.table, draft.query),
+        output=render_answer(draft.table, draft.query, note),
         evidence=Evidence(
             kind="data",
             query=draft.query,
             columns=draft.table.columns,
             rows=draft.table.row_count,
             assumptions=draft.table.assumptions,
-            checks=tuple(checks),
+            checks=(check, fits),
+            notes=(note,) if note else (),
         ),
     )
 

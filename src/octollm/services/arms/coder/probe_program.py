@@ -1,7 +1,8 @@
 """The program that calls solutions with the same examples in the sandbox, to compare their outputs.
 
-Usage: ``python <this file> NAME MODULE…``; ``examples.json`` holds ``[[call, expected, kind], …]``. It prints one line
-as each module ends: the marker, then JSON with the module and, for each example, ``[passed, output]``.
+Usage: ``python <this file> NAME MODULE…``; ``examples.json`` holds ``{"nonce": …, "examples": [[call, expected, kind],
+…]}`` and is removed before a solution runs. As each module ends, it prints one line: the nonce, then JSON with the
+module and, for each example, ``[passed, output]``. What a solution prints is discarded.
 """
 
 import importlib
@@ -11,19 +12,26 @@ import os
 import pathlib
 import sys
 
-MARKER = "octollm-probe:"
 MAX_TEXT = 300
 
 
 def main(name: str, modules: list[str]) -> None:
     """Call every solution with every example."""
-    real_stdout, sys.stdout = sys.stdout, io.StringIO()
-    examples = json.loads(pathlib.Path("examples.json").read_text("utf-8"))
+    write, encode, descriptor = os.write, json.dumps, 1
+    if hasattr(os, "dup2"):
+        # What a solution prints by way of the descriptor is not part of the report.
+        descriptor = os.dup(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = io.StringIO()
+    path = pathlib.Path("examples.json")
+    payload = json.loads(path.read_text("utf-8"))
+    path.unlink()
     for module in modules:
-        outcomes = [probe(module, name, *example) for example in examples]
-        # Flushed, so that the output of this module is known even if the next one never ends.
-        real_stdout.write("\n" + MARKER + json.dumps({module: outcomes}) + "\n")
-        real_stdout.flush()
+        outcomes = [probe(module, name, *example) for example in payload["examples"]]
+        # Written at once, so that the output of this module is known even if the next one never ends.
+        line = ("\n" + payload["nonce"] + encode({module: outcomes}) + "\n").encode()
+        while line:
+            line = line[write(descriptor, line) :]
     # Not sys.exit: an atexit handler or thread of a solution could print a forged result line.
     os._exit(0)
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from octollm.contracts.operations import ResultSet
-from octollm.services.arms.coder.table_schema import TableSchema, quote_identifier
+from octollm.services.arms.coder.table_schema import TableSchema, find_select_list
 from octollm.text.lexical import extract_numbers
 
 
@@ -29,13 +29,22 @@ _REQUIRED_FUNCTIONS = (
     RequiredFunction("COUNT(*)", r"\bhow many (?:rows|records|entries|lines)\b", r"\bcount\s*\("),
     RequiredFunction(
         "COUNT(*)",
-        r"\bhow many\b|^\W*(?:(?:what is )?the number of|number of|count)\b",
+        r"\b(?:how many|wie viele|combien d(?:e\b|['’])|cuánt[oa]s)(?: (?P<column>\w+))?|"
+        r"^\W*(?:(?:what is )?the number of|number of|count)\b",
         r"\b(?:count|sum)\s*\(",
     ),
-    RequiredFunction("SUM(…)", r"\b(?:total|sum|altogether|combined)\b", r"\b(?:sum|count)\s*\("),
-    RequiredFunction("SUM(…)", r"\btheir (?:total|sum)\b", r"\bsum\s*\("),
-    RequiredFunction("AVG(…)", r"\b(?:average|mean)\b", r"\b(?:avg|mean|sum)\s*\("),
-    RequiredFunction("MEDIAN(…)", r"\bmedian\b", r"\b(?:median|quantile\w*|percentile\w*)\s*\("),
+    RequiredFunction(
+        "SUM(…)",
+        r"\b(?:total|sum|altogether|combined|add up|summe|gesamtsumme|insgesamt|en tout|somme|suma)\b",
+        r"\b(?:sum|count)\s*\(",
+    ),
+    RequiredFunction("SUM(…)", r"\b(?:their (?:total|sum)|together)\b", r"\bsum\s*\("),
+    RequiredFunction(
+        "AVG(…)",
+        r"\b(?:average|mean|durchschnitt(?:lich\w*)?|im schnitt|mittelwert|moyenne|en promedio|promedio|de media)\b",
+        r"\b(?:avg|mean|sum)\s*\(",
+    ),
+    RequiredFunction("MEDIAN(…)", r"\b(?:median|médiane|mediana)\b", r"\b(?:median|quantile\w*|percentile\w*)\s*\("),
     RequiredFunction("MAX(…)", r"\b(?:highest|best|maximum|largest|biggest|longest|latest)\b"),
     RequiredFunction("MIN(…)", r"\b(?:lowest|worst|minimum|smallest|shortest|earliest)\b"),
     RequiredFunction(
@@ -62,22 +71,6 @@ def find_required_functions(goal: str, tables: tuple[TableSchema, ...]) -> list[
     return required
 
 
-_ROW_COUNT = re.compile(
-    r"(?:please )?(?:how many|(?:what is |tell me )?the number of|count(?: all)?(?: the)?) (?:data )?"
-    r"(?:rows|records|entries|lines|zeilen)(?: of data)?"
-    r"(?: (?:are|is|does|do|has|have|there|it|in|of|this|that|the|file|table|data|csv|sheet|spreadsheet|contains?"
-    r"|holds?|[\w.-]+\.\w{2,4}))*\W*|wie viele zeilen(?: \w+){0,4}\W*",
-    re.IGNORECASE,
-)
-
-
-def row_count_query(goal: str, tables: tuple[TableSchema, ...]) -> str | None:
-    """Return the query that answers ``goal``, when that asks for nothing but the rows of the only table."""
-    if len(tables) != 1 or not _ROW_COUNT.fullmatch(goal.strip()):
-        return None
-    return f"SELECT count(*) AS row_count FROM {quote_identifier(tables[0].table)}"  # noqa: S608
-
-
 def required_functions_hint(goal: str, tables: tuple[TableSchema, ...]) -> str:
     """Return a prompt line with the required functions if there are several (small models forget one), else empty."""
     names = list(dict.fromkeys(function.sql for function in find_required_functions(goal, tables)))
@@ -93,15 +86,22 @@ _PLAIN_VALUE = re.compile(r"-?\d+(?:\.\d+)?|\d{4}-\d\d-\d\d(?:[ T][\d:.]+)?")
 _DATE_EQUALITY = re.compile(r"(?<![<>])=\s*(?:DATE\s*)?'\d{4}-\d\d-\d\d'", re.IGNORECASE)
 _DIGITS = re.compile(r"\d+(?:\.\d+)?")
 _AFTER_YEAR = re.compile(r"\bafter ((?:19|20)\d\d)\b(?!-)", re.IGNORECASE)
+_ASKS_FOR_EACH = re.compile(r"\b(?:each|every|per|by|both)\b", re.IGNORECASE)
 _ASKS_FOR_NAME = re.compile(r"\W*(?:which|who|whose)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class QueryIssue:
-    """A reason to distrust a query, worded as an instruction to repair it. A fatal one rules the query out."""
+    """A reason to distrust a query, worded as an instruction to repair it. A fatal one rules the query out.
+
+    A note is told with the answer, and the model is not asked to repair it. ``unknown_value`` is a text that the query
+    looks for in a column that never has it.
+    """
 
     text: str
     is_fatal: bool = False
+    is_note: bool = False
+    unknown_value: str = ""
 
 
 def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[TableSchema, ...]) -> list[QueryIssue]:
@@ -131,12 +131,44 @@ def find_query_issues(goal: str, query: str, table: ResultSet, tables: tuple[Tab
         for function in find_required_functions(goal, tables)
         if function.satisfied_by and not re.search(function.satisfied_by, query, re.IGNORECASE)
     )
+    if (
+        table.row_count > 1
+        and re.search(r"\bunion\b", query, re.IGNORECASE)
+        and not re.search(r"\bgroup\s+by\b", query, re.IGNORECASE)
+        and any(
+            function.satisfied_by and function.sql != "GROUP BY" for function in find_required_functions(goal, tables)
+        )
+        and not _ASKS_FOR_EACH.search(goal)
+    ):
+        issues.append(
+            QueryIssue("The question asks for one value of all tables: SELECT … FROM (… UNION ALL …).", is_fatal=True)
+        )
+    if table.row_count > 1 and (group := find_unselected_group(query)):
+        issues.append(QueryIssue(f"The query groups by {group}. Select {group} as well.", is_fatal=True))
     has_text_cell = any(isinstance(cell, str) for cell in cells)
     if cells and not has_text_cell and _ASKS_FOR_NAME.match(goal) and any(c.is_text for t in tables for c in t.columns):
         issues.append(
             QueryIssue("The question asks which one, but the query gives no name. Select the column that names it.")
         )
     return list(dict.fromkeys(issues))
+
+
+_GROUP = re.compile(r"\bgroup\s+by\s+(\"[^\"]+\"|[\w.]+)\s*(?:$|;|\border\b|\bhaving\b|\blimit\b)", re.IGNORECASE)
+
+
+def find_unselected_group(query: str) -> str:
+    """Return the only column that a query groups by, when its rows do not say which group they are; else empty."""
+    match = _GROUP.search(query)
+    if match is None or match[1].isdigit() or len(re.findall(r"\bselect\b", query, re.IGNORECASE)) > 1:
+        return ""
+    name = match[1].split(".")[-1].strip('"')
+    selected = find_select_list(query)
+    return (
+        ""
+        if "*" in re.sub(r"count\s*\(\s*\*\s*\)", "", selected, flags=re.IGNORECASE)
+        or re.search(rf"(?<!\w){re.escape(name)}(?!\w)", selected, re.IGNORECASE)
+        else match[1]
+    )
 
 
 def _has_only_known_values(query: str, tables: tuple[TableSchema, ...]) -> bool:
@@ -166,5 +198,6 @@ def find_unknown_values(query: str, tables: tuple[TableSchema, ...]) -> list[Que
         for literal in [value] if one else _STRING.findall(values):
             if name in known and literal.replace("''", "'") not in known[name] and literal:
                 listed = ", ".join(f"'{each}'" for each in sorted(known[name])[:12])
-                issues.append(QueryIssue(f"Column {name} never is '{literal}'; it is one of {listed}.", is_fatal=True))
+                text = f"Column {name} never is '{literal}'; it is one of {listed}."
+                issues.append(QueryIssue(text, is_fatal=True, unknown_value=literal.replace("''", "'")))
     return issues

@@ -239,6 +239,10 @@ class Bubblewrap:
         self._user = user
         self._clock = clock
         self._supervisor = Path(inside.__file__).read_text()
+        # In a container /proc/sys is read-only, and bubblewrap ends when it cannot set the limit of user namespaces to
+        # zero there. The filter alone refuses new namespaces, too.
+        is_read_only = os.statvfs("/proc/sys/user").f_flag & os.ST_RDONLY
+        self._user_namespaces = () if is_read_only else ("--disable-userns",)
         # Two filters, because the supervisor must fork to start the program, which itself must not fork.
         self._base_filter = build_filter(architecture, allow_processes=True)
         self._program_filter = build_filter(architecture, allow_processes=False)
@@ -302,7 +306,7 @@ class Bubblewrap:
     def _arguments(self, job: Job, filter_fd: int, result: int, life: int) -> Sequence[str]:
         return [
             self._executable,
-            *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"),
+            *("--unshare-all", "--unshare-user", *self._user_namespaces, "--die-with-parent", "--new-session"),
             *("--as-pid-1", "--cap-drop", "ALL", "--clearenv", "--hostname", "sandbox"),
             *("--uid", "1000", "--gid", "1000"),
             *_environment_options(self._interpreter),

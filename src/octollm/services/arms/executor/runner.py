@@ -41,7 +41,7 @@ _TABLE_FORMATS = {
     ".ndjson": "json",
     ".parquet": "parquet",
 }
-_ROWS_FILE_BYTES = MAX_LIMITS.file_bytes
+_ROWS_FILE_BYTES = 64 * MIB
 """The rows of one table, as text, which the runner of queries writes before it loads them."""
 _OUTPUT_SHARE = 0.6
 """Share of ``output_bytes`` for rows. Rows are counted in characters; the rest is room for multi-byte ones."""

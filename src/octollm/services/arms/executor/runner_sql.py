@@ -55,6 +55,8 @@ def as_utf8(path: Path) -> list[TableAssumption]:
 
     Raises ``RefusedError`` for a file that is empty, or no text.
     """
+    # The executor has converted what needs a guess already (``to_utf8``): this sandbox has no library that guesses.
+    # Windows-1252 is left to this program, so that the assumption is noted with the table.
     data = path.read_bytes()
     encoding = next((name for mark, name in _ENCODINGS if data.startswith(mark)), "utf-8")
     notes: list[TableAssumption] = []
@@ -83,17 +85,16 @@ def load(connection: duckdb.DuckDBPyConnection, table: str, path: Path, kind: st
     if kind in ("parquet", "json"):
         notes = as_utf8(path) if kind == "json" else []
         options = ", sample_size=-1, maximum_object_size=134217728" if kind == "json" else ""
-        connection.execute(
-            f"CREATE TABLE {quote_name(table)} AS SELECT * FROM read_{kind}({quote_text(str(path))}{options})"  # noqa: S608
-        )
-        return notes
+        return notes + load_records(connection, table, f"read_{kind}({quote_text(str(path))}{options})")
     if kind == "cells":
         sheet = json.loads(path.read_text("utf-8"))
         try:
             layout, rows = parse_cells(sheet["rows"], sheet["first_row"])
         except LayoutError as error:
             raise RefusedError(str(error)) from error
-        return load_rows(connection, table, layout, rows, path.with_suffix(".rows"))
+        notes = sheet.get("notes", ())
+        stated = [TableAssumption(text, decided=not text.startswith("undecided: ")) for text in notes]
+        return stated + load_rows(connection, table, layout, rows, path.with_suffix(".rows"))
     notes = as_utf8(path)
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -103,11 +104,49 @@ def load(connection: duckdb.DuckDBPyConnection, table: str, path: Path, kind: st
                 try:
                     return notes + _load_long_file(connection, table, layout, source)
                 except duckdb.Error:
-                    # A line is not as long as the header: the parser of this program counts and mends such lines.
+                    # A line is not as long as the header: the parser of this program counts and repairs such lines.
                     connection.execute(f"DROP TABLE IF EXISTS {_raw_name(table)}")
             return notes + load_rows(connection, table, layout, rows, path.with_suffix(".rows"))
     except LayoutError as error:
         raise RefusedError(str(error)) from error
+    except csv.Error as error:
+        raise RefusedError(f"a line cannot be split into cells: {error}") from error
+
+
+def load_records(connection: duckdb.DuckDBPyConnection, table: str, source: str) -> list[TableAssumption]:
+    """Load the records of a file with types of its own. Its columns of text are typed as those of a text file are.
+
+    An object around a single list of objects is left out: its list is the table.
+    """
+    notes: list[TableAssumption] = []
+    records = quote_name(f"{table} records")
+    connection.execute(f"CREATE TABLE {records} AS SELECT * FROM {source}")  # noqa: S608
+    described = _describe_columns(connection, records)
+    lists = [name for name, kind in described if re.fullmatch(r"STRUCT\(.*\)\[\]", kind)]
+    ((count,),) = connection.execute(f"SELECT count(*) FROM (FROM {records} LIMIT 2)").fetchall()  # noqa: S608
+    if count == 1 and len(lists) == 1:
+        others = [name for name, _ in described if name != lists[0]]
+        left_out = f"; {', '.join(others)[:80]} beside it is left out" if others else ""
+        notes.append(TableAssumption(f"The list {lists[0]!r} of the file is read as the table{left_out}."))
+        inner = quote_name(f"{table} list")
+        connection.execute(
+            f"CREATE TABLE {inner} AS SELECT entry.* FROM "  # noqa: S608
+            f"(SELECT unnest({quote_name(lists[0])}) AS entry FROM {records})"
+        )
+        connection.execute(f"DROP TABLE {records}")
+        records, described = inner, _describe_columns(connection, inner)
+    texts = frozenset(number for number, (_, kind) in enumerate(described) if kind == "VARCHAR")
+    names = [name for name, _ in described]
+    layout = Layout(names, {}, 0, text_columns=texts, named=frozenset(names))
+    cells = ", ".join(f"{quote_name(name)} AS c{number}" for number, name in enumerate(names))
+    connection.execute(f"CREATE TABLE {_raw_name(table)} AS SELECT {cells} FROM {records}")  # noqa: S608
+    connection.execute(f"DROP TABLE {records}")
+    return notes + _create_typed(connection, table, layout)
+
+
+def _describe_columns(connection: duckdb.DuckDBPyConnection, table: str) -> list[tuple[str, str]]:
+    found = connection.execute(f"SELECT * FROM {table} LIMIT 0")  # noqa: S608
+    return [(str(column[0]), str(column[1])) for column in found.description or []]
 
 
 def load_rows(
@@ -298,8 +337,8 @@ def used_assumptions(
 def describe(connection: duckdb.DuckDBPyConnection, table: str, file: str) -> dict[str, Any]:
     """Return a table's columns with their types and ranges, its row count and three of its rows."""
     name = quote_name(table)
+    described = _describe_columns(connection, name)
     shown = connection.execute(f"SELECT * FROM {name} LIMIT 3")  # noqa: S608
-    described = [(str(column[0]), str(column[1])) for column in shown.description or []]
     sample = [[_short(plain(cell)) for cell in row[:_MAX_COLUMNS]] for row in shown.fetchall()]
     (count,) = connection.execute(f"SELECT count(*) FROM {name}").fetchone() or (0,)  # noqa: S608
     columns = [{"name": c, "type": t, **_range(connection, name, c, t)} for c, t in described[:_MAX_COLUMNS]]
@@ -342,6 +381,11 @@ def as_text(tables: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _plain_error(error: Exception) -> str:
+    """Return what an error says about the file, without the statement and the file's place in the sandbox."""
+    return re.sub(r" in file \"[^\"\n]*\",?", "", str(error).split("\n")[0]).strip()
+
+
 def main() -> int:
     """Answer the request; return the exit code."""
     request = json.loads(Path("request.json").read_text("utf-8"))
@@ -363,7 +407,7 @@ def main() -> int:
             assumptions[item["table"]] = load(connection, item["table"], Path(item["path"]), item["kind"])
             loaded.append((item["table"], item["file"]))
         except (RefusedError, duckdb.Error) as error:
-            faults.append(f"{item['file']} could not be loaded: {error}")
+            faults.append(f"{item['file']} could not be loaded: {_plain_error(error)}")
     if len(request["tables"]) == 1 and loaded and loaded[0][0] != "data":
         connection.execute(f"CREATE VIEW data AS SELECT * FROM {quote_name(loaded[0][0])}")  # noqa: S608
     # After the files are loaded and before the query, which must not read files.

@@ -94,19 +94,8 @@ class Limits:
         return Limits(**{f.name: min(getattr(self, f.name), getattr(maxima, f.name)) for f in fields(self)})
 
 
-MAX_LIMITS = Limits(
-    wall_seconds=60.0,
-    cpu_seconds=120,
-    memory_bytes=2048 * MIB,
-    output_bytes=1 * MIB,
-    file_bytes=64 * MIB,
-    disk_bytes=256 * MIB,
-    disk_entries=20_000,
-    open_files=256,
-    result_files=64,
-    result_file_bytes=256 * KIB,
-)
-"""Upper bounds for what a run can request."""
+MAX_LIMITS = Limits(wall_seconds=60.0, cpu_seconds=120, memory_bytes=2048 * MIB, output_bytes=1 * MIB)
+"""Upper bounds for what a run can request: time, memory and output. The other limits are the defaults."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from octollm.rpc.health import DependencyStatus
 from octollm.services.arms.executor.bubblewrap import Bubblewrap
 from octollm.services.arms.executor.runner import Runner
 from octollm.services.arms.executor.sandbox import Job, Limits, Sandbox
-from octollm.services.arms.executor.wasi import Wasi
+from octollm.services.arms.executor.wasi import PYTHON_ALONE, Wasi
 from octollm.telemetry import Logger
 
 SandboxPreference = Literal["auto", "bubblewrap", "wasi"]
@@ -115,14 +115,18 @@ class RunnerProvider:
     async def checkup(self) -> DependencyStatus:
         """Return the sandbox in use, for ``/ready``.
 
-        It is not a required dependency: without a sandbox the executor still answers, with how to install one.
+        It is not a required dependency: without a sandbox the executor still answers, with how to install one. The WASI
+        sandbox counts as degraded, because files of most formats cannot be read in it.
         """
         if self._failure is not None:
             return DependencyStatus(ok=False, detail=self._failure.detail, required=False)
         choosing = self._selection
         if choosing is None or not choosing.done():
             return DependencyStatus(ok=True, detail="a sandbox is being chosen", required=False)
-        return DependencyStatus(ok=True, detail=choosing.result().sandbox, required=False)
+        sandbox = choosing.result().sandbox
+        if sandbox == Wasi.name:
+            return DependencyStatus(ok=False, detail=f"{sandbox}: {PYTHON_ALONE}", required=False)
+        return DependencyStatus(ok=True, detail=sandbox, required=False)
 
     async def aclose(self) -> None:
         """Cancel the selection."""

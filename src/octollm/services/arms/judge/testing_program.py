@@ -117,7 +117,7 @@ def has_same_items(first: list[Any], second: list[Any]) -> bool:
     return not second
 
 
-class Sealed:
+class HiddenValue:
     """Stands in the tests for an expected value that stayed with the judge."""
 
     def __init__(self, number: int) -> None:
@@ -136,7 +136,7 @@ def encode(value: Any, depth: int = 0) -> Any:
     type as long as it compares like it.
     """
     kind = type(value)
-    if kind is Sealed:
+    if kind is HiddenValue:
         return {"t": "sealed", "v": value.number}
     if value is None or kind is bool:
         return value
@@ -232,7 +232,7 @@ def has_opaque(data: Any) -> bool:
     return isinstance(data, list) and any(map(has_opaque, data))
 
 
-class Raised:
+class ExceptionObserver:
     """A ``with`` block whose exception is observed. ``kind`` is the class to catch where the tests define it."""
 
     def __init__(self, recorder: Recorder, number: int, kind: Any, *, catches_all: bool, pattern: Any) -> None:
@@ -243,7 +243,7 @@ class Raised:
         self.value: BaseException | None = None
         self.type: type[BaseException] | None = None
 
-    def __enter__(self) -> Raised:
+    def __enter__(self) -> ExceptionObserver:
         """Begin the block."""
         return self
 
@@ -311,17 +311,19 @@ class Recorder:
         """Observe the operands of an assertion. ``op`` is given where they can be compared here at all."""
         encoded = [self._bounded(encode(value)) for value in values]
         inside = None
-        if op and any(map(has_opaque, encoded)) and not any(type(value) is Sealed for value in values):
+        if op and any(map(has_opaque, encoded)) and not any(type(value) is HiddenValue for value in values):
             inside = evaluate(op, values)
         self.add(number, inside, encoded)
 
-    def raises(self, number: int, kind: Any = None, catches_all: bool = False, pattern: Any = None) -> Raised:
+    def raises(
+        self, number: int, kind: Any = None, catches_all: bool = False, pattern: Any = None
+    ) -> ExceptionObserver:
         """Observe the exception of a ``with`` block; ``pattern`` is given where it has to be searched for here."""
-        return Raised(self, number, kind, catches_all=catches_all, pattern=pattern)
+        return ExceptionObserver(self, number, kind, catches_all=catches_all, pattern=pattern)
 
-    def sealed(self, number: int) -> Sealed:
+    def sealed(self, number: int) -> HiddenValue:
         """Return what stands for an expected value."""
-        return Sealed(number)
+        return HiddenValue(number)
 
     def cases(self, names: Any, rows: Any) -> Callable[[Callable[..., Any]], Callable[..., None]]:
         """Do what ``pytest.mark.parametrize`` does, in one test."""

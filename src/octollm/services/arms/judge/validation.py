@@ -97,6 +97,7 @@ class SuiteResult:
     ran: int
     reasons: tuple[str, ...]
     detail: str = ""
+    failed_statements: tuple[str, ...] = ()
 
 
 async def run_tests(request: ValidateRequest, run: Run) -> SuiteResult:
@@ -141,7 +142,12 @@ async def run_tests(request: ValidateRequest, run: Run) -> SuiteResult:
         reasons[0] = f"{reasons[0]} {last}".strip()
     if not reasons and verdict.ran == 0:
         reasons.append("There are no tests: none was run.")
-    return SuiteResult(verdict.ran, tuple(dict.fromkeys(reasons)), _describe_evidence(verdict))
+    return SuiteResult(
+        verdict.ran,
+        tuple(dict.fromkeys(reasons)),
+        _describe_evidence(verdict),
+        tuple(dict.fromkeys(verdict.failed_statements)),
+    )
 
 
 def _describe_evidence(verdict: Verdict) -> str:
@@ -185,11 +191,13 @@ async def validate(request: ValidateRequest, run: Run) -> ValidateResult:
     if request.tests.strip():
         result = await run_tests(request, run)
         if result.reasons:
-            return _rejection(passed, "tests", list(result.reasons))
+            return _rejection(passed, "tests", list(result.reasons), result.failed_statements)
         passed.append(Check("tests", True, result.detail))
     return ValidateResult(is_valid=True, checks=tuple(passed))
 
 
-def _rejection(passed: list[Check] | tuple[Check, ...], check: str, reasons: list[str]) -> ValidateResult:
+def _rejection(
+    passed: list[Check] | tuple[Check, ...], check: str, reasons: list[str], failed_statements: tuple[str, ...] = ()
+) -> ValidateResult:
     failed = Check(check, False, reasons[0])
-    return ValidateResult(is_valid=False, reasons=tuple(reasons), checks=(*passed, failed))
+    return ValidateResult(False, tuple(reasons), (*passed, failed), failed_statements)

@@ -14,8 +14,9 @@ import msgspec
 from octollm import FileRef, Message, OctoError
 from octollm.contracts.media_types import accepts_file, kind_of_file
 from octollm.contracts.services import BUILT_IN_ARMS
-from octollm.contracts.task import ArmInfo
+from octollm.contracts.task import ArmInfo, DocumentWork
 from octollm.services.arms.completion import PromptFunction
+from octollm.services.arms.document_goals import find_document_work
 from octollm.text.intent import is_programming_goal
 from octollm.text.lexical import stem, stems, tokenize
 
@@ -76,15 +77,20 @@ class Assignment:
     arm: str
     files: tuple[str, ...]
     title: str
+    depends_on: tuple[int, ...] = ()
+    """Positions of the parts whose results this one needs."""
+    is_certain: bool = False
+    """Whether rules tell all that the part has to do, so that no model has to word it."""
 
 
 def assign_arms(goal: str, files: Sequence[FileRef], arms: Sequence[ArmInfo], *, wants_code: bool) -> list[Assignment]:
-    """Split a goal into independent parts.
+    """Split a goal into parts.
 
     Third-party arms take precedence: an arm gets the goal if it accepts ``kind:<word>`` and the goal contains that
     word, or the files whose media type it accepts, or the goal if its description matches. Tables go to the coder,
-    which queries them. Other texts go to the retriever, which cites them, or with ``wants_code`` to the coder. Raises
-    ``OctoError`` (``file_invalid``) for a file that no arm can read.
+    which queries them. Other texts go to the retriever, which cites them, or with ``wants_code`` to the coder. A
+    question over texts and tables has three parts: what the texts say, a query that knows it, and one answer from
+    both. Raises ``OctoError`` (``file_invalid``) for a file that no arm can read.
     """
     own = [arm for arm in arms if arm.name not in BUILT_IN_ARMS]
     names = tuple(file.name for file in files)
@@ -105,7 +111,21 @@ def assign_arms(goal: str, files: Sequence[FileRef], arms: Sequence[ArmInfo], *,
         groups.setdefault(_arm_for(file, own, wants_code), []).append(file.name)
     if not groups:
         return [Assignment("coder", (), "Write the code" if wants_code else "Write the answer")]
-    return [Assignment(arm.split("/")[0], tuple(group), _title(arm, group)) for arm, group in groups.items()]
+    texts = groups.get("retriever", [])
+    work = find_document_work(goal, documents=len(texts))
+    if set(groups) == {"retriever", "coder/data"} and work in (None, "answer"):
+        tables = groups["coder/data"]
+        return [
+            Assignment("retriever", tuple(texts), _title("retriever", texts)),
+            Assignment("coder", tuple(tables), _title("coder/data", tables), depends_on=(0,)),
+            Assignment("retriever", names, "Answer from both", depends_on=(0, 1)),
+        ]
+    return [
+        Assignment(arm.split("/")[0], tuple(group), _WORK_TITLES[work].format(_list_names(group)), is_certain=True)
+        if arm == "retriever" and work in _WORK_TITLES
+        else Assignment(arm.split("/")[0], tuple(group), _title(arm, group))
+        for arm, group in groups.items()
+    ]
 
 
 def _arm_for(file: FileRef, own: Sequence[ArmInfo], program: bool) -> str:
@@ -120,8 +140,22 @@ def _arm_for(file: FileRef, own: Sequence[ArmInfo], program: bool) -> str:
     return "coder/code" if program else "retriever"
 
 
+_WORK_TITLES: dict[DocumentWork | None, str] = {
+    "summary": "Summarise {}",
+    "comparison": "Compare {}",
+    "table": "Extract fields from {}",
+    "list": "List items of {}",
+    "translation": "Translate {}",
+    "rewrite": "Rewrite {}",
+}
+
+
+def _list_names(names: Sequence[str]) -> str:
+    return ", ".join(names)[:100]
+
+
 def _title(arm: str, names: Sequence[str]) -> str:
-    listed = ", ".join(names)[:100]
+    listed = _list_names(names)
     verb = {"coder/data": "Query", "retriever": "Look up", "coder/code": "Write the code from"}.get(
         arm, f"Ask {arm} about"
     )
@@ -164,8 +198,10 @@ async def word_steps(
 ) -> list[StepWording]:
     """Return a wording for each part, in order; when the model's answer does not parse, the plain titles for all.
 
-    Raises what ``ask`` raises.
+    Parts that rules tell all of keep their plain titles, and the model is not asked. Raises what ``ask`` raises.
     """
+    if all(part.is_certain for part in assignments):
+        return [StepWording(part.title, (), is_by_model=False) for part in assignments]
     answer = await ask(
         _wording_messages(goal, assignments),
         max_tokens=_TOKENS_PER_STEP * len(assignments) + 20,

@@ -90,7 +90,11 @@ _BUILT_IN_ARMS = (
         "coder",
         "Writes tested Python code; answers questions over tables (CSV, TSV, JSON, Parquet) with SQL; writes texts",
     ),
-    ArmInfo("retriever", "Answers a question from text documents, with citations of file and lines"),
+    ArmInfo(
+        "retriever",
+        "Answers a question from text documents, with citations of file and lines; summarises, compares, translates "
+        "and rewrites them, extracts fields and lists items; joins the results of steps over documents and over tables",
+    ),
     ArmInfo("planner", "Works a goal off by writing and running small Python programs, one after the other"),
 )
 
@@ -149,6 +153,8 @@ def _plan_messages(request: PlanRequest, arms: Sequence[ArmInfo]) -> list[Messag
     parts = [f"Arms:\n{listed}", f"Goal: {request.goal}"]
     if request.context.files:
         parts.append("Files: " + ", ".join(file.name for file in request.context.files))
+    if request.context.instructions:
+        parts.append("Keep to this:\n" + "\n".join(f"- {each}" for each in request.context.instructions))
     if request.context.text:
         parts.append(f"Notes: {request.context.text[:2000]}")
     if request.acceptance_criteria:
@@ -185,9 +191,10 @@ async def make_plan(
 ) -> Plan:
     """Plan a goal: a capable model designs the steps; without one, or where its plan is invalid, rules assign them.
 
-    The rules make one step for each kind of file, to run in parallel, each with the whole goal; the model writes
-    titles and criteria. The criteria of the request apply to every step. Raises ``OctoError``: ``goal_invalid``,
-    ``file_invalid`` for a file that no arm reads, ``plan_invalid``, and what ``ask`` raises.
+    The rules make one step for each kind of file, each with the whole goal; the model writes titles and criteria. Steps
+    that need nothing of each other run in parallel. The criteria of the request apply to every step. Raises
+    ``OctoError``: ``goal_invalid``, ``file_invalid`` for a file that no arm reads, ``plan_invalid``, and what ``ask``
+    raises.
     """
     goal = request.goal.strip()
     if not goal or len(goal) > MAX_GOAL:
@@ -210,6 +217,7 @@ async def make_plan(
             goal=goal,
             acceptance_criteria=(*request.acceptance_criteria, *wording.criteria),
             files=part.files,
+            depends_on=tuple(f"s{position + 1}" for position in part.depends_on),
         )
         for number, (part, wording) in enumerate(zip(parts, worded, strict=True), start=1)
     )

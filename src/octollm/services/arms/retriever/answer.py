@@ -5,170 +5,20 @@ The model writes a sentence, code attaches the lines that support it, and an ans
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
-import msgspec
-
-from octollm import Check, Citation, Evidence, ExecuteResult, Message
+from octollm import Check, Evidence, ExecuteResult, Message
 from octollm.contracts.operations import Passage
 from octollm.services.arms.completion import PromptFunction
-from octollm.text.lexical import extract_numbers, extract_numbers_and_words, stems
-
-MAX_CITATION_LINES = 3
-"""Lines of one citation."""
-MAX_CITATIONS = 2
-_ANSWER_WEIGHT = 3
-_QUESTION_WEIGHT = 1
-_LINE_COST = 0.4
-_NUMBER_PREFIX = "#"
-_YES_NO = re.compile(r"\W*(?:yes|no)\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class CitationSupport:
-    """How far passages support an answer.
-
-    ``answer_coverage`` is the share of the answer's own words in the cited lines, ``question_coverage`` the share of
-    the question's words in the cited passages. ``missing_numbers`` are the answer's numbers that the cited lines lack.
-    ``is_echo`` marks an answer without a word beyond the question's that is not a plain yes or no.
-    """
-
-    citations: tuple[Citation, ...]
-    answer_coverage: float
-    question_coverage: float
-    missing_numbers: frozenset[str]
-    is_echo: bool
-
-
-def measure_support(question: str, answer: str, passages: Sequence[Passage]) -> CitationSupport:
-    """Choose the few lines that share most with ``answer``, and measure how far they carry it."""
-    question_keys = stems(question)
-    answer_keys = _match_keys(answer)
-    own_keys = (answer_keys - question_keys) or answer_keys
-    citations: list[Citation] = []
-    missing, used = set(own_keys), list[Passage]()
-    for _ in range(MAX_CITATIONS):
-        best = _best_window(missing, question_keys, passages)
-        if best is None:
-            break
-        citation, passage = best
-        citations.append(citation)
-        used.append(passage)
-        missing -= _match_keys(citation.text)
-        if not missing or len(own_keys) - len(missing) == 0:
-            break
-    passage_keys = stems("\n".join(passage.text + " " + passage.source for passage in used))
-    cited = extract_numbers_and_words("\n".join(citation.text for citation in citations))
-    return CitationSupport(
-        citations=tuple(citations),
-        answer_coverage=1 - len(missing) / len(own_keys) if own_keys else 0.0,
-        question_coverage=len(question_keys & passage_keys) / len(question_keys) if question_keys else 1.0,
-        missing_numbers=extract_numbers(answer) - cited - extract_numbers(question),
-        is_echo=not (answer_keys - question_keys) and not _YES_NO.match(answer),
-    )
-
-
-def _match_keys(text: str) -> set[str]:
-    return set(stems(text)) | {_NUMBER_PREFIX + number for number in extract_numbers(text)}
-
-
-def _best_window(
-    own_keys: set[str], question_keys: frozenset[str], passages: Sequence[Passage]
-) -> tuple[Citation, Passage] | None:
-    """Return the window of lines with most of the words that are still missing; few lines before many."""
-    best: tuple[float, Citation, Passage] | None = None
-    for rank, passage in enumerate(passages):
-        lines = passage.text.split("\n")
-        for start in range(len(lines)):
-            for length in range(1, min(MAX_CITATION_LINES, len(lines) - start) + 1):
-                text = "\n".join(lines[start : start + length])
-                if not lines[start].strip() or not lines[start + length - 1].strip():
-                    continue
-                window_keys = _match_keys(text)
-                hits = len(own_keys & window_keys)
-                if not hits:
-                    continue
-                score = (
-                    _ANSWER_WEIGHT * hits
-                    + _QUESTION_WEIGHT * len(question_keys & window_keys)
-                    - _LINE_COST * length
-                    - rank * 0.1
-                )
-                if best is None or score > best[0]:
-                    first = passage.line_start + start
-                    last = min(first + length - 1, passage.line_end)
-                    best = (score, Citation(passage.source, min(first, last), last, text, passage.location), passage)
-    return (best[1], best[2]) if best else None
-
-
-MAX_SENTENCES = 4
-"""Sentences of a second look."""
-_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[A-Z0-9`\"'(*-])")
-_STRUCTURED_LINE = re.compile(r"^\s*(?:[-*|#>]|\d+[.)]|```|E?\d+:)")
-
-
-@dataclass(frozen=True, slots=True)
-class Sentence:
-    """A sentence, list item or table row.
-
-    ``question_words`` are the question's words in it, and ``weight`` is the sum of their rarity.
-    """
-
-    passage: int
-    text: str
-    question_words: frozenset[str]
-    weight: float
-
-
-def rank_sentences(question: str, passages: Sequence[Passage]) -> list[Sentence]:
-    """Return the sentences of the passages, those that speak most of the question first."""
-    question_keys = stems(question)
-    units = [
-        (number, text, stems(text)) for number, passage in enumerate(passages) for text in split_sentences(passage.text)
-    ]
-    seen = Counter(word for _, _, keys in units for word in keys & question_keys)
-    sentences = [
-        Sentence(
-            number,
-            text,
-            keys & question_keys,
-            sum(math.log(1 + len(units) / seen[word]) for word in keys & question_keys),
-        )
-        for number, text, keys in units
-    ]
-    return sorted(sentences, key=lambda each: -each.weight)
-
-
-def split_sentences(text: str) -> list[str]:
-    """Split a passage into sentences; lines of lists, tables and headings stand for themselves."""
-    units: list[str] = []
-    paragraph = ""
-    for line in text.split("\n"):
-        if not line.strip() or _STRUCTURED_LINE.match(line):
-            units.append(paragraph)
-            paragraph = line.strip()
-        else:
-            paragraph = f"{paragraph} {line.strip()}".strip()
-    units.append(paragraph)
-    return [sentence for unit in units for sentence in _SENTENCE_END.split(unit) if sentence.strip()]
-
-
-def narrow_passages(question: str, passages: Sequence[Passage]) -> list[Passage]:
-    """Return passages cut down to the sentences that speak most of the question, in their order."""
-    best = [each for each in rank_sentences(question, passages)[:MAX_SENTENCES] if each.question_words]
-    cut: list[Passage] = []
-    for number, passage in enumerate(passages):
-        chosen = [each.text for each in best if each.passage == number]
-        if chosen:
-            ordered = [text for text in split_sentences(passage.text) if text in chosen]
-            text = "\n".join(ordered)
-            cut.append(msgspec.structs.replace(passage, text=text))
-    return cut
-
+from octollm.services.arms.retriever.support import (
+    CitationSupport,
+    Relevance,
+    measure_support,
+    narrow_passages,
+    rank_sentences,
+)
+from octollm.text.lexical import stems
 
 Search = Callable[[str, int], Awaitable[Sequence[Passage]]]
 """Find passages for a question, best first, at most so many."""
@@ -179,8 +29,14 @@ MAX_SHOWN_PASSAGES = 4
 MAX_ANSWER_TOKENS = 120
 MIN_ANSWER_COVERAGE = 0.5
 """Share of the answer's own words that the cited lines must hold."""
-MIN_QUESTION_COVERAGE = 0.34
-"""Share of the question's words that the cited passages must hold."""
+MAX_DOUBTFUL_COVERAGE = 0.5
+"""Up to this share of the question's content terms, the sentences that an answer stands in may be about another fact.
+
+In the test corpus a sentence about another fact of the same text has at most half of them, in 13 languages.
+"""
+QUESTION_CHECK = "question"
+"""The name of the check whether the cited lines speak of what is asked."""
+MAX_NAMED_WORDS = 5
 MIN_SECOND_PASS_COVERAGE = 0.5
 """Share of the question's words that one sentence must hold, to ask again after an answer in doubt."""
 SECOND_PASS_WEIGHT_RATIO = 1.5
@@ -231,16 +87,26 @@ async def answer_question(
     if doubt or held is None:
         return not_found_result(passages, doubt)
     cited = "\n".join(dict.fromkeys(citation.reference for citation in held.citations))
+    uncertain = describe_uncertainty(held.relevance)
+    checks = [Check("support", True, f"{held.answer_coverage:.0%} of the answer's words stand in the lines cited")]
+    checks.append(Check(QUESTION_CHECK, not uncertain, uncertain or "the lines cited have the words of the question"))
     return ExecuteResult(
-        output=f"{answer}\n\n{cited}",
+        output=f"{answer}\n\n{cited}" + (f"\n\nNote: {uncertain}" if uncertain else ""),
         evidence=Evidence(
             kind="documents",
             citations=held.citations,
-            checks=(
-                Check("support", True, f"{held.answer_coverage:.0%} of the answer's words stand in the lines cited"),
-            ),
+            checks=tuple(checks),
+            notes=(uncertain,) if uncertain else (),
         ),
     )
+
+
+def describe_uncertainty(relevance: Relevance) -> str:
+    """Return why an answer is not certain, for its reader; an empty string if it is."""
+    if relevance.coverage > MAX_DOUBTFUL_COVERAGE:
+        return ""
+    words = ", ".join(relevance.missing[:MAX_NAMED_WORDS])
+    return f"not certain, check it: the lines cited do not have these words of the question: {words}"
 
 
 def is_denial(answer: str) -> bool:
@@ -281,11 +147,22 @@ def _assess_answer(question: str, said: str, passages: Sequence[Passage]) -> tup
         doubt = f"the model's answer has numbers that the passages do not give for it ({missing})"
     elif not held.citations or held.answer_coverage < MIN_ANSWER_COVERAGE:
         doubt = "the model's answer is not borne out by the passages"
-    elif held.question_coverage < MIN_QUESTION_COVERAGE:
-        doubt = "the passages found do not speak of what is asked"
     else:
-        doubt = ""
+        doubt = _find_other_subject(held.relevance)
     return answer, held, doubt
+
+
+def _find_other_subject(relevance: Relevance) -> str:
+    """Return why an answer is about something else than the question; an empty string if it may be about it.
+
+    Words decide: a passage that is only similar is no evidence. Only where it was found by its meaning and has none of
+    the words, as one in another language or in other words, is the answer shown as uncertain.
+    """
+    if not relevance.coverage and relevance.other_coverage > MAX_DOUBTFUL_COVERAGE:
+        return "the model's answer is about something else than is asked"
+    if not relevance.passage_coverage and not relevance.is_similar:
+        return "the passages found do not speak of what is asked"
+    return ""
 
 
 def _needs_second_pass(

@@ -1,0 +1,167 @@
+"""Events that end the process of their handler: given up after a while, and nothing beside them is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import events_process
+import msgspec
+import pytest
+from databases import Backend
+from events_kit import CLOCK, IDS
+from events_process import Options
+from hypothesis import given
+from hypothesis import strategies as st
+from redis_process import RedisProcess
+
+from octollm.contracts.subscriptions import DeadLetter
+from octollm.events import EventDraft, EventLog, SubscriptionStore, task_subject
+from octollm.events.suspects import ENDED_REASON, Isolation, claim_suspects, encode_suspects
+from octollm.storage import Database, open_database
+from octollm.storage.migrations import migrate
+from octollm.testing import wait_until
+
+PROGRAM = Path(events_process.__file__)
+NAME = "billing"
+REPLICAS = ("a", "b")
+SUBJECTS = 12
+PLAIN: Mapping[str, object] = {}
+
+deaths = st.dictionaries(st.integers(1, 50), st.integers(0, 5), max_size=5)
+
+
+@given(deaths, st.sets(st.integers(1, 50)), st.integers(1, 9), st.integers(1, 9))
+def test_only_what_was_in_hand_at_a_death_is_counted(
+    found: dict[int, int], in_hand: set[int], fence: int, last: int
+) -> None:
+    stored = encode_suspects(found, in_hand, fence)
+    assert (claim_suspects(stored, last, ended=False) or {}) == found
+    counted = claim_suspects(stored, last, ended=True)
+    assert counted == {seq: count + (seq in in_hand and fence == last) for seq, count in found.items()}
+
+
+def test_a_partition_needs_no_care_after_its_consumer_left() -> None:
+    assert claim_suspects(None, 1, ended=False) is None
+    assert claim_suspects(None, 1, ended=True) == {}
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans())))
+def test_a_suspect_is_in_hand_alone(steps: list[tuple[bool, bool]]) -> None:
+    isolation, held = Isolation(), list[bool]()
+    for begin, suspect in steps:
+        if begin and isolation.enter(suspect=suspect):
+            held.append(suspect)
+        elif not begin and held:
+            isolation.leave(suspect=held.pop(0))
+        assert True not in held or len(held) == 1
+    while held:
+        isolation.leave(suspect=held.pop())
+    assert isolation.enter(suspect=True)
+
+
+@pytest.fixture
+async def shared_url(backend: Backend, tmp_path: Path) -> AsyncIterator[str]:
+    """A database that several processes open."""
+    url = backend.url("octollm_orchestrator")
+    url = f"sqlite:///{tmp_path}/orchestrator.db" if url == "memory://" else url
+    async with open_database(url, clock=CLOCK) as db:
+        await migrate(db, "orchestrator")
+    yield url
+
+
+class Replicas:
+    """Processes that have the subscription; one that died is started again, as a supervisor does."""
+
+    def __init__(self, url: str, redis: str, folder: Path) -> None:
+        self._options = Options(role="host", database=url, redis=redis, durable=(NAME,), lease=2.0)
+        self._folder = folder
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self.codes: list[int] = []
+
+    def start(self, name: str) -> None:
+        options = msgspec.structs.replace(self._options, file=str(self._folder / f"{name}.jsonl"))
+        with (self._folder / f"{name}.err").open("ab") as errors:
+            arguments = [sys.executable, str(PROGRAM), msgspec.json.encode(options).decode()]
+            self._running[name] = subprocess.Popen(arguments, stderr=errors)
+
+    def restart_dead(self) -> None:
+        for name, process in list(self._running.items()):
+            if (code := process.poll()) is not None:
+                self.codes.append(code)
+                self.start(name)
+
+    def handled(self) -> list[int]:
+        """Return the positions of the handled events, each as often as it was handled."""
+        files = self._folder.glob("*.jsonl")
+        return [json.loads(line)[2] for file in files for line in file.read_text().splitlines()]
+
+    def close(self) -> None:
+        for process in self._running.values():
+            process.kill()
+            process.wait()
+
+
+async def write(db: Database, *marks: Mapping[str, object]) -> list[int]:
+    """Write events, each of a subject of its own, and return their positions once they have them."""
+    log = EventLog(db, CLOCK, IDS)
+    drafts = [
+        EventDraft(
+            "task.progress",
+            subject=task_subject(f"task-{number % SUBJECTS}"),
+            tenant="t",
+            source="orchestrator",
+            data={"task_id": f"task-{number % SUBJECTS}", "progress": 1, **mark},
+        )
+        for number, mark in enumerate(marks)
+    ]
+    async with db.transaction() as tx:
+        ids = {event.id for event in await log.append_all(tx, drafts)}
+    found: list[int] = []
+
+    async def numbered() -> bool:
+        found[:] = [event.seq for event in await log.read(0, tenant="t") if event.id in ids]
+        return len(found) == len(ids)
+
+    await wait_until(numbered, description="positions", timeout=30)
+    return found
+
+
+@pytest.mark.redis
+@pytest.mark.timeout(180)
+async def test_an_event_that_ends_its_process_becomes_a_dead_letter_and_no_other_does(
+    shared_url: str, backend: Backend, redis_process: RedisProcess, tmp_path: Path
+) -> None:
+    replicas = Replicas(shared_url, redis_process.url, tmp_path)
+    async with open_database(shared_url, clock=CLOCK) as db:
+        store = SubscriptionStore(db, CLOCK, IDS)
+        letters: list[DeadLetter] = []
+
+        async def caught_up() -> bool:
+            replicas.restart_dead()
+            views = await store.list_views("system")
+            letters[:] = await store.list_dead_letters("system")
+            return bool(views) and views[0].lag.positions == 0 and views[0].lag.delayed == 0
+
+        with contextlib.closing(replicas):
+            for name in REPLICAS:
+                replicas.start(name)
+            before = await write(db, *[PLAIN] * 40)
+            await wait_until(caught_up, description="the events before are handled", timeout=60)
+            assert (sorted(replicas.handled()), replicas.codes, letters) == (before, [], [])
+            # Each twelfth event is of the same subject: some follow the one that ends the process.
+            how, code = ("exit", 3) if backend.base is None else ("kill", -signal.SIGKILL)
+            after = await write(db, {"deadly": how}, *[{"slow": True}] * 4, *[PLAIN] * 55)
+            await wait_until(caught_up, description="the event is given up", timeout=150)
+    assert [(letter.event.seq, letter.reason, letter.attempts) for letter in letters] == [(after[0], ENDED_REASON, 2)]
+    # Once unnoticed, once beside others, once alone.
+    assert replicas.codes == [code] * 3
+    handled = replicas.handled()
+    assert set(handled) == {*before, *after[1:]}
+    # Those before were acknowledged long ago.
+    assert sorted(seq for seq in handled if seq in before) == before
