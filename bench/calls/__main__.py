@@ -9,24 +9,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import datetime
-import json
 import multiprocessing
 import os
-import platform
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Awaitable, Generator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import uvloop
+from reports import save_results
 
 from calls import measuring, octo
 from calls.databases import postgres_database
@@ -34,7 +31,6 @@ from calls.variants import BARE, FULL_GRPC, MINTED, REFERENCE, REUSED, Variant, 
 
 KIB = 1000
 RATE = 1000.0
-RESULTS = Path(__file__).parents[1] / "results" / "calls.json"
 DAPR_P50, DAPR_P99 = 1.06, 3.89
 
 
@@ -63,15 +59,19 @@ def _pin(core: int) -> None:
     os.sched_setaffinity(0, {cores[core % len(cores)]})
 
 
+async def _run(work: Awaitable[None]) -> None:
+    await work
+
+
 def _server(variant: Variant, port: int) -> None:
     _pin(0)
-    uvloop.run(variant.serve(port))
+    uvloop.run(_run(variant.serve(port)))
 
 
 def _beside(variant: Variant) -> None:
     _pin(0)
     assert variant.beside is not None
-    uvloop.run(variant.beside())
+    uvloop.run(_run(variant.beside()))
 
 
 def _client(variant: Variant, port: int, server: int, pipe: Connection) -> None:
@@ -245,16 +245,7 @@ def main() -> None:
     rows = _table(every, medians)
     if not options.only:
         _targets(every, medians)
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        RESULTS.parent.mkdir(exist_ok=True)
-        date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        RESULTS.write_text(
-            json.dumps({"date": date, "machine": machine, "commit": commit, "rows": rows}, indent=1) + "\n"
-        )
-        print(f"\n{RESULTS}")
+        print(f"\n{save_results('calls', rows)}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from octollm.capability import (
 )
 from octollm.clock import SystemClock, Uuid7Generator
 from octollm.context import RequestContext, set_context, start_trace
+from octollm.events.log import EventLog
 from octollm.installation.service_host import tune_garbage_collector
 from octollm.resilience import Deadline
 from octollm.rpc.auth import ServiceAuthenticator
@@ -147,10 +148,9 @@ async def keep(port: int, keys: Keys, store: str) -> None:
         )
         db = await stack.enter_async_context(open_database(store, clock=CLOCK))
         await migrate(db, "orchestrator")
-        revoking = RevocationStore(db, CLOCK)
-        api = ServicesApi(
-            BudgetLedger(db, CLOCK, IDS), SqlIdempotencyStore(db, "bench"), revoking, identity.roots, CLOCK
-        )
+        revoking = RevocationStore(db, EventLog(db, CLOCK, IDS), CLOCK)
+        claims = SqlIdempotencyStore(db, "bench")
+        api = ServicesApi(db, BudgetLedger(db, CLOCK, IDS), claims, revoking, identity.roots, CLOCK)
         entries = {"judge": DirectoryEntry((keys.judge.thumbprint,))}
         opener = ServiceAuthenticator("orchestrator", lambda: entries, CLOCK)
         service = build_service(base, api.operations(), authenticators={"service": opener})

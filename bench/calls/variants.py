@@ -11,7 +11,7 @@ from calls import octo, peers, servers
 Client = AbstractAsyncContextManager[Callable[[], Awaitable[object]]]
 REFERENCE = "grpc.aio"
 FULL_GRPC = "grpc.aio, JWT and OpenTelemetry"
-WRITTEN = "as the decision has it"
+WRITTEN = "the ADR's example"
 BARE = "bare"
 MINTED = "an arm mints for each call"
 """The headline: what a call between two arms costs, with a token of its own."""

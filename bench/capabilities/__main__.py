@@ -5,22 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import statistics
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from reports import save_results
 
 from capabilities.chains import CLOCK, Chain, Minter, chain_of
 from octollm.capability import CapabilityError, Verifier
 
 DEPTHS = (1, 3, 5)
-RESULTS = Path(__file__).parents[1] / "results" / "capabilities.json"
 MESSAGE = b"x" * 500
 TITLES = (
     ("parts", 6),
@@ -168,9 +166,7 @@ def _show(chains: dict[int, tuple[Chain, Minter]], medians: dict[str, float], me
         ("rejection of a token of 1 MB, ms", large / 1000, 1.0),
     ):
         print(f"{name:<56}{value:>8.3f}  ≤ {target:<6g}{'met' if value <= target else 'MISSED'}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"rows": rows, "cache_bytes": round(memory)}, indent=1))
-    print(f"\n{RESULTS}")
+    print(f"\n{save_results('capabilities', rows, cache_bytes=round(memory))}")
 
 
 if __name__ == "__main__":

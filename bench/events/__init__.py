@@ -1,0 +1,1 @@
+"""Benchmark of events: durable subscriptions beside Redis Pub/Sub, Redis Streams and NATS JetStream."""

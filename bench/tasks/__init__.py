@@ -1,0 +1,1 @@
+"""The throughput of tasks beside DBOS: ``make bench-tasks``."""
