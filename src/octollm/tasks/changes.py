@@ -191,23 +191,29 @@ class NewTask:
         )
 
 
-def create_tasks(
-    log: EventLog, items: Sequence[tuple[NewTask, Sequence[SqlStatement]]], now: float
-) -> Program[list[None]]:
-    """Store tasks with their budgets, files and first events. The statements of an item are part of it."""
-    yield from _insert_all("tasks", [new.row(now) for new, _ in items])
-    yield from _insert_all("budgets", [new.budget_row() for new, _ in items])
-    files = [row for new, _ in items for row in new.file_rows(now)]
+class TaskCreation(NamedTuple):
+    """A task to store as created at ``now``, and what else the same transaction writes."""
+
+    new: NewTask
+    now: float
+    statements: Sequence[SqlStatement] = ()
+
+
+def create_tasks(log: EventLog, items: Sequence[TaskCreation]) -> Program[list[None]]:
+    """Store tasks with their budgets, files and first events."""
+    yield from _insert_all("tasks", [item.new.row(item.now) for item in items])
+    yield from _insert_all("budgets", [item.new.budget_row() for item in items])
+    files = [row for item in items for row in item.new.file_rows(item.now)]
     if files:
         yield from _insert_all("task_files", files, " ON CONFLICT DO NOTHING")
     shared: dict[str, list[Sequence[Any]]] = {}
-    for _, statements in items:
-        for statement in statements:
+    for item in items:
+        for statement in item.statements:
             shared.setdefault(statement.sql, []).append(statement.parameters)
     for sql, parameters in shared.items():
         yield SqlStatement(sql, parameters, many=True)
     # Last, because the lock on the events' subjects comes last (lock order in `database.py`).
-    yield from log.insert([new.accepted() for new, _ in items if new.kind == "task"])
+    yield from log.insert([item.new.accepted() for item in items if item.new.kind == "task"])
     return [None] * len(items)
 
 

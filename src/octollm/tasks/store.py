@@ -36,6 +36,7 @@ from octollm.tasks.changes import (
     Applied,
     NewTask,
     TaskChange,
+    TaskCreation,
     apply_changes,
     create_tasks,
     plan_change,
@@ -68,9 +69,7 @@ class TaskStore:
         self._log = log
         self._clock = clock
         self._batches: GroupCommit[Sequence[TaskChange], Applied] = GroupCommit(self._apply_batch, name="task changes")
-        self._creations: GroupCommit[tuple[NewTask, Sequence[SqlStatement]], None] = GroupCommit(
-            self._create_batch, name="new tasks"
-        )
+        self._creations: GroupCommit[TaskCreation, None] = GroupCommit(self._create_batch, name="new tasks")
 
     def transaction(self) -> AbstractAsyncContextManager[Transaction]:
         """Begin a transaction of the store's database."""
@@ -86,7 +85,7 @@ class TaskStore:
         """
         now = self._clock.now()
         if hook is None:
-            await self._creations.wait((new, statements))
+            await self._creations.wait(TaskCreation(new, now, statements))
         else:
             async with self._db.transaction() as tx:
                 await tx.execute(tx.insert(tasks).values(**new.row(now)))
@@ -103,11 +102,9 @@ class TaskStore:
         empty = dict.fromkeys(("started_at", "finished_at", "output", "result", "error", "instructions"))
         return build_task_view({**new.row(now), **empty, "progress": 0.0}, [], Usage(), "")
 
-    async def _create_batch(
-        self, items: Sequence[tuple[NewTask, Sequence[SqlStatement]]]
-    ) -> Sequence[OctoError | None]:
+    async def _create_batch(self, items: Sequence[TaskCreation]) -> Sequence[OctoError | None]:
         try:
-            results = await self._run(lambda: create_tasks(self._log, items, self._clock.now()))
+            results = await self._run(lambda: create_tasks(self._log, items))
         except OctoError as error:
             if len(items) == 1 or error.code in ("unavailable", "overloaded"):
                 raise

@@ -26,7 +26,19 @@ from octollm.storage.migrations import migrate
 from octollm.tasks.changes import NewTask
 from octollm.tasks.store import TaskStore
 
-CLOCK = SystemClock()
+
+class TickingClock(SystemClock):
+    """Every reading is a second later, so that two of them for one moment show."""
+
+    def __init__(self) -> None:
+        self._readings = 0
+
+    def now(self) -> float:
+        self._readings += 1
+        return 1_790_000_000.0 + self._readings
+
+
+CLOCK = TickingClock()
 IDS = Uuid7Generator(CLOCK)
 REQUEST = "req-" + "0" * 32
 REGISTRY_TABLES = re.compile(r"\b(admissions|arm_instances|arm_keys|arms)\b")
