@@ -323,21 +323,25 @@ def _take_over(path: Path) -> None:
 
 
 async def test_calls_of_an_older_run_are_refused(orch: OrchestratorHarness, script: Script) -> None:
-    found: list[str] = []
+    asked: list[asyncio.Task[list[str]]] = []
+
+    async def ask(bearer: str) -> list[str]:
+        return [await _claim(orch, bearer, "after"), str(await _reserve(orch, bearer, "k1", 10, 10))]
 
     async def execute(contract: Task, ctx: Context) -> ExecuteResult:
         bearer = (await ctx.prepare_call("models", "chat", b"{}")).bearer
         assert await _claim(orch, bearer, "before") == "claimed"
         # Another orchestrator takes the task over.
         await asyncio.to_thread(_take_over, orch.home / "data" / "orchestrator.db")
-        found.append(await _claim(orch, bearer, "after"))
-        found.append(str(await _reserve(orch, bearer, "k1", 10, 10)))
+        # In a task of its own: the first orchestrator cancels this step as soon as it notices.
+        asked.append(asyncio.create_task(ask(bearer)))
+        await asyncio.shield(asked[0])
         return ExecuteResult(output="too late")
 
     script.execute = execute
     task = await orch.submit({"goal": "count"})
-    await wait_until(lambda: len(found) == 2, description="the older run has asked", timeout=20)
-    assert found == ["fence_lost", "fence_lost"]
+    await wait_until(lambda: bool(asked), description="the older run asks", timeout=20)
+    assert await asked[0] == ["fence_lost", "fence_lost"]
     # What the older run brings is not taken either.
     assert (await orch.task(task.task_id)).status == "running"
 
