@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from databases import BACKENDS, SERVER_URL, Backend, PostgresServer
+from databases import BACKENDS, SERVER_URL, Backend, PostgresServer, copy_migrated_files
 from hypothesis import HealthCheck, settings
 from wires import CURRENT, DIRECT, PROXIED
 
@@ -28,6 +28,11 @@ E2E = ("bench", "chaos", "cli", "deploy", "docs", "e2e")
 """Tests that start processes or whole installations. Longest first: a long file at the end leaves a core idle."""
 SERVERS = {"backend", "every_wire", "postgres", "postgres_server"}
 """Fixtures that make a test need a server or sockets."""
+
+
+def pytest_configure() -> None:
+    """Before any test module imports the function that this replaces."""
+    copy_migrated_files()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

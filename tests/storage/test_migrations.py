@@ -10,6 +10,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from databases import Backend, PostgresServer
+from databases import run_revisions as migrate
 from sqlalchemy import Connection, MetaData, inspect, select, text
 
 from octollm.clock import SystemClock
@@ -17,7 +18,7 @@ from octollm.config import read_settings
 from octollm.contracts.task import Artifact, ExecuteResult
 from octollm.errors import OctoError
 from octollm.storage import Database, open_database
-from octollm.storage.migrations import DatabaseService, migrate, open_service_database, require_schema
+from octollm.storage.migrations import DatabaseService, open_service_database, require_schema
 from octollm.storage.tables import MEMORY, MONITOR, ORCHESTRATOR, steps, task_files, tasks
 from octollm.testing import wait_until
 
