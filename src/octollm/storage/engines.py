@@ -49,12 +49,30 @@ def _pragmas(*, writer: bool, durable: bool) -> list[str]:
     return pragmas
 
 
+def _sqlite_options(*, writer: bool, durable: bool) -> dict[str, Any]:
+    """Return the arguments of ``sqlite3.connect`` for a connection that no driver begins transactions on by itself.
+
+    The pragmas are part of connecting, which takes one turn of the driver's thread. As statements from the event loop
+    they would take several turns each, and a connection whose set-up is cancelled in between would be left open.
+    """
+    pragmas = _pragmas(writer=writer, durable=durable)
+
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = sqlite3.Connection(*arguments, **options)
+        try:
+            for pragma in pragmas:
+                connection.execute(pragma)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    return {"isolation_level": None, "cached_statements": 256, "factory": connect}
+
+
 def _connect_sqlite(path: Path, *, writer: bool, durable: bool) -> sqlite3.Connection:
     """Open a connection for a runner. It may be opened and closed in different threads, one at a time."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
-    for pragma in _pragmas(writer=writer, durable=durable):
-        connection.execute(pragma)
-    return connection
+    return sqlite3.connect(path, check_same_thread=False, **_sqlite_options(writer=writer, durable=durable))
 
 
 def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
@@ -66,19 +84,11 @@ def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
         json_serializer=encode_json,
         json_deserializer=msgspec.json.decode,
         hide_parameters=True,
+        connect_args=_sqlite_options(writer=writer, durable=durable),
     )
-    pragmas = _pragmas(writer=writer, durable=durable)
     # IMMEDIATE takes the write lock at once. A transaction that began as a reader and then writes would fail with
     # SQLITE_BUSY, without waiting, if another one had written in between.
     begin = "BEGIN IMMEDIATE" if writer else "BEGIN"
-
-    def on_connect(connection: DBAPIConnection, _record: object) -> None:
-        # Otherwise the driver begins transactions by itself, before the first write and without IMMEDIATE.
-        connection.isolation_level = None  # pyright: ignore[reportAttributeAccessIssue]
-        cursor = connection.cursor()
-        for pragma in pragmas:
-            cursor.execute(pragma)
-        cursor.close()
 
     def on_begin(connection: Any) -> None:
         connection.exec_driver_sql(begin)
@@ -89,7 +99,6 @@ def _sqlite_engine(path: Path, *, writer: bool, durable: bool) -> AsyncEngine:
         with suppress(sqlite3.Error):  # closed next, whatever its state
             connection.rollback()
 
-    event.listen(engine.sync_engine, "connect", on_connect)
     event.listen(engine.sync_engine, "begin", on_begin)
     event.listen(engine.sync_engine, "invalidate", on_invalidate)
     return engine
