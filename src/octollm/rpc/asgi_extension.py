@@ -1,11 +1,12 @@
-"""Two ASGI extensions of our HTTP server: a response in one write, and the transport of a WebSocket connection.
+"""Two ASGI extensions of our HTTP server: a request and its response whole, each in one call, and the connection.
 
-They save a coroutine for each ASGI message. Everything works without them too.
+The first saves a coroutine for each ASGI message. Everything works without them too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
@@ -13,6 +14,10 @@ from starlette.types import Scope
 
 EXTENSION = "octollm.exchange"
 TRANSPORT = "octollm.transport"
+PROBE_SECONDS = 5
+"""A silent client is probed after this time, and then every three seconds."""
+SILENCE_SECONDS = 13
+"""A client that acknowledges nothing for this long, or has no room for it, is disconnected."""
 
 
 class WholeRequestExtension(Protocol):
@@ -53,9 +58,17 @@ def take_extension(scope: Scope) -> WholeRequestExtension | None:
     return None if not extensions else cast("WholeRequestExtension | None", extensions.pop(EXTENSION, None))
 
 
-def get_websocket_transport(scope: Scope) -> asyncio.Transport | None:
-    """Return the transport of an accepted WebSocket connection, for frames that are encoded already.
+def disconnect_silent_client(scope: Scope) -> None:
+    """Have the kernel end the connection of a long response once its client has vanished or stopped to read.
 
-    ``None`` if the server does not give it. Nothing may be written after the close frame.
+    A client that vanished without a FIN would otherwise be noticed when all buffers are full: of a stream with little
+    to say, after hours.
     """
-    return cast("asyncio.Transport | None", scope.get("state", {}).get(TRANSPORT))
+    transport = cast("asyncio.Transport | None", scope.get("extensions", {}).get(TRANSPORT))
+    peer = None if transport is None else transport.get_extra_info("socket")
+    if peer is None or not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_SECONDS)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3)
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_SECONDS * 1000)

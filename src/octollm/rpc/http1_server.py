@@ -200,7 +200,7 @@ class Http1ServerProtocol(asyncio.Protocol):
             "query_string": query,
             "headers": head.headers,
             "state": self._app_state.copy(),
-            "extensions": {EXTENSION: exchange},
+            "extensions": {EXTENSION: exchange, TRANSPORT: self.transport},
         }
         task = self._loop.create_task(exchange.run(self._app, scope))
         self._state.tasks.add(task)
@@ -212,10 +212,12 @@ class Http1ServerProtocol(asyncio.Protocol):
         assert transport is not None
         # The WebSocket protocol registers itself for the shutdown.
         self._state.connections.discard(self)
-        self._deadline = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         fields = b"".join([name + b": " + value + b"\r\n" for name, value in head.headers])
         protocol = self._config.ws_protocol_class(
-            config=self._config, server_state=self._state, app_state={**self._app_state, TRANSPORT: transport}
+            config=self._config, server_state=self._state, app_state=self._app_state
         )
         protocol.connection_made(transport)
         protocol.data_received(b"GET " + head.target + b" HTTP/1.1\r\n" + fields + b"\r\n" + self._parser.take_rest())

@@ -23,6 +23,7 @@ from octollm.rpc.http1_client import Http1Client
 from octollm.rpc.http1_server import Http1ServerProtocol
 from octollm.rpc.http_client import HttpClient
 from octollm.rpc.tls import TlsConfig
+from octollm.rpc.websocket_server import WebSocketConnection
 
 
 class TransportConfig(msgspec.Struct, frozen=True):
@@ -168,11 +169,9 @@ async def serve_app(
         app,
         http=Http1ServerProtocol,
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,
-        ws="websockets-sansio",
+        ws=WebSocketConnection,
         ws_per_message_deflate=False,
         ws_max_size=64 * 1024,
-        ws_ping_interval=20.0,
-        ws_ping_timeout=20.0,
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -5,16 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import tracemalloc
 from pathlib import Path
 
+import msgspec
 import pytest
-from gateway_kit import KEY, TASK, GatewayHarness, start_gateway
+from gateway_kit import KEY, TASK, GatewayHarness, json_answer, start_gateway
+from starlette.types import Scope
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
 
+from octollm.contracts.dashboard import Changes
 from octollm.errors import OctoError
+from octollm.rpc import asgi_extension
+from octollm.services.reflex import dashboard, live
 from octollm.services.reflex.throttle import ConnectionCounter, ConnectionLimits
 from octollm.testing import wait_until
+
+KEEPIDLE, KEEPINTVL, USER_TIMEOUT = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_USER_TIMEOUT
 
 
 def refusal(counter: ConnectionCounter, credential: str, address: str) -> str:
@@ -75,41 +85,13 @@ async def test_a_key_has_its_share_of_connections_of_every_kind(tmp_path: Path) 
             assert json.loads(await socket.recv())["type"] == "status"
 
 
-async def test_those_who_read_nothing_cost_a_reader_nothing(tmp_path: Path) -> None:
-    """Eight sockets read nothing; another gets every frame, and they are closed: with 1013, if they take so much."""
-    async with start_gateway(tmp_path, patience=0.3) as gateway, contextlib.AsyncExitStack() as stack:
-        await gateway.script.emit("task.accepted", goal="a goal", progress=0)
-        await gateway.script.emit("step.started", step="a", title="A", arm="coder", attempt=1, run=1)
-        stalled = [await stack.enter_async_context(gateway.ws(max_queue=1)) for _ in range(8)]
-        async with gateway.ws() as reader:
-            reading = asyncio.create_task(read_text(reader))
-            text = 0
-            while _open(gateway) > 1:
-                await gateway.script.stream.append(
-                    TASK, step="a", attempt=1, run=1, offset=text, text="x" * 60_000, reset=text == 0
-                )
-                await gateway.script.redis.publish([(f"octollm:watch:{TASK}", b"text")])  # type: ignore[union-attr]
-                text += 60_000
-                await asyncio.sleep(0.01)
-                assert text < 60_000 * 4000, "they are not let go"
-            await gateway.script.emit("task.completed", status="completed", duration_ms=1, progress=100)
-            assert await reading == text
-        for socket in stalled:
-            with pytest.raises(ConnectionClosed) as closed:
-                while True:
-                    await asyncio.wait_for(socket.recv(), 20)
-            assert closed.value.rcvd is None or closed.value.rcvd.code == 1013
-    await wait_until(lambda: _open(gateway) == 0, description="all places are free")
-
-
 def _open(gateway: GatewayHarness) -> float:
     registry = gateway.service.base.metrics.registry
     return registry.get_sample_value("octollm_live_connections", {"kind": "websocket"}) or 0.0
 
 
-async def read_text(socket: ClientConnection) -> int:
+async def read_text(socket: ClientConnection, length: int = 0) -> int:
     """Return the length of the text, read to the end."""
-    length = 0
     try:
         while True:
             frame = json.loads(await asyncio.wait_for(socket.recv(), 20))
@@ -120,3 +102,101 @@ async def read_text(socket: ClientConnection) -> int:
         assert closed.rcvd is not None
         assert closed.rcvd.code == 1000
         return length
+
+
+async def test_three_hundred_that_read_nothing_do_not_delay_a_reader(tmp_path: Path) -> None:
+    """The reader has each piece of text before the next is written; the others are closed, and no memory stays."""
+    path = f"/ws/tasks/{TASK}"
+    head = (
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    async with (
+        start_gateway(tmp_path, patience=0.5, rate_limit="10000/second") as gateway,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+        await gateway.script.emit("step.started", step="a", title="A", arm="coder", attempt=1, run=1)
+        stalled = [stack.enter_context(socket.socket()) for _ in range(300)]
+        for each in stalled:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            each.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(each, ("127.0.0.1", gateway.port))
+            each.send(head.replace("PORT", str(gateway.port)).encode())
+        async with gateway.ws(max_size=None) as reader:
+            await wait_until(lambda: _open(gateway) == 301, description="all are watched", timeout=30)
+            tracemalloc.start()
+            text, is_first = 0, True
+            while _open(gateway) > 1:
+                piece = "x" * 60_000
+                await gateway.script.stream.append(
+                    TASK, step="a", attempt=1, run=1, offset=text, text=piece, reset=is_first
+                )
+                await gateway.script.redis.publish([(f"octollm:watch:{TASK}", b"text")])  # type: ignore[union-attr]
+                is_first = False
+                while piece:
+                    frame = json.loads(await asyncio.wait_for(reader.recv(), 20))
+                    if frame["type"] == "token":
+                        assert frame["offset"] == text
+                        text += len(frame["data"]["text"])
+                        piece = piece[len(frame["data"]["text"]) :]
+                assert text < 60_000 * 4000, "they are not let go"
+            _now, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            # What waits for them is shared. A megabyte for each would be 300 MB.
+            assert peak < 40_000_000
+            await gateway.script.emit("task.completed", status="completed", duration_ms=1, progress=100)
+            assert await read_text(reader, text) == text
+
+
+@pytest.mark.parametrize("path", [f"/ws/tasks/{TASK}", "/ws/dashboard"])
+async def test_what_no_client_may_send_closes_with_its_code(gateway: GatewayHarness, path: str) -> None:
+    gateway.script.keys[KEY] = "tasks:read"
+    now = Changes("", ("tasks",), 0)
+    gateway.script.answers["GET", "/dashboard/changes"] = json_answer(msgspec.to_builtins(now))
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+
+    def text(payload: bytes, *, mask: bool = True) -> bytes:
+        return Frame(Opcode.TEXT, payload).serialize(mask=mask)
+
+    for sent, code in (
+        (text(b"x" * 70_000), 1009),
+        (text(b"\xff"), 1007),
+        (text(b"{}", mask=False), 1002),
+        (Frame(Opcode.BINARY, b"\x00").serialize(mask=True) * 65, 1008),
+        (text(b"") * 5000, 1008),
+    ):
+        async with gateway.ws(path, key=KEY) as watcher:
+            await watcher.recv()
+            watcher.transport.write(sent)
+            assert (await reason(watcher))[0] == code
+    await wait_until(lambda: _open(gateway) == 0, description="all places are free")
+
+
+@pytest.mark.parametrize("path", [f"/tasks/{TASK}/events", "/dashboard/events"])
+async def test_the_kernel_ends_a_stream_whose_client_vanished(
+    gateway: GatewayHarness, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packets are not dropped here: it is shown that the connection of the stream has the time limits."""
+    gateway.script.keys[KEY] = "tasks:read"
+    now = Changes("", ("tasks",), 0)
+    gateway.script.answers["GET", "/dashboard/changes"] = json_answer(msgspec.to_builtins(now))
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    found: dict[int, int] = {}
+    limit = asgi_extension.disconnect_silent_client
+
+    def observe(scope: Scope) -> None:
+        limit(scope)
+        peer = scope["extensions"][asgi_extension.TRANSPORT].get_extra_info("socket")
+        found.update({each: peer.getsockopt(socket.IPPROTO_TCP, each) for each in (KEEPIDLE, KEEPINTVL, USER_TIMEOUT)})
+        found[socket.SO_KEEPALIVE] = peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+    for module in (live, dashboard):
+        monkeypatch.setattr(module, "disconnect_silent_client", observe)
+    async with gateway.client.stream("GET", path, headers={"Authorization": f"Bearer {KEY}"}) as response:
+        assert response.status_code == 200
+        await anext(response.aiter_lines())
+    assert found[socket.SO_KEEPALIVE] == 1
+    # The first probe, and those after it, until nothing was acknowledged for this long.
+    assert found[KEEPIDLE] + 3 * found[KEEPINTVL] < 15
+    assert found[USER_TIMEOUT] < 15_000

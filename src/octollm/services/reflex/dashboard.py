@@ -22,6 +22,7 @@ from octollm.contracts.public_api import LIST_SERVICES, WATCH_DASHBOARD
 from octollm.errors import OctoError
 from octollm.framing import encode_sse
 from octollm.live import DashboardFeeds, DashboardSession
+from octollm.rpc.asgi_extension import disconnect_silent_client
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.limits import wait_for_disconnect
 from octollm.services.reflex.live import RETRY_EVENT, SSE_HEADERS, LiveConnections, SlowConsumerError
@@ -140,7 +141,7 @@ class _DashboardEventResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until a disconnect, a refusal or the drain."""
-        del scope
+        disconnect_silent_client(scope)
         connections = self._connections
 
         async def write(body: bytes, *, more: bool = True) -> None:

@@ -32,6 +32,7 @@ from octollm.live import (
     is_transient,
     parse_resume_position,
 )
+from octollm.rpc.asgi_extension import disconnect_silent_client
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.limits import wait_for_disconnect
 from octollm.services.reflex.auth import CredentialAuthenticator
@@ -290,6 +291,7 @@ class FrameEventResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the final frame, a disconnect or the drain."""
+        disconnect_silent_client(scope)
         connections = self._connections
 
         async def write(body: bytes, *, more: bool = True) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import contextvars
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -21,7 +23,7 @@ from octollm.contracts.problems import to_problem
 from octollm.errors import OctoError
 from octollm.events import Hint
 from octollm.live import FeedReader, LiveFrame, LiveSession, TaskBroadcast, TaskFeed
-from octollm.rpc.asgi_extension import get_websocket_transport
+from octollm.rpc.websocket_server import get_websocket_connection
 from octollm.services.reflex.client_messages import ClientMessageHandler, get_type, parse_message
 from octollm.services.reflex.live import LiveConnections, SlowConsumerError
 from octollm.telemetry import Logger
@@ -30,8 +32,6 @@ NORMAL_CLOSURE, POLICY_VIOLATION, INTERNAL_ERROR, SERVICE_RESTART, TRY_AGAIN_LAT
 """Close codes of RFC 6455 section 7.4 and its registry; 4401, 4403 and 4404 are the statuses of HTTP."""
 MAX_MALFORMED = 8
 """Malformed messages after which the socket is closed."""
-CLOSE_SECONDS = 5.0
-"""How long a client may take to accept the close frame."""
 
 
 def get_close_code(error: OctoError) -> int:
@@ -81,12 +81,16 @@ class TaskWebSockets:
     async def _serve_task(self, websocket: WebSocket) -> None:
         connections = self.connections
         credential = await connections.authenticator.authenticate(websocket)
-        with contextlib.ExitStack() as counted:
-            counted.enter_context(connections.count_connection("websocket", credential, websocket))
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(connections.count_connection("websocket", credential, websocket))
             # Before accepting: no frame is sent on a socket that is then closed with 4401, 4403 or 4404.
-            connection = _TaskConnection(self, websocket, credential, counted)
-            await connection.open()
-            await connection.serve()
+            session = await connections.open_session(credential, websocket)
+            connection = _TaskConnection(self, websocket, credential)
+            reader = await stack.enter_async_context(
+                connections.follow(credential, connection.task_id, connection.refuse)
+            )
+            await websocket.accept()
+            connection.start(session, reader, stack.pop_all())
 
     def get_broadcast(self, feed: TaskFeed) -> TaskBroadcast:
         """Return the broadcast of a feed."""
@@ -126,9 +130,7 @@ class _Endpoint:
         except OctoError as error:
             await _close(websocket, get_close_code(error), error.code)
         except SlowConsumerError:
-            transport = get_websocket_transport(scope)
-            if not await _close(websocket, TRY_AGAIN_LATER, "too slow") and transport is not None:
-                transport.abort()
+            await _close(websocket, TRY_AGAIN_LATER, "too slow")
         except (WebSocketDisconnect, ConnectionError):
             return
         except Exception as error:  # The outermost boundary of a socket: log and close.
@@ -139,43 +141,52 @@ class _Endpoint:
 class _TaskConnection:
     """One WebSocket on a task.
 
-    A sender of its own catches the client up. Then the task's broadcast writes to the transport, and no coroutine
-    waits for this client but the one that receives its messages.
+    A sender of its own catches the client up. Then the task's broadcast writes to the connection, and no coroutine is
+    there for this client: the connection calls it back. That is most of what a watcher would cost.
     """
 
-    def __init__(
-        self, sockets: TaskWebSockets, websocket: WebSocket, credential: str, counted: contextlib.ExitStack
-    ) -> None:
+    __slots__ = (
+        "_broadcast",
+        "_context",
+        "_credential",
+        "_handling",
+        "_is_member",
+        "_malformed",
+        "_messages",
+        "_reader",
+        "_sender",
+        "_session",
+        "_socket",
+        "_sockets",
+        "_stack",
+        "task_id",
+    )
+
+    def __init__(self, sockets: TaskWebSockets, websocket: WebSocket, credential: str) -> None:
+        self.task_id = str(websocket.path_params["task_id"])
         self._sockets = sockets
-        self._counted = counted
-        self._connections = sockets.connections
-        self._websocket = websocket
+        self._socket = get_websocket_connection(websocket.scope)
         self._credential = credential
-        self._task_id = str(websocket.path_params["task_id"])
-        self._transport = get_websocket_transport(websocket.scope)
+        self._context = contextvars.copy_context()
+        self._stack: contextlib.AsyncExitStack | None = None
+        """What is given back at the end; ``None`` once that was done."""
         self._session: LiveSession | None = None
         self._sender: asyncio.Task[None] | None = None
         self._reader: FeedReader | None = None
         self._broadcast: TaskBroadcast | None = None
         self._is_member = False
+        self._messages: tuple[str | None, ...] = ()
+        self._handling: asyncio.Task[None] | None = None
+        self._malformed = 0
 
-    async def open(self) -> None:
-        """Accept the connection. Raises what refuses the client."""
-        self._session = await self._connections.open_session(self._credential, self._websocket)
-        await self._websocket.accept()
-
-    async def serve(self) -> None:
-        """Send frames and handle messages until the connection is closed."""
-        assert self._session is not None
-        async with self._connections.follow(self._credential, self._task_id, self._refuse) as reader:
-            self._reader = reader
-            self._broadcast = self._sockets.get_broadcast(reader.feed)
-            with self._connections.close_on_drain(self._drain):
-                self._start_sending(self._session.fork(reader, reader))
-                try:
-                    await self._receive_messages()
-                finally:
-                    await self._stop_sending()
+    def start(self, session: LiveSession, reader: FeedReader, stack: contextlib.AsyncExitStack) -> None:
+        """Send frames and handle messages from here on. The end closes ``stack``."""
+        self._stack = stack
+        self._reader = reader
+        self._broadcast = self._sockets.get_broadcast(reader.feed)
+        stack.enter_context(self._sockets.connections.close_on_drain(self._drain))
+        self._start_sending(session.fork(reader, reader))
+        self._socket.detach(self)
 
     # A member of the broadcast.
 
@@ -188,34 +199,25 @@ class _TaskConnection:
     @property
     def pending_bytes(self) -> int:
         """What the client has not taken yet."""
-        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+        return self._socket.pending_bytes
 
     def write(self, payload: bytes) -> None:
         """Write an encoded frame."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(payload)
+        self._socket.write(payload)
 
     def leave(self, session: LiveSession | None, error: BaseException | None) -> None:
         """Go on by ``session``, or close the connection because of ``error`` or after the final frame."""
         self._is_member = False
-        if session is not None:
+        if session is None:
+            self._close(error)
+        elif self._stack is not None:
             self._start_sending(session)
-        else:
-            self._close_soon(error)
 
     # The sender, while the client is no member.
 
     def _start_sending(self, session: LiveSession) -> None:
         self._session = session
-        self._sender = asyncio.create_task(self._send_frames(session), name="websocket sender")
-
-    async def _stop_sending(self) -> None:
-        if self._is_member and self._broadcast is not None:
-            self._is_member = False
-            self._broadcast.remove(self)
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.wait({self._sender})
+        self._sender = self._create_task(self._send_frames(session), "websocket sender")
 
     async def _send_frames(self, session: LiveSession) -> None:
         assert self._broadcast is not None
@@ -223,11 +225,13 @@ class _TaskConnection:
         hint = Hint(events=True, text=True)
         try:
             while not session.has_ended:
+                # A frame is made once there is room for it: what waits for a client is then what others have too.
+                await self._sockets.connections.send_within_timeout(self._socket.drain())
                 async with contextlib.aclosing(session.poll(hint, self.reader)) as frames:
                     async for frame in frames:
-                        text = msgspec.json.encode(frame).decode()
-                        await self._connections.send_within_timeout(self._websocket.send_text(text))
-                if self._transport is not None and self._broadcast.join(session, self):
+                        self._socket.write(_encode_frame(frame))
+                        await self._sockets.connections.send_within_timeout(self._socket.drain())
+                if self._broadcast.join(session, self):
                     # Nothing is kept of what the broadcast does from here on.
                     self._is_member, self._session, self._sender = True, None, None
                     return
@@ -235,83 +239,101 @@ class _TaskConnection:
                     hint = await session.wait(self.reader)
         except Exception as failure:  # Reported by the close code, and a defect in the log as well.
             error = failure
-        await self._close(error)
+        self._close(error)
 
     # Ending.
 
-    def _refuse(self, error: OctoError) -> None:
-        """End because the client may not watch any more."""
+    def connection_lost(self) -> None:
+        """Give back what the connection holds."""
+        stack, self._stack = self._stack, None
+        if stack is None:
+            return
         if self._is_member and self._broadcast is not None:
+            self._is_member = False
             self._broadcast.remove(self)
-            self.leave(None, error)
-        else:
-            self.reader.refuse(error)
+        for task in (self._sender, self._handling):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+        self._sender = self._handling = None
+        self._create_task(stack.aclose(), "websocket end")
+
+    def refuse(self, error: OctoError) -> None:
+        """Close because the client may not watch any more."""
+        self._close(error)
 
     def _drain(self) -> None:
-        if self._is_member and self._broadcast is not None:
-            self._broadcast.remove(self)
-            self._is_member = False
-        elif self._sender is not None:
-            self._sender.cancel()
-        self._close_soon(OctoError("The service is shutting down.", code="draining", retry_after=1))
+        self._close(OctoError("The service is shutting down.", code="draining", retry_after=1))
 
-    def _close_soon(self, error: BaseException | None) -> None:
-        self._sender = asyncio.create_task(self._close(error), name="websocket close")
-
-    async def _close(self, error: BaseException | None) -> None:
-        """Close the connection; then the coroutine that receives ends as well."""
-        # Its place is free now. A client that takes nothing may need a while to be closed.
-        self._counted.close()
+    def _close(self, error: BaseException | None) -> None:
+        """Close the connection because of ``error``, or after the final frame."""
+        if self._stack is None:
+            return
         match error:
             case None:
                 code, reason = NORMAL_CLOSURE, ""
+            case CloseConnection():
+                code, reason = error.code, error.reason
             case SlowConsumerError():
                 code, reason = TRY_AGAIN_LATER, "too slow"
             case OctoError():
                 code, reason = get_close_code(error), error.code
-            case WebSocketDisconnect() | ConnectionError() | RuntimeError() if self._is_gone:
-                return
             case _:
                 self._sockets.log.error("socket.crashed", error=error)
                 code, reason = INTERNAL_ERROR, "internal"
-        if not await _close(self._websocket, code, reason) and self._transport is not None:
-            # The client takes nothing, not even the close frame.
-            self._transport.abort()
+        # Its place is free at once. A client that takes nothing may need a while to be closed.
+        self.connection_lost()
+        self._socket.close(code, reason)
 
-    @property
-    def _is_gone(self) -> bool:
-        return self._transport is None or self._transport.is_closing()
+    def _create_task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        # In the context of the connection: another's broadcast or the transport may be the caller.
+        return self._context.run(self._socket.create_task, work, name)
 
     # Messages of the client.
 
-    async def _receive_messages(self) -> None:
-        """Handle the client's messages until it disconnects.
+    def receive_message(self, text: str | None) -> None:
+        """Handle a message after those before it."""
+        if self._stack is None:
+            return
+        self._messages = (*self._messages, text)
+        if self._handling is None:
+            self._handling = self._create_task(self._handle_messages(), "websocket messages")
+
+    async def _handle_messages(self) -> None:
+        """Handle the messages that are there.
 
         The response to a message is the frame of its event, such as ``task.cancelled``. The response to a refused
         message is a ``status`` frame that repeats ``seq`` and ``progress``, with ``data.note`` = ``{type, code,
         detail}``; its ``type`` is ``message`` for one that is malformed.
         """
-        malformed = 0
-        while True:
-            message = await self._websocket.receive()
-            if message["type"] == "websocket.disconnect":
-                return
-            try:
-                parsed = parse_message(message.get("text"))
-            except OctoError as error:
-                malformed += 1
-                if malformed > MAX_MALFORMED:
-                    raise CloseConnection(POLICY_VIOLATION, "messages not understood") from error
-                self._add_note({"type": "message", "code": error.code, "detail": error.detail})
-                continue
-            try:
-                await self._connections.authenticator.check_rate_limit(self._credential)
-                await self._sockets.messages.handle(self._credential, self._task_id, parsed)
-            except OctoError as error:
-                self._add_note({"type": get_type(parsed), "code": error.code, "detail": error.detail})
-            else:
-                # Its event is there now. Without Redis, the next look at the events would come later.
-                self.reader.feed.refresh()
+        try:
+            while self._messages:
+                text, *rest = self._messages
+                self._messages = tuple(rest)
+                await self._handle_message(text)
+        except Exception as error:  # Reported by the close code, and a defect in the log as well.
+            self._close(error)
+        else:
+            self._handling = None
+            self._socket.resume_reading()
+
+    async def _handle_message(self, text: str | None) -> None:
+        connections = self._sockets.connections
+        try:
+            parsed = parse_message(text)
+        except OctoError as error:
+            self._malformed += 1
+            if self._malformed > MAX_MALFORMED:
+                raise CloseConnection(POLICY_VIOLATION, "messages not understood") from error
+            self._add_note({"type": "message", "code": error.code, "detail": error.detail})
+            return
+        try:
+            await connections.authenticator.check_rate_limit(self._credential)
+            await self._sockets.messages.handle(self._credential, self.task_id, parsed)
+        except OctoError as error:
+            self._add_note({"type": get_type(parsed), "code": error.code, "detail": error.detail})
+        else:
+            # Its event is there now. Without Redis, the next look at the events would come later.
+            self.reader.feed.refresh()
 
     def _add_note(self, note: dict[str, object]) -> None:
         if self._is_member and self._broadcast is not None:
@@ -326,15 +348,9 @@ def _encode_frame(frame: LiveFrame) -> bytes:
     return WebSocketFrame(Opcode.TEXT, msgspec.json.encode(frame)).serialize(mask=False)
 
 
-async def _close(websocket: WebSocket, code: int, reason: str) -> bool:
-    """Close a socket with a code, for which it has to be accepted first; return whether the client took it."""
-    try:
-        async with asyncio.timeout(CLOSE_SECONDS):
-            if websocket.application_state is WebSocketState.CONNECTING:
-                await websocket.accept()
-            await websocket.close(code, reason)
-    except TimeoutError:
-        return False
-    except (RuntimeError, WebSocketDisconnect, ConnectionError):
-        pass
-    return True
+async def _close(websocket: WebSocket, code: int, reason: str) -> None:
+    """Close a socket with a code, for which it has to be accepted first."""
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect, ConnectionError):
+        if websocket.application_state is WebSocketState.CONNECTING:
+            await websocket.accept()
+        await websocket.close(code, reason)
