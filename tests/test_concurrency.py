@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import octollm
-from octollm.concurrency import BackgroundLoop, LockTimeout, Retries, TaskDeadline, file_lock, retry
+from octollm.concurrency import BackgroundLoop, LockTimeout, Retries, TaskDeadline, file_lock, retry, retry_outage
 from octollm.errors import OctoError
 from octollm.resilience import Backoff
 from octollm.testing import wait_until
@@ -189,6 +189,19 @@ async def test_only_our_own_errors_are_retried(error: BaseException):
 
     with pytest.raises(type(error)):
         await retry(work, policy)
+
+
+async def test_a_server_that_is_away_is_waited_for_and_the_log_says_so_once():
+    log, work = RecordingLog(), ScriptedRounds(unavailable(), OctoError("It is busy.", code="overloaded"))
+    await retry_outage(work, FAST, name="opening", log=log)
+    assert (work.count, log.events) == (3, ["loop.failing"])
+
+
+async def test_what_waiting_cannot_mend_is_raised_at_once():
+    log, work = RecordingLog(), ScriptedRounds(OctoError("Too many.", code="quota_exhausted"))
+    with pytest.raises(OctoError, match="Too many"):
+        await retry_outage(work, FAST, name="opening", log=log)
+    assert (work.count, log.events) == (1, [])
 
 
 async def test_attempts_end_after_the_first_success():

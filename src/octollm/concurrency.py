@@ -237,6 +237,22 @@ async def retry(work: Callable[[], Awaitable[T]], next_delay: NextDelay) -> T:
     raise AssertionError("an attempt that fails for the last time raises its error")
 
 
+async def retry_outage(work: Callable[[], Awaitable[T]], backoff: Backoff, *, name: str, log: LoopLogger) -> T:
+    """Return the result of ``work``, called again without a limit while a server that it needs is away.
+
+    The log shows the wait under ``name``, as it shows an outage of a :class:`BackgroundLoop`.
+    """
+
+    def next_delay(error: OctoError, attempt: int) -> float | None:
+        if error.code not in ("unavailable", "overloaded"):
+            return None
+        if attempt == 1:
+            log.warning("loop.failing", loop=name, error=error)
+        return backoff.pause(attempt)
+
+    return await retry(work, next_delay)
+
+
 async def wait_for_event(event: asyncio.Event, timeout: float, *, clear: bool = True) -> None:
     """Return when ``event`` is set, or after ``timeout`` seconds; then clear it, unless told not to."""
     if timeout <= 0:

@@ -88,6 +88,19 @@ async def caught_up(durable: DurableSubscriptions) -> Lag:
     return found[0]
 
 
+def fail_first(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: OctoError) -> None:
+    """Let the first call of a method fail."""
+    original = getattr(owner, name)
+
+    async def call(*arguments: object, **options: object) -> object:
+        if failures:
+            raise failures.pop()
+        return await original(*arguments, **options)
+
+    failures = [error]
+    monkeypatch.setattr(owner, name, call)
+
+
 async def take(events: DurableSubscription, count: int) -> list[int]:
     async with asyncio.timeout(20):
         return [(await anext(events)).seq for _ in range(count)]
@@ -127,6 +140,21 @@ async def test_a_bus_without_the_log_has_none(bus: EventBus) -> None:
     with pytest.raises(OctoError) as refused:
         bus.subscribe("events:task:*", durable="billing")
     assert refused.value.code == "not_configured"
+
+
+async def test_one_that_is_opened_while_the_database_is_away_waits_for_it(
+    redis: RedisClient,
+    durable: DurableSubscriptions,
+    make_publisher: MakePublisher,
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Before it has its row, and between the row and the lease.
+    for owner, name in ((durable.subscriptions, "put"), (durable.leases, "join")):
+        fail_first(monkeypatch, owner, name, OctoError("It is away.", code="unavailable"))
+    async with make_publisher(redis), subscribe(durable) as events:
+        await write()
+        assert await take(events, 1) == [1]
 
 
 async def test_it_continues_after_what_was_acknowledged(
@@ -666,3 +694,30 @@ async def test_positions_of_several_consumers_are_saved_at_once_and_each_learns_
             query = select(partitions.c.position).where(partitions.c.subscription_id == each)
             rows = await connection.all(query.order_by(partitions.c.partition).limit(2))
         assert [row["position"] for row in rows] == expected
+
+
+async def test_events_in_hand_of_several_consumers_are_saved_at_once_and_each_learns_of_its_own(
+    durable: DurableSubscriptions, db: Database
+) -> None:
+    ids = [await durable.subscriptions.put("system", name, SPEC, event_tenant=None) for name in ("a", "b")]
+    held = [(await durable.leases.join(each, "consumer", 60.0)).leases for each in ids]
+    save = durable.leases.save_suspects
+
+    def moved(which: int, number: int, position: int, fence: int = 0) -> PartitionLease:
+        return PartitionLease(number, held[which][number].fence + fence, position)
+
+    saved = await asyncio.gather(
+        save(ids[0], "consumer", moved(0, 0, 5), "first"),
+        save(ids[0], "consumer", moved(0, 0, 6), "second"),
+        save(ids[0], "another", moved(0, 1, 7), "of another"),
+        # Taken over meanwhile: the late one does not take the place of the one before it.
+        save(ids[1], "consumer", moved(1, 0, 8), "in hand"),
+        save(ids[1], "consumer", moved(1, 0, 9, fence=-1), "late"),
+    )
+    assert saved == [True, True, False, True, False]
+    assert await save(ids[1], "consumer", moved(1, 0, 2), None)  # a position never goes back
+    partitions = subscription_partitions
+    async with db.read() as connection:
+        rows = await connection.all(select(partitions).where(partitions.c.partition < 2))
+    found = {(ids.index(r["subscription_id"]), r["partition"]): (r["suspects"], r["position"]) for r in rows}
+    assert found == {(0, 0): ("second", 6), (0, 1): (None, 0), (1, 0): (None, 8), (1, 1): (None, 0)}

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Mapping
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import events_process
 import msgspec
 import pytest
 from databases import Backend
 from events_kit import CLOCK, IDS
-from events_process import Options
+from events_process import Options, start_process
 from hypothesis import given
 from hypothesis import strategies as st
 from redis_process import RedisProcess
@@ -27,7 +25,6 @@ from octollm.storage import Database, open_database
 from octollm.storage.migrations import migrate
 from octollm.testing import wait_until
 
-PROGRAM = Path(events_process.__file__)
 NAME = "billing"
 REPLICAS = ("a", "b")
 SUBJECTS = 12
@@ -81,18 +78,16 @@ class Replicas:
     def __init__(self, url: str, redis: str, folder: Path) -> None:
         self._options = Options(role="host", database=url, redis=redis, durable=(NAME,), lease=2.0)
         self._folder = folder
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._running: dict[str, ForkServerProcess] = {}
         self.codes: list[int] = []
 
     def start(self, name: str) -> None:
         options = msgspec.structs.replace(self._options, file=str(self._folder / f"{name}.jsonl"))
-        with (self._folder / f"{name}.err").open("ab") as errors:
-            arguments = [sys.executable, str(PROGRAM), msgspec.json.encode(options).decode()]
-            self._running[name] = subprocess.Popen(arguments, stderr=errors)
+        self._running[name] = start_process(options, self._folder / f"{name}.err")
 
     def restart_dead(self) -> None:
         for name, process in list(self._running.items()):
-            if (code := process.poll()) is not None:
+            if (code := process.exitcode) is not None:
                 self.codes.append(code)
                 self.start(name)
 
@@ -104,7 +99,7 @@ class Replicas:
     def close(self) -> None:
         for process in self._running.values():
             process.kill()
-            process.wait()
+            process.join()
 
 
 async def write(db: Database, *marks: Mapping[str, object]) -> list[int]:

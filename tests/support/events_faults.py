@@ -151,10 +151,12 @@ async def set_clocks_back(stage: Stage) -> None:
 
 
 async def restart_postgres(stage: Stage) -> None:
-    """Kill PostgreSQL and start it again."""
+    """Kill PostgreSQL and start it again. Processes that start meanwhile wait for it."""
     assert stage.postgres is not None
     for _ in range(max(1, stage.size.times // 3)):
         await asyncio.to_thread(stage.postgres.kill)
+        for name in ("publisher-b", "durable-b"):
+            stage.processes.restart(name)
         await stage.pause(0.5)
         await asyncio.to_thread(stage.postgres.start)
         await stage.pause(2)

@@ -1,4 +1,4 @@
-"""A process of a run of faults on events: `python events_process.py OPTIONS`, with :class:`Options` as JSON.
+"""A process of a run of faults on events: :func:`start_process` with :class:`Options`.
 
 ``publisher`` publishes the log, ``durable`` has one replica of each durable subscription, ``ephemeral`` has
 subscriptions to Redis, and ``host`` has all of these. Subscribers append a line to their file for whatever reaches
@@ -12,19 +12,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import structlog
 
 from octollm.clock import SystemClock, Uuid7Generator
+from octollm.concurrency import retry_outage
 from octollm.contracts.subscriptions import SubscriptionSpec
 from octollm.events import (
     DeliveryPolicy,
@@ -38,8 +42,10 @@ from octollm.events import (
     QueuedDelivery,
     RejectDelivery,
 )
+from octollm.resilience import Backoff
 from octollm.storage import Database, RedisClient, RedisKeys, open_database, open_redis
 
+T = TypeVar("T")
 PATTERNS = ("events:task:*", "events:step:*")
 OUTBOX = OutboxPolicy(lease=1.0, backoff_max=1.0)
 DELIVERY = DeliveryPolicy(lease=3.0, renew=0.5)
@@ -134,17 +140,29 @@ async def subscribe_durably(name: str, durable: DurableSubscriptions, recorder: 
         await events.run(handle)
 
 
+async def read_head(db: Database, log: EventLog) -> int:
+    """Return the position of the last event."""
+    async with db.read() as snapshot:
+        _oldest, head = await log.read_bounds(snapshot)
+    return head
+
+
+async def outlast_outage(work: Callable[[], Awaitable[T]]) -> T:
+    """Wait for what is away at the start, as `octollm serve` does: a fault may be under way, or begin just then."""
+    return await retry_outage(work, Backoff(0.1, 1.0), name="start", log=structlog.get_logger())
+
+
 async def subscribe(name: str, bus: EventBus, log: EventLog, db: Database, recorder: Recorder) -> None:
     """Record events and gaps of a live subscription until the process is killed."""
 
     def on_gap(gap: Gap) -> None:
         recorder.write("gap", name, gap.reason, gap.after, gap.channel)
 
-    async with bus.subscribe(*PATTERNS, on_gap=on_gap) as events:
+    async with contextlib.AsyncExitStack() as stack:
+        listening = lambda: stack.enter_async_context(bus.subscribe(*PATTERNS, on_gap=on_gap))  # noqa: E731
+        events = await outlast_outage(listening)
         # What is numbered from here on is published while it listens.
-        async with db.read() as snapshot:
-            _oldest, head = await log.read_bounds(snapshot)
-        recorder.write("ready", name, head)
+        recorder.write("ready", name, await outlast_outage(lambda: read_head(db, log)))
         async for event in events:
             recorder.write("event", name, event.seq, event.id)
 
@@ -157,7 +175,7 @@ async def main(options: Options) -> None:
     keys = RedisKeys()
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     async with contextlib.AsyncExitStack() as stack:
-        db = await stack.enter_async_context(open_database(options.database, clock=clock))
+        db = await outlast_outage(lambda: stack.enter_async_context(open_database(options.database, clock=clock)))
         redis: RedisClient = await stack.enter_async_context(open_redis(options.redis))
         log = EventLog(db, clock, ids)
         if options.role in ("publisher", "host"):
@@ -176,5 +194,23 @@ async def main(options: Options) -> None:
         await asyncio.gather(*work, asyncio.Event().wait())
 
 
-if __name__ == "__main__":
-    asyncio.run(main(msgspec.json.decode(sys.argv[1], type=Options)))
+def run(options: Options, errors: str) -> None:
+    """Run in a process of its own, whose output goes to the file ``errors``."""
+    file = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    asyncio.run(main(options))
+
+
+# Forked from a process that has imported what takes long: a start takes milliseconds instead of seconds of CPU time.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["octollm.events", "sqlalchemy.dialects.postgresql.asyncpg", "aiosqlite", "redis.asyncio"]
+)
+
+
+def start_process(options: Options, errors: Path) -> ForkServerProcess:
+    """Start a process; its exit code is -9 when it was killed."""
+    process = _SERVER.Process(target=run, args=(options, str(errors)), daemon=True)
+    process.start()
+    return process

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from octollm.clock import Clock, IdGenerator
-from octollm.concurrency import BackgroundLoop, LoopLogger, TaskDeadline, wait_for_event
+from octollm.concurrency import BackgroundLoop, LoopLogger, TaskDeadline, retry_outage, wait_for_event
 from octollm.contracts.events import Event
 from octollm.contracts.subscriptions import AckId, EventSelector, SubscriptionSpec
 from octollm.errors import OctoError
@@ -121,15 +121,17 @@ class DurableSubscription:
         return frozenset(self._queues.partitions)
 
     async def __aenter__(self) -> DurableSubscription:
-        """Create or update the subscription, and join its group."""
-        self._id = await self._context.subscriptions.put(
-            self._tenant, self.name, self._spec, event_tenant=self._reader.event_tenant, start=self._start
-        )
-        await self._renew()
+        """Create or update the subscription and join its group; wait for the database while it is away."""
+        await retry_outage(self._join, LOOP_BACKOFF, name=f"opening of subscription {self.name}", log=self._log)
         self._remove_listener = self._context.tail.on_batch(self._reader.wakeup.set)
         for loop in self._loops:
             loop.start()
         return self
+
+    async def _join(self) -> None:
+        put, tenant = self._context.subscriptions.put, self._reader.event_tenant
+        self._id = await put(self._tenant, self.name, self._spec, event_tenant=tenant, start=self._start)
+        await self._renew()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -251,8 +253,7 @@ class DurableSubscription:
 
     async def _unguard(self, ack: AckId) -> None:
         """End a delivery that was handed over in careful mode."""
-        deaths = self._queues.guarded.get(ack)
-        if deaths is None:
+        if (deaths := self._queues.guarded.get(ack)) is None:
             return
         try:
             # Before another suspect may end the process: this one would be counted with it.

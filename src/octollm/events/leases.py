@@ -34,6 +34,15 @@ WHERE held.subscription_id = moved.subscription_id AND held.partition = moved.pa
     AND held.consumer = moved.consumer AND held.fence = moved.fence
 RETURNING held.subscription_id, held.consumer, held.partition
 """
+_SAVE_SUSPECTS = """
+UPDATE subscription_partitions AS held
+SET suspects = found.suspects, position = greatest(held.position, found.position)
+FROM unnest($1::text[], $2::int[], $3::bigint[], $4::text[], $5::bigint[], $6::text[])
+    AS found (subscription_id, partition, fence, consumer, position, suspects)
+WHERE held.subscription_id = found.subscription_id AND held.partition = found.partition
+    AND held.consumer = found.consumer AND held.fence = found.fence
+RETURNING held.subscription_id, held.partition, held.fence
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,16 @@ class _Settlement:
     subscription_id: str
     consumer: str
     leases: Sequence[PartitionLease]
+
+
+@dataclass(frozen=True, slots=True)
+class _InHand:
+    """What :meth:`LeaseStore.save_suspects` is called with."""
+
+    subscription_id: str
+    consumer: str
+    lease: PartitionLease
+    suspects: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +112,7 @@ class LeaseStore:
         self._settlements: GroupCommit[_Settlement, frozenset[int]] = GroupCommit(
             self._settle_all, name="positions of subscriptions"
         )
+        self._in_hand: GroupCommit[_InHand, bool] = GroupCommit(self._save_all_suspects, name="events in hand")
         self._renewals: GroupCommit[_Renewal, Hashable] = GroupCommit(self._renew_all, name="leases of subscriptions")
 
     async def renew(self, subscription_id: str, consumer: str, lease_seconds: float) -> Hashable:
@@ -277,21 +297,40 @@ class LeaseStore:
     ) -> bool:
         """Save which events of a partition are in hand, and its position; return whether the consumer still holds it.
 
-        Unlike :meth:`settle` this is on the disk afterwards.
+        Unlike :meth:`settle` this is on the disk afterwards. A call takes the place of an earlier one for the same
+        partition that waits with it.
         """
-        moved = case((partitions.c.position < lease.position, lease.position), else_=partitions.c.position)
-        async with self._db.transaction(single=True) as tx:
-            row = await tx.first(
-                update(partitions)
-                .where(
-                    partitions.c.subscription_id == subscription_id,
-                    partitions.c.partition == lease.partition,
-                    partitions.c.consumer == consumer,
-                    partitions.c.fence == lease.fence,
-                )
-                .values(suspects=suspects, position=moved)
-                .returning(partitions.c.partition)
+        return await self._in_hand.wait(_InHand(subscription_id, consumer, lease, suspects))
+
+    async def _save_all_suspects(self, items: Sequence[_InHand]) -> list[bool]:
+        """Save those of many partitions in one commit: after a death every delivery waits for this."""
+        keys = [(each.subscription_id, each.lease.partition, each.lease.fence) for each in items]
+        last = dict(zip(keys, items, strict=True))
+        if self._db.direct_pool is not None:
+            values = [
+                (*key, each.consumer, each.lease.position, each.suspects)
+                for key, each in sorted(last.items(), key=lambda item: item[0])  # the order of locks
+            ]
+            rows = await self._db.direct_pool.fetch(_SAVE_SUSPECTS, *map(list, zip(*values, strict=True)))
+            saved = {tuple(row) for row in rows}
+        else:
+            async with self._db.transaction() as tx:
+                saved = {key for key, each in last.items() if await self._save_suspects(tx, each)}
+        return [key in saved for key in keys]
+
+    async def _save_suspects(self, tx: Transaction, item: _InHand) -> bool:
+        lease = item.lease
+        row = await tx.first(
+            update(partitions)
+            .where(
+                partitions.c.subscription_id == item.subscription_id,
+                partitions.c.partition == lease.partition,
+                partitions.c.consumer == item.consumer,
+                partitions.c.fence == lease.fence,
             )
+            .values(suspects=item.suspects, position=func.max(partitions.c.position, lease.position))
+            .returning(partitions.c.partition)
+        )
         return row is not None
 
     async def leave(self, subscription_id: str, consumer: str) -> None:
@@ -323,6 +362,7 @@ class LeaseStore:
             ]
             # Without waiting for the disk: after a crash of the server, events of the last second are delivered again.
             # What is written later, such as a partition given up, is never kept without this.
+            moved.sort(key=lambda row: (row[0], row[2]))  # the order of locks
             rows = await self._db.lazy_pool.fetch(_SETTLE, *map(list, zip(*moved, strict=True)))
             found: dict[tuple[object, object], set[int]] = {}
             for subscription_id, consumer, partition in rows:
