@@ -18,8 +18,8 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from octollm.capability.keyring import SecretCipher
-from octollm.contracts.problems import to_problem
-from octollm.errors import OctoError
+from octollm.contracts.problems import allows_new_attempt, to_problem
+from octollm.errors import OctoError, RemoteError, RetryStep
 from octollm.group_commit import GroupCommit
 from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall
@@ -270,6 +270,20 @@ NOT_STARTED_CODES = frozenset(
     {"overloaded", "draining", "rate_limited", "connect_failed", "connect_timeout", "pool_timeout"}
 )
 """Failures after which even an ``at_most_once`` call certainly had no effect."""
+
+
+def may_have_taken_effect(error: OctoError) -> bool:
+    """Return whether an ``at_most_once`` handler may have had its effect before it raised ``error``.
+
+    Its caller must not try again under another key then. It may where the handler itself says that nothing was done:
+    ``step_retry``, or that it did not begin. The problem of a service that it called says nothing of that.
+    Other refusals are final: no caller tries again after them.
+    """
+    is_explicit = error.code == RetryStep.code or error.code in NOT_STARTED_CODES
+    if is_explicit and not isinstance(error, RemoteError):
+        return False
+    return error.code == "deadline_exceeded" or allows_new_attempt(error)
+
 
 Work = Callable[[], Awaitable[BufferedResponse | Response]]
 

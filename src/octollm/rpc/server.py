@@ -58,6 +58,7 @@ from octollm.rpc.idempotency import (
     ResponseCipher,
     body_digest,
     check_key,
+    may_have_taken_effect,
 )
 from octollm.rpc.limits import DeadlineScope, DisconnectScope
 from octollm.rpc.ndjson import NdjsonEmitter
@@ -176,7 +177,7 @@ class OperationEndpoint:
             span.code, span.message = "cancelled", "The client disconnected."
         except Exception as error:  # the outermost boundary of a call: it is logged and answered
             span.record_error(error)
-            context.log.error("call.crashed", operation=operation.name, error=error, where=_innermost_line(error))
+            self._log_crash(operation.name, error)
             if not writer.status:
                 masked = OctoError("The service failed; its log has the reason under this request id.")
                 await self._send_problem(writer, masked, request_id, scope)
@@ -285,9 +286,7 @@ class OperationEndpoint:
                 raise
             except Exception as error:  # the outermost boundary of a streamed call
                 call.span.record_error(error)
-                self._context.log.error(
-                    "call.crashed", operation=call.operation, error=error, where=_innermost_line(error)
-                )
+                self._log_crash(call.operation, error)
                 masked = OctoError("The service failed; its log has the reason under this request id.")
                 await emitter.problem(to_problem(masked, call.request_id))
 
@@ -321,7 +320,28 @@ class OperationEndpoint:
             call.request_id,
             self._context.response_cipher if operation.secret_response else None,
         )
-        return await idempotent.run(keyed, lambda: self._run_handler(call, value), call.deadline)
+        run = self._run_handler if operation.kind == "idempotent" else self._run_once
+        return await idempotent.run(keyed, lambda: run(call, value), call.deadline)
+
+    async def _run_once(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
+        """Run the handler of an ``at_most_once`` operation; a failure after which it may have taken effect says so.
+
+        Otherwise the next attempt of a task's step would call it under a new key, and the effect would happen twice.
+        """
+        try:
+            return await self._run_handler(call, value)
+        except OctoError as error:
+            if not may_have_taken_effect(error):
+                raise
+            detail = f"The operation failed and may have taken effect: {error.detail}"
+            raise OctoError(detail, code="outcome_unknown", field_errors=error.field_errors) from error
+        except Exception as error:  # the outermost boundary, as for any other handler
+            self._log_crash(call.operation, error)
+            detail = "The operation failed and may have taken effect; its log has the reason under this request id."
+            raise OctoError(detail, code="outcome_unknown") from error
+
+    def _log_crash(self, operation: str, error: Exception) -> None:
+        self._context.log.error("call.crashed", operation=operation, error=error, where=_innermost_line(error))
 
     async def _run_handler(self, call: IncomingCall, value: Any) -> BufferedResponse | Response:
         # Around the handler alone: storing its response is not cut off by the deadline.

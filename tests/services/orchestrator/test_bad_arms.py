@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from enrolled import enrolled
 from orchestrator_kit import Script, orchestrator_kit
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from octollm.arm import Arm, Context
+from octollm.contracts.task import ExecuteResult, Task
+from octollm.errors import OctoError, RetryStep
 
 NDJSON = "application/x-ndjson"
 Handler = Callable[[Request], Awaitable[Response]]
@@ -116,3 +121,32 @@ async def test_an_arm_that_answers_in_one_piece_is_as_good(tmp_path: Path) -> No
 @pytest.mark.parametrize("handler", [never_answer, endless_stream])
 async def test_an_arm_that_does_not_come_to_an_end_ends_with_the_tasks_time(tmp_path: Path, handler: Handler) -> None:
     assert (await run_with(handler, tmp_path, 2))["code"] == "deadline_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("failure", "calls", "code"),
+    [
+        (ZeroDivisionError("after the effect"), 1, "outcome_unknown"),
+        (OctoError("The model wrote no JSON.", code="model_output_invalid"), 1, "outcome_unknown"),
+        (RetryStep("Nothing was paid."), 2, None),
+    ],
+)
+async def test_an_at_most_once_step_is_attempted_again_only_if_its_arm_did_nothing(
+    tmp_path: Path, script: Script, failure: Exception, calls: int, code: str | None
+) -> None:
+    payments: list[str] = []
+    arm = Arm("payer", description="Pays")
+
+    @arm.operation(kind="at_most_once")
+    async def execute(body: Task, ctx: Context) -> ExecuteResult:
+        del ctx
+        payments.append(body.goal)
+        if len(payments) == 1:
+            raise failure
+        return ExecuteResult("paid")
+
+    del execute
+    async with orchestrator_kit(tmp_path, script) as orch, enrolled(orch, arm):
+        view = await orch.run({"goal": "pay", "assigned_arm": "payer", "budget": {"max_retries": 3}})
+    assert len(payments) == calls
+    assert (view.error and view.error.code) == code
