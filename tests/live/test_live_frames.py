@@ -72,6 +72,7 @@ def test_the_types_are_those_of_the_contract() -> None:
         "step.started": "step",
         "step.completed": "step",
         "step.failed": "step",
+        "step.skipped": "step",
         "task.completed": "result",
         "task.failed": "error",
     }

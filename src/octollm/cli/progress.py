@@ -187,6 +187,12 @@ class TaskProgress:
                 return [_notice(f"Resumed by {by}.")]
             case "task.instructed":
                 return [_notice(f"Told by {by}: {_text(data, 'text')}")]
+            case "step.skipped":
+                self.status = "paused" if data.get("status") == "paused" else "running"
+                skipped = self.steps.get(_text(data, "step"))
+                if skipped is not None:
+                    skipped.status, skipped.needs_approval = "skipped", False
+                return [_notice(f"{_text(data, 'step')} was skipped by {by}.", "warn")]
             case "task.extended":
                 return [_notice(f"Its limits were raised by {by}.")]
             case _:

@@ -1,4 +1,4 @@
-"""`octollm task pause`, `resume`, `instruct`, `extend`, `history`, `retry` and `fork`: how it goes on, and again."""
+"""`octollm task pause`, `resume`, `instruct`, `skip`, `extend`, `history`, `retry`, `fork`: how a task goes on."""
 
 from __future__ import annotations
 
@@ -50,6 +50,19 @@ async def instruct_task(
     """Add an instruction to a task, which its next attempt or step keeps to."""
     async with open_client(command_settings()) as client:
         task = await client.task(task_id).instruct(text)
+    return _print_status(task, as_json=as_json)
+
+
+@app.command("skip")
+@async_command
+async def skip_step(
+    task_id: _TaskId,
+    step: Annotated[str, typer.Argument(help="The step's id.", metavar="STEP")],
+    as_json: AsJson = False,
+) -> int:
+    """Skip a step: the task goes on without its result."""
+    async with open_client(command_settings()) as client:
+        task = await client.task(task_id).skip(step)
     return _print_status(task, as_json=as_json)
 
 

@@ -18,7 +18,12 @@ _TAB = " " * 4
 _MIN_TITLE = 12
 _ID_WIDTH = 12
 
-_MARKS = {"completed": ("✓", "octo.good"), "failed": ("✗", "octo.bad"), "cancelled": ("■", "octo.warn")}
+_MARKS = {
+    "completed": ("✓", "octo.good"),
+    "failed": ("✗", "octo.bad"),
+    "cancelled": ("■", "octo.warn"),
+    "skipped": ("↷", "octo.warn"),
+}
 _PENDING = ("○", "octo.quiet")
 _WAITING = ("?", "octo.warn")
 _RANKS = {"running": 0, "failed": 1, "pending": 2}

@@ -236,6 +236,7 @@ class TaskHandle(SyncFacade[AsyncTaskHandle[OutputT]], Generic[OutputT]):
     pause = to_sync(AsyncTaskHandle[OutputT].pause)
     resume = to_sync(AsyncTaskHandle[OutputT].resume)
     instruct = to_sync(AsyncTaskHandle[OutputT].instruct)
+    skip = to_sync(AsyncTaskHandle[OutputT].skip)
     extend = to_sync(AsyncTaskHandle[OutputT].extend)
     attempts = to_sync_iterator(AsyncTaskHandle[OutputT].attempts)
     recording = to_sync(AsyncTaskHandle[OutputT].recording)

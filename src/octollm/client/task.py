@@ -19,7 +19,7 @@ from octollm.contracts.attempts import AttemptView, ForkRequest
 from octollm.contracts.events import Event
 from octollm.contracts.observability import TraceView
 from octollm.contracts.recording import TaskRecording
-from octollm.contracts.steering import ExtendRequest, InstructionRequest
+from octollm.contracts.steering import ExtendRequest, InstructionRequest, SkipRequest
 from octollm.contracts.task import Artifact
 from octollm.contracts.task_operations import (
     APPROVE_TASK,
@@ -33,6 +33,7 @@ from octollm.contracts.task_operations import (
     RECORD_TASK,
     RESUME_TASK,
     RETRY_TASK,
+    SKIP_STEP,
     TASK_ARTIFACT,
     TASK_HISTORY,
     TASK_TEXTS,
@@ -171,6 +172,14 @@ class AsyncTaskHandle(Generic[OutputT]):
         ended, and :class:`InvalidRequest`.
         """
         return await self._transport.call(INSTRUCT_TASK, InstructionRequest(text), task_id=self.id)
+
+    async def skip(self, step: str) -> TaskView:
+        """Have the task go on without a step that has not completed, and return the task.
+
+        The steps that depend on it run, and are told that its result is missing. Raises :class:`Conflict` when the task
+        or the step has ended, and :class:`InvalidRequest` for a step that the plan does not have.
+        """
+        return await self._transport.call(SKIP_STEP, SkipRequest(step), task_id=self.id)
 
     async def extend(
         self,

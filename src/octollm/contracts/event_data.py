@@ -180,6 +180,14 @@ class StepFailedData(TaskData, frozen=True, kw_only=True):
     code: str = ""
 
 
+class StepSkippedData(TaskData, frozen=True, kw_only=True):
+    """``by`` is who skipped it; ``status`` is that of the task."""
+
+    step: str
+    by: str
+    status: TaskStatus = "running"
+
+
 class ArmData(EventData, frozen=True, kw_only=True):
     """``arm`` is the arm's name."""
 

@@ -31,6 +31,7 @@ from octollm.contracts.event_data import (
     ServiceStartedData,
     StepCompletedData,
     StepFailedData,
+    StepSkippedData,
     StepStartedData,
     TaskAcceptedData,
     TaskApprovedData,
@@ -226,6 +227,13 @@ _EVENT_TYPES = (
         "An attempt of a step failed.",
         StepFailedData,
         {**_STEP, "reasons": ["The tests fail."], "final": False, "code": "not_accepted"},
+    ),
+    EventType(
+        "step.skipped",
+        True,
+        "A person has the task go on without a step.",
+        StepSkippedData,
+        {**_TASK, "step": "s1", "by": "grace", "status": "running"},
     ),
     EventType(
         "arm.registered",

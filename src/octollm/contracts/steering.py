@@ -1,4 +1,4 @@
-"""Steering: what a person may do to a task that goes on. Pause it, add an instruction, or give it more."""
+"""Steering: what a person may do to a task that goes on. Pause it, add an instruction, skip a step, or give it more."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ MAX_INSTRUCTION = 4000
 """Characters of one instruction."""
 MAX_INSTRUCTIONS = 20
 """Instructions of one task."""
+MAX_STEP_NAME = 200
+"""Characters of the name of a step."""
 MAX_EXTENSION_SECONDS = 86_400.0
 """The latest deadline that a running task may be given, from now."""
 
@@ -27,6 +29,12 @@ class InstructionRequest(msgspec.Struct, frozen=True):
     """The body of ``POST /tasks/{task_id}/instructions``."""
 
     text: Annotated[str, Meta(min_length=1, max_length=MAX_INSTRUCTION)]
+
+
+class SkipRequest(msgspec.Struct, frozen=True):
+    """The body of ``POST /tasks/{task_id}/skip``: the step that the task is to go on without."""
+
+    step: Annotated[str, Meta(min_length=1, max_length=MAX_STEP_NAME)]
 
 
 class ExtendRequest(msgspec.Struct, frozen=True, omit_defaults=True):

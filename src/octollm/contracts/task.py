@@ -21,7 +21,7 @@ MAX_FILE_BYTES = 20 * 1024 * 1024
 """Bytes of one file."""
 
 TaskStatus = Literal["accepted", "planning", "running", "waiting", "paused", "completed", "failed", "cancelled"]
-StepStatus = Literal["pending", "running", "completed", "failed", "cancelled"]
+StepStatus = Literal["pending", "running", "completed", "skipped", "failed", "cancelled"]
 EvidenceKind = Literal["text", "code", "documents", "data"]
 FileKind = Literal["table", "text", "binary"]
 ParentEnd = Literal["cancel", "continue"]

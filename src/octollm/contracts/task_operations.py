@@ -21,7 +21,7 @@ from octollm.contracts.declarations import ANY_MEDIA_TYPE, EVENT_STREAM, Declare
 from octollm.contracts.observability import TraceView
 from octollm.contracts.recording import TaskRecording
 from octollm.contracts.schedules import SUBMISSION_ERRORS
-from octollm.contracts.steering import ExtendRequest, InstructionRequest
+from octollm.contracts.steering import ExtendRequest, InstructionRequest, SkipRequest
 from octollm.contracts.task import Task
 
 SUBMIT_TASK = DeclaredOperation(
@@ -247,6 +247,18 @@ EXTEND_TASK = DeclaredOperation(
     error_codes=("budget_invalid", "deadline_invalid", "state_conflict", "task_not_found"),
 )
 
+SKIP_STEP = DeclaredOperation(
+    id="tasks.skip",
+    method="POST",
+    path="/tasks/{task_id}/skip",
+    summary="Skip a step of a task: it goes on without the step's result.",
+    scope="tasks:steer",
+    kind="idempotent",
+    body=SkipRequest,
+    response=TaskView,
+    error_codes=("state_conflict", "step_unknown", "task_not_found"),
+)
+
 TASK_OPERATIONS = (
     SUBMIT_TASK,
     LIST_TASKS,
@@ -268,4 +280,5 @@ TASK_OPERATIONS = (
     RESUME_TASK,
     INSTRUCT_TASK,
     EXTEND_TASK,
+    SKIP_STEP,
 )

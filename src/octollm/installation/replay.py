@@ -280,12 +280,14 @@ class _Replay:
             names = ", ".join(sorted(foreign | {step.arm for step in planned if step.arm not in BUILT_IN_ARMS}))
             self.notes.append(f"The plan is the recorded one: the planner could choose your own arms ({names}).")
         completed = {step.step for step in recording.steps if step.result is not None and step.status == "completed"}
+        skipped = {step.step for step in recording.steps if step.status == "skipped"}
         forked = {each.step for each in recording.attempts if each.status == "reused"}
         self.kept = frozenset(
             {step.id for step in planned if step.arm not in BUILT_IN_ARMS and step.id in completed}
             | (forked & completed)
+            | skipped
         )
-        if forked:
+        if forked or skipped:
             self._keeps_plan = True
         for name in sorted(self.kept):
             self.notes.append(f"Step {name} is not replayed; its result is the recorded one.")
@@ -348,7 +350,7 @@ class _Replay:
                         position=position,
                         arm=step.arm,
                         title=specs[step.step].title,
-                        status="completed",
+                        status=step.status,
                         attempt=1,
                         spec=specs[step.step],
                         result=step.result,

@@ -32,6 +32,7 @@ _FRAME_TYPES: dict[str, FrameType] = {
     "step.started": "step",
     "step.completed": "step",
     "step.failed": "step",
+    "step.skipped": "step",
     "task.completed": "result",
     "task.failed": "error",
 }

@@ -20,7 +20,7 @@ from octollm.contracts.task import PlanStep
 from octollm.errors import OctoError
 from octollm.storage import Database, DatabaseConnection, Transaction, row_to_dict
 from octollm.storage.tables import approvals, steps, tasks
-from octollm.tasks.records import TaskRecord, approval_from_row, task_from_row
+from octollm.tasks.records import TaskRecord, approval_from_row, put_off, task_from_row
 from octollm.tasks.state import (
     ApprovalRequest,
     apply_goals,
@@ -198,14 +198,10 @@ class ApprovalStore:
         """Set a waiting task running. Its time limit does not count the time for which it waited."""
         if row["status"] != "waiting":
             return
-        deadline_at = row["deadline_at"]
-        # A deadline that the client has set stays.
-        if deadline_at is not None and task_from_row(row).contract.deadline is None:
-            deadline_at += now - row["waiting_since"]
         await tx.execute(
             update(tasks)
             .where(tasks.c.task_id == row["task_id"])
-            .values(status="running", waiting_since=None, deadline_at=deadline_at, updated_at=now)
+            .values(status="running", waiting_since=None, deadline_at=put_off(row, now), updated_at=now)
         )
 
     async def list_pending(self, tenant: str) -> ApprovalList:

@@ -44,7 +44,7 @@ _CANCEL_APPROVALS = """
 UPDATE approvals SET status = 'cancelled', decided_at = $2 WHERE task_id = $1 AND status = 'pending'
 """
 _COMPLETED_STEPS = "SELECT step FROM steps WHERE task_id = $1 AND status = 'completed' ORDER BY step"
-_DROP_STEPS = "DELETE FROM steps WHERE task_id = $1 AND status <> 'completed'"
+_DROP_STEPS = "DELETE FROM steps WHERE task_id = $1 AND status NOT IN ('completed', 'skipped')"
 _STEP_COLUMNS = ("task_id", "step", "position", "plan_number", "arm", "title", "spec", "created_at", "updated_at")
 
 

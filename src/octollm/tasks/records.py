@@ -88,6 +88,14 @@ RECORD_COLUMNS = (
 """What :func:`record_from_driver` reads."""
 
 
+def put_off(row: Mapping[str, Any], now: float) -> float | None:
+    """Return the deadline of a task that has waited: its time limit does not count that, a client's deadline does."""
+    deadline_at: float | None = row["deadline_at"]
+    if deadline_at is None or task_from_row(row).contract.deadline is not None:
+        return deadline_at
+    return deadline_at + now - row["waiting_since"]
+
+
 def record_from_driver(row: Row) -> TaskRecord:
     """Read a row of ``tasks`` from a statement that went straight to the driver: JSON is text there."""
     decoded = {name: row[name] for name in RECORD_COLUMNS.split(", ")}

@@ -278,7 +278,7 @@ class TaskRunner:
             records = {record.step: record for record in await tools.store.steps(task.task_id)}
         results = {name: record.result for name, record in records.items() if record.result is not None}
         # Steps that completed in an earlier epoch or in the first plan are not run again.
-        self._done = {name for name in results if records[name].status == "completed"}
+        self._done = {name for name in results if records[name].status in ("completed", "skipped")}
         await self._check_failed(records.values())
         step_tools = StepDependencies(
             tools.store,

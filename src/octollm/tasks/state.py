@@ -15,7 +15,7 @@ from octollm.contracts.approvals import (
     ApprovalPolicy,
     ApprovalView,
 )
-from octollm.contracts.task import MAX_GOAL, Artifact, ExecuteResult, Plan, PlanStep, StepStatus, TaskStatus
+from octollm.contracts.task import MAX_GOAL, Artifact, Evidence, ExecuteResult, Plan, PlanStep, StepStatus, TaskStatus
 from octollm.errors import FieldError, OctoError
 
 _FINAL_STATES: frozenset[TaskStatus] = frozenset({"completed", "failed", "cancelled"})
@@ -33,13 +33,22 @@ TASK_TRANSITIONS: dict[TaskStatus, frozenset[TaskStatus]] = {
 """State of a task → states that may follow. A replan is running → planning."""
 
 STEP_TRANSITIONS: dict[StepStatus, frozenset[StepStatus]] = {
-    "pending": frozenset({"running", "failed", "cancelled"}),
-    "running": frozenset({"running", "completed", "failed", "cancelled"}),
+    "pending": frozenset({"running", "skipped", "failed", "cancelled"}),
+    "running": frozenset({"running", "completed", "skipped", "failed", "cancelled"}),
     "completed": frozenset(),
+    "skipped": frozenset(),
     "failed": frozenset(),
     "cancelled": frozenset(),
 }
 """State of a step → states that may follow. running → running is a new attempt or a takeover."""
+
+
+SKIPPED_RESULT = ExecuteResult(
+    "This step was skipped, so its result is missing.", evidence=Evidence("text", found=False)
+)
+"""What stands in the place of the result of a skipped step, for the steps that depend on it and for the task."""
+_SKIPPABLE: frozenset[TaskStatus] = frozenset({"running", "waiting", "paused"})
+"""The states of a task in which a step may be skipped. A plan that is being made would replace the step."""
 
 
 OPEN_STATES: tuple[TaskStatus, ...] = tuple(status for status in TASK_TRANSITIONS if status not in _FINAL_STATES)
@@ -55,6 +64,21 @@ def check_transition(current: TaskStatus, to: TaskStatus) -> None:
     """Raise ``state_conflict`` unless the transition from ``current`` to ``to`` is legal."""
     if to not in TASK_TRANSITIONS[current]:
         raise OctoError(f"The task is {current}; it cannot become {to}.", code="state_conflict")
+
+
+def check_skip(status: TaskStatus, step: str, step_status: StepStatus | None) -> bool:
+    """Return whether a step has to be changed to skip it: not when it is skipped already.
+
+    Raises ``state_conflict`` when the task or the step cannot be skipped any more, and ``step_unknown``.
+    """
+    if status not in _SKIPPABLE:
+        raise OctoError(f"The task is {status}; no step of it can be skipped.", code="state_conflict")
+    if step_status is None:
+        detail = f"The plan has no step {step!r}."
+        raise OctoError(detail, code="step_unknown", field_errors=(FieldError("/step", detail),))
+    if step_status != "skipped" and "skipped" not in STEP_TRANSITIONS[step_status]:
+        raise OctoError(f"The step is {step_status} already.", code="state_conflict")
+    return step_status != "skipped"
 
 
 def resume_status(*, has_started: bool) -> TaskStatus:

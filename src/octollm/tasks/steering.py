@@ -1,4 +1,4 @@
-"""Steering in the database: pause and resume, instructions, and larger limits.
+"""Steering in the database: pause and resume, instructions, skipped steps, and larger limits.
 
 A paused task holds no worker and no lease, and its fencing token rises, so that nothing of what ran before can change
 it or spend from its budget. Each change and its event are one transaction.
@@ -15,12 +15,13 @@ from sqlalchemy import select, update
 from octollm.clock import Clock, format_rfc3339
 from octollm.contracts.attempts import AttemptRequest
 from octollm.contracts.steering import MAX_INSTRUCTIONS, ExtendRequest, Instruction
+from octollm.contracts.task import TaskStatus
 from octollm.errors import OctoError
 from octollm.storage import Transaction
-from octollm.storage.tables import attempts, budgets, steps, tasks
+from octollm.storage.tables import approvals, attempts, budgets, steps, tasks
 from octollm.tasks.limits import TaskLimits, extend_limits
-from octollm.tasks.records import task_from_row
-from octollm.tasks.state import check_transition, is_final, resume_status
+from octollm.tasks.records import put_off, task_from_row
+from octollm.tasks.state import SKIPPED_RESULT, check_skip, check_transition, is_final, resume_status
 from octollm.tasks.store import TaskStore, TransactionHook
 
 
@@ -70,11 +71,12 @@ class SteeringStore:
                 return False
             status, now = resume_status(has_started=row["started_at"] is not None), self._clock.now()
             check_transition(row["status"], status)
-            deadline_at = row["deadline_at"]
-            # A deadline that the client has set stays.
-            if deadline_at is not None and task_from_row(row).contract.deadline is None:
-                deadline_at += now - row["waiting_since"]
-            values = {"status": status, "waiting_since": None, "deadline_at": deadline_at, "updated_at": now}
+            values = {
+                "status": status,
+                "waiting_since": None,
+                "deadline_at": put_off(row, now),
+                "updated_at": now,
+            }
             await tx.execute(update(tasks).where(tasks.c.task_id == task_id).values(**values))
             await self._begin_anew(tx, task_id, len(row["instructions"] or ()), now)
             await hook(tx)
@@ -115,6 +117,39 @@ class SteeringStore:
             await hook(tx)
             data = {"by": author, "text": text, "number": len(given) + 1, "progress": row["progress"]}
             await self._store.append_event(tx, task_id, "task.instructed", data)
+
+    async def skip(self, task_id: str, tenant: str, step: str, author: str, hook: TransactionHook) -> bool:
+        """Have a task go on without a step; return ``False`` when it is skipped already.
+
+        As by a pause, the present run ends with its calls: a worker goes on from what is stored, so it matters neither
+        which of them ran the step, nor whether the step was about to begin. Raises as :func:`check_skip`.
+        """
+        async with self._store.transaction() as tx:
+            row = await self._store.load_row(tx, task_id, tenant)
+            found = await tx.first(select(steps.c.status).where(steps.c.task_id == task_id, steps.c.step == step))
+            if not check_skip(row["status"], step, None if found is None else found["status"]):
+                return False
+            now = self._clock.now()
+            status: TaskStatus = "paused" if row["status"] == "paused" else "running"
+            values: dict[str, object] = {"run": row["run"] + 1, "lease_holder": None, "lease_until": None}
+            if row["status"] == "waiting":
+                values |= {"waiting_since": None, "deadline_at": put_off(row, now)}
+            await tx.execute(
+                update(tasks).where(tasks.c.task_id == task_id).values(**values, status=status, updated_at=now)
+            )
+            await tx.execute(
+                update(steps)
+                .where(steps.c.task_id == task_id, steps.c.step == step)
+                .values(status="skipped", result=SKIPPED_RESULT, reasons=None, finished_at=now, updated_at=now)
+            )
+            begun = attempts.c.task_id == task_id, attempts.c.step == step, attempts.c.status == "running"
+            await tx.execute(update(attempts).where(*begun).values(status="interrupted", finished_at=now))
+            asked = approvals.c.task_id == task_id, approvals.c.step == step, approvals.c.status == "pending"
+            await tx.execute(update(approvals).where(*asked).values(status="cancelled", decided_at=now))
+            await hook(tx)
+            data = {"step": step, "by": author, "status": status, "progress": row["progress"]}
+            await self._store.append_event(tx, task_id, "step.skipped", data)
+            return True
 
     async def extend(
         self, task_id: str, tenant: str, request: ExtendRequest, author: str, hook: TransactionHook

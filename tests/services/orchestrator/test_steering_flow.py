@@ -11,7 +11,9 @@ import pytest
 from orchestrator_kit import OrchestratorHarness, Script, orchestrator_kit, problem
 
 from octollm.arm import Context
-from octollm.contracts.task import ExecuteResult, Task
+from octollm.contracts.task import ExecuteResult, Plan, PlanStep, Task
+from octollm.errors import OctoError
+from octollm.tasks.state import SKIPPED_RESULT
 from octollm.testing import wait_until
 
 
@@ -138,6 +140,7 @@ STEERING = (
     ("resume", None),
     ("instructions", {"text": "x"}),
     ("extend", {"max_tokens": 100_000}),
+    ("skip", {"step": "s1"}),
 )
 
 
@@ -158,3 +161,57 @@ async def test_steering_needs_its_scope_and_a_task_that_goes_on(orch: Orchestrat
         assert (refused.status, problem(refused)["code"]) == (403, "scope_missing"), how
     orch.bearer = own
     await orch.send("POST", f"/tasks/{task_id}/cancel")
+
+
+async def test_a_step_that_is_retried_is_skipped_and_its_dependents_are_told(
+    orch: OrchestratorHarness, script: Script
+) -> None:
+    """The second attempt of the first step hangs; the task goes on without it, and no other step runs twice."""
+    script.plan = lambda _request: Plan(
+        (
+            PlanStep("s1", "First", "coder", "first"),
+            PlanStep("s2", "Beside", "coder", "beside"),
+            PlanStep("s3", "Last", "coder", "last", depends_on=("s1", "s2")),
+        )
+    )
+    retried = asyncio.Event()
+
+    async def execute(contract: Task, ctx: Context) -> ExecuteResult:
+        del ctx
+        if contract.goal == "first":
+            if not contract.context.reasons:
+                raise OctoError("Not yet.", code="model_output_invalid")
+            retried.set()
+            await asyncio.Event().wait()
+        return ExecuteResult(f"{contract.goal}: {contract.context.inputs.get('s1', '')}")
+
+    script.execute = execute
+    task_id = (await orch.submit({"goal": "write"})).task_id
+    await retried.wait()
+    for _ in range(2):
+        skipped = await steer(orch, task_id, "skip", {"step": "s1"})
+        assert skipped.status == 200, skipped.body
+    assert script.cancelled.count("first") == 1, "its call is closed when the skip answers"
+    view = await orch.finished(task_id)
+    assert (view.status, view.output) == ("completed", f"last: {SKIPPED_RESULT.output}"), view.error
+    assert [step.status for step in view.steps] == ["skipped", "completed", "completed"]
+    assert [each.goal for each in script.executed] == ["first", "beside", "first", "last"], "nothing is done twice"
+    (event,) = (each for each in await orch.history(task_id) if each["event_type"] == "step.skipped")
+    assert (event["data"]["step"], event["data"]["by"], event["data"]["status"]) == ("s1", "local-user", "running")
+    assert (await audited(orch, "step.skipped"))["detail"] == {"step": "s1"}
+    late = await steer(orch, task_id, "skip", {"step": "s3"})
+    assert problem(late)["code"] == "state_conflict"
+
+
+async def test_a_step_that_waits_for_an_approval_is_skipped(orch: OrchestratorHarness) -> None:
+    task_id = (await orch.submit({"goal": "write", "approval": {"steps": ["coder"]}})).task_id
+
+    async def waits() -> bool:
+        return (await orch.task(task_id)).status == "waiting"
+
+    await wait_until(waits, description="the task waits for the approval")
+    unknown = await steer(orch, task_id, "skip", {"step": "s9"})
+    assert (unknown.status, problem(unknown)["code"]) == (400, "step_unknown")
+    assert (await steer(orch, task_id, "skip", {"step": "s1"})).status == 200
+    view = await orch.finished(task_id)
+    assert (view.status, view.output, view.approvals[0].status) == ("completed", SKIPPED_RESULT.output, "cancelled")

@@ -218,6 +218,7 @@ async def test_what_may_not_be_done_is_noted_and_the_watching_goes_on(gateway: G
         ({"type": "resume"}, "resume", None),
         ({"type": "instruct", "text": "In French."}, "instructions", {"text": "In French."}),
         ({"type": "extend", "max_tokens": 9000}, "extend", {"max_tokens": 9000}),
+        ({"type": "skip", "step": "s1"}, "skip", {"step": "s1"}),
         ({"type": "cancel"}, "cancel", None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Steering over HTTP: pause, resume, instructions and larger limits of a task that goes on."""
+"""Steering over HTTP: pause, resume, instructions, skipped steps and larger limits of a task that goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from octollm.capability import run_value
 from octollm.clock import Clock
 from octollm.contracts import task_operations
 from octollm.contracts.api import TaskView
-from octollm.contracts.steering import ExtendRequest, InstructionRequest
+from octollm.contracts.steering import ExtendRequest, InstructionRequest, SkipRequest
 from octollm.errors import FieldError, OctoError
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.idempotency import IdempotencyKey
@@ -52,15 +52,17 @@ class SteeringApi:
         tenant = call.tenant
 
         async def record(tx: Transaction) -> None:
-            row = await self.store.load_row(tx, task_id)
-            # The tokens of the run that ends, as after a take-over: its arms may hold them until they expire.
-            revoked = run_value(task_id, int(row["run"]) - 1)
-            await self.canceller.revocation_store.add(tx, "run", revoked, tenant)
+            await self._revoke_run(tx, task_id, tenant)
             await self._record(call, "task.paused", task_id)(tx)
 
         await self.steering.pause(task_id, tenant, call.authority.subject, record)
         # Also after a repeated call: the first may have been cut off before it stopped the work.
         await self.canceller.stop_work(task_id)
+
+    async def _revoke_run(self, tx: Transaction, task_id: str, tenant: str) -> None:
+        """Revoke the tokens of the run that ends, as after a take-over: its arms may hold them until they expire."""
+        row = await self.store.load_row(tx, task_id)
+        await self.canceller.revocation_store.add(tx, "run", run_value(task_id, int(row["run"]) - 1), tenant)
 
     async def _descendants(self, task_id: str) -> list[str]:
         """Return the open sub-tasks below a task, of all generations."""
@@ -93,6 +95,23 @@ class SteeringApi:
             await self.steering.instruct(task_id, tenant, text, call.authority.subject, record)
         return await self.store.view(task_id, tenant)
 
+    async def skip(self, call: IncomingCall, body: SkipRequest) -> TaskView:
+        """Have a task go on without a step. Skipping it again changes nothing."""
+        task_id, tenant = call.path["task_id"], call.tenant
+
+        async def record(tx: Transaction) -> None:
+            await self._revoke_run(tx, task_id, tenant)
+            await self._record(call, "step.skipped", task_id, {"step": body.step})(tx)
+
+        if find_nul(body.step) is not None or not await self.steering.skip(
+            task_id, tenant, body.step, call.authority.subject, record
+        ):
+            return await self.store.view(task_id, tenant)
+        # Here only: another replica hears of it with its next renewal, and by then a new run may be under way.
+        await self.canceller.worker.stop(task_id)
+        self.canceller.worker.wake()
+        return await self.store.view(task_id, tenant)
+
     async def extend(self, call: IncomingCall, body: ExtendRequest) -> TaskView:
         """Raise the limits of a task. The same limits again change nothing."""
         task_id, tenant = call.path["task_id"], call.tenant
@@ -118,6 +137,7 @@ class SteeringApi:
             implement(task_operations.RESUME_TASK, self.resume),
             implement(task_operations.INSTRUCT_TASK, self.instruct),
             implement(task_operations.EXTEND_TASK, self.extend),
+            implement(task_operations.SKIP_STEP, self.skip),
         ]
 
 

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from octollm.contracts.approvals import ApprovalDecision
-from octollm.contracts.steering import ExtendRequest, InstructionRequest
+from octollm.contracts.steering import ExtendRequest, InstructionRequest, SkipRequest
 from octollm.contracts.task_operations import (
     APPROVE_TASK,
     CANCEL_TASK,
@@ -20,6 +20,7 @@ from octollm.contracts.task_operations import (
     INSTRUCT_TASK,
     PAUSE_TASK,
     RESUME_TASK,
+    SKIP_STEP,
 )
 from octollm.errors import OctoError
 from octollm.services.reflex.screening import InputGuardrail
@@ -61,13 +62,19 @@ class Instruct(InstructionRequest, frozen=True, tag="instruct", forbid_unknown_f
     key: Key = ""
 
 
+class Skip(SkipRequest, frozen=True, tag="skip", forbid_unknown_fields=True):
+    """``{"type": "skip", "step": …}``."""
+
+    key: Key = ""
+
+
 class Extend(ExtendRequest, frozen=True, tag="extend", forbid_unknown_fields=True):
     """``{"type": "extend", …}`` with at least one new limit."""
 
     key: Key = ""
 
 
-ClientMessage = Cancel | Approval | Pause | Resume | Instruct | Extend
+ClientMessage = Cancel | Approval | Pause | Resume | Instruct | Skip | Extend
 
 
 def parse_message(message: object) -> ClientMessage:
@@ -88,9 +95,9 @@ def get_type(message: ClientMessage) -> str:
     return str(message.__struct_config__.tag)
 
 
-def get_body(message: ClientMessage) -> ApprovalDecision | InstructionRequest | ExtendRequest | None:
+def get_body(message: ClientMessage) -> ApprovalDecision | InstructionRequest | SkipRequest | ExtendRequest | None:
     """Return the body of the operation that a message stands for."""
-    for body in (ApprovalDecision, InstructionRequest, ExtendRequest):
+    for body in (ApprovalDecision, InstructionRequest, SkipRequest, ExtendRequest):
         if isinstance(message, body):
             return body(**{name: getattr(message, name) for name in body.__struct_fields__})
     return None
@@ -102,6 +109,7 @@ _OPERATIONS = {
     Pause: PAUSE_TASK,
     Resume: RESUME_TASK,
     Instruct: INSTRUCT_TASK,
+    Skip: SKIP_STEP,
     Extend: EXTEND_TASK,
 }
 

@@ -24,6 +24,7 @@ const SAYS = {
   "task.cancelled": () => "The task was cancelled.",
   "step.started": (d) => `“${d.title || d.step}” begins${d.attempt > 1 ? ` (attempt ${d.attempt})` : ""}.`,
   "step.completed": (d) => `“${d.title || d.step}” is accepted.`,
+  "step.skipped": (d) => `“${d.title || d.step}” was skipped by ${d.by}.`,
   "step.failed": (d) => `Attempt ${d.attempt} of “${d.title || d.step}” was not accepted.`,
 };
 
@@ -65,14 +66,15 @@ function takeEvent(state, frame) {
     attempts = { ...attempts, [data.step]: [...(attempts[data.step] || []), data] };
     steps = changeStep(steps, data.step, () => ({ status: data.final ? "failed" : "running" }));
   }
-  if (data.status && frame.type !== "step") status = data.status;
+  if (kind === "step.skipped") steps = changeStep(steps, data.step, () => ({ status: "skipped" }));
+  if (data.status && (frame.type !== "step" || kind === "step.skipped")) status = data.status;
   if (kind === "task.started") status = "running";
   if (kind === "task.paused") steps = steps.map((step) => (step.status === "running" ? { ...step, status: "pending" } : step));
   if (FINAL.has(status)) {
     steps = steps.map((step) => (step.status === "running" || step.status === "pending"
       ? { ...step, status: status === "completed" ? step.status : "cancelled" } : step));
   }
-  const steered = ["task.waiting", "task.approved", "task.instructed", "task.extended"];
+  const steered = ["task.waiting", "task.approved", "task.instructed", "task.extended", "step.skipped"];
   const decisions = state.decisions + (steered.includes(kind) ? 1 : 0);
   const titled = { ...data, title: data.title || (steps.find((step) => step.step === data.step) || {}).title };
   const says = SAYS[kind];
