@@ -199,6 +199,15 @@ class TaskKit:
         )
         return task_id
 
+    async def submit_below(self, parent: str, **contract: Any) -> str:
+        """Store a sub-task and return its id."""
+        share, task_id = await self.ledger.share(parent), f"task-{self.ids.hex()}"
+        task = Task("part of it", budget=Budget(max_tokens=1000), parent_task_id=parent, **contract)
+        ends_at = self.clock.now() + 600
+        new = NewTask(task_id, TENANT, "ada", "key-1", "", task, "corr", "", ends_at, ancestors=share.ancestors)
+        await self.store.create(new)
+        return task_id
+
     async def claim(self, holder: str = "w1") -> TaskRecord:
         """Claim the next task for ``holder``."""
         claimed = await TaskLeases(self.db, holder).acquire(exclude=frozenset())

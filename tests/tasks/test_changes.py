@@ -32,7 +32,8 @@ from octollm.tasks.changes import (
     planning_change,
 )
 from octollm.tasks.leases import TaskLeases
-from octollm.tasks.scheduling import SharePolicy
+from octollm.tasks.records import TaskRecord
+from octollm.tasks.scheduling import SharePolicy, places_of
 from octollm.tasks.state import TASK_TRANSITIONS, is_final
 from octollm.tasks.store import TaskStore
 
@@ -87,11 +88,16 @@ def new(tenant: str = "acme", *, priority: int = 0) -> NewTask:
     return NewTask(f"task-{IDS.hex()}", tenant, "ada", "key-1", "", task, "corr", "", CLOCK.now() + 600)
 
 
+async def claim(leases: TaskLeases, places: int) -> list[TaskRecord]:
+    """Claim up to as many tasks of each generation."""
+    return [task for task, _ in await leases.claim(places_of(places, places))]
+
+
 async def test_a_whole_task_in_batches(backend: Backend) -> None:
     async with opened(backend) as (store, leases):
         created = [new() for _ in range(5)]
         await asyncio.gather(*(store.create(each) for each in created))
-        records = await leases.claim(10, exclude=frozenset())
+        records = await claim(leases, 10)
         assert {record.task_id for record in records} == {each.task_id for each in created}
         assert {record.epoch for record in records} == {1}
         assert all(record.contract == created[0].contract for record in records)
@@ -122,7 +128,7 @@ async def test_a_whole_task_in_batches(backend: Backend) -> None:
             history = await store.history(each.task_id, "acme", 0, 100)
             assert [event.version for event in history.events] == list(range(1, 9))
             assert history.events[1].event_type == "task.planned"
-        assert await leases.claim(10, exclude=frozenset()) == []
+        assert await claim(leases, 10) == []
 
 
 async def test_one_refused_change_leaves_the_others_of_its_batch(backend: Backend) -> None:
@@ -167,7 +173,7 @@ async def test_tenants_take_turns_and_priority_counts_within_one(backend: Backen
         small = [new("small", priority=-100), new("small", priority=5)]
         for each in (*flood, *small):
             await store.create(each)
-        claimed = await leases.claim(4, exclude=frozenset())
+        claimed = await claim(leases, 4)
         assert [record.tenant for record in claimed] == ["flood", "small", "flood", "small"]
         assert [record.task_id for record in claimed if record.tenant == "small"] == [
             small[1].task_id,
@@ -178,10 +184,10 @@ async def test_tenants_take_turns_and_priority_counts_within_one(backend: Backen
 async def test_two_workers_never_claim_one_task(backend: Backend) -> None:
     async with opened(backend) as (store, leases):
         await asyncio.gather(*(store.create(new(f"tenant-{number % 3}")) for number in range(30)))
-        batches = await asyncio.gather(*(leases.claim(5, exclude=frozenset()) for _ in range(8)))
+        batches = await asyncio.gather(*(claim(leases, 5) for _ in range(8)))
         ids = [record.task_id for batch in batches for record in batch]
         assert len(ids) == len(set(ids))
-        while more := await leases.claim(7, exclude=frozenset()):
+        while more := await claim(leases, 7):
             ids += [record.task_id for record in more]
         assert len(ids) == len(set(ids)) == 30
 
@@ -190,28 +196,28 @@ async def test_limits_of_concurrency_hold_between_workers(backend: Backend) -> N
     """Workers that claim at the same moment do not each find the last place."""
     async with opened(backend, SharePolicy(max_per_tenant=3, max_per_key=2)) as (store, leases):
         await asyncio.gather(*(store.create(new()) for _ in range(12)))
-        batches = await asyncio.gather(*(leases.claim(1, exclude=frozenset()) for _ in range(8)))
+        batches = await asyncio.gather(*(claim(leases, 1) for _ in range(8)))
         assert sum(map(len, batches)) == 2
         await asyncio.gather(*(store.create(replace(new(), cred="key-2")) for _ in range(4)))
-        batches = await asyncio.gather(*(leases.claim(2, exclude=frozenset()) for _ in range(4)))
+        batches = await asyncio.gather(*(claim(leases, 2) for _ in range(4)))
         (only,) = (record for batch in batches for record in batch)
         assert only.cred == "key-2"
         await leases.release(only.task_id, only.epoch)
-        assert len(await leases.claim(5, exclude=frozenset())) == 1
+        assert len(await claim(leases, 5)) == 1
 
 
 async def test_a_subtask_runs_beside_a_full_tenant(backend: Backend) -> None:
     async with opened(backend, SharePolicy(max_per_tenant=1, max_per_key=1)) as (store, leases):
         parent, other = new(), new()
         await store.create(parent)
-        (held,) = await leases.claim(5, exclude=frozenset())
+        (held,) = await claim(leases, 5)
         await store.create(other)
         part = new()
         contract = msgspec.structs.replace(part.contract, parent_task_id=parent.task_id)
         part = replace(part, contract=contract, ancestors=(parent.task_id,))
         await store.create(part)
-        assert [each.task_id for each in await leases.claim(5, exclude=frozenset())] == [part.task_id]
+        assert [each.task_id for each in await claim(leases, 5)] == [part.task_id]
         # It takes no place either: a released parent gets its own again.
         await leases.release(held.task_id, held.epoch)
-        (again,) = await leases.claim(5, exclude=frozenset())
+        (again,) = await claim(leases, 5)
         assert again.task_id == parent.task_id

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any, cast
 
+import pytest
 from task_kit import ServiceRequest, TaskKit, answer, plan_of, plan_step
 
-from octollm.contracts.task import ExecuteResult
+from octollm.contracts.task import Budget, ExecuteResult
+from octollm.errors import OctoError
+from octollm.tasks.clock_guard import COMPARE_SECONDS, ClockGuard
 from octollm.tasks.leases import LeaseRenewer, TaskLeases
+from octollm.tasks.scheduling import MAX_GENERATIONS
 from octollm.tasks.worker import Worker
 from octollm.testing import wait_until
 
@@ -173,3 +179,86 @@ async def test_a_full_worker_tells_the_others_that_a_task_waits(kit: TaskKit) ->
         await wait_until(lambda: bool(hints), description="the others are told")
         hints.clear()
     assert hints, "and they are told of what it hands back"
+
+
+async def test_every_place_may_be_held_by_tasks_that_wait_for_their_sub_tasks(each_kit: TaskKit) -> None:
+    """A chain of the deepest kind at a worker with one place for each generation, beside others that want it."""
+    kit = each_kit
+    chain = [await kit.submit(budget=Budget(max_tokens=1000))]
+    for _ in range(MAX_GENERATIONS):
+        chain.append(await kit.submit_below(chain[-1]))
+    # They come first, and nobody ends before its own sub-task does.
+    others = [await kit.submit_below(chain[0], priority=50) for _ in range(3)]
+    parents = dict(pairwise(chain))
+
+    async def execute(request: ServiceRequest) -> ExecuteResult:
+        child = parents.get(request.body["task_id"])
+        if child is not None:
+            await wait_until(lambda: has_status(kit, child, "completed"), description="its sub-task completes")
+        return ExecuteResult("done")
+
+    kit.services.handlers["coder.execute"] = execute
+    worker, _ = make_worker(kit, max_tasks=1, max_subtasks=1)
+    async with worker.run():
+        for task_id in (*others, chain[0]):
+            await wait_until(lambda: has_status(kit, task_id, "completed"), description="the task completes")  # noqa: B023
+
+
+async def test_a_worker_whose_clock_is_wrong_claims_nothing_until_it_is_right(each_kit: TaskKit) -> None:
+    """The kit's clock stands far from that of a database server; on SQLite, whose clock is ours, that is no matter."""
+    kit = each_kit
+    kit.services.handlers["coder.execute"] = answer("done")
+    task_id, guard = await kit.submit(), ClockGuard(kit.db)
+    worker, _ = make_worker(kit, clock_guard=guard)
+    async with worker.run():
+        if kit.db.dialect == "postgresql":
+            await wait_until(
+                lambda: "differs by" in worker.failure, description="the worker says why it claims nothing"
+            )
+            assert await has_status(kit, task_id, "accepted")
+            kit.clock.time = time.time()
+            worker.wake()
+        await wait_until(lambda: has_status(kit, task_id, "completed"), description="the task completes")
+        assert worker.failure == ""
+
+
+class Server:
+    """A database server with a clock that the test sets, beside the two of this process."""
+
+    dialect = "postgresql"
+
+    def __init__(self) -> None:
+        self.time, self.wall, self.mono, self.asked = 1000.0, 1000.0, 0.0, 0
+        self.clock = self
+
+    def now(self) -> float:
+        return self.wall
+
+    def monotonic(self) -> float:
+        return self.mono
+
+    async def fetch(self, _sql: str) -> list[dict[str, float]]:
+        self.asked += 1
+        return [{"now": self.time}]
+
+
+async def test_a_step_of_the_clock_is_noticed_before_the_next_comparison() -> None:
+    server = Server()
+    guard = ClockGuard(cast("Any", server))
+    for _ in range(3):
+        await guard.check()
+    assert server.asked == 1
+    server.wall += 3600
+    for _ in range(2):
+        with pytest.raises(OctoError, match=r"differs by \+3600 s"):
+            await guard.check()
+    server.wall -= 3600
+    await guard.check()
+    # Both clocks drift apart slowly: no step, but the next comparison finds it.
+    server.time += 6
+    await guard.check()
+    server.mono += COMPARE_SECONDS
+    server.wall += COMPARE_SECONDS
+    server.time += COMPARE_SECONDS
+    with pytest.raises(OctoError, match=r"differs by -6 s"):
+        await guard.check()

@@ -23,7 +23,7 @@ from octollm.storage.programs import Program, SqlStatement
 from octollm.storage.tables import tasks
 from octollm.storage.tables.tasks import WAITING
 from octollm.tasks.records import RECORD_COLUMNS, TaskRecord, record_from_driver, task_from_row
-from octollm.tasks.scheduling import SharePolicy, WaitingTask, choose_tasks
+from octollm.tasks.scheduling import SharePolicy, WaitingTask, choose_tasks, places_of
 
 # Four renewals fit into one lease, so a single slow or failed one does not lose it. A shorter lease would resume tasks
 # of a killed worker sooner, but turn any pause of the database into takeovers.
@@ -52,7 +52,8 @@ GROUP BY tenant, cred
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _LOOK_COLUMNS = "task_id, tenant, cred, priority, created_at"
 # One statement, for it is the one that an idle worker repeats. It jumps from tenant to tenant in the index: what a
-# tenant has waiting is not read. Sub-tasks come apart from the others, which may be at their limits and hide them.
+# tenant has waiting is not read. Sub-tasks come apart from the others, and each generation from the rest, which may be
+# at their limits and hide them. Expired leases of the deepest come first: these wait for nobody, so they end.
 _LOOK = """
 WITH RECURSIVE found(tenant) AS (
     SELECT min(tenant) FROM tasks WHERE {waiting}
@@ -60,21 +61,27 @@ WITH RECURSIVE found(tenant) AS (
     SELECT (SELECT min(tenant) FROM tasks WHERE {waiting} AND tenant > found.tenant) FROM found
     WHERE found.tenant IS NOT NULL
 )
-SELECT 'expired' AS kind, parent_task_id IS NOT NULL AS is_subtask, {columns} FROM (
-    SELECT parent_task_id, {columns} FROM tasks
+SELECT 'expired' AS kind, generation, {columns} FROM (
+    SELECT {generation} AS generation, {columns} FROM tasks
     WHERE status IN ('accepted', 'planning', 'running') AND kind = 'task'
         AND (lease_until < {now} OR lease_until > {now} + $1)
-    ORDER BY parent_task_id IS NULL, lease_until LIMIT 100
+    ORDER BY generation DESC, lease_until LIMIT 100
 ) AS expired
-UNION ALL SELECT 'waiting', true, {columns} FROM (
-    SELECT {columns} FROM tasks WHERE {waiting} AND parent_task_id IS NOT NULL
-    ORDER BY priority DESC, created_at LIMIT 200
-) AS subtasks
-UNION ALL SELECT 'waiting', false, {columns} FROM {next}
+UNION ALL SELECT 'waiting', generation, {columns} FROM (
+    SELECT generation, {columns},
+        row_number() OVER (PARTITION BY generation ORDER BY priority DESC, created_at) AS place
+    FROM (
+        SELECT {generation} AS generation, {columns} FROM tasks WHERE {waiting} AND parent_task_id IS NOT NULL
+    ) AS found
+) AS subtasks WHERE place <= 50
+UNION ALL SELECT 'waiting', 0, {columns} FROM {next}
 """
 _NEXT_OF_TENANT = """
 SELECT {columns} FROM tasks WHERE {waiting} AND tasks.tenant = found.tenant AND parent_task_id IS NULL
 ORDER BY priority DESC, created_at LIMIT $2
+"""
+_GENERATION = """
+coalesce((SELECT {}(ancestors) FROM budgets WHERE budgets.task_id = tasks.task_id), 0)
 """
 _FROM_TENANTS_POSTGRES = "(SELECT next.* FROM found CROSS JOIN LATERAL ({}) AS next) AS next"
 _FROM_TENANTS_SQLITE = "(SELECT next.* FROM found JOIN tasks AS next ON next.task_id IN ({})) AS next"
@@ -84,12 +91,14 @@ _LOOKS = {
         columns=_LOOK_COLUMNS,
         # As `is_lease_over` says it.
         now=_NOW,
+        generation=_GENERATION.format("jsonb_array_length"),
         next=_FROM_TENANTS_POSTGRES.format(_NEXT_OF_TENANT.format(waiting=WAITING, columns=_LOOK_COLUMNS)),
     ),
     "sqlite": _LOOK.format(
         waiting=WAITING,
         columns=_LOOK_COLUMNS,
         now="$3",
+        generation=_GENERATION.format("json_array_length"),
         next=_FROM_TENANTS_SQLITE.format(_NEXT_OF_TENANT.format(waiting=WAITING, columns="task_id")),
     ),
 }
@@ -130,6 +139,13 @@ _CLAIM_ROUNDS = 3
 """How often a worker looks again when others were faster."""
 
 
+class Claim(NamedTuple):
+    """A task that this holder has claimed, and how far it is below its root."""
+
+    task: TaskRecord
+    generation: int
+
+
 class TaskLeases:
     """Leases of tasks for one holder, on the database's clock."""
 
@@ -147,50 +163,64 @@ class TaskLeases:
         self._on_takeover = on_takeover
         self._shares = shares or SharePolicy()
 
-    async def acquire(self, *, exclude: frozenset[str], only_subtasks: bool = False) -> tuple[str, int] | None:
-        """Claim the next task; return its id and the new epoch. The arguments are as in :meth:`claim`."""
-        for record in await self.claim(1, exclude=exclude, only_subtasks=only_subtasks):
-            return record.task_id, record.epoch
+    async def acquire(self, *, exclude: frozenset[str]) -> tuple[str, int] | None:
+        """Claim the next task that is no sub-task; return its id and the new epoch."""
+        for task, _ in await self.claim(places_of(1, 0), exclude=exclude):
+            return task.task_id, task.epoch
         return None
 
-    async def claim(self, slots: int, *, exclude: frozenset[str], only_subtasks: bool = False) -> list[TaskRecord]:
-        """Claim up to ``slots`` tasks, by :func:`choose_tasks`; those whose lease has expired come first.
+    async def claim(self, places: Sequence[int], *, exclude: frozenset[str] = frozenset()) -> list[Claim]:
+        """Claim tasks of each generation, up to its ``places``, the roots first.
 
-        ``exclude`` are the tasks that this process runs already. If its own renewals were late, their leases look
-        expired, and claiming them would start the same work twice in one process.
+        :func:`choose_tasks` decides; those whose lease has expired come first. ``exclude`` are the tasks that this
+        process runs already, or still stops. If its own renewals were late, their leases look expired, and claiming
+        them would run the same work twice in one process.
         """
-        claimed: list[TaskRecord] = []
+        claims: list[Claim] = []
+        room = list(places)
         for _ in range(_CLAIM_ROUNDS):
-            expired, waiting = await self._look(slots - len(claimed), only_subtasks=only_subtasks)
-            for task_id in [each for each in expired if each not in exclude][: slots - len(claimed)]:
-                record = await self._take_over(task_id)
-                claimed += [] if record is None else [record]
-            room = slots - len(claimed)
-            if room == 0 or not waiting:
+            expired, waiting = await self._look(room, exclude)
+            for task_id, generation in expired:
+                if room[generation] > 0:
+                    record = await self._take_over(task_id)
+                    if record is not None:
+                        room[generation] -= 1
+                        claims.append(Claim(record, generation))
+            if not waiting:
                 break
-            records, wanted = await self._db.run(self._claim_free(waiting, room))
-            claimed += records
-            if len(records) == wanted:
+            claimed, wanted = await self._db.run(self._claim_free(waiting, room))
+            for claim in claimed:
+                room[claim.generation] -= 1
+            claims += claimed
+            if len(claimed) == wanted:
                 break
-        return claimed
+        return claims
 
-    async def _look(self, slots: int, *, only_subtasks: bool) -> tuple[list[str], list[WaitingTask]]:
-        """Return the tasks whose lease has expired, and enough of those without one to fill ``slots``."""
-        parameters = [LEASE_SECONDS + LEASE_TOLERANCE_SECONDS, slots + (_LOOKAHEAD if self._shares.max_per_key else 0)]
+    async def _look(
+        self, room: Sequence[int], exclude: frozenset[str]
+    ) -> tuple[list[tuple[str, int]], list[WaitingTask]]:
+        """Return the tasks whose lease has expired, with their generations, and enough of those without one."""
+        lookahead = _LOOKAHEAD if self._shares.max_per_key else 0
+        parameters = [LEASE_SECONDS + LEASE_TOLERANCE_SECONDS, room[0] + lookahead]
         if self._db.dialect == "sqlite":
             parameters.append(self._db.clock.now())
         rows = await self._db.fetch(_LOOKS[self._db.dialect], *parameters)
-        rows = [row for row in rows if row["is_subtask"] or not only_subtasks]
-        return [str(row["task_id"]) for row in rows if row["kind"] == "expired"], [
+        rows = [row for row in rows if room[int(row["generation"])] > 0 and row["task_id"] not in exclude]
+        return [(str(row["task_id"]), int(row["generation"])) for row in rows if row["kind"] == "expired"], [
             WaitingTask(
-                row["task_id"], row["tenant"], row["cred"], row["priority"], row["created_at"], bool(row["is_subtask"])
+                row["task_id"],
+                row["tenant"],
+                row["cred"],
+                row["priority"],
+                row["created_at"],
+                int(row["generation"]),
             )
             for row in rows
             if row["kind"] == "waiting"
         ]
 
-    def _claim_free(self, waiting: Sequence[WaitingTask], slots: int) -> Program[tuple[list[TaskRecord], int]]:
-        """Claim up to ``slots`` of the waiting tasks; return them, and how many it wanted."""
+    def _claim_free(self, waiting: Sequence[WaitingTask], room: Sequence[int]) -> Program[tuple[list[Claim], int]]:
+        """Claim what there is ``room`` for of the waiting tasks; return them, and how many it wanted."""
         shares = self._shares
         has_limits = bool(shares.max_per_tenant or shares.max_per_key)
         if has_limits and self._db.dialect == "postgresql":
@@ -199,18 +229,22 @@ class TaskLeases:
         # Without limits a lone tenant gets what there is.
         if has_limits or len({task.tenant for task in waiting}) > 1:
             running = {(row["tenant"], row["cred"]): int(row["running"]) for row in (yield SqlStatement(_RUNNING))}
-        chosen = [task.task_id for task in choose_tasks(waiting, running, slots, shares)]
+        chosen: dict[str, int] = {}
+        for generation, slots in enumerate(room):
+            candidates = [task for task in waiting if task.generation == generation]
+            chosen |= {task.task_id: generation for task in choose_tasks(candidates, running, slots, shares)}
         if not chosen:
             return [], 0
+        ids = list(chosen)
         if self._db.dialect == "postgresql":
-            parameters: tuple[Any, ...] = (chosen, self._holder, LEASE_SECONDS)
+            parameters: tuple[Any, ...] = (ids, self._holder, LEASE_SECONDS)
         else:
-            parameters = (msgspec.json.encode(chosen).decode(), self._holder, self._db.clock.now() + LEASE_SECONDS)
+            parameters = (msgspec.json.encode(ids).decode(), self._holder, self._db.clock.now() + LEASE_SECONDS)
         # Each claim increments the fencing token, so that the store rejects writes of earlier holders. What another
         # worker claims at the same moment is skipped rather than waited for.
         rows = yield SqlStatement(_CLAIM[self._db.dialect], parameters)
         records = {row["task_id"]: record_from_driver(row) for row in rows}
-        return [records[task_id] for task_id in chosen if task_id in records], len(chosen)
+        return [Claim(records[task_id], chosen[task_id]) for task_id in ids if task_id in records], len(ids)
 
     async def _take_over(self, task_id: str) -> TaskRecord | None:
         """Claim a task whose lease has expired, unless another worker was faster."""

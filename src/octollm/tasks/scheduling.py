@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 MAX_PRIORITY = 100
 """Priorities are from -100 to 100. They order the tasks of one tenant."""
+MAX_GENERATIONS = 8
+"""Generations of sub-tasks below a root."""
 
 
 class WaitingTask(NamedTuple):
@@ -22,8 +24,8 @@ class WaitingTask(NamedTuple):
     cred: str
     priority: int
     created_at: float
-    is_subtask: bool = False
-    """It is outside of the limits: a task that runs may wait for it."""
+    generation: int = 0
+    """How far it is below its root. A sub-task is outside of the limits: a task that runs may wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,21 @@ class SharePolicy:
     max_per_key: int = 0
 
 
+def places_of(max_tasks: int, max_subtasks: int) -> tuple[int, ...]:
+    """Return how many tasks of each generation a worker runs at a time, the roots first.
+
+    A task whose arm waits for its sub-tasks keeps its place, so each generation has places of its own: nothing else
+    can hold those that it waits for. A task of the last generation waits for nobody and ends, which frees a place of
+    its generation, so that those of the one above go on, up to the root. This holds for each worker by itself, and
+    so for any number of them; the limits of tenants and keys count roots only.
+    """
+    return (max_tasks, *([max_subtasks] * MAX_GENERATIONS))
+
+
 def choose_tasks(
     waiting: Sequence[WaitingTask], running: Mapping[tuple[str, str], int], slots: int, policy: SharePolicy
 ) -> list[WaitingTask]:
-    """Return up to ``slots`` tasks to start, in order.
+    """Return up to ``slots`` tasks of one generation to start, in order.
 
     ``running`` counts the running tasks by tenant and credential, without sub-tasks.
 
@@ -63,7 +76,7 @@ def choose_tasks(
         heads: list[tuple[float, float, str, WaitingTask]] = []
         for tenant, queue in queues.items():
             is_full = bool(policy.max_per_tenant) and by_tenant[tenant] >= policy.max_per_tenant
-            allowed = (each for each in queue if each.is_subtask or not (is_full or _is_key_full(each, by_key, policy)))
+            allowed = (each for each in queue if each.generation or not (is_full or _is_key_full(each, by_key, policy)))
             head = next(allowed, None)
             if head is not None:
                 load = (by_tenant[tenant] + subtasks[tenant]) / policy.weights.get(tenant, 1.0)
@@ -72,7 +85,7 @@ def choose_tasks(
             break
         *_, tenant, task = min(heads, key=lambda each: each[:3])
         queues[tenant].remove(task)
-        if task.is_subtask:
+        if task.generation:
             subtasks[tenant] += 1
         else:
             by_tenant[tenant] += 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 
@@ -14,9 +15,11 @@ from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.context import RequestContext, parse_traceparent, set_context
 from octollm.errors import OctoError
 from octollm.storage import RedisClient, RedisKeys
+from octollm.tasks.clock_guard import ClockGuard
 from octollm.tasks.leases import LeaseRenewer, TaskLeases
 from octollm.tasks.records import TaskRecord
 from octollm.tasks.runner import RunnerDependencies, TaskRunner
+from octollm.tasks.scheduling import places_of
 from octollm.telemetry import Logger
 
 SWEEP_SECONDS = 0.5
@@ -24,7 +27,7 @@ SWEEP_SECONDS = 0.5
 MAX_TASKS = 16
 """Tasks of one worker at a time. They mostly wait for arms; the bound limits what a crash delays."""
 MAX_SUBTASKS = 24
-"""Sub-tasks that a worker runs beyond that: its tasks may all wait for them, and there has to be a place for them."""
+"""Sub-tasks of each generation that a worker runs beyond that; :func:`places_of` says why."""
 
 
 class Worker:
@@ -38,18 +41,25 @@ class Worker:
         *,
         service: str,
         max_tasks: int = MAX_TASKS,
+        max_subtasks: int = MAX_SUBTASKS,
         announce: Callable[[], Awaitable[None]] | None = None,
+        clock_guard: ClockGuard | None = None,
     ) -> None:
-        """``announce`` tells the workers of other replicas that a task waits."""
+        """``announce`` tells the workers of other replicas that a task waits.
+
+        While the clock is wrong by ``clock_guard`` it claims nothing.
+        """
         self._deps = deps
         self._task_leases = task_leases
         self._renewer = create_renewer(self._on_lease_lost)
         self._service = service
-        self._max = max_tasks
+        self._places = places_of(max_tasks, max_subtasks)
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._generations: dict[str, int] = {}
         self._claim_loop = BackgroundLoop("worker", self._claim_all, interval=SWEEP_SECONDS, restart=True, log=deps.log)
         self._is_draining = False
         self._announce = announce
+        self._clock_guard = clock_guard
         self._announce_wakeup = asyncio.Event()
         # Hints only: without them the sweeps of the others find the task.
         self._announce_loop = BackgroundLoop("queue hints", self._announce_round, restart=True, log=deps.log)
@@ -64,15 +74,20 @@ class Worker:
         return self._deps.log
 
     def wake(self) -> None:
-        """Look for tasks now. A worker that is full tells the others."""
+        """Look for tasks now. A worker that is full, be it for tasks of one generation, tells the others."""
         self._claim_loop.wake()
-        if len(self._running) >= self._max or self._is_draining:
+        if self._is_draining or min(self._room()) <= 0:
             self._announce_wakeup.set()
 
     def wake_if_free(self) -> None:
         """Look for tasks now, since a worker of another replica has no room."""
-        if len(self._running) < self._max:
+        if max(self._room()) > 0:
             self._claim_loop.wake()
+
+    def _room(self) -> list[int]:
+        """Return how many more tasks of each generation may run."""
+        taken = Counter(self._generations.values())
+        return [places - taken[generation] for generation, places in enumerate(self._places)]
 
     async def _announce_round(self) -> None:
         await self._announce_wakeup.wait()
@@ -123,26 +138,23 @@ class Worker:
                 await self.drain()
 
     async def _claim_all(self) -> None:
-        # No limiter: nobody waits for a slot here, the database holds the queue.
-        while not self._is_draining:
-            # Without room for tasks there is still some for sub-tasks, which those that run may wait for.
-            room, only_subtasks = self._max - len(self._running), False
-            if room <= 0:
-                room, only_subtasks = room + MAX_SUBTASKS, True
-            if room <= 0:
-                return
-            records = await self._task_leases.claim(room, exclude=frozenset(self._running), only_subtasks=only_subtasks)
-            for record in records:
-                task_id, epoch = record.task_id, record.epoch
-                self._renewer.add(task_id, epoch)
-                work = asyncio.create_task(self._run_task(record), name=f"task {task_id}")
-                self._running[task_id] = work
-                work.add_done_callback(lambda _done, task_id=task_id, epoch=epoch: self._on_task_done(task_id, epoch))
-            if len(records) < room:
-                return
+        # No limiter: nobody waits for a slot here, the database holds the queue. A task that ends wakes the loop.
+        room = self._room()
+        if self._is_draining or max(room) <= 0:
+            return
+        if self._clock_guard is not None:
+            await self._clock_guard.check()
+        for task, generation in await self._task_leases.claim(room, exclude=frozenset(self._running)):
+            task_id, epoch = task.task_id, task.epoch
+            self._renewer.add(task_id, epoch)
+            work = asyncio.create_task(self._run_task(task), name=f"task {task_id}")
+            self._running[task_id] = work
+            self._generations[task_id] = generation
+            work.add_done_callback(lambda _done, task_id=task_id, epoch=epoch: self._on_task_done(task_id, epoch))
 
     def _on_task_done(self, task_id: str, epoch: int) -> None:
         self._running.pop(task_id, None)
+        self._generations.pop(task_id, None)
         self._renewer.remove(task_id, epoch)
         self._claim_loop.wake()
 

@@ -25,6 +25,7 @@ from octollm.storage.migrations import migrate
 from octollm.storage.tables import budgets, reservations, tasks
 from octollm.tasks.approvals import ApprovalStore
 from octollm.tasks.changes import NewTask
+from octollm.tasks.clock_guard import ClockGuard
 from octollm.tasks.ledger import BudgetLedger, ReservationRequest
 from octollm.tasks.store import TaskStore
 from octollm.telemetry import Metrics
@@ -47,7 +48,7 @@ class Replica:
         approvals = ApprovalStore(db, self.store, clock, default_seconds=86_400.0)
         # No task of these tests waits for an approval, so nothing stops a worker.
         decisions = ApprovalDecisions(approvals, cast("Any", None), cast("Any", None), clock, self.metrics)
-        self.expiry = TaskExpiry(self.store, self.ledger, decisions, clock, self.metrics)
+        self.expiry = TaskExpiry(self.store, self.ledger, decisions, clock, self.metrics, ClockGuard(db))
 
     async def add(self, task_id: str, *, kind: str = "adhoc", lifetime: float = LIFETIME) -> None:
         await self.store.create(

@@ -56,6 +56,7 @@ from octollm.storage.migrations import database_url, open_service_database
 from octollm.tasks.approvals import ApprovalStore
 from octollm.tasks.attempts import AttemptReader
 from octollm.tasks.calls import TaskTokenMinter
+from octollm.tasks.clock_guard import ClockGuard
 from octollm.tasks.dashboard import ChangeReader
 from octollm.tasks.documents import LoadFile
 from octollm.tasks.family import TaskFamily
@@ -169,6 +170,7 @@ async def orchestrator_service(
             service=base.name,
             max_tasks=settings.max_running_tasks,
             announce=lambda: redis.publish([(keys.queue, b"task")]),
+            clock_guard=ClockGuard(db),
         )
         hints = hint_listener(redis, keys, worker, base.log)
         idempotency = SqlIdempotencyStore(db, base.ids.hex())
@@ -231,7 +233,9 @@ async def orchestrator_service(
             roots=roots,
         )
         instances = InstanceRegistry(db, log, registry, base.log)
-        task_expiry = TaskExpiry(store, ledger, decisions, base.clock, base.metrics).expiry_loop(base.log)
+        task_expiry = TaskExpiry(store, ledger, decisions, base.clock, base.metrics, ClockGuard(db)).expiry_loop(
+            base.log
+        )
         deliveries = await stack.enter_async_context(
             open_webhooks(base, settings, db, log, accounts, submitter, SecretStore(ring, base.clock))
         )

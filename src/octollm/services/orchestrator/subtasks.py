@@ -29,10 +29,9 @@ from octollm.storage import Transaction
 from octollm.tasks.family import TaskFamily
 from octollm.tasks.ledger import BudgetLedger, BudgetShare
 from octollm.tasks.records import TaskRecord
+from octollm.tasks.scheduling import MAX_GENERATIONS
 from octollm.tasks.state import is_final, merge_policies
 
-MAX_DEPTH = 8
-"""Generations below a task."""
 ORCHESTRATED = ("planner:plan", "judge:accept", "memory:write", "executor:run")
 """What the orchestrator calls for any task by itself; a sub-task needs it, whatever its arm may call."""
 _FOR_ARMS = frozenset({SUBMIT_TASK.id, READ_TASK.id, CANCEL_TASK.id})
@@ -117,8 +116,8 @@ class SubTasks:
         if is_final(task.status):
             raise OctoError(f"The parent task is {task.status} already.", code="state_conflict")
         share = await self.ledger.share(task.task_id)
-        if len(share.ancestors) > MAX_DEPTH:
-            raise OctoError(f"Sub-tasks are nested {MAX_DEPTH} deep at most.", code="state_conflict")
+        if len(share.ancestors) > MAX_GENERATIONS:
+            raise OctoError(f"Sub-tasks are nested {MAX_GENERATIONS} deep at most.", code="state_conflict")
         authority = ScopeSet.parse(task.authority).intersection(scopes)
         if grant is not None:
             authority = authority.intersection(self._granted(grant, authority))

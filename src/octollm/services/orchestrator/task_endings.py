@@ -18,6 +18,7 @@ from octollm.services.orchestrator.audit import Actor, record_audit
 from octollm.services.orchestrator.revocation import RevocationStore
 from octollm.storage import Transaction
 from octollm.tasks.approvals import ApprovalStore
+from octollm.tasks.clock_guard import ClockGuard
 from octollm.tasks.family import TaskFamily
 from octollm.tasks.ledger import BudgetLedger
 from octollm.tasks.store import TaskStore, TransactionHook
@@ -154,6 +155,7 @@ class TaskExpiry:
     decisions: ApprovalDecisions
     clock: Clock
     metrics: Metrics
+    clock_guard: ClockGuard
 
     async def sweep(self) -> int:
         """End up to :data:`SWEEP_BATCH` expired tasks, settle their reservations, and return how many ended here."""
@@ -204,6 +206,8 @@ class TaskExpiry:
         """Return the loop that sweeps in the background."""
 
         async def sweep_all() -> None:
+            # By a clock that is wrong, everything may look expired.
+            await self.clock_guard.check()
             while await self.sweep() == SWEEP_BATCH:
                 pass
             while await self.settle_orphans() == SWEEP_BATCH:
