@@ -18,7 +18,7 @@ from msgspec import UNSET
 from starlette.responses import Response
 
 from octollm.capability.keyring import SecretCipher
-from octollm.contracts.problems import allows_new_attempt, to_problem
+from octollm.contracts.problems import Problem, allows_new_attempt, to_problem
 from octollm.errors import OctoError, RemoteError, RetryStep
 from octollm.group_commit import GroupCommit
 from octollm.resilience import Deadline
@@ -276,13 +276,17 @@ def may_have_taken_effect(error: OctoError) -> bool:
     """Return whether an ``at_most_once`` handler may have had its effect before it raised ``error``.
 
     Its caller must not try again under another key then. It may where the handler itself says that nothing was done:
-    ``step_retry``, or that it did not begin. The problem of a service that it called says nothing of that.
-    Other refusals are final: no caller tries again after them.
+    ``step_retry``, that it did not begin, or a refusal. The problem of a service that it called says nothing of that.
     """
-    is_explicit = error.code == RetryStep.code or error.code in NOT_STARTED_CODES
-    if is_explicit and not isinstance(error, RemoteError):
+    says_so = error.code == RetryStep.code or error.code in NOT_STARTED_CODES or _is_refusal(to_problem(error))
+    if says_so and not isinstance(error, RemoteError):
         return False
     return error.code == "deadline_exceeded" or allows_new_attempt(error)
+
+
+def _is_refusal(problem: Problem) -> bool:
+    """Return whether a repeat of the call gets the same problem."""
+    return 400 <= problem.status < 500 and problem.status not in NEVER_STORED
 
 
 Work = Callable[[], Awaitable[BufferedResponse | Response]]
@@ -374,7 +378,7 @@ class IdempotentHandler:
         except OctoError as error:
             problem = to_problem(error, call.request_id)
             # A refusal by the operation itself is final: a repeat of the call gets the same one.
-            if 400 <= problem.status < 500 and problem.status not in NEVER_STORED:
+            if _is_refusal(problem):
                 stored = StoredResponse(problem.status, msgspec.json.encode(problem), {"content-type": PROBLEM_JSON})
                 await self._store.complete(key, epoch, stored, idempotent=call.idempotent)
             elif call.idempotent or error.code in NOT_STARTED_CODES:
