@@ -53,7 +53,7 @@ def page(opened: Browser) -> Iterator[Page]:
     yield found
     context.close()
     # What a gateway answers, or does not, while it is killed and starts again.
-    starting = ("401", "503", "ERR_CONNECTION")
+    starting = ("503", "ERR_CONNECTION")
     assert [error for error in errors if not any(reason in error for reason in starting)] == []
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
-from gateway_kit import KEY, LOCAL_KEY, GatewayHarness, json_answer, start_gateway
+from gateway_kit import KEY, LOCAL_KEY, TASK, GatewayHarness, json_answer, start_gateway
+from websockets.exceptions import ConnectionClosed
 
 from octollm.errors import OctoError
+from octollm.services.reflex.throttle import RateLimiter
+from octollm.services.reflex.upstream import CachedToken, TokenExchangeClient
 
 
 def listing(gateway: GatewayHarness) -> None:
@@ -59,6 +63,43 @@ async def test_when_the_gateway_itself_is_refused_the_caller_is_not_blamed(gatew
     answer = await gateway.client.get("/tasks", headers={"Authorization": f"Bearer {KEY}"})
     assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
     assert "retry-after" in answer.headers
+
+
+async def test_a_service_that_accepts_no_token_yet_is_not_the_callers_fault(gateway: GatewayHarness) -> None:
+    await gateway.script.emit("task.accepted", goal="a goal", progress=0)
+    for code in ("token_invalid", "token_revoked", "token_expired"):
+        gateway.script.failing = OctoError("not yet", code=code)
+        for path in ("/tasks", f"/tasks/{TASK}/events"):
+            answer = await gateway.client.get(path)
+            assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+            assert answer.headers["retry-after"] == "1"
+        async with gateway.ws() as socket:
+            with pytest.raises(ConnectionClosed) as closed:
+                await socket.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1013, "a client connects again, where it would give up after 4401"
+    assert (await gateway.client.get("/session/issuers")).status_code == 503
+
+
+async def test_a_session_is_read_while_another_call_drops_its_token(gateway: GatewayHarness) -> None:
+    """The hit of the rate limit comes between authentication and the reading."""
+    seen: list[TokenExchangeClient] = []
+    get_valid = TokenExchangeClient.get_valid
+    hit = RateLimiter.hit
+
+    async def note(self: TokenExchangeClient, *arguments: Any) -> CachedToken:
+        seen.append(self)
+        return await get_valid(self, *arguments)
+
+    async def drop(self: RateLimiter, bucket: str) -> None:
+        await hit(self, bucket)
+        for each in seen:
+            each.invalidate(LOCAL_KEY)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenExchangeClient, "get_valid", note)
+        patch.setattr(RateLimiter, "hit", drop)
+        assert (await gateway.client.get("/session")).status_code == 200
 
 
 async def test_the_local_user_needs_no_key(gateway: GatewayHarness) -> None:

@@ -42,6 +42,14 @@ _CALLER_CODES = frozenset({"api_key_invalid", "authority_missing", "login_refuse
 """Refusals of an exchange that concern the caller, and not this service."""
 
 
+def raise_unless_refused(error: RemoteError) -> None:
+    """Raise ``unavailable`` if the orchestrator refused this service rather than its caller, whose key may be valid."""
+    if error.status in (400, 401, 403) and error.code not in _CALLER_CODES:
+        raise OctoError(
+            "The gateway could not authenticate to the orchestrator.", code="unavailable", retry_after=5
+        ) from error
+
+
 def _cache_key(credential: str, audience: Audience) -> str:
     digest = hash_credential(credential)
     return digest if audience == "orchestrator" else f"{digest}:{audience}"
@@ -78,21 +86,25 @@ class TokenExchangeClient:
         return cached is not None and cached.expires_at > self._clock.monotonic()
 
     async def get_token(self, credential: str, audience: Audience = "orchestrator") -> str:
-        """Return an access token for the service ``audience``.
+        """Return an access token for the service ``audience``. Raises as :meth:`get_valid`."""
+        return (await self.get_valid(credential, audience)).token
+
+    async def get_valid(self, credential: str, audience: Audience = "orchestrator") -> CachedToken:
+        """Return the token of a credential for the service ``audience``, from the cache or exchanged now.
 
         Raises ``api_key_invalid``, ``login_refused``, ``authority_missing``, or the error of a failed call.
         """
         digest = _cache_key(credential, audience)
         cached = self._cache.get(digest)
         if cached is not None and cached.expires_at > self._clock.monotonic():
-            return cached.token
+            return cached
         # Concurrent callers of one credential share one exchange. Cancelling one must not cancel it for the others.
         pending = self._pending.get(digest)
         if pending is None:
             pending = asyncio.create_task(self._exchange(credential, audience))
             self._pending[digest] = pending
             pending.add_done_callback(lambda done: self._store(digest, done))
-        return (await asyncio.shield(pending)).token
+        return await asyncio.shield(pending)
 
     def get_tenant(self, credential: str) -> str:
         """Return the tenant of a cached credential; empty for any other."""
@@ -102,13 +114,6 @@ class TokenExchangeClient:
     def find_cached(self, credential: str, audience: Audience = "orchestrator") -> CachedToken | None:
         """Return the cached token of a credential for a service, or ``None``."""
         return self._cache.get(_cache_key(credential, audience))
-
-    def get_cached(self, credential: str) -> CachedToken:
-        """Return the cached token of an authenticated credential. Raises ``api_key_invalid`` for any other."""
-        cached = self.find_cached(credential)
-        if cached is None:
-            raise OctoError("The credential is not known.", code="api_key_invalid")
-        return cached
 
     def invalidate(self, credential: str) -> None:
         """Drop the cached tokens of a credential."""
@@ -142,11 +147,7 @@ class TokenExchangeClient:
         try:
             token = await self._caller.call(call, TokenResponse)
         except RemoteError as error:
-            if error.status in (400, 401, 403) and error.code not in _CALLER_CODES:
-                # The orchestrator refused this service, not the caller: their key may be valid.
-                raise OctoError(
-                    "The gateway could not authenticate to the orchestrator.", code="unavailable", retry_after=5
-                ) from error
+            raise_unless_refused(error)
             raise
         lifetime = min(float(token.expires_in), MAX_CACHE_SECONDS)
         # A token with a short life is still used for half of it, rather than exchanged for every call.
@@ -251,7 +252,16 @@ class Upstream:
         # The cached token was revoked, or its signing key rotated. A refused call has not begun: retry it once.
         self._exchange.invalidate(credential)
         token = await self._exchange.get_token(credential, request.service)
-        return await send(self._build_call(request, token, deadline))
+        try:
+            return await send(self._build_call(request, token, deadline))
+        except RemoteError as error:
+            if error.code not in _STALE_TOKEN_CODES:
+                raise
+            # The credential is valid: it was exchanged just now. That the service does not accept its token yet is not
+            # the caller's to mend: a browser would ask for another key.
+            raise OctoError(
+                f"The {request.service} does not accept a new token yet.", code="unavailable", retry_after=1
+            ) from error
 
     def _build_call(self, request: UpstreamRequest, token: str, deadline: Deadline) -> OutgoingCall:
         headers = dict(request.headers)

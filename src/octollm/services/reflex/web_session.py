@@ -24,7 +24,7 @@ from octollm.contracts.auth import (
 from octollm.contracts.declarations import BodyT, DeclaredOperation
 from octollm.contracts.internal_operations import CLOSE_SESSION, CREATE_SESSION, LIST_LOGIN_ISSUERS
 from octollm.contracts.public_api import END_SESSION, LIST_ISSUERS, OPEN_SESSION, READ_SESSION
-from octollm.errors import OctoError
+from octollm.errors import OctoError, RemoteError
 from octollm.resilience import Deadline
 from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.client import CallTarget, OutgoingCall, ServiceClient
@@ -36,7 +36,7 @@ from octollm.services.reflex.guard import (
     read_session_cookie,
 )
 from octollm.services.reflex.throttle import FailedLoginThrottle, RateLimiter, get_address_bucket
-from octollm.services.reflex.upstream import TokenExchangeClient
+from octollm.services.reflex.upstream import TokenExchangeClient, raise_unless_refused
 
 T = TypeVar("T")
 
@@ -90,7 +90,8 @@ class SessionHandlers:
 
     async def read(self, call: IncomingCall, _body: object) -> CurrentUser:
         """Return who the caller is."""
-        cached = self._exchange.get_cached(call.bearer)
+        # Not what the authentication has cached: another request may have dropped that as stale.
+        cached = await self._exchange.get_valid(call.bearer)
         return CurrentUser(cached.tenant, cached.scope, session=call.bearer.startswith(SESSION_TOKEN_PREFIX))
 
     async def end(self, call: IncomingCall, _body: object) -> Response:
@@ -110,7 +111,12 @@ class SessionHandlers:
             Deadline.after(self._clock, CALL_SECONDS),
             None if body is None else msgspec.json.encode(body),
         )
-        return await self._caller.call(call, declared.response)
+        try:
+            return await self._caller.call(call, declared.response)
+        except RemoteError as error:
+            if error.status != 400:
+                raise_unless_refused(error)
+            raise
 
     def operations(self) -> list[Operation]:
         """Return the operations on ``/session``."""
