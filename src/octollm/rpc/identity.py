@@ -46,8 +46,9 @@ class ServiceDirectory:
         self._roots = roots
         self._clock = clock
         self._entries: Mapping[str, DirectoryEntry] = {}
-        self._fetched_at = -1e9
+        self._read_at = -1e9
         self._lock = asyncio.Lock()
+        self._miss_lock = asyncio.Lock()
 
     async def thumbprint(self, service: str) -> str:
         """Return the thumbprint of the newest key of ``service``; raise ``authority_missing`` when it has none."""
@@ -63,8 +64,20 @@ class ServiceDirectory:
         return entry.urls if entry is not None else ()
 
     async def entries(self, *, fresh: bool = False) -> Mapping[str, DirectoryEntry]:
-        """Return every registered service; with ``fresh``, from a copy that is at most a second old."""
-        await self._read_if_older(MIN_REFRESH_SECONDS if fresh else REFRESH_SECONDS)
+        """Return every registered service; with ``fresh``, as registered now.
+
+        Callers that come within ``MIN_REFRESH_SECONDS`` wait, and share a read.
+        """
+        if fresh:
+            missed_at = self._clock.monotonic()
+            async with self._miss_lock:
+                if self._read_at <= missed_at:
+                    await asyncio.sleep(min(self._read_at + MIN_REFRESH_SECONDS - missed_at, MIN_REFRESH_SECONDS))
+                async with self._lock:
+                    if self._read_at <= missed_at:
+                        await self._read()
+        else:
+            await self._read_if_older(REFRESH_SECONDS)
         return self._entries
 
     def refresh_loop(self) -> BackgroundLoop:
@@ -87,9 +100,11 @@ class ServiceDirectory:
                     await self._read()
 
     def _age(self) -> float:
-        return self._clock.monotonic() - self._fetched_at
+        return self._clock.monotonic() - self._read_at
 
     async def _read(self) -> None:
+        # Before the read: what is registered meanwhile may be missing from it.
+        read_at = self._clock.monotonic()
         call = OutgoingCall(
             CallTarget.of(READ_DIRECTORY),
             self._signer.sign_token("orchestrator"),
@@ -99,7 +114,7 @@ class ServiceDirectory:
         self._entries, roots = verify_directory(response.directory, self._roots, self._clock)
         self._roots.replace(roots)
         # Last, so that a directory that fails verification is read again at the next call.
-        self._fetched_at = self._clock.monotonic()
+        self._read_at = read_at
 
 
 @dataclass(frozen=True, slots=True)

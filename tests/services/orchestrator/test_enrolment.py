@@ -91,6 +91,18 @@ async def replicas(home: Path, count: int = 2) -> AsyncGenerator[list[Replica]]:
         yield found
 
 
+async def test_an_arm_that_another_replica_admitted_a_moment_ago_is_known_after_a_miss(tmp_path: Path) -> None:
+    async with replicas(tmp_path) as (one, two):
+        keys = {name: SigningKey.generate() for name in ("translator", "painter")}
+        for name, key in keys.items():
+            # Within the interval since the last refresh: the miss waits for the next one.
+            await two.registry.refresh()
+            await one.admit(name, key)
+            assert two.registry.thumbprint(name) is None
+            await asyncio.gather(*(two.registry.refresh_on_miss() for _ in range(3)))
+            assert two.registry.thumbprint(name) == key.thumbprint
+
+
 async def test_what_one_replica_learns_the_other_knows(tmp_path: Path) -> None:
     async with replicas(tmp_path) as (one, two):
         key = SigningKey.generate()

@@ -32,7 +32,7 @@ SERVICE_SCOPES = frozenset(declared.scope for declared in SERVICE_OPERATIONS if 
 REFRESH_SECONDS = 2.0
 """Seconds until a change by another replica is visible here."""
 MISS_REFRESH_INTERVAL = 0.25
-"""Minimum seconds between two refreshes caused by unknown callers."""
+"""Minimum seconds between two refreshes that unknown callers cause: anybody can make up a name."""
 MAX_ENROLLED_ARMS = 100
 """Enrolled arms of one installation."""
 MAX_INSTANCES = 32
@@ -77,8 +77,9 @@ class ServiceRegistry:
         self._clock = clock
         self._keys = {name: PublicKeyRing.of(key) for name, key in keys.items()}
         self._snapshot = _Snapshot(self._built_in(clock.now()))
-        self._refreshed_at = float("-inf")
+        self._read_at = float("-inf")
         self._lock = asyncio.Lock()
+        self._miss_lock = asyncio.Lock()
         self.refresh_loop = BackgroundLoop(
             "registry refresh",
             self.refresh,
@@ -122,6 +123,8 @@ class ServiceRegistry:
         """Read the snapshot from the database."""
         # One refresh at a time: a slow one must not replace the snapshot of a later one.
         async with self._lock:
+            # Before the read: what is committed meanwhile may be missing from it.
+            read_at = self._clock.monotonic()
             async with self._db.read() as conn:
                 admitted = await conn.all(select(admissions).order_by(admissions.c.name).limit(MAX_ENROLLED_ARMS))
                 keys = await conn.all(
@@ -131,7 +134,7 @@ class ServiceRegistry:
                 instances = await conn.all(_instances_query())
             now = self._clock.now()
             self._snapshot = _build_snapshot(self._built_in(now), admitted, keys, rows, instances, now)
-            self._refreshed_at = self._clock.monotonic()
+            self._read_at = read_at
             self.refresh_loop.report_success()
 
     @contextlib.asynccontextmanager
@@ -146,9 +149,16 @@ class ServiceRegistry:
             raise
 
     async def refresh_on_miss(self) -> None:
-        """Refresh because of an unknown caller, whom another replica may have admitted; rate-limited."""
-        if self._clock.monotonic() - self._refreshed_at >= MISS_REFRESH_INTERVAL:
-            await self.refresh()
+        """Refresh because of an unknown caller, whom another replica may have admitted a moment ago.
+
+        Callers that come within ``MISS_REFRESH_INTERVAL`` wait, and share a refresh.
+        """
+        missed_at = self._clock.monotonic()
+        async with self._miss_lock:
+            if self._read_at <= missed_at:
+                await asyncio.sleep(min(self._read_at + MISS_REFRESH_INTERVAL - missed_at, MISS_REFRESH_INTERVAL))
+            if self._read_at <= missed_at:
+                await self.refresh()
 
     def arm_names(self, tenant: str) -> frozenset[str]:
         """Return the names of the registered arms that a task of ``tenant`` may be assigned to."""
