@@ -131,7 +131,7 @@ async def test_a_demo_that_is_interrupted_while_it_writes_leaves_nothing(command
     await wait_until(lambda: command_line.model.active > 0, description="the model writes", timeout=60)
     ended = await command_line.interrupt(process)
     assert ended.code == 130, ended.err
-    await wait_until(lambda: command_line.model.active == 0, description="the model was left")
+    await wait_until(lambda: command_line.model.active == 0, description="the model was left", timeout=30)
     assert command_line.ports_are_free()
     assert command_line.processes_left(process.pid) == []
     assert command_line.left_behind == []
@@ -153,7 +153,7 @@ async def test_a_run_that_is_interrupted_cancels_its_task(shared_command_line):
     assert await process.stdout.readline()
     ended = await shared_command_line.interrupt(process)
     assert ended.code == 130
-    await wait_until(lambda: shared_command_line.model.active == 0, description="the model was left")
+    await wait_until(lambda: shared_command_line.model.active == 0, description="the model was left", timeout=30)
     after = await tasks()
     [task] = [after[task_id] for task_id in after.keys() - before.keys()]
     assert task["status"] == "cancelled"

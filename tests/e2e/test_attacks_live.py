@@ -735,7 +735,10 @@ async def test_secrets_are_compared_in_constant_time(live: AttackKit, monkeypatc
 
 async def test_guessing_is_slowed_by_address(tmp_path) -> None:
     async with attack_kit(tmp_path, OCTOLLM_RATE_LIMIT="5/minute") as slow:
-        told = [await slow.via_gateway("GET", "/tasks", f"octo_guess{number}_x") for number in range(8)]
-        assert {each.status for each in told[:5]} == {401}
-        assert {each.status for each in told[5:]} == {429}
-        assert int(told[-1].headers["retry-after"]) >= 1
+        guesses = (slow.via_gateway("GET", "/tasks", f"octo_guess{number}_x") for number in range(20))
+        told = await asyncio.gather(*guesses)
+        refused = [each for each in told if each.status == 429]
+        assert {each.status for each in told} == {401, 429}
+        # Another minute may begin meanwhile.
+        assert len(told) - len(refused) in range(5, 11)
+        assert all(int(each.headers["retry-after"]) >= 1 for each in refused)

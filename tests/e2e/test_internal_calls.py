@@ -18,9 +18,13 @@ MAX_HISTORY_READS = 10
 
 async def test_the_simplest_code_task_makes_few_internal_calls(gateway: GatewayClient, script: Any) -> None:
     script.reply = reply_with_usable_plan
-    before = await count_calls(gateway)
-    task = await gateway.run(GOAL)
-    assert task["status"] == "completed"
+    for _ in range(3):
+        before = await count_calls(gateway)
+        task = await gateway.run(GOAL)
+        assert task["status"] == "completed"
+        # On a busy machine a call may be lost and repeated, which is not what is counted.
+        if {step["attempt"] for step in task["steps"]} == {1}:
+            break
     spans = await spans_of(gateway, task["task_id"])
     # Calls about keys go out in groups, in no task's trace; the metrics count them.
     calls = Counter({name: n for name, n in (await count_calls(gateway) - before).items() if ".idempotency." in name})

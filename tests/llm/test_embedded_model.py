@@ -298,9 +298,11 @@ async def test_closing_ends_everything(path):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """Where children have their folders."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path
+    """Where children have their folders: by a path that is longer than one of a socket can be."""
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    return deep
 
 
 def children():

@@ -97,7 +97,7 @@ class ServiceProcess:
                     return (await client.get(f"{self.url}/ready")).status_code == 200
             return False
 
-        await wait_until(answers, description=f"{self.name} on {self.port} is ready", timeout=60, interval=0.1)
+        await wait_until(answers, description=f"{self.name} on {self.port} is ready", timeout=120, interval=0.1)
 
     async def kill(self) -> None:
         """End it, and all that it started, as by kill -9."""

@@ -142,6 +142,7 @@ class LlamaProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
+                cwd=folder,
                 env=_environment(os.environ),
                 limit=_LINE_BYTES,
                 start_new_session=True,  # Ctrl-C must reach the parent only, which shuts the child down in order
@@ -288,9 +289,10 @@ async def _read(stdout: asyncio.StreamReader) -> LlamaEvent | None:
 def _worker_settings(path: Path, folder: Path, settings: LlamaSettings) -> dict[str, object]:
     unix = sys.platform != "win32"
     return {
-        "path": str(path),
+        "path": str(path.absolute()),
         "folder": str(folder),
-        "host": str(folder / "llama.sock") if unix else "127.0.0.1",
+        # Relative to the child's working directory: the path of a socket has at most 107 bytes.
+        "host": "llama.sock" if unix else "127.0.0.1",
         "context_tokens": settings.context_tokens,
         "slots": settings.slots,
         "batch_tokens": settings.batch_tokens,
