@@ -11,18 +11,21 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 from databases import Backend
-from events_kit import CLOCK, IDS
+from events_kit import CLOCK, IDS, MakePublisher, Write
 from events_process import Options, start_process
 from hypothesis import given
 from hypothesis import strategies as st
 from redis_process import RedisProcess
+from sqlalchemy import func, select, update
 
-from octollm.contracts.subscriptions import DeadLetter
-from octollm.events import EventDraft, EventLog, SubscriptionStore, task_subject
-from octollm.events.suspects import ENDED_REASON, Isolation, claim_suspects, encode_suspects
-from octollm.storage import Database, open_database
+from octollm.contracts.subscriptions import DeadLetter, Poison, SubscriptionSpec
+from octollm.events import DurableSubscriptions, EventDraft, EventLog, LogTail, SubscriptionStore, task_subject
+from octollm.events.suspects import ENDED_REASON, Isolation, claim_suspects, encode_suspects, settle_suspects
+from octollm.storage import Database, RedisKeys, open_database, open_redis
 from octollm.storage.migrations import migrate
+from octollm.storage.tables import subscription_consumers, subscription_partitions
 from octollm.testing import wait_until
 
 NAME = "billing"
@@ -60,6 +63,79 @@ def test_a_suspect_is_in_hand_alone(steps: list[tuple[bool, bool]]) -> None:
     while held:
         isolation.leave(suspect=held.pop())
     assert isolation.enter(suspect=True)
+
+
+@given(deaths, st.sets(st.integers(1, 50)), st.sets(st.integers(1, 50)), st.integers(0, 50))
+def test_careful_mode_of_polls_ends_when_nothing_of_it_is_left(
+    known: dict[int, int], in_hand: set[int], answered: set[int], position: int
+) -> None:
+    entries = {**dict.fromkeys(in_hand, 0), **known}
+    stored = settle_suspects(encode_suspects(entries, in_hand, 7), answered, position)
+    left = {} if stored is None else json.loads(stored)
+    kept = {seq for seq in entries if seq not in answered and (seq > position or seq in in_hand or entries[seq])}
+    assert {int(seq) for seq in left} == kept
+    assert stored is None or left
+
+
+class Polls:
+    """A consumer over HTTP that ends whenever an event of ``deadly`` is in hand; its lease is over then."""
+
+    def __init__(self, db: Database, durable: DurableSubscriptions, deadly: set[int], *, one_name: bool) -> None:
+        self._db = db
+        self._durable = durable
+        self._deadly = deadly
+        self._one_name = one_name
+        self.died = 0
+        self.handled: list[int] = []
+
+    async def run(self) -> None:
+        """Poll until there is nothing left, and start again after each death."""
+        row = await self._durable.subscriptions.find("system", NAME)
+        empty = 0
+        # A poll that gives an event up may have nothing else.
+        while empty < 2:
+            name = "worker" if self._one_name else f"worker-{self.died}"
+            found = await self._durable.pull.poll(row["id"], name, 100)
+            empty = 0 if found else empty + 1
+            # In groups, as a consumer may report: those before the one that ends it are not acknowledged either.
+            if any(delivery.event.seq in self._deadly for delivery in found):
+                self.died += 1
+                assert self.died < 20
+                async with self._db.transaction() as tx:
+                    await tx.execute(update(subscription_consumers).values(lease_until=0.0))
+                continue
+            self.handled += [delivery.event.seq for delivery in found]
+            await self._durable.pull.acknowledge(row, name, [delivery.ack_id for delivery in found], [])
+
+
+@pytest.mark.parametrize("one_name", [True, False])
+@pytest.mark.parametrize("on_poison", ["dead_letter", "hold"])
+async def test_an_event_whose_polling_consumer_always_ends_is_given_up(
+    db: Database, log: EventLog, make_publisher: MakePublisher, write: Write, on_poison: Poison, one_name: bool
+) -> None:
+    spec = SubscriptionSpec(("events:task:*",), max_attempts=2, on_poison=on_poison)
+    async with open_redis("memory://") as redis, make_publisher(redis) as publisher:
+        for number in range(12):
+            await write(task_id=f"task-{number % 3}")
+        assert await publisher.flush(20)
+        durable = DurableSubscriptions.build(db, log, LogTail(redis, RedisKeys()), CLOCK, IDS, structlog.get_logger())
+        await durable.subscriptions.put("system", NAME, spec, event_tenant=None, start="earliest")
+        polls = Polls(db, durable, {4}, one_name=one_name)
+        await polls.run()
+        letters = await durable.subscriptions.list_dead_letters("system")
+    # Once unnoticed, once beside others, once alone.
+    assert polls.died == 3
+    state, after = ("dead", {7, 10}) if on_poison == "dead_letter" else ("held", set[int]())
+    assert [(each.event.seq, each.state, each.reason, each.attempts) for each in letters] == [
+        (4, state, ENDED_REASON, 2)
+    ]
+    assert sorted(polls.handled) == sorted({1, 2, 3, 5, 6, 8, 9, 11, 12} | after)
+    for subject in range(3):
+        own = [seq for seq in polls.handled if seq % 3 == subject]
+        assert own == sorted(own)
+    # Careful mode is over.
+    async with db.read() as connection:
+        assert not await connection.scalar(select(func.count()).where(subscription_partitions.c.suspects.is_not(None)))
 
 
 @pytest.fixture
@@ -102,7 +178,7 @@ class Replicas:
             process.join()
 
 
-async def write(db: Database, *marks: Mapping[str, object]) -> list[int]:
+async def write_marked(db: Database, *marks: Mapping[str, object]) -> list[int]:
     """Write events, each of a subject of its own, and return their positions once they have them."""
     log = EventLog(db, CLOCK, IDS)
     drafts = [
@@ -146,12 +222,12 @@ async def test_an_event_that_ends_its_process_becomes_a_dead_letter_and_no_other
         with contextlib.closing(replicas):
             for name in REPLICAS:
                 replicas.start(name)
-            before = await write(db, *[PLAIN] * 40)
+            before = await write_marked(db, *[PLAIN] * 40)
             await wait_until(caught_up, description="the events before are handled", timeout=60)
             assert (sorted(replicas.handled()), replicas.codes, letters) == (before, [], [])
             # Each twelfth event is of the same subject: some follow the one that ends the process.
             how, code = ("exit", 3) if backend.base is None else ("kill", -signal.SIGKILL)
-            after = await write(db, {"deadly": how}, *[{"slow": True}] * 4, *[PLAIN] * 55)
+            after = await write_marked(db, {"deadly": how}, *[{"slow": True}] * 4, *[PLAIN] * 55)
             await wait_until(caught_up, description="the event is given up", timeout=150)
     assert [(letter.event.seq, letter.reason, letter.attempts) for letter in letters] == [(after[0], ENDED_REASON, 2)]
     # Once unnoticed, once beside others, once alone.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from sqlalchemy import case, delete, func, select, tuple_, update
+from sqlalchemy import and_, case, delete, func, select, tuple_, update
 from sqlalchemy.engine import RowMapping
 
 from octollm.contracts.subscriptions import PARTITIONS, AckId, SubscriptionSpec, decode_spec
@@ -197,7 +197,10 @@ class LeaseStore:
     async def join_in(
         self, tx: Transaction, subscription_id: str, consumer: str, lease_seconds: float, *, give_up_surplus: bool
     ) -> Membership:
-        """Join in the transaction ``tx``, as :meth:`join` does."""
+        """Join in the transaction ``tx``, as :meth:`join` does.
+
+        With ``give_up_surplus`` a consumer whose lease is over claims its partitions anew: it may have died.
+        """
         # The subscription's row serialises the claims of its group, so two consumers never claim one partition.
         row = await tx.first(select(subscriptions).where(subscriptions.c.id == subscription_id).with_for_update())
         if row is None:
@@ -205,8 +208,10 @@ class LeaseStore:
         now = await tx.now()
         group = consumers.c.subscription_id == subscription_id
         over = is_lease_over(consumers.c.lease_until, now, max(lease_seconds, LONGEST_LEASE_SECONDS))
-        await tx.execute(delete(consumers).where(group, over, consumers.c.consumer != consumer))
+        gone = over if give_up_surplus else and_(over, consumers.c.consumer != consumer)
+        await tx.execute(delete(consumers).where(group, gone))
         members = [str(found["consumer"]) for found in await tx.all(select(consumers.c.consumer).where(group))]
+        returned = give_up_surplus and consumer not in members
         if consumer not in members:
             if len(members) >= MAX_CONSUMERS:
                 raise OctoError(
@@ -229,7 +234,7 @@ class LeaseStore:
         rows = await tx.all(query)
         if await self._skip_gap(tx, row, rows):
             rows = await tx.all(query)
-        mine, to_claim, surplus = _share_partitions(rows, sorted(members), consumer)
+        mine, to_claim, surplus = _share_partitions(rows, sorted(members), consumer, returned=returned)
         leases = {int(r["partition"]): _lease_from_row(r, r["fence"], ended=False) for r in mine}
         if to_claim:
             claimed = await tx.all(
@@ -395,11 +400,12 @@ def _lease_from_row(row: RowMapping, last_fence: int, *, ended: bool) -> Partiti
 
 
 def _share_partitions(
-    rows: Sequence[RowMapping], members: Sequence[str], consumer: str
+    rows: Sequence[RowMapping], members: Sequence[str], consumer: str, *, returned: bool
 ) -> tuple[list[RowMapping], list[int], frozenset[int]]:
     """Return the partitions of a consumer, those that it claims now, and those that are beyond its share."""
-    mine = [row for row in rows if row["consumer"] == consumer]
-    free = [int(row["partition"]) for row in rows if row["consumer"] is None or row["consumer"] not in members]
+    mine = [row for row in rows if row["consumer"] == consumer and not returned]
+    holders = {*members} - ({consumer} if returned else set())
+    free = [int(row["partition"]) for row in rows if row["consumer"] not in holders]
     # Equal shares; the remainder goes to the first ones, so that the shares add up to all partitions.
     index = members.index(consumer)
     share = PARTITIONS // len(members) + (index < PARTITIONS % len(members))

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import msgspec
 from sqlalchemy import select, update
@@ -26,6 +27,7 @@ from octollm.events.leases import LONGEST_LEASE_SECONDS, LeaseStore, Membership,
 from octollm.events.log import EventLog
 from octollm.events.pubsub import RECONNECT_BACKOFF, PubSubListener
 from octollm.events.rows import event_from_row
+from octollm.events.suspects import ENDED_REASON, LEAST_DEATHS, encode_suspects, settle_suspects
 from octollm.storage import Database, Transaction
 from octollm.storage.keys import RedisKeys
 from octollm.storage.redis_protocol import PubSubMessage, RedisClient
@@ -78,7 +80,75 @@ class PullConsumers:
             found += await self._from_log(
                 tx, subscription_id, membership, leases, delayed, selector, head, limit - len(found)
             )
+            careful = {n: dict(s) for n in leases if (s := membership.leases[n].suspects) is not None}
+            if careful:
+                found = await self._guard(tx, subscription_id, membership, leases, careful, found)
         return found
+
+    async def _guard(
+        self,
+        tx: Transaction,
+        subscription_id: str,
+        membership: Membership,
+        leases: dict[int, PartitionLease],
+        careful: dict[int, dict[int, int]],
+        found: list[Delivery],
+    ) -> list[Delivery]:
+        """Return what may be in hand of partitions whose consumer ended, and record it.
+
+        Of each of them that is one delivery; a suspect is in hand alone. One that was too often is given up.
+        """
+        spec = membership.spec
+        given_up: set[int] = set()
+        first: dict[int, Delivery] = {}
+        kept: list[Delivery] = []
+        through: dict[int, int] = {}
+        for delivery in found:
+            ack = AckId.parse(delivery.ack_id, "")
+            number = ack.partition
+            if number not in careful:
+                kept.append(delivery)
+                continue
+            through[number] = max(through.get(number, 0), ack.seq)
+            if number in first or number in given_up:
+                continue
+            deaths = careful[number].get(ack.seq, 0)
+            if deaths < max(LEAST_DEATHS, spec.max_attempts):
+                first[number] = delivery
+                kept.append(delivery)
+                continue
+            given_up.add(number)
+            del careful[number][ack.seq]
+            await self._deliveries.fail_in(
+                tx,
+                subscription_id,
+                ack,
+                delivery.event,
+                spec=spec,
+                selector=EventSelector(spec),
+                reason=ENDED_REASON,
+                retry_after=None,
+                final=True,
+                deaths=deaths,
+            )
+        suspects = [d for number, d in first.items() if careful[number].get(d.event.seq)]
+        if suspects:
+            kept = suspects[:1]
+        for number, deaths_by_seq in careful.items():
+            in_hand = {first[number].event.seq} if number in first and first[number] in kept else set[int]()
+            position = leases[number].position
+            entries = {**dict.fromkeys(in_hand, 0), **deaths_by_seq}
+            if max(deaths_by_seq, default=0) <= position and number in through:
+                # Just claimed. Outcomes may be reported in groups, so what ended it may be any of these.
+                entries.setdefault(through[number], 0)
+            entries = {seq: n for seq, n in entries.items() if n or seq > position or seq in in_hand}
+            text = encode_suspects(entries, in_hand, leases[number].fence) if entries else None
+            await tx.execute(
+                update(partitions)
+                .where(partitions.c.subscription_id == subscription_id, partitions.c.partition == number)
+                .values(suspects=text)
+            )
+        return kept
 
     async def _lock_partitions(self, tx: Transaction, subscription_id: str, consumer: str) -> dict[int, PartitionLease]:
         rows = await tx.all(
@@ -213,11 +283,17 @@ class PullConsumers:
                     positions.setdefault(number, int(locked[number]["position"]))
                 await self._apply(tx, subscription, item, positions)
             for number, position in positions.items():
+                changes: dict[str, Any] = {}
                 if position > int(locked[number]["position"]):
+                    changes["position"] = position
+                if stored := locked[number]["suspects"]:
+                    answered = {item.ack.seq for item in parsed if item.ack.partition == number}
+                    changes["suspects"] = settle_suspects(stored, answered, position)
+                if changes:
                     await tx.execute(
                         update(partitions)
                         .where(partitions.c.subscription_id == subscription_id, partitions.c.partition == number)
-                        .values(position=position)
+                        .values(changes)
                     )
 
     async def _apply(

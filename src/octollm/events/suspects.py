@@ -3,7 +3,7 @@
 A handler that ends its process leaves no failure behind, so nothing would count its attempts. When a partition is
 claimed from a consumer that ended without giving it up, its next events are handed over in careful mode: each is
 recorded as being in hand first. One that was in hand when its consumer ended is a suspect. It is in hand alone from
-then on, so that an event beside it is not counted with it.
+then on, so that an event beside it is not counted with it. Consumers over HTTP are treated alike, by their leases.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ def claim_suspects(stored: str | None, fence: int, *, ended: bool) -> dict[int, 
     # One that was in hand under an earlier fence was not at this death.
     found = {seq: deaths + (ended and held_under == fence) for seq, (deaths, held_under) in entries.items()}
     return found if ended or found else None
+
+
+def settle_suspects(stored: str, answered: Collection[int], position: int) -> str | None:
+    """Return the suspects of a partition after events were answered; ``None`` when careful mode ends.
+
+    An entry that is neither in hand nor was at a death says up to where careful mode goes.
+    """
+    entries = msgspec.json.decode(stored, type=dict[int, tuple[int, int]])
+    left = {seq: entry for seq, entry in entries.items() if seq not in answered and (seq > position or any(entry))}
+    return msgspec.json.encode(left).decode() if left else None
 
 
 class Isolation:
