@@ -20,6 +20,7 @@ SMALL_FILES = {
     "octollm.__main__": "the program of `python -m octollm`",
     "octollm.cli.config": "one noun of the command line a file, loaded when it is used",
     "octollm.cli.entry": "the program of the command, which imports nothing before Ctrl-C is handled",
+    "octollm.lazy_exports": "for packages, whose imports count as exports",
     "octollm.services.arms.coder.probe_program": "a program that is run in the sandbox",
     "octollm.services.arms.executor.runner_read": "a program that is run in the sandbox",
     "octollm.testing.system": "for tests of a whole installation, which an arm's author does not load",

@@ -19,9 +19,10 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octollm.errors import OctoError
+from octollm.errors import OctoError, SettingError
 from octollm.rpc.egress import DnsHostResolver, EgressClient, EgressPolicy, is_public_address
 from octollm.rpc.http_client import TransportError
+from octollm.rpc.tls import external_context_factory
 from octollm.testing import wait_until
 
 POLICY = EgressPolicy()
@@ -370,11 +371,16 @@ async def receiver(respond: Callable[[asyncio.StreamWriter], None], ca: trustme.
         yield server.sockets[0].getsockname()[1], heads, names
 
 
-async def test_the_connection_goes_to_the_checked_address_and_keeps_the_name(monkeypatch):
+async def test_the_connection_goes_to_the_checked_address_and_keeps_the_name(monkeypatch, tmp_path):
     """TLS with SNI and Host of the name, at the checked address: loopback, public for this test."""
     ca = trustme.CA()
-    trust = ssl.create_default_context()
-    ca.configure_trust(trust)
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    create, created = external_context_factory(tmp_path / "ca.pem"), list[int]()
+
+    def trust() -> ssl.SSLContext:
+        created.append(1)
+        return create()
+
     monkeypatch.setattr("octollm.rpc.egress.is_public_address", lambda text: text == "127.0.0.1")
 
     async def resolve(_host: str) -> list[str]:
@@ -394,6 +400,13 @@ async def test_the_connection_goes_to_the_checked_address_and_keeps_the_name(mon
             # The certificate is for the name: another name at the same address fails.
             with pytest.raises(TransportError):
                 await http.send("GET", f"https://other.example.com:{port}/", {}, None, seconds=5)
+            assert created == [1]
+
+
+def test_authorities_that_cannot_be_loaded_are_refused_before_they_are_needed(tmp_path):
+    (tmp_path / "ca.pem").write_text("no certificate")
+    with pytest.raises(SettingError, match="OCTOLLM_TLS_CA"):
+        external_context_factory(tmp_path / "ca.pem")
 
 
 async def test_proxies_of_the_environment_are_not_used(monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
 
 def main() -> None:
     """Run the command line and exit the process with its exit code."""
+    # Modules and classes are never freed. With Python's threshold of 700 new objects, a tenth of the time of importing
+    # goes into looking at them again and again.
+    gc.set_threshold(10_000, 20, 20)
     try:
         # Imported inside the try, so that Ctrl-C during the import ends the process cleanly.
         from octollm.cli.app import app  # noqa: PLC0415

@@ -9,13 +9,10 @@ import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from types import TracebackType
 from typing import Protocol
 from urllib.parse import urlsplit
-
-import dns.asyncresolver
-import dns.exception
-import dns.resolver
 
 from octollm.concurrency import BackgroundLoop
 from octollm.errors import OctoError
@@ -72,6 +69,12 @@ async def resolve_addresses(name: str) -> DnsRecords:
 
     Raises ``LookupError`` when there is no answer.
     """
+    # Loaded by the first lookup, since most processes look nothing up, and in a thread: it takes 0.15 s.
+    await asyncio.to_thread(import_module, "dns.asyncresolver")
+    import dns.asyncresolver  # noqa: PLC0415
+    import dns.exception  # noqa: PLC0415
+    import dns.resolver  # noqa: PLC0415
+
     resolver = dns.asyncresolver.Resolver()
     resolver.lifetime = LOOKUP_SECONDS
     # Exceptions are collected, since a name with records of one family only is complete.

@@ -16,15 +16,16 @@ import socket
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import dns.asyncresolver
-import dns.exception
-import dns.name
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from octollm.errors import FieldError, OctoError
-from octollm.rpc.http1_client import Http1Client
+from octollm.rpc.http1_client import CreateTlsContext, Http1Client
 from octollm.rpc.http_client import HttpClient, HttpResponse, StreamedResponse, TransportError
 from octollm.rpc.tls import external_context
+
+if TYPE_CHECKING:
+    import dns.asyncresolver
 
 MAX_URL = 2048
 MAX_ADDRESSES = 16
@@ -203,6 +204,12 @@ class DnsHostResolver:
 
     async def __call__(self, host: str) -> Sequence[str]:
         """Return the A and AAAA records of ``host``; raise ``LookupError`` without any."""
+        # Loaded by the first lookup, since most processes look nothing up, and in a thread: it takes 0.15 s.
+        await asyncio.to_thread(import_module, "dns.asyncresolver")
+        import dns.asyncresolver  # noqa: PLC0415
+        import dns.exception  # noqa: PLC0415
+        import dns.name  # noqa: PLC0415
+
         try:
             if self._resolver is None:
                 self._resolver = dns.asyncresolver.Resolver()
@@ -224,7 +231,7 @@ class EgressClient(HttpClient):
         self,
         policy: EgressPolicy,
         *,
-        tls: ssl.SSLContext | None = None,
+        tls: ssl.SSLContext | CreateTlsContext | None = None,
         resolve: ResolveHost | None = None,
         max_response: int = MAX_RESPONSE_BYTES,
     ) -> None:
@@ -232,7 +239,7 @@ class EgressClient(HttpClient):
         self._policy = policy
         self._resolve = resolve or DnsHostResolver()
         self._max_response = max_response
-        self._http = Http1Client(tls or external_context(), addresses=self._addresses)
+        self._http = Http1Client(tls or external_context, addresses=self._addresses)
 
     async def aclose(self) -> None:
         """Close every connection."""

@@ -33,6 +33,7 @@ from octollm.rpc.http_client import (
 
 _TARGET = re.compile(r"/[!-~]*")
 
+CreateTlsContext = Callable[[], ssl.SSLContext]
 FindAddresses = Callable[[str, str], Awaitable[Sequence[str]]]
 """Returns the addresses of a host (the second argument) for requests to an origin (the first), best first."""
 
@@ -51,14 +52,19 @@ class _Origin:
 
 
 class Http1Client(HttpClient):
-    """A connection pool for one process; ``tls`` is the context for ``https`` addresses.
+    """A connection pool for one process.
+
+    ``tls`` is the context for ``https`` addresses, or creates it for the first of them. The default trusts the system's
+    authorities.
 
     With ``addresses`` a connection goes to one of those that it returns, and to no other. ``Host``, SNI and the
     certificate keep the name. Without it the operating system resolves names.
     """
 
-    def __init__(self, tls: ssl.SSLContext | None = None, *, addresses: FindAddresses | None = None) -> None:
-        self._tls = tls
+    def __init__(
+        self, tls: ssl.SSLContext | CreateTlsContext | None = None, *, addresses: FindAddresses | None = None
+    ) -> None:
+        self._tls = tls or ssl.create_default_context
         self._addresses = addresses
         self._origins: dict[str, _Origin] = {}
         self._connections: set[Http1Connection] = set()
@@ -164,7 +170,7 @@ class Http1Client(HttpClient):
 
     async def _connect(self, origin: _Origin, until: float) -> Http1Connection:
         loop = asyncio.get_running_loop()
-        tls = (self._tls or ssl.create_default_context()) if origin.secure else None
+        tls = await self._tls_context() if origin.secure else None
         began = loop.time()
         try:
             async with asyncio.timeout_at(min(until, began + CONNECT_SECONDS)):
@@ -184,6 +190,13 @@ class Http1Client(HttpClient):
             ) from error
         self._connections.add(connection)
         return connection
+
+    async def _tls_context(self) -> ssl.SSLContext:
+        tls = self._tls
+        if not isinstance(tls, ssl.SSLContext):
+            # In a thread: reading the system's authorities takes 50 ms.
+            tls = self._tls = await asyncio.to_thread(tls)
+        return tls
 
     async def _open(self, origin: _Origin, tls: ssl.SSLContext | None) -> Http1Connection:
         """Connect to the first address that accepts. Raises ``OSError``."""

@@ -6,6 +6,8 @@ The certificate that a process presents, and the certificate authorities that it
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -64,6 +66,16 @@ def external_context(extra: Path | None = None) -> ssl.SSLContext:
     if extra is not None:
         _load_authorities(context, extra)
     return context
+
+
+def external_context_factory(extra: Path | None) -> Callable[[], ssl.SSLContext]:
+    """Return what creates the :func:`external_context` when it is needed; many processes call no external server.
+
+    Raises ``setting_invalid`` now for a file that cannot be loaded.
+    """
+    if extra is not None:
+        _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), extra)
+    return partial(external_context, extra)
 
 
 def _load_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:

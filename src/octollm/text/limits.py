@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,9 +105,6 @@ _PATTERNS: tuple[tuple[LimitKind, str], ...] = (
         ("exact", rf"\b(?P<number>{_NUMBER}) (?:key|main|(?:most )?important|top|wichtigsten?|zentralen?) {_UNIT}"),
         ("exact", rf"^\W*(?P<number>{_NUMBER}) {_ADJECTIVE}{_UNIT}\W*$"),
 )  # fmt: skip
-_LIMITS: tuple[tuple[LimitKind, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS
-)
 _ABOUT = 0.25
 """How far a length may be from one that is only about so."""
 _ROUND = 0.15
@@ -134,6 +132,12 @@ class LengthLimit:
         return self.low <= COUNTERS[self.unit](text) <= self.high
 
 
+@functools.cache
+def _compiled_patterns() -> tuple[tuple[LimitKind, re.Pattern[str]], ...]:
+    """Return the patterns, compiled by the first call: every arm imports this module, and compiling takes 30 ms."""
+    return tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS)
+
+
 def find_limits(text: str, *, for_each: bool = False) -> list[LengthLimit]:
     """Return the limits in a text, the clearest reading of each place.
 
@@ -142,7 +146,7 @@ def find_limits(text: str, *, for_each: bool = False) -> list[LengthLimit]:
     found: list[LengthLimit] = []
     if _FOR_EACH.search(text) and not for_each:
         return found
-    for kind, pattern in _LIMITS:
+    for kind, pattern in _compiled_patterns():
         for match in pattern.finditer(text):
             if any(match.start() < each.span[1] and each.span[0] < match.end() for each in found):
                 continue

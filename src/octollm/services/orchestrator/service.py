@@ -26,7 +26,7 @@ from octollm.rpc.health import DependencyStatus, ReadinessCheck
 from octollm.rpc.idempotency import ResponseCipher
 from octollm.rpc.idempotency_sql import SqlIdempotencyStore
 from octollm.rpc.service import Service, ServiceBase, build_service
-from octollm.rpc.tls import external_context
+from octollm.rpc.tls import external_context_factory
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.admin_api import AdminApi
 from octollm.services.orchestrator.arms_api import ArmsApi
@@ -335,7 +335,8 @@ async def _open_oidc_client(base: ServiceBase, settings: Settings) -> AsyncGener
     }
     # The operator named the issuers, which may be inside; any other endpoint that an issuer names must be public.
     policy = EgressPolicy.of((*settings.egress_origins, *(issuer.url for issuer in issuers)), settings.egress_ports)
-    async with EgressClient(policy, tls=external_context(settings.tls_ca), max_response=MAX_ISSUER_BYTES) as http:
+    tls = external_context_factory(settings.tls_ca)
+    async with EgressClient(policy, tls=tls, max_response=MAX_ISSUER_BYTES) as http:
         yield OidcClient(issuers, http, external_clients, base.clock, secrets)
 
 

@@ -41,7 +41,7 @@ from octollm.rpc.call import IncomingCall, Operation, implement
 from octollm.rpc.egress import EgressClient, EgressPolicy
 from octollm.rpc.health import ReadinessCheck
 from octollm.rpc.service import ServiceBase
-from octollm.rpc.tls import external_context
+from octollm.rpc.tls import external_context_factory
 from octollm.services.orchestrator.accounts import Accounts
 from octollm.services.orchestrator.audit import actor_from_call, record_audit
 from octollm.services.orchestrator.hooks import HooksApi
@@ -393,7 +393,7 @@ async def open_webhooks(
     clock, ids = base.clock, base.ids
     hooks_api = HooksApi(db, accounts, submitter, secret_store, clock, base.log)
     policy = EgressPolicy.of(settings.egress_origins, settings.egress_ports)
-    async with EgressClient(policy, tls=external_context(settings.tls_ca)) as http:
+    async with EgressClient(policy, tls=external_context_factory(settings.tls_ca)) as http:
         sender = WebhookSender(http, clock)
 
         def count_attempt(outcome: str) -> None:

@@ -24,7 +24,7 @@ from octollm.contracts.operations import (
 from octollm.contracts.service_operations import calls_of
 from octollm.rpc.egress import EgressClient, EgressPolicy
 from octollm.rpc.service import Service, ServiceBase
-from octollm.rpc.tls import external_context
+from octollm.rpc.tls import external_context_factory
 from octollm.services.arms.adapters import read_file_text
 from octollm.services.arms.executor.external import ExternalCaller, HostAllowlist
 from octollm.services.arms.executor.sandbox import Sandbox
@@ -199,7 +199,7 @@ async def executor_service(
         on_queued=base.metrics.queue_observer("sandbox"),
     )
     policy = EgressPolicy.of(settings.egress_origins, settings.egress_ports)
-    tls = external_context(settings.tls_ca)
+    tls = external_context_factory(settings.tls_ca)
     async with EgressClient(policy, tls=tls) as http:
         external = ExternalCaller(HostAllowlist(settings.http_allowlist), policy, http)
         provider.start()
