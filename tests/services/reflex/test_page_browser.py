@@ -10,12 +10,17 @@ from typing import Any
 import msgspec
 import pytest
 from browser_kit import Tab, open_tab, running_chromium
-from gateway_kit import KEY, TASK, GatewayHarness, json_answer, start_gateway
+from gateway_kit import KEY, LOCAL_KEY, TASK, GatewayHarness, json_answer, start_gateway
+from starlette.requests import Request
+from starlette.responses import Response
 
-from octollm.contracts.api import StepView
+from octollm.contracts.api import EventList, StepView
 from octollm.contracts.approvals import ApprovalView
+from octollm.contracts.dashboard import Changes, DashboardTask
+from octollm.contracts.events import Event
 from octollm.contracts.operations import Passage, SearchResult
-from octollm.contracts.task import Assumption, Citation, Evidence, FileRef
+from octollm.contracts.task import Assumption, Citation, Evidence, FileRef, TaskStatus
+from octollm.storage import RedisKeys
 from octollm.testing import wait_until
 
 pytestmark = pytest.mark.browser
@@ -257,6 +262,63 @@ async def test_the_page_goes_on_where_it_was_cut_off(gateway: GatewayHarness, ta
     await tab.until(
         "document.querySelector('[role=progressbar]').getAttribute('aria-valuenow') === '50'", "the progress"
     )
+    assert troubles(tab) == []
+
+
+async def test_the_tasks_change_as_they_are_watched(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
+    gateway.script.keys[LOCAL_KEY] = "tasks:read events:read"
+
+    def task(number: int, status: TaskStatus, progress: float) -> DashboardTask:
+        made = f"2025-11-10T10:30:0{number}.000Z"
+        return DashboardTask(f"task-{number}", status, f"goal {number}", progress, 1, made, made)
+
+    def changes(request: Request) -> Response:
+        part = Changes("", ("tasks",), 1, (task(2, "running", 10), task(1, "completed", 100)))
+        if request.query_params.get("after") == "1":
+            part = Changes("", ("tasks",), 2, (task(2, "running", 70), task(3, "accepted", 0)), ("task-1",))
+        elif "after" in request.query_params:
+            part = Changes("", ("tasks",), 2)
+        return Response(msgspec.json.encode(part), media_type="application/json")
+
+    gateway.script.answers["GET", "/dashboard/changes"] = changes
+    await tab.do("Page.navigate", url=gateway.url("/#/tasks"))
+    await tab.until("document.querySelectorAll('.task-rows li').length === 2", "the tasks are there")
+    assert gateway.script.redis is not None
+    # A hint without a known tenant makes every feed look again.
+    await gateway.script.redis.publish([(RedisKeys().log, b"changed")])
+    rows = "[...document.querySelectorAll('.task-rows li')].map((row) => row.querySelector('a').innerText).join()"
+    await tab.until(f"{rows} === 'goal 3,goal 2'", "one is new, one matches no more")
+    assert "70 %" in await tab.run("document.querySelectorAll('.task-rows li')[1].textContent")
+    assert troubles(tab) == []
+
+
+async def test_events_begin_with_the_newest_and_go_back(gateway: GatewayHarness, tab: Tab) -> None:
+    prepare(gateway)
+    gateway.script.keys[LOCAL_KEY] = "tasks:read events:read"
+    gateway.script.answers["GET", "/dashboard/events"] = json_answer(Changes("", ("events",), 1200))
+    asked: list[int] = []
+
+    def events(request: Request) -> Response:
+        after = int(request.query_params["after"])
+        asked.append(after)
+        found = [
+            Event("task.progress", "2025-11-10T10:30:00.000Z", "orchestrator", {}, f"id-{seq}", "t", f"e{seq}", seq=seq)
+            for seq in range(after + 1, min(after + 500, 1200) + 1)
+        ]
+        return Response(msgspec.json.encode(EventList(tuple(found), after)), media_type="application/json")
+
+    gateway.script.answers["GET", "/events"] = events
+    await tab.do("Page.navigate", url=gateway.url("/#/events"))
+    await tab.until("document.querySelectorAll('.feed li').length === 500", "the newest are there")
+    assert asked == [700]
+    ends = "[...document.querySelectorAll('.feed li summary span')].map((s) => s.textContent)"
+    assert (await tab.run(f"{ends}[0]"), await tab.run(f"{ends}.at(-1)")) == ("e1200", "e701")
+    for count in (1000, 1200):
+        await tab.run("[...document.querySelectorAll('button')].find((b) => b.innerText === 'Show earlier').click()")
+        await tab.until(f"document.querySelectorAll('.feed li').length === {count}", "earlier ones are there")
+    assert (asked, await tab.run(f"{ends}.at(-1)")) == ([700, 200, 0], "e1")
+    assert not await tab.run("document.querySelector('main').innerText.includes('Show earlier')"), "there are no others"
     assert troubles(tab) == []
 
 

@@ -1,6 +1,7 @@
 /* Reading the server: what a view shows, whether it is fresh, and whether the server can be reached at all. */
 import { html, useCallback, useEffect, useRef, useState } from "../vendor/htm-preact.js";
-import { onReach, getJson } from "./api.js";
+import { watchDashboard } from "../client.js";
+import { onReach, getJson, query } from "./api.js";
 
 /* Reads `path` now and every `every` milliseconds while the page is visible. What was read stays when a later read fails. */
 export function useData(path, every = 0) {
@@ -33,22 +34,60 @@ export function useData(path, every = 0) {
   return { ...fresh, reload };
 }
 
-/* Pages of a list by cursor: `load(cursor)` returns { rows, cursor }. */
-export function usePages(load, key) {
-  const [state, setState] = useState({ rows: [], cursor: null, busy: true, error: null });
-  const latest = useRef(0);
-  const read = useCallback(async (cursor, before) => {
-    const mine = ++latest.current;
+const NO_TASKS = { rows: [], cursor: null, busy: true, error: null };
+const newestFirst = (left, right) => (left.created_at < right.created_at ? 1 : left.created_at > right.created_at ? -1 : 0);
+
+/* The tasks that match `filter`, as they change: a first page of `limit`, and with `more` the pages after it. */
+export function useTasks(filter, limit) {
+  const key = JSON.stringify(filter);
+  const [state, setState] = useState(NO_TASKS);
+  const [turn, setTurn] = useState(0);
+  const current = useRef(null);
+  useEffect(() => {
+    const mine = current.current = {};
+    const watch = watchDashboard({ include: "tasks", limit, ...Object.fromEntries(Object.entries(filter).filter(([, value]) => value)) });
+    const set = (change) => { if (current.current === mine) setState(change); };
+    setState(NO_TASKS);
+    (async () => {
+      try {
+        for await (const { type, data } of watch) {
+          if (type === "snapshot") set({ rows: data.tasks, cursor: data.cursor, busy: false, error: null });
+          if (type === "change") set((now) => ({ ...now, rows: merge(now, data) }));
+        }
+      } catch (error) {
+        set((now) => ({ ...now, busy: false, error }));
+      }
+    })();
+    return () => { current.current = null; watch.close(); };
+  }, [key, limit, turn]);
+  const more = async () => {
+    const mine = current.current;
+    const set = (change) => { if (current.current === mine) setState(change); };
     setState((now) => ({ ...now, busy: true, error: null }));
     try {
-      const page = await load(cursor);
-      if (mine === latest.current) setState({ rows: [...before, ...page.rows], cursor: page.cursor, busy: false, error: null });
+      const page = await getJson("/tasks" + query({ limit, cursor: state.cursor, ...filter }));
+      set((now) => {
+        const had = new Set(now.rows.map((task) => task.task_id));
+        return { rows: [...now.rows, ...page.tasks.filter((task) => !had.has(task.task_id))], cursor: page.cursor, busy: false, error: null };
+      });
     } catch (error) {
-      if (mine === latest.current) setState((now) => ({ ...now, busy: false, error }));
+      set((now) => ({ ...now, busy: false, error }));
     }
-  }, [key]);
-  useEffect(() => { setState({ rows: [], cursor: null, busy: true, error: null }); read(null, []); return () => { latest.current++; }; }, [read]);
-  return { ...state, more: () => read(state.cursor, state.rows), reload: () => read(null, []) };
+  };
+  return { ...state, more, reload: () => setTurn((now) => now + 1) };
+}
+
+/* Puts what has changed in the place of what is shown. A task that belongs below what is shown stays to be asked for. */
+function merge({ rows, cursor }, { tasks, removed }) {
+  const changed = new Map(tasks.map((task) => [task.task_id, task])), gone = new Set(removed);
+  const kept = rows.filter((task) => !gone.has(task.task_id)).map((task) => {
+    const now = changed.get(task.task_id);
+    changed.delete(task.task_id);
+    return now || task;
+  });
+  const oldest = cursor && rows.length ? rows[rows.length - 1].created_at : "";
+  const added = [...changed.values()].filter((task) => task.created_at >= oldest);
+  return added.length ? [...added, ...kept].sort(newestFirst) : kept;
 }
 
 /* Whether the server answers: the last request of the whole page decides. */

@@ -1,4 +1,5 @@
 /* One task, as its frames tell it: a state that takes frames, and the socket that they come from. */
+import { watchTask } from "../client.js";
 import { FINAL } from "./api.js";
 
 export const fresh = (taskId) => ({
@@ -33,9 +34,6 @@ function changeStep(steps, id, change) {
     ? steps.map((step) => (step.step === id ? { ...step, ...change(step) } : step))
     : [...steps, { step: id, title: id, arm: "", status: "pending", attempt: 0, depends_on: [], ...change({}) }];
 }
-
-/* Texts are counted in code points, as the server does: a character outside the BMP is one, not two. */
-const points = (text) => { let count = 0; for (const _ of text) count++; return count; };
 
 function takeToken(state, frame) {
   const before = state.texts[frame.step];
@@ -109,50 +107,25 @@ export function reduce(state, action) {
   return next;
 }
 
-/* Watches a task until its final frame: by WebSocket, or, where a key has to be shown, by server-sent events. */
+const REFUSALS = {
+  4401: ["token_missing", "An API key is needed to watch this task."],
+  4403: ["scope_missing", "You may not watch this task."],
+  4404: ["task_not_found", "There is no such task."],
+};
+
+/* Watches a task from its beginning to its final frame. */
 export function follow(taskId, dispatch) {
-  let stopped = false, socket = null, timer = 0, tries = 0, seq = 0;
-  const offsets = {};
-
-  const query = () => [`after=${seq}`, ...Object.entries(offsets).slice(-60).map(([step, at]) => `offset=${encodeURIComponent(`${step}.${at}`)}`)].join("&");
-  const again = () => {
-    if (stopped) return;
-    dispatch({ type: "line", taskId, line: "reconnecting" });
-    timer = setTimeout(open, Math.min(10000, 400 * 2 ** tries++) * (0.6 + Math.random() * 0.4));
-  };
-  const take = (frame) => {
-    if (stopped) return;
-    tries = 0;
-    seq = Math.max(seq, frame.seq);
-    if (frame.type === "token") offsets[frame.step] = `${frame.attempt}.${frame.run}.${frame.offset + points(frame.data.text)}`;
-    dispatch({ type: "frame", taskId, frame });
-  };
-  const refuse = (code, detail) => { stopped = true; dispatch({ type: "refused", taskId, error: { code, detail } }); };
-  const done = () => { stopped = true; dispatch({ type: "line", taskId, line: "closed" }); };
-
-  function openSocket() {
-    const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-    socket = new WebSocket(`${scheme}//${location.host}/ws/tasks/${taskId}?${query()}`);
-    socket.onopen = () => dispatch({ type: "line", taskId, line: "live" });
-    socket.onmessage = (event) => take(JSON.parse(event.data));
-    socket.onclose = (event) => {
-      if (stopped) return;
-      if (event.code === 1000) return done();
-      if (event.code === 4404) return refuse("task_not_found", "There is no such task.");
-      if (event.code === 4403) return refuse("scope_missing", "You may not watch this task.");
-      if (event.code === 4401) return refuse("token_missing", "An API key is needed to watch this task.");
-      again();
-    };
-  }
-
-  function open() {
-    if (stopped) return;
-    openSocket();
-  }
-  open();
-  return () => {
-    stopped = true;
-    clearTimeout(timer);
-    if (socket) socket.close();
-  };
+  const watch = watchTask(taskId, { after: 0 });
+  let stopped = false;
+  const tell = (action) => { if (!stopped) dispatch({ taskId, ...action }); };
+  watch.onstate = (line) => tell({ type: "line", line });
+  (async () => {
+    try {
+      for await (const frame of watch) tell({ type: "frame", frame });
+    } catch (error) {
+      const [code, detail] = REFUSALS[error.code] || ["refused", error.message];
+      tell({ type: "refused", error: { code, detail } });
+    }
+  })();
+  return () => { stopped = true; watch.close(); };
 }

@@ -1,5 +1,6 @@
 /* Events: the log as it grows, how far each consumer is, dead letters, and webhooks with their deliveries. */
 import { html, useEffect, useRef, useState } from "../vendor/htm-preact.js";
+import { watchDashboard } from "../client.js";
 import { getJson, query, send } from "../lib/api.js";
 import { Needs, Waiting, allows, useData } from "../lib/data.js";
 import { ago, clockTime, moment } from "../lib/format.js";
@@ -16,51 +17,78 @@ export function Events({ scope, tab = "feed" }) {
       : html`<${Needs} scope=${scope} wanted="events:read">${tab === "consumers" ? html`<${Consumers}/>` : tab === "dead-letters" ? html`<${DeadLetters} may=${may}/>` : html`<${Feed}/>`}<//>`}</section>`;
 }
 
-const KEPT = 500;
-/* The log in order, page by page: after an outage it goes on where it was. */
+const KEPT = 5000, WINDOW = 500, MAX_WINDOWS = 20;
+
+/* Reads what comes before the position `end` in the log. Positions of other tenants are between: an empty window says nothing. */
+async function readBefore(end, signal) {
+  for (let turn = 0; end > 0 && turn < MAX_WINDOWS; turn++) {
+    const start = Math.max(0, end - WINDOW);
+    const page = await getJson("/events" + query({ after: String(start), limit: WINDOW }), { signal });
+    const events = page.events.filter((event) => event.seq <= end).reverse();
+    end = start;
+    if (events.length) return { events, end };
+  }
+  return { events: [], end };
+}
+
+/* The newest events, live, and with `earlier` those before them. What arrives while the view is held waits. */
 function useFeed(paused) {
-  const [events, setEvents] = useState([]);
+  const [state, setState] = useState({ events: [], end: 0 });
   const [line, setLine] = useState("reading");
-  const stopped = useRef(paused);
+  const [busy, setBusy] = useState(false);
+  const held = useRef([]), stopped = useRef(paused), aborter = useRef(null);
   stopped.current = paused;
+  const add = (events) => setState((now) => {
+    const all = [...events.reverse(), ...now.events], kept = all.slice(0, KEPT);
+    return { events: kept, end: kept.length < all.length ? kept[KEPT - 1].seq - 1 : now.end };
+  });
+  const read = async (end) => {
+    const { signal } = aborter.current;
+    setBusy(true);
+    try {
+      const found = await readBefore(end, signal);
+      if (!signal.aborted) setState((now) => ({ events: [...now.events, ...found.events], end: found.end }));
+    } catch (error) {
+      if (signal.aborted) return;
+      // What is older was deleted.
+      if (error.code === "position_expired") setState((now) => ({ ...now, end: 0 })); else setLine(error.message);
+    } finally {
+      if (!signal.aborted) setBusy(false);
+    }
+  };
   useEffect(() => {
-    const aborter = new AbortController();
-    let timer = 0, after = 0;
-    const look = async () => {
-      let pause = 1000;
-      if (!stopped.current && !document.hidden) {
-        try {
-          const page = await getJson("/events" + query({ after: String(after), limit: 500 }), { signal: aborter.signal });
-          after = page.after;
-          if (page.events.length) setEvents((now) => [...page.events.reverse(), ...now].slice(0, KEPT));
-          if (page.events.length === 500) pause = 0;
-          setLine(pause ? "live" : "reading");
-        } catch (error) {
-          if (aborter.signal.aborted) return;
-          if (error.code === "position_expired" || error.code === "position_unknown") after = 0;
-          setLine(error.status ? error.message : "reconnecting");
-          pause = 2000;
+    const { signal } = aborter.current = new AbortController();
+    const watch = watchDashboard({ include: "events", limit: 1, signal });
+    watch.onstate = (now) => { if (!signal.aborted && now !== "closed") setLine(now); };
+    (async () => {
+      try {
+        for await (const { type, seq, data } of watch) {
+          if (signal.aborted) return;
+          if (type === "snapshot") { held.current = []; setState({ events: [], end: seq }); await read(seq); }
+          else if (type === "change" && data.events.length) { if (stopped.current) held.current.push(...data.events); else add(data.events); }
         }
+      } catch (error) {
+        if (!signal.aborted) setLine(error.message);
       }
-      if (!aborter.signal.aborted) timer = setTimeout(look, pause);
-    };
-    look();
-    return () => { aborter.abort(); clearTimeout(timer); };
+    })();
+    return () => aborter.current.abort();
   }, []);
-  return [events, line];
+  useEffect(() => { if (!paused && held.current.length) add(held.current.splice(0)); }, [paused]);
+  return { events: state.events, line, busy, earlier: state.end > 0 ? () => read(state.end) : null };
 }
 
 function Feed() {
   const [paused, setPaused] = useState(false);
   const [text, setText] = useState("");
-  const [events, line] = useFeed(paused);
+  const { events, line, busy, earlier } = useFeed(paused);
   const wanted = text.trim().toLowerCase();
   const shown = wanted ? events.filter((event) => `${event.event_type} ${event.subject} ${event.source}`.toLowerCase().includes(wanted)) : events;
   return html`<div class="stack"><div class="row filters"><label class="hidden" for="event-text">Filter</label><input class="grow" id="event-text" type="search" placeholder="Filter by type, subject or source" value=${text} onInput=${(event) => setText(event.target.value)}/>
       <span class=${"chip " + (line === "live" ? "ready" : "degraded")} role="status"><i></i>${paused ? "held" : line}</span><button aria-pressed=${paused} onClick=${() => setPaused(!paused)}>${paused ? "Go on" : "Hold"}</button></div>
-    ${!shown.length && html`<p class="nothing soft">${events.length ? "No event matches." : "No event yet: they appear here as they happen."}</p>`}
-    <ol class="feed" aria-label="Events, newest first">${shown.map((event) => html`<li key=${event.id}><details><summary><time class="faint mono" datetime=${event.timestamp}>${clockTime(event.timestamp)}</time><b>${event.event_type}</b>
-      <span class="soft">${plain(event.subject || event.source)}</span></summary><${Code} text=${JSON.stringify(event, null, 2)} label=${event.event_type}/></details></li>`)}</ol></div>`;
+    ${!shown.length && !busy && html`<p class="nothing soft">${events.length ? "No event matches." : "No event yet: they appear here as they happen."}</p>`}
+    <ol class="feed" aria-label="Events, newest first">${shown.map((event) => html`<li key=${event.seq}><details><summary><time class="faint mono" datetime=${event.timestamp}>${clockTime(event.timestamp)}</time><b>${event.event_type}</b>
+      <span class="soft">${plain(event.subject || event.source)}</span></summary><${Code} text=${JSON.stringify(event, null, 2)} label=${event.event_type}/></details></li>`)}</ol>
+    ${earlier && html`<div class="row"><span class="grow"></span><button onClick=${earlier} disabled=${busy}>${busy ? "Reading…" : "Show earlier"}</button></div>`}</div>`;
 }
 
 function Consumers() {

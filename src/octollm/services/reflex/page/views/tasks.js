@@ -1,7 +1,7 @@
 /* The tasks: a short list beside the form, and a page of its own with search, status and two to compare. */
-import { html, useCallback, useEffect, useState } from "../vendor/htm-preact.js";
-import { FINAL, getJson, query } from "../lib/api.js";
-import { Needs, usePages } from "../lib/data.js";
+import { html, useEffect, useState } from "../vendor/htm-preact.js";
+import { FINAL, query } from "../lib/api.js";
+import { Needs, useTasks } from "../lib/data.js";
 import { WORDS, ago, moment } from "../lib/format.js";
 import { plain } from "../lib/text.js";
 import { Chip } from "../lib/ui.js";
@@ -29,21 +29,12 @@ export function Tasks({ scope }) {
   const [text, setText] = useState(filter.text);
   const [chosen, setChosen] = useState([]);
   const key = JSON.stringify(filter);
-  const load = useCallback(async (cursor) => {
-    const page = await getJson("/tasks" + query({ limit: PAGE, cursor, ...filter }));
-    return { rows: page.tasks, cursor: page.cursor };
-  }, [key]);
-  const { rows, cursor, busy, error, more, reload } = usePages(load, key);
+  const { rows, cursor, busy, error, more, reload } = useTasks(filter, PAGE);
   useEffect(() => {
     const timer = setTimeout(() => setFilter((now) => (now.text === text.trim() ? now : { ...now, text: text.trim() })), 250);
     return () => clearTimeout(timer);
   }, [text]);
   useEffect(() => { history.replaceState(null, "", "#/tasks" + query(filter)); }, [key]);
-  useEffect(() => {
-    // The first page is read again while it is all that is shown: what was scrolled to stays where it is.
-    const timer = setInterval(() => { if (!document.hidden && rows.length <= PAGE) reload(); }, 5000);
-    return () => clearInterval(timer);
-  }, [key, rows.length]);
   const choose = (id) => setChosen((now) => (now.includes(id) ? now.filter((each) => each !== id) : [...now, id].slice(-2)));
   const filtered = filter.text || filter.status;
   return html`<section class="card stack" aria-labelledby="tasks-title"><div class="row"><h1 class="view-title grow" id="tasks-title">Tasks</h1>
