@@ -14,10 +14,11 @@ from task_kit import ServiceRequest, TaskKit, answer, plan_of, plan_step
 
 from octollm.contracts.task import Budget, ExecuteResult
 from octollm.errors import OctoError
+from octollm.storage import RedisKeys, open_redis
 from octollm.tasks.clock_guard import COMPARE_SECONDS, ClockGuard
 from octollm.tasks.leases import LeaseRenewer, TaskLeases
 from octollm.tasks.scheduling import MAX_GENERATIONS
-from octollm.tasks.worker import Worker
+from octollm.tasks.worker import Worker, hint_listener
 from octollm.testing import wait_until
 
 
@@ -143,6 +144,27 @@ async def test_stop_waits_until_the_call_is_closed(kit: TaskKit) -> None:
         await worker.stop(task_id)
         assert closed == [True]
         await worker.stop("unknown")
+
+
+async def test_hints_of_other_replicas_stop_a_cancelled_task_and_wake_for_a_waiting_one(
+    kit: TaskKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm, keys = BlockingArm(), RedisKeys()
+    kit.services.handlers["coder.execute"] = arm
+    task_id = await kit.submit()
+    worker, renewer = make_worker(kit)
+    woken: list[None] = []
+    monkeypatch.setattr(worker, "wake_if_free", lambda: woken.append(None))
+    async with worker.run(), open_redis("memory://") as redis, hint_listener(redis, keys, worker) as hints:
+        # What was announced before it listened is lost, so it looks once.
+        await wait_until(lambda: len(woken) == 1, description="it listens")
+        assert (await hints.check_health()).ok
+        await redis.publish([(keys.queue, b"task"), (keys.cancel, b"unknown")])
+        await wait_until(lambda: len(woken) == 2, description="it looks for the waiting task")
+        await wait_until(lambda: bool(arm.running), description="the task runs")
+        await kit.store.change(task_id, "task.cancelled", {"status": "cancelled"}, new_status="cancelled")
+        await redis.publish([(keys.cancel, task_id.encode())])
+        await wait_until(lambda: not renewer.leases, description="the task is stopped")
 
 
 async def test_crash_fails_the_task_instead_of_repeating_it(kit: TaskKit) -> None:

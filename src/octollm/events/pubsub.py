@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Callable
 from types import TracebackType
 
-from octollm.concurrency import BackgroundLoop
+from octollm.concurrency import BackgroundLoop, LoopLogger
+from octollm.contracts.observability import DependencyStatus
 from octollm.errors import OctoError
 from octollm.resilience import Backoff
 from octollm.storage.redis_protocol import PubSub, PubSubMessage, RedisClient
@@ -38,6 +39,7 @@ class PubSubListener:
         patterns: tuple[str, ...] = (),
         on_connected: Callable[[], None] | None = None,
         on_crash: Callable[[], None] | None = None,
+        log: LoopLogger | None = None,
     ) -> None:
         """Create a listener to at least one name: Redis has no reads on a connection without a subscription."""
         self._redis = redis
@@ -52,6 +54,7 @@ class PubSubListener:
             name,
             self._listen,
             backoff=RECONNECT_BACKOFF,
+            log=log,
             on_crash=None if on_crash is None else lambda _error: on_crash(),
         )
 
@@ -59,6 +62,10 @@ class PubSubListener:
     def degraded(self) -> str | None:
         """Return why no messages arrive now; ``None`` while they do."""
         return self._loop.failure or None
+
+    async def check_health(self) -> DependencyStatus:
+        """Return the state for ``/ready``. It is never required: what is missed is found otherwise, if later."""
+        return await self._loop.check_health()
 
     async def __aenter__(self) -> PubSubListener:
         """Start to listen. Redis need not be up yet."""

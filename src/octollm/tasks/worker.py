@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
 
 from octollm.concurrency import BackgroundLoop, LoopLogger
 from octollm.context import RequestContext, parse_traceparent, set_context
 from octollm.errors import OctoError
+from octollm.events.pubsub import PubSubListener
 from octollm.storage import RedisClient, RedisKeys
+from octollm.storage.redis_protocol import PubSubMessage
 from octollm.tasks.clock_guard import ClockGuard
 from octollm.tasks.leases import LeaseRenewer, TaskLeases
 from octollm.tasks.records import TaskRecord
@@ -99,12 +100,17 @@ class Worker:
 
     async def stop(self, task_id: str) -> None:
         """Stop running a cancelled task, if this worker runs it, and wait up to 5 s until its calls are closed."""
-        task = self._running.get(task_id)
-        if task is not None:
-            task.cancel()
+        if (task := self.cancel(task_id)) is not None:
             # Bounded: the task has ended in the database already, so a call that hangs must not delay the response to
             # the cancellation.
             await asyncio.wait({task}, timeout=5)
+
+    def cancel(self, task_id: str) -> asyncio.Task[None] | None:
+        """Cancel a task that this worker runs and return what runs it; ``None`` when it runs elsewhere."""
+        task = self._running.get(task_id)
+        if task is not None:
+            task.cancel()
+        return task
 
     async def drain(self) -> None:
         """Stop claiming, and release the running tasks unfinished, so that another worker continues them."""
@@ -188,34 +194,26 @@ class Worker:
             await TaskRunner(self._deps, task).fail(OctoError(detail))
 
 
-RECEIVE_SECONDS = 5.0
-RECONNECT_SECONDS = 1.0
-
-
-def hint_listener(redis: RedisClient, keys: RedisKeys, worker: Worker, log: LoopLogger | None = None) -> BackgroundLoop:
-    """Return a loop that hears what other replicas announce: cancelled tasks, which it stops, and waiting ones.
+def hint_listener(redis: RedisClient, keys: RedisKeys, worker: Worker, log: LoopLogger | None = None) -> PubSubListener:
+    """Return what hears what other replicas announce: cancelled tasks, which it stops, and waiting ones.
 
     While Redis is away the next lease renewal finds cancellations, and the next sweep waiting tasks.
     """
 
-    async def listen() -> None:
-        pubsub = redis.pubsub()
-        try:
-            await pubsub.subscribe(keys.cancel, keys.queue)
-            # What was announced before is lost.
+    def on_message(message: PubSubMessage) -> None:
+        if message.subscribed:
+            return
+        if message.name == keys.queue:
             worker.wake_if_free()
-            while True:
-                message = await pubsub.receive(RECEIVE_SECONDS)
-                loop.report_success()
-                if message is None or message.subscribed:
-                    continue
-                if message.name == keys.queue:
-                    worker.wake_if_free()
-                else:
-                    await worker.stop(message.data.decode("ascii", errors="replace"))
-        finally:
-            with suppress(OctoError):
-                await pubsub.close()
+        else:
+            worker.cancel(message.data.decode("ascii", errors="replace"))
 
-    loop = BackgroundLoop("task hints", listen, interval=RECONNECT_SECONDS, restart=True, log=log)
-    return loop
+    return PubSubListener(
+        "task hints",
+        redis,
+        on_message,
+        channels=(keys.cancel, keys.queue),
+        # What was announced before is lost.
+        on_connected=worker.wake_if_free,
+        log=log,
+    )
