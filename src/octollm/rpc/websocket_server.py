@@ -116,7 +116,8 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         waiting = self.queue
         self.queue = cast("asyncio.Queue[Any]", _HandlerQueue(handler))
         self._is_detached = True
-        # What only the ASGI call reads.
+        # What only the ASGI call reads. The parser keeps the request itself.
+        self.request.headers.clear()
         del self.scope, self.request, self.response
         self.app_state = {}
         while not waiting.empty():

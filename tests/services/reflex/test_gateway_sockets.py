@@ -405,6 +405,34 @@ async def test_the_same_frames_come_as_server_sent_events(gateway: GatewayHarnes
     assert (await gateway.client.get(path, headers={"Last-Event-ID": "4"})).status_code == 204
 
 
+async def test_one_read_serves_all_streams_and_sockets_of_a_task(gateway: GatewayHarness) -> None:
+    await begin(gateway)
+
+    def reads() -> int:
+        return len([each for each in gateway.script.seen if each.path.endswith("/history")])
+
+    path = f"/tasks/{TASK}/events?after=0"
+    streams = [asyncio.create_task(events_of(gateway, path)) for _ in range(20)]
+    async with gateway.ws(f"{SOCKET}?after=0") as socket:
+        await frame(socket)
+        metrics = gateway.service.base.metrics.registry
+        count = "octollm_live_connections"
+        await wait_until(
+            lambda: metrics.get_sample_value(count, {"kind": "sse"}) == 20, description="all streams are open"
+        )
+        await wait_until(lambda: reads() > 0, description="the history is read")
+        before = reads()
+        for number in range(5):
+            await gateway.script.emit("task.progress", progress=number)
+        await gateway.script.emit("task.cancelled", status="cancelled", progress=5)
+        _frames, code = await rest(socket)
+    found = await asyncio.gather(*streams)
+    assert code == 1000
+    assert [[each["seq"] for each in frames] for frames in found] == [[1, 2, 3, 4, 5, 6, 7]] * 20
+    # The events came over Redis. A subscription that was not in effect yet costs one read, for all of them.
+    assert reads() - before <= 2
+
+
 async def test_a_stream_of_a_task_that_is_not_there_is_a_problem(gateway: GatewayHarness) -> None:
     answer = await gateway.client.get(f"/tasks/{OTHER}/events")
     assert (answer.status_code, answer.json()["code"]) == (404, "task_not_found")

@@ -249,6 +249,8 @@ class LiveConnections:
     def count_connection(self, kind: str, credential: str, connection: HTTPConnection) -> Generator[None]:
         """Count a connection while the context is open. Raises ``overloaded`` and ``too_many_connections``."""
         peer = connection.client.host if connection.client is not None else ""
+        # This generator lives as long as the connection, and would keep the whole head of its request.
+        del connection
         with self.counter.count(credential, peer):
             self.metrics.live_connections.labels(kind).inc()
             try:
