@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -21,7 +23,16 @@ from redis_process import RedisProcess
 from sqlalchemy import func, select, update
 
 from octollm.contracts.subscriptions import DeadLetter, Poison, SubscriptionSpec
-from octollm.events import DurableSubscriptions, EventDraft, EventLog, LogTail, SubscriptionStore, task_subject
+from octollm.events import (
+    DeliveryPolicy,
+    DurableSubscriptions,
+    EventDraft,
+    EventLog,
+    LogTail,
+    QueuedDelivery,
+    SubscriptionStore,
+    task_subject,
+)
 from octollm.events.suspects import ENDED_REASON, Isolation, claim_suspects, encode_suspects, settle_suspects
 from octollm.storage import Database, RedisKeys, open_database, open_redis
 from octollm.storage.migrations import migrate
@@ -29,6 +40,8 @@ from octollm.storage.tables import subscription_consumers, subscription_partitio
 from octollm.testing import wait_until
 
 NAME = "billing"
+FAST = DeliveryPolicy(lease=2.0, renew=0.05, poll=0.05)
+FAST_SPEC = SubscriptionSpec(("events:task:*",), max_attempts=3, retry_first=0.01, retry_limit=0.02)
 REPLICAS = ("a", "b")
 SUBJECTS = 12
 PLAIN: Mapping[str, object] = {}
@@ -136,6 +149,102 @@ async def test_an_event_whose_polling_consumer_always_ends_is_given_up(
     # Careful mode is over.
     async with db.read() as connection:
         assert not await connection.scalar(select(func.count()).where(subscription_partitions.c.suspects.is_not(None)))
+
+
+@pytest.fixture
+async def durable(db: Database, log: EventLog, make_publisher: MakePublisher) -> AsyncIterator[DurableSubscriptions]:
+    async with open_redis("memory://") as redis, make_publisher(redis), LogTail(redis, RedisKeys(), log) as tail:
+        yield DurableSubscriptions.build(db, log, tail, CLOCK, IDS, structlog.get_logger())
+
+
+async def wait_for_letter(durable: DurableSubscriptions) -> DeadLetter:
+    found: list[DeadLetter] = []
+
+    async def is_there() -> bool:
+        found[:] = await durable.subscriptions.list_dead_letters("system")
+        return bool(found)
+
+    await wait_until(is_there, description="a dead letter", timeout=20)
+    (letter,) = found
+    return letter
+
+
+@pytest.mark.parametrize("on_poison", ["dead_letter", "hold"])
+async def test_a_poison_event_of_a_delayed_subject_is_given_up(
+    durable: DurableSubscriptions, write: Write, on_poison: Poison
+) -> None:
+    spec = msgspec.structs.replace(FAST_SPEC, on_poison=on_poison)
+    tried: list[int] = []
+
+    async def handle(delivery: QueuedDelivery) -> None:
+        event = delivery.event
+        tried.append(event.seq)
+        # The first one fails once: its subject is delayed, and its later events are no longer the cursor's.
+        if (event.seq == 1 and tried.count(1) == 1) or (event.seq == 2 and not mended):
+            raise ValueError(event.seq)
+
+    mended = False
+    for _ in range(3):
+        await write(task_id="task-a")
+    await write(task_id="task-b")
+    async with durable.open(NAME, spec, start="earliest", policy=FAST) as events:
+        runner = asyncio.create_task(events.run(handle))
+        letter = await wait_for_letter(durable)
+        assert (letter.event.seq, letter.attempts, letter.reason) == (2, 3, "ValueError")
+        if on_poison == "hold":
+            assert letter.state == "held"
+            await wait_until(lambda: 4 in tried, description="the other subject goes on")
+            assert 3 not in tried
+            mended = True
+            await durable.subscriptions.retry_dead_letter("system", letter.id)
+        await wait_until(lambda: 3 in tried, description="the subject goes on", timeout=20)
+        runner.cancel()
+        await asyncio.wait({runner})
+    expected = [1, 1, 2, 2, 2, 3] if on_poison == "dead_letter" else [1, 1, 2, 2, 2, 2, 3]
+    assert [seq for seq in tried if seq != 4] == expected
+
+
+async def test_with_hold_an_event_that_ends_its_consumers_stops_its_subject_only(
+    durable: DurableSubscriptions, db: Database, write: Write
+) -> None:
+    spec = msgspec.structs.replace(FAST_SPEC, max_attempts=2, on_poison="hold")
+    deadly, handled, died = asyncio.Event(), [], 0
+
+    async def handle(delivery: QueuedDelivery) -> None:
+        if delivery.event.seq == 2:
+            deadly.set()
+            await asyncio.Event().wait()
+        handled.append(delivery.event.seq)
+
+    for task in ("task-a", "task-b", "task-b", "task-a"):
+        await write(task_id=task)
+    while not await durable.subscriptions.list_dead_letters("system"):
+        consumer = replace(durable, isolation=Isolation()).open(NAME, spec, start="earliest", policy=FAST)
+        await consumer.__aenter__()
+        runner = asyncio.create_task(consumer.run(handle))
+        if died < 3:
+            async with asyncio.timeout(20):
+                await deadly.wait()
+            deadly.clear()
+            died += 1
+        else:
+            letter = await wait_for_letter(durable)
+        # As a process that ends: it saves nothing, and does not leave.
+        runner.cancel()
+        for loop in consumer._loops:
+            await loop.aclose()
+        async with db.transaction() as tx:
+            await tx.execute(update(subscription_consumers).values(lease_until=0.0))
+    assert (letter.event.seq, letter.state, letter.reason, letter.attempts) == (2, "held", ENDED_REASON, 2)
+    async with durable.open(NAME, spec, policy=FAST) as events:
+        runner = asyncio.create_task(events.run(handle))
+        await wait_until(lambda: {1, 4} <= set(handled), description="the other subject goes on", timeout=20)
+        assert 3 not in handled
+        await durable.subscriptions.drop_dead_letter("system", letter.id)
+        await wait_until(lambda: 3 in handled, description="the subject goes on", timeout=20)
+        runner.cancel()
+        await asyncio.wait({runner})
+    assert not deadly.is_set()
 
 
 @pytest.fixture
