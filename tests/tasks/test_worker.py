@@ -284,3 +284,36 @@ async def test_a_step_of_the_clock_is_noticed_before_the_next_comparison() -> No
     server.time += COMPARE_SECONDS
     with pytest.raises(OctoError, match=r"differs by -6 s"):
         await guard.check()
+
+
+async def test_a_task_whose_calls_close_slowly_delays_no_other_cancellation(kit: TaskKit) -> None:
+    closing: list[str] = []
+    closed = asyncio.Event()
+
+    async def execute(request: ServiceRequest) -> ExecuteResult:
+        running.append(request.body["task_id"])
+        try:
+            await asyncio.Event().wait()
+        finally:
+            closing.append(request.body["task_id"])
+            await closed.wait()
+        raise AssertionError
+
+    running: list[str] = []
+    kit.services.handlers["coder.execute"] = execute
+    ids = {await kit.submit() for _ in range(3)}
+    worker, renewer = make_worker(kit)
+    async with open_redis("memory://") as redis, worker.run(), hint_listener(redis, RedisKeys(), worker):
+        await wait_until(lambda: set(running) == ids, description="all run")
+        for task_id in ids:
+            await kit.store.change(task_id, "task.cancelled", {"status": "cancelled"}, new_status="cancelled")
+
+        async def announce() -> bool:
+            # Each again, until the listener is there: a repeated hint must not cut off what closes the calls.
+            await redis.publish([(RedisKeys().cancel, each.encode()) for each in ids])
+            return set(closing) == ids
+
+        await wait_until(announce, description="all close their calls at the same time", timeout=4)
+        assert len(closing) == len(renewer.leases) == 3
+        closed.set()
+        await wait_until(lambda: not renewer.leases, description="all have stopped")

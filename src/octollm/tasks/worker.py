@@ -108,7 +108,8 @@ class Worker:
     def cancel(self, task_id: str) -> asyncio.Task[None] | None:
         """Cancel a task that this worker runs and return what runs it; ``None`` when it runs elsewhere."""
         task = self._running.get(task_id)
-        if task is not None:
+        # A second cancellation, such as the hint of the first one, would cut off what closes its calls.
+        if task is not None and not task.cancelling():
             task.cancel()
         return task
 

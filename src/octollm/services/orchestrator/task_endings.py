@@ -6,6 +6,7 @@ expires.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -52,6 +53,15 @@ class TaskCanceller:
 
         What ``hook`` writes is part of the same transaction.
         """
+        ended: list[str] = []
+        await self._end(task_id, actor, reason, ended, hook)
+        # Last, so that the whole tree stops at the same time.
+        await asyncio.gather(*(self.worker.stop(each) for each in ended))
+
+    async def _end(
+        self, task_id: str, actor: Actor, reason: str, ended: list[str], hook: TransactionHook | None = None
+    ) -> None:
+        """Cancel a task and its sub-tasks, and begin to stop them; add them to ``ended``."""
         tenant = actor.principal.tenant
         now = self.clock.now()
 
@@ -68,20 +78,25 @@ class TaskCanceller:
         )
         # Counted here and not by the worker: a task may be cancelled before any worker has it.
         self.metrics.tasks.labels("cancelled").inc()
+        ended.append(task_id)
         # After the commit: a worker that stops releases its lease, and an open task would be claimed again.
-        await self.stop_work(task_id)
-        await self.cancel_orphans(task_id)
+        self.worker.cancel(task_id)
+        await self.announce(task_id)
+        await self._end_orphans(task_id, ended)
 
     async def cancel_orphans(self, parent: str | None = None) -> int:
         """Cancel sub-tasks, of one parent if it is given, that are to end with their parent; return their number.
 
         At most :data:`SWEEP_BATCH` of them. A sub-task is cancelled in the name of its own principal.
         """
+        return await self._end_orphans(parent, [])
+
+    async def _end_orphans(self, parent: str | None, ended: list[str]) -> int:
         orphans = await self.family.orphans(SWEEP_BATCH, parent)
         for each in orphans:
             actor = Actor(Principal(each.sub, each.cred, each.tenant), service="orchestrator")
             try:
-                await self.cancel(each.task_id, actor, each.reason)
+                await self._end(each.task_id, actor, each.reason, ended)
             except OctoError as error:
                 if error.code != "state_conflict":  # it ended by itself meanwhile
                     raise
@@ -89,8 +104,9 @@ class TaskCanceller:
 
     async def stop_work(self, task_id: str) -> None:
         """Stop the worker of a cancelled task, here or at another replica; harmless when it has stopped."""
-        await self.worker.stop(task_id)
+        self.worker.cancel(task_id)
         await self.announce(task_id)
+        await self.worker.stop(task_id)
 
     async def cancel_all(self, actor: Actor, reason: str, *, sub: str | None = None, cred: str | None = None) -> int:
         """Cancel every open task of a principal or credential in the actor's tenant, and return how many."""
