@@ -52,7 +52,7 @@ class WebSocketHandler(Protocol):
         ...
 
 
-class _Gate:
+class _LazyEvent:
     """An ``asyncio.Event`` for one waiter, which takes memory only while somebody waits."""
 
     __slots__ = ("_is_open", "_waiter")
@@ -102,7 +102,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.writable = cast("asyncio.Event", _Gate())
+        self.writable = cast("asyncio.Event", _LazyEvent())
         self._is_detached = False
         self._frames_left = MAX_FRAMES
         self._acknowledged = 0
