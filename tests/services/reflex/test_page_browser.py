@@ -134,7 +134,9 @@ async def test_the_person_at_the_page_approves_with_a_comment(gateway: GatewayHa
     assert troubles(tab) == []
 
 
-async def test_the_person_at_the_page_pauses_a_task_and_adds_an_instruction(gateway: GatewayHarness, tab: Tab) -> None:
+async def test_the_person_at_the_page_pauses_a_task_adds_an_instruction_and_skips_a_step(
+    gateway: GatewayHarness, tab: Tab
+) -> None:
     prepare(gateway)
     await gateway.script.emit("task.accepted", goal="a goal", progress=0)
     await plan(gateway)
@@ -151,6 +153,12 @@ async def test_the_person_at_the_page_pauses_a_task_and_adds_an_instruction(gate
     assert steered(gateway)[1] == ("instructions", b'{"text":"Keep it <b>short</b>."}')
     await gateway.script.emit("task.instructed", by="ada", text="Keep it <b>short</b>.", number=1, progress=10)
     await tab.until("document.body.innerText.includes('Resume')", "it can be resumed")
+    step = await tab.run("document.querySelector('#skip-step').value")
+    await tab.run("document.querySelector('#skip-step').form.requestSubmit()")
+    await wait_until(lambda: len(steered(gateway)) == 3, description="the step is skipped")
+    assert steered(gateway)[2] == ("skip", msgspec.json.encode({"step": step}))
+    await gateway.script.emit("step.skipped", step=step, by="ada", status="paused", progress=10)
+    await tab.until("document.querySelector('article.step.skipped')", "it shows as skipped")
     assert troubles(tab) == []
 
 

@@ -1,4 +1,5 @@
-/* What a person does to a running task: decide on approvals, pause, resume, add an instruction, raise its limits. */
+/* What a person does to a running task: decide on approvals, pause, resume, add an instruction, skip a step, raise its
+   limits. */
 import { html, useState } from "../vendor/htm-preact.js";
 import { call, randomKey } from "../lib/api.js";
 import { duration, money } from "../lib/format.js";
@@ -30,7 +31,7 @@ export function Approvals({ taskId, pending, say }) {
     </section>`;
 }
 
-export function Steering({ taskId, status, instructions, say, view }) {
+export function Steering({ taskId, status, instructions, say, steps, view }) {
   const [text, setText] = useState("");
   const [busy, setBusy] = useState(false);
   const steer = async (how, body) => {
@@ -41,7 +42,7 @@ export function Steering({ taskId, status, instructions, say, view }) {
         method: "POST", body: body && JSON.stringify(body),
         headers: { "Content-Type": "application/json", "Idempotency-Key": randomKey() },
       });
-      if (body) setText("");
+      if (how === "instructions") setText("");
     } catch (error) { say(error.message); }
     setBusy(false);
   };
@@ -52,9 +53,22 @@ export function Steering({ taskId, status, instructions, say, view }) {
       <input class="grow" type="text" id="instruction" maxlength="4000" placeholder="Something else to keep to, from the next attempt or step on" value=${text} onInput=${(event) => setText(event.target.value)}/>
       <button disabled=${busy || !text.trim()}>Add</button>
       <button type="button" disabled=${busy} onClick=${() => steer(paused ? "resume" : "pause")}>${paused ? "Resume" : "Pause"}</button></form>
+    <${Skip} steps=${steps} busy=${busy} steer=${steer}/>
     <${Extend} view=${view} busy=${busy} steer=${steer}/>
     ${instructions.map((each) => html`<p class="small soft">${plain(each.text)} <span class="faint">(${each.given_by})</span></p>`)}
     </section>`;
+}
+
+/* A task may go on without a step: those that need its result are told that it is missing. */
+function Skip({ steps, busy, steer }) {
+  const [chosen, setChosen] = useState("");
+  const open = steps.filter((step) => !["completed", "failed", "skipped"].includes(step.status));
+  if (!open.length) return null;
+  const step = (open.find((each) => each.step === chosen) || open[0]).step;
+  return html`<details><summary>Go on without a step</summary><form class="row" onSubmit=${(event) => { event.preventDefault(); steer("skip", { step }); }}>
+    <label class="hidden" for="skip-step">Step</label>
+    <select id="skip-step" class="grow" value=${step} onChange=${(event) => setChosen(event.target.value)}>${open.map((each) => html`<option value=${each.step}>${plain(each.title)}</option>`)}</select>
+    <button class="danger" disabled=${busy}>Skip</button></form></details>`;
 }
 
 /* Limits are only ever raised: each field begins at what the task has. */

@@ -81,7 +81,7 @@ export function Task({ taskId, onChange, onKey, scope }) {
     </section>
     ${!over && pending.length > 0 && !may("tasks:approve") && html`<p class="notice mild" role="status">The task waits for an approval, which needs the scope tasks:approve.</p>`}
     ${!over && pending.length > 0 && may("tasks:approve") && html`<${Approvals} taskId=${taskId} pending=${pending} say=${say}/>`}
-    ${!over && state.status && may("tasks:steer") && html`<${Steering} taskId=${taskId} status=${state.status} view=${view} instructions=${view?.instructions || []} say=${say}/>`}
+    ${!over && state.status && may("tasks:steer") && html`<${Steering} taskId=${taskId} status=${state.status} steps=${state.steps} view=${view} instructions=${view?.instructions || []} say=${say}/>`}
     ${state.status === "failed" && view?.error && html`<section class="card stack close" aria-labelledby="why"><h2 id="why">Why it failed</h2>
       <${Reasons} title=${view.error.detail} reasons=${(view.error.reasons || []).filter((reason) => !view.error.detail.includes(reason))} tone="bad"/><p class="small faint mono">${view.error.code}</p></section>`}
     ${(output || artifacts.length > 0) && html`<section class="card stack" aria-labelledby="result"><h2 id="result">Result</h2>
