@@ -159,6 +159,8 @@ async def test_pings_of_a_client_that_reads_nothing_cost_no_memory() -> None:
         (b"\xf1\x80\x00\x00\x00\x00", 1002),
         (Frame(Opcode.CONT, b"x").serialize(mask=True), 1002),
     ],
+    # A frame's mask is random, and so would be the name of its test.
+    ids=["too long", "not UTF-8", "not masked", "reserved opcode", "no beginning"],
 )
 @pytest.mark.parametrize("detaches", [True, False])
 async def test_bytes_that_are_no_message_close_with_their_code(data: bytes, code: int, detaches: bool) -> None:
