@@ -14,6 +14,7 @@ from octollm.storage import DatabaseConnection, Transaction
 from octollm.storage.programs import Program
 from octollm.tasks.leases import TaskLeases
 from octollm.tasks.runner import TaskRunner
+from octollm.tasks.scheduling import places_of
 
 
 class Counts:
@@ -67,8 +68,8 @@ async def run_one(kit: TaskKit, **contract: Any) -> str:
     kit.services.handlers["coder.execute"] = answer("done")
     kit.services.handlers["planner.plan"] = plan_of(plan_step("a"), plan_step("b", "a"), plan_step("c", "b"))
     task_id = await kit.submit(**contract)
-    (task,) = await TaskLeases(kit.db, "w1").claim(1, exclude=frozenset())
-    await TaskRunner(kit.deps, task).run()
+    (claim,) = await TaskLeases(kit.db, "w1").claim(places_of(1, 0))
+    await TaskRunner(kit.deps, claim.task).run()
     return task_id
 
 

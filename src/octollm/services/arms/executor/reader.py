@@ -82,7 +82,8 @@ def build_read_job(name: str, data: bytes, *, tables: bool = False, limits: Read
 def document_sources() -> dict[str, bytes]:
     """Return the source of ``octollm.documents`` and of what it imports, by path in the working directory."""
     root = Path(octollm.__file__).parent
-    paths = [root / "__init__.py", root / "errors.py", *sorted(Path(model.__file__).parent.glob("*.py"))]
+    names = ("__init__.py", "lazy_exports.py", "errors.py")
+    paths = [*(root / name for name in names), *sorted(Path(model.__file__).parent.glob("*.py"))]
     return {f"octollm/{path.relative_to(root).as_posix()}": path.read_bytes() for path in paths}
 
 
