@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from octollm.errors import OctoError, RemoteError
 from octollm.framing import encode_sse
@@ -225,9 +226,9 @@ class ScriptedModel:
             )
         if not raw.get("stream"):
             return _json_response(_completion(asked, reply))
-        return StreamingResponse(self._events(asked, reply), media_type="text/event-stream")
+        return _ClosingStream(self._events(asked, reply), media_type="text/event-stream")
 
-    async def _events(self, asked: ScriptedRequest, reply: ScriptedReply) -> AsyncIterator[bytes]:
+    async def _events(self, asked: ScriptedRequest, reply: ScriptedReply) -> AsyncGenerator[bytes]:
         self.active += 1
         whole = False
         try:
@@ -251,6 +252,16 @@ class ScriptedModel:
         finally:
             self.active -= 1
             self.disconnects += not whole
+
+
+class _ClosingStream(StreamingResponse):
+    """Closes its iterator when the client leaves between two chunks; by itself that waits for the garbage collector."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await cast("AsyncGenerator[bytes]", self.body_iterator).aclose()
 
 
 _EMBEDDING_DIMENSIONS = 64

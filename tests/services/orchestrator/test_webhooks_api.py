@@ -72,7 +72,8 @@ async def test_a_task_s_events_are_delivered_listed_and_replayed_with_their_ids(
     for number, again in enumerate(({"event_ids": [event["id"]]}, {"after": 0}), start=2):
         answer = await orch.send("POST", f"/webhooks/{new.webhook.id}/replay", again)
         assert msgspec.json.decode(answer.body)["queued"] == 1
-        await wait_until(lambda: len(receiver_server.received) == number, description="the replay", timeout=15)  # noqa: B023
+        # At least once: on a busy machine it may come twice.
+        await wait_until(lambda: len(receiver_server.received) >= number, description="the replay", timeout=15)  # noqa: B023
     assert {each["id"] for each in receiver_server.received} == {event["id"]}
     assert (await view(orch, new.webhook.id)).last_delivered_at is not None
 
